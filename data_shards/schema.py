@@ -1,0 +1,118 @@
+"""The contract between preparation and training: names, types and shapes of everything in a prepared folder.
+
+data_shards/README.md shows the same as a picture. Change FORMAT_VERSION when a reader of the old version would misread the new one.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from data_shards.errors import DataError
+
+FORMAT_VERSION = 1
+SPLITS = ("train", "valid", "test")
+TASKS = ("rec", "src")  # the index is the code stored in shards: 0 = recommendation, 1 = search
+REC, SRC = 0, 1
+NO_QUERY = -1  # value of `query` in a recommendation event
+PAD = 0  # padding id in token and word arrays; real words start at 1
+
+_EVENT_FIELDS = [
+    ("event_id", pa.int64()),  # position in (user, time, tie-break) order over all splits: unique, the same on every run
+    ("user", pa.int32()),  # row of catalog/users.parquet
+    ("task", pa.int8()),  # REC or SRC
+    ("item", pa.int32()),  # the clicked item; row of catalog/items.parquet
+    ("query", pa.int32()),  # row of catalog/queries.parquet, or NO_QUERY
+    ("time", pa.int64()),  # ms since 1970 (sources without a clock: position in the user's list)
+    ("history_items", pa.list_(pa.int32())),  # oldest first, at most settings.history_max, strictly earlier than `time`
+    ("history_tasks", pa.list_(pa.int8())),  # REC or SRC for each history item
+]
+TRAIN_SCHEMA = pa.schema([*_EVENT_FIELDS, ("impressions", pa.list_(pa.int32()))])  # shown beside the click, not clicked (may be empty)
+
+
+def eval_schema(num_negatives: int) -> pa.Schema:
+    """Schema of valid and test blocks: the stored negatives make every model rank the same candidates."""
+    return pa.schema([*_EVENT_FIELDS, ("negatives", pa.list_(pa.int32(), num_negatives))])
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar file of a split. `blocks` holds the number of events of each entry, in the order of the entries."""
+
+    name: str  # path inside the prepared folder: shards/train-000000.tar
+    num_bytes: int
+    sha256: str
+    blocks: tuple[int, ...]
+
+    @property
+    def num_events(self) -> int:
+        return sum(self.blocks)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """manifest.json, parsed. `raw` is the whole document (keys: README.md)."""
+
+    raw: dict[str, Any]
+    hash: str  # sha256 of the canonical JSON: the identity of a prepared folder
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the split alone: which user clicked what, when, and on which side of the boundaries."""
+        return self.raw["split"]["fingerprint"]
+
+    @property
+    def num_items(self) -> int:
+        return self.raw["counts"]["items"]
+
+    @property
+    def num_users(self) -> int:
+        return self.raw["counts"]["users"]
+
+    @property
+    def num_queries(self) -> int:
+        return self.raw["counts"]["queries"]
+
+    @property
+    def num_words(self) -> int:
+        """Size of the anonymised-word vocabulary, 0 for natural text. Word ids are 1 … num_words; 0 is padding."""
+        return self.raw["text"]["num_words"]
+
+    @property
+    def num_negatives(self) -> int:
+        return self.raw["settings"]["num_negatives"]
+
+    @property
+    def history_max(self) -> int:
+        return self.raw["settings"]["history_max"]
+
+    def shards(self, split: str) -> tuple[Shard, ...]:
+        return tuple(Shard(s["name"], s["num_bytes"], s["sha256"], tuple(s["blocks"])) for s in self.raw["shards"][split])
+
+    def num_events(self, split: str) -> int:
+        return sum(shard.num_events for shard in self.shards(split))
+
+
+def manifest_hash(raw: dict[str, Any]) -> str:
+    """sha256 of the manifest as canonical JSON (sorted keys, no spaces)."""
+    return hashlib.sha256(json.dumps(raw, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def read_manifest(folder: str | Path) -> Manifest:
+    """Read and check OUT/manifest.json.
+
+    Raises DataError when the folder is no prepared folder, or was written by another format version.
+    """
+    path = Path(folder) / "manifest.json"
+    if not path.is_file():
+        raise DataError(f"{folder} is not a prepared folder: {path} is missing. Make one with: gensr prepare SOURCE RAW {folder}")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path} is not valid JSON ({error}). Prepare the folder again.") from error
+    if raw.get("format_version") != FORMAT_VERSION:
+        raise DataError(f"{path} has format version {raw.get('format_version')}, this gensr reads {FORMAT_VERSION}. Prepare the folder again.")
+    return Manifest(raw=raw, hash=manifest_hash(raw))
