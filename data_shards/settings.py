@@ -1,0 +1,172 @@
+"""Settings: frozen pydantic dataclasses ← YAML ← `section.key=value`, validated once, every problem reported at once.
+
+A tree is a pydantic dataclass whose fields are plain values or further such dataclasses; the docstring under a field is its help.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as pydantic_dataclass
+
+from data_shards.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def settings(cls: type[T]) -> type[T]:
+    """Class decorator: a frozen, keyword-only pydantic dataclass that refuses unknown keys."""
+    config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+    return pydantic_dataclass(config=config, frozen=True, kw_only=True)(cls)
+
+
+def load(cls: type[T], yaml_file: str | Path | None = None, overrides: Sequence[str] = (), base: Mapping[str, Any] | None = None, keys_command: str = "gensr config keys") -> T:
+    """Build a settings tree: defaults ← base ← yaml_file ← overrides ("section.key=value").
+
+    Raises ConfigError that lists every problem with its dotted key; nothing is half-built.
+    """
+    problems: list[tuple[str, str]] = []
+    tree: dict[str, Any] = _deep_copy(base or {})
+    if yaml_file is not None:
+        _merge(tree, read_yaml(yaml_file))
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator or not key:
+            problems.append((override, "must look like section.key=value"))
+        elif conflict := _set(tree, key.split("."), _parse_value(text)):
+            problems.append((key, conflict))
+    known = [key for key, _ in leaf_fields(cls)]
+    problems += _unknown_keys(cls, tree, known)
+    value: T | None = None
+    try:
+        value = TypeAdapter(cls).validate_python(tree)
+    except ValidationError as error:
+        problems += [_describe(e) for e in error.errors() if e["type"] not in ("unexpected_keyword_argument", "extra_forbidden")]
+    if problems:
+        where = str(yaml_file) if yaml_file is not None else "the settings"
+        raise ConfigError(format_problems(problems, where, keys_command))
+    assert value is not None
+    return value
+
+
+def format_problems(problems: Sequence[tuple[str, str]], where: str, keys_command: str = "gensr config keys") -> str:
+    """The house form of a list of configuration problems (also for checks that need more than one field)."""
+    width = max(len(key) for key, _ in problems)
+    lines = [f"{len(problems)} problem{'s' if len(problems) > 1 else ''} in {where}"]
+    lines += [f"  {key:<{width}}   {message}" for key, message in problems]
+    return "\n".join([*lines, f"Nothing was started. All keys: {keys_command}"])
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a YAML mapping. Raises ConfigError naming the file when it is missing, unreadable or not a mapping."""
+    try:
+        document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: no such file") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    if document is None:
+        return {}
+    if not isinstance(document, dict):
+        raise ConfigError(f"{path}: must hold sections and keys, found {type(document).__name__}")
+    return document
+
+
+def to_dict(tree: Any) -> dict[str, Any]:
+    """The tree as nested plain dicts, ready for YAML or JSON."""
+    return dataclasses.asdict(tree)
+
+
+def to_yaml(tree: Any) -> str:
+    return yaml.safe_dump(to_dict(tree), sort_keys=False, allow_unicode=True)
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"optim": {"lr": 1}} → {"optim.lr": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def leaf_fields(cls: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any]]]:
+    """(dotted key, field) of every value in the tree, in order. `field.metadata`/pydantic's description holds the help."""
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(field.type):
+            yield from leaf_fields(field.type, f"{prefix}{field.name}.")
+        else:
+            yield f"{prefix}{field.name}", field
+
+
+def _parse_value(text: str) -> Any:
+    if text == "":
+        return ""
+    try:
+        return yaml.safe_load(text)  # "3e-4" stays text here; pydantic reads it as a number where a number is wanted
+    except yaml.YAMLError:
+        return text
+
+
+def _set(tree: dict[str, Any], path: Sequence[str], value: Any) -> str:
+    """Set tree[path] = value; returns a problem, or "" when it was set."""
+    for depth, part in enumerate(path[:-1]):
+        tree = tree.setdefault(part, {})
+        if not isinstance(tree, dict):
+            return f"{'.'.join(path[: depth + 1])} holds a value, not a section"
+    tree[path[-1]] = value
+    return ""
+
+
+def _merge(into: dict[str, Any], update: Mapping[str, Any]) -> None:
+    for key, value in update.items():
+        if isinstance(value, Mapping) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = _deep_copy(value)
+
+
+def _deep_copy(value: Any) -> Any:
+    return {k: _deep_copy(v) for k, v in value.items()} if isinstance(value, Mapping) else value
+
+
+def _unknown_keys(cls: Any, tree: Mapping[str, Any], known: Sequence[str], prefix: str = "") -> list[tuple[str, str]]:
+    problems: list[tuple[str, str]] = []
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    for key, value in tree.items():
+        dotted = f"{prefix}{key}"
+        if key not in fields:
+            problems.append((dotted, f"unknown key.{_suggestion(dotted, known)}"))
+        elif dataclasses.is_dataclass(fields[key].type) and isinstance(value, Mapping):
+            problems += _unknown_keys(fields[key].type, value, known, f"{dotted}.")
+    return problems
+
+
+def _suggestion(key: str, known: Sequence[str]) -> str:
+    """" Did you mean …?": the closest dotted key, then the key with the same last part or an abbreviation of it."""
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
+    last = key.rsplit(".", 1)[-1]
+    initials = "".join(word[0] for word in last.split("_") if word)
+    same_section = [k for k in known if k.rpartition(".")[0] == key.rpartition(".")[0]]
+    close = close or [k for k in known if k.rsplit(".", 1)[-1] == last] or [k for k in same_section if k.rsplit(".", 1)[-1] == initials]
+    close = close or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    if close:
+        return f" Did you mean {close[0]}?"
+    return f" Known: {', '.join(same_section or known)}"
+
+
+def _describe(error: Any) -> tuple[str, str]:
+    key = ".".join(str(part) for part in error["loc"])
+    message = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    if error["type"] == "missing":
+        return key, "is required"
+    if error["type"] == "value_error":
+        return key or "settings", message
+    prefix = "" if error["msg"].startswith("Value error") else "must be "
+    return key, f"{prefix}{message}, got {error['input']!r}"

@@ -1,0 +1,55 @@
+"""The types that carry data from shards to the model. Index-only: vectors and text are looked up on the device (ItemTables)."""
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B events, each with N history positions and C candidates. Letters: trainer/README.md."""
+
+    event_id: Tensor  # [B] int64
+    user: Tensor  # [B] int64, row of the users table; -1 for a history given by hand
+    task: Tensor  # [B] int64, schema.REC or schema.SRC
+    query: Tensor  # [B] int64, row of ItemTables.query_*; -1 for none
+    fold: Tensor  # [B] int64, which CF table the event reads: -1 the full one, f ≥ 0 the one that never saw the event's click
+    history_items: Tensor  # [B, N] int64, oldest first, padded at the end with 0
+    history_tasks: Tensor  # [B, N] int64
+    history_mask: Tensor  # [B, N] bool, True = a real item
+    candidates: Tensor  # [B, C] int64
+    labels: Tensor  # [B, C] float32, 1 = the clicked item (anywhere in the row)
+
+    @property
+    def num_events(self) -> int:
+        return self.candidates.shape[0]
+
+    def to(self, device: torch.device | str) -> "Batch":
+        return Batch(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+
+    def rows(self, start: int, stop: int) -> "Batch":
+        """Events start … stop-1 of this batch."""
+        return Batch(**{f.name: getattr(self, f.name)[start:stop] for f in fields(self)})
+
+    def with_candidates(self, candidates: Tensor, labels: Tensor) -> "Batch":
+        return replace(self, candidates=candidates, labels=labels)
+
+
+@dataclass
+class ItemTables:
+    """Frozen look-up tables of one prepared folder, on one device. Not parameters: never sharded, checkpointed or trained."""
+
+    cf: Tensor  # [num_items, K] float32, LightGCN table (the full one)
+    cf_folds: Tensor  # [F, num_items, K] float32, tables without the clicks of fold f; F = 0: every event reads `cf`
+    item_tokens: Tensor  # [num_items, L] int, padded with 0 at the end
+    item_words: Tensor  # [num_items, W] int, 0 = padding; W = 0 for natural text
+    query_tokens: Tensor  # [num_queries, L] int, padded with 0 at the end
+    query_words: Tensor  # [num_queries, W] int, 0 = padding
+
+    @property
+    def num_items(self) -> int:
+        return self.cf.shape[0]
+
+    def to(self, device: torch.device | str) -> "ItemTables":
+        return ItemTables(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})

@@ -1,0 +1,232 @@
+"""The configuration tree of a training run. One source for each number: DeepSpeed JSON keeps "auto" for everything named here."""
+
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Gt, Le, Lt
+
+from data_shards import settings as s
+from trainer.errors import ConfigError
+
+Positive = Annotated[int, Gt(0)]
+NonNegative = Annotated[int, Ge(0)]
+PositiveFloat = Annotated[float, Gt(0)]
+NonNegativeFloat = Annotated[float, Ge(0)]
+Fraction = Annotated[float, Ge(0), Lt(1)]
+
+
+@s.settings
+class DataConfig:
+    dir: str = ""
+    """prepared folder (made by gensr prepare)"""
+    history_max: Positive = 20
+    """history items fed to the model, newest kept; at most what the folder holds"""
+    history_tokens: Positive = 10
+    """text tokens of a history item"""
+    item_tokens: Positive = 32
+    """text tokens of a candidate; at most what the folder holds"""
+    num_negatives: Positive = 4
+    """sampled negatives for each training event"""
+    negatives: Literal["uniform", "popularity", "impressions"] = "uniform"
+    """where training negatives come from; impressions falls back to uniform where an event has too few"""
+    popularity_alpha: NonNegativeFloat = 0.75
+    """exponent of the click count when negatives=popularity"""
+    weight_rec: NonNegativeFloat = 1.0
+    """weight of recommendation events in the loss"""
+    weight_src: NonNegativeFloat = 1.0
+    """weight of search events in the loss"""
+    num_workers: NonNegative = 0
+    """loader processes of each rank; 0 reads in a thread, which is enough for one GPU"""
+    on_bad_shard: Literal["error", "skip"] = "error"
+    """what a truncated or corrupt shard does"""
+
+
+@s.settings
+class LoraConfig:
+    rank: NonNegative = 0
+    """0 trains the whole backbone"""
+    alpha: Positive = 16
+    """LoRA scale is alpha / rank"""
+    dropout: Fraction = 0.05
+    """dropout on the adapter's input"""
+    target_modules: str = "auto"
+    """comma-separated module names, or auto: sound defaults for the backbone's family"""
+
+
+@s.settings
+class ModelConfig:
+    backbone: str = "scratch:mini"
+    """hub name, local folder, or scratch:SIZE with SIZE one of trainer/model/backbone.py's presets"""
+    variant: Literal["paper", "extended"] = "extended"
+    """paper: method.md to the letter. extended: adds position and task embeddings and three product slots (trainer/model/README.md)"""
+    prompt: Literal["paper", "compact"] = "compact"
+    """wording of the task prompts; compact has about 40 tokens"""
+    cf_holdout: Literal["auto", "none", "last", "crossfit"] = "auto"
+    """which table of cf/ training events read; auto takes what `gensr cf` made"""
+    num_heads: Positive = 2
+    """heads of the history encoders and of the soft filter (Eqs. 3–5)"""
+    dropout: Fraction = 0.1
+    """dropout of the history encoders and of a backbone from scratch"""
+    words_dim: Positive = 64
+    """width of the learned table of anonymised words"""
+    temperature: PositiveFloat = 0.07
+    """τ of the contrastive term (Eq. 10)"""
+    contrastive_weight: NonNegativeFloat = 0.01
+    """λ of Eq. 8"""
+    gather_negatives: bool = False
+    """contrastive negatives from all ranks instead of this rank's batch"""
+    listwise_weight: NonNegativeFloat = 0.0
+    """weight of a softmax cross-entropy over the candidates of an event, beside Eq. 9 (0 in the paper)"""
+    activation_checkpointing: bool = False
+    """recompute the backbone's activations in the backward pass: less memory, about a third more time"""
+    lora: LoraConfig = LoraConfig()
+
+
+@s.settings
+class OptimConfig:
+    lr: PositiveFloat = 1e-3
+    """peak learning rate"""
+    weight_decay: NonNegativeFloat = 1e-3
+    """on matrices only"""
+    beta2: Annotated[float, Gt(0), Lt(1)] = 0.999
+    """AdamW's second-moment decay"""
+    warmup_steps: NonNegative = 200
+    """steps of linear warm-up, then linear decay to zero at the last step"""
+    grad_clip: PositiveFloat = 1.0
+    """maximum gradient norm"""
+    global_batch_size: Positive = 64
+    """events of one optimizer step over all ranks; each brings 1 + num_negatives candidates"""
+    micro_batch_size: Positive = 32
+    """events of one forward pass on one rank; accumulation steps are derived and printed"""
+
+
+@s.settings
+class RunConfig:
+    dir: str = ""
+    """run folder; created, never overwritten"""
+    seed: NonNegative = 0
+    """seeds weights, dropout, data order and negatives"""
+    max_epochs: PositiveFloat = 1.0
+    """passes over the training events"""
+    max_steps: NonNegative = 0
+    """optimizer steps; 0 derives them from max_epochs"""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """compute precision; scores, losses and softmaxes over candidates stay fp32"""
+    log_every_steps: Positive = 20
+    """losses leave the device this often"""
+    validate_every_steps: NonNegative = 0
+    """0 = five times over the run"""
+    valid_events: NonNegative = 2000
+    """validation events used during training (a fixed hashed sample); 0 = all"""
+    eval_batch_size: Positive = 16
+    """events scored at once in evaluation, each with all its candidates"""
+    checkpoint_every_steps: NonNegative = 0
+    """0 = at every validation"""
+    keep_checkpoints: Positive = 2
+    """newest checkpoints kept beside the best"""
+    early_stop_patience: NonNegative = 5
+    """validations without gain before stopping, counted from the first gain over chance; 0 = never stop early"""
+    select_metric: str = "mean/ndcg@10"
+    """validation metric that picks the best checkpoint: rec/…, src/… or mean/… with recall@K, ndcg@K or mrr"""
+    timeout_s: Positive = 1800
+    """a collective that waits longer ends the job"""
+    threads: NonNegative = 0
+    """CPU threads of each process; 0 shares the cores out"""
+
+
+@s.settings
+class TrackingConfig:
+    enabled: bool = True
+    """write runs to MLflow"""
+    uri: str = ""
+    """MLflow tracking URI; empty = sqlite file mlflow.db beside the run folders"""
+    experiment: str = "gensr"
+    """MLflow experiment"""
+    run_name: str = ""
+    """empty = the run folder's name"""
+
+
+@s.settings
+class Config:
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    optim: OptimConfig = OptimConfig()
+    run: RunConfig = RunConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+
+@s.settings
+class CfConfig:
+    dim: Positive = 64
+    """d_c, width of the table"""
+    layers: Positive = 2
+    """propagation layers"""
+    lr: PositiveFloat = 5e-3
+    """Adam's learning rate"""
+    reg: NonNegativeFloat = 1e-2
+    """L2 weight on the layer-0 vectors of a batch"""
+    batch_size: NonNegative = 0
+    """clicks of one step; 0 = a choice by graph size"""
+    max_epochs: Positive = 200
+    """passes over the clicks"""
+    patience: Positive = 5
+    """evaluations on validation without gain before stopping"""
+    holdout: Literal["none", "last", "crossfit"] = "crossfit"
+    """training clicks kept out of the table that training reads: none, each user's last, or cross-fitting by folds"""
+    num_folds: Annotated[int, Ge(2), Le(16)] = 4
+    """folds when holdout=crossfit"""
+    seed: NonNegative = 0
+    """seeds initial vectors, sampling and folds"""
+
+
+@s.settings
+class CfRoot:
+    cf: CfConfig = CfConfig()
+
+
+def preset_names() -> list[str]:
+    return sorted(p.name.removesuffix(".yaml") for p in resources.files("trainer.configs").iterdir() if p.name.endswith(".yaml"))
+
+
+def preset_path(preset_or_file: str) -> Path:
+    """A preset's name or a YAML file's path → the file. Raises ConfigError that lists the presets."""
+    as_file = Path(preset_or_file)
+    if as_file.suffix in (".yaml", ".yml"):
+        if not as_file.is_file():
+            raise ConfigError(f"{preset_or_file}: no such file. Presets: {', '.join(preset_names())}")
+        return as_file
+    if preset_or_file not in preset_names():
+        raise ConfigError(f"{preset_or_file}: no such preset. Presets: {', '.join(preset_names())}. A file's name must end in .yaml")
+    return Path(str(resources.files("trainer.configs") / f"{preset_or_file}.yaml"))
+
+
+def load_config(preset_or_file: str | None, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Preset or file, then `section.key=value` overrides → Config, checked as a whole.
+
+    Raises ConfigError with every problem at once.
+    """
+    path = preset_path(preset_or_file) if preset_or_file else None
+    config: Config = s.load(Config, path, overrides)
+    problems = cross_field_problems(config)
+    if problems:
+        raise ConfigError(s.format_problems(problems, str(path or "the settings")))
+    return config
+
+
+def cross_field_problems(config: Config) -> list[tuple[str, str]]:
+    """Checks that need more than one field; (dotted key, message) each."""
+    problems: list[tuple[str, str]] = []
+    optim, data = config.optim, config.data
+    if optim.global_batch_size % optim.micro_batch_size:
+        problems.append(("optim.micro_batch_size", f"must divide optim.global_batch_size={optim.global_batch_size}, got {optim.micro_batch_size}"))
+    if data.weight_rec == 0 and data.weight_src == 0:
+        problems.append(("data.weight_rec", "data.weight_rec and data.weight_src are both 0: nothing to train on"))
+    if data.history_tokens > data.item_tokens:
+        problems.append(("data.history_tokens", f"must be at most data.item_tokens={data.item_tokens}, got {data.history_tokens}"))
+    return problems
+
+
+def config_from_dict(tree: dict[str, Any]) -> Config:
+    """A Config from what RUN/config.yaml or a registered model holds."""
+    return s.load(Config, base=tree)

@@ -1,0 +1,13 @@
+"""Errors a user can act on (see data_shards/errors.py, where the base lives because preparation must not import the trainer)."""
+
+from data_shards.errors import ConfigError, DataError, GensrError
+
+__all__ = ["ConfigError", "DataError", "EnvironmentProblem", "GensrError", "RunError"]
+
+
+class RunError(GensrError):
+    """A training run that cannot start or go on: a run folder in use, a checkpoint of other data, a loss that is not finite."""
+
+
+class EnvironmentProblem(GensrError):
+    """The machine lacks something: a package, a compiler, disk space, a reachable server."""
