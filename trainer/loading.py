@@ -1,0 +1,178 @@
+"""Building a GenSR, saving it to RUN/model, and getting it back. No pickle: safetensors, JSON and a tokenizer file.
+
+    model/  model.safetensors  gensr.json  backbone/config.json  tokenizer/tokenizer.json  [adapter: with LoRA the backbone's frozen weights stay out]
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from data_shards.schema import Manifest, read_manifest
+from data_shards.settings import read_yaml
+from trainer.batch import ItemTables
+from trainer.catalog import load_tables
+from trainer.cf import load_cf
+from trainer.config import Config, LoraConfig, config_from_dict
+from trainer.errors import DataError, RunError
+from trainer.model.backbone import Seq2SeqBackbone, build_backbone
+from trainer.model.gensr import GenSR, GenSRSettings
+from trainer.model.prompt import NUM_EXTENDED_SLOTS, NUM_PAPER_SLOTS, build_templates
+
+MODEL_FORMAT = 1
+
+
+def model_settings(config: Config, num_words: int, cf_dim: int) -> GenSRSettings:
+    model, data = config.model, config.data
+    return GenSRSettings(
+        variant=model.variant,
+        prompt=model.prompt,
+        cf_dim=cf_dim,
+        num_heads=model.num_heads,
+        dropout=model.dropout,
+        history_max=data.history_max,
+        history_tokens=data.history_tokens,
+        item_tokens=data.item_tokens,
+        num_words=num_words,
+        words_dim=model.words_dim,
+        temperature=model.temperature,
+        contrastive_weight=model.contrastive_weight,
+        listwise_weight=model.listwise_weight,
+        weight_rec=data.weight_rec,
+        weight_src=data.weight_src,
+    )
+
+
+def build_model(config: Config, manifest: Manifest, tables: ItemTables, folder: str | Path) -> GenSR:
+    """A GenSR to train: backbone from config.model.backbone, tokenizer from the prepared folder."""
+    tokenizer = load_tokenizer(Path(folder) / "tokenizer")
+    lora = config.model.lora
+    backbone = build_backbone(
+        config.model.backbone,
+        vocab_size=len(tokenizer),
+        dropout=config.model.dropout,
+        lora=lora if lora.rank else None,
+        activation_checkpointing=config.model.activation_checkpointing,
+    )
+    vocab = backbone.embedding_weight().shape[0]
+    if len(tokenizer) > vocab:
+        raise DataError(
+            f"{folder}: its tokenizer has {len(tokenizer)} tokens, backbone {config.model.backbone} embeds {vocab}. "
+            f"Prepare the folder with the backbone's own tokenizer: tokenizer={config.model.backbone}"
+        )
+    return assemble(model_settings(config, manifest.num_words, tables.cf.shape[1]), backbone, tokenizer, tables)
+
+
+def assemble(settings: GenSRSettings, backbone: Seq2SeqBackbone, tokenizer: Any, tables: ItemTables) -> GenSR:
+    num_slots = NUM_EXTENDED_SLOTS if settings.variant == "extended" else NUM_PAPER_SLOTS
+    templates = build_templates(lambda text: tokenizer(text, add_special_tokens=False)["input_ids"], settings.prompt, num_slots)
+    return GenSR(settings, backbone, templates, answer_tokens(tokenizer), tables)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    from transformers import PreTrainedTokenizerFast
+
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        raise DataError(f"{file}: missing. Prepare the folder again.")
+    return PreTrainedTokenizerFast(tokenizer_file=str(file), pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+
+
+def answer_tokens(tokenizer: Any) -> tuple[int, int]:
+    """Token ids of "Yes" and "No". Raises DataError when the tokenizer cannot tell them apart by one token."""
+    yes, no = (tokenizer(word, add_special_tokens=False)["input_ids"] for word in ("Yes", "No"))
+    if len(yes) != 1 or len(no) != 1 or yes == no:
+        raise DataError(f"the tokenizer has no single tokens for 'Yes' and 'No' (got {yes} and {no}). Prepare the folder with another tokenizer.")
+    return yes[0], no[0]
+
+
+def trained_state(model: GenSR, full_state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What RUN/model holds of a (consolidated) state dict: each tied tensor once, and with LoRA no frozen weights."""
+    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad or not _has_lora(model)}
+    return {name: full_state[name].detach().contiguous().cpu() for name in sorted(names)}
+
+
+def _has_lora(model: GenSR) -> bool:
+    return hasattr(model.backbone.model, "peft_config")
+
+
+def save_model(path: str | Path, model: GenSR, full_state: dict[str, Tensor], config: Config, manifest: Manifest, folder: str | Path) -> None:
+    """Write RUN/model atomically. `full_state` is the consolidated state dict (accelerator.get_state_dict); `model` the unwrapped module."""
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save_file(trained_state(model, full_state), partial / "model.safetensors", metadata={"format": "pt"})
+    model.backbone.base.config.save_pretrained(partial / "backbone")
+    shutil.copytree(Path(folder) / "tokenizer", partial / "tokenizer")
+    document = {
+        "format": MODEL_FORMAT,
+        "settings": dataclasses.asdict(model.settings),
+        "backbone": config.model.backbone,
+        "lora": dataclasses.asdict(config.model.lora) if config.model.lora.rank else None,
+        "vocab_size": model.backbone.embedding_weight().shape[0],
+        "manifest_hash": manifest.hash,
+        "split_fingerprint": manifest.fingerprint,
+    }
+    (partial / "gensr.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    previous = path.with_name(path.name + ".previous")
+    shutil.rmtree(previous, ignore_errors=True)
+    if path.exists():
+        os.replace(path, previous)
+    os.replace(partial, path)
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+def load_model(path: str | Path, tables: ItemTables, device: str = "cpu") -> GenSR:
+    """The model of a RUN/model folder, in evaluation mode. Raises RunError when the folder is not one."""
+    path = Path(path)
+    if not (path / "gensr.json").is_file():
+        raise RunError(f"{path} holds no trained model (gensr.json is missing). Train one with: gensr train")
+    document = json.loads((path / "gensr.json").read_text(encoding="utf-8"))
+    if document["format"] != MODEL_FORMAT:
+        raise RunError(f"{path}: model format {document['format']}, this gensr reads {MODEL_FORMAT}")
+    lora = LoraConfig(**document["lora"]) if document["lora"] else None
+    from_hub = lora is not None and not document["backbone"].startswith("scratch:")
+    backbone = build_backbone(
+        document["backbone"],
+        vocab_size=document["vocab_size"],
+        dropout=document["settings"]["dropout"],
+        lora=lora,
+        config_only=None if from_hub else path / "backbone",
+    )
+    model = assemble(GenSRSettings(**document["settings"]), backbone, load_tokenizer(path / "tokenizer"), tables)
+    state = load_file(path / "model.safetensors")
+    missing = {name for name, p in model.named_parameters() if p.requires_grad or lora is None} - set(state)
+    unexpected = set(state) - set(dict(model.named_parameters()))
+    if missing or unexpected:
+        raise RunError(f"{path}/model.safetensors does not fit the model: missing {sorted(missing)[:5]}, unexpected {sorted(unexpected)[:5]}")
+    model.load_state_dict(state, strict=False)
+    model.set_tables(tables.to(device))
+    return model.to(device).eval()
+
+
+def load_run_config(run_dir: str | Path) -> Config:
+    path = Path(run_dir) / "config.yaml"
+    if not path.is_file():
+        raise RunError(f"{run_dir} is no run folder: config.yaml is missing. Train one with: gensr train")
+    return config_from_dict(read_yaml(path))
+
+
+def load_run_model(run_dir: str | Path, device: str = "cpu") -> tuple[GenSR, ItemTables, Config, Manifest]:
+    """The trained model of a run with the tables of the data it was trained on. Raises when the prepared folder has changed since."""
+    config = load_run_config(run_dir)
+    manifest = read_manifest(config.data.dir)
+    path = Path(run_dir) / "model"
+    if (path / "gensr.json").is_file():
+        trained_on = json.loads((path / "gensr.json").read_text(encoding="utf-8"))["split_fingerprint"]
+        if trained_on != manifest.fingerprint:
+            raise DataError(f"{config.data.dir} has another split (fingerprint {manifest.fingerprint[:12]}) than {run_dir} was trained on ({trained_on[:12]}).")
+    tables = load_tables(config.data.dir, manifest, load_cf(config.data.dir, manifest), with_folds=False)
+    model = load_model(path, tables, device)
+    return model, model.tables, config, manifest

@@ -1,0 +1,226 @@
+"""GenSR: the generative model of unified search and recommendation (paper section 4). README.md maps equations to functions.
+
+Letters: B events, N history, C candidates, L tokens, S prompt length, D backbone width, K CF width.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from data_shards.schema import SRC
+from trainer.batch import Batch, ItemTables
+from trainer.model.backbone import Seq2SeqBackbone
+from trainer.model.history import HistoryEncoder, SoftFilter
+from trainer.model.losses import Gather, answer_loss, contrastive_loss, listwise_loss
+from trainer.model.prompt import Template
+
+
+@dataclass(frozen=True)
+class GenSRSettings:
+    """All numbers that shape a GenSR, saved with its weights (RUN/model/gensr.json)."""
+
+    variant: str
+    prompt: str
+    cf_dim: int
+    num_heads: int
+    dropout: float
+    history_max: int
+    history_tokens: int
+    item_tokens: int
+    num_words: int
+    words_dim: int
+    temperature: float
+    contrastive_weight: float
+    listwise_weight: float
+    weight_rec: float
+    weight_src: float
+
+
+@dataclass(frozen=True)
+class EncodedHistory:
+    """What an event's history gives whatever the candidate: encoded once, then filtered by each candidate."""
+
+    cf_BNK: Tensor
+    sem_BND: Tensor
+    mask_BN: Tensor
+
+    def rows(self, start: int, stop: int) -> "EncodedHistory":
+        return EncodedHistory(self.cf_BNK[start:stop], self.sem_BND[start:stop], self.mask_BN[start:stop])
+
+
+class GenSR(nn.Module):
+    """score(batch) → log-odds of "Yes" for every candidate; forward(batch) → (loss, report).
+
+    `tables` are frozen and live outside the module tree: never trained, sharded or saved with the weights.
+    """
+
+    def __init__(self, settings: GenSRSettings, backbone: Seq2SeqBackbone, templates: dict[int, Template], answers: tuple[int, int], tables: ItemTables) -> None:
+        super().__init__()
+        self.settings = settings
+        self.backbone = backbone
+        self.answers = answers  # token ids of ("Yes", "No")
+        self._tables = [tables]  # a list hides it from nn.Module
+        self.gather: Gather | None = None  # set by the trainer for contrastive negatives across ranks
+        width, cf_width = backbone.width, settings.cf_dim
+        extended = settings.variant == "extended"
+        self.cf_encoder = HistoryEncoder(cf_width, settings.num_heads, settings.dropout, settings.history_max, ordered=extended)
+        self.sem_encoder = HistoryEncoder(width, settings.num_heads, settings.dropout, settings.history_max, ordered=extended)
+        self.cf_filter = SoftFilter(cf_width, settings.num_heads)
+        self.sem_filter = SoftFilter(width, settings.num_heads)
+        self.cf_projection = nn.Linear(cf_width, width)  # d_c → d_m, for both CF slots
+        if settings.num_words:
+            self.words = nn.EmbeddingBag(settings.num_words + 1, settings.words_dim, mode="mean", padding_idx=0)
+            self.words_projection = nn.Linear(settings.words_dim, width, bias=False)
+            nn.init.normal_(self.words.weight, std=settings.words_dim**-0.5)
+        if extended:
+            self.match_cf = nn.Linear(cf_width, width)
+            self.match_sem = nn.Linear(width, width)
+            self.match_query = nn.Linear(width, width)
+            self.no_query = nn.Parameter(torch.zeros(width))
+        for task, template in templates.items():
+            self.register_buffer(f"template_{task}", torch.tensor(template.token_ids), persistent=False)
+        self.slots = {task: template.slot_positions for task, template in templates.items()}
+
+    @property
+    def tables(self) -> ItemTables:
+        return self._tables[0]
+
+    def set_tables(self, tables: ItemTables) -> None:
+        self._tables[0] = tables
+
+    # ---- public -----------------------------------------------------------------------------------------------
+
+    def forward(self, batch: Batch, mode: str = "loss") -> Any:
+        """mode "loss": (loss, report of detached scalars), Eq. 8. mode "score": scores_BC. One entry, because wrappers (DDP, ZeRO) hook forward only."""
+        if mode == "score":
+            return self.score(batch)
+        history = self.encode_history(batch)
+        scores_BC, cf_BCD, sem_BCD = self._score_encoded(batch, history)
+        settings = self.settings
+        weights_B = torch.where(batch.task == SRC, settings.weight_src, settings.weight_rec).float()
+        answer = answer_loss(scores_BC, batch.labels, weights_B)
+        loss = answer
+        report = {"answer_loss": answer.detach()}
+        if settings.listwise_weight:
+            listwise = listwise_loss(scores_BC, batch.labels, weights_B)
+            loss = loss + settings.listwise_weight * listwise
+            report["listwise_loss"] = listwise.detach()
+        if settings.contrastive_weight:
+            positive = batch.labels.argmax(1)[:, None, None].expand(-1, 1, cf_BCD.shape[2])
+            contrast = contrastive_loss(cf_BCD.gather(1, positive)[:, 0], sem_BCD.gather(1, positive)[:, 0], batch.user, settings.temperature, self.gather)
+            loss = loss + settings.contrastive_weight * contrast
+            report["contrastive_loss"] = contrast.detach()
+        report["loss"] = loss.detach()
+        return loss, report
+
+    def score(self, batch: Batch) -> Tensor:
+        """Log-odds of "Yes", [B, C] float32. Independent of the other candidates and of the other rows of the batch."""
+        return self._score_encoded(batch, self.encode_history(batch))[0]
+
+    def encode_history(self, batch: Batch) -> EncodedHistory:
+        """Eqs. 3 and 4, once per event."""
+        cf_BNK = self.cf_vectors(batch.history_items, batch.fold)
+        sem_BND = self.semantic_vectors(batch.history_items, self.settings.history_tokens)
+        mask = batch.history_mask
+        return EncodedHistory(self.cf_encoder(cf_BNK, batch.history_tasks, mask), self.sem_encoder(sem_BND, batch.history_tasks, mask), mask)
+
+    def soft_filter(self, history: EncodedHistory, cand_cf_BCK: Tensor, cand_sem_BCD: Tensor) -> tuple[Tensor, Tensor]:
+        """Eqs. 5 and 6 on both sides → f_c [B, C, K] and f_s [B, C, D]."""
+        return self.cf_filter(cand_cf_BCK, history.cf_BNK, history.mask_BN), self.sem_filter(cand_sem_BCD, history.sem_BND, history.mask_BN)
+
+    # ---- item and query vectors --------------------------------------------------------------------------------
+
+    def cf_vectors(self, items: Tensor, fold_B: Tensor) -> Tensor:
+        """E_c of items [B, X] → [B, X, K], each event from the table that did not see its own click (fold −1: the full table)."""
+        tables = self.tables
+        if tables.cf_folds.shape[0] == 0 or not self.training:
+            vectors = tables.cf[items]
+        else:
+            held_out = tables.cf_folds[fold_B.clamp(min=0)[:, None], items]
+            vectors = torch.where((fold_B >= 0)[:, None, None], held_out, tables.cf[items])
+        return vectors.to(self.cf_projection.weight.dtype)
+
+    def semantic_vectors(self, items: Tensor, num_tokens: int) -> Tensor:
+        """E_s of items (any shape) → [..., D]: mean of the backbone's token embeddings over the item's text, padding excluded, plus its words."""
+        tables = self.tables
+        vectors = self._mean_tokens(tables.item_tokens[items][..., :num_tokens])
+        if self.settings.num_words:
+            vectors = vectors + self._mean_words(tables.item_words[items])
+        return vectors
+
+    def query_parts(self, query_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query vectors as they stand in the prompt [B, Q, D], their mask [B, Q], and the query as one vector [B, D] (mean; 0 without query)."""
+        tables = self.tables
+        rows = query_B.clamp(min=0)
+        has_query = (query_B >= 0)[:, None]
+        if self.settings.num_words:
+            words_BQ = tables.query_words[rows]
+            mask_BQ = (words_BQ != 0) & has_query
+            vectors_BQD = self.words_projection(nn.functional.embedding(words_BQ.long(), self.words.weight))
+        else:
+            tokens_BQ = tables.query_tokens[rows]
+            mask_BQ = (tokens_BQ != 0) & has_query
+            vectors_BQD = self._embed(tokens_BQ)
+        masked_BQD = vectors_BQD * mask_BQ[..., None]
+        return masked_BQD, mask_BQ, masked_BQD.sum(1) / mask_BQ.sum(1, keepdim=True).clamp(min=1)
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        return nn.functional.embedding(tokens.long(), self.backbone.embedding_weight())
+
+    def _mean_tokens(self, tokens: Tensor) -> Tensor:
+        flat = tokens.reshape(-1, tokens.shape[-1]).long()
+        mean = nn.functional.embedding_bag(flat, self.backbone.embedding_weight(), mode="mean", padding_idx=0)
+        return mean.view(*tokens.shape[:-1], -1)
+
+    def _mean_words(self, words: Tensor) -> Tensor:
+        return self.words_projection(self.words(words.reshape(-1, words.shape[-1]).long())).view(*words.shape[:-1], -1)
+
+    # ---- prompt ------------------------------------------------------------------------------------------------
+
+    def _score_encoded(self, batch: Batch, history: EncodedHistory) -> tuple[Tensor, Tensor, Tensor]:
+        """→ scores_BC, and the two filtered views in the backbone's space, [B, C, D] each (for Eq. 10)."""
+        cand_cf_BCK = self.cf_vectors(batch.candidates, batch.fold)
+        cand_sem_BCD = self.semantic_vectors(batch.candidates, self.settings.item_tokens)
+        f_c_BCK, f_s_BCD = self.soft_filter(history, cand_cf_BCK, cand_sem_BCD)
+        f_c_BCD = self.cf_projection(f_c_BCK)
+        slots = [f_c_BCD, f_s_BCD, self.cf_projection(cand_cf_BCK), cand_sem_BCD]
+        query_BQD, query_mask_BQ, query_BD = self.query_parts(batch.query)
+        if self.settings.variant == "extended":
+            match_query = self.match_query(query_BD[:, None] * cand_sem_BCD)
+            match_query = torch.where((batch.query >= 0)[:, None, None], match_query, self.no_query.to(match_query.dtype))
+            slots += [self.match_cf(f_c_BCK * cand_cf_BCK), self.match_sem(f_s_BCD * cand_sem_BCD), match_query]
+        prompt_BCSD, mask_BS = self.fill_prompt(batch.task, torch.stack(slots, 2), query_BQD, query_mask_BQ)
+        num_candidates = prompt_BCSD.shape[1]
+        answers = torch.tensor(self.answers, device=prompt_BCSD.device)
+        mask_MS = mask_BS.repeat_interleave(num_candidates, 0)
+        logits_MA = self.backbone.answer_logits(prompt_BCSD.flatten(0, 1), mask_MS, answers)
+        scores_BC = (logits_MA[:, 0] - logits_MA[:, 1]).view(-1, num_candidates)
+        return scores_BC, f_c_BCD, f_s_BCD
+
+    def fill_prompt(self, task_B: Tensor, slots_BCXD: Tensor, query_BQD: Tensor, query_mask_BQ: Tensor) -> tuple[Tensor, Tensor]:
+        """Eq. 7: text segments, slot vectors and query, concatenated → [B, C, S, D] and mask [B, S]. Padding stands at the end only."""
+        batch, num_candidates, num_slots, width = slots_BCXD.shape
+        query_length = query_BQD.shape[1]
+        frames, masks, slot_positions = [], [], []
+        lengths = {task: self.get_buffer(f"template_{task}").shape[0] for task in self.slots}
+        total = max(length + (query_length if task == SRC else 0) for task, length in lengths.items())
+        for task in sorted(self.slots):
+            text_LD = self._embed(self.get_buffer(f"template_{task}")).to(slots_BCXD.dtype)
+            frame_BSD = text_LD.new_zeros(batch, total, width)
+            mask_BS = torch.zeros(batch, total, dtype=torch.bool, device=text_LD.device)
+            frame_BSD[:, : lengths[task]] = text_LD
+            mask_BS[:, : lengths[task]] = True
+            if task == SRC:
+                frame_BSD[:, lengths[task] : lengths[task] + query_length] = query_BQD
+                mask_BS[:, lengths[task] : lengths[task] + query_length] = query_mask_BQ
+            frames.append(frame_BSD)
+            masks.append(mask_BS)
+            slot_positions.append(torch.tensor(self.slots[task], device=text_LD.device))
+        is_search = task_B == SRC
+        frame_BSD = torch.where(is_search[:, None, None], frames[1], frames[0])
+        positions_BX = torch.where(is_search[:, None], slot_positions[1], slot_positions[0])
+        index = positions_BX[:, None, :, None].expand(-1, num_candidates, -1, width)
+        prompt_BCSD = frame_BSD[:, None].expand(-1, num_candidates, -1, -1).scatter(2, index, slots_BCXD)
+        return prompt_BCSD, torch.where(is_search[:, None], masks[1], masks[0])
