@@ -1,0 +1,156 @@
+"""The tracker against a real sqlite store: names, identity of data and code, secrets, resume, and a store that fails."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+
+from data_shards.schema import Manifest
+from trainer.config import Config, TrackingConfig, load_config
+from trainer.errors import EnvironmentProblem
+from trainer.tracking import SPOOL_NAME, MlflowTracker, NullTracker, Tracker, connect, mask_secrets, metric_name, tracking_uri
+
+MANIFEST = Manifest(
+    raw={"source": {"name": "simulated"}, "counts": {"users": 3}, "split": {"fingerprint": "f" * 64}, "seeds": {"negatives": 1}}, hash="a" * 64
+)
+FACTS = {
+    "manifest": MANIFEST,
+    "git": {"commit": "0123abc", "dirty": True, "diff": "+ a line"},
+    "hardware": {"cpus": 2},
+    "link": "https://me:pw@host/x",
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+def config_for(**tracking: str) -> Config:
+    return load_config(None, [f"tracking.{key}={value}" for key, value in tracking.items()])
+
+
+def run_folder(runs: Path, name: str) -> Path:
+    folder = runs / name
+    folder.mkdir()
+    return folder
+
+
+def test_one_run_has_everything(runs: Path) -> None:
+    run_dir = run_folder(runs, "first")
+    (run_dir / "environment.json").write_text("{}")
+    (run_dir / "loss.png").write_bytes(b"png")
+    config = config_for()
+    tracker = Tracker.start(config, run_dir, FACTS)
+    tracker.log_metrics({"rec/recall@10": 0.5, "train/loss": 1.25}, step=20)
+    tracker.log_metrics({"train/loss": 1.0}, step=40)
+    tracker.log_artifact(run_dir / "loss.png", "plots")
+    tracker.log_dict({"rec": {"ndcg@10": 0.3}}, "evaluation.json")
+    tracker.finish("FINISHED")
+
+    client = connect(tracking_uri(config, run_dir))
+    run = client.get_run(tracker.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.info.run_name == "first"
+    assert run.data.params["optim.global_batch_size"] == "64"
+    assert run.data.params["model.lora.rank"] == "0"
+    assert run.data.metrics == {"rec/recall_at_10": 0.5, "train/loss": 1.0}
+    assert [(p.step, p.value) for p in client.get_metric_history(tracker.run_id, "train/loss")] == [(20, 1.25), (40, 1.0)]
+    assert run.data.tags["manifest_hash"] == MANIFEST.hash
+    assert run.data.tags["mlflow.source.git.commit"] == "0123abc"
+    assert run.data.tags["git.dirty"] == "True"
+    assert run.data.tags["link"] == "https://***@host/x"
+    dataset = run.inputs.dataset_inputs[0].dataset
+    assert (dataset.name, dataset.digest) == ("simulated", MANIFEST.hash[:36])
+    assert {a.path for a in client.list_artifacts(tracker.run_id)} == {"code.diff", "config.yaml", "environment.json", "evaluation.json", "plots"}
+    assert Path(run.info.artifact_uri.removeprefix("file://")).is_relative_to(runs / "mlartifacts")
+    assert json.loads((run_dir / "tracking.json").read_text())["run_id"] == tracker.run_id
+    assert not (run_dir / SPOOL_NAME).exists()
+
+
+def test_resume_continues_the_run_without_doubles(runs: Path) -> None:
+    run_dir = run_folder(runs, "resumed")
+    first = Tracker.start(config_for(), run_dir, FACTS)
+    for step in (10, 20, 30):
+        first.log_metrics({"train/loss": float(step)}, step)
+    assert connect(tracking_uri(config_for(), run_dir)).get_run(first.run_id).info.status == "RUNNING"  # killed here, after a checkpoint at step 20
+
+    second = Tracker.start(config_for(), run_dir, FACTS, resume_run_id=first.run_id)
+    assert second.run_id == first.run_id
+    for step in (30, 40):
+        second.log_metrics({"train/loss": float(step)}, step)
+    second.finish("FINISHED")
+    client = connect(tracking_uri(config_for(), run_dir))
+    assert [p.step for p in client.get_metric_history(first.run_id, "train/loss")] == [10, 20, 30, 40]
+    assert client.get_run(first.run_id).info.status == "FINISHED"
+
+
+def test_a_failing_store_is_reported_once_and_caught_up(runs: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_dir = run_folder(runs, "unlucky")
+    tracker = Tracker.start(config_for(), run_dir, FACTS)
+    assert isinstance(tracker, MlflowTracker)
+    tracker.log_metrics({"train/loss": 3.0}, 1)
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise ConnectionError("https://me:pw@tracking.example refused")
+
+    with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
+        patch.setattr(tracker._client, "log_batch", refuse)
+        tracker.log_metrics({"train/loss": 2.0}, 2)
+        tracker.log_metrics({"train/loss": 1.0}, 3)
+    assert len([r for r in caplog.records if "points are kept in" in r.message]) == 1
+    assert "pw@" not in caplog.text
+    assert len((run_dir / SPOOL_NAME).read_text().splitlines()) == 2
+
+    tracker.finish("FINISHED")  # the store is back
+    client = connect(tracking_uri(config_for(), run_dir))
+    assert [p.step for p in client.get_metric_history(tracker.run_id, "train/loss")] == [1, 2, 3]
+    assert not (run_dir / SPOOL_NAME).exists()
+
+
+def test_a_spool_left_by_a_killed_process_is_sent_on_resume(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_dir = run_folder(runs, "killed")
+    tracker = Tracker.start(config_for(), run_dir, FACTS)
+    tracker.log_metrics({"train/loss": 1.0}, 10)
+    with (run_dir / SPOOL_NAME).open("a") as spool:
+        spool.write(json.dumps({"metric": ["train/loss", 0.5, 1_700_000_000_000, 20]}) + '\n{"metric": ["train/lo')
+    resumed = Tracker.start(config_for(), run_dir, FACTS, resume_run_id=tracker.run_id)
+    resumed.log_metrics({"train/loss": 0.5}, 20)
+    resumed.log_metrics({"train/loss": 0.25}, 30)
+    resumed.finish("KILLED")
+    client = connect(tracking_uri(config_for(), run_dir))
+    assert sorted(p.step for p in client.get_metric_history(tracker.run_id, "train/loss")) == [10, 20, 30]
+    assert client.get_run(tracker.run_id).info.status == "KILLED"
+
+
+def test_a_store_that_cannot_be_opened_says_how_to_go_on(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    config = config_for(uri=f"sqlite:///{tmp_path}/file/mlflow.db")
+    with pytest.raises(EnvironmentProblem, match=r"tracking\.enabled=false"):
+        Tracker.start(config, tmp_path, FACTS)
+
+
+def test_other_ranks_and_disabled_runs_record_nothing(tmp_path: Path) -> None:
+    for tracker in (Tracker.start(config_for(), tmp_path, FACTS, enabled=False), Tracker.start(config_for(enabled="false"), tmp_path, FACTS)):
+        assert isinstance(tracker, NullTracker)
+        tracker.log_metrics({"x": 1.0}, 1)
+        tracker.finish("FINISHED")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "hidden"),
+    [
+        ("postgresql://me:secret@db/x", "postgresql://***@db/x"),
+        ("s3://bucket/x?X-Amz-Signature=abc&part=1", "s3://bucket/x?X-Amz-Signature=***&part=1"),
+        ("sqlite:////runs/mlflow.db", "sqlite:////runs/mlflow.db"),
+    ],
+)
+def test_secrets_are_masked(text: str, hidden: str) -> None:
+    assert mask_secrets(text) == hidden
+
+
+def test_names() -> None:
+    assert metric_name("rec/recall@10") == "rec/recall_at_10"
+    assert tracking_uri(Config(tracking=TrackingConfig(uri="http://localhost:1")), "x") == "http://localhost:1"
