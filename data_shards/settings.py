@@ -12,19 +12,28 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
+from typing_extensions import dataclass_transform
 
 from data_shards.errors import ConfigError
 
 T = TypeVar("T")
 
 
+@dataclass_transform(kw_only_default=True, frozen_default=True)
 def settings(cls: type[T]) -> type[T]:
     """Class decorator: a frozen, keyword-only pydantic dataclass that refuses unknown keys."""
     config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
-    return pydantic_dataclass(config=config, frozen=True, kw_only=True)(cls)
+    made: Any = pydantic_dataclass(config=config, frozen=True, kw_only=True)(cls)
+    return made
 
 
-def load(cls: type[T], yaml_file: str | Path | None = None, overrides: Sequence[str] = (), base: Mapping[str, Any] | None = None, keys_command: str = "gensr config keys") -> T:
+def load(
+    cls: type[T],
+    yaml_file: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    base: Mapping[str, Any] | None = None,
+    keys_command: str = "gensr config keys",
+) -> T:
     """Build a settings tree: defaults ← base ← yaml_file ← overrides ("section.key=value").
 
     Raises ConfigError that lists every problem with its dotted key; nothing is half-built.
@@ -105,6 +114,16 @@ def leaf_fields(cls: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.F
             yield f"{prefix}{field.name}", field
 
 
+def key_help(cls: Any, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
+    """(dotted key, default, help) of every value in the tree, in order; help is the docstring under the field."""
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(field.type):
+            yield from key_help(field.type, f"{prefix}{field.name}.")
+        else:
+            info = cls.__pydantic_fields__[field.name]
+            yield f"{prefix}{field.name}", info.get_default(call_default_factory=True), info.description or ""
+
+
 def _parse_value(text: str) -> Any:
     if text == "":
         return ""
@@ -149,7 +168,7 @@ def _unknown_keys(cls: Any, tree: Mapping[str, Any], known: Sequence[str], prefi
 
 
 def _suggestion(key: str, known: Sequence[str]) -> str:
-    """" Did you mean …?": the closest dotted key, then the key with the same last part or an abbreviation of it."""
+    """The end of an unknown-key message, " Did you mean …?": the closest dotted key, then the key with the same last part or an abbreviation of it."""
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
     last = key.rsplit(".", 1)[-1]
     initials = "".join(word[0] for word in last.split("_") if word)
