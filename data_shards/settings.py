@@ -168,7 +168,7 @@ def _unknown_keys(cls: Any, tree: Mapping[str, Any], known: Sequence[str], prefi
 
 
 def _suggestion(key: str, known: Sequence[str]) -> str:
-    """The end of an unknown-key message, " Did you mean …?": the closest dotted key, then the key with the same last part or an abbreviation of it."""
+    """The end of an unknown-key message: the closest dotted key, then the key with the same last part or an abbreviation of it."""
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
     last = key.rsplit(".", 1)[-1]
     initials = "".join(word[0] for word in last.split("_") if word)
