@@ -2,7 +2,7 @@
 
 from data_shards.errors import ConfigError, DataError, GensrError
 
-__all__ = ["ConfigError", "DataError", "EnvironmentProblem", "GensrError", "RunError"]
+__all__ = ["ConfigError", "DataError", "EnvironmentProblem", "GensrError", "RequestError", "RunError"]
 
 
 class RunError(GensrError):
@@ -11,3 +11,7 @@ class RunError(GensrError):
 
 class EnvironmentProblem(GensrError):
     """The machine lacks something: a package, a compiler, disk space, a reachable server."""
+
+
+class RequestError(GensrError):
+    """A request for scores that cannot be answered: unknown items, a search without a query, a wrong type."""
