@@ -183,6 +183,8 @@ class CfConfig:
 @s.settings
 class CfRoot:
     cf: CfConfig = CfConfig()
+    overwrite: bool = False
+    """replace an existing table of other settings or of another split"""
 
 
 def preset_names() -> list[str]:

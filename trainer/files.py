@@ -1,0 +1,33 @@
+"""Writing files so that a reader sees the old one or the new one, never half of one."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from trainer.errors import EnvironmentProblem
+
+
+@contextmanager
+def atomic(path: str | Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path`; when the block ends well its file is synced and renamed to `path`, else removed.
+
+    Raises EnvironmentProblem when the disk is full or the folder cannot be written.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the rename itself
+        finally:
+            os.close(folder)
+    except OSError as error:
+        raise EnvironmentProblem(f"{path}: cannot be written: {error.strerror or error}. Nothing earlier was changed; free space or fix permissions.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
