@@ -1,0 +1,126 @@
+"""Logs in KuaiSAR's exact CSV schema from a planted preference model, in bounded memory.
+
+    world.py      what items are, what users like         → 20 bytes an item stay in memory
+    behaviour.py  what a range of users does              → every draw is a hash: any range gives the same rows
+    tables.py     rows of the five CSV files
+    oracle.py     the best possible scores, for checks; never written
+
+The bytes depend on the arguments only (on one kind of CPU: exp and log may differ in the last bit elsewhere).
+"""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from data_shards.errors import ConfigError, DataError
+from data_shards.simulate import behaviour, tables
+from data_shards.simulate.world import World, make_world
+
+ROWS_PER_DAY = 24.0  # shown items of both services a user and day; KuaiSAR has about 40
+CHUNK_ROWS = 150_000  # rows made at once: bounds memory, changes nothing else
+ITEM_CHUNK = 1 << 16
+
+Progress = Callable[[str, int, int], None]  # (what, done, total)
+
+
+def simulate(
+    out: str | Path,
+    users: int = 1000,
+    items: int = 4000,
+    days: int = 14,
+    seed: int = 0,
+    progress: Progress | None = None,
+    rows_per_day: float = ROWS_PER_DAY,
+    chunk_users: int = 0,
+) -> dict[str, int]:
+    """Write KuaiSAR's five files into the new folder `out`; returns the number of rows of each file.
+
+    `rows_per_day` is the mean number of impressions of a user and day; KuaiSAR's size is users=25_877, items=6_890_707, days=19, rows_per_day=40.
+    `chunk_users` users are held at once (0 = by their rows). Raises ConfigError for sizes that make no world, DataError when `out` exists or cannot be written;
+    `out` appears complete or not at all.
+    """
+    _check_sizes(users, items, days, rows_per_day)
+    out = Path(out)
+    if out.exists():
+        raise DataError(f"{out} exists already. Choose another folder, or delete this one first.")
+    temporary = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    try:
+        temporary.mkdir(parents=True)
+        counts = _write_all(temporary, users, items, days, seed, progress or _silent, rows_per_day, chunk_users)
+        os.rename(temporary, out)
+    except OSError as error:
+        raise DataError(f"cannot write {out}: {error}. Nothing was left behind; check the path and the free space.") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return counts
+
+
+def _check_sizes(users: int, items: int, days: int, rows_per_day: float) -> None:
+    limits = [("users", users, 2, 50_000_000), ("items", items, 200, 200_000_000), ("days", days, 3, 3650), ("rows_per_day", rows_per_day, 0.1, 160)]
+    problems = [f"{name} must be between {low:,} and {high:,}, got {value:,}" for name, value, low, high in limits if not low <= value <= high]
+    if problems:
+        raise ConfigError("; ".join(problems) + ". Nothing was written.")
+
+
+def _write_all(folder: Path, users: int, items: int, days: int, seed: int, progress: Progress, rows_per_day: float, chunk_users: int) -> dict[str, int]:
+    progress("world", 0, items)
+    world = make_world(users, items, days, seed)
+    progress("world", items, items)
+    files: dict[str, BinaryIO] = {name: open(folder / name, "wb") for name in tables.HEADERS}
+    try:
+        for name, file in files.items():
+            tables.write_header(file, name)
+        counts = _write_items(files["item_features.csv"], world, progress)
+        counts |= _write_users(files, world, progress, rows_per_day, chunk_users)
+        for file in files.values():
+            file.flush()
+            os.fsync(file.fileno())
+    finally:
+        for file in files.values():
+            file.close()
+    return counts
+
+
+def _write_items(file: BinaryIO, world: World, progress: Progress) -> dict[str, int]:
+    """In the order of public ids, so that the file's order tells nothing about topics."""
+    internal = np.empty(world.num_items, np.int32)
+    internal[world.public_item - 1] = np.arange(world.num_items, dtype=np.int32)
+    rows = 0
+    for start in range(0, world.num_items, ITEM_CHUNK):
+        items = internal[start : start + ITEM_CHUNK].astype(np.int64)
+        items = items[world.has_features(items)]
+        tables.write_rows(file, tables.item_columns(world, items))
+        rows += len(items)
+        progress("items", min(start + ITEM_CHUNK, world.num_items), world.num_items)
+    return {"item_features.csv": rows}
+
+
+def _write_users(files: dict[str, BinaryIO], world: World, progress: Progress, rows_per_day: float, chunk_users: int) -> dict[str, int]:
+    all_ids = tables.user_ids(world)
+    chunk_users = chunk_users or max(1, int(CHUNK_ROWS / (rows_per_day * world.days)))
+    counts = dict.fromkeys(("rec_inter.csv", "src_inter.csv", "social_network.csv", "user_features.csv"), 0)
+    next_session = 1
+    for start in range(0, world.num_users, chunk_users):
+        stop = min(start + chunk_users, world.num_users)
+        ids = all_ids[start:stop]
+        log = behaviour.make_log(world, start, stop, rows_per_day)
+        columns = {
+            "rec_inter.csv": tables.rec_columns(world, log, ids),
+            "src_inter.csv": tables.src_columns(world, log, ids, next_session),
+            "social_network.csv": tables.social_columns(log.users, ids, all_ids),
+            "user_features.csv": tables.user_columns(world, log.users, ids),
+        }
+        for name, table in columns.items():
+            tables.write_rows(files[name], table)
+            counts[name] += len(table[0])
+        next_session += len(log.searches.key)
+        progress("users", stop, world.num_users)
+    return counts
+
+
+def _silent(what: str, done: int, total: int) -> None:
+    """No progress wanted."""
