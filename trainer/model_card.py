@@ -1,0 +1,97 @@
+"""What a registered version says about itself: facts of the run folder and the manifest → tags and a model card."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from data_shards.schema import Manifest
+from trainer.config import Config
+from trainer.tracking import metric_name
+
+
+def run_facts(run_dir: Path, config: Config, manifest: Manifest) -> dict[str, Any]:
+    """Everything the model card and the tags say, read from the run folder and the manifest."""
+    environment = _read_json(run_dir / "environment.json")
+    git = environment.get("git") or {}
+    return {
+        "run": str(run_dir),
+        "commit": str(git.get("commit") or "unknown") + (" with local changes" if git.get("dirty") else ""),
+        "manifest_hash": manifest.hash,
+        "split_fingerprint": manifest.fingerprint,
+        "source": manifest.raw.get("source", {}),
+        "counts": manifest.raw["counts"],
+        "split": manifest.raw["split"],
+        "history_max": config.data.history_max,
+        "backbone": config.model.backbone,
+        "variant": config.model.variant,
+        "lora_rank": config.model.lora.rank,
+        "seed": config.run.seed,
+        "evaluation": _read_json(run_dir / "evaluation-test.json"),
+    }
+
+
+def version_tags(facts: Mapping[str, Any], run_id: str) -> dict[str, str]:
+    tags = {key: str(facts[key]) for key in ("run", "commit", "manifest_hash", "split_fingerprint", "backbone", "variant")}
+    tags["run_id"] = run_id
+    for task in ("rec", "src"):
+        for metric, value in facts["evaluation"].get(task, {}).items():
+            if isinstance(value, int | float):
+                tags[metric_name(f"test/{task}/{metric}")] = f"{value:.6g}"
+    return tags
+
+
+def model_card(name: str, facts: Mapping[str, Any]) -> str:
+    counts, source, split = facts["counts"], facts["source"], facts["split"]
+    lines = [
+        f"# {name}",
+        "",
+        "GenSR: one generative model for recommendation and search. It scores given candidate items from a user's history (and a query):",
+        'the score is the probability that the model answers "Yes".',
+        "",
+        "| | |",
+        "|---|---|",
+        f"| backbone | {facts['backbone']}, variant {facts['variant']}" + (f", LoRA rank {facts['lora_rank']}" if facts["lora_rank"] else "") + " |",
+        f"| data | {source.get('name', 'unknown')}: {counts['users']:,} users, {counts['items']:,} items, {counts['queries']:,} queries |",
+        f"| licence of the data | {source.get('license') or 'not stated'} |",
+        *(f"| {part} events | {counts[part]['rec']:,} recommendation, {counts[part]['src']:,} search |" for part in ("train", "valid", "test")),
+        f"| split | {split.get('rule', '')}, fingerprint `{facts['split_fingerprint'][:16]}` |",
+        f"| prepared folder | manifest `{facts['manifest_hash'][:16]}` |",
+        f"| run, commit, seed | {facts['run']}, `{facts['commit']}`, {facts['seed']} |",
+        "",
+        *_metric_lines(facts["evaluation"]),
+        "",
+        "## Limits",
+        "",
+        f"- It knows the {counts['items']:,} items of its catalogue only, and reads the newest {facts['history_max']} items of a history.",
+        "- Scores order the candidates of one request. They are not calibrated probabilities of a click.",
+        "- Metrics on sampled negatives can order models differently from a ranking of the whole catalogue.",
+        "- It has learned what the logs hold, their popularity and exposure biases included.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _metric_lines(evaluation: Mapping[str, Any]) -> list[str]:
+    if not evaluation:
+        return ["## Metrics", "", "Not evaluated on the test split when it was registered."]
+    protocol = evaluation["protocol"]
+    lines = [f"## Metrics, test split ({protocol['candidates']}, {protocol.get('num_negatives')} negatives; 95 % bootstrap intervals)", ""]
+    lines += ["| task | events | Recall@5 | Recall@10 | NDCG@5 | NDCG@10 | MRR |", "|---|---|---|---|---|---|---|"]
+    for task in ("rec", "src"):
+        result = evaluation.get(task) or {}
+        if result.get("num_events"):
+            cells = [_with_interval(result, metric) for metric in ("recall@5", "recall@10", "ndcg@5", "ndcg@10", "mrr")]
+            lines.append(f"| {task} | {result['num_events']:,} | {' | '.join(cells)} |")
+    return lines
+
+
+def _with_interval(result: Mapping[str, Any], metric: str) -> str:
+    text = f"{result[metric]:.4f}"
+    if interval := result.get("ci95", {}).get(metric):
+        text += f" [{interval[0]:.4f}, {interval[1]:.4f}]"
+    return text
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return document

@@ -1,0 +1,23 @@
+"""The code of a registered version (models-from-code: MLflow stores and runs this file, nothing is pickled). trainer/serve.py does the work."""
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from mlflow.models import set_model
+from mlflow.pyfunc import PythonModel, PythonModelContext
+
+
+class GenSRModel(PythonModel):
+    """predict: one request a row (trainer/serve.py says how they look) → column "scores", P("Yes") of each candidate in the order given."""
+
+    def load_context(self, context: PythonModelContext) -> None:
+        from trainer.serve import Scorer
+
+        self.scorer = Scorer.from_artifacts(Path(context.artifacts["model"]).parent)
+
+    def predict(self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
+        return pd.DataFrame({"scores": self.scorer.score_many(model_input.to_dict("records"))})
+
+
+set_model(GenSRModel())

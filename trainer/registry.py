@@ -1,0 +1,189 @@
+"""Run folder → model version in the MLflow registry, and back. A version is self-contained: weights, configuration, tokenizer, item tables, code.
+
+artifacts/model   RUN/model as it is          artifacts/items   item tables, original ids, how queries are read (serve.write_items)
+code/             trainer and data_shards     model_card.md     what it is, from facts
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+import data_shards
+import trainer
+from data_shards.schema import Manifest, read_manifest
+from trainer.config import Config
+from trainer.errors import EnvironmentProblem, RunError
+from trainer.files import atomic
+from trainer.loading import load_run_config
+from trainer.model_card import model_card, run_facts, version_tags
+from trainer.serve import Scorer, read_item_ids, write_items
+from trainer.tracking import RUN_FILE, connect, one_line, open_experiment, tracking_uri
+
+REGISTRY_FILE = "registry.json"  # where a run folder says which version it became
+ALIAS = "candidate"
+# what loading and scoring import; versions are those of the registering environment
+SERVING_PACKAGES = tuple(
+    "mlflow torch transformers tokenizers peft safetensors numpy pandas pyarrow duckdb webdataset pydantic annotated-types PyYAML".split()
+)
+MAX_SCORE_DIFFERENCE = 1e-4  # between the run's scores and the registered version's, after a float32 round trip
+
+Answer = Callable[[Sequence[Mapping[str, Any]]], list[list[float]]]
+
+
+def register(run_dir: str | Path, name: str, alias: str = ALIAS) -> int:
+    """Log RUN as a pyfunc model in its own MLflow run, register it as a new version of `name`, move `alias` to it. Returns the version.
+
+    The alias moves only after the version, loaded back, gives the run's own scores.
+    Raises RunError when the run has no model or the version scores differently, EnvironmentProblem when MLflow refuses.
+    """
+    run_dir = Path(run_dir)
+    config = load_run_config(run_dir)
+    manifest = read_manifest(config.data.dir)
+    scorer = Scorer.from_run(run_dir)
+    facts = run_facts(run_dir, config, manifest)
+    example = example_requests(config.data.dir, manifest)
+    expected = scorer.score_many(example)
+    uri = tracking_uri(config, run_dir)
+    try:
+        number, run_id = _log_model(run_dir, name, config, scorer, facts, example, uri)
+        client = connect(uri)
+        _compare(expected, open_model(f"models:/{name}/{number}", uri)(example), name, number)
+        for key, value in version_tags(facts, run_id).items():
+            client.set_model_version_tag(name, str(number), key, value)
+        client.update_model_version(name, str(number), description=model_card(name, facts))
+        client.set_registered_model_alias(name, alias, str(number))
+    except _mlflow_exception() as error:
+        raise EnvironmentProblem(f"MLflow at {uri} does not register {run_dir}: {one_line(error)}") from error
+    with atomic(run_dir / REGISTRY_FILE) as path:
+        path.write_text(
+            json.dumps({"name": name, "version": number, "alias": alias, "uri": uri, "run_id": run_id}, indent=2) + "\n", encoding="utf-8"
+        )
+    return number
+
+
+def open_model(model: str | Path, uri: str = "") -> Answer:
+    """A run folder, or models:/NAME@alias (models:/NAME/VERSION) of the registry at `uri` → requests in, scores out.
+
+    An empty `uri` means MLFLOW_TRACKING_URI, else runs/mlflow.db. Raises RunError when there is no such model.
+    """
+    if not str(model).startswith("models:"):
+        return Scorer.from_run(model).score_many
+    uri = uri or os.environ.get("MLFLOW_TRACKING_URI", "") or _default_uri()
+    connect(uri)
+    import mlflow
+    import pandas as pd
+
+    mlflow.set_tracking_uri(uri)
+    mlflow.set_registry_uri(uri)
+    try:
+        loaded = mlflow.pyfunc.load_model(str(model))
+    except _mlflow_exception() as error:
+        raise RunError(f"{model}: no such model at {uri}: {one_line(error)}") from error
+    return lambda requests: [list(scores) for scores in loaded.predict(pd.DataFrame(list(requests)))["scores"]]
+
+
+def _default_uri() -> str:
+    path = Path("runs/mlflow.db")
+    if not path.is_file():
+        raise RunError("which registry? Set MLFLOW_TRACKING_URI or --uri, for example sqlite:///runs/mlflow.db")
+    return f"sqlite:///{path.resolve()}"
+
+
+def _log_model(
+    run_dir: Path, name: str, config: Config, scorer: Scorer, facts: dict[str, Any], example: list[dict[str, Any]], uri: str
+) -> tuple[int, str]:
+    """→ (version, id of the MLflow run it belongs to). The run keeps the status it had."""
+    client = connect(uri)
+    import mlflow
+    import pandas as pd
+
+    mlflow.set_tracking_uri(uri)
+    mlflow.set_registry_uri(uri)
+    run_id = (
+        _run_id(run_dir) or client.create_run(open_experiment(client, uri, config.tracking.experiment, run_dir), run_name=run_dir.name).info.run_id
+    )
+    status = client.get_run(run_id).info.status
+    with tempfile.TemporaryDirectory(prefix="gensr-register-") as temporary:
+        items, card = Path(temporary) / "items", Path(temporary) / "model_card.md"
+        catalog = pq.read_table(Path(config.data.dir) / "catalog" / "items.parquet", columns=["item_id"])
+        serving_facts = {key: facts[key] for key in ("manifest_hash", "split_fingerprint", "commit")}
+        write_items(items, scorer, catalog["item_id"], serving_facts)
+        card.write_text(model_card(name, facts), encoding="utf-8")
+        with mlflow.start_run(run_id=run_id):
+            logged = mlflow.pyfunc.log_model(
+                name="model",
+                python_model=str(Path(__file__).with_name("pyfunc_model.py")),
+                artifacts={"model": str(run_dir / "model"), "items": str(items), "card": str(card)},
+                code_paths=[str(Path(package.__path__[0])) for package in (trainer, data_shards)],
+                signature=signature(),
+                input_example=pd.DataFrame(example),
+                pip_requirements=requirements(),
+                registered_model_name=name,
+                metadata={"manifest_hash": facts["manifest_hash"], "split_fingerprint": facts["split_fingerprint"]},
+            )
+    client.set_terminated(run_id, "FINISHED" if status == "RUNNING" else status)
+    return int(logged.registered_model_version), run_id
+
+
+def _run_id(run_dir: Path) -> str:
+    path = run_dir / RUN_FILE
+    return str(json.loads(path.read_text(encoding="utf-8"))["run_id"]) if path.is_file() else ""
+
+
+def _compare(expected: list[list[float]], got: list[list[float]], name: str, number: int) -> None:
+    differences = [abs(a - b) for row, other in zip(expected, got, strict=True) for a, b in zip(row, other, strict=True)]
+    if not max(differences) <= MAX_SCORE_DIFFERENCE:
+        raise RunError(f"version {number} of {name} scores differently from its run (by {max(differences):.3g}); the alias was not moved")
+
+
+def _mlflow_exception() -> type[Exception]:
+    from mlflow.exceptions import MlflowException
+
+    return MlflowException
+
+
+# ---- what a version says about itself ------------------------------------------------------------------------------
+
+
+def signature() -> Any:
+    from mlflow.models import ModelSignature
+    from mlflow.types import DataType, Schema
+    from mlflow.types.schema import AnyType, Array, ColSpec
+
+    anything = AnyType()  # ids are text or numbers, a query is text, a list or null: serve.py checks them and says what is wrong
+    inputs = [
+        ColSpec(anything, "user_id", required=False),
+        ColSpec(Array(anything), "history"),
+        ColSpec(DataType.string, "task"),
+        ColSpec(anything, "query", required=False),
+        ColSpec(Array(anything), "candidates"),
+    ]
+    return ModelSignature(inputs=Schema(inputs), outputs=Schema([ColSpec(Array(DataType.double), "scores")]))
+
+
+def requirements() -> list[str]:
+    pinned = []
+    for package in SERVING_PACKAGES:
+        try:
+            pinned.append(f"{package}=={version(package).split('+')[0]}")
+        except PackageNotFoundError:
+            continue
+    return pinned
+
+
+def example_requests(folder: str | Path, manifest: Manifest) -> list[dict[str, Any]]:
+    """A recommendation and, where the data has queries, a search, over a few items of the catalogue."""
+    item_ids = read_item_ids(Path(folder) / "catalog" / "items.parquet")[:8]
+    history = [{"item_id": item_id, "task": "rec"} for item_id in item_ids[:3]]
+    candidates = item_ids[3:] or item_ids
+    requests = [{"history": history, "task": "rec", "query": None, "candidates": candidates}]
+    if manifest.num_queries:
+        text = pq.read_table(Path(folder) / "catalog" / "queries.parquet", columns=["text"])["text"][0].as_py()
+        requests.append({"history": history, "task": "src", "query": text, "candidates": candidates})
+    return requests

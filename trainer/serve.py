@@ -1,0 +1,264 @@
+"""Scores of given candidates from a history, without the training data: what a registered model, `gensr score` and the demo answer with.
+
+A request:  {"user_id"?: …, "history": [{"item_id": …, "task": "rec" | "src"}, … oldest first], "task": "rec" | "src",
+             "query": text, list of anonymised words, or null, "candidates": [item ids]}
+The answer: P("Yes") of each candidate, in the order given. Item ids are the original ones, as text or numbers.
+"""
+
+import dataclasses
+import json
+import math
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from data_shards.schema import NO_QUERY, SRC, TASKS, Manifest
+from trainer.batch import Batch, ItemTables
+from trainer.errors import RequestError, RunError
+from trainer.loading import load_model, load_run_model
+from trainer.model.gensr import GenSR
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from data_shards.text import Words
+
+MAX_CANDIDATES = 2048  # scored at once: bounds memory, whatever a request asks for
+TABLE_NAMES = ("cf", "item_tokens", "item_words")
+
+
+@dataclass(frozen=True)
+class QueryFormat:
+    """How a query becomes rows of ItemTables.query_*: the settings of the prepared folder that the model was trained on."""
+
+    mode: str  # natural, words, digits or drop (data_shards/text.py)
+    query_tokens: int
+    query_words: int
+    lowercase: bool
+
+
+@dataclass(frozen=True)
+class ParsedRequest:
+    """Rows instead of ids."""
+
+    items: list[int]  # history, oldest first, at most history_max
+    tasks: list[int]
+    task: int
+    query: str | None
+    candidates: list[int]
+
+
+class Scorer:
+    """A model, its item tables and the original ids. Thread-safe."""
+
+    def __init__(self, model: GenSR, item_ids: Sequence[Any], tokenizer: "Tokenizer", query_format: QueryFormat, words: "Words") -> None:
+        self.model = model
+        self.query_format = query_format
+        self.words = words
+        self._row_of = {str(item_id): row for row, item_id in enumerate(item_ids)}
+        self._tokenizer = tokenizer
+        self._lock = threading.Lock()  # queries are rows of the model's tables while a batch is scored
+
+    @classmethod
+    def from_run(cls, run_dir: str | Path, device: str = "cpu") -> "Scorer":
+        """The model of a run folder with the tables of its prepared folder."""
+        model, _, config, manifest = load_run_model(run_dir, device)
+        catalog, form = Path(config.data.dir) / "catalog", query_format(manifest)
+        item_ids = read_item_ids(catalog / "items.parquet")
+        return cls(model, item_ids, load_fast_tokenizer(Path(run_dir) / "model"), form, read_words(catalog / "words.npy", form))
+
+    @classmethod
+    def from_artifacts(cls, folder: str | Path, device: str = "cpu") -> "Scorer":
+        """The same from what a registered version holds: FOLDER/model and FOLDER/items (write_items)."""
+        folder = Path(folder)
+        path = folder / "items" / "serving.json"
+        if not path.is_file():
+            raise RunError(f"{folder} holds no registered model ({path} is missing)")
+        form = QueryFormat(**json.loads(path.read_text(encoding="utf-8"))["query_format"])
+        model = load_model(folder / "model", read_tables(folder / "items"), device)
+        item_ids = read_item_ids(folder / "items" / "items.parquet")
+        return cls(model, item_ids, load_fast_tokenizer(folder / "model"), form, read_words(folder / "items" / "words.npy", form))
+
+    def score(self, request: Mapping[str, Any]) -> list[float]:
+        """P("Yes") of each candidate, in the order given. Raises RequestError."""
+        return self.score_many([request])[0]
+
+    def score_many(self, requests: Sequence[Mapping[str, Any]]) -> list[list[float]]:
+        """score() of each request, in batches. Raises RequestError that names the first bad request before anything is scored."""
+        parsed = [self._parse(request, number) for number, request in enumerate(requests)]
+        scores: list[list[float]] = [[] for _ in parsed]
+        for units in self._batches(parsed):
+            for (number, candidates), row in zip(units, self._score_units(parsed, units), strict=True):
+                scores[number] += row[: len(candidates)]
+        return scores
+
+    # ---- from requests to rows ---------------------------------------------------------------------------------
+
+    def _parse(self, request: Mapping[str, Any], number: int) -> ParsedRequest:
+        where = f"request {number}"
+        task = self._task(request.get("task"), where)
+        query = request.get("query")
+        query = None if _missing(query) else self._query_text(query, where)
+        if task == SRC and query is None:
+            raise RequestError(f"{where}: task is 'src' and query is missing: give text, or a list of word numbers for anonymised data")
+        if task != SRC and query is not None:
+            raise RequestError(f"{where}: task is 'rec' and a query is given: leave it out, or set task to 'src'")
+        history = []
+        for entry in _listed(request.get("history"), f"{where}: history"):
+            if not isinstance(entry, Mapping) or "item_id" not in entry:
+                raise RequestError(f'{where}: history entries look like {{"item_id": …, "task": "rec"}}, got {entry!r}')
+            history.append((entry["item_id"], self._task(entry.get("task"), f"{where}: history")))
+        candidates = _listed(request.get("candidates"), f"{where}: candidates")
+        if not candidates:
+            raise RequestError(f"{where}: candidates is empty: give the item ids to score")
+        history = history[-self.model.settings.history_max :]
+        rows = self._rows([item for item, _ in history], f"{where}: history")
+        return ParsedRequest(rows, [t for _, t in history], task, query, self._rows(candidates, f"{where}: candidates"))
+
+    @staticmethod
+    def _task(task: Any, where: str) -> int:
+        if task not in TASKS:
+            raise RequestError(f"{where}: task must be 'rec' or 'src', got {task!r}")
+        return TASKS.index(task)
+
+    def _query_text(self, query: Any, where: str) -> str:
+        """A query as preparation writes it: text, or anonymised words separated by spaces."""
+        if isinstance(query, list | tuple | np.ndarray):
+            query = " ".join(str(word) for word in query)
+        if not isinstance(query, str):
+            raise RequestError(f"{where}: query must be text or a list of word numbers, got {query!r}")
+        if self.query_format.mode == "words" and not all(word.isdigit() for word in query.split()):
+            raise RequestError(f"{where}: this model reads queries of anonymised words: a list of word numbers, got {query!r}")
+        return query
+
+    def _rows(self, item_ids: Sequence[Any], where: str) -> list[int]:
+        unknown = [item_id for item_id in item_ids if str(item_id) not in self._row_of]
+        if unknown:
+            more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+            raise RequestError(f"{where}: the model does not know the items {', '.join(map(repr, unknown[:5]))}{more}")
+        return [self._row_of[str(item_id)] for item_id in item_ids]
+
+    # ---- from rows to scores -----------------------------------------------------------------------------------
+
+    def _batches(self, parsed: Sequence[ParsedRequest]) -> Iterator[list[tuple[int, list[int]]]]:
+        """Groups of (request, some of its candidates) that hold at most MAX_CANDIDATES with their padding."""
+        units: list[tuple[int, list[int]]] = []
+        widest = 0
+        for number, request in enumerate(parsed):
+            for start in range(0, len(request.candidates), MAX_CANDIDATES):
+                candidates = request.candidates[start : start + MAX_CANDIDATES]
+                if units and (len(units) + 1) * max(widest, len(candidates)) > MAX_CANDIDATES:
+                    yield units
+                    units, widest = [], 0
+                units.append((number, candidates))
+                widest = max(widest, len(candidates))
+        if units:
+            yield units
+
+    def _score_units(self, parsed: Sequence[ParsedRequest], units: Sequence[tuple[int, list[int]]]) -> list[list[float]]:
+        requests = [parsed[number] for number, _ in units]
+        queries = [request.query for request in requests if request.query is not None]
+        query_tokens, query_words = self._encode_queries(queries)
+        query_rows = iter(range(len(queries)))
+        history = _padded([r.items for r in requests])
+        candidates = _padded([c for _, c in units])
+        batch = Batch(
+            event_id=torch.arange(len(units)),
+            user=torch.full((len(units),), -1),
+            task=torch.tensor([r.task for r in requests]),
+            query=torch.tensor([NO_QUERY if r.query is None else next(query_rows) for r in requests]),
+            fold=torch.full((len(units),), -1),
+            history_items=history,
+            history_tasks=_padded([r.tasks for r in requests]),
+            history_mask=torch.arange(history.shape[1]) < torch.tensor([len(r.items) for r in requests])[:, None],
+            candidates=candidates,
+            labels=torch.zeros(candidates.shape),
+        )
+        device = self.model.tables.cf.device
+        with self._lock, torch.inference_mode():
+            tables = dataclasses.replace(self.model.tables, query_tokens=query_tokens.to(device), query_words=query_words.to(device))
+            self.model.set_tables(tables)
+            rows: list[list[float]] = self.model.score(batch.to(device)).sigmoid().tolist()
+        return rows
+
+    def _encode_queries(self, queries: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """As preparation does it → query_tokens [Q, L] and query_words [Q, W], padded with 0; at least one row, which recommendations look up."""
+        from data_shards.text import encode_texts, split_words
+
+        form, texts = self.query_format, list(queries) or [""]
+        if form.mode == "words":
+            words = self.words.matrix(*split_words(texts), form.query_words)
+            return torch.zeros((len(texts), 1), dtype=torch.int32), torch.from_numpy(words)
+        tokens = encode_texts(self._tokenizer, ["" if form.mode == "drop" else text for text in texts], form.query_tokens, form.lowercase)
+        return torch.from_numpy(tokens), torch.zeros((len(texts), 0), dtype=torch.int32)
+
+
+def query_format(manifest: Manifest) -> QueryFormat:
+    text, settings = manifest.raw["text"], manifest.raw["settings"]
+    return QueryFormat(text["mode"], text["query_tokens"], settings.get("query_words", 0), bool(settings.get("lowercase", False)))
+
+
+def read_words(path: Path, form: QueryFormat) -> "Words":
+    """The anonymised words of a catalogue, sorted; word id = position + 1."""
+    from data_shards.text import Words
+
+    return Words(np.load(path, allow_pickle=False) if form.mode == "words" else np.zeros(0, np.int64))
+
+
+def load_fast_tokenizer(model_dir: Path) -> "Tokenizer":
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_file(str(model_dir / "tokenizer" / "tokenizer.json"))
+
+
+def write_items(folder: Path, scorer: Scorer, item_ids: pa.ChunkedArray, facts: Mapping[str, Any]) -> None:
+    """What a registered version needs of the prepared folder: item tables (without the cross-fitting folds), original ids, how to read queries."""
+    folder.mkdir(parents=True)
+    save_file({name: getattr(scorer.model.tables, name).contiguous().cpu() for name in TABLE_NAMES}, folder / "tables.safetensors")
+    pq.write_table(pa.table({"item_id": item_ids}), folder / "items.parquet")
+    if scorer.query_format.mode == "words":
+        np.save(folder / "words.npy", scorer.words.vocabulary)
+    document = {**facts, "query_format": dataclasses.asdict(scorer.query_format)}
+    (folder / "serving.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+def read_tables(folder: Path) -> ItemTables:
+    tables = load_file(folder / "tables.safetensors")
+    num_items, width = tables["cf"].shape
+    no_query = torch.zeros((1, 1), dtype=torch.int32)
+    return ItemTables(**tables, cf_folds=torch.zeros((0, num_items, width)), query_tokens=no_query, query_words=no_query[:, :0])
+
+
+def read_item_ids(path: Path) -> list[Any]:
+    ids: list[Any] = pq.read_table(path, columns=["item_id"])["item_id"].to_pylist()
+    return ids
+
+
+def _padded(rows: Sequence[Sequence[int]]) -> Tensor:
+    """Rows of different lengths → [len(rows), longest, at least 1] int64, padded at the end with 0."""
+    width = max(1, *(len(row) for row in rows)) if rows else 1
+    return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], dtype=torch.int64).view(len(rows), width)
+
+
+def _missing(value: Any) -> bool:
+    """None, NaN (how pandas writes None), "" and []."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return True
+    return isinstance(value, str | list | tuple | np.ndarray) and len(value) == 0
+
+
+def _listed(value: Any, where: str) -> list[Any]:
+    if _missing(value):
+        return []
+    if isinstance(value, list | tuple | np.ndarray):
+        return list(value)
+    raise RequestError(f"{where} must be a list, got {value!r}")
