@@ -104,7 +104,7 @@ class Scorer:
     # ---- from requests to rows ---------------------------------------------------------------------------------
 
     def _parse(self, request: Mapping[str, Any], number: int) -> ParsedRequest:
-        where = f"request {number}"
+        where = f"request {number + 1}"
         task = self._task(request.get("task"), where)
         query = request.get("query")
         query = None if _missing(query) else self._query_text(query, where)

@@ -1,0 +1,330 @@
+"""The command `gensr`. Verbs are plain functions elsewhere; here are their arguments, their help and what is printed.
+
+Exit code 0, or 1 with what, where and the fix on stderr (75: training was stopped by a signal and saved, run it again with --resume auto).
+Nothing heavy is imported before a verb needs it. Under a launcher only rank 0 prints.
+"""
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from trainer.errors import ConfigError, GensrError, RequestError
+
+RANK = int(os.environ.get("RANK", "0"))
+
+app = typer.Typer(
+    name="gensr",
+    help="GenSR: one generative model for search and recommendation, from raw logs to a registered model.",
+    epilog="Example: gensr demo",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+config_app = typer.Typer(help="Look at configurations.", epilog="Example: gensr config show demo", no_args_is_help=True)
+app.add_typer(config_app, name="config")
+
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="settings; all of them: gensr config keys", show_default=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout")]
+Verb = Callable[..., Any]
+
+
+def main() -> None:
+    """Entry point of `gensr` and `python -m trainer`. --debug anywhere keeps the traceback of a user error."""
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    try:
+        app(args=arguments, prog_name="gensr")
+    except GensrError as error:
+        if len(arguments) < len(sys.argv) - 1:
+            raise
+        if RANK == 0:
+            typer.echo(f"gensr: {error}", err=True)
+        elif not isinstance(error, ConfigError):  # every rank finds the same mistakes in a configuration; other errors may be one rank's own
+            typer.echo(f"gensr: rank {RANK}: {error}", err=True)
+        sys.exit(1)
+    except SystemExit as stop:  # click says 2 for wrong usage; here every failure is 1
+        sys.exit(1 if stop.code == 2 else stop.code)
+
+
+@app.callback()
+def options(debug: Annotated[bool, typer.Option("--debug", help="show the traceback of errors; may stand anywhere")] = False) -> None:
+    """Read by main(), before the verb."""
+
+
+def verb(example: str) -> Callable[[Verb], Verb]:
+    return app.command(epilog=f"Example: {example}")
+
+
+def say(*lines: str) -> None:
+    """Progress and answers for people."""
+    if RANK == 0:
+        for line in lines:
+            typer.echo(line)
+
+
+def answer(document: Any, as_json: bool, *lines: str) -> None:
+    """One JSON object for scripts, or lines for people."""
+    if RANK == 0:
+        typer.echo(json.dumps(document, ensure_ascii=False) if as_json else "\n".join(lines))
+
+
+def stage_lines() -> Callable[[str, int, int], None]:
+    from trainer.progress import StageLines
+
+    return StageLines(enabled=RANK == 0)
+
+
+# ---- data ----------------------------------------------------------------------------------------------------------
+
+
+@verb("gensr simulate data/raw --users 2000 --items 5000 --seed 1")
+def simulate(
+    out: Annotated[Path, typer.Argument(help="new folder for the five CSV files")],
+    users: Annotated[int, typer.Option(help="users")] = 1000,
+    items: Annotated[int, typer.Option(help="items in the catalogue")] = 4000,
+    days: Annotated[int, typer.Option(help="days of logs")] = 14,
+    seed: Annotated[int, typer.Option(help="the same seed gives the same bytes")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Write raw logs in KuaiSAR's CSV schema from a planted preference model."""
+    from data_shards.simulate import simulate as run
+
+    rows = run(out, users=users, items=items, days=days, seed=seed, progress=stage_lines())
+    answer({"out": str(out), "rows": rows}, as_json, *(f"  {name:<22} {count:>12,} rows" for name, count in rows.items()), f"wrote {out}")
+
+
+@verb("gensr prepare kuaisar data/raw data/prepared history_max=20")
+def prepare(
+    source: Annotated[str, typer.Argument(help="kuaisar, amazon, jdsearch, or tables (your own logs)")],
+    raw: Annotated[Path, typer.Argument(help="folder of raw files")],
+    out: Annotated[Path, typer.Argument(help="prepared folder to write")],
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Turn raw logs into a prepared folder: splits, histories, negatives, text, shards, leak checks."""
+    from data_shards.prepare import prepare as run
+
+    run(source, raw, out, overrides or [], progress=stage_lines())
+    from data_shards.inspect import inspect as look
+
+    facts = look(out)
+    answer({"out": str(out), "counts": facts["counts"]}, as_json, f"wrote {out}", f"look at it: gensr inspect {out}")
+
+
+@verb("gensr inspect data/prepared")
+def inspect(out: Annotated[Path, typer.Argument(help="prepared folder")], as_json: AsJson = False) -> None:
+    """Show counts, splits, shard sizes, leak checks and one decoded example."""
+    from data_shards.inspect import describe
+    from data_shards.inspect import inspect as run
+
+    facts = run(out)
+    answer(facts, as_json, *describe(facts))
+
+
+@verb("gensr cf data/prepared cf.holdout=crossfit")
+def cf(out: Annotated[Path, typer.Argument(help="prepared folder")], overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Train the LightGCN table on the training split's recommendation clicks, into the prepared folder."""
+    from trainer.cf import train_cf
+
+    path = train_cf(out, overrides or [], progress=lambda line: typer.echo(line, err=True) if RANK == 0 else None)
+    answer({"path": str(path)}, as_json, f"CF table: {path}")
+
+
+# ---- training and evaluation ---------------------------------------------------------------------------------------
+
+
+@verb("gensr train demo data.dir=data/demo run.dir=runs/mine optim.lr=3e-4")
+def train(
+    preset: Annotated[str, typer.Argument(metavar="PRESET|FILE", help="a preset's name, or a YAML file (RUN/config.yaml repeats a run)")],
+    overrides: Overrides = None,
+    resume: Annotated[str, typer.Option(help="never, or auto: go on from the newest checkpoint in run.dir, if there is one")] = "never",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, print batch arithmetic, memory and time, train nothing")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train. Also as: accelerate launch --config_file ds_configs/… -m trainer train …"""
+    from trainer.config import load_config
+
+    if resume not in ("never", "auto"):
+        raise ConfigError(f"--resume must be never or auto, got {resume}")
+    config = load_config(preset, overrides or [])
+    if dry_run:
+        from trainer.plan import dry_run as check
+
+        plan = check(config, preset)
+        answer(plan.facts, as_json, *plan.lines)
+        return
+    from trainer.train import train as run
+
+    result = run(config, resume="auto" if resume == "auto" else "never")
+    if as_json:
+        answer(dataclasses.asdict(result), as_json)
+    if result.exit_code:
+        raise typer.Exit(result.exit_code)
+
+
+@verb("gensr evaluate runs/mine --split test")
+def evaluate(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="run folder")],
+    split: Annotated[str, typer.Option(help="valid or test")] = "test",
+    baselines: Annotated[bool, typer.Option(help="rank the same candidates with popularity, LightGCN and BM25")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Rank the stored candidates of every event; writes RUN/evaluation-SPLIT.json and .parquet."""
+    from trainer.evaluate import evaluate_run
+    from trainer.summary import protocol_line, rows_of, table
+
+    progress = stage_lines()
+    document = evaluate_run(run_dir, split, with_baselines=baselines, progress=lambda done, total: progress("score", done, total))
+    path = run_dir / f"evaluation-{split}.json"
+    answer(document, as_json, *table(rows_of(document)), protocol_line(document), f"wrote {path} and {path.with_suffix('.parquet').name}")
+
+
+@verb("gensr report runs/mine")
+def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="run folder")]) -> None:
+    """Draw RUN/report/*.png and print the results of a run."""
+    from trainer.report import plot_run
+    from trainer.summary import protocol_line, read_evaluation, rows_of, table
+
+    say(*(f"wrote {path}" for path in plot_run(run_dir)))
+    for split in ("valid", "test"):
+        if (run_dir / f"evaluation-{split}.json").is_file():
+            document = read_evaluation(run_dir, split)
+            say("", f"{split} split", *table(rows_of(document)), protocol_line(document))
+
+
+@verb("gensr compare runs/a runs/b")
+def compare(
+    run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="evaluated run folders")],
+    split: Annotated[str, typer.Option(help="valid or test")] = "test",
+    as_json: AsJson = False,
+) -> None:
+    """Put the results of runs side by side, with the settings that differ."""
+    from trainer.summary import compare as run
+    from trainer.summary import compare_lines
+
+    comparison = run(run_dirs, split)
+    answer(comparison, as_json, *compare_lines(comparison))
+
+
+# ---- registry and serving ------------------------------------------------------------------------------------------
+
+
+@verb("gensr register runs/mine gensr-mine")
+def register(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="run folder")],
+    name: Annotated[str, typer.Argument(help="registered model")],
+    alias: Annotated[str, typer.Option(help="alias that moves to the new version")] = "candidate",
+    as_json: AsJson = False,
+) -> None:
+    """Make a version of a registered model from a run, self-contained and checked."""
+    from trainer.registry import register as run
+
+    version = run(run_dir, name, alias)
+    answer({"name": name, "version": version, "alias": alias}, as_json, f"registered models:/{name}/{version}, also models:/{name}@{alias}")
+
+
+@verb("gensr score models:/gensr-demo@candidate requests.jsonl")
+def score(
+    model: Annotated[str, typer.Argument(help="run folder, or models:/NAME@alias")],
+    requests: Annotated[Path, typer.Argument(help="one JSON request a line: history, task, query, candidates")],
+    uri: Annotated[str, typer.Option(help="MLflow registry; default: MLFLOW_TRACKING_URI, else runs/mlflow.db")] = "",
+) -> None:
+    """Score given candidates from histories: one {"scores": […]} line for each request."""
+    records = read_requests(requests)
+    from trainer.registry import open_model
+
+    for scores in open_model(model, uri)(records):
+        say(json.dumps({"scores": scores}))
+
+
+def read_requests(path: Path) -> list[dict[str, Any]]:
+    """A JSON object a line. Raises RequestError naming the line."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"{path}: cannot be read: {error}") from error
+    records = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise RequestError(f"{path}, line {number}: not valid JSON: {error}") from error
+        if not isinstance(record, dict):
+            raise RequestError(f'{path}, line {number}: a request is an object with "history", "task" and "candidates"')
+        records.append(record)
+    if not records:
+        raise RequestError(f"{path} holds no request: one JSON object a line")
+    return records
+
+
+# ---- help for people -----------------------------------------------------------------------------------------------
+
+
+@config_app.command(epilog="Example: gensr config show demo optim.lr=3e-4")
+def show(
+    preset: Annotated[str | None, typer.Argument(metavar="[PRESET|FILE]", help="nothing: the defaults", show_default=False)] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Print the effective configuration as YAML."""
+    from data_shards.settings import to_yaml
+    from trainer.config import load_config
+
+    if preset is not None and "=" in preset:
+        preset, overrides = None, [preset, *(overrides or [])]
+    say(to_yaml(load_config(preset, overrides or [])).rstrip())
+
+
+@config_app.command(epilog="Example: gensr config keys train")
+def keys(
+    of: Annotated[str | None, typer.Argument(metavar="[train|cf|prepare]", help="nothing: all", show_default=False)] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List every key with its default and meaning."""
+    from data_shards.settings import key_help
+
+    trees = settings_trees()
+    if of is not None and of not in trees:
+        raise ConfigError(f"no keys of {of!r}. There are: {', '.join(trees)}")
+    rows = {name: list(key_help(tree)) for name, tree in trees.items() if of in (None, name)}
+    document = {name: [{"key": key, "default": default, "help": text} for key, default, text in of_verb] for name, of_verb in rows.items()}
+    lines = []
+    for name, of_verb in document.items():
+        settings = [f"{row['key']}={row['default'] if isinstance(row['default'], str) else json.dumps(row['default'])}" for row in of_verb]
+        width = max(map(len, settings))
+        lines += [f"gensr {name}", *(f"  {setting:<{width}}  {row['help']}" for setting, row in zip(settings, of_verb, strict=True)), ""]
+    answer(document, as_json, *lines)
+
+
+@config_app.command(epilog="Example: gensr config schema > gensr.schema.json")
+def schema() -> None:
+    """Print the JSON schema of a training configuration, for editors."""
+    from pydantic import TypeAdapter
+
+    from trainer.config import Config
+
+    say(json.dumps(TypeAdapter(Config).json_schema(), indent=2))
+
+
+def settings_trees() -> dict[str, Any]:
+    from data_shards.options import PrepareSettings
+    from trainer.config import CfRoot, Config
+
+    return {"train": Config, "cf": CfRoot, "prepare": PrepareSettings}
+
+
+@verb("gensr demo")
+def demo(
+    data_dir: Annotated[Path, typer.Option(help="prepared folder; raw logs go to DATA_DIR-raw")] = Path("data/demo"),
+    run_dir: Annotated[Path, typer.Option(help="run folder; MLflow's database goes beside it")] = Path("runs/demo"),
+) -> None:
+    """The whole way, offline: simulate, prepare, cf, train, evaluate, register, and a summary."""
+    from trainer.demo import run_demo
+
+    run_demo(data_dir, run_dir)
