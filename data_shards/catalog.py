@@ -1,0 +1,187 @@
+"""The catalogue files: original ids, texts, token and word matrices, training click counts. Streamed: no table lies in memory as a whole."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from data_shards.errors import DataError
+from data_shards.options import PrepareSettings
+from data_shards.schema import REC
+from data_shards.split import TRAIN
+from data_shards.text import Words, collect_words, encode_texts, get_tokenizer, split_words, training_texts, word_mode
+from data_shards.work import BATCH_ROWS, Work
+from data_shards.write import EventColumns
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+ID_TABLES = {"users": "user", "items": "item", "queries": "query"}
+
+
+def name_ids(work: Work) -> dict[str, Any]:
+    """Stage: tables final_users, final_items, final_queries: (id, key = original), from the code of each final id."""
+    for plural, singular in ID_TABLES.items():
+        codes = work.column(f"{singular}_code", "i4")
+        work.put_table("kept", pa.table({"code": pa.array(np.asarray(codes)), "id": pa.array(np.arange(len(codes)), pa.int32())}))
+        work.con.execute(f"CREATE OR REPLACE TABLE final_{plural} AS SELECT id, key FROM kept JOIN {singular}_codes USING (code)")
+    work.con.execute("DROP TABLE kept")
+    return {}
+
+
+def train_click_counts(columns: EventColumns, num_items: int) -> np.ndarray:
+    """Training clicks of each item, [2, num_items] int64: row 0 recommendation, row 1 search."""
+    counts = np.zeros((2, num_items), np.int64)
+    for start in range(0, len(columns.item), BATCH_ROWS):
+        rows = slice(start, start + BATCH_ROWS)
+        train = columns.split[rows] == TRAIN
+        for task in (0, 1):
+            counts[task] += np.bincount(columns.item[rows][train & (columns.task[rows] == task)], minlength=num_items)
+    return counts
+
+
+def mark_train_queries(work: Work, columns: EventColumns, num_queries: int) -> None:
+    """Table train_queries (id): queries of training events. Vocabularies are made from these only."""
+    used = np.zeros(num_queries, bool)
+    for start in range(0, len(columns.item), BATCH_ROWS):
+        rows = slice(start, start + BATCH_ROWS)
+        used[columns.query[rows][(columns.split[rows] == TRAIN) & (columns.task[rows] != REC)]] = True
+    work.put_table("train_queries", pa.table({"id": pa.array(np.flatnonzero(used), pa.int32())}))
+
+
+def write_catalog(work: Work, settings: PrepareSettings, columns: EventColumns, read: dict[str, Any], sizes: dict[str, int]) -> dict[str, Any]:
+    """Stage: catalog/ and tokenizer/ of the tree. `read`: result of the read stage; sizes: num_users, num_items, num_queries."""
+    mode = word_mode(settings, read["anonymised"])
+    folder = work.tree / "catalog"
+    folder.mkdir(parents=True, exist_ok=True)
+    mark_train_queries(work, columns, sizes["num_queries"])
+    words = collect_words(work, settings.min_word_count) if mode == "words" else None
+    tokenizer = get_tokenizer(settings, training_texts(work, with_queries=mode == "natural"))
+    tokenizer_file = work.tree / "tokenizer" / "tokenizer.json"
+    tokenizer_file.parent.mkdir(exist_ok=True)
+    tokenizer.save(str(tokenizer_file))
+    repeated = _write_items(work, settings, tokenizer, words, mode, read, train_click_counts(columns, sizes["num_items"]))
+    _write_queries(work, settings, tokenizer, words, mode, sizes["num_queries"])
+    _write_users(work, folder / "users.parquet")
+    return {
+        "text": {
+            "mode": mode, "tokenizer": settings.tokenizer and Path(settings.tokenizer).name or "trained", "vocab_size": tokenizer.get_vocab_size(),
+            "num_words": len(words) if words is not None else 0, "item_tokens": settings.item_tokens, "query_tokens": settings.query_tokens,
+        },
+        "repeated_items": repeated,
+    }  # fmt: skip
+
+
+def _write_users(work: Work, path: Path) -> None:
+    batches = list(work.batches("SELECT key AS user_id FROM final_users ORDER BY id"))
+    pq.write_table(pa.Table.from_batches(batches), path, compression="zstd")
+
+
+def _write_items(
+    work: Work, settings: PrepareSettings, tokenizer: "Tokenizer", words: Words | None, mode: str, read: dict[str, Any], clicks: np.ndarray
+) -> int:
+    num_items = clicks.shape[1]
+    writer = CatalogWriter(work.tree / "catalog", "items", num_items, (settings.item_tokens, settings.item_words), tokenizer, words, settings.lowercase)
+    done = repeated = 0
+    for batch, extra in item_batches(work, read["duplicate_items"]):
+        repeated += extra
+        rows = slice(done, done + batch.num_rows)
+        texts: list[str] = batch.column("text").to_pylist()
+        captions = batch.column("words").cast(pa.list_(pa.int64()))
+        counts = np.nan_to_num(pc.list_value_length(captions).to_numpy(zero_copy_only=False)).astype(np.int64)
+        flat = captions.flatten().to_numpy(zero_copy_only=False)
+        full = texts
+        if read["anonymised"]:
+            joined = pc.binary_join(captions.cast(pa.list_(pa.string())), " ").fill_null("").to_pylist()
+            full = [f"{text} {caption}".strip() for text, caption in zip(texts, joined, strict=True)]
+        table = pa.table({
+            "item_id": batch.column("key"), "text": pa.array(full, pa.string()), "category": batch.column("category"),
+            "train_rec_clicks": clicks[0, rows], "train_src_clicks": clicks[1, rows],
+        })  # fmt: skip
+        writer.append(table, full if mode == "digits" else texts, (flat, counts))
+        done += batch.num_rows
+        work.progress("items", done, num_items)
+    writer.close(pa.table({}))
+    return repeated
+
+
+def _write_queries(work: Work, settings: PrepareSettings, tokenizer: "Tokenizer", words: Words | None, mode: str, num_queries: int) -> None:
+    folder = work.tree / "catalog"
+    writer = CatalogWriter(folder, "queries", num_queries, (settings.query_tokens, settings.query_words), tokenizer, words, settings.lowercase)
+    done = 0
+    for batch in work.batches("SELECT CAST(key AS VARCHAR) AS text FROM final_queries ORDER BY id", 65_536):
+        texts: list[str] = batch.column("text").to_pylist()
+        token_texts = texts if mode in ("natural", "digits") else [""] * len(texts)
+        word_lists = split_words(texts) if mode == "words" else (np.zeros(0, np.int64), np.zeros(len(texts), np.int64))
+        writer.append(pa.table({"text": batch.column("text")}), token_texts, word_lists)
+        done += batch.num_rows
+        work.progress("queries", done, num_queries)
+    writer.close(pa.table({"text": pa.array([], pa.string())}))
+
+
+class MatrixFile:
+    """A .npy file [num_rows, width], filled from top to bottom."""
+
+    def __init__(self, path: Path, num_rows: int, width: int, dtype: Any) -> None:
+        self.array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=(num_rows, width)) if num_rows else None
+        if self.array is None:
+            np.save(path, np.zeros((0, width), dtype))
+        self.filled = 0
+
+    def append(self, rows: np.ndarray) -> None:
+        if self.array is not None:
+            self.array[self.filled : self.filled + len(rows)] = rows
+        self.filled += len(rows)
+
+    def close(self) -> None:
+        if self.array is not None:
+            assert self.filled == len(self.array), f"{self.filled} of {len(self.array)} rows written"
+            self.array.flush()
+
+
+class CatalogWriter:
+    """Writes one of catalog/{items,queries}: a parquet table of originals, and token and word matrices."""
+
+    def __init__(self, folder: Path, stem: str, num_rows: int, widths: tuple[int, int], tokenizer: "Tokenizer", words: Words | None, lowercase: bool) -> None:
+        token_type = np.uint16 if tokenizer.get_vocab_size() <= 65_536 else np.int32
+        singular = {"items": "item", "queries": "query"}[stem]
+        self.tokenizer, self.words, self.lowercase, self.widths = tokenizer, words, lowercase, widths
+        self.tokens = MatrixFile(folder / f"{singular}_tokens.npy", num_rows, widths[0], token_type)
+        self.word_ids = MatrixFile(folder / f"{singular}_words.npy", num_rows, widths[1], np.int32) if words is not None else None
+        self.path, self.parquet = folder / f"{stem}.parquet", None
+
+    def append(self, table: pa.Table, token_texts: list[str], word_lists: tuple[np.ndarray, np.ndarray]) -> None:
+        if self.parquet is None:
+            self.parquet = pq.ParquetWriter(self.path, table.schema, compression="zstd")
+        self.parquet.write_table(table)
+        self.tokens.append(encode_texts(self.tokenizer, token_texts, self.widths[0], self.lowercase))
+        if self.words is not None and self.word_ids is not None:
+            self.word_ids.append(self.words.matrix(*word_lists, self.widths[1]))
+
+    def close(self, empty: pa.Table) -> None:
+        if self.parquet is None:
+            pq.write_table(empty, self.path)
+        else:
+            self.parquet.close()
+        self.tokens.close()
+        if self.word_ids is not None:
+            self.word_ids.close()
+
+
+def item_batches(work: Work, duplicates_allowed: bool) -> Iterator[tuple[pa.RecordBatch, int]]:
+    """The catalogue's items by id, one row each (columns id, key, text, words, category), and how many further rows of them were left out."""
+    sql = """SELECT f.id, f.key, coalesce(i.text, '') AS text, i.words, i.category FROM final_items f LEFT JOIN items i ON i.item_id = f.key ORDER BY f.id, text"""
+    last = -1
+    for batch in work.batches(sql, 65_536):
+        ids = batch.column("id").to_numpy()
+        first = np.diff(ids, prepend=last) != 0
+        if len(ids):
+            last = ids[-1]
+        repeated = int((~first).sum())
+        if repeated and not duplicates_allowed:
+            raise DataError(f"item {batch.column('key')[int(np.flatnonzero(~first)[0])]} has several rows. Every item needs one row.")
+        yield batch.filter(pa.array(first)), repeated

@@ -1,0 +1,140 @@
+"""Leak checks on what was written: shards are read again and compared with the canonical clicks. They run in every preparation."""
+
+import io
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data_shards.errors import DataError
+from data_shards.histories import first_of_runs, ragged_rows
+from data_shards.negatives import contains, user_item_keys
+from data_shards.schema import REC, SPLITS, SRC
+from data_shards.split import TRAIN
+from data_shards.work import BATCH_ROWS, Work
+from data_shards.write import EventColumns
+
+
+class Tally:
+    """Counts of one check."""
+
+    def __init__(self) -> None:
+        self.checked = self.violations = 0
+
+    def add(self, checked: int, violations: Any) -> None:
+        self.checked += int(checked)
+        self.violations += int(violations)
+
+
+def read_blocks(path: Path) -> Iterator[pa.Table]:
+    """The Arrow blocks of one shard, in order."""
+    with tarfile.open(path) as tar:
+        for entry in tar:
+            file = tar.extractfile(entry)
+            assert file is not None
+            yield pa.ipc.open_stream(io.BytesIO(file.read())).read_all()
+
+
+def check_prepared(work: Work, columns: EventColumns, num_items: int, num_negatives: int) -> dict[str, dict[str, int]]:
+    """Stage: {check: {checked, violations}}. Raises DataError when anything was violated: the folder is then not published.
+
+    event_once              every event is in exactly one split, once, with the user, item, task, query and time of its click
+    clicks_in_time_order    each user's clicks are in time order, and the splits follow one another
+    history_before_target   every history item is a click of the same user, strictly earlier than the target
+    history_train_only      no history of a training event holds a validation or test click
+    train_counts            the catalogue's click counts are those of the training shards
+    negatives_unique        no stored negative twice in a row, nor the positive
+    negatives_unseen        no stored negative was clicked by the user, in any split or task
+    """
+    names = ("event_once", "clicks_in_time_order", "history_before_target", "history_train_only", "train_counts", "negatives_unique", "negatives_unseen")
+    tallies = {name: Tally() for name in names}
+    history_row = work.column("history_row", "i8")
+    seen = np.zeros(len(columns.user), np.uint8)
+    counts = np.zeros((2, num_items), np.int64)
+    for code, name in enumerate(SPLITS):
+        for path in sorted((work.tree / "shards").glob(f"{name}-*.tar")):
+            for table in read_blocks(path):
+                block = table.to_batches()[0]
+                rows = _check_events(block, columns, code, seen, tallies["event_once"])
+                _check_histories(block, rows, columns, history_row, code, tallies)
+                if code == TRAIN:
+                    task, item = block.column("task").to_numpy(), block.column("item").to_numpy()
+                    for kind in (REC, SRC):
+                        counts[kind] += np.bincount(item[task == kind], minlength=num_items)
+                else:
+                    _check_negatives(block, columns, num_items, num_negatives, tallies)
+                work.progress("checks", int(seen.sum()), len(seen))
+    tallies["event_once"].add(0, (seen != 1).sum())
+    tallies["clicks_in_time_order"].add(len(seen), check_monotone(columns))
+    _check_counts(work.tree / "catalog" / "items.parquet", counts, tallies["train_counts"])
+    result = {name: {"checked": tally.checked, "violations": tally.violations} for name, tally in tallies.items()}
+    broken = {name: tally["violations"] for name, tally in result.items() if tally["violations"]}
+    if broken:
+        raise DataError(f"leak checks failed: {broken}. The folder was not published; please report this with the settings used.")
+    return result
+
+
+def _check_events(block: pa.RecordBatch, columns: EventColumns, code: int, seen: np.ndarray, tally: Tally) -> np.ndarray:
+    rows = block.column("event_id").to_numpy()
+    np.add.at(seen, rows, 1)
+    wrong = columns.split[rows] != code
+    for name in ("user", "item", "task", "query", "time"):
+        wrong |= block.column(name).to_numpy() != getattr(columns, name)[rows]
+    tally.add(len(rows), wrong.sum())
+    return rows
+
+
+def _check_histories(block: pa.RecordBatch, rows: np.ndarray, columns: EventColumns, history_row: np.ndarray, code: int, tallies: dict[str, Tally]) -> None:
+    """The written items must be those of a run of the user's own clicks that ends before the target's time.
+
+    Clicks of a user are in time order, so the last click of the run tells for all of it (rows of one user: first and last are that user's).
+    """
+    lists = block.column("history_items")
+    count = np.diff(lists.offsets.to_numpy())
+    start = columns.history_start[rows]
+    clicks = history_row[ragged_rows(start, count)]
+    same = (lists.flatten().to_numpy() == columns.item[clicks]) & (block.column("history_tasks").flatten().to_numpy() == columns.task[clicks])
+    some = count > 0
+    first, last = history_row[start[some]], history_row[start[some] + count[some] - 1]
+    user, time = block.column("user").to_numpy()[some], block.column("time").to_numpy()[some]
+    early = (columns.user[first] == user) & (columns.user[last] == user) & (columns.time[last] < time)
+    tallies["history_before_target"].add(len(clicks), (~same).sum() + (~early).sum())
+    if code == TRAIN:
+        tallies["history_train_only"].add(len(clicks), (columns.split[last] != TRAIN).sum())
+
+
+def _check_negatives(block: pa.RecordBatch, columns: EventColumns, num_items: int, num_negatives: int, tallies: dict[str, Tally]) -> None:
+    negatives = block.column("negatives").flatten().to_numpy().reshape(-1, num_negatives)
+    user, item = block.column("user").to_numpy(), block.column("item").to_numpy()
+    in_order = np.sort(negatives, axis=1)
+    twice = (in_order[:, 1:] == in_order[:, :-1]).sum() + (negatives == item[:, None]).sum()
+    outside = ((negatives < 0) | (negatives >= num_items)).sum()
+    tallies["negatives_unique"].add(negatives.size, twice + outside)
+    nearby = slice(int(np.searchsorted(columns.user, user.min())), int(np.searchsorted(columns.user, user.max(), side="right")))
+    clicked = user_item_keys(columns.user[nearby], columns.item[nearby], num_items)
+    tallies["negatives_unseen"].add(negatives.size, contains(clicked, user[:, None].astype(np.int64) * num_items + negatives).sum())
+
+
+def _check_counts(path: Path, counts: np.ndarray, tally: Tally) -> None:
+    start = 0
+    for batch in pq.ParquetFile(path).iter_batches(columns=["train_rec_clicks", "train_src_clicks"], batch_size=BATCH_ROWS):
+        rows = slice(start, start + batch.num_rows)
+        wrong = (batch.column(0).to_numpy() != counts[REC, rows]) | (batch.column(1).to_numpy() != counts[SRC, rows])
+        tally.add(batch.num_rows, wrong.sum())
+        start += batch.num_rows
+    tally.add(0, start != counts.shape[1])
+
+
+def check_monotone(columns: EventColumns) -> int:
+    """Number of places where a user's clicks are out of time order or a split comes before an earlier one (0 in a sound folder)."""
+    wrong = 0
+    for start in range(0, len(columns.user), BATCH_ROWS):
+        rows = slice(max(0, start - 1), start + BATCH_ROWS)
+        user, time, split = columns.user[rows], columns.time[rows], columns.split[rows]
+        same_user = ~first_of_runs(user)[1:]
+        wrong += int((same_user & ((np.diff(time) < 0) | (np.diff(split) < 0))).sum())
+    return wrong

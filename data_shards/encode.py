@@ -1,0 +1,166 @@
+"""Raw keys → dense ids, and the one canonical order of all clicks: by user, then time, ties by hash.
+
+Ids are a permutation by hash of the sorted original ids: neither order of appearance nor popularity can be read from them.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+
+from data_shards.errors import DataError
+from data_shards.filters import keep_users_and_items
+from data_shards.hashing import derive_seed, mix64, permutation
+from data_shards.histories import first_of_runs, order_by_hash
+from data_shards.options import PrepareSettings
+from data_shards.schema import NO_QUERY, REC, SRC
+from data_shards.sources import Source, Tables
+from data_shards.sources.reading import readable
+from data_shards.work import BATCH_ROWS, Work, chunk_bounds
+
+EVENT_DTYPES = {"user": "i4", "item": "i4", "time": "i8", "task": "i1", "query": "i4"}
+USER_SEED, ITEM_SEED, QUERY_SEED, TIE_SEED = 11, 12, 13, 14  # what a hash is for
+
+
+def read_rows(work: Work, source: Source) -> dict[str, Any]:
+    """Stage: raw files → table `rows` in the work database. Returns counts and what was dropped, and why."""
+    try:
+        tables = source.read(work)
+        work.execute(f"CREATE OR REPLACE TABLE rows AS {tables.events}", "read")
+        work.con.execute(f"CREATE OR REPLACE VIEW items AS {tables.items}")
+    except duckdb.Error as error:
+        raise readable(error) from error
+    _raise_wrong_values(work, tables)
+    dropped = dict(tables.dropped)
+    for problem, count in work.con.execute("SELECT problem, count(*) FROM rows WHERE problem IS NOT NULL GROUP BY 1 ORDER BY 1").fetchall():
+        dropped[problem] = dropped.get(problem, 0) + count
+    names = ["users", "items", "queries", "rec", "src", "clicks"]
+    counts = work.con.execute(
+        f"""SELECT count(DISTINCT user_id), count(DISTINCT item_id), count(DISTINCT query), count(*) FILTER (task = {REC}), count(*) FILTER (task = {SRC}),
+            count(*) FILTER (clicked AND problem IS NULL) FROM rows"""
+    ).fetchall()[0]
+    if counts[-1] == 0:
+        reasons = "; ".join(f"{reason}: {count}" for reason, count in dropped.items()) or "the files hold no rows"
+        raise DataError(f"{', '.join(str(path) for path in source.files)}: no usable click. Dropped: {reasons}.")
+    return {
+        "counts": dict(zip(names, counts, strict=True)), "dropped": dropped, "anonymised": tables.anonymised, "notes": tables.notes,
+        "duplicate_items": tables.duplicate_items,
+    }  # fmt: skip
+
+
+def _raise_wrong_values(work: Work, tables: Tables) -> None:
+    wrong = work.con.execute("SELECT problem FROM rows WHERE starts_with(problem, 'error: ') ORDER BY 1 LIMIT 1").fetchall()
+    if wrong:
+        assert tables.locate is not None
+        raise tables.locate(wrong[0][0])
+
+
+def encode_keys(work: Work, settings: PrepareSettings) -> dict[str, Any]:
+    """Stage: original users, items and queries of clicks → codes 0, 1, … in hashed order (tables user_codes, item_codes, query_codes)."""
+    clicks = "FROM rows WHERE problem IS NULL AND clicked"
+    every_item = " UNION SELECT item_id FROM items" if settings.min_interactions == 0 else ""
+    sizes = {
+        "users": _encode(work, "user_codes", f"SELECT DISTINCT user_id AS key {clicks}", derive_seed(settings.seed, USER_SEED)),
+        "items": _encode(work, "item_codes", f"SELECT DISTINCT item_id AS key {clicks}{every_item}", derive_seed(settings.seed, ITEM_SEED)),
+        "queries": _encode(work, "query_codes", f"SELECT DISTINCT query AS key {clicks} AND query IS NOT NULL", derive_seed(settings.seed, QUERY_SEED)),
+    }
+    return sizes
+
+
+def _encode(work: Work, table: str, keys_sql: str, seed: int) -> int:
+    work.con.execute(f"CREATE OR REPLACE TABLE sorted_keys AS SELECT key, (row_number() OVER (ORDER BY key) - 1)::INTEGER AS position FROM ({keys_sql})")
+    size: int = work.scalar("SELECT count(*) FROM sorted_keys")
+    codes = pa.table({"position": pa.array(np.arange(size), pa.int32()), "code": pa.array(permutation(size, seed), pa.int32())})
+    work.put_table("codes", codes)
+    work.con.execute(f"CREATE OR REPLACE TABLE {table} AS SELECT key, code FROM sorted_keys JOIN codes USING (position)")
+    work.con.execute("DROP TABLE sorted_keys; DROP TABLE codes")
+    return size
+
+
+def sort_clicks(work: Work) -> dict[str, Any]:
+    """Stage: all clicks as flat columns click_* of codes, by (user, time, item, task, query), exact duplicates removed."""
+    sql = f"""
+        SELECT u.code AS user, i.code AS item, r.time AS time, r.task AS task, coalesce(q.code, {NO_QUERY}) AS query
+        FROM rows r JOIN user_codes u ON r.user_id = u.key JOIN item_codes i ON r.item_id = i.key LEFT JOIN query_codes q ON r.query = q.key
+        WHERE r.problem IS NULL AND r.clicked ORDER BY 1, 3, 2, 4, 5"""
+    total = work.scalar("SELECT count(*) FROM rows WHERE problem IS NULL AND clicked")
+    kept = work.write_columns(_without_duplicates(work, sql, total), {f"click_{name}": dtype for name, dtype in EVENT_DTYPES.items()})
+    return {"num_clicks": kept, "num_duplicates": total - kept}
+
+
+def _without_duplicates(work: Work, sql: str, total: int) -> Iterator[dict[str, np.ndarray]]:
+    done, last = 0, None
+    for batch in work.batches(sql):
+        columns = {name: batch.column(name).to_numpy() for name in EVENT_DTYPES}
+        differs = np.zeros(batch.num_rows, bool)
+        for name, values in columns.items():
+            differs[1:] |= values[1:] != values[:-1]
+            differs[:1] |= last is None or values[:1] != last[name]
+        if batch.num_rows:
+            last = {name: values[-1].copy() for name, values in columns.items()}
+        done += batch.num_rows
+        work.progress("sort", done, total)
+        yield {f"click_{name}": values[differs] for name, values in columns.items()}
+
+
+def filter_clicks(work: Work, settings: PrepareSettings, sizes: dict[str, int]) -> dict[str, Any]:
+    """Stage: users, items and clicks that remain, with final ids, in the canonical order (columns user, item, time, task, query).
+
+    Also columns user_code, item_code and query_code: the code of each final id.
+    """
+    clicks = {name: work.column(f"click_{name}", dtype) for name, dtype in EVENT_DTYPES.items()}
+    keep_user, keep_item, rounds = keep_users_and_items(
+        clicks["user"], clicks["item"], clicks["task"], sizes["users"], sizes["items"],
+        settings.min_interactions, settings.both_behaviours, settings.kcore,
+    )  # fmt: skip
+    keep_query = np.zeros(sizes["queries"], bool)
+    num_events = 0
+    for start in range(0, len(clicks["user"]), BATCH_ROWS):
+        rows = slice(start, start + BATCH_ROWS)
+        kept = keep_user[clicks["user"][rows]] & keep_item[clicks["item"][rows]]
+        query = clicks["query"][rows][kept]
+        keep_query[query[query >= 0]] = True
+        num_events += int(kept.sum())
+    if num_events == 0:
+        raise DataError(f"the filter leaves no click of {len(clicks['user'])}: lower min_interactions={settings.min_interactions}, or kcore=false, or both_behaviours=false.")
+    new_id = {"user": _new_ids(keep_user), "item": _new_ids(keep_item), "query": _new_ids(keep_query)}
+    work.write_columns(_renumbered(work, clicks, keep_user, keep_item, new_id, settings.seed), EVENT_DTYPES)
+    codes = {"user_code": keep_user, "item_code": keep_item, "query_code": keep_query}
+    for name, keep in codes.items():
+        work.write_columns([{name: np.flatnonzero(keep)}], {name: "i4"})
+    return {
+        "num_events": num_events, "num_users": int(keep_user.sum()), "num_items": int(keep_item.sum()), "num_queries": int(keep_query.sum()),
+        "dropped_clicks": len(clicks["user"]) - num_events, "rounds": rounds,
+    }  # fmt: skip
+
+
+def _new_ids(keep: np.ndarray) -> np.ndarray:
+    return (np.cumsum(keep) - 1).astype(np.int32)
+
+
+def _renumbered(
+    work: Work, clicks: dict[str, np.ndarray], keep_user: np.ndarray, keep_item: np.ndarray, new_id: dict[str, np.ndarray], seed: int
+) -> Iterator[dict[str, np.ndarray]]:
+    user_codes = clicks["user"]
+    starts = np.searchsorted(user_codes, np.arange(len(keep_user)))
+    for start, stop in chunk_bounds(starts, len(user_codes)):
+        work.progress("filter", start, len(user_codes))
+        chunk = {name: np.asarray(values[start:stop]) for name, values in clicks.items()}
+        kept = keep_user[chunk["user"]] & keep_item[chunk["item"]]
+        chunk = {name: values[kept] for name, values in chunk.items()}
+        query = chunk["query"]
+        chunk["user"], chunk["item"] = new_id["user"][chunk["user"]], new_id["item"][chunk["item"]]
+        if len(new_id["query"]):
+            chunk["query"] = np.where(query >= 0, new_id["query"][np.maximum(query, 0)], NO_QUERY).astype(np.int32)
+        order = canonical_order(chunk, seed)
+        yield {name: values[order] for name, values in chunk.items()}
+
+
+def canonical_order(rows: dict[str, np.ndarray], seed: int) -> np.ndarray:
+    """Order of rows (sorted by user and time already) by user, time, and a hash of (user, item, task, query): never item id or file order."""
+    group = np.cumsum(first_of_runs(rows["user"], rows["time"])) - 1
+    pair = (rows["user"].astype(np.uint64) << np.uint64(32)) | rows["item"].astype(np.uint64)
+    kind = (rows["query"].astype(np.int64) + 1) * 2 + rows["task"]
+    return order_by_hash(group, mix64(mix64(pair, derive_seed(seed, TIE_SEED)) ^ mix64(kind, 1)))

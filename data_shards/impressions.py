@@ -1,0 +1,72 @@
+"""Items shown beside a training click and not clicked: true negatives that training may use."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from data_shards.encode import EVENT_DTYPES
+from data_shards.hashing import derive_seed
+from data_shards.histories import choose_shown, moment_keys
+from data_shards.negatives import contains
+from data_shards.options import PrepareSettings
+from data_shards.schema import NO_QUERY
+from data_shards.split import TRAIN
+from data_shards.work import Work, chunk_bounds
+
+SHOWN_SEED = 15
+
+
+def sort_shown(work: Work) -> int:
+    """Columns shown_*: unclicked rows of kept users, items and queries, by user. Needs the final_* tables."""
+    sql = f"""
+        SELECT u.id AS user, i.id AS item, r.time AS time, r.task AS task, coalesce(q.id, {NO_QUERY}) AS query
+        FROM rows r JOIN final_users u ON r.user_id = u.key JOIN final_items i ON r.item_id = i.key LEFT JOIN final_queries q ON r.query = q.key
+        WHERE r.problem IS NULL AND NOT r.clicked AND (r.query IS NULL OR q.id IS NOT NULL) ORDER BY 1, 3, 2, 4, 5"""
+    parts = ({f"shown_{name}": batch.column(name).to_numpy() for name in EVENT_DTYPES} for batch in work.batches(sql))
+    return work.write_columns(parts, {f"shown_{name}": dtype for name, dtype in EVENT_DTYPES.items()})
+
+
+def attach_shown(work: Work, settings: PrepareSettings, num_users: int) -> dict[str, Any]:
+    """Stage: columns shown_start, shown_count of every event and the flat column shown_chosen."""
+    num_shown = sort_shown(work) if settings.num_impressions else work.write_columns([], {f"shown_{name}": dtype for name, dtype in EVENT_DTYPES.items()})
+    work.write_columns(_chunks(work, settings, num_users), {"shown_start": "i8", "shown_count": "i4", "shown_chosen": "i4"})
+    return {"num_shown": num_shown, "num_chosen": len(work.column("shown_chosen", "i4"))}
+
+
+def _chunks(work: Work, settings: PrepareSettings, num_users: int) -> Iterator[dict[str, np.ndarray]]:
+    events = {name: work.column(name, dtype) for name, dtype in EVENT_DTYPES.items()}
+    shown = {name: work.column(f"shown_{name}", dtype) for name, dtype in EVENT_DTYPES.items()}
+    split = work.column("split", "i1")
+    users = np.arange(num_users)
+    shown_starts = np.append(np.searchsorted(shown["user"], users), len(shown["user"]))
+    seed, written, num_events = derive_seed(settings.seed, SHOWN_SEED), 0, len(events["user"])
+    for start, stop in chunk_bounds(np.searchsorted(events["user"], users), num_events):
+        first_user, last_user = int(events["user"][start]), int(events["user"][stop - 1])
+        near = slice(int(shown_starts[first_user]), int(shown_starts[last_user + 1]))
+        here = {name: np.asarray(values[start:stop]) for name, values in events.items()}
+        beside = {name: np.asarray(values[near]) for name, values in shown.items()}
+        event_moment, shown_moment = _keys(here), _keys(beside)
+        moments = np.unique(event_moment[split[start:stop] == TRAIN])
+        wanted = contains(moments, shown_moment)
+        moment, item = np.searchsorted(moments, shown_moment[wanted]), beside["item"][wanted]
+        clicked = np.unique(_moment_item(np.searchsorted(moments, event_moment), here["item"]))
+        free = ~contains(clicked, _moment_item(moment, item))
+        moment, item = moment[free], item[free]
+        rows = choose_shown(moment, item, settings.num_impressions, seed)
+        counts = np.bincount(moment[rows], minlength=len(moments) + 1)
+        firsts = written + np.cumsum(counts) - counts
+        at = np.searchsorted(moments, event_moment)
+        known = contains(moments, event_moment) & (split[start:stop] == TRAIN)
+        at = np.where(known, at, len(moments))  # the extra moment has no items
+        written += len(rows)
+        work.progress("impressions", stop, num_events)
+        yield {"shown_start": np.where(known, firsts[at], 0), "shown_count": counts[at], "shown_chosen": item[rows]}
+
+
+def _keys(rows: dict[str, np.ndarray]) -> np.ndarray:
+    return moment_keys(rows["user"], rows["time"], rows["task"], rows["query"])
+
+
+def _moment_item(moment: np.ndarray, item: np.ndarray) -> np.ndarray:
+    return (moment.astype(np.int64) << 32) | item

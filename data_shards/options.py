@@ -1,0 +1,89 @@
+"""Settings of `gensr prepare`, and what each source changes in them."""
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Gt, Le
+
+from data_shards import settings as s
+
+Positive = Annotated[int, Gt(0)]
+NonNegative = Annotated[int, Ge(0)]
+
+
+@s.settings
+class PrepareSettings:
+    split: Literal["time", "leave_one_out"] = "time"
+    """time: the last days are test and validation. leave_one_out: each user's last distinct time is test, the one before validation"""
+    test_days: Positive = 1
+    """days of the test split (split=time)"""
+    valid_days: Positive = 1
+    """days of the validation split, before the test days (split=time)"""
+    utc_offset_hours: Annotated[int, Ge(-12), Le(14)] = 0
+    """days begin at midnight of this offset from UTC (split=time)"""
+    min_interactions: NonNegative = 1
+    """users and items with fewer clicks are dropped; 0 also keeps items that were never clicked"""
+    kcore: bool = True
+    """repeat the filter until nothing changes; false filters once"""
+    both_behaviours: bool = False
+    """keep only users with both a recommendation click and a search click"""
+    history_max: Positive = 50
+    """history items stored with an event, newest kept"""
+    num_negatives: Positive = 99
+    """stored negatives of a validation or test event"""
+    num_impressions: NonNegative = 8
+    """stored items shown beside a training click and not clicked, at most"""
+    seed: NonNegative = 0
+    """seeds ids, tie-breaks, the shuffle and the negatives"""
+    tokenizer: str = ""
+    """empty trains a small one on item and query texts; or a folder, a tokenizer.json, a hub name"""
+    vocab_size: Annotated[int, Ge(300), Le(65535)] = 8000
+    """size of a trained tokenizer"""
+    lowercase: bool = True
+    """lower-case texts before they are tokenised, so that a query and a title share tokens"""
+    words: Literal["auto", "words", "digits", "drop"] = "auto"
+    """anonymised words: a word table of their own (auto does so where a log has them), tokenised as digits, or left out"""
+    min_word_count: Positive = 1
+    """rarer anonymised words are left out"""
+    text_order: Literal["categories_title", "title_categories"] = "categories_title"
+    """what comes first in an item's text (amazon): tokens beyond item_tokens are cut"""
+    item_tokens: Positive = 48
+    """stored tokens of an item's text"""
+    item_words: Positive = 16
+    """stored anonymised words of an item"""
+    query_tokens: Positive = 16
+    """stored tokens of a query"""
+    query_words: Positive = 8
+    """stored anonymised words of a query"""
+    block_events: Annotated[int, Ge(16)] = 4096
+    """events of one tar entry"""
+    shard_events: Annotated[int, Ge(16)] = 262_144
+    """events of one tar file"""
+    compression: Literal["none", "lz4", "zstd"] = "none"
+    """of Arrow blocks; none reads fastest"""
+    memory_limit: str = "1500MB"
+    """duckdb's share of memory; the whole program needs about 400 MB more"""
+    threads: Positive = 2
+    """threads of duckdb and of the tokenizer; the output does not depend on it"""
+    overwrite: bool = False
+    """replace an existing prepared folder once the new one is complete"""
+
+
+# settings that do not change the output: left out of the manifest and of what a restart compares
+WITHOUT_EFFECT = ("memory_limit", "threads", "overwrite")
+
+SOURCE_DEFAULTS: dict[str, dict[str, Any]] = {
+    "kuaisar": {"min_interactions": 5, "both_behaviours": True},
+    "amazon": {"split": "leave_one_out"},
+    "jdsearch": {"split": "leave_one_out"},
+    "tables": {},
+}
+
+
+def load_prepare_settings(source: str, overrides: Sequence[str] = ()) -> PrepareSettings:
+    """Defaults of the source ← overrides. Raises ConfigError with every problem."""
+    return s.load(PrepareSettings, overrides=overrides, base=SOURCE_DEFAULTS[source], keys_command="gensr prepare --help")
+
+
+def settings_with_effect(settings: PrepareSettings) -> dict[str, Any]:
+    return {key: value for key, value in s.to_dict(settings).items() if key not in WITHOUT_EFFECT}

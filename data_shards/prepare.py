@@ -1,0 +1,220 @@
+"""The story of a preparation: raw logs → filter → split → histories → negatives → catalogue → shards → leak checks → manifest."""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+
+from data_shards import encode, impressions
+from data_shards.catalog import name_ids, write_catalog
+from data_shards.checks import check_prepared
+from data_shards.errors import ConfigError, DataError
+from data_shards.hashing import derive_seed, permutation
+from data_shards.histories import in_histories, windows
+from data_shards.negatives import draw_negatives, user_item_keys
+from data_shards.options import PrepareSettings, load_prepare_settings, settings_with_effect
+from data_shards.schema import FORMAT_VERSION, SPLITS, TASKS, Manifest, read_manifest
+from data_shards.sources import SOURCES, Source, open_source
+from data_shards.split import TEST, TRAIN, VALID, check_split, day_boundaries, describe_boundaries, split_by_time, split_leave_one_out
+from data_shards.work import BATCH_ROWS, Progress, Work, chunk_bounds, sync_folder, write_text_atomic
+from data_shards.write import EventColumns, describe_file, write_shards
+
+PIPELINE_VERSION = 1  # change it when a stage writes something else: a restart then reuses nothing
+SHUFFLE_SEED, NEGATIVE_SEED = 16, 17
+EVENT_COLUMNS = {
+    **encode.EVENT_DTYPES, "split": "i1", "history_start": "i8", "history_count": "i4", "history_item": "i4", "history_task": "i1",
+    "shown_start": "i8", "shown_count": "i4",
+}  # fmt: skip
+
+
+def prepare(source: str, raw: str | Path, out: str | Path, overrides: Sequence[str] = (), progress: Progress | None = None) -> Manifest:
+    """Raw logs of `source` (kuaisar, amazon, jdsearch, tables) in `raw` → the prepared folder `out`. overrides: "key=value" of PrepareSettings.
+
+    An interrupted call leaves `out` as it was; the same call again goes on from the last finished stage (in OUT.partial).
+    Raises ConfigError for bad settings, DataError for input that cannot be used or a disk that is full.
+    """
+    if source not in SOURCES:
+        raise ConfigError(f"{source}: no such source. Sources: {', '.join(SOURCES)}")
+    settings, raw, out = load_prepare_settings(source, overrides), Path(raw), Path(out)
+    if not raw.exists():
+        raise DataError(f"{raw}: no such file or folder. RAW holds the raw logs of source {source}.")
+    if out.exists() and not settings.overwrite:
+        raise DataError(f"{out} exists already. Choose another folder, or add overwrite=true to replace it once the new one is complete.")
+    if out.exists() and not (out / "manifest.json").is_file():
+        raise DataError(f"{out} exists and is no prepared folder: not replacing it. Choose another folder.")
+    reader = open_source(source, raw, settings)
+    key = hashlib.sha256(json.dumps([PIPELINE_VERSION, source, settings_with_effect(settings), _describe_files(reader)]).encode()).hexdigest()
+    try:
+        work = Work(out, key, settings.memory_limit, settings.threads, progress or (lambda stage, done, total: None))
+        try:
+            _run(work, reader, settings)
+            work.publish(out)
+        finally:
+            work.close()
+    except (OSError, duckdb.IOException, duckdb.OutOfMemoryException) as error:
+        raise DataError(
+            f"writing {out.name} failed: {error}. {out} is as it was. Free space or memory, then run the same command again: "
+            f"finished stages in {out}.partial are reused (or delete that folder)."
+        ) from error
+    return read_manifest(out)
+
+
+def _run(work: Work, source: Source, settings: PrepareSettings) -> None:
+    read = work.stage("read", lambda: encode.read_rows(work, source))
+    codes = work.stage("encode", lambda: encode.encode_keys(work, settings))
+    clicks = work.stage("sort", lambda: encode.sort_clicks(work))
+    kept = work.stage("filter", lambda: encode.filter_clicks(work, settings, codes))
+    split = work.stage("split", lambda: _split(work, settings))
+    work.stage("histories", lambda: _histories(work, settings))
+    work.stage("names", lambda: name_ids(work))
+    work.stage("impressions", lambda: impressions.attach_shown(work, settings, kept["num_users"]))
+    columns = _event_columns(work)
+    catalog = work.stage("catalog", lambda: write_catalog(work, settings, columns, read, kept))
+    work.close_database()
+    work.stage("negatives", lambda: _negatives(work, columns, kept["num_items"], settings))
+    shards = work.stage("shards", lambda: _shards(work, columns, settings))
+    leak_checks = work.stage("checks", lambda: check_prepared(work, columns, kept["num_items"], settings.num_negatives))
+    manifest = _manifest(work, source, settings, read, clicks, kept, split, catalog, shards, leak_checks)
+    write_text_atomic(work.tree / "manifest.json", json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+    for folder in (work.tree / "shards", work.tree / "catalog", work.tree):
+        sync_folder(folder)
+
+
+def _describe_files(source: Source) -> list[Any]:
+    return [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in source.files]
+
+
+def _user_chunks(work: Work, stage: str) -> Iterator[tuple[int, int]]:
+    user = work.column("user", "i4")
+    starts = np.searchsorted(user, np.arange(int(user[-1]) + 1))
+    for start, stop in chunk_bounds(starts, len(user)):
+        yield start, stop
+        work.progress(stage, stop, len(user))
+
+
+def _split(work: Work, settings: PrepareSettings) -> dict[str, Any]:
+    """Stage: column split. → rule, boundaries, counts of each split and task, fingerprint."""
+    columns = {name: work.column(name, dtype) for name, dtype in encode.EVENT_DTYPES.items()}
+    boundaries = (0, 0)
+    if settings.split == "time":
+        last = max(int(columns["time"][start : start + BATCH_ROWS].max()) for start in range(0, len(columns["time"]), BATCH_ROWS))
+        boundaries = day_boundaries(last, settings.test_days, settings.valid_days, settings.utc_offset_hours)
+    counts, digest = np.zeros((3, 2), np.int64), hashlib.sha256()
+
+    def chunks() -> Iterator[dict[str, np.ndarray]]:
+        for start, stop in _user_chunks(work, "split"):
+            part = {name: np.asarray(values[start:stop]) for name, values in columns.items()}
+            split = split_by_time(part["time"], boundaries) if settings.split == "time" else split_leave_one_out(part["user"], part["time"])
+            np.add.at(counts, (split, part["task"]), 1)
+            for values in (*part.values(), split):
+                digest.update(np.ascontiguousarray(values).data)
+            yield {"split": split}
+
+    work.write_columns(chunks(), {"split": "i1"})
+    check_split({name: int(counts[code].sum()) for code, name in enumerate(SPLITS)}, settings.split)
+    return {
+        "rule": settings.split, "boundaries": describe_boundaries(boundaries) if settings.split == "time" else {}, "fingerprint": digest.hexdigest(),
+        "counts": {name: {task: int(counts[code, i]) for i, task in enumerate(TASKS)} for code, name in enumerate(SPLITS)},
+    }  # fmt: skip
+
+
+def _histories(work: Work, settings: PrepareSettings) -> dict[str, Any]:
+    """Stage: columns history_start, history_count of each event and the flat history_item, history_task."""
+    columns = {name: work.column(name, dtype) for name, dtype in encode.EVENT_DTYPES.items()}
+    written = 0
+
+    def ranges() -> Iterator[dict[str, np.ndarray]]:
+        nonlocal written
+        for start, stop in _user_chunks(work, "histories"):
+            user, time, item, task = (np.asarray(columns[name][start:stop]) for name in ("user", "time", "item", "task"))
+            keep = in_histories(user, time, item, task)
+            first, count = windows(user, time, keep, settings.history_max)
+            flat = {"history_item": item[keep], "history_task": task[keep], "history_row": start + np.flatnonzero(keep)}
+            yield {"history_start": first + written, "history_count": count, **flat}
+            written += int(keep.sum())
+
+    work.write_columns(ranges(), {"history_start": "i8", "history_count": "i4", "history_item": "i4", "history_task": "i1", "history_row": "i8"})
+    return {"num_history_rows": written}
+
+
+def _event_columns(work: Work) -> EventColumns:
+    columns = {name: work.column(name, dtype) for name, dtype in EVENT_COLUMNS.items()}
+    return EventColumns(**columns, shown_item=work.column("shown_chosen", "i4"))
+
+
+def _negatives(work: Work, columns: EventColumns, num_items: int, settings: PrepareSettings) -> dict[str, Any]:
+    """Stage: columns negatives_valid and negatives_test, num_negatives items for each event of the split, in event order."""
+    seed = derive_seed(settings.seed, NEGATIVE_SEED)
+    width = settings.num_negatives
+
+    def chunks(code: int) -> Iterator[dict[str, np.ndarray]]:
+        for start, stop in _user_chunks(work, "negatives"):
+            rows = np.flatnonzero(columns.split[start:stop] == code) + start
+            taken = user_item_keys(columns.user[start:stop], columns.item[start:stop], num_items)
+            for at in range(0, len(rows), 16_384):  # x 99 x 8 B: about 13 MB an array
+                part = rows[at : at + 16_384]
+                yield {"negatives": draw_negatives(part, columns.user[part], taken, num_items, width, seed).reshape(-1)}
+
+    for name, code in (("valid", VALID), ("test", TEST)):
+        parts = ({f"negatives_{name}": part["negatives"]} for part in chunks(code))
+        work.write_columns(parts, {f"negatives_{name}": "i4"})
+    return {}
+
+
+def _shards(work: Work, columns: EventColumns, settings: PrepareSettings) -> dict[str, Any]:
+    """Stage: shards/ of the tree; training events in a hashed order, validation and test events in event order."""
+    shards: dict[str, Any] = {}
+    for name, code in zip(SPLITS, (TRAIN, VALID, TEST), strict=True):
+        event_ids, negatives = np.flatnonzero(columns.split == code), None
+        if code == TRAIN:
+            event_ids = event_ids[permutation(len(event_ids), derive_seed(settings.seed, SHUFFLE_SEED))]
+        else:
+            negatives = work.column(f"negatives_{name}", "i4").reshape(-1, settings.num_negatives)
+        total = len(event_ids)
+        shards[name] = write_shards(
+            work.tree, name, event_ids, columns, negatives, settings.block_events, settings.shard_events, settings.compression,
+            lambda done, stage=f"shards {name}", total=total: work.progress(stage, done, total),  # type: ignore[misc]
+        )  # fmt: skip
+    return shards
+
+
+def _manifest(
+    work: Work, source: Source, settings: PrepareSettings, read: dict[str, Any], clicks: dict[str, Any], kept: dict[str, Any],
+    split: dict[str, Any], catalog: dict[str, Any], shards: dict[str, Any], leak_checks: dict[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    """manifest.json: nothing in it depends on when, where or with how many threads it was made."""
+    dropped = {**read["dropped"], "duplicate click": clicks["num_duplicates"], "filtered click": kept["dropped_clicks"], "repeated item row": catalog["repeated_items"]}
+    files = sorted(path for folder in ("catalog", "tokenizer") for path in (work.tree / folder).iterdir())
+    raw = read["counts"]
+    with_effect = settings_with_effect(settings)
+    with_effect["tokenizer"] = os.path.basename(settings.tokenizer.rstrip("/"))
+    return {
+        "format_version": FORMAT_VERSION, "gensr_version": _version(),
+        "source": {"name": source.name, "files": [{"name": p.name, "num_bytes": p.stat().st_size} for p in source.files], "license": source.license, **read["notes"]},
+        "settings": with_effect,
+        "counts": {
+            "users": kept["num_users"], "items": kept["num_items"], "queries": kept["num_queries"], **split["counts"],
+            "raw": {name: raw[name] for name in ("users", "items", "queries", "rec", "src")},
+        },
+        "dropped": {reason: count for reason, count in dropped.items() if count},
+        "published": source.published,
+        "split": {key: split[key] for key in ("rule", "boundaries", "fingerprint")},
+        "seeds": {"seed": settings.seed},
+        "text": catalog["text"], "shards": shards, "catalog": [describe_file(work.tree, path) for path in files], "leak_checks": leak_checks,
+    }  # fmt: skip
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("gensr")
+    except importlib.metadata.PackageNotFoundError:  # used from a checkout that is not installed
+        return "0"
+
+
+__all__ = ["Manifest", "PrepareSettings", "prepare"]

@@ -1,0 +1,49 @@
+"""Raw formats → two canonical tables, given as SQL so that nothing is read before it is needed.
+
+events   user_id, item_id (both BIGINT or VARCHAR), time BIGINT (ms since 1970, or a position in the user's list), task TINYINT (REC or SRC),
+         query VARCHAR (NULL in a recommendation; anonymised words as integers separated by a space), clicked BOOLEAN (false = shown and not clicked),
+         problem VARCHAR (NULL = usable; otherwise the reason this row is dropped, counted under it in the manifest)
+items    item_id, text VARCHAR (natural text), words INTEGER[] (anonymised words; NULL = none), category VARCHAR
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from data_shards.errors import DataError
+from data_shards.options import SOURCE_DEFAULTS, PrepareSettings
+from data_shards.work import Work
+
+
+@dataclass(frozen=True)
+class Source:
+    name: str
+    files: tuple[Path, ...]  # everything read: a restart compares their sizes and times
+    read: Callable[[Work], "Tables"]
+    license: str = ""
+    published: dict[str, Any] = field(default_factory=dict)  # counts given by the data's authors, shown beside ours
+    has_clock: bool = True
+
+
+@dataclass(frozen=True)
+class Tables:
+    """What `Source.read` returns. `events` and `items` are SELECT statements on the work database."""
+
+    events: str
+    items: str
+    anonymised: bool = False  # queries and captions are lists of integers
+    duplicate_items: bool = False  # several rows of one item are possible: the first (by text) is used and the others are counted
+    locate: Callable[[str], DataError] | None = None  # a problem that starts with "error:" → the error that names its first row
+    dropped: dict[str, int] = field(default_factory=dict)  # rows dropped before `events`
+    notes: dict[str, Any] = field(default_factory=dict)  # facts for the manifest's source section
+
+
+SOURCES = tuple(SOURCE_DEFAULTS)
+
+
+def open_source(name: str, raw: Path, settings: PrepareSettings) -> Source:
+    """Find the raw files. Raises DataError when one is missing."""
+    source: Source = import_module(f"data_shards.sources.{name}").open_source(raw, settings)
+    return source

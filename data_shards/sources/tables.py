@@ -1,0 +1,182 @@
+"""`tables`: bring your own logs. RAW/events.{parquet,csv,jsonl} and RAW/items.{parquet,csv,jsonl}.
+
+events  user_id, item_id, time (integer ms since 1970 or ISO 8601, UTC when no offset is given), optional: task (rec, src; rec where absent),
+        query (text or list of integers), clicked (0/1, 1 where absent)
+items   item_id, text or words (list of integers) or both, optional: category
+Ids are strings or integers; numbers in CSV and JSON count as integers only if all of them are.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import duckdb
+
+from data_shards.errors import DataError
+from data_shards.options import PrepareSettings
+from data_shards.sources import Source, Tables
+from data_shards.sources.reading import csv_header, csv_scan, describe, literal, readable, require_columns
+from data_shards.work import Work
+
+FORMATS = ("parquet", "csv", "jsonl")
+INTEGER_TYPES = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "UTINYINT", "USMALLINT", "UINTEGER", "UBIGINT", "HUGEINT")
+EARLIEST_MS = 31_536_000_000  # 1971: what lies before is a missing date or a time in seconds
+
+
+@dataclass(frozen=True)
+class File:
+    """One input file as SQL: `scan` for FROM, and its columns' types."""
+
+    path: Path
+    scan: str
+    types: dict[str, str]
+
+    def text(self, column: str) -> str:
+        """SQL of a column as text; NULL when the column is absent."""
+        return f"CAST({column} AS VARCHAR)" if column in self.types else "NULL"
+
+
+def open_source(raw: Path, settings: PrepareSettings) -> Source:
+    events, items = _find(raw, "events"), _find(raw, "items")
+    return Source(name="tables", files=(events, items), read=lambda work: _read(work, events, items))
+
+
+def _find(raw: Path, stem: str) -> Path:
+    found = [raw / f"{stem}.{suffix}" for suffix in FORMATS if (raw / f"{stem}.{suffix}").is_file()]
+    if not found:
+        raise DataError(f"{raw}: no {stem}.parquet, {stem}.csv or {stem}.jsonl in it. gensr prepare tables needs events and items.")
+    if len(found) > 1:
+        raise DataError(f"{raw}: {' and '.join(path.name for path in found)} are both there. Keep one of them.")
+    return found[0]
+
+
+def _read(work: Work, events_path: Path, items_path: Path) -> Tables:
+    try:
+        events = _open(work.con, events_path, ["user_id", "item_id", "time"], ["task", "query", "clicked"])
+        items = _open(work.con, items_path, ["item_id"], ["text", "words", "category"])
+        if "text" not in items.types and "words" not in items.types:
+            raise DataError(f"{items_path}: column text (or words) is missing. Found: {', '.join(items.types)}.")
+        user_type, item_type = _id_type(work, [(events, "user_id")]), _id_type(work, [(events, "item_id"), (items, "item_id")])
+        work.con.execute(f"CREATE OR REPLACE TABLE item_rows AS {_items_sql(items, item_type)}")
+    except duckdb.Error as error:
+        raise readable(error) from error
+    anonymised = "words" in items.types
+    _check_items(work, items_path)
+    sql = _events_sql(events, user_type, item_type, anonymised)
+    return Tables(events=sql, items="SELECT * FROM item_rows WHERE item_id IS NOT NULL", anonymised=anonymised, locate=lambda problem: _locate(work, events, (user_type, item_type), anonymised, problem))
+
+
+def _open(con: duckdb.DuckDBPyConnection, path: Path, required: list[str], optional: list[str]) -> File:
+    if path.suffix == ".csv":
+        header = csv_header(path)
+        require_columns(path, header, required)
+        return File(path, csv_scan(path, {}, null_strings=[""]), {name: "VARCHAR" for name in header})
+    if path.suffix == ".parquet":
+        scan = f"read_parquet({literal(path)})"
+        types = describe(con, scan)
+        require_columns(path, list(types), required)
+        return File(path, scan, types)
+    if path.stat().st_size == 0:
+        raise DataError(f"{path}: empty file; expected one JSON object a line")
+    found = describe(con, f"read_json_auto({literal(path)}, format='newline_delimited')")
+    require_columns(path, list(found), required)
+    types = {name: "VARCHAR" for name in [*required, *optional] if name in found}
+    columns = ", ".join(f"{literal(name)}: 'VARCHAR'" for name in types)
+    return File(path, f"read_json({literal(path)}, format='newline_delimited', columns={{{columns}}})", types)
+
+
+def _plain_id(file: File, column: str) -> str:
+    """SQL of an id as text: NaN is NULL, and 12.0 (what a column with gaps becomes in many programs) is 12."""
+    text = f"trim(CAST(file.{column} AS VARCHAR))"
+    if file.types[column] in INTEGER_TYPES:
+        return text
+    if file.types[column] == "VARCHAR" and file.path.suffix == ".parquet":
+        return f"nullif({text}, '')"
+    return f"CASE WHEN {text} IN ('', 'nan', 'NaN') THEN NULL ELSE regexp_replace({text}, '^(-?[0-9]+)\\.0+$', '\\1') END"
+
+
+def _id_type(work: Work, columns: list[tuple[File, str]]) -> str:
+    """BIGINT when every id of the given columns is an integer (written the usual way), else VARCHAR."""
+    for file, column in columns:
+        if file.types[column] in INTEGER_TYPES:
+            continue
+        if file.types[column] == "VARCHAR" and file.path.suffix == ".parquet":
+            return "VARCHAR"
+        text = _plain_id(file, column)
+        if work.scalar(f"SELECT count(*) FROM {file.scan} file WHERE CAST(TRY_CAST({text} AS BIGINT) AS VARCHAR) IS DISTINCT FROM {text} AND {text} IS NOT NULL"):
+            return "VARCHAR"
+    return "BIGINT"
+
+
+def _words_text(file: File, column: str) -> str:
+    """SQL of a list of integers, or of its text "[1, 2, 3]", as "1 2 3"."""
+    if file.types.get(column, "").endswith("[]"):
+        return f"nullif(array_to_string(file.{column}, ' '), '')"
+    return f"nullif(trim(regexp_replace(CAST(file.{column} AS VARCHAR), '[\\[\\],\\s]+', ' ', 'g')), '')"
+
+
+def _items_sql(items: File, item_type: str) -> str:
+    words = f"TRY_CAST(string_split({_words_text(items, 'words')}, ' ') AS INTEGER[])" if "words" in items.types else "NULL::INTEGER[]"
+    text = "coalesce(CAST(file.text AS VARCHAR), '')" if "text" in items.types else "''"
+    category = "CAST(file.category AS VARCHAR)" if "category" in items.types else "NULL::VARCHAR"
+    return f"SELECT CAST({_plain_id(items, 'item_id')} AS {item_type}) AS item_id, {text} AS text, {words} AS words, {category} AS category FROM {items.scan} file"
+
+
+def _check_items(work: Work, path: Path) -> None:
+    missing = work.scalar("SELECT count(*) FROM item_rows WHERE item_id IS NULL")
+    if missing:
+        raise DataError(f"{path}: {missing} rows have no item_id. Remove them or give them one.")
+    twice = work.con.execute("SELECT item_id, count(*) FROM item_rows GROUP BY item_id HAVING count(*) > 1 ORDER BY item_id LIMIT 1").fetchall()
+    if twice:
+        raise DataError(f"{path}:item_id: {twice[0][0]!r} is there {twice[0][1]} times. Every item needs one row.")
+
+
+def _events_sql(events: File, user_type: str, item_type: str, anonymised: bool, carried: str = "") -> str:
+    """The canonical events; `carried` is a further column of the file, passed through as `carried`."""
+    types = events.types
+    if types["time"] in INTEGER_TYPES:
+        time = "CAST(file.time AS BIGINT)"
+    elif types["time"].startswith(("TIMESTAMP", "DATE")):
+        time = "epoch_ms(CAST(file.time AS TIMESTAMP))"
+    else:
+        raw_time = "nullif(trim(CAST(file.time AS VARCHAR)), '')"
+        time = f"coalesce(TRY_CAST({raw_time} AS BIGINT), epoch_ms(TRY_CAST({raw_time} AS TIMESTAMP)))"
+    task = "CASE lower(trim(CAST(file.task AS VARCHAR))) WHEN 'rec' THEN 0 WHEN 'src' THEN 1 ELSE -1 END" if "task" in types else "0"
+    query = "NULL"
+    if "query" in types:
+        query = _words_text(events, "query") if anonymised or types["query"].endswith("[]") else "nullif(trim(CAST(file.query AS VARCHAR)), '')"
+    clicked = "CASE lower(CAST(file.clicked AS VARCHAR)) WHEN '1' THEN true WHEN 'true' THEN true WHEN '1.0' THEN true WHEN '0' THEN false WHEN 'false' THEN false WHEN '0.0' THEN false END"
+    clicked = clicked if "clicked" in types else "true"
+    wrong_query = "task = 1 AND NOT regexp_full_match(query, '[0-9 ]+')" if anonymised else "false"
+    missing_time = "raw_time IS NULL OR lower(trim(raw_time)) IN ('', 'nan', 'nat')"
+    return f"""
+        SELECT {"row.carried, " if carried else ""}row.user_id, row.item_id, time, task::TINYINT AS task, CASE WHEN task = 1 THEN query END AS query, clicked, CASE
+            WHEN row.user_id IS NULL THEN 'no user_id'
+            WHEN row.item_id IS NULL THEN 'no item_id'
+            WHEN {missing_time} THEN 'no time'
+            WHEN time IS NULL THEN 'error: time'
+            WHEN time < {EARLIEST_MS} THEN 'time before 1971'
+            WHEN task = -1 THEN 'error: task'
+            WHEN clicked IS NULL THEN 'error: clicked'
+            WHEN task = 1 AND query IS NULL THEN 'search without a query'
+            WHEN {wrong_query} THEN 'error: query'
+            WHEN item_rows.item_id IS NULL THEN 'item not in items'
+            END AS problem
+        FROM (SELECT {f"{carried} AS carried, " if carried else ""}CAST({_plain_id(events, "user_id")} AS {user_type}) AS user_id, CAST({_plain_id(events, "item_id")} AS {item_type}) AS item_id,
+                CAST(file.time AS VARCHAR) AS raw_time, {time} AS time, {task} AS task, {query} AS query, {clicked} AS clicked
+              FROM {events.scan} file) row
+        LEFT JOIN item_rows ON row.item_id = item_rows.item_id"""
+
+
+EXPECTED = {"time": "integer ms since 1970 or ISO 8601", "task": "rec or src", "clicked": "0 or 1", "query": "a list of integers, as the items have words"}
+
+
+def _locate(work: Work, events: File, id_types: tuple[str, str], anonymised: bool, problem: str) -> DataError:
+    """The first row that made `problem` ("error: COLUMN")."""
+    column = problem.removeprefix("error: ")
+    work.con.execute("SET threads=1; SET preserve_insertion_order=true")  # row numbers need the order of the file
+    work.con.execute(f"CREATE OR REPLACE TABLE numbered AS SELECT *, row_number() OVER () AS position FROM {events.scan}")
+    numbered = File(events.path, "numbered", events.types)
+    sql = _events_sql(numbered, *id_types, anonymised, carried=f"{{'position': file.position, 'shown': CAST(file.{column} AS VARCHAR)}}")
+    found = work.con.execute(f"SELECT carried FROM ({sql}) WHERE problem = {literal(problem)} ORDER BY carried.position LIMIT 1").fetchall()[0]
+    row = found[0]["position"] + (1 if events.path.suffix == ".csv" else 0)  # a CSV's header is row 1
+    return DataError(f"{events.path}:{column}:row {row}: must be {EXPECTED[column]}, got {found[0]['shown']!r}")

@@ -1,0 +1,193 @@
+"""The work folder OUT.partial: finished stages survive an interruption, the result appears under its name only when complete."""
+
+import fcntl
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+
+from data_shards.errors import DataError
+
+Progress = Callable[[str, int, int], None]  # (stage, done, total); total = 0 where it is not known
+BATCH_ROWS = 1_000_000  # rows handled at once: bounds the memory of every numpy step
+
+
+class Work:
+    """One preparation in progress. `stage` runs a step once per key; a restart with the same key skips finished steps."""
+
+    def __init__(self, out: Path, key: str, memory_limit: str, threads: int, progress: Progress) -> None:
+        self.folder = out.parent / f"{out.name}.partial"
+        self.columns_folder = self.folder / "columns"
+        self.tree = self.folder / "out"  # becomes OUT
+        self.progress = progress
+        self._limits = (memory_limit, threads)
+        self._con: duckdb.DuckDBPyConnection | None = None
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = open(self.folder / "lock", "w")  # noqa: SIM115 - held until close()
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._lock.close()
+            raise DataError(f"{self.folder} is in use by another gensr prepare. Wait for it or choose another OUT.") from error
+        self._stages = self._read_stages(key)
+        self.columns_folder.mkdir(exist_ok=True)
+
+    def _read_stages(self, key: str) -> dict[str, Any]:
+        path = self.folder / "stages.json"
+        try:
+            stages = json.loads(path.read_text())
+        except (FileNotFoundError, ValueError):
+            stages = {}
+        if stages.get("key") == key:
+            return stages
+        for entry in self.folder.iterdir():  # left by other input or settings: of no use
+            if entry.name != "lock":
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        return {"key": key, "done": {}}
+
+    @property
+    def con(self) -> duckdb.DuckDBPyConnection:
+        """The work database, opened on first use."""
+        if self._con is None:
+            self._con = duckdb.connect(str(self.folder / "work.duckdb"))
+            memory_limit, threads = self._limits
+            self._con.execute(f"SET memory_limit='{memory_limit}'; SET threads={threads}; SET preserve_insertion_order=false")
+            self._con.execute(f"SET temp_directory='{self.folder / 'spill'}'")
+            self._con.execute("SET enable_progress_bar=true; SET enable_progress_bar_print=false")
+        return self._con
+
+    def close_database(self) -> None:
+        """Give duckdb's memory back before numpy needs it."""
+        if self._con is not None:
+            self._con.close()
+            self._con = None
+
+    def stage(self, name: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The result of `run` (a JSON object), from the last attempt if that one finished this stage."""
+        if name not in self._stages["done"]:
+            self.progress(name, 0, 0)
+            result = run()
+            if self._con is not None:
+                self._con.execute("CHECKPOINT")
+            self._stages["done"][name] = json.loads(json.dumps(result))
+            write_text_atomic(self.folder / "stages.json", json.dumps(self._stages))
+        return self._stages["done"][name]
+
+    def execute(self, sql: str, stage: str = "") -> None:
+        """Run one SQL statement; while it runs, report duckdb's own progress under `stage`."""
+        con, finished = self.con, threading.Event()
+
+        def watch() -> None:
+            while not finished.wait(0.5):
+                percent = con.query_progress()
+                if percent > 0:
+                    self.progress(stage, int(percent), 100)
+
+        watcher = threading.Thread(target=watch, daemon=True)
+        if stage:
+            watcher.start()
+        try:
+            con.execute(sql)
+        finally:
+            finished.set()
+            if stage:
+                watcher.join()
+
+    def scalar(self, sql: str) -> Any:
+        return self.con.execute(sql).fetchall()[0][0]
+
+    def batches(self, sql: str, rows: int = 131_072) -> Iterator[pa.RecordBatch]:
+        """The rows of a query as Arrow batches (a whole result never lies in memory)."""
+        relation = self.con.sql(sql)
+        reader = relation.to_arrow_reader(rows) if hasattr(relation, "to_arrow_reader") else relation.fetch_arrow_reader(rows)
+        yield from reader
+
+    def put_table(self, name: str, table: pa.Table) -> None:
+        self.con.register("incoming", table)
+        self.con.execute(f"CREATE OR REPLACE TABLE {name} AS SELECT * FROM incoming")
+        self.con.unregister("incoming")
+
+    def write_columns(self, parts: Iterable[dict[str, np.ndarray]], dtypes: dict[str, str]) -> int:
+        """Append chunk after chunk to one flat file per column (columns may differ in length); returns the number of rows of the first."""
+        files = {name: open(self._column_path(name, dtype), "wb") for name, dtype in dtypes.items()}  # noqa: SIM115
+        num_rows = 0
+        try:
+            for part in parts:
+                for name, dtype in dtypes.items():
+                    files[name].write(np.ascontiguousarray(part[name], dtype=dtype).data)
+                num_rows += len(part[next(iter(dtypes))])
+        finally:
+            for file in files.values():
+                file.close()
+        return num_rows
+
+    def column(self, name: str, dtype: str) -> np.ndarray:
+        """A memory-mapped column, read-only."""
+        path = self._column_path(name, dtype)
+        if path.stat().st_size == 0:  # an empty file cannot be mapped
+            return np.empty(0, dtype)
+        return np.memmap(path, dtype=dtype, mode="r")
+
+    def drop_columns(self, *names: str) -> None:
+        for name in names:
+            for path in self.columns_folder.glob(f"{name}.*"):
+                path.unlink()
+
+    def _column_path(self, name: str, dtype: str) -> Path:
+        return self.columns_folder / f"{name}.{np.dtype(dtype).str[1:]}"
+
+    def publish(self, out: Path) -> None:
+        """Give the finished tree its name; an old folder is moved aside first and comes back if that fails."""
+        old = self.folder / "old"
+        if out.exists():
+            os.rename(out, old)
+        try:
+            os.rename(self.tree, out)
+        except OSError:
+            if old.exists():
+                os.rename(old, out)
+            raise
+        sync_folder(out.parent)
+        self.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def close(self) -> None:
+        self.close_database()
+        self._lock.close()
+
+
+def chunk_bounds(group_starts: np.ndarray, num_rows: int, rows: int = BATCH_ROWS) -> Iterator[tuple[int, int]]:
+    """Row ranges [start, stop) of about `rows` rows that never cut a group. group_starts: sorted first row of each group."""
+    start = 0
+    while start < num_rows:
+        if start + rows >= num_rows:
+            stop = num_rows
+        else:
+            after = int(np.searchsorted(group_starts, start + rows))  # first group that begins at or after the wanted end
+            stop = int(group_starts[after]) if after < len(group_starts) else num_rows
+        yield start, stop
+        start = stop
+
+
+def write_text_atomic(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
