@@ -1,0 +1,105 @@
+"""A prepared folder small enough for a training test: made in a moment, with the files, types and checksums of a real one."""
+
+import hashlib
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from data_shards.schema import FORMAT_VERSION, NO_QUERY, REC, SRC, TRAIN_SCHEMA, eval_schema, read_manifest
+from trainer.cf import CfTable, save_cf
+
+WORDS = "<pad> </s> <unk> Yes No Recommend Search : user , ; item click ? match query red blue green old new big".split()
+ITEM_TOKENS, QUERY_TOKENS = 8, 4
+
+
+def make_tiny_folder(folder: Path, num_train: int = 96, num_valid: int = 40, num_users: int = 24, num_items: int = 130, seed: int = 0) -> Path:
+    """Write a prepared folder with random events (search and recommendation alternate) and a random CF table with two folds."""
+    rng = np.random.default_rng(seed)
+    for part in ("shards", "catalog", "tokenizer", "cf"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(folder / "tokenizer" / "tokenizer.json"))
+    num_queries = 12
+    np.save(folder / "catalog" / "item_tokens.npy", rng.integers(3, len(WORDS), (num_items, ITEM_TOKENS)).astype(np.uint16))
+    np.save(folder / "catalog" / "query_tokens.npy", rng.integers(3, len(WORDS), (num_queries, QUERY_TOKENS)).astype(np.uint16))
+    clicks = pa.array(rng.integers(0, 9, num_items), pa.int64())
+    items = {"item_id": [f"i{i}" for i in range(num_items)], "text": [f"item {i}" for i in range(num_items)], "category": [""] * num_items}
+    pq.write_table(pa.table({**items, "train_rec_clicks": clicks, "train_src_clicks": clicks}), folder / "catalog" / "items.parquet")
+    pq.write_table(pa.table({"text": [f"query {q}" for q in range(num_queries)]}), folder / "catalog" / "queries.parquet")
+    pq.write_table(pa.table({"user_id": [f"u{u}" for u in range(num_users)]}), folder / "catalog" / "users.parquet")
+
+    shards = {}
+    first_id = 0
+    for split, count in (("train", num_train), ("valid", num_valid), ("test", num_valid)):
+        half = count // 2
+        blocks = [_block(rng, first_id + start, size, split, num_users, num_items, num_queries) for start, size in ((0, half), (half, count - half))]
+        shards[split] = [_write_shard(folder, f"shards/{split}-000000.tar", blocks)]
+        first_id += count
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "gensr_version": "0",
+        "source": {"name": "tiny"},
+        "settings": {"num_negatives": 99, "history_max": 8},
+        "counts": {"users": num_users, "items": num_items, "queries": num_queries},
+        "split": {"rule": "time", "boundaries": {}, "fingerprint": hashlib.sha256(f"{seed}/{num_train}".encode()).hexdigest()},
+        "seeds": {},
+        "text": {"mode": "text", "num_words": 0, "vocab_size": len(WORDS), "item_tokens": ITEM_TOKENS, "query_tokens": QUERY_TOKENS},
+        "shards": shards,
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    generator = torch.Generator().manual_seed(seed)
+    table = torch.randn(num_items, 16, generator=generator)
+    save_cf(
+        folder,
+        CfTable(
+            user=torch.randn(num_users, 16, generator=generator),
+            item=table,
+            item_folds=torch.stack([table + 0.1 * torch.randn(num_items, 16, generator=generator) for _ in range(2)]),
+            heldout_item=None,
+            split_fingerprint=read_manifest(folder).fingerprint,
+            settings={"holdout": "crossfit"},
+            validation={},
+            gensr_version="0",
+        ),
+    )
+    return folder
+
+
+def _block(rng: np.random.Generator, first_id: int, count: int, split: str, num_users: int, num_items: int, num_queries: int) -> pa.Table:
+    task = np.where(np.arange(count) % 2 == 0, REC, SRC).astype(np.int8)
+    lengths = rng.integers(0, 7, count)
+    candidates = np.stack([rng.permutation(num_items)[:100] for _ in range(count)]).astype(np.int32)
+    columns = {
+        "event_id": np.arange(first_id, first_id + count),
+        "user": rng.integers(0, num_users, count).astype(np.int32),
+        "task": task,
+        "item": candidates[:, 0],
+        "query": np.where(task == SRC, rng.integers(0, num_queries, count), NO_QUERY).astype(np.int32),
+        "time": np.arange(first_id, first_id + count),
+        "history_items": [rng.integers(0, num_items, n).tolist() for n in lengths],
+        "history_tasks": [rng.integers(0, 2, n).tolist() for n in lengths],
+    }
+    if split == "train":
+        return pa.table({**columns, "impressions": [[] for _ in range(count)]}, schema=TRAIN_SCHEMA)
+    return pa.table({**columns, "negatives": candidates[:, 1:].tolist()}, schema=eval_schema(99))
+
+
+def _write_shard(folder: Path, name: str, blocks: list[pa.Table]) -> dict[str, object]:
+    with tarfile.open(folder / name, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for number, table in enumerate(blocks):
+            sink = io.BytesIO()
+            with pa.ipc.new_stream(sink, table.schema) as writer:
+                writer.write_table(table.combine_chunks())
+            entry = tarfile.TarInfo(f"{number:06d}.arrow")
+            entry.size = len(sink.getvalue())
+            tar.addfile(entry, io.BytesIO(sink.getvalue()))
+    content = (folder / name).read_bytes()
+    return {"name": name, "num_bytes": len(content), "sha256": hashlib.sha256(content).hexdigest(), "blocks": [table.num_rows for table in blocks]}

@@ -1,0 +1,277 @@
+"""Checkpoints of a run: written aside, checksummed, renamed, and `latest` moved last, so that a reader finds a whole one or none.
+
+    RUN/checkpoints/step-00000400/   accelerate's and DeepSpeed's files (weights, AdamW, random numbers of every rank)
+                                     state.json (where the run stood, and what it may be continued with)
+                                     files.json (size and sha256 of every file)
+    RUN/checkpoints/latest           text: step-00000400
+
+DeepSpeed's own files hold pickled tensors: a checkpoint is for the run that wrote it. What is passed on is RUN/model/ (safetensors).
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from data_shards.schema import Manifest
+from data_shards.settings import flatten, to_dict
+from trainer.config import Config
+from trainer.distributed import gather_objects, on_main
+from trainer.errors import EnvironmentProblem, RunError
+from trainer.files import atomic
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch import nn
+
+FORMAT = 1
+PARTIAL = ".partial-"
+CHUNK_BYTES = 1 << 22
+
+# Settings that may change between a checkpoint and its continuation: none of them changes what is computed.
+FREE_KEYS = {
+    "data.dir",  # the manifest's hash is compared instead
+    "data.num_workers",
+    "run.dir",
+    "run.log_every_steps",
+    "run.checkpoint_every_steps",
+    "run.keep_checkpoints",
+    "run.eval_batch_size",
+    "run.timeout_s",
+    "run.threads",
+}
+
+
+@dataclass
+class Progress:
+    """Where a run stands at a step boundary."""
+
+    step: int = 0  # optimizer steps done
+    events_seen: int = 0  # the whole state of the data: the next event's position in the stream
+    best_step: int = 0  # 0 = no validation yet
+    best_value: float = 0.0
+    best_metrics: dict[str, float] = field(default_factory=dict)
+    above_chance: bool = False  # patience counts from the first validation that beats chance
+    validations_without_gain: int = 0
+    train_s: float = 0.0  # seconds spent, over all parts of an interrupted run
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk."""
+
+    path: Path
+    progress: Progress
+    identity: dict[str, Any]
+    mlflow_run_id: str
+
+    @property
+    def world_size(self) -> int:
+        return int(self.identity["world_size"])
+
+
+def identity_of(config: Config, manifest: Manifest, world_size: int, zero_stage: int | None, cf_digest: str) -> dict[str, Any]:
+    """What a continuation must share with the run that wrote the checkpoint. cf_digest: sha256 of the CF table's file."""
+    settings = {key: value for key, value in flatten(to_dict(config)).items() if key not in FREE_KEYS and not key.startswith("tracking.")}
+    return {
+        "format": FORMAT,
+        "manifest_hash": manifest.hash,
+        "split_fingerprint": manifest.fingerprint,
+        "cf_digest": cf_digest,
+        "settings": settings,
+        "world_size": world_size,
+        "zero_stage": "none" if zero_stage is None else zero_stage,
+    }
+
+
+def check_identity(found: Checkpoint, now: dict[str, Any]) -> None:
+    """Raises RunError that shows every difference between the checkpoint and the run that wants to continue it."""
+    differences = []
+    old, new = found.identity["settings"], now["settings"]
+    for key in sorted(set(old) | set(new)):
+        if old.get(key) != new.get(key):
+            differences.append((key, old.get(key), new.get(key)))
+    for key, meaning in (("manifest_hash", "prepared folder"), ("cf_digest", "CF table"), ("world_size", "processes"), ("zero_stage", "ZeRO stage")):
+        if found.identity[key] != now[key]:
+            differences.append((meaning, found.identity[key], now[key]))
+    if differences:
+        width = max(len(key) for key, _, _ in differences)
+        lines = [f"  {key:<{width}}   {was} in the checkpoint, {is_now} now" for key, was, is_now in differences]
+        raise RunError(
+            "\n".join(
+                [
+                    f"{found.path} cannot be continued: it was written by a different run",
+                    *lines,
+                    "Give the same settings, data and number of processes, or start a new run.dir.",
+                ]
+            )
+        )
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------
+
+
+def save(
+    accelerator: "Accelerator", model: "nn.Module", run_dir: str | Path, progress: Progress, identity: dict[str, Any], mlflow_run_id: str, keep: int
+) -> Path:
+    """Write a checkpoint; to be called on all ranks at the same step boundary. Keeps the `keep` newest and the best, removes the others.
+
+    Raises EnvironmentProblem when the disk is full or cannot be written; earlier checkpoints stay as they were.
+    """
+    folder = Path(run_dir) / "checkpoints"
+    name = f"step-{progress.step:08d}"
+    partial = folder / f"{PARTIAL}{name}"
+    on_main(accelerator, lambda: _make_empty(partial))
+    failure = ""
+    try:
+        accelerator.save_state(str(partial), **_without_frozen_weights(accelerator, model))
+        if accelerator.is_main_process:
+            document = {"progress": asdict(progress), "identity": identity, "mlflow_run_id": mlflow_run_id}
+            (partial / "state.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        failure = str(error).splitlines()[0]
+    failures = [text for text in gather_objects(accelerator, failure) if text]
+    if failures:
+        on_main(accelerator, lambda: shutil.rmtree(partial, ignore_errors=True))
+        raise EnvironmentProblem(f"{partial}: the checkpoint cannot be written: {failures[0]}. Earlier checkpoints are intact; free space and use --resume auto.")
+    checksums = _shared_checksums(accelerator, partial, sync=True)
+    on_main(accelerator, lambda: _publish(folder, partial, name, checksums, keep, progress.best_step))
+    return folder / name
+
+
+def _without_frozen_weights(accelerator: "Accelerator", model: "nn.Module") -> dict[str, Any]:
+    """With LoRA most weights never change: the backbone's are read from where they came from."""
+    is_deepspeed = accelerator.distributed_type.value == "DEEPSPEED"
+    return {"exclude_frozen_parameters": True} if is_deepspeed and _has_frozen(model) else {}
+
+
+def _has_frozen(model: "nn.Module") -> bool:
+    return any(not parameter.requires_grad for parameter in model.parameters())
+
+
+def _make_empty(folder: Path) -> None:
+    for stale in folder.parent.glob(f"{PARTIAL}*"):
+        shutil.rmtree(stale)
+    folder.mkdir(parents=True)
+
+
+def _publish(folder: Path, partial: Path, name: str, checksums: dict[str, list[Any]], keep: int, best_step: int) -> None:
+    with atomic(partial / "files.json") as temporary:
+        temporary.write_text(json.dumps(checksums, indent=1) + "\n", encoding="utf-8")
+    final = folder / name
+    if final.exists():  # a damaged one of the same step, or one whose run was continued from an earlier checkpoint
+        shutil.rmtree(final)
+    os.replace(partial, final)
+    with atomic(folder / "latest") as temporary:
+        temporary.write_text(name + "\n", encoding="utf-8")
+    steps = sorted((int(path.name[5:]) for path in _step_folders(folder)), reverse=True)
+    kept = {*[step for step in steps if step <= int(name[5:])][:keep], best_step}
+    for step in steps:
+        if step not in kept:
+            shutil.rmtree(folder / f"step-{step:08d}")
+
+
+def _step_folders(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("step-*") if path.is_dir() and path.name[5:].isdigit()]
+
+
+def _shared_checksums(accelerator: "Accelerator", folder: Path, sync: bool) -> dict[str, list[Any]]:
+    """Relative path → [bytes, sha256] of every file; each rank reads its share of them."""
+    accelerator.wait_for_everyone()
+    files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.name != "files.json")
+    mine = {name: _checksum(folder / name, sync) for name in files[accelerator.process_index :: accelerator.num_processes]}
+    merged: dict[str, list[Any]] = {}
+    for part in gather_objects(accelerator, mine):
+        merged.update(part)
+    return dict(sorted(merged.items()))
+
+
+def file_checksum(path: Path) -> str:
+    """sha256 of a file; "" when it is missing."""
+    return str(_checksum(path, sync=False)[1]) if path.is_file() else ""
+
+
+def _checksum(path: Path, sync: bool) -> list[Any]:
+    digest, num_bytes = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+            num_bytes += len(chunk)
+        if sync:
+            os.fsync(file.fileno())
+    return [num_bytes, digest.hexdigest()]
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------
+
+
+def newest_whole(accelerator: "Accelerator", run_dir: str | Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint that is whole, and a message for each newer one that was skipped. The same answer on every rank."""
+    folder = Path(run_dir) / "checkpoints"
+    skipped: list[str] = []
+    for name in on_main(accelerator, lambda: _candidates(folder)):
+        path = folder / name
+        problem = on_main(accelerator, lambda path=path: _expected_files(path)[1])  # type: ignore[misc]
+        if not problem:
+            problem = _compare(_expected_files(path)[0], _shared_checksums(accelerator, path, sync=False))
+        if not problem:
+            return read_checkpoint(path), skipped
+        skipped.append(f"checkpoint {path} is damaged ({problem}): taking the one before")
+    return None, skipped
+
+
+def _candidates(folder: Path) -> list[str]:
+    """Names of checkpoints, newest first. A folder newer than `latest` was renamed but not yet announced: whole as well."""
+    return sorted((path.name for path in _step_folders(folder)), reverse=True)
+
+
+def _expected_files(path: Path) -> tuple[dict[str, list[Any]], str]:
+    """files.json and what is wrong with it ("" = nothing)."""
+    try:
+        expected: dict[str, list[Any]] = json.loads((path / "files.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        return {}, f"files.json: {error}"
+    return expected, "" if "state.json" in expected else "state.json is not in files.json"
+
+
+def _compare(expected: dict[str, list[Any]], found: dict[str, list[Any]]) -> str:
+    for name, (num_bytes, digest) in expected.items():
+        if name not in found:
+            return f"{name} is missing"
+        if found[name][0] != num_bytes:
+            return f"{name} has {found[name][0]} bytes, expected {num_bytes}"
+        if found[name][1] != digest:
+            return f"{name} has another checksum"
+    return ""
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """state.json of a checkpoint. Raises RunError when another version wrote it."""
+    document = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    if document["identity"].get("format") != FORMAT:
+        raise RunError(f"{path} has checkpoint format {document['identity'].get('format')}, this gensr reads {FORMAT}. Start a new run.dir.")
+    return Checkpoint(path, Progress(**document["progress"]), document["identity"], document["mlflow_run_id"])
+
+
+def load(accelerator: "Accelerator", model: "nn.Module", found: Checkpoint) -> Progress:
+    """Put weights, optimizer and random numbers of all ranks back, and return where the run stood. The model must have been prepared as before."""
+    arguments: dict[str, Any] = {}
+    if _without_frozen_weights(accelerator, model):
+        arguments["load_module_strict"] = False
+    accelerator.load_state(str(found.path), **arguments)
+    return found.progress
+
+
+def remove_partial(run_dir: str | Path) -> None:
+    """Remove what an interrupted save left."""
+    for stale in (Path(run_dir) / "checkpoints").glob(f"{PARTIAL}*"):
+        shutil.rmtree(stale, ignore_errors=True)
+
+
+def listed(run_dir: str | Path) -> Iterable[str]:
+    """Names of the checkpoints of a run, newest first."""
+    return _candidates(Path(run_dir) / "checkpoints")

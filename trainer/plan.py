@@ -1,0 +1,306 @@
+"""What a run will do, before it does it: batch arithmetic, steps, memory of a GPU by ZeRO stage, time. `gensr train … --dry-run`.
+
+Works without the prepared folder (then event and item counts come from the preset's `# sizes:` line) and without the backbone's weights.
+Memory and time are estimates; where their constants come from stands beside them.
+"""
+
+import json
+import re
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from data_shards.schema import Manifest, read_manifest
+from data_shards.settings import read_yaml
+from trainer.config import Config, preset_path
+from trainer.distributed import Launch, filled_deepspeed_config, read_deepspeed_json, read_launch
+from trainer.errors import ConfigError
+from trainer.schedule import Schedule, above_chance, make_schedule
+
+GB = 1e9
+PROMPT_TOKENS = {"paper": 110, "compact": 40}  # with an average query
+# Activations of flan-t5-base, one candidate of 94 tokens, bf16 autocast: 0.1 GB measured. Scaled by tokens × width × layers.
+ACTIVATION_BYTES = 0.1e9 / (94 * 768 * 12)
+ASSUMED_FLOPS = {"H200 (40 % of 790 TFLOP/s)": 316e12, "A100 (40 % of 312 TFLOP/s)": 125e12}
+CPU_EFFICIENCY = 0.3  # of this machine's measured matmul rate
+WORLD_SIZES = (1, 2, 4, 8, 16)
+T5_TOKENS = 32128
+KNOWN_BACKBONES: dict[str, dict[str, int]] = {
+    "google/flan-t5-small": dict(d_model=512, d_ff=1024, d_kv=64, num_heads=6, num_layers=8, num_decoder_layers=8),
+    "google/flan-t5-base": dict(d_model=768, d_ff=2048, d_kv=64, num_heads=12, num_layers=12, num_decoder_layers=12),
+    "google/flan-t5-large": dict(d_model=1024, d_ff=2816, d_kv=64, num_heads=16, num_layers=24, num_decoder_layers=24),
+    "google/flan-t5-xl": dict(d_model=2048, d_ff=5120, d_kv=64, num_heads=32, num_layers=24, num_decoder_layers=24),
+    "google/flan-t5-xxl": dict(d_model=4096, d_ff=10240, d_kv=64, num_heads=64, num_layers=24, num_decoder_layers=24),
+}
+
+
+@dataclass(frozen=True)
+class DataSize:
+    """Counts of a prepared folder that memory and time depend on."""
+
+    train_events: int
+    valid_events: int
+    items: int
+    queries: int
+    words: int = 0
+    cf_tables: int = 5  # the full table and the folds of cf.holdout=crossfit
+    num_negatives: int = 99
+    vocab_size: int = T5_TOKENS
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Counts of the model that memory and time depend on."""
+
+    total: int
+    trainable: int
+    width: int
+    layers: int
+    encoder: int  # parameters read once per prompt token
+    decoder: int  # parameters read once per prompt
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    tables: float
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.gradients + self.optimizer + self.activations + self.tables
+
+
+# ---- sizes -----------------------------------------------------------------------------------------------------
+
+
+def data_size(config: Config, preset: str | None = None) -> DataSize:
+    """From data.dir when it is given, else from the preset's `# sizes:` line. Raises ConfigError when neither says."""
+    if config.data.dir:
+        return _size_of_folder(config.data.dir, read_manifest(config.data.dir))
+    if preset:
+        documented = re.search(r"^# sizes: (.+)$", preset_path(preset).read_text(encoding="utf-8"), re.MULTILINE)
+        if documented:
+            counts = {key: int(value.replace("_", "")) for key, _, value in (part.partition("=") for part in documented[1].split())}
+            return DataSize(**counts, source=f"documented in preset {preset}")
+    raise ConfigError("data.dir is not set, and there is no preset that documents typical sizes. Add data.dir=OUT (made by gensr prepare).")
+
+
+def _size_of_folder(folder: str, manifest: Manifest) -> DataSize:
+    return DataSize(
+        train_events=manifest.num_events("train"),
+        valid_events=manifest.num_events("valid"),
+        items=manifest.num_items,
+        queries=manifest.num_queries,
+        words=manifest.num_words,
+        num_negatives=manifest.num_negatives,
+        vocab_size=int(manifest.raw["text"].get("vocab_size", T5_TOKENS)),
+        source=folder,
+    )
+
+
+def model_size(config: Config, num_words: int, vocab_size: int, cf_dim: int = 64) -> ModelSize:
+    """Counts parameters on torch's meta device: exact, in a second, without memory or weights. Raises ConfigError for an unknown backbone."""
+    import torch
+
+    from trainer.loading import model_settings
+    from trainer.model.backbone import build_backbone
+    from trainer.model.gensr import GenSR
+
+    name, lora = config.model.backbone, config.model.lora
+    with _architecture(name) as config_only, torch.device("meta"):
+        backbone = build_backbone(name, vocab_size=vocab_size, dropout=0.0, lora=lora if lora.rank else None, config_only=config_only)
+        model = GenSR(model_settings(config, num_words, cf_dim), backbone, {}, (0, 1), None)  # type: ignore[arg-type]
+    return size_of(model)
+
+
+@contextmanager
+def _architecture(name: str) -> Iterator[Path | None]:
+    """A folder with the backbone's config.json, or None for one from scratch."""
+    if name.startswith("scratch:"):
+        yield None
+    elif (Path(name) / "config.json").is_file():
+        yield Path(name)
+    elif name in KNOWN_BACKBONES:
+        with tempfile.TemporaryDirectory() as folder:
+            shape = {"model_type": "t5", "vocab_size": T5_TOKENS, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "decoder_start_token_id": 0}
+            (Path(folder) / "config.json").write_text(json.dumps({**shape, **KNOWN_BACKBONES[name]}), encoding="utf-8")
+            yield Path(folder)
+    else:
+        raise ConfigError(
+            f"model.backbone={name}: no local folder with a config.json, and no known name. Known: {', '.join(KNOWN_BACKBONES)}; or scratch:SIZE. "
+            f"Another hub model can be downloaded first, then named by its folder."
+        )
+
+
+def size_of(model: Any) -> ModelSize:
+    """Counts of a GenSR (on any device, meta included)."""
+    parameters = list(model.parameters())
+    base = model.backbone.base
+    encoder = sum(p.numel() for n, p in base.encoder.named_parameters() if "embed_tokens" not in n)
+    return ModelSize(
+        total=sum(_numel(p) for p in parameters),
+        trainable=sum(_numel(p) for p in parameters if p.requires_grad),
+        width=model.backbone.width,
+        layers=int(base.config.num_layers),
+        encoder=encoder,
+        decoder=sum(p.numel() for n, p in base.decoder.named_parameters() if "embed_tokens" not in n),
+    )
+
+
+def _numel(parameter: Any) -> int:
+    """Also for a parameter that ZeRO-3 has partitioned."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+# ---- memory and time -------------------------------------------------------------------------------------------
+
+
+def memory(config: Config, model: ModelSize, data: DataSize, zero_stage: int | None, world_size: int, offload: bool = False) -> Memory:
+    """Of one GPU. Weights are float32 (bf16 is autocast), so without DeepSpeed 4 + 4 + 8 = 16 bytes a trained parameter; ZeRO adds a
+    float32 copy of its partition (4) to AdamW's two moments (8), and divides optimizer (1), gradients (2) and weights (3) by the ranks."""
+    stage = zero_stage or 0
+    weights = 4.0 * model.total / (world_size if stage == 3 else 1)
+    gradients = 4.0 * model.trainable / (world_size if stage >= 2 else 1)
+    optimizer = (8.0 if stage == 0 else 12.0) * model.trainable / (world_size if stage >= 1 else 1)
+    if offload:
+        optimizer, weights = 0.0, (0.0 if stage == 3 else weights)
+    tokens = PROMPT_TOKENS[config.model.prompt] * config.optim.micro_batch_size * (1 + config.data.num_negatives)
+    activations = ACTIVATION_BYTES * tokens * model.width * model.layers * (1.0 if config.run.precision == "bf16" else 2.0)
+    if config.model.activation_checkpointing:
+        activations *= 2 / model.layers + 0.05  # one layer's, and each layer's input
+    rows = data.items * (64 * 4 * data.cf_tables + config.data.item_tokens * 4) + data.queries * 16 * 4
+    return Memory(weights, gradients, optimizer, activations, float(rows))
+
+
+def flops_per_event(config: Config, model: ModelSize) -> float:
+    """Of one training event, all its candidates: 6 per parameter and token (forward 2, backward 4), the decoder sees one position and the
+    cross-attention's keys and values see the prompt (a quarter of the decoder)."""
+    tokens = PROMPT_TOKENS[config.model.prompt]
+    per_candidate = 6.0 * (tokens * (model.encoder + model.decoder / 4) + model.decoder)
+    return per_candidate * (1 + config.data.num_negatives)
+
+
+def measured_flops(seconds: float = 0.3) -> float:
+    """float32 matrix products per second of this machine's CPU, FLOP/s."""
+    import torch
+
+    a = torch.randn(512, 512)
+    count, start = 0, time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        a @ a
+        count += 1
+    return 2 * 512**3 * count / (time.perf_counter() - start)
+
+
+# ---- the report ------------------------------------------------------------------------------------------------
+
+
+def batch_arithmetic(schedule: Schedule) -> str:
+    s = schedule
+    return (
+        f"{s.global_batch_size} events a step = {s.micro_batch_size} micro-batch × {s.world_size} process{'es' if s.world_size > 1 else ''}"
+        f" × {s.grad_accum_steps} accumulation step{'s' if s.grad_accum_steps > 1 else ''}"
+    )
+
+
+def launch_of_yaml(path: str | Path, num_processes: int = 0) -> Launch:
+    """The Launch that an accelerate YAML would make, to check a cluster's configuration on a laptop."""
+    import ds_configs
+
+    file = Path(path) if Path(path).is_file() or Path(path).name not in ds_configs.names() else ds_configs.path(Path(path).name)
+    document = read_yaml(file)
+    world_size = num_processes or int(document.get("num_processes", 1))
+    deepspeed = document.get("deepspeed_config", {}) if document.get("distributed_type") == "DEEPSPEED" else {}
+    named = str(deepspeed.get("deepspeed_config_file", f"zero{deepspeed.get('zero_stage', 2)}.json"))
+    json_file = named if Path(named).is_file() else str(ds_configs.path(Path(named).name))
+    return Launch(
+        world_size=world_size,
+        local_world_size=max(1, world_size // int(document.get("num_machines", 1))),
+        launched=True,
+        deepspeed_file=json_file if deepspeed else "",
+    )
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """`lines` for people, `facts` for --json."""
+
+    lines: list[str]
+    facts: dict[str, Any]
+
+
+def dry_run(config: Config, preset: str | None = None, launch: Launch | None = None) -> DryRun:
+    """Check everything that can be checked without training and say what the run would be. Nothing is written.
+
+    Raises ConfigError or DataError for whatever would stop the run at its start.
+    """
+    launch = launch or read_launch()
+    data = data_size(config, preset)
+    schedule = make_schedule(config, data.train_events, launch.world_size)
+    above_chance(config.run.select_metric, 1 + data.num_negatives, data.valid_events)
+    if launch.deepspeed_file:
+        filled_deepspeed_config(read_deepspeed_json(launch.deepspeed_file), config, schedule.grad_accum_steps, launch.deepspeed_file)
+    if config.data.dir:
+        _check_folder(config)
+    model = model_size(config, data.words, data.vocab_size)
+    stage = launch.zero_stage
+    here = memory(config, model, data, stage, launch.world_size, "offload" in launch.deepspeed_file)
+    flops = flops_per_event(config, model) * schedule.num_events
+    seconds = {f"{launch.world_size} × {name}": flops / rate / launch.world_size for name, rate in ASSUMED_FLOPS.items()}
+    seconds["this machine's CPU (rough)"] = flops / (measured_flops() * CPU_EFFICIENCY)
+    lines = [
+        f"data       {data.train_events:,} training events, {data.items:,} items, {data.queries:,} queries ({data.source})",
+        f"model      {config.model.backbone}, {config.model.variant}, {config.model.prompt} prompt: {model.total:,} parameters, {model.trainable:,} trained",
+        f"batch      {batch_arithmetic(schedule)}; {1 + config.data.num_negatives} candidates an event",
+        f"steps      {schedule.num_steps:,} ({schedule.num_epochs:.2f} epochs), warm-up {schedule.warmup_steps}, "
+        f"validation every {schedule.validate_every_steps}, checkpoint every {schedule.checkpoint_every_steps}",
+        f"launch     {launch.world_size} processes on {launch.num_nodes} node{'s' if launch.num_nodes > 1 else ''}, "
+        f"{'no DeepSpeed' if stage is None else f'DeepSpeed ZeRO-{stage} ({Path(launch.deepspeed_file).name})'}, {config.run.precision}",
+        f"memory     {here.total / GB:.1f} GB a process: weights {here.weights / GB:.1f}, gradients {here.gradients / GB:.1f}, AdamW {here.optimizer / GB:.1f}, "
+        f"activations ≈ {here.activations / GB:.1f}, tables {here.tables / GB:.1f}",
+        *_memory_table(config, model, data),
+        f"time       ≈ {', '.join(f'{_hours(s)} on {name}' for name, s in seconds.items())}",
+    ]
+    facts = {
+        "data": asdict(data),
+        "model": asdict(model),
+        "schedule": asdict(schedule),
+        "launch": {**asdict(launch), "zero_stage": stage},
+        "memory_bytes": {**asdict(here), "total": here.total},
+        "seconds": seconds,
+    }
+    return DryRun(lines, facts)
+
+
+def _memory_table(config: Config, model: ModelSize, data: DataSize) -> list[str]:
+    lines = ["           GB a GPU by number of GPUs  " + "".join(f"{n:>8}" for n in WORLD_SIZES)]
+    for name, stage, offload in (("no ZeRO", None, False), ("ZeRO-1", 1, False), ("ZeRO-2", 2, False), ("ZeRO-2 offload", 2, True), ("ZeRO-3", 3, False), ("ZeRO-3 offload", 3, True)):
+        cells = [memory(config, model, data, stage, n, offload).total / GB for n in WORLD_SIZES]
+        lines.append(f"           {name:<28}" + "".join(f"{cell:>8.1f}" for cell in cells))
+    return lines
+
+
+def _check_folder(config: Config) -> None:
+    """The parts of a prepared folder that training opens first. Raises DataError naming what is missing or does not fit."""
+    from trainer.cf import load_cf
+    from trainer.loading import answer_tokens, load_tokenizer
+
+    manifest = read_manifest(config.data.dir)
+    answer_tokens(load_tokenizer(Path(config.data.dir) / "tokenizer"))
+    load_cf(config.data.dir, manifest)
+
+
+def _hours(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

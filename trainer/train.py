@@ -1,0 +1,368 @@
+"""The story of one run: shards and a configuration in, RUN/model and RUN/metrics.jsonl out.
+
+    set_up ─▶ fit: [one_step … log … validate ─▶ best? RUN/model … checkpoint … stop?] ─▶ conclude
+
+Reads top-down. The learning rate is a function of the step and the data a function of events seen, so a checkpoint holds weights, AdamW's state and
+random numbers, and everything else follows. Nothing leaves the device between two log lines.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from data_shards.hashing import derive_seed
+from data_shards.schema import Manifest, read_manifest
+from trainer import checkpoint, plan, report, runfolder
+from trainer.batch import Batch
+from trainer.catalog import load_tables
+from trainer.cf import cf_path, load_cf
+from trainer.checkpoint import Progress
+from trainer.config import Config
+from trainer.console import RunConsole, clock, peak_memory_gb
+from trainer.data import EvalStream, TrainStream, prefetched
+from trainer.distributed import Launch, StopSignal, full_state_dict, gather_objects, gather_rows, make_accelerator, on_main, process_group, read_launch, uses_deepspeed
+from trainer.errors import ConfigError, RunError
+from trainer.evaluate import validate
+from trainer.loading import build_model, save_model
+from trainer.schedule import Schedule, above_chance, chance, grad_accum_steps, make_schedule
+from trainer.tracking import Tracker
+
+Status = Literal["finished", "early_stopped", "stopped", "already_finished"]
+EXIT_RESUME_ME = 75  # sysexits' EX_TEMPFAIL: stopped by a signal, a checkpoint is saved, run again with --resume auto
+MAX_IDS_SHOWN = 16
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended. `metrics` are the best validation's."""
+
+    run_dir: str
+    status: Status
+    step: int
+    best_step: int
+    metrics: dict[str, float]
+    train_s: float
+
+    @property
+    def exit_code(self) -> int:
+        return EXIT_RESUME_ME if self.status == "stopped" else 0
+
+
+@dataclass
+class Run:
+    """What the functions below share."""
+
+    config: Config
+    manifest: Manifest
+    launch: Launch
+    accelerator: Any
+    schedule: Schedule
+    module: Any  # the GenSR itself: for its names and settings, never called
+    model: nn.Module  # the same as accelerate wrapped it: always called through this
+    optimizer: Any
+    stream: TrainStream
+    valid: EvalStream
+    console: RunConsole
+    tracker: Tracker
+    progress: Progress
+    identity: dict[str, Any]
+    chance_threshold: float
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.run.dir)
+
+
+def train(config: Config, resume: Literal["never", "auto"] = "never") -> TrainResult:
+    """Train as `config` says, on every process that the launcher started.
+
+    resume="auto" continues run.dir from its newest whole checkpoint, or starts it. Raises a GensrError for anything the user can mend; earlier
+    results stay as they are.
+    """
+    if not config.data.dir or not config.run.dir:
+        missing = " and ".join(key for key, value in (("data.dir=OUT", config.data.dir), ("run.dir=RUN", config.run.dir)) if not value)
+        raise ConfigError(f"{missing} must be given: the prepared folder to learn from and the run folder to write")
+    launch = read_launch()
+    manifest = read_manifest(config.data.dir)
+    accelerator = make_accelerator(config, launch, grad_accum_steps(config, launch.world_size))
+    with process_group(accelerator), closing(runfolder.claim(accelerator, config, resume)) as claim:
+        if claim.finished:
+            return _already_finished(config)
+        run = set_up(config, manifest, launch, accelerator, claim.continuing)
+        try:
+            with run.console, StopSignal(accelerator) as stop:
+                return conclude(run, fit(run, stop))
+        except BaseException as error:
+            on_this_rank = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
+            runfolder.write_status(run.folder, "failed", run.progress, enabled=accelerator.is_main_process)
+            run.tracker.finish(on_this_rank)  # type: ignore[arg-type]
+            raise
+
+
+# ---- set-up ----------------------------------------------------------------------------------------------------
+
+
+def set_up(config: Config, manifest: Manifest, launch: Launch, accelerator: Any, continuing: bool) -> Run:
+    from accelerate.utils import set_seed
+
+    found, skipped = checkpoint.newest_whole(accelerator, config.run.dir) if continuing else (None, [])
+    cf_digest = on_main(accelerator, lambda: checkpoint.file_checksum(cf_path(config.data.dir)))
+    identity = checkpoint.identity_of(config, manifest, accelerator.num_processes, launch.zero_stage, cf_digest)
+    if found is not None:
+        checkpoint.check_identity(found, identity)
+
+    set_seed(config.run.seed)  # the same weights on every rank
+    cf = load_cf(config.data.dir, manifest, users=False)
+    holdout = runfolder.training_holdout(config, cf)
+    tables = load_tables(config.data.dir, manifest, cf, with_folds=holdout != "none").to(accelerator.device)
+    module = build_model(config, manifest, tables, config.data.dir)
+    if config.model.gather_negatives and accelerator.num_processes > 1:
+        module.gather = gather_rows
+    size = plan.size_of(module)
+    model, optimizer = accelerator.prepare(module, make_optimizer(module, config))
+    set_seed(derive_seed(config.run.seed, 41, accelerator.process_index) % 2**32)  # other dropout on every rank
+
+    progress = checkpoint.load(accelerator, model, found) if found is not None else Progress()
+    ranks = dict(rank=accelerator.process_index, world_size=accelerator.num_processes)
+    stream = TrainStream(
+        config.data.dir,
+        manifest,
+        config.data,
+        config.run.seed,
+        config.optim.global_batch_size,
+        config.optim.micro_batch_size,
+        **ranks,
+        start_event=progress.events_seen,
+        num_folds=cf.num_folds if holdout == "crossfit" else 0,
+        heldout_item=cf.heldout_item.numpy() if holdout == "last" and cf.heldout_item is not None else None,
+        clicks=runfolder.item_clicks(config.data.dir) if config.data.negatives == "popularity" else None,
+    )
+    valid = EvalStream(config.data.dir, manifest, "valid", config.data, config.run.eval_batch_size, **ranks, max_events=config.run.valid_events)
+    schedule = make_schedule(config, stream.num_events, accelerator.num_processes)
+    facts = {**report.environment_facts(), "parameters": asdict(size), "devices": _devices(accelerator), "zero_stage": identity["zero_stage"]}
+    if accelerator.is_main_process:
+        runfolder.write_facts(config, facts)
+    tracker = Tracker.start(config, config.run.dir, {**facts, "manifest": manifest}, accelerator.is_main_process, found.mlflow_run_id or None if found else None)
+    console = RunConsole(config.run.dir, schedule.num_steps, accelerator.is_main_process, progress.step if found is not None else None)
+    threshold = above_chance(config.run.select_metric, 1 + manifest.num_negatives, valid.num_events)
+    run = Run(config, manifest, launch, accelerator, schedule, module, model, optimizer, stream, valid, console, tracker, progress, identity, threshold)
+    console.banner(banner_rows(run, size))
+    console.say(*skipped, *([f"continuing {found.path.name}: {progress.step:,} of {schedule.num_steps:,} steps are done"] if found else []))
+    return run
+
+
+def make_optimizer(model: nn.Module, config: Config) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters; weight decay on matrices only (no biases, norms, single vectors, position-bias tables)."""
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    decayed = [p for name, p in trained if p.ndim >= 2 and "relative_attention_bias" not in name]
+    kept = {id(p) for p in decayed}
+    groups = [{"params": decayed, "weight_decay": config.optim.weight_decay}, {"params": [p for _, p in trained if id(p) not in kept], "weight_decay": 0.0}]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.optim.lr, betas=(0.9, config.optim.beta2), fused=True)
+
+
+def banner_rows(run: Run, size: plan.ModelSize) -> list[tuple[str, str]]:
+    config, s = run.config, run.schedule
+    mean, _ = chance(config.run.select_metric, 1 + run.manifest.num_negatives)
+    stage = run.launch.zero_stage
+    return [
+        ("data", f"{config.data.dir}: {run.stream.num_events:,} training events, {run.manifest.num_items:,} items, {run.valid.num_events:,} for validation"),
+        ("model", f"{config.model.backbone}, {config.model.variant}, {config.model.prompt} prompt: {size.total:,} parameters, {size.trainable:,} trained"),
+        ("batch", f"{plan.batch_arithmetic(s)}; {1 + config.data.num_negatives} candidates an event"),
+        ("steps", f"{s.num_steps:,} ({s.num_epochs:.2f} epochs), warm-up {s.warmup_steps}, peak lr {config.optim.lr:g}"),
+        ("validation", f"every {s.validate_every_steps:,} steps; {config.run.select_metric} picks the best (chance {mean:.4f}), checkpoint every {s.checkpoint_every_steps:,}"),
+        ("precision", f"{config.run.precision}, {'no DeepSpeed' if stage is None else f'DeepSpeed ZeRO-{stage}'}"),
+        ("devices", f"{_devices(run.accelerator)}, {torch.get_num_threads()} CPU threads each"),
+        ("run", str(run.folder)),
+        ("MLflow", run.tracker.run_id or "off (tracking.enabled=false)"),
+    ]
+
+
+def _devices(accelerator: Any) -> str:
+    name = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else "CPU"
+    return f"{accelerator.num_processes} × {name}"
+
+
+# ---- the loop --------------------------------------------------------------------------------------------------
+
+
+def fit(run: Run, stop: StopSignal) -> Status:
+    """Steps until the last one, an early stop or a signal."""
+    schedule, progress = run.schedule, run.progress
+    window = Window(run)
+    run.console.start_bar()
+    with closing(prefetched(run.stream, run.config.data.num_workers)) as batches:  # type: ignore[type-var]
+        while progress.step < schedule.num_steps:
+            one_step(run, batches, window)
+            progress.step += 1
+            progress.events_seen += schedule.global_batch_size
+            stopping = stop.poll() and progress.step < schedule.num_steps
+            validating, saving = schedule.is_validation_step(progress.step), schedule.is_checkpoint_step(progress.step)
+            if schedule.is_log_step(progress.step) or validating or saving or stopping:
+                window.report()  # also the check that nothing has become infinite, before it is saved
+            gained = validate_now(run) if validating else False
+            if saving or gained or stopping:
+                save(run)
+            if stopping:
+                run.console.say(f"stopped by {stop.received or 'a signal on another rank'} after step {progress.step:,}; continue with --resume auto")
+                return "stopped"
+            patience = run.config.run.early_stop_patience
+            if validating and patience and progress.validations_without_gain >= patience and progress.step < schedule.num_steps:
+                run.console.say(f"early stop: {patience} validations without gain since step {progress.best_step:,}")
+                return "early_stopped"
+            if validating or saving:
+                window.restart_clock()
+    return "finished"
+
+
+def one_step(run: Run, batches: Iterator[Batch], window: "Window") -> None:
+    """One optimizer step: grad_accum_steps micro-batches on this rank."""
+    accelerator, model, optimizer = run.accelerator, run.model, run.optimizer
+    lr = run.config.optim.lr * run.schedule.lr_factor(run.progress.step)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    for _ in range(run.schedule.grad_accum_steps):
+        batch = next(batches)
+        with accelerator.accumulate(model):
+            loss, parts = model(batch.to(accelerator.device))
+            accelerator.backward(loss)
+            if accelerator.sync_gradients and not uses_deepspeed(accelerator):  # DeepSpeed clips by itself
+                accelerator.clip_grad_norm_(model.parameters(), run.config.optim.grad_clip)
+            optimizer.step()
+            optimizer.zero_grad()
+        window.add(parts, batch.event_id)
+
+
+class Window:
+    """What happened since the last log line. Losses stay on the device until report()."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self._parts: list[dict[str, Tensor]] = []
+        self._event_ids: list[Tensor] = []
+        self._spent_s = 0.0
+        self._started_s = time.monotonic()
+
+    def add(self, parts: dict[str, Tensor], event_ids: Tensor) -> None:
+        """Scalars of one micro-batch, and its events in case they must be named."""
+        self._parts.append(parts)
+        self._event_ids.append(event_ids)
+
+    def restart_clock(self) -> None:
+        """Do not count the time since report(): validation and checkpoints are no training."""
+        self._started_s = time.monotonic()
+
+    def report(self) -> None:
+        """Average over micro-batches and ranks → console, metrics.jsonl, tracker. Raises RunError when a loss is not finite, naming the events."""
+        run = self.run
+        names = sorted(self._parts[0])
+        values = torch.stack([torch.stack([parts[name].float() for name in names]) for parts in self._parts])  # [micro-batches, names]
+        wrong = ~torch.isfinite(values[:, names.index("loss")])
+        own = torch.cat([values.nanmean(0), wrong.any().float()[None]])
+        ranks = run.accelerator.gather(own[None])  # [ranks, names + 1]: the only wait for the device
+        if bool(ranks[:, -1].any()):
+            self._refuse(wrong.tolist())
+        means = dict(zip(names, ranks[:, :-1].nanmean(0).tolist(), strict=True))
+        seconds = time.monotonic() - self._started_s
+        steps = len(self._parts) // run.schedule.grad_accum_steps
+        run.progress.train_s += seconds
+        record = {
+            **{name: value for name, value in means.items() if value == value},
+            "lr": run.config.optim.lr * run.schedule.lr_factor(run.progress.step - 1),
+            "epoch": run.progress.events_seen / run.stream.num_events,
+            "events_per_s": steps * run.schedule.global_batch_size / max(seconds, 1e-9),
+            "memory_gb": peak_memory_gb(),
+            "train_s": run.progress.train_s,
+        }
+        run.console.step(run.progress.step, record)
+        run.tracker.log_metrics({f"train/{name}": value for name, value in record.items()}, run.progress.step)
+        self._parts, self._event_ids = [], []
+        self.restart_clock()
+
+    def _refuse(self, wrong: list[bool]) -> None:
+        """Name the first bad micro-batch of each rank that has one, on every rank."""
+        mine = (self._event_ids[wrong.index(True)].tolist(), wrong.index(True)) if any(wrong) else ([], 0)
+        steps_back = (len(wrong) - 1) // self.run.schedule.grad_accum_steps
+        first_step = self.run.progress.step - steps_back
+        parts = []
+        for rank, (ids, index) in enumerate(gather_objects(self.run.accelerator, mine)):
+            if ids:
+                shown = ", ".join(map(str, ids[:MAX_IDS_SHOWN])) + (", …" if len(ids) > MAX_IDS_SHOWN else "")
+                parts.append(f"step {first_step + index // self.run.schedule.grad_accum_steps}, rank {rank}, event ids {shown}")
+        raise RunError(
+            f"the loss is not finite: {'; '.join(parts)}. Nothing was saved since; earlier checkpoints are intact. "
+            "Try a smaller optim.lr or run.precision=fp32, and look at these events with gensr inspect."
+        )
+
+
+def validate_now(run: Run) -> bool:
+    """Metrics on the fixed sample; True when they are the best so far (then RUN/model is written)."""
+    started_s = time.monotonic()
+    run.model.eval()
+    with torch.no_grad():
+        metrics = validate(lambda batch: run.model(batch.to(run.accelerator.device), mode="score"), run.valid, lambda rows: gather_objects(run.accelerator, rows))
+    run.model.train()
+    progress, name = run.progress, run.config.run.select_metric
+    if name not in metrics:
+        raise ConfigError(f"run.select_metric={name} is not measured on this data. There are: {', '.join(sorted(metrics))}")
+    value = metrics[name]
+    gained = progress.best_step == 0 or value > progress.best_value
+    progress.above_chance = progress.above_chance or value > run.chance_threshold
+    if gained:
+        progress.best_step, progress.best_value, progress.best_metrics = progress.step, value, dict(metrics)
+        progress.validations_without_gain = 0
+        write_model(run)
+    elif progress.above_chance:
+        progress.validations_without_gain += 1
+    note = "best so far" if gained else f"best {progress.best_value:.4f} at step {progress.best_step:,}"
+    run.console.say(f"valid {progress.step:,}  {name} {value:.4f}  ({note}, {time.monotonic() - started_s:.0f} s)")
+    run.console.record({"kind": "valid", "step": progress.step, **metrics})
+    run.tracker.log_metrics({f"valid/{key}": number for key, number in metrics.items()}, progress.step)
+    return gained
+
+
+def write_model(run: Run) -> None:
+    """Consolidated weights → RUN/model, on all ranks (ZeRO-3 gathers). RUN/model is therefore the best so far at any time."""
+    state = full_state_dict(run.accelerator, run.model, run.module)
+    on_main(run.accelerator, lambda: save_model(run.folder / "model", run.module, state, run.config, run.manifest, run.config.data.dir))
+
+
+def save(run: Run) -> None:
+    config = run.config.run
+    checkpoint.save(run.accelerator, run.model, run.folder, run.progress, run.identity, run.tracker.run_id, config.keep_checkpoints)
+    runfolder.write_status(run.folder, "running", run.progress, enabled=run.accelerator.is_main_process)
+
+
+# ---- the end ---------------------------------------------------------------------------------------------------
+
+
+def conclude(run: Run, status: Status) -> TrainResult:
+    """Pictures, tracker and the last screen."""
+    progress, main = run.progress, run.accelerator.is_main_process
+    result = TrainResult(str(run.folder), status, progress.step, progress.best_step, progress.best_metrics, progress.train_s)
+    if main:
+        for picture in report.plot_run(run.folder):
+            run.tracker.log_artifact(picture, "report")
+    run.tracker.finish("KILLED" if status == "stopped" else "FINISHED")
+    runfolder.write_status(run.folder, "stopped" if status == "stopped" else "finished", progress, enabled=main)
+    if status != "stopped":
+        run.console.say(
+            "",
+            f"best step {progress.best_step:,} of {progress.step:,}, {clock(progress.train_s)} of training, validation on {run.valid.num_events:,} events (sampled):",
+            *report.metric_rows(progress.best_metrics),
+            f"model     {run.folder / 'model'}",
+            f"pictures  {run.folder / 'report'}",
+            f"next      gensr evaluate {run.folder} --split test",
+            f"          gensr register {run.folder} NAME",
+        )
+    return result
+
+
+def _already_finished(config: Config) -> TrainResult:
+    progress = runfolder.read_status(config.run.dir)
+    return TrainResult(config.run.dir, "already_finished", progress.step, progress.best_step, progress.best_metrics, progress.train_s)
