@@ -11,6 +11,7 @@ The bytes depend on the arguments only (on one kind of CPU: exp and log may diff
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import BinaryIO
 
@@ -40,8 +41,8 @@ def simulate(
     """Write KuaiSAR's five files into the new folder `out`; returns the number of rows of each file.
 
     `rows_per_day` is the mean number of impressions of a user and day; KuaiSAR's size is users=25_877, items=6_890_707, days=19, rows_per_day=40.
-    `chunk_users` users are held at once (0 = by their rows). Raises ConfigError for sizes that make no world, DataError when `out` exists or cannot be written;
-    `out` appears complete or not at all.
+    `chunk_users` users are held at once (0 = by their rows) and change no byte. `progress(what, done, total)` is called as parts finish.
+    Raises ConfigError for sizes that make no world, DataError when `out` exists or cannot be written. `out` appears complete or not at all.
     """
     _check_sizes(users, items, days, rows_per_day)
     out = Path(out)
@@ -50,7 +51,11 @@ def simulate(
     temporary = out.with_name(f".{out.name}.partial-{os.getpid()}")
     try:
         temporary.mkdir(parents=True)
-        counts = _write_all(temporary, users, items, days, seed, progress or _silent, rows_per_day, chunk_users)
+        progress = progress or _silent
+        progress("world", 0, items)
+        world = make_world(users, items, days, seed)
+        progress("world", items, items)
+        counts = _write_all(temporary, world, progress, rows_per_day, chunk_users)
         os.rename(temporary, out)
     except OSError as error:
         raise DataError(f"cannot write {out}: {error}. Nothing was left behind; check the path and the free space.") from error
@@ -66,12 +71,9 @@ def _check_sizes(users: int, items: int, days: int, rows_per_day: float) -> None
         raise ConfigError("; ".join(problems) + ". Nothing was written.")
 
 
-def _write_all(folder: Path, users: int, items: int, days: int, seed: int, progress: Progress, rows_per_day: float, chunk_users: int) -> dict[str, int]:
-    progress("world", 0, items)
-    world = make_world(users, items, days, seed)
-    progress("world", items, items)
-    files: dict[str, BinaryIO] = {name: open(folder / name, "wb") for name in tables.HEADERS}
-    try:
+def _write_all(folder: Path, world: World, progress: Progress, rows_per_day: float, chunk_users: int) -> dict[str, int]:
+    with ExitStack() as stack:
+        files: dict[str, BinaryIO] = {name: stack.enter_context(open(folder / name, "wb")) for name in tables.HEADERS}
         for name, file in files.items():
             tables.write_header(file, name)
         counts = _write_items(files["item_features.csv"], world, progress)
@@ -79,9 +81,6 @@ def _write_all(folder: Path, users: int, items: int, days: int, seed: int, progr
         for file in files.values():
             file.flush()
             os.fsync(file.fileno())
-    finally:
-        for file in files.values():
-            file.close()
     return counts
 
 

@@ -38,8 +38,9 @@ SEARCH_ABANDONED = 0.18  # searches whose results nobody looks at (on top of tho
 NON_VIDEO = 0.12  # of the results are users, live streams, …
 NO_ITEM = -1
 
-(P_SLOT, P_KEEP, P_FOCUS, P_TREND, P_REQUESTS, P_REQUEST, P_TIME, P_SIZE, P_CAND, P_DRAW, P_EXTRA, P_CLICK, P_SEARCH, P_RELATED, P_INTENT, P_LENGTH,
- P_FORMS, P_COMMON, P_NONVIDEO, P_ABANDON) = range(200, 220)  # fmt: skip
+# Purposes: the second argument of every draw (see world.py).
+P_SLOT, P_KEEP, P_FOCUS, P_TREND, P_REQUESTS, P_REQUEST, P_TIME, P_SIZE, P_CAND, P_DRAW = range(200, 210)
+P_EXTRA, P_SEARCH, P_RELATED, P_INTENT, P_LENGTH, P_FORMS, P_COMMON, P_NONVIDEO, P_ABANDON = range(210, 219)
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,8 @@ def _feed(world: World, users: Users, requests: Requests) -> Impressions:
     u_kind, u_rank, u_noise = draws.uniform3(keys, P_DRAW)
     u_topic, u_click, _ = draws.uniform3(keys, P_EXTRA)
     interest = users.interests[requests.user[:, None], draws.pick(u_topic, INTERESTS_CUMULATIVE)]
-    topic = np.where(u_kind < FEED_FOCUS, requests.focus[:, None], np.where(u_kind < FEED_FOCUS + FEED_INTERESTS, interest, draws.pick(u_topic, world.topic_cumulative)))
+    explored = draws.pick(u_topic, world.topic_cumulative)
+    topic = np.where(u_kind < FEED_FOCUS, requests.focus[:, None], np.where(u_kind < FEED_FOCUS + FEED_INTERESTS, interest, explored))
     item = world.item_at(topic, u_rank)
     affinity = world.affinity(users.taste[requests.user][:, None, :], item)
     score = FEED_STYLE * affinity + draws.gumbel(u_noise)
@@ -215,7 +217,9 @@ def _shown(world: World, item: np.ndarray, score: np.ndarray, day: np.ndarray, s
     return row, best[row, place]
 
 
-def _first_clicks_only(world: World, requests: Requests, feed: Impressions, searches: Searches, results: Impressions) -> tuple[np.ndarray, np.ndarray]:
+def _first_clicks_only(
+    world: World, requests: Requests, feed: Impressions, searches: Searches, results: Impressions
+) -> tuple[np.ndarray, np.ndarray]:
     """Which rows stay: an item that a user has clicked is not shown to that user again, by either service."""
     item = np.concatenate([feed.item, results.item])
     click = np.concatenate([feed.click, results.click])

@@ -1,5 +1,6 @@
 """KuaiSAR's five CSV files: field names, order and spelling as published (kuaisar.github.io/detailed_statistics.html)."""
 
+from collections.abc import Callable
 from typing import BinaryIO
 
 import numpy as np
@@ -25,17 +26,29 @@ FORWARD, LIKE, FOLLOW = 0.01, 0.06, 0.015  # probabilities after a click
 FOLLOWS_SOMEONE = 0.08
 
 LEVELS = ("first", "second", "third", "fourth")
-REC_FIELDS = ("user_id", "item_id", "playing_time", "duration_ms", "time", "timestamp", "click", "forward", "like", "follow", "search", "search_item_related")
-SRC_FIELDS = ("user_id", "search_session_id", "search_session_time", "search_session_timestamp", "keyword", "search_source", "item_id", "click_cnt", "item_type")
-SOCIAL_FIELDS = ("user_id", "user_follow_id")
-USER_FIELDS = ("user_id", "search_active_level", "rec_active_level", "onehot_feat1", "onehot_feat2")
-ITEM_FIELDS = ("item_id", "caption", "author_id", "item_type", "upload_time", "upload_type") + tuple(
-    f"{level}_level_category_{part}" for level in LEVELS for part in ("id", "name", "name_en")
+REC_FIELDS = (
+    *("user_id", "item_id", "playing_time", "duration_ms", "time", "timestamp"),
+    *("click", "forward", "like", "follow", "search", "search_item_related"),
 )
-HEADERS = {"rec_inter.csv": REC_FIELDS, "src_inter.csv": SRC_FIELDS, "social_network.csv": SOCIAL_FIELDS, "user_features.csv": USER_FIELDS, "item_features.csv": ITEM_FIELDS}
+SRC_FIELDS = (
+    *("user_id", "search_session_id", "search_session_time", "search_session_timestamp"),
+    *("keyword", "search_source", "item_id", "click_cnt", "item_type"),
+)
+ITEM_FIELDS = (
+    *("item_id", "caption", "author_id", "item_type", "upload_time", "upload_type"),
+    *(f"{level}_level_category_{part}" for level in LEVELS for part in ("id", "name", "name_en")),
+)
+HEADERS = {
+    "rec_inter.csv": REC_FIELDS,
+    "src_inter.csv": SRC_FIELDS,
+    "social_network.csv": ("user_id", "user_follow_id"),
+    "user_features.csv": ("user_id", "search_active_level", "rec_active_level", "onehot_feat1", "onehot_feat2"),
+    "item_features.csv": ITEM_FIELDS,
+}
 
-(P_DURATION, P_PLAYED, P_FORWARD, P_LIKE, P_FOLLOW, P_REPEAT, P_TYPE, P_OTHER, P_SOURCE, P_AUTHOR, P_UPTYPE, P_COMMON, P_CAPTION, P_NOCAT, P_NOTHIRD, P_NOFOURTH, P_SOCIAL, P_WHOM,
- P_ONEHOT1, P_ONEHOT2, P_USERID) = range(300, 321)  # fmt: skip
+# Purposes: the second argument of every draw (see world.py).
+P_DURATION, P_PLAYED, P_FORWARD, P_LIKE, P_FOLLOW, P_REPEAT, P_TYPE, P_OTHER, P_SOURCE, P_AUTHOR, P_UPTYPE = range(300, 311)
+P_COMMON, P_CAPTION, P_NOCAT, P_NOTHIRD, P_NOFOURTH, P_SOCIAL, P_WHOM, P_ONEHOT1, P_ONEHOT2, P_USERID = range(311, 321)
 
 
 def user_ids(world: World) -> np.ndarray:
@@ -199,7 +212,7 @@ def _category_columns(world: World, items: np.ndarray, topic: np.ndarray) -> lis
     return columns
 
 
-def _table(rows: int, columns: int, name_of) -> list[tuple[str, str]]:  # type: ignore[no-untyped-def]
+def _table(rows: int, columns: int, name_of: Callable[[int, int], tuple[str, str]]) -> list[tuple[str, str]]:
     return [name_of(row, column) for row in range(rows) for column in range(columns)]
 
 

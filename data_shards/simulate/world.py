@@ -32,7 +32,8 @@ MAX_FIRSTS, MAX_SECONDS, MAX_THIRDS, NUM_THEMES = 24, 12, 12, 6  # names in name
 ITEM_BLOCK = 1 << 17  # items made at once: bounds temporary memory
 
 # Purposes: the second argument of every draw, so that no two decisions share a hash.
-(P_ITEM, P_USER, P_CENTRE, P_COMMUNITY, P_STYLE, P_CONCEPT, P_UPLOAD, P_FORM, P_MISSING, P_ACTIVITY, P_INTEREST, P_HOME, P_NEAR, P_WORDS, P_IDS) = range(100, 115)
+P_ITEM, P_USER, P_CENTRE, P_COMMUNITY, P_STYLE, P_CONCEPT, P_UPLOAD, P_FORM = range(100, 108)
+P_MISSING, P_ACTIVITY, P_INTEREST, P_HOME, P_NEAR, P_WORDS, P_IDS = range(108, 115)
 
 
 @dataclass(frozen=True)
