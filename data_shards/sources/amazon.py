@@ -1,0 +1,240 @@
+"""`amazon`: the review releases (reviews + metadata, 2014 and 2018) and the NAME.inter.json + NAME.item.json pair made from them.
+
+These logs hold no searches. As is usual (Ai et al., SIGIR 2017), a query is synthesised from the item's category path, and each purchase gives one
+recommendation and one search event at the same time: search results on this data are results on synthetic queries. A query is made from the path
+alone, so it names the target only where one item has a path to itself (counted in the manifest as paths_of_one_item).
+"""
+
+import ast
+import gzip
+import html
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data_shards.errors import DataError
+from data_shards.options import PrepareSettings
+from data_shards.schema import REC, SRC
+from data_shards.sources import Source, Tables
+from data_shards.sources.reading import literal
+from data_shards.work import Work
+
+LICENSE = "Amazon review data (J. McAuley, UCSD): research use"
+STOP_WORDS = frozenset(
+    "a an and are as at be but by for from has if in into is it its no not of on or other our such than that the their then there these they this to was we will with you your".split()
+)
+WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)?")
+PATH_COMMA = re.compile(r",(?!\s)")  # levels are separated by a comma that no space follows: names themselves contain ", "
+ROWS = 50_000
+
+
+def open_source(raw: Path, settings: PrepareSettings) -> Source:
+    if not raw.is_dir():
+        raise DataError(f"{raw}: must be a folder with NAME.inter.json and NAME.item.json, or with one reviews and one meta_*.json.gz file.")
+    pair = _find_pair(raw)
+    if pair:
+        return Source(name="amazon", files=pair, read=lambda work: _read_pair(work, *pair, settings.text_order), license=LICENSE, has_clock=False)
+    release = _find_release(raw)
+    return Source(name="amazon", files=release, read=lambda work: _read_release(work, *release, settings.text_order), license=LICENSE)
+
+
+def _find_pair(raw: Path) -> tuple[Path, Path] | None:
+    inter = sorted(raw.glob("*.inter.json"))
+    if not inter:
+        return None
+    items = raw / f"{inter[0].name.removesuffix('.inter.json')}.item.json"
+    if len(inter) > 1:
+        raise DataError(f"{raw}: holds {', '.join(path.name for path in inter)}. Give each category a folder of its own.")
+    if not items.is_file():
+        raise DataError(f"{items}: no such file; {inter[0].name} needs it beside it.")
+    return inter[0], items
+
+
+def _find_release(raw: Path) -> tuple[Path, Path]:
+    files = sorted(path for pattern in ("*.json", "*.json.gz") for path in raw.glob(pattern))
+    metas = [path for path in files if path.name.startswith("meta_")]
+    reviews = [path for path in files if not path.name.startswith("meta_")]
+    reviews = [path for path in reviews if re.search(r"_5\.json(\.gz)?$", path.name)] or reviews
+    if len(metas) != 1 or len(reviews) != 1:
+        found = ", ".join(path.name for path in files) or "no .json or .json.gz file"
+        raise DataError(f"{raw}: expected one reviews file (like Kindle_Store_5.json.gz) and one meta_*.json.gz, or NAME.inter.json and NAME.item.json. Found: {found}.")
+    return reviews[0], metas[0]
+
+
+def category_query(path: list[str]) -> str:
+    """The words of all levels in order, lower-cased, without stop words and repetitions. "" for an empty path."""
+    words = (word for level in path for word in WORD.findall(level.lower()))
+    return " ".join(dict.fromkeys(word for word in words if word not in STOP_WORDS))
+
+
+def item_text(path: list[str], title: str, text_order: str) -> str:
+    """Category names below the root, and the title."""
+    parts = [" ".join(path[1:]), title]
+    return " ".join(part for part in (parts if text_order == "categories_title" else parts[::-1]) if part)
+
+
+def _clean(value: Any) -> str:
+    """Text of a metadata field: entities and tags resolved, one line."""
+    return " ".join(re.sub(r"<[^>]*>", " ", html.unescape(value)).split()) if isinstance(value, str) else ""
+
+
+def _item_row(item_id: Any, title: Any, path: list[str], text_order: str) -> dict[str, Any]:
+    path = [level for level in (_clean(level) for level in path) if level]
+    return {"item_id": item_id, "text": item_text(path, _clean(title), text_order), "category": " > ".join(path) or None, "query": category_query(path) or None}
+
+
+# ------------------------------------------------------------------ NAME.inter.json + NAME.item.json
+
+
+def _read_pair(work: Work, inter_path: Path, item_path: Path, text_order: str) -> Tables:
+    histories, items = _json_object(inter_path), _json_object(item_path)
+    to_id = _id_converter([*histories, *items])
+    item_rows = []
+    for key, fields in items.items():
+        if not isinstance(fields, dict):
+            raise DataError(f"{item_path}:{key}: must be an object with title and categories, got {fields!r:.60}")
+        item_rows.append(_item_row(to_id(key), fields.get("title"), PATH_COMMA.split(fields.get("categories") or ""), text_order))
+    events: dict[str, list[Any]] = {"user_id": [], "item_id": [], "time": []}
+    unknown = 0
+    for user, clicked in histories.items():
+        if not isinstance(clicked, list):
+            raise DataError(f"{inter_path}:{user}: must be a list of items, oldest first, got {clicked!r:.60}")
+        for position, item in enumerate(clicked):
+            if str(item) not in items:
+                unknown += 1
+                continue
+            events["user_id"].append(to_id(user))
+            events["item_id"].append(to_id(item))
+            events["time"].append(position)
+    if not events["time"]:
+        raise DataError(f"{inter_path}: no interaction with an item of {item_path.name} ({unknown} with unknown items)")
+    pq.write_table(pa.table(events), work.folder / "reviews.parquet")
+    pq.write_table(_item_table(item_rows, to_id is int), work.folder / "meta.parquet")
+    return _tables(work, {"item not in the metadata": unknown} if unknown else {})
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise DataError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(document, dict) or not document:
+        raise DataError(f"{path}: must be a JSON object with at least one entry, got {type(document).__name__}")
+    return document
+
+
+def _id_converter(keys: list[str]) -> type[int] | type[str]:
+    """int when every key is an integer written the usual way."""
+    return int if all(re.fullmatch(r"0|-?[1-9][0-9]{0,17}", key) for key in keys) else str
+
+
+# ------------------------------------------------------------------ reviews + meta of the releases
+
+
+def _read_release(work: Work, reviews: Path, meta: Path, text_order: str) -> Tables:
+    dropped: Counter[str] = Counter()
+    _write_parquet(work.folder / "meta.parquet", _meta_rows(meta, text_order, dropped), _item_table([], False).schema)
+    schema = pa.schema([("user_id", pa.string()), ("item_id", pa.string()), ("time", pa.int64())])
+    _write_parquet(work.folder / "reviews.parquet", _review_rows(reviews, work, dropped), schema)
+    return _tables(work, dict(dropped))
+
+
+def _review_rows(path: Path, work: Work, dropped: Counter[str]) -> Iterator[dict[str, Any]]:
+    for number, record in read_records(path):
+        user, item, seconds = record.get("reviewerID"), record.get("asin"), record.get("unixReviewTime")
+        if number % ROWS == 0:
+            work.progress("read", number, 0)
+        if not isinstance(seconds, int | float) or seconds != seconds or seconds <= 0:
+            dropped["review without a time"] += 1
+        elif not user or not item:
+            dropped["review without a user or an item"] += 1
+        else:
+            yield {"user_id": user, "item_id": item, "time": int(seconds) * 1000}
+
+
+def _meta_rows(path: Path, text_order: str, dropped: Counter[str]) -> Iterator[dict[str, Any]]:
+    for _, record in read_records(path):
+        if not record.get("asin"):
+            dropped["metadata without an item"] += 1
+            continue
+        yield _item_row(record["asin"], record.get("title"), _category_path(record), text_order)
+
+
+def _category_path(record: dict[str, Any]) -> list[str]:
+    """2018: `category`, one path. 2014: `categories`, a list of paths, of which the longest says most (the first of equals)."""
+    path = record.get("category") or record.get("categories") or []
+    if isinstance(path, str):
+        return PATH_COMMA.split(path)
+    if path and isinstance(path[0], list):
+        return max(path, key=len)
+    return [level for level in path if isinstance(level, str)]
+
+
+def read_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number from 1, object) of a file with one object a line, gzip or plain: strict JSON, or Python literals as in the 2014 metadata."""
+    opener = gzip.open if path.suffix == ".gz" else open
+    number = 0
+    try:
+        with opener(path, "rt", encoding="utf-8-sig") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield number, _parse_line(line, path, number)
+    except (EOFError, gzip.BadGzipFile, UnicodeDecodeError) as error:
+        raise DataError(f"{path}:row {number + 1}: the file is damaged or cut off ({error}). Download it again.") from error
+    if number == 0:
+        raise DataError(f"{path}: empty file")
+
+
+def _parse_line(line: str, path: Path, number: int) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        try:
+            record = ast.literal_eval(line.strip())
+        except (ValueError, SyntaxError) as error:
+            raise DataError(f"{path}:row {number}: neither JSON nor a Python literal: {line.strip()[:80]!r}") from error
+    if not isinstance(record, dict):
+        raise DataError(f"{path}:row {number}: must be an object, got {type(record).__name__}")
+    return record
+
+
+# ------------------------------------------------------------------ common
+
+
+def _item_table(rows: list[dict[str, Any]], integers: bool) -> pa.Table:
+    schema = pa.schema([("item_id", pa.int64() if integers else pa.string()), ("text", pa.string()), ("category", pa.string()), ("query", pa.string())])
+    return pa.Table.from_pylist(rows, schema=schema)
+
+
+def _write_parquet(path: Path, rows: Iterator[dict[str, Any]], schema: pa.Schema) -> None:
+    with pq.ParquetWriter(path, schema) as writer:
+        part: list[dict[str, Any]] = []
+        for row in rows:
+            part.append(row)
+            if len(part) == ROWS:
+                writer.write_table(pa.Table.from_pylist(part, schema=schema))
+                part = []
+        writer.write_table(pa.Table.from_pylist(part, schema=schema))
+
+
+def _tables(work: Work, dropped: dict[str, int]) -> Tables:
+    work.con.execute(f"CREATE OR REPLACE TABLE purchases AS SELECT * FROM read_parquet({literal(work.folder / 'reviews.parquet')})")
+    work.con.execute(f"CREATE OR REPLACE TABLE meta AS SELECT * FROM read_parquet({literal(work.folder / 'meta.parquet')})")
+    work.con.execute("CREATE OR REPLACE TABLE item_query AS SELECT item_id, min(query) AS query FROM meta GROUP BY item_id")
+    one, every = work.con.execute(
+        "SELECT count(*) FILTER (n = 1), count(*) FROM (SELECT count(*) AS n FROM item_query WHERE query IS NOT NULL GROUP BY query)"
+    ).fetchall()[0]
+    events = f"""
+        SELECT user_id, item_id, time, {REC}::TINYINT AS task, NULL::VARCHAR AS query, true AS clicked, NULL::VARCHAR AS problem FROM purchases
+        UNION ALL
+        SELECT p.user_id, p.item_id, p.time, {SRC}::TINYINT, q.query, true,
+            CASE WHEN q.query IS NULL THEN 'search event of an item without a category path' END
+        FROM purchases p LEFT JOIN item_query q ON p.item_id = q.item_id"""
+    notes = {"queries": "synthesised from category paths (Ai et al. 2017)", "paths": every, "paths_of_one_item": one}
+    return Tables(events=events, items="SELECT item_id, text, NULL::INTEGER[] AS words, category FROM meta", duplicate_items=True, dropped=dropped, notes=notes)
