@@ -60,6 +60,8 @@ def write_catalog(work: Work, settings: PrepareSettings, columns: EventColumns, 
     folder.mkdir(parents=True, exist_ok=True)
     mark_train_queries(work, columns, sizes["num_queries"])
     words = collect_words(work, settings.min_word_count) if mode == "words" else None
+    if words is not None:
+        np.save(folder / "words.npy", words.vocabulary)  # so that queries asked later can be read
     tokenizer = get_tokenizer(settings, training_texts(work, with_queries=mode == "natural"))
     tokenizer_file = work.tree / "tokenizer" / "tokenizer.json"
     tokenizer_file.parent.mkdir(exist_ok=True)
