@@ -32,6 +32,10 @@ class Batch:
         """Events start … stop-1 of this batch."""
         return Batch(**{f.name: getattr(self, f.name)[start:stop] for f in fields(self)})
 
+    def take(self, index: Tensor) -> "Batch":
+        """Events chosen by indices or a mask [B]."""
+        return Batch(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
+
     def with_candidates(self, candidates: Tensor, labels: Tensor) -> "Batch":
         return replace(self, candidates=candidates, labels=labels)
 

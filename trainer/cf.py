@@ -133,7 +133,9 @@ def load_cf(folder: str | Path, manifest: Manifest, users: bool = True, folds: b
     except (SafetensorError, KeyError, ValueError, OSError) as error:
         raise DataError(f"{path} cannot be read: {error}. Make it again with: gensr cf {folder} overwrite=true") from error
     if len(item) != manifest.num_items or (users and len(table.user) != manifest.num_users):
-        raise DataError(f"{path} holds {len(item)} items, the manifest says {manifest.num_items}. Make it again with: gensr cf {folder} overwrite=true")
+        raise DataError(
+            f"{path} holds {len(item)} items, the manifest says {manifest.num_items}. Make it again with: gensr cf {folder} overwrite=true"
+        )
     return table
 
 
@@ -168,7 +170,9 @@ def train_cf(folder: str | Path, overrides: Sequence[str] = (), progress: Progre
     columns = train_clicks(folder, manifest)
     clicks = unique_rec_clicks(columns, manifest)
     if len(clicks.users) == 0:
-        raise DataError(f"{folder}: no recommendation click in the training split, LightGCN has nothing to learn from. Look at: gensr inspect {folder}")
+        raise DataError(
+            f"{folder}: no recommendation click in the training split, LightGCN has nothing to learn from. Look at: gensr inspect {folder}"
+        )
     table = train_tables(clicks, columns, valid_candidates(folder, manifest, config.seed), manifest, config, say)
     save_cf(folder, table)
     say(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
@@ -232,7 +236,8 @@ def train_tables(
     say(describe_cost(clicks, config, 1 + len(keep), full.batch_size, full.step_seconds()))
     started = time.monotonic()
     user, item, validation = full.fit_until_valid(valid)
-    say(f"full table: best after {validation['epochs']} epochs, validation NDCG@10 {validation['ndcg@10']} (sampled), {time.monotonic() - started:.0f} s")
+    seconds = time.monotonic() - started
+    say(f"full table: best after {validation['epochs']} epochs, validation NDCG@10 {validation['ndcg@10']} (sampled), {seconds:.0f} s")
     folds = []
     for fold, mask in enumerate(keep):
         part = clicks.keep(mask)
@@ -286,8 +291,8 @@ def describe_cost(clicks: Clicks, config: CfConfig, num_tables: int, batch_size:
     return (
         f"LightGCN on {edges:,} clicks of {clicks.num_users:,} users × {clicks.num_items:,} items, d {config.dim}, {config.layers} layers: "
         f"{num_tables} table{'s' if num_tables > 1 else ''} (holdout={config.holdout}), batch {batch_size:,} "
-        f"({-(-edges // batch_size)} steps an epoch of {epoch_s:.1f} s, at most {epoch_s * config.max_epochs * num_tables / 60:.1f} min for {config.max_epochs} epochs), "
-        f"about {(training_bytes + kept_bytes) / 1e9:.2f} GB"
+        f"({-(-edges // batch_size)} steps an epoch of {epoch_s:.1f} s), at most {config.max_epochs} epochs each: "
+        f"at most {epoch_s * config.max_epochs * num_tables / 60:.1f} min, about {(training_bytes + kept_bytes) / 1e9:.2f} GB"
     )
 
 

@@ -28,6 +28,8 @@ def atomic(path: str | Path) -> Iterator[Path]:
         finally:
             os.close(folder)
     except OSError as error:
-        raise EnvironmentProblem(f"{path}: cannot be written: {error.strerror or error}. Nothing earlier was changed; free space or fix permissions.") from error
+        raise EnvironmentProblem(
+            f"{path}: cannot be written: {error.strerror or error}. Nothing earlier was changed; free space or fix permissions."
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)

@@ -43,7 +43,7 @@ def summarise(ranks: Tensor, tied: Tensor, seed: int = 0) -> dict[str, Any]:
 
     → {"recall@5": …, "mrr": …, "num_events": n, "tie_rate": …, "ci95": {metric: [low, high]}}. ranks [n] float64, n ≥ 1; tied [n] bool.
     """
-    assert len(ranks) > 0 and len(ranks) == len(tied)
+    assert len(ranks) == len(tied) > 0
     distinct, counts = torch.unique(ranks.double().cpu(), return_counts=True)  # the bootstrap needs the histogram alone
     values = metric_values(distinct)
     means = (counts.double() @ values) / len(ranks)

@@ -58,7 +58,11 @@ def _csr(rows: np.ndarray, columns: np.ndarray, weights: np.ndarray, row_degree:
     with warnings.catch_warnings():  # "Sparse CSR tensor support is in beta state"
         warnings.simplefilter("ignore")
         return torch.sparse_csr_tensor(
-            torch.from_numpy(row_starts), torch.from_numpy(indices), torch.from_numpy(values), size=(len(row_degree), num_columns), check_invariants=False
+            torch.from_numpy(row_starts),
+            torch.from_numpy(indices),
+            torch.from_numpy(values),
+            size=(len(row_degree), num_columns),
+            check_invariants=False,
         )
 
 

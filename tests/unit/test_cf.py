@@ -1,0 +1,210 @@
+"""gensr cf: what each table may see, determinism, and the file."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from data_shards.hashing import click_fold
+from data_shards.schema import REC, SRC, Manifest, read_manifest
+from tests.tiny_folder import make_tiny_folder
+from trainer.cf import (
+    Clicks,
+    _Trainer,
+    cf_path,
+    choose_batch_size,
+    held_in,
+    last_clicks,
+    load_cf,
+    rotate_onto,
+    sampled_ndcg,
+    train_cf,
+    train_tables,
+    unique_rec_clicks,
+)
+from trainer.config import CfConfig
+from trainer.errors import ConfigError, DataError, RunError
+
+NUM_USERS, NUM_ITEMS, NUM_TOPICS = 60, 40, 4
+MANIFEST = Manifest(raw={"counts": {"users": NUM_USERS, "items": NUM_ITEMS}, "split": {"fingerprint": "f" * 64}}, hash="")
+QUICK = ("cf.max_epochs=2", "cf.dim=8", "overwrite=true")
+
+
+def planted_columns(seed: int = 0) -> dict[str, np.ndarray]:
+    """Ten clicks of each user, all on items of the user's topic (item % 4 == user % 4)."""
+    generator = np.random.default_rng(seed)
+    user = np.repeat(np.arange(NUM_USERS), 10)
+    item = generator.integers(NUM_ITEMS // NUM_TOPICS, size=len(user)) * NUM_TOPICS + user % NUM_TOPICS
+    return {"user": user, "item": item, "task": np.full(len(user), REC), "time": np.arange(len(user)), "event_id": np.arange(len(user))}
+
+
+def planted_valid(seed: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """An item of the user's topic against nine of other topics."""
+    generator = np.random.default_rng(seed)
+    users = np.arange(NUM_USERS)
+    own = generator.integers(NUM_ITEMS // NUM_TOPICS, size=NUM_USERS) * NUM_TOPICS + users % NUM_TOPICS
+    others = (
+        generator.integers(NUM_ITEMS // NUM_TOPICS, size=(NUM_USERS, 9)) * NUM_TOPICS
+        + (users[:, None] + generator.integers(1, 4, (NUM_USERS, 9))) % 4
+    )
+    return users, np.concatenate([own[:, None], others], axis=1)
+
+
+def train(config: CfConfig, messages: list[str] | None = None):
+    columns = planted_columns()
+    say = messages.append if messages is not None else lambda message: None
+    return train_tables(unique_rec_clicks(columns, MANIFEST), columns, planted_valid(), MANIFEST, config, say)
+
+
+def test_the_full_table_finds_the_planted_topics():
+    messages: list[str] = []
+    table = train(CfConfig(holdout="none", dim=16), messages)
+    assert sampled_ndcg(table.user, table.item, *planted_valid()) > 0.8  # chance is .45
+    assert table.item_folds.shape == (0, NUM_ITEMS, 16)
+    assert table.num_folds == 0
+    assert "GB" in messages[0]
+    assert "at most" in messages[0]
+
+
+def test_training_is_deterministic_and_depends_on_the_seed():
+    config = CfConfig(dim=8, max_epochs=4, num_folds=2)
+    first, second, other = train(config), train(config), train(CfConfig(dim=8, max_epochs=4, num_folds=2, seed=1))
+    assert torch.equal(first.item, second.item)
+    assert torch.equal(first.item_folds, second.item_folds)
+    assert not torch.equal(first.item, other.item)
+
+
+def test_each_fold_table_is_trained_without_its_clicks():
+    """Table f equals, up to rotation, a table trained on a log in which fold f's clicks never happened."""
+    config = CfConfig(dim=8, max_epochs=6, num_folds=3)
+    clicks = unique_rec_clicks(planted_columns(), MANIFEST)
+    table = train(config)
+    assert table.num_folds == 3
+    for fold in range(3):
+        part = clicks.keep(click_fold(clicks.users, clicks.items, 3) != fold)
+        alone = _Trainer(part, config, print).fit(table.validation["epochs"])[1]
+        torch.testing.assert_close(table.item_folds[fold] @ table.item_folds[fold].T, alone @ alone.T, atol=1e-4, rtol=1e-4)
+
+
+def test_last_holds_out_one_click_of_each_user():
+    columns = planted_columns()
+    table = train(CfConfig(dim=8, max_epochs=3, holdout="last"))
+    assert table.item_folds.shape == (1, NUM_ITEMS, 8)
+    assert table.num_folds == 0  # not folds of click_fold
+    assert table.heldout_item is not None
+    assert table.heldout_item.tolist() == [int(columns["item"][columns["user"] == user][-1]) for user in range(NUM_USERS)]
+
+
+def test_last_click_is_by_time_then_event_and_ignores_searches():
+    columns = {
+        "user": np.array([0, 0, 0, 0, 2]),
+        "item": np.array([10, 11, 12, 13, 14]),
+        "task": np.array([REC, REC, REC, SRC, SRC]),
+        "time": np.array([5, 9, 9, 20, 1]),
+        "event_id": np.array([0, 2, 1, 3, 4]),
+    }
+    assert last_clicks(columns, 3).tolist() == [11, -1, -1]
+
+
+def test_folds_partition_the_clicks():
+    clicks = unique_rec_clicks(planted_columns(), MANIFEST)
+    masks = held_in(clicks, CfConfig(num_folds=4), None)
+    assert np.stack([~mask for mask in masks]).sum(0).tolist() == [1] * len(clicks.users)
+
+
+def test_unclicked_items_and_an_empty_fold_are_zero_rows():
+    columns = {key: values[:10] for key, values in planted_columns().items()}  # one user
+    clicks = unique_rec_clicks(columns, MANIFEST)
+    user, item = _Trainer(clicks, CfConfig(dim=8), print).fit(2)
+    unclicked = np.setdiff1d(np.arange(NUM_ITEMS), clicks.items)
+    assert not item[unclicked].any()
+    assert not user[1:].any()
+    assert item[clicks.items].abs().sum(1).gt(0).all()
+    user, item = _Trainer(clicks.keep(np.zeros(len(clicks.users), bool)), CfConfig(dim=8), print).fit(2)
+    assert not user.any()
+    assert not item.any()
+
+
+def test_rotation_keeps_scores_and_undoes_a_rotation():
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randn(50, 6, generator=generator)
+    turn = torch.linalg.qr(torch.randn(6, 6, generator=generator))[0]
+    torch.testing.assert_close(rotate_onto(target @ turn, target), target, atol=1e-5, rtol=1e-5)
+    source = torch.randn(50, 6, generator=generator)
+    turned = rotate_onto(source, target)
+    torch.testing.assert_close(turned @ turned.T, source @ source.T, atol=1e-4, rtol=1e-4)
+
+
+def test_negatives_avoid_the_users_clicks():
+    users = np.repeat([0, 1], [NUM_ITEMS - 20, 3])
+    items = np.concatenate([np.arange(NUM_ITEMS - 20), [0, 1, 2]])
+    trainer = _Trainer(Clicks(users, items, 2, NUM_ITEMS), CfConfig(dim=8), print)
+    negative = trainer.draw_negatives(torch.zeros(4000, dtype=torch.int64))
+    assert (negative < NUM_ITEMS - 20).double().mean() < 0.1  # half of the draws without rejection; 2^-4 after three further rounds
+    assert trainer.draw_negatives(torch.ones(4000, dtype=torch.int64)).ge(3).double().mean() > 0.999
+
+
+@pytest.mark.parametrize(("clicks", "batch_size"), [(0, 512), (1_000, 512), (41_858, 4096), (1_000_000, 65_536), (14_600_000, 262_144)])
+def test_batch_size_grows_with_the_graph(clicks, batch_size):
+    assert choose_batch_size(clicks) == batch_size
+
+
+# ---- the verb and its file -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return make_tiny_folder(tmp_path)
+
+
+def test_train_cf_writes_a_table_that_load_cf_reads(folder):
+    manifest = read_manifest(folder)
+    path = train_cf(folder, [*QUICK, "cf.num_folds=3"])
+    table = load_cf(folder, manifest)
+    assert path == cf_path(folder)
+    assert table.user.shape == (manifest.num_users, 8)
+    assert table.item_folds.shape == (3, manifest.num_items, 8)
+    assert table.settings["num_folds"] == table.num_folds == 3
+    assert table.split_fingerprint == manifest.fingerprint
+    assert table.validation["num_events"] == 20
+    light = load_cf(folder, manifest, users=False, folds=False)
+    assert torch.equal(light.item, table.item)
+    assert light.user.shape == (0, 8)
+    assert light.item_folds.shape == (0, manifest.num_items, 8)
+    assert [p.name for p in path.parent.iterdir()] == [path.name]  # no temporary file
+
+
+def test_an_existing_table_is_reused_or_refused(folder):
+    messages: list[str] = []
+    path = train_cf(folder, QUICK)
+    before = path.read_bytes()
+    assert train_cf(folder, QUICK[:2], messages.append) == path
+    assert "up to date" in messages[-1]
+    with pytest.raises(RunError, match=r"cf\.dim 8 → 16.*overwrite=true"):
+        train_cf(folder, ["cf.max_epochs=2", "cf.dim=16"])
+    assert path.read_bytes() == before
+    train_cf(folder, ["cf.max_epochs=2", "cf.dim=16", "overwrite=true"])
+    assert load_cf(folder, read_manifest(folder)).item.shape[1] == 16
+
+
+def test_missing_foreign_and_corrupt_tables_are_named(folder):
+    manifest, path = read_manifest(folder), cf_path(folder)
+    raw = json.loads((folder / "manifest.json").read_text())
+    raw["split"]["fingerprint"] = "1" * 64
+    (folder / "manifest.json").write_text(json.dumps(raw))
+    with pytest.raises(DataError, match="another split"):
+        load_cf(folder, read_manifest(folder))
+    with pytest.raises(RunError, match=r"another split.*overwrite=true"):
+        train_cf(folder, QUICK[:2])
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(DataError, match="cannot be read"):
+        load_cf(folder, manifest)
+    path.unlink()
+    with pytest.raises(DataError, match="gensr cf"):
+        load_cf(folder, manifest)
+
+
+def test_settings_mistakes_are_reported_before_anything_is_read(folder):
+    with pytest.raises(ConfigError, match=r"cf\.dims.*unknown key"):
+        train_cf(folder, ["cf.dims=3"])

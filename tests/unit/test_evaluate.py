@@ -1,0 +1,198 @@
+"""Every event ranked once, on any number of ranks; the report and its files; the baselines on the same candidates."""
+
+import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+import trainer.loading
+from data_shards.schema import REC, SRC, TASKS, read_manifest
+from tests.tiny_folder import make_tiny_folder
+from trainer.batch import Batch
+from trainer.config import Config, DataConfig, RunConfig
+from trainer.data import EvalStream, split_columns
+from trainer.errors import RunError
+from trainer.evaluate import (
+    autocast_scorer,
+    baseline_reports,
+    config_hash,
+    evaluate_run,
+    rank_events,
+    report,
+    task_reports,
+    validate,
+    write_evaluation,
+)
+from trainer.metrics import METRICS
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_tiny_folder(tmp_path_factory.mktemp("prepared"))
+
+
+@pytest.fixture(scope="module")
+def manifest(folder):
+    return read_manifest(folder)
+
+
+def stream_of(folder, manifest, batch_size=7, rank=0, world_size=1) -> EvalStream:
+    return EvalStream(folder, manifest, "test", DataConfig(history_max=4), batch_size, rank, world_size)
+
+
+def item_id_scorer(batch: Batch) -> torch.Tensor:
+    return batch.candidates.float()
+
+
+def test_every_event_is_ranked_once_and_rightly(folder, manifest):
+    seen: list[tuple[int, int]] = []
+    ranks = rank_events(item_id_scorer, stream_of(folder, manifest), progress=lambda done, total: seen.append((done, total)))
+    stored = split_columns(folder, manifest, "test", ["event_id", "task", "user", "item", "negatives"])
+    order = np.argsort(stored["event_id"])
+    for name in ("event_id", "task", "user", "item"):
+        assert np.array_equal(getattr(ranks, name), stored[name][order]), name
+    expected = 1 + (stored["negatives"] > stored["item"][:, None]).sum(1)
+    assert np.array_equal(ranks.rank, expected[order])
+    assert not ranks.tied.any()
+    assert seen == [(n, 6) for n in range(1, 7)]  # 40 events, 7 a batch
+
+
+def test_ranks_do_not_depend_on_processes_or_batch_size(folder, manifest):
+    alone = rank_events(item_id_scorer, stream_of(folder, manifest, batch_size=40))
+    world_size = 3
+    values: list[object] = [None] * world_size
+    barrier = threading.Barrier(world_size)
+
+    def run(rank: int):
+        def gather(value):
+            values[rank] = value
+            barrier.wait(timeout=30)
+            return list(values)
+
+        return rank_events(item_id_scorer, stream_of(folder, manifest, 6, rank, world_size), gather)
+
+    with ThreadPoolExecutor(world_size) as pool:
+        for together in pool.map(run, range(world_size)):
+            for name, column in vars(alone).items():
+                assert np.array_equal(getattr(together, name), column), name
+
+
+def test_a_repeated_or_lost_event_is_noticed(folder, manifest):
+    batches = list(stream_of(folder, manifest))
+    with pytest.raises(AssertionError, match="twice"):
+        rank_events(item_id_scorer, [batches[0], batches[0]])
+    short = stream_of(folder, manifest)
+    short.num_batches -= 1
+    with pytest.raises(AssertionError, match="35 of 40"):
+        rank_events(item_id_scorer, short)
+
+
+def test_nan_scores_are_counted_and_rank_last(folder, manifest):
+    def broken(batch: Batch) -> torch.Tensor:
+        return torch.where(batch.labels > 0, torch.nan, item_id_scorer(batch))
+
+    ranks = rank_events(broken, stream_of(folder, manifest))
+    assert (ranks.rank == 100).all()
+    reports = task_reports(ranks)
+    assert reports["rec"]["num_nan_scores"] + reports["src"]["num_nan_scores"] == 40
+
+
+def test_a_constant_model_is_at_chance(folder, manifest):
+    ranks = rank_events(lambda batch: torch.zeros(batch.candidates.shape), stream_of(folder, manifest))
+    assert (ranks.rank == 50.5).all()
+    assert task_reports(ranks)["rec"]["tie_rate"] == 1.0
+
+
+def test_one_task_only(folder, manifest):
+    whole = rank_events(item_id_scorer, stream_of(folder, manifest)).of_task(SRC)
+    part = rank_events(item_id_scorer, stream_of(folder, manifest), task=SRC)
+    assert np.array_equal(part.event_id, whole.event_id)
+    assert np.array_equal(part.rank, whole.rank)
+
+
+def test_validation_metrics_are_flat_and_average_the_tasks_present(folder, manifest):
+    metrics = validate(item_id_scorer, stream_of(folder, manifest))
+    assert set(metrics) == {f"{task}/{name}" for task in ("rec", "src", "mean") for name in METRICS}
+    assert metrics["mean/ndcg@10"] == pytest.approx((metrics["rec/ndcg@10"] + metrics["src/ndcg@10"]) / 2)
+    searches = [batch.take(batch.task == SRC) for batch in stream_of(folder, manifest)]
+    alone = validate(item_id_scorer, searches)
+    assert alone["mean/mrr"] == alone["src/mrr"] == pytest.approx(metrics["src/mrr"])
+    assert not any(name.startswith("rec/") for name in alone)
+
+
+def test_report_and_files(folder, manifest, tmp_path):
+    ranks = rank_events(item_id_scorer, stream_of(folder, manifest))
+    document = report(ranks, manifest, "test", Config(), baseline_reports(folder, manifest, "test"))
+    path = write_evaluation(tmp_path, folder, "test", ranks, document)
+    written = json.loads(path.read_text())
+    protocol = written["protocol"]
+    assert (protocol["candidates"], protocol["num_negatives"], protocol["ties"], protocol["scores"]) == ("sampled", 99, "expected", "fp32")
+    assert (protocol["split"], protocol["split_fingerprint"], protocol["manifest_hash"]) == ("test", manifest.fingerprint, manifest.hash)
+    for task in TASKS:
+        low, high = written[task]["ci95"]["ndcg@10"]
+        assert low <= written[task]["ndcg@10"] <= high
+        assert written[task]["num_events"] == 20
+    assert {name: list(tasks) for name, tasks in written["baselines"].items()} == {"popularity": ["rec"], "lightgcn": ["rec"], "bm25": ["src"]}
+    assert all(metric in written["baselines"]["bm25"]["src"] for metric in METRICS)
+
+    table = pq.read_table(tmp_path / "evaluation-test.parquet").to_pydict()
+    assert list(table) == ["task", "user_id", "item_id", "rank", "event_id"]
+    assert table["user_id"] == [f"u{user}" for user in ranks.user]
+    assert table["item_id"] == [f"i{item}" for item in ranks.item]
+    assert table["rank"] == ranks.rank.tolist()
+    assert table["task"] == [TASKS[int(task)] for task in ranks.task]
+
+
+def test_lightgcn_is_left_out_without_a_table(folder, tmp_path):
+    bare = make_tiny_folder(tmp_path)
+    (bare / "cf" / "lightgcn.safetensors").unlink()
+    assert set(baseline_reports(bare, read_manifest(bare), "valid")) == {"popularity", "bm25"}
+
+
+def test_configuration_hash_ignores_folders_only():
+    assert config_hash(Config()) == config_hash(Config(run=RunConfig(dir="elsewhere"), data=DataConfig(dir="there")))
+    assert config_hash(Config()) != config_hash(Config(run=RunConfig(seed=1)))
+
+
+def test_bf16_runs_are_scored_under_autocast():
+    seen = []
+
+    def score(batch: Batch) -> torch.Tensor:
+        seen.append((torch.ones(2, 2) @ torch.ones(2, 2)).dtype)
+        return torch.zeros(1, 1)
+
+    for precision in ("bf16", "fp32"):
+        autocast_scorer(score, "cpu", precision)(SimpleNamespace(to=lambda device: None))  # type: ignore[arg-type]
+    assert seen == [torch.bfloat16, torch.float32]
+
+
+def test_evaluate_run_writes_the_files(folder, manifest, tmp_path, monkeypatch):
+    config = Config(data=DataConfig(dir=str(folder), history_max=4))
+    model = SimpleNamespace(score=item_id_scorer)
+    monkeypatch.setattr(trainer.loading, "load_run_config", lambda run_dir: config)
+    monkeypatch.setattr(trainer.loading, "load_run_model", lambda run_dir, device: (model, None, config, manifest))
+    document = evaluate_run(tmp_path, "valid")
+    assert json.loads((tmp_path / "evaluation-valid.json").read_text()) == document
+    assert document["rec"]["num_events"] + document["src"]["num_events"] == manifest.num_events("valid")
+    assert document["protocol"]["config_hash"] == config_hash(config)
+    assert set(document["baselines"]) == {"popularity", "lightgcn", "bm25"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["evaluation-valid.json", "evaluation-valid.parquet"]
+    with pytest.raises(RunError, match="valid or test"):
+        evaluate_run(tmp_path, "train")
+
+
+def test_popularity_ranks_by_clicks(folder, manifest):
+    clicks = np.array(pq.read_table(folder / "catalog" / "items.parquet")["train_rec_clicks"].to_pylist())
+    stored = split_columns(folder, manifest, "test", ["task", "item", "negatives"])
+    rec = stored["task"] == REC
+    mine, others = clicks[stored["item"][rec]][:, None], clicks[stored["negatives"][rec]]
+    expected = 1 + (others > mine).sum(1) + (others == mine).sum(1) / 2
+    reported = baseline_reports(folder, manifest, "test")["popularity"]["rec"]
+    assert reported["recall@20"] == pytest.approx((expected <= 20).mean())
+    assert reported["mrr"] == pytest.approx((1 / expected).mean())
+    assert reported["tie_rate"] > 0.5
