@@ -145,7 +145,7 @@ def test_topics_hold_all_items_at_any_size(items: int) -> None:
     assert world.topic_start[-1] == items
     assert (np.diff(world.topic_start) >= 1).all()
     assert sorted(world.public_item.tolist()) == list(range(1, items + 1))
-    u = np.linspace(0, 1, 1001)[:-1]
+    u = np.linspace(0, 1, 100_001)[:-1]
     topic = np.zeros(len(u), np.int64)
     drawn = world.item_at(topic, u)
     assert drawn.min() == 0
