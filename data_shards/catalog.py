@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from data_shards.errors import DataError
 from data_shards.options import PrepareSettings
 from data_shards.schema import REC
+from data_shards.sources.reading import words_text
 from data_shards.split import TRAIN
 from data_shards.text import Words, collect_words, encode_texts, get_tokenizer, split_words, training_texts, word_mode
 from data_shards.work import BATCH_ROWS, Work
@@ -23,13 +24,15 @@ if TYPE_CHECKING:
 ID_TABLES = {"users": "user", "items": "item", "queries": "query"}
 
 
-def name_ids(work: Work) -> dict[str, Any]:
-    """Stage: tables final_users, final_items, final_queries: (id, key = original), from the code of each final id."""
+def name_ids(work: Work, anonymised: bool) -> dict[str, Any]:
+    """Stage: tables final_users, final_items, final_queries: (id, key = original), from the code of each final id; final_queries.text too."""
     for plural, singular in ID_TABLES.items():
         codes = work.column(f"{singular}_code", "i4")
         work.put_table("kept", pa.table({"code": pa.array(np.asarray(codes)), "id": pa.array(np.arange(len(codes)), pa.int32())}))
         work.con.execute(f"CREATE OR REPLACE TABLE final_{plural} AS SELECT id, key FROM kept JOIN {singular}_codes USING (code)")
     work.con.execute("DROP TABLE kept")
+    text = words_text("key") if anonymised else "key"
+    work.con.execute(f"CREATE OR REPLACE TABLE final_queries AS SELECT id, key, CAST({text} AS VARCHAR) AS text FROM final_queries")
     return {}
 
 
@@ -115,7 +118,7 @@ def _write_queries(work: Work, settings: PrepareSettings, tokenizer: "Tokenizer"
     folder = work.tree / "catalog"
     writer = CatalogWriter(folder, "queries", num_queries, (settings.query_tokens, settings.query_words), tokenizer, words, settings.lowercase)
     done = 0
-    for batch in work.batches("SELECT CAST(key AS VARCHAR) AS text FROM final_queries ORDER BY id", 65_536):
+    for batch in work.batches("SELECT text FROM final_queries ORDER BY id", 65_536):
         texts: list[str] = batch.column("text").to_pylist()
         token_texts = texts if mode in ("natural", "digits") else [""] * len(texts)
         word_lists = split_words(texts) if mode == "words" else (np.zeros(0, np.int64), np.zeros(len(texts), np.int64))

@@ -17,7 +17,7 @@ from data_shards.histories import first_of_runs, order_by_hash
 from data_shards.options import PrepareSettings
 from data_shards.schema import NO_QUERY, REC, SRC
 from data_shards.sources import Source, Tables
-from data_shards.sources.reading import readable
+from data_shards.sources.reading import readable, words_text
 from data_shards.work import BATCH_ROWS, Work, chunk_bounds
 
 EVENT_DTYPES = {"user": "i4", "item": "i4", "time": "i8", "task": "i1", "query": "i4"}
@@ -54,7 +54,13 @@ def _raise_wrong_values(work: Work, tables: Tables) -> None:
     wrong = work.con.execute("SELECT problem FROM rows WHERE starts_with(problem, 'error: ') ORDER BY 1 LIMIT 1").fetchall()
     if wrong:
         assert tables.locate is not None
-        raise tables.locate(wrong[0][0])
+        raise tables.locate(wrong[0][0], "")
+    if tables.anonymised:
+        is_list = f"TRY_CAST(string_split({words_text('query')}, ' ') AS INTEGER[]) IS NOT NULL"
+        found = work.con.execute(f"SELECT min(query) FROM (SELECT DISTINCT query FROM rows WHERE query IS NOT NULL AND problem IS NULL) WHERE NOT ({is_list})").fetchall()
+        if found[0][0] is not None:
+            assert tables.locate is not None
+            raise tables.locate("error: query", found[0][0])
 
 
 def encode_keys(work: Work, settings: PrepareSettings) -> dict[str, Any]:

@@ -73,7 +73,7 @@ class PrepareSettings:
 WITHOUT_EFFECT = ("memory_limit", "threads", "overwrite")
 
 SOURCE_DEFAULTS: dict[str, dict[str, Any]] = {
-    "kuaisar": {"min_interactions": 5, "both_behaviours": True},
+    "kuaisar": {"min_interactions": 5, "both_behaviours": True, "utc_offset_hours": 8},  # dates of the log are in Beijing time
     "amazon": {"split": "leave_one_out"},
     "jdsearch": {"split": "leave_one_out"},
     "tables": {},

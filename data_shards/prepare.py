@@ -21,6 +21,7 @@ from data_shards.negatives import draw_negatives, user_item_keys
 from data_shards.options import PrepareSettings, load_prepare_settings, settings_with_effect
 from data_shards.schema import FORMAT_VERSION, SPLITS, TASKS, Manifest, read_manifest
 from data_shards.sources import SOURCES, Source, open_source
+from data_shards.sources.reading import readable
 from data_shards.split import TEST, TRAIN, VALID, check_split, day_boundaries, describe_boundaries, split_by_time, split_leave_one_out
 from data_shards.work import BATCH_ROWS, Progress, Work, chunk_bounds, sync_folder, write_text_atomic
 from data_shards.write import EventColumns, describe_file, write_shards
@@ -57,7 +58,9 @@ def prepare(source: str, raw: str | Path, out: str | Path, overrides: Sequence[s
             work.publish(out)
         finally:
             work.close()
-    except (OSError, duckdb.IOException, duckdb.OutOfMemoryException) as error:
+    except (OSError, duckdb.Error) as error:
+        if isinstance(error, duckdb.Error) and not isinstance(error, duckdb.IOException | duckdb.OutOfMemoryException):
+            raise readable(error) from error
         raise DataError(
             f"writing {out.name} failed: {error}. {out} is as it was. Free space or memory, then run the same command again: "
             f"finished stages in {out}.partial are reused (or delete that folder)."
@@ -72,7 +75,7 @@ def _run(work: Work, source: Source, settings: PrepareSettings) -> None:
     kept = work.stage("filter", lambda: encode.filter_clicks(work, settings, codes))
     split = work.stage("split", lambda: _split(work, settings))
     work.stage("histories", lambda: _histories(work, settings))
-    work.stage("names", lambda: name_ids(work))
+    work.stage("names", lambda: name_ids(work, read["anonymised"]))
     work.stage("impressions", lambda: impressions.attach_shown(work, settings, kept["num_users"]))
     columns = _event_columns(work)
     catalog = work.stage("catalog", lambda: write_catalog(work, settings, columns, read, kept))

@@ -1,7 +1,7 @@
 """Raw formats → two canonical tables, given as SQL so that nothing is read before it is needed.
 
 events   user_id, item_id (both BIGINT or VARCHAR), time BIGINT (ms since 1970, or a position in the user's list), task TINYINT (REC or SRC),
-         query VARCHAR (NULL in a recommendation; anonymised words as integers separated by a space), clicked BOOLEAN (false = shown and not clicked),
+         query VARCHAR (NULL in a recommendation; anonymised words as integers, in any writing of a list), clicked BOOLEAN (false = shown and not clicked),
          problem VARCHAR (NULL = usable; otherwise the reason this row is dropped, counted under it in the manifest)
 items    item_id, text VARCHAR (natural text), words INTEGER[] (anonymised words; NULL = none), category VARCHAR
 """
@@ -35,11 +35,13 @@ class Tables:
     items: str
     anonymised: bool = False  # queries and captions are lists of integers
     duplicate_items: bool = False  # several rows of one item are possible: the first (by text) is used and the others are counted
-    locate: Callable[[str], DataError] | None = None  # a problem that starts with "error:" → the error that names its first row
+    locate: Callable[[str, str], DataError] | None = None  # ("error: COLUMN", a wrong value or "") → the error that names its first row
     dropped: dict[str, int] = field(default_factory=dict)  # rows dropped before `events`
     notes: dict[str, Any] = field(default_factory=dict)  # facts for the manifest's source section
 
 
+EARLIEST_MS = 31_536_000_000  # 1971: what lies before is a missing date, or a time in seconds
+TOO_EARLY = "time before 1971 (in seconds? it must be ms)"
 SOURCES = tuple(SOURCE_DEFAULTS)
 
 

@@ -17,6 +17,19 @@ def literal(text: str | Path) -> str:
     return "'" + str(text).replace("'", "''") + "'"
 
 
+def find_file(raw: Path, name: str) -> Path:
+    """raw/name, or the only */name one folder down (how archives unpack). Raises DataError when it is not there."""
+    found = [path for path in (raw / name, *sorted(raw.glob(f"*/{name}"))) if path.is_file()]
+    if not found:
+        raise DataError(f"{raw / name}: no such file. {raw} must hold the unpacked logs.")
+    return found[0]
+
+
+def words_text(column: str) -> str:
+    """SQL: a list of integers in any writing ("[1, 2]", "1 2") as "1 2"; NULL when it holds none."""
+    return f"nullif(trim(regexp_replace({column}, '[\\[\\],\\s]+', ' ', 'g')), '')"
+
+
 def csv_header(path: Path) -> list[str]:
     """Column names of a CSV file; a byte-order mark and CRLF are fine. Raises DataError when the file has no header line."""
     try:

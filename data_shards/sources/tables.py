@@ -13,13 +13,12 @@ import duckdb
 
 from data_shards.errors import DataError
 from data_shards.options import PrepareSettings
-from data_shards.sources import Source, Tables
-from data_shards.sources.reading import csv_header, csv_scan, describe, literal, readable, require_columns
+from data_shards.sources import EARLIEST_MS, TOO_EARLY, Source, Tables
+from data_shards.sources.reading import csv_header, csv_scan, describe, literal, readable, require_columns, words_text
 from data_shards.work import Work
 
 FORMATS = ("parquet", "csv", "jsonl")
 INTEGER_TYPES = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "UTINYINT", "USMALLINT", "UINTEGER", "UBIGINT", "HUGEINT")
-EARLIEST_MS = 31_536_000_000  # 1971: what lies before is a missing date or a time in seconds
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ def _read(work: Work, events_path: Path, items_path: Path) -> Tables:
     anonymised = "words" in items.types
     _check_items(work, items_path)
     sql = _events_sql(events, user_type, item_type, anonymised)
-    return Tables(events=sql, items="SELECT * FROM item_rows WHERE item_id IS NOT NULL", anonymised=anonymised, locate=lambda problem: _locate(work, events, (user_type, item_type), anonymised, problem))
+    return Tables(events=sql, items="SELECT * FROM item_rows WHERE item_id IS NOT NULL", anonymised=anonymised, locate=lambda problem, value: _locate(work, events, (user_type, item_type), anonymised, problem))
 
 
 def _open(con: duckdb.DuckDBPyConnection, path: Path, required: list[str], optional: list[str]) -> File:
@@ -111,7 +110,7 @@ def _words_text(file: File, column: str) -> str:
     """SQL of a list of integers, or of its text "[1, 2, 3]", as "1 2 3"."""
     if file.types.get(column, "").endswith("[]"):
         return f"nullif(array_to_string(file.{column}, ' '), '')"
-    return f"nullif(trim(regexp_replace(CAST(file.{column} AS VARCHAR), '[\\[\\],\\s]+', ' ', 'g')), '')"
+    return words_text(f"CAST(file.{column} AS VARCHAR)")
 
 
 def _items_sql(items: File, item_type: str) -> str:
@@ -154,7 +153,7 @@ def _events_sql(events: File, user_type: str, item_type: str, anonymised: bool, 
             WHEN row.item_id IS NULL THEN 'no item_id'
             WHEN {missing_time} THEN 'no time'
             WHEN time IS NULL THEN 'error: time'
-            WHEN time < {EARLIEST_MS} THEN 'time before 1971'
+            WHEN time < {EARLIEST_MS} THEN '{TOO_EARLY}'
             WHEN task = -1 THEN 'error: task'
             WHEN clicked IS NULL THEN 'error: clicked'
             WHEN task = 1 AND query IS NULL THEN 'search without a query'

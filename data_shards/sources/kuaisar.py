@@ -1,0 +1,82 @@
+"""`kuaisar`: KuaiSAR (Sun et al., CIKM 2023; Zenodo record 8181109), or simulated logs in its schema.
+
+Reads rec_inter.csv, src_inter.csv and item_features.csv; the user and social tables are not used. A click is click ≥ 1 or click_cnt ≥ 1. `timestamp` of a
+recommendation is when the server sent a batch of items. Captions and keywords are lists of integers from one vocabulary; the English category names are
+the only natural text. Search results that are no posts (USER, LIVE, COMMODITY, MUSIC, ADVERT) have ids of their own kind and no features: they are dropped
+and counted. Clicked posts without a row in item_features stay, with an empty text.
+"""
+
+from pathlib import Path
+
+import duckdb
+
+from data_shards.errors import DataError
+from data_shards.options import PrepareSettings
+from data_shards.schema import REC, SRC
+from data_shards.sources import EARLIEST_MS, TOO_EARLY, Source, Tables
+from data_shards.sources.reading import csv_scan, find_file, literal, readable
+from data_shards.work import Work
+
+LICENSE = "CC BY-NC-SA 4.0"
+POST_TYPES = ("VIDEO", "IMAGE_ATLAS")
+PUBLISHED = {
+    "KuaiSAR": {"users": 25_877, "items": 6_890_707, "queries": 453_667, "rec": 14_605_716, "src": 5_059_169},
+    "KuaiSAR-small": {"users": 25_877, "items": 4_195_529, "queries": 267_608, "rec": 7_493_101, "src": 3_171_231},
+    "KuaiSAR-small after UniSAR's filter": {"users": 22_700, "items": 673_415},
+}
+REC_TYPES = {"user_id": "BIGINT", "item_id": "BIGINT", "timestamp": "BIGINT", "click": "BIGINT"}
+SRC_TYPES = {
+    "user_id": "BIGINT", "item_id": "BIGINT", "search_session_timestamp": "BIGINT", "keyword": "VARCHAR", "click_cnt": "BIGINT", "item_type": "VARCHAR",
+}  # fmt: skip
+LEVELS = [f"{level}_level_category_name_en" for level in ("first", "second", "third", "fourth")]
+ITEM_TYPES = {"item_id": "BIGINT", "caption": "VARCHAR", **dict.fromkeys(LEVELS, "VARCHAR")}
+
+
+def open_source(raw: Path, settings: PrepareSettings) -> Source:
+    files = tuple(find_file(raw, name) for name in ("rec_inter.csv", "src_inter.csv", "item_features.csv"))
+    return Source(name="kuaisar", files=files, read=lambda work: _read(work, *files), license=LICENSE, published=PUBLISHED)
+
+
+def _read(work: Work, rec: Path, src: Path, items: Path) -> Tables:
+    events = f"""
+        SELECT user_id, item_id, timestamp AS time, {REC}::TINYINT AS task, NULL::VARCHAR AS query, click >= 1 AS clicked,
+            {_problem(rec.name, "timestamp", "click")} AS problem
+        FROM {csv_scan(rec, REC_TYPES)}
+        UNION ALL
+        SELECT user_id, item_id, search_session_timestamp, {SRC}::TINYINT, keyword, click_cnt >= 1,
+            {_problem(src.name, "search_session_timestamp", "click_cnt", search=True)}
+        FROM {csv_scan(src, SRC_TYPES)}"""
+    return Tables(
+        events=events, items=_items_sql(items), anonymised=True, duplicate_items=True,
+        locate=lambda problem, value: _locate_keyword(work.con, src, value),
+    )  # fmt: skip
+
+
+def _problem(file: str, time: str, click: str, search: bool = False) -> str:
+    """SQL of why a row cannot be used; NULL when it can."""
+    cases = [f"WHEN {column} IS NULL THEN '{file}: no {column}'" for column in ("user_id", "item_id", time, click)]
+    cases.append(f"WHEN {time} < {EARLIEST_MS} THEN '{file}: {TOO_EARLY}'")
+    if search:
+        posts = ", ".join(literal(kind) for kind in POST_TYPES)
+        cases.append(f"WHEN item_type NOT IN ({posts}) THEN '{file}: result of type ' || item_type")
+        cases.append(f"WHEN keyword IS NULL OR keyword IN ('', '[]') THEN '{file}: no keyword'")
+    return f"CASE {' '.join(cases)} END"
+
+
+def _items_sql(path: Path) -> str:
+    names = ", ".join(f"nullif({level}, 'empty')" for level in LEVELS)
+    wrong = f"error({literal(f'{path}:caption: must be a list of integers, got ')} || caption)"
+    return f"""
+        SELECT item_id, concat_ws(' ', {names}) AS text, nullif(concat_ws(' > ', {names}), '') AS category,
+            CASE WHEN caption IS NOT NULL THEN coalesce(TRY_CAST(caption AS INTEGER[]), {wrong}) END AS words
+        FROM {csv_scan(path, ITEM_TYPES)} WHERE item_id IS NOT NULL"""
+
+
+def _locate_keyword(con: duckdb.DuckDBPyConnection, src: Path, value: str) -> DataError:
+    con.execute("SET threads=1; SET preserve_insertion_order=true")  # row numbers need the order of the file
+    numbered = f"SELECT keyword, row_number() OVER () + 1 AS row FROM {csv_scan(src, SRC_TYPES)}"
+    try:
+        row = con.execute(f"SELECT min(row) FROM ({numbered}) WHERE keyword = {literal(value)}").fetchall()[0][0]
+    except duckdb.Error as error:
+        raise readable(error) from error
+    return DataError(f"{src}:keyword:row {row}: must be a list of integers like [1, 2, 3], got {value!r}")
