@@ -82,7 +82,7 @@ SOURCE_DEFAULTS: dict[str, dict[str, Any]] = {
 
 def load_prepare_settings(source: str, overrides: Sequence[str] = ()) -> PrepareSettings:
     """Defaults of the source ← overrides. Raises ConfigError with every problem."""
-    return s.load(PrepareSettings, overrides=overrides, base=SOURCE_DEFAULTS[source], keys_command="gensr prepare --help")
+    return s.load(PrepareSettings, overrides=overrides, base=SOURCE_DEFAULTS[source], keys_command="gensr config keys prepare")
 
 
 def settings_with_effect(settings: PrepareSettings) -> dict[str, Any]:

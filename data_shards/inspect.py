@@ -1,0 +1,123 @@
+"""What a prepared folder holds: counts beside the published ones, splits, shard sizes, leak checks, one event with original ids."""
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data_shards.checks import read_blocks
+from data_shards.errors import DataError
+from data_shards.schema import NO_QUERY, SPLITS, SRC, TASKS, Manifest, read_manifest
+
+
+def inspect(out: str | Path) -> dict[str, Any]:
+    """Facts of a prepared folder: counts, published, dropped, splits, shards, catalog, text, leak_checks, example, manifest_hash.
+
+    Raises DataError when it is no prepared folder, or a file is missing or not of the size the manifest gives.
+    """
+    folder = Path(out)
+    manifest = read_manifest(folder)
+    _check_sizes(folder, manifest)
+    raw = manifest.raw
+    shards = {}
+    for split in SPLITS:
+        of_split = manifest.shards(split)
+        num_bytes = sum(shard.num_bytes for shard in of_split)
+        events = manifest.num_events(split)
+        shards[split] = {
+            "shards": len(of_split), "blocks": sum(len(shard.blocks) for shard in of_split), "events": events,
+            "num_bytes": num_bytes, "bytes_per_event": round(num_bytes / events, 1) if events else None,
+        }  # fmt: skip
+    return {
+        "folder": str(out), "source": raw["source"], "manifest_hash": manifest.hash, "fingerprint": manifest.fingerprint,
+        "counts": raw["counts"], "published": raw["published"], "dropped": raw["dropped"],
+        "splits": {**raw["split"], **{split: raw["counts"][split] for split in SPLITS}},
+        "shards": shards, "catalog": {file["name"]: file["num_bytes"] for file in raw["catalog"]}, "text": raw["text"],
+        "leak_checks": raw["leak_checks"], "settings": raw["settings"], "example": _example(folder, manifest),
+    }  # fmt: skip
+
+
+def describe(facts: dict[str, Any]) -> list[str]:
+    """The facts as lines for a terminal."""
+    counts, text, splits = facts["counts"], facts["text"], facts["splits"]
+    lines = [f"{facts['folder']}: {facts['source']['name']}, split {splits['rule']}, manifest {facts['manifest_hash'][:12]}, split fingerprint {facts['fingerprint'][:12]}"]
+    lines += [f"  {counts['users']:,} users, {counts['items']:,} items, {counts['queries']:,} queries"]
+    lines += [f"  {name} {bound['utc']}" for name, bound in splits["boundaries"].items()]
+    lines += ["", f"  {'split':<8}{'recommendation':>16}{'search':>12}{'shards':>9}{'blocks':>9}{'bytes':>15}{'bytes/event':>13}"]
+    for split in SPLITS:
+        shard = facts["shards"][split]
+        row = f"  {split:<8}{counts[split]['rec']:>16,}{counts[split]['src']:>12,}{shard['shards']:>9,}{shard['blocks']:>9,}{shard['num_bytes']:>15,}"
+        lines.append(f"{row}{shard['bytes_per_event'] or 0:>13}")
+    lines += ["", f"  text: {text['mode']}, tokenizer {text['tokenizer']} ({text['vocab_size']:,} entries), {text['num_words']:,} anonymised words"]
+    lines += ["", *_count_table(facts)]
+    if facts["dropped"]:
+        lines += ["", "  dropped", *(f"    {count:>12,}  {reason}" for reason, count in facts["dropped"].items())]
+    lines += ["", "  leak checks"]
+    lines += [f"    {'OK  ' if not check['violations'] else 'FAIL'}  {name}: {check['checked']:,} checked, {check['violations']:,} violations" for name, check in facts["leak_checks"].items()]
+    if example := facts["example"]:
+        clicks = ", ".join(f"{click['task']} {click['item_id']}" for click in example["history"][-5:])
+        lines += ["", f"  one {example['split']} event: user {example['user_id']}, {example['task']}, query {example['query']!r}, time {example['time']}"]
+        lines += [f"    clicked  {example['item_id']}: {example['item_text'][:90]}"]
+        lines += [f"    history  {len(example['history'])} items, the newest: {clicks or 'none'}"]
+        lines += [f"    against  {len(example['negatives'])} negatives: {', '.join(str(item) for item in example['negatives'][:5])}, …"]
+    return lines
+
+
+def _count_table(facts: dict[str, Any]) -> list[str]:
+    """Raw and filtered counts beside those the data's authors publish."""
+    names = ("users", "items", "queries", "rec", "src")
+    counts = facts["counts"]
+    kept = {**{name: counts[name] for name in names[:3]}, **{task: sum(counts[split][task] for split in SPLITS) for task in TASKS}}
+    rows = {"here, raw rows": counts["raw"], "here, clicks after filtering": kept, **{f"published: {name}": row for name, row in facts["published"].items()}}
+    width = max(len(name) for name in rows) + 2
+    lines = [f"  {'':<{width}}" + "".join(f"{name:>14}" for name in names)]
+    for name, row in rows.items():
+        lines.append(f"  {name:<{width}}" + "".join(f"{row[key]:>14,}" if key in row else f"{'':>14}" for key in names))
+    return lines
+
+
+def _check_sizes(folder: Path, manifest: Manifest) -> None:
+    files = [(shard.name, shard.num_bytes) for split in SPLITS for shard in manifest.shards(split)]
+    files += [(file["name"], file["num_bytes"]) for file in manifest.raw["catalog"]]
+    for name, num_bytes in files:
+        path = folder / name
+        if not path.is_file():
+            raise DataError(f"{path} is missing, though the manifest lists it. Prepare the folder again.")
+        if path.stat().st_size != num_bytes:
+            raise DataError(f"{path} has {path.stat().st_size} bytes, the manifest says {num_bytes}: cut off or changed. Prepare the folder again.")
+
+
+def _example(folder: Path, manifest: Manifest) -> dict[str, Any]:
+    """The first test event (a search with a history if its block has one) with original ids and texts."""
+    for shard in manifest.shards("test"):
+        block = next(read_blocks(folder / shard.name))
+        events = block.slice(0, 512).to_pylist()
+        event = max(events, key=lambda row: (row["task"] == SRC, len(row["history_items"]) > 0))  # max keeps the first of equals
+        items = [event["item"], *event["history_items"], *event["negatives"]]
+        found = _rows(folder / "catalog" / "items.parquet", ["item_id", "text"], items)
+        query = None if event["query"] == NO_QUERY else _rows(folder / "catalog" / "queries.parquet", ["text"], [event["query"]])[event["query"]]["text"]
+        return {
+            "split": "test", "event_id": event["event_id"], "time": event["time"], "task": TASKS[event["task"]],
+            "user_id": _rows(folder / "catalog" / "users.parquet", ["user_id"], [event["user"]])[event["user"]]["user_id"],
+            "item_id": found[event["item"]]["item_id"], "item_text": found[event["item"]]["text"], "query": query,
+            "history": [
+                {"item_id": found[item]["item_id"], "task": TASKS[task], "text": found[item]["text"]}
+                for item, task in zip(event["history_items"], event["history_tasks"], strict=True)
+            ],
+            "negatives": [found[item]["item_id"] for item in event["negatives"]],
+        }  # fmt: skip
+    return {}
+
+
+def _rows(path: Path, columns: list[str], wanted: list[int]) -> dict[int, dict[str, Any]]:
+    """Some rows of a parquet file by row number, one row group in memory at a time."""
+    file, start, found = pq.ParquetFile(path), 0, {}
+    for group in range(file.num_row_groups):
+        size = file.metadata.row_group(group).num_rows
+        here = sorted({row for row in wanted if start <= row < start + size})
+        if here:
+            rows = file.read_row_group(group, columns=columns).take(pa.array([row - start for row in here])).to_pylist()
+            found.update(zip(here, rows, strict=True))
+        start += size
+    return found
