@@ -1,7 +1,7 @@
 """Fetch the public raw logs: resumed with HTTP Range, checked by size and checksum, moved into place only when whole.
 
-    kuaisar, kuaisar-small   Zenodo record 8181109 (CC BY-NC-SA 4.0); size and md5 come from the record's own API
-    amazon-kindle            Amazon product data, 2014 release, Kindle Store 5-core + metadata (no checksum is published)
+kuaisar, kuaisar-small   Zenodo record 8181109 (CC BY-NC-SA 4.0); size and md5 come from the record's own API
+amazon-kindle            Amazon product data, 2014 release, Kindle Store 5-core + metadata (no checksum is published)
 """
 
 import gzip

@@ -1,8 +1,8 @@
 """What users do: sessions, feeds, clicks, searches. One function from a range of users to all their impressions.
 
-    slot (4 a day) → focus topic, which lasts for some sessions and is often outside the long-term interests
-      request (a batch of items sent at one time) → shown items → clicks
-        search, with words of what was just watched (or of another interest) → results → clicks, or none
+slot (4 a day) → focus topic, which lasts for some sessions and is often outside the long-term interests
+  request (a batch of items sent at one time) → shown items → clicks
+    search, with words of what was just watched (or of another interest) → results → clicks, or none
 """
 
 from dataclasses import dataclass

@@ -58,4 +58,3 @@ def oracle_scores(world: World, users: b.Users, clicks: Clicks, candidates: np.n
     found = np.log(0.9 * on_topic + 0.1 * global_share) + log_popularity - log_mass
     src = found + (b.SEARCH_MATCH + b.RESULT_MATCH) * match + (b.SEARCH_STYLE + b.RESULT_STYLE) * affinity
     return np.where(clicks.search[:, None], src, rec)
-

@@ -1,0 +1,166 @@
+"""Each finding of the doctor on a machine made to lack just that, and none on this one."""
+
+import importlib.metadata
+import json
+import stat
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from trainer import doctor
+from trainer.doctor import Check
+
+
+def only(checks: list[Check], name: str) -> Check:
+    (found,) = [check for check in checks if check.name == name]
+    return found
+
+
+def executable(path: Path, text: str) -> Path:
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return path
+
+
+def test_all_checks_run_and_every_problem_has_a_fix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "check_all_reduce", lambda: [Check("gloo all-reduce", "OK", "in another test")])
+    checks = doctor.run_checks(tmp_path / "not" / "yet")
+    names = [check.name for check in checks]
+    expected = [
+        "python",
+        "torch",
+        "deepspeed",
+        "c++ compiler",
+        "ninja on PATH",
+        "cpu",
+        "memory",
+        "disk",
+        "gpu",
+        "TORCH_EXTENSIONS_DIR",
+        "mlflow sqlite",
+        "slurm",
+    ]
+    assert set(expected) <= set(names)
+    assert len(names) == len(set(names))
+    assert all(check.detail and (check.fix or check.status == "OK") for check in checks)
+    assert only(checks, "python").status == only(checks, "torch").status == only(checks, "mlflow sqlite").status == "OK"
+    assert json.loads(json.dumps([asdict(check) for check in checks]))[0]["name"] == "python"
+    assert not list(tmp_path.iterdir())
+
+
+def test_torch_is_not_imported_with_the_module() -> None:
+    done = subprocess.run([sys.executable, "-c", "import sys, trainer.doctor; sys.exit('torch' in sys.modules)"], timeout=60)
+    assert done.returncode == 0
+
+
+def test_a_check_that_breaks_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    def check_ninja() -> list[Check]:
+        raise RuntimeError("odd machine")
+
+    def nothing() -> list[Check]:
+        return []
+
+    for name in ("check_packages", "check_compiler", "check_gpus", "check_all_reduce", "check_slurm"):
+        monkeypatch.setattr(doctor, name, nothing)
+    monkeypatch.setattr(doctor, "check_ninja", check_ninja)
+    found = only(doctor.run_checks(), "ninja")
+    assert found.status == "WARN"
+    assert "odd machine" in found.detail
+
+
+def test_packages_missing_and_out_of_range(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = ["numpy>=1,<99", "numpy-that-is-not>=1", "torch>=99", "pytest>=99; extra == 'dev'"]
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: texts)
+    checks = doctor.check_packages()
+    assert [(check.name, check.status) for check in checks] == [("numpy", "OK"), ("numpy-that-is-not", "MISS"), ("torch", "WARN")]
+    assert "pip install 'torch>=99'" in checks[2].fix
+
+
+def test_not_installed_at_all() -> None:
+    (found,) = doctor.check_packages("a-distribution-that-is-not-here")
+    assert found.status == "MISS"
+    assert "make install" in found.fix
+
+
+def test_no_compiler_and_no_ninja(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    (compiler,) = doctor.check_compiler()
+    assert compiler.status == "MISS"
+    assert "g++" in compiler.fix
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "elsewhere" / "python"))
+    assert doctor.check_ninja()[0].status == "MISS"
+
+
+def test_a_compiler_without_its_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = executable(tmp_path / "g++", "echo 'fatal error: vector: No such file or directory' >&2; exit 1")
+    monkeypatch.setenv("CXX", str(broken))
+    (found,) = doctor.check_compiler()
+    assert found.status == "MISS"
+    assert "vector: No such file" in found.detail
+
+
+def test_ninja_beside_python_but_not_on_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    executable(tmp_path / "ninja", "echo 1.11")
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setenv("PATH", "/nowhere")
+    (found,) = doctor.check_ninja()
+    assert found.status == "WARN"
+    assert str(tmp_path) in found.fix
+
+
+@pytest.mark.distributed
+def test_two_processes_really_add_up() -> None:
+    (found,) = doctor.check_all_reduce()
+    assert found.status == "OK", found.detail
+
+
+def test_all_reduce_that_fails_or_hangs() -> None:
+    (failed,) = doctor.check_all_reduce("import sys; sys.exit('no interface lo9')", timeout_s=30)
+    assert failed.status == "MISS"
+    assert "no interface lo9" in failed.detail
+    (hung,) = doctor.check_all_reduce("import time; time.sleep(60)", timeout_s=0.5)
+    assert hung.status == "MISS"
+    assert "did not finish" in hung.detail
+
+
+def test_folders_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    assert doctor.check_extensions_folder()[0].status == "OK"
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "/proc/self/fdinfo")
+    (extensions,) = doctor.check_extensions_folder()
+    assert extensions.status == "MISS"
+    assert "export TORCH_EXTENSIONS_DIR" in extensions.fix
+    (store,) = doctor.check_sqlite(Path("/proc/self/fdinfo"))
+    assert store.status == "MISS"
+    assert "tracking.uri" in store.fix
+
+
+def test_little_disk_little_memory_one_core(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 1e9})())
+    assert doctor.check_disk(tmp_path)[0].status == "WARN"
+    monkeypatch.setattr(doctor, "memory_gb", lambda: (8.0, 1.0))
+    monkeypatch.setattr(doctor.os, "sched_getaffinity", lambda process: {0})
+    assert [check.status for check in doctor.check_processor()] == ["WARN", "WARN"]
+
+
+def test_slurm_complete_partial_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert doctor.check_slurm() == [Check("slurm", "OK", "not here (needed by slurm/*.sbatch only)")]
+    executable(tmp_path / "sbatch", "echo slurm 22.05.8")
+    (partial,) = doctor.check_slurm()
+    assert partial.status == "WARN"
+    assert "squeue" in partial.detail
+    for command in doctor.SLURM_COMMANDS[1:]:
+        executable(tmp_path / command, "true")
+    assert doctor.check_slurm() == [Check("slurm", "OK", "slurm 22.05.8")]
+
+
+def test_memory_respects_the_control_group() -> None:
+    total, available = doctor.memory_gb()
+    assert 0 < available <= total
