@@ -16,6 +16,7 @@ import typer
 
 from trainer.errors import ConfigError, GensrError, RequestError
 
+SPLITS = ("train", "valid", "test")
 RANK = int(os.environ.get("RANK", "0"))
 
 app = typer.Typer(
@@ -109,11 +110,11 @@ def prepare(
     """Turn raw logs into a prepared folder: splits, histories, negatives, text, shards, leak checks."""
     from data_shards.prepare import prepare as run
 
-    run(source, raw, out, overrides or [], progress=stage_lines())
-    from data_shards.inspect import inspect as look
-
-    facts = look(out)
-    answer({"out": str(out), "counts": facts["counts"]}, as_json, f"wrote {out}", f"look at it: gensr inspect {out}")
+    manifest = run(source, raw, out, overrides or [], progress=stage_lines())
+    counts = manifest.raw["counts"]
+    lines = [f"  {split:<6} {counts[split]['rec']:>12,} recommendation {counts[split]['src']:>12,} search" for split in SPLITS]
+    sizes = f"  {counts['users']:,} users, {counts['items']:,} items, {counts['queries']:,} queries"
+    answer({"out": str(out), "counts": counts}, as_json, sizes, *lines, f"wrote {out}; look at it: gensr inspect {out}")
 
 
 @verb("gensr inspect data/prepared")
@@ -276,9 +277,11 @@ def show(
     from data_shards.settings import to_yaml
     from trainer.config import load_config
 
+    settings = overrides or []
+    settings = overrides or []
     if preset is not None and "=" in preset:
-        preset, overrides = None, [preset, *(overrides or [])]
-    say(to_yaml(load_config(preset, overrides or [])).rstrip())
+        settings, preset = [preset, *settings], None
+    say(to_yaml(load_config(preset, settings)).rstrip())
 
 
 @config_app.command(epilog="Example: gensr config keys train")

@@ -33,12 +33,17 @@ def run_facts(run_dir: Path, config: Config, manifest: Manifest) -> dict[str, An
 
 def version_tags(facts: Mapping[str, Any], run_id: str) -> dict[str, str]:
     tags = {key: str(facts[key]) for key in ("run", "commit", "manifest_hash", "split_fingerprint", "backbone", "variant")}
-    tags["run_id"] = run_id
-    for task in ("rec", "src"):
-        for metric, value in facts["evaluation"].get(task, {}).items():
-            if isinstance(value, int | float):
-                tags[metric_name(f"test/{task}/{metric}")] = f"{value:.6g}"
-    return tags
+    return {**tags, "run_id": run_id, **{key: f"{value:.6g}" for key, value in metrics_of(facts["evaluation"]).items()}}
+
+
+def metrics_of(evaluation: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of evaluation-test.json under MLflow's names: test/rec/ndcg_at_10."""
+    return {
+        metric_name(f"test/{task}/{metric}"): float(value)
+        for task in ("rec", "src")
+        for metric, value in evaluation.get(task, {}).items()
+        if isinstance(value, int | float)
+    }
 
 
 def model_card(name: str, facts: Mapping[str, Any]) -> str:

@@ -4,9 +4,11 @@ artifacts/model   RUN/model as it is          artifacts/items   item tables, ori
 code/             trainer and data_shards     model_card.md     what it is, from facts
 """
 
+import contextlib
 import json
 import os
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,16 +23,19 @@ from trainer.config import Config
 from trainer.errors import EnvironmentProblem, RunError
 from trainer.files import atomic
 from trainer.loading import load_run_config
-from trainer.model_card import model_card, run_facts, version_tags
+from trainer.model_card import metrics_of, model_card, run_facts, version_tags
 from trainer.serve import Scorer, read_item_ids, write_items
 from trainer.tracking import RUN_FILE, connect, one_line, open_experiment, tracking_uri
 
 REGISTRY_FILE = "registry.json"  # where a run folder says which version it became
 ALIAS = "candidate"
 # what loading and scoring import; versions are those of the registering environment
-SERVING_PACKAGES = tuple(
-    "mlflow torch transformers tokenizers peft safetensors numpy pandas pyarrow duckdb webdataset pydantic annotated-types PyYAML".split()
+# fmt: off
+SERVING_PACKAGES = (
+    "mlflow", "torch", "transformers", "tokenizers", "peft", "safetensors", "numpy", "pandas",
+    "pyarrow", "duckdb", "webdataset", "pydantic", "annotated-types", "PyYAML",
 )
+# fmt: on
 MAX_SCORE_DIFFERENCE = 1e-4  # between the run's scores and the registered version's, after a float32 round trip
 
 Answer = Callable[[Sequence[Mapping[str, Any]]], list[list[float]]]
@@ -105,9 +110,10 @@ def _log_model(
 
     mlflow.set_tracking_uri(uri)
     mlflow.set_registry_uri(uri)
-    run_id = (
-        _run_id(run_dir) or client.create_run(open_experiment(client, uri, config.tracking.experiment, run_dir), run_name=run_dir.name).info.run_id
-    )
+    run_id = _run_id(run_dir, client)
+    if not run_id:  # trained with tracking.enabled=false
+        experiment_id = open_experiment(client, uri, config.tracking.experiment, run_dir)
+        run_id = client.create_run(experiment_id, run_name=run_dir.name).info.run_id
     status = client.get_run(run_id).info.status
     with tempfile.TemporaryDirectory(prefix="gensr-register-") as temporary:
         items, card = Path(temporary) / "items", Path(temporary) / "model_card.md"
@@ -127,13 +133,32 @@ def _log_model(
                 registered_model_name=name,
                 metadata={"manifest_hash": facts["manifest_hash"], "split_fingerprint": facts["split_fingerprint"]},
             )
+    log_test_metrics(client, run_id, facts)
     client.set_terminated(run_id, "FINISHED" if status == "RUNNING" else status)
     return int(logged.registered_model_version), run_id
 
 
-def _run_id(run_dir: Path) -> str:
-    path = run_dir / RUN_FILE
-    return str(json.loads(path.read_text(encoding="utf-8"))["run_id"]) if path.is_file() else ""
+def log_test_metrics(client: Any, run_id: str, facts: Mapping[str, Any]) -> None:
+    """The figures of evaluation-test.json beside the run's training curves."""
+    from mlflow.entities import Metric
+
+    now_ms = int(time.time() * 1000)
+    client.log_batch(run_id, metrics=[Metric(key, value, now_ms, 0) for key, value in metrics_of(facts["evaluation"]).items()])
+
+
+def _run_id(run_dir: Path, client: Any) -> str:
+    """The MLflow run of training, else of an earlier registration; "" when the store does not have it."""
+    for name in (RUN_FILE, REGISTRY_FILE):
+        run_id = _read(run_dir / name).get("run_id", "")
+        if run_id:
+            with contextlib.suppress(_mlflow_exception()):
+                return str(client.get_run(run_id).info.run_id)
+    return ""
+
+
+def _read(path: Path) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return document
 
 
 def _compare(expected: list[list[float]], got: list[list[float]], name: str, number: int) -> None:

@@ -240,6 +240,7 @@ def tracking_uri(config: Config, run_dir: str | Path) -> str:
 def connect(uri: str) -> "MlflowClient":
     """A client whose requests fail within seconds, not minutes, and which says nothing on its own."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     from mlflow.tracking import MlflowClient

@@ -1,0 +1,267 @@
+"""From a run folder to a registered version that scores on its own: same scores, no pickle, clear refusals."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from data_shards.prepare import prepare
+from data_shards.schema import read_manifest
+from data_shards.settings import to_yaml
+from trainer.catalog import load_tables
+from trainer.cf import load_cf, train_cf
+from trainer.config import load_config
+from trainer.data import EvalStream
+from trainer.errors import RequestError, RunError
+from trainer.loading import build_model, load_run_model, save_model
+from trainer.registry import open_model, register, requirements
+from trainer.serve import Scorer, read_item_ids
+from trainer.tracking import connect
+
+WORDS = ["red", "blue", "green", "small", "large", "soft", "hard", "cotton", "steel", "wood", "lamp", "chair", "table", "shirt", "shoe", "cup"]
+EVALUATION = {
+    "protocol": {"candidates": "sampled", "num_negatives": 20},
+    "rec": {"recall@5": 0.5, "recall@10": 0.7, "ndcg@5": 0.3, "ndcg@10": 0.4, "mrr": 0.2, "num_events": 40, "ci95": {"ndcg@10": [0.35, 0.45]}},
+    "src": {"num_events": 0},
+}
+
+
+def write_logs(raw: Path, anonymised: bool) -> None:
+    """40 users × 14 clicks on 150 items; queries are words of the clicked item."""
+    draw = np.random.default_rng(0)
+    raw.mkdir(parents=True)
+    texts = [draw.choice(500, 4).tolist() if anonymised else " ".join(draw.choice(WORDS, 3, replace=False)) for _ in range(150)]
+    items = [{"item_id": f"i{n}", "words" if anonymised else "text": text} for n, text in enumerate(texts)]
+    events = []
+    for user in range(40):
+        for step in range(14):
+            item = int(draw.integers(150))
+            query = texts[item][:2] if anonymised else " ".join(texts[item].split()[:2])
+            is_search = draw.random() < 0.4
+            event = {"user_id": f"u{user}", "item_id": f"i{item}", "time": 1_700_000_000_000 + user * 1000 + step * 43_200_000}
+            events.append({**event, "task": "src" if is_search else "rec", "query": query if is_search else None})
+    for name, rows in (("items", items), ("events", events)):
+        (raw / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+
+def make_run(folder: Path, anonymised: bool = False) -> Path:
+    """A prepared folder, a CF table and a run whose model has random weights: scores need no training to be compared."""
+    write_logs(folder / "raw", anonymised)
+    manifest = prepare("tables", folder / "raw", folder / "data", ["num_negatives=20", "vocab_size=400"])
+    train_cf(folder / "data", ["cf.dim=16", "cf.max_epochs=2", "cf.holdout=none"])
+    run_dir = folder / "runs" / "one"
+    run_dir.mkdir(parents=True)
+    config = load_config(None, [f"data.dir={folder / 'data'}", f"run.dir={run_dir}", "model.backbone=scratch:mini", "data.history_max=5"])
+    torch.manual_seed(0)
+    model = build_model(config, manifest, load_tables(folder / "data", manifest, load_cf(folder / "data", manifest)), folder / "data")
+    save_model(run_dir / "model", model, model.state_dict(), config, manifest, folder / "data")
+    (run_dir / "config.yaml").write_text(to_yaml(config))
+    (run_dir / "environment.json").write_text(json.dumps({"git": {"commit": "0123abc", "dirty": False}}))
+    (run_dir / "evaluation-test.json").write_text(json.dumps(EVALUATION))
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tmp_path_factory.mktemp("natural"))
+
+
+@pytest.fixture(scope="module")
+def scorer(run_dir: Path) -> Scorer:
+    return Scorer.from_run(run_dir)
+
+
+@pytest.fixture(scope="module")
+def version(run_dir: Path) -> int:
+    return register(run_dir, "gensr-test")
+
+
+def requests() -> list[dict[str, Any]]:
+    history = [{"item_id": "i3", "task": "rec"}, {"item_id": "i7", "task": "src"}]
+    return [
+        {"user_id": "u1", "history": history, "task": "rec", "query": None, "candidates": ["i1", "i2", "i3", "i4"]},
+        {"history": history, "task": "src", "query": "red lamp", "candidates": ["i9", "i2"]},
+        {"history": [], "task": "rec", "candidates": ["i5"]},
+    ]
+
+
+def test_stored_events_get_the_scores_of_evaluation(run_dir: Path, scorer: Scorer) -> None:
+    """A request made from a test event by its original ids scores like the event itself, whichever way queries are encoded."""
+    model, _, config, manifest = load_run_model(run_dir)
+    catalog = Path(config.data.dir) / "catalog"
+    item_ids = read_item_ids(catalog / "items.parquet")
+    texts = pd.read_parquet(catalog / "queries.parquet")["text"]
+    batch = next(iter(EvalStream(config.data.dir, manifest, "test", config.data, 8)))
+    with torch.inference_mode():
+        expected = model.score(batch).sigmoid()
+    for row in range(batch.num_events):
+        history = [
+            {"item_id": item_ids[i], "task": ("rec", "src")[t]}
+            for i, t, real in zip(batch.history_items[row].tolist(), batch.history_tasks[row].tolist(), batch.history_mask[row].tolist(), strict=True)
+            if real
+        ]
+        query = int(batch.query[row])
+        request = {
+            "history": history,
+            "task": ("rec", "src")[int(batch.task[row])],
+            "query": texts[query] if query >= 0 else None,
+            "candidates": [item_ids[i] for i in batch.candidates[row].tolist()],
+        }
+        assert scorer.score(request) == pytest.approx(expected[row].tolist(), abs=1e-5)
+    assert set(batch.task.tolist()) == {0, 1}
+
+
+def test_scores_do_not_depend_on_the_other_requests(scorer: Scorer) -> None:
+    together = scorer.score_many(requests())
+    assert [len(scores) for scores in together] == [4, 2, 1]
+    for request, scores in zip(requests(), together, strict=True):
+        assert scorer.score(request) == pytest.approx(scores, abs=1e-5)
+        assert all(0 < score < 1 for score in scores)
+
+
+def test_long_candidate_lists_are_split(scorer: Scorer, monkeypatch: pytest.MonkeyPatch) -> None:
+    request = {**requests()[0], "candidates": [f"i{n}" for n in range(1, 31)]}
+    whole = scorer.score(request)
+    monkeypatch.setattr("trainer.serve.MAX_CANDIDATES", 7)
+    assert scorer.score(request) == pytest.approx(whole, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"candidates": ["i1", "nope", "gone"]}, "candidates: the model does not know the items 'nope', 'gone'"),
+        ({"history": [{"item_id": "lost", "task": "rec"}]}, "history: the model does not know the items 'lost'"),
+        ({"candidates": []}, "candidates is empty"),
+        ({"candidates": "i1"}, "candidates must be a list"),
+        ({"history": ["i1"]}, "history entries look like"),
+        ({"task": "buy"}, "task must be 'rec' or 'src', got 'buy'"),
+        ({"task": "src"}, "query is missing"),
+        ({"query": "lamp"}, "a query is given"),
+        ({"task": "src", "query": 3.5}, "query must be text"),
+    ],
+)
+def test_bad_requests_are_named(scorer: Scorer, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError, match=message) as caught:
+        scorer.score_many([requests()[0], {**requests()[0], **change}])
+    assert "request 2" in str(caught.value)
+
+
+def test_registered_version_scores_without_the_training_data(run_dir: Path, version: int, scorer: Scorer, tmp_path: Path) -> None:
+    uri = f"sqlite:///{run_dir.parent / 'mlflow.db'}"
+    data = run_dir.parents[1] / "data"
+    expected = scorer.score_many(requests())
+    hidden = data.rename(tmp_path / "elsewhere")  # as on another machine
+    try:
+        got = open_model("models:/gensr-test@candidate", uri)(requests())
+        other = (
+            "import json, mlflow, pandas as pd, sys\n"
+            "loaded = mlflow.pyfunc.load_model('models:/gensr-test@candidate')\n"
+            "print(json.dumps([list(s) for s in loaded.predict(pd.DataFrame(json.loads(sys.argv[1])))['scores']]))"
+        )
+        environment = {
+            "MLFLOW_TRACKING_URI": uri,
+            "PATH": "/usr/bin:/bin",
+            "OMP_NUM_THREADS": "1",
+            "HOME": str(tmp_path),
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", other, json.dumps(requests())], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, done.stderr
+        for scores in (got, json.loads(done.stdout.splitlines()[-1])):
+            for row, expected_row in zip(scores, expected, strict=True):
+                assert row == pytest.approx(expected_row, abs=1e-5)
+    finally:
+        hidden.rename(data)
+
+
+def test_version_has_its_facts_and_no_pickle(run_dir: Path, version: int) -> None:
+    import mlflow
+
+    uri = f"sqlite:///{run_dir.parent / 'mlflow.db'}"
+    client = connect(uri)
+    found = client.get_model_version_by_alias("gensr-test", "candidate")
+    manifest = read_manifest(run_dir.parents[1] / "data")
+    assert int(found.version) == version
+    assert found.tags["manifest_hash"] == manifest.hash
+    assert found.tags["split_fingerprint"] == manifest.fingerprint
+    assert found.tags["commit"] == "0123abc"
+    assert found.tags["test/rec/ndcg_at_10"] == "0.4"
+    assert "0.4000 [0.3500, 0.4500]" in found.description
+    assert "150 items" in found.description or f"{manifest.num_items} items" in found.description
+    run = client.get_run(found.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics["test/rec/ndcg_at_10"] == 0.4
+    mlflow.set_tracking_uri(uri)
+    folder = Path(mlflow.artifacts.download_artifacts(f"models:/gensr-test/{version}"))
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert not [name for name in files if name.endswith((".pkl", ".pickle", ".pt", ".pth", ".bin"))]
+    assert {"artifacts/model/model.safetensors", "artifacts/items/items.parquet", "artifacts/model_card.md", "code/trainer/serve.py"} <= files
+    assert not [name for name in files if "cf_folds" in name or name.endswith(".tar")]
+    info = mlflow.models.get_model_info(f"models:/gensr-test/{version}")
+    assert info.signature.inputs.input_names() == ["user_id", "history", "task", "query", "candidates"]
+    assert json.loads((run_dir / "registry.json").read_text())["version"] == version
+
+
+def test_register_again_makes_the_next_version_and_keeps_the_run(run_dir: Path, version: int) -> None:
+    first = json.loads((run_dir / "registry.json").read_text())
+    assert register(run_dir, "gensr-test", alias="other") == version + 1
+    client = connect(first["uri"])
+    assert int(client.get_model_version_by_alias("gensr-test", "candidate").version) == version
+    assert json.loads((run_dir / "registry.json").read_text())["run_id"] == first["run_id"]
+
+
+def test_requirements_cover_what_serving_imports() -> None:
+    """A machine that installs the version's requirements can import all that scoring imports."""
+    code = (
+        "import sys, json; import trainer.serve, data_shards.text, tokenizers, pandas; from trainer.model import backbone\n"
+        "print(json.dumps(sorted({name.split('.')[0] for name in sys.modules})))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    imported = set(json.loads(done.stdout))
+    named = {requirement.split("==")[0].lower() for requirement in requirements()}
+    ours = {
+        "accelerate",
+        "bm25s",
+        "deepspeed",
+        "duckdb",
+        "matplotlib",
+        "mlflow",
+        "peft",
+        "rich",
+        "scipy",
+        "torch",
+        "transformers",
+        "typer",
+        "webdataset",
+    }
+    assert imported & ours <= named
+
+
+def test_anonymised_words(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path, anonymised=True)
+    scorer = Scorer.from_run(run_dir)
+    vocabulary = scorer.words.vocabulary.tolist()
+    request = {"history": [], "task": "src", "query": vocabulary[:2], "candidates": ["i1", "i2", "i3"]}
+    assert scorer.score(request) == scorer.score({**request, "query": " ".join(map(str, vocabulary[:2]))})
+    assert scorer.score(request) != scorer.score({**request, "query": vocabulary[2:4]})
+    with pytest.raises(RequestError, match="anonymised words"):
+        scorer.score({**request, "query": "red lamp"})
+    register(run_dir, "words")
+    assert open_model("models:/words@candidate", f"sqlite:///{run_dir.parent / 'mlflow.db'}")([request])[0] == pytest.approx(
+        scorer.score(request), abs=1e-5
+    )
+
+
+def test_missing_models_are_named(run_dir: Path, version: int, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="no run folder"):
+        open_model(tmp_path)
+    with pytest.raises(RunError, match="no such model"):
+        open_model("models:/nobody@candidate", f"sqlite:///{run_dir.parent / 'mlflow.db'}")
