@@ -74,7 +74,7 @@ def write_catalog(work: Work, settings: PrepareSettings, columns: EventColumns, 
     _write_users(work, folder / "users.parquet")
     return {
         "text": {
-            "mode": mode, "tokenizer": settings.tokenizer and Path(settings.tokenizer).name or "trained", "vocab_size": tokenizer.get_vocab_size(),
+            "mode": mode, "tokenizer": (settings.tokenizer and Path(settings.tokenizer).name) or "trained", "vocab_size": tokenizer.get_vocab_size(),
             "num_words": len(words) if words is not None else 0, "item_tokens": settings.item_tokens, "query_tokens": settings.query_tokens,
         },
         "repeated_items": repeated,
@@ -90,7 +90,9 @@ def _write_items(
     work: Work, settings: PrepareSettings, tokenizer: "Tokenizer", words: Words | None, mode: str, read: dict[str, Any], clicks: np.ndarray
 ) -> int:
     num_items = clicks.shape[1]
-    writer = CatalogWriter(work.tree / "catalog", "items", num_items, (settings.item_tokens, settings.item_words), tokenizer, words, settings.lowercase)
+    writer = CatalogWriter(
+        work.tree / "catalog", "items", num_items, (settings.item_tokens, settings.item_words), tokenizer, words, settings.lowercase
+    )
     done = repeated = 0
     for batch, extra in item_batches(work, read["duplicate_items"]):
         repeated += extra
@@ -151,13 +153,16 @@ class MatrixFile:
 class CatalogWriter:
     """Writes one of catalog/{items,queries}: a parquet table of originals, and token and word matrices."""
 
-    def __init__(self, folder: Path, stem: str, num_rows: int, widths: tuple[int, int], tokenizer: "Tokenizer", words: Words | None, lowercase: bool) -> None:
+    def __init__(
+        self, folder: Path, stem: str, num_rows: int, widths: tuple[int, int], tokenizer: "Tokenizer", words: Words | None, lowercase: bool
+    ) -> None:
         token_type = np.uint16 if tokenizer.get_vocab_size() <= 65_536 else np.int32
         singular = {"items": "item", "queries": "query"}[stem]
         self.tokenizer, self.words, self.lowercase, self.widths = tokenizer, words, lowercase, widths
         self.tokens = MatrixFile(folder / f"{singular}_tokens.npy", num_rows, widths[0], token_type)
         self.word_ids = MatrixFile(folder / f"{singular}_words.npy", num_rows, widths[1], np.int32) if words is not None else None
-        self.path, self.parquet = folder / f"{stem}.parquet", None
+        self.path = folder / f"{stem}.parquet"
+        self.parquet: pq.ParquetWriter | None = None
 
     def append(self, table: pa.Table, token_texts: list[str], word_lists: tuple[np.ndarray, np.ndarray]) -> None:
         if self.parquet is None:
@@ -179,7 +184,9 @@ class CatalogWriter:
 
 def item_batches(work: Work, duplicates_allowed: bool) -> Iterator[tuple[pa.RecordBatch, int]]:
     """The catalogue's items by id, one row each (columns id, key, text, words, category), and how many further rows of them were left out."""
-    sql = """SELECT f.id, f.key, coalesce(i.text, '') AS text, i.words, i.category FROM final_items f LEFT JOIN items i ON i.item_id = f.key ORDER BY f.id, text"""
+    sql = """
+        SELECT f.id, f.key, coalesce(i.text, '') AS text, i.words, i.category
+        FROM final_items f LEFT JOIN items i ON i.item_id = f.key ORDER BY f.id, text"""
     last = -1
     for batch in work.batches(sql, 65_536):
         ids = batch.column("id").to_numpy()

@@ -50,7 +50,15 @@ def check_prepared(work: Work, columns: EventColumns, num_items: int, num_negati
     negatives_unique        no stored negative twice in a row, nor the positive
     negatives_unseen        no stored negative was clicked by the user, in any split or task
     """
-    names = ("event_once", "clicks_in_time_order", "history_before_target", "history_train_only", "train_counts", "negatives_unique", "negatives_unseen")
+    names = (
+        "event_once",
+        "clicks_in_time_order",
+        "history_before_target",
+        "history_train_only",
+        "train_counts",
+        "negatives_unique",
+        "negatives_unseen",
+    )
     tallies = {name: Tally() for name in names}
     history_row = work.column("history_row", "i8")
     seen = np.zeros(len(columns.user), np.uint8)
@@ -88,7 +96,9 @@ def _check_events(block: pa.RecordBatch, columns: EventColumns, code: int, seen:
     return rows
 
 
-def _check_histories(block: pa.RecordBatch, rows: np.ndarray, columns: EventColumns, history_row: np.ndarray, code: int, tallies: dict[str, Tally]) -> None:
+def _check_histories(
+    block: pa.RecordBatch, rows: np.ndarray, columns: EventColumns, history_row: np.ndarray, code: int, tallies: dict[str, Tally]
+) -> None:
     """The written items must be those of a run of the user's own clicks that ends before the target's time.
 
     Clicks of a user are in time order, so the last click of the run tells for all of it (rows of one user: first and last are that user's).

@@ -17,7 +17,7 @@ from data_shards.histories import first_of_runs, order_by_hash
 from data_shards.options import PrepareSettings
 from data_shards.schema import NO_QUERY, REC, SRC
 from data_shards.sources import Source, Tables
-from data_shards.sources.reading import readable, words_text
+from data_shards.sources.reading import estimated_rows, readable, words_text
 from data_shards.work import BATCH_ROWS, Work, chunk_bounds
 
 EVENT_DTYPES = {"user": "i4", "item": "i4", "time": "i8", "task": "i1", "query": "i4"}
@@ -28,7 +28,7 @@ def read_rows(work: Work, source: Source) -> dict[str, Any]:
     """Stage: raw files → table `rows` in the work database. Returns counts and what was dropped, and why."""
     try:
         tables = source.read(work)
-        work.execute(f"CREATE OR REPLACE TABLE rows AS {tables.events}", "read")
+        work.execute(f"CREATE OR REPLACE TABLE rows AS {tables.events}", "read", sum(estimated_rows(path) for path in source.files))
         work.con.execute(f"CREATE OR REPLACE VIEW items AS {tables.items}")
     except duckdb.Error as error:
         raise readable(error) from error
@@ -38,8 +38,8 @@ def read_rows(work: Work, source: Source) -> dict[str, Any]:
         dropped[problem] = dropped.get(problem, 0) + count
     names = ["users", "items", "queries", "rec", "src", "clicks"]
     counts = work.con.execute(
-        f"""SELECT count(DISTINCT user_id), count(DISTINCT item_id), count(DISTINCT query), count(*) FILTER (task = {REC}), count(*) FILTER (task = {SRC}),
-            count(*) FILTER (clicked AND problem IS NULL) FROM rows"""
+        f"""SELECT count(DISTINCT user_id), count(DISTINCT item_id), count(DISTINCT query),
+            count(*) FILTER (task = {REC}), count(*) FILTER (task = {SRC}), count(*) FILTER (clicked AND problem IS NULL) FROM rows"""
     ).fetchall()[0]
     if counts[-1] == 0:
         reasons = "; ".join(f"{reason}: {count}" for reason, count in dropped.items()) or "the files hold no rows"
@@ -57,7 +57,9 @@ def _raise_wrong_values(work: Work, tables: Tables) -> None:
         raise tables.locate(wrong[0][0], "")
     if tables.anonymised:
         is_list = f"TRY_CAST(string_split({words_text('query')}, ' ') AS INTEGER[]) IS NOT NULL"
-        found = work.con.execute(f"SELECT min(query) FROM (SELECT DISTINCT query FROM rows WHERE query IS NOT NULL AND problem IS NULL) WHERE NOT ({is_list})").fetchall()
+        found = work.con.execute(
+            f"SELECT min(query) FROM (SELECT DISTINCT query FROM rows WHERE query IS NOT NULL AND problem IS NULL) WHERE NOT ({is_list})"
+        ).fetchall()
         if found[0][0] is not None:
             assert tables.locate is not None
             raise tables.locate("error: query", found[0][0])
@@ -70,13 +72,17 @@ def encode_keys(work: Work, settings: PrepareSettings) -> dict[str, Any]:
     sizes = {
         "users": _encode(work, "user_codes", f"SELECT DISTINCT user_id AS key {clicks}", derive_seed(settings.seed, USER_SEED)),
         "items": _encode(work, "item_codes", f"SELECT DISTINCT item_id AS key {clicks}{every_item}", derive_seed(settings.seed, ITEM_SEED)),
-        "queries": _encode(work, "query_codes", f"SELECT DISTINCT query AS key {clicks} AND query IS NOT NULL", derive_seed(settings.seed, QUERY_SEED)),
+        "queries": _encode(
+            work, "query_codes", f"SELECT DISTINCT query AS key {clicks} AND query IS NOT NULL", derive_seed(settings.seed, QUERY_SEED)
+        ),
     }
     return sizes
 
 
 def _encode(work: Work, table: str, keys_sql: str, seed: int) -> int:
-    work.con.execute(f"CREATE OR REPLACE TABLE sorted_keys AS SELECT key, (row_number() OVER (ORDER BY key) - 1)::INTEGER AS position FROM ({keys_sql})")
+    work.con.execute(
+        f"CREATE OR REPLACE TABLE sorted_keys AS SELECT key, (row_number() OVER (ORDER BY key) - 1)::INTEGER AS position FROM ({keys_sql})"
+    )
     size: int = work.scalar("SELECT count(*) FROM sorted_keys")
     codes = pa.table({"position": pa.array(np.arange(size), pa.int32()), "code": pa.array(permutation(size, seed), pa.int32())})
     work.put_table("codes", codes)
@@ -130,7 +136,10 @@ def filter_clicks(work: Work, settings: PrepareSettings, sizes: dict[str, int]) 
         keep_query[query[query >= 0]] = True
         num_events += int(kept.sum())
     if num_events == 0:
-        raise DataError(f"the filter leaves no click of {len(clicks['user'])}: lower min_interactions={settings.min_interactions}, or kcore=false, or both_behaviours=false.")
+        raise DataError(
+            f"the filter leaves no click of {len(clicks['user'])}: lower min_interactions={settings.min_interactions}, "
+            "or set kcore=false or both_behaviours=false."
+        )
     new_id = {"user": _new_ids(keep_user), "item": _new_ids(keep_item), "query": _new_ids(keep_query)}
     work.write_columns(_renumbered(work, clicks, keep_user, keep_item, new_id, settings.seed), EVENT_DTYPES)
     codes = {"user_code": keep_user, "item_code": keep_item, "query_code": keep_query}

@@ -31,7 +31,9 @@ def keep_users_and_items(
             return keep_user, keep_item, rounds
 
 
-def _count(user: np.ndarray, item: np.ndarray, task: np.ndarray, keep_user: np.ndarray, keep_item: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _count(
+    user: np.ndarray, item: np.ndarray, task: np.ndarray, keep_user: np.ndarray, keep_item: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Clicks that remain: of each user in recommendation, of each user in search, of each item."""
     by_user_task, by_item = np.zeros(2 * len(keep_user), np.int64), np.zeros(len(keep_item), np.int64)
     for start in range(0, len(user), BATCH_ROWS):

@@ -29,7 +29,9 @@ def sort_shown(work: Work) -> int:
 
 def attach_shown(work: Work, settings: PrepareSettings, num_users: int) -> dict[str, Any]:
     """Stage: columns shown_start, shown_count of every event and the flat column shown_chosen."""
-    num_shown = sort_shown(work) if settings.num_impressions else work.write_columns([], {f"shown_{name}": dtype for name, dtype in EVENT_DTYPES.items()})
+    num_shown = (
+        sort_shown(work) if settings.num_impressions else work.write_columns([], {f"shown_{name}": dtype for name, dtype in EVENT_DTYPES.items()})
+    )
     work.write_columns(_chunks(work, settings, num_users), {"shown_start": "i8", "shown_count": "i4", "shown_chosen": "i4"})
     return {"num_shown": num_shown, "num_chosen": len(work.column("shown_chosen", "i4"))}
 

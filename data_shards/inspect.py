@@ -41,7 +41,10 @@ def inspect(out: str | Path) -> dict[str, Any]:
 def describe(facts: dict[str, Any]) -> list[str]:
     """The facts as lines for a terminal."""
     counts, text, splits = facts["counts"], facts["text"], facts["splits"]
-    lines = [f"{facts['folder']}: {facts['source']['name']}, split {splits['rule']}, manifest {facts['manifest_hash'][:12]}, split fingerprint {facts['fingerprint'][:12]}"]
+    lines = [
+        f"{facts['folder']}: {facts['source']['name']}, split {splits['rule']}, "
+        f"manifest {facts['manifest_hash'][:12]}, split fingerprint {facts['fingerprint'][:12]}"
+    ]
     lines += [f"  {counts['users']:,} users, {counts['items']:,} items, {counts['queries']:,} queries"]
     lines += [f"  {name} {bound['utc']}" for name, bound in splits["boundaries"].items()]
     lines += ["", f"  {'split':<8}{'recommendation':>16}{'search':>12}{'shards':>9}{'blocks':>9}{'bytes':>15}{'bytes/event':>13}"]
@@ -54,10 +57,16 @@ def describe(facts: dict[str, Any]) -> list[str]:
     if facts["dropped"]:
         lines += ["", "  dropped", *(f"    {count:>12,}  {reason}" for reason, count in facts["dropped"].items())]
     lines += ["", "  leak checks"]
-    lines += [f"    {'OK  ' if not check['violations'] else 'FAIL'}  {name}: {check['checked']:,} checked, {check['violations']:,} violations" for name, check in facts["leak_checks"].items()]
+    lines += [
+        f"    {'OK  ' if not check['violations'] else 'FAIL'}  {name}: {check['checked']:,} checked, {check['violations']:,} violations"
+        for name, check in facts["leak_checks"].items()
+    ]
     if example := facts["example"]:
         clicks = ", ".join(f"{click['task']} {click['item_id']}" for click in example["history"][-5:])
-        lines += ["", f"  one {example['split']} event: user {example['user_id']}, {example['task']}, query {example['query']!r}, time {example['time']}"]
+        lines += [
+            "",
+            f"  one {example['split']} event: user {example['user_id']}, {example['task']}, query {example['query']!r}, time {example['time']}",
+        ]
         lines += [f"    clicked  {example['item_id']}: {example['item_text'][:90]}"]
         lines += [f"    history  {len(example['history'])} items, the newest: {clicks or 'none'}"]
         lines += [f"    against  {len(example['negatives'])} negatives: {', '.join(str(item) for item in example['negatives'][:5])}, …"]
@@ -69,7 +78,11 @@ def _count_table(facts: dict[str, Any]) -> list[str]:
     names = ("users", "items", "queries", "rec", "src")
     counts = facts["counts"]
     kept = {**{name: counts[name] for name in names[:3]}, **{task: sum(counts[split][task] for split in SPLITS) for task in TASKS}}
-    rows = {"here, raw rows": counts["raw"], "here, clicks after filtering": kept, **{f"published: {name}": row for name, row in facts["published"].items()}}
+    rows = {
+        "here, raw rows": counts["raw"],
+        "here, clicks after filtering": kept,
+        **{f"published: {name}": row for name, row in facts["published"].items()},
+    }
     width = max(len(name) for name in rows) + 2
     lines = [f"  {'':<{width}}" + "".join(f"{name:>14}" for name in names)]
     for name, row in rows.items():
@@ -96,7 +109,9 @@ def _example(folder: Path, manifest: Manifest) -> dict[str, Any]:
         event = max(events, key=lambda row: (row["task"] == SRC, len(row["history_items"]) > 0))  # max keeps the first of equals
         items = [event["item"], *event["history_items"], *event["negatives"]]
         found = _rows(folder / "catalog" / "items.parquet", ["item_id", "text"], items)
-        query = None if event["query"] == NO_QUERY else _rows(folder / "catalog" / "queries.parquet", ["text"], [event["query"]])[event["query"]]["text"]
+        query = (
+            None if event["query"] == NO_QUERY else _rows(folder / "catalog" / "queries.parquet", ["text"], [event["query"]])[event["query"]]["text"]
+        )
         return {
             "split": "test", "event_id": event["event_id"], "time": event["time"], "task": TASKS[event["task"]],
             "user_id": _rows(folder / "catalog" / "users.parquet", ["user_id"], [event["user"]])[event["user"]]["user_id"],
@@ -112,7 +127,8 @@ def _example(folder: Path, manifest: Manifest) -> dict[str, Any]:
 
 def _rows(path: Path, columns: list[str], wanted: list[int]) -> dict[int, dict[str, Any]]:
     """Some rows of a parquet file by row number, one row group in memory at a time."""
-    file, start, found = pq.ParquetFile(path), 0, {}
+    file, start = pq.ParquetFile(path), 0
+    found: dict[int, dict[str, Any]] = {}
     for group in range(file.num_row_groups):
         size = file.metadata.row_group(group).num_rows
         here = sorted({row for row in wanted if start <= row < start + size})

@@ -192,14 +192,22 @@ def _manifest(
     split: dict[str, Any], catalog: dict[str, Any], shards: dict[str, Any], leak_checks: dict[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
     """manifest.json: nothing in it depends on when, where or with how many threads it was made."""
-    dropped = {**read["dropped"], "duplicate click": clicks["num_duplicates"], "filtered click": kept["dropped_clicks"], "repeated item row": catalog["repeated_items"]}
+    dropped = {
+        **read["dropped"],
+        "duplicate click": clicks["num_duplicates"],
+        "filtered click": kept["dropped_clicks"],
+        "repeated item row": catalog["repeated_items"],
+    }
     files = sorted(path for folder in ("catalog", "tokenizer") for path in (work.tree / folder).iterdir())
     raw = read["counts"]
     with_effect = settings_with_effect(settings)
     with_effect["tokenizer"] = os.path.basename(settings.tokenizer.rstrip("/"))
     return {
         "format_version": FORMAT_VERSION, "gensr_version": _version(),
-        "source": {"name": source.name, "files": [{"name": p.name, "num_bytes": p.stat().st_size} for p in source.files], "license": source.license, **read["notes"]},
+        "source": {
+            "name": source.name, "files": [{"name": p.name, "num_bytes": p.stat().st_size} for p in source.files],
+            "license": source.license, **read["notes"],
+        },
         "settings": with_effect,
         "counts": {
             "users": kept["num_users"], "items": kept["num_items"], "queries": kept["num_queries"], **split["counts"],

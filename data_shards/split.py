@@ -58,5 +58,9 @@ def iso(time_ms: int) -> str:
 def check_split(counts: dict[str, int], rule: str) -> None:
     empty = [name for name, count in counts.items() if count == 0]
     if empty:
-        fix = "the log must span more days than test_days + valid_days; or use split=leave_one_out" if rule == "time" else "users need three clicks at different times"
+        fix = (
+            "the log must span more days than test_days + valid_days; or use split=leave_one_out"
+            if rule == "time"
+            else "users need three clicks at different times"
+        )
         raise DataError(f"the {' and '.join(empty)} split has no event ({counts}): {fix}.")

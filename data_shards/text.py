@@ -50,7 +50,9 @@ def _load(name: str) -> "Tokenizer":
     except ConfigError:
         raise
     except Exception as error:  # the library raises plain Exception for a bad file and for an unreachable hub
-        raise ConfigError(f"tokenizer={name} cannot be loaded ({error}). Give a folder with tokenizer.json, the file, or a reachable hub name.") from error
+        raise ConfigError(
+            f"tokenizer={name} cannot be loaded ({error}). Give a folder with tokenizer.json, the file, or a reachable hub name."
+        ) from error
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, lowercase: bool) -> "Tokenizer":
@@ -62,7 +64,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, lowercase: bool) -> "
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)  # a word has one form, first in the text or not
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(ANSWERS), special_tokens=list(SPECIAL_TOKENS), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=vocab_size - len(ANSWERS),
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_tokens([AddedToken(word, single_word=True, normalized=False) for word in ANSWERS])
@@ -123,7 +128,9 @@ def collect_words(work: Work, min_count: int) -> Words:
 
 def training_texts(work: Work, with_queries: bool) -> Iterator[str]:
     """Distinct item texts and (where they are natural text) training queries, at most TRAINING_TEXTS of each, in a fixed order."""
-    items = f"SELECT i.text AS text, min(f.id) AS id FROM items i JOIN final_items f ON i.item_id = f.key WHERE i.text <> '' GROUP BY 1 ORDER BY 2, 1 LIMIT {TRAINING_TEXTS}"
+    items = f"""
+        SELECT i.text AS text, min(f.id) AS id FROM items i JOIN final_items f ON i.item_id = f.key
+        WHERE i.text <> '' GROUP BY 1 ORDER BY 2, 1 LIMIT {TRAINING_TEXTS}"""
     queries = f"SELECT f.text FROM final_queries f JOIN train_queries USING (id) ORDER BY id LIMIT {TRAINING_TEXTS}"
     for sql in (items, queries) if with_queries else (items,):
         for batch in work.batches(sql):

@@ -80,15 +80,15 @@ class Work:
             write_text_atomic(self.folder / "stages.json", json.dumps(self._stages))
         return self._stages["done"][name]
 
-    def execute(self, sql: str, stage: str = "") -> None:
-        """Run one SQL statement; while it runs, report duckdb's own progress under `stage`."""
+    def execute(self, sql: str, stage: str = "", rows: int = 0) -> None:
+        """Run one SQL statement; while it runs, report duckdb's own progress under `stage`, as a share of about `rows` rows."""
         con, finished = self.con, threading.Event()
 
         def watch() -> None:
             while not finished.wait(0.5):
                 percent = con.query_progress()
                 if percent > 0:
-                    self.progress(stage, int(percent), 100)
+                    self.progress(stage, int(percent / 100 * rows), rows)
 
         watcher = threading.Thread(target=watch, daemon=True)
         if stage:

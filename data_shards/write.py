@@ -39,7 +39,8 @@ class EventColumns:
         history = ragged_rows(self.history_start[event_id], self.history_count[event_id])
         history_offsets = _offsets(self.history_count[event_id])
         columns: list[Any] = [
-            pa.array(event_id.astype(np.int64)), *(pa.array(np.asarray(values[event_id])) for values in (self.user, self.task, self.item, self.query, self.time)),
+            pa.array(event_id.astype(np.int64)),
+            *(pa.array(np.asarray(values[event_id])) for values in (self.user, self.task, self.item, self.query, self.time)),
             pa.ListArray.from_arrays(history_offsets, pa.array(self.history_item[history])),
             pa.ListArray.from_arrays(history_offsets, pa.array(self.history_task[history])),
         ]  # fmt: skip

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -11,7 +12,9 @@ DAY_MS = 86_400_000
 START_MS = 1_700_000_000_000 - 1_700_000_000_000 % DAY_MS  # a midnight (UTC)
 
 
-def write_tables(folder: Path, users: int = 60, items: int = 150, days: int = 8, clicks_a_day: int = 3, seed: int = 0, anonymised: bool = False) -> Path:
+def write_tables(
+    folder: Path, users: int = 60, items: int = 150, days: int = 8, clicks_a_day: int = 3, seed: int = 0, anonymised: bool = False
+) -> Path:
     """events.jsonl and items.jsonl in `folder` (created): users like one topic, search for it, and see items they do not click.
 
     anonymised: captions and queries are lists of integers instead of words. Ids are strings ("u3", "i17"). Returns the folder.
@@ -22,7 +25,7 @@ def write_tables(folder: Path, users: int = 60, items: int = 150, days: int = 8,
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "items.jsonl", "w") as file:
         for item in range(items):
-            row = {"item_id": f"i{item}", "text": TOPICS[topic_of_item[item]], "category": TOPICS[topic_of_item[item]]}
+            row: dict[str, Any] = {"item_id": f"i{item}", "text": TOPICS[topic_of_item[item]], "category": TOPICS[topic_of_item[item]]}
             if anonymised:
                 row["words"] = _numbers(topic_of_item[item], kind_of_item[item])
             else:

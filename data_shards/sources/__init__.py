@@ -1,7 +1,8 @@
 """Raw formats → two canonical tables, given as SQL so that nothing is read before it is needed.
 
 events   user_id, item_id (both BIGINT or VARCHAR), time BIGINT (ms since 1970, or a position in the user's list), task TINYINT (REC or SRC),
-         query VARCHAR (NULL in a recommendation; anonymised words as integers, in any writing of a list), clicked BOOLEAN (false = shown and not clicked),
+         query VARCHAR (NULL in a recommendation; anonymised words as integers, in any writing of a list),
+         clicked BOOLEAN (false = shown and not clicked),
          problem VARCHAR (NULL = usable; otherwise the reason this row is dropped, counted under it in the manifest)
 items    item_id, text VARCHAR (natural text), words INTEGER[] (anonymised words; NULL = none), category VARCHAR
 """

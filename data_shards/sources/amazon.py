@@ -27,7 +27,50 @@ from data_shards.work import Work
 
 LICENSE = "Amazon review data (J. McAuley, UCSD): research use"
 STOP_WORDS = frozenset(
-    "a an and are as at be but by for from has if in into is it its no not of on or other our such than that the their then there these they this to was we will with you your".split()
+    [
+        "a",
+        "an",
+        "and",
+        "are",
+        "as",
+        "at",
+        "be",
+        "but",
+        "by",
+        "for",
+        "from",
+        "has",
+        "if",
+        "in",
+        "into",
+        "is",
+        "it",
+        "its",
+        "no",
+        "not",
+        "of",
+        "on",
+        "or",
+        "other",
+        "our",
+        "such",
+        "than",
+        "that",
+        "the",
+        "their",
+        "then",
+        "there",
+        "these",
+        "they",
+        "this",
+        "to",
+        "was",
+        "we",
+        "will",
+        "with",
+        "you",
+        "your",
+    ]
 )
 WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)?")
 PATH_COMMA = re.compile(r",(?!\s)")  # levels are separated by a comma that no space follows: names themselves contain ", "
@@ -63,7 +106,10 @@ def _find_release(raw: Path) -> tuple[Path, Path]:
     reviews = [path for path in reviews if re.search(r"_5\.json(\.gz)?$", path.name)] or reviews
     if len(metas) != 1 or len(reviews) != 1:
         found = ", ".join(path.name for path in files) or "no .json or .json.gz file"
-        raise DataError(f"{raw}: expected one reviews file (like Kindle_Store_5.json.gz) and one meta_*.json.gz, or NAME.inter.json and NAME.item.json. Found: {found}.")
+        raise DataError(
+            f"{raw}: expected one reviews file (like Kindle_Store_5.json.gz) and one meta_*.json.gz, "
+            f"or NAME.inter.json and NAME.item.json. Found: {found}."
+        )
     return reviews[0], metas[0]
 
 
@@ -86,7 +132,12 @@ def _clean(value: Any) -> str:
 
 def _item_row(item_id: Any, title: Any, path: list[str], text_order: str) -> dict[str, Any]:
     path = [level for level in (_clean(level) for level in path) if level]
-    return {"item_id": item_id, "text": item_text(path, _clean(title), text_order), "category": " > ".join(path) or None, "query": category_query(path) or None}
+    return {
+        "item_id": item_id,
+        "text": item_text(path, _clean(title), text_order),
+        "category": " > ".join(path) or None,
+        "query": category_query(path) or None,
+    }
 
 
 # ------------------------------------------------------------------ NAME.inter.json + NAME.item.json
@@ -208,7 +259,9 @@ def _parse_line(line: str, path: Path, number: int) -> dict[str, Any]:
 
 
 def _item_table(rows: list[dict[str, Any]], integers: bool) -> pa.Table:
-    schema = pa.schema([("item_id", pa.int64() if integers else pa.string()), ("text", pa.string()), ("category", pa.string()), ("query", pa.string())])
+    schema = pa.schema(
+        [("item_id", pa.int64() if integers else pa.string()), ("text", pa.string()), ("category", pa.string()), ("query", pa.string())]
+    )
     return pa.Table.from_pylist(rows, schema=schema)
 
 
@@ -237,4 +290,6 @@ def _tables(work: Work, dropped: dict[str, int]) -> Tables:
             CASE WHEN q.query IS NULL THEN 'search event of an item without a category path' END
         FROM purchases p LEFT JOIN item_query q ON p.item_id = q.item_id"""
     notes = {"queries": "synthesised from category paths (Ai et al. 2017)", "paths": every, "paths_of_one_item": one}
-    return Tables(events=events, items="SELECT item_id, text, NULL::INTEGER[] AS words, category FROM meta", duplicate_items=True, dropped=dropped, notes=notes)
+    return Tables(
+        events=events, items="SELECT item_id, text, NULL::INTEGER[] AS words, category FROM meta", duplicate_items=True, dropped=dropped, notes=notes
+    )

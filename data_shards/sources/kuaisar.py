@@ -1,9 +1,9 @@
 """`kuaisar`: KuaiSAR (Sun et al., CIKM 2023; Zenodo record 8181109), or simulated logs in its schema.
 
-Reads rec_inter.csv, src_inter.csv and item_features.csv; the user and social tables are not used. A click is click ≥ 1 or click_cnt ≥ 1. `timestamp` of a
-recommendation is when the server sent a batch of items. Captions and keywords are lists of integers from one vocabulary; the English category names are
-the only natural text. Search results that are no posts (USER, LIVE, COMMODITY, MUSIC, ADVERT) have ids of their own kind and no features: they are dropped
-and counted. Clicked posts without a row in item_features stay, with an empty text.
+Reads rec_inter.csv, src_inter.csv and item_features.csv; the user and social tables are not used. A click is click ≥ 1 or click_cnt ≥ 1.
+`timestamp` of a recommendation is when the server sent a batch of items. Captions and keywords are lists of integers from one vocabulary; the
+English category names are the only natural text. Search results that are no posts (USER, LIVE, COMMODITY, MUSIC, ADVERT) have ids of their own
+kind and no features: they are dropped and counted. Clicked posts without a row in item_features stay, with an empty text.
 """
 
 from pathlib import Path
@@ -26,7 +26,8 @@ PUBLISHED = {
 }
 REC_TYPES = {"user_id": "BIGINT", "item_id": "BIGINT", "timestamp": "BIGINT", "click": "BIGINT"}
 SRC_TYPES = {
-    "user_id": "BIGINT", "item_id": "BIGINT", "search_session_timestamp": "BIGINT", "keyword": "VARCHAR", "click_cnt": "BIGINT", "item_type": "VARCHAR",
+    "user_id": "BIGINT", "item_id": "BIGINT", "search_session_timestamp": "BIGINT",
+    "keyword": "VARCHAR", "click_cnt": "BIGINT", "item_type": "VARCHAR",
 }  # fmt: skip
 LEVELS = [f"{level}_level_category_name_en" for level in ("first", "second", "third", "fourth")]
 ITEM_TYPES = {"item_id": "BIGINT", "caption": "VARCHAR", **dict.fromkeys(LEVELS, "VARCHAR")}

@@ -61,14 +61,19 @@ def _read(work: Work, events_path: Path, items_path: Path) -> Tables:
     anonymised = "words" in items.types
     _check_items(work, items_path)
     sql = _events_sql(events, user_type, item_type, anonymised)
-    return Tables(events=sql, items="SELECT * FROM item_rows WHERE item_id IS NOT NULL", anonymised=anonymised, locate=lambda problem, value: _locate(work, events, (user_type, item_type), anonymised, problem))
+    return Tables(
+        events=sql,
+        items="SELECT * FROM item_rows WHERE item_id IS NOT NULL",
+        anonymised=anonymised,
+        locate=lambda problem, value: _locate(work, events, (user_type, item_type), anonymised, problem),
+    )
 
 
 def _open(con: duckdb.DuckDBPyConnection, path: Path, required: list[str], optional: list[str]) -> File:
     if path.suffix == ".csv":
         header = csv_header(path)
         require_columns(path, header, required)
-        return File(path, csv_scan(path, {}, null_strings=[""]), {name: "VARCHAR" for name in header})
+        return File(path, csv_scan(path, {}, null_strings=[""]), dict.fromkeys(header, "VARCHAR"))
     if path.suffix == ".parquet":
         scan = f"read_parquet({literal(path)})"
         types = describe(con, scan)
@@ -101,7 +106,9 @@ def _id_type(work: Work, columns: list[tuple[File, str]]) -> str:
         if file.types[column] == "VARCHAR" and file.path.suffix == ".parquet":
             return "VARCHAR"
         text = _plain_id(file, column)
-        if work.scalar(f"SELECT count(*) FROM {file.scan} file WHERE CAST(TRY_CAST({text} AS BIGINT) AS VARCHAR) IS DISTINCT FROM {text} AND {text} IS NOT NULL"):
+        if work.scalar(
+            f"SELECT count(*) FROM {file.scan} file WHERE CAST(TRY_CAST({text} AS BIGINT) AS VARCHAR) IS DISTINCT FROM {text} AND {text} IS NOT NULL"
+        ):
             return "VARCHAR"
     return "BIGINT"
 
@@ -117,7 +124,8 @@ def _items_sql(items: File, item_type: str) -> str:
     words = f"TRY_CAST(string_split({_words_text(items, 'words')}, ' ') AS INTEGER[])" if "words" in items.types else "NULL::INTEGER[]"
     text = "coalesce(CAST(file.text AS VARCHAR), '')" if "text" in items.types else "''"
     category = "CAST(file.category AS VARCHAR)" if "category" in items.types else "NULL::VARCHAR"
-    return f"SELECT CAST({_plain_id(items, 'item_id')} AS {item_type}) AS item_id, {text} AS text, {words} AS words, {category} AS category FROM {items.scan} file"
+    item_id = f"CAST({_plain_id(items, 'item_id')} AS {item_type})"
+    return f"SELECT {item_id} AS item_id, {text} AS text, {words} AS words, {category} AS category FROM {items.scan} file"
 
 
 def _check_items(work: Work, path: Path) -> None:
@@ -143,30 +151,37 @@ def _events_sql(events: File, user_type: str, item_type: str, anonymised: bool, 
     query = "NULL"
     if "query" in types:
         query = _words_text(events, "query") if anonymised or types["query"].endswith("[]") else "nullif(trim(CAST(file.query AS VARCHAR)), '')"
-    clicked = "CASE lower(CAST(file.clicked AS VARCHAR)) WHEN '1' THEN true WHEN 'true' THEN true WHEN '1.0' THEN true WHEN '0' THEN false WHEN 'false' THEN false WHEN '0.0' THEN false END"
-    clicked = clicked if "clicked" in types else "true"
+    clicked = "CASE WHEN clicked_text IN ('1', '1.0', 'true') THEN true WHEN clicked_text IN ('0', '0.0', 'false') THEN false END"
+    clicked_text = "lower(trim(CAST(file.clicked AS VARCHAR)))" if "clicked" in types else "'1'"
     wrong_query = "task = 1 AND NOT regexp_full_match(query, '[0-9 ]+')" if anonymised else "false"
     missing_time = "raw_time IS NULL OR lower(trim(raw_time)) IN ('', 'nan', 'nat')"
     return f"""
-        SELECT {"row.carried, " if carried else ""}row.user_id, row.item_id, time, task::TINYINT AS task, CASE WHEN task = 1 THEN query END AS query, clicked, CASE
+        SELECT {"row.carried, " if carried else ""}row.user_id, row.item_id, time, task::TINYINT AS task,
+            CASE WHEN task = 1 THEN query END AS query, {clicked} AS clicked, CASE
             WHEN row.user_id IS NULL THEN 'no user_id'
             WHEN row.item_id IS NULL THEN 'no item_id'
             WHEN {missing_time} THEN 'no time'
             WHEN time IS NULL THEN 'error: time'
             WHEN time < {EARLIEST_MS} THEN '{TOO_EARLY}'
             WHEN task = -1 THEN 'error: task'
-            WHEN clicked IS NULL THEN 'error: clicked'
+            WHEN {clicked} IS NULL THEN 'error: clicked'
             WHEN task = 1 AND query IS NULL THEN 'search without a query'
             WHEN {wrong_query} THEN 'error: query'
             WHEN item_rows.item_id IS NULL THEN 'item not in items'
             END AS problem
-        FROM (SELECT {f"{carried} AS carried, " if carried else ""}CAST({_plain_id(events, "user_id")} AS {user_type}) AS user_id, CAST({_plain_id(events, "item_id")} AS {item_type}) AS item_id,
-                CAST(file.time AS VARCHAR) AS raw_time, {time} AS time, {task} AS task, {query} AS query, {clicked} AS clicked
+        FROM (SELECT {f"{carried} AS carried, " if carried else ""}
+                CAST({_plain_id(events, "user_id")} AS {user_type}) AS user_id, CAST({_plain_id(events, "item_id")} AS {item_type}) AS item_id,
+                CAST(file.time AS VARCHAR) AS raw_time, {time} AS time, {task} AS task, {query} AS query, {clicked_text} AS clicked_text
               FROM {events.scan} file) row
         LEFT JOIN item_rows ON row.item_id = item_rows.item_id"""
 
 
-EXPECTED = {"time": "integer ms since 1970 or ISO 8601", "task": "rec or src", "clicked": "0 or 1", "query": "a list of integers, as the items have words"}
+EXPECTED = {
+    "time": "integer ms since 1970 or ISO 8601",
+    "task": "rec or src",
+    "clicked": "0 or 1",
+    "query": "a list of integers, as the items have words",
+}
 
 
 def _locate(work: Work, events: File, id_types: tuple[str, str], anonymised: bool, problem: str) -> DataError:
