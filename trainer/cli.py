@@ -99,6 +99,19 @@ def simulate(
     answer({"out": str(out), "rows": rows}, as_json, *(f"  {name:<22} {count:>12,} rows" for name, count in rows.items()), f"wrote {out}")
 
 
+@verb("gensr download kuaisar-small data/kuaisar")
+def download(
+    name: Annotated[str, typer.Argument(help="kuaisar, kuaisar-small or amazon-kindle")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="folder for the files")],
+    as_json: AsJson = False,
+) -> None:
+    """Fetch a public data set, resumed where it broke off, with size and checksum checks."""
+    from data_shards.download import download as run
+
+    files = run(name, folder, progress=stage_lines())
+    answer({"files": [str(path) for path in files]}, as_json, *(f"  {path}" for path in files))
+
+
 @verb("gensr prepare kuaisar data/raw data/prepared history_max=20")
 def prepare(
     source: Annotated[str, typer.Argument(help="kuaisar, amazon, jdsearch, or tables (your own logs)")],
@@ -266,6 +279,21 @@ def read_requests(path: Path) -> list[dict[str, Any]]:
 
 
 # ---- help for people -----------------------------------------------------------------------------------------------
+
+
+@verb("gensr doctor")
+def doctor(as_json: AsJson = False) -> None:
+    """Check this machine: packages, compiler, GPUs, processes, disk, MLflow's database, SLURM. Exit code 1 when something is missing."""
+    from trainer.doctor import run_checks
+
+    checks = run_checks()
+    lines = []
+    for check in checks:
+        lines.append(f"{check.status:<4}  {check.name:<20} {check.detail}")
+        lines += [f"      fix: {check.fix}"] if check.fix and check.status != "OK" else []
+    answer([dataclasses.asdict(check) for check in checks], as_json, *lines)
+    if any(check.status == "MISS" for check in checks):
+        raise typer.Exit(1)
 
 
 @config_app.command(epilog="Example: gensr config show demo optim.lr=3e-4")

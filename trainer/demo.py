@@ -1,0 +1,237 @@
+"""`gensr demo`: the main job from end to end, offline, as one resumable sequence of the ordinary verbs. Finished steps are skipped."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+
+from trainer.errors import RunError
+from trainer.progress import StageLines
+from trainer.summary import METRICS, TASK_TITLES, cell, protocol_line, read_evaluation, rows_of
+
+USERS, ITEMS, DAYS, SEED = 2000, 4000, 14, 1  # of the planted world: small enough for ten minutes on two cores
+PREPARE: tuple[str, ...] = ()
+CF: tuple[str, ...] = ()
+PRESET = "demo"
+MODEL_NAME = "gensr-demo"
+STOP_S = 120.0  # a stopped training run saves a checkpoint first
+
+
+@dataclass(frozen=True)
+class Step:
+    name: str
+    is_done: Callable[[], bool]
+    run: Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Where the demo's files are, and its steps."""
+
+    data_dir: Path
+    run_dir: Path
+    train_overrides: tuple[str, ...] = ()
+
+    @property
+    def raw_dir(self) -> Path:
+        return self.data_dir.with_name(f"{self.data_dir.name}-raw")
+
+    def steps(self) -> list[Step]:
+        run_dir, data_dir = self.run_dir, self.data_dir
+        evaluation, registered = run_dir / "evaluation-test.json", run_dir / "registry.json"
+        return [
+            Step("simulate", self.raw_dir.is_dir, self.simulate),
+            Step("prepare", (data_dir / "manifest.json").is_file, self.prepare),
+            Step("cf", (data_dir / "cf" / "lightgcn.safetensors").is_file, self.cf),
+            Step("train", self.is_trained, self.train),
+            Step("evaluate", lambda: is_newer(evaluation, run_dir / "model" / "gensr.json"), self.evaluate),
+            Step("register", lambda: is_newer(registered, evaluation), self.register),
+        ]
+
+    def simulate(self) -> None:
+        from data_shards.simulate import simulate
+
+        simulate(self.raw_dir, users=USERS, items=ITEMS, days=DAYS, seed=SEED, progress=StageLines())
+
+    def prepare(self) -> None:
+        from data_shards.prepare import prepare
+
+        prepare("kuaisar", self.raw_dir, self.data_dir, PREPARE, progress=StageLines())
+
+    def cf(self) -> None:
+        from trainer.cf import train_cf
+
+        train_cf(self.data_dir, CF, progress=lambda line: say(f"  {line}"))
+
+    def is_trained(self) -> bool:
+        path = self.run_dir / "status.json"
+        return path.is_file() and json.loads(path.read_text(encoding="utf-8"))["status"] == "finished"
+
+    def train(self) -> None:
+        overrides = [f"data.dir={self.data_dir}", f"run.dir={self.run_dir}", *self.train_overrides]
+        processes, device_overrides = devices(PRESET, overrides)
+        launch(processes, ["train", PRESET, *overrides, *device_overrides, "--resume", "auto"])
+
+    def evaluate(self) -> None:
+        processes, _ = devices(PRESET, self.train_overrides)
+        launch(processes, ["evaluate", str(self.run_dir)])
+
+    def register(self) -> None:
+        from data_shards.schema import read_manifest
+        from trainer.files import atomic
+        from trainer.registry import example_requests, register
+
+        register(self.run_dir, MODEL_NAME)
+        lines = [json.dumps(request) for request in example_requests(self.data_dir, read_manifest(self.data_dir))]
+        with atomic(self.run_dir / "requests.jsonl") as path:
+            path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def run_demo(data_dir: str | Path = "data/demo", run_dir: str | Path = "runs/demo", train_overrides: Sequence[str] = ()) -> None:
+    """simulate → prepare → cf → train → evaluate → register, then one screen of results. Call it again after an interruption.
+
+    Raises the GensrError of the step that fails; what the steps before it made stays.
+    """
+    demo = Demo(Path(data_dir), Path(run_dir), tuple(train_overrides))
+    started = time.monotonic()
+    steps = demo.steps()
+    for number, step in enumerate(steps, start=1):
+        head = f"[{number}/{len(steps)}] {step.name}"
+        if step.is_done():
+            say(f"{head}: done before")
+            continue
+        say(head)
+        step_started = time.monotonic()
+        step.run()
+        say(f"{head}: {time.monotonic() - step_started:.0f} s")
+    show_summary(demo, time.monotonic() - started)
+
+
+def say(line: str) -> None:
+    console().print(line, markup=False, highlight=False)
+
+
+def console() -> Console:
+    return Console(soft_wrap=True)
+
+
+def is_newer(path: Path, than: Path) -> bool:
+    """`path` exists and was written after `than`."""
+    return path.is_file() and than.is_file() and path.stat().st_mtime >= than.stat().st_mtime
+
+
+# ---- processes -----------------------------------------------------------------------------------------------------
+
+
+def devices(preset: str, overrides: Sequence[str]) -> tuple[int, list[str]]:
+    """→ (processes, settings that follow from them). Two processes on CPU; on GPUs one each, in bf16, as many as divide the global batch."""
+    import torch
+
+    from trainer.config import load_config
+    from trainer.distributed import forced_cpu
+
+    optim = load_config(preset, list(overrides)).optim
+    gpus = 0 if forced_cpu() else torch.cuda.device_count()
+    processes = max((n for n in range(1, gpus + 1) if optim.global_batch_size % n == 0), default=2)
+    micro_batch = min(optim.micro_batch_size, optim.global_batch_size // processes)
+    return processes, [f"optim.micro_batch_size={micro_batch}", *(["run.precision=bf16"] if gpus else [])]
+
+
+def launch(processes: int, arguments: Sequence[str]) -> None:
+    """`accelerate launch … -m trainer ARGUMENTS`, with DeepSpeed ZeRO-2. Ctrl-C reaches the processes, which save and end by themselves.
+
+    Raises RunError when they fail; their messages are on the terminal by then.
+    """
+    import torch
+
+    import ds_configs
+    from trainer.distributed import forced_cpu
+
+    on_cpu = forced_cpu() or not torch.cuda.is_available()
+    config_file = ds_configs.path("accelerate_cpu_2.yaml" if on_cpu else "accelerate_gpu_8.yaml")
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config_file)]
+    command += ["--num_processes", str(processes), "--main_process_port", str(free_port()), "-m", "trainer", *arguments]
+    binaries = str(Path(sys.executable).parent)  # ninja, which DeepSpeed calls, lies beside the interpreter
+    environment = {**os.environ, "PATH": os.pathsep.join([binaries, os.environ.get("PATH", "")])}
+    if on_cpu:
+        environment["DS_ACCELERATOR"] = "cpu"
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, env=environment)
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:
+        process.wait(timeout=STOP_S)
+        raise
+    if code:
+        raise RunError(
+            f"`gensr {' '.join(arguments)}` on {processes} processes ended with exit code {code}; its messages are above. gensr demo goes on from there."
+        )
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+# ---- the last screen -----------------------------------------------------------------------------------------------
+
+
+def show_summary(demo: Demo, seconds: float) -> None:
+    evaluation = read_evaluation(demo.run_dir)
+    registered = json.loads((demo.run_dir / "registry.json").read_text(encoding="utf-8"))
+    screen = console()
+    table = Table(title=protocol_line(evaluation), title_justify="left", title_style="dim")
+    table.add_column("")
+    for metric in METRICS:
+        table.add_column(metric)
+    rows = rows_of(evaluation)
+    for task, title in TASK_TITLES.items():
+        of_task = [row for row in rows if row.task == task]
+        if of_task:
+            table.add_section()
+            table.add_row(f"{title}, {of_task[0].metrics['num_events']:,} events", style="bold")
+            for row in of_task:
+                table.add_row(f"  {row.model}", *(cell(row.metrics, metric) for metric in METRICS), style="green" if row.model == "GenSR" else "")
+    screen.print()
+    screen.print(table)
+    screen.print(
+        Panel("\n".join(where_and_next(demo, registered)), title=f"gensr demo, {seconds / 60:.1f} minutes", title_align="left", expand=False),
+        soft_wrap=True,
+    )
+
+
+def where_and_next(demo: Demo, registered: dict[str, object]) -> list[str]:
+    run_dir, data_dir = demo.run_dir, demo.data_dir
+    mlflow, gensr = program("mlflow"), program("gensr")
+    return [
+        f"run folder   {run_dir}",
+        f"plots        {run_dir / 'report'}",
+        f"registered   models:/{registered['name']}/{registered['version']}, also models:/{registered['name']}@{registered['alias']}",
+        f"MLflow page  {mlflow} ui --backend-store-uri {registered['uri']} --port 5000, then http://127.0.0.1:5000",
+        "",
+        "Next",
+        f"  {gensr} inspect {data_dir}",
+        f"  {gensr} score models:/{registered['name']}@{registered['alias']} {run_dir / 'requests.jsonl'} --uri {registered['uri']}",
+        f"  {gensr} train {PRESET} data.dir={data_dir} run.dir={run_dir.with_name('paper')} model.variant=paper",
+        f"  {gensr} config keys train",
+    ]
+
+
+def program(name: str) -> str:
+    """How to call a program of this environment from here: its bare name where PATH finds it, else its path."""
+    beside = Path(sys.executable).with_name(name)
+    if not beside.is_file():
+        return name
+    try:
+        return str(beside.relative_to(Path.cwd()))
+    except ValueError:
+        return str(beside)
