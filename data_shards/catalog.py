@@ -24,16 +24,33 @@ if TYPE_CHECKING:
 ID_TABLES = {"users": "user", "items": "item", "queries": "query"}
 
 
-def name_ids(work: Work, anonymised: bool) -> dict[str, Any]:
-    """Stage: tables final_users, final_items, final_queries: (id, key = original), from the code of each final id; final_queries.text too."""
+def name_ids(work: Work, read: dict[str, Any]) -> dict[str, Any]:
+    """Stage: tables final_users, final_items, final_queries (id, key = original), from the code of each final id.
+
+    Also final_queries.text, and catalog_items (id, key, text, words INTEGER[], category): the only pass over the items' file.
+    """
     for plural, singular in ID_TABLES.items():
         codes = work.column(f"{singular}_code", "i4")
         work.put_table("kept", pa.table({"code": pa.array(np.asarray(codes)), "id": pa.array(np.arange(len(codes)), pa.int32())}))
         work.con.execute(f"CREATE OR REPLACE TABLE final_{plural} AS SELECT id, key FROM kept JOIN {singular}_codes USING (code)")
     work.con.execute("DROP TABLE kept")
-    text = words_text("key") if anonymised else "key"
+    text = words_text("key") if read["anonymised"] else "key"
     work.con.execute(f"CREATE OR REPLACE TABLE final_queries AS SELECT id, key, CAST({text} AS VARCHAR) AS text FROM final_queries")
+    items = read["items"]
+    work.execute(
+        f"""CREATE OR REPLACE TABLE catalog_items AS SELECT f.id, f.key, coalesce(i.text, '') AS text, {_integers("i.words")} AS words, i.category
+        FROM final_items f LEFT JOIN (SELECT item_id, {items["text"]} AS text, {items["words"]} AS words, {items["category"]} AS category
+            FROM {items["scan"]}) i ON i.item_id = f.key""",
+        "items",
+    )
     return {}
+
+
+def _integers(words: str) -> str:
+    """SQL: a written list of integers as INTEGER[]; what is no such list ends the query."""
+    text = words_text(f"CAST({words} AS VARCHAR)")
+    wrong = f"error('the words of an item must be a list of integers, got ' || {words})"
+    return f"CASE WHEN {text} IS NOT NULL THEN coalesce(TRY_CAST(string_split({text}, ' ') AS INTEGER[]), {wrong}) END"
 
 
 def train_click_counts(columns: EventColumns, num_items: int) -> np.ndarray:
@@ -184,9 +201,7 @@ class CatalogWriter:
 
 def item_batches(work: Work, duplicates_allowed: bool) -> Iterator[tuple[pa.RecordBatch, int]]:
     """The catalogue's items by id, one row each (columns id, key, text, words, category), and how many further rows of them were left out."""
-    sql = """
-        SELECT f.id, f.key, coalesce(i.text, '') AS text, i.words, i.category
-        FROM final_items f LEFT JOIN items i ON i.item_id = f.key ORDER BY f.id, text"""
+    sql = "SELECT * FROM catalog_items ORDER BY id, text, category, words"
     last = -1
     for batch in work.batches(sql, 65_536):
         ids = batch.column("id").to_numpy()

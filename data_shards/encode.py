@@ -3,6 +3,7 @@
 Ids are a permutation by hash of the sorted original ids: neither order of appearance nor popularity can be read from them.
 """
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,7 +30,6 @@ def read_rows(work: Work, source: Source) -> dict[str, Any]:
     try:
         tables = source.read(work)
         work.execute(f"CREATE OR REPLACE TABLE rows AS {tables.events}", "read", sum(estimated_rows(path) for path in source.files))
-        work.con.execute(f"CREATE OR REPLACE VIEW items AS {tables.items}")
     except duckdb.Error as error:
         raise readable(error) from error
     _raise_wrong_values(work, tables)
@@ -47,6 +47,7 @@ def read_rows(work: Work, source: Source) -> dict[str, Any]:
     return {
         "counts": dict(zip(names, counts, strict=True)), "dropped": dropped, "anonymised": tables.anonymised, "notes": tables.notes,
         "duplicate_items": tables.duplicate_items,
+        "items": dataclasses.asdict(tables.items),
     }  # fmt: skip
 
 
@@ -65,10 +66,10 @@ def _raise_wrong_values(work: Work, tables: Tables) -> None:
             raise tables.locate("error: query", found[0][0])
 
 
-def encode_keys(work: Work, settings: PrepareSettings) -> dict[str, Any]:
+def encode_keys(work: Work, settings: PrepareSettings, items: dict[str, str]) -> dict[str, Any]:
     """Stage: original users, items and queries of clicks → codes 0, 1, … in hashed order (tables user_codes, item_codes, query_codes)."""
     clicks = "FROM rows WHERE problem IS NULL AND clicked"
-    every_item = " UNION SELECT item_id FROM items" if settings.min_interactions == 0 else ""
+    every_item = f" UNION SELECT item_id FROM {items['scan']} WHERE item_id IS NOT NULL" if settings.min_interactions == 0 else ""
     sizes = {
         "users": _encode(work, "user_codes", f"SELECT DISTINCT user_id AS key {clicks}", derive_seed(settings.seed, USER_SEED)),
         "items": _encode(work, "item_codes", f"SELECT DISTINCT item_id AS key {clicks}{every_item}", derive_seed(settings.seed, ITEM_SEED)),

@@ -70,12 +70,12 @@ def prepare(source: str, raw: str | Path, out: str | Path, overrides: Sequence[s
 
 def _run(work: Work, source: Source, settings: PrepareSettings) -> None:
     read = work.stage("read", lambda: encode.read_rows(work, source))
-    codes = work.stage("encode", lambda: encode.encode_keys(work, settings))
+    codes = work.stage("encode", lambda: encode.encode_keys(work, settings, read["items"]))
     clicks = work.stage("sort", lambda: encode.sort_clicks(work))
     kept = work.stage("filter", lambda: encode.filter_clicks(work, settings, codes))
     split = work.stage("split", lambda: _split(work, settings))
     work.stage("histories", lambda: _histories(work, settings))
-    work.stage("names", lambda: name_ids(work, read["anonymised"]))
+    work.stage("names", lambda: name_ids(work, read))
     work.stage("impressions", lambda: impressions.attach_shown(work, settings, kept["num_users"]))
     columns = _event_columns(work)
     catalog = work.stage("catalog", lambda: write_catalog(work, settings, columns, read, kept))

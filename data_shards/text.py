@@ -119,7 +119,7 @@ def collect_words(work: Work, min_count: int) -> Words:
     """The word table: words of catalogue captions and of training queries (table train_queries), nothing from validation or test clicks."""
     sql = f"""
         SELECT word FROM (
-            SELECT unnest(i.words) AS word FROM items i JOIN final_items f ON i.item_id = f.key
+            SELECT unnest(words) AS word FROM catalog_items
             UNION ALL SELECT unnest(TRY_CAST(string_split(f.text, ' ') AS INTEGER[])) FROM final_queries f JOIN train_queries USING (id))
         WHERE word IS NOT NULL GROUP BY word HAVING count(*) >= {min_count} ORDER BY word"""
     parts = [batch.column("word").to_numpy() for batch in work.batches(sql)]
@@ -129,8 +129,7 @@ def collect_words(work: Work, min_count: int) -> Words:
 def training_texts(work: Work, with_queries: bool) -> Iterator[str]:
     """Distinct item texts and (where they are natural text) training queries, at most TRAINING_TEXTS of each, in a fixed order."""
     items = f"""
-        SELECT i.text AS text, min(f.id) AS id FROM items i JOIN final_items f ON i.item_id = f.key
-        WHERE i.text <> '' GROUP BY 1 ORDER BY 2, 1 LIMIT {TRAINING_TEXTS}"""
+        SELECT text, min(id) AS id FROM catalog_items WHERE text <> '' GROUP BY 1 ORDER BY 2, 1 LIMIT {TRAINING_TEXTS}"""
     queries = f"SELECT f.text FROM final_queries f JOIN train_queries USING (id) ORDER BY id LIMIT {TRAINING_TEXTS}"
     for sql in (items, queries) if with_queries else (items,):
         for batch in work.batches(sql):

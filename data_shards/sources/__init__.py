@@ -4,7 +4,7 @@ events   user_id, item_id (both BIGINT or VARCHAR), time BIGINT (ms since 1970, 
          query VARCHAR (NULL in a recommendation; anonymised words as integers, in any writing of a list),
          clicked BOOLEAN (false = shown and not clicked),
          problem VARCHAR (NULL = usable; otherwise the reason this row is dropped, counted under it in the manifest)
-items    item_id, text VARCHAR (natural text), words INTEGER[] (anonymised words; NULL = none), category VARCHAR
+items    item_id, text VARCHAR (natural text), words VARCHAR (anonymised words, in any writing of a list; NULL = none), category VARCHAR
 """
 
 from collections.abc import Callable
@@ -29,11 +29,21 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Tables:
-    """What `Source.read` returns. `events` and `items` are SELECT statements on the work database."""
+class ItemSql:
+    """The items as SQL: `scan` (for FROM; has a column item_id), and expressions over its columns, worked out for kept items only."""
 
-    events: str
-    items: str
+    scan: str
+    text: str = "text"
+    words: str = "NULL"
+    category: str = "category"
+
+
+@dataclass(frozen=True)
+class Tables:
+    """What `Source.read` returns: SQL on the work database."""
+
+    events: str  # SELECT
+    items: "ItemSql"
     anonymised: bool = False  # queries and captions are lists of integers
     duplicate_items: bool = False  # several rows of one item are possible: the first (by text) is used and the others are counted
     locate: Callable[[str, str], DataError] | None = None  # ("error: COLUMN", a wrong value or "") → the error that names its first row

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from data_shards.errors import DataError
 from data_shards.options import PrepareSettings
 from data_shards.schema import REC, SRC
-from data_shards.sources import Source, Tables
+from data_shards.sources import ItemSql, Source, Tables
 from data_shards.sources.reading import literal
 from data_shards.work import Work
 
@@ -291,5 +291,5 @@ def _tables(work: Work, dropped: dict[str, int]) -> Tables:
         FROM purchases p LEFT JOIN item_query q ON p.item_id = q.item_id"""
     notes = {"queries": "synthesised from category paths (Ai et al. 2017)", "paths": every, "paths_of_one_item": one}
     return Tables(
-        events=events, items="SELECT item_id, text, NULL::INTEGER[] AS words, category FROM meta", duplicate_items=True, dropped=dropped, notes=notes
+        events=events, items=ItemSql("meta"), duplicate_items=True, dropped=dropped, notes=notes
     )

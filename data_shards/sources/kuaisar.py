@@ -13,7 +13,7 @@ import duckdb
 from data_shards.errors import DataError
 from data_shards.options import PrepareSettings
 from data_shards.schema import REC, SRC
-from data_shards.sources import EARLIEST_MS, TOO_EARLY, Source, Tables
+from data_shards.sources import EARLIEST_MS, TOO_EARLY, ItemSql, Source, Tables
 from data_shards.sources.reading import csv_scan, find_file, literal, readable
 from data_shards.work import Work
 
@@ -64,13 +64,10 @@ def _problem(file: str, time: str, click: str, search: bool = False) -> str:
     return f"CASE {' '.join(cases)} END"
 
 
-def _items_sql(path: Path) -> str:
+def _items_sql(path: Path) -> ItemSql:
     names = ", ".join(f"nullif({level}, 'empty')" for level in LEVELS)
-    wrong = f"error({literal(f'{path}:caption: must be a list of integers, got ')} || caption)"
-    return f"""
-        SELECT item_id, concat_ws(' ', {names}) AS text, nullif(concat_ws(' > ', {names}), '') AS category,
-            CASE WHEN caption IS NOT NULL THEN coalesce(TRY_CAST(caption AS INTEGER[]), {wrong}) END AS words
-        FROM {csv_scan(path, ITEM_TYPES)} WHERE item_id IS NOT NULL"""
+    category = f"nullif(concat_ws(' > ', {names}), '')"
+    return ItemSql(scan=csv_scan(path, ITEM_TYPES), text=f"concat_ws(' ', {names})", words="caption", category=category)
 
 
 def _locate_keyword(con: duckdb.DuckDBPyConnection, src: Path, value: str) -> DataError:

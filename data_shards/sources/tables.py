@@ -13,7 +13,7 @@ import duckdb
 
 from data_shards.errors import DataError
 from data_shards.options import PrepareSettings
-from data_shards.sources import EARLIEST_MS, TOO_EARLY, Source, Tables
+from data_shards.sources import EARLIEST_MS, TOO_EARLY, ItemSql, Source, Tables
 from data_shards.sources.reading import csv_header, csv_scan, describe, literal, readable, require_columns, words_text
 from data_shards.work import Work
 
@@ -63,7 +63,7 @@ def _read(work: Work, events_path: Path, items_path: Path) -> Tables:
     sql = _events_sql(events, user_type, item_type, anonymised)
     return Tables(
         events=sql,
-        items="SELECT * FROM item_rows WHERE item_id IS NOT NULL",
+        items=ItemSql("item_rows", words="words" if anonymised else "NULL"),
         anonymised=anonymised,
         locate=lambda problem, value: _locate(work, events, (user_type, item_type), anonymised, problem),
     )
@@ -121,7 +121,7 @@ def _words_text(file: File, column: str) -> str:
 
 
 def _items_sql(items: File, item_type: str) -> str:
-    words = f"TRY_CAST(string_split({_words_text(items, 'words')}, ' ') AS INTEGER[])" if "words" in items.types else "NULL::INTEGER[]"
+    words = _words_text(items, "words") if "words" in items.types else "NULL::VARCHAR"
     text = "coalesce(CAST(file.text AS VARCHAR), '')" if "text" in items.types else "''"
     category = "CAST(file.category AS VARCHAR)" if "category" in items.types else "NULL::VARCHAR"
     item_id = f"CAST({_plain_id(items, 'item_id')} AS {item_type})"
