@@ -172,7 +172,7 @@ def launch(processes: int, arguments: Sequence[str]) -> None:
         raise
     if code:
         raise RunError(
-            f"`gensr {' '.join(arguments)}` on {processes} processes ended with exit code {code}; its messages are above. gensr demo goes on from there."
+            f"`gensr {' '.join(arguments)}` on {processes} processes ended with exit code {code}; see above. gensr demo goes on from there."
         )
 
 

@@ -1,0 +1,146 @@
+"""The command as people and scripts meet it: help, exit codes, messages, JSON, ranks, and what the wheel holds."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import typer
+import yaml
+from typer.testing import CliRunner
+
+from trainer.cli import app, read_requests
+from trainer.config import Config, load_config
+from trainer.errors import RequestError
+
+ROOT = Path(__file__).parents[2]
+VERBS = ["simulate", "download", "prepare", "inspect", "cf", "train", "evaluate", "report", "compare", "register", "score", "doctor", "demo"]
+COMMANDS = [[verb] for verb in VERBS] + [["config", "show"], ["config", "keys"], ["config", "schema"]]
+
+
+def gensr(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "trainer", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, "COLUMNS": "150", **environment}, cwd=ROOT)
+
+
+def test_every_verb_is_known() -> None:
+    command = typer.main.get_command(app)
+    assert set(command.commands) == {*VERBS, "config"}  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_help_has_an_example_that_parses(command: list[str]) -> None:
+    result = CliRunner().invoke(app, [*command, "--help"], env={"COLUMNS": "200"})
+    assert result.exit_code == 0
+    example = next(line.strip() for line in result.output.splitlines() if line.strip().startswith("Example: gensr "))
+    assert example.split()[2 : 2 + len(command)] == command
+
+
+def test_one_error_without_a_traceback_and_its_traceback_with_debug() -> None:
+    done = gensr("config", "show", "optim.learning_rate=1", "run.max_steps=-3")
+    assert done.returncode == 1
+    assert "2 problems" in done.stderr
+    assert "optim.learning_rate" in done.stderr
+    assert "run.max_steps" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    debug = gensr("config", "show", "run.max_steps=-3", "--debug")
+    assert debug.returncode == 1
+    assert "Traceback" in debug.stderr
+
+
+@pytest.mark.parametrize("arguments", [["trian"], ["train"], ["evaluate", "runs/none", "--wrong"], ["inspect", "/nonexistent"]], ids=" ".join)
+def test_failures_end_with_1(arguments: list[str]) -> None:
+    assert gensr(*arguments).returncode == 1
+
+
+def test_only_rank_0_speaks() -> None:
+    assert gensr("config", "show", RANK="0").stdout
+    assert gensr("config", "show", RANK="1").stdout == ""
+    wrong = gensr("config", "show", "no.such=1", RANK="1")
+    assert (wrong.returncode, wrong.stderr) == (1, "")
+    assert gensr("inspect", "/nonexistent", RANK="1").stderr.startswith("gensr: rank 1: ")
+
+
+def test_config_show_can_be_trained_from(tmp_path: Path) -> None:
+    shown = gensr("config", "show", "optim.lr=3e-4", "data.dir=OUT").stdout
+    file = tmp_path / "config.yaml"
+    file.write_text(shown)
+    assert load_config(str(file)) == load_config(None, ["optim.lr=3e-4", "data.dir=OUT"])
+    assert yaml.safe_load(shown)["optim"]["lr"] == 3e-4
+
+
+def test_config_keys_explains_every_key() -> None:
+    document = json.loads(gensr("config", "keys", "--json").stdout)
+    assert set(document) == {"train", "cf", "prepare"}
+    for rows in document.values():
+        assert [row["key"] for row in rows if not row["help"]] == []
+    defaults = {row["key"]: row["default"] for row in document["train"]}
+    assert defaults["optim.lr"] == Config().optim.lr
+    assert "optim.lr=0.001" in gensr("config", "keys", "train").stdout
+    assert gensr("config", "keys", "nothing").returncode == 1
+
+
+def test_config_schema_is_a_schema() -> None:
+    schema = json.loads(gensr("config", "schema").stdout)
+    assert set(schema["properties"]) == {"data", "model", "optim", "run", "tracking"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"task": "rec"}\n{oops', "line 2: not valid JSON"),
+        ("[1]", "line 1: a request is an object"),
+        ("\n", "holds no request"),
+        (None, "cannot be read"),
+    ],
+)
+def test_bad_request_files_are_named(tmp_path: Path, text: str | None, message: str) -> None:
+    path = tmp_path / "requests.jsonl"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(RequestError, match=message):
+        read_requests(path)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from a copy, so that the checkout gets no build folder."""
+    folder = tmp_path_factory.mktemp("wheel")
+    for name in ("trainer", "data_shards", "ds_configs"):
+        shutil.copytree(ROOT / name, folder / "source" / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder / "source")
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(folder / "source")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return next(folder.glob("*.whl"))
+
+
+def test_wheel_holds_code_presets_and_ds_configs(wheel: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    for package in ("trainer", "data_shards", "ds_configs"):
+        expected = {
+            str(p.relative_to(ROOT))
+            for p in (ROOT / package).rglob("*")
+            if p.suffix in (".py", ".yaml", ".json", ".md") and "__pycache__" not in p.parts
+        }
+        assert expected <= names
+    assert not [name for name in names if name.startswith(("tests/", "shared/", "data/", "runs/"))]
+
+
+def test_wheel_runs_outside_the_checkout(wheel: Path, tmp_path: Path) -> None:
+    """Unpacked where pip would put it, with this environment's dependencies: no file of the checkout is needed."""
+    installed = tmp_path / "site"
+    command = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--quiet", "--target", str(installed), str(wheel)]
+    subprocess.run(command, check=True, timeout=100, stdin=subprocess.DEVNULL)
+    code = "import sys; sys.argv[0] = 'gensr'; from trainer.cli import main; import trainer; print(trainer.__file__); main()"
+    for arguments in (["--help"], ["config", "keys"]):
+        environment = {**os.environ, "PYTHONPATH": str(installed)}
+        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60, cwd=tmp_path, env=environment)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith(str(installed))
