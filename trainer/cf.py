@@ -277,8 +277,8 @@ def rotate_onto(source: Tensor, target: Tensor) -> Tensor:
 
 
 def choose_batch_size(num_clicks: int) -> int:
-    """A sixteenth of an epoch, as a power of two: 512 … 2^18. A step costs two passes over the whole graph, so large graphs need few large steps."""
-    return 1 << min(max((num_clicks // 16).bit_length(), 9), 18)
+    """About a thirtieth of an epoch, as a power of two: 512 … 2^18. A step costs passes over the whole graph, so large graphs need few large steps."""
+    return 1 << min(max((num_clicks // 32).bit_length(), 9), 18)
 
 
 def describe_cost(clicks: Clicks, config: CfConfig, num_tables: int, batch_size: int, step_s: float) -> str:

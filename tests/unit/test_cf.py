@@ -145,7 +145,7 @@ def test_negatives_avoid_the_users_clicks():
     assert trainer.draw_negatives(torch.ones(4000, dtype=torch.int64)).ge(3).double().mean() > 0.999
 
 
-@pytest.mark.parametrize(("clicks", "batch_size"), [(0, 512), (1_000, 512), (41_858, 4096), (1_000_000, 65_536), (14_600_000, 262_144)])
+@pytest.mark.parametrize(("clicks", "batch_size"), [(0, 512), (1_000, 512), (41_858, 2048), (2_500_000, 131_072), (14_600_000, 262_144)])
 def test_batch_size_grows_with_the_graph(clicks, batch_size):
     assert choose_batch_size(clicks) == batch_size
 

@@ -3,7 +3,7 @@
     Â = D_u^-1/2 A D_i^-1/2   [U, I]          E⁽ˡ⁺¹⁾ = [Â I⁽ˡ⁾ ; Âᵀ U⁽ˡ⁾]          out = mean(E⁽⁰⁾ … E⁽ᴸ⁾)
 
 The whole map is linear and symmetric, so its backward pass is the map itself: nothing is stored between the two, and both directions are
-plain CSR products (autograd's own backward of a sparse product would scatter over edges).
+CSR products without a scatter over edges.
 """
 
 import math
@@ -18,28 +18,45 @@ from torch.nn import functional as F
 
 
 @dataclass(frozen=True)
-class Graph:
-    """Â and its transpose, both CSR, and which nodes have an edge."""
+class Csr:
+    """A sparse matrix [R, C] by rows: row r holds values[starts[r]:starts[r+1]] in the columns of the same range. 32-bit indices: half the memory."""
 
-    users_by_items: Tensor  # [U, I] sparse CSR float32
-    items_by_users: Tensor  # [I, U] sparse CSR float32
+    starts: Tensor  # [R + 1] int32
+    columns: Tensor  # [E] int32
+    values: Tensor  # [E] float32
+    num_columns: int
+
+    def to(self, device: torch.device | str) -> "Csr":
+        return Csr(self.starts.to(device), self.columns.to(device), self.values.to(device), self.num_columns)
+
+    def matmul(self, dense_CK: Tensor) -> Tensor:
+        """→ [R, K]. A weighted sum of rows is what embedding_bag computes: on CPUs 1.5 to 5 times the speed of torch's sparse product."""
+        if dense_CK.is_cuda:
+            with warnings.catch_warnings():  # "Sparse CSR tensor support is in beta state"
+                warnings.simplefilter("ignore")
+                shape = (len(self.starts) - 1, self.num_columns)
+                return torch.sparse_csr_tensor(self.starts, self.columns, self.values, shape, check_invariants=False) @ dense_CK
+        return F.embedding_bag(self.columns, dense_CK, self.starts, mode="sum", per_sample_weights=self.values, include_last_offset=True)
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Â and its transpose, and which nodes have an edge."""
+
+    users_by_items: Csr  # [U, I]
+    items_by_users: Csr  # [I, U]
     user_has_edge: Tensor  # [U, 1] float32, 0 or 1
     item_has_edge: Tensor  # [I, 1] float32, 0 or 1
 
-    @property
-    def num_users(self) -> int:
-        return self.users_by_items.shape[0]
-
-    @property
-    def num_items(self) -> int:
-        return self.users_by_items.shape[1]
-
     def to(self, device: torch.device | str) -> "Graph":
-        return Graph(self.users_by_items.to(device), self.items_by_users.to(device), self.user_has_edge.to(device), self.item_has_edge.to(device))
+        return Graph(
+            *(part.to(device) for part in (self.users_by_items, self.items_by_users)), self.user_has_edge.to(device), self.item_has_edge.to(device)
+        )
 
 
 def build_graph(users: np.ndarray, items: np.ndarray, num_users: int, num_items: int) -> Graph:
     """Graph of E unique clicks: users, items [E] integer rows. An edge weighs 1 / sqrt(degree of its user · degree of its item)."""
+    assert len(users) < 2**31
     user_degree, item_degree = np.bincount(users, minlength=num_users), np.bincount(items, minlength=num_items)
     weights = (1.0 / np.sqrt(user_degree[users].astype(np.float64) * item_degree[items])).astype(np.float32)
     return Graph(
@@ -50,20 +67,10 @@ def build_graph(users: np.ndarray, items: np.ndarray, num_users: int, num_items:
     )
 
 
-def _csr(rows: np.ndarray, columns: np.ndarray, weights: np.ndarray, row_degree: np.ndarray, num_columns: int) -> Tensor:
-    assert len(rows) < 2**31, "32-bit indices: half the memory of 64-bit ones, and what MKL wants"
+def _csr(rows: np.ndarray, columns: np.ndarray, weights: np.ndarray, row_degree: np.ndarray, num_columns: int) -> Csr:
     order = np.lexsort((columns, rows))
-    row_starts = np.concatenate([[0], np.cumsum(row_degree)]).astype(np.int32)
-    indices, values = columns[order].astype(np.int32), weights[order]
-    with warnings.catch_warnings():  # "Sparse CSR tensor support is in beta state"
-        warnings.simplefilter("ignore")
-        return torch.sparse_csr_tensor(
-            torch.from_numpy(row_starts),
-            torch.from_numpy(indices),
-            torch.from_numpy(values),
-            size=(len(row_degree), num_columns),
-            check_invariants=False,
-        )
+    starts = np.concatenate([[0], np.cumsum(row_degree)]).astype(np.int32)
+    return Csr(torch.from_numpy(starts), torch.from_numpy(columns[order].astype(np.int32)), torch.from_numpy(weights[order]), num_columns)
 
 
 class _Propagate(torch.autograd.Function):
@@ -84,7 +91,7 @@ def mean_of_layers(users_UK: Tensor, items_IK: Tensor, graph: Graph, num_layers:
     """Propagation without autograd. Isolated nodes come out as zero: they have nothing to say, and noise would look like a preference."""
     sum_users_UK, sum_items_IK = users_UK.clone(), items_IK.clone()
     for _ in range(num_layers):
-        users_UK, items_IK = graph.users_by_items @ items_IK, graph.items_by_users @ users_UK
+        users_UK, items_IK = graph.users_by_items.matmul(items_IK), graph.items_by_users.matmul(users_UK)
         sum_users_UK += users_UK
         sum_items_IK += items_IK
     scale = 1.0 / (num_layers + 1)
