@@ -7,7 +7,6 @@ EvalStream (this rank's events) ─scorer─▶ scores_BC ─expected_ranks─�
 import hashlib
 import json
 import platform
-import subprocess
 import time
 from collections.abc import Callable, Iterable, Sized
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from trainer.distributed import forced_cpu, num_cores, read_launch, set_threads
 from trainer.errors import RunError
 from trainer.files import atomic
 from trainer.metrics import METRICS, NUM_RESAMPLES, expected_ranks, metric_values, summarise
+from trainer.report import git_facts
 
 BASELINE_BATCH = 1024  # events; baselines need no accelerator memory
 BOOTSTRAP_SEED = 0
@@ -172,15 +172,9 @@ def config_hash(config: Config) -> str:
 
 
 def git_commit() -> str | None:
-    """Commit of the checkout this package runs from, with "-dirty" when files differ; None outside a checkout."""
-    here = Path(__file__).parent
-    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        tracked = subprocess.run(["git", "-C", str(here), "ls-files", "--error-unmatch", __file__], capture_output=True, timeout=10)
-        result = subprocess.run(command, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return result.stdout.strip() if result.returncode == 0 and tracked.returncode == 0 else None
+    """Commit of the checkout this code lies in, with "-dirty" when files differ; None outside a checkout."""
+    facts = git_facts()
+    return f"{facts['commit']}{'-dirty' if facts['dirty'] else ''}" if facts else None
 
 
 def hardware() -> str:
