@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from data_shards.errors import DataError
 from data_shards.options import PrepareSettings
 from data_shards.schema import REC
-from data_shards.sources.reading import words_text
+from data_shards.sources.reading import is_words, words_text
 from data_shards.split import TRAIN
 from data_shards.text import Words, collect_words, encode_texts, get_tokenizer, split_words, training_texts, word_mode
 from data_shards.work import BATCH_ROWS, Work
@@ -27,7 +27,7 @@ ID_TABLES = {"users": "user", "items": "item", "queries": "query"}
 def name_ids(work: Work, read: dict[str, Any]) -> dict[str, Any]:
     """Stage: tables final_users, final_items, final_queries (id, key = original), from the code of each final id.
 
-    Also final_queries.text, and catalog_items (id, key, text, words INTEGER[], category): the only pass over the items' file.
+    Also final_queries.text, and catalog_items (id, key, text, words BIGINT[], category): the only pass over the items' file.
     """
     for plural, singular in ID_TABLES.items():
         codes = work.column(f"{singular}_code", "i4")
@@ -47,10 +47,10 @@ def name_ids(work: Work, read: dict[str, Any]) -> dict[str, Any]:
 
 
 def _integers(words: str) -> str:
-    """SQL: a written list of integers as INTEGER[]; what is no such list ends the query."""
+    """SQL: a written list of integers as BIGINT[]; what is no such list ends the query."""
     text = words_text(f"CAST({words} AS VARCHAR)")
     wrong = f"error('the words of an item must be a list of integers, got ' || {words})"
-    return f"CASE WHEN {text} IS NOT NULL THEN coalesce(TRY_CAST(string_split({text}, ' ') AS INTEGER[]), {wrong}) END"
+    return f"CASE WHEN {is_words(text)} THEN CAST(string_split({text}, ' ') AS BIGINT[]) WHEN {text} IS NOT NULL THEN CAST({wrong} AS BIGINT[]) END"
 
 
 def train_click_counts(columns: EventColumns, num_items: int) -> np.ndarray:

@@ -18,7 +18,7 @@ from data_shards.histories import first_of_runs, order_by_hash
 from data_shards.options import PrepareSettings
 from data_shards.schema import NO_QUERY, REC, SRC
 from data_shards.sources import Source, Tables
-from data_shards.sources.reading import estimated_rows, readable, words_text
+from data_shards.sources.reading import estimated_rows, is_words, readable, words_text
 from data_shards.work import BATCH_ROWS, Work, chunk_bounds
 
 EVENT_DTYPES = {"user": "i4", "item": "i4", "time": "i8", "task": "i1", "query": "i4"}
@@ -57,7 +57,7 @@ def _raise_wrong_values(work: Work, tables: Tables) -> None:
         assert tables.locate is not None
         raise tables.locate(wrong[0][0], "")
     if tables.anonymised:
-        is_list = f"TRY_CAST(string_split({words_text('query')}, ' ') AS INTEGER[]) IS NOT NULL"
+        is_list = is_words(words_text("query"))
         found = work.con.execute(
             f"SELECT min(query) FROM (SELECT DISTINCT query FROM rows WHERE query IS NOT NULL AND problem IS NULL) WHERE NOT ({is_list})"
         ).fetchall()

@@ -50,6 +50,8 @@ def prepare(source: str, raw: str | Path, out: str | Path, overrides: Sequence[s
     if out.exists() and not (out / "manifest.json").is_file():
         raise DataError(f"{out} exists and is no prepared folder: not replacing it. Choose another folder.")
     reader = open_source(source, raw, settings)
+    if settings.split == "time" and not reader.has_clock:
+        raise ConfigError(f"split=time: this {source} log has no common clock, only the order of each user's clicks. Use split=leave_one_out.")
     key = hashlib.sha256(json.dumps([PIPELINE_VERSION, source, settings_with_effect(settings), _describe_files(reader)]).encode()).hexdigest()
     try:
         work = Work(out, key, settings.memory_limit, settings.threads, progress or (lambda stage, done, total: None))

@@ -120,7 +120,7 @@ def collect_words(work: Work, min_count: int) -> Words:
     sql = f"""
         SELECT word FROM (
             SELECT unnest(words) AS word FROM catalog_items
-            UNION ALL SELECT unnest(TRY_CAST(string_split(f.text, ' ') AS INTEGER[])) FROM final_queries f JOIN train_queries USING (id))
+            UNION ALL SELECT unnest(CAST(string_split(f.text, ' ') AS BIGINT[])) FROM final_queries f JOIN train_queries USING (id))
         WHERE word IS NOT NULL GROUP BY word HAVING count(*) >= {min_count} ORDER BY word"""
     parts = [batch.column("word").to_numpy() for batch in work.batches(sql)]
     return Words(np.concatenate([np.zeros(0, np.int64), *parts]).astype(np.int64))

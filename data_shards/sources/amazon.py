@@ -290,6 +290,4 @@ def _tables(work: Work, dropped: dict[str, int]) -> Tables:
             CASE WHEN q.query IS NULL THEN 'search event of an item without a category path' END
         FROM purchases p LEFT JOIN item_query q ON p.item_id = q.item_id"""
     notes = {"queries": "synthesised from category paths (Ai et al. 2017)", "paths": every, "paths_of_one_item": one}
-    return Tables(
-        events=events, items=ItemSql("meta"), duplicate_items=True, dropped=dropped, notes=notes
-    )
+    return Tables(events=events, items=ItemSql("meta"), duplicate_items=True, dropped=dropped, notes=notes)

@@ -25,6 +25,11 @@ def find_file(raw: Path, name: str) -> Path:
     return found[0]
 
 
+def is_words(text: str) -> str:
+    """SQL: whether a text (from words_text) is integers separated by single spaces."""
+    return f"regexp_full_match({text}, '[0-9]{{1,18}}( [0-9]{{1,18}})*')"
+
+
 def estimated_rows(path: Path) -> int:
     """Rows of a text file, judged by the length of its first lines; 0 for other files. For progress only."""
     if path.suffix not in (".csv", ".jsonl"):

@@ -14,7 +14,7 @@ import duckdb
 from data_shards.errors import DataError
 from data_shards.options import PrepareSettings
 from data_shards.sources import EARLIEST_MS, TOO_EARLY, ItemSql, Source, Tables
-from data_shards.sources.reading import csv_header, csv_scan, describe, literal, readable, require_columns, words_text
+from data_shards.sources.reading import csv_header, csv_scan, describe, is_words, literal, readable, require_columns, words_text
 from data_shards.work import Work
 
 FORMATS = ("parquet", "csv", "jsonl")
@@ -153,7 +153,7 @@ def _events_sql(events: File, user_type: str, item_type: str, anonymised: bool, 
         query = _words_text(events, "query") if anonymised or types["query"].endswith("[]") else "nullif(trim(CAST(file.query AS VARCHAR)), '')"
     clicked = "CASE WHEN clicked_text IN ('1', '1.0', 'true') THEN true WHEN clicked_text IN ('0', '0.0', 'false') THEN false END"
     clicked_text = "lower(trim(CAST(file.clicked AS VARCHAR)))" if "clicked" in types else "'1'"
-    wrong_query = "task = 1 AND NOT regexp_full_match(query, '[0-9 ]+')" if anonymised else "false"
+    wrong_query = f"task = 1 AND NOT {is_words('query')}" if anonymised else "false"
     missing_time = "raw_time IS NULL OR lower(trim(raw_time)) IN ('', 'nan', 'nat')"
     return f"""
         SELECT {"row.carried, " if carried else ""}row.user_id, row.item_id, time, task::TINYINT AS task,

@@ -1,0 +1,125 @@
+"""The Amazon readers: both generations of the releases, and the pair made from them."""
+
+import gzip
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from data_shards.errors import DataError
+from data_shards.prepare import prepare
+from data_shards.sources.amazon import PATH_COMMA, category_query, item_text
+from tests.unit.data_shards.test_reference import read_back
+
+SETTINGS = ("num_negatives=2", "vocab_size=300")
+SHARED = Path(os.environ.get("GENSR_SHARED_DATA", "../shared/data"))
+
+
+def write_lines(path: Path, lines: list[str]) -> None:
+    with gzip.open(path, "wt", encoding="utf-8") as file:
+        file.write("\n".join(lines) + "\n")
+
+
+def reviews() -> list[dict[str, Any]]:
+    """Three users, five items each, one a day; the last two of user A on one day."""
+    days = [1, 2, 3, 4, 4]
+    return [
+        {
+            "reviewerID": user,
+            "asin": f"B{start + number}",
+            "overall": 5.0,
+            "unixReviewTime": 1_400_000_000 + 86_400 * (days[number] if user == "A" else number),
+        }
+        for user, start in (("A", 0), ("B", 2), ("C", 4))
+        for number in range(5)
+    ]
+
+
+def test_a_query_is_the_words_of_the_path_once_without_stop_words() -> None:
+    assert category_query(["Industrial & Scientific", "Tapes, Adhesives", "Tapes for the Lab"]) == "industrial scientific tapes adhesives lab"
+    assert category_query(["Men's Books", "Self-Help"]) == "men's books self help"
+    assert category_query([]) == ""
+    assert PATH_COMMA.split("Tools,Nuts, Bolts,Wing Nuts") == ["Tools", "Nuts, Bolts", "Wing Nuts"]
+
+
+def test_the_text_is_the_path_below_the_root_and_the_title() -> None:
+    assert item_text(["Root", "A", "B"], "T", "categories_title") == "A B T"
+    assert item_text(["Root", "A", "B"], "T", "title_categories") == "T A B"
+    assert item_text(["Root"], "T", "categories_title") == "T"
+
+
+def test_the_pair_gives_two_events_a_purchase_in_list_order(tmp_path: Path) -> None:
+    (tmp_path / "Tiny.inter.json").write_text(json.dumps({"0": [0, 1, 2, 3, 9], "1": [3, 4, 0], "2": [5, 1]}))
+    items = {str(i): {"title": f"Title {i}", "brand": "B", "categories": "Root,Kind" if i else ""} for i in range(6)}
+    (tmp_path / "Tiny.item.json").write_text(json.dumps(items))
+    manifest = prepare("amazon", tmp_path, tmp_path / "out", SETTINGS)
+    assert manifest.raw["dropped"] == {"item not in the metadata": 1, "search event of an item without a category path": 2}
+    assert (manifest.raw["source"]["paths"], manifest.raw["source"]["paths_of_one_item"]) == (1, 0)
+    events = read_back(tmp_path / "out")
+    assert {(e["user"], e["item"], e["task"], e["query"]) for e in events["test"]} == {
+        (0, 3, "rec", None), (0, 3, "src", "root kind"), (1, 0, "rec", None),
+    }, "user 2 has two moments only and just trains; item 0 has no path"  # fmt: skip
+    assert {e["item"] for e in events["valid"]} == {2, 4}
+    assert all(e["history"] == [(0, "rec"), (1, "src"), (2, "src")] for e in events["test"] if e["user"] == 0), "a purchase is in a history once"
+    texts = {row["item_id"]: row["text"] for row in pq.read_table(tmp_path / "out" / "catalog" / "items.parquet").to_pylist()}
+    assert (texts[0], texts[1]) == ("Title 0", "Kind Title 1")
+
+
+def meta_2014(number: int) -> str:
+    row = {"asin": f"B{number}", "title": f"It's item {number}", "categories": [["Kindle Store"], ["Kindle Store", "Books", "Kind &amp; Co"]]}
+    return repr(row)  # a Python literal, no JSON
+
+
+def meta_2018(number: int) -> str:
+    return json.dumps({"asin": f"B{number}", "title": f"It&#39;s <b>item</b> {number}", "category": ["Kindle Store", "Books", "Kind & Co"]})
+
+
+@pytest.mark.parametrize(
+    ("form", "names"), [(meta_2014, ("reviews_Kindle_5.json.gz", "meta_Kindle.json.gz")), (meta_2018, ("Kindle_5.json.gz", "meta_Kindle.json.gz"))]
+)
+def test_both_generations_of_the_release(tmp_path: Path, form: Any, names: tuple[str, str]) -> None:
+    spoilt = [{"reviewerID": "A", "asin": "B1"}, {"asin": "B1", "unixReviewTime": 1_400_000_000}]
+    write_lines(tmp_path / names[0], [json.dumps(row) for row in reviews() + spoilt + reviews()[:1]])
+    write_lines(tmp_path / names[1], [form(number) for number in [*range(12), 3]] + [json.dumps({"title": "no id"})])
+    manifest = prepare("amazon", tmp_path, tmp_path / "out", SETTINGS)
+    assert manifest.raw["dropped"] == {
+        "review without a time": 1, "review without a user or an item": 1, "metadata without an item": 1, "duplicate click": 2,
+        "repeated item row": 1,
+    }  # fmt: skip
+    assert manifest.num_items == 9, "items that nobody bought are not in the catalogue"
+    test = read_back(tmp_path / "out")["test"]
+    assert {(e["user"], e["item"]) for e in test} == {("A", "B3"), ("A", "B4"), ("B", "B6"), ("C", "B8")}, "all purchases of the last day"
+    assert {e["query"] for e in test} == {None, "kindle store books kind co"}
+    assert all(len(e["history"]) == 3 for e in test if e["user"] == "A")
+    texts = pq.read_table(tmp_path / "out" / "catalog" / "items.parquet").to_pylist()
+    assert {row["text"] for row in texts} == {f"Books Kind & Co It's item {row['item_id'][1:]}" for row in texts}
+
+
+def test_damaged_files_are_named(tmp_path: Path) -> None:
+    write_lines(tmp_path / "Kindle_5.json.gz", [json.dumps(row) for row in reviews()])
+    write_lines(tmp_path / "meta_Kindle.json.gz", [meta_2018(1), "{'asin': open('x')}"])
+    with pytest.raises(DataError, match=r"meta_Kindle\.json\.gz:row 2: neither JSON nor a Python literal"):
+        prepare("amazon", tmp_path, tmp_path / "out", SETTINGS)
+    whole = (tmp_path / "Kindle_5.json.gz").read_bytes()
+    write_lines(tmp_path / "meta_Kindle.json.gz", [meta_2018(1)])
+    (tmp_path / "Kindle_5.json.gz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=r"Kindle_5\.json\.gz:row \d+: the file is damaged or cut off"):
+        prepare("amazon", tmp_path, tmp_path / "out", SETTINGS)
+
+
+@pytest.mark.skipif(not (SHARED / "amazon_scientific").is_dir(), reason="no GENSR_SHARED_DATA/amazon_scientific")
+def test_scientific_has_its_known_counts(tmp_path: Path) -> None:
+    manifest = prepare("amazon", SHARED / "amazon_scientific", tmp_path / "out", ["vocab_size=500"])
+    counts = manifest.raw["counts"]
+    assert (counts["users"], counts["items"]) == (8_317, 4_344)
+    assert sum(counts[split]["rec"] for split in ("train", "valid", "test")) == 58_492
+    assert counts["test"]["rec"] == counts["valid"]["rec"] == 8_317
+
+
+@pytest.mark.skipif(not (SHARED / "amazon_giftcards_raw").is_dir(), reason="no GENSR_SHARED_DATA/amazon_giftcards_raw")
+def test_gift_cards_are_read(tmp_path: Path) -> None:
+    manifest = prepare("amazon", SHARED / "amazon_giftcards_raw", tmp_path / "out", ["num_negatives=50", "vocab_size=500"])
+    assert (manifest.num_users, manifest.num_items, manifest.raw["counts"]["raw"]["rec"]) == (458, 148, 2_972)

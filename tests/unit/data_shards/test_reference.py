@@ -1,0 +1,158 @@
+"""Prepared events against an obvious, slow reading of the same raw files."""
+
+import itertools
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from data_shards.checks import read_blocks
+from data_shards.prepare import prepare
+from data_shards.schema import SPLITS, TASKS, read_manifest
+
+HISTORY_MAX = 6
+
+
+def read_back(out: Path) -> dict[str, list[dict[str, Any]]]:
+    """Every event of a prepared folder with original ids."""
+    users = pq.read_table(out / "catalog" / "users.parquet")["user_id"].to_pylist()
+    items = pq.read_table(out / "catalog" / "items.parquet")["item_id"].to_pylist()
+    queries = pq.read_table(out / "catalog" / "queries.parquet")["text"].to_pylist()
+    events: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
+    for split in SPLITS:
+        for shard in read_manifest(out).shards(split):
+            for block in read_blocks(out / shard.name):
+                for row in block.to_pylist():
+                    history = list(zip((items[i] for i in row["history_items"]), (TASKS[t] for t in row["history_tasks"]), strict=True))
+                    events[split].append({
+                        "user": users[row["user"]], "item": items[row["item"]], "task": TASKS[row["task"]], "time": row["time"],
+                        "query": queries[row["query"]] if row["query"] >= 0 else None, "history": history,
+                        "impressions": [items[i] for i in row.get("impressions", [])], "event_id": row["event_id"],
+                    })  # fmt: skip
+    return events
+
+
+def write_tied_log(folder: Path, seed: int) -> Path:
+    """Many clicks share a moment, some repeat exactly, some are of both tasks; five days."""
+    rng = np.random.default_rng(seed)
+    folder.mkdir()
+    day = 86_400_000
+    (folder / "items.jsonl").write_text("".join(json.dumps({"item_id": i, "text": f"item {i}"}) + "\n" for i in range(40)))
+    rows = []
+    for user in range(12):
+        for _ in range(int(rng.integers(1, 40))):
+            task = ("rec", "src")[int(rng.integers(2))]
+            time = 20_000 * day + int(rng.integers(5)) * day + int(rng.integers(3)) * 1000
+            row = {
+                "user_id": user,
+                "item_id": int(rng.integers(25)),
+                "time": time,
+                "task": task,
+                "query": f"q{rng.integers(4)}" if task == "src" else None,
+            }
+            rows += [{**row, "clicked": int(rng.random() < 0.7)}] * int(rng.integers(1, 3))
+    (folder / "events.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def expected_events(raw: Path, rule: str) -> dict[str, list[dict[str, Any]]]:
+    """The same by loops over the raw rows, straight from the definitions."""
+    rows = [json.loads(line) for line in (raw / "events.jsonl").read_text().splitlines()]
+    clicks = sorted({(r["user_id"], r["time"], r["item_id"], r["task"], r["query"] or "") for r in rows if r["clicked"]})
+    last_day = max(time for _, time, *_ in clicks) // 86_400_000
+    of_user: dict[int, list[tuple[Any, ...]]] = defaultdict(list)
+    for click in clicks:
+        of_user[click[0]].append(click)
+    events: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
+    for user, mine in of_user.items():
+        times = sorted({time for _, time, *_ in mine})
+        for _, time, item, task, query in mine:
+            if rule == "time":
+                split = {0: "test", 1: "valid"}.get(last_day - time // 86_400_000, "train")
+            else:
+                split = "train" if len(times) < 3 else {times[-1]: "test", times[-2]: "valid"}.get(time, "train")
+            before: dict[tuple[int, int], str] = {}
+            for _, earlier, other, kind, _ in mine:
+                if earlier < time:
+                    before[earlier, other] = "src" if "src" in (kind, before.get((earlier, other))) else "rec"
+            events[split].append({"user": user, "item": item, "task": task, "time": time, "query": query or None, "before": before})
+    return events
+
+
+@pytest.mark.parametrize(("rule", "seed"), [("time", 1), ("leave_one_out", 2)])
+def test_events_splits_and_histories_equal_the_slow_reading(tmp_path: Path, rule: str, seed: int) -> None:
+    raw = write_tied_log(tmp_path / "raw", seed)
+    settings = [f"split={rule}", "num_negatives=5", f"history_max={HISTORY_MAX}", "block_events=16", "shard_events=64", "vocab_size=300"]
+    prepare("tables", raw, tmp_path / "out", settings)
+    got, expected = read_back(tmp_path / "out"), expected_events(raw, rule)
+
+    def key(event: dict[str, Any]) -> tuple[Any, ...]:
+        return event["user"], event["time"], event["item"], event["task"], event["query"] or ""
+
+    for split in SPLITS:
+        assert sorted(map(key, got[split])) == sorted(map(key, expected[split]))
+        before_of = {key(event): event["before"] for event in expected[split]}
+        for event in got[split]:
+            before = before_of[key(event)]
+            assert len(event["history"]) == min(HISTORY_MAX, len(before))
+            times = sorted(time for time, _ in before)[-len(event["history"]) :] if event["history"] else []
+            assert all(before.get((time, item)) == task for time, (item, task) in zip(times, event["history"], strict=True)), (
+                "oldest first, searches win"
+            )
+            assert len(set(zip(times, event["history"], strict=True))) == len(times), "an item of one moment is there once"
+
+
+def test_one_moment_has_one_order_in_all_histories(tmp_path: Path) -> None:
+    """Ties are broken by a hash: the order is the same wherever it is seen, and is not that of item ids."""
+    prepare("tables", write_tied_log(tmp_path / "raw", 3), tmp_path / "out", ["num_negatives=5", "history_max=200", "vocab_size=300"])
+    histories: dict[int, list[list[Any]]] = defaultdict(list)
+    for events in read_back(tmp_path / "out").values():
+        for event in events:
+            histories[event["user"]].append(event["history"])
+    ascending = []
+    for of_user in histories.values():
+        longest = max(of_user, key=len)
+        assert all(history == longest[: len(history)] for history in of_user)
+        ascending += [first[0] < second[0] for first, second in itertools.pairwise(longest)]
+    assert 0.25 < np.mean(ascending) < 0.75
+
+
+def test_impressions_were_shown_with_the_click_and_not_clicked_then(tmp_path: Path) -> None:
+    raw = write_tied_log(tmp_path / "raw", 4)
+    prepare("tables", raw, tmp_path / "out", ["num_negatives=5", "num_impressions=3", "vocab_size=300"])
+    shown: dict[Any, set[int]] = defaultdict(set)
+    clicked: dict[Any, set[int]] = defaultdict(set)
+    for line in (raw / "events.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        (clicked if row["clicked"] else shown)[row["user_id"], row["time"], row["task"], row["query"]].add(row["item_id"])
+    every_click = set().union(*clicked.values())
+    some = 0
+    for event in read_back(tmp_path / "out")["train"]:
+        moment = event["user"], event["time"], event["task"], event["query"]
+        possible = (shown[moment] - clicked[moment]) & every_click  # the catalogue holds clicked items
+        assert set(event["impressions"]) <= possible
+        assert len(event["impressions"]) == min(3, len(possible)), "as many as there are, none twice"
+        some += bool(possible)
+    assert some > 10
+
+
+def test_catalogue_counts_are_those_of_training_clicks(prepared: Path) -> None:
+    counts: dict[tuple[str, str], int] = defaultdict(int)
+    for event in read_back(prepared)["train"]:
+        counts[event["item"], event["task"]] += 1
+    for row in pq.read_table(prepared / "catalog" / "items.parquet").to_pylist():
+        assert row["train_rec_clicks"] == counts[row["item_id"], "rec"]
+        assert row["train_src_clicks"] == counts[row["item_id"], "src"]
+
+
+def test_training_events_are_shuffled_and_others_in_order(prepared: Path) -> None:
+    events = read_back(prepared)
+    train = [event["event_id"] for event in events["train"]]
+    assert abs(np.corrcoef(train, np.arange(len(train)))[0, 1]) < 0.15
+    for split in ("valid", "test"):
+        ids = [event["event_id"] for event in events[split]]
+        assert ids == sorted(ids)
