@@ -49,9 +49,7 @@ class Graph:
     item_has_edge: Tensor  # [I, 1] float32, 0 or 1
 
     def to(self, device: torch.device | str) -> "Graph":
-        return Graph(
-            *(part.to(device) for part in (self.users_by_items, self.items_by_users)), self.user_has_edge.to(device), self.item_has_edge.to(device)
-        )
+        return Graph(self.users_by_items.to(device), self.items_by_users.to(device), self.user_has_edge.to(device), self.item_has_edge.to(device))
 
 
 def build_graph(users: np.ndarray, items: np.ndarray, num_users: int, num_items: int) -> Graph:
