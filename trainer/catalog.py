@@ -18,7 +18,8 @@ def load_tables(folder: str | Path, manifest: Manifest, cf: CfTable, with_folds:
     Raises DataError when a file is missing or its rows do not match the manifest.
     """
     catalog = Path(folder) / "catalog"
-    scale = 1.0 / max(float(cf.item.square().mean().sqrt()), 1e-12)
+    clicked = cf.item.any(1)  # items without training clicks are zero rows
+    scale = 1.0 / float(cf.item[clicked].square().mean().sqrt()) if bool(clicked.any()) else 1.0
     folds = cf.item_folds if with_folds else cf.item_folds[:0]
     return ItemTables(
         cf=cf.item * scale,

@@ -1,9 +1,8 @@
 """Shards → batches. The order of training data is a function of (seed, position) alone: README.md, "The order of training data".
 
-    block order of epoch e ─▶ blocks (webdataset entry → Arrow → numpy) ─▶ rows in hashed order ─▶ this rank's slices ─▶ negatives ─▶ Batch
+block order of epoch e ─▶ blocks (webdataset entry → Arrow → numpy) ─▶ rows in hashed order ─▶ this rank's slices ─▶ negatives ─▶ Batch
 """
 
-import hashlib
 import itertools
 import queue
 import threading
@@ -23,6 +22,7 @@ from data_shards.schema import SRC, Manifest, Shard
 from trainer.batch import Batch
 from trainer.config import DataConfig
 from trainer.errors import ConfigError, DataError
+from trainer.files import file_sha256
 from trainer.negatives import NegativeSampler
 
 PREFETCH = 8  # batches made ahead by the loader's thread
@@ -41,18 +41,17 @@ class Rows:
     history_items: np.ndarray  # [n, N]
     history_tasks: np.ndarray
     history_mask: np.ndarray
-    extra: np.ndarray | None  # stored negatives [n, 99] of valid and test, impressions padded with -1 of train
+    extra: np.ndarray  # [n, X]: stored negatives of valid and test; impressions of train, padded with -1
     epoch: np.ndarray
 
     def take(self, index: Any) -> "Rows":
-        return Rows(*(None if value is None else value[index] for value in self.__dict__.values()))
+        return Rows(**{name: value[index] for name, value in vars(self).items()})
 
     @staticmethod
     def concatenate(parts: list["Rows"]) -> "Rows":
         if len(parts) == 1:
             return parts[0]
-        columns = zip(*(part.__dict__.values() for part in parts), strict=True)
-        return Rows(*(None if column[0] is None else np.concatenate(column) for column in columns))
+        return Rows(**{name: np.concatenate([vars(part)[name] for part in parts]) for name in vars(parts[0])})
 
 
 # ---- blocks ----------------------------------------------------------------------------------------------------
@@ -76,12 +75,16 @@ def read_blocks(folder: str | Path, shard: Shard, first_block: int = 0, columns:
                 continue
             table = pa.ipc.open_stream(entry["arrow"]).read_all()
             if table.num_rows != shard.blocks[number]:
-                raise DataError(f"{url}: block {number} holds {table.num_rows} events, the manifest says {shard.blocks[number]}. Prepare the folder again.")
+                raise DataError(
+                    f"{url}: block {number} holds {table.num_rows} events, the manifest says {shard.blocks[number]}. Prepare the folder again."
+                )
             yield table if columns is None else table.select(columns)
     except (OSError, KeyError, EOFError, pa.ArrowException, ValueError) as error:
         raise DataError(f"{url}: cannot be read at block {number + 1}: {error}. Restore the file or prepare the folder again.") from error
     if number + 1 != len(shard.blocks):
-        raise DataError(f"{url}: holds {number + 1} blocks, the manifest says {len(shard.blocks)} (truncated?). Restore the file or prepare the folder again.")
+        raise DataError(
+            f"{url}: holds {number + 1} blocks, the manifest says {len(shard.blocks)} (truncated?). Restore the file or prepare the folder again."
+        )
 
 
 _verified: set[tuple[str, str]] = set()
@@ -96,9 +99,7 @@ def _check_file(path: Path, shard: Shard, verify: bool) -> None:
         raise DataError(f"{path}: {size} bytes, the manifest says {shard.num_bytes} (truncated?). Restore the file or prepare the folder again.")
     key = (str(path), shard.sha256)
     if verify and key not in _verified:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(file.read()).hexdigest()
-        if digest != shard.sha256:
+        if file_sha256(path) != shard.sha256:
             raise DataError(f"{path}: checksum differs from the manifest's (corrupt shard). Restore the file or prepare the folder again.")
         _verified.add(key)
 
@@ -137,7 +138,7 @@ def decode(table: pa.Table, history_max: int, index: np.ndarray | None = None, e
     plain = {name: _to_numpy(table[name])[index].astype(np.int64) for name in ("event_id", "user", "task", "item", "query")}
     history_items, mask = _list_tail(table["history_items"], index, history_max, fill=0)
     history_tasks, _ = _list_tail(table["history_tasks"], index, history_max, fill=0)
-    extra = None
+    extra = np.zeros((len(index), 0), np.int64)
     if "negatives" in table.column_names:
         extra = _to_numpy(table["negatives"])[index]
     elif "impressions" in table.column_names:
@@ -161,7 +162,7 @@ def _list_tail(column: pa.ChunkedArray, index: np.ndarray, width: int, fill: int
 # ---- training --------------------------------------------------------------------------------------------------
 
 
-class TrainStream(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
+class TrainStream(torch.utils.data.IterableDataset):
     """This rank's micro-batches, for ever, from global position `start_event` on (README.md, "The order of training data").
 
     Positions [s·G, (s+1)·G) are global step s; micro-step m of rank r holds positions s·G + (m·R + r)·micro … + micro. A step's events are therefore the
@@ -200,7 +201,9 @@ class TrainStream(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
         self.num_events = sum(map(sum, self.block_sizes))  # in one epoch
         if self.num_events == 0:
             raise DataError(f"{folder}: no training events. Look at it with: gensr inspect {folder}")
-        self.sampler = NegativeSampler(manifest.num_items, config.num_negatives, derive_seed(seed, 11), config.negatives, clicks, config.popularity_alpha)
+        self.sampler = NegativeSampler(
+            manifest.num_items, config.num_negatives, derive_seed(seed, 11), config.negatives, clicks, config.popularity_alpha
+        )
 
     def __iter__(self) -> Iterator[Batch]:
         worker = torch.utils.data.get_worker_info()
@@ -223,12 +226,16 @@ class TrainStream(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
     def make_batch(self, rows: Rows) -> Batch:
         """Draw the negatives of some events and lay them out as tensors; the clicked item is candidate 0."""
         negatives = self.sampler.draw(rows.event_id, rows.epoch, rows.item, rows.history_items, rows.history_mask)
-        if self.config.negatives == "impressions" and rows.extra is not None:
+        if self.config.negatives == "impressions":
             negatives = _prefer(rows.extra, negatives)
         candidates = np.concatenate([rows.item[:, None], negatives], axis=1)
         labels = np.zeros(candidates.shape, np.float32)
         labels[:, 0] = 1.0
-        fold = click_fold(rows.user, rows.item, self.num_folds) if self.num_folds else np.full(len(rows.item), 0 if self.heldout_item is not None else -1)
+        fold = (
+            click_fold(rows.user, rows.item, self.num_folds)
+            if self.num_folds
+            else np.full(len(rows.item), 0 if self.heldout_item is not None else -1)
+        )
         return to_batch(rows, candidates, labels, fold)
 
     def _blocks(self) -> Iterator[tuple[int, pa.Table, np.ndarray, int]]:
@@ -303,7 +310,15 @@ class EvalStream:
     """
 
     def __init__(
-        self, folder: str | Path, manifest: Manifest, split: str, config: DataConfig, batch_size: int, rank: int = 0, world_size: int = 1, max_events: int = 0
+        self,
+        folder: str | Path,
+        manifest: Manifest,
+        split: str,
+        config: DataConfig,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        max_events: int = 0,
     ) -> None:
         """max_events > 0: a fixed sample, the events with the smallest hash."""
         assert split in ("valid", "test"), split
@@ -332,7 +347,6 @@ class EvalStream:
 
 def eval_batch(rows: Rows) -> Batch:
     """Stored negatives and the clicked item, the latter at a place hashed from the event: no position can tell it."""
-    assert rows.extra is not None
     candidates = np.concatenate([rows.item[:, None], rows.extra.astype(np.int64)], axis=1)
     place = uniform_below(mix64(rows.event_id, 32), candidates.shape[1])
     every = np.arange(len(place))

@@ -1,6 +1,6 @@
 """Building a GenSR, saving it to RUN/model, and getting it back. No pickle: safetensors, JSON and a tokenizer file.
 
-    model/  model.safetensors  gensr.json  backbone/config.json  tokenizer/tokenizer.json  [adapter: with LoRA the backbone's frozen weights stay out]
+model/  model.safetensors  gensr.json  backbone/config.json  tokenizer/tokenizer.json  [adapter: with LoRA the backbone's frozen weights stay out]
 """
 
 import dataclasses
@@ -10,7 +10,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -18,9 +17,10 @@ from data_shards.schema import Manifest, read_manifest
 from data_shards.settings import read_yaml
 from trainer.batch import ItemTables
 from trainer.catalog import load_tables
-from trainer.cf import load_cf
+from trainer.cf import cf_path, load_cf
 from trainer.config import Config, LoraConfig, config_from_dict
 from trainer.errors import DataError, RunError
+from trainer.files import file_sha256
 from trainer.model.backbone import Seq2SeqBackbone, build_backbone
 from trainer.model.gensr import GenSR, GenSRSettings
 from trainer.model.prompt import NUM_EXTENDED_SLOTS, NUM_PAPER_SLOTS, build_templates
@@ -92,14 +92,15 @@ def answer_tokens(tokenizer: Any) -> tuple[int, int]:
     return yes[0], no[0]
 
 
-def trained_state(model: GenSR, full_state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What RUN/model holds of a (consolidated) state dict: each tied tensor once, and with LoRA no frozen weights."""
-    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad or not _has_lora(model)}
+def trained_state(model: GenSR, full_state: dict[str, Tensor], adapter_only: bool) -> dict[str, Tensor]:
+    """What RUN/model holds of a (consolidated) state dict: each tied tensor once; with LoRA no frozen weights, if they can be had again by name."""
+    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad or not adapter_only}
     return {name: full_state[name].detach().contiguous().cpu() for name in sorted(names)}
 
 
-def _has_lora(model: GenSR) -> bool:
-    return hasattr(model.backbone.model, "peft_config")
+def is_adapter_only(backbone: str, lora: LoraConfig | None) -> bool:
+    """Whether RUN/model leaves the frozen backbone out: with LoRA, unless the backbone was made from nothing and exists nowhere else."""
+    return lora is not None and lora.rank > 0 and not backbone.startswith("scratch:")
 
 
 def save_model(path: str | Path, model: GenSR, full_state: dict[str, Tensor], config: Config, manifest: Manifest, folder: str | Path) -> None:
@@ -108,7 +109,8 @@ def save_model(path: str | Path, model: GenSR, full_state: dict[str, Tensor], co
     partial = path.with_name(path.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    save_file(trained_state(model, full_state), partial / "model.safetensors", metadata={"format": "pt"})
+    adapter_only = is_adapter_only(config.model.backbone, config.model.lora)
+    save_file(trained_state(model, full_state, adapter_only), partial / "model.safetensors", metadata={"format": "pt"})
     model.backbone.base.config.save_pretrained(partial / "backbone")
     shutil.copytree(Path(folder) / "tokenizer", partial / "tokenizer")
     document = {
@@ -119,6 +121,7 @@ def save_model(path: str | Path, model: GenSR, full_state: dict[str, Tensor], co
         "vocab_size": model.backbone.embedding_weight().shape[0],
         "manifest_hash": manifest.hash,
         "split_fingerprint": manifest.fingerprint,
+        "cf_sha256": file_sha256(cf_path(folder)),
     }
     (partial / "gensr.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     previous = path.with_name(path.name + ".previous")
@@ -138,17 +141,17 @@ def load_model(path: str | Path, tables: ItemTables, device: str = "cpu") -> Gen
     if document["format"] != MODEL_FORMAT:
         raise RunError(f"{path}: model format {document['format']}, this gensr reads {MODEL_FORMAT}")
     lora = LoraConfig(**document["lora"]) if document["lora"] else None
-    from_hub = lora is not None and not document["backbone"].startswith("scratch:")
+    adapter_only = is_adapter_only(document["backbone"], lora)
     backbone = build_backbone(
         document["backbone"],
         vocab_size=document["vocab_size"],
         dropout=document["settings"]["dropout"],
         lora=lora,
-        config_only=None if from_hub else path / "backbone",
+        config_only=None if adapter_only else path / "backbone",
     )
     model = assemble(GenSRSettings(**document["settings"]), backbone, load_tokenizer(path / "tokenizer"), tables)
     state = load_file(path / "model.safetensors")
-    missing = {name for name, p in model.named_parameters() if p.requires_grad or lora is None} - set(state)
+    missing = {name for name, p in model.named_parameters() if p.requires_grad or not adapter_only} - set(state)
     unexpected = set(state) - set(dict(model.named_parameters()))
     if missing or unexpected:
         raise RunError(f"{path}/model.safetensors does not fit the model: missing {sorted(missing)[:5]}, unexpected {sorted(unexpected)[:5]}")
@@ -170,9 +173,16 @@ def load_run_model(run_dir: str | Path, device: str = "cpu") -> tuple[GenSR, Ite
     manifest = read_manifest(config.data.dir)
     path = Path(run_dir) / "model"
     if (path / "gensr.json").is_file():
-        trained_on = json.loads((path / "gensr.json").read_text(encoding="utf-8"))["split_fingerprint"]
-        if trained_on != manifest.fingerprint:
-            raise DataError(f"{config.data.dir} has another split (fingerprint {manifest.fingerprint[:12]}) than {run_dir} was trained on ({trained_on[:12]}).")
+        trained_on = json.loads((path / "gensr.json").read_text(encoding="utf-8"))
+        if trained_on["split_fingerprint"] != manifest.fingerprint:
+            raise DataError(
+                f"{config.data.dir} has another split (fingerprint {manifest.fingerprint[:12]}) than {run_dir} was trained on "
+                f"({trained_on['split_fingerprint'][:12]}). Prepare the data as it was, or train again."
+            )
+        if trained_on["cf_sha256"] != file_sha256(cf_path(config.data.dir)):
+            raise DataError(
+                f"{cf_path(config.data.dir)} is not the table {run_dir} was trained on: the model would read other vectors. Restore it, or train again."
+            )
     tables = load_tables(config.data.dir, manifest, load_cf(config.data.dir, manifest), with_folds=False)
     model = load_model(path, tables, device)
     return model, model.tables, config, manifest

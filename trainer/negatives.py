@@ -10,7 +10,9 @@ MAX_REDRAWS = 20  # a collision with the positive, the history or an earlier neg
 class NegativeSampler:
     """Draws negatives for a batch of events; never the positive nor an item of the (model's) history, distinct within an event."""
 
-    def __init__(self, num_items: int, num_negatives: int, seed: int, kind: str = "uniform", clicks: np.ndarray | None = None, alpha: float = 0.75) -> None:
+    def __init__(
+        self, num_items: int, num_negatives: int, seed: int, kind: str = "uniform", clicks: np.ndarray | None = None, alpha: float = 0.75
+    ) -> None:
         """`clicks` [num_items]: training click counts, for kind="popularity" (probability ∝ (clicks + 1)^alpha)."""
         self.num_items = num_items
         self.num_negatives = num_negatives

@@ -8,13 +8,13 @@ random numbers, and everything else follows. Nothing leaves the device between t
 
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from data_shards.hashing import derive_seed
 from data_shards.schema import Manifest, read_manifest
@@ -24,18 +24,31 @@ from trainer.catalog import load_tables
 from trainer.cf import cf_path, load_cf
 from trainer.checkpoint import Progress
 from trainer.config import Config
-from trainer.console import RunConsole, clock, peak_memory_gb
+from trainer.console import RunConsole, peak_memory_gb
 from trainer.data import EvalStream, TrainStream, prefetched
-from trainer.distributed import Launch, StopSignal, full_state_dict, gather_objects, gather_rows, make_accelerator, on_main, process_group, read_launch, uses_deepspeed
+from trainer.distributed import (
+    Launch,
+    StopSignal,
+    devices,
+    full_state_dict,
+    gather_objects,
+    gather_rows,
+    make_accelerator,
+    on_main,
+    process_group,
+    read_launch,
+    uses_deepspeed,
+)
 from trainer.errors import ConfigError, RunError
 from trainer.evaluate import validate
 from trainer.loading import build_model, save_model
-from trainer.schedule import Schedule, above_chance, chance, grad_accum_steps, make_schedule
+from trainer.optimizer import make_optimizer, set_lr
+from trainer.schedule import Schedule, above_chance, grad_accum_steps, make_schedule
 from trainer.tracking import Tracker
+from trainer.window import Window
 
 Status = Literal["finished", "early_stopped", "stopped", "already_finished"]
 EXIT_RESUME_ME = 75  # sysexits' EX_TEMPFAIL: stopped by a signal, a checkpoint is saved, run again with --resume auto
-MAX_IDS_SHOWN = 16
 
 
 @dataclass(frozen=True)
@@ -77,6 +90,13 @@ class Run:
     @property
     def folder(self) -> Path:
         return Path(self.config.run.dir)
+
+    @property
+    def is_main(self) -> bool:
+        return bool(self.accelerator.is_main_process)
+
+    def lr(self, step: int) -> float:
+        return self.config.optim.lr * self.schedule.lr_factor(step)
 
 
 def train(config: Config, resume: Literal["never", "auto"] = "never") -> TrainResult:
@@ -124,8 +144,10 @@ def set_up(config: Config, manifest: Manifest, launch: Launch, accelerator: Any,
     module = build_model(config, manifest, tables, config.data.dir)
     if config.model.gather_negatives and accelerator.num_processes > 1:
         module.gather = gather_rows
+    module.every_task_every_step = launch.zero_stage == 3
     size = plan.size_of(module)
-    model, optimizer = accelerator.prepare(module, make_optimizer(module, config))
+    facts = {**report.environment_facts(), "parameters": asdict(size), "devices": devices(accelerator), "zero_stage": identity["zero_stage"]}
+    model, optimizer = accelerator.prepare(module, make_optimizer(module, config.optim))
     set_seed(derive_seed(config.run.seed, 41, accelerator.process_index) % 2**32)  # other dropout on every rank
 
     progress = checkpoint.load(accelerator, model, found) if found is not None else Progress()
@@ -145,47 +167,16 @@ def set_up(config: Config, manifest: Manifest, launch: Launch, accelerator: Any,
     )
     valid = EvalStream(config.data.dir, manifest, "valid", config.data, config.run.eval_batch_size, **ranks, max_events=config.run.valid_events)
     schedule = make_schedule(config, stream.num_events, accelerator.num_processes)
-    facts = {**report.environment_facts(), "parameters": asdict(size), "devices": _devices(accelerator), "zero_stage": identity["zero_stage"]}
     if accelerator.is_main_process:
         runfolder.write_facts(config, facts)
     tracker = Tracker.start(config, config.run.dir, {**facts, "manifest": manifest}, accelerator.is_main_process, found.mlflow_run_id or None if found else None)
     console = RunConsole(config.run.dir, schedule.num_steps, accelerator.is_main_process, progress.step if found is not None else None)
     threshold = above_chance(config.run.select_metric, 1 + manifest.num_negatives, valid.num_events)
     run = Run(config, manifest, launch, accelerator, schedule, module, model, optimizer, stream, valid, console, tracker, progress, identity, threshold)
-    console.banner(banner_rows(run, size))
+    num_valid = valid.num_events
+    console.banner(plan.banner_rows(config, plan.size_of_folder(config.data.dir, manifest), size, schedule, launch, num_valid, facts["devices"], tracker.run_id))
     console.say(*skipped, *([f"continuing {found.path.name}: {progress.step:,} of {schedule.num_steps:,} steps are done"] if found else []))
     return run
-
-
-def make_optimizer(model: nn.Module, config: Config) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; weight decay on matrices only (no biases, norms, single vectors, position-bias tables)."""
-    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    decayed = [p for name, p in trained if p.ndim >= 2 and "relative_attention_bias" not in name]
-    kept = {id(p) for p in decayed}
-    groups = [{"params": decayed, "weight_decay": config.optim.weight_decay}, {"params": [p for _, p in trained if id(p) not in kept], "weight_decay": 0.0}]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.optim.lr, betas=(0.9, config.optim.beta2), fused=True)
-
-
-def banner_rows(run: Run, size: plan.ModelSize) -> list[tuple[str, str]]:
-    config, s = run.config, run.schedule
-    mean, _ = chance(config.run.select_metric, 1 + run.manifest.num_negatives)
-    stage = run.launch.zero_stage
-    return [
-        ("data", f"{config.data.dir}: {run.stream.num_events:,} training events, {run.manifest.num_items:,} items, {run.valid.num_events:,} for validation"),
-        ("model", f"{config.model.backbone}, {config.model.variant}, {config.model.prompt} prompt: {size.total:,} parameters, {size.trainable:,} trained"),
-        ("batch", f"{plan.batch_arithmetic(s)}; {1 + config.data.num_negatives} candidates an event"),
-        ("steps", f"{s.num_steps:,} ({s.num_epochs:.2f} epochs), warm-up {s.warmup_steps}, peak lr {config.optim.lr:g}"),
-        ("validation", f"every {s.validate_every_steps:,} steps; {config.run.select_metric} picks the best (chance {mean:.4f}), checkpoint every {s.checkpoint_every_steps:,}"),
-        ("precision", f"{config.run.precision}, {'no DeepSpeed' if stage is None else f'DeepSpeed ZeRO-{stage}'}"),
-        ("devices", f"{_devices(run.accelerator)}, {torch.get_num_threads()} CPU threads each"),
-        ("run", str(run.folder)),
-        ("MLflow", run.tracker.run_id or "off (tracking.enabled=false)"),
-    ]
-
-
-def _devices(accelerator: Any) -> str:
-    name = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else "CPU"
-    return f"{accelerator.num_processes} × {name}"
 
 
 # ---- the loop --------------------------------------------------------------------------------------------------
@@ -194,9 +185,9 @@ def _devices(accelerator: Any) -> str:
 def fit(run: Run, stop: StopSignal) -> Status:
     """Steps until the last one, an early stop or a signal."""
     schedule, progress = run.schedule, run.progress
-    window = Window(run)
+    window = Window(run.accelerator, schedule.grad_accum_steps)
     run.console.start_bar()
-    with closing(prefetched(run.stream, run.config.data.num_workers)) as batches:  # type: ignore[type-var]
+    with training_batches(run) as batches:
         while progress.step < schedule.num_steps:
             one_step(run, batches, window)
             progress.step += 1
@@ -204,7 +195,7 @@ def fit(run: Run, stop: StopSignal) -> Status:
             stopping = stop.poll() and progress.step < schedule.num_steps
             validating, saving = schedule.is_validation_step(progress.step), schedule.is_checkpoint_step(progress.step)
             if schedule.is_log_step(progress.step) or validating or saving or stopping:
-                window.report()  # also the check that nothing has become infinite, before it is saved
+                log(run, window)  # also the check that nothing has become infinite, before it is saved
             gained = validate_now(run) if validating else False
             if saving or gained or stopping:
                 save(run)
@@ -220,12 +211,21 @@ def fit(run: Run, stop: StopSignal) -> Status:
     return "finished"
 
 
+@contextmanager
+def training_batches(run: Run) -> Iterator[Iterator[Batch]]:
+    """This rank's micro-batches; the loader's thread ends with the block."""
+    batches = prefetched(run.stream, run.config.data.num_workers)
+    try:
+        yield batches
+    finally:
+        if hasattr(batches, "close"):
+            batches.close()
+
+
 def one_step(run: Run, batches: Iterator[Batch], window: "Window") -> None:
     """One optimizer step: grad_accum_steps micro-batches on this rank."""
     accelerator, model, optimizer = run.accelerator, run.model, run.optimizer
-    lr = run.config.optim.lr * run.schedule.lr_factor(run.progress.step)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+    set_lr(optimizer, run.lr(run.progress.step))
     for _ in range(run.schedule.grad_accum_steps):
         batch = next(batches)
         with accelerator.accumulate(model):
@@ -238,66 +238,21 @@ def one_step(run: Run, batches: Iterator[Batch], window: "Window") -> None:
         window.add(parts, batch.event_id)
 
 
-class Window:
-    """What happened since the last log line. Losses stay on the device until report()."""
-
-    def __init__(self, run: Run) -> None:
-        self.run = run
-        self._parts: list[dict[str, Tensor]] = []
-        self._event_ids: list[Tensor] = []
-        self._spent_s = 0.0
-        self._started_s = time.monotonic()
-
-    def add(self, parts: dict[str, Tensor], event_ids: Tensor) -> None:
-        """Scalars of one micro-batch, and its events in case they must be named."""
-        self._parts.append(parts)
-        self._event_ids.append(event_ids)
-
-    def restart_clock(self) -> None:
-        """Do not count the time since report(): validation and checkpoints are no training."""
-        self._started_s = time.monotonic()
-
-    def report(self) -> None:
-        """Average over micro-batches and ranks → console, metrics.jsonl, tracker. Raises RunError when a loss is not finite, naming the events."""
-        run = self.run
-        names = sorted(self._parts[0])
-        values = torch.stack([torch.stack([parts[name].float() for name in names]) for parts in self._parts])  # [micro-batches, names]
-        wrong = ~torch.isfinite(values[:, names.index("loss")])
-        own = torch.cat([values.nanmean(0), wrong.any().float()[None]])
-        ranks = run.accelerator.gather(own[None])  # [ranks, names + 1]: the only wait for the device
-        if bool(ranks[:, -1].any()):
-            self._refuse(wrong.tolist())
-        means = dict(zip(names, ranks[:, :-1].nanmean(0).tolist(), strict=True))
-        seconds = time.monotonic() - self._started_s
-        steps = len(self._parts) // run.schedule.grad_accum_steps
-        run.progress.train_s += seconds
-        record = {
-            **{name: value for name, value in means.items() if value == value},
-            "lr": run.config.optim.lr * run.schedule.lr_factor(run.progress.step - 1),
-            "epoch": run.progress.events_seen / run.stream.num_events,
-            "events_per_s": steps * run.schedule.global_batch_size / max(seconds, 1e-9),
-            "memory_gb": peak_memory_gb(),
-            "train_s": run.progress.train_s,
-        }
-        run.console.step(run.progress.step, record)
-        run.tracker.log_metrics({f"train/{name}": value for name, value in record.items()}, run.progress.step)
-        self._parts, self._event_ids = [], []
-        self.restart_clock()
-
-    def _refuse(self, wrong: list[bool]) -> None:
-        """Name the first bad micro-batch of each rank that has one, on every rank."""
-        mine = (self._event_ids[wrong.index(True)].tolist(), wrong.index(True)) if any(wrong) else ([], 0)
-        steps_back = (len(wrong) - 1) // self.run.schedule.grad_accum_steps
-        first_step = self.run.progress.step - steps_back
-        parts = []
-        for rank, (ids, index) in enumerate(gather_objects(self.run.accelerator, mine)):
-            if ids:
-                shown = ", ".join(map(str, ids[:MAX_IDS_SHOWN])) + (", …" if len(ids) > MAX_IDS_SHOWN else "")
-                parts.append(f"step {first_step + index // self.run.schedule.grad_accum_steps}, rank {rank}, event ids {shown}")
-        raise RunError(
-            f"the loss is not finite: {'; '.join(parts)}. Nothing was saved since; earlier checkpoints are intact. "
-            "Try a smaller optim.lr or run.precision=fp32, and look at these events with gensr inspect."
-        )
+def log(run: Run, window: Window) -> None:
+    """What happened since the last line → console, metrics.jsonl, tracker. Raises RunError when a loss is not finite."""
+    progress = run.progress
+    means, num_steps, seconds = window.report(progress.step)
+    progress.train_s += seconds
+    record = {
+        **means,
+        "lr": run.lr(progress.step - 1),
+        "epoch": progress.events_seen / run.stream.num_events,
+        "events_per_s": num_steps * run.schedule.global_batch_size / max(seconds, 1e-9),
+        "memory_gb": peak_memory_gb(),
+        "train_s": progress.train_s,
+    }
+    run.console.step(progress.step, record)
+    run.tracker.log_metrics({f"train/{name}": value for name, value in record.items()}, progress.step)
 
 
 def validate_now(run: Run) -> bool:
@@ -335,7 +290,7 @@ def write_model(run: Run) -> None:
 def save(run: Run) -> None:
     config = run.config.run
     checkpoint.save(run.accelerator, run.model, run.folder, run.progress, run.identity, run.tracker.run_id, config.keep_checkpoints)
-    runfolder.write_status(run.folder, "running", run.progress, enabled=run.accelerator.is_main_process)
+    runfolder.write_status(run.folder, "running", run.progress, enabled=run.is_main)
 
 
 # ---- the end ---------------------------------------------------------------------------------------------------
@@ -343,23 +298,15 @@ def save(run: Run) -> None:
 
 def conclude(run: Run, status: Status) -> TrainResult:
     """Pictures, tracker and the last screen."""
-    progress, main = run.progress, run.accelerator.is_main_process
+    progress = run.progress
     result = TrainResult(str(run.folder), status, progress.step, progress.best_step, progress.best_metrics, progress.train_s)
-    if main:
+    if run.is_main:
         for picture in report.plot_run(run.folder):
             run.tracker.log_artifact(picture, "report")
     run.tracker.finish("KILLED" if status == "stopped" else "FINISHED")
-    runfolder.write_status(run.folder, "stopped" if status == "stopped" else "finished", progress, enabled=main)
+    runfolder.write_status(run.folder, "stopped" if status == "stopped" else "finished", progress, enabled=run.is_main)
     if status != "stopped":
-        run.console.say(
-            "",
-            f"best step {progress.best_step:,} of {progress.step:,}, {clock(progress.train_s)} of training, validation on {run.valid.num_events:,} events (sampled):",
-            *report.metric_rows(progress.best_metrics),
-            f"model     {run.folder / 'model'}",
-            f"pictures  {run.folder / 'report'}",
-            f"next      gensr evaluate {run.folder} --split test",
-            f"          gensr register {run.folder} NAME",
-        )
+        run.console.say(*report.last_screen(run.folder, progress, run.valid.num_events))
     return result
 
 

@@ -56,7 +56,9 @@ class Seq2SeqBackbone(nn.Module):
         return hidden_MD.float() @ rows.float().T
 
 
-def build_backbone(name: str, *, vocab_size: int, dropout: float, lora: Any = None, activation_checkpointing: bool = False, config_only: Path | None = None) -> Seq2SeqBackbone:
+def build_backbone(
+    name: str, *, vocab_size: int, dropout: float, lora: Any = None, activation_checkpointing: bool = False, config_only: Path | None = None
+) -> Seq2SeqBackbone:
     """A backbone by name. `config_only`: rebuild the architecture saved there, without weights (they are loaded afterwards).
 
     Raises ConfigError for an unknown size, a missing folder, or a family that is not supported.
@@ -70,7 +72,12 @@ def build_backbone(name: str, *, vocab_size: int, dropout: float, lora: Any = No
         if size not in SCRATCH_SIZES:
             raise ConfigError(f"model.backbone: no size {size!r}. From scratch: {', '.join(f'scratch:{s}' for s in SCRATCH_SIZES)}")
         config = T5Config(
-            vocab_size=vocab_size, dropout_rate=dropout, feed_forward_proj="gated-gelu", tie_word_embeddings=True, decoder_start_token_id=0, **SCRATCH_SIZES[size]
+            vocab_size=vocab_size,
+            dropout_rate=dropout,
+            feed_forward_proj="gated-gelu",
+            tie_word_embeddings=True,
+            decoder_start_token_id=0,
+            **SCRATCH_SIZES[size],
         )
         model = T5ForConditionalGeneration(config)
         with torch.no_grad():

@@ -56,13 +56,16 @@ class GenSR(nn.Module):
     `tables` are frozen and live outside the module tree: never trained, sharded or saved with the weights.
     """
 
-    def __init__(self, settings: GenSRSettings, backbone: Seq2SeqBackbone, templates: dict[int, Template], answers: tuple[int, int], tables: ItemTables) -> None:
+    def __init__(
+        self, settings: GenSRSettings, backbone: Seq2SeqBackbone, templates: dict[int, Template], answers: tuple[int, int], tables: ItemTables
+    ) -> None:
         super().__init__()
         self.settings = settings
         self.backbone = backbone
         self.answers = answers  # token ids of ("Yes", "No")
         self._tables = [tables]  # a list hides it from nn.Module
         self.gather: Gather | None = None  # set by the trainer for contrastive negatives across ranks
+        self.every_task_every_step = False  # set by the trainer under ZeRO-3, where all ranks must call the backbone equally often
         width, cf_width = backbone.width, settings.cf_dim
         extended = settings.variant == "extended"
         self.cf_encoder = HistoryEncoder(cf_width, settings.num_heads, settings.dropout, settings.history_max, ordered=extended)
@@ -109,7 +112,9 @@ class GenSR(nn.Module):
             report["listwise_loss"] = listwise.detach()
         if settings.contrastive_weight:
             positive = batch.labels.argmax(1)[:, None, None].expand(-1, 1, cf_BCD.shape[2])
-            contrast = contrastive_loss(cf_BCD.gather(1, positive)[:, 0], sem_BCD.gather(1, positive)[:, 0], batch.user, settings.temperature, self.gather)
+            contrast = contrastive_loss(
+                cf_BCD.gather(1, positive)[:, 0], sem_BCD.gather(1, positive)[:, 0], batch.user, settings.temperature, self.gather
+            )
             loss = loss + settings.contrastive_weight * contrast
             report["contrastive_loss"] = contrast.detach()
         report["loss"] = loss.detach()
@@ -191,36 +196,40 @@ class GenSR(nn.Module):
             match_query = self.match_query(query_BD[:, None] * cand_sem_BCD)
             match_query = torch.where((batch.query >= 0)[:, None, None], match_query, self.no_query.to(match_query.dtype))
             slots += [self.match_cf(f_c_BCK * cand_cf_BCK), self.match_sem(f_s_BCD * cand_sem_BCD), match_query]
-        prompt_BCSD, mask_BS = self.fill_prompt(batch.task, torch.stack(slots, 2), query_BQD, query_mask_BQ)
-        num_candidates = prompt_BCSD.shape[1]
-        answers = torch.tensor(self.answers, device=prompt_BCSD.device)
-        mask_MS = mask_BS.repeat_interleave(num_candidates, 0)
-        logits_MA = self.backbone.answer_logits(prompt_BCSD.flatten(0, 1), mask_MS, answers)
-        scores_BC = (logits_MA[:, 0] - logits_MA[:, 1]).view(-1, num_candidates)
+        slots_BCXD = torch.stack(slots, 2)
+        scores_BC = self._answer(batch.task, slots_BCXD, query_BQD, query_mask_BQ)
         return scores_BC, f_c_BCD, f_s_BCD
 
-    def fill_prompt(self, task_B: Tensor, slots_BCXD: Tensor, query_BQD: Tensor, query_mask_BQ: Tensor) -> tuple[Tensor, Tensor]:
-        """Eq. 7: text segments, slot vectors and query, concatenated → [B, C, S, D] and mask [B, S]. Padding stands at the end only."""
-        batch, num_candidates, num_slots, width = slots_BCXD.shape
-        query_length = query_BQD.shape[1]
-        frames, masks, slot_positions = [], [], []
-        lengths = {task: self.get_buffer(f"template_{task}").shape[0] for task in self.slots}
-        total = max(length + (query_length if task == SRC else 0) for task, length in lengths.items())
-        for task in sorted(self.slots):
-            text_LD = self._embed(self.get_buffer(f"template_{task}")).to(slots_BCXD.dtype)
-            frame_BSD = text_LD.new_zeros(batch, total, width)
-            mask_BS = torch.zeros(batch, total, dtype=torch.bool, device=text_LD.device)
-            frame_BSD[:, : lengths[task]] = text_LD
-            mask_BS[:, : lengths[task]] = True
-            if task == SRC:
-                frame_BSD[:, lengths[task] : lengths[task] + query_length] = query_BQD
-                mask_BS[:, lengths[task] : lengths[task] + query_length] = query_mask_BQ
-            frames.append(frame_BSD)
-            masks.append(mask_BS)
-            slot_positions.append(torch.tensor(self.slots[task], device=text_LD.device))
-        is_search = task_B == SRC
-        frame_BSD = torch.where(is_search[:, None, None], frames[1], frames[0])
-        positions_BX = torch.where(is_search[:, None], slot_positions[1], slot_positions[0])
-        index = positions_BX[:, None, :, None].expand(-1, num_candidates, -1, width)
-        prompt_BCSD = frame_BSD[:, None].expand(-1, num_candidates, -1, -1).scatter(2, index, slots_BCXD)
-        return prompt_BCSD, torch.where(is_search[:, None], masks[1], masks[0])
+    def _answer(self, task_B: Tensor, slots_BCXD: Tensor, query_BQD: Tensor, query_mask_BQ: Tensor) -> Tensor:
+        """Prompt and ask the backbone, one task at a time: recommendation prompts then carry no padding for a query. → scores_BC."""
+        answers = torch.tensor(self.answers, device=task_B.device)
+        scores_BC = slots_BCXD.new_zeros(slots_BCXD.shape[:2], dtype=torch.float32)
+        for task in self.slots:
+            rows = (task_B == task).nonzero()[:, 0]
+            if len(rows) == 0:
+                if not self.every_task_every_step:
+                    continue
+                rows = torch.zeros(1, dtype=torch.long, device=task_B.device)  # answered and thrown away
+            prompt_BCSD, mask_BS = self.fill_prompt(task, slots_BCXD[rows], query_BQD[rows], query_mask_BQ[rows])
+            mask_MS = mask_BS.repeat_interleave(prompt_BCSD.shape[1], 0)
+            logits_MA = self.backbone.answer_logits(prompt_BCSD.flatten(0, 1), mask_MS, answers)
+            task_scores = (logits_MA[:, 0] - logits_MA[:, 1]).view(len(rows), -1)
+            keep = (task_B[rows] == task)[:, None]
+            scores_BC = scores_BC.index_add(0, rows, task_scores * keep)
+        return scores_BC
+
+    def fill_prompt(self, task: int, slots_BCXD: Tensor, query_BQD: Tensor, query_mask_BQ: Tensor) -> tuple[Tensor, Tensor]:
+        """Eq. 7 for events of one task: text segments, slot vectors and (search) the query, concatenated → [B, C, S, D] and mask [B, S].
+
+        Padding stands at the end only.
+        """
+        batch, num_candidates = slots_BCXD.shape[:2]
+        text_SD = self._embed(self.get_buffer(f"template_{task}")).to(slots_BCXD.dtype)
+        prompt_BCSD = text_SD.expand(batch, num_candidates, -1, -1).clone()
+        prompt_BCSD[:, :, list(self.slots[task])] = slots_BCXD
+        mask_BS = torch.ones(batch, text_SD.shape[0], dtype=torch.bool, device=text_SD.device)
+        if task == SRC:
+            query_BCQD = query_BQD[:, None].expand(-1, num_candidates, -1, -1)
+            prompt_BCSD = torch.cat([prompt_BCSD, query_BCQD.to(prompt_BCSD.dtype)], 2)
+            mask_BS = torch.cat([mask_BS, query_mask_BQ], 1)
+        return prompt_BCSD, mask_BS

@@ -34,8 +34,8 @@ WORDINGS: dict[str, dict[int, tuple[str, str, str, str, str]]] = {
         ),
     },
     "compact": {
-        REC: ("Recommend: user", ",", "; item", ",", "; click?"),
-        SRC: ("Search: user", ",", "; item", ",", "; match? query:"),
+        REC: ("Recommend", ",", "item", ",", "?"),
+        SRC: ("Search", ",", "item", ",", "query"),
     },
 }
 

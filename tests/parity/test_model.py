@@ -1,0 +1,220 @@
+"""GenSR against slow, obvious versions of its equations, and the invariances a ranking model must have."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from data_shards.schema import REC, SRC, read_manifest
+from tests.tiny_folder import make_tiny_folder
+from trainer.batch import Batch
+from trainer.catalog import load_tables
+from trainer.cf import load_cf
+from trainer.config import Config, load_config
+from trainer.data import EvalStream
+from trainer.loading import build_model, load_tokenizer
+from trainer.model.gensr import GenSR
+from trainer.model.history import HistoryEncoder, SoftFilter
+from trainer.model.losses import answer_loss, contrastive_loss
+
+OVERRIDES = ["model.backbone=scratch:nano", "data.item_tokens=8", "data.history_tokens=4", "data.history_max=6", "model.dropout=0.1"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_folder(tmp_path_factory.mktemp("tiny"))
+
+
+def make(folder: Path, variant: str = "extended", *overrides: str) -> tuple[GenSR, Batch, Config]:
+    torch.manual_seed(0)
+    config = load_config(None, [*OVERRIDES, f"model.variant={variant}", *overrides])
+    manifest = read_manifest(folder)
+    tables = load_tables(folder, manifest, load_cf(folder, manifest))
+    model = build_model(config, manifest, tables, folder).eval()
+    batch = next(iter(EvalStream(folder, manifest, "valid", config.data, batch_size=12)))
+    assert {REC, SRC} <= set(batch.task.tolist())
+    return model, batch, config
+
+
+@torch.no_grad()
+def scores(model: GenSR, batch: Batch) -> Tensor:
+    return model.score(batch)
+
+
+# ---- Eqs. 5 and 6 ------------------------------------------------------------------------------------------------
+
+
+def test_soft_filter_equals_a_double_loop() -> None:
+    torch.manual_seed(1)
+    width, heads = 8, 2
+    soft_filter = SoftFilter(width, heads).double()
+    candidates, history = torch.randn(3, 5, width).double(), torch.randn(3, 4, width).double()
+    mask = torch.tensor([[True] * 4, [True, True, False, False], [False] * 4])
+    result = soft_filter(candidates, history, mask)
+    half = width // heads
+    for b in range(3):
+        for c in range(5):
+            if not mask[b].any():
+                assert torch.equal(result[b, c], soft_filter.no_history)
+                continue
+            query, expected = soft_filter.query(candidates[b, c]), torch.zeros(width).double()
+            for j in range(4):
+                if not mask[b, j]:
+                    continue
+                weight = 0.0
+                for h in range(heads):
+                    part = slice(h * half, (h + 1) * half)
+                    logits = [query[part] @ soft_filter.key(history[b, k])[part] / half**0.5 for k in range(4) if mask[b, k]]
+                    own = query[part] @ soft_filter.key(history[b, j])[part] / half**0.5
+                    weight += (own.exp() / torch.stack(logits).exp().sum()).item() / heads
+                expected = expected + weight * (soft_filter.value.weight @ history[b, j])
+            torch.testing.assert_close(result[b, c], expected, rtol=0, atol=1e-6)  # the weights are float32 by design
+
+
+def test_history_weights_sum_to_one_and_ignore_padding() -> None:
+    torch.manual_seed(2)
+    soft_filter = SoftFilter(8, 2)
+    mask = torch.tensor([[True, True, False]])
+    weights = soft_filter.weights(torch.randn(1, 4, 8), torch.randn(1, 3, 8), mask)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(1, 4))
+    assert (weights[..., 2] == 0).all()
+
+
+def test_history_encoder_masks_padding() -> None:
+    torch.manual_seed(3)
+    encoder = HistoryEncoder(8, 2, 0.0, 6, ordered=True).eval()
+    items, tasks, mask = torch.randn(1, 6, 8), torch.zeros(1, 6, dtype=torch.long), torch.tensor([[True] * 3 + [False] * 3])
+    changed = items.clone()
+    changed[:, 3:] = 100.0
+    with torch.no_grad():
+        torch.testing.assert_close(encoder(items, tasks, mask)[:, :3], encoder(changed, tasks, mask)[:, :3])
+
+
+# ---- invariances -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", ["paper", "extended"])
+def test_many_candidates_at_once_equal_one_by_one(folder: Path, variant: str) -> None:
+    model, batch, _ = make(folder, variant)
+    together = scores(model, batch)
+    for candidate in (0, 17, 99):
+        alone = scores(model, batch.with_candidates(batch.candidates[:, [candidate]], batch.labels[:, [candidate]]))
+        torch.testing.assert_close(alone[:, 0], together[:, candidate], rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("variant", ["paper", "extended"])
+def test_batch_composition_and_padding_do_not_change_a_score(folder: Path, variant: str) -> None:
+    model, batch, _ = make(folder, variant)
+    together = scores(model, batch)
+    for row in range(batch.num_events):
+        torch.testing.assert_close(scores(model, batch.rows(row, row + 1))[0], together[row], rtol=0, atol=2e-5)
+    tables = model.tables
+    model.set_tables(replace(tables, query_tokens=torch.nn.functional.pad(tables.query_tokens, (0, 5))))  # longer padding behind every query
+    torch.testing.assert_close(scores(model, batch), together, rtol=0, atol=2e-5)
+
+
+def test_candidate_order_does_not_matter(folder: Path) -> None:
+    model, batch, _ = make(folder)
+    order = torch.randperm(batch.candidates.shape[1], generator=torch.Generator().manual_seed(0))
+    shuffled = scores(model, batch.with_candidates(batch.candidates[:, order], batch.labels[:, order]))
+    torch.testing.assert_close(shuffled, scores(model, batch)[:, order], rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("variant", ["paper", "extended"])
+def test_a_user_without_history_scores(folder: Path, variant: str) -> None:
+    model, batch, _ = make(folder, variant)
+    empty = replace(batch, history_mask=torch.zeros_like(batch.history_mask))
+    model.train()
+    result = model.score(empty)
+    assert torch.isfinite(result).all()
+    result.sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+def test_the_query_matters_in_search_only(folder: Path) -> None:
+    model, batch, _ = make(folder)
+    other = replace(batch, query=torch.where(batch.query >= 0, (batch.query + 1) % model.tables.query_tokens.shape[0], batch.query))
+    moved = (scores(model, other) - scores(model, batch)).abs().amax(1)
+    assert (moved[batch.task == SRC] > 0).all() and (moved[batch.task == REC] == 0).all()
+
+
+def test_an_event_reads_the_table_that_did_not_see_its_click_in_training_only(folder: Path) -> None:
+    model, batch, _ = make(folder)
+    items, folds = batch.candidates[:2], torch.tensor([1, -1])
+    assert torch.equal(model.cf_vectors(items, folds), model.tables.cf[items])
+    model.train()
+    held_out = model.cf_vectors(items, folds)
+    assert torch.equal(held_out[0], model.tables.cf_folds[1][items[0]]) and torch.equal(held_out[1], model.tables.cf[items[1]])
+
+
+# ---- the answer --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", ["paper", "extended"])
+def test_answer_probability_equals_generate(folder: Path, variant: str) -> None:
+    """P(Yes) under decoding constrained to {Yes, No}, from transformers' own generate, is the sigmoid of our score."""
+    model, batch, _ = make(folder, variant)
+    prompts: list[tuple[Tensor, Tensor]] = []
+    original = model.backbone.answer_logits
+
+    def spy(prompt: Tensor, mask: Tensor, answers: Tensor) -> Tensor:
+        prompts.append((prompt, mask))
+        return original(prompt, mask, answers)
+
+    model.backbone.answer_logits = spy  # type: ignore[method-assign]
+    few = batch.with_candidates(batch.candidates[:, :3], batch.labels[:, :3])
+    ours = scores(model, few).sigmoid()
+    yes, no = model.answers
+    for task, (prompt, mask) in zip((REC, SRC), prompts, strict=True):
+        out = model.backbone.base.generate(
+            inputs_embeds=prompt, attention_mask=mask.long(), max_new_tokens=1, do_sample=False, num_beams=1,
+            return_dict_in_generate=True, output_scores=True, prefix_allowed_tokens_fn=lambda *_: [yes, no],
+        )  # fmt: skip
+        generated = out.scores[0].softmax(-1)[:, yes].view(-1, 3)
+        torch.testing.assert_close(ours[few.task == task], generated, rtol=0, atol=1e-5)
+
+
+# ---- losses ------------------------------------------------------------------------------------------------------
+
+
+def test_answer_loss_is_the_negative_log_likelihood_of_the_answer() -> None:
+    logits = torch.randn(4, 3, 2)  # yes, no
+    labels = torch.tensor([[1.0, 0, 0]] * 4)
+    weights = torch.tensor([1.0, 1.0, 2.0, 2.0])
+    log_p = logits.log_softmax(-1)
+    expected = sum(weights[b] * -log_p[b, c, 0 if labels[b, c] else 1] for b in range(4) for c in range(3)) / 12
+    torch.testing.assert_close(answer_loss(logits[..., 0] - logits[..., 1], labels, weights), expected)
+
+
+def test_contrastive_loss_equals_a_double_loop_without_same_user_negatives() -> None:
+    torch.manual_seed(0)
+    cf, sem, users = torch.randn(5, 6), torch.randn(5, 6), torch.tensor([3, 7, 3, -1, -1])
+    tau, total = 0.5, 0.0
+    for first, second in ((cf, sem), (sem, cf)):
+        for i in range(5):
+            similar = [torch.cosine_similarity(first[i], second[j], dim=0) / tau for j in range(5) if i == j or users[i] != users[j] or users[i] < 0]
+            own = torch.cosine_similarity(first[i], second[i], dim=0) / tau
+            total += float(torch.stack(similar).logsumexp(0) - own) / 10
+    assert contrastive_loss(cf, sem, users, tau).item() == pytest.approx(total, abs=1e-5)
+
+
+def test_contrastive_loss_starts_near_log_of_the_batch(folder: Path) -> None:
+    """A LayerNorm after the L2 normalisation would start near 850."""
+    model, batch, _ = make(folder)
+    _, report = model(batch)
+    assert report["contrastive_loss"] < 4 * np.log(batch.num_events) + 10
+
+
+def test_prompt_holds_five_segments_around_four_slots(folder: Path) -> None:
+    for variant, slots in (("paper", 4), ("extended", 7)):
+        for wording in ("paper", "compact"):
+            model, _, _ = make(folder, variant, f"model.prompt={wording}")
+            for task in (REC, SRC):
+                positions, ids = model.slots[task], model.get_buffer(f"template_{task}")
+                assert len(positions) == slots and (ids[list(positions)] == 0).all() and (np.diff(positions[:4]) > 1).all()
+                assert positions[0] > 0 and len(ids) > len(positions)
+    assert not torch.equal(model.get_buffer(f"template_{REC}"), model.get_buffer(f"template_{SRC}"))
+    assert load_tokenizer(folder / "tokenizer")("Yes", add_special_tokens=False)["input_ids"] == [model.answers[0]]

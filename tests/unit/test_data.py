@@ -1,0 +1,196 @@
+"""The training stream: one sequence whatever the ranks, workers and interruptions; negatives; evaluation batches; damaged shards."""
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from data_shards.hashing import click_fold
+from data_shards.schema import Manifest, read_manifest
+from tests.tiny_folder import make_tiny_folder
+from trainer.config import DataConfig
+from trainer.data import EvalStream, TrainStream, prefetched, train_clicks
+from trainer.errors import ConfigError, DataError
+from trainer.negatives import NegativeSampler
+
+RANKS = st.sampled_from([1, 2, 3, 4, 8])
+CONFIG = DataConfig(history_max=6, num_negatives=4)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_folder(tmp_path_factory.mktemp("tiny"))
+
+
+def steps(folder: Path, num_steps: int, ranks: int = 1, micro: int = 0, start: int = 0, global_batch: int = 24, workers: int = 0) -> list[list[int]]:
+    """Sorted event ids of each global step, put together from all ranks' micro-batches."""
+    micro = micro or global_batch // ranks
+    accumulation = global_batch // (micro * ranks)
+    manifest = read_manifest(folder)
+    result: list[list[int]] = [[] for _ in range(num_steps)]
+    for rank in range(ranks):
+        stream = TrainStream(folder, manifest, CONFIG, 5, global_batch, micro, rank, ranks, start_event=start)
+        for number, batch in enumerate(itertools.islice(prefetched(stream, workers), num_steps * accumulation)):
+            result[number // accumulation] += batch.event_id.tolist()
+    return [sorted(ids) for ids in result]
+
+
+def test_every_event_once_an_epoch_in_another_order_each_time(folder: Path) -> None:
+    sequence = [event for step in steps(folder, 12) for event in step]  # 96 events an epoch = 4 steps
+    epochs = [sequence[i : i + 96] for i in range(0, 288, 96)]
+    every = sorted(train_clicks(folder, read_manifest(folder))["event_id"].tolist())
+    assert all(sorted(epoch) == every for epoch in epochs)
+    assert epochs[0] != epochs[1]
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    ranks=st.sampled_from([1, 2, 3, 4, 8]),
+    accumulation=st.sampled_from([1, 3]),
+    kill_at=st.integers(0, 9),
+    resumed_ranks=st.sampled_from([1, 2, 3, 4, 8]),
+)
+def test_the_sequence_survives_a_kill_and_another_number_of_ranks(
+    folder: Path, ranks: int, accumulation: int, kill_at: int, resumed_ranks: int
+) -> None:
+    undisturbed = steps(folder, 10)
+    before = steps(folder, kill_at, ranks, 24 // (ranks * accumulation) if 24 % (ranks * accumulation) == 0 else 24 // ranks) if kill_at else []
+    after = steps(folder, 10 - kill_at, resumed_ranks, start=kill_at * 24)
+    assert before + after == undisturbed
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_workers_do_not_change_the_sequence(folder: Path, workers: int) -> None:
+    assert steps(folder, 5, ranks=2, micro=6, workers=workers) == steps(folder, 5, ranks=2, micro=6)
+
+
+def test_a_batch_does_not_depend_on_ranks(folder: Path) -> None:
+    """Negatives and histories of an event too, not only its id."""
+    manifest = read_manifest(folder)
+
+    def by_event(ranks: int) -> dict[int, tuple[list[int], list[int]]]:
+        found = {}
+        for rank in range(ranks):
+            for batch in itertools.islice(TrainStream(folder, manifest, CONFIG, 5, 24, 24 // ranks, rank, ranks), 4):
+                for row in range(batch.num_events):
+                    found[int(batch.event_id[row])] = (batch.candidates[row].tolist(), batch.history_items[row].tolist())
+        return found
+
+    assert by_event(1) == by_event(4)
+
+
+def test_negatives_avoid_positive_history_and_each_other(folder: Path) -> None:
+    manifest = read_manifest(folder)
+    for batch in itertools.islice(TrainStream(folder, manifest, CONFIG, 5, 48, 48), 6):
+        for row in range(48):
+            candidates = batch.candidates[row].tolist()
+            history = batch.history_items[row][batch.history_mask[row]].tolist()
+            assert len(set(candidates)) == len(candidates) and not set(candidates[1:]) & set(history)
+            assert batch.labels[row].tolist() == [1.0, 0, 0, 0, 0]
+
+
+def test_negatives_change_with_the_epoch_and_follow_popularity() -> None:
+    clicks = np.array([0] * 50 + [1000] * 50)
+    sampler = NegativeSampler(100, 4, seed=1, kind="popularity", clicks=clicks, alpha=1.0)
+    ids, nobody = np.arange(500), np.zeros((500, 1), np.int64)
+    first = sampler.draw(ids, np.zeros(500, np.int64), nobody[:, 0], nobody, nobody.astype(bool))
+    second = sampler.draw(ids, np.ones(500, np.int64), nobody[:, 0], nobody, nobody.astype(bool))
+    assert (first != second).mean() > 0.9 and (first >= 50).mean() > 0.98
+    uniform = NegativeSampler(100, 4, seed=1).draw(ids, np.zeros(500, np.int64), nobody[:, 0], nobody, nobody.astype(bool))
+    counts = np.bincount(uniform.ravel(), minlength=100)
+    assert counts[0] == 0 and counts[1:].min() > 3 and abs((uniform >= 50).mean() - 0.5) < 0.06
+
+
+def test_fold_is_that_of_the_click(folder: Path) -> None:
+    manifest = read_manifest(folder)
+    batch = next(iter(TrainStream(folder, manifest, CONFIG, 5, 24, 24, num_folds=2)))
+    assert batch.fold.tolist() == click_fold(batch.user.numpy(), batch.candidates[:, 0].numpy(), 2).tolist()
+    assert next(iter(TrainStream(folder, manifest, CONFIG, 5, 24, 24))).fold.tolist() == [-1] * 24
+
+
+def test_held_out_clicks_alone_are_trained_on(folder: Path) -> None:
+    manifest = read_manifest(folder)
+    columns = train_clicks(folder, manifest)
+    heldout = np.full(manifest.num_users, -1)
+    recommended = columns["task"] == 0
+    heldout[columns["user"][recommended]] = columns["item"][recommended]  # the last one wins
+    stream = TrainStream(folder, manifest, CONFIG, 5, 4, 4, heldout_item=heldout)
+    assert 0 < stream.num_events < 96
+    seen = [event for batch in itertools.islice(stream, stream.num_events // 4) for event in batch.event_id.tolist()]
+    usable = columns["event_id"][(columns["task"] == 1) | (heldout[columns["user"]] == columns["item"])]
+    assert len(set(seen)) == len(seen) and set(seen) <= set(usable.tolist())
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("max_events", [0, 17])
+def test_evaluation_sees_each_event_once_with_equal_batches(folder: Path, ranks: int, max_events: int) -> None:
+    manifest = read_manifest(folder)
+    seen: list[int] = []
+    places = []
+    lengths = set()
+    for rank in range(ranks):
+        stream = EvalStream(folder, manifest, "test", CONFIG, 8, rank, ranks, max_events)
+        lengths.add(len(stream))
+        for batch in stream:
+            assert batch.num_events == 8 and batch.candidates.shape == (8, 100) and (batch.labels.sum(1) == 1).all()
+            seen += batch.event_id.tolist()
+            places += batch.labels.argmax(1).tolist()
+    real = [event for event in seen if event >= 0]
+    assert len(lengths) == 1 and len(real) == len(set(real)) == (max_events or manifest.num_events("test"))
+    assert len(set(places)) > 5  # the clicked item stands anywhere
+
+
+def test_micro_batch_that_does_not_fit_is_refused(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="micro_batch_size"):
+        TrainStream(folder, read_manifest(folder), CONFIG, 5, 24, 7)
+
+
+def _damaged(folder: Path, target: Path, change: str) -> tuple[Path, Manifest]:
+    import shutil
+
+    shutil.copytree(folder, target)
+    shard = target / "shards" / "train-000000.tar"
+    content = bytearray(shard.read_bytes())
+    if change == "missing":
+        shard.unlink()
+    elif change == "truncated":
+        shard.write_bytes(content[: len(content) // 2])
+    else:
+        content[len(content) // 3] ^= 0xFF
+        shard.write_bytes(content)
+    return target, read_manifest(target)
+
+
+@pytest.mark.parametrize(("change", "message"), [("missing", "missing shard"), ("truncated", "truncated"), ("corrupt", "checksum")])
+def test_a_damaged_shard_is_named(folder: Path, tmp_path: Path, change: str, message: str) -> None:
+    target, manifest = _damaged(folder, tmp_path / "copy", change)
+    with pytest.raises(DataError, match=message) as error:
+        next(iter(prefetched(TrainStream(target, manifest, CONFIG, 5, 24, 24))))
+    assert "train-000000.tar" in str(error.value)
+
+
+def test_a_damaged_shard_is_skipped_and_counted_when_asked(prepared: Path, tmp_path: Path) -> None:
+    manifest = read_manifest(prepared)
+    assert len(manifest.shards("train")) > 1
+    target, manifest = _damaged(prepared, tmp_path / "copy", "corrupt")
+    config = DataConfig(history_max=6, on_bad_shard="skip")
+    with pytest.warns(UserWarning, match="skipped"):
+        stream = TrainStream(target, manifest, config, 5, 8, 8)
+    assert stream.num_events == manifest.num_events("train") - manifest.shards("train")[0].num_events
+    assert next(iter(stream)).num_events == 8
+
+
+def test_words_reach_the_model(prepared_words: Path) -> None:
+    from trainer.catalog import load_tables
+    from trainer.cf import CfTable
+
+    manifest = read_manifest(prepared_words)
+    table = torch.randn(manifest.num_items, 16)
+    cf = CfTable(torch.zeros(0, 16), table, table[None][:0], None, manifest.fingerprint, {"holdout": "none"}, {}, "0")
+    tables = load_tables(prepared_words, manifest, cf)
+    assert manifest.num_words > 0 and tables.item_words.shape[0] == manifest.num_items and int(tables.item_words.max()) <= manifest.num_words
+    assert int(tables.query_words.max()) <= manifest.num_words and bool((tables.query_words[:, 0] > 0).any())

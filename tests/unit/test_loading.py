@@ -1,0 +1,77 @@
+"""RUN/model holds a whole model: what was trained is what is loaded, also with LoRA; other tables are refused."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from data_shards.schema import read_manifest
+from data_shards.settings import to_yaml
+from tests.tiny_folder import make_tiny_folder
+from trainer.catalog import load_tables
+from trainer.cf import cf_path, load_cf, save_cf
+from trainer.config import Config, load_config
+from trainer.data import EvalStream
+from trainer.errors import DataError, RunError
+from trainer.loading import build_model, load_run_model, save_model
+from trainer.model.gensr import GenSR
+
+OVERRIDES = ["model.backbone=scratch:nano", "data.item_tokens=8", "data.history_tokens=4", "data.history_max=6"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return make_tiny_folder(tmp_path / "data")
+
+
+def trained(folder: Path, run: Path, *overrides: str) -> tuple[GenSR, Config]:
+    torch.manual_seed(3)
+    config = load_config(None, [*OVERRIDES, *overrides, f"data.dir={folder}", f"run.dir={run}"])
+    manifest = read_manifest(folder)
+    model = build_model(config, manifest, load_tables(folder, manifest, load_cf(folder, manifest)), folder)
+    for parameter in model.parameters():  # "training": everything trainable moves
+        if parameter.requires_grad:
+            parameter.data.add_(0.05 * torch.randn_like(parameter))
+    run.mkdir()
+    (run / "config.yaml").write_text(to_yaml(config))
+    save_model(run / "model", model, model.state_dict(), config, manifest, folder)
+    return model.eval(), config
+
+
+@pytest.mark.parametrize("overrides", [(), ("model.lora.rank=4",), ("model.variant=paper",)])
+@torch.no_grad()
+def test_the_loaded_model_scores_as_the_trained_one(folder: Path, tmp_path: Path, overrides: tuple[str, ...]) -> None:
+    model, config = trained(folder, tmp_path / "run", *overrides)
+    batch = next(iter(EvalStream(folder, read_manifest(folder), "test", config.data, 6)))
+    loaded, _, _, _ = load_run_model(tmp_path / "run")
+    torch.testing.assert_close(loaded.score(batch), model.score(batch), rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+def test_lora_on_a_local_backbone_saves_adapter_and_heads_only(folder: Path, tmp_path: Path) -> None:
+    plain, _ = trained(folder, tmp_path / "plain")
+    backbone = tmp_path / "backbone"
+    plain.backbone.base.save_pretrained(backbone)
+    model, config = trained(folder, tmp_path / "run", f"model.backbone={backbone}", "model.lora.rank=4")
+    names = load_file(tmp_path / "run" / "model" / "model.safetensors").keys()
+    assert any("lora_A" in name for name in names) and not any("shared.weight" in name for name in names)
+    assert any(name.startswith("cf_filter") for name in names)
+    batch = next(iter(EvalStream(folder, read_manifest(folder), "test", config.data, 6)))
+    torch.testing.assert_close(load_run_model(tmp_path / "run")[0].score(batch), model.score(batch), rtol=0, atol=1e-6)
+
+
+def test_another_collaborative_table_is_refused(folder: Path, tmp_path: Path) -> None:
+    trained(folder, tmp_path / "run")
+    manifest = read_manifest(folder)
+    table = load_cf(folder, manifest)
+    cf_path(folder).unlink()
+    table.item.add_(1.0)
+    save_cf(folder, table)
+    with pytest.raises(DataError, match="is not the table"):
+        load_run_model(tmp_path / "run")
+
+
+def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="no run folder"):
+        load_run_model(tmp_path)
