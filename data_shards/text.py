@@ -1,5 +1,6 @@
 """Texts → token and word arrays: the tokenizer (given or trained), the table of anonymised words, the catalogue files."""
 
+import itertools
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 
 SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>")  # ids 0, 1, 2, as in T5
 ANSWERS = ("Yes", "No")
+# Words a prompt is likely to hold. They count as very frequent when a tokenizer is trained, so that prompts stay short whatever the items are about.
+PROMPT_WORDS = "recommend search item query user history click , ; : ?"
+PROMPT_WORDS_REPEATS = 10_000
 TRAINING_TEXTS = 200_000  # a tokenizer of some thousand entries gains nothing from more
 
 
@@ -69,7 +73,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, lowercase: bool) -> "
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator(itertools.chain(itertools.repeat(PROMPT_WORDS, PROMPT_WORDS_REPEATS), texts), trainer)
     tokenizer.add_tokens([AddedToken(word, single_word=True, normalized=False) for word in ANSWERS])
     return tokenizer
 
