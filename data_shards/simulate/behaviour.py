@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from data_shards.simulate import draws
-from data_shards.simulate.world import INTERESTS_CUMULATIVE, ITEM_CONCEPTS, NUM_FORMS, Users, World, make_users
+from data_shards.simulate.world import INTERESTS_CUMULATIVE, ITEM_CONCEPTS, QUERY_FORMAL, Users, World, make_users
 
 START_S = 1684684800  # 2023-05-22 00:00 in Beijing (UTC+8), the first day of KuaiSAR
 SLOT_HOURS = np.array([7.0, 11.0, 16.0, 21.0])
@@ -33,8 +33,8 @@ SEARCH_RELATED = 0.75  # of the searches are about the focus, the rest about a l
 QUERY_CONCEPTS_CUMULATIVE = np.array([0.45, 0.85, 1.0])  # one, two or three concepts
 QUERY_COMMON_WORD = 0.2  # a query also has a word that means nothing
 SEARCH_MATCH, SEARCH_STYLE = 2.2, 1.2  # ranking of the results: concepts matched, affinity
-RESULT_BIAS, RESULT_MATCH, RESULT_STYLE = -2.7, 1.0, 2.0  # logit of a click on a result
-SEARCH_ABANDONED = 0.18  # searches whose results nobody looks at (on top of those without a good one)
+RESULT_BIAS, RESULT_MATCH, RESULT_STYLE = -2.1, 0.9, 2.0  # logit of a click on a result
+SEARCH_ABANDONED = 0.28  # searches whose results nobody looks at (on top of those without a good one)
 NON_VIDEO = 0.12  # of the results are users, live streams, …
 NO_ITEM = -1
 
@@ -161,7 +161,7 @@ def _searches(world: World, users: Users, requests: Requests) -> tuple[Searches,
     length = 1 + draws.pick(draws.uniform(key, P_LENGTH), QUERY_CONCEPTS_CUMULATIVE)
     used = np.arange(ITEM_CONCEPTS) < length[:, None]
     concepts = np.where(used, world.concepts[intent].astype(np.int64), -1)
-    forms = draws.below(draws.keys_for(key, P_FORMS, ITEM_CONCEPTS), P_FORMS, NUM_FORMS)
+    forms = (draws.uniform(draws.keys_for(key, P_FORMS, ITEM_CONCEPTS), P_FORMS) < QUERY_FORMAL).astype(np.int64)
     words = np.zeros((len(key), ITEM_CONCEPTS + 1), np.int32)
     words[:, :ITEM_CONCEPTS] = np.where(used, world.word(topic[:, None], np.maximum(concepts, 0), forms), 0)
     u = draws.uniform(key, P_COMMON)

@@ -23,7 +23,8 @@ POPULARITY_ROOT = 5  # 1 / (1 - POPULARITY_EXPONENT): an integer, so drawing a r
 POPULARITY_OFFSET = 2.0
 TOPIC_EXPONENT = 0.6  # the same for topics, over all users
 ITEM_CONCEPTS = 3
-NUM_FORMS = 2  # synonyms of a concept
+NUM_FORMS = 2  # a concept has an everyday and a formal word
+CAPTION_FORMAL, QUERY_FORMAL = 0.3, 0.7  # who says it formally: words of queries and captions differ, so exact matching misses much
 SHARED_CONCEPTS = 0.2  # of a topic's concepts use the words of their second-level category: a word may mean several topics
 INTERESTS_CUMULATIVE = np.cumsum([0.36, 0.25, 0.18, 0.12, 0.09])  # share of each long-term topic of a user
 NEW_ITEMS = 0.10  # of the items are uploaded while the log runs
@@ -103,7 +104,7 @@ class World:
 
     def item_forms(self, items: np.ndarray) -> np.ndarray:
         """Which synonym a caption uses for each of its concepts: int64 [..., ITEM_CONCEPTS]."""
-        return draws.below(draws.keys_for(self.item_keys(items), P_FORM, ITEM_CONCEPTS), P_FORM, NUM_FORMS)
+        return (draws.uniform(draws.keys_for(self.item_keys(items), P_FORM, ITEM_CONCEPTS), P_FORM) < CAPTION_FORMAL).astype(np.int64)
 
     def has_features(self, items: np.ndarray) -> np.ndarray:
         return draws.uniform(self.item_keys(items), P_MISSING) >= MISSING_FEATURES
@@ -122,12 +123,12 @@ class Users:
 
 def make_world(users: int, items: int, days: int, seed: int) -> World:
     """Lay out topics, words and items. About 80 bytes an item, of which 20 stay."""
-    topics = int(np.clip(round(48 * (items / 4000) ** 0.5), 6, MAX_FIRSTS * MAX_SECONDS * MAX_THIRDS))
+    topics = int(np.clip(round(36 * (items / 4000) ** 0.55), 6, MAX_FIRSTS * MAX_SECONDS * MAX_THIRDS))
     topics = min(topics, items)
     firsts = min(MAX_FIRSTS, max(2, round(topics**0.5)))
     seconds = min(MAX_SECONDS, max(1, round((topics / firsts) ** 0.5)))
-    concepts = int(np.clip(round(10 * (items / 4000) ** 0.25), 8, 250))
-    common = round(200 * (items / 4000) ** 0.5)
+    concepts = int(np.clip(round(8 * (items / 4000) ** 0.28), 6, 250))
+    common = round(150 * (items / 4000) ** 0.5)
     weight = np.arange(3, topics + 3) ** -TOPIC_EXPONENT
     bounds = np.concatenate([[0], np.cumsum(weight**0.5)])  # popular topics hold more items, but fewer than their share of views
     start = np.round(bounds / bounds[-1] * (items - topics)).astype(np.int64) + np.arange(topics + 1)
