@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from data_shards.errors import DataError
 from data_shards.histories import first_of_runs, ragged_rows
-from data_shards.negatives import contains, user_item_keys
+from data_shards.negatives import KeySet, user_item_keys
 from data_shards.schema import REC, SPLITS, SRC
 from data_shards.split import TRAIN
 from data_shards.work import BATCH_ROWS, Work
@@ -125,8 +125,8 @@ def _check_negatives(block: pa.RecordBatch, columns: EventColumns, num_items: in
     outside = ((negatives < 0) | (negatives >= num_items)).sum()
     tallies["negatives_unique"].add(negatives.size, twice + outside)
     nearby = slice(int(np.searchsorted(columns.user, user.min())), int(np.searchsorted(columns.user, user.max(), side="right")))
-    clicked = user_item_keys(columns.user[nearby], columns.item[nearby], num_items)
-    tallies["negatives_unseen"].add(negatives.size, contains(clicked, user[:, None].astype(np.int64) * num_items + negatives).sum())
+    clicked = KeySet(user_item_keys(columns.user[nearby], columns.item[nearby], num_items))
+    tallies["negatives_unseen"].add(negatives.size, clicked.contains(user[:, None].astype(np.int64) * num_items + negatives).sum())
 
 
 def _check_counts(path: Path, counts: np.ndarray, tally: Tally) -> None:

@@ -4,7 +4,7 @@ Ids are a permutation by hash of the sorted original ids: neither order of appea
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import duckdb
@@ -32,13 +32,14 @@ def read_rows(work: Work, source: Source) -> dict[str, Any]:
         work.execute(f"CREATE OR REPLACE TABLE rows AS {tables.events}", "read", sum(estimated_rows(path) for path in source.files))
     except duckdb.Error as error:
         raise readable(error) from error
-    _raise_wrong_values(work, tables)
+    work.con.execute("CREATE OR REPLACE TABLE query_keys AS SELECT DISTINCT query FROM rows WHERE query IS NOT NULL")
     dropped = dict(tables.dropped)
     for problem, count in work.con.execute("SELECT problem, count(*) FROM rows WHERE problem IS NOT NULL GROUP BY 1 ORDER BY 1").fetchall():
         dropped[problem] = dropped.get(problem, 0) + count
+    _raise_wrong_values(work, tables, dropped)
     names = ["users", "items", "queries", "rec", "src", "clicks"]
     counts = work.con.execute(
-        f"""SELECT count(DISTINCT user_id), count(DISTINCT item_id), count(DISTINCT query),
+        f"""SELECT count(DISTINCT user_id), count(DISTINCT item_id), (SELECT count(*) FROM query_keys),
             count(*) FILTER (task = {REC}), count(*) FILTER (task = {SRC}), count(*) FILTER (clicked AND problem IS NULL) FROM rows"""
     ).fetchall()[0]
     if counts[-1] == 0:
@@ -51,16 +52,14 @@ def read_rows(work: Work, source: Source) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _raise_wrong_values(work: Work, tables: Tables) -> None:
-    wrong = work.con.execute("SELECT problem FROM rows WHERE starts_with(problem, 'error: ') ORDER BY 1 LIMIT 1").fetchall()
+def _raise_wrong_values(work: Work, tables: Tables, problems: Iterable[str]) -> None:
+    wrong = [problem for problem in problems if problem.startswith("error: ")]
     if wrong:
         assert tables.locate is not None
-        raise tables.locate(wrong[0][0], "")
+        raise tables.locate(wrong[0], "")
     if tables.anonymised:
-        is_list = is_words(words_text("query"))
-        found = work.con.execute(
-            f"SELECT min(query) FROM (SELECT DISTINCT query FROM rows WHERE query IS NOT NULL AND problem IS NULL) WHERE NOT ({is_list})"
-        ).fetchall()
+        written = words_text("query")
+        found = work.con.execute(f"SELECT min(query) FROM query_keys WHERE {written} IS NOT NULL AND NOT {is_words(written)}").fetchall()
         if found[0][0] is not None:
             assert tables.locate is not None
             raise tables.locate("error: query", found[0][0])

@@ -8,7 +8,7 @@ import numpy as np
 from data_shards.encode import EVENT_DTYPES
 from data_shards.hashing import derive_seed
 from data_shards.histories import choose_shown, moment_keys
-from data_shards.negatives import contains
+from data_shards.negatives import KeySet, sorted_unique
 from data_shards.options import PrepareSettings
 from data_shards.schema import NO_QUERY
 from data_shards.split import TRAIN
@@ -49,21 +49,21 @@ def _chunks(work: Work, settings: PrepareSettings, num_users: int) -> Iterator[d
         here = {name: np.asarray(values[start:stop]) for name, values in events.items()}
         beside = {name: np.asarray(values[near]) for name, values in shown.items()}
         event_moment, shown_moment = _keys(here), _keys(beside)
-        moments = np.unique(event_moment[split[start:stop] == TRAIN])
-        wanted = contains(moments, shown_moment)
-        moment, item = np.searchsorted(moments, shown_moment[wanted]), beside["item"][wanted]
-        clicked = np.unique(_moment_item(np.searchsorted(moments, event_moment), here["item"]))
-        free = ~contains(clicked, _moment_item(moment, item))
+        training = split[start:stop] == TRAIN
+        moments = sorted_unique(event_moment[training])
+        beside_training = KeySet(moments).contains(shown_moment)
+        moment, item = np.searchsorted(moments, shown_moment[beside_training]), beside["item"][beside_training]
+        at = np.full(stop - start, len(moments))  # row of `moments` of each event; the extra one, without items, for other events
+        at[training] = np.searchsorted(moments, event_moment[training])
+        clicked = KeySet(sorted_unique(_moment_item(at, here["item"])))
+        free = ~clicked.contains(_moment_item(moment, item))
         moment, item = moment[free], item[free]
         rows = choose_shown(moment, item, settings.num_impressions, seed)
         counts = np.bincount(moment[rows], minlength=len(moments) + 1)
         firsts = written + np.cumsum(counts) - counts
-        at = np.searchsorted(moments, event_moment)
-        known = contains(moments, event_moment) & (split[start:stop] == TRAIN)
-        at = np.where(known, at, len(moments))  # the extra moment has no items
         written += len(rows)
         work.progress("impressions", stop, num_events)
-        yield {"shown_start": np.where(known, firsts[at], 0), "shown_count": counts[at], "shown_chosen": item[rows]}
+        yield {"shown_start": firsts[at], "shown_count": counts[at], "shown_chosen": item[rows]}
 
 
 def _keys(rows: dict[str, np.ndarray]) -> np.ndarray:

@@ -4,21 +4,43 @@ import numpy as np
 
 from data_shards.errors import DataError
 from data_shards.hashing import derive_seed, mix64, uniform_below
+from data_shards.histories import first_of_runs
 
 ROUNDS = 200  # redraws before the exact way; a handful suffices unless nearly every item is taken
 
 
+def sorted_unique(values: np.ndarray) -> np.ndarray:
+    """Like np.unique for integers, by sorting: several times faster than its hash table."""
+    values = np.sort(values)
+    return values[first_of_runs(values)]
+
+
 def user_item_keys(user: np.ndarray, item: np.ndarray, num_items: int) -> np.ndarray:
     """Sorted unique keys user * num_items + item, int64."""
-    return np.unique(user.astype(np.int64) * num_items + item)
+    return sorted_unique(user.astype(np.int64) * num_items + item)
 
 
-def contains(sorted_keys: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """Which of `keys` are in `sorted_keys`, bool, same shape as keys."""
-    if len(sorted_keys) == 0:
-        return np.zeros(keys.shape, bool)
-    position = np.minimum(np.searchsorted(sorted_keys, keys), len(sorted_keys) - 1)
-    return sorted_keys[position] == keys
+class KeySet:
+    """Membership in a set of sorted unique 64-bit keys; a table of hashed bits spares most keys the binary search."""
+
+    def __init__(self, sorted_keys: np.ndarray) -> None:
+        self.keys = sorted_keys
+        slot_bits = min(max(len(sorted_keys) * 16, 2).bit_length(), 25)  # at most 32 MB
+        self._shift = np.uint64(64 - slot_bits)
+        self._table = np.zeros(1 << slot_bits, bool)
+        self._table[self._slot(sorted_keys)] = True
+
+    def _slot(self, keys: np.ndarray) -> np.ndarray:
+        return (keys.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)) >> self._shift
+
+    def contains(self, keys: np.ndarray) -> np.ndarray:
+        """Which of `keys` are in the set, bool, same shape as keys."""
+        found = self._table[self._slot(keys)]
+        possible = keys[found]
+        if len(possible):
+            position = np.minimum(np.searchsorted(self.keys, possible), len(self.keys) - 1)
+            found[found] = self.keys[position] == possible
+        return found
 
 
 def draw_negatives(event_id: np.ndarray, user: np.ndarray, taken: np.ndarray, num_items: int, num_negatives: int, seed: int) -> np.ndarray:
@@ -28,6 +50,7 @@ def draw_negatives(event_id: np.ndarray, user: np.ndarray, taken: np.ndarray, nu
     Raises DataError when a user leaves fewer than num_negatives items.
     """
     _check_possible(user, taken, num_items, num_negatives)
+    clicked = KeySet(taken)
     slots = np.arange(num_negatives, dtype=np.int64)
     row_seed = mix64(event_id, seed)
     drawn = np.full((len(event_id), num_negatives), -1, np.int64)
@@ -36,29 +59,33 @@ def draw_negatives(event_id: np.ndarray, user: np.ndarray, taken: np.ndarray, nu
         bits = mix64(row_seed[open_rows, None] + slots.astype(np.uint64), derive_seed(seed, round_number))
         current = drawn[open_rows]
         wanted = np.where(current < 0, uniform_below(bits, num_items), current)
-        wanted[contains(taken, user[open_rows, None].astype(np.int64) * num_items + wanted)] = -1
+        wanted[clicked.contains(user[open_rows, None].astype(np.int64) * num_items + wanted)] = -1
         drawn[open_rows] = _without_repeats(wanted)
         open_rows = open_rows[(drawn[open_rows] < 0).any(axis=1)]
         if len(open_rows) == 0:
             return drawn.astype(np.int32)
     for row in open_rows:  # nearly all items taken: the free items with the smallest hashes
         items = np.arange(num_items)
-        free = items[~contains(taken, int(user[row]) * num_items + items)]
+        free = items[~clicked.contains(int(user[row]) * num_items + items)]
         drawn[row] = free[np.argsort(mix64(free, int(row_seed[row] >> np.uint64(2))), kind="stable")[:num_negatives]]
     return drawn.astype(np.int32)
 
 
 def _without_repeats(items: np.ndarray) -> np.ndarray:
     """[E, n] with every second appearance in a row replaced by -1 (the first position keeps the item)."""
-    order = np.argsort(items, axis=1, kind="stable")
-    in_order = np.take_along_axis(items, order, axis=1)
-    repeat = np.zeros(items.shape, bool)
+    in_order = np.sort(items, axis=1)
+    rows = np.flatnonzero((in_order[:, 1:] == in_order[:, :-1]).any(axis=1))  # few, unless there are few items
+    some = items[rows]
+    order = np.argsort(some, axis=1, kind="stable")
+    in_order = np.take_along_axis(some, order, axis=1)
+    repeat = np.zeros(some.shape, bool)
     np.put_along_axis(repeat, order[:, 1:], in_order[:, 1:] == in_order[:, :-1], axis=1)
-    return np.where(repeat, -1, items)
+    items[rows] = np.where(repeat, -1, some)
+    return items
 
 
 def _check_possible(user: np.ndarray, taken: np.ndarray, num_items: int, num_negatives: int) -> None:
-    users = np.unique(user).astype(np.int64)
+    users = sorted_unique(user).astype(np.int64)
     clicked = np.searchsorted(taken, (users + 1) * num_items) - np.searchsorted(taken, users * num_items)
     free = num_items - int(clicked.max(initial=0))
     if free < num_negatives:

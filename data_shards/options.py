@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le
+from pydantic import StringConstraints
 
 from data_shards import settings as s
 
@@ -61,7 +62,7 @@ class PrepareSettings:
     """events of one tar file"""
     compression: Literal["none", "lz4", "zstd"] = "none"
     """of Arrow blocks; none reads fastest"""
-    memory_limit: str = "1500MB"
+    memory_limit: Annotated[str, StringConstraints(pattern=r"^[0-9.]+ ?[KMGT]i?B$")] = "1500MB"
     """duckdb's share of memory; the whole program needs about 400 MB more"""
     threads: Positive = 2
     """threads of duckdb and of the tokenizer; the output does not depend on it"""

@@ -14,7 +14,7 @@ import numpy as np
 from data_shards import encode, impressions
 from data_shards.catalog import name_ids, write_catalog
 from data_shards.checks import check_prepared
-from data_shards.errors import ConfigError, DataError
+from data_shards.errors import ConfigError, DataError, GensrError
 from data_shards.hashing import derive_seed, permutation
 from data_shards.histories import in_histories, windows
 from data_shards.negatives import draw_negatives, user_item_keys
@@ -58,6 +58,9 @@ def prepare(source: str, raw: str | Path, out: str | Path, overrides: Sequence[s
         try:
             _run(work, reader, settings)
             work.publish(out)
+        except GensrError:  # bad input or settings: nothing here is of use to another attempt
+            work.discard()
+            raise
         finally:
             work.close()
     except (OSError, duckdb.Error) as error:

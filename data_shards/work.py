@@ -133,7 +133,7 @@ class Work:
         path = self._column_path(name, dtype)
         if path.stat().st_size == 0:  # an empty file cannot be mapped
             return np.empty(0, dtype)
-        return np.memmap(path, dtype=dtype, mode="r")
+        return np.asarray(np.memmap(path, dtype=dtype, mode="r"))  # the plain type indexes faster
 
     def drop_columns(self, *names: str) -> None:
         for name in names:
@@ -155,6 +155,10 @@ class Work:
                 os.rename(old, out)
             raise
         sync_folder(out.parent)
+        self.discard()
+
+    def discard(self) -> None:
+        """Remove the work folder."""
         self.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 

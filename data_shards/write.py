@@ -62,6 +62,9 @@ class HashingFile:
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.sha256, self.num_bytes = file, hashlib.sha256(), 0
 
+    def tell(self) -> int:
+        return self.num_bytes
+
     def write(self, data: bytes) -> int:
         self.sha256.update(data)
         self.num_bytes += len(data)
@@ -115,7 +118,7 @@ def _write_tar(path: Path, payloads: Iterator[bytes]) -> tuple[int, str]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "wb") as raw:
         hashed = HashingFile(raw)
-        with tarfile.open(fileobj=hashed, mode="w|", format=tarfile.USTAR_FORMAT) as tar:  # type: ignore[call-overload]
+        with tarfile.open(fileobj=hashed, mode="w", format=tarfile.USTAR_FORMAT) as tar:  # type: ignore[call-overload]
             for number, payload in enumerate(payloads):
                 entry = tarfile.TarInfo(f"{number:06d}.arrow")
                 entry.size, entry.mode, entry.mtime = len(payload), 0o644, 0

@@ -32,6 +32,7 @@ def refused(raw: Path, match: str, *settings: str, kind: type[Exception] = DataE
     with pytest.raises(kind, match=match):
         prepare(source, raw, out, [*FAST, *settings])
     assert not out.exists()
+    assert not out.with_name("out.partial").exists()
 
 
 def test_missing_files(tmp_path: Path, raw: Path) -> None:
