@@ -156,3 +156,10 @@ def test_training_events_are_shuffled_and_others_in_order(prepared: Path) -> Non
     for split in ("valid", "test"):
         ids = [event["event_id"] for event in events[split]]
         assert ids == sorted(ids)
+
+
+def test_items_never_clicked_are_in_the_catalogue_on_request(tmp_path: Path) -> None:
+    raw = write_tied_log(tmp_path / "raw", 5)  # 40 items, of which at most 25 are clicked
+    manifest = prepare("tables", raw, tmp_path / "out", ["num_negatives=5", "vocab_size=300", "min_interactions=0"])
+    assert manifest.num_items == 40
+    assert sorted(pq.read_table(tmp_path / "out" / "catalog" / "items.parquet")["item_id"].to_pylist()) == list(range(40))
