@@ -10,19 +10,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
-from rich.panel import Panel
 from rich.table import Table
 
 from trainer.errors import RunError
 from trainer.progress import StageLines
-from trainer.summary import METRICS, TASK_TITLES, cell, protocol_line, read_evaluation, rows_of
+from trainer.summary import METRICS, OURS, TASK_TITLES, cell, protocol_line, read_evaluation, rows_of
 
 USERS, ITEMS, DAYS, SEED = 2000, 4000, 14, 1  # of the planted world: small enough for ten minutes on two cores
 PREPARE: tuple[str, ...] = ()
 CF: tuple[str, ...] = ()
 PRESET = "demo"
 MODEL_NAME = "gensr-demo"
+TABLE_WIDTH = 120  # columns; a narrower terminal wraps lines rather than numbers
 STOP_S = 120.0  # a stopped training run saves a checkpoint first
 
 
@@ -83,7 +84,7 @@ class Demo:
 
     def evaluate(self) -> None:
         processes, _ = devices(PRESET, self.train_overrides)
-        launch(processes, ["evaluate", str(self.run_dir)])
+        launch(processes, ["evaluate", str(self.run_dir)], quiet=True)
 
     def register(self) -> None:
         from data_shards.schema import read_manifest
@@ -146,15 +147,15 @@ def devices(preset: str, overrides: Sequence[str]) -> tuple[int, list[str]]:
     return processes, [f"optim.micro_batch_size={micro_batch}", *(["run.precision=bf16"] if gpus else [])]
 
 
-def launch(processes: int, arguments: Sequence[str]) -> None:
+def launch(processes: int, arguments: Sequence[str], quiet: bool = False) -> None:
     """`accelerate launch … -m trainer ARGUMENTS`, with DeepSpeed ZeRO-2. Ctrl-C reaches the processes, which save and end by themselves.
 
-    Raises RunError when they fail; their messages are on the terminal by then.
+    `quiet` leaves out the answer on stdout, not the progress on stderr. Raises RunError when they fail; their messages are on the terminal by then.
     """
     import torch
 
     import ds_configs
-    from trainer.distributed import forced_cpu
+    from trainer.distributed import forced_cpu, num_cores
 
     on_cpu = forced_cpu() or not torch.cuda.is_available()
     config_file = ds_configs.path("accelerate_cpu_2.yaml" if on_cpu else "accelerate_gpu_8.yaml")
@@ -162,9 +163,11 @@ def launch(processes: int, arguments: Sequence[str]) -> None:
     command += ["--num_processes", str(processes), "--main_process_port", str(free_port()), "-m", "trainer", *arguments]
     binaries = str(Path(sys.executable).parent)  # ninja, which DeepSpeed calls, lies beside the interpreter
     environment = {**os.environ, "PATH": os.pathsep.join([binaries, os.environ.get("PATH", "")])}
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // processes)))  # else the launcher warns and takes 1
+    environment.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")  # torch's and DeepSpeed's, about each other
     if on_cpu:
         environment["DS_ACCELERATOR"] = "cpu"
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, env=environment)
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL if quiet else None, env=environment)
     try:
         code = process.wait()
     except KeyboardInterrupt:
@@ -188,25 +191,22 @@ def free_port() -> int:
 def show_summary(demo: Demo, seconds: float) -> None:
     evaluation = read_evaluation(demo.run_dir)
     registered = json.loads((demo.run_dir / "registry.json").read_text(encoding="utf-8"))
-    screen = console()
-    table = Table(title=protocol_line(evaluation), title_justify="left", title_style="dim")
-    table.add_column("")
+    grid = Table(title=protocol_line(evaluation), title_justify="left", title_style="dim", box=box.SIMPLE)
+    grid.add_column("", no_wrap=True)
     for metric in METRICS:
-        table.add_column(metric)
+        grid.add_column(metric, no_wrap=True)
     rows = rows_of(evaluation)
     for task, title in TASK_TITLES.items():
         of_task = [row for row in rows if row.task == task]
         if of_task:
-            table.add_section()
-            table.add_row(f"{title}, {of_task[0].metrics['num_events']:,} events", style="bold")
+            grid.add_section()
+            grid.add_row(f"{title}, {of_task[0].metrics['num_events']:,} events", style="bold")
             for row in of_task:
-                table.add_row(f"  {row.model}", *(cell(row.metrics, metric) for metric in METRICS), style="green" if row.model == "GenSR" else "")
-    screen.print()
-    screen.print(table)
-    screen.print(
-        Panel("\n".join(where_and_next(demo, registered)), title=f"gensr demo, {seconds / 60:.1f} minutes", title_align="left", expand=False),
-        soft_wrap=True,
-    )
+                grid.add_row(f"  {row.model}", *(cell(row.metrics, metric) for metric in METRICS), style="green" if row.model == OURS else "")
+    Console(width=TABLE_WIDTH).print(grid)
+    for line in where_and_next(demo, registered):
+        say(line)
+    say(f"\ngensr demo: {seconds / 60:.1f} minutes")
 
 
 def where_and_next(demo: Demo, registered: dict[str, object]) -> list[str]:

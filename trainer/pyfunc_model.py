@@ -4,8 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from mlflow.exceptions import MlflowException
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel, PythonModelContext
+
+from trainer.errors import RequestError
 
 
 class GenSRModel(PythonModel):
@@ -17,7 +20,10 @@ class GenSRModel(PythonModel):
         self.scorer = Scorer.from_artifacts(Path(context.artifacts["model"]).parent)
 
     def predict(self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
-        return pd.DataFrame({"scores": self.scorer.score_many(model_input.to_dict("records"))})
+        try:
+            return pd.DataFrame({"scores": self.scorer.score_many(model_input.to_dict("records"))})
+        except RequestError as error:  # MLflow's server answers this one with 400 and the reason, anything else with a traceback
+            raise MlflowException.invalid_parameter_value(str(error)) from error
 
 
 set_model(GenSRModel())

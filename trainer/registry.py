@@ -20,7 +20,7 @@ import data_shards
 import trainer
 from data_shards.schema import Manifest, read_manifest
 from trainer.config import Config
-from trainer.errors import EnvironmentProblem, RunError
+from trainer.errors import EnvironmentProblem, RequestError, RunError
 from trainer.files import atomic
 from trainer.loading import load_run_config
 from trainer.model_card import metrics_of, model_card, run_facts, version_tags
@@ -90,7 +90,14 @@ def open_model(model: str | Path, uri: str = "") -> Answer:
         loaded = mlflow.pyfunc.load_model(str(model))
     except _mlflow_exception() as error:
         raise RunError(f"{model}: no such model at {uri}: {one_line(error)}") from error
-    return lambda requests: [list(scores) for scores in loaded.predict(pd.DataFrame(list(requests)))["scores"]]
+
+    def answer(requests: Sequence[Mapping[str, Any]]) -> list[list[float]]:
+        try:
+            return [list(scores) for scores in loaded.predict(pd.DataFrame(list(requests)))["scores"]]
+        except _mlflow_exception() as error:  # a bad request, or a column that the signature does not allow
+            raise error.__cause__ if isinstance(error.__cause__, RequestError) else RequestError(str(error).strip().splitlines()[-1]) from error
+
+    return answer
 
 
 def _default_uri() -> str:

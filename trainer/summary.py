@@ -10,6 +10,7 @@ from data_shards.settings import flatten, read_yaml
 from trainer.errors import RunError
 
 METRICS = ("recall@5", "recall@10", "ndcg@5", "ndcg@10")
+OURS = "GenSR"  # how tables name the run's own model
 TASK_TITLES = {"rec": "Recommendation", "src": "Search"}
 BASELINE_TITLES = {"popularity": "popularity", "lightgcn": "LightGCN", "bm25": "BM25"}
 
@@ -32,7 +33,7 @@ def read_evaluation(run_dir: str | Path, split: str = "test") -> dict[str, Any]:
     return document
 
 
-def rows_of(evaluation: Mapping[str, Any], name: str = "GenSR", with_baselines: bool = True) -> list[Row]:
+def rows_of(evaluation: Mapping[str, Any], name: str = OURS, with_baselines: bool = True) -> list[Row]:
     """The model first, then the baselines, for each task that has events."""
     rows = [Row(name, task, evaluation[task]) for task in TASK_TITLES if evaluation.get(task, {}).get("num_events")]
     if with_baselines:

@@ -162,6 +162,15 @@ def test_registered_version_scores_without_the_training_data(run_dir: Path, vers
         hidden.rename(data)
 
 
+@pytest.mark.parametrize(
+    "request_", [{"history": [], "task": "rec", "candidates": ["nope"]}, {"history": [], "task": "rec"}], ids=["unknown item", "no candidates"]
+)
+def test_registered_version_refuses_bad_requests(run_dir: Path, version: int, request_: dict[str, Any]) -> None:
+    answer = open_model(f"models:/gensr-test/{version}", f"sqlite:///{run_dir.parent / 'mlflow.db'}")
+    with pytest.raises(RequestError, match="nope|candidates"):
+        answer([request_])
+
+
 def test_version_has_its_facts_and_no_pickle(run_dir: Path, version: int) -> None:
     import mlflow
 
