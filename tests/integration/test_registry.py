@@ -163,12 +163,12 @@ def test_registered_version_scores_without_the_training_data(run_dir: Path, vers
 
 
 @pytest.mark.parametrize(
-    "request_", [{"history": [], "task": "rec", "candidates": ["nope"]}, {"history": [], "task": "rec"}], ids=["unknown item", "no candidates"]
+    ("bad", "message"), [({"candidates": ["nope"]}, r"does not know the items 'nope'"), ({}, r"missing inputs.*candidates")], ids=["item", "column"]
 )
-def test_registered_version_refuses_bad_requests(run_dir: Path, version: int, request_: dict[str, Any]) -> None:
+def test_registered_version_refuses_bad_requests(run_dir: Path, version: int, bad: dict[str, Any], message: str) -> None:
     answer = open_model(f"models:/gensr-test/{version}", f"sqlite:///{run_dir.parent / 'mlflow.db'}")
-    with pytest.raises(RequestError, match="nope|candidates"):
-        answer([request_])
+    with pytest.raises(RequestError, match=message):
+        answer([{"history": [], "task": "rec", **bad}])
 
 
 def test_version_has_its_facts_and_no_pickle(run_dir: Path, version: int) -> None:

@@ -1,0 +1,114 @@
+"""The README is true: every verb, option, key, preset, file and make target it names exists, and its commands run."""
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from data_shards.settings import key_help
+from tests.worlds import write_tables
+from trainer.cli import app, settings_trees
+from trainer.config import preset_names
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [path for path in ROOT.glob("*/README.md") if path.parent.name in ("trainer", "data_shards", "ds_configs", "slurm")] + [ROOT / "README.md"]
+COMMAND = typer.main.get_command(app)
+SMALL = {
+    "prepare": ["vocab_size=400", "history_max=10", "num_negatives=20"],
+    "cf": ["cf.max_epochs=2", "cf.dim=16", "cf.holdout=none"],
+    "train": ["run.max_steps=2", "optim.global_batch_size=8", "optim.micro_batch_size=8", "data.history_max=10", "run.valid_events=8"],
+    "evaluate": ["--no-baselines"],
+}
+
+
+def fenced(text: str) -> list[str]:
+    """Lines of code blocks, continuation lines joined."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    return [line.strip() for block in blocks for line in re.sub(r"\\\n\s*", "", block).splitlines()]
+
+
+def gensr_commands(text: str) -> list[list[str]]:
+    """Arguments of every gensr command in code blocks and inline code."""
+    inline = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL))
+    found = []
+    for line in [*fenced(text), *inline]:
+        for part in line.split("&&"):
+            match = re.search(r"(?:^|\s)(?:gensr|-m trainer) (?=[a-z])(.+)$", part.strip())
+            if match and (part.strip().startswith("gensr ") or "-m trainer " in part):
+                found.append(shlex.split(match[1].split("#")[0]))
+    return found
+
+
+def click_command(arguments: list[str]) -> tuple[Any, list[str]]:
+    command: Any = COMMAND
+    while arguments and hasattr(command, "commands") and arguments[0] in command.commands:
+        command, arguments = command.commands[arguments[0]], arguments[1:]
+    return command, arguments
+
+
+ALL_COMMANDS = [(path, arguments) for path in PAGES for arguments in gensr_commands(path.read_text(encoding="utf-8"))]
+
+
+@pytest.mark.parametrize(("path", "arguments"), ALL_COMMANDS, ids=lambda value: " ".join(value) if isinstance(value, list) else value.parent.name)
+def test_commands_exist(path: Path, arguments: list[str]) -> None:
+    command, rest = click_command(arguments)
+    assert not hasattr(command, "commands"), f"no verb {arguments[0]}"
+    options = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)} | {"--help"}
+    assert {word.split("=")[0] for word in rest if word.startswith("--")} <= options
+    verb = arguments[0]
+    overrides = [word.partition("=")[0] for word in rest if re.match(r"[a-z_.]+=", word)]
+    if verb in settings_trees():
+        keys = {key for key, _, _ in key_help(settings_trees()[verb])}
+        assert set(overrides) <= keys
+    if verb == "train" and rest and re.fullmatch(r"[a-z][a-z0-9_]*", rest[0]):
+        assert rest[0] in preset_names()
+
+
+def test_verbs_table_is_complete() -> None:
+    table = README.split("## Verbs")[1].split("\n## ")[0]
+    named = {words[0] for words in gensr_commands(table)}
+    assert named == set(COMMAND.commands)  # type: ignore[attr-defined]
+
+
+def test_keys_in_the_text_exist() -> None:
+    known = {key for tree in settings_trees().values() for key, _, _ in key_help(tree)}
+    sections = {key.split(".")[0] for key in known if "." in key}
+    for name in re.findall(r"`([a-z_]+\.[a-z_.]+)(?:=[^`]*)?`", README):
+        if name.split(".")[0] in sections:
+            assert name in known
+
+
+def test_make_targets_exist() -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
+    for page in (README, (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")):
+        assert {word for line in fenced(page) for word in re.findall(r"\bmake ([a-z]+)", line)} <= targets
+
+
+def test_named_files_exist() -> None:
+    for path in PAGES:
+        text = path.read_text(encoding="utf-8")
+        for name in re.findall(r"ds_configs/[a-z0-9_]+\.(?:yaml|json)", text):
+            assert (ROOT / name).is_file(), name
+        for link in re.findall(r"\]\((?!http|#)([^)#]+)", text):
+            assert (path.parent / link).exists(), link
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_bring_your_own_logs_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commands as they stand, with a tiny RAW and settings that make them short."""
+    write_tables(tmp_path / "RAW")
+    monkeypatch.chdir(tmp_path)
+    commands = [shlex.split(line)[1:] for line in fenced(README.split("<!-- run by tests/docs")[1].split("\n## ")[0]) if line.startswith("gensr ")]
+    assert len(commands) == 7
+    for arguments in commands:
+        result = CliRunner().invoke(app, [*arguments, *SMALL.get(arguments[0], [])], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+    assert (tmp_path / "runs" / "mine" / "evaluation-test.json").is_file()
+    assert (tmp_path / "runs" / "mine" / "registry.json").is_file()
+    assert (tmp_path / "runs" / "mlflow.db").is_file()
