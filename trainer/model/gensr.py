@@ -38,6 +38,14 @@ class GenSRSettings:
     weight_src: float
 
 
+def match_projection(view_width: int, width: int) -> nn.Linear:
+    """W of a product slot W(a ⊙ b). Σ(a ⊙ b), the inner product of the two, starts out visible: as one random direction of the slot."""
+    linear = nn.Linear(view_width, width)
+    with torch.no_grad():
+        linear.weight.add_(torch.randn(width, 1) / view_width**0.5)
+    return linear
+
+
 @dataclass(frozen=True)
 class EncodedHistory:
     """What an event's history gives whatever the candidate: encoded once, then filtered by each candidate."""
@@ -78,9 +86,9 @@ class GenSR(nn.Module):
             self.words_projection = nn.Linear(settings.words_dim, width, bias=False)
             nn.init.normal_(self.words.weight, std=settings.words_dim**-0.5)
         if extended:
-            self.match_cf = nn.Linear(cf_width, width)
-            self.match_sem = nn.Linear(width, width)
-            self.match_query = nn.Linear(width, width)
+            self.match_cf = match_projection(cf_width, width)
+            self.match_sem = match_projection(width, width)
+            self.match_query = match_projection(width, width)
             self.no_query = nn.Parameter(torch.zeros(width))
         for task, template in templates.items():
             self.register_buffer(f"template_{task}", torch.tensor(template.token_ids), persistent=False)

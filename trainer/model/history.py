@@ -22,6 +22,9 @@ class HistoryEncoder(nn.Module):
         for table in (self.age, self.behaviour):
             if table is not None:
                 nn.init.normal_(table.weight, std=0.02)
+        for residual in (self.layer.self_attn.out_proj, self.layer.linear2):  # starts as the (normalised) item vectors themselves
+            nn.init.zeros_(residual.weight)
+            nn.init.zeros_(residual.bias)
 
     def forward(self, items_BNW: Tensor, tasks_BN: Tensor, mask_BN: Tensor) -> Tensor:
         """Item vectors [B, N, W] → encoded history [B, N, W]; mask True = a real item. Rows without any item give finite values."""
@@ -32,7 +35,10 @@ class HistoryEncoder(nn.Module):
 
 
 class SoftFilter(nn.Module):
-    """Eqs. 5 and 6: the candidate decides how much each history item counts."""
+    """Eqs. 5 and 6: the candidate decides how much each history item counts.
+
+    The three matrices start as the identity: history items count by their similarity to the candidate, and f is their weighted mean.
+    """
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
@@ -42,6 +48,10 @@ class SoftFilter(nn.Module):
         self.key = nn.Linear(width, width)
         self.value = nn.Linear(width, width, bias=False)  # W_c (W_s) of Eq. 6
         self.no_history = nn.Parameter(torch.zeros(width))
+        for linear in (self.query, self.key, self.value):
+            nn.init.eye_(linear.weight)
+        nn.init.zeros_(self.query.bias)
+        nn.init.zeros_(self.key.bias)
 
     def weights(self, candidates_BCW: Tensor, history_BNW: Tensor, mask_BN: Tensor) -> Tensor:
         """Eq. 5: a_j = softmax_j(score(e_i, h_j)), mean over heads, padding masked → [B, C, N] float32."""
