@@ -15,7 +15,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from data_shards.schema import FORMAT_VERSION, NO_QUERY, REC, SRC, TRAIN_SCHEMA, eval_schema, read_manifest
 from trainer.cf import CfTable, save_cf
 
-WORDS = "<pad> </s> <unk> Yes No Recommend Search : user , ; item click ? match query red blue green old new big".split()
+WORDS = ["<pad>", "</s>", "<unk>", "Yes", "No", "Recommend", "Search", ":", ",", ";", "?"]
+WORDS += ["user", "item", "click", "match", "query", "red", "blue", "green", "old", "new", "big"]
 ITEM_TOKENS, QUERY_TOKENS = 8, 4
 
 

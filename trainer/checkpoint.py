@@ -74,42 +74,46 @@ class Checkpoint:
         return int(self.identity["world_size"])
 
 
+def fixed_settings(config: Config) -> dict[str, Any]:
+    """Dotted key → value of every setting that a continuation must share."""
+    return {key: value for key, value in flatten(to_dict(config)).items() if key not in FREE_KEYS and not key.startswith("tracking.")}
+
+
 def identity_of(config: Config, manifest: Manifest, world_size: int, zero_stage: int | None, cf_digest: str) -> dict[str, Any]:
     """What a continuation must share with the run that wrote the checkpoint. cf_digest: sha256 of the CF table's file."""
-    settings = {key: value for key, value in flatten(to_dict(config)).items() if key not in FREE_KEYS and not key.startswith("tracking.")}
     return {
         "format": FORMAT,
         "manifest_hash": manifest.hash,
         "split_fingerprint": manifest.fingerprint,
         "cf_digest": cf_digest,
-        "settings": settings,
+        "settings": fixed_settings(config),
         "world_size": world_size,
         "zero_stage": "none" if zero_stage is None else zero_stage,
     }
 
 
+def check_settings(before: Config, now: Config, where: Path) -> None:
+    """Raises RunError that shows every setting in which a run folder's configuration and the continuation's differ."""
+    _refuse(_differences(fixed_settings(before), fixed_settings(now)), where)
+
+
 def check_identity(found: Checkpoint, now: dict[str, Any]) -> None:
     """Raises RunError that shows every difference between the checkpoint and the run that wants to continue it."""
-    differences = []
-    old, new = found.identity["settings"], now["settings"]
-    for key in sorted(set(old) | set(new)):
-        if old.get(key) != new.get(key):
-            differences.append((key, old.get(key), new.get(key)))
-    for key, meaning in (("manifest_hash", "prepared folder"), ("cf_digest", "CF table"), ("world_size", "processes"), ("zero_stage", "ZeRO stage")):
-        if found.identity[key] != now[key]:
-            differences.append((meaning, found.identity[key], now[key]))
+    plain = {"manifest_hash": "prepared folder", "cf_digest": "CF table", "world_size": "processes", "zero_stage": "ZeRO stage"}
+    old, new = ({meaning: identity[key] for key, meaning in plain.items()} for identity in (found.identity, now))
+    _refuse(_differences(found.identity["settings"], now["settings"]) + _differences(old, new), found.path)
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    return [(key, before.get(key), now.get(key)) for key in sorted(set(before) | set(now)) if before.get(key) != now.get(key)]
+
+
+def _refuse(differences: list[tuple[str, Any, Any]], where: Path) -> None:
     if differences:
         width = max(len(key) for key, _, _ in differences)
-        lines = [f"  {key:<{width}}   {was} in the checkpoint, {is_now} now" for key, was, is_now in differences]
-        raise RunError(
-            "\n".join(
-                [
-                    f"{found.path} cannot be continued: it was written by a different run",
-                    *lines,
-                    "Give the same settings, data and number of processes, or start a new run.dir.",
-                ]
-            )
-        )
+        lines = [f"  {key:<{width}}   was {was}, is {is_now} now" for key, was, is_now in differences]
+        fix = "Give the same settings, data and number of processes to continue, or choose another run.dir."
+        raise RunError("\n".join([f"{where} cannot be continued: it belongs to a different run", *lines, fix]))
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------
@@ -137,7 +141,9 @@ def save(
     failures = [text for text in gather_objects(accelerator, failure) if text]
     if failures:
         on_main(accelerator, lambda: shutil.rmtree(partial, ignore_errors=True))
-        raise EnvironmentProblem(f"{partial}: the checkpoint cannot be written: {failures[0]}. Earlier checkpoints are intact; free space and use --resume auto.")
+        raise EnvironmentProblem(
+            f"{partial}: the checkpoint cannot be written: {failures[0]}. Earlier checkpoints are intact; free space and use --resume auto."
+        )
     checksums = _shared_checksums(accelerator, partial, sync=True)
     on_main(accelerator, lambda: _publish(folder, partial, name, checksums, keep, progress.best_step))
     return folder / name

@@ -1,4 +1,4 @@
-"""What a run says: a banner, one line every few steps (a live bar on a terminal), train.log and metrics.jsonl. Rank 0 speaks, the others are silent."""
+"""What a run says: a banner, one line every few steps (a live bar on a terminal), train.log and metrics.jsonl. Only rank 0 speaks."""
 
 import json
 import os

@@ -88,7 +88,9 @@ def read_deepspeed_json(path: str | Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ConfigError(f"DeepSpeed configuration {path}: {error}") from error
     if "stage" not in document.get("zero_optimization", {}):
-        raise ConfigError(f'DeepSpeed configuration {path}: zero_optimization.stage is missing. Start from one of ds_configs/, such as {ds_configs.path("zero2.json")}')
+        raise ConfigError(
+            f"DeepSpeed configuration {path}: zero_optimization.stage is missing. Start from one of {ds_configs.path('zero2.json').parent}"
+        )
     return document
 
 
@@ -123,7 +125,8 @@ def filled_deepspeed_config(document: dict[str, Any], config: Config, grad_accum
 def forced_cpu() -> bool:
     """True where the user asked for CPU on a machine that may have GPUs."""
     env = os.environ
-    return env.get("DS_ACCELERATOR") == "cpu" or env.get("ACCELERATE_TORCH_DEVICE") == "cpu" or env.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
+    by_name = "cpu" in (env.get("DS_ACCELERATOR"), env.get("ACCELERATE_TORCH_DEVICE"))
+    return by_name or env.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
 
 
 def make_accelerator(config: Config, launch: Launch, grad_accum_steps: int) -> "Accelerator":
@@ -155,7 +158,9 @@ def make_accelerator(config: Config, launch: Launch, grad_accum_steps: int) -> "
         _require_deepspeed()
         document = filled_deepspeed_config(read_deepspeed_json(launch.deepspeed_file), config, grad_accum_steps, launch.deepspeed_file)
         plugin = DeepSpeedPlugin(hf_ds_config=document, zero3_init_flag=False)
-        accelerator = Accelerator(deepspeed_plugin=plugin, gradient_accumulation_steps=grad_accum_steps, mixed_precision="no", kwargs_handlers=[group])
+        accelerator = Accelerator(
+            deepspeed_plugin=plugin, gradient_accumulation_steps=grad_accum_steps, mixed_precision="no", kwargs_handlers=[group]
+        )
         # The model is built whole on every rank and partitioned by DeepSpeed afterwards: transformers must not partition while building.
         from transformers.integrations import unset_hf_deepspeed_config
 
@@ -164,10 +169,13 @@ def make_accelerator(config: Config, launch: Launch, grad_accum_steps: int) -> "
         precision = "bf16" if config.run.precision == "bf16" else "no"
         accelerator = Accelerator(cpu=on_cpu, gradient_accumulation_steps=grad_accum_steps, mixed_precision=precision, kwargs_handlers=[group])
     if use_deepspeed and accelerator.distributed_type != DistributedType.DEEPSPEED:
-        raise EnvironmentProblem(f"DeepSpeed was asked for, but accelerate chose {accelerator.distributed_type}. Remove cpu/use_cpu from the launch configuration.")
+        raise EnvironmentProblem(
+            f"DeepSpeed was asked for, but accelerate chose {accelerator.distributed_type}. Remove cpu or use_cpu from the launch configuration."
+        )
     if accelerator.num_processes != launch.world_size:
         raise EnvironmentProblem(
-            f"The launcher started {launch.world_size} processes, but this one sees {accelerator.num_processes}. Start with accelerate launch or torchrun."
+            f"The launcher started {launch.world_size} processes, but this one sees {accelerator.num_processes}. "
+            "Start with accelerate launch or torchrun."
         )
     return accelerator
 
@@ -176,14 +184,18 @@ def _refuse_launcher_precision(config: Config) -> None:
     asked = os.environ.pop("ACCELERATE_MIXED_PRECISION", "no")
     ours = "bf16" if config.run.precision == "bf16" else "no"
     if asked not in ("no", ours):
-        raise ConfigError(f"The launcher says mixed_precision={asked}, the run says run.precision={config.run.precision}. Remove mixed_precision from the launcher.")
+        raise ConfigError(
+            f"The launcher says mixed_precision={asked}, the run says run.precision={config.run.precision}. Remove mixed_precision from the launcher."
+        )
 
 
 def _require_deepspeed() -> None:
     try:
         import deepspeed  # noqa: F401
     except ImportError as error:
-        raise EnvironmentProblem(f"DeepSpeed was asked for by the launcher but cannot be imported ({error}). Install it: pip install gensr[all], or launch without it.") from error
+        raise EnvironmentProblem(
+            f"The launcher asks for DeepSpeed, which cannot be imported ({error}). Install it (pip install deepspeed), or launch without it."
+        ) from error
 
 
 def _quiet_libraries() -> None:
@@ -194,7 +206,8 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("DS_LOG_LEVEL", "error")
     for name in ("DeepSpeed", "deepspeed", "accelerate", "torch.distributed.run"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message=".*(OMP_NUM_THREADS|barrier\\(\\)|Nested calls|lr_scheduler).*")
+    for noise in ("OMP_NUM_THREADS", "barrier\\(\\)", "all_gather_into_tensor", "reduce_scatter_tensor", "is_gradient_checkpointing"):
+        warnings.filterwarnings("ignore", message=f".*{noise}.*")
 
 
 def set_threads(config: Config, launch: Launch) -> int:
@@ -215,6 +228,12 @@ def set_threads(config: Config, launch: Launch) -> int:
 def num_cores() -> int:
     """Cores this process may use (CPU affinity, as SLURM and containers set it)."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def devices(accelerator: "Accelerator") -> str:
+    """`8 × NVIDIA H200`."""
+    name = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else "CPU"
+    return f"{accelerator.num_processes} × {name}"
 
 
 def uses_deepspeed(accelerator: "Accelerator") -> bool:
@@ -250,12 +269,6 @@ def gather_objects(accelerator: "Accelerator", value: T) -> list[T]:
     values: list[Any] = [None] * accelerator.num_processes
     torch.distributed.all_gather_object(values, value)
     return values
-
-
-def mean_over_ranks(accelerator: "Accelerator", values: Tensor) -> Tensor:
-    """Elementwise mean over ranks, not counting NaN (a rank without events of a task has none to report)."""
-    gathered: Tensor = accelerator.gather(values.unsqueeze(0))
-    return gathered.nanmean(dim=0)
 
 
 @contextlib.contextmanager

@@ -142,15 +142,16 @@ def load_model(path: str | Path, tables: ItemTables, device: str = "cpu") -> Gen
         raise RunError(f"{path}: model format {document['format']}, this gensr reads {MODEL_FORMAT}")
     lora = LoraConfig(**document["lora"]) if document["lora"] else None
     adapter_only = is_adapter_only(document["backbone"], lora)
+    state = load_file(path / "model.safetensors")
     backbone = build_backbone(
         document["backbone"],
         vocab_size=document["vocab_size"],
         dropout=document["settings"]["dropout"],
         lora=lora,
         config_only=None if adapter_only else path / "backbone",
+        own_head=any(name.endswith("lm_head.weight") for name in state),
     )
     model = assemble(GenSRSettings(**document["settings"]), backbone, load_tokenizer(path / "tokenizer"), tables)
-    state = load_file(path / "model.safetensors")
     missing = {name for name, p in model.named_parameters() if p.requires_grad or not adapter_only} - set(state)
     unexpected = set(state) - set(dict(model.named_parameters()))
     if missing or unexpected:

@@ -19,7 +19,7 @@ from data_shards.settings import read_yaml
 from trainer.config import Config, preset_path
 from trainer.distributed import Launch, filled_deepspeed_config, read_deepspeed_json, read_launch
 from trainer.errors import ConfigError
-from trainer.schedule import Schedule, above_chance, make_schedule
+from trainer.schedule import Schedule, above_chance, chance, make_schedule
 
 GB = 1e9
 PROMPT_TOKENS = {"paper": 110, "compact": 40}  # with an average query
@@ -28,6 +28,17 @@ ACTIVATION_BYTES = 0.1e9 / (94 * 768 * 12)
 ASSUMED_FLOPS = {"H200 (40 % of 790 TFLOP/s)": 316e12, "A100 (40 % of 312 TFLOP/s)": 125e12}
 CPU_EFFICIENCY = 0.3  # of this machine's measured matmul rate
 WORLD_SIZES = (1, 2, 4, 8, 16)
+NAME_WIDTH = 12
+STAGES: dict[str, tuple[int | None, bool]] = {
+    "no ZeRO": (None, False),
+    "ZeRO-1": (1, False),
+    "ZeRO-2": (2, False),
+    "ZeRO-2, AdamW on the host": (2, True),
+    "ZeRO-3": (3, False),
+    "ZeRO-3, all on the host": (3, True),
+}
+MIN_GPU_S = 60.0  # below, a GPU waits for its host and the arithmetic says nothing
+MAX_CPU_S = 100 * 3600.0
 T5_TOKENS = 32128
 KNOWN_BACKBONES: dict[str, dict[str, int]] = {
     "google/flan-t5-small": dict(d_model=512, d_ff=1024, d_kv=64, num_heads=6, num_layers=8, num_decoder_layers=8),
@@ -86,7 +97,7 @@ class Memory:
 def data_size(config: Config, preset: str | None = None) -> DataSize:
     """From data.dir when it is given, else from the preset's `# sizes:` line. Raises ConfigError when neither says."""
     if config.data.dir:
-        return _size_of_folder(config.data.dir, read_manifest(config.data.dir))
+        return size_of_folder(config.data.dir, read_manifest(config.data.dir))
     if preset:
         documented = re.search(r"^# sizes: (.+)$", preset_path(preset).read_text(encoding="utf-8"), re.MULTILINE)
         if documented:
@@ -95,7 +106,7 @@ def data_size(config: Config, preset: str | None = None) -> DataSize:
     raise ConfigError("data.dir is not set, and there is no preset that documents typical sizes. Add data.dir=OUT (made by gensr prepare).")
 
 
-def _size_of_folder(folder: str, manifest: Manifest) -> DataSize:
+def size_of_folder(folder: str, manifest: Manifest) -> DataSize:
     return DataSize(
         train_events=manifest.num_events("train"),
         valid_events=manifest.num_events("valid"),
@@ -118,7 +129,9 @@ def model_size(config: Config, num_words: int, vocab_size: int, cf_dim: int = 64
 
     name, lora = config.model.backbone, config.model.lora
     with _architecture(name) as config_only, torch.device("meta"):
-        backbone = build_backbone(name, vocab_size=vocab_size, dropout=0.0, lora=lora if lora.rank else None, config_only=config_only)
+        lora_or_none = lora if lora.rank else None
+        own_head = not _is_tied(name)
+        backbone = build_backbone(name, vocab_size=vocab_size, dropout=0.0, lora=lora_or_none, config_only=config_only, own_head=own_head)
         model = GenSR(model_settings(config, num_words, cf_dim), backbone, {}, (0, 1), None)  # type: ignore[arg-type]
     return size_of(model)
 
@@ -132,14 +145,31 @@ def _architecture(name: str) -> Iterator[Path | None]:
         yield Path(name)
     elif name in KNOWN_BACKBONES:
         with tempfile.TemporaryDirectory() as folder:
-            shape = {"model_type": "t5", "vocab_size": T5_TOKENS, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "decoder_start_token_id": 0}
-            (Path(folder) / "config.json").write_text(json.dumps({**shape, **KNOWN_BACKBONES[name]}), encoding="utf-8")
+            family = {"model_type": "t5", "vocab_size": T5_TOKENS, "feed_forward_proj": "gated-gelu", "decoder_start_token_id": 0}
+            (Path(folder) / "config.json").write_text(json.dumps({**family, **KNOWN_BACKBONES[name]}), encoding="utf-8")
             yield Path(folder)
     else:
         raise ConfigError(
             f"model.backbone={name}: no local folder with a config.json, and no known name. Known: {', '.join(KNOWN_BACKBONES)}; or scratch:SIZE. "
             f"Another hub model can be downloaded first, then named by its folder."
         )
+
+
+def _is_tied(name: str) -> bool:
+    """Whether the output table is the input table, as the weights have it."""
+    if name.startswith("scratch:"):
+        return True
+    if name in KNOWN_BACKBONES:
+        return False
+    weights, index = Path(name) / "model.safetensors", Path(name) / "model.safetensors.index.json"
+    if index.is_file():
+        return "lm_head.weight" not in json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    if not weights.is_file():
+        return True
+    from safetensors import safe_open
+
+    with safe_open(str(weights), framework="pt") as file:
+        return "lm_head.weight" not in set(file.keys())
 
 
 def size_of(model: Any) -> ModelSize:
@@ -205,12 +235,49 @@ def measured_flops(seconds: float = 0.3) -> float:
 # ---- the report ------------------------------------------------------------------------------------------------
 
 
-def batch_arithmetic(schedule: Schedule) -> str:
-    s = schedule
-    return (
-        f"{s.global_batch_size} events a step = {s.micro_batch_size} micro-batch × {s.world_size} process{'es' if s.world_size > 1 else ''}"
-        f" × {s.grad_accum_steps} accumulation step{'s' if s.grad_accum_steps > 1 else ''}"
-    )
+def batch_arithmetic(s: Schedule) -> str:
+    """`64 events a step = 32 micro-batch × 2 processes × 1 accumulation step`."""
+    ranks, passes = _count(s.world_size, "process", "processes"), _count(s.grad_accum_steps, "accumulation step", "accumulation steps")
+    return f"{s.global_batch_size} events a step = {s.micro_batch_size} micro-batch × {ranks} × {passes}"
+
+
+def _count(number: int, one: str, many: str) -> str:
+    return f"{number} {one if number == 1 else many}"
+
+
+def run_rows(config: Config, data: DataSize, model: ModelSize, schedule: Schedule, launch: Launch) -> list[tuple[str, str]]:
+    """(name, value) lines that the banner and --dry-run share."""
+    s, stage = schedule, launch.zero_stage
+    mean, _ = chance(config.run.select_metric, 1 + data.num_negatives)
+    deepspeed = "no DeepSpeed" if stage is None else f"DeepSpeed ZeRO-{stage} ({Path(launch.deepspeed_file).name})"
+    return [
+        ("data", f"{data.source}: {data.train_events:,} training events, {data.items:,} items, {data.queries:,} queries"),
+        ("model", f"{config.model.backbone}, {config.model.variant}, {config.model.prompt} prompt"),
+        ("parameters", f"{model.total:,}, of which {model.trainable:,} are trained"),
+        ("batch", f"{batch_arithmetic(s)}; {1 + config.data.num_negatives} candidates an event"),
+        ("steps", f"{s.num_steps:,} ({s.num_epochs:.2f} epochs), warm-up {s.warmup_steps}, peak lr {config.optim.lr:g}"),
+        (
+            "validation",
+            f"every {s.validate_every_steps:,} steps, checkpoint every {s.checkpoint_every_steps:,}; {config.run.select_metric} picks the best "
+            f"(chance {mean:.4f})",
+        ),
+        ("precision", f"{config.run.precision}, {deepspeed}"),
+    ]
+
+
+def banner_rows(
+    config: Config, data: DataSize, model: ModelSize, schedule: Schedule, launch: Launch, num_valid_events: int, devices: str, mlflow_run_id: str
+) -> list[tuple[str, str]]:
+    """The block before training."""
+    import torch
+
+    return [
+        *run_rows(config, data, model, schedule, launch),
+        ("sample", f"{num_valid_events:,} validation events"),
+        ("devices", f"{devices}, {torch.get_num_threads()} CPU threads a process"),
+        ("run", config.run.dir),
+        ("MLflow", f"run {mlflow_run_id}" if mlflow_run_id else "off"),
+    ]
 
 
 def launch_of_yaml(path: str | Path, num_processes: int = 0) -> Launch:
@@ -257,20 +324,22 @@ def dry_run(config: Config, preset: str | None = None, launch: Launch | None = N
     here = memory(config, model, data, stage, launch.world_size, "offload" in launch.deepspeed_file)
     flops = flops_per_event(config, model) * schedule.num_events
     seconds = {f"{launch.world_size} × {name}": flops / rate / launch.world_size for name, rate in ASSUMED_FLOPS.items()}
-    seconds["this machine's CPU (rough)"] = flops / (measured_flops() * CPU_EFFICIENCY)
-    lines = [
-        f"data       {data.train_events:,} training events, {data.items:,} items, {data.queries:,} queries ({data.source})",
-        f"model      {config.model.backbone}, {config.model.variant}, {config.model.prompt} prompt: {model.total:,} parameters, {model.trainable:,} trained",
-        f"batch      {batch_arithmetic(schedule)}; {1 + config.data.num_negatives} candidates an event",
-        f"steps      {schedule.num_steps:,} ({schedule.num_epochs:.2f} epochs), warm-up {schedule.warmup_steps}, "
-        f"validation every {schedule.validate_every_steps}, checkpoint every {schedule.checkpoint_every_steps}",
-        f"launch     {launch.world_size} processes on {launch.num_nodes} node{'s' if launch.num_nodes > 1 else ''}, "
-        f"{'no DeepSpeed' if stage is None else f'DeepSpeed ZeRO-{stage} ({Path(launch.deepspeed_file).name})'}, {config.run.precision}",
-        f"memory     {here.total / GB:.1f} GB a process: weights {here.weights / GB:.1f}, gradients {here.gradients / GB:.1f}, AdamW {here.optimizer / GB:.1f}, "
-        f"activations ≈ {here.activations / GB:.1f}, tables {here.tables / GB:.1f}",
-        *_memory_table(config, model, data),
-        f"time       ≈ {', '.join(f'{_hours(s)} on {name}' for name, s in seconds.items())}",
+    seconds = {name: value for name, value in seconds.items() if value >= MIN_GPU_S}
+    on_cpu = flops / (measured_flops() * CPU_EFFICIENCY)
+    if on_cpu <= MAX_CPU_S or not seconds:
+        seconds["this machine's CPU, one process (rough)"] = on_cpu
+    rows = [
+        *run_rows(config, data, model, schedule, launch),
+        ("launch", f"{_count(launch.world_size, 'process', 'processes')} on {_count(launch.num_nodes, 'node', 'nodes')}"),
+        (
+            "memory",
+            f"≈ {here.total / GB:.1f} GB a process: "
+            + ", ".join(f"{name} {value / GB:.1f}" for name, value in {**asdict(here), "AdamW": here.optimizer}.items() if name != "optimizer"),
+        ),
+        *(("", line) for line in _memory_table(config, model, data)),
+        *(("time" if number == 0 else "", f"≈ {_hours(value)} on {name}") for number, (name, value) in enumerate(seconds.items())),
     ]
+    lines = [f"{name:<{NAME_WIDTH}}{text}" for name, text in rows]
     facts = {
         "data": asdict(data),
         "model": asdict(model),
@@ -283,10 +352,10 @@ def dry_run(config: Config, preset: str | None = None, launch: Launch | None = N
 
 
 def _memory_table(config: Config, model: ModelSize, data: DataSize) -> list[str]:
-    lines = ["           GB a GPU by number of GPUs  " + "".join(f"{n:>8}" for n in WORLD_SIZES)]
-    for name, stage, offload in (("no ZeRO", None, False), ("ZeRO-1", 1, False), ("ZeRO-2", 2, False), ("ZeRO-2 offload", 2, True), ("ZeRO-3", 3, False), ("ZeRO-3 offload", 3, True)):
+    lines = [f"{'GB a GPU, by number of GPUs':<28}" + "".join(f"{n:>8}" for n in WORLD_SIZES)]
+    for name, (stage, offload) in STAGES.items():
         cells = [memory(config, model, data, stage, n, offload).total / GB for n in WORLD_SIZES]
-        lines.append(f"           {name:<28}" + "".join(f"{cell:>8.1f}" for cell in cells))
+        lines.append(f"{name:<28}" + "".join(f"{cell:>8.1f}" for cell in cells))
     return lines
 
 

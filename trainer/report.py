@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from trainer.checkpoint import Progress
+from trainer.console import clock
 from trainer.distributed import num_cores
 from trainer.errors import RunError
 from trainer.tracking import mask_secrets
@@ -52,7 +54,9 @@ def plot_run(run_dir: str | Path) -> list[Path]:
     return written
 
 
-def _plot(path: Path, curves: dict[str, tuple[list[int], list[Any]]], ylabel: str, title: str, log_scale: bool = False, markers: bool = False) -> Path:
+def _plot(
+    path: Path, curves: dict[str, tuple[list[int], list[Any]]], ylabel: str, title: str, log_scale: bool = False, markers: bool = False
+) -> Path:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -85,6 +89,20 @@ def metric_rows(metrics: dict[str, float]) -> list[str]:
             cells = (f"{metrics[f'{task}/{name}']:>11.4f}" if f"{task}/{name}" in metrics else f"{'–':>11}" for name in names)
             lines.append(f"{task:<6}" + "".join(cells))
     return lines
+
+
+def last_screen(run_dir: str | Path, progress: Progress, num_valid_events: int) -> list[str]:
+    """What a finished run says: the best step and its metrics, where things are, what to do next."""
+    return [
+        "",
+        f"best step {progress.best_step:,} of {progress.step:,}, {clock(progress.train_s)} of training; "
+        f"validation on {num_valid_events:,} events, sampled candidates:",
+        *metric_rows(progress.best_metrics),
+        f"model     {Path(run_dir) / 'model'}",
+        f"pictures  {Path(run_dir) / 'report'}",
+        f"next      gensr evaluate {run_dir} --split test",
+        f"          gensr register {run_dir} NAME",
+    ]
 
 
 # ---- code and machine ------------------------------------------------------------------------------------------

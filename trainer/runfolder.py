@@ -1,22 +1,21 @@
 """The run folder: claimed by one run, described by config.yaml, environment.json and status.json.
 
-status.json says {"status": running | stopped | finished | failed, "progress": {…}}: scripts decide by it whether to start a run again, because launchers
-turn every exit code but 0 into 1.
+status.json says {"status": running | stopped | finished | failed, "progress": {…}}. Scripts decide by it whether to start a run again, because
+launchers turn every exit code but 0 into 1.
 """
 
 import contextlib
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from data_shards.settings import to_yaml
+from data_shards.settings import read_yaml, to_yaml
 from trainer.cf import CfTable
-from trainer.checkpoint import Progress, remove_partial
-from trainer.config import Config
+from trainer.checkpoint import Progress, check_settings, remove_partial
+from trainer.config import Config, config_from_dict
 from trainer.distributed import on_main
 from trainer.errors import ConfigError, RunError
 from trainer.files import atomic
@@ -25,35 +24,50 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
+MADE_BEFORE_THE_FIRST_STEP = ("config.yaml", "environment.json", "train.log", "metrics.jsonl", "tracking.json")
+
+
 @dataclass
 class Claim:
     """This process's hold on a run folder; close() gives it back."""
 
+    folder: Path
     continuing: bool
     finished: bool
-    lock: IO[str] | None
+    lock: IO[str] | None  # rank 0's
 
     def close(self) -> None:
         if self.lock is not None:
             self.lock.close()
+
+    def undo(self) -> None:
+        """A run that failed before its first step leaves the folder as it was, so that the same command can be given again."""
+        if self.lock is not None and not self.continuing:
+            for name in MADE_BEFORE_THE_FIRST_STEP:
+                (self.folder / name).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # it held something before
+                self.folder.rmdir()
 
 
 def claim(accelerator: "Accelerator", config: Config, resume: str) -> Claim:
     """Take run.dir for this run, on all ranks. Raises RunError when it holds another run, or one that is still going on."""
     lock: list[IO[str]] = []
     continuing, finished = on_main(accelerator, lambda: _claim(config, resume, lock))
-    return Claim(continuing, finished, lock[0] if lock else None)
+    return Claim(Path(config.run.dir), continuing, finished, lock[0] if lock else None)
 
 
 def _claim(config: Config, resume: str, lock: list[IO[str]]) -> tuple[bool, bool]:
     folder = Path(config.run.dir)
     folder.mkdir(parents=True, exist_ok=True)
-    holds_run = (folder / "config.yaml").exists()
+    path = folder / "config.yaml"
+    holds_run = path.exists()
     if any(folder.iterdir()) and resume != "auto":
         raise RunError(f"{folder} is not empty. Choose another run.dir, or continue that run with --resume auto.")
-    if not holds_run:
+    if holds_run:
+        check_settings(config_from_dict(read_yaml(path)), config, path)
+    else:
         try:
-            with (folder / "config.yaml").open("x", encoding="utf-8") as file:  # fails if another run was faster
+            with path.open("x", encoding="utf-8") as file:  # fails if another run was faster
                 file.write(to_yaml(config))
         except FileExistsError:
             raise RunError(f"{folder} was claimed by another run just now. Choose another run.dir.") from None

@@ -65,7 +65,8 @@ def grad_accum_steps(config: Config, world_size: int) -> int:
             else f"choose an optim.global_batch_size divisible by {per_pass}, such as {math.ceil(optim.global_batch_size / per_pass) * per_pass}"
         )
         raise ConfigError(
-            f"optim.global_batch_size={optim.global_batch_size} is no multiple of optim.micro_batch_size={optim.micro_batch_size} × {world_size} processes: {fix}"
+            f"optim.global_batch_size={optim.global_batch_size} is no multiple of "
+            f"optim.micro_batch_size={optim.micro_batch_size} × {world_size} processes: {fix}"
         )
     return optim.global_batch_size // per_pass
 

@@ -21,7 +21,7 @@ from data_shards.schema import Manifest, read_manifest
 from trainer import checkpoint, plan, report, runfolder
 from trainer.batch import Batch
 from trainer.catalog import load_tables
-from trainer.cf import cf_path, load_cf
+from trainer.cf import CfTable, cf_path, load_cf
 from trainer.checkpoint import Progress
 from trainer.config import Config
 from trainer.console import RunConsole, peak_memory_gb
@@ -39,12 +39,12 @@ from trainer.distributed import (
     read_launch,
     uses_deepspeed,
 )
-from trainer.errors import ConfigError, RunError
+from trainer.errors import ConfigError
 from trainer.evaluate import validate
 from trainer.loading import build_model, save_model
 from trainer.optimizer import make_optimizer, set_lr
 from trainer.schedule import Schedule, above_chance, grad_accum_steps, make_schedule
-from trainer.tracking import Tracker
+from trainer.tracking import NullTracker, Tracker
 from trainer.window import Window
 
 Status = Literal["finished", "early_stopped", "stopped", "already_finished"]
@@ -73,7 +73,6 @@ class Run:
 
     config: Config
     manifest: Manifest
-    launch: Launch
     accelerator: Any
     schedule: Schedule
     module: Any  # the GenSR itself: for its names and settings, never called
@@ -114,14 +113,17 @@ def train(config: Config, resume: Literal["never", "auto"] = "never") -> TrainRe
     with process_group(accelerator), closing(runfolder.claim(accelerator, config, resume)) as claim:
         if claim.finished:
             return _already_finished(config)
-        run = set_up(config, manifest, launch, accelerator, claim.continuing)
+        try:
+            run = set_up(config, manifest, launch, accelerator, claim.continuing)
+        except BaseException:
+            claim.undo()
+            raise
         try:
             with run.console, StopSignal(accelerator) as stop:
                 return conclude(run, fit(run, stop))
         except BaseException as error:
-            on_this_rank = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
-            runfolder.write_status(run.folder, "failed", run.progress, enabled=accelerator.is_main_process)
-            run.tracker.finish(on_this_rank)  # type: ignore[arg-type]
+            runfolder.write_status(run.folder, "failed", run.progress, enabled=run.is_main)
+            run.tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
             raise
 
 
@@ -129,6 +131,7 @@ def train(config: Config, resume: Literal["never", "auto"] = "never") -> TrainRe
 
 
 def set_up(config: Config, manifest: Manifest, launch: Launch, accelerator: Any, continuing: bool) -> Run:
+    """Everything up to the first step: model, optimizer and streams as a new run or the newest whole checkpoint has them."""
     from accelerate.utils import set_seed
 
     found, skipped = checkpoint.newest_whole(accelerator, config.run.dir) if continuing else (None, [])
@@ -144,39 +147,56 @@ def set_up(config: Config, manifest: Manifest, launch: Launch, accelerator: Any,
     module = build_model(config, manifest, tables, config.data.dir)
     if config.model.gather_negatives and accelerator.num_processes > 1:
         module.gather = gather_rows
-    module.every_task_every_step = launch.zero_stage == 3
+    module.every_task_every_step = accelerator.num_processes > 1  # DDP and ZeRO-3 expect the same parameters in every step of every rank
     size = plan.size_of(module)
     facts = {**report.environment_facts(), "parameters": asdict(size), "devices": devices(accelerator), "zero_stage": identity["zero_stage"]}
     model, optimizer = accelerator.prepare(module, make_optimizer(module, config.optim))
     set_seed(derive_seed(config.run.seed, 41, accelerator.process_index) % 2**32)  # other dropout on every rank
-
     progress = checkpoint.load(accelerator, model, found) if found is not None else Progress()
-    ranks = dict(rank=accelerator.process_index, world_size=accelerator.num_processes)
-    stream = TrainStream(
-        config.data.dir,
-        manifest,
-        config.data,
-        config.run.seed,
-        config.optim.global_batch_size,
-        config.optim.micro_batch_size,
-        **ranks,
-        start_event=progress.events_seen,
-        num_folds=cf.num_folds if holdout == "crossfit" else 0,
-        heldout_item=cf.heldout_item.numpy() if holdout == "last" and cf.heldout_item is not None else None,
-        clicks=runfolder.item_clicks(config.data.dir) if config.data.negatives == "popularity" else None,
-    )
-    valid = EvalStream(config.data.dir, manifest, "valid", config.data, config.run.eval_batch_size, **ranks, max_events=config.run.valid_events)
+
+    stream, valid = make_streams(config, manifest, accelerator, cf, holdout, progress.events_seen)
     schedule = make_schedule(config, stream.num_events, accelerator.num_processes)
+    threshold = above_chance(config.run.select_metric, 1 + manifest.num_negatives, valid.num_events)
     if accelerator.is_main_process:
         runfolder.write_facts(config, facts)
-    tracker = Tracker.start(config, config.run.dir, {**facts, "manifest": manifest}, accelerator.is_main_process, found.mlflow_run_id or None if found else None)
+    tracker = start_tracker(config, accelerator, {**facts, "manifest": manifest}, found.mlflow_run_id if found is not None else "")
     console = RunConsole(config.run.dir, schedule.num_steps, accelerator.is_main_process, progress.step if found is not None else None)
-    threshold = above_chance(config.run.select_metric, 1 + manifest.num_negatives, valid.num_events)
-    run = Run(config, manifest, launch, accelerator, schedule, module, model, optimizer, stream, valid, console, tracker, progress, identity, threshold)
-    num_valid = valid.num_events
-    console.banner(plan.banner_rows(config, plan.size_of_folder(config.data.dir, manifest), size, schedule, launch, num_valid, facts["devices"], tracker.run_id))
+    data = plan.size_of_folder(config.data.dir, manifest)
+    console.banner(plan.banner_rows(config, data, size, schedule, launch, valid.num_events, facts["devices"], tracker.run_id))
     console.say(*skipped, *([f"continuing {found.path.name}: {progress.step:,} of {schedule.num_steps:,} steps are done"] if found else []))
-    return run
+    return Run(config, manifest, accelerator, schedule, module, model, optimizer, stream, valid, console, tracker, progress, identity, threshold)
+
+
+def make_streams(config: Config, manifest: Manifest, accelerator: Any, cf: CfTable, holdout: str, start_event: int) -> tuple[TrainStream, EvalStream]:
+    """This rank's training stream from `start_event` on, and its share of the fixed validation sample."""
+    data, optim, run = config.data, config.optim, config.run
+    rank, world_size = accelerator.process_index, accelerator.num_processes
+    stream = TrainStream(
+        data.dir,
+        manifest,
+        data,
+        run.seed,
+        optim.global_batch_size,
+        optim.micro_batch_size,
+        rank,
+        world_size,
+        start_event,
+        num_folds=cf.num_folds if holdout == "crossfit" else 0,
+        heldout_item=cf.heldout_item.numpy() if holdout == "last" and cf.heldout_item is not None else None,
+        clicks=runfolder.item_clicks(data.dir) if data.negatives == "popularity" else None,
+    )
+    return stream, EvalStream(data.dir, manifest, "valid", data, run.eval_batch_size, rank, world_size, run.valid_events)
+
+
+def start_tracker(config: Config, accelerator: Any, facts: dict[str, Any], resume_run_id: str) -> Tracker:
+    """Rank 0's tracker, and one that records nothing on the others; a store that cannot be opened is an error on all ranks."""
+    trackers = []
+
+    def start() -> None:
+        trackers.append(Tracker.start(config, config.run.dir, facts, resume_run_id=resume_run_id or None))
+
+    on_main(accelerator, start)
+    return trackers[0] if trackers else NullTracker()
 
 
 # ---- the loop --------------------------------------------------------------------------------------------------
@@ -260,7 +280,8 @@ def validate_now(run: Run) -> bool:
     started_s = time.monotonic()
     run.model.eval()
     with torch.no_grad():
-        metrics = validate(lambda batch: run.model(batch.to(run.accelerator.device), mode="score"), run.valid, lambda rows: gather_objects(run.accelerator, rows))
+        score = lambda batch: run.model(batch.to(run.accelerator.device), mode="score")  # noqa: E731
+        metrics = validate(score, run.valid, lambda rows: gather_objects(run.accelerator, rows))
     run.model.train()
     progress, name = run.progress, run.config.run.select_metric
     if name not in metrics:

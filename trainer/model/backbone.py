@@ -53,13 +53,22 @@ class Seq2SeqBackbone(nn.Module):
         if base.config.scale_decoder_outputs:
             hidden_MD = hidden_MD * base.config.d_model**-0.5
         rows = base.lm_head.weight[answers]
-        return hidden_MD.float() @ rows.float().T
+        with torch.autocast(hidden_MD.device.type, enabled=False):  # which would make bf16 of this product, and ties of near scores
+            return hidden_MD.float() @ rows.float().T
 
 
 def build_backbone(
-    name: str, *, vocab_size: int, dropout: float, lora: Any = None, activation_checkpointing: bool = False, config_only: Path | None = None
+    name: str,
+    *,
+    vocab_size: int,
+    dropout: float,
+    lora: Any = None,
+    activation_checkpointing: bool = False,
+    config_only: Path | None = None,
+    own_head: bool = False,
 ) -> Seq2SeqBackbone:
-    """A backbone by name. `config_only`: rebuild the architecture saved there, without weights (they are loaded afterwards).
+    """A backbone by name. `config_only`: rebuild the architecture saved there, without weights (they are loaded afterwards); `own_head` says that
+    its lm_head is a table of its own, as in flan-t5, which transformers forgets when it builds a T5 from a configuration.
 
     Raises ConfigError for an unknown size, a missing folder, or a family that is not supported.
     """
@@ -67,6 +76,8 @@ def build_backbone(
 
     if config_only is not None:
         model = AutoModelForSeq2SeqLM.from_config(AutoConfig.from_pretrained(config_only, local_files_only=True))
+        if own_head:
+            model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
     elif name.startswith("scratch:"):
         size = name.removeprefix("scratch:")
         if size not in SCRATCH_SIZES:

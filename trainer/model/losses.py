@@ -39,7 +39,8 @@ def contrastive_loss(cf_BD: Tensor, sem_BD: Tensor, users_B: Tensor, temperature
     same = same & (own[:, None] != torch.arange(len(all_users), device=users_B.device)[None, :])
 
     def info_nce(queries: Tensor, keys: Tensor) -> Tensor:
-        similarity = (queries @ keys.T / temperature).masked_fill(same, float("-inf"))
+        with torch.autocast(queries.device.type, enabled=False):  # which would make bf16 of this product
+            similarity = (queries @ keys.T / temperature).masked_fill(same, float("-inf"))
         return F.cross_entropy(similarity, own)
 
     return 0.5 * (info_nce(cf_BD, all_sem) + info_nce(sem_BD, all_cf))

@@ -1,0 +1,163 @@
+"""Two processes over gloo: ZeRO 0–3 and DDP train the same model as one process, and an interrupted run ends where the undisturbed one does.
+
+All of it happens in one launch (worker.py); the tests read what it left.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import ds_configs
+from tests.tiny_folder import make_tiny_folder
+from trainer.config import load_config
+from trainer.train import EXIT_RESUME_ME, train
+
+ROOT = Path(__file__).parents[2]
+BASE = [
+    "model.backbone=scratch:nano",
+    "data.item_tokens=8",
+    "data.history_tokens=4",
+    "data.history_max=8",
+    "optim.global_batch_size=16",
+    "optim.warmup_steps=2",
+    "run.max_steps=6",
+    "run.log_every_steps=1",
+    "run.validate_every_steps=6",
+    "run.eval_batch_size=20",
+    "run.threads=1",
+    "tracking.enabled=false",
+]
+RANDOM = [*BASE, "model.dropout=0.1", "optim.micro_batch_size=4"]  # two accumulation steps on two processes
+EXACT = [*BASE, "model.dropout=0", "model.gather_negatives=true", "model.contrastive_weight=0.1", "optim.micro_batch_size=8"]
+LORA = [*RANDOM, "model.lora.rank=2"]
+ZERO3 = "zero3_small.json"
+
+SCENARIOS: list[dict[str, Any]] = [
+    {"name": "undisturbed", "deepspeed": "zero2.json", "overrides": RANDOM},
+    {"name": "interrupted", "deepspeed": "zero2.json", "overrides": RANDOM, "stop_at": 2},
+    {"name": "resumed", "run": "interrupted", "deepspeed": "zero2.json", "overrides": RANDOM, "resume": True},
+    {"name": "other_lr", "run": "interrupted", "deepspeed": "zero2.json", "overrides": [*RANDOM, "optim.lr=0.5"], "resume": True},
+    {"name": "lora", "deepspeed": ZERO3, "overrides": LORA},
+    {"name": "lora_interrupted", "deepspeed": ZERO3, "overrides": LORA, "stop_at": 3},
+    {"name": "lora_resumed", "run": "lora_interrupted", "deepspeed": ZERO3, "overrides": LORA, "resume": True},
+    {"name": "ddp", "overrides": EXACT},
+    {"name": "zero0", "deepspeed": "zero0.json", "overrides": EXACT},
+    {"name": "zero1", "deepspeed": "zero1.json", "overrides": EXACT},
+    {"name": "zero2", "deepspeed": "zero2.json", "overrides": EXACT},
+    {"name": "zero3", "deepspeed": ZERO3, "overrides": EXACT},
+    {"name": "zero2_offload", "deepspeed": "zero2_offload.json", "overrides": EXACT},
+    {"name": "zero3_offload", "deepspeed": "zero3_offload.json", "overrides": EXACT},
+    {"name": "bf16", "deepspeed": "zero2.json", "overrides": [*EXACT, "run.precision=bf16"]},
+    {"name": "poisoned", "deepspeed": "zero2.json", "overrides": EXACT, "poison": 1},
+    {"name": "gradients", "overrides": EXACT, "gradients": True},
+]
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Everything was run when this returns: FOLDER/NAME is a run folder, FOLDER/results-RANK.json what train() gave."""
+    folder = tmp_path_factory.mktemp("two_processes")
+    make_tiny_folder(folder / "data")
+    zero3 = json.loads(ds_configs.path("zero3.json").read_text())
+    # DeepSpeed leaves small tensors whole: at 0 even this tiny model is partitioned
+    zero3["zero_optimization"] |= {"stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}
+    (folder / ZERO3).write_text(json.dumps(zero3))
+    scenarios = [{**s, "deepspeed": str(folder / ZERO3)} if s.get("deepspeed") == ZERO3 else s for s in SCENARIOS]
+    (folder / "scenarios.json").write_text(json.dumps(scenarios))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    command = [*launcher, str(Path(__file__).with_name("worker.py")), str(folder)]
+    with (folder / "launch.log").open("w") as log:
+        launch = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env, start_new_session=True)
+        try:
+            launch.wait(timeout=400)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(launch.pid, signal.SIGKILL)  # a rank left behind would hold the port and a core
+    train(load_config(None, [f"data.dir={folder / 'data'}", f"run.dir={folder / 'single'}", *EXACT, "optim.micro_batch_size=16"]))
+    return folder
+
+
+def results(folder: Path, name: str) -> list[dict[str, Any]]:
+    both = [json.loads((folder / f"results-{rank}.json").read_text()).get(name) for rank in (0, 1)]
+    assert None not in both, (folder / "launch.log").read_text()[-3000:]
+    return both
+
+
+def records(run_dir: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without the columns that tell the time."""
+    timed = ("events_per_s", "memory_gb", "train_s")
+    return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run_dir: Path) -> list[float]:
+    return [r["loss"] for r in records(run_dir) if r["kind"] == "train"]
+
+
+def test_a_stopped_run_saves_on_all_ranks_at_the_same_step(folder: Path) -> None:
+    for result in results(folder, "interrupted"):
+        assert result == {"status": "stopped", "step": 3, "exit_code": EXIT_RESUME_ME}  # asked in step 2, agreed one step later
+
+
+def test_the_resumed_run_equals_the_undisturbed_one_bit_for_bit(folder: Path) -> None:
+    assert [r["status"] for r in results(folder, "resumed")] == ["finished", "finished"]
+    assert len(losses(folder / "undisturbed")) == 6
+    assert records(folder / "interrupted") == records(folder / "undisturbed")
+    one, other = (load_file(folder / name / "model" / "model.safetensors") for name in ("interrupted", "undisturbed"))
+    assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+    assert not list((folder / "interrupted" / "checkpoints").glob(".partial-*"))
+
+
+def test_lora_under_zero3_resumes_without_saving_frozen_weights(folder: Path) -> None:
+    for name, status in (("lora", "finished"), ("lora_interrupted", "stopped"), ("lora_resumed", "finished")):
+        assert [r.get("status") for r in results(folder, name)] == [status] * 2
+    assert records(folder / "lora_interrupted") == records(folder / "lora")
+    checkpoints = [folder / name / "checkpoints" / "step-00000006" for name in ("lora", "zero3")]
+    adapters, whole = (sum(path.stat().st_size for path in checkpoint.rglob("*.pt")) for checkpoint in checkpoints)
+    assert adapters < 0.6 * whole
+    state = load_file(folder / "lora" / "model" / "model.safetensors")
+    assert all(bool(tensor.abs().sum() > 0) for name, tensor in state.items() if "lora_B" in name), "gathered, not empty, and trained"
+
+
+def test_another_learning_rate_is_refused_with_both_values(folder: Path) -> None:
+    for result in results(folder, "other_lr"):
+        assert result["error"] == "RunError"
+        assert "optim.lr" in result["message"] and "was 0.001, is 0.5 now" in result["message"]
+
+
+@pytest.mark.parametrize("name", ["ddp", "zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"])
+def test_two_processes_train_like_one(folder: Path, name: str) -> None:
+    assert [r.get("status") for r in results(folder, name)] == ["finished"] * 2, results(folder, name)
+    assert losses(folder / name) == pytest.approx(losses(folder / "single"), abs=1e-5)
+    one, two = (load_file(folder / run / "model" / "model.safetensors") for run in ("single", name))
+    assert {k: v.shape for k, v in one.items()} == {k: v.shape for k, v in two.items()}
+    assert max(float((one[k] - two[k]).abs().max()) for k in one) < 1e-3  # AdamW turns a rounding error in a gradient near 0 into a step of lr
+
+
+def test_bf16_stays_near_fp32(folder: Path) -> None:
+    assert losses(folder / "bf16") == pytest.approx(losses(folder / "zero2"), abs=0.03)
+    assert losses(folder / "bf16") != losses(folder / "zero2")
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_on_all_ranks_and_names_the_events(folder: Path) -> None:
+    first, second = results(folder, "poisoned")
+    assert first == second and first["error"] == "RunError"
+    assert "step 3, rank 1, event ids" in first["message"]
+    assert json.loads((folder / "poisoned" / "status.json").read_text())["status"] == "failed"
+    assert len(losses(folder / "poisoned")) == 2  # what came before stays
+
+
+def test_gradients_of_two_ranks_are_those_of_the_union_batch(folder: Path) -> None:
+    for result in results(folder, "gradients"):
+        assert result["same_names"] and result["worst"] < 1e-6 * max(1.0, result["largest"]), result

@@ -1,0 +1,128 @@
+"""Runs scenarios one after another in one launch: a launch costs more than all of them.
+
+argv: FOLDER, which holds scenarios.json; writes results-RANK.json.
+
+A scenario is {"name", "overrides", and optionally "deepspeed" (a JSON's name or path, absent = DDP), "stop_at" (step), "resume", "poison" (rank),
+"gradients": true (compare DDP's gradients with the union batch's instead of training)}.
+"""
+
+import contextlib
+import json
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import trainer.distributed
+import trainer.train
+from trainer.config import Config, load_config
+from trainer.distributed import StopSignal
+from trainer.errors import GensrError
+
+
+@contextlib.contextmanager
+def kept_group(accelerator: Any) -> Iterator[None]:
+    """The process group outlives a scenario: the next one uses it again."""
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
+trainer.train.process_group = kept_group
+
+
+def run(scenario: dict[str, Any], folder: Path) -> dict[str, Any]:
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true" if "deepspeed" in scenario else "false"
+    os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = scenario.get("deepspeed", "none")
+    run_dir = folder / scenario.get("run", scenario["name"])
+    config = load_config(None, [f"data.dir={folder / 'data'}", f"run.dir={run_dir}", *scenario["overrides"]])
+    if scenario.get("gradients"):
+        return gradients(config)
+    with stop_at(scenario.get("stop_at", 0)), poisoned(scenario.get("poison")):
+        result = trainer.train.train(config, "auto" if scenario.get("resume") else "never")
+    return {"status": result.status, "step": result.step, "exit_code": result.exit_code}
+
+
+@contextlib.contextmanager
+def stop_at(step: int) -> Iterator[None]:
+    """Rank 1 alone is asked to stop during step `step` (0 = never)."""
+    original, calls = StopSignal.poll, [0]
+
+    def poll(self: StopSignal) -> bool:
+        calls[0] += 1
+        if calls[0] == step and torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
+            self.request("a test")
+        return original(self)
+
+    StopSignal.poll = poll  # type: ignore[method-assign]
+    yield
+    StopSignal.poll = original  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def poisoned(rank: int | None) -> Iterator[None]:
+    """The loss of `rank` becomes NaN in the third micro-batch."""
+    from trainer.model.gensr import GenSR
+
+    original, calls = GenSR.forward, [0]
+
+    def forward(self: GenSR, batch: Any, mode: str = "loss") -> Any:
+        out = original(self, batch, mode)
+        calls[0] += mode == "loss"
+        if mode == "loss" and calls[0] == 3:
+            loss, parts = out
+            return loss * float("nan"), {**parts, "loss": parts["loss"] * float("nan")}
+        return out
+
+    if rank == torch.distributed.get_rank():
+        GenSR.forward = forward  # type: ignore[method-assign]
+    yield
+    GenSR.forward = original  # type: ignore[method-assign]
+
+
+def gradients(config: Config) -> dict[str, Any]:
+    """Largest difference between the gradients of two ranks with half a batch each and of one process with the whole batch."""
+    from data_shards.schema import read_manifest
+    from trainer.catalog import load_tables
+    from trainer.cf import load_cf
+    from trainer.data import TrainStream
+    from trainer.loading import build_model
+
+    folder, rank = config.data.dir, torch.distributed.get_rank()
+    manifest = read_manifest(folder)
+    cf = load_cf(folder, manifest)
+    size = config.optim.global_batch_size
+    batch = next(iter(TrainStream(folder, manifest, config.data, 0, size, size, num_folds=cf.num_folds)))
+    torch.manual_seed(0)
+    model = build_model(config, manifest, load_tables(folder, manifest, cf), folder)
+    model(batch)[0].backward()
+    whole = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    model.gather = trainer.distributed.gather_rows
+    wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    wrapped(batch.rows(rank * size // 2, (rank + 1) * size // 2))[0].backward()
+    halves = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    worst = max(float((whole[name] - halves[name]).abs().max()) for name in whole)
+    return {"same_names": set(whole) == set(halves), "worst": worst, "largest": max(float(g.abs().max()) for g in whole.values())}
+
+
+def main(folder: Path) -> None:
+    torch.distributed.init_process_group("gloo")
+    results = {}
+    for scenario in json.loads((folder / "scenarios.json").read_text()):
+        try:
+            results[scenario["name"]] = run(scenario, folder)
+        except GensrError as error:
+            results[scenario["name"]] = {"error": type(error).__name__, "message": str(error)}
+        except Exception:
+            results[scenario["name"]] = {"error": "bug", "message": traceback.format_exc()}
+        (folder / f"results-{os.environ['RANK']}.json").write_text(json.dumps(results, indent=1))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

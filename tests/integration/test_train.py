@@ -1,0 +1,374 @@
+"""gensr train in one process on a tiny folder: what a run leaves, exact resume, refusals, damaged checkpoints, bad losses, full disks."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import trainer.train
+from data_shards.schema import read_manifest
+from data_shards.settings import read_yaml
+from tests.tiny_folder import WORDS, make_tiny_folder
+from trainer import checkpoint
+from trainer.config import Config, config_from_dict, load_config
+from trainer.data import EvalStream
+from trainer.distributed import StopSignal
+from trainer.errors import ConfigError, DataError, EnvironmentProblem, RunError
+from trainer.loading import load_run_model
+from trainer.train import EXIT_RESUME_ME, train
+
+ROOT = Path(__file__).parents[2]
+BASE = [
+    "model.backbone=scratch:nano",
+    "data.item_tokens=8",
+    "data.history_tokens=4",
+    "data.history_max=8",
+    "data.num_negatives=2",
+    "optim.global_batch_size=8",
+    "optim.micro_batch_size=4",
+    "optim.warmup_steps=2",
+    "run.max_steps=8",
+    "run.log_every_steps=1",
+    "run.validate_every_steps=4",
+    "run.valid_events=8",
+    "run.eval_batch_size=8",
+    "run.threads=1",
+    "tracking.enabled=false",
+]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_folder(tmp_path_factory.mktemp("tiny") / "data", num_train=48, num_valid=12)
+
+
+def config_of(data: Path, run_dir: Path, *overrides: str) -> Config:
+    return load_config(None, [f"data.dir={data}", f"run.dir={run_dir}", *BASE, *overrides])
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of eight steps; tests only read it."""
+    run_dir = tmp_path_factory.mktemp("runs") / "undisturbed"
+    result = train(config_of(data, run_dir))
+    assert (result.status, result.step, result.exit_code) == ("finished", 8, 0)
+    return run_dir
+
+
+@pytest.fixture
+def stop_after(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """stop_after(k): the next run is asked to stop in its k-th step."""
+
+    def arrange(step: int) -> None:
+        original, calls = StopSignal.poll, [0]
+
+        def poll(self: StopSignal) -> bool:
+            calls[0] += 1
+            if calls[0] == step:
+                self.request("a test")
+            return original(self)
+
+        monkeypatch.setattr(StopSignal, "poll", poll)
+
+    return arrange
+
+
+def records(run_dir: Path) -> list[dict[str, Any]]:
+    timed = ("events_per_s", "memory_gb", "train_s")
+    return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def same_model(one: Path, other: Path) -> bool:
+    a, b = (load_file(run / "model" / "model.safetensors") for run in (one, other))
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+# ---- what a run leaves -----------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_everything_the_interface_names(undisturbed: Path, data: Path) -> None:
+    for name in ("config.yaml", "environment.json", "train.log", "metrics.jsonl", "status.json", "report/loss.png", "report/metrics.png"):
+        assert (undisturbed / name).stat().st_size > 0, name
+    for picture in ("loss.png", "metrics.png"):
+        assert (undisturbed / "report" / picture).read_bytes().startswith(b"\x89PNG")
+    facts = json.loads((undisturbed / "environment.json").read_text())
+    assert facts["packages"]["torch"] == torch.__version__ and facts["parameters"]["trainable"] > 0
+    assert config_from_dict(read_yaml(undisturbed / "config.yaml")) == config_of(data, undisturbed)
+    assert json.loads((undisturbed / "status.json").read_text())["status"] == "finished"
+
+
+def test_metrics_jsonl_has_every_step_and_validation(undisturbed: Path) -> None:
+    train_records = [r for r in records(undisturbed) if r["kind"] == "train"]
+    assert [r["step"] for r in train_records] == list(range(1, 9))
+    assert {"loss", "answer_loss", "lr", "epoch"} <= train_records[0].keys()
+    assert [r["lr"] for r in train_records] == pytest.approx([5e-4, 1e-3, 1e-3, 5e-3 / 6, 4e-3 / 6, 3e-3 / 6, 2e-3 / 6, 1e-3 / 6])
+    assert [r["step"] for r in records(undisturbed) if r["kind"] == "valid"] == [4, 8]
+
+
+def test_the_log_tells_the_story(undisturbed: Path) -> None:
+    log = (undisturbed / "train.log").read_text()
+    for words in (
+        "48 training events",
+        "8 events a step = 4 micro-batch × 1 process × 2 accumulation steps",
+        "no DeepSpeed",
+        "step 8/8",
+        "gensr evaluate",
+    ):
+        assert words in log
+
+
+def test_run_model_scores_as_the_best_validation_did(undisturbed: Path) -> None:
+    from trainer.evaluate import validate
+
+    model, _, config, manifest = load_run_model(undisturbed)
+    stream = EvalStream(config.data.dir, manifest, "valid", config.data, 8, max_events=config.run.valid_events)
+    metrics = validate(model.score, stream)
+    best = json.loads((undisturbed / "status.json").read_text())["progress"]
+    assert metrics == pytest.approx(best["best_metrics"])
+    assert metrics["mean/ndcg@10"] == pytest.approx(best["best_value"])
+
+
+def test_the_same_run_again_gives_the_same_numbers(undisturbed: Path, data: Path, tmp_path: Path) -> None:
+    train(config_of(data, tmp_path / "again"))
+    assert records(tmp_path / "again") == records(undisturbed)
+    assert same_model(tmp_path / "again", undisturbed)
+
+
+# ---- interruption ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", [1, 5])
+def test_a_resumed_run_equals_the_undisturbed_one_bit_for_bit(undisturbed: Path, data: Path, tmp_path: Path, stop_after: Any, step: int) -> None:
+    stop_after(step)
+    stopped = train(config_of(data, tmp_path / "run"))
+    assert (stopped.status, stopped.step, stopped.exit_code) == ("stopped", step, EXIT_RESUME_ME)
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["status"] == "stopped"
+    torch.manual_seed(99)  # whatever the new process had done before
+    assert train(config_of(data, tmp_path / "run"), resume="auto").status == "finished"
+    assert records(tmp_path / "run") == records(undisturbed)
+    assert same_model(tmp_path / "run", undisturbed)
+
+
+def test_records_after_the_checkpoint_are_made_again_not_kept_twice(undisturbed: Path, data: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(undisturbed, run_dir)
+    (run_dir / "status.json").unlink()  # as if killed in step 8
+    shutil.rmtree(run_dir / "checkpoints" / "step-00000008")
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "st')
+    train(config_of(data, run_dir), resume="auto")
+    assert records(run_dir) == records(undisturbed)
+
+
+def test_resume_auto_starts_a_new_run_and_leaves_a_finished_one_alone(data: Path, tmp_path: Path) -> None:
+    config = config_of(data, tmp_path / "run", "run.max_steps=2")
+    assert train(config, resume="auto").status == "finished"
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file() and path.name != "train.log"}
+    again = train(config, resume="auto")
+    assert (again.status, again.step) == ("already_finished", 2)
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_sigterm_saves_and_a_second_process_finishes(undisturbed: Path, data: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    command = [sys.executable, "-m", "trainer", "train", str(undisturbed / "config.yaml"), f"run.dir={run_dir}", "run.max_steps=400"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        deadline = time.monotonic() + 120
+        while "step 2/400" not in (tmp_path / "log").read_text():
+            assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == EXIT_RESUME_ME, (tmp_path / "log").read_text()
+    assert "stopped by SIGTERM" in (run_dir / "train.log").read_text()
+    name = (run_dir / "checkpoints" / "latest").read_text().strip()
+    assert checkpoint.read_checkpoint(run_dir / "checkpoints" / name).progress.step >= 2
+
+
+# ---- refusals --------------------------------------------------------------------------------------------------
+
+
+def test_a_run_folder_is_never_overwritten(undisturbed: Path, data: Path) -> None:
+    with pytest.raises(RunError, match=r"is not empty.*--resume auto"):
+        train(config_of(data, undisturbed))
+
+
+def test_changed_settings_are_refused_with_the_difference(undisturbed: Path, data: Path) -> None:
+    with pytest.raises(RunError, match=r"(?s)different run.*optim\.lr +was 0\.001, is 0\.002 now.*Give the same settings"):
+        train(config_of(data, undisturbed, "optim.lr=0.002"), resume="auto")
+
+
+def test_changed_data_is_refused(data: Path, tmp_path: Path, stop_after: Any) -> None:
+    stop_after(1)
+    train(config_of(data, tmp_path / "run"))
+    other = make_tiny_folder(tmp_path / "other", num_train=48, num_valid=12, seed=1)
+    with pytest.raises(RunError, match="prepared folder"):
+        train(config_of(other, tmp_path / "run"), resume="auto")
+
+
+def test_a_folder_in_use_is_refused(data: Path, tmp_path: Path) -> None:
+    import fcntl
+
+    (tmp_path / "run").mkdir()
+    with (tmp_path / "run" / "train.log").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(RunError, match="in use"):
+            train(config_of(data, tmp_path / "run"), resume="auto")
+
+
+def test_a_run_that_cannot_start_leaves_no_folder(data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    shutil.copytree(data, folder)
+    (folder / "cf" / "lightgcn.safetensors").unlink()
+    with pytest.raises(DataError, match="gensr cf"):
+        train(config_of(folder, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_must_be_given_and_what_must_fit(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.dir=OUT and run\.dir=RUN"):
+        train(load_config(None))
+    with pytest.raises(ConfigError, match=r"model\.cf_holdout=last.*cf\.holdout=crossfit"):
+        train(config_of(data, tmp_path / "a", "model.cf_holdout=last"))
+    with pytest.raises(ConfigError, match=r"run\.select_metric=mean/precision"):
+        train(config_of(data, tmp_path / "b", "run.select_metric=mean/precision@5"))
+
+
+# ---- accidents -------------------------------------------------------------------------------------------------
+
+
+def test_a_damaged_checkpoint_is_skipped_for_the_one_before(undisturbed: Path, data: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(undisturbed, run_dir)
+    (run_dir / "status.json").unlink()
+    optimizer = run_dir / "checkpoints" / "step-00000008" / "optimizer.bin"
+    content = bytearray(optimizer.read_bytes())
+    content[len(content) // 2] ^= 1
+    optimizer.write_bytes(content)
+    train(config_of(data, run_dir), resume="auto")
+    log = (run_dir / "train.log").read_text()
+    assert "step-00000008 is damaged (optimizer.bin has another checksum): taking the one before" in log
+    assert "continuing step-00000004: 4 of 8 steps are done" in log
+    assert records(run_dir) == records(undisturbed)
+
+
+def test_a_loss_that_is_not_finite_names_its_events_and_keeps_what_was(
+    undisturbed: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trainer.model.gensr import GenSR
+
+    original, seen = GenSR.forward, []
+
+    def forward(self: GenSR, batch: Any, mode: str = "loss") -> Any:
+        out = original(self, batch, mode)
+        if mode == "loss":
+            seen.append(batch.event_id.tolist())
+            if len(seen) == 10:  # the second half of step 5
+                return out[0] * float("inf"), {**out[1], "loss": out[1]["loss"] * float("inf")}
+        return out
+
+    monkeypatch.setattr(GenSR, "forward", forward)
+    with pytest.raises(RunError) as error:
+        train(config_of(data, tmp_path / "run", "run.log_every_steps=3"))
+    assert f"step 5, rank 0, event ids {', '.join(map(str, seen[9]))}" in str(error.value)
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["status"] == "failed"
+    assert list(checkpoint.listed(tmp_path / "run")) == ["step-00000004"]
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+    monkeypatch.undo()
+    train(config_of(data, tmp_path / "run", "run.log_every_steps=1"), resume="auto")
+    assert same_model(tmp_path / "run", undisturbed)
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoint(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from accelerate import Accelerator
+
+    original, calls = Accelerator.save_state, [0]
+
+    def save_state(self: Accelerator, *args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 2:
+            raise OSError(28, "No space left on device")
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(Accelerator, "save_state", save_state)
+    with pytest.raises(EnvironmentProblem, match=r"No space left.*Earlier checkpoints are intact"):
+        train(config_of(data, tmp_path / "run"))
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["latest", "step-00000004"]
+
+
+# ---- early stop, best checkpoint, tracker ------------------------------------------------------------------------
+
+
+def scripted(monkeypatch: pytest.MonkeyPatch, values: list[float]) -> None:
+    """Validation n gives values[n]."""
+    left = iter(values)
+    monkeypatch.setattr(trainer.train, "validate", lambda *_: {"mean/ndcg@10": next(left)})
+
+
+def test_patience_counts_only_after_the_first_gain_over_chance(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    overrides = ["run.validate_every_steps=1", "run.early_stop_patience=2", "run.max_steps=20", "run.keep_checkpoints=1"]
+    scripted(monkeypatch, [0.045, 0.04, 0.04, 0.04, 0.5, 0.4, 0.4, 0.9])
+    result = train(config_of(data, tmp_path / "run", *overrides))
+    assert (result.status, result.step, result.best_step, result.metrics) == ("early_stopped", 7, 5, {"mean/ndcg@10": 0.5})
+    assert list(checkpoint.listed(tmp_path / "run")) == ["step-00000007", "step-00000005"]  # the newest and the best
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["status"] == "finished"
+
+
+def test_one_mlflow_run_over_an_interruption(data: Path, tmp_path: Path, stop_after: Any) -> None:
+    from trainer.tracking import connect
+
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    overrides = ["tracking.enabled=true", f"tracking.uri={uri}"]
+    stop_after(3)
+    train(config_of(data, tmp_path / "run", *overrides))
+    run_id = json.loads((tmp_path / "run" / "tracking.json").read_text())["run_id"]
+    client = connect(uri)
+    assert client.get_run(run_id).info.status == "KILLED"
+    train(config_of(data, tmp_path / "run", *overrides), resume="auto")
+    run = client.get_run(run_id)
+    assert run.info.status == "FINISHED" and run.data.tags["manifest_hash"] == read_manifest(data).hash
+    assert [point.step for point in client.get_metric_history(run_id, "train/loss")] == list(range(1, 9))
+    assert "valid/mean/ndcg_at_10" in run.data.metrics and run.data.metrics["train/events_per_s"] > 0
+    assert {file.path for file in client.list_artifacts(run_id, "report")} == {"report/loss.png", "report/metrics.png"}
+
+
+# ---- backbones -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def flan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A local stand-in for google/flan-t5-*: a pretrained folder whose lm_head is a table of its own."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    shape = dict(d_model=32, d_ff=64, d_kv=8, num_heads=4, num_layers=1, num_decoder_layers=1, feed_forward_proj="gated-gelu")
+    model = T5ForConditionalGeneration(T5Config(vocab_size=len(WORDS), tie_word_embeddings=False, decoder_start_token_id=0, **shape))
+    model.lm_head.weight = torch.nn.Parameter(torch.randn(len(WORDS), 32, generator=torch.Generator().manual_seed(0)))
+    folder = tmp_path_factory.mktemp("flan")
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("lora", [0, 2])
+def test_a_pretrained_folder_trains_saves_and_loads(data: Path, flan: Path, tmp_path: Path, lora: int) -> None:
+    from trainer.evaluate import validate
+
+    config = config_of(data, tmp_path / "run", f"model.backbone={flan}", f"model.lora.rank={lora}", "run.max_steps=2", "run.precision=bf16")
+    result = train(config)
+    model, _, _, manifest = load_run_model(tmp_path / "run")
+    assert model.backbone.base.lm_head.weight is not model.backbone.base.get_input_embeddings().weight
+    saved = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert any("lora" in name for name in saved) == bool(lora)
+    if lora:
+        assert not any(name.endswith("shared.weight") or "wo.weight" in name for name in saved), "frozen weights stay out"
+    stream = EvalStream(config.data.dir, manifest, "valid", config.data, 8, max_events=config.run.valid_events)
+    assert validate(model.score, stream)["mean/mrr"] == pytest.approx(result.metrics["mean/mrr"], abs=0.2)  # fp32 now, bf16 there

@@ -1,0 +1,133 @@
+"""Checkpoints are whole or absent: order of writing, what is kept, what is found after every kind of damage."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from data_shards.schema import Manifest
+from trainer import checkpoint
+from trainer.checkpoint import Progress
+from trainer.config import load_config
+from trainer.errors import RunError
+
+MANIFEST = Manifest(raw={"split": {"fingerprint": "f"}}, hash="h")
+
+
+@pytest.fixture
+def accelerator() -> Accelerator:
+    return Accelerator(cpu=True)
+
+
+@pytest.fixture
+def model(accelerator: Accelerator) -> Any:
+    module = torch.nn.Linear(3, 2)
+    return accelerator.prepare(module, torch.optim.AdamW(module.parameters()))[0]
+
+
+def save(accelerator: Accelerator, model: Any, run_dir: Path, step: int, best_step: int = 0, keep: int = 2) -> Path:
+    identity = checkpoint.identity_of(load_config(None), MANIFEST, 1, None, "c")
+    return checkpoint.save(accelerator, model, run_dir, Progress(step=step, events_seen=64 * step, best_step=best_step), identity, "run", keep)
+
+
+def test_a_checkpoint_comes_back(accelerator: Accelerator, model: Any, tmp_path: Path) -> None:
+    before = model.weight.detach().clone()
+    save(accelerator, model, tmp_path, 3)
+    expected = torch.rand(2)
+    torch.nn.init.zeros_(model.weight)
+    found, skipped = checkpoint.newest_whole(accelerator, tmp_path)
+    assert found is not None and skipped == [] and found.mlflow_run_id == "run"
+    progress = checkpoint.load(accelerator, model, found)
+    assert progress == Progress(step=3, events_seen=192)
+    assert torch.equal(model.weight, before) and torch.equal(torch.rand(2), expected), "random numbers go on where they were"
+    assert (tmp_path / "checkpoints" / "latest").read_text() == "step-00000003\n"
+
+
+def test_newest_and_best_are_kept(accelerator: Accelerator, model: Any, tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4, 5):
+        save(accelerator, model, tmp_path, step, best_step=min(step, 2))
+    assert list(checkpoint.listed(tmp_path)) == ["step-00000005", "step-00000004", "step-00000002"]
+
+
+def damage_truncate(path: Path) -> None:
+    (path / "optimizer.bin").write_bytes((path / "optimizer.bin").read_bytes()[:-1])
+
+
+def damage_missing(path: Path) -> None:
+    (path / "model.safetensors").unlink()
+
+
+def damage_list(path: Path) -> None:
+    (path / "files.json").write_text("{")
+
+
+def damage_state(path: Path) -> None:
+    (path / "state.json").write_text("{}")
+
+
+def damage_half(path: Path) -> None:
+    """Killed while writing: there is only the partial folder."""
+    path.rename(path.with_name(f"{checkpoint.PARTIAL}{path.name}"))
+
+
+@pytest.mark.parametrize("damage", [damage_truncate, damage_missing, damage_list, damage_state, damage_half])
+def test_a_damaged_checkpoint_is_never_loaded(accelerator: Accelerator, model: Any, tmp_path: Path, damage: Any) -> None:
+    save(accelerator, model, tmp_path, 1)
+    damage(save(accelerator, model, tmp_path, 2))
+    found, skipped = checkpoint.newest_whole(accelerator, tmp_path)
+    assert found is not None and found.progress.step == 1
+    assert len(skipped) == (0 if damage is damage_half else 1)
+    assert all("step-00000002 is damaged" in text and "taking the one before" in text for text in skipped)
+    save(accelerator, model, tmp_path, 2)  # the continued run comes by again
+    again, skipped = checkpoint.newest_whole(accelerator, tmp_path)
+    assert again is not None and again.progress.step == 2 and skipped == []
+    assert not list((tmp_path / "checkpoints").glob(f"{checkpoint.PARTIAL}*"))
+
+
+def test_killed_between_rename_and_latest(accelerator: Accelerator, model: Any, tmp_path: Path) -> None:
+    save(accelerator, model, tmp_path, 1)
+    save(accelerator, model, tmp_path, 2)
+    (tmp_path / "checkpoints" / "latest").write_text("step-00000001\n")
+    found, _ = checkpoint.newest_whole(accelerator, tmp_path)
+    assert found is not None and found.progress.step == 2
+
+
+def test_nothing_to_find(accelerator: Accelerator, tmp_path: Path) -> None:
+    assert checkpoint.newest_whole(accelerator, tmp_path) == (None, [])
+
+
+def test_a_checkpoint_of_another_version_is_refused(accelerator: Accelerator, model: Any, tmp_path: Path) -> None:
+    path = save(accelerator, model, tmp_path, 1)
+    document = json.loads((path / "state.json").read_text())
+    document["identity"]["format"] = 99
+    shutil.rmtree(path)
+    path.mkdir()
+    (path / "state.json").write_text(json.dumps(document))
+    with pytest.raises(RunError, match="format 99"):
+        checkpoint.read_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size", "stage", "expected"),
+    [
+        ([], 1, None, ""),
+        (["run.log_every_steps=7", "tracking.experiment=other", "data.num_workers=3", "run.dir=elsewhere"], 1, None, ""),
+        (["optim.lr=0.5", "data.num_negatives=9"], 1, None, "data.num_negatives   was 4, is 9 now\n  optim.lr             was 0.001, is 0.5 now"),
+        ([], 2, 2, "ZeRO stage   was none, is 2 now\n  processes    was 1, is 2 now"),
+    ],
+)
+def test_what_may_change_and_what_not(
+    accelerator: Accelerator, model: Any, tmp_path: Path, overrides: list[str], world_size: int, stage: int | None, expected: str
+) -> None:
+    found = checkpoint.read_checkpoint(save(accelerator, model, tmp_path, 1))
+    now = checkpoint.identity_of(load_config(None, overrides), MANIFEST, world_size, stage, "c")
+    if expected:
+        with pytest.raises(RunError) as error:
+            checkpoint.check_identity(found, now)
+        assert expected in str(error.value)
+    else:
+        checkpoint.check_identity(found, now)

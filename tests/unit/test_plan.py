@@ -1,0 +1,136 @@
+"""Batch arithmetic, learning rate, chance levels and the memory formulas."""
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+
+from trainer.config import load_config
+from trainer.errors import ConfigError
+from trainer.plan import GB, DataSize, ModelSize, batch_arithmetic, data_size, dry_run, memory, model_size
+from trainer.schedule import above_chance, chance, grad_accum_steps, make_schedule
+
+
+def schedule_of(*overrides: str, events: int = 6400, world_size: int = 1):
+    return make_schedule(load_config(None, list(overrides)), events, world_size)
+
+
+def test_steps_follow_from_epochs_or_are_given() -> None:
+    assert schedule_of("run.max_epochs=2.5").num_steps == 250
+    assert schedule_of("run.max_steps=7").num_steps == 7
+    assert schedule_of("run.max_epochs=0.001").num_steps == 1
+    assert schedule_of(events=6400).validate_every_steps == 20  # five times over the run
+    assert schedule_of("run.validate_every_steps=30").checkpoint_every_steps == 30
+
+
+def test_the_global_batch_does_not_depend_on_the_number_of_processes() -> None:
+    for world_size, steps in ((1, 8), (2, 4), (8, 1)):
+        s = schedule_of("optim.micro_batch_size=8", world_size=world_size)
+        assert (s.global_batch_size, s.grad_accum_steps, s.num_steps) == (64, steps, 100)
+    assert (
+        batch_arithmetic(schedule_of("optim.micro_batch_size=8", world_size=2))
+        == "64 events a step = 8 micro-batch × 2 processes × 4 accumulation steps"
+    )
+
+
+@pytest.mark.parametrize(("world_size", "fix"), [(4, "choose optim.micro_batch_size among 1, 2, 4, 8, 16"), (3, "divisible by 96, such as 96")])
+def test_batches_that_do_not_fit_the_processes_are_refused_with_a_fix(world_size: int, fix: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        grad_accum_steps(load_config(None, ["optim.global_batch_size=64", "optim.micro_batch_size=32"]), world_size)
+    assert fix in str(error.value)
+
+
+def test_lr_warms_up_and_decays_to_nothing_after_the_last_step() -> None:
+    s = schedule_of("optim.warmup_steps=10", "run.max_steps=100")
+    factors = [s.lr_factor(step) for step in range(100)]
+    assert factors[0] == 0.1 and factors[9] == factors[10] == 1.0 and factors[-1] == pytest.approx(1 / 90)
+    assert all(a > b for a, b in itertools.pairwise(factors[10:]))
+    assert s.lr_factor(100) == 0.0
+    short = schedule_of("optim.warmup_steps=200", "run.max_steps=5")
+    assert max(short.lr_factor(step) for step in range(5)) == 1.0, "a run shorter than its warm-up reaches its peak, too"
+
+
+@pytest.mark.parametrize(("metric", "value"), [("mean/recall@10", 0.1), ("rec/ndcg@10", 0.0454), ("src/mrr", 0.0519), ("mean/recall@5", 0.05)])
+def test_chance_among_one_and_ninety_nine(metric: str, value: float) -> None:
+    mean, deviation = chance(metric, 100)
+    assert mean == pytest.approx(value, abs=1e-4)
+    assert above_chance(metric, 100, 400) == pytest.approx(mean + 3 * deviation / 20)
+
+
+def test_an_unknown_metric_is_refused() -> None:
+    for name in ("mean/precision@10", "recall", "ndcg@x"):
+        with pytest.raises(ConfigError, match=r"run\.select_metric"):
+            chance(name, 100)
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------
+
+DATA = DataSize(train_events=1000, valid_events=100, items=0, queries=0)
+BILLION = ModelSize(total=10**9, trainable=10**9, width=1, layers=1, encoder=1, decoder=1)
+
+
+@pytest.mark.parametrize(
+    ("stage", "world_size", "bytes_each"), [(None, 1, 16), (None, 8, 16), (1, 8, 8 + 12 / 8), (2, 8, 4 + 16 / 8), (3, 8, 20 / 8), (2, 1, 20)]
+)
+def test_bytes_a_parameter_by_zero_stage(stage: int | None, world_size: int, bytes_each: float) -> None:
+    need = memory(load_config(None), BILLION, DATA, stage, world_size)
+    assert (need.weights + need.gradients + need.optimizer) / GB == pytest.approx(bytes_each)
+
+
+def test_frozen_weights_cost_four_bytes() -> None:
+    frozen = ModelSize(total=10**9, trainable=0, width=1, layers=1, encoder=1, decoder=1)
+    need = memory(load_config(None), frozen, DATA, None, 1)
+    assert (need.weights / GB, need.gradients, need.optimizer) == (4.0, 0.0, 0.0)
+
+
+def test_activations_follow_batch_prompt_precision_and_checkpointing() -> None:
+    base = ModelSize(total=0, trainable=0, width=768, layers=12, encoder=1, decoder=1)
+
+    def activations(*overrides: str) -> float:
+        return memory(load_config(None, ["run.precision=bf16", *overrides]), base, DATA, None, 1).activations
+
+    assert activations("optim.micro_batch_size=1", "data.num_negatives=1", "model.prompt=paper") / GB == pytest.approx(0.1 * 2 * 110 / 94)
+    assert activations("run.precision=fp32") == 2 * activations()
+    assert activations("model.activation_checkpointing=true") < 0.3 * activations()
+
+
+# ---- sizes -----------------------------------------------------------------------------------------------------
+
+
+def test_known_backbones_have_their_published_sizes() -> None:
+    base = model_size(load_config(None, ["model.backbone=google/flan-t5-base"]), 0, 32100)
+    published = 247_577_856
+    assert base.encoder + base.decoder + 2 * 32128 * 768 == published, "two tables: flan-t5's output table is not its input table"
+    assert 0 < base.total - published < 10e6, "GenSR's own layers"
+
+
+def test_model_size_is_the_real_one(tmp_path: Path) -> None:
+    from data_shards.schema import read_manifest
+    from tests.tiny_folder import WORDS, make_tiny_folder
+    from trainer.catalog import load_tables
+    from trainer.cf import load_cf
+    from trainer.loading import build_model
+    from trainer.plan import size_of
+
+    folder = make_tiny_folder(tmp_path)
+    manifest = read_manifest(folder)
+    for overrides in ([], ["model.variant=paper"], ["model.lora.rank=4"]):
+        config = load_config(None, ["model.backbone=scratch:nano", *overrides])
+        real = build_model(config, manifest, load_tables(folder, manifest, load_cf(folder, manifest)), folder)
+        assert model_size(config, 0, len(WORDS), cf_dim=16) == size_of(real)
+
+
+def test_a_local_folder_is_counted_from_its_config(tmp_path: Path) -> None:
+    shape = dict(d_model=32, d_ff=64, d_kv=8, num_heads=4, num_layers=1, num_decoder_layers=1, vocab_size=50, feed_forward_proj="gated-gelu")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "t5", "decoder_start_token_id": 0, **shape}))
+    assert model_size(load_config(None, [f"model.backbone={tmp_path}"]), 0, 50).width == 32
+
+
+def test_what_dry_run_cannot_know_is_an_error_with_the_fix(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.dir=OUT"):
+        data_size(load_config(None), None)
+    with pytest.raises(ConfigError, match=r"model\.backbone=nobody/nothing.*google/flan-t5-base"):
+        dry_run(load_config("demo", ["model.backbone=nobody/nothing"]), "demo")
+    with pytest.raises(ConfigError, match=r"run\.select_metric"):
+        dry_run(load_config("demo", ["run.select_metric=loss"]), "demo")

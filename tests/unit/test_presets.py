@@ -1,0 +1,144 @@
+"""Every preset passes --dry-run, and its header says what a user needs. ds_configs keep "auto" for each number the run owns."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+import ds_configs
+from tests.tiny_folder import make_tiny_folder
+from trainer.config import load_config, preset_names, preset_path
+from trainer.distributed import Launch, filled_deepspeed_config, read_deepspeed_json, read_launch
+from trainer.errors import ConfigError
+from trainer.plan import dry_run, launch_of_yaml
+
+PRESETS = ["amazon_kindle_flan_t5_base", "demo", "kuaisar_flan_t5_base", "kuaisar_flan_t5_xl_lora", "scientific_small"]
+JSONS = [name for name in ds_configs.names() if name.endswith(".json")]
+YAMLS = [name for name in ds_configs.names() if name.endswith(".yaml")]
+
+
+def test_the_promised_presets_are_there() -> None:
+    assert set(PRESETS) <= set(preset_names())
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_preset_passes_dry_run_without_data_or_hub(preset: str) -> None:
+    plan = dry_run(load_config(preset), preset)
+    text = "\n".join(plan.lines)
+    assert "documented in preset" in text and "ZeRO-3" in text and "memory" in text
+    assert plan.facts["schedule"]["num_steps"] > 100 and plan.facts["seconds"]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_preset_header_has_launch_line_memory_time_and_sizes(preset: str) -> None:
+    header = "".join(line for line in preset_path(preset).read_text().splitlines(keepends=True) if line.startswith("#"))
+    for part in (f"# {preset}:", "# launch ", "# memory ", "# time ", "# sizes: "):
+        assert part in header, part
+    assert re.search(rf"trainer train {preset} |make demo", header)
+    for named in re.findall(r"ds_configs/(\S+\.yaml)|--deepspeed_config_file (\S+)", header):
+        assert (named[0] or named[1]) in ds_configs.names()
+
+
+@pytest.mark.parametrize("preset", ["demo", "scientific_small"])
+def test_dry_run_reads_a_prepared_folder(preset: str, tmp_path: Path) -> None:
+    folder = make_tiny_folder(tmp_path / "data")
+    plan = dry_run(load_config(preset, [f"data.dir={folder}"]), preset)
+    assert plan.facts["data"]["train_events"] == 96 and plan.facts["data"]["items"] == 130
+
+
+def test_dry_run_fits_eight_gpus_and_two_nodes() -> None:
+    config = load_config("kuaisar_flan_t5_base")
+    one, node, nodes = (dry_run(config, "kuaisar_flan_t5_base", launch) for launch in (Launch(), *map(launch_of_yaml, YAMLS_OF_CLUSTERS)))
+    assert (node.facts["launch"]["world_size"], nodes.facts["launch"]["world_size"]) == (8, 16)
+    assert "2 nodes" in "\n".join(nodes.lines) and "ZeRO-2" in "\n".join(nodes.lines)
+    assert one.facts["schedule"]["num_steps"] == nodes.facts["schedule"]["num_steps"], "the global batch does not depend on the launch"
+    assert one.facts["memory_bytes"]["total"] > node.facts["memory_bytes"]["total"]
+
+
+YAMLS_OF_CLUSTERS = ("accelerate_gpu_8.yaml", "accelerate_multinode.yaml")
+
+# ---- ds_configs ------------------------------------------------------------------------------------------------
+
+
+def test_the_promised_files_are_there() -> None:
+    wanted = {f"zero{stage}.json" for stage in range(4)} | {"zero2_offload.json", "zero3_offload.json"}
+    wanted |= {f"accelerate_{name}.yaml" for name in ("cpu_1", "cpu_2", "gpu_1", "gpu_1_zero2", "gpu_8", "multinode")}
+    assert wanted <= set(ds_configs.names())
+    with pytest.raises(FileNotFoundError, match=r"zero2\.json"):
+        ds_configs.path("zero9.json")
+
+
+@pytest.mark.parametrize("name", JSONS)
+def test_json_owns_no_number_of_the_run(name: str) -> None:
+    document = read_deepspeed_json(ds_configs.path(name))
+    assert str(document["zero_optimization"]["stage"]) in name
+    for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"):
+        assert document[key] == "auto"
+    config = load_config(None, ["optim.global_batch_size=64", "optim.micro_batch_size=8", "run.precision=bf16", "optim.grad_clip=0.5"])
+    filled = filled_deepspeed_config(document, config, grad_accum_steps=4, where=name)
+    assert (filled["train_batch_size"], filled["train_micro_batch_size_per_gpu"], filled["gradient_accumulation_steps"]) == (64, 8, 4)
+    assert filled["gradient_clipping"] == 0.5 and filled["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"}
+    assert '"auto"' not in json.dumps(filled)
+    assert document["train_batch_size"] == "auto", "the document itself is left alone"
+
+
+def test_a_conflict_shows_both_values() -> None:
+    document = {
+        **read_deepspeed_json(ds_configs.path("zero2.json")),
+        "train_batch_size": 17,
+        "bf16": {"enabled": True},
+        "optimizer": {"type": "Adam"},
+    }
+    with pytest.raises(ConfigError) as error:
+        filled_deepspeed_config(document, load_config(None), 1, "mine.json")
+    text = str(error.value)
+    assert "mine.json" in text and "train_batch_size: 17 in the file, 64 in the run (optim.global_batch_size)" in text
+    assert "bf16.enabled: True in the file" in text and "optimizer: given in the file" in text
+
+
+@pytest.mark.parametrize("name", YAMLS)
+def test_yaml_is_what_accelerate_reads(name: str) -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    path = ds_configs.path(name)
+    loaded = load_config_from_file(str(path))  # raises on an unknown key
+    document = yaml.safe_load(path.read_text())
+    assert loaded.num_processes == document["num_processes"]
+    assert "mixed_precision" not in document, "run.precision decides"
+    if document["distributed_type"] == "DEEPSPEED":
+        assert not document.get("use_cpu"), "accelerate would drop DeepSpeed silently"
+        assert document["deepspeed_config"]["deepspeed_config_file"] in ds_configs.names()
+    assert "accelerate launch --config_file ds_configs/" in path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("environment", "ends"),
+    [
+        ({"ACCELERATE_DEEPSPEED_CONFIG_FILE": "zero3.json"}, "zero3.json"),
+        ({"ACCELERATE_DEEPSPEED_CONFIG_FILE": "none", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"}, "zero1.json"),
+        ({"ACCELERATE_DEEPSPEED_ZERO_STAGE": "2", "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"}, "zero2_offload.json"),
+    ],
+)
+def test_the_launcher_names_the_deepspeed_file(environment: dict[str, str], ends: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)  # a bare name works from any folder
+    for key, value in {
+        "ACCELERATE_USE_DEEPSPEED": "true",
+        "WORLD_SIZE": "4",
+        "RANK": "3",
+        "LOCAL_RANK": "1",
+        "LOCAL_WORLD_SIZE": "2",
+        **environment,
+    }.items():
+        monkeypatch.setenv(key, value)
+    launch = read_launch()
+    assert launch.deepspeed_file == str(ds_configs.path(ends)) and launch.zero_stage == int(ends[4])
+    assert (launch.world_size, launch.rank, launch.num_nodes) == (4, 3, 2)
+
+
+def test_an_unknown_deepspeed_file_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", "zero7.json")
+    with pytest.raises(ConfigError, match=r"zero7\.json.*zero0\.json"):
+        read_launch()

@@ -1,0 +1,59 @@
+"""Pictures and tables from metrics.jsonl; what is recorded about code and machine."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from trainer.checkpoint import Progress
+from trainer.errors import RunError
+from trainer.report import environment_facts, git_facts, last_screen, metric_rows, plot_run, read_records
+
+METRICS = {"rec/recall@10": 0.5, "rec/ndcg@10": 0.25, "mean/ndcg@10": 0.25}
+
+
+def write(folder: Path, *records: dict[str, object]) -> None:
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def test_pictures_of_losses_and_metrics(tmp_path: Path) -> None:
+    losses = [{"kind": "train", "step": step, "loss": 1 / step, "answer_loss": 0.9 / step} for step in range(1, 20)]
+    write(tmp_path, *losses, {"kind": "valid", "step": 10, **METRICS})
+    files = plot_run(tmp_path)
+    assert [path.name for path in files] == ["loss.png", "metrics.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in files)
+    assert sorted(path.name for path in (tmp_path / "report").iterdir()) == ["loss.png", "metrics.png"]
+
+
+def test_a_picture_without_data_is_left_out(tmp_path: Path) -> None:
+    write(tmp_path, {"kind": "train", "step": 1, "loss": 0.0, "contrastive_loss": -1.0})  # no logarithm of these
+    assert [path.name for path in plot_run(tmp_path)] == ["loss.png"]
+
+
+def test_half_a_line_is_skipped_and_a_missing_file_named(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 1, "loss": 1.0}\n{"kind"')
+    assert len(read_records(tmp_path)) == 1
+    with pytest.raises(RunError, match=r"metrics\.jsonl is missing"):
+        read_records(tmp_path / "nothing")
+
+
+def test_table_of_metrics() -> None:
+    rows = metric_rows(METRICS)
+    assert len(rows) == 3 and rows[1].split() == ["rec", "–", "0.5000", "–", "0.2500", "–"]
+
+
+def test_the_last_screen_says_what_next(tmp_path: Path) -> None:
+    text = "\n".join(last_screen(tmp_path, Progress(step=20, best_step=10, best_metrics=METRICS, train_s=61), 500))
+    for part in ("best step 10 of 20, 0:01:01", "500 events, sampled", f"gensr evaluate {tmp_path}", f"gensr register {tmp_path}"):
+        assert part in text
+
+
+def test_facts_about_code_and_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.setattr("sys.argv", ["gensr", "train", "tracking.uri=postgresql://me:secret@host/db"])
+    facts = environment_facts()
+    assert facts["cpu_cores"] >= 1 and facts["packages"]["torch"] and facts["slurm"] == {"SLURM_JOB_ID": "17"}
+    assert "secret" not in facts["command"]
+    git = git_facts()
+    assert git == {} or len(git["commit"]) == 40
+    json.dumps(facts)
