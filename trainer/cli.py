@@ -90,12 +90,16 @@ def simulate(
     items: Annotated[int, typer.Option(help="items in the catalogue")] = 4000,
     days: Annotated[int, typer.Option(help="days of logs")] = 14,
     seed: Annotated[int, typer.Option(help="the same seed gives the same bytes")] = 0,
+    rows_per_day: Annotated[float, typer.Option(help="interactions of a user on a day, on average")] = 24.0,
     as_json: AsJson = False,
 ) -> None:
-    """Write raw logs in KuaiSAR's CSV schema from a planted preference model."""
+    """Write raw logs in KuaiSAR's CSV schema from a planted preference model.
+
+    KuaiSAR's own size: --users 25877 --items 6890707 --days 19 --rows-per-day 40 (19.6 M rows, under 400 MB of memory).
+    """
     from data_shards.simulate import simulate as run
 
-    rows = run(out, users=users, items=items, days=days, seed=seed, progress=stage_lines())
+    rows = run(out, users=users, items=items, days=days, seed=seed, progress=stage_lines(), rows_per_day=rows_per_day)
     answer({"out": str(out), "rows": rows}, as_json, *(f"  {name:<22} {count:>12,} rows" for name, count in rows.items()), f"wrote {out}")
 
 

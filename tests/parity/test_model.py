@@ -164,7 +164,7 @@ def test_answer_probability_equals_generate(folder: Path, variant: str) -> None:
         prompts.append((prompt, mask))
         return original(prompt, mask, answers)
 
-    model.backbone.answer_logits = spy  # type: ignore[method-assign]
+    model.backbone.answer_logits = spy  # type: ignore[method-assign,assignment]
     few = batch.with_candidates(batch.candidates[:, :3], batch.labels[:, :3])
     ours = scores(model, few).sigmoid()
     yes, no = model.answers
