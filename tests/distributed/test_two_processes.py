@@ -6,12 +6,13 @@ All of it happens in one launch (worker.py); the tests read what it left.
 import contextlib
 import json
 import os
-import signal
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -32,12 +33,21 @@ BASE = [
     "run.max_steps=6",
     "run.log_every_steps=1",
     "run.validate_every_steps=6",
-    "run.eval_batch_size=20",
+    "run.valid_events=8",
+    "run.eval_batch_size=4",
     "run.threads=1",
     "tracking.enabled=false",
 ]
 RANDOM = [*BASE, "model.dropout=0.1", "optim.micro_batch_size=4"]  # two accumulation steps on two processes
-EXACT = [*BASE, "model.dropout=0", "model.gather_negatives=true", "model.contrastive_weight=0.1", "optim.micro_batch_size=8"]
+EXACT = [
+    *BASE,
+    "run.max_steps=3",
+    "run.validate_every_steps=3",
+    "model.dropout=0",
+    "model.gather_negatives=true",
+    "model.contrastive_weight=0.1",
+    "optim.micro_batch_size=8",
+]
 LORA = [*RANDOM, "model.lora.rank=2"]
 ZERO3 = "zero3_small.json"
 
@@ -61,7 +71,7 @@ SCENARIOS: list[dict[str, Any]] = [
     {"name": "gradients", "overrides": EXACT, "gradients": True},
 ]
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(1000)]
 
 
 @pytest.fixture(scope="module")
@@ -81,12 +91,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with (folder / "launch.log").open("w") as log:
         launch = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env, start_new_session=True)
         try:
-            launch.wait(timeout=400)
+            launch.wait(timeout=900)  # about 60 s on two free cores; two ranks that wait for each other suffer most from busy ones
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(launch.pid, signal.SIGKILL)  # a rank left behind would hold the port and a core
+            end_with_children(launch.pid)
     train(load_config(None, [f"data.dir={folder / 'data'}", f"run.dir={folder / 'single'}", *EXACT, "optim.micro_batch_size=16"]))
     return folder
+
+
+def end_with_children(pid: int) -> None:
+    """A rank left behind would hold a port and a core."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        for each in [*process.children(recursive=True), process]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
 
 
 def results(folder: Path, name: str) -> list[dict[str, Any]]:
@@ -123,11 +141,14 @@ def test_lora_under_zero3_resumes_without_saving_frozen_weights(folder: Path) ->
     for name, status in (("lora", "finished"), ("lora_interrupted", "stopped"), ("lora_resumed", "finished")):
         assert [r.get("status") for r in results(folder, name)] == [status] * 2
     assert records(folder / "lora_interrupted") == records(folder / "lora")
-    checkpoints = [folder / name / "checkpoints" / "step-00000006" for name in ("lora", "zero3")]
-    adapters, whole = (sum(path.stat().st_size for path in checkpoint.rglob("*.pt")) for checkpoint in checkpoints)
+    checkpoints = [folder / name / "checkpoints" / "step-00000006" for name in ("lora", "undisturbed")]
+    adapters, whole = (sum(path.stat().st_size for path in checkpoint.rglob("*optim_states.pt")) for checkpoint in checkpoints)
     assert adapters < 0.6 * whole
     state = load_file(folder / "lora" / "model" / "model.safetensors")
-    assert all(bool(tensor.abs().sum() > 0) for name, tensor in state.items() if "lora_B" in name), "gathered, not empty, and trained"
+    # one decoder position attends to itself alone: what its self-attention asks for makes no difference
+    trained = {name: tensor for name, tensor in state.items() if "lora_B" in name and not re.search(r"decoder\..*SelfAttention\.[qk]\.", name)}
+    assert len(trained) > 10
+    assert all(bool(tensor.abs().sum() > 0) for tensor in trained.values()), "gathered, not empty, and trained"
 
 
 def test_another_learning_rate_is_refused_with_both_values(folder: Path) -> None:
