@@ -8,7 +8,7 @@ from torch import Tensor
 
 from data_shards.schema import Manifest
 from trainer.batch import ItemTables
-from trainer.cf import CfTable
+from trainer.cf_table import CfTable
 from trainer.errors import DataError
 
 

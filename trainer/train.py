@@ -21,7 +21,7 @@ from data_shards.schema import Manifest, read_manifest
 from trainer import checkpoint, plan, report, runfolder
 from trainer.batch import Batch
 from trainer.catalog import load_tables
-from trainer.cf import CfTable, cf_path, load_cf
+from trainer.cf_table import CfTable, cf_path, load_cf
 from trainer.checkpoint import Progress
 from trainer.config import Config
 from trainer.console import RunConsole, peak_memory_gb

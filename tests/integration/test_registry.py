@@ -14,7 +14,8 @@ import torch
 from data_shards.schema import read_manifest
 from data_shards.settings import to_yaml
 from trainer.catalog import load_tables
-from trainer.cf import load_cf, train_cf
+from trainer.cf import train_cf
+from trainer.cf_table import load_cf
 from trainer.config import load_config
 from trainer.data import EvalStream
 from trainer.errors import RequestError, RunError

@@ -12,17 +12,16 @@ from tests.tiny_folder import make_tiny_folder
 from trainer.cf import (
     Clicks,
     _Trainer,
-    cf_path,
     choose_batch_size,
     held_in,
     last_clicks,
-    load_cf,
     rotate_onto,
     sampled_ndcg,
     train_cf,
     train_tables,
     unique_rec_clicks,
 )
+from trainer.cf_table import cf_path, load_cf
 from trainer.config import CfConfig
 from trainer.errors import ConfigError, DataError, RunError
 
