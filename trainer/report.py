@@ -71,10 +71,10 @@ def _plot(
         axes.set_yscale("log")
     axes.set(xlabel="step", ylabel=ylabel, title=title)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))  # beside the lines, never on them
     figure.tight_layout()
     temporary = path.with_name(f".{path.name}.tmp.png")
-    figure.savefig(temporary)
+    figure.savefig(temporary, bbox_inches="tight")
     pyplot.close(figure)
     os.replace(temporary, path)
     return path
