@@ -24,6 +24,11 @@ def uniform_below(bits: np.ndarray, limit: int) -> np.ndarray:
     return (((bits >> U64(32)) * U64(limit)) >> U64(32)).astype(np.int64)
 
 
+def uniform_float(bits: np.ndarray) -> np.ndarray:
+    """Map uint64 random bits to float64 in [0, 1), by their upper 53 bits."""
+    return (bits >> U64(11)).astype(np.float64) * 2.0**-53
+
+
 def derive_seed(seed: int, *parts: int) -> int:
     """A new seed from a seed and the integers that say what it is for (epoch, shard, block, …)."""
     state = int(seed)

@@ -14,6 +14,7 @@ NonNegative = Annotated[int, Ge(0)]
 PositiveFloat = Annotated[float, Gt(0)]
 NonNegativeFloat = Annotated[float, Ge(0)]
 Fraction = Annotated[float, Ge(0), Lt(1)]
+Share = Annotated[float, Ge(0), Le(1)]
 
 
 @s.settings
@@ -28,10 +29,14 @@ class DataConfig:
     """text tokens of a candidate; at most what the folder holds"""
     num_negatives: Positive = 4
     """sampled negatives for each training event"""
-    negatives: Literal["uniform", "popularity", "impressions"] = "uniform"
-    """where training negatives come from; impressions falls back to uniform where an event has too few"""
+    negatives: Literal["uniform", "popularity", "impressions", "mixture"] = "uniform"
+    """where training negatives come from; impressions (shown, not clicked) falls back to uniform where an event has too few; mixture: see below"""
     popularity_alpha: NonNegativeFloat = 0.75
-    """exponent of the click count when negatives=popularity"""
+    """exponent of the click count when negatives=popularity, or in a mixture"""
+    mixture_popularity: Share = 0.25
+    """share drawn by popularity when negatives=mixture; what the two shares leave is uniform"""
+    mixture_impressions: Share = 0.25
+    """share of unclicked impressions when negatives=mixture, as far as an event has them"""
     weight_rec: NonNegativeFloat = 1.0
     """weight of recommendation events in the loss"""
     weight_src: NonNegativeFloat = 1.0
@@ -224,6 +229,9 @@ def cross_field_problems(config: Config) -> list[tuple[str, str]]:
         problems.append(("optim.micro_batch_size", f"must divide optim.global_batch_size={optim.global_batch_size}, got {optim.micro_batch_size}"))
     if data.weight_rec == 0 and data.weight_src == 0:
         problems.append(("data.weight_rec", "data.weight_rec and data.weight_src are both 0: nothing to train on"))
+    if data.mixture_popularity + data.mixture_impressions > 1:
+        both = f"{data.mixture_popularity} + {data.mixture_impressions}"
+        problems.append(("data.mixture_popularity", f"data.mixture_popularity + data.mixture_impressions must be at most 1, got {both}"))
     if data.history_tokens > data.item_tokens:
         problems.append(("data.history_tokens", f"must be at most data.item_tokens={data.item_tokens}, got {data.history_tokens}"))
     return problems

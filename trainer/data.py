@@ -17,7 +17,8 @@ import pyarrow as pa
 import torch
 import webdataset as wds
 
-from data_shards.hashing import click_fold, derive_seed, mix64, permutation, uniform_below
+from data_shards.hashing import click_fold, derive_seed, mix64, permutation, uniform_below, uniform_float
+from data_shards.histories import first_of_runs
 from data_shards.schema import SRC, Manifest, Shard
 from trainer.batch import Batch
 from trainer.config import DataConfig
@@ -26,6 +27,7 @@ from trainer.files import file_sha256
 from trainer.negatives import NegativeSampler
 
 PREFETCH = 8  # batches made ahead by the loader's thread
+CHUNK_EVENTS = 4096  # events made ready at once: array arithmetic costs by the call, so a batch is a view of a larger one
 MAX_IMPRESSIONS = 16  # unclicked impressions of an event offered as negatives
 
 
@@ -131,7 +133,7 @@ def _single_chunk(column: pa.ChunkedArray) -> Any:
     return array.chunk(0) if isinstance(array, pa.ChunkedArray) else array
 
 
-def decode(table: pa.Table, history_max: int, index: np.ndarray | None = None, epoch: int = 0) -> Rows:
+def decode(table: pa.Table, history_max: int, index: np.ndarray | None = None, epoch: int = 0, with_impressions: bool = True) -> Rows:
     """Rows `index` of one Arrow block. Histories are cut to their newest `history_max` items by index arithmetic, without a Python loop."""
     if index is None:
         index = np.arange(table.num_rows)
@@ -141,7 +143,7 @@ def decode(table: pa.Table, history_max: int, index: np.ndarray | None = None, e
     extra = np.zeros((len(index), 0), np.int64)
     if "negatives" in table.column_names:
         extra = _to_numpy(table["negatives"])[index]
-    elif "impressions" in table.column_names:
+    elif with_impressions and "impressions" in table.column_names:
         extra, _ = _list_tail(table["impressions"], index, MAX_IMPRESSIONS, fill=-1)
     return Rows(**plain, history_items=history_items, history_tasks=history_tasks, history_mask=mask, extra=extra, epoch=np.full(len(index), epoch))
 
@@ -201,8 +203,9 @@ class TrainStream(torch.utils.data.IterableDataset):
         self.num_events = sum(map(sum, self.block_sizes))  # in one epoch
         if self.num_events == 0:
             raise DataError(f"{folder}: no training events. Look at it with: gensr inspect {folder}")
+        mixture = (config.mixture_impressions, config.mixture_popularity)
         self.sampler = NegativeSampler(
-            manifest.num_items, config.num_negatives, derive_seed(seed, 11), config.negatives, clicks, config.popularity_alpha
+            manifest.num_items, config.num_negatives, derive_seed(seed, 11), config.negatives, clicks, config.popularity_alpha, mixture
         )
 
     def __iter__(self) -> Iterator[Batch]:
@@ -216,18 +219,19 @@ class TrainStream(torch.utils.data.IterableDataset):
             mine &= (positions - self.start_event) // group % num_workers == worker_id
             if not mine.any():
                 continue
-            waiting.append(decode(table, self.config.history_max, order[mine], epoch))
+            waiting.append(decode(table, self.config.history_max, order[mine], epoch, self.sampler.uses_impressions))
             rows = Rows.concatenate(waiting)
             full = len(rows.item) // micro * micro
-            for first in range(0, full, micro):
-                yield self.make_batch(rows.take(slice(first, first + micro)))
+            chunk = max(CHUNK_EVENTS // micro, 1) * micro
+            for start in range(0, full, chunk):
+                made = self.make_batch(rows.take(slice(start, min(start + chunk, full))))
+                for first in range(0, made.num_events, micro):
+                    yield made.rows(first, first + micro)
             waiting = [rows.take(slice(full, None))]
 
     def make_batch(self, rows: Rows) -> Batch:
         """Draw the negatives of some events and lay them out as tensors; the clicked item is candidate 0."""
-        negatives = self.sampler.draw(rows.event_id, rows.epoch, rows.item, rows.history_items, rows.history_mask)
-        if self.config.negatives == "impressions":
-            negatives = _prefer(rows.extra, negatives)
+        negatives = self.sampler.draw(rows.event_id, rows.epoch, rows.item, rows.history_items, rows.history_mask, rows.extra)
         candidates = np.concatenate([rows.item[:, None], negatives], axis=1)
         labels = np.zeros(candidates.shape, np.float32)
         labels[:, 0] = 1.0
@@ -249,7 +253,8 @@ class TrainStream(torch.utils.data.IterableDataset):
                 if first < len(sizes):
                     for number, table in enumerate(read_blocks(self.folder, shard, first), start=first):
                         usable = self._usable(table)
-                        order = usable[permutation(len(usable), derive_seed(self.seed, 22, epoch, int(index), number))]
+                        user = _to_numpy(table["user"])[usable]
+                        order = usable[spread_users(user, derive_seed(self.seed, 22, epoch, int(index), number))]
                         yield int(ends[number]) - sizes[number], table, order, epoch
                 position = int(ends[-1]) if len(sizes) else position
 
@@ -278,11 +283,20 @@ def _readable(folder: str | Path, shards: tuple[Shard, ...], skip_bad: bool) -> 
     return tuple(good)
 
 
-def _prefer(first: np.ndarray, otherwise: np.ndarray) -> np.ndarray:
-    """Entries ≥ 0 of `first`, then `otherwise`, up to otherwise.shape[1] columns."""
-    both = np.concatenate([first, otherwise], axis=1)
-    order = np.argsort(both < 0, axis=1, kind="stable")[:, : otherwise.shape[1]]
-    return np.take_along_axis(both, order, axis=1)
+def spread_users(user: np.ndarray, seed: int) -> np.ndarray:
+    """A hashed order of events (user: [n]) that puts events of one user far apart: a batch holds distinct users wherever it can (Eq. 10).
+
+    The k-th of a user's c events, k in hashed order, gets the place (k + shift) / c of the block; shift ∈ [0, 1) is hashed from the user.
+    """
+    hashed = permutation(len(user), seed)
+    by_user = hashed[np.argsort(user[hashed], kind="stable")]
+    user = user[by_user]
+    starts = first_of_runs(user)
+    first = np.flatnonzero(starts)
+    count = np.diff(first, append=len(user))
+    run = np.cumsum(starts) - 1
+    shift = uniform_float(mix64(user, derive_seed(seed, 1)))
+    return by_user[np.argsort((np.arange(len(user)) - first[run] + shift) / count[run], kind="stable")]
 
 
 def to_batch(rows: Rows, candidates: np.ndarray, labels: np.ndarray, fold: np.ndarray) -> Batch:

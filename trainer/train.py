@@ -183,7 +183,7 @@ def make_streams(config: Config, manifest: Manifest, accelerator: Any, cf: CfTab
         start_event,
         num_folds=cf.num_folds if holdout == "crossfit" else 0,
         heldout_item=cf.heldout_item.numpy() if holdout == "last" and cf.heldout_item is not None else None,
-        clicks=runfolder.item_clicks(data.dir) if data.negatives == "popularity" else None,
+        clicks=runfolder.item_clicks(data.dir) if data.negatives in ("popularity", "mixture") else None,
     )
     return stream, EvalStream(data.dir, manifest, "valid", data, run.eval_batch_size, rank, world_size, run.valid_events)
 

@@ -1,0 +1,91 @@
+"""Order of training events and mixtures of negatives, on arrays."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trainer.config import load_config
+from trainer.data import spread_users
+from trainer.errors import ConfigError
+from trainer.negatives import NegativeSampler
+
+EVENTS, WIDTH = 400, 6
+
+
+@given(st.lists(st.integers(0, 12), max_size=80), st.integers(0, 2**40))
+def test_spreading_is_a_permutation_that_follows_from_its_seed(users: list[int], seed: int) -> None:
+    user = np.array(users, np.int32)
+    order = spread_users(user, seed)
+    assert sorted(order.tolist()) == list(range(len(users)))
+    assert order.tolist() == spread_users(user, seed).tolist()
+
+
+def test_batches_hold_distinct_users_however_active_they_are() -> None:
+    """4,096 events, 16 batches of 256; activity as uneven as a log's (log-normal): a plain shuffle stays far below."""
+    rng = np.random.default_rng(0)
+    weights = rng.lognormal(0, 1.0, 3000)
+    user = rng.choice(3000, 4096, p=weights / weights.sum())
+
+    def fewest(order: np.ndarray) -> int:
+        return min(len(np.unique(batch)) for batch in user[order].reshape(16, 256))
+
+    orders = [spread_users(user, seed) for seed in range(5)]
+    assert min(map(fewest, orders)) >= 250
+    assert max(fewest(rng.permutation(4096)) for _ in range(5)) < 240
+    assert (orders[0] != orders[1]).mean() > 0.9
+    first_half = np.isin(np.arange(4096), orders[0][:2048])
+    assert abs(first_half[:2048].mean() - 0.5) < 0.05  # the written order leaves no trace
+
+
+def events(impressions: int) -> dict[str, np.ndarray]:
+    """Positive 0, history 1 … 4; the impressions begin with the positive and one history item, which must not come back."""
+    shown = np.concatenate([np.zeros((EVENTS, 1), int), np.full((EVENTS, 1), 3), np.tile(np.arange(10, 10 + impressions), (EVENTS, 1))], axis=1)
+    shown[::2, 2:] = -1  # every other event has none of use
+    return {
+        "event_ids": np.arange(EVENTS), "epochs": np.zeros(EVENTS, int), "positives": np.zeros(EVENTS, int),
+        "history": np.tile(np.arange(1, 5), (EVENTS, 1)), "history_mask": np.ones((EVENTS, 4), bool), "impressions": shown,
+    }  # fmt: skip
+
+
+def of_kind(kind: str, impressions: int = 8, mixture: tuple[float, float] = (0.0, 0.0)) -> np.ndarray:
+    """Items 0 … 99 are never clicked, 100 … 199 often."""
+    clicks = np.repeat([0, 10_000], 100)
+    return NegativeSampler(200, WIDTH, seed=1, kind=kind, clicks=clicks, alpha=1.0, mixture=mixture).draw(**events(impressions))
+
+
+@pytest.mark.parametrize("kind", ["uniform", "popularity", "impressions", "mixture"])
+def test_negatives_are_distinct_and_never_the_positive_or_the_history(kind: str) -> None:
+    negatives = of_kind(kind, mixture=(0.5, 0.3))
+    assert negatives.shape == (EVENTS, WIDTH) and negatives.min() > 4
+    assert all(len(set(row)) == WIDTH for row in negatives.tolist())
+
+
+def test_impressions_come_first_and_the_rest_is_filled() -> None:
+    enough, few = of_kind("impressions", impressions=8), of_kind("impressions", impressions=2)
+    assert ((enough[1::2] >= 10) & (enough[1::2] < 18)).all()
+    assert np.unique(enough[1::2]).size == 8  # not always the same of them
+    assert (np.sort(few[1::2, :2], axis=1) == [10, 11]).all()
+    assert (enough[::2] > 99).mean() > 0.4  # uniform where nothing was shown
+
+
+def test_a_mixture_has_its_shares() -> None:
+    negatives = of_kind("mixture", mixture=(0.5, 0.3))[1::2]
+    shown = ((negatives >= 10) & (negatives < 18)).mean()
+    popular = (negatives >= 100).mean()
+    assert shown == pytest.approx(0.5 + 0.2 * 8 / 200, abs=0.04)
+    assert popular == pytest.approx(0.3 + 0.2 / 2, abs=0.04)
+    all_popular = of_kind("mixture", mixture=(0.0, 1.0))
+    assert (all_popular >= 100).mean() > 0.99
+
+
+def test_an_event_has_its_negatives_whatever_the_batch() -> None:
+    sampler = NegativeSampler(200, WIDTH, seed=1, kind="mixture", clicks=np.repeat([0, 10_000], 100), mixture=(0.4, 0.3))
+    every = sampler.draw(**events(8))
+    some = np.array([3, 4, 77, 301])
+    assert (sampler.draw(**{name: values[some] for name, values in events(8).items()}) == every[some]).all()
+
+
+def test_shares_above_one_are_refused() -> None:
+    with pytest.raises(ConfigError, match="at most 1"):
+        load_config(None, ["data.negatives=mixture", "data.mixture_popularity=0.7", "data.mixture_impressions=0.6"])
