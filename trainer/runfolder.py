@@ -1,7 +1,7 @@
 """The run folder: claimed by one run, described by config.yaml, environment.json and status.json.
 
-status.json says {"status": running | stopped | finished | failed, "progress": {…}}. Scripts decide by it whether to start a run again, because
-launchers turn every exit code but 0 into 1.
+status.json says {"status": running | stopped | finished | failed | crashed, "progress": {…}}. Scripts decide by it whether to start a run again,
+because launchers turn every exit code but 0 into 1. failed: the user must mend something. crashed, and running without a process: try again.
 """
 
 import contextlib

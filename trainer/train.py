@@ -39,7 +39,7 @@ from trainer.distributed import (
     read_launch,
     uses_deepspeed,
 )
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, GensrError
 from trainer.evaluate import validate
 from trainer.loading import build_model, save_model
 from trainer.optimizer import make_optimizer, set_lr
@@ -122,7 +122,8 @@ def train(config: Config, resume: Literal["never", "auto"] = "never") -> TrainRe
             with run.console, StopSignal(accelerator) as stop:
                 return conclude(run, fit(run, stop))
         except BaseException as error:
-            runfolder.write_status(run.folder, "failed", run.progress, enabled=run.is_main)
+            mendable = isinstance(error, (GensrError, KeyboardInterrupt))  # else a lost peer, for example: another attempt may succeed
+            runfolder.write_status(run.folder, "failed" if mendable else "crashed", run.progress, enabled=run.is_main)
             run.tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
             raise
 

@@ -1,0 +1,28 @@
+# shellcheck shell=bash disable=SC2034
+# What is particular to your site. Copy it to slurm/env.sh (git ignores it) and keep the lines you need; every job script reads it first,
+# on the first node of the job, and what it exports reaches all nodes. GENSR_ENV=FILE names another file.
+
+# ---- Python with gensr: an environment on a file system that all nodes see, or a container ------------------------
+# module purge; module load gcc cuda
+source "${SLURM_SUBMIT_DIR:-.}/.venv/bin/activate"
+
+# SRUN_ARGS=(--container-image=/shared/gensr.sqsh --container-mounts=/shared:/shared --container-workdir="$SLURM_SUBMIT_DIR")      # pyxis
+# NODE_PREFIX=(apptainer exec --nv --bind /shared --pwd "$SLURM_SUBMIT_DIR" /shared/gensr.sif)                                     # apptainer
+
+# ---- network: the interface that the nodes reach each other by (`ip -br addr` on a node) --------------------------
+# export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
+# export NCCL_IB_HCA=mlx5 NCCL_DEBUG=WARN
+
+# ---- offline nodes: fetch backbones on the login node first, into the same HF_HOME --------------------------------
+# export HF_HOME=/shared/$USER/huggingface HF_HUB_OFFLINE=1
+
+# ---- tracking. Secrets come from a file that only you can read (chmod 600), never from a command line -------------
+# export MLFLOW_TRACKING_URI=https://mlflow.example.org
+# MLFLOW_TRACKING_TOKEN=$(<"$HOME/.config/gensr/mlflow-token"); export MLFLOW_TRACKING_TOKEN
+
+# ---- what the job scripts read -------------------------------------------------------------------------------------
+# export GENSR_DEEPSPEED=zero3.json         # one of ds_configs/, or a path (zero2.json)
+# export GENSR_MAX_RESTARTS=20              # attempts after the first, by whatever cause
+# export GENSR_PROCESSES_PER_NODE=4         # fewer than there are GPUs
+# export GENSR_LOCAL_CACHE=/scratch/$USER   # node-local: compiled kernels (${TMPDIR:-/tmp}/gensr-USER)
+# export GENSR_CPU=1                        # no GPU: gloo, one process a node unless GENSR_PROCESSES_PER_NODE says otherwise
