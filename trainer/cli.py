@@ -29,6 +29,8 @@ app = typer.Typer(
 )
 config_app = typer.Typer(help="Look at configurations.", epilog="Example: gensr config show demo", no_args_is_help=True)
 app.add_typer(config_app, name="config")
+bench_app = typer.Typer(help="Measure speed and memory against fair baselines.", epilog="Example: gensr bench data", no_args_is_help=True)
+app.add_typer(bench_app, name="bench")
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="settings; all of them: gensr config keys", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout")]
@@ -280,6 +282,37 @@ def read_requests(path: Path) -> list[dict[str, Any]]:
     if not records:
         raise RequestError(f"{path} holds no request: one JSON object a line")
     return records
+
+
+# ---- measurements --------------------------------------------------------------------------------------------------
+
+
+@bench_app.callback()
+def bench() -> None:
+    """Keeps `data` a verb of its own while it is the only one."""
+
+
+@bench_app.command(epilog="Example: gensr bench data --rows 200000,2000000 --json")
+def data(
+    rows: Annotated[
+        str, typer.Option(help="log rows of each row of the scaling table, comma-separated; the figures are those of the last")
+    ] = "200000",
+    turns: Annotated[int, typer.Option(help="measurements of each side, in turns", min=1)] = 2,
+    seconds: Annotated[float, typer.Option(help="CPU seconds of one loader measurement")] = 5.0,
+    threads: Annotated[int, typer.Option(help="threads of both preparations", min=1)] = 2,
+    memory_limit: Annotated[str, typer.Option(help="duckdb's memory in both preparations")] = "1000MB",
+    folder: Annotated[Path | None, typer.Option(help="where logs and prepared folders lie and are kept; default: a temporary folder")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Preparation against a bare duckdb script, and the loader against a per-example collator, on simulated logs."""
+    from trainer.bench import bench_data, bench_lines
+
+    try:
+        sizes = [int(size.replace("_", "")) for size in rows.split(",")]
+    except ValueError:
+        raise ConfigError(f"--rows must be integers, comma-separated, got {rows}") from None
+    document = bench_data(sizes, turns, seconds, threads, memory_limit, folder=folder, progress=stage_lines())
+    answer(document, as_json, *bench_lines(document))
 
 
 # ---- help for people -----------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from data_shards.errors import ConfigError, DataError, GensrError
 
-__all__ = ["ConfigError", "DataError", "EnvironmentProblem", "GensrError", "RequestError", "RunError"]
+__all__ = ["BenchError", "ConfigError", "DataError", "EnvironmentProblem", "GensrError", "RequestError", "RunError"]
 
 
 class RunError(GensrError):
@@ -15,3 +15,7 @@ class EnvironmentProblem(GensrError):
 
 class RequestError(GensrError):
     """A request for scores that cannot be answered: unknown items, a search without a query, a wrong type."""
+
+
+class BenchError(GensrError):
+    """A program that `gensr bench` measures failed."""

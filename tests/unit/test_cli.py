@@ -19,7 +19,7 @@ from trainer.errors import RequestError
 
 ROOT = Path(__file__).parents[2]
 VERBS = ["simulate", "download", "prepare", "inspect", "cf", "train", "evaluate", "report", "compare", "register", "score", "doctor", "demo"]
-COMMANDS = [[verb] for verb in VERBS] + [["config", "show"], ["config", "keys"], ["config", "schema"]]
+COMMANDS = [[verb] for verb in VERBS] + [["bench", "data"], ["config", "show"], ["config", "keys"], ["config", "schema"]]
 
 
 def gensr(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -29,7 +29,7 @@ def gensr(*arguments: str, **environment: str) -> subprocess.CompletedProcess[st
 
 def test_every_verb_is_known() -> None:
     command = typer.main.get_command(app)
-    assert set(command.commands) == {*VERBS, "config"}  # type: ignore[attr-defined]
+    assert set(command.commands) == {*VERBS, "bench", "config"}  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)

@@ -1,0 +1,54 @@
+"""`gensr bench`: the measured processes, the object for scripts, and that both preparations find the same events."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from trainer import bench
+from trainer.cli import app
+from trainer.errors import BenchError, ConfigError
+
+KEYS = {"prepare_ratio_to_duckdb", "prepare_peak_rss_bytes", "loader_examples_per_s_per_core", "loader_ratio_to_per_example", "loader_rss_bytes"}
+
+
+def test_a_process_is_measured_with_its_memory() -> None:
+    program = "import json; x = b'x' * 300_000_000; print('noise'); print(json.dumps({'a': 1}))"
+    measured = bench.measure([sys.executable, "-c", program], threads=1)
+    assert measured.answer == {"a": 1}
+    assert measured.peak_rss_bytes > 300_000_000 and measured.cpu_s > 0 and measured.wall_s > 0
+
+
+def test_a_failing_process_is_named_with_its_last_words() -> None:
+    with pytest.raises(BenchError, match="exit code 3: no such thing"):
+        bench.measure([sys.executable, "-c", "import sys; sys.stderr.write('first\\nno such thing\\n'); sys.exit(3)"], threads=1)
+
+
+def test_wrong_arguments_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="20000 or more"):
+        bench.bench_data([100], folder=tmp_path)
+    assert isinstance(CliRunner().invoke(app, ["bench", "data", "--rows", "many"]).exception, ConfigError)
+    monkeypatch.setattr(bench, "BENCHMARKS", tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="checkout"):
+        bench.bench_data([20_000])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_whole_of_it_at_small_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few items, so that the 5-core keeps some; the larger log is two copies of the smaller."""
+    monkeypatch.setattr(bench, "BASE_ROWS", 20_000)
+    monkeypatch.setattr(bench, "ITEMS_PER_ROW", 0.02)
+    result = CliRunner().invoke(
+        app,
+        ["bench", "data", "--rows", "20000,40000", "--turns", "1", "--seconds", "0.2", "--folder", str(tmp_path), "--json"],
+        catch_exceptions=False,
+    )
+    document = json.loads(result.stdout.splitlines()[-1])
+    assert set(document) >= KEYS | {"hardware", "commit", "configuration", "scaling"}
+    small, large = document["scaling"]
+    assert large["rows"] == pytest.approx(2 * small["rows"], rel=0.01) and large["events"] == 2 * small["events"] > 0
+    assert document["loader_ratio_to_per_example"] > 20 and document["loader_rss_bytes"] < 300e6
+    assert any("distinct users" in line for line in bench.bench_lines(document))

@@ -1,0 +1,205 @@
+"""`gensr bench`: speed and memory as ratios to fair baselines (benchmarks/), alternated in one run (A B A B), so that they hold on any machine.
+
+Every measurement is a process of its own: its CPU time and peak memory, children included, come from the kernel. Nothing heavy is imported here.
+"""
+
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from data_shards.schema import SPLITS, read_manifest
+from trainer.errors import BenchError, ConfigError
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+BASE_ROWS = 200_000  # simulated; larger logs are copies of it with other users and items
+ITEMS_PER_ROW, ROWS_PER_USER, DAYS = 0.35, 760, 19  # as in KuaiSAR
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One finished process. peak_rss_bytes: the largest of it and its children."""
+
+    wall_s: float
+    cpu_s: float
+    peak_rss_bytes: int
+    answer: dict[str, Any]  # the JSON object on the last line of its stdout; {} where it prints nothing
+
+
+def measure(command: Sequence[str], threads: int) -> Measured:
+    """Run a command to its end. Raises BenchError with its last line on stderr when it fails."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": str(threads)}
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        started = time.perf_counter()
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=environment)
+        try:
+            _, status, usage = os.wait4(process.pid, 0)
+        except BaseException:  # interrupted: leave nothing behind
+            process.kill()
+            raise
+        wall_s = time.perf_counter() - started
+        process.returncode = os.waitstatus_to_exitcode(status)
+        out.seek(0), err.seek(0)
+        if process.returncode:
+            last = err.read().decode(errors="replace").strip().splitlines()[-1:]
+            raise BenchError(f"{' '.join(command[:4])} … ended with exit code {process.returncode}: {' '.join(last)}")
+        lines = out.read().splitlines()
+        answer = json.loads(lines[-1]) if lines else {}
+    return Measured(wall_s, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024, answer)
+
+
+def bench_data(
+    rows: Sequence[int], turns: int = 2, seconds: float = 5.0, threads: int = 2, memory_limit: str = "1000MB", batch_size: int = 256,
+    folder: Path | None = None, progress: Progress | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Preparation and loader on simulated logs of about rows[…] rows; the loader on the last. → the object that `gensr bench data --json` prints.
+
+    seconds: CPU time of each loader measurement. folder: where logs and prepared folders lie (kept there; default: a temporary folder).
+    Raises ConfigError without benchmarks/ (it is part of the repository, not of the package), BenchError when a measured program fails.
+    """
+    if not BENCHMARKS.is_dir():
+        raise ConfigError(f"{BENCHMARKS} is missing: gensr bench needs a checkout of the repository.")
+    if not rows or min(rows) < 20_000:
+        raise ConfigError(f"--rows must be 20000 or more each, got {', '.join(map(str, rows))}: smaller logs do not survive the filter")
+    work = Path(tempfile.mkdtemp(prefix="gensr-bench-")) if folder is None else folder
+    progress = progress or (lambda stage, done, total: None)
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        scaling = [_prepare(work, wanted, turns, threads, memory_limit, progress) for wanted in rows]
+        loader = _loader(work / "prepared", turns, seconds, batch_size, progress)
+    finally:
+        if folder is None:
+            shutil.rmtree(work, ignore_errors=True)
+    largest = scaling[-1]
+    return {
+        "prepare_ratio_to_duckdb": largest["ratio_to_duckdb"],
+        "prepare_cpu_ratio_to_duckdb": largest["cpu_ratio_to_duckdb"],
+        "prepare_peak_rss_bytes": largest["peak_rss_bytes"],
+        **loader,
+        "scaling": scaling,
+        "configuration": {
+            "rows": [entry["rows"] for entry in scaling], "turns": turns, "loader_cpu_s": seconds, "threads": threads, "memory_limit": memory_limit,
+            "batch_size": batch_size,
+        },
+        "hardware": hardware(),
+        "commit": _commit(),
+    }  # fmt: skip
+
+
+def raw_logs(work: Path, rows: int, progress: Progress) -> tuple[Path, int]:
+    """A folder of about `rows` log rows in KuaiSAR's schema, and how many there are. Simulated up to BASE_ROWS, above that copies of such a log."""
+    from data_shards.simulate import simulate
+
+    size = min(rows, BASE_ROWS)
+    base = work / f"raw-{size}"
+    if not base.exists():
+        users = max(size // ROWS_PER_USER, 20)
+        simulate(base, users=users, items=int(size * ITEMS_PER_ROW), days=DAYS, rows_per_day=size / users / DAYS, progress=progress)
+    copies = max(round(rows / size), 1)
+    raw = base if copies == 1 else work / f"raw-{size}x{copies}"
+    if not raw.exists():
+        progress("copies", 0, 0)
+        partial = raw.with_name(raw.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        measure([sys.executable, str(BENCHMARKS / "enlarge.py"), str(base), str(partial), str(copies)], threads=1)
+        partial.rename(raw)
+    return raw, sum(_count_lines(raw / name) - 1 for name in ("rec_inter.csv", "src_inter.csv"))
+
+
+def _prepare(work: Path, rows: int, turns: int, threads: int, memory_limit: str, progress: Progress) -> dict[str, Any]:
+    """Preparation and the duckdb script in turns → one row of the scaling table."""
+    raw, num_rows = raw_logs(work, rows, progress)
+    out, bare = work / "prepared", work / "duckdb"
+    limits = [f"memory_limit={memory_limit}", f"threads={threads}", "overwrite=true"]
+    ours = [sys.executable, "-m", "trainer", "prepare", "kuaisar", str(raw), str(out), *limits, "--json"]
+    theirs = [sys.executable, str(BENCHMARKS / "duckdb_prepare.py"), str(raw), str(bare), memory_limit, str(threads)]
+    measured: list[tuple[Measured, Measured]] = []
+    for turn in range(turns):
+        progress("prepare", 2 * turn, 2 * turns)
+        prepared = measure(ours, threads)
+        progress("duckdb", 2 * turn + 1, 2 * turns)
+        measured.append((prepared, measure(theirs, threads)))
+    counts = {split: sum(read_manifest(out).raw["counts"][split].values()) for split in SPLITS}
+    if counts != measured[-1][1].answer:
+        raise BenchError(f"the two preparations disagree about the events: {counts} and {measured[-1][1].answer}")
+    return {
+        "rows": num_rows,
+        "events": sum(counts.values()),
+        "wall_s": round(statistics.median(a.wall_s for a, _ in measured), 2),
+        "cpu_s": round(statistics.median(a.cpu_s for a, _ in measured), 2),
+        "peak_rss_bytes": max(a.peak_rss_bytes for a, _ in measured),
+        "duckdb_wall_s": round(statistics.median(b.wall_s for _, b in measured), 2),
+        "duckdb_cpu_s": round(statistics.median(b.cpu_s for _, b in measured), 2),
+        "duckdb_peak_rss_bytes": max(b.peak_rss_bytes for _, b in measured),
+        "ratio_to_duckdb": round(statistics.median(a.wall_s / b.wall_s for a, b in measured), 3),
+        "cpu_ratio_to_duckdb": round(statistics.median(a.cpu_s / b.cpu_s for a, b in measured), 3),
+    }
+
+
+def _loader(prepared: Path, turns: int, seconds: float, batch_size: int, progress: Progress) -> dict[str, Any]:
+    """The training stream and the per-example collator in turns. Rates are examples per second of CPU time: per core, whatever else runs."""
+    rates: list[tuple[float, float]] = []
+    answers = []
+    for turn in range(turns):
+        progress("loader", 2 * turn, 2 * turns)
+        ours, theirs = (
+            measure([sys.executable, str(BENCHMARKS / name), str(prepared), str(seconds), str(batch_size)], threads=1).answer
+            for name in ("stream_loader.py", "per_example_collator.py")
+        )
+        answers.append(ours)
+        rates.append((ours["examples"] / ours["cpu_s"], theirs["examples"] / theirs["cpu_s"]))
+    return {
+        "loader_examples_per_s_per_core": round(statistics.median(ours for ours, _ in rates)),
+        "loader_ratio_to_per_example": round(statistics.median(ours / theirs for ours, theirs in rates), 1),
+        "loader_rss_bytes": max(answer["rss_bytes"] for answer in answers),
+        "loader_process_rss_bytes": max(answer["process_rss_bytes"] for answer in answers),
+        "distinct_users_mean": round(statistics.mean(answer["distinct_users_mean"] for answer in answers), 2),
+        "distinct_users_min": min(answer["distinct_users_min"] for answer in answers),
+    }
+
+
+def bench_lines(document: dict[str, Any]) -> list[str]:
+    """The object as lines for people."""
+    lines = [f"  {'rows':>12} {'events':>11} {'prepare':>9} {'CPU':>9} {'peak':>9} {'duckdb':>9} {'CPU':>9} {'peak':>9} {'ratio':>6}"]
+    for row in document["scaling"]:
+        ours = f"{row['wall_s']:>8.1f}s {row['cpu_s']:>8.1f}s {row['peak_rss_bytes'] / 1e6:>6,.0f} MB"
+        bare = f"{row['duckdb_wall_s']:>8.1f}s {row['duckdb_cpu_s']:>8.1f}s {row['duckdb_peak_rss_bytes'] / 1e6:>6,.0f} MB"
+        lines.append(f"  {row['rows']:>12,} {row['events']:>11,} {ours} {bare} {row['ratio_to_duckdb']:>6.2f}")
+    return [
+        *lines,
+        f"  loader       {document['loader_examples_per_s_per_core']:,} examples/s per core, "
+        f"{document['loader_ratio_to_per_example']:,.0f} × the per-example collator, {document['loader_rss_bytes'] / 1e6:,.0f} MB",
+        f"  batches      {document['distinct_users_mean']:.1f} distinct users of {document['configuration']['batch_size']}, "
+        f"at least {document['distinct_users_min']}",
+        f"  {document['hardware']['cores']} cores, {document['hardware']['memory_gb']} GB, {document['hardware']['cpu']}; commit {document['commit']}",
+    ]
+
+
+def hardware() -> dict[str, Any]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return {"cpu": platform.processor() or platform.machine(), "cores": cores, "memory_gb": round(psutil.virtual_memory().total / 1e9)}
+
+
+def _commit() -> str | None:
+    from trainer.report import git_facts
+
+    facts = git_facts()
+    return f"{facts['commit']}{'-dirty' if facts['dirty'] else ''}" if facts else None
+
+
+def _count_lines(path: Path) -> int:
+    with open(path, "rb") as file:
+        return sum(piece.count(b"\n") for piece in iter(lambda: file.read(1 << 22), b""))
