@@ -5,7 +5,9 @@ block order of epoch e ─▶ blocks (webdataset entry → Arrow → numpy) ─�
 
 import itertools
 import queue
+import tarfile
 import threading
+import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,6 +30,7 @@ from trainer.negatives import NegativeSampler
 
 PREFETCH = 8  # batches made ahead by the loader's thread
 CHUNK_EVENTS = 4096  # events made ready at once: array arithmetic costs by the call, so a batch is a view of a larger one
+READ_ATTEMPTS, RETRY_AFTER_S = 3, 1.0  # a read error of the disk or the network is tried again after 1 s, then 2 s
 MAX_IMPRESSIONS = 16  # unclicked impressions of an event offered as negatives
 
 
@@ -62,7 +65,8 @@ class Rows:
 def read_blocks(folder: str | Path, shard: Shard, first_block: int = 0, columns: list[str] | None = None, verify: bool = True) -> Iterator[pa.Table]:
     """The Arrow blocks of one shard, in order, from block `first_block` on. Decodes `.arrow` entries and nothing else (no pickle).
 
-    Raises DataError naming the shard when it is missing, truncated, or not what the manifest says.
+    A failing disk or network is tried again, from the block where it failed. Raises DataError naming the shard when it is missing, truncated, or not
+    what the manifest says, or cannot be read after READ_ATTEMPTS attempts.
     """
     path = Path(folder) / shard.name
     if "://" not in str(folder) and not str(folder).startswith("pipe:"):
@@ -70,19 +74,31 @@ def read_blocks(folder: str | Path, shard: Shard, first_block: int = 0, columns:
         url = str(path)
     else:
         url = f"{str(folder).rstrip('/')}/{shard.name}"
+    number = first_block
+    for attempt in itertools.count(1):
+        try:
+            for table in _blocks_of_tar(url, shard, number):
+                number += 1
+                yield table if columns is None else table.select(columns)
+            return
+        except (OSError, KeyError, EOFError, tarfile.TarError, pa.ArrowException, ValueError) as error:
+            if not isinstance(error, OSError) or attempt == READ_ATTEMPTS:
+                raise DataError(f"{url}: cannot be read at block {number}: {error}. Restore the file or prepare the folder again.") from error
+            warnings.warn(f"{url}: reading block {number} failed ({error}), trying again", stacklevel=2)
+            time.sleep(RETRY_AFTER_S * attempt)
+
+
+def _blocks_of_tar(url: str, shard: Shard, first_block: int) -> Iterator[pa.Table]:
     number = -1
-    try:
-        for number, entry in enumerate(wds.WebDataset([url], shardshuffle=False, nodesplitter=None, workersplitter=None, empty_check=False)):
-            if number < first_block:
-                continue
-            table = pa.ipc.open_stream(entry["arrow"]).read_all()
-            if table.num_rows != shard.blocks[number]:
-                raise DataError(
-                    f"{url}: block {number} holds {table.num_rows} events, the manifest says {shard.blocks[number]}. Prepare the folder again."
-                )
-            yield table if columns is None else table.select(columns)
-    except (OSError, KeyError, EOFError, pa.ArrowException, ValueError) as error:
-        raise DataError(f"{url}: cannot be read at block {number + 1}: {error}. Restore the file or prepare the folder again.") from error
+    for number, entry in enumerate(wds.WebDataset([url], shardshuffle=False, nodesplitter=None, workersplitter=None, empty_check=False)):
+        if number < first_block:
+            continue
+        table = pa.ipc.open_stream(entry["arrow"]).read_all()
+        if table.num_rows != shard.blocks[number]:
+            raise DataError(
+                f"{url}: block {number} holds {table.num_rows} events, the manifest says {shard.blocks[number]}. Prepare the folder again."
+            )
+        yield table
     if number + 1 != len(shard.blocks):
         raise DataError(
             f"{url}: holds {number + 1} blocks, the manifest says {len(shard.blocks)} (truncated?). Restore the file or prepare the folder again."
