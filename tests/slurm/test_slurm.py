@@ -28,6 +28,7 @@ SETTINGS = [
     "model.backbone=scratch:nano",
     "model.dropout=0",
     "model.gather_negatives=true",
+    "optim.lr=1e-5",  # AdamW makes steps of ±lr of gradients that are rounding noise: a larger one tells the sums of two ranks from those of one
     "data.item_tokens=8",
     "data.history_tokens=4",
     "data.history_max=8",
