@@ -22,7 +22,7 @@ from data_shards.settings import flatten, to_dict
 from trainer.config import Config
 from trainer.distributed import gather_objects, on_main
 from trainer.errors import EnvironmentProblem, RunError
-from trainer.files import atomic
+from trainer.files import atomic, file_sha256
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -198,7 +198,7 @@ def _shared_checksums(accelerator: "Accelerator", folder: Path, sync: bool) -> d
 
 def file_checksum(path: Path) -> str:
     """sha256 of a file; "" when it is missing."""
-    return str(_checksum(path, sync=False)[1]) if path.is_file() else ""
+    return file_sha256(path) if path.is_file() else ""
 
 
 def _checksum(path: Path, sync: bool) -> list[Any]:
