@@ -1,13 +1,13 @@
-# shellcheck shell=bash disable=SC2034
+# shellcheck shell=bash disable=SC2034,SC1091
 # What is particular to your site. Copy it to slurm/env.sh (git ignores it) and keep the lines you need; every job script reads it first,
 # on the first node of the job, and what it exports reaches all nodes. GENSR_ENV=FILE names another file.
 
 # ---- Python with gensr: an environment on a file system that all nodes see, or a container ------------------------
 # module purge; module load gcc cuda
-source "${SLURM_SUBMIT_DIR:-.}/.venv/bin/activate"
+source .venv/bin/activate
 
-# SRUN_ARGS=(--container-image=/shared/gensr.sqsh --container-mounts=/shared:/shared --container-workdir="$SLURM_SUBMIT_DIR")      # pyxis
-# NODE_PREFIX=(apptainer exec --nv --bind /shared --pwd "$SLURM_SUBMIT_DIR" /shared/gensr.sif)                                     # apptainer
+# SRUN_ARGS=(--container-image=/shared/gensr.sqsh --container-mounts=/shared:/shared --container-workdir="$PWD")      # pyxis
+# NODE_PREFIX=(apptainer exec --nv --bind /shared --pwd "$PWD" /shared/gensr.sif)                                     # apptainer
 
 # ---- network: the interface that the nodes reach each other by (`ip -br addr` on a node) --------------------------
 # export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0

@@ -29,6 +29,8 @@ app = typer.Typer(
 )
 config_app = typer.Typer(help="Look at configurations.", epilog="Example: gensr config show demo", no_args_is_help=True)
 app.add_typer(config_app, name="config")
+runs_app = typer.Typer(help="Several runs at once.", epilog="Example: gensr runs summarize runs/sweep", no_args_is_help=True)
+app.add_typer(runs_app, name="runs")
 bench_app = typer.Typer(help="Measure speed and memory against fair baselines.", epilog="Example: gensr bench data", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
 
@@ -187,6 +189,51 @@ def train(
         raise typer.Exit(result.exit_code)
 
 
+@app.command(
+    epilog="Example: gensr submit demo --nodes 2 --gpus-per-node 8 data.dir=OUT run.dir=RUN", context_settings={"ignore_unknown_options": True}
+)
+def submit(
+    preset: Annotated[str, typer.Argument(metavar="PRESET|FILE", help="a preset's name, or a YAML file")],
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=VALUE | --SBATCH-OPTION=VALUE", help="settings, and options of sbatch: --account=A --time=12:00:00", show_default=False
+        ),
+    ] = None,
+    nodes: Annotated[int, typer.Option(help="nodes", min=1)] = 1,
+    gpus_per_node: Annotated[int, typer.Option(help="GPUs of each node; 0 trains on CPU", min=0)] = 1,
+    processes_per_node: Annotated[int, typer.Option(help="0 = one a GPU (one on CPU)", min=0)] = 0,
+    deepspeed: Annotated[str, typer.Option(help="one of ds_configs/, or a path")] = "zero2.json",
+    sweep: Annotated[
+        Path | None, typer.Option(help="YAML or JSON list of settings: an array of runs below run.dir, their evaluation and a table")
+    ] = None,
+    parallel: Annotated[int, typer.Option(help="runs of a sweep at once; 0 = all", min=0)] = 0,
+    show: Annotated[bool, typer.Option("--print", help="print the script, write and submit nothing")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Check a training run for these nodes, write its script into the run folder and submit it to SLURM."""
+    import shlex
+
+    from trainer import submit as jobs
+    from trainer.sweep import read_sweep
+
+    options, settings = jobs.split_words(words or [])
+    machines = jobs.Machines(nodes, gpus_per_node, processes_per_node, deepspeed)
+    command = shlex.join(["gensr", *sys.argv[1:]])
+    if sweep is None:
+        submission = jobs.plan_run(preset, settings, machines, options, command)
+    else:
+        submission = jobs.plan_sweep(preset, settings, read_sweep(sweep), machines, options, command, parallel)
+    ids = [] if show else jobs.submit(submission)
+    paths = [str(job.path) for job in submission.jobs]
+    scripts = {"scripts": {str(job.path): job.text for job in submission.jobs}} if show else {"scripts": paths}
+    if show:
+        lines = [line for job in submission.jobs for line in (f"# ---- {job.path}: {shlex.join(job.command(['JOB', 'JOB']))}", job.text)]
+    else:
+        lines = [*submission.plan_lines, "", *(f"job {job_id}  {path}" for job_id, path in zip(ids, paths, strict=True))]
+    answer({"job_ids": ids, "runs": [str(path) for path in submission.run_dirs], **scripts}, as_json, *lines)
+
+
 @verb("gensr evaluate runs/mine --split test")
 def evaluate(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="run folder")],
@@ -229,6 +276,21 @@ def compare(
 
     comparison = run(run_dirs, split)
     answer(comparison, as_json, *compare_lines(comparison))
+
+
+@runs_app.callback()
+def runs() -> None:
+    """Keeps `summarize` a verb of its own while it is the only one."""
+
+
+@runs_app.command(epilog="Example: gensr runs summarize runs/sweep")
+def summarize(folder: Annotated[Path, typer.Argument(metavar="SWEEP", help="folder of a sweep's run folders")], as_json: AsJson = False) -> None:
+    """Put the runs of a sweep into one table, SWEEP/sweep.txt and .json, and below one parent run in MLflow."""
+    from trainer.sweep import lines_of
+    from trainer.sweep import summarize as run
+
+    document = run(folder)
+    answer(document, as_json, *lines_of(document))
 
 
 # ---- registry and serving ------------------------------------------------------------------------------------------

@@ -74,6 +74,11 @@ def _deepspeed_file() -> Path:
         stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
         offload = os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none") not in ("none", "None", "")
         named = f"zero{stage}{'_offload' if offload else ''}.json"
+    return deepspeed_path(named)
+
+
+def deepspeed_path(named: str) -> Path:
+    """A path, or a bare name in ds_configs/ → the file. Raises ConfigError that lists the names."""
     if Path(named).is_file():
         return Path(named)
     if Path(named).name in ds_configs.names():

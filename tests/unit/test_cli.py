@@ -13,13 +13,29 @@ import typer
 import yaml
 from typer.testing import CliRunner
 
+from tests.tiny_folder import make_tiny_folder
 from trainer.cli import app, read_requests
 from trainer.config import Config, load_config
 from trainer.errors import RequestError
 
 ROOT = Path(__file__).parents[2]
-VERBS = ["simulate", "download", "prepare", "inspect", "cf", "train", "evaluate", "report", "compare", "register", "score", "doctor", "demo"]
-COMMANDS = [[verb] for verb in VERBS] + [["bench", "data"], ["config", "show"], ["config", "keys"], ["config", "schema"]]
+VERBS = [
+    "simulate",
+    "download",
+    "prepare",
+    "inspect",
+    "cf",
+    "train",
+    "submit",
+    "evaluate",
+    "report",
+    "compare",
+    "register",
+    "score",
+    "doctor",
+    "demo",
+]
+COMMANDS = [[verb] for verb in VERBS] + [["bench", "data"], ["runs", "summarize"], ["config", "show"], ["config", "keys"], ["config", "schema"]]
 
 
 def gensr(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -29,7 +45,7 @@ def gensr(*arguments: str, **environment: str) -> subprocess.CompletedProcess[st
 
 def test_every_verb_is_known() -> None:
     command = typer.main.get_command(app)
-    assert set(command.commands) == {*VERBS, "bench", "config"}  # type: ignore[attr-defined]
+    assert set(command.commands) == {*VERBS, "bench", "config", "runs"}  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
@@ -111,7 +127,7 @@ def test_bad_request_files_are_named(tmp_path: Path, text: str | None, message: 
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built from a copy, so that the checkout gets no build folder."""
     folder = tmp_path_factory.mktemp("wheel")
-    for name in ("trainer", "data_shards", "ds_configs"):
+    for name in ("trainer", "data_shards", "ds_configs", "slurm"):
         shutil.copytree(ROOT / name, folder / "source" / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder / "source")
@@ -123,11 +139,11 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_wheel_holds_code_presets_and_ds_configs(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
-    for package in ("trainer", "data_shards", "ds_configs"):
+    for package in ("trainer", "data_shards", "ds_configs", "slurm"):
         expected = {
             str(p.relative_to(ROOT))
             for p in (ROOT / package).rglob("*")
-            if p.suffix in (".py", ".yaml", ".json", ".md") and "__pycache__" not in p.parts
+            if p.suffix in (".py", ".yaml", ".json", ".md", ".sbatch", ".sh") and "__pycache__" not in p.parts
         }
         assert expected <= names
     assert not [name for name in names if name.startswith(("tests/", "shared/", "data/", "runs/"))]
@@ -139,7 +155,8 @@ def test_wheel_runs_outside_the_checkout(wheel: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--quiet", "--target", str(installed), str(wheel)]
     subprocess.run(command, check=True, timeout=100, stdin=subprocess.DEVNULL)
     code = "import sys; sys.argv[0] = 'gensr'; from trainer.cli import main; import trainer; print(trainer.__file__); main()"
-    for arguments in (["--help"], ["config", "keys"]):
+    submit = ["submit", "demo", "--gpus-per-node", "0", "--print", f"data.dir={make_tiny_folder(tmp_path / 'data')}", "run.dir=RUN"]
+    for arguments in (["--help"], ["config", "keys"], submit):
         environment = {**os.environ, "PYTHONPATH": str(installed)}
         done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60, cwd=tmp_path, env=environment)
         assert done.returncode == 0, done.stderr

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("trainer", "data_shards", "ds_configs")
+PACKAGES = ("trainer", "data_shards", "ds_configs", "slurm")
 MLFLOW_FILES = {"trainer/tracking.py", "trainer/registry.py", "trainer/pyfunc_model.py"}
 # Distribution names of import names that differ from them.
 DISTRIBUTIONS = {"yaml": "PyYAML", "annotated_types": "annotated-types"}
-BUILT_IN_PARTS = {"trainer", "data_shards", "ds_configs", "tests"}
+BUILT_IN_PARTS = {"trainer", "data_shards", "ds_configs", "slurm", "tests"}
 
 
 def layers() -> list[set[str]]:
