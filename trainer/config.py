@@ -181,6 +181,8 @@ class CfConfig:
     """training clicks kept out of the table that training reads: none, each user's last, or cross-fitting by folds"""
     num_folds: Annotated[int, Ge(2), Le(16)] = 4
     """folds when holdout=crossfit"""
+    shared_epochs: Fraction = 0.0
+    """share of the epochs that the tables of two folds train as one, without the clicks of either; 0 = each from nothing"""
     seed: NonNegative = 0
     """seeds initial vectors, sampling and folds"""
 
@@ -190,6 +192,8 @@ class CfRoot:
     cf: CfConfig = CfConfig()
     overwrite: bool = False
     """replace an existing table of other settings or of another split"""
+    save_every_s: NonNegativeFloat = 300.0
+    """seconds between two saved states of a table in training, from which an interrupted `gensr cf` goes on"""
 
 
 def preset_names() -> list[str]:

@@ -1,6 +1,7 @@
 """gensr cf: what each table may see, determinism, and the file."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,19 +10,10 @@ import torch
 from data_shards.hashing import click_fold
 from data_shards.schema import REC, SRC, Manifest, read_manifest
 from tests.tiny_folder import make_tiny_folder
-from trainer.cf import (
-    Clicks,
-    _Trainer,
-    choose_batch_size,
-    held_in,
-    last_clicks,
-    rotate_onto,
-    sampled_ndcg,
-    train_cf,
-    train_tables,
-    unique_rec_clicks,
-)
+from trainer.cf import fold_table, held_in, last_clicks, rotate_onto, train_cf, train_tables, unique_rec_clicks
 from trainer.cf_table import cf_path, load_cf
+from trainer.cf_training import Clicks, TableTrainer, choose_batch_size, sampled_ndcg
+from trainer.cf_work import CfWork, Slot
 from trainer.config import CfConfig
 from trainer.errors import ConfigError, DataError, RunError
 
@@ -50,15 +42,19 @@ def planted_valid(seed: int = 1) -> tuple[np.ndarray, np.ndarray]:
     return users, np.concatenate([own[:, None], others], axis=1)
 
 
-def train(config: CfConfig, messages: list[str] | None = None):
+def work_in(folder: Path, save_every_s: float = 1e9) -> CfWork:
+    return CfWork(folder / "partial", "test", save_every_s)
+
+
+def train(config: CfConfig, folder: Path, messages: list[str] | None = None, save_every_s: float = 1e9):
     columns = planted_columns()
     say = messages.append if messages is not None else lambda message: None
-    return train_tables(unique_rec_clicks(columns, MANIFEST), columns, planted_valid(), MANIFEST, config, say)
+    return train_tables(unique_rec_clicks(columns, MANIFEST), columns, planted_valid(), MANIFEST, config, work_in(folder, save_every_s), say)
 
 
-def test_the_full_table_finds_the_planted_topics():
+def test_the_full_table_finds_the_planted_topics(tmp_path):
     messages: list[str] = []
-    table = train(CfConfig(holdout="none", dim=16), messages)
+    table = train(CfConfig(holdout="none", dim=16), tmp_path, messages)
     assert sampled_ndcg(table.user, table.item, *planted_valid()) > 0.8  # chance is .45
     assert table.item_folds.shape == (0, NUM_ITEMS, 16)
     assert table.num_folds == 0
@@ -66,29 +62,81 @@ def test_the_full_table_finds_the_planted_topics():
     assert "at most" in messages[0]
 
 
-def test_training_is_deterministic_and_depends_on_the_seed():
+def test_training_is_deterministic_and_depends_on_the_seed(tmp_path):
     config = CfConfig(dim=8, max_epochs=4, num_folds=2)
-    first, second, other = train(config), train(config), train(CfConfig(dim=8, max_epochs=4, num_folds=2, seed=1))
+    configs = {"first": config, "second": config, "other": CfConfig(dim=8, max_epochs=4, num_folds=2, seed=1)}
+    first, second, other = (train(each, tmp_path / name) for name, each in configs.items())
     assert torch.equal(first.item, second.item)
     assert torch.equal(first.item_folds, second.item_folds)
     assert not torch.equal(first.item, other.item)
 
 
-def test_each_fold_table_is_trained_without_its_clicks():
+def test_each_fold_table_is_trained_without_its_clicks(tmp_path):
     """Table f equals, up to rotation, a table trained on a log in which fold f's clicks never happened."""
     config = CfConfig(dim=8, max_epochs=6, num_folds=3)
     clicks = unique_rec_clicks(planted_columns(), MANIFEST)
-    table = train(config)
+    table = train(config, tmp_path)
     assert table.num_folds == 3
     for fold in range(3):
         part = clicks.keep(click_fold(clicks.users, clicks.items, 3) != fold)
-        alone = _Trainer(part, config, print).fit(table.validation["epochs"])[1]
+        alone = TableTrainer(part, config, print).fit(table.validation["epochs"], work_in(tmp_path).slot(f"alone-{fold}"))[1]
         torch.testing.assert_close(table.item_folds[fold] @ table.item_folds[fold].T, alone @ alone.T, atol=1e-4, rtol=1e-4)
 
 
-def test_last_holds_out_one_click_of_each_user():
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("settings", [{}, {"shared_epochs": 0.5}, {"holdout": "last"}], ids=["crossfit", "shared", "last"])
+def test_an_interrupted_training_ends_as_the_undisturbed_one(settings, tmp_path, monkeypatch):
+    """Ended after each of its saves in turn: the same bits as without an interruption."""
+    config = CfConfig(dim=8, max_epochs=8, num_folds=2, **settings)
+    undisturbed = train(config, tmp_path / "undisturbed")
+    save, ended = Slot.save, 0
+
+    def save_and_die(slot: Slot, *args) -> None:
+        save(slot, *args)
+        raise Killed
+
+    monkeypatch.setattr(Slot, "save", save_and_die)
+    while True:
+        try:
+            table = train(config, tmp_path / "killed", save_every_s=0)
+            break
+        except Killed:
+            ended += 1
+    assert ended > 8
+    assert torch.equal(table.user, undisturbed.user)
+    assert torch.equal(table.item, undisturbed.item)
+    assert torch.equal(table.item_folds, undisturbed.item_folds)
+    assert table.validation == undisturbed.validation
+
+
+def test_what_other_settings_left_behind_is_not_used(folder):
+    stale = CfWork(cf_path(folder).parent / "partial", "another run", 0).slot("full")
+    stale.save({"user": torch.zeros(1), "item": torch.zeros(1)}, {})
+    train_cf(folder, QUICK)
+    assert load_cf(folder, read_manifest(folder)).item.shape[1] == 8
+    assert not stale.path.exists()
+
+
+def test_tables_that_share_a_start_never_saw_their_clicks(tmp_path):
+    """Fold 0's table is the same whatever fold 0's clicks are."""
+    config, columns = CfConfig(dim=8, max_epochs=4, num_folds=2, shared_epochs=0.5), planted_columns()
+    clicks = unique_rec_clicks(columns, MANIFEST)
+    in_fold = click_fold(clicks.users, clicks.items, 2) == 0
+    tables = []
+    for name, kept in (("all", np.ones(len(in_fold), bool)), ("without", ~in_fold | (np.arange(len(in_fold)) % 2 == 0))):
+        part, work = clicks.keep(kept), work_in(tmp_path / name)
+        masks = held_in(part, config, None)
+        target = torch.eye(NUM_ITEMS, 8)
+        tables.append(fold_table(0, part, masks[0], masks, target, 4, config, work, print))
+    assert torch.equal(*tables)
+
+
+def test_last_holds_out_one_click_of_each_user(tmp_path):
     columns = planted_columns()
-    table = train(CfConfig(dim=8, max_epochs=3, holdout="last"))
+    table = train(CfConfig(dim=8, max_epochs=3, holdout="last"), tmp_path)
     assert table.item_folds.shape == (1, NUM_ITEMS, 8)
     assert table.num_folds == 0  # not folds of click_fold
     assert table.heldout_item is not None
@@ -112,15 +160,15 @@ def test_folds_partition_the_clicks():
     assert np.stack([~mask for mask in masks]).sum(0).tolist() == [1] * len(clicks.users)
 
 
-def test_unclicked_items_and_an_empty_fold_are_zero_rows():
+def test_unclicked_items_and_an_empty_fold_are_zero_rows(tmp_path):
     columns = {key: values[:10] for key, values in planted_columns().items()}  # one user
     clicks = unique_rec_clicks(columns, MANIFEST)
-    user, item = _Trainer(clicks, CfConfig(dim=8), print).fit(2)
+    user, item = TableTrainer(clicks, CfConfig(dim=8), print).fit(2, work_in(tmp_path).slot("table"))
     unclicked = np.setdiff1d(np.arange(NUM_ITEMS), clicks.items)
     assert not item[unclicked].any()
     assert not user[1:].any()
     assert item[clicks.items].abs().sum(1).gt(0).all()
-    user, item = _Trainer(clicks.keep(np.zeros(len(clicks.users), bool)), CfConfig(dim=8), print).fit(2)
+    user, item = TableTrainer(clicks.keep(np.zeros(len(clicks.users), bool)), CfConfig(dim=8), print).fit(2, work_in(tmp_path).slot("table"))
     assert not user.any()
     assert not item.any()
 
@@ -138,7 +186,7 @@ def test_rotation_keeps_scores_and_undoes_a_rotation():
 def test_negatives_avoid_the_users_clicks():
     users = np.repeat([0, 1], [NUM_ITEMS - 20, 3])
     items = np.concatenate([np.arange(NUM_ITEMS - 20), [0, 1, 2]])
-    trainer = _Trainer(Clicks(users, items, 2, NUM_ITEMS), CfConfig(dim=8), print)
+    trainer = TableTrainer(Clicks(users, items, 2, NUM_ITEMS), CfConfig(dim=8), print)
     negative = trainer.draw_negatives(torch.zeros(4000, dtype=torch.int64))
     assert (negative < NUM_ITEMS - 20).double().mean() < 0.1  # half of the draws without rejection; 2^-4 after three further rounds
     assert trainer.draw_negatives(torch.ones(4000, dtype=torch.int64)).ge(3).double().mean() > 0.999
