@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +21,14 @@ WORDS += ["user", "item", "click", "match", "query", "red", "blue", "green", "ol
 ITEM_TOKENS, QUERY_TOKENS = 8, 4
 
 
-def make_tiny_folder(folder: Path, num_train: int = 96, num_valid: int = 40, num_users: int = 24, num_items: int = 130, seed: int = 0) -> Path:
-    """Write a prepared folder with random events (search and recommendation alternate) and a random CF table with two folds."""
+def make_tiny_folder(
+    folder: Path, num_train: int = 96, num_valid: int = 40, num_users: int = 24, num_items: int = 130, seed: int = 0,
+    train_blocks: Sequence[Sequence[int]] = (),
+) -> Path:  # fmt: skip
+    """Write a prepared folder with random events (search and recommendation alternate) and a random CF table with two folds.
+
+    train_blocks: sizes of the blocks of each training shard, instead of one shard of two blocks.
+    """
     rng = np.random.default_rng(seed)
     for part in ("shards", "catalog", "tokenizer", "cf"):
         (folder / part).mkdir(parents=True, exist_ok=True)
@@ -37,13 +44,16 @@ def make_tiny_folder(folder: Path, num_train: int = 96, num_valid: int = 40, num
     pq.write_table(pa.table({"text": [f"query {q}" for q in range(num_queries)]}), folder / "catalog" / "queries.parquet")
     pq.write_table(pa.table({"user_id": [f"u{u}" for u in range(num_users)]}), folder / "catalog" / "users.parquet")
 
-    shards = {}
+    shards: dict[str, list[dict[str, object]]] = {}
     first_id = 0
-    for split, count in (("train", num_train), ("valid", num_valid), ("test", num_valid)):
-        half = count // 2
-        blocks = [_block(rng, first_id + start, size, split, num_users, num_items, num_queries) for start, size in ((0, half), (half, count - half))]
-        shards[split] = [_write_shard(folder, f"shards/{split}-000000.tar", blocks)]
-        first_id += count
+    halves = {name: [[count // 2, count - count // 2]] for name, count in (("train", num_train), ("valid", num_valid), ("test", num_valid))}
+    for split, shard_sizes in {**halves, "train": train_blocks or halves["train"]}.items():
+        shards[split] = []
+        for number, sizes in enumerate(shard_sizes):
+            starts = [first_id + sum(sizes[:i]) for i in range(len(sizes))]
+            blocks = [_block(rng, start, size, split, num_users, num_items, num_queries) for start, size in zip(starts, sizes, strict=True)]
+            shards[split].append(_write_shard(folder, f"shards/{split}-{number:06d}.tar", blocks))
+            first_id += sum(sizes)
     manifest = {
         "format_version": FORMAT_VERSION,
         "gensr_version": "0",
@@ -77,7 +87,7 @@ def make_tiny_folder(folder: Path, num_train: int = 96, num_valid: int = 40, num
 def _block(rng: np.random.Generator, first_id: int, count: int, split: str, num_users: int, num_items: int, num_queries: int) -> pa.Table:
     task = np.where(np.arange(count) % 2 == 0, REC, SRC).astype(np.int8)
     lengths = rng.integers(0, 7, count)
-    candidates = np.stack([rng.permutation(num_items)[:100] for _ in range(count)]).astype(np.int32)
+    candidates = np.array([rng.permutation(num_items)[:100] for _ in range(count)], np.int32).reshape(count, 100)
     columns = {
         "event_id": np.arange(first_id, first_id + count),
         "user": rng.integers(0, num_users, count).astype(np.int32),

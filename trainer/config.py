@@ -37,6 +37,8 @@ class DataConfig:
     """share drawn by popularity when negatives=mixture; what the two shares leave is uniform"""
     mixture_impressions: Share = 0.25
     """share of unclicked impressions when negatives=mixture, as far as an event has them"""
+    search_share: Fraction = 0.0
+    """share of search events in every batch, such as 0.5; 0 keeps the log's own mixture. The task that falls short begins again before the epoch ends"""
     weight_rec: NonNegativeFloat = 1.0
     """weight of recommendation events in the loss"""
     weight_src: NonNegativeFloat = 1.0

@@ -1,4 +1,4 @@
-"""The training stream: one sequence whatever the ranks, workers and interruptions; negatives; evaluation batches; damaged shards."""
+"""Batches of the training stream, negatives, evaluation batches, damaged shards. (The order of events: test_order.py, test_resume.py.)"""
 
 import itertools
 from pathlib import Path
@@ -6,8 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from data_shards.hashing import click_fold
 from data_shards.schema import Manifest, read_manifest
@@ -17,55 +15,12 @@ from trainer.data import EvalStream, TrainStream, prefetched, train_clicks
 from trainer.errors import ConfigError, DataError
 from trainer.negatives import NegativeSampler
 
-RANKS = st.sampled_from([1, 2, 3, 4, 8])
 CONFIG = DataConfig(history_max=6, num_negatives=4)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_folder(tmp_path_factory.mktemp("tiny"))
-
-
-def steps(folder: Path, num_steps: int, ranks: int = 1, micro: int = 0, start: int = 0, global_batch: int = 24, workers: int = 0) -> list[list[int]]:
-    """Sorted event ids of each global step, put together from all ranks' micro-batches."""
-    micro = micro or global_batch // ranks
-    accumulation = global_batch // (micro * ranks)
-    manifest = read_manifest(folder)
-    result: list[list[int]] = [[] for _ in range(num_steps)]
-    for rank in range(ranks):
-        stream = TrainStream(folder, manifest, CONFIG, 5, global_batch, micro, rank, ranks, start_event=start)
-        for number, batch in enumerate(itertools.islice(prefetched(stream, workers), num_steps * accumulation)):
-            result[number // accumulation] += batch.event_id.tolist()
-    return [sorted(ids) for ids in result]
-
-
-def test_every_event_once_an_epoch_in_another_order_each_time(folder: Path) -> None:
-    sequence = [event for step in steps(folder, 12) for event in step]  # 96 events an epoch = 4 steps
-    epochs = [sequence[i : i + 96] for i in range(0, 288, 96)]
-    every = sorted(train_clicks(folder, read_manifest(folder))["event_id"].tolist())
-    assert all(sorted(epoch) == every for epoch in epochs)
-    assert epochs[0] != epochs[1]
-
-
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    ranks=st.sampled_from([1, 2, 3, 4, 8]),
-    accumulation=st.sampled_from([1, 3]),
-    kill_at=st.integers(0, 9),
-    resumed_ranks=st.sampled_from([1, 2, 3, 4, 8]),
-)
-def test_the_sequence_survives_a_kill_and_another_number_of_ranks(
-    folder: Path, ranks: int, accumulation: int, kill_at: int, resumed_ranks: int
-) -> None:
-    undisturbed = steps(folder, 10)
-    before = steps(folder, kill_at, ranks, 24 // (ranks * accumulation) if 24 % (ranks * accumulation) == 0 else 24 // ranks) if kill_at else []
-    after = steps(folder, 10 - kill_at, resumed_ranks, start=kill_at * 24)
-    assert before + after == undisturbed
-
-
-@pytest.mark.parametrize("workers", [1, 2, 3])
-def test_workers_do_not_change_the_sequence(folder: Path, workers: int) -> None:
-    assert steps(folder, 5, ranks=2, micro=6, workers=workers) == steps(folder, 5, ranks=2, micro=6)
 
 
 def test_a_batch_does_not_depend_on_ranks(folder: Path) -> None:

@@ -1,41 +1,13 @@
-"""Order of training events and mixtures of negatives, on arrays."""
+"""Mixtures of negatives, on arrays."""
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from trainer.config import load_config
-from trainer.data import spread_users
 from trainer.errors import ConfigError
 from trainer.negatives import NegativeSampler
 
 EVENTS, WIDTH = 400, 6
-
-
-@given(st.lists(st.integers(0, 12), max_size=80), st.integers(0, 2**40))
-def test_spreading_is_a_permutation_that_follows_from_its_seed(users: list[int], seed: int) -> None:
-    user = np.array(users, np.int32)
-    order = spread_users(user, seed)
-    assert sorted(order.tolist()) == list(range(len(users)))
-    assert order.tolist() == spread_users(user, seed).tolist()
-
-
-def test_batches_hold_distinct_users_however_active_they_are() -> None:
-    """4,096 events, 16 batches of 256; activity as uneven as a log's (log-normal): a plain shuffle stays far below."""
-    rng = np.random.default_rng(0)
-    weights = rng.lognormal(0, 1.0, 3000)
-    user = rng.choice(3000, 4096, p=weights / weights.sum())
-
-    def fewest(order: np.ndarray) -> int:
-        return min(len(np.unique(batch)) for batch in user[order].reshape(16, 256))
-
-    orders = [spread_users(user, seed) for seed in range(5)]
-    assert min(map(fewest, orders)) >= 250
-    assert max(fewest(rng.permutation(4096)) for _ in range(5)) < 240
-    assert (orders[0] != orders[1]).mean() > 0.9
-    first_half = np.isin(np.arange(4096), orders[0][:2048])
-    assert abs(first_half[:2048].mean() - 0.5) < 0.05  # the written order leaves no trace
 
 
 def events(impressions: int) -> dict[str, np.ndarray]:

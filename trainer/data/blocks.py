@@ -1,0 +1,183 @@
+"""Blocks of a prepared folder → columns of events (webdataset entry → Arrow → numpy)."""
+
+import itertools
+import tarfile
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+import webdataset as wds
+
+from data_shards.schema import Manifest, Shard
+from trainer.batch import Batch
+from trainer.errors import DataError
+from trainer.files import file_sha256
+
+READ_ATTEMPTS, RETRY_AFTER_S = 3, 1.0  # a read error of the disk or the network is tried again after 1 s, then 2 s
+MAX_IMPRESSIONS = 16  # unclicked impressions of an event offered as negatives
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Columns of some events. History is padded at the end to the model's N, newest kept."""
+
+    event_id: np.ndarray
+    user: np.ndarray
+    task: np.ndarray
+    item: np.ndarray
+    query: np.ndarray
+    history_items: np.ndarray  # [n, N]
+    history_tasks: np.ndarray
+    history_mask: np.ndarray
+    extra: np.ndarray  # [n, X]: stored negatives of valid and test; impressions of train, padded with -1
+    epoch: np.ndarray  # how often the event has been trained on before
+
+    def take(self, index: Any) -> "Rows":
+        return Rows(**{name: value[index] for name, value in vars(self).items()})
+
+    @staticmethod
+    def concatenate(parts: list["Rows"]) -> "Rows":
+        if len(parts) == 1:
+            return parts[0]
+        return Rows(**{name: np.concatenate([vars(part)[name] for part in parts]) for name in vars(parts[0])})
+
+
+def read_blocks(folder: str | Path, shard: Shard, first_block: int = 0, columns: list[str] | None = None, verify: bool = True) -> Iterator[pa.Table]:
+    """The Arrow blocks of one shard, in order, from block `first_block` on. Decodes `.arrow` entries and nothing else (no pickle).
+
+    A failing disk or network is tried again, from the block where it failed. Raises DataError naming the shard when it is missing, truncated, or not
+    what the manifest says, or cannot be read after READ_ATTEMPTS attempts.
+    """
+    path = Path(folder) / shard.name
+    if "://" not in str(folder) and not str(folder).startswith("pipe:"):
+        _check_file(path, shard, verify)
+        url = str(path)
+    else:
+        url = f"{str(folder).rstrip('/')}/{shard.name}"
+    number = first_block
+    for attempt in itertools.count(1):
+        try:
+            for table in _blocks_of_tar(url, shard, number):
+                number += 1
+                yield table if columns is None else table.select(columns)
+            return
+        except (OSError, KeyError, EOFError, tarfile.TarError, pa.ArrowException, ValueError) as error:
+            if not isinstance(error, OSError) or attempt == READ_ATTEMPTS:
+                raise DataError(f"{url}: cannot be read at block {number}: {error}. Restore the file or prepare the folder again.") from error
+            warnings.warn(f"{url}: reading block {number} failed ({error}), trying again", stacklevel=2)
+            time.sleep(RETRY_AFTER_S * attempt)
+
+
+def _blocks_of_tar(url: str, shard: Shard, first_block: int) -> Iterator[pa.Table]:
+    number = -1
+    for number, entry in enumerate(wds.WebDataset([url], shardshuffle=False, nodesplitter=None, workersplitter=None, empty_check=False)):
+        if number < first_block:
+            continue
+        table = pa.ipc.open_stream(entry["arrow"]).read_all()
+        if table.num_rows != shard.blocks[number]:
+            raise DataError(
+                f"{url}: block {number} holds {table.num_rows} events, the manifest says {shard.blocks[number]}. Prepare the folder again."
+            )
+        yield table
+    if number + 1 != len(shard.blocks):
+        raise DataError(
+            f"{url}: holds {number + 1} blocks, the manifest says {len(shard.blocks)} (truncated?). Restore the file or prepare the folder again."
+        )
+
+
+_verified: set[tuple[str, str]] = set()
+
+
+def check_shard(folder: str | Path, shard: Shard) -> None:
+    """Raises DataError when the shard is not what the manifest says."""
+    _check_file(Path(folder) / shard.name, shard, verify=True)
+
+
+def _check_file(path: Path, shard: Shard, verify: bool) -> None:
+    """Size always, checksum once per process and file."""
+    if not path.is_file():
+        raise DataError(f"{path}: missing shard. Restore the file or prepare the folder again.")
+    size = path.stat().st_size
+    if size != shard.num_bytes:
+        raise DataError(f"{path}: {size} bytes, the manifest says {shard.num_bytes} (truncated?). Restore the file or prepare the folder again.")
+    key = (str(path), shard.sha256)
+    if verify and key not in _verified:
+        if file_sha256(path) != shard.sha256:
+            raise DataError(f"{path}: checksum differs from the manifest's (corrupt shard). Restore the file or prepare the folder again.")
+        _verified.add(key)
+
+
+def split_columns(folder: str | Path, manifest: Manifest, split: str, names: list[str]) -> dict[str, np.ndarray]:
+    """Whole columns of a split, in stored order. Fixed-size lists come as [n, k]."""
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    for shard in manifest.shards(split):
+        for table in read_blocks(folder, shard, columns=names):
+            for name in names:
+                parts[name].append(to_numpy(table[name]))
+    return {name: np.concatenate(arrays) if arrays else np.zeros(0, np.int64) for name, arrays in parts.items()}
+
+
+def train_clicks(folder: str | Path, manifest: Manifest) -> dict[str, np.ndarray]:
+    """user, item, task, time and event_id of every training event."""
+    return split_columns(folder, manifest, "train", ["user", "item", "task", "time", "event_id"])
+
+
+def to_numpy(column: pa.ChunkedArray) -> np.ndarray:
+    array = _single_chunk(column)
+    if pa.types.is_fixed_size_list(array.type):
+        return array.flatten().to_numpy(zero_copy_only=False).reshape(len(array), array.type.list_size)
+    return array.to_numpy(zero_copy_only=False)
+
+
+def _single_chunk(column: pa.ChunkedArray) -> Any:
+    array = column.combine_chunks()
+    return array.chunk(0) if isinstance(array, pa.ChunkedArray) else array
+
+
+def decode(table: pa.Table, history_max: int, index: np.ndarray | None = None, epoch: int = 0, with_impressions: bool = True) -> Rows:
+    """Rows `index` of one Arrow block. Histories are cut to their newest `history_max` items by index arithmetic, without a Python loop."""
+    if index is None:
+        index = np.arange(table.num_rows)
+    plain = {name: to_numpy(table[name])[index].astype(np.int64) for name in ("event_id", "user", "task", "item", "query")}
+    history_items, mask = _list_tail(table["history_items"], index, history_max, fill=0)
+    history_tasks, _ = _list_tail(table["history_tasks"], index, history_max, fill=0)
+    extra = np.zeros((len(index), 0), np.int64)
+    if "negatives" in table.column_names:
+        extra = to_numpy(table["negatives"])[index]
+    elif with_impressions and "impressions" in table.column_names:
+        extra, _ = _list_tail(table["impressions"], index, MAX_IMPRESSIONS, fill=-1)
+    return Rows(**plain, history_items=history_items, history_tasks=history_tasks, history_mask=mask, extra=extra, epoch=np.full(len(index), epoch))
+
+
+def _list_tail(column: pa.ChunkedArray, index: np.ndarray, width: int, fill: int) -> tuple[np.ndarray, np.ndarray]:
+    """The last `width` entries of lists `index` → [n, width] int64 padded at the end with `fill`, and the mask of real entries."""
+    lists = _single_chunk(column)
+    offsets = lists.offsets.to_numpy().astype(np.int64)
+    end = offsets[index + 1][:, None]
+    at = np.maximum(offsets[index][:, None], end - width) + np.arange(width)
+    mask = at < end
+    values = lists.values.to_numpy()
+    if len(values) == 0:
+        return np.full(mask.shape, fill, np.int64), mask
+    return np.where(mask, values[np.where(mask, at, 0)], fill).astype(np.int64), mask
+
+
+def to_batch(rows: Rows, candidates: np.ndarray, labels: np.ndarray, fold: np.ndarray) -> Batch:
+    return Batch(
+        event_id=torch.from_numpy(rows.event_id),
+        user=torch.from_numpy(rows.user),
+        task=torch.from_numpy(rows.task),
+        query=torch.from_numpy(rows.query),
+        fold=torch.from_numpy(fold.astype(np.int64)),
+        history_items=torch.from_numpy(rows.history_items),
+        history_tasks=torch.from_numpy(rows.history_tasks),
+        history_mask=torch.from_numpy(rows.history_mask),
+        candidates=torch.from_numpy(candidates),
+        labels=torch.from_numpy(labels),
+    )
