@@ -72,6 +72,12 @@ def say(*lines: str) -> None:
             typer.echo(line)
 
 
+def note(line: str) -> None:
+    """What a person may want to know on the way; stdout is for answers."""
+    if RANK == 0:
+        typer.echo(line, err=True)
+
+
 def answer(document: Any, as_json: bool, *lines: str) -> None:
     """One JSON object for scripts, or lines for people."""
     if RANK == 0:
@@ -306,7 +312,7 @@ def register(
     """Make a version of a registered model from a run, self-contained and checked."""
     from trainer.registry import register as run
 
-    version = run(run_dir, name, alias)
+    version = run(run_dir, name, alias, notify=note)
     answer({"name": name, "version": version, "alias": alias}, as_json, f"registered models:/{name}/{version}, also models:/{name}@{alias}")
 
 
@@ -320,8 +326,75 @@ def score(
     records = read_requests(requests)
     from trainer.registry import open_model
 
-    for scores in open_model(model, uri)(records):
+    for scores in open_model(model, uri).score(records):
         say(json.dumps({"scores": scores}))
+
+
+User = Annotated[str, typer.Option("--user", help="user id: the history is all of the user's clicks in the prepared folder")]
+History = Annotated[
+    Path | None, typer.Option("--history", help='JSON file: [{"item_id": …, "task": "rec"}, …] oldest first, or one such object a line')
+]
+HowMany = Annotated[int, typer.Option("-k", help="items to answer")]
+Candidates = Annotated[int, typer.Option("--candidates", help="items that retrieval hands to the ranking")]
+Seen = Annotated[bool, typer.Option("--seen", help="also answer items of the history")]
+Registry = Annotated[str, typer.Option(help="MLflow registry; default: MLFLOW_TRACKING_URI, else runs/mlflow.db")]
+Prepared = Annotated[str, typer.Option("--data", help="prepared folder for --user; default: where the model says it was trained from")]
+
+
+@verb("gensr recommend runs/mine --user u17 -k 10")
+def recommend(
+    model: Annotated[str, typer.Argument(help="run folder, or models:/NAME@alias")],
+    user: User = "",
+    history: History = None,
+    k: HowMany = 10,
+    candidates: Candidates = 400,
+    seen: Seen = False,
+    data: Prepared = "",
+    uri: Registry = "",
+    as_json: AsJson = False,
+) -> None:
+    """Find the best items of the whole catalogue for a user: candidates by vectors, then ranked by the model."""
+    if not user and history is None:
+        raise RequestError("whose recommendations? Give --user ID or --history FILE")
+    request = {"task": "rec", "k": k, "num_candidates": candidates, "include_seen": seen}
+    answer_request(model, request, user, history, data, uri, as_json)
+
+
+@verb("gensr search runs/mine --query 'red lamp' --user u17")
+def search(
+    model: Annotated[str, typer.Argument(help="run folder, or models:/NAME@alias")],
+    query: Annotated[str, typer.Option(help="text; for anonymised data word numbers separated by spaces")],
+    user: User = "",
+    history: History = None,
+    k: HowMany = 10,
+    candidates: Candidates = 400,
+    seen: Seen = False,
+    data: Prepared = "",
+    uri: Registry = "",
+    as_json: AsJson = False,
+) -> None:
+    """Find the best items of the whole catalogue for a query, and for a user if one is given."""
+    if not query.strip():
+        raise RequestError("--query is empty: give text, or word numbers for anonymised data")
+    request = {"task": "src", "query": query, "k": k, "num_candidates": candidates, "include_seen": seen}
+    answer_request(model, request, user, history, data, uri, as_json)
+
+
+def answer_request(model: str, request: dict[str, Any], user: str, history: Path | None, data: str, uri: str, as_json: bool) -> None:
+    """Complete a request for the whole catalogue by its history, and print the answer."""
+    if user and history is not None:
+        raise RequestError("--user and --history both say whose history it is: give one of them")
+    from trainer.recommend import read_history
+    from trainer.registry import open_model
+
+    given = {"user_id": user} if user else {"history": read_history(history) if history is not None else []}
+    document = open_model(model, uri, data, notify=note).recommend({**request, **given, "with_text": True})
+    width = max((len(str(item["item_id"])) for item in document["items"]), default=0)
+    lines = [
+        f"{place:>4}  {item['item_id']!s:<{width}}  {item['score']:.4f}  {item['text'][:100]}"
+        for place, item in enumerate(document["items"], start=1)
+    ]
+    answer(document, as_json, *(lines or ["nothing that the history does not hold already: --seen shows that, too"]))
 
 
 def read_requests(path: Path) -> list[dict[str, Any]]:

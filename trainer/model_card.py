@@ -16,6 +16,7 @@ def run_facts(run_dir: Path, config: Config, manifest: Manifest) -> dict[str, An
     git = environment.get("git") or {}
     return {
         "run": str(run_dir),
+        "data_dir": str(Path(config.data.dir).resolve()),
         "commit": str(git.get("commit") or "unknown") + (" with local changes" if git.get("dirty") else ""),
         "manifest_hash": manifest.hash,
         "split_fingerprint": manifest.fingerprint,
@@ -51,8 +52,8 @@ def model_card(name: str, facts: Mapping[str, Any]) -> str:
     lines = [
         f"# {name}",
         "",
-        "GenSR: one generative model for recommendation and search. It scores given candidate items from a user's history (and a query):",
-        'the score is the probability that the model answers "Yes".',
+        "GenSR: one generative model for recommendation and search. It ranks given items, or finds them in its whole catalogue, from a user's history",
+        '(and a query): the score is the probability that the model answers "Yes".',
         "",
         "| | |",
         "|---|---|",
@@ -61,7 +62,7 @@ def model_card(name: str, facts: Mapping[str, Any]) -> str:
         f"| licence of the data | {source.get('license') or 'not stated'} |",
         *(f"| {part} events | {counts[part]['rec']:,} recommendation, {counts[part]['src']:,} search |" for part in ("train", "valid", "test")),
         f"| split | {split.get('rule', '')}, fingerprint `{facts['split_fingerprint'][:16]}` |",
-        f"| prepared folder | manifest `{facts['manifest_hash'][:16]}` |",
+        f"| prepared folder | {facts['data_dir']}, manifest `{facts['manifest_hash'][:16]}` |",
         f"| run, commit, seed | {facts['run']}, `{facts['commit']}`, {facts['seed']} |",
         "",
         *_metric_lines(facts["evaluation"]),

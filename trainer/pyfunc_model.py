@@ -1,4 +1,4 @@
-"""The code of a registered version (models-from-code: MLflow stores and runs this file, nothing is pickled). trainer/serve.py does the work."""
+"""The code of a registered version (models-from-code: MLflow stores and runs this file, nothing is pickled). trainer/recommend.py does the work."""
 
 from pathlib import Path
 from typing import Any
@@ -12,16 +12,16 @@ from trainer.errors import RequestError
 
 
 class GenSRModel(PythonModel):
-    """predict: one request a row (trainer/serve.py says how they look) → column "scores", P("Yes") of each candidate in the order given."""
+    """predict: one request a row (trainer/recommend.py says how they look) → columns "items", "scores" and "model", one answer a row."""
 
     def load_context(self, context: PythonModelContext) -> None:
-        from trainer.serve import Scorer
+        from trainer.recommend import Recommender
 
-        self.scorer = Scorer.from_artifacts(Path(context.artifacts["model"]).parent)
+        self.recommender = Recommender.from_artifacts(Path(context.artifacts["model"]).parent)
 
     def predict(self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
         try:
-            return pd.DataFrame({"scores": self.scorer.score_many(model_input.to_dict("records"))})
+            return pd.DataFrame(self.recommender.answer(model_input.to_dict("records")))
         except RequestError as error:  # MLflow's server answers this one with 400 and the reason, anything else with a traceback
             raise MlflowException.invalid_parameter_value(str(error)) from error
 

@@ -1,15 +1,17 @@
 """Run folder → model version in the MLflow registry, and back. A version is self-contained: weights, configuration, tokenizer, item tables, code.
 
-artifacts/model   RUN/model as it is          artifacts/items   item tables, original ids, how queries are read (serve.write_items)
-code/             trainer and data_shards     model_card.md     what it is, from facts
+artifacts/model        RUN/model as it is             artifacts/items       item tables, ids and texts, how queries are read (serve.write_items)
+artifacts/retrieval    indexes of the catalogue       artifacts/evaluation  the ranks of every test event, for `gensr promote`
+code/                  trainer and data_shards        model_card.md         what it is, from facts
 """
 
 import contextlib
 import json
 import os
+import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -20,10 +22,12 @@ import data_shards
 import trainer
 from data_shards.schema import Manifest, read_manifest
 from trainer.config import Config
-from trainer.errors import EnvironmentProblem, RequestError, RunError
+from trainer.errors import EnvironmentProblem, RunError
 from trainer.files import atomic
 from trainer.loading import load_run_config
 from trainer.model_card import metrics_of, model_card, run_facts, version_tags
+from trainer.recommend import RETRIEVAL, Recommender, run_retrieval
+from trainer.retrieval import Notify, silent
 from trainer.serve import Scorer, read_item_ids, write_items
 from trainer.tracking import RUN_FILE, connect, one_line, open_experiment, tracking_uri
 
@@ -33,38 +37,37 @@ ALIAS = "candidate"
 # fmt: off
 SERVING_PACKAGES = (
     "mlflow", "torch", "transformers", "tokenizers", "peft", "safetensors", "numpy", "pandas",
-    "pyarrow", "duckdb", "webdataset", "pydantic", "annotated-types", "PyYAML",
+    "pyarrow", "faiss-cpu", "duckdb", "webdataset", "pydantic", "annotated-types", "PyYAML",
 )
 # fmt: on
 MAX_SCORE_DIFFERENCE = 1e-4  # between the run's scores and the registered version's, after a float32 round trip
+EVALUATION_FILES = ("evaluation-test.json", "evaluation-test.parquet")
 
-Answer = Callable[[Sequence[Mapping[str, Any]]], list[list[float]]]
 
-
-def register(run_dir: str | Path, name: str, alias: str = ALIAS) -> int:
+def register(run_dir: str | Path, name: str, alias: str = ALIAS, notify: Notify = silent) -> int:
     """Log RUN as a pyfunc model in its own MLflow run, register it as a new version of `name`, move `alias` to it. Returns the version.
 
-    The alias moves only after the version, loaded back, gives the run's own scores.
+    The alias moves only after the version, loaded back, gives the run's own scores. Indexes of the catalogue are built first, where RUN/retrieval
+    does not have them; `notify` is told the memory they need.
     Raises RunError when the run has no model or the version scores differently, EnvironmentProblem when MLflow refuses.
     """
     run_dir = Path(run_dir)
     config = load_run_config(run_dir)
     manifest = read_manifest(config.data.dir)
     scorer = Scorer.from_run(run_dir)
+    run_retrieval(run_dir, scorer, notify)
     facts = run_facts(run_dir, config, manifest)
     example = example_requests(config.data.dir, manifest)
     expected = scorer.score_many(example)
     uri = tracking_uri(config, run_dir)
-    try:
+    with mlflow_errors(f"MLflow at {uri} does not register {run_dir}"):
         number, run_id = _log_model(run_dir, name, config, scorer, facts, example, uri)
         client = connect(uri)
-        _compare(expected, open_model(f"models:/{name}/{number}", uri)(example), name, number)
+        _compare(expected, _predict(f"models:/{name}/{number}", uri, example), name, number)
         for key, value in version_tags(facts, run_id).items():
             client.set_model_version_tag(name, str(number), key, value)
         client.update_model_version(name, str(number), description=model_card(name, facts))
         client.set_registered_model_alias(name, alias, str(number))
-    except _mlflow_exception() as error:
-        raise EnvironmentProblem(f"MLflow at {uri} does not register {run_dir}: {one_line(error)}") from error
     with atomic(run_dir / REGISTRY_FILE) as path:
         path.write_text(
             json.dumps({"name": name, "version": number, "alias": alias, "uri": uri, "run_id": run_id}, indent=2) + "\n", encoding="utf-8"
@@ -72,67 +75,100 @@ def register(run_dir: str | Path, name: str, alias: str = ALIAS) -> int:
     return number
 
 
-def open_model(model: str | Path, uri: str = "") -> Answer:
-    """A run folder, or models:/NAME@alias (models:/NAME/VERSION) of the registry at `uri` → requests in, scores out.
+def open_model(model: str | Path, uri: str = "", data_dir: str | Path = "", notify: Notify = silent) -> Recommender:
+    """A run folder, or models:/NAME@alias (models:/NAME/VERSION) of the registry at `uri` → what answers requests.
 
-    An empty `uri` means MLFLOW_TRACKING_URI, else runs/mlflow.db. Raises RunError when there is no such model.
+    data_dir: see Recommender.from_artifacts. Raises RunError when there is no such model.
     """
     if not str(model).startswith("models:"):
-        return Scorer.from_run(model).score_many
-    uri = uri or os.environ.get("MLFLOW_TRACKING_URI", "") or _default_uri()
-    connect(uri)
-    import mlflow
-    import pandas as pd
-
-    mlflow.set_tracking_uri(uri)
-    mlflow.set_registry_uri(uri)
-    try:
-        loaded = mlflow.pyfunc.load_model(str(model))
-    except _mlflow_exception() as error:
-        raise RunError(f"{model}: no such model at {uri}: {one_line(error)}") from error
-
-    def answer(requests: Sequence[Mapping[str, Any]]) -> list[list[float]]:
-        try:
-            return [list(scores) for scores in loaded.predict(pd.DataFrame(list(requests)))["scores"]]
-        except _mlflow_exception() as error:  # a bad request, or a column that the signature does not allow
-            raise error.__cause__ if isinstance(error.__cause__, RequestError) else RequestError(str(error).strip().splitlines()[-1]) from error
-
-    return answer
+        return Recommender.from_run(model, notify=notify)
+    return Recommender.from_artifacts(fetch(str(model), uri or default_uri()) / "artifacts", data_dir=data_dir, notify=notify)
 
 
-def _default_uri() -> str:
+def default_uri() -> str:
+    """MLFLOW_TRACKING_URI, else runs/mlflow.db. Raises RunError when there is neither."""
+    if uri := os.environ.get("MLFLOW_TRACKING_URI", ""):
+        return uri
     path = Path("runs/mlflow.db")
     if not path.is_file():
         raise RunError("which registry? Set MLFLOW_TRACKING_URI or --uri, for example sqlite:///runs/mlflow.db")
     return f"sqlite:///{path.resolve()}"
 
 
+def fetch(model: str, uri: str) -> Path:
+    """The folder of a registered version (models:/…); of a store on this machine it is the store's own. Raises RunError when there is no such model."""
+    mlflow = _mlflow_at(uri)
+    try:
+        return Path(mlflow.artifacts.download_artifacts(model))
+    except (_mlflow_exception(), OSError) as error:
+        raise RunError(f"{model}: no such model at {uri}: {one_line(error)}") from error
+
+
+def find_version(client: Any, name: str, alias: str) -> Any | None:
+    """The version that an alias names (MLflow's ModelVersion), or None."""
+    try:
+        return client.get_model_version_by_alias(name, alias)
+    except _mlflow_exception() as error:
+        if getattr(error, "error_code", "") in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            return None
+        raise
+
+
+@contextlib.contextmanager
+def mlflow_errors(what: str) -> Iterator[None]:
+    """MLflow's errors as EnvironmentProblem: `what` and the reason."""
+    try:
+        yield
+    except _mlflow_exception() as error:
+        raise EnvironmentProblem(f"{what}: {one_line(error)}") from error
+
+
+def _predict(model: str, uri: str, requests: list[dict[str, Any]]) -> list[list[float]]:
+    """Scores as MLflow's own server would give them."""
+    import pandas as pd
+
+    return [list(scores) for scores in _mlflow_at(uri).pyfunc.load_model(model).predict(pd.DataFrame(requests))["scores"]]
+
+
+def _mlflow_at(uri: str) -> Any:
+    connect(uri)
+    import mlflow
+
+    mlflow.set_tracking_uri(uri)
+    mlflow.set_registry_uri(uri)
+    return mlflow
+
+
 def _log_model(
     run_dir: Path, name: str, config: Config, scorer: Scorer, facts: dict[str, Any], example: list[dict[str, Any]], uri: str
 ) -> tuple[int, str]:
     """→ (version, id of the MLflow run it belongs to). The run keeps the status it had."""
-    client = connect(uri)
-    import mlflow
     import pandas as pd
 
-    mlflow.set_tracking_uri(uri)
-    mlflow.set_registry_uri(uri)
+    client, mlflow = connect(uri), _mlflow_at(uri)
     run_id = _run_id(run_dir, client)
     if not run_id:  # trained with tracking.enabled=false
         experiment_id = open_experiment(client, uri, config.tracking.experiment, run_dir)
         run_id = client.create_run(experiment_id, run_name=run_dir.name).info.run_id
     status = client.get_run(run_id).info.status
     with tempfile.TemporaryDirectory(prefix="gensr-register-") as temporary:
-        items, card = Path(temporary) / "items", Path(temporary) / "model_card.md"
-        catalog = pq.read_table(Path(config.data.dir) / "catalog" / "items.parquet", columns=["item_id"])
-        serving_facts = {key: facts[key] for key in ("manifest_hash", "split_fingerprint", "commit")}
-        write_items(items, scorer, catalog["item_id"], serving_facts)
+        items, card, evaluation = (Path(temporary) / part for part in ("items", "model_card.md", "evaluation"))
+        catalog = pq.read_table(Path(config.data.dir) / "catalog" / "items.parquet", columns=["item_id", "text"])
+        serving_facts = {key: facts[key] for key in ("manifest_hash", "split_fingerprint", "commit", "data_dir")}
+        write_items(items, scorer, catalog, serving_facts)
         card.write_text(model_card(name, facts), encoding="utf-8")
+        evaluation.mkdir()
+        for file in EVALUATION_FILES:
+            if (run_dir / file).is_file():
+                shutil.copy2(run_dir / file, evaluation)
+        folders = {"model": run_dir / "model", "items": items, "retrieval": run_dir / RETRIEVAL, "card": card}
+        if any(evaluation.iterdir()):
+            folders["evaluation"] = evaluation
         with mlflow.start_run(run_id=run_id):
             logged = mlflow.pyfunc.log_model(
                 name="model",
                 python_model=str(Path(__file__).with_name("pyfunc_model.py")),
-                artifacts={"model": str(run_dir / "model"), "items": str(items), "card": str(card)},
+                artifacts={key: str(path) for key, path in folders.items()},
                 code_paths=[str(Path(package.__path__[0])) for package in (trainer, data_shards)],
                 signature=signature(),
                 input_example=pd.DataFrame(example),
@@ -188,15 +224,11 @@ def signature() -> Any:
     from mlflow.types import DataType, Schema
     from mlflow.types.schema import AnyType, Array, ColSpec
 
-    anything = AnyType()  # ids are text or numbers, a query is text, a list or null: serve.py checks them and says what is wrong
-    inputs = [
-        ColSpec(anything, "user_id", required=False),
-        ColSpec(Array(anything), "history"),
-        ColSpec(DataType.string, "task"),
-        ColSpec(anything, "query", required=False),
-        ColSpec(Array(anything), "candidates"),
-    ]
-    return ModelSignature(inputs=Schema(inputs), outputs=Schema([ColSpec(Array(DataType.double), "scores")]))
+    anything = AnyType()  # ids are text or numbers, a query is text, a list or null: recommend.py checks them and says what is wrong
+    optional = ("user_id", "history", "query", "candidates", "k", "num_candidates", "include_seen", "explain", "with_text")
+    inputs = [ColSpec(DataType.string, "task"), *(ColSpec(anything, name, required=False) for name in optional)]
+    outputs = [ColSpec(Array(anything), "items"), ColSpec(Array(DataType.double), "scores"), ColSpec(anything, "model")]
+    return ModelSignature(inputs=Schema(inputs), outputs=Schema(outputs))
 
 
 def requirements() -> list[str]:

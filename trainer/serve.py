@@ -3,13 +3,16 @@
 A request:  {"user_id"?: …, "history": [{"item_id": …, "task": "rec" | "src"}, … oldest first], "task": "rec" | "src",
              "query": text, list of anonymised words, or null, "candidates": [item ids]}
 The answer: P("Yes") of each candidate, in the order given. Item ids are the original ones, as text or numbers.
+recommend.py answers from the whole catalogue, and takes histories from a prepared folder where there is one.
 """
 
 import dataclasses
+import itertools
 import json
 import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,7 +53,7 @@ class QueryFormat:
 class ParsedRequest:
     """Rows instead of ids."""
 
-    items: list[int]  # history, oldest first, at most history_max
+    items: list[int]  # history, oldest first, all of it; the model reads the newest history_max
     tasks: list[int]
     task: int
     query: str | None
@@ -64,6 +67,7 @@ class Scorer:
         self.model = model
         self.query_format = query_format
         self.words = words
+        self.item_ids = item_ids
         self._row_of = {str(item_id): row for row, item_id in enumerate(item_ids)}
         self._tokenizer = tokenizer
         self._lock = threading.Lock()  # queries are rows of the model's tables while a batch is scored
@@ -80,10 +84,7 @@ class Scorer:
     def from_artifacts(cls, folder: str | Path, device: str = "cpu") -> "Scorer":
         """The same from what a registered version holds: FOLDER/model and FOLDER/items (write_items)."""
         folder = Path(folder)
-        path = folder / "items" / "serving.json"
-        if not path.is_file():
-            raise RunError(f"{folder} holds no registered model ({path} is missing)")
-        form = QueryFormat(**json.loads(path.read_text(encoding="utf-8"))["query_format"])
+        form = QueryFormat(**read_serving_facts(folder / "items")["query_format"])
         model = load_model(folder / "model", read_tables(folder / "items"), device)
         item_ids = read_item_ids(folder / "items" / "items.parquet")
         return cls(model, item_ids, load_fast_tokenizer(folder / "model"), form, read_words(folder / "items" / "words.npy", form))
@@ -94,7 +95,10 @@ class Scorer:
 
     def score_many(self, requests: Sequence[Mapping[str, Any]]) -> list[list[float]]:
         """score() of each request, in batches. Raises RequestError that names the first bad request before anything is scored."""
-        parsed = [self._parse(request, number) for number, request in enumerate(requests)]
+        return self.score_parsed([self.parse(request, f"request {number}") for number, request in enumerate(requests, start=1)])
+
+    def score_parsed(self, parsed: Sequence[ParsedRequest]) -> list[list[float]]:
+        """The same for requests that parse() has read."""
         scores: list[list[float]] = [[] for _ in parsed]
         for units in self._batches(parsed):
             for (number, candidates), row in zip(units, self._score_units(parsed, units), strict=True):
@@ -103,8 +107,8 @@ class Scorer:
 
     # ---- from requests to rows ---------------------------------------------------------------------------------
 
-    def _parse(self, request: Mapping[str, Any], number: int) -> ParsedRequest:
-        where = f"request {number + 1}"
+    def parse(self, request: Mapping[str, Any], where: str, needs_candidates: bool = True) -> ParsedRequest:
+        """`where` begins the message of the RequestError that a bad request raises."""
         task = self._task(request.get("task"), where)
         query = request.get("query")
         query = None if _missing(query) else self._query_text(query, where)
@@ -118,9 +122,8 @@ class Scorer:
                 raise RequestError(f'{where}: history entries look like {{"item_id": …, "task": "rec"}}, got {entry!r}')
             history.append((entry["item_id"], self._task(entry.get("task"), f"{where}: history")))
         candidates = _listed(request.get("candidates"), f"{where}: candidates")
-        if not candidates:
+        if needs_candidates and not candidates:
             raise RequestError(f"{where}: candidates is empty: give the item ids to score")
-        history = history[-self.model.settings.history_max :]
         rows = self._rows([item for item, _ in history], f"{where}: history")
         return ParsedRequest(rows, [t for _, t in history], task, query, self._rows(candidates, f"{where}: candidates"))
 
@@ -166,29 +169,61 @@ class Scorer:
 
     def _score_units(self, parsed: Sequence[ParsedRequest], units: Sequence[tuple[int, list[int]]]) -> list[list[float]]:
         requests = [parsed[number] for number, _ in units]
-        queries = [request.query for request in requests if request.query is not None]
-        query_tokens, query_words = self._encode_queries(queries)
-        query_rows = iter(range(len(queries)))
-        history = _padded([r.items for r in requests])
-        candidates = _padded([c for _, c in units])
-        batch = Batch(
-            event_id=torch.arange(len(units)),
-            user=torch.full((len(units),), -1),
-            task=torch.tensor([r.task for r in requests]),
-            query=torch.tensor([NO_QUERY if r.query is None else next(query_rows) for r in requests]),
-            fold=torch.full((len(units),), -1),
-            history_items=history,
-            history_tasks=_padded([r.tasks for r in requests]),
-            history_mask=torch.arange(history.shape[1]) < torch.tensor([len(r.items) for r in requests])[:, None],
-            candidates=candidates,
-            labels=torch.zeros(candidates.shape),
-        )
+        batch = self._batch(requests, [candidates for _, candidates in units])
+        with self._asking([request.query for request in requests if request.query is not None]):
+            rows: list[list[float]] = self.model.score(batch).sigmoid().tolist()
+        return rows
+
+    def filter_weights(self, parsed: ParsedRequest) -> dict[str, list[list[float]]]:
+        """Eq. 5's weights, what the two soft filters read of the history for each candidate: {"cf", "semantic"}: [candidates][newest history_max items].
+
+        Each row sums to 1. Empty rows without a history.
+        """
+        if not parsed.items:
+            return {view: [[] for _ in parsed.candidates] for view in ("cf", "semantic")}
+        model, batch = self.model, self._batch([parsed], [parsed.candidates])
+        with torch.inference_mode():
+            history = model.encode_history(batch)
+            cf_BCN = model.cf_filter.weights(model.cf_vectors(batch.candidates, batch.fold), history.cf_BNK, history.mask_BN)
+            semantic = model.semantic_vectors(batch.candidates, model.settings.item_tokens)
+            semantic_BCN = model.sem_filter.weights(semantic, history.sem_BND, history.mask_BN)
+        return {"cf": cf_BCN[0].tolist(), "semantic": semantic_BCN[0].tolist()}
+
+    def query_vectors(self, queries: Sequence[str]) -> np.ndarray:
+        """Queries as one vector each, [Q, D] float32; zero where the model knows no word of a query."""
+        with self._asking(queries):
+            vectors: Tensor = self.model.query_parts(torch.arange(len(queries), device=self.model.tables.cf.device))[2]
+            return vectors.float().cpu().numpy()
+
+    @contextmanager
+    def _asking(self, queries: Sequence[str]) -> Iterator[None]:
+        """The model with these queries as rows 0, 1, … of its query tables, for one caller at a time."""
         device = self.model.tables.cf.device
+        query_tokens, query_words = self._encode_queries(queries)
         with self._lock, torch.inference_mode():
             tables = dataclasses.replace(self.model.tables, query_tokens=query_tokens.to(device), query_words=query_words.to(device))
             self.model.set_tables(tables)
-            rows: list[list[float]] = self.model.score(batch.to(device)).sigmoid().tolist()
-        return rows
+            yield
+
+    def _batch(self, requests: Sequence[ParsedRequest], candidates: Sequence[Sequence[int]]) -> Batch:
+        """Requests and their candidates on the model's device; queries are numbered in the order in which they come."""
+        newest = self.model.settings.history_max
+        items, tasks = ([getattr(request, name)[-newest:] for request in requests] for name in ("items", "tasks"))
+        history, candidate_rows = _padded(items), _padded(candidates)
+        query_rows = itertools.count()
+        batch = Batch(
+            event_id=torch.arange(len(requests)),
+            user=torch.full((len(requests),), -1),
+            task=torch.tensor([r.task for r in requests]),
+            query=torch.tensor([NO_QUERY if r.query is None else next(query_rows) for r in requests]),
+            fold=torch.full((len(requests),), -1),
+            history_items=history,
+            history_tasks=_padded(tasks),
+            history_mask=torch.arange(history.shape[1]) < torch.tensor([len(row) for row in items])[:, None],
+            candidates=candidate_rows,
+            labels=torch.zeros(candidate_rows.shape),
+        )
+        return batch.to(self.model.tables.cf.device)
 
     def _encode_queries(self, queries: Sequence[str]) -> tuple[Tensor, Tensor]:
         """As preparation does it → query_tokens [Q, L] and query_words [Q, W], padded with 0; at least one row, which recommendations look up."""
@@ -220,15 +255,25 @@ def load_fast_tokenizer(model_dir: Path) -> "Tokenizer":
     return Tokenizer.from_file(str(model_dir / "tokenizer" / "tokenizer.json"))
 
 
-def write_items(folder: Path, scorer: Scorer, item_ids: pa.ChunkedArray, facts: Mapping[str, Any]) -> None:
-    """What a registered version needs of the prepared folder: item tables (without the cross-fitting folds), original ids, how to read queries."""
+def write_items(folder: Path, scorer: Scorer, items: pa.Table, facts: Mapping[str, Any]) -> None:
+    """What a registered version needs of the prepared folder: item tables (without the cross-fitting folds), original ids and texts (the columns item_id
+    and text of `items`), how to read queries. `facts` are kept beside them in serving.json."""
     folder.mkdir(parents=True)
     save_file({name: getattr(scorer.model.tables, name).contiguous().cpu() for name in TABLE_NAMES}, folder / "tables.safetensors")
-    pq.write_table(pa.table({"item_id": item_ids}), folder / "items.parquet")
+    pq.write_table(items.select(["item_id", "text"]), folder / "items.parquet")
     if scorer.query_format.mode == "words":
         np.save(folder / "words.npy", scorer.words.vocabulary)
     document = {**facts, "query_format": dataclasses.asdict(scorer.query_format)}
     (folder / "serving.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+def read_serving_facts(folder: Path) -> dict[str, Any]:
+    """serving.json of what write_items wrote. Raises RunError when FOLDER is something else."""
+    path = folder / "serving.json"
+    if not path.is_file():
+        raise RunError(f"{folder.parent} holds no registered model ({path} is missing)")
+    document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return document
 
 
 def read_tables(folder: Path) -> ItemTables:
@@ -249,11 +294,14 @@ def _padded(rows: Sequence[Sequence[int]]) -> Tensor:
     return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], dtype=torch.int64).view(len(rows), width)
 
 
+def is_absent(value: Any) -> bool:
+    """None, or NaN, which is how pandas writes None."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
 def _missing(value: Any) -> bool:
-    """None, NaN (how pandas writes None), "" and []."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return True
-    return isinstance(value, str | list | tuple | np.ndarray) and len(value) == 0
+    """Absent, "" and []."""
+    return is_absent(value) or (isinstance(value, str | list | tuple | np.ndarray) and len(value) == 0)
 
 
 def _listed(value: Any, where: str) -> list[Any]:

@@ -1,7 +1,6 @@
 """From a run folder to a registered version that scores on its own: same scores, no pickle, clear refusals."""
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,40 +11,13 @@ import pytest
 import torch
 
 from data_shards.schema import read_manifest
-from data_shards.settings import to_yaml
-from trainer.catalog import load_tables
-from trainer.cf import train_cf
-from trainer.cf_table import load_cf
-from trainer.config import load_config
+from tests.runs import make_run
 from trainer.data import EvalStream
 from trainer.errors import RequestError, RunError
-from trainer.loading import build_model, load_run_model, save_model
+from trainer.loading import load_run_model
 from trainer.registry import open_model, register, requirements
 from trainer.serve import Scorer, read_item_ids
 from trainer.tracking import connect
-
-EVALUATION = {
-    "protocol": {"candidates": "sampled", "num_negatives": 20},
-    "rec": {"recall@5": 0.5, "recall@10": 0.7, "ndcg@5": 0.3, "ndcg@10": 0.4, "mrr": 0.2, "num_events": 40, "ci95": {"ndcg@10": [0.35, 0.45]}},
-    "src": {"num_events": 0},
-}
-
-
-def make_run(folder: Path, source: Path) -> Path:
-    """A copy of a prepared folder, a CF table and a run whose model has random weights: scores need no training to be compared."""
-    data, run_dir = folder / "data", folder / "runs" / "one"
-    shutil.copytree(source, data)
-    train_cf(data, ["cf.dim=16", "cf.max_epochs=2", "cf.holdout=none", "overwrite=true"])
-    run_dir.mkdir(parents=True)
-    config = load_config(None, [f"data.dir={data}", f"run.dir={run_dir}", "model.backbone=scratch:mini", "data.history_max=5"])
-    manifest = read_manifest(data)
-    torch.manual_seed(0)
-    model = build_model(config, manifest, load_tables(data, manifest, load_cf(data, manifest)), data)
-    save_model(run_dir / "model", model, model.state_dict(), config, manifest, data)
-    (run_dir / "config.yaml").write_text(to_yaml(config))
-    (run_dir / "environment.json").write_text(json.dumps({"git": {"commit": "0123abc", "dirty": False}}))
-    (run_dir / "evaluation-test.json").write_text(json.dumps(EVALUATION))
-    return run_dir
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +111,7 @@ def test_registered_version_scores_without_the_training_data(run_dir: Path, vers
     expected = scorer.score_many(requests())
     hidden = data.rename(tmp_path / "elsewhere")  # as on another machine
     try:
-        got = open_model("models:/gensr-test@candidate", uri)(requests())
+        got = open_model("models:/gensr-test@candidate", uri).score(requests())
         other = (
             "import json, mlflow, pandas as pd, sys\n"
             "loaded = mlflow.pyfunc.load_model('models:/gensr-test@candidate')\n"
@@ -163,13 +135,43 @@ def test_registered_version_scores_without_the_training_data(run_dir: Path, vers
         hidden.rename(data)
 
 
+@pytest.fixture(scope="module")
+def pyfunc(run_dir: Path, version: int) -> Any:
+    import mlflow
+
+    mlflow.set_tracking_uri(f"sqlite:///{run_dir.parent / 'mlflow.db'}")
+    return mlflow.pyfunc.load_model(f"models:/gensr-test/{version}")
+
+
+def test_registered_version_answers_both_kinds_of_requests(pyfunc: Any, scorer: Scorer) -> None:
+    """Given candidates and the whole catalogue in one table, whose missing cells pandas fills with NaN."""
+    whole = {"history": requests()[0]["history"], "task": "src", "query": "garden lamp", "k": 3}
+    answers = pyfunc.predict(pd.DataFrame([requests()[0], whole]))
+    assert answers["scores"][0] == pytest.approx(scorer.score(requests()[0]), abs=1e-5)
+    items = answers["items"][1]
+    assert len(items) == 3
+    assert [item["score"] for item in items] == sorted((item["score"] for item in items), reverse=True) == answers["scores"][1]
+    assert not {item["item_id"] for item in items} & {"i3", "i7"}
+    assert {answers["model"][1][key] for key in ("name", "version")} == {"gensr-test", "1"}
+
+
 @pytest.mark.parametrize(
-    ("bad", "message"), [({"candidates": ["nope"]}, r"does not know the items 'nope'"), ({}, r"missing inputs.*candidates")], ids=["item", "column"]
+    ("bad", "message"),
+    [
+        ({"task": "rec", "history": [], "candidates": ["nope"]}, r"does not know the items 'nope'"),
+        ({"task": "rec", "history": []}, "history is empty"),
+        ({"task": "rec", "history": requests()[0]["history"], "k": 0}, "k must be between 1 and 1000, got 0"),
+        ({"history": []}, "task"),
+    ],
+    ids=["item", "history", "k", "column"],
 )
-def test_registered_version_refuses_bad_requests(run_dir: Path, version: int, bad: dict[str, Any], message: str) -> None:
-    answer = open_model(f"models:/gensr-test/{version}", f"sqlite:///{run_dir.parent / 'mlflow.db'}")
-    with pytest.raises(RequestError, match=message):
-        answer([{"history": [], "task": "rec", **bad}])
+def test_registered_version_refuses_bad_requests(pyfunc: Any, bad: dict[str, Any], message: str) -> None:
+    """With the error that MLflow's server answers with status 400 and the reason."""
+    from mlflow.exceptions import MlflowException
+
+    with pytest.raises(MlflowException, match=message) as caught:
+        pyfunc.predict(pd.DataFrame([bad]))
+    assert caught.value.get_http_status_code() == 400
 
 
 def test_version_has_its_facts_and_no_pickle(run_dir: Path, version: int) -> None:
@@ -193,10 +195,17 @@ def test_version_has_its_facts_and_no_pickle(run_dir: Path, version: int) -> Non
     folder = Path(mlflow.artifacts.download_artifacts(f"models:/gensr-test/{version}"))
     files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     assert not [name for name in files if name.endswith((".pkl", ".pickle", ".pt", ".pth", ".bin"))]
-    assert {"artifacts/model/model.safetensors", "artifacts/items/items.parquet", "artifacts/model_card.md", "code/trainer/serve.py"} <= files
+    assert {
+        "artifacts/model/model.safetensors",
+        "artifacts/items/items.parquet",
+        "artifacts/retrieval/cf.faiss",
+        "artifacts/model_card.md",
+        "code/trainer/serve.py",
+    } <= files
     assert not [name for name in files if "cf_folds" in name or name.endswith(".tar")]
     info = mlflow.models.get_model_info(f"models:/gensr-test/{version}")
-    assert info.signature.inputs.input_names() == ["user_id", "history", "task", "query", "candidates"]
+    assert info.signature.inputs.required_input_names() == ["task"]
+    assert {"user_id", "history", "query", "candidates", "k"} <= set(info.signature.inputs.input_names())
     assert json.loads((run_dir / "registry.json").read_text())["version"] == version
 
 
@@ -211,17 +220,18 @@ def test_register_again_makes_the_next_version_and_keeps_the_run(run_dir: Path, 
 def test_requirements_cover_what_serving_imports() -> None:
     """A machine that installs the version's requirements can import all that scoring imports."""
     code = (
-        "import sys, json; import trainer.serve, data_shards.text, tokenizers, pandas; from trainer.model import backbone\n"
+        "import sys, json; import trainer.recommend, data_shards.text, tokenizers, pandas; from trainer.model import backbone\n"
         "print(json.dumps(sorted({name.split('.')[0] for name in sys.modules})))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
-    imported = set(json.loads(done.stdout))
+    imported = {{"faiss": "faiss-cpu"}.get(name, name) for name in json.loads(done.stdout)}
     named = {requirement.split("==")[0].lower() for requirement in requirements()}
     ours = {
         "accelerate",
         "bm25s",
         "deepspeed",
         "duckdb",
+        "faiss-cpu",
         "matplotlib",
         "mlflow",
         "peft",
@@ -250,9 +260,11 @@ def test_anonymised_words(prepared_words: Path, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="anonymised words"):
         scorer.score({**request, "query": "red lamp"})
     register(run_dir, "words")
-    assert open_model("models:/words@candidate", f"sqlite:///{run_dir.parent / 'mlflow.db'}")([request])[0] == pytest.approx(
-        scorer.score(request), abs=1e-5
-    )
+    version = open_model("models:/words@candidate", f"sqlite:///{run_dir.parent / 'mlflow.db'}")
+    assert version.score([request])[0] == pytest.approx(scorer.score(request), abs=1e-5)
+    found = version.recommend({"task": "src", "query": vocabulary[:2], "k": 5, "num_candidates": 5, "with_text": True})["items"]
+    assert len(found) == 5
+    assert all(str(vocabulary[0]) in item["text"] or str(vocabulary[1]) in item["text"] for item in found)
 
 
 def test_missing_models_are_named(run_dir: Path, version: int, tmp_path: Path) -> None:

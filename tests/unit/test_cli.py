@@ -32,6 +32,8 @@ VERBS = [
     "compare",
     "register",
     "score",
+    "recommend",
+    "search",
     "doctor",
     "demo",
 ]

@@ -1,0 +1,144 @@
+"""Answers from the whole catalogue: who is asked, what is found, what is left out, and what is refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+from data_shards.prepare import prepare
+from data_shards.schema import SPLITS, read_manifest
+from tests.conftest import SMALL
+from tests.runs import make_run
+from tests.worlds import write_tables
+from trainer.cli import app
+from trainer.data import split_columns
+from trainer.errors import DataError, GensrError, RequestError
+from trainer.recommend import Recommender, open_users, read_history
+
+NEW_ITEM = {"item_id": "brand-new", "text": "xylophone mallet brand new", "category": "music"}
+HISTORY = [{"item_id": "i3", "task": "rec"}, {"item_id": "i7", "task": "src"}]
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A world with one item that nobody ever clicked."""
+    folder = tmp_path_factory.mktemp("catalogue")
+    raw = write_tables(folder / "raw")
+    with open(raw / "items.jsonl", "a") as file:
+        file.write(json.dumps(NEW_ITEM) + "\n")
+    prepare("tables", raw, folder / "prepared", (*SMALL, "min_interactions=0"))
+    return make_run(folder, folder / "prepared")
+
+
+@pytest.fixture(scope="module")
+def recommender(run_dir: Path) -> Recommender:
+    return Recommender.from_run(run_dir)
+
+
+def test_ranking_is_that_of_scoring_the_candidates(recommender: Recommender) -> None:
+    """All items retrieved: the answer is the model's own order of the catalogue without the history."""
+    others = [item for item in recommender.scorer.item_ids if item not in ("i3", "i7")]
+    scores = dict(zip(others, recommender.scorer.score({"history": HISTORY, "task": "rec", "candidates": others}), strict=True))
+    answer = recommender.recommend({"history": HISTORY, "task": "rec", "k": 12, "num_candidates": 1000})
+    assert [item["score"] for item in answer["items"]] == pytest.approx(sorted(scores.values(), reverse=True)[:12], abs=1e-5)
+    assert all(item["score"] == pytest.approx(scores[item["item_id"]], abs=1e-5) for item in answer["items"])
+    seen_too = recommender.recommend({"history": HISTORY, "task": "rec", "k": 1000, "num_candidates": 1000, "include_seen": True})
+    assert {item["item_id"] for item in seen_too["items"]} == set(recommender.scorer.item_ids)
+
+
+def test_new_items_are_found_by_their_text(recommender: Recommender) -> None:
+    """No clicks, so no CF vector: the semantic side alone can bring it, for a query and for a similar history."""
+    row = recommender.scorer.item_ids.index("brand-new")
+    assert not recommender.scorer.model.tables.cf[row].any()
+    query = recommender.scorer.query_vectors(["xylophone mallet"])[0]
+    assert row in recommender.candidates([], query, "src", 5, [])
+    answer = recommender.recommend({"history": [], "task": "src", "query": "xylophone mallet", "k": 5, "num_candidates": 5})
+    assert "brand-new" in [item["item_id"] for item in answer["items"]]
+    liked = [recommender.scorer.item_ids.index("brand-new")]
+    assert recommender.candidates(liked, None, "rec", 3, [])[0] == row
+
+
+def test_user_id_stands_for_all_clicks_of_the_user(run_dir: Path, recommender: Recommender) -> None:
+    folder = run_dir.parents[1] / "data"
+    manifest = read_manifest(folder)
+    clicks = pd.concat([pd.DataFrame(split_columns(folder, manifest, split, ["user", "item", "task", "time"])) for split in SPLITS])
+    users = pd.read_parquet(folder / "catalog" / "users.parquet")["user_id"].tolist()
+    mine = clicks[clicks.user == users.index("u3")].sort_values("time")
+    history = [
+        {"item_id": recommender.scorer.item_ids[item], "task": ("rec", "src")[task]} for item, task in zip(mine["item"], mine["task"], strict=True)
+    ]
+    request = {"task": "rec", "k": 5}
+    assert recommender.recommend({**request, "user_id": "u3"}) == recommender.recommend({**request, "history": history})
+    assert not {e["item_id"] for e in history} & {i["item_id"] for i in recommender.recommend({**request, "user_id": "u3"})["items"]}
+
+
+def test_weights_explain_each_item(recommender: Recommender) -> None:
+    answer = recommender.recommend({"history": HISTORY, "task": "rec", "k": 3, "explain": True, "with_text": True})
+    for item in answer["items"]:
+        assert [weight["item_id"] for weight in item["weights"]] == ["i3", "i7"]
+        assert sum(weight["cf"] for weight in item["weights"]) == pytest.approx(1, abs=1e-5)
+        assert sum(weight["semantic"] for weight in item["weights"]) == pytest.approx(1, abs=1e-5)
+        assert item["text"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"history": []}, "history is empty: there is nothing to recommend from"),
+        ({"k": 0}, "k must be between 1 and 1000, got 0"),
+        ({"k": 2.5}, "k must be a whole number, got 2.5"),
+        ({"k": True}, "k must be a whole number"),
+        ({"num_candidates": 10**9}, "num_candidates must be between 1 and 2000"),
+        ({"include_seen": "yes"}, "include_seen must be true or false"),
+        ({"history": None, "user_id": "nobody"}, "knows no user 'nobody'"),
+        ({"history": [{"item_id": "gone", "task": "rec"}]}, "does not know the items 'gone'"),
+        ({"candidates": []}, "candidates is empty"),
+        ({"task": "src", "query": "", "history": HISTORY}, "query is missing"),
+    ],
+)
+def test_bad_requests_are_named(recommender: Recommender, change: dict[str, Any], message: str) -> None:
+    good = {"history": HISTORY, "task": "rec"}
+    with pytest.raises(RequestError, match=message) as caught:
+        recommender.answer([good, {**good, **change}])
+    assert "request 2" in str(caught.value)
+
+
+def test_users_are_those_of_the_training_data(run_dir: Path, tmp_path: Path) -> None:
+    folder = run_dir.parents[1] / "data"
+    assert not isinstance(open_users(folder, read_manifest(folder).hash, must_be_there=False), str)
+    for other in (tmp_path, folder, ""):
+        assert "Give a history instead" in str(open_users(other, "another hash", must_be_there=False))
+    with pytest.raises(DataError):
+        open_users(folder, "another hash", must_be_there=True)
+
+
+def test_history_files(tmp_path: Path) -> None:
+    path = tmp_path / "history.json"
+    for text in (json.dumps(HISTORY), "\n".join(json.dumps(entry) for entry in HISTORY)):
+        path.write_text(text)
+        assert read_history(path) == HISTORY
+    path.write_text("i3, i7")
+    with pytest.raises(RequestError, match="not a JSON list"):
+        read_history(path)
+
+
+def test_commands(run_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "history.json").write_text(json.dumps(HISTORY))
+
+    def call(*arguments: str) -> Any:
+        return CliRunner().invoke(app, [arguments[0], str(run_dir), *arguments[1:]])
+
+    document = json.loads(call("recommend", "--history", str(tmp_path / "history.json"), "-k", "4", "--json").stdout)
+    assert len(document["items"]) == 4
+    assert np.diff([item["score"] for item in document["items"]]).max() <= 0
+    found = json.loads(call("search", "--query", "xylophone mallet", "--candidates", "3", "-k", "3", "--json").stdout)
+    assert "brand-new" in [item["item_id"] for item in found["items"]]
+    assert "xylophone mallet brand new" in call("search", "--query", "xylophone mallet", "--candidates", "3").stdout
+    for arguments in (["recommend"], ["recommend", "--user", "nobody"], ["search", "--query", " "], ["search", "--query", "x", "-k", "0"]):
+        result = call(*arguments)
+        assert result.exit_code == 1
+        assert isinstance(result.exception, GensrError)

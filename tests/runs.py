@@ -1,0 +1,38 @@
+"""Run folders for tests: made without training, so in a second or two."""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+
+from data_shards.schema import read_manifest
+from data_shards.settings import to_yaml
+from trainer.catalog import load_tables
+from trainer.cf import train_cf
+from trainer.cf_table import load_cf
+from trainer.config import load_config
+from trainer.loading import build_model, save_model
+
+EVALUATION = {
+    "protocol": {"candidates": "sampled", "num_negatives": 20},
+    "rec": {"recall@5": 0.5, "recall@10": 0.7, "ndcg@5": 0.3, "ndcg@10": 0.4, "mrr": 0.2, "num_events": 40, "ci95": {"ndcg@10": [0.35, 0.45]}},
+    "src": {"num_events": 0},
+}
+
+
+def make_run(folder: Path, source: Path) -> Path:
+    """A copy of a prepared folder, a CF table and a run whose model has random weights: scores need no training to be compared."""
+    data, run_dir = folder / "data", folder / "runs" / "one"
+    shutil.copytree(source, data)
+    train_cf(data, ["cf.dim=16", "cf.max_epochs=2", "cf.holdout=none", "overwrite=true"])
+    run_dir.mkdir(parents=True)
+    config = load_config(None, [f"data.dir={data}", f"run.dir={run_dir}", "model.backbone=scratch:mini", "data.history_max=5"])
+    manifest = read_manifest(data)
+    torch.manual_seed(0)
+    model = build_model(config, manifest, load_tables(data, manifest, load_cf(data, manifest)), data)
+    save_model(run_dir / "model", model, model.state_dict(), config, manifest, data)
+    (run_dir / "config.yaml").write_text(to_yaml(config))
+    (run_dir / "environment.json").write_text(json.dumps({"git": {"commit": "0123abc", "dirty": False}}))
+    (run_dir / "evaluation-test.json").write_text(json.dumps(EVALUATION))
+    return run_dir

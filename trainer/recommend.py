@@ -1,0 +1,265 @@
+"""From a request to answers: the one class that `gensr recommend`, `search` and `score`, the registered model and a service call.
+
+A request as in serve.py, with these differences:
+    "candidates": [item ids]    they are scored; or leave it out, and the whole catalogue is searched: "k": how many items to answer (10)
+    "user_id"                   instead of "history" where the users' clicks are known (a prepared folder is there)
+    "num_candidates": 400       what retrieval hands to the ranking          "include_seen": false     whether items of the history may be answered
+    "explain": false            adds to each item what the soft filters read  "with_text": false        adds each item's text
+The answer: {"items": [{"item_id", "score"}, …] best first, "scores": P("Yes") of each candidate in the order given (or of `items`), "model": what answered}
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data_shards.histories import in_histories
+from data_shards.schema import SPLITS, TASKS, read_manifest
+from data_shards.settings import read_yaml
+from trainer.data import split_columns
+from trainer.errors import DataError, RequestError
+from trainer.files import file_sha256
+from trainer.loading import load_run_config
+from trainer.retrieval import Notify, Retrieval, build_retrieval, load_retrieval, save_retrieval, silent
+from trainer.serve import ParsedRequest, Scorer, is_absent, read_serving_facts
+
+DEFAULT_K, MAX_K = 10, 1000
+NUM_CANDIDATES, MAX_NUM_CANDIDATES = 400, 2000
+CF_SHARE = {"rec": 0.5, "src": 0.25}  # of the candidates, how many come from the CF side, if both sides have enough
+RETRIEVAL = "retrieval"  # folder of the indexes in a run folder and among a version's artifacts
+
+
+class Recommender:
+    """A model that answers requests: ranks given candidates, or finds them in the whole catalogue first. Thread-safe."""
+
+    def __init__(self, scorer: Scorer, retrieval: Retrieval, facts: Mapping[str, Any], items_file: Path, users: "Users | str") -> None:
+        """facts: what an answer says about the model. items_file: parquet with a column "text". users: whose histories are known, or why they are not."""
+        self.scorer, self.retrieval, self.facts, self.users = scorer, retrieval, dict(facts), users
+        self._items_file = items_file
+        self._texts: pa.ChunkedArray | None = None
+
+    @classmethod
+    def from_run(cls, run_dir: str | Path, device: str = "cpu", notify: Notify = silent) -> "Recommender":
+        """A run folder and its prepared folder. The indexes are kept in RUN/retrieval; they are built when they are missing or of other weights."""
+        run_dir = Path(run_dir)
+        scorer = Scorer.from_run(run_dir, device)
+        retrieval = run_retrieval(run_dir, scorer, notify)
+        folder = Path(load_run_config(run_dir).data.dir)
+        manifest_hash = read_manifest(folder).hash
+        return cls(scorer, retrieval, {"run": str(run_dir), "manifest_hash": manifest_hash}, folder / "catalog" / "items.parquet", Users(folder))
+
+    @classmethod
+    def from_artifacts(cls, folder: str | Path, device: str = "cpu", data_dir: str | Path = "", notify: Notify = silent) -> "Recommender":
+        """A registered version: its folder of artifacts. `data_dir`: prepared folder for requests by user_id; default: where it was when registered."""
+        folder = Path(folder)
+        scorer = Scorer.from_artifacts(folder, device)
+        identity = model_identity(folder / "model")
+        retrieval = load_retrieval(folder / RETRIEVAL, scorer.model, identity) or build_retrieval(scorer.model, notify)
+        serving = read_serving_facts(folder / "items")
+        facts = version_of(folder.parent) | {key: serving[key] for key in ("manifest_hash", "commit")}
+        users = open_users(data_dir or serving.get("data_dir", ""), serving["manifest_hash"], must_be_there=bool(data_dir))
+        return cls(scorer, retrieval, facts, folder / "items" / "items.parquet", users)
+
+    def score(self, requests: Sequence[Mapping[str, Any]]) -> list[list[float]]:
+        """P("Yes") of each request's candidates, in the order given. Raises RequestError that names the first bad request."""
+        for request, where in zip(requests, _names(requests), strict=True):
+            if is_absent(request.get("candidates")):
+                raise RequestError(f"{where}: candidates is missing: give the item ids to score")
+        return [answer["scores"] for answer in self.answer(requests)]
+
+    def recommend(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """The answer to one request (above). Raises RequestError."""
+        return self.answer([request])[0]
+
+    def answer(self, requests: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """The answers to several requests, ranked together in batches. Raises RequestError that names the first bad request before anything is scored."""
+        names = _names(requests)
+        parsed = [self._parse(request, where) for request, where in zip(requests, names, strict=True)]
+        found = [one if one.candidates else self._retrieved(one, request, where) for one, request, where in zip(parsed, requests, names, strict=True)]
+        scores = self.scorer.score_parsed(found)
+        return [
+            self._answer(request, one, row, whole_catalogue=not given.candidates)
+            for request, given, one, row in zip(requests, parsed, found, scores, strict=True)
+        ]
+
+    # ---- one request -------------------------------------------------------------------------------------------
+
+    def _parse(self, request: Mapping[str, Any], where: str) -> ParsedRequest:
+        if is_absent(request.get("history")) and not is_absent(request.get("user_id")):
+            if isinstance(self.users, str):
+                raise RequestError(f"{where}: {self.users}")
+            request = {**request, "history": self.users.history(request["user_id"], self.scorer.item_ids, where)}
+        if is_absent(request.get("candidates")):
+            return self.scorer.parse(request, where, needs_candidates=False)
+        return self.scorer.parse(request, where)
+
+    def _retrieved(self, parsed: ParsedRequest, request: Mapping[str, Any], where: str) -> ParsedRequest:
+        """The request with candidates from the whole catalogue."""
+        k = _count(request, "k", DEFAULT_K, MAX_K, where)
+        num_candidates = max(k, _count(request, "num_candidates", NUM_CANDIDATES, MAX_NUM_CANDIDATES, where))
+        query = None if parsed.query is None else self.scorer.query_vectors([parsed.query])[0]
+        if not parsed.items and query is None:
+            raise RequestError(f"{where}: history is empty: there is nothing to recommend from. Give at least one item, or search with a query")
+        if not parsed.items and query is not None and not query.any():
+            raise RequestError(f"{where}: the model knows no word of the query {parsed.query!r}, and history is empty")
+        seen = [] if _flag(request, "include_seen", where) else parsed.items
+        rows = self.candidates(parsed.items, query, TASKS[parsed.task], num_candidates, seen)
+        return replace(parsed, candidates=rows.tolist())
+
+    def candidates(self, history: Sequence[int], query: np.ndarray | None, task: str, num_candidates: int, exclude: Sequence[int]) -> np.ndarray:
+        """Rows of the items that retrieval finds, best first. A query without a known word counts as none."""
+        query = query if query is not None and query.any() else None
+        return self.retrieval.candidates(history, query, num_candidates, exclude, CF_SHARE[task])
+
+    def _answer(self, request: Mapping[str, Any], parsed: ParsedRequest, scores: list[float], whole_catalogue: bool) -> dict[str, Any]:
+        order = sorted(range(len(scores)), key=lambda place: -scores[place])  # stable: ties keep the order of retrieval, or the one given
+        if whole_catalogue:
+            order = order[: _count(request, "k", DEFAULT_K, MAX_K, "")]
+            parsed, scores = replace(parsed, candidates=[parsed.candidates[place] for place in order]), [scores[place] for place in order]
+            order = list(range(len(order)))
+        item_ids = self.scorer.item_ids
+        items: list[dict[str, Any]] = [{"item_id": item_ids[parsed.candidates[place]], "score": scores[place]} for place in order]
+        if _flag(request, "with_text", ""):
+            for item, place in zip(items, order, strict=True):
+                item["text"] = self.text(parsed.candidates[place])
+        if _flag(request, "explain", ""):
+            read = parsed.items[-self.scorer.model.settings.history_max :]
+            weights = self.scorer.filter_weights(parsed)
+            for item, place in zip(items, order, strict=True):
+                pairs = zip(read, weights["cf"][place], weights["semantic"][place], strict=True)
+                item["weights"] = [{"item_id": item_ids[row], "cf": cf, "semantic": semantic} for row, cf, semantic in pairs]
+        return {"items": items, "scores": scores, "model": self.facts}
+
+    def text(self, row: int) -> str:
+        """All text of an item, as in the catalogue."""
+        if self._texts is None:
+            names = pq.read_schema(self._items_file).names
+            self._texts = pq.read_table(self._items_file, columns=["text"])["text"] if "text" in names else pa.chunked_array([[""] * (row + 1)])
+        return self._texts[row].as_py() or ""
+
+
+def _names(requests: Sequence[Any]) -> list[str]:
+    """What errors call the requests."""
+    return [f"request {number}" for number in range(1, len(requests) + 1)] if len(requests) > 1 else ["the request"]
+
+
+def _count(request: Mapping[str, Any], name: str, default: int, largest: int, where: str) -> int:
+    value = request.get(name)
+    if is_absent(value):
+        return default
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer) or not math.isfinite(value) or value != int(value):
+        raise RequestError(f"{where}: {name} must be a whole number, got {value!r}")
+    if not 1 <= value <= largest:
+        raise RequestError(f"{where}: {name} must be between 1 and {largest}, got {int(value)}")
+    return int(value)
+
+
+def _flag(request: Mapping[str, Any], name: str, where: str) -> bool:
+    value = request.get(name)
+    if is_absent(value):
+        return False
+    if not isinstance(value, bool | np.bool_):
+        raise RequestError(f"{where}: {name} must be true or false, got {value!r}")
+    return bool(value)
+
+
+# ---- indexes of a run or a version -------------------------------------------------------------------------------------
+
+
+def model_identity(model_dir: Path) -> str:
+    """Of the weights, and (by the hashes in gensr.json) of the tables they go with."""
+    return f"{file_sha256(model_dir / 'gensr.json')}-{file_sha256(model_dir / 'model.safetensors')}"
+
+
+def run_retrieval(run_dir: Path, scorer: Scorer, notify: Notify = silent) -> Retrieval:
+    """The indexes of RUN/retrieval; built and kept there when they are missing, or of other weights."""
+    identity = model_identity(run_dir / "model")
+    retrieval = load_retrieval(run_dir / RETRIEVAL, scorer.model, identity)
+    if retrieval is None:
+        retrieval = build_retrieval(scorer.model, notify)
+        save_retrieval(run_dir / RETRIEVAL, retrieval, identity)
+    return retrieval
+
+
+def version_of(folder: Path) -> dict[str, Any]:
+    """{"name", "version"} as MLflow notes them beside a version that it has fetched; empty elsewhere."""
+    path = folder / "registered_model_meta"
+    document = read_yaml(path) if path.is_file() else {}
+    return {key: document[f"model_{key}"] for key in ("name", "version") if f"model_{key}" in document}
+
+
+# ---- users -------------------------------------------------------------------------------------------------------------
+
+
+class Users:
+    """Every user's clicks in a prepared folder, all splits. Read when first asked for: 16 bytes a click."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._row_of: dict[str, int] = {}
+
+    def history(self, user_id: Any, item_ids: Sequence[Any], where: str = "user") -> list[dict[str, Any]]:
+        """All of the user's clicks, oldest first, as a request's history. Raises RequestError for an unknown user."""
+        items, tasks = self.rows(user_id, where)
+        return [{"item_id": item_ids[item], "task": TASKS[task]} for item, task in zip(items.tolist(), tasks.tolist(), strict=True)]
+
+    def rows(self, user_id: Any, where: str = "user") -> tuple[np.ndarray, np.ndarray]:
+        """The same as rows of the catalogue and codes of tasks."""
+        if not self._row_of:
+            self._read()
+        if str(user_id) not in self._row_of:
+            raise RequestError(f"{where}: {self.folder} knows no user {user_id!r}. Give a history instead")
+        start, stop = self._starts[self._row_of[str(user_id)] :][:2]
+        return self._items[start:stop], self._tasks[start:stop]
+
+    def _read(self) -> None:
+        manifest = read_manifest(self.folder)
+        names = ["event_id", "user", "item", "task", "time"]
+        parts = [split_columns(self.folder, manifest, split, names) for split in SPLITS]
+        columns = {name: np.concatenate([part[name] for part in parts]) for name in names}
+        order = np.argsort(columns["event_id"], kind="stable")  # by user and time
+        user, item, task, time = (columns[name][order] for name in names[1:])
+        keep = in_histories(user, time, item, task)
+        self._items, self._tasks = item[keep].astype(np.int32), task[keep].astype(np.int8)
+        self._starts = np.searchsorted(user[keep], np.arange(manifest.num_users + 1)).tolist()
+        ids = pq.read_table(self.folder / "catalog" / "users.parquet", columns=["user_id"])["user_id"].to_pylist()
+        self._row_of = {str(user_id): row for row, user_id in enumerate(ids)}
+
+
+def open_users(folder: str | Path, manifest_hash: str, must_be_there: bool) -> "Users | str":
+    """Users of a prepared folder, if it is the one the model was trained on; else the reason why their histories are not known.
+
+    Raises DataError instead when must_be_there.
+    """
+    try:
+        found = read_manifest(folder).hash if folder else None
+    except DataError as error:
+        if must_be_there:
+            raise
+        return f"user_id cannot be looked up: {error} Give a history instead, or the folder of the training data"
+    if found == manifest_hash:
+        return Users(Path(folder))
+    if must_be_there:
+        raise DataError(f"{folder} is not the data this model was trained on (manifest {str(found)[:12]}, the model says {manifest_hash[:12]})")
+    return "user_id cannot be looked up: the prepared folder of the training data is not here. Give a history instead"
+
+
+def read_history(path: Path) -> list[Any]:
+    """A history file: a JSON list of {"item_id": …, "task": "rec" | "src"}, oldest first, or one such object a line. Raises RequestError."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"{path}: cannot be read: {error}") from error
+    try:
+        if text.lstrip().startswith("["):
+            entries: list[Any] = json.loads(text)
+            return entries
+        return [json.loads(line) for line in text.splitlines() if line.strip()]
+    except ValueError as error:
+        raise RequestError(f'{path}: not a JSON list of {{"item_id": …, "task": "rec"}}, nor one such object a line: {error}') from error
