@@ -59,12 +59,20 @@ class LoraConfig:
     """dropout on the adapter's input"""
     target_modules: str = "auto"
     """comma-separated module names, or auto: sound defaults for the backbone's family"""
+    rslora: bool = False
+    """scale by alpha / √rank instead of alpha / rank (rsLoRA)"""
+    dora: bool = False
+    """learn direction and magnitude apart (DoRA): a little better at small ranks, slower"""
+    four_bit: bool = False
+    """frozen weights in 4 bits (QLoRA); needs bitsandbytes and a CUDA device, and a ZeRO stage below 3"""
+    also_train: str = ""
+    """parts of the backbone trained whole beside the adapters, comma-separated: embeddings, head, or module names"""
 
 
 @s.settings
 class ModelConfig:
     backbone: str = "scratch:mini"
-    """hub name, local folder, or scratch:SIZE with SIZE one of trainer/model/backbone.py's presets"""
+    """hub name, local folder, or scratch:SIZE with SIZE one of trainer/model/families.py's shapes"""
     variant: Literal["paper", "extended"] = "extended"
     """paper: method.md to the letter. extended: adds position and task embeddings and three product slots (trainer/model/README.md)"""
     prompt: Literal["paper", "compact"] = "compact"
@@ -87,6 +95,8 @@ class ModelConfig:
     """weight of a softmax cross-entropy over the candidates of an event, beside Eq. 9 (0 in the paper)"""
     activation_checkpointing: bool = False
     """recompute the backbone's activations in the backward pass: less memory, about a third more time"""
+    compile: bool = False
+    """torch.compile the backbone: faster on a GPU after a minute of compiling; not under ZeRO-3"""
     lora: LoraConfig = LoraConfig()
 
 

@@ -21,7 +21,9 @@ from trainer.cf_table import cf_path, load_cf
 from trainer.config import Config, LoraConfig, config_from_dict
 from trainer.errors import DataError, RunError
 from trainer.files import file_sha256
-from trainer.model.backbone import Seq2SeqBackbone, build_backbone
+from trainer.model.adapters import merge_adapters
+from trainer.model.backbone import Backbone
+from trainer.model.families import build_backbone
 from trainer.model.gensr import GenSR, GenSRSettings
 from trainer.model.prompt import NUM_EXTENDED_SLOTS, NUM_PAPER_SLOTS, build_templates
 
@@ -66,12 +68,16 @@ def build_model(config: Config, manifest: Manifest, tables: ItemTables, folder: 
             f"{folder}: its tokenizer has {len(tokenizer)} tokens, backbone {config.model.backbone} embeds {vocab}. "
             f"Prepare the folder with the backbone's own tokenizer: tokenizer={config.model.backbone}"
         )
+    if config.model.compile:
+        backbone.compile_stacks()
     return assemble(model_settings(config, manifest.num_words, tables.cf.shape[1]), backbone, tokenizer, tables)
 
 
-def assemble(settings: GenSRSettings, backbone: Seq2SeqBackbone, tokenizer: Any, tables: ItemTables) -> GenSR:
+def assemble(settings: GenSRSettings, backbone: Backbone, tokenizer: Any, tables: ItemTables) -> GenSR:
     num_slots = NUM_EXTENDED_SLOTS if settings.variant == "extended" else NUM_PAPER_SLOTS
-    templates = build_templates(lambda text: tokenizer(text, add_special_tokens=False)["input_ids"], settings.prompt, num_slots)
+    templates = build_templates(
+        lambda text: tokenizer(text, add_special_tokens=False)["input_ids"], settings.prompt, num_slots, backbone.shared_first
+    )
     return GenSR(settings, backbone, templates, answer_tokens(tokenizer), tables)
 
 
@@ -81,7 +87,7 @@ def load_tokenizer(folder: Path) -> Any:
     file = folder / "tokenizer.json"
     if not file.is_file():
         raise DataError(f"{file}: missing. Prepare the folder again.")
-    return PreTrainedTokenizerFast(tokenizer_file=str(file), pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    return PreTrainedTokenizerFast(tokenizer_file=str(file))  # as it is: naming special tokens would add those that a family does not have
 
 
 def answer_tokens(tokenizer: Any) -> tuple[int, int]:
@@ -133,7 +139,7 @@ def save_model(path: str | Path, model: GenSR, full_state: dict[str, Tensor], co
 
 
 def load_model(path: str | Path, tables: ItemTables, device: str = "cpu") -> GenSR:
-    """The model of a RUN/model folder, in evaluation mode. Raises RunError when the folder is not one."""
+    """The model of a RUN/model folder, in evaluation mode, LoRA adapters merged into the weights. Raises RunError when the folder is not one."""
     path = Path(path)
     if not (path / "gensr.json").is_file():
         raise RunError(f"{path} holds no trained model (gensr.json is missing). Train one with: gensr train")
@@ -157,6 +163,8 @@ def load_model(path: str | Path, tables: ItemTables, device: str = "cpu") -> Gen
     if missing or unexpected:
         raise RunError(f"{path}/model.safetensors does not fit the model: missing {sorted(missing)[:5]}, unexpected {sorted(unexpected)[:5]}")
     model.load_state_dict(state, strict=False)
+    if lora is not None and not lora.four_bit:
+        merge_adapters(backbone)
     model.set_tables(tables.to(device))
     return model.to(device).eval()
 

@@ -22,13 +22,16 @@ from trainer.errors import ConfigError
 from trainer.schedule import Schedule, above_chance, chance, make_schedule
 
 GB = 1e9
-PROMPT_TOKENS = {"paper": 110, "compact": 40}  # with an average query
-# Activations of flan-t5-base, one candidate of 94 tokens, bf16 autocast: 0.1 GB measured. Scaled by tokens × width × layers.
-ACTIVATION_BYTES = 0.1e9 / (94 * 768 * 12)
+PROMPT_TOKENS = {"paper": 110, "compact": 40}  # with a long query; without one they are 80 and 18 (flan-t5's tokenizer)
+OWN_TOKENS = {"paper": 54, "compact": 19}  # of these, what decoders read for every candidate; the rest once an event
+# Activations of flan-t5-base, one candidate of 94 tokens, bf16 autocast: 0.1 GB measured. Scaled by tokens × (parameters read a token / width),
+# which is proportional to what the linear maps of all layers give.
+ACTIVATION_BYTES = 0.1e9 / 94 / (84_954_240 / 768)
 ASSUMED_FLOPS = {"H200 (40 % of 790 TFLOP/s)": 316e12, "A100 (40 % of 312 TFLOP/s)": 125e12}
 CPU_EFFICIENCY = 0.3  # of this machine's measured matmul rate
 WORLD_SIZES = (1, 2, 4, 8, 16)
 NAME_WIDTH = 12
+CROSS_KEYS = re.compile(r"(EncDecAttention|cross_attn)\.(k|v|k_proj|v_proj)\.")
 STAGES: dict[str, tuple[int | None, bool]] = {
     "no ZeRO": (None, False),
     "ZeRO-1": (1, False),
@@ -40,12 +43,45 @@ STAGES: dict[str, tuple[int | None, bool]] = {
 MIN_GPU_S = 60.0  # below, a GPU waits for its host and the arithmetic says nothing
 MAX_CPU_S = 100 * 3600.0
 T5_TOKENS = 32128
-KNOWN_BACKBONES: dict[str, dict[str, int]] = {
-    "google/flan-t5-small": dict(d_model=512, d_ff=1024, d_kv=64, num_heads=6, num_layers=8, num_decoder_layers=8),
-    "google/flan-t5-base": dict(d_model=768, d_ff=2048, d_kv=64, num_heads=12, num_layers=12, num_decoder_layers=12),
-    "google/flan-t5-large": dict(d_model=1024, d_ff=2816, d_kv=64, num_heads=16, num_layers=24, num_decoder_layers=24),
-    "google/flan-t5-xl": dict(d_model=2048, d_ff=5120, d_kv=64, num_heads=32, num_layers=24, num_decoder_layers=24),
-    "google/flan-t5-xxl": dict(d_model=4096, d_ff=10240, d_kv=64, num_heads=64, num_layers=24, num_decoder_layers=24),
+T5_FAMILY = {
+    "model_type": "t5",
+    "vocab_size": T5_TOKENS,
+    "feed_forward_proj": "gated-gelu",
+    "decoder_start_token_id": 0,
+    "tie_word_embeddings": False,
+}
+
+
+def _t5(width: int, ff: int, heads: int, layers: int) -> dict[str, Any]:
+    return {**T5_FAMILY, "d_model": width, "d_ff": ff, "d_kv": 64, "num_heads": heads, "num_layers": layers, "num_decoder_layers": layers}
+
+
+def _decoder(
+    family: str, vocab: int, width: int, ff: int, layers: int, heads: int, kv_heads: int, head_dim: int, tied: bool = True
+) -> dict[str, Any]:
+    shape = dict(vocab_size=vocab, hidden_size=width, intermediate_size=ff, num_hidden_layers=layers, num_attention_heads=heads)
+    return {"model_type": family, **shape, "num_key_value_heads": kv_heads, "head_dim": head_dim, "tie_word_embeddings": tied}
+
+
+# config.json of published backbones, as far as sizes depend on it: no network and no weights are needed for a plan
+KNOWN_BACKBONES: dict[str, dict[str, Any]] = {
+    "google/flan-t5-small": _t5(512, 1024, 6, 8),
+    "google/flan-t5-base": _t5(768, 2048, 12, 12),
+    "google/flan-t5-large": _t5(1024, 2816, 16, 24),
+    "google/flan-t5-xl": _t5(2048, 5120, 32, 24),
+    "google/flan-t5-xxl": _t5(4096, 10240, 64, 24),
+    "Qwen/Qwen2.5-0.5B": _decoder("qwen2", 151936, 896, 4864, 24, 14, 2, 64),
+    "Qwen/Qwen2.5-1.5B": _decoder("qwen2", 151936, 1536, 8960, 28, 12, 2, 128),
+    "Qwen/Qwen2.5-7B": _decoder("qwen2", 152064, 3584, 18944, 28, 28, 4, 128, tied=False),
+    "Qwen/Qwen3-0.6B": _decoder("qwen3", 151936, 1024, 3072, 28, 16, 8, 128),
+    "Qwen/Qwen3-1.7B": _decoder("qwen3", 151936, 2048, 6144, 28, 16, 8, 128),
+    "Qwen/Qwen3-4B": _decoder("qwen3", 151936, 2560, 9728, 36, 32, 8, 128),
+    "meta-llama/Llama-3.2-1B": _decoder("llama", 128256, 2048, 8192, 16, 32, 8, 64),
+    "meta-llama/Llama-3.2-3B": _decoder("llama", 128256, 3072, 8192, 28, 24, 8, 128),
+    "meta-llama/Llama-3.1-8B": _decoder("llama", 128256, 4096, 14336, 32, 32, 8, 128, tied=False),
+    "HuggingFaceTB/SmolLM2-135M": _decoder("llama", 49152, 576, 1536, 30, 9, 3, 64),
+    "HuggingFaceTB/SmolLM2-360M": _decoder("llama", 49152, 960, 2560, 32, 15, 5, 64),
+    "HuggingFaceTB/SmolLM2-1.7B": _decoder("llama", 49152, 2048, 8192, 24, 32, 32, 64),
 }
 
 
@@ -74,6 +110,8 @@ class ModelSize:
     layers: int
     encoder: int  # parameters read once per prompt token
     decoder: int  # parameters read once per prompt
+    cross: int = 0  # of the decoder's: W_k and W_v of the cross-attention
+    shared_first: bool = False  # the backbone reads what an event's candidates share once an event
 
 
 @dataclass(frozen=True)
@@ -124,7 +162,7 @@ def model_size(config: Config, num_words: int, vocab_size: int, cf_dim: int = 64
     import torch
 
     from trainer.loading import model_settings
-    from trainer.model.backbone import build_backbone
+    from trainer.model.families import build_backbone
     from trainer.model.gensr import GenSR
 
     name, lora = config.model.backbone, config.model.lora
@@ -145,8 +183,7 @@ def _architecture(name: str) -> Iterator[Path | None]:
         yield Path(name)
     elif name in KNOWN_BACKBONES:
         with tempfile.TemporaryDirectory() as folder:
-            family = {"model_type": "t5", "vocab_size": T5_TOKENS, "feed_forward_proj": "gated-gelu", "decoder_start_token_id": 0}
-            (Path(folder) / "config.json").write_text(json.dumps({**family, **KNOWN_BACKBONES[name]}), encoding="utf-8")
+            (Path(folder) / "config.json").write_text(json.dumps(KNOWN_BACKBONES[name]), encoding="utf-8")
             yield Path(folder)
     else:
         raise ConfigError(
@@ -160,7 +197,7 @@ def _is_tied(name: str) -> bool:
     if name.startswith("scratch:"):
         return True
     if name in KNOWN_BACKBONES:
-        return False
+        return bool(KNOWN_BACKBONES[name]["tie_word_embeddings"])
     weights, index = Path(name) / "model.safetensors", Path(name) / "model.safetensors.index.json"
     if index.is_file():
         return "lm_head.weight" not in json.loads(index.read_text(encoding="utf-8"))["weight_map"]
@@ -175,16 +212,25 @@ def _is_tied(name: str) -> bool:
 def size_of(model: Any) -> ModelSize:
     """Counts of a GenSR (on any device, meta included)."""
     parameters = list(model.parameters())
-    base = model.backbone.base
-    encoder = sum(p.numel() for n, p in base.encoder.named_parameters() if "embed_tokens" not in n)
+    every_token, once = model.backbone.stacks
     return ModelSize(
         total=sum(_numel(p) for p in parameters),
         trainable=sum(_numel(p) for p in parameters if p.requires_grad),
         width=model.backbone.width,
-        layers=int(base.config.num_layers),
-        encoder=encoder,
-        decoder=sum(p.numel() for n, p in base.decoder.named_parameters() if "embed_tokens" not in n),
+        layers=_num_layers(every_token),
+        encoder=_read_once_a_token(every_token),
+        decoder=_read_once_a_token(once) if once is not None else 0,
+        cross=sum(_numel(p) for name, p in once.named_parameters() if CROSS_KEYS.search(name)) if once is not None else 0,
+        shared_first=model.backbone.shared_first,
     )
+
+
+def _num_layers(stack: Any) -> int:
+    return len(stack.block if hasattr(stack, "block") else stack.layers)
+
+
+def _read_once_a_token(stack: Any) -> int:
+    return sum(_numel(p) for name, p in stack.named_parameters() if "embed_tokens" not in name)
 
 
 def _numel(parameter: Any) -> int:
@@ -204,20 +250,28 @@ def memory(config: Config, model: ModelSize, data: DataSize, zero_stage: int | N
     optimizer = (8.0 if stage == 0 else 12.0) * model.trainable / (world_size if stage >= 1 else 1)
     if offload:
         optimizer, weights = 0.0, (0.0 if stage == 3 else weights)
-    tokens = PROMPT_TOKENS[config.model.prompt] * config.optim.micro_batch_size * (1 + config.data.num_negatives)
-    activations = ACTIVATION_BYTES * tokens * model.width * model.layers * (1.0 if config.run.precision == "bf16" else 2.0)
+    tokens = tokens_per_event(config, model) * config.optim.micro_batch_size
+    activations = ACTIVATION_BYTES * tokens * model.encoder / model.width * (1.0 if config.run.precision == "bf16" else 2.0)
     if config.model.activation_checkpointing:
         activations *= 2 / model.layers + 0.05  # one layer's, and each layer's input
     rows = data.items * (64 * 4 * data.cf_tables + config.data.item_tokens * 4) + data.queries * 16 * 4
     return Memory(weights, gradients, optimizer, activations, float(rows))
 
 
+def tokens_per_event(config: Config, model: ModelSize) -> int:
+    """Prompt tokens that the backbone reads for one training event, its 1 + negatives candidates together."""
+    wording, num_candidates = config.model.prompt, 1 + config.data.num_negatives
+    if not model.shared_first:
+        return PROMPT_TOKENS[wording] * num_candidates
+    return OWN_TOKENS[wording] * num_candidates + PROMPT_TOKENS[wording] - OWN_TOKENS[wording]
+
+
 def flops_per_event(config: Config, model: ModelSize) -> float:
-    """Of one training event, all its candidates: 6 per parameter and token (forward 2, backward 4), the decoder sees one position and the
-    cross-attention's keys and values see the prompt (a quarter of the decoder)."""
-    tokens = PROMPT_TOKENS[config.model.prompt]
-    per_candidate = 6.0 * (tokens * (model.encoder + model.decoder / 4) + model.decoder)
-    return per_candidate * (1 + config.data.num_negatives)
+    """Of one training event, all its candidates. Per parameter and token 2 forward, 2 backward for activations and 2 for weights that are trained.
+    The decoder of an encoder-decoder sees one position; W_k and W_v of its cross-attention see the prompt when adapters keep them from being folded."""
+    num_candidates, adapters = 1 + config.data.num_negatives, config.model.lora.rank > 0
+    read = tokens_per_event(config, model) * (model.encoder + (model.cross if adapters else 0)) + num_candidates * model.decoder
+    return (4.0 if adapters else 6.0) * read
 
 
 def measured_flops(seconds: float = 0.3) -> float:

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 import ds_configs
+from data_shards.schema import read_manifest
 from tests.tiny_folder import make_tiny_folder
 from trainer.config import load_config
 from trainer.train import EXIT_RESUME_ME, train
@@ -50,6 +51,7 @@ EXACT = [
 ]
 LORA = [*RANDOM, "model.lora.rank=2"]
 ZERO3 = "zero3_small.json"
+DECODERS = ("qwen3_nano", "llama_nano")
 
 SCENARIOS: list[dict[str, Any]] = [
     {"name": "undisturbed", "deepspeed": "zero2.json", "overrides": RANDOM},
@@ -59,6 +61,7 @@ SCENARIOS: list[dict[str, Any]] = [
     {"name": "lora", "deepspeed": ZERO3, "overrides": LORA},
     {"name": "lora_interrupted", "deepspeed": ZERO3, "overrides": LORA, "stop_at": 3},
     {"name": "lora_resumed", "run": "lora_interrupted", "deepspeed": ZERO3, "overrides": LORA, "resume": True},
+    *({"name": name, "deepspeed": ZERO3, "overrides": [*LORA, f"model.backbone=scratch:{name}"]} for name in DECODERS),
     {"name": "ddp", "overrides": EXACT},
     {"name": "zero0", "deepspeed": "zero0.json", "overrides": EXACT},
     {"name": "zero1", "deepspeed": "zero1.json", "overrides": EXACT},
@@ -149,6 +152,21 @@ def test_lora_under_zero3_resumes_without_saving_frozen_weights(folder: Path) ->
     trained = {name: tensor for name, tensor in state.items() if "lora_B" in name and not re.search(r"decoder\..*SelfAttention\.[qk]\.", name)}
     assert len(trained) > 10
     assert all(bool(tensor.abs().sum() > 0) for tensor in trained.values()), "gathered, not empty, and trained"
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_decoder_trained_with_lora_under_zero3_is_registered_and_scores(folder: Path, name: str) -> None:
+    from trainer.registry import example_requests, open_model, register
+
+    assert [r.get("status") for r in results(folder, name)] == ["finished"] * 2, results(folder, name)
+    state = load_file(folder / name / "model" / "model.safetensors")
+    trained = [tensor for key, tensor in state.items() if "lora_B" in key]
+    assert len(trained) == 2 * 7 and all(bool(tensor.abs().sum() > 0) for tensor in trained)
+    version = register(folder / name, f"gensr-{name}")
+    requests = example_requests(folder / "data", read_manifest(folder / "data"))
+    registered = open_model(f"models:/gensr-{name}/{version}", f"sqlite:///{folder / 'mlflow.db'}")(requests)
+    for scores, expected in zip(registered, open_model(folder / name)(requests), strict=True):
+        assert scores == pytest.approx(expected, abs=1e-5) and len(set(scores)) > 1
 
 
 def test_another_learning_rate_is_refused_with_both_values(folder: Path) -> None:

@@ -16,11 +16,14 @@ from trainer.cf_table import load_cf
 from trainer.config import Config, load_config
 from trainer.data import EvalStream
 from trainer.loading import build_model, load_tokenizer
+from trainer.model.backbone import Prompt
 from trainer.model.gensr import GenSR
 from trainer.model.history import HistoryEncoder, SoftFilter
 from trainer.model.losses import answer_loss, contrastive_loss
 
 OVERRIDES = ["model.backbone=scratch:nano", "data.item_tokens=8", "data.history_tokens=4", "data.history_max=6", "model.dropout=0.1"]
+
+BACKBONES = ("scratch:nano", "scratch:llama_nano", "scratch:qwen3_nano", "scratch:t5gemma_nano")
 
 
 @pytest.fixture(scope="module")
@@ -96,18 +99,20 @@ def test_history_encoder_masks_padding() -> None:
 # ---- invariances -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("backbone", BACKBONES)
 @pytest.mark.parametrize("variant", ["paper", "extended"])
-def test_many_candidates_at_once_equal_one_by_one(folder: Path, variant: str) -> None:
-    model, batch, _ = make(folder, variant)
+def test_many_candidates_at_once_equal_one_by_one(folder: Path, variant: str, backbone: str) -> None:
+    model, batch, _ = make(folder, variant, f"model.backbone={backbone}")
     together = scores(model, batch)
     for candidate in (0, 17, 99):
         alone = scores(model, batch.with_candidates(batch.candidates[:, [candidate]], batch.labels[:, [candidate]]))
         torch.testing.assert_close(alone[:, 0], together[:, candidate], rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("backbone", BACKBONES)
 @pytest.mark.parametrize("variant", ["paper", "extended"])
-def test_batch_composition_and_padding_do_not_change_a_score(folder: Path, variant: str) -> None:
-    model, batch, _ = make(folder, variant)
+def test_batch_composition_and_padding_do_not_change_a_score(folder: Path, variant: str, backbone: str) -> None:
+    model, batch, _ = make(folder, variant, f"model.backbone={backbone}")
     together = scores(model, batch)
     for row in range(batch.num_events):
         torch.testing.assert_close(scores(model, batch.rows(row, row + 1))[0], together[row], rtol=0, atol=2e-5)
@@ -153,24 +158,26 @@ def test_an_event_reads_the_table_that_did_not_see_its_click_in_training_only(fo
 # ---- the answer --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("backbone", BACKBONES)
 @pytest.mark.parametrize("variant", ["paper", "extended"])
-def test_answer_probability_equals_generate(folder: Path, variant: str) -> None:
+def test_answer_probability_equals_generate(folder: Path, variant: str, backbone: str) -> None:
     """P(Yes) under decoding constrained to {Yes, No}, from transformers' own generate, is the sigmoid of our score."""
-    model, batch, _ = make(folder, variant)
-    prompts: list[tuple[Tensor, Tensor]] = []
+    model, batch, _ = make(folder, variant, f"model.backbone={backbone}")
+    prompts: list[Prompt] = []
     original = model.backbone.answer_logits
 
-    def spy(prompt: Tensor, mask: Tensor, answers: Tensor) -> Tensor:
-        prompts.append((prompt, mask))
-        return original(prompt, mask, answers)
+    def spy(prompt: Prompt, answers: Tensor) -> Tensor:
+        prompts.append(prompt)
+        return original(prompt, answers)
 
-    model.backbone.answer_logits = spy  # type: ignore[method-assign,assignment]
+    model.backbone.answer_logits = spy  # type: ignore[method-assign]
     few = batch.with_candidates(batch.candidates[:, :3], batch.labels[:, :3])
     ours = scores(model, few).sigmoid()
     yes, no = model.answers
-    for task, (prompt, mask) in zip((REC, SRC), prompts, strict=True):
+    for task, prompt in zip((REC, SRC), prompts, strict=True):
+        vectors, mask = prompt.whole(model.backbone.shared_first)
         out = model.backbone.base.generate(
-            inputs_embeds=prompt, attention_mask=mask.long(), max_new_tokens=1, do_sample=False, num_beams=1,
+            inputs_embeds=vectors, attention_mask=mask.long(), max_new_tokens=1, do_sample=False, num_beams=1,
             return_dict_in_generate=True, output_scores=True, prefix_allowed_tokens_fn=lambda *_: [yes, no],
         )  # fmt: skip
         generated = out.scores[0].softmax(-1)[:, yes].view(-1, 3)

@@ -2,13 +2,14 @@
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from trainer.config import load_config
 from trainer.errors import ConfigError
-from trainer.plan import GB, DataSize, ModelSize, batch_arithmetic, data_size, dry_run, memory, model_size
+from trainer.plan import GB, DataSize, ModelSize, batch_arithmetic, data_size, dry_run, memory, model_size, tokens_per_event
 from trainer.schedule import above_chance, chance, grad_accum_steps, make_schedule
 
 
@@ -85,7 +86,7 @@ def test_frozen_weights_cost_four_bytes() -> None:
 
 
 def test_activations_follow_batch_prompt_precision_and_checkpointing() -> None:
-    base = ModelSize(total=0, trainable=0, width=768, layers=12, encoder=1, decoder=1)
+    base = ModelSize(total=0, trainable=0, width=768, layers=12, encoder=84_954_240, decoder=1)
 
     def activations(*overrides: str) -> float:
         return memory(load_config(None, ["run.precision=bf16", *overrides]), base, DATA, None, 1).activations
@@ -105,6 +106,27 @@ def test_known_backbones_have_their_published_sizes() -> None:
     assert 0 < base.total - published < 10e6, "GenSR's own layers"
 
 
+@pytest.mark.parametrize(
+    ("name", "vocabulary", "published"),
+    [
+        ("Qwen/Qwen2.5-0.5B", 151936, 494_032_768),
+        ("Qwen/Qwen3-0.6B", 151936, 596_049_920),
+        ("meta-llama/Llama-3.2-1B", 128256, 1_235_814_400),
+        ("HuggingFaceTB/SmolLM2-135M", 49152, 134_515_008),
+    ],
+)
+def test_known_decoders_have_their_published_sizes(name: str, vocabulary: int, published: int) -> None:
+    size = model_size(load_config(None, [f"model.backbone={name}"]), 0, 100)
+    assert size.encoder + vocabulary * size.width == published and size.decoder == 0
+
+
+def test_a_decoder_reads_what_candidates_share_once_an_event() -> None:
+    config = load_config(None, ["model.prompt=paper", "data.num_negatives=4"])
+    t5 = ModelSize(total=0, trainable=0, width=1, layers=1, encoder=1, decoder=0)
+    assert tokens_per_event(config, t5) == 5 * 110
+    assert tokens_per_event(config, replace(t5, shared_first=True)) == 5 * 54 + 56
+
+
 def test_model_size_is_the_real_one(tmp_path: Path) -> None:
     from data_shards.schema import read_manifest
     from tests.tiny_folder import WORDS, make_tiny_folder
@@ -115,7 +137,7 @@ def test_model_size_is_the_real_one(tmp_path: Path) -> None:
 
     folder = make_tiny_folder(tmp_path)
     manifest = read_manifest(folder)
-    for overrides in ([], ["model.variant=paper"], ["model.lora.rank=4"]):
+    for overrides in ([], ["model.variant=paper"], ["model.lora.rank=4"], ["model.backbone=scratch:llama_nano"]):
         config = load_config(None, ["model.backbone=scratch:nano", *overrides])
         real = build_model(config, manifest, load_tables(folder, manifest, load_cf(folder, manifest)), folder)
         assert model_size(config, 0, len(WORDS), cf_dim=16) == size_of(real)

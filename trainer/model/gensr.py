@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from data_shards.schema import SRC
 from trainer.batch import Batch, ItemTables
-from trainer.model.backbone import Seq2SeqBackbone
+from trainer.model.backbone import Backbone, Prompt
 from trainer.model.history import HistoryEncoder, SoftFilter
 from trainer.model.losses import Gather, answer_loss, contrastive_loss, listwise_loss
 from trainer.model.prompt import Template
@@ -65,7 +65,7 @@ class GenSR(nn.Module):
     """
 
     def __init__(
-        self, settings: GenSRSettings, backbone: Seq2SeqBackbone, templates: dict[int, Template], answers: tuple[int, int], tables: ItemTables
+        self, settings: GenSRSettings, backbone: Backbone, templates: dict[int, Template], answers: tuple[int, int], tables: ItemTables
     ) -> None:
         super().__init__()
         self.settings = settings
@@ -92,6 +92,7 @@ class GenSR(nn.Module):
             self.no_query = nn.Parameter(torch.zeros(width))
         for task, template in templates.items():
             self.register_buffer(f"template_{task}", torch.tensor(template.token_ids), persistent=False)
+            self.register_buffer(f"shared_{task}", torch.tensor(template.shared_ids, dtype=torch.long), persistent=False)
         self.slots = {task: template.slot_positions for task, template in templates.items()}
 
     @property
@@ -218,26 +219,25 @@ class GenSR(nn.Module):
                 if not self.every_task_every_step:
                     continue
                 rows = torch.zeros(1, dtype=torch.long, device=task_B.device)  # answered and thrown away
-            prompt_BCSD, mask_BS = self.fill_prompt(task, slots_BCXD[rows], query_BQD[rows], query_mask_BQ[rows])
-            mask_MS = mask_BS.repeat_interleave(prompt_BCSD.shape[1], 0)
-            logits_MA = self.backbone.answer_logits(prompt_BCSD.flatten(0, 1), mask_MS, answers)
-            task_scores = (logits_MA[:, 0] - logits_MA[:, 1]).view(len(rows), -1)
+            prompt = self.fill_prompt(task, slots_BCXD[rows], query_BQD[rows], query_mask_BQ[rows])
+            logits_BCA = self.backbone.answer_logits(prompt, answers)
+            task_scores = logits_BCA[..., 0] - logits_BCA[..., 1]
             keep = (task_B[rows] == task)[:, None]
             scores_BC = scores_BC.index_add(0, rows, task_scores * keep)
         return scores_BC
 
-    def fill_prompt(self, task: int, slots_BCXD: Tensor, query_BQD: Tensor, query_mask_BQ: Tensor) -> tuple[Tensor, Tensor]:
-        """Eq. 7 for events of one task: text segments, slot vectors and (search) the query, concatenated → [B, C, S, D] and mask [B, S].
+    def fill_prompt(self, task: int, slots_BCXD: Tensor, query_BQD: Tensor, query_mask_BQ: Tensor) -> Prompt:
+        """Eq. 7 for events of one task: text segments around slot vectors, and what the candidates share: (decoders) the task text, (search) the query.
 
-        Padding stands at the end only.
+        Padding stands behind the query only.
         """
         batch, num_candidates = slots_BCXD.shape[:2]
-        text_SD = self._embed(self.get_buffer(f"template_{task}")).to(slots_BCXD.dtype)
-        prompt_BCSD = text_SD.expand(batch, num_candidates, -1, -1).clone()
-        prompt_BCSD[:, :, list(self.slots[task])] = slots_BCXD
-        mask_BS = torch.ones(batch, text_SD.shape[0], dtype=torch.bool, device=text_SD.device)
+        dtype = slots_BCXD.dtype
+        own_BCSD = self._embed(self.get_buffer(f"template_{task}")).to(dtype).expand(batch, num_candidates, -1, -1).clone()
+        own_BCSD[:, :, list(self.slots[task])] = slots_BCXD
+        shared_BPD = self._embed(self.get_buffer(f"shared_{task}")).to(dtype).expand(batch, -1, -1)
+        mask_BP = torch.ones(shared_BPD.shape[:2], dtype=torch.bool, device=shared_BPD.device)
         if task == SRC:
-            query_BCQD = query_BQD[:, None].expand(-1, num_candidates, -1, -1)
-            prompt_BCSD = torch.cat([prompt_BCSD, query_BCQD.to(prompt_BCSD.dtype)], 2)
-            mask_BS = torch.cat([mask_BS, query_mask_BQ], 1)
-        return prompt_BCSD, mask_BS
+            shared_BPD = torch.cat([shared_BPD, query_BQD.to(dtype)], 1)
+            mask_BP = torch.cat([mask_BP, query_mask_BQ], 1)
+        return Prompt(own_BCSD, shared_BPD, mask_BP)
