@@ -45,10 +45,12 @@ def make_tiny_folder(
     pq.write_table(pa.table({"user_id": [f"u{u}" for u in range(num_users)]}), folder / "catalog" / "users.parquet")
 
     shards: dict[str, list[dict[str, object]]] = {}
+    counts: dict[str, dict[str, int]] = {}
     first_id = 0
     halves = {name: [[count // 2, count - count // 2]] for name, count in (("train", num_train), ("valid", num_valid), ("test", num_valid))}
     for split, shard_sizes in {**halves, "train": train_blocks or halves["train"]}.items():
         shards[split] = []
+        counts[split] = {"rec": sum((n + 1) // 2 for sizes in shard_sizes for n in sizes), "src": sum(n // 2 for sizes in shard_sizes for n in sizes)}
         for number, sizes in enumerate(shard_sizes):
             starts = [first_id + sum(sizes[:i]) for i in range(len(sizes))]
             blocks = [_block(rng, start, size, split, num_users, num_items, num_queries) for start, size in zip(starts, sizes, strict=True)]
@@ -59,7 +61,7 @@ def make_tiny_folder(
         "gensr_version": "0",
         "source": {"name": "tiny"},
         "settings": {"num_negatives": 99, "history_max": 8},
-        "counts": {"users": num_users, "items": num_items, "queries": num_queries},
+        "counts": {"users": num_users, "items": num_items, "queries": num_queries, **counts},
         "split": {"rule": "time", "boundaries": {}, "fingerprint": hashlib.sha256(f"{seed}/{num_train}".encode()).hexdigest()},
         "seeds": {},
         "text": {"mode": "text", "num_words": 0, "vocab_size": len(WORDS), "item_tokens": ITEM_TOKENS, "query_tokens": QUERY_TOKENS},

@@ -266,24 +266,31 @@ def tokens_per_event(config: Config, model: ModelSize) -> int:
     return OWN_TOKENS[wording] * num_candidates + PROMPT_TOKENS[wording] - OWN_TOKENS[wording]
 
 
-def flops_per_event(config: Config, model: ModelSize) -> float:
-    """Of one training event, all its candidates. Per parameter and token 2 forward, 2 backward for activations and 2 for weights that are trained.
-    The decoder of an encoder-decoder sees one position; W_k and W_v of its cross-attention see the prompt when adapters keep them from being folded."""
+def flops_per_event(config: Config, model: ModelSize, tokens: float | None = None) -> float:
+    """Of one training event, all its candidates; `tokens` is what the backbone reads for it, if that was measured.
+
+    Per parameter and token 2 forward, 2 backward for activations and 2 for weights that are trained. The decoder of an encoder-decoder sees one position;
+    W_k and W_v of its cross-attention see the prompt when adapters keep them from being folded."""
     num_candidates, adapters = 1 + config.data.num_negatives, config.model.lora.rank > 0
-    read = tokens_per_event(config, model) * (model.encoder + (model.cross if adapters else 0)) + num_candidates * model.decoder
+    read = (tokens or tokens_per_event(config, model)) * (model.encoder + (model.cross if adapters else 0)) + num_candidates * model.decoder
     return (4.0 if adapters else 6.0) * read
 
 
-def measured_flops(seconds: float = 0.3) -> float:
-    """float32 matrix products per second of this machine's CPU, FLOP/s."""
+def measured_flops(seconds: float = 0.3, device: str = "cpu", dtype: Any = None) -> float:
+    """Matrix products per second of this machine's CPU or GPU, FLOP/s; float32 unless `dtype` says otherwise."""
     import torch
 
-    a = torch.randn(512, 512)
+    size = 512 if device == "cpu" else 8192
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    wait = (lambda: None) if device == "cpu" else torch.cuda.synchronize
+    a @ a
+    wait()
     count, start = 0, time.perf_counter()
     while time.perf_counter() - start < seconds:
         a @ a
+        wait()
         count += 1
-    return 2 * 512**3 * count / (time.perf_counter() - start)
+    return 2 * size**3 * count / (time.perf_counter() - start)
 
 
 # ---- the report ------------------------------------------------------------------------------------------------
