@@ -164,8 +164,8 @@ def test_a_decoder_trained_with_lora_under_zero3_is_registered_and_scores(folder
     assert len(trained) == 2 * 7 and all(bool(tensor.abs().sum() > 0) for tensor in trained)
     version = register(folder / name, f"gensr-{name}")
     requests = example_requests(folder / "data", read_manifest(folder / "data"))
-    registered = open_model(f"models:/gensr-{name}/{version}", f"sqlite:///{folder / 'mlflow.db'}")(requests)
-    for scores, expected in zip(registered, open_model(folder / name)(requests), strict=True):
+    registered = open_model(f"models:/gensr-{name}/{version}", f"sqlite:///{folder / 'mlflow.db'}").score(requests)
+    for scores, expected in zip(registered, open_model(folder / name).score(requests), strict=True):
         assert scores == pytest.approx(expected, abs=1e-5) and len(set(scores)) > 1
 
 
