@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -12,7 +13,7 @@ import pyarrow.parquet as pq
 from data_shards.errors import DataError
 from data_shards.options import PrepareSettings
 from data_shards.schema import REC
-from data_shards.sources.reading import is_words, words_text
+from data_shards.sources.reading import no_words, readable, words_text
 from data_shards.split import TRAIN
 from data_shards.text import Words, collect_words, encode_texts, get_tokenizer, split_words, training_texts, word_mode
 from data_shards.work import BATCH_ROWS, Work
@@ -37,20 +38,34 @@ def name_ids(work: Work, read: dict[str, Any]) -> dict[str, Any]:
     text = words_text("key") if read["anonymised"] else "key"
     work.con.execute(f"CREATE OR REPLACE TABLE final_queries AS SELECT id, key, CAST({text} AS VARCHAR) AS text FROM final_queries")
     items = read["items"]
-    work.execute(
-        f"""CREATE OR REPLACE TABLE catalog_items AS SELECT f.id, f.key, coalesce(i.text, '') AS text, {_integers("i.words")} AS words, i.category
-        FROM final_items f LEFT JOIN (SELECT item_id, {items["text"]} AS text, {items["words"]} AS words, {items["category"]} AS category
-            FROM {items["scan"]}) i ON i.item_id = f.key""",
-        "items",
-    )
+    work.con.execute("SET disabled_optimizers='join_order,build_side_probe_side'")  # the file streams past the kept items, never the other way round
+    try:
+        work.execute(
+            f"""CREATE OR REPLACE TABLE catalog_items AS
+            SELECT f.id, f.key, coalesce({items["text"]}, '') AS text, {_integers(items["words"])} AS words, {items["category"]} AS category
+            FROM {items["scan"]} JOIN final_items f ON item_id = f.key""",
+            "items",
+        )
+    except duckdb.ConversionException as error:
+        raise _locate_words(work, items) or readable(error) from error
+    work.con.execute("RESET disabled_optimizers")
+    work.con.execute(
+        "INSERT INTO catalog_items SELECT id, key, '', NULL, NULL FROM final_items WHERE id NOT IN (SELECT id FROM catalog_items)"
+    )  # clicked, but without features
     return {}
 
 
 def _integers(words: str) -> str:
     """SQL: a written list of integers as BIGINT[]; what is no such list ends the query."""
-    text = words_text(f"CAST({words} AS VARCHAR)")
-    wrong = f"error('the words of an item must be a list of integers, got ' || {words})"
-    return f"CASE WHEN {is_words(text)} THEN CAST(string_split({text}, ' ') AS BIGINT[]) WHEN {text} IS NOT NULL THEN CAST({wrong} AS BIGINT[]) END"
+    return f"CAST(string_split({words_text(f'CAST({words} AS VARCHAR)')}, ' ') AS BIGINT[])"
+
+
+def _locate_words(work: Work, items: dict[str, str]) -> DataError | None:
+    """The first row of the items' file whose words are no list of integers."""
+    work.con.execute("SET threads=1; SET preserve_insertion_order=true")  # row numbers need the order of the file
+    numbered = f"SELECT CAST({items['words']} AS VARCHAR) AS words, row_number() OVER () + 1 AS row FROM {items['scan']}"
+    found = work.con.execute(f"SELECT row, words FROM ({numbered}) WHERE {no_words('words')} ORDER BY row LIMIT 1").fetchall()
+    return DataError(f"{items['words_origin']}:row {found[0][0]}: must be a list of integers like [1, 2, 3], got {found[0][1]!r}") if found else None
 
 
 def train_click_counts(columns: EventColumns, num_items: int) -> np.ndarray:

@@ -18,7 +18,7 @@ from data_shards.histories import first_of_runs, order_by_hash
 from data_shards.options import PrepareSettings
 from data_shards.schema import NO_QUERY, REC, SRC
 from data_shards.sources import Source, Tables
-from data_shards.sources.reading import estimated_rows, is_words, readable, words_text
+from data_shards.sources.reading import estimated_rows, literal, no_words, readable
 from data_shards.work import BATCH_ROWS, Work, chunk_bounds
 
 EVENT_DTYPES = {"user": "i4", "item": "i4", "time": "i8", "task": "i1", "query": "i4"}
@@ -26,12 +26,14 @@ USER_SEED, ITEM_SEED, QUERY_SEED, TIE_SEED = 11, 12, 13, 14  # what a hash is fo
 
 
 def read_rows(work: Work, source: Source) -> dict[str, Any]:
-    """Stage: raw files → table `rows` in the work database. Returns counts and what was dropped, and why."""
+    """Stage: raw files → rows.parquet, `rows` in the work database. Returns counts and what was dropped, and why."""
     try:
         tables = source.read(work)
-        work.execute(f"CREATE OR REPLACE TABLE rows AS {tables.events}", "read", sum(estimated_rows(path) for path in source.files))
+        path = literal(work.folder / "rows.parquet")  # a table of the work database would cost twice as much and hold it all in memory
+        work.execute(f"COPY ({tables.events}) TO {path} (FORMAT parquet)", "read", sum(estimated_rows(path) for path in source.files))
+        work.con.execute(f"CREATE OR REPLACE VIEW rows AS SELECT * FROM read_parquet({path})")
     except duckdb.Error as error:
-        raise readable(error) from error
+        raise readable(error, source.files) from error
     work.con.execute("CREATE OR REPLACE TABLE query_keys AS SELECT DISTINCT query FROM rows WHERE query IS NOT NULL")
     dropped = dict(tables.dropped)
     for problem, count in work.con.execute("SELECT problem, count(*) FROM rows WHERE problem IS NOT NULL GROUP BY 1 ORDER BY 1").fetchall():
@@ -58,8 +60,7 @@ def _raise_wrong_values(work: Work, tables: Tables, problems: Iterable[str]) -> 
         assert tables.locate is not None
         raise tables.locate(wrong[0], "")
     if tables.anonymised:
-        written = words_text("query")
-        found = work.con.execute(f"SELECT min(query) FROM query_keys WHERE {written} IS NOT NULL AND NOT {is_words(written)}").fetchall()
+        found = work.con.execute(f"SELECT min(query) FROM query_keys WHERE {no_words('query')}").fetchall()
         if found[0][0] is not None:
             assert tables.locate is not None
             raise tables.locate("error: query", found[0][0])

@@ -36,6 +36,7 @@ class ItemSql:
     text: str = "text"
     words: str = "NULL"
     category: str = "category"
+    words_origin: str = ""  # FILE:COLUMN that the words come from, for errors
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ class Tables:
 
 EARLIEST_MS = 31_536_000_000  # 1971: what lies before is a missing date, or a time in seconds
 TOO_EARLY = "time before 1971 (in seconds? it must be ms)"
+LATEST_MS = 4_102_444_800_000  # 2100
+TOO_LATE = "time after 2099 (in microseconds? it must be ms)"
 SOURCES = tuple(SOURCE_DEFAULTS)
 
 

@@ -13,7 +13,7 @@ import duckdb
 from data_shards.errors import DataError
 from data_shards.options import PrepareSettings
 from data_shards.schema import REC, SRC
-from data_shards.sources import EARLIEST_MS, TOO_EARLY, ItemSql, Source, Tables
+from data_shards.sources import EARLIEST_MS, LATEST_MS, TOO_EARLY, TOO_LATE, ItemSql, Source, Tables
 from data_shards.sources.reading import csv_scan, find_file, literal, readable
 from data_shards.work import Work
 
@@ -56,18 +56,18 @@ def _read(work: Work, rec: Path, src: Path, items: Path) -> Tables:
 def _problem(file: str, time: str, click: str, search: bool = False) -> str:
     """SQL of why a row cannot be used; NULL when it can."""
     cases = [f"WHEN {column} IS NULL THEN '{file}: no {column}'" for column in ("user_id", "item_id", time, click)]
-    cases.append(f"WHEN {time} < {EARLIEST_MS} THEN '{file}: {TOO_EARLY}'")
+    cases += [f"WHEN {time} < {EARLIEST_MS} THEN '{file}: {TOO_EARLY}'", f"WHEN {time} >= {LATEST_MS} THEN '{file}: {TOO_LATE}'"]
     if search:
         posts = ", ".join(literal(kind) for kind in POST_TYPES)
         cases.append(f"WHEN item_type NOT IN ({posts}) THEN '{file}: result of type ' || item_type")
-        cases.append(f"WHEN keyword IS NULL OR keyword IN ('', '[]') THEN '{file}: no keyword'")
+        cases.append(f"WHEN keyword IS NULL OR trim(keyword, '[], ') = '' THEN '{file}: no keyword'")
     return f"CASE {' '.join(cases)} END"
 
 
 def _items_sql(path: Path) -> ItemSql:
     names = ", ".join(f"nullif({level}, 'empty')" for level in LEVELS)
     category = f"nullif(concat_ws(' > ', {names}), '')"
-    return ItemSql(scan=csv_scan(path, ITEM_TYPES), text=f"concat_ws(' ', {names})", words="caption", category=category)
+    return ItemSql(scan=csv_scan(path, ITEM_TYPES), text=f"concat_ws(' ', {names})", words="caption", category=category, words_origin=f"{path}:caption")
 
 
 def _locate_keyword(con: duckdb.DuckDBPyConnection, src: Path, value: str) -> DataError:

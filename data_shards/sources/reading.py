@@ -30,6 +30,11 @@ def is_words(text: str) -> str:
     return f"regexp_full_match({text}, '[0-9]{{1,18}}( [0-9]{{1,18}})*')"
 
 
+def no_words(column: str) -> str:
+    """SQL: whether a text is no list of integers in any writing: the same as is_words of its words_text, but one look at the raw text."""
+    return f"regexp_matches({column}, '[^0-9\\[\\],\\s]|[0-9]{{19}}')"
+
+
 def estimated_rows(path: Path) -> int:
     """Rows of a text file, judged by the length of its first lines; 0 for other files. For progress only."""
     if path.suffix not in (".csv", ".jsonl"):
@@ -45,7 +50,7 @@ def words_text(column: str) -> str:
 
 
 def csv_header(path: Path) -> list[str]:
-    """Column names of a CSV file; a byte-order mark and CRLF are fine. Raises DataError when the file has no header line."""
+    """Column names of a CSV file; a byte-order mark and CRLF are fine. Raises DataError without a header line, or when a name is there twice."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             header = next(csv.reader(file), [])
@@ -53,13 +58,20 @@ def csv_header(path: Path) -> list[str]:
         raise DataError(f"{path}: not UTF-8 text ({error}). Convert it, for example with iconv.") from error
     if not header:
         raise DataError(f"{path}: empty file; expected a header line and rows")
-    return [name.strip() for name in header]
+    names = [name.strip() or f"column{number}" for number, name in enumerate(header)]  # a saved row index has no name
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise DataError(f"{path}: column {twice[0]} is there {len(twice)} times. Rename or remove one.")
+    return names
 
 
 def require_columns(path: Path, found: Sequence[str], required: Sequence[str]) -> None:
     missing = [name for name in required if name not in found]
     if missing:
         raise DataError(f"{path}: column {', '.join(missing)} is missing. Found: {', '.join(found)}. Needed: {', '.join(required)}.")
+
+
+MAX_LINE_BYTES, BUFFER_BYTES = 1 << 24, 1 << 25  # unless told, duckdb holds buffers of 16 times the longest line: 268 MB each
 
 
 def csv_scan(path: Path, types: Mapping[str, str], null_strings: Sequence[str] = NULL_STRINGS) -> str:
@@ -70,7 +82,7 @@ def csv_scan(path: Path, types: Mapping[str, str], null_strings: Sequence[str] =
     nulls = ", ".join(literal(text) for text in null_strings)
     return (
         f"read_csv({literal(path)}, header=true, auto_detect=false, delim=',', quote='\"', escape='\"', "
-        f"max_line_size=16777216, nullstr=[{nulls}], columns={{{columns}}})"
+        f"max_line_size={MAX_LINE_BYTES}, buffer_size={BUFFER_BYTES}, nullstr=[{nulls}], columns={{{columns}}})"
     )
 
 
@@ -79,9 +91,19 @@ def describe(con: duckdb.DuckDBPyConnection, scan: str) -> dict[str, str]:
     return {row[0]: str(row[1]) for row in con.execute(f"DESCRIBE SELECT * FROM {scan}").fetchall()}
 
 
-def readable(error: duckdb.Error) -> DataError:
-    """duckdb's report of an unusable file as one line: file:column:row, what is wrong."""
+def mixed_line_ends(path: Path) -> int:
+    """The first line (from 1) of a text file that ends otherwise than line 1, with LF or CRLF; 0 when all end alike."""
+    with open(path, "rb") as file:
+        first = file.readline().endswith(b"\r\n")
+        return next((number for number, line in enumerate(file, start=2) if line.endswith(b"\n") and line.endswith(b"\r\n") != first), 0)
+
+
+def readable(error: duckdb.Error, files: Sequence[Path] = ()) -> DataError:
+    """duckdb's report of an unusable file as one line: file:column:row, what is wrong. files: those that it may be about."""
     text = str(error)
+    for file in files if "invalid state" in text else ():
+        if number := mixed_line_ends(file):
+            return DataError(f"{file}:row {number}: ends with LF or CRLF, and row 1 with the other. Convert the file, for example with dos2unix.")
     line = re.search(r"CSV Error on Line: (\d+)", text)
     path = re.search(r"^\s*file = (.+)$", text, re.MULTILINE)
     column = re.search(r'Error when converting column "([^"]+)"\. (.+)', text)
@@ -92,5 +114,6 @@ def readable(error: duckdb.Error) -> DataError:
     if width:
         return DataError(f"{where.replace('::', ':')}: {width.group(2)} columns where the header has {width.group(1)}. Correct or remove that row.")
     if line:
-        return DataError(f"{where.replace('::', ':')}: {text.splitlines()[1] if len(text.splitlines()) > 1 else text}")
+        reason = text.split("\n\nPossible fixes")[0].splitlines()[-1].strip()
+        return DataError(f"{where.replace('::', ':')}: {reason} Correct or remove that row.")
     return DataError(f"a raw file cannot be read: {text.splitlines()[0]}")

@@ -13,8 +13,8 @@ import duckdb
 
 from data_shards.errors import DataError
 from data_shards.options import PrepareSettings
-from data_shards.sources import EARLIEST_MS, TOO_EARLY, ItemSql, Source, Tables
-from data_shards.sources.reading import csv_header, csv_scan, describe, is_words, literal, readable, require_columns, words_text
+from data_shards.sources import EARLIEST_MS, LATEST_MS, TOO_EARLY, TOO_LATE, ItemSql, Source, Tables
+from data_shards.sources.reading import csv_header, csv_scan, describe, is_words, literal, no_words, readable, require_columns, words_text
 from data_shards.work import Work
 
 FORMATS = ("parquet", "csv", "jsonl")
@@ -135,6 +135,9 @@ def _check_items(work: Work, path: Path) -> None:
     twice = work.con.execute("SELECT item_id, count(*) FROM item_rows GROUP BY item_id HAVING count(*) > 1 ORDER BY item_id LIMIT 1").fetchall()
     if twice:
         raise DataError(f"{path}:item_id: {twice[0][0]!r} is there {twice[0][1]} times. Every item needs one row.")
+    wrong = work.con.execute(f"SELECT item_id, words FROM item_rows WHERE {no_words('words')} ORDER BY item_id LIMIT 1").fetchall()
+    if wrong:
+        raise DataError(f"{path}:words: those of item {wrong[0][0]!r} must be a list of integers, got {wrong[0][1]!r}")
 
 
 def _events_sql(events: File, user_type: str, item_type: str, anonymised: bool, carried: str = "") -> str:
@@ -163,6 +166,7 @@ def _events_sql(events: File, user_type: str, item_type: str, anonymised: bool, 
             WHEN {missing_time} THEN 'no time'
             WHEN time IS NULL THEN 'error: time'
             WHEN time < {EARLIEST_MS} THEN '{TOO_EARLY}'
+            WHEN time >= {LATEST_MS} THEN '{TOO_LATE}'
             WHEN task = -1 THEN 'error: task'
             WHEN {clicked} IS NULL THEN 'error: clicked'
             WHEN task = 1 AND query IS NULL THEN 'search without a query'

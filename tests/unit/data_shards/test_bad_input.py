@@ -87,6 +87,8 @@ def test_words_that_are_no_integers(tmp_path: Path) -> None:
     raw = write_tables(tmp_path / "raw", users=12, items=60, days=4, anonymised=True)
     change_lines(raw / "events.jsonl", lambda number, row: {**row, "task": "src", "query": "red shoes"} if number == 3 else row)
     refused(raw, r"events\.jsonl:query:row 4: must be a list of integers")
+    change_lines(raw / "items.jsonl", lambda number, row: {**row, "words": "red"} if number == 3 else row)
+    refused(raw, r"items\.jsonl:words: those of item 'i3' must be a list of integers, got 'red'")
 
 
 def test_rows_that_cannot_be_used_are_counted_by_reason(raw: Path) -> None:

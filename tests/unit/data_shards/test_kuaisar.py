@@ -1,6 +1,8 @@
 """The KuaiSAR reader against every oddity of its files."""
 
+import csv
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -84,7 +86,16 @@ def test_rows_that_cannot_be_used_are_counted_by_file_and_reason(tmp_path: Path)
             [],
             r"src_inter\.csv:keyword:row 3: must be a list of integers .* got '\[red\]'",
         ),
-        ([rec(1, 77, START)], [], [item(77, caption="red")], r"words of an item must be a list of integers, got red"),
+        ([], [src(1, 10, START, keyword='"[1.5, 2]"')], [], r"src_inter\.csv:keyword:row 2: must be a list of integers"),
+        ([], [src(1, 10, START, keyword="[1234567890123456789]")], [], r"src_inter\.csv:keyword:row 2: must be a list of integers"),
+        ([], [src(1, 10, START, keyword='"[7, 9]')], [], r"src_inter\.csv:row 2: Value with unterminated quote found\. Correct or remove"),
+        ([], [src(1, 10, START, clicks="True")], [], r'src_inter\.csv:click_cnt:row 2: Could not convert string "True"'),
+        ([rec(1, 10, "2023-05-22 00:00:00")], [], [], r"rec_inter\.csv:timestamp:row 20: Could not convert string"),
+        ([rec(1, 10, "1e30")], [], [], r'rec_inter\.csv:timestamp:row 20: Could not convert string "1e30"'),
+        ([rec(1, 10, "inf")], [], [], r'rec_inter\.csv:timestamp:row 20: Could not convert string "inf"'),
+        ([rec(1, 10, START) + ",1"], [], [], r"rec_inter\.csv:row 20: 13 columns where the header has 12"),
+        ([rec(1, 77, START)], [], [item(77, caption="red")], r"item_features\.csv:caption:row 8: must be a list of integers .* got 'red'"),
+        ([], [], [item("x1")], r'item_features\.csv:item_id:row 8: Could not convert string "x1"'),
     ],
 )
 def test_wrong_values_are_named(tmp_path: Path, recs: list[str], srcs: list[str], items: list[str], message: str) -> None:
@@ -92,6 +103,100 @@ def test_wrong_values_are_named(tmp_path: Path, recs: list[str], srcs: list[str]
     with pytest.raises(DataError, match=message):
         prepare("kuaisar", raw, tmp_path / "out", SETTINGS)
     assert not (tmp_path / "out").exists()
+
+
+def test_times_in_every_writing(tmp_path: Path) -> None:
+    written = ["1.68e12", "1683648000000.0", '"1683648000001"', "1.683648000002E12", " 1683648000003 ", "1683648000004."]
+    too_early, too_late = ["0", "-5", "28800000.0", "1683648000"], [f"{START}000"]
+    rows = [*written, *too_early, *too_late]
+    raw = write_world(tmp_path / "raw", [rec(1, 10, time) for time in rows], [src(1, 11, time) for time in rows], [])
+    dropped = prepare("kuaisar", raw, tmp_path / "out", SETTINGS).raw["dropped"]
+    times = [1_680_000_000_000, *(1_683_648_000_000 + number for number in range(5))]
+    events = [event for event in read_back(tmp_path / "out")["train"] if event["time"] <= max(times)]
+    assert sorted((event["time"], event["item"], event["task"]) for event in events) == [
+        (time, *what) for time in times for what in ((10, "rec"), (11, "src"))
+    ]
+    assert dropped == {
+        f"{file}_inter.csv: time {reason}": count
+        for file in ("rec", "src")
+        for reason, count in (("before 1971 (in seconds? it must be ms)", 4), ("after 2099 (in microseconds? it must be ms)", 1))
+    }
+
+
+def test_lists_in_every_writing(tmp_path: Path) -> None:
+    written = {'"[1, 2]"': "1 2", '"[1,2]"': "1 2", '"[ 1 , 2 ]"': "1 2", '" [1, 2] "': "1 2", '"1 2"': "1 2", '"[1, ]"': "1", "[1]": "1", "1": "1"}
+    written |= dict.fromkeys(["[]", '"[]"', '"[ ]"', "", '""', "NaN", "nan", "null"], "")
+    items = [item(100 + number, caption, ("empty",) * 4) for number, caption in enumerate(written)]
+    recs = [rec(2, 100 + number, START + 50) for number in range(len(written))]
+    srcs = [src(1, 100 + number, START + number, keyword) for number, keyword in enumerate(written)]
+    manifest = prepare("kuaisar", write_world(tmp_path / "raw", recs, srcs, items), tmp_path / "out", SETTINGS)
+    assert manifest.raw["dropped"] == {"src_inter.csv: no keyword": 8}
+    asked = {event["item"]: event["query"] for event in read_back(tmp_path / "out")["train"] if event["task"] == "src"}
+    assert asked == {100 + number: words for number, words in enumerate(written.values()) if words}
+    texts = {row["item_id"]: row for row in pq.read_table(tmp_path / "out" / "catalog" / "items.parquet").to_pylist()}
+    for number, words in enumerate(written.values()):
+        assert (texts[100 + number]["text"], texts[100 + number]["category"]) == (words, None), "without categories, the caption is all of the text"
+
+
+def test_one_millisecond_holds_several_interactions(tmp_path: Path) -> None:
+    """They share one history, and none of them is in it; all are in that of the next event, an item of both tasks once, as a search."""
+    at, recs = START + 9, [rec(1, 10, START + 9), rec(1, 11, START + 9), rec(1, 12, START + 9, click=0)]
+    raw = write_world(tmp_path / "raw", [*recs, rec(1, 12, at + 1)], [src(1, 10, at), src(1, 12, at)], [])
+    prepare("kuaisar", raw, tmp_path / "out", SETTINGS)
+    mine = [event for event in read_back(tmp_path / "out")["train"] if event["user"] == 1]
+    before = [event["history"] for event in mine if event["time"] == at]
+    assert len(before) == 4
+    assert all(sorted(history) == [(10, "rec"), (11, "rec"), (12, "rec")] for history in before), "the clicks of the moment before"
+    (after,) = [event["history"] for event in mine if event["time"] == at + 1]
+    assert sorted(after[3:]) == [(10, "src"), (11, "rec"), (12, "src")]
+
+
+def rewrite(raw: Path, name: str, change: Callable[[list[str]], list[str]]) -> None:
+    lines = (raw / f"{name}.csv").read_text().splitlines()
+    (raw / f"{name}.csv").write_text("\n".join(change(lines)) + "\n")
+
+
+def test_columns_in_another_order_and_further_ones_change_nothing(tmp_path: Path) -> None:
+    hashes = []
+    for form in ("plain", "turned", "more", "index"):
+        raw = write_world(tmp_path / form, [rec(1, 99, START + 7)], [src(1, 11, START + 9, keyword="[7]")], [])
+        for name in ("rec_inter", "item_features") if form != "plain" else ():
+            split = csv_rows if form == "turned" else (lambda lines: [[line] for line in lines])
+            rows = split((raw / f"{name}.csv").read_text().splitlines())
+            if form == "turned":
+                rows = [row[::-1] for row in rows]
+            elif form == "more":  # names that mean something inside the program
+                rows = [[*row, *(["id", "key", "text", "words", "problem", "query"] if number == 0 else "123456")] for number, row in enumerate(rows)]
+            else:  # what pandas writes unless told not to
+                rows = [["" if number == 0 else str(number), *row] for number, row in enumerate(rows)]
+            rewrite(raw, name, lambda _, rows=rows: [",".join(row) for row in rows])  # type: ignore[misc]
+        manifest = prepare("kuaisar", raw, tmp_path / f"{form}-out", SETTINGS)
+        hashes.append((manifest.raw["shards"], manifest.raw["catalog"]))
+    assert hashes[1:] == hashes[:1] * 3
+
+
+def csv_rows(lines: list[str]) -> list[list[str]]:
+    return [[f'"{cell}"' if "," in cell else cell for cell in row] for row in csv.reader(lines)]
+
+
+def test_broken_files_are_named(tmp_path: Path) -> None:
+    def refused(match: str, name: str, change: Callable[[list[str]], list[str]]) -> None:
+        raw = write_world(tmp_path / f"raw{len(match)}", [], [src(1, 11, START + 9)], [])
+        rewrite(raw, name, change)
+        with pytest.raises(DataError, match=match):
+            prepare("kuaisar", raw, tmp_path / "out", SETTINGS)
+
+    refused(r"column user_id is there 2 times", "rec_inter", lambda lines: [lines[0].replace("playing_time", "user_id"), *lines[1:]])
+    refused(r"row 3: ends with LF or CRLF, and row 1 with the other", "rec_inter", lambda lines: [*lines[:2], lines[2] + "\r", *lines[3:]])
+    refused(r"src_inter\.csv: empty file; expected a header line", "src_inter", lambda lines: [])
+    refused(r"column user_id, item_id, .* is missing\. Found: user_id;item_id", "rec_inter", lambda lines: [line.replace(",", ";") for line in lines])
+
+
+def test_a_log_without_searches_and_blank_lines(tmp_path: Path) -> None:
+    raw = write_world(tmp_path / "raw", ["", ""], [], [""])
+    manifest = prepare("kuaisar", raw, tmp_path / "out", SETTINGS)
+    assert manifest.raw["dropped"] == {}
+    assert (manifest.raw["counts"]["raw"]["rec"], manifest.raw["counts"]["raw"]["src"]) == (18, 0)
 
 
 def test_a_missing_column_is_named(tmp_path: Path) -> None:
