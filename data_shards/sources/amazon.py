@@ -27,10 +27,8 @@ from data_shards.work import Work
 
 LICENSE = "Amazon review data (J. McAuley, UCSD): research use"
 STOP_WORDS = frozenset(
-    (
-        "a an and are as at be but by for from has if in into is it its no not of on or other our such than that the their then "
-        "there these they this to was we will with you your"
-    ).split()
+    """a an and are as at be but by for from has if in into is it its no not of on or other our such than that the their then
+    there these they this to was we will with you your""".split()  # noqa: SIM905
 )
 WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)?")
 PATH_COMMA = re.compile(r",(?!\s)")  # levels are separated by a comma that no space follows: names themselves contain ", "

@@ -67,7 +67,9 @@ def _problem(file: str, time: str, click: str, search: bool = False) -> str:
 def _items_sql(path: Path) -> ItemSql:
     names = ", ".join(f"nullif({level}, 'empty')" for level in LEVELS)
     category = f"nullif(concat_ws(' > ', {names}), '')"
-    return ItemSql(scan=csv_scan(path, ITEM_TYPES), text=f"concat_ws(' ', {names})", words="caption", category=category, words_origin=f"{path}:caption")
+    return ItemSql(
+        scan=csv_scan(path, ITEM_TYPES), text=f"concat_ws(' ', {names})", words="caption", category=category, words_origin=f"{path}:caption"
+    )
 
 
 def _locate_keyword(con: duckdb.DuckDBPyConnection, src: Path, value: str) -> DataError:
