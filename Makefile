@@ -1,4 +1,4 @@
-# make install | demo | test | lint | build. Everything lives in .venv; PYTHON picks the interpreter that makes it (3.10 or newer).
+# make install | demo | test | test-slurm | lint | build. Everything lives in .venv; PYTHON picks the interpreter that makes it (3.10 or newer).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export MLFLOW_DISABLE_TELEMETRY ?= true
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: install demo test lint format build clean
+.PHONY: install demo test test-slurm lint format build clean
 
 install: $(STAMP)
 
@@ -25,6 +25,11 @@ demo: install
 test: export OMP_NUM_THREADS ?= 1
 test: install
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# tests/slurm with every fault: some minutes on free cores, and one after the other, because they share a cluster
+test-slurm: export OMP_NUM_THREADS ?= 1
+test-slurm: install
+	$(BIN)/python -m pytest -m slurm -rP tests/slurm
 
 lint: install
 	$(BIN)/ruff check .

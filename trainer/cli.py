@@ -284,9 +284,19 @@ def compare(
     answer(comparison, as_json, *compare_lines(comparison))
 
 
-@runs_app.callback()
-def runs() -> None:
-    """Keeps `summarize` a verb of its own while it is the only one."""
+@runs_app.command("import", epilog="Example: gensr runs import runs/mlflow.db --into http://mlflow.example.org")
+def import_(
+    source: Annotated[str, typer.Argument(metavar="FROM", help="mlflow.db of an offline node, a tracking URI, a run folder, or a folder of them")],
+    into: Annotated[str, typer.Option(help="tracking URI of the target; default: the server that a run folder's own configuration names")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Bring runs that were tracked without a server into one. Repeated, it adds only what is new."""
+    from trainer.runs_import import import_runs, target_of
+
+    done = import_runs(source, into or target_of(source), progress=lambda line: typer.echo(line, err=True))
+    new = sum(run.new for run in done)
+    summary = f"{len(done)} runs, {new} of them new, {sum(run.added for run in done):,} points added"
+    answer({"runs": [dataclasses.asdict(run) for run in done]}, as_json, summary)
 
 
 @runs_app.command(epilog="Example: gensr runs summarize runs/sweep")

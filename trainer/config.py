@@ -162,6 +162,8 @@ class TrackingConfig:
     """MLflow experiment"""
     run_name: str = ""
     """empty = the run folder's name"""
+    machine_every_s: NonNegative = 10
+    """seconds between two measurements of processors, memory, disk, network and GPUs on every node; 0 = none"""
 
 
 @s.settings

@@ -7,7 +7,7 @@ from typing import Any
 
 from data_shards.schema import Manifest
 from trainer.config import Config
-from trainer.tracking import metric_name
+from trainer.store import metric_name
 
 
 def run_facts(run_dir: Path, config: Config, manifest: Manifest) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from trainer.model_card import metrics_of, model_card, run_facts, version_tags
 from trainer.recommend import RETRIEVAL, Recommender, run_retrieval
 from trainer.retrieval import Notify, silent
 from trainer.serve import Scorer, read_item_ids, write_items
-from trainer.tracking import RUN_FILE, connect, one_line, open_experiment, tracking_uri
+from trainer.store import RUN_FILE, connect, one_line, open_experiment, tracking_uri
 
 REGISTRY_FILE = "registry.json"  # where a run folder says which version it became
 ALIAS = "candidate"

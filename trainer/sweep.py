@@ -20,8 +20,8 @@ from data_shards.settings import flatten, read_yaml
 from trainer.config import Config, config_from_dict
 from trainer.errors import ConfigError, RunError
 from trainer.files import atomic
+from trainer.store import connect, mask_secrets, one_line, open_experiment, read_run_file, tracking_uri, write_run_file
 from trainer.summary import compare, compare_lines
-from trainer.tracking import RUN_FILE, connect, mask_secrets, one_line, open_experiment, tracking_uri
 
 TABLE, DOCUMENT = "sweep.txt", "sweep.json"
 PARENT_TAG = "mlflow.parentRunId"  # what MLflow nests runs by
@@ -114,23 +114,20 @@ def lines_of(document: Mapping[str, Any]) -> list[str]:
 
 def _parent(folder: Path, configs: Mapping[Path, Config], rows: Sequence[Mapping[str, Any]]) -> str:
     """The id of the parent run, new or that of an earlier call; "" where nothing is tracked. A store that fails costs a warning, not the table."""
-    tracked = {run_dir: json.loads((run_dir / RUN_FILE).read_text(encoding="utf-8")) for run_dir in configs if (run_dir / RUN_FILE).is_file()}
+    tracked = {run_dir: run_id for run_dir in configs if (run_id := read_run_file(run_dir))}
     if not tracked:
         return ""
     first = next(iter(tracked))
     uri = tracking_uri(configs[first], first)
     try:
         client = connect(uri)
-        own = folder / RUN_FILE
-        if own.is_file():
-            parent = str(json.loads(own.read_text(encoding="utf-8"))["run_id"])
-        else:
+        parent = read_run_file(folder, uri)
+        if not parent:
             experiment_id = open_experiment(client, uri, configs[first].tracking.experiment, first)
             parent = str(client.create_run(experiment_id, run_name=folder.name, tags={"sweep": str(folder)}).info.run_id)
-            with atomic(own) as temporary:
-                temporary.write_text(json.dumps({"uri": mask_secrets(uri), "experiment_id": experiment_id, "run_id": parent}, indent=2) + "\n")
-        for run in tracked.values():
-            client.set_tag(run["run_id"], PARENT_TAG, parent)
+            write_run_file(folder, uri, experiment_id, parent)
+        for run_id in tracked.values():
+            client.set_tag(run_id, PARENT_TAG, parent)
         for name in (TABLE, DOCUMENT):
             client.log_artifact(parent, str(folder / name))
         client.set_tag(parent, "best_run", rows[0]["run"])

@@ -42,6 +42,7 @@ from trainer.distributed import (
 from trainer.errors import ConfigError, GensrError
 from trainer.evaluate import validate
 from trainer.loading import build_model, save_model
+from trainer.machine import measured
 from trainer.optimizer import make_optimizer, set_lr
 from trainer.schedule import Schedule, above_chance, grad_accum_steps, make_schedule
 from trainer.tracking import NullTracker, Tracker
@@ -119,7 +120,8 @@ def train(config: Config, resume: Literal["never", "auto"] = "never") -> TrainRe
             claim.undo()
             raise
         try:
-            with run.console, StopSignal(accelerator) as stop:
+            measuring = measured(config.run.dir, config.tracking.machine_every_s, config.tracking.enabled and launch.local_rank == 0)
+            with run.console, measuring, StopSignal(accelerator) as stop:
                 return conclude(run, fit(run, stop))
         except BaseException as error:
             mendable = isinstance(error, (GensrError, KeyboardInterrupt))  # else a lost peer, for example: another attempt may succeed

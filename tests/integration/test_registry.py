@@ -17,7 +17,7 @@ from trainer.errors import RequestError, RunError
 from trainer.loading import load_run_model
 from trainer.registry import open_model, register, requirements
 from trainer.serve import Scorer, read_item_ids
-from trainer.tracking import connect
+from trainer.store import connect
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,12 @@
 """A real SLURM cluster of two nodes inside this machine, and nothing of it outside: `with cluster(folder) as slurm: slurm.run(["sinfo"])`.
 
     pytest ─▶ unshare ─▶ controller: python cluster.py FOLDER     own PID, network, mount, UTS and IPC namespaces; munged, slurmctld, bridge
-                              ├─▶ node1: unshare ─▶ slurmd        own again, joined to the bridge: 10.83.0.1, a host name, /dev/shm
+                              ├─▶ node1: unshare ─▶ slurmd        own again, joined to the bridge: 10.83.0.1, a host name, /dev/shm, a disk at /mnt
                               └─▶ node2: unshare ─▶ slurmd
 
 When the controller's namespace ends, however that comes about, the kernel ends every process and undoes every mount and device in it.
 Needs root, util-linux, iproute2 and SLURM with munge. Files outside FOLDER are shared with the machine, as on a cluster's file system.
+Nodes lose power and get it back; jobs of the partition `urgent` take nodes from others, who get GRACE_S to leave.
 """
 
 import contextlib
@@ -18,6 +19,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 NODES = 2
 NET = "10.83.0"
@@ -25,6 +27,8 @@ CONTROLLER = f"{NET}.100"
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol", "unshare", "nsenter", "ip", "hostname")
 UNSHARE = ["unshare", "--mount", "--net", "--uts", "--ipc", "--pid", "--fork", "--kill-child", "--mount-proc"]
 START_S = 60.0  # two busy cores; about 1 s on free ones
+GRACE_S = 200  # jobs leave when they have saved, which takes a second or two on free cores
+CPUS = 32
 
 # cred_expire: a requeued job waits that long and 1 s; 120 s by default, 5 s at least
 SLURM_CONF = """\
@@ -48,6 +52,8 @@ AccountingStorageType=accounting_storage/none
 MpiDefault=none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1
 SlurmdParameters=config_overrides
 ReturnToService=2
@@ -56,7 +62,8 @@ MessageTimeout=60
 KillWait=2
 JobRequeue=1
 {nodes}
-PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime={grace_s}
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 """
 
 
@@ -84,6 +91,7 @@ class Slurm:
 
     folder: Path
     pid: int
+    switch: IO[bytes]  # the controller's stdin
 
     def run(self, command: Sequence[str], cwd: Path | None = None, env: dict[str, str] | None = None, timeout_s: float = 60) -> str:
         """What `command` printed on the controller. Raises RuntimeError with its messages when it fails."""
@@ -105,6 +113,25 @@ class Slurm:
         words = self.run(["scontrol", "--oneliner", "show", "job", job_id]).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
+    def power(self, node: int, on: bool) -> None:
+        """Cut a node's power: every process, connection and device of it is gone at once. Or switch it on again: it boots into slurmd."""
+        done = self.folder / f"power-{node}"
+        done.unlink(missing_ok=True)
+        self.switch.write(f"{node} {int(on)}\n".encode())
+        self.switch.flush()
+        deadline_s = time.monotonic() + START_S
+        while not done.exists():
+            if time.monotonic() > deadline_s:
+                raise RuntimeError(f"node{node} does not answer its switch\n" + logs(self.folder))
+            time.sleep(0.02)
+
+    def configure(self, name: str, value: object) -> None:
+        """Change one setting of slurm.conf on the running cluster."""
+        path = self.folder / "slurm.conf"
+        lines = [f"{name}={value}" if line.startswith(f"{name}=") else line for line in path.read_text().splitlines()]
+        path.write_text("\n".join(lines) + "\n")
+        self.run(["scontrol", "reconfigure"])
+
 
 def slurm_env(folder: Path) -> dict[str, str]:
     return {"SLURM_CONF": str(folder / "slurm.conf")}
@@ -123,7 +150,8 @@ def cluster(folder: Path) -> Iterator[Slurm]:
             if outer.poll() is not None or time.monotonic() > deadline_s:
                 raise RuntimeError("the cluster did not start\n" + logs(folder))
             time.sleep(0.05)
-        yield Slurm(folder, _only_child(outer.pid))
+        assert outer.stdin is not None
+        yield Slurm(folder, _only_child(outer.pid), outer.stdin)
     finally:
         with contextlib.suppress(ProcessLookupError):  # --kill-child: the namespace's first process goes, and everything in it
             outer.send_signal(signal.SIGKILL)
@@ -148,8 +176,8 @@ def controller(folder: Path) -> None:
     _sh("hostname controller")
     _names(folder)
     _sh(f"ip link set lo up; ip link add br0 type bridge; ip addr add {CONTROLLER}/24 dev br0; ip link set br0 up")
-    nodes = "\n".join(f"NodeName=node{i} NodeAddr={NET}.{i} NodeHostname=node{i} CPUs=32 State=UNKNOWN" for i in range(1, NODES + 1))
-    (folder / "slurm.conf").write_text(SLURM_CONF.format(controller=CONTROLLER, folder=folder, nodes=nodes))
+    nodes = "\n".join(f"NodeName=node{i} NodeAddr={NET}.{i} NodeHostname=node{i} CPUs={CPUS} State=UNKNOWN" for i in range(1, NODES + 1))
+    (folder / "slurm.conf").write_text(SLURM_CONF.format(controller=CONTROLLER, folder=folder, nodes=nodes, grace_s=GRACE_S))
     (folder / "state").mkdir()
     key = folder / "munge.key"
     key.touch(mode=0o600)
@@ -159,14 +187,21 @@ def controller(folder: Path) -> None:
         --seed-file={folder}/munge.seed"
     )
     _sh("slurmctld -c")
-    running = [_node(i, folder) for i in range(1, NODES + 1)]
+    running = {i: _node(i, folder) for i in range(1, NODES + 1)}
     deadline_s = time.monotonic() + START_S
     while _sh("sinfo --noheader --states=idle --format=%D || true") != str(NODES):
         assert time.monotonic() < deadline_s, _sh("sinfo --long --Node")
         time.sleep(0.05)
     (folder / "ready").touch()
-    sys.stdin.read()
-    for node in running:
+    for line in sys.stdin:
+        number, on = map(int, line.split())
+        if on:
+            running[number] = _node(number, folder)
+        else:
+            running[number].kill()
+            running[number].wait()
+        (folder / f"power-{number}").touch()
+    for node in running.values():
         node.kill()
 
 
@@ -174,13 +209,15 @@ def _node(number: int, folder: Path) -> "subprocess.Popen[bytes]":
     """A machine of its own: it waits for its end of the cable, takes its name and address, and becomes slurmd."""
     boot = f"""
         until ip link show eth0 >/dev/null 2>&1; do sleep 0.02; done
-        hostname node{number}; mount -t tmpfs tmpfs /dev/shm
+        hostname node{number}; mount -t tmpfs tmpfs /dev/shm; mount --bind {folder}/disk-{number} /mnt
         ip link set lo up; ip addr add {NET}.{number}/24 dev eth0; ip link set eth0 up; ip route add default via {CONTROLLER}
         exec slurmd -D"""
-    with (folder / f"node{number}.log").open("w") as log:
+    (folder / f"disk-{number}").mkdir(exist_ok=True)
+    with (folder / f"node{number}.log").open("a") as log:
         node = subprocess.Popen([*UNSHARE, "bash", "-c", boot], stdin=subprocess.DEVNULL, stdout=log, stderr=log)
     while os.readlink(f"/proc/{node.pid}/ns/net") == os.readlink("/proc/self/ns/net"):
         time.sleep(0.01)
+    _sh(f"while ip link show cable{number} 2>/dev/null; do sleep 0.02; done")  # the one of a node without power goes with its namespace
     _sh(f"ip link add cable{number} type veth peer name eth0 netns {node.pid}; ip link set cable{number} master br0 up")
     return node
 

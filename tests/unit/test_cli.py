@@ -37,7 +37,14 @@ VERBS = [
     "doctor",
     "demo",
 ]
-COMMANDS = [[verb] for verb in VERBS] + [["bench", "data"], ["runs", "summarize"], ["config", "show"], ["config", "keys"], ["config", "schema"]]
+COMMANDS = [[verb] for verb in VERBS] + [
+    ["bench", "data"],
+    ["runs", "summarize"],
+    ["runs", "import"],
+    ["config", "show"],
+    ["config", "keys"],
+    ["config", "schema"],
+]
 
 
 def gensr(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -2,14 +2,22 @@
 
 import json
 import logging
+import socket
+import threading
+import time
 from pathlib import Path
 
 import pytest
+from mlflow.tracking import MlflowClient
 
 from data_shards.schema import Manifest
+from trainer import delivery, tracking
 from trainer.config import Config, TrackingConfig, load_config
+from trainer.delivery import SPOOL_NAME, JsonLines, Spool
 from trainer.errors import EnvironmentProblem
-from trainer.tracking import SPOOL_NAME, MlflowTracker, NullTracker, Tracker, connect, mask_secrets, metric_name, tracking_uri
+from trainer.machine import measured, node_name
+from trainer.store import connect, mask_secrets, metric_name, read_run_file, tracking_uri
+from trainer.tracking import NullTracker, Tracker
 
 MANIFEST = Manifest(
     raw={"source": {"name": "simulated"}, "counts": {"users": 3}, "split": {"fingerprint": "f" * 64}, "seeds": {"negatives": 1}}, hash="a" * 64
@@ -35,6 +43,14 @@ def run_folder(runs: Path, name: str) -> Path:
     folder = runs / name
     folder.mkdir()
     return folder
+
+
+def arrived(run_dir: Path) -> None:
+    """Wait until the sender has sent all there is."""
+    deadline_s = time.monotonic() + 60
+    while (run_dir / SPOOL_NAME).exists():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
 
 
 def test_one_run_has_everything(runs: Path) -> None:
@@ -74,6 +90,7 @@ def test_resume_continues_the_run_without_doubles(runs: Path) -> None:
     first = Tracker.start(config_for(), run_dir, FACTS)
     for step in (10, 20, 30):
         first.log_metrics({"train/loss": float(step)}, step)
+    arrived(run_dir)
     assert connect(tracking_uri(config_for(), run_dir)).get_run(first.run_id).info.status == "RUNNING"  # killed here, after a checkpoint at step 20
 
     second = Tracker.start(config_for(), run_dir, FACTS, resume_run_id=first.run_id)
@@ -86,22 +103,44 @@ def test_resume_continues_the_run_without_doubles(runs: Path) -> None:
     assert client.get_run(first.run_id).info.status == "FINISHED"
 
 
+def test_a_server_that_never_answers_costs_training_nothing(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes connections and says nothing, from the start to the end. Nothing is lost: a later attempt sends the file."""
+    monkeypatch.setattr(tracking, "OPEN_WAIT_S", 0.1)
+    monkeypatch.setattr(tracking, "FINISH_WAIT_S", 0.1)
+    run_dir = run_folder(runs, "tarpit")
+    with socket.create_server(("127.0.0.1", 0)) as pit:
+        tracker = Tracker.start(config_for(uri=f"http://127.0.0.1:{pit.getsockname()[1]}"), run_dir, FACTS)
+        assert tracker.run_id == ""
+        started_s = time.process_time()
+        for step in range(500):
+            tracker.log_metrics({"train/loss": 1.0, "train/lr": 2.0}, step)
+        assert time.process_time() - started_s < 2.0  # one write each
+        tracker.finish("FINISHED")
+    records = [json.loads(line) for line in (run_dir / SPOOL_NAME).read_text().splitlines()]
+    assert len([record for record in records if "metric" in record]) == 1000
+    assert records[-1]["status"] == "FINISHED"
+
+
 def test_a_failing_store_is_reported_once_and_caught_up(runs: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(delivery, "RETRY_EVERY_S", 0.05)
     run_dir = run_folder(runs, "unlucky")
     tracker = Tracker.start(config_for(), run_dir, FACTS)
-    assert isinstance(tracker, MlflowTracker)
     tracker.log_metrics({"train/loss": 3.0}, 1)
+    arrived(run_dir)
+    failed = threading.Event()
 
     def refuse(*args: object, **kwargs: object) -> None:
+        failed.set()
         raise ConnectionError("https://me:pw@tracking.example refused")
 
     with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
-        patch.setattr(tracker._client, "log_batch", refuse)
-        tracker.log_metrics({"train/loss": 2.0}, 2)
-        tracker.log_metrics({"train/loss": 1.0}, 3)
+        patch.setattr(MlflowClient, "log_batch", refuse)
+        for step in (2, 3):
+            failed.clear()
+            tracker.log_metrics({"train/loss": 3.0 - step}, step)
+            assert failed.wait(30)
     assert len([r for r in caplog.records if "points are kept in" in r.message]) == 1
     assert "pw@" not in caplog.text
-    assert len((run_dir / SPOOL_NAME).read_text().splitlines()) == 2
 
     tracker.finish("FINISHED")  # the store is back
     client = connect(tracking_uri(config_for(), run_dir))
@@ -109,13 +148,66 @@ def test_a_failing_store_is_reported_once_and_caught_up(runs: Path, caplog: pyte
     assert not (run_dir / SPOOL_NAME).exists()
 
 
+def test_a_record_that_no_store_takes_does_not_hold_up_the_others(runs: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run_dir = run_folder(runs, "odd")
+    tracker = Tracker.start(config_for(), run_dir, FACTS)
+    tracker.log_artifact(run_dir / "not there.png")
+    tracker.log_metrics({"train/loss": 1.0}, 1)
+    tracker.finish("FINISHED")
+    client = connect(tracking_uri(config_for(), run_dir))
+    assert client.get_run(tracker.run_id).data.metrics == {"train/loss": 1.0}
+    assert "does not take artifact" in caplog.text
+
+
+def test_a_spool_is_read_while_it_grows(tmp_path: Path) -> None:
+    (tmp_path / "spool").write_text('{"a": 1}\n{"b": ')  # of a killed process
+    spool = Spool(tmp_path / "spool")
+    spool.append([{"c": 3}])
+    records, position = spool.read()
+    assert records == [{"a": 1}, {"c": 3}]
+    spool.append([{"d": 4}])
+    spool.sent(position)
+    assert not spool.is_empty()
+    assert spool.read()[0] == [{"d": 4}]
+    spool.sent(spool.read()[1])
+    assert spool.is_empty() and not (tmp_path / "spool").exists()
+    spool.append([{"e": 5}])
+    assert spool.read()[0] == [{"e": 5}]
+
+
+def test_every_node_measures_itself(runs: Path) -> None:
+    run_dir = run_folder(runs, "machines")
+    (run_dir / "machine").mkdir()
+    (run_dir / "machine" / "other.jsonl").write_text('{"step": 0, "time_ms": 5000, "values": {"cpu_utilization_percentage": 7.0}}\n')
+    tracker = Tracker.start(config_for(), run_dir, FACTS)
+    own = run_dir / "machine" / f"{node_name()}.jsonl"
+    for _ in range(2):  # the second is a resumed run
+        before = len(JsonLines(own).read()[0])
+        with measured(run_dir, every_s=0.02):
+            deadline_s = time.monotonic() + 60
+            while len(JsonLines(own).read()[0]) < before + 2 and time.monotonic() < deadline_s:
+                time.sleep(0.02)
+    with measured(run_dir, every_s=0, enabled=True), measured(run_dir, every_s=1, enabled=False):
+        pass
+    samples = JsonLines(own).read()[0]
+    assert len(samples) >= 4
+    tracker.finish("FINISHED")
+    client = connect(tracking_uri(config_for(), run_dir))
+    assert client.get_metric_history(tracker.run_id, "system/other/cpu_utilization_percentage")[0].timestamp == 5000
+    points = client.get_metric_history(tracker.run_id, f"system/{node_name()}/system_memory_usage_percentage")
+    assert len(points) == len(samples) and len({point.step for point in points}) == len(points)
+
+
 def test_a_spool_left_by_a_killed_process_is_sent_on_resume(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_dir = run_folder(runs, "killed")
     tracker = Tracker.start(config_for(), run_dir, FACTS)
     tracker.log_metrics({"train/loss": 1.0}, 10)
+    arrived(run_dir)
+    assert read_run_file(run_dir) == tracker.run_id
     with (run_dir / SPOOL_NAME).open("a") as spool:
         spool.write(json.dumps({"metric": ["train/loss", 0.5, 1_700_000_000_000, 20]}) + '\n{"metric": ["train/lo')
-    resumed = Tracker.start(config_for(), run_dir, FACTS, resume_run_id=tracker.run_id)
+    resumed = Tracker.start(config_for(), run_dir, FACTS)  # killed before the first checkpoint: the folder knows its run
+    assert resumed.run_id == tracker.run_id
     resumed.log_metrics({"train/loss": 0.5}, 20)
     resumed.log_metrics({"train/loss": 0.25}, 30)
     resumed.finish("KILLED")

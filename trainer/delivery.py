@@ -1,0 +1,232 @@
+"""Records on their way to MLflow: a file that training appends to, and a thread that sends what is in it. Nobody waits for a store.
+
+    log_metrics ─▶ RUN/tracking-spool.jsonl ─▶ Sender (a thread) ─▶ store          a store that is down or slow: the file grows, and is
+    machine.py  ─▶ RUN/machine/NODE.jsonl   ─┘                                      sent when it answers again, by this process or a later one
+
+A record is written before it is sent, so a killed process loses none; what was sent twice is stored once (a metric's step counts).
+"""
+
+import json
+import logging
+import re
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainer.store import chunks, connect, dataset_input, is_server, mask_secrets, one_line
+
+if TYPE_CHECKING:
+    from mlflow.tracking import MlflowClient
+
+Record = Mapping[str, Any]
+MACHINE_DIR = "machine"  # of a run folder: what each node measures of itself
+SPOOL_NAME = "tracking-spool.jsonl"
+RETRY_EVERY_S = 30.0
+LOOK_EVERY_S = 10.0  # at what other nodes have written
+MAX_METRICS, MAX_TAGS = 1000, 100  # entries of one request, MLflow's limits
+MAX_BYTES = 4_000_000  # of the spool, read at once
+# What no later attempt could send either: the record is dropped, with a warning, and the others go on.
+HOPELESS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "MALFORMED_REQUEST")
+
+log = logging.getLogger(__name__)
+
+
+class JsonLines:
+    """The complete lines of a growing file, each once."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.position = path, 0
+
+    def read(self) -> tuple[list[dict[str, Any]], int]:
+        """(records after `position`, the position after them). Lines that are no JSON (of a killed process) are left out."""
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self.position)
+                content = file.read(MAX_BYTES)
+        except OSError:
+            return [], self.position
+        end = content.rfind(b"\n") + 1
+        records = []
+        for line in content[:end].splitlines():
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                continue
+        return records, self.position + end
+
+
+class Spool(JsonLines):
+    """Records that wait. Threads append and send at the same time."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._lock = threading.Lock()
+        self.end_line()
+
+    def end_line(self) -> None:
+        """After a process that was killed while it wrote."""
+        if self.path.is_file() and self.path.stat().st_size and not self.path.read_bytes().endswith(b"\n"):
+            self.append([], "\n")
+
+    def append(self, records: Sequence[Record], text: str = "") -> None:
+        """Raises OSError where the disk does not take it."""
+        with self._lock, self.path.open("a", encoding="utf-8") as file:
+            file.write(text + "".join(json.dumps(record) + "\n" for record in records))
+
+    def sent(self, position: int) -> None:
+        """Everything before `position` has arrived; a file without anything else is removed."""
+        with self._lock:
+            self.position = position
+            if self.path.is_file() and self.path.stat().st_size == position:
+                self.path.unlink()
+                self.position = 0
+
+    def is_empty(self) -> bool:
+        return not self.path.is_file() or self.path.stat().st_size == self.position
+
+
+class Sender(threading.Thread):
+    """Sends a run's records until close(). `open_run` returns the run's id, and is tried again until it does."""
+
+    def __init__(self, uri: str, run_dir: Path, open_run: Callable[["MlflowClient"], str], resumed: bool) -> None:
+        super().__init__(name="tracking", daemon=True)
+        self.uri, self.run_id = uri, ""
+        self.refused: Exception | None = None  # why the run cannot be opened, ever
+        self.opened = threading.Event()  # or refused
+        self._open_run, self._run_dir = open_run, run_dir
+        self.spool = Spool(run_dir / SPOOL_NAME)
+        self._machines: dict[Path, JsonLines] = {}
+        self._last_step: dict[str, int] | None = None if resumed else {}
+        self._news, self._closing, self._warned = threading.Event(), threading.Event(), False
+
+    def put(self, records: Sequence[Record]) -> None:
+        """Returns at once. A disk that does not take it costs the records and a warning, never the training."""
+        try:
+            self.spool.append(records)
+        except OSError as error:
+            self._warn(error)
+        self._news.set()
+
+    def close(self, timeout_s: float) -> bool:
+        """Send what is left, for `timeout_s` at most; True when everything has arrived."""
+        self._closing.set()
+        self._news.set()
+        self.join(timeout_s)
+        return not self.is_alive() and self.spool.is_empty()
+
+    def run(self) -> None:
+        client: MlflowClient | None = None
+        while True:
+            closing = self._closing.is_set()
+            self._news.clear()
+            try:
+                client = client or connect(self.uri)
+                self._deliver(client)
+                if closing:
+                    return
+                self._news.wait(LOOK_EVERY_S)
+            except Exception as error:
+                if not self.opened.is_set() and not is_outage(error, self.uri):
+                    self.refused = error
+                    self.opened.set()
+                    return
+                self._warn(error)
+                if closing:
+                    return
+                self._closing.wait(RETRY_EVERY_S)
+
+    def _deliver(self, client: "MlflowClient") -> None:
+        """Everything that is there now. Raises whatever the store does; what has arrived by then is not sent again."""
+        if not self.opened.is_set():
+            self.run_id = self._open_run(client)
+            self.opened.set()
+        while True:
+            records, position = self.spool.read()
+            if position == self.spool.position:
+                break
+            self._send(client, records)
+            self.spool.sent(position)
+        for path in sorted((self._run_dir / MACHINE_DIR).glob("*.jsonl")):
+            lines = self._machines.setdefault(path, JsonLines(path))
+            samples, position = lines.read()
+            self._send(client, [point for sample in samples for point in machine_points(path.stem, sample)])
+            lines.position = position
+
+    def _send(self, client: "MlflowClient", records: Sequence[Record]) -> None:
+        if self._last_step is None:  # after a resume the steps since the checkpoint are run, and reported, again
+            self._last_step = logged_steps(client, self.run_id)
+        fresh = []
+        last = dict(self._last_step)
+        for record in records:
+            if "metric" in record:
+                key, _, _, step = record["metric"]
+                if step <= last.get(key, -1):
+                    continue
+                last[key] = step
+            fresh.append(record)
+        send(client, self.run_id, fresh)
+        self._last_step = last
+        if self._warned and fresh:
+            log.warning("MLflow at %s answers again", mask_secrets(self.uri))
+            self._warned = False
+
+    def _warn(self, error: Exception) -> None:
+        if not self._warned:
+            uri, spool = mask_secrets(self.uri), self.spool.path
+            log.warning("MLflow at %s failed (%s). Training goes on; points are kept in %s", uri, one_line(error), spool)
+        self._warned = True
+
+
+def machine_points(node: str, sample: Record) -> list[Record]:
+    """A line of RUN/machine/NODE.jsonl as metrics `system/NODE/…`, which MLflow shows on a page of their own."""
+    return [{"metric": [f"system/{node}/{name}", value, sample["time_ms"], sample["step"]]} for name, value in sample["values"].items()]
+
+
+def logged_steps(client: "MlflowClient", run_id: str) -> dict[str, int]:
+    """The last step of each metric that the store has."""
+    return {key: max(point.step for point in client.get_metric_history(run_id, key)) for key in client.get_run(run_id).data.metrics}
+
+
+def send(client: "MlflowClient", run_id: str, records: Sequence[Record]) -> None:
+    """Records → the store, metrics in large requests. Sending them again changes nothing. Raises what the store does, but for hopeless records."""
+    from mlflow.entities import Metric, Param, RunTag
+
+    points = [Metric(*record["metric"]) for record in records if "metric" in record]
+    for chunk in chunks(points, MAX_METRICS):
+        client.log_batch(run_id, metrics=chunk)
+    for record in records:
+        try:
+            if "params" in record:
+                for chunk in chunks([Param(key, value) for key, value in record["params"].items()], MAX_TAGS):
+                    client.log_batch(run_id, params=chunk)
+            elif "tags" in record:
+                for chunk in chunks([RunTag(key, value) for key, value in record["tags"].items()], MAX_TAGS):
+                    client.log_batch(run_id, tags=chunk)
+            elif "dataset" in record:
+                client.log_inputs(run_id, datasets=[dataset_input(record["dataset"])])
+            elif "text" in record:
+                client.log_text(run_id, record["text"], record["file"])
+            elif "artifact" in record:
+                client.log_artifact(run_id, record["artifact"], record["folder"] or None)
+            elif record.get("status") == "RUNNING":
+                client.update_run(run_id, status="RUNNING")
+            elif "status" in record:
+                client.set_terminated(run_id, record["status"], record["end_ms"])
+        except Exception as error:
+            if not (isinstance(error, FileNotFoundError) or getattr(error, "error_code", "") in HOPELESS):
+                raise
+            log.warning("MLflow does not take %s of run %s (%s)", next(iter(record)), run_id, one_line(error))
+
+
+def is_outage(error: Exception, uri: str) -> bool:
+    """A server that may answer later. What the user must mend (a wrong address or token, a local file that cannot be opened) is none."""
+    if not is_server(uri):
+        return False
+    code = re.search(r"failed with error code (\d+)", str(error))
+    status = int(code[1]) if code else _http_status(error)
+    return not 400 <= status < 500 or status in (408, 429)
+
+
+def _http_status(error: Exception) -> int:
+    return int(error.get_http_status_code()) if hasattr(error, "get_http_status_code") and hasattr(error, "json") else 503

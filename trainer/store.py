@@ -1,0 +1,136 @@
+"""MLflow as everything else here sees it: clients that fail within seconds, experiments, what a run folder says of its run, and secrets masked."""
+
+import json
+import logging
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import yaml
+
+from data_shards.schema import Manifest
+from trainer.config import Config
+from trainer.files import atomic
+
+if TYPE_CHECKING:
+    from mlflow.tracking import MlflowClient
+
+RUN_FILE = "tracking.json"  # where a run folder says which MLflow run is its own
+MAX_DIGEST = 36  # characters, MLflow's limit
+
+
+def tracking_uri(config: Config, run_dir: str | Path) -> str:
+    """tracking.uri, or the sqlite file beside the run folder."""
+    return config.tracking.uri or f"sqlite:///{Path(run_dir).resolve().parent / 'mlflow.db'}"
+
+
+def connect(uri: str) -> "MlflowClient":
+    """A client whose requests fail within seconds, not minutes, and which says nothing on its own."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    from mlflow.tracking import MlflowClient
+
+    for name in ("alembic", "mlflow"):  # database migrations and hints
+        logging.getLogger(name).setLevel(logging.WARNING)
+    if uri.startswith("sqlite:///"):
+        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def open_experiment(client: "MlflowClient", uri: str, name: str, run_dir: str | Path) -> str:
+    """Id of the experiment; made if it is new. A local store keeps artifacts in mlartifacts/ beside the run folder, a server decides for itself."""
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        location = None if is_server(uri) else (Path(run_dir).resolve().parent / "mlartifacts").as_uri()
+        try:
+            return str(client.create_experiment(name, artifact_location=location))
+        except MlflowException:  # another job was first
+            found = client.get_experiment_by_name(name)
+            if found is None:
+                raise
+    return str(found.experiment_id)
+
+
+def is_server(uri: str) -> bool:
+    return urlsplit(uri).scheme in ("http", "https")
+
+
+def write_run_file(folder: Path, uri: str, experiment_id: str, run_id: str) -> None:
+    """folder/tracking.json: which MLflow run is this folder's."""
+    with atomic(folder / RUN_FILE) as path:
+        path.write_text(json.dumps({"uri": mask_secrets(uri), "experiment_id": experiment_id, "run_id": run_id}, indent=2) + "\n")
+
+
+def read_run_file(folder: str | Path, uri: str = "") -> str:
+    """The id of the folder's MLflow run, "" when it has none (in the store at `uri`, if one is given)."""
+    try:
+        document = json.loads((Path(folder) / RUN_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return ""
+    return str(document["run_id"]) if not uri or document.get("uri") == mask_secrets(uri) else ""
+
+
+def dataset_record(manifest: Manifest, data_dir: str) -> dict[str, Any]:
+    raw = manifest.raw
+    profile = {"counts": raw.get("counts"), "split": raw.get("split"), "seeds": raw.get("seeds"), "manifest_hash": manifest.hash}
+    return {"name": str(raw.get("source", {}).get("name", "prepared")), "digest": manifest.hash, "uri": mask_secrets(data_dir), "profile": profile}
+
+
+def dataset_input(record: Mapping[str, Any]) -> Any:
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    dataset = Dataset(
+        name=record["name"],
+        digest=record["digest"][:MAX_DIGEST],
+        source_type="local",
+        source=json.dumps({"uri": record["uri"]}),
+        profile=json.dumps(record["profile"]),
+    )
+    return DatasetInput(dataset=dataset, tags=[InputTag("mlflow.data.context", "training")])
+
+
+def metric_name(name: str) -> str:
+    """MLflow refuses "@": rec/recall@10 → rec/recall_at_10."""
+    return name.replace("@", "_at_")
+
+
+def mask_secrets(text: str) -> str:
+    """Hide passwords in URLs: user:password@host and ?token=…"""
+    text = re.sub(r"://[^/@\s]+@", "://***@", text)
+    return re.sub(r"(?i)([?&][^=&\s]*(?:key|token|secret|password|signature|credential)[^=&\s]*=)[^&\s]+", r"\1***", text)
+
+
+def masked(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a nested mapping with mask_secrets applied to every text in it."""
+
+    def visit(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: visit(child) for key, child in value.items()}
+        if isinstance(value, list | tuple):
+            return [visit(child) for child in value]
+        return mask_secrets(value) if isinstance(value, str) else value
+
+    return {key: visit(value) for key, value in tree.items()}
+
+
+def dump(document: Mapping[str, Any], file_name: str) -> str:
+    if file_name.endswith((".yaml", ".yml")):
+        return yaml.safe_dump(dict(document), sort_keys=False, allow_unicode=True)
+    return json.dumps(document, indent=2, ensure_ascii=False)
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error, for messages of our own."""
+    text = str(error).strip().splitlines()
+    return mask_secrets(text[0]) if text else type(error).__name__
+
+
+def chunks(values: Sequence[Any], size: int) -> list[Sequence[Any]]:
+    return [values[start : start + size] for start in range(0, len(values), size)]
