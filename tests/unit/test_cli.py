@@ -167,6 +167,6 @@ def test_wheel_runs_outside_the_checkout(wheel: Path, tmp_path: Path) -> None:
     submit = ["submit", "demo", "--gpus-per-node", "0", "--print", f"data.dir={make_tiny_folder(tmp_path / 'data')}", "run.dir=RUN"]
     for arguments in (["--help"], ["config", "keys"], submit):
         environment = {**os.environ, "PYTHONPATH": str(installed)}
-        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60, cwd=tmp_path, env=environment)
+        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=250, cwd=tmp_path, env=environment)
         assert done.returncode == 0, done.stderr
         assert done.stdout.startswith(str(installed))
