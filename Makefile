@@ -1,4 +1,4 @@
-# make install | demo | test | test-slurm | lint | build. Everything lives in .venv; PYTHON picks the interpreter that makes it (3.10 or newer).
+# make install | demo | test | test-slurm | lint | audit | build. Everything lives in .venv; PYTHON picks the interpreter that makes it (3.10 or newer).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export MLFLOW_DISABLE_TELEMETRY ?= true
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: install demo test test-slurm lint format build clean
+.PHONY: install demo test test-slurm lint audit format build clean
 
 install: $(STAMP)
 
@@ -35,6 +35,11 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Known holes in the pinned versions; needs the vulnerability database of PyPI
+audit: install
+	$(BIN)/python -m pip install -q 'pip-audit>=2.7'
+	$(BIN)/pip-audit --no-deps --disable-pip --progress-spinner off -r constraints.txt
 
 format: install
 	$(BIN)/ruff check --fix .

@@ -7,6 +7,7 @@ the imported libraries and the clicks, and the ratios (torch_geometric / ours).
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -79,7 +80,7 @@ def measure(which: str, options: argparse.Namespace) -> dict[str, float]:
         step(*batch)
         if number:
             cpu_s, wall_s = cpu_s + time.process_time() - cpu, wall_s + time.perf_counter() - wall
-    peak = int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"cpu_s_per_step": cpu_s / options.steps, "wall_s_per_step": wall_s / options.steps, "peak_bytes": peak - before}
 
 

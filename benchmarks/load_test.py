@@ -1,7 +1,8 @@
 """URL [--clients 1 8 32 --seconds 10 --candidates 100]: requests per second and latency of a running `gensr serve`, by number of clients.
 
-Each client keeps one connection and asks again as soon as it has its answer: recommendations for the users that the service knows, every fourth request a
-search with the text of an item that was recommended before. Prints a line for each number of clients, then one JSON object. An answer without items is an error.
+Each client keeps one connection and asks again as soon as it has its answer: recommendations for users of the service, every fourth request
+a search with the text of an item that was recommended before. Prints a line for each number of clients, then one JSON object.
+An answer without items is an error.
 """
 
 import argparse
@@ -19,10 +20,10 @@ import numpy as np
 class Client(threading.Thread):
     """Asks until `until`; keeps the latency of every answer and the first reason of a failure."""
 
-    def __init__(self, host: str, port: int, users: list[Any], seed: int, until: float, num_candidates: int) -> None:
+    def __init__(self, host: str, port: int, users: list[Any], only_numbers: bool, seed: int, until: float, num_candidates: int) -> None:
         super().__init__(daemon=True)
         self.connection = HTTPConnection(host, port, timeout=60)
-        self.users, self.until, self.num_candidates = users, until, num_candidates
+        self.users, self.only_numbers, self.until, self.num_candidates = users, only_numbers, until, num_candidates
         self.random = np.random.default_rng(seed)
         self.latencies_s: list[float] = []
         self.errors: list[str] = []
@@ -39,7 +40,8 @@ class Client(threading.Thread):
             if status != 200 or not answer.get("items"):
                 self.errors.append(f"{status} {answer.get('error', 'no items')}")
             else:
-                text = " ".join(answer["items"][0]["text"].split()[:3])
+                words = answer["items"][0]["text"].split()
+                text = " ".join([word for word in words if word.isdigit() or not self.only_numbers][:3])
 
     def ask(self, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         self.connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
@@ -47,9 +49,9 @@ class Client(threading.Thread):
         return response.status, json.loads(response.read())
 
 
-def load(host: str, port: int, users: list[Any], num_clients: int, seconds: float, num_candidates: int) -> dict[str, Any]:
+def load(host: str, port: int, users: list[Any], only_numbers: bool, num_clients: int, seconds: float, num_candidates: int) -> dict[str, Any]:
     started = time.perf_counter()
-    clients = [Client(host, port, users, seed, started + seconds, num_candidates) for seed in range(num_clients)]
+    clients = [Client(host, port, users, only_numbers, seed, started + seconds, num_candidates) for seed in range(num_clients)]
     for client in clients:
         client.start()
     for client in clients:
@@ -59,7 +61,21 @@ def load(host: str, port: int, users: list[Any], num_clients: int, seconds: floa
     p50, p95, p99 = np.percentile(latencies_ms, [50, 95, 99])
     errors = [error for client in clients for error in client.errors]
     row = {"clients": num_clients, "requests": len(latencies_ms), "requests_per_s": round(len(latencies_ms) / wall_s, 1)}
-    return {**row, "p50_ms": round(p50, 1), "p95_ms": round(p95, 1), "p99_ms": round(p99, 1), "errors": len(errors), "first_error": (errors or [""])[0]}
+    return {
+        **row,
+        "p50_ms": round(p50, 1),
+        "p95_ms": round(p95, 1),
+        "p99_ms": round(p99, 1),
+        "errors": len(errors),
+        "first_error": (errors or [""])[0],
+    }
+
+
+def get(host: str, port: int, path: str) -> dict[str, Any]:
+    connection = HTTPConnection(host, port, timeout=60)
+    connection.request("GET", path)
+    answer: dict[str, Any] = json.loads(connection.getresponse().read())
+    return answer
 
 
 def main() -> int:
@@ -71,15 +87,13 @@ def main() -> int:
     options = parser.parse_args()
     url = urlsplit(options.url)
     host, port = url.hostname or "127.0.0.1", url.port or 80
-    connection = HTTPConnection(host, port, timeout=60)
-    connection.request("GET", "/users")
-    users = json.loads(connection.getresponse().read())["users"]
+    users, only_numbers = get(host, port, "/users")["users"], get(host, port, "/model")["queries"] == "words"
     if not users:
         print(f"{options.url} knows no users: start it where its prepared folder is", file=sys.stderr)
         return 1
     rows = []
     for num_clients in options.clients:
-        rows.append(load(host, port, users, num_clients, options.seconds, options.candidates))
+        rows.append(load(host, port, users, only_numbers, num_clients, options.seconds, options.candidates))
         print("  ".join(f"{name} {value}" for name, value in rows[-1].items() if name != "first_error" or value), file=sys.stderr)
     print(json.dumps({"seconds": options.seconds, "candidates": options.candidates, "load": rows}))
     return 0 if not any(row["errors"] for row in rows) else 1

@@ -407,6 +407,48 @@ def answer_request(model: str, request: dict[str, Any], user: str, history: Path
     answer(document, as_json, *(lines or ["nothing that the history does not hold already: --seen shows that, too"]))
 
 
+Host = Annotated[str, typer.Option(help="address to listen on; the default cannot be reached from other machines")]
+Port = Annotated[int, typer.Option(help="port to listen on")]
+
+
+@verb("gensr serve models:/gensr-demo@candidate --port 8000")
+def serve(
+    model: Annotated[str, typer.Argument(help="run folder, or models:/NAME@alias")],
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    max_batch: Annotated[int, typer.Option(help="requests ranked together")] = 16,
+    max_waiting: Annotated[int, typer.Option(help="requests in the queue; more are refused with 503")] = 256,
+    timeout: Annotated[float, typer.Option(help="seconds until a request is answered with 504")] = 30.0,
+    data: Prepared = "",
+    uri: Registry = "",
+) -> None:
+    """Answer /recommend, /search and /score over HTTP, several requests at once; shows a page to look at, too."""
+    from trainer.registry import open_model
+    from trainer.service.app import Limits, run
+
+    limits = Limits(max_batch=max_batch, max_waiting=max_waiting, timeout_s=timeout)
+    recommender = open_model(model, uri, data, notify=note)
+    note(f"serving {model} at http://{host}:{port}/ (Ctrl-C ends it)")
+    run(recommender, host, port, limits)
+
+
+@verb("gensr ui runs/demo")
+def ui(
+    model: Annotated[str, typer.Argument(help="run folder, or models:/NAME@alias")],
+    port: Port = 8000,
+    data: Prepared = "",
+    uri: Registry = "",
+    browser: Annotated[bool, typer.Option(help="open the page in a browser")] = True,
+) -> None:
+    """Look at a model: a user's two histories, a query, ranked items and the soft-filter weights that explain them."""
+    import threading
+    import webbrowser
+
+    if browser:
+        threading.Timer(2.0, webbrowser.open, [f"http://127.0.0.1:{port}/"]).start()
+    serve(model, port=port, data=data, uri=uri)
+
+
 def read_requests(path: Path) -> list[dict[str, Any]]:
     """A JSON object a line. Raises RequestError naming the line."""
     try:

@@ -8,6 +8,7 @@ A request as in serve.py, with these differences:
 The answer: {"items": [{"item_id", "score"}, …] best first, "scores": P("Yes") of each candidate in the order given (or of `items`), "model": what answered}
 """
 
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -143,6 +144,31 @@ class Recommender:
             self._texts = pq.read_table(self._items_file, columns=["text"])["text"] if "text" in names else pa.chunked_array([[""] * (row + 1)])
         return self._texts[row].as_py() or ""
 
+    # ---- what a page shows -------------------------------------------------------------------------------------
+
+    @property
+    def num_items(self) -> int:
+        return len(self.scorer.item_ids)
+
+    @property
+    def query_mode(self) -> str:
+        """How queries are written: natural, words (numbers), digits or drop."""
+        return self.scorer.query_format.mode
+
+    def some_users(self, count: int) -> dict[str, Any]:
+        """{"users": at most `count` ids whose histories are known, "reason": why there are none}."""
+        if isinstance(self.users, str):
+            return {"users": [], "reason": self.users}
+        return {"users": self.users.some(count), "reason": ""}
+
+    def history_of(self, user_id: Any) -> list[dict[str, Any]]:
+        """A user's clicks, oldest first, as in a request, each with its item's text. Raises RequestError."""
+        if isinstance(self.users, str):
+            raise RequestError(self.users)
+        items, tasks = self.users.rows(user_id)
+        pairs = zip(items.tolist(), tasks.tolist(), strict=True)
+        return [{"item_id": self.scorer.item_ids[item], "task": TASKS[task], "text": self.text(item)} for item, task in pairs]
+
 
 def _names(requests: Sequence[Any]) -> list[str]:
     """What errors call the requests."""
@@ -217,6 +243,13 @@ class Users:
             raise RequestError(f"{where}: {self.folder} knows no user {user_id!r}. Give a history instead")
         start, stop = self._starts[self._row_of[str(user_id)] :][:2]
         return self._items[start:stop], self._tasks[start:stop]
+
+    def some(self, count: int) -> list[str]:
+        """The first `count` users with at least one click."""
+        if not self._row_of:
+            self._read()
+        clicked = (user_id for user_id, row in self._row_of.items() if self._starts[row] < self._starts[row + 1])
+        return list(itertools.islice(clicked, count))
 
     def _read(self) -> None:
         manifest = read_manifest(self.folder)

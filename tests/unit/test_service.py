@@ -16,10 +16,10 @@ from trainer.service.app import Limits, make_app
 class StandIn:
     """Answers every request with its own k; "slow" waits for `release`, "bad" is refused, "broken" is a bug."""
 
-    facts = {"name": "stand-in", "version": "1"}
     num_items, query_mode = 3, "natural"
 
     def __init__(self) -> None:
+        self.facts = {"name": "stand-in", "version": "1"}
         self.batches: list[int] = []
         self.release = threading.Event()
 

@@ -99,7 +99,10 @@ function showItems() {
       setHistory([...state.history, { item_id: item.item_id, task: state.task, text: item.text }], `${state.history.length + 1} clicks, newest first`);
       recommend();
     });
-    row.append(element("span", String(place + 1)), name, element("span", item.score.toFixed(3), "score"), add);
+    const score = element("span", item.score.toFixed(3), "score");
+    score.style.backgroundSize = `${100 * item.score}% 100%`;
+    score.title = "P(Yes)";
+    row.append(element("span", String(place + 1)), name, score, add);
     row.addEventListener("click", () => {
       state.chosen = item;
       document.querySelectorAll("#items li").forEach((other) => other.classList.toggle("chosen", other === row));
