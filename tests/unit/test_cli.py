@@ -34,6 +34,8 @@ VERBS = [
     "score",
     "recommend",
     "search",
+    "serve",
+    "ui",
     "doctor",
     "demo",
 ]
