@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data_shards.errors import DataError
+from data_shards.matrices import MatrixWriter, compact_type
 from data_shards.options import PrepareSettings
 from data_shards.schema import REC
 from data_shards.sources.reading import no_words, readable, words_text
@@ -162,37 +163,16 @@ def _write_queries(work: Work, settings: PrepareSettings, tokenizer: "Tokenizer"
     writer.close(pa.table({"text": pa.array([], pa.string())}))
 
 
-class MatrixFile:
-    """A .npy file [num_rows, width], filled from top to bottom."""
-
-    def __init__(self, path: Path, num_rows: int, width: int, dtype: Any) -> None:
-        self.array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=(num_rows, width)) if num_rows else None
-        if self.array is None:
-            np.save(path, np.zeros((0, width), dtype))
-        self.filled = 0
-
-    def append(self, rows: np.ndarray) -> None:
-        if self.array is not None:
-            self.array[self.filled : self.filled + len(rows)] = rows
-        self.filled += len(rows)
-
-    def close(self) -> None:
-        if self.array is not None:
-            assert self.filled == len(self.array), f"{self.filled} of {len(self.array)} rows written"
-            self.array.flush()
-
-
 class CatalogWriter:
     """Writes one of catalog/{items,queries}: a parquet table of originals, and token and word matrices."""
 
     def __init__(
         self, folder: Path, stem: str, num_rows: int, widths: tuple[int, int], tokenizer: "Tokenizer", words: Words | None, lowercase: bool
     ) -> None:
-        token_type = np.uint16 if tokenizer.get_vocab_size() <= 65_536 else np.int32
         singular = {"items": "item", "queries": "query"}[stem]
         self.tokenizer, self.words, self.lowercase, self.widths = tokenizer, words, lowercase, widths
-        self.tokens = MatrixFile(folder / f"{singular}_tokens.npy", num_rows, widths[0], token_type)
-        self.word_ids = MatrixFile(folder / f"{singular}_words.npy", num_rows, widths[1], np.int32) if words is not None else None
+        self.tokens = MatrixWriter(folder, f"{singular}_tokens", num_rows, widths[0], compact_type(tokenizer.get_vocab_size() - 1))
+        self.word_ids = MatrixWriter(folder, f"{singular}_words", num_rows, widths[1], compact_type(len(words))) if words is not None else None
         self.path = folder / f"{stem}.parquet"
         self.parquet: pq.ParquetWriter | None = None
 

@@ -1,8 +1,5 @@
 """Leak checks on what was written: shards are read again and compared with the canonical clicks. They run in every preparation."""
 
-import io
-import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_shards.blocks import decode_blocks, tar_entries
 from data_shards.errors import DataError
 from data_shards.histories import first_of_runs, ragged_rows
 from data_shards.negatives import KeySet, user_item_keys
@@ -30,17 +28,12 @@ class Tally:
         self.violations += int(violations)
 
 
-def read_blocks(path: Path) -> Iterator[pa.Table]:
-    """The Arrow blocks of one shard, in order."""
-    with tarfile.open(path) as tar:
-        for entry in tar:
-            file = tar.extractfile(entry)
-            assert file is not None
-            yield pa.ipc.open_stream(io.BytesIO(file.read())).read_all()
+def check_prepared(
+    work: Work, columns: EventColumns, shards: dict[str, list[dict[str, Any]]], num_items: int, num_negatives: int
+) -> dict[str, dict[str, int]]:
+    """Stage: {check: {checked, violations}}. shards: as the manifest has them.
 
-
-def check_prepared(work: Work, columns: EventColumns, num_items: int, num_negatives: int) -> dict[str, dict[str, int]]:
-    """Stage: {check: {checked, violations}}. Raises DataError when anything was violated: the folder is then not published.
+    Raises DataError when anything was violated: the folder is then not published.
 
     event_once              every event is in exactly one split, once, with the user, item, task, query and time of its click
     clicks_in_time_order    each user's clicks are in time order, and the splits follow one another
@@ -64,8 +57,8 @@ def check_prepared(work: Work, columns: EventColumns, num_items: int, num_negati
     seen = np.zeros(len(columns.user), np.uint8)
     counts = np.zeros((2, num_items), np.int64)
     for code, name in enumerate(SPLITS):
-        for path in sorted((work.tree / "shards").glob(f"{name}-*.tar")):
-            for table in read_blocks(path):
+        for shard in shards[name]:
+            for table in decode_blocks(tar_entries(work.tree / shard["name"]), shard["blocks"]):
                 block = table.to_batches()[0]
                 rows = _check_events(block, columns, code, seen, tallies["event_once"])
                 _check_histories(block, rows, columns, history_row, code, tallies)

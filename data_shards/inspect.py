@@ -6,7 +6,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_shards.checks import read_blocks
+from data_shards.blocks import decode_blocks, tar_entries
 from data_shards.errors import DataError
 from data_shards.schema import NO_QUERY, SPLITS, SRC, TASKS, Manifest, read_manifest
 
@@ -104,7 +104,7 @@ def _check_sizes(folder: Path, manifest: Manifest) -> None:
 def _example(folder: Path, manifest: Manifest) -> dict[str, Any]:
     """The first test event (a search with a history if its block has one) with original ids and texts."""
     for shard in manifest.shards("test"):
-        block = next(read_blocks(folder / shard.name))
+        block = next(decode_blocks(tar_entries(folder / shard.name), shard.blocks))
         events = block.slice(0, 512).to_pylist()
         event = max(events, key=lambda row: (row["task"] == SRC, len(row["history_items"]) > 0))  # max keeps the first of equals
         items = [event["item"], *event["history_items"], *event["negatives"]]

@@ -26,7 +26,7 @@ from data_shards.split import TEST, TRAIN, VALID, check_split, day_boundaries, d
 from data_shards.work import BATCH_ROWS, Progress, Work, chunk_bounds, sync_folder, write_text_atomic
 from data_shards.write import EventColumns, describe_file, write_shards
 
-PIPELINE_VERSION = 1  # change it when a stage writes something else: a restart then reuses nothing
+PIPELINE_VERSION = 3  # change it when a stage writes something else: a restart then reuses nothing
 SHUFFLE_SEED, NEGATIVE_SEED = 16, 17
 EVENT_COLUMNS = {
     **encode.EVENT_DTYPES, "split": "i1", "history_start": "i8", "history_count": "i4", "history_item": "i4", "history_task": "i1",
@@ -87,7 +87,7 @@ def _run(work: Work, source: Source, settings: PrepareSettings) -> None:
     work.close_database()
     work.stage("negatives", lambda: _negatives(work, columns, kept["num_items"], settings))
     shards = work.stage("shards", lambda: _shards(work, columns, settings))
-    leak_checks = work.stage("checks", lambda: check_prepared(work, columns, kept["num_items"], settings.num_negatives))
+    leak_checks = work.stage("checks", lambda: check_prepared(work, columns, shards, kept["num_items"], settings.num_negatives))
     manifest = _manifest(work, source, settings, read, clicks, kept, split, catalog, shards, leak_checks)
     write_text_atomic(work.tree / "manifest.json", json.dumps(manifest, indent=1, sort_keys=True) + "\n")
     for folder in (work.tree / "shards", work.tree / "catalog", work.tree):

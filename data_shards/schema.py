@@ -13,7 +13,8 @@ import pyarrow as pa
 
 from data_shards.errors import DataError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: catalogue matrices in parts, words as uint16 where they fit
+READABLE_VERSIONS = (1, 2)
 SPLITS = ("train", "valid", "test")
 TASKS = ("rec", "src")  # the index is the code stored in shards: 0 = recommendation, 1 = search
 REC, SRC = 0, 1
@@ -104,15 +105,23 @@ def manifest_hash(raw: dict[str, Any]) -> str:
 def read_manifest(folder: str | Path) -> Manifest:
     """Read and check OUT/manifest.json.
 
-    Raises DataError when the folder is no prepared folder, or was written by another format version.
+    Raises DataError when the folder is no prepared folder, or was written by a format version that is not readable.
     """
     path = Path(folder) / "manifest.json"
+    if "://" in str(folder) or str(folder).startswith("pipe:"):
+        raise DataError(f"{folder} is a URL. Training and evaluation read URLs; this needs a folder on this machine.")
     if not path.is_file():
         raise DataError(f"{folder} is not a prepared folder: {path} is missing. Make one with: gensr prepare SOURCE RAW {folder}")
+    return parse_manifest(path.read_bytes(), str(path))
+
+
+def parse_manifest(content: bytes, where: str) -> Manifest:
+    """The content of a manifest.json. Raises DataError naming `where`."""
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads(content)
     except ValueError as error:
-        raise DataError(f"{path} is not valid JSON ({error}). Prepare the folder again.") from error
-    if raw.get("format_version") != FORMAT_VERSION:
-        raise DataError(f"{path} has format version {raw.get('format_version')}, this gensr reads {FORMAT_VERSION}. Prepare the folder again.")
+        raise DataError(f"{where} is not valid JSON ({error}). Prepare the folder again.") from error
+    if raw.get("format_version") not in READABLE_VERSIONS:
+        readable = " and ".join(map(str, READABLE_VERSIONS))
+        raise DataError(f"{where} has format version {raw.get('format_version')}, this gensr reads {readable}. Prepare the folder again.")
     return Manifest(raw=raw, hash=manifest_hash(raw))

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import pyarrow as pa
 
+from data_shards.checksum import file_sha256
 from data_shards.histories import ragged_rows
 from data_shards.schema import TRAIN_SCHEMA, eval_schema
 
@@ -130,9 +131,6 @@ def _write_tar(path: Path, payloads: Iterator[bytes]) -> tuple[int, str]:
 
 def describe_file(folder: Path, path: Path) -> dict[str, Any]:
     """name, num_bytes and sha256 of a finished file, which is flushed to disk first."""
-    digest = hashlib.sha256()
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return {"name": str(path.relative_to(folder)), "num_bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+    return {"name": str(path.relative_to(folder)), "num_bytes": path.stat().st_size, "sha256": file_sha256(path)}

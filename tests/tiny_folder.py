@@ -14,6 +14,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from data_shards.schema import FORMAT_VERSION, NO_QUERY, REC, SRC, TRAIN_SCHEMA, eval_schema, read_manifest
+from data_shards.write import describe_file
 from trainer.cf_table import CfTable, save_cf
 
 WORDS = ["<pad>", "</s>", "<unk>", "Yes", "No", "Recommend", "Search", ":", ",", ";", "?"]
@@ -36,8 +37,8 @@ def make_tiny_folder(
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.save(str(folder / "tokenizer" / "tokenizer.json"))
     num_queries = 12
-    np.save(folder / "catalog" / "item_tokens.npy", rng.integers(3, len(WORDS), (num_items, ITEM_TOKENS)).astype(np.uint16))
-    np.save(folder / "catalog" / "query_tokens.npy", rng.integers(3, len(WORDS), (num_queries, QUERY_TOKENS)).astype(np.uint16))
+    np.save(folder / "catalog" / "item_tokens-000000.npy", rng.integers(3, len(WORDS), (num_items, ITEM_TOKENS)).astype(np.uint16))
+    np.save(folder / "catalog" / "query_tokens-000000.npy", rng.integers(3, len(WORDS), (num_queries, QUERY_TOKENS)).astype(np.uint16))
     clicks = pa.array(rng.integers(0, 9, num_items), pa.int64())
     items = {"item_id": [f"i{i}" for i in range(num_items)], "text": [f"item {i}" for i in range(num_items)], "category": [""] * num_items}
     pq.write_table(pa.table({**items, "train_rec_clicks": clicks, "train_src_clicks": clicks}), folder / "catalog" / "items.parquet")
@@ -66,6 +67,7 @@ def make_tiny_folder(
         "seeds": {},
         "text": {"mode": "text", "num_words": 0, "vocab_size": len(WORDS), "item_tokens": ITEM_TOKENS, "query_tokens": QUERY_TOKENS},
         "shards": shards,
+        "catalog": [describe_file(folder, path) for part in ("catalog", "tokenizer") for path in sorted((folder / part).iterdir())],
     }
     (folder / "manifest.json").write_text(json.dumps(manifest))
     generator = torch.Generator().manual_seed(seed)

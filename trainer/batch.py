@@ -46,8 +46,8 @@ class ItemTables:
 
     cf: Tensor  # [num_items, K] float32, LightGCN table (the full one)
     cf_folds: Tensor  # [F, num_items, K] float32, tables without the clicks of fold f; F = 0: every event reads `cf`
-    item_tokens: Tensor  # [num_items, L] int, padded with 0 at the end
-    item_words: Tensor  # [num_items, W] int, 0 = padding; W = 0 for natural text
+    item_tokens: Tensor  # [num_items, L] uint16 or int32, padded with 0 at the end; may lie in a file shared by processes (read with rows_of)
+    item_words: Tensor  # [num_items, W] uint16 or int32, 0 = padding; W = 0 for natural text
     query_tokens: Tensor  # [num_queries, L] int, padded with 0 at the end
     query_words: Tensor  # [num_queries, W] int, 0 = padding
 
@@ -57,3 +57,10 @@ class ItemTables:
 
     def to(self, device: torch.device | str) -> "ItemTables":
         return ItemTables(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+
+
+def rows_of(table: Tensor, index: Tensor) -> Tensor:
+    """table[index] as int64. A uint16 table is read as int16: few of torch's kernels know uint16."""
+    if table.dtype == torch.uint16:
+        return table.view(torch.int16)[index].long() & 0xFFFF
+    return table[index].long()

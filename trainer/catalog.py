@@ -1,4 +1,4 @@
-"""catalog/ and cf/ of a prepared folder → ItemTables. Token arrays are memory-mapped: the processes of a node share one copy."""
+"""catalog/ and cf/ of a prepared folder → ItemTables. Item matrices are mapped into memory: the processes of a node share one copy."""
 
 from pathlib import Path
 
@@ -6,42 +6,52 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data_shards.matrices import matrix_parts
 from data_shards.schema import Manifest
 from trainer.batch import ItemTables
 from trainer.cf_table import CfTable
-from trainer.errors import DataError
+from trainer.files import atomic
+from trainer.node_cache import cache_of, check_free_space, locked
 
 
 def load_tables(folder: str | Path, manifest: Manifest, cf: CfTable, with_folds: bool = True) -> ItemTables:
     """All look-up tables of a prepared folder on the CPU. CF vectors are scaled by one number to unit RMS, whatever LightGCN's regularisation made of them.
 
+    item_tokens and item_words keep the files' type (uint16 where ids fit) and lie in the page cache, once a node.
     Raises DataError when a file is missing or its rows do not match the manifest.
     """
-    catalog = Path(folder) / "catalog"
     clicked = cf.item.any(1)  # items without training clicks are zero rows
     scale = 1.0 / float(cf.item[clicked].square().mean().sqrt()) if bool(clicked.any()) else 1.0
     folds = cf.item_folds if with_folds else cf.item_folds[:0]
+    num_items, num_queries = manifest.num_items, manifest.num_queries
     return ItemTables(
         cf=cf.item * scale,
         cf_folds=folds * scale,
-        item_tokens=_tokens(catalog / "item_tokens.npy", manifest.num_items),
-        item_words=_words(catalog / "item_words.npy", manifest.num_items, manifest.num_words),
-        query_tokens=_trimmed(_tokens(catalog / "query_tokens.npy", manifest.num_queries)),
-        query_words=_trimmed(_words(catalog / "query_words.npy", manifest.num_queries, manifest.num_words)),
+        item_tokens=_mapped(folder, manifest, "item_tokens", num_items),
+        item_words=_mapped(folder, manifest, "item_words", num_items) if manifest.num_words else _nothing(num_items),
+        query_tokens=_trimmed(_mapped(folder, manifest, "query_tokens", num_queries).int()),
+        query_words=_trimmed(_mapped(folder, manifest, "query_words", num_queries).int()) if manifest.num_words else _nothing(num_queries),
     )
 
 
-def _tokens(path: Path, rows: int) -> Tensor:
-    if not path.is_file():
-        raise DataError(f"{path}: missing. Restore the file or prepare the folder again.")
-    array = np.load(path, mmap_mode="r", allow_pickle=False)
-    if array.shape[0] != rows:
-        raise DataError(f"{path}: {array.shape[0]} rows, the manifest says {rows}. Prepare the folder again.")
-    return torch.from_numpy(np.asarray(array).astype(np.int32))
+def _nothing(rows: int) -> Tensor:
+    return torch.zeros((rows, 0), dtype=torch.int32)
 
 
-def _words(path: Path, rows: int, num_words: int) -> Tensor:
-    return _tokens(path, rows) if num_words else torch.zeros((rows, 0), dtype=torch.int32)
+def _mapped(folder: str | Path, manifest: Manifest, stem: str, num_rows: int) -> Tensor:
+    """A matrix as a tensor that lies in a memory-mapped file: its only part, or, of several, one file that they are joined to once a node."""
+    parts = matrix_parts(Path(folder) / "catalog", stem, num_rows)
+    if len(parts) == 1:
+        return torch.from_numpy(parts[0])
+    path = cache_of(folder) / "joined" / f"{manifest.hash[:32]}-{stem}.npy"
+    with locked(path):
+        if not path.is_file():
+            check_free_space(path, sum(part.nbytes for part in parts))
+            with atomic(path) as temporary:
+                whole = np.lib.format.open_memmap(temporary, mode="w+", dtype=parts[0].dtype, shape=(num_rows, parts[0].shape[1]))
+                np.concatenate(parts, out=whole)
+                whole.flush()
+    return torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))
 
 
 def _trimmed(tokens: Tensor) -> Tensor:

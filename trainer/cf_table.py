@@ -11,7 +11,8 @@ from torch import Tensor
 
 from data_shards.schema import Manifest
 from trainer.errors import DataError
-from trainer.files import atomic
+from trainer.files import atomic, file_sha256
+from trainer.node_cache import origin_of
 
 CF_FORMAT = "gensr-cf-1"
 
@@ -60,6 +61,8 @@ def save_cf(folder: str | Path, table: CfTable) -> Path:
     path = cf_path(folder)
     with atomic(path) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(temporary), metadata)
+    with atomic(path.with_suffix(".sha256")) as temporary:  # so that a node's cache can tell whether its copy is this table
+        temporary.write_text(f"{file_sha256(path)} {path.stat().st_size} {path.name}\n", encoding="utf-8")
     return path
 
 
@@ -70,6 +73,9 @@ def load_cf(folder: str | Path, manifest: Manifest, users: bool = True, folds: b
     """
     path = cf_path(folder)
     if not path.is_file():
+        if origin := origin_of(folder):
+            where = f"{origin.url} has no collaborative-filtering table (cf/lightgcn.safetensors and .sha256)"
+            raise DataError(f"{where}. Make it where the folder was prepared, with gensr cf OUT, then copy OUT/cf there.")
         raise DataError(f"{path} is missing: the folder has no collaborative-filtering table yet. Make it with: gensr cf {folder}")
     try:
         with safe_open(str(path), framework="pt") as file:

@@ -35,6 +35,7 @@ CHUNK_BYTES = 1 << 22
 # Settings that may change between a checkpoint and its continuation: none of them changes what is computed.
 FREE_KEYS = {
     "data.dir",  # the manifest's hash is compared instead
+    "data.cache_dir",
     "data.num_workers",
     "run.dir",
     "run.log_every_steps",

@@ -20,7 +20,9 @@ Share = Annotated[float, Ge(0), Le(1)]
 @s.settings
 class DataConfig:
     dir: str = ""
-    """prepared folder (made by gensr prepare)"""
+    """prepared folder (made by gensr prepare), or where one lies: http(s)://…, s3://…, or pipe:COMMAND with {} for a file's name (data_shards/README.md)"""
+    cache_dir: str = ""
+    """folder of each node where files of data.dir are kept: fetched once, checked, shared by processes and jobs. Empty: a URL's shards are streamed"""
     history_max: Positive = 20
     """history items fed to the model, newest kept; at most what the folder holds"""
     history_tokens: Positive = 10

@@ -31,6 +31,7 @@ from trainer.distributed import forced_cpu, num_cores, read_launch, set_threads
 from trainer.errors import RunError
 from trainer.files import atomic
 from trainer.metrics import METRICS, NUM_RESAMPLES, expected_ranks, metric_values, summarise
+from trainer.node_cache import local_folder
 from trainer.report import git_facts
 
 BASELINE_BATCH = 1024  # events; baselines need no accelerator memory
@@ -167,7 +168,7 @@ def report(
 def config_hash(config: Config) -> str:
     """sha256 of the configuration without folders and tracking: two runs of one experiment share it."""
     tree = to_dict(config)
-    del tree["tracking"], tree["data"]["dir"], tree["run"]["dir"]
+    del tree["tracking"], tree["data"]["dir"], tree["data"]["cache_dir"], tree["run"]["dir"]
     return hashlib.sha256(json.dumps(tree, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
@@ -238,17 +239,18 @@ def evaluate_run(run_dir: str | Path, split: str = "test", with_baselines: bool 
         torch.distributed.init_process_group("gloo")  # rows are gathered as Python objects: gloo, on GPUs too
     try:
         model, _, config, manifest = load_run_model(run_dir, device)
-        stream = EvalStream(config.data.dir, manifest, split, config.data, config.run.eval_batch_size, launch.rank, launch.world_size)
+        folder = local_folder(config.data)
+        stream = EvalStream(folder, manifest, split, config.data, config.run.eval_batch_size, launch.rank, launch.world_size)
         gather = gather_over_group if launch.world_size > 1 else None
         started = time.monotonic()
         ranks = rank_events(autocast_scorer(model.score, device, config.run.precision), stream, gather, progress)
         seconds = time.monotonic() - started
-        baselines = baseline_reports(config.data.dir, manifest, split, launch.rank, launch.world_size, gather) if with_baselines else None
+        baselines = baseline_reports(folder, manifest, split, launch.rank, launch.world_size, gather) if with_baselines else None
         document = report(ranks, manifest, split, config, baselines)
         document["protocol"]["num_processes"] = launch.world_size
         document["protocol"]["candidates_per_s"] = round(len(ranks.rank) * (1 + manifest.num_negatives) / max(seconds, 1e-9), 1)
         if launch.rank == 0:
-            write_evaluation(run_dir, config.data.dir, split, ranks, document)
+            write_evaluation(run_dir, folder, split, ranks, document)
     finally:
         if started_group:
             torch.distributed.destroy_process_group()

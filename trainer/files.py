@@ -1,12 +1,14 @@
 """Writing files so that a reader sees the old one or the new one, never half of one."""
 
-import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from data_shards.checksum import file_sha256
 from trainer.errors import EnvironmentProblem
+
+__all__ = ["atomic", "file_sha256"]
 
 
 @contextmanager
@@ -34,12 +36,3 @@ def atomic(path: str | Path) -> Iterator[Path]:
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def file_sha256(path: str | Path) -> str:
-    """sha256 of a file's content, read in pieces."""
-    digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()

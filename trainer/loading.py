@@ -26,6 +26,7 @@ from trainer.model.backbone import Backbone
 from trainer.model.families import build_backbone
 from trainer.model.gensr import GenSR, GenSRSettings
 from trainer.model.prompt import NUM_EXTENDED_SLOTS, NUM_PAPER_SLOTS, build_templates
+from trainer.node_cache import local_folder
 
 MODEL_FORMAT = 1
 
@@ -179,7 +180,8 @@ def load_run_config(run_dir: str | Path) -> Config:
 def load_run_model(run_dir: str | Path, device: str = "cpu") -> tuple[GenSR, ItemTables, Config, Manifest]:
     """The trained model of a run with the tables of the data it was trained on. Raises when the prepared folder has changed since."""
     config = load_run_config(run_dir)
-    manifest = read_manifest(config.data.dir)
+    folder = local_folder(config.data)
+    manifest = read_manifest(folder)
     path = Path(run_dir) / "model"
     if (path / "gensr.json").is_file():
         trained_on = json.loads((path / "gensr.json").read_text(encoding="utf-8"))
@@ -188,10 +190,10 @@ def load_run_model(run_dir: str | Path, device: str = "cpu") -> tuple[GenSR, Ite
                 f"{config.data.dir} has another split (fingerprint {manifest.fingerprint[:12]}) than {run_dir} was trained on "
                 f"({trained_on['split_fingerprint'][:12]}). Prepare the data as it was, or train again."
             )
-        if trained_on["cf_sha256"] != file_sha256(cf_path(config.data.dir)):
+        if trained_on["cf_sha256"] != file_sha256(cf_path(folder)):
             raise DataError(
-                f"{cf_path(config.data.dir)} is not the table {run_dir} was trained on: the model would read other vectors. Restore it, or train again."
+                f"{cf_path(folder)} is not the table {run_dir} was trained on: the model would read other vectors. Restore it, or train again."
             )
-    tables = load_tables(config.data.dir, manifest, load_cf(config.data.dir, manifest), with_folds=False)
+    tables = load_tables(folder, manifest, load_cf(folder, manifest), with_folds=False)
     model = load_model(path, tables, device)
     return model, model.tables, config, manifest

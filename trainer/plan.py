@@ -19,6 +19,7 @@ from data_shards.settings import read_yaml
 from trainer.config import Config, preset_path
 from trainer.distributed import Launch, filled_deepspeed_config, read_deepspeed_json, read_launch
 from trainer.errors import ConfigError
+from trainer.node_cache import local_folder
 from trainer.schedule import Schedule, above_chance, chance, make_schedule
 
 GB = 1e9
@@ -135,7 +136,7 @@ class Memory:
 def data_size(config: Config, preset: str | None = None) -> DataSize:
     """From data.dir when it is given, else from the preset's `# sizes:` line. Raises ConfigError when neither says."""
     if config.data.dir:
-        return size_of_folder(config.data.dir, read_manifest(config.data.dir))
+        return size_of_folder(config.data.dir, read_manifest(local_folder(config.data)))
     if preset:
         documented = re.search(r"^# sizes: (.+)$", preset_path(preset).read_text(encoding="utf-8"), re.MULTILINE)
         if documented:
@@ -425,9 +426,10 @@ def _check_folder(config: Config) -> None:
     from trainer.cf_table import load_cf
     from trainer.loading import answer_tokens, load_tokenizer
 
-    manifest = read_manifest(config.data.dir)
-    answer_tokens(load_tokenizer(Path(config.data.dir) / "tokenizer"))
-    load_cf(config.data.dir, manifest)
+    folder = local_folder(config.data)
+    manifest = read_manifest(folder)
+    answer_tokens(load_tokenizer(folder / "tokenizer"))
+    load_cf(folder, manifest)
 
 
 def _hours(seconds: float) -> str:

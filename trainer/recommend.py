@@ -27,6 +27,7 @@ from trainer.data import split_columns
 from trainer.errors import DataError, RequestError
 from trainer.files import file_sha256
 from trainer.loading import load_run_config
+from trainer.node_cache import local_folder
 from trainer.retrieval import Notify, Retrieval, build_retrieval, load_retrieval, save_retrieval, silent
 from trainer.serve import ParsedRequest, Scorer, is_absent, read_serving_facts
 
@@ -51,7 +52,7 @@ class Recommender:
         run_dir = Path(run_dir)
         scorer = Scorer.from_run(run_dir, device)
         retrieval = run_retrieval(run_dir, scorer, notify)
-        folder = Path(load_run_config(run_dir).data.dir)
+        folder = local_folder(load_run_config(run_dir).data)
         manifest_hash = read_manifest(folder).hash
         return cls(scorer, retrieval, {"run": str(run_dir), "manifest_hash": manifest_hash}, folder / "catalog" / "items.parquet", Users(folder))
 

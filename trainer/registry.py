@@ -26,6 +26,7 @@ from trainer.errors import EnvironmentProblem, RunError
 from trainer.files import atomic
 from trainer.loading import load_run_config
 from trainer.model_card import metrics_of, model_card, run_facts, version_tags
+from trainer.node_cache import local_folder
 from trainer.recommend import RETRIEVAL, Recommender, run_retrieval
 from trainer.retrieval import Notify, silent
 from trainer.serve import Scorer, read_item_ids, write_items
@@ -53,11 +54,12 @@ def register(run_dir: str | Path, name: str, alias: str = ALIAS, notify: Notify 
     """
     run_dir = Path(run_dir)
     config = load_run_config(run_dir)
-    manifest = read_manifest(config.data.dir)
+    folder = local_folder(config.data)
+    manifest = read_manifest(folder)
     scorer = Scorer.from_run(run_dir)
     run_retrieval(run_dir, scorer, notify)
     facts = run_facts(run_dir, config, manifest)
-    example = example_requests(config.data.dir, manifest)
+    example = example_requests(folder, manifest)
     expected = scorer.score_many(example)
     uri = tracking_uri(config, run_dir)
     with mlflow_errors(f"MLflow at {uri} does not register {run_dir}"):
@@ -153,7 +155,7 @@ def _log_model(
     status = client.get_run(run_id).info.status
     with tempfile.TemporaryDirectory(prefix="gensr-register-") as temporary:
         items, card, evaluation = (Path(temporary) / part for part in ("items", "model_card.md", "evaluation"))
-        catalog = pq.read_table(Path(config.data.dir) / "catalog" / "items.parquet", columns=["item_id", "text"])
+        catalog = pq.read_table(local_folder(config.data) / "catalog" / "items.parquet", columns=["item_id", "text"])
         serving_facts = {key: facts[key] for key in ("manifest_hash", "split_fingerprint", "commit", "data_dir")}
         write_items(items, scorer, catalog, serving_facts)
         card.write_text(model_card(name, facts), encoding="utf-8")

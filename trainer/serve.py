@@ -29,6 +29,7 @@ from trainer.batch import Batch, ItemTables
 from trainer.errors import RequestError, RunError
 from trainer.loading import load_model, load_run_model
 from trainer.model.gensr import GenSR
+from trainer.node_cache import local_folder
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -76,7 +77,7 @@ class Scorer:
     def from_run(cls, run_dir: str | Path, device: str = "cpu") -> "Scorer":
         """The model of a run folder with the tables of its prepared folder."""
         model, _, config, manifest = load_run_model(run_dir, device)
-        catalog, form = Path(config.data.dir) / "catalog", query_format(manifest)
+        catalog, form = local_folder(config.data) / "catalog", query_format(manifest)
         item_ids = read_item_ids(catalog / "items.parquet")
         return cls(model, item_ids, load_fast_tokenizer(Path(run_dir) / "model"), form, read_words(catalog / "words.npy", form))
 

@@ -43,6 +43,7 @@ from trainer.errors import ConfigError, GensrError
 from trainer.evaluate import validate
 from trainer.loading import build_model, save_model
 from trainer.machine import measured
+from trainer.node_cache import local_folder
 from trainer.optimizer import make_optimizer, set_lr
 from trainer.schedule import Schedule, above_chance, grad_accum_steps, make_schedule
 from trainer.tracking import NullTracker, Tracker
@@ -109,7 +110,7 @@ def train(config: Config, resume: Literal["never", "auto"] = "never") -> TrainRe
         missing = " and ".join(key for key, value in (("data.dir=OUT", config.data.dir), ("run.dir=RUN", config.run.dir)) if not value)
         raise ConfigError(f"{missing} must be given: the prepared folder to learn from and the run folder to write")
     launch = read_launch()
-    manifest = read_manifest(config.data.dir)
+    manifest = read_manifest(local_folder(config.data))
     accelerator = make_accelerator(config, launch, grad_accum_steps(config, launch.world_size))
     with process_group(accelerator), closing(runfolder.claim(accelerator, config, resume)) as claim:
         if claim.finished:
@@ -138,16 +139,16 @@ def set_up(config: Config, manifest: Manifest, launch: Launch, accelerator: Any,
     from accelerate.utils import set_seed
 
     found, skipped = checkpoint.newest_whole(accelerator, config.run.dir) if continuing else (None, [])
-    cf_digest = on_main(accelerator, lambda: checkpoint.file_checksum(cf_path(config.data.dir)))
+    cf_digest = on_main(accelerator, lambda: checkpoint.file_checksum(cf_path(local_folder(config.data))))
     identity = checkpoint.identity_of(config, manifest, accelerator.num_processes, launch.zero_stage, cf_digest)
     if found is not None:
         checkpoint.check_identity(found, identity)
 
     set_seed(config.run.seed)  # the same weights on every rank
-    cf = load_cf(config.data.dir, manifest, users=False)
+    cf = load_cf(local_folder(config.data), manifest, users=False)
     holdout = runfolder.training_holdout(config, cf)
-    tables = load_tables(config.data.dir, manifest, cf, with_folds=holdout != "none").to(accelerator.device)
-    module = build_model(config, manifest, tables, config.data.dir)
+    tables = load_tables(local_folder(config.data), manifest, cf, with_folds=holdout != "none").to(accelerator.device)
+    module = build_model(config, manifest, tables, local_folder(config.data))
     if config.model.gather_negatives and accelerator.num_processes > 1:
         module.gather = gather_rows
     module.every_task_every_step = accelerator.num_processes > 1  # DDP and ZeRO-3 expect the same parameters in every step of every rank
@@ -173,9 +174,10 @@ def set_up(config: Config, manifest: Manifest, launch: Launch, accelerator: Any,
 def make_streams(config: Config, manifest: Manifest, accelerator: Any, cf: CfTable, holdout: str, start_event: int) -> tuple[TrainStream, EvalStream]:
     """This rank's training stream from `start_event` on, and its share of the fixed validation sample."""
     data, optim, run = config.data, config.optim, config.run
+    folder = local_folder(data)
     rank, world_size = accelerator.process_index, accelerator.num_processes
     stream = TrainStream(
-        data.dir,
+        folder,
         manifest,
         data,
         run.seed,
@@ -186,9 +188,9 @@ def make_streams(config: Config, manifest: Manifest, accelerator: Any, cf: CfTab
         start_event,
         num_folds=cf.num_folds if holdout == "crossfit" else 0,
         heldout_item=cf.heldout_item.numpy() if holdout == "last" and cf.heldout_item is not None else None,
-        clicks=runfolder.item_clicks(data.dir) if data.negatives in ("popularity", "mixture") else None,
+        clicks=runfolder.item_clicks(folder) if data.negatives in ("popularity", "mixture") else None,
     )
-    return stream, EvalStream(data.dir, manifest, "valid", data, run.eval_batch_size, rank, world_size, run.valid_events)
+    return stream, EvalStream(folder, manifest, "valid", data, run.eval_batch_size, rank, world_size, run.valid_events)
 
 
 def start_tracker(config: Config, accelerator: Any, facts: dict[str, Any], resume_run_id: str) -> Tracker:
@@ -308,7 +310,7 @@ def validate_now(run: Run) -> bool:
 def write_model(run: Run) -> None:
     """Consolidated weights → RUN/model, on all ranks (ZeRO-3 gathers). RUN/model is therefore the best so far at any time."""
     state = full_state_dict(run.accelerator, run.model, run.module)
-    on_main(run.accelerator, lambda: save_model(run.folder / "model", run.module, state, run.config, run.manifest, run.config.data.dir))
+    on_main(run.accelerator, lambda: save_model(run.folder / "model", run.module, state, run.config, run.manifest, local_folder(run.config.data)))
 
 
 def save(run: Run) -> None:

@@ -67,9 +67,11 @@ def test_bm25_of_candidates_equals_bm25s_over_the_whole_catalogue(tmp_path):
 
 def test_bm25_reads_anonymised_words(tmp_path):
     (tmp_path / "catalog").mkdir()
-    np.save(tmp_path / "catalog" / "item_words.npy", np.array([[5, 9, 0], [7, 0, 0], [0, 0, 0], [9, 9, 7]], np.int32))
-    np.save(tmp_path / "catalog" / "query_words.npy", np.array([[9, 0], [8, 7]], np.int32))
-    scores = build_bm25(tmp_path, Manifest(raw={"text": {"num_words": 9}}, hash=""))(make_batch([[0, 1, 2, 3]] * 2, [0, 1]))
+    np.save(tmp_path / "catalog" / "item_words-000000.npy", np.array([[5, 9, 0], [7, 0, 0], [0, 0, 0], [9, 9, 7]], np.int32))
+    np.save(tmp_path / "catalog" / "query_words-000000.npy", np.array([[9, 0], [8, 7]], np.int32))
+    scores = build_bm25(tmp_path, Manifest(raw={"text": {"num_words": 9}, "counts": {"items": 4, "queries": 2}}, hash=""))(
+        make_batch([[0, 1, 2, 3]] * 2, [0, 1])
+    )
     assert (scores > 0).tolist() == [[True, False, False, True], [False, True, False, True]]
     assert scores[1, 1] > scores[1, 3]  # the shorter text
 

@@ -16,6 +16,7 @@ from trainer.cf_training import Clicks, TableTrainer, choose_batch_size, sampled
 from trainer.cf_work import CfWork, Slot
 from trainer.config import CfConfig
 from trainer.errors import ConfigError, DataError, RunError
+from trainer.files import file_sha256
 
 NUM_USERS, NUM_ITEMS, NUM_TOPICS = 60, 40, 4
 MANIFEST = Manifest(raw={"counts": {"users": NUM_USERS, "items": NUM_ITEMS}, "split": {"fingerprint": "f" * 64}}, hash="")
@@ -219,7 +220,8 @@ def test_train_cf_writes_a_table_that_load_cf_reads(folder):
     assert torch.equal(light.item, table.item)
     assert light.user.shape == (0, 8)
     assert light.item_folds.shape == (0, manifest.num_items, 8)
-    assert [p.name for p in path.parent.iterdir()] == [path.name]  # no temporary file
+    assert sorted(p.name for p in path.parent.iterdir()) == [path.name, "lightgcn.sha256"]  # no temporary file
+    assert path.with_suffix(".sha256").read_text().split() == [file_sha256(path), str(path.stat().st_size), path.name]
 
 
 def test_an_existing_table_is_reused_or_refused(folder):

@@ -1,7 +1,7 @@
 """BM25 (Robertson & Zaragoza 2009) of the query against the text of each candidate.
 
 Index: bm25s with its defaults, Lucene's variant, k1 = 1.5, b = 0.75. Terms: lower-cased words of catalog/items.parquet and queries.parquet, or
-the anonymised words of item_words.npy and query_words.npy. Only candidates are scored: the cost depends on their terms, not on the catalogue.
+the anonymised words of item_words and query_words. Only candidates are scored: the cost depends on their terms, not on the catalogue.
 """
 
 import re
@@ -17,6 +17,7 @@ from bm25s.tokenization import Tokenized
 from scipy import sparse
 from torch import Tensor
 
+from data_shards.matrices import matrix_parts
 from data_shards.schema import PAD, Manifest
 from trainer.batch import Batch
 
@@ -45,7 +46,8 @@ class Bm25:
 def build_bm25(folder: str | Path, manifest: Manifest) -> Callable[[Batch], Tensor]:
     catalog = Path(folder) / "catalog"
     if manifest.num_words:
-        item_terms, query_terms = (_word_ids(np.load(catalog / f"{name}_words.npy", mmap_mode="r", allow_pickle=False)) for name in ("item", "query"))
+        sizes = (("item", manifest.num_items), ("query", manifest.num_queries))
+        item_terms, query_terms = (_word_ids(matrix_parts(catalog, f"{name}_words", rows)) for name, rows in sizes)
         return Bm25(item_terms, query_terms, manifest.num_words + 1)
     vocabulary: dict[str, int] = {}
     item_terms = [[vocabulary.setdefault(word, len(vocabulary)) for word in _words(text)] for text in _texts(catalog / "items.parquet")]
@@ -62,8 +64,8 @@ def _words(text: str | None) -> list[str]:
     return _WORD.findall((text or "").lower())
 
 
-def _word_ids(words: np.ndarray) -> list[list[int]]:
-    return [[word for word in row.tolist() if word != PAD] for row in words]
+def _word_ids(parts: list[np.ndarray]) -> list[list[int]]:
+    return [[word for word in row.tolist() if word != PAD] for words in parts for row in words]
 
 
 def _term_weights(item_terms: list[list[int]], num_terms: int) -> sparse.csr_matrix:

@@ -14,12 +14,13 @@ import pyarrow as pa
 import torch
 import webdataset as wds
 
+from data_shards.blocks import decode_blocks
+from data_shards.checksum import file_sha256
 from data_shards.schema import Manifest, Shard
 from trainer.batch import Batch
 from trainer.errors import DataError
-from trainer.files import file_sha256
+from trainer.node_cache import READ_ATTEMPTS, RETRY_AFTER_S, check_stream, retried, shard_place
 
-READ_ATTEMPTS, RETRY_AFTER_S = 3, 1.0  # a read error of the disk or the network is tried again after 1 s, then 2 s
 MAX_IMPRESSIONS = 16  # unclicked impressions of an event offered as negatives
 
 
@@ -48,58 +49,44 @@ class Rows:
         return Rows(**{name: np.concatenate([vars(part)[name] for part in parts]) for name in vars(parts[0])})
 
 
-def read_blocks(folder: str | Path, shard: Shard, first_block: int = 0, columns: list[str] | None = None, verify: bool = True) -> Iterator[pa.Table]:
-    """The Arrow blocks of one shard, in order, from block `first_block` on. Decodes `.arrow` entries and nothing else (no pickle).
+def read_blocks(folder: str | Path, shard: Shard, first_block: int = 0, columns: list[str] | None = None) -> Iterator[pa.Table]:
+    """The Arrow blocks of one shard, in order, from block `first_block` on. folder: a prepared folder, or one of the node's cache (node_cache.py).
 
     A failing disk or network is tried again, from the block where it failed. Raises DataError naming the shard when it is missing, truncated, or not
-    what the manifest says, or cannot be read after READ_ATTEMPTS attempts.
+    what the manifest says, or cannot be read after READ_ATTEMPTS attempts. A streamed shard is checked block by block only, a file as a whole.
     """
-    path = Path(folder) / shard.name
-    if "://" not in str(folder) and not str(folder).startswith("pipe:"):
-        _check_file(path, shard, verify)
-        url = str(path)
-    else:
-        url = f"{str(folder).rstrip('/')}/{shard.name}"
+    place = shard_place(folder, shard)
+    if isinstance(place, Path):
+        _check_file(place, shard)
     number = first_block
     for attempt in itertools.count(1):
         try:
-            for table in _blocks_of_tar(url, shard, number):
+            entries = wds.WebDataset([str(place)], shardshuffle=False, nodesplitter=None, workersplitter=None, empty_check=False)
+            for table in decode_blocks((entry["arrow"] for entry in entries), shard.blocks, number):
                 number += 1
                 yield table if columns is None else table.select(columns)
             return
         except (OSError, KeyError, EOFError, tarfile.TarError, pa.ArrowException, ValueError) as error:
-            if not isinstance(error, OSError) or attempt == READ_ATTEMPTS:
-                raise DataError(f"{url}: cannot be read at block {number}: {error}. Restore the file or prepare the folder again.") from error
-            warnings.warn(f"{url}: reading block {number} failed ({error}), trying again", stacklevel=2)
+            lasting = isinstance(place, Path) and not isinstance(error, OSError)  # of a stream, a cut-off end may be the network's fault
+            if lasting or attempt == READ_ATTEMPTS:
+                raise DataError(f"{place}: cannot be read at block {number}: {error}. Restore the file or prepare the folder again.") from error
+            warnings.warn(f"{place}: reading block {number} failed ({error}), trying again", stacklevel=2)
             time.sleep(RETRY_AFTER_S * attempt)
-
-
-def _blocks_of_tar(url: str, shard: Shard, first_block: int) -> Iterator[pa.Table]:
-    number = -1
-    for number, entry in enumerate(wds.WebDataset([url], shardshuffle=False, nodesplitter=None, workersplitter=None, empty_check=False)):
-        if number < first_block:
-            continue
-        table = pa.ipc.open_stream(entry["arrow"]).read_all()
-        if table.num_rows != shard.blocks[number]:
-            raise DataError(
-                f"{url}: block {number} holds {table.num_rows} events, the manifest says {shard.blocks[number]}. Prepare the folder again."
-            )
-        yield table
-    if number + 1 != len(shard.blocks):
-        raise DataError(
-            f"{url}: holds {number + 1} blocks, the manifest says {len(shard.blocks)} (truncated?). Restore the file or prepare the folder again."
-        )
 
 
 _verified: set[tuple[str, str]] = set()
 
 
 def check_shard(folder: str | Path, shard: Shard) -> None:
-    """Raises DataError when the shard is not what the manifest says."""
-    _check_file(Path(folder) / shard.name, shard, verify=True)
+    """Raises DataError when the shard is not what the manifest says. One that is streamed is read to its end for it."""
+    place = shard_place(folder, shard)
+    if isinstance(place, Path):
+        _check_file(place, shard)
+    else:
+        retried(place, lambda: check_stream(place, shard.num_bytes, shard.sha256))
 
 
-def _check_file(path: Path, shard: Shard, verify: bool) -> None:
+def _check_file(path: Path, shard: Shard) -> None:
     """Size always, checksum once per process and file."""
     if not path.is_file():
         raise DataError(f"{path}: missing shard. Restore the file or prepare the folder again.")
@@ -107,7 +94,7 @@ def _check_file(path: Path, shard: Shard, verify: bool) -> None:
     if size != shard.num_bytes:
         raise DataError(f"{path}: {size} bytes, the manifest says {shard.num_bytes} (truncated?). Restore the file or prepare the folder again.")
     key = (str(path), shard.sha256)
-    if verify and key not in _verified:
+    if key not in _verified:
         if file_sha256(path) != shard.sha256:
             raise DataError(f"{path}: checksum differs from the manifest's (corrupt shard). Restore the file or prepare the folder again.")
         _verified.add(key)

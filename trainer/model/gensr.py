@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from data_shards.schema import SRC
-from trainer.batch import Batch, ItemTables
+from trainer.batch import Batch, ItemTables, rows_of
 from trainer.model.backbone import Backbone, Prompt
 from trainer.model.history import HistoryEncoder, SoftFilter
 from trainer.model.losses import Gather, answer_loss, contrastive_loss, listwise_loss
@@ -159,9 +159,9 @@ class GenSR(nn.Module):
     def semantic_vectors(self, items: Tensor, num_tokens: int) -> Tensor:
         """E_s of items (any shape) → [..., D]: mean of the backbone's token embeddings over the item's text, padding excluded, plus its words."""
         tables = self.tables
-        vectors = self._mean_tokens(tables.item_tokens[items][..., :num_tokens])
+        vectors = self._mean_tokens(rows_of(tables.item_tokens, items)[..., :num_tokens])
         if self.settings.num_words:
-            vectors = vectors + self._mean_words(tables.item_words[items])
+            vectors = vectors + self._mean_words(rows_of(tables.item_words, items))
         return vectors
 
     def query_parts(self, query_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:

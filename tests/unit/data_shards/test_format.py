@@ -21,7 +21,8 @@ def test_ten_lines_of_webdataset_and_pyarrow_read_a_shard(prepared: Path) -> Non
 
 
 def test_evaluation_blocks_carry_the_negatives_and_no_impressions(prepared: Path) -> None:
-    from data_shards.checks import read_blocks
+    from data_shards.blocks import decode_blocks, tar_entries
 
-    for block in read_blocks(prepared / "shards" / "test-000000.tar"):
+    shard = read_manifest(prepared).shards("test")[0]
+    for block in decode_blocks(tar_entries(prepared / shard.name), shard.blocks):
         assert block.schema == eval_schema(99)

@@ -231,14 +231,14 @@ def test_anonymised_words_have_three_ways(tmp_path: Path, mode: str, num_words: 
     manifest = prepare("kuaisar", raw, tmp_path / "out", [*SETTINGS, f"words={mode}"])
     catalog = tmp_path / "out" / "catalog"
     assert manifest.num_words == num_words
-    assert (np.load(catalog / "query_tokens.npy") > 0).any() == query_has_tokens
-    assert (catalog / "item_words.npy").exists() == (num_words > 0)
+    assert (np.load(catalog / "query_tokens-000000.npy") > 0).any() == query_has_tokens
+    assert (catalog / "item_words-000000.npy").exists() == (num_words > 0)
     queries = pq.read_table(catalog / "queries.parquet")["text"].to_pylist()
     assert sorted(queries) == ["7", "7 1234"]
     if num_words:
         assert np.load(catalog / "words.npy").tolist() == [5, 7]
-        assert np.load(catalog / "item_words.npy")[:, :3].tolist() == [[1, 2, 0]] * 6
-        assert np.load(catalog / "query_words.npy")[:, :2].tolist() == [[2, 0], [2, 0]]
+        assert np.load(catalog / "item_words-000000.npy")[:, :3].tolist() == [[1, 2, 0]] * 6
+        assert np.load(catalog / "query_words-000000.npy")[:, :2].tolist() == [[2, 0], [2, 0]]
 
 
 def test_simulated_logs_are_read(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from data_shards.checks import read_blocks
+from data_shards.blocks import decode_blocks, tar_entries
 from data_shards.prepare import prepare
 from data_shards.schema import SPLITS, TASKS, read_manifest
 
@@ -25,7 +25,7 @@ def read_back(out: Path) -> dict[str, list[dict[str, Any]]]:
     events: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
     for split in SPLITS:
         for shard in read_manifest(out).shards(split):
-            for block in read_blocks(out / shard.name):
+            for block in decode_blocks(tar_entries(out / shard.name), shard.blocks):
                 for row in block.to_pylist():
                     history = list(zip((items[i] for i in row["history_items"]), (TASKS[t] for t in row["history_tasks"]), strict=True))
                     events[split].append({

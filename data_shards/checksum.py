@@ -1,0 +1,23 @@
+"""sha256 of files, in pieces."""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+PIECE_BYTES = 1 << 20
+
+
+def pieces(file: BinaryIO) -> Iterator[bytes]:
+    """What is left of a binary file, a megabyte at a time."""
+    while piece := file.read(PIECE_BYTES):
+        yield piece
+
+
+def file_sha256(path: str | Path) -> str:
+    """sha256 of a file's content."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for piece in pieces(file):
+            digest.update(piece)
+    return digest.hexdigest()
