@@ -329,15 +329,30 @@ def register(
 @verb("gensr score models:/gensr-demo@candidate requests.jsonl")
 def score(
     model: Annotated[str, typer.Argument(help="run folder, or models:/NAME@alias")],
-    requests: Annotated[Path, typer.Argument(help="one JSON request a line: history, task, query, candidates")],
+    requests: Annotated[Path, typer.Argument(help=".jsonl or .parquet: history, task, query, candidates; without candidates the whole catalogue")],
+    out: Annotated[Path | None, typer.Option(help='new .jsonl or .parquet file; default: {"scores": […]} lines on stdout')] = None,
+    part: Annotated[str, typer.Option(metavar="I/N", help="only part I of N of the requests: for several jobs")] = "1/1",
+    keep_going: Annotated[bool, typer.Option(help="a bad request becomes an error in its row instead of ending the job")] = False,
     uri: Annotated[str, typer.Option(help="MLflow registry; default: MLFLOW_TRACKING_URI, else runs/mlflow.db")] = "",
 ) -> None:
-    """Score given candidates from histories: one {"scores": […]} line for each request."""
-    records = read_requests(requests)
+    """Score given candidates from histories, one request or millions."""
+    from trainer.score_file import count_requests, read_requests, score_file
+
+    try:
+        number, of = (int(text) for text in part.split("/"))
+    except ValueError:
+        raise ConfigError(f"--part must be I/N, got {part}") from None
+    count_requests(requests)  # says what is wrong with the file before a model is loaded
     from trainer.registry import open_model
 
-    for scores in open_model(model, uri).score(records):
-        say(json.dumps({"scores": scores}))
+    recommender = open_model(model, uri)
+    if out is None:
+        for scores in recommender.score(list(read_requests(requests))):
+            say(json.dumps({"scores": scores}))
+        return
+    progress = stage_lines()
+    answered = score_file(recommender, requests, out, (number, of), keep_going, progress=lambda done, total: progress("score", done, total))
+    say(f"wrote {out}: {answered:,} requests")
 
 
 User = Annotated[str, typer.Option("--user", help="user id: the history is all of the user's clicks in the prepared folder")]
@@ -447,28 +462,6 @@ def ui(
     if browser:
         threading.Timer(2.0, webbrowser.open, [f"http://127.0.0.1:{port}/"]).start()
     serve(model, port=port, data=data, uri=uri)
-
-
-def read_requests(path: Path) -> list[dict[str, Any]]:
-    """A JSON object a line. Raises RequestError naming the line."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"{path}: cannot be read: {error}") from error
-    records = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise RequestError(f"{path}, line {number}: not valid JSON: {error}") from error
-        if not isinstance(record, dict):
-            raise RequestError(f'{path}, line {number}: a request is an object with "history", "task" and "candidates"')
-        records.append(record)
-    if not records:
-        raise RequestError(f"{path} holds no request: one JSON object a line")
-    return records
 
 
 # ---- measurements --------------------------------------------------------------------------------------------------

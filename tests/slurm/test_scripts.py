@@ -177,9 +177,14 @@ def test_the_lock_of_a_killed_build_is_removed(slurm: cluster.Slurm, ended: dict
     [
         ("prepare", ["tables", "my raw", "OUT", "vocab_size=3", "cf.dim=4"], ["prepare tables my raw OUT vocab_size=3", "cf OUT cf.dim=4"]),
         ("evaluate", ["my run", "--split", "valid"], ["evaluate my run --split valid", "register my run its-name"]),
+        (
+            "score",
+            ["models:/m@c", "my requests.parquet", "OUT"],
+            ["score models:/m@c my requests.parquet --out OUT/part-00001-of-00001.parquet --part 1/1"],
+        ),
     ],
 )
-def test_prepare_and_evaluate_call_their_verbs(
+def test_the_other_scripts_call_their_verbs(
     slurm: cluster.Slurm, work: Path, tmp_path: Path, script: str, arguments: list[str], calls: list[str]
 ) -> None:
     (tmp_path / "python").write_text('#!/usr/bin/env bash\necho "$*"\n')

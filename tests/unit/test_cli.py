@@ -14,9 +14,8 @@ import yaml
 from typer.testing import CliRunner
 
 from tests.tiny_folder import make_tiny_folder
-from trainer.cli import app, read_requests
+from trainer.cli import app
 from trainer.config import Config, load_config
-from trainer.errors import RequestError
 
 ROOT = Path(__file__).parents[2]
 VERBS = [
@@ -115,23 +114,6 @@ def test_config_keys_explains_every_key() -> None:
 def test_config_schema_is_a_schema() -> None:
     schema = json.loads(gensr("config", "schema").stdout)
     assert set(schema["properties"]) == {"data", "model", "optim", "run", "tracking"}
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ('{"task": "rec"}\n{oops', "line 2: not valid JSON"),
-        ("[1]", "line 1: a request is an object"),
-        ("\n", "holds no request"),
-        (None, "cannot be read"),
-    ],
-)
-def test_bad_request_files_are_named(tmp_path: Path, text: str | None, message: str) -> None:
-    path = tmp_path / "requests.jsonl"
-    if text is not None:
-        path.write_text(text)
-    with pytest.raises(RequestError, match=message):
-        read_requests(path)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,122 @@
+"""Batch scoring: parts add up to the whole, answers are those of single requests, a bad row is named or kept, nothing is overwritten."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tests.runs import make_run
+from trainer import score_file as module
+from trainer.errors import RequestError, RunError
+from trainer.recommend import Recommender
+from trainer.score_file import count_requests, part_of, read_requests, score_file
+
+NUM_REQUESTS = 23
+BAD = {"task": "rec", "history": [], "candidates": ["nothing"]}
+
+
+@pytest.fixture(scope="module")
+def recommender(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Recommender:
+    return Recommender.from_run(make_run(tmp_path_factory.mktemp("scores"), prepared))
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CHUNK", 5)
+
+
+def requests() -> list[dict[str, Any]]:
+    """Candidates of different numbers; every third is a search of the whole catalogue."""
+    rows = []
+    for number in range(NUM_REQUESTS):
+        history = [{"item_id": f"i{number % 7}", "task": "rec"}]
+        candidates = [f"i{(number + step) % 20}" for step in range(1 + number % 4)]
+        search = {"task": "src", "query": "red lamp", "candidates": None}
+        rows.append({"id": number, "history": history, "task": "rec", "query": None, "candidates": candidates, **(search if number % 3 == 2 else {})})
+    return rows
+
+
+def parquet(path: Path, rows: list[dict[str, Any]]) -> Path:
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+def test_parts_add_up_to_what_single_requests_get(recommender: Recommender, tmp_path: Path) -> None:
+    source = parquet(tmp_path / "requests.parquet", requests())
+    rows: list[dict[str, Any]] = []
+    for number in (1, 2, 3):
+        out = tmp_path / f"part-{number}.parquet"
+        score_file(recommender, source, out, (number, 3))
+        rows += pq.read_table(out).to_pylist()
+    assert [row["id"] for row in rows] == list(range(NUM_REQUESTS))
+    for row, request in zip(rows, requests(), strict=True):
+        alone = recommender.recommend(request)
+        assert row["history"] == request["history"]
+        assert row["scores"] == pytest.approx(alone["scores"], abs=1e-6)
+        assert {item["item_id"] for item in row["items"]} == {str(item["item_id"]) for item in alone["items"]}
+        assert row["error"] is None
+
+
+def test_lines_in_lines_out(recommender: Recommender, tmp_path: Path) -> None:
+    source, out = tmp_path / "requests.jsonl", tmp_path / "answers.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n\n" for row in requests()))
+    seen: list[tuple[int, int]] = []
+    assert score_file(recommender, source, out, progress=lambda done, total: seen.append((done, total))) == NUM_REQUESTS
+    answers = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [len(answer["scores"]) for answer in answers[:3]] == [1, 2, 10]
+    assert seen[-1] == (NUM_REQUESTS, NUM_REQUESTS)
+
+
+def test_a_bad_row_is_named_and_leaves_no_file(recommender: Recommender, tmp_path: Path) -> None:
+    source, out = parquet(tmp_path / "requests.parquet", [*requests()[:7], {**requests()[0], **BAD}]), tmp_path / "out.parquet"
+    with pytest.raises(RequestError, match=r"requests\.parquet, rows 6 to 8: request 3: .*'nothing'"):
+        score_file(recommender, source, out)
+    assert [path.name for path in tmp_path.iterdir()] == ["requests.parquet"]
+    score_file(recommender, source, out, keep_going=True)
+    rows = pq.read_table(out).to_pylist()
+    assert [row["error"] is None for row in rows] == [True] * 7 + [False]
+    assert rows[-1]["scores"] is None
+    assert "'nothing'" in rows[-1]["error"]
+
+
+def test_nothing_is_overwritten_and_formats_are_checked(recommender: Recommender, tmp_path: Path) -> None:
+    source, out = parquet(tmp_path / "requests.parquet", requests()), tmp_path / "out.parquet"
+    out.write_text("mine")
+    with pytest.raises(RunError, match="not overwritten"):
+        score_file(recommender, source, out)
+    with pytest.raises(RequestError, match=r"out\.csv"):
+        score_file(recommender, source, tmp_path / "out.csv")
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(RequestError, match="holds no request"):
+        score_file(recommender, tmp_path / "empty.jsonl", tmp_path / "a.jsonl")
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1")
+    with pytest.raises(RequestError, match=r"broken\.parquet: cannot be read"):
+        score_file(recommender, tmp_path / "broken.parquet", tmp_path / "b.parquet")
+
+
+@pytest.mark.parametrize(("count", "parts"), [(0, 1), (5, 3), (3, 5), (100, 7)])
+def test_parts_are_a_partition(count: int, parts: int) -> None:
+    bounds = [part_of(count, (number, parts)) for number in range(1, parts + 1)]
+    assert [place for first, last in bounds for place in range(first, last)] == list(range(count))
+    with pytest.raises(RequestError, match="1 ≤ I ≤ N"):
+        part_of(count, (parts + 1, parts))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"task": "rec"}\n{oops', "line 2: not valid JSON"),
+        ("[1]", "line 1: a request is an object"),
+        ("\n", "holds no request"),
+        (None, "cannot be read"),
+    ],
+)
+def test_bad_request_files_are_named(tmp_path: Path, text: str | None, message: str) -> None:
+    path = tmp_path / "requests.jsonl"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(RequestError, match=message):
+        [*range(count_requests(path)), *read_requests(path)]
