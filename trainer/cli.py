@@ -249,12 +249,17 @@ def evaluate(
 ) -> None:
     """Rank the stored candidates of every event; writes RUN/evaluation-SPLIT.json and .parquet."""
     from trainer.evaluate import evaluate_run
+    from trainer.model_card import metrics_of
     from trainer.summary import protocol_line, rows_of, table
+    from trainer.tracking import log_evaluation
 
     progress = stage_lines()
     document = evaluate_run(run_dir, split, with_baselines=baselines, progress=lambda done, total: progress("score", done, total))
     path = run_dir / f"evaluation-{split}.json"
-    answer(document, as_json, *table(rows_of(document)), protocol_line(document), f"wrote {path} and {path.with_suffix('.parquet').name}")
+    lines = [*table(rows_of(document)), protocol_line(document)]
+    if RANK == 0:
+        log_evaluation(run_dir, split, metrics_of(document, split), lines)
+    answer(document, as_json, *lines, f"wrote {path} and {path.with_suffix('.parquet').name}")
 
 
 @verb("gensr report runs/mine")

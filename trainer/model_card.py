@@ -37,10 +37,10 @@ def version_tags(facts: Mapping[str, Any], run_id: str) -> dict[str, str]:
     return {**tags, "run_id": run_id, **{key: f"{value:.6g}" for key, value in metrics_of(facts["evaluation"]).items()}}
 
 
-def metrics_of(evaluation: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of evaluation-test.json under MLflow's names: test/rec/ndcg_at_10."""
+def metrics_of(evaluation: Mapping[str, Any], split: str = "test") -> dict[str, float]:
+    """The numbers of evaluation-SPLIT.json under MLflow's names: test/rec/ndcg_at_10."""
     return {
-        metric_name(f"test/{task}/{metric}"): float(value)
+        metric_name(f"{split}/{task}/{metric}"): float(value)
         for task in ("rec", "src")
         for metric, value in evaluation.get(task, {}).items()
         if isinstance(value, int | float)

@@ -10,8 +10,7 @@ import json
 import os
 import shutil
 import tempfile
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from trainer.node_cache import local_folder
 from trainer.recommend import RETRIEVAL, Recommender, run_retrieval
 from trainer.retrieval import Notify, silent
 from trainer.serve import Scorer, read_item_ids, write_items
-from trainer.store import RUN_FILE, connect, one_line, open_experiment, tracking_uri
+from trainer.store import RUN_FILE, connect, log_figures, one_line, open_experiment, tracking_uri
 
 REGISTRY_FILE = "registry.json"  # where a run folder says which version it became
 ALIAS = "candidate"
@@ -178,17 +177,9 @@ def _log_model(
                 registered_model_name=name,
                 metadata={"manifest_hash": facts["manifest_hash"], "split_fingerprint": facts["split_fingerprint"]},
             )
-    log_test_metrics(client, run_id, facts)
+    log_figures(client, run_id, metrics_of(facts["evaluation"]))
     client.set_terminated(run_id, "FINISHED" if status == "RUNNING" else status)
     return int(logged.registered_model_version), run_id
-
-
-def log_test_metrics(client: Any, run_id: str, facts: Mapping[str, Any]) -> None:
-    """The figures of evaluation-test.json beside the run's training curves."""
-    from mlflow.entities import Metric
-
-    now_ms = int(time.time() * 1000)
-    client.log_batch(run_id, metrics=[Metric(key, value, now_ms, 0) for key, value in metrics_of(facts["evaluation"]).items()])
 
 
 def _run_id(run_dir: Path, client: Any) -> str:

@@ -235,10 +235,9 @@ def of_folder(folder: Path) -> Source:
     for path in sorted((folder / MACHINE_DIR).glob("*.jsonl")):
         records += [point for sample in _lines(path) for point in machine_points(path.stem, sample)]
     for split in ("valid", "test"):
-        if (folder / f"evaluation-{split}.json").is_file():
-            files.append((folder / f"evaluation-{split}.json", ""))
-    figures = metrics_of(_json(folder / "evaluation-test.json"))
-    records += [{"metric": [name, value, start_ms, 0]} for name, value in figures.items()]
+        path = folder / f"evaluation-{split}.json"
+        records += [{"metric": [name, value, start_ms, 0]} for name, value in metrics_of(_json(path), split).items()]
+        files += [(path, "")] if path.is_file() else []
     files += [(path, "report") for path in sorted((folder / "report").glob("*.png"))]
     seconds = status.get("progress", {}).get("train_s", 0.0)
     name, state = config.tracking.run_name or folder.resolve().name, STATUS.get(status.get("status", ""), "FAILED")

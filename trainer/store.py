@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,6 +76,16 @@ def read_run_file(folder: str | Path, uri: str = "") -> str:
     except (OSError, ValueError):
         return ""
     return str(document["run_id"]) if not uri or document.get("uri") == mask_secrets(uri) else ""
+
+
+def log_figures(client: "MlflowClient", run_id: str, figures: Mapping[str, float]) -> None:
+    """Figures that belong to a run as a whole, at step 0; those that it has already are not repeated."""
+    from mlflow.entities import Metric
+
+    known, now_ms = client.get_run(run_id).data.metrics, int(time.time() * 1000)
+    new = [Metric(key, value, now_ms, 0) for key, value in figures.items() if known.get(key) != value]
+    if new:
+        client.log_batch(run_id, metrics=new)
 
 
 def dataset_record(manifest: Manifest, data_dir: str) -> dict[str, Any]:

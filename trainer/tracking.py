@@ -6,18 +6,20 @@ Every call writes a line to RUN/tracking-spool.jsonl and returns; delivery.py se
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from data_shards.schema import Manifest
-from data_shards.settings import flatten, to_dict
-from trainer.config import Config
+from data_shards.settings import flatten, read_yaml, to_dict
+from trainer.config import Config, config_from_dict
 from trainer.delivery import Record, Sender
 from trainer.errors import EnvironmentProblem
 from trainer.store import (
+    connect,
     dataset_record,
     dump,
+    log_figures,
     mask_secrets,
     masked,
     metric_name,
@@ -146,3 +148,22 @@ def describe(config: Config, run_dir: Path, facts: Mapping[str, Any], manifest: 
     if (run_dir / "environment.json").is_file():
         records.append({"artifact": str(run_dir / "environment.json"), "folder": ""})
     return records
+
+
+def log_evaluation(run_dir: Path, split: str, figures: Mapping[str, float], table: Sequence[str]) -> None:
+    """The results of an evaluation → the run's figures, its table and evaluation-SPLIT.json. A store that fails costs a warning: repeat the evaluation,
+    or import the folder."""
+    config = config_from_dict(read_yaml(run_dir / "config.yaml"))
+    uri = tracking_uri(config, run_dir)
+    run_id = read_run_file(run_dir, uri)
+    if not (config.tracking.enabled and run_id):
+        return
+    try:
+        client = connect(uri)
+        log_figures(client, run_id, figures)
+        client.log_text(run_id, "\n".join(table) + "\n", f"evaluation-{split}.txt")
+        client.log_artifact(run_id, str(run_dir / f"evaluation-{split}.json"))
+    except Exception as error:
+        log.warning(
+            "MLflow at %s has not taken the evaluation (%s): gensr runs import %s sends it later", mask_secrets(uri), one_line(error), run_dir
+        )

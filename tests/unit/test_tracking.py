@@ -17,7 +17,7 @@ from trainer.delivery import SPOOL_NAME, JsonLines, Spool
 from trainer.errors import EnvironmentProblem
 from trainer.machine import measured, node_name
 from trainer.store import connect, mask_secrets, metric_name, read_run_file, tracking_uri
-from trainer.tracking import NullTracker, Tracker
+from trainer.tracking import NullTracker, Tracker, log_evaluation
 
 MANIFEST = Manifest(
     raw={"source": {"name": "simulated"}, "counts": {"users": 3}, "split": {"fingerprint": "f" * 64}, "seeds": {"negatives": 1}}, hash="a" * 64
@@ -214,6 +214,20 @@ def test_a_spool_left_by_a_killed_process_is_sent_on_resume(runs: Path, monkeypa
     client = connect(tracking_uri(config_for(), run_dir))
     assert sorted(p.step for p in client.get_metric_history(tracker.run_id, "train/loss")) == [10, 20, 30]
     assert client.get_run(tracker.run_id).info.status == "KILLED"
+
+
+def test_an_evaluation_goes_to_the_runs_figures_once(runs: Path) -> None:
+    run_dir = run_folder(runs, "evaluated")
+    (run_dir / "config.yaml").write_text("{}")
+    (run_dir / "evaluation-test.json").write_text("{}")
+    tracker = Tracker.start(config_for(), run_dir, FACTS)
+    tracker.finish("FINISHED")
+    for value in (0.25, 0.25, 0.5):
+        log_evaluation(run_dir, "test", {"test/rec/mrr": value}, ["a table"])
+    client = connect(tracking_uri(config_for(), run_dir))
+    assert sorted(point.value for point in client.get_metric_history(tracker.run_id, "test/rec/mrr")) == [0.25, 0.5]
+    assert {"evaluation-test.json", "evaluation-test.txt"} <= {entry.path for entry in client.list_artifacts(tracker.run_id)}
+    assert client.get_run(tracker.run_id).info.status == "FINISHED"
 
 
 def test_a_store_that_cannot_be_opened_says_how_to_go_on(tmp_path: Path) -> None:
