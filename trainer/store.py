@@ -1,11 +1,13 @@
 """MLflow as everything else here sees it: clients that fail within seconds, experiments, what a run folder says of its run, and secrets masked."""
 
+import contextlib
+import fcntl
 import json
 import logging
 import os
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -38,9 +40,23 @@ def connect(uri: str) -> "MlflowClient":
 
     for name in ("alembic", "mlflow"):  # database migrations and hints
         logging.getLogger(name).setLevel(logging.WARNING)
-    if uri.startswith("sqlite:///"):
-        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+    if not uri.startswith("sqlite:///"):
+        return MlflowClient(tracking_uri=uri, registry_uri=uri)
+    path = Path(uri.removeprefix("sqlite:///"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _one_at_a_time(path.with_name(f".{path.name}.lock")):
+        client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+        client.search_experiments(max_results=1)  # makes the tables of a new database
+    return client
+
+
+@contextlib.contextmanager
+def _one_at_a_time(lock: Path) -> Iterator[None]:
+    """MLflow makes a new database in many steps, and two programs that begin at once, as a sweep's runs do, would break it for good."""
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(OSError):  # a folder that cannot be written, or a file system without locks
+            fcntl.flock(held.enter_context(lock.open("w")), fcntl.LOCK_EX)
+        yield
 
 
 def open_experiment(client: "MlflowClient", uri: str, name: str, run_dir: str | Path) -> str:

@@ -3,6 +3,8 @@
 import json
 import logging
 import socket
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -235,6 +237,15 @@ def test_a_store_that_cannot_be_opened_says_how_to_go_on(tmp_path: Path) -> None
     config = config_for(uri=f"sqlite:///{tmp_path}/file/mlflow.db")
     with pytest.raises(EnvironmentProblem, match=r"tracking\.enabled=false"):
         Tracker.start(config, tmp_path, FACTS)
+
+
+def test_two_programs_may_make_one_database(tmp_path: Path) -> None:
+    """As the runs of a sweep do, which begin at the same moment."""
+    code = f"from trainer.store import connect; connect('sqlite:///{tmp_path}/mlflow.db').get_experiment_by_name('x')"
+    programs = [subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    for program in programs:
+        _, errors = program.communicate(timeout=200)
+        assert program.returncode == 0, errors
 
 
 def test_other_ranks_and_disabled_runs_record_nothing(tmp_path: Path) -> None:
