@@ -26,9 +26,8 @@ from trainer.distributed import Launch, deepspeed_path
 from trainer.errors import ConfigError, EnvironmentProblem, RunError
 from trainer.files import atomic
 from trainer.plan import dry_run
-from trainer.sweep import Point
+from trainer.sweep import JOB_FILE, Point
 
-JOB_FILE = "job.json"  # in a run folder: {"job_id": …}
 SITE_FILE = Path("slurm") / "env.sh"  # as the job scripts look for it
 SHARED_OPTIONS = ("account", "partition", "qos", "reservation", "constraint", "clusters", "comment")  # of a sweep's other jobs, too
 

@@ -24,6 +24,7 @@ from trainer.store import connect, mask_secrets, one_line, open_experiment, read
 from trainer.summary import compare, compare_lines
 
 TABLE, DOCUMENT = "sweep.txt", "sweep.json"
+JOB_FILE = "job.json"  # in a run folder, {"job_id": …}: it was submitted
 PARENT_TAG = "mlflow.parentRunId"  # what MLflow nests runs by
 MAX_NAME = 60  # characters of a run folder's name
 
@@ -69,14 +70,14 @@ def summarize(folder: str | Path) -> dict[str, Any]:
     """Write the table of a sweep's runs and give them their parent in MLflow. Can be repeated.
 
     Returns {"runs": [{"run", "status", "step", "best_step", "metric", "best"}] best first, "comparison": as `gensr compare`, or {},
-    "mlflow_run_id": the parent or ""}. Raises RunError when the folder holds no run.
+    "mlflow_run_id": the parent or ""}. Raises RunError when no run has started.
     """
     folder = Path(folder)
-    run_dirs = sorted(path.parent for path in folder.glob("*/config.yaml"))
-    if not run_dirs:
-        raise RunError(f"{folder} holds no run folder: gensr submit PRESET --sweep FILE … run.dir={folder} makes them")
-    configs = {run_dir: config_from_dict(read_yaml(run_dir / "config.yaml")) for run_dir in run_dirs}
-    rows = sorted((_row(run_dir, config) for run_dir, config in configs.items()), key=lambda row: -row["best"])
+    run_dirs = sorted({path.parent for name in ("config.yaml", JOB_FILE) for path in folder.glob(f"*/{name}")})
+    configs = {run_dir: config_from_dict(read_yaml(run_dir / "config.yaml")) for run_dir in run_dirs if (run_dir / "config.yaml").is_file()}
+    if not configs:
+        raise RunError(f"{folder} holds no run that has started. Its jobs' output: {folder}/*.out")
+    rows = sorted((_row(run_dir, configs.get(run_dir)) for run_dir in run_dirs), key=lambda row: -row["best"])
     evaluated = [run_dir for run_dir in run_dirs if (run_dir / "evaluation-test.json").is_file()]
     comparison = compare(evaluated) if evaluated else {}
     document = {"runs": rows, "comparison": comparison, "mlflow_run_id": ""}
@@ -87,7 +88,7 @@ def summarize(folder: str | Path) -> dict[str, Any]:
     return document
 
 
-def _row(run_dir: Path, config: Config) -> dict[str, Any]:
+def _row(run_dir: Path, config: Config | None) -> dict[str, Any]:
     try:
         status = json.loads((run_dir / "status.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -98,7 +99,7 @@ def _row(run_dir: Path, config: Config) -> dict[str, Any]:
         "status": status["status"],
         "step": progress.get("step", 0),
         "best_step": progress.get("best_step", 0),
-        "metric": config.run.select_metric,
+        "metric": config.run.select_metric if config else "",
         "best": progress.get("best_value", 0.0),
     }
 
@@ -107,7 +108,8 @@ def lines_of(document: Mapping[str, Any]) -> list[str]:
     """The table for people: runs by their best validation, then the test results of those that were evaluated."""
     rows: Sequence[Mapping[str, Any]] = document["runs"]
     width = max(len(row["run"]) for row in rows)
-    lines = [f"Validation, sampled candidates ({rows[0]['metric']} at the best step)"]
+    metrics = sorted({row["metric"] for row in rows} - {""})
+    lines = [f"Validation, sampled candidates ({', '.join(metrics)} at the best step)"]
     lines += [f"  {row['run']:<{width}}  {row['best']:.4f}  step {row['best_step']:,} of {row['step']:,}  {row['status']}" for row in rows]
     return [*lines, "", *compare_lines(document["comparison"])] if document["comparison"] else lines
 

@@ -172,13 +172,20 @@ def test_bad_sweep_files(tmp_path: Path, text: str, message: str) -> None:
 
 
 def test_the_table_of_a_sweep_names_every_run(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="no run folder"):
+    with pytest.raises(RunError, match="has started"):
         summarize(tmp_path)
     for name, status, best in (("00-a", "finished", 0.3), ("01-b", "finished", 0.5), ("02-c", "failed", 0.1)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.yaml").write_text(to_yaml(load_config(None, [f"run.dir={name}"])))
         (tmp_path / name / "status.json").write_text(json.dumps({"status": status, "progress": {"step": 9, "best_step": 5, "best_value": best}}))
+    (tmp_path / "03-d").mkdir()
+    (tmp_path / "03-d" / "job.json").write_text('{"job_id": "1_3"}')
     document = summarize(tmp_path)
-    assert [(row["run"], row["status"]) for row in document["runs"]] == [("01-b", "finished"), ("00-a", "finished"), ("02-c", "failed")]
+    assert [(row["run"], row["status"]) for row in document["runs"]] == [
+        ("01-b", "finished"),
+        ("00-a", "finished"),
+        ("02-c", "failed"),
+        ("03-d", "not started"),
+    ]
     table = (tmp_path / "sweep.txt").read_text()
     assert table.index("01-b") < table.index("00-a") < table.index("02-c")
