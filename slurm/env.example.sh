@@ -26,6 +26,7 @@ source .venv/bin/activate
 
 # ---- what the job scripts read -------------------------------------------------------------------------------------
 # export GENSR_MAX_RESTARTS=20              # attempts after the first, by whatever cause
+# export GENSR_SCRATCH=/scratch/$USER/gensr # node-local: shards and catalogue, fetched once a node and kept for later jobs (read where they are)
 # export GENSR_LOCAL_CACHE=/scratch/$USER   # node-local: compiled kernels (${TMPDIR:-/tmp}/gensr-USER)
 # Of a job that sbatch gets without `gensr submit`, which has options for these:
 # export GENSR_DEEPSPEED=zero3.json         # one of ds_configs/, or a path (zero2.json)
