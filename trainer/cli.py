@@ -245,20 +245,34 @@ def evaluate(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="run folder")],
     split: Annotated[str, typer.Option(help="valid or test")] = "test",
     baselines: Annotated[bool, typer.Option(help="rank the same candidates with popularity, LightGCN and BM25")] = True,
+    candidates: Annotated[str, typer.Option(help="sampled: the stored ones; full: the whole catalogue")] = "sampled",
+    events: Annotated[int, typer.Option(help="with full: events in a fixed sample, 0 = all", min=0)] = 2000,
     as_json: AsJson = False,
 ) -> None:
-    """Rank the stored candidates of every event; writes RUN/evaluation-SPLIT.json and .parquet."""
-    from trainer.evaluate import evaluate_run
+    """Rank the stored candidates of every event; writes RUN/evaluation-SPLIT.json and .parquet.
+
+    With --candidates full: retrieve from the whole catalogue, then rank; writes RUN/evaluation-SPLIT-full.json and .parquet.
+    """
     from trainer.model_card import metrics_of
-    from trainer.summary import protocol_line, rows_of, table
+    from trainer.summary import full_lines, protocol_line, rows_of, table
     from trainer.tracking import log_evaluation
 
     progress = stage_lines()
-    document = evaluate_run(run_dir, split, with_baselines=baselines, progress=lambda done, total: progress("score", done, total))
-    path = run_dir / f"evaluation-{split}.json"
-    lines = [*table(rows_of(document)), protocol_line(document)]
+    if candidates == "full":
+        from trainer.evaluate_full import evaluate_full
+
+        document = evaluate_full(run_dir, split, events, baselines, progress=lambda done, total: progress("rank", done, total), notify=note)
+    elif candidates == "sampled":
+        from trainer.evaluate import evaluate_run
+
+        document = evaluate_run(run_dir, split, with_baselines=baselines, progress=lambda done, total: progress("score", done, total))
+    else:
+        raise ConfigError(f"--candidates must be sampled or full, got {candidates}")
+    name = f"{split}-full" if candidates == "full" else split
+    path = run_dir / f"evaluation-{name}.json"
+    lines = [*table(rows_of(document)), *(full_lines(document) if candidates == "full" else []), protocol_line(document)]
     if RANK == 0:
-        log_evaluation(run_dir, split, metrics_of(document, split), lines)
+        log_evaluation(run_dir, name, metrics_of(document, name), lines)
     answer(document, as_json, *lines, f"wrote {path} and {path.with_suffix('.parquet').name}")
 
 
@@ -414,8 +428,8 @@ def answer_request(model: str, request: dict[str, Any], user: str, history: Path
     """Complete a request for the whole catalogue by its history, and print the answer."""
     if user and history is not None:
         raise RequestError("--user and --history both say whose history it is: give one of them")
-    from trainer.recommend import read_history
     from trainer.registry import open_model
+    from trainer.users import read_history
 
     given = {"user_id": user} if user else {"history": read_history(history) if history is not None else []}
     document = open_model(model, uri, data, notify=note).recommend({**request, **given, "with_text": True})

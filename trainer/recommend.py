@@ -8,8 +8,6 @@ A request as in serve.py, with these differences:
 The answer: {"items": [{"item_id", "score"}, …] best first, "scores": P("Yes") of each candidate in the order given (or of `items`), "model": what answered}
 """
 
-import itertools
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -20,16 +18,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_shards.histories import in_histories
-from data_shards.schema import SPLITS, TASKS, read_manifest
+from data_shards.schema import TASKS, read_manifest
 from data_shards.settings import read_yaml
-from trainer.data import split_columns
-from trainer.errors import DataError, RequestError
+from trainer.errors import RequestError
 from trainer.files import file_sha256
 from trainer.loading import load_run_config
+from trainer.model.gensr import GenSR
 from trainer.node_cache import local_folder
 from trainer.retrieval import Notify, Retrieval, build_retrieval, load_retrieval, save_retrieval, silent
 from trainer.serve import ParsedRequest, Scorer, is_absent, read_serving_facts
+from trainer.users import Users, open_users
 
 DEFAULT_K, MAX_K = 10, 1000
 NUM_CANDIDATES, MAX_NUM_CANDIDATES = 400, 2000
@@ -40,7 +38,7 @@ RETRIEVAL = "retrieval"  # folder of the indexes in a run folder and among a ver
 class Recommender:
     """A model that answers requests: ranks given candidates, or finds them in the whole catalogue first. Thread-safe."""
 
-    def __init__(self, scorer: Scorer, retrieval: Retrieval, facts: Mapping[str, Any], items_file: Path, users: "Users | str") -> None:
+    def __init__(self, scorer: Scorer, retrieval: Retrieval, facts: Mapping[str, Any], items_file: Path, users: Users | str) -> None:
         """facts: what an answer says about the model. items_file: parquet with a column "text". users: whose histories are known, or why they are not."""
         self.scorer, self.retrieval, self.facts, self.users = scorer, retrieval, dict(facts), users
         self._items_file = items_file
@@ -51,7 +49,7 @@ class Recommender:
         """A run folder and its prepared folder. The indexes are kept in RUN/retrieval; they are built when they are missing or of other weights."""
         run_dir = Path(run_dir)
         scorer = Scorer.from_run(run_dir, device)
-        retrieval = run_retrieval(run_dir, scorer, notify)
+        retrieval = run_retrieval(run_dir, scorer.model, notify)
         folder = local_folder(load_run_config(run_dir).data)
         manifest_hash = read_manifest(folder).hash
         return cls(scorer, retrieval, {"run": str(run_dir), "manifest_hash": manifest_hash}, folder / "catalog" / "items.parquet", Users(folder))
@@ -204,12 +202,12 @@ def model_identity(model_dir: Path) -> str:
     return f"{file_sha256(model_dir / 'gensr.json')}-{file_sha256(model_dir / 'model.safetensors')}"
 
 
-def run_retrieval(run_dir: Path, scorer: Scorer, notify: Notify = silent) -> Retrieval:
+def run_retrieval(run_dir: Path, model: GenSR, notify: Notify = silent) -> Retrieval:
     """The indexes of RUN/retrieval; built and kept there when they are missing, or of other weights."""
     identity = model_identity(run_dir / "model")
-    retrieval = load_retrieval(run_dir / RETRIEVAL, scorer.model, identity)
+    retrieval = load_retrieval(run_dir / RETRIEVAL, model, identity)
     if retrieval is None:
-        retrieval = build_retrieval(scorer.model, notify)
+        retrieval = build_retrieval(model, notify)
         save_retrieval(run_dir / RETRIEVAL, retrieval, identity)
     return retrieval
 
@@ -219,81 +217,3 @@ def version_of(folder: Path) -> dict[str, Any]:
     path = folder / "registered_model_meta"
     document = read_yaml(path) if path.is_file() else {}
     return {key: document[f"model_{key}"] for key in ("name", "version") if f"model_{key}" in document}
-
-
-# ---- users -------------------------------------------------------------------------------------------------------------
-
-
-class Users:
-    """Every user's clicks in a prepared folder, all splits. Read when first asked for: 16 bytes a click."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._row_of: dict[str, int] = {}
-
-    def history(self, user_id: Any, item_ids: Sequence[Any], where: str = "user") -> list[dict[str, Any]]:
-        """All of the user's clicks, oldest first, as a request's history. Raises RequestError for an unknown user."""
-        items, tasks = self.rows(user_id, where)
-        return [{"item_id": item_ids[item], "task": TASKS[task]} for item, task in zip(items.tolist(), tasks.tolist(), strict=True)]
-
-    def rows(self, user_id: Any, where: str = "user") -> tuple[np.ndarray, np.ndarray]:
-        """The same as rows of the catalogue and codes of tasks."""
-        if not self._row_of:
-            self._read()
-        if str(user_id) not in self._row_of:
-            raise RequestError(f"{where}: {self.folder} knows no user {user_id!r}. Give a history instead")
-        start, stop = self._starts[self._row_of[str(user_id)] :][:2]
-        return self._items[start:stop], self._tasks[start:stop]
-
-    def some(self, count: int) -> list[str]:
-        """The first `count` users with at least one click."""
-        if not self._row_of:
-            self._read()
-        clicked = (user_id for user_id, row in self._row_of.items() if self._starts[row] < self._starts[row + 1])
-        return list(itertools.islice(clicked, count))
-
-    def _read(self) -> None:
-        manifest = read_manifest(self.folder)
-        names = ["event_id", "user", "item", "task", "time"]
-        parts = [split_columns(self.folder, manifest, split, names) for split in SPLITS]
-        columns = {name: np.concatenate([part[name] for part in parts]) for name in names}
-        order = np.argsort(columns["event_id"], kind="stable")  # by user and time
-        user, item, task, time = (columns[name][order] for name in names[1:])
-        keep = in_histories(user, time, item, task)
-        self._items, self._tasks = item[keep].astype(np.int32), task[keep].astype(np.int8)
-        self._starts = np.searchsorted(user[keep], np.arange(manifest.num_users + 1)).tolist()
-        ids = pq.read_table(self.folder / "catalog" / "users.parquet", columns=["user_id"])["user_id"].to_pylist()
-        self._row_of = {str(user_id): row for row, user_id in enumerate(ids)}
-
-
-def open_users(folder: str | Path, manifest_hash: str, must_be_there: bool) -> "Users | str":
-    """Users of a prepared folder, if it is the one the model was trained on; else the reason why their histories are not known.
-
-    Raises DataError instead when must_be_there.
-    """
-    try:
-        found = read_manifest(folder).hash if folder else None
-    except DataError as error:
-        if must_be_there:
-            raise
-        return f"user_id cannot be looked up: {error} Give a history instead, or the folder of the training data"
-    if found == manifest_hash:
-        return Users(Path(folder))
-    if must_be_there:
-        raise DataError(f"{folder} is not the data this model was trained on (manifest {str(found)[:12]}, the model says {manifest_hash[:12]})")
-    return "user_id cannot be looked up: the prepared folder of the training data is not here. Give a history instead"
-
-
-def read_history(path: Path) -> list[Any]:
-    """A history file: a JSON list of {"item_id": …, "task": "rec" | "src"}, oldest first, or one such object a line. Raises RequestError."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"{path}: cannot be read: {error}") from error
-    try:
-        if text.lstrip().startswith("["):
-            entries: list[Any] = json.loads(text)
-            return entries
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
-    except ValueError as error:
-        raise RequestError(f'{path}: not a JSON list of {{"item_id": …, "task": "rec"}}, nor one such object a line: {error}') from error

@@ -132,8 +132,9 @@ class _ExactSearch:
         self._scores = np.zeros((len(queries), 0), np.float32)
 
     def add(self, vectors: np.ndarray, rows: np.ndarray) -> None:
-        scores = np.concatenate([self._scores, self.queries @ vectors.T], axis=1)
-        candidates = np.concatenate([self.rows, np.broadcast_to(rows, (len(self.queries), len(rows)))], axis=1)
+        best = torch.topk(torch.from_numpy(self.queries @ vectors.T), min(self.k, len(rows)), dim=1)
+        scores = np.concatenate([self._scores, best.values.numpy()], axis=1)
+        candidates = np.concatenate([self.rows, rows[best.indices.numpy()]], axis=1)
         order = torch.topk(torch.from_numpy(scores), min(self.k, scores.shape[1]), dim=1).indices.numpy()
         self._scores, self.rows = np.take_along_axis(scores, order, 1), np.take_along_axis(candidates, order, 1)
 
@@ -167,26 +168,25 @@ class Retrieval:
         history: rows, may be empty; query: [D] as GenSR.query_parts gives it, or None. The semantic side is asked with the query if there is one, else
         with the history. cf_share: of the two sides, how much the CF one is trusted; where one side has nothing the other fills in.
         """
-        wanted = num_candidates + len(exclude)
         history_rows = np.asarray(history, np.int64)
-        lists = []
+        asked = []
         if self.cf is not None and len(history_rows):
-            lists.append((_search(self.cf, cf_vectors(self.model, history_rows).mean(0), wanted), cf_share))
-        if self.semantic is not None and (query is not None or len(history_rows)):
-            if query is not None:
-                asked = query - self.mean.numpy() if query.any() else query
-            else:
-                asked = semantic_vectors(self.model, self.mean, history_rows).mean(0)
-            lists.append((_search(self.semantic, asked, wanted), 1.0 - cf_share))
-        return merge(lists, num_candidates, exclude)
+            asked.append((self.cf, cf_vectors(self.model, history_rows).mean(0), cf_share))
+        if self.semantic is not None and query is not None:
+            asked.append((self.semantic, query - self.mean.numpy() if query.any() else query, 1.0 - cf_share))
+        elif self.semantic is not None and len(history_rows):
+            asked.append((self.semantic, semantic_vectors(self.model, self.mean, history_rows).mean(0), 1.0 - cf_share))
+        return union(asked, num_candidates, exclude)
 
 
-def _search(index: Index, vector: np.ndarray, k: int) -> np.ndarray:
-    """Rows, best first; none for a zero vector, which is near to nothing."""
-    if not vector.any():
-        return np.zeros(0, np.int64)
-    rows = index.search(unit(vector[None]), k)[0][0]
-    return rows[rows >= 0]
+def union(asked: Sequence[tuple[Index, np.ndarray, float]], num_rows: int, exclude: Sequence[int] = ()) -> np.ndarray:
+    """Several indexes, each with the vector [width] it is asked with and its weight → rows as merge() gives them. A zero vector is near to nothing."""
+    lists = []
+    for index, vector, weight in asked:
+        if vector.any():
+            rows = index.search(unit(vector[None]), num_rows + len(exclude))[0][0]
+            lists.append((rows[rows >= 0], weight))
+    return merge(lists, num_rows, exclude)
 
 
 def merge(lists: Sequence[tuple[np.ndarray, float]], num_rows: int, exclude: Sequence[int] = ()) -> np.ndarray:

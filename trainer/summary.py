@@ -44,7 +44,23 @@ def rows_of(evaluation: Mapping[str, Any], name: str = OURS, with_baselines: boo
 
 def protocol_line(evaluation: Mapping[str, Any]) -> str:
     protocol = evaluation["protocol"]
+    if protocol["candidates"] == "full":
+        return (
+            f"full: the clicked item among all {protocol['num_items']:,} items but those clicked before; GenSR ranks the {protocol['ranked_by_model']} that "
+            f"retrieval finds; {protocol['num_events']:,} of {protocol['num_events_of_split']:,} events; 95 % bootstrap intervals"
+        )
     return f"{protocol['candidates']}: the clicked item among {protocol['num_negatives']} stored negatives; 95 % bootstrap intervals"
+
+
+def full_lines(evaluation: Mapping[str, Any]) -> list[str]:
+    """What a ranking of the whole catalogue adds to the table: recall of retrieval, coverage, popularity of what is shown."""
+    lines = ["Retrieval, coverage, popularity"]
+    for row in rows_of(evaluation):
+        shown = f"shows {_short(row.metrics['coverage@10'])} of the catalogue, items of {row.metrics['mean_clicks@10']:.1f} clicks"
+        found = row.metrics.get("retrieval")
+        recall = f"; retrieval finds {_short(found['recall@100'])} among 100, {_short(found['recall@500'])} among 500" if found else ""
+        lines.append(f"  {row.model:<10} {row.task}  {shown} (clicked ones: {row.metrics['mean_clicks_of_clicked']:.1f}){recall}")
+    return lines
 
 
 def cell(metrics: Mapping[str, Any], metric: str) -> str:

@@ -1,0 +1,113 @@
+"""Who clicked what, when, in a prepared folder: histories by user id, and what a user had seen before an event. And histories given as a file."""
+
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from data_shards.histories import in_histories
+from data_shards.schema import SPLITS, TASKS, Manifest, read_manifest
+from trainer.data import split_columns
+from trainer.errors import DataError, RequestError
+
+
+@dataclass(frozen=True)
+class Clicks:
+    """Every event of a prepared folder, all splits, by user and time; [n] int64 each, rows of the catalogue tables."""
+
+    event_id: np.ndarray
+    user: np.ndarray
+    item: np.ndarray
+    task: np.ndarray
+    time: np.ndarray
+
+    def before(self, event_id: int) -> np.ndarray:
+        """Items that the event's user had clicked strictly earlier, in either task, with repetitions."""
+        place = int(np.searchsorted(self.event_id, event_id))
+        assert self.event_id[place] == event_id, event_id
+        first = int(np.searchsorted(self.user, self.user[place]))
+        return self.item[first : first + int(np.searchsorted(self.time[first : place + 1], self.time[place]))]
+
+
+def read_clicks(folder: str | Path, manifest: Manifest) -> Clicks:
+    names = list(Clicks.__dataclass_fields__)
+    parts = [split_columns(folder, manifest, split, names) for split in SPLITS]
+    columns = {name: np.concatenate([part[name] for part in parts]).astype(np.int64) for name in names}
+    order = np.argsort(columns["event_id"], kind="stable")  # by user, then time
+    return Clicks(**{name: column[order] for name, column in columns.items()})
+
+
+class Users:
+    """Every user's clicks in a prepared folder, all splits. Read when first asked for: 16 bytes a click."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._row_of: dict[str, int] = {}
+
+    def history(self, user_id: Any, item_ids: Sequence[Any], where: str = "user") -> list[dict[str, Any]]:
+        """All of the user's clicks, oldest first, as a request's history. Raises RequestError for an unknown user."""
+        items, tasks = self.rows(user_id, where)
+        return [{"item_id": item_ids[item], "task": TASKS[task]} for item, task in zip(items.tolist(), tasks.tolist(), strict=True)]
+
+    def rows(self, user_id: Any, where: str = "user") -> tuple[np.ndarray, np.ndarray]:
+        """The same as rows of the catalogue and codes of tasks."""
+        if not self._row_of:
+            self._read()
+        if str(user_id) not in self._row_of:
+            raise RequestError(f"{where}: {self.folder} knows no user {user_id!r}. Give a history instead")
+        start, stop = self._starts[self._row_of[str(user_id)] :][:2]
+        return self._items[start:stop], self._tasks[start:stop]
+
+    def some(self, count: int) -> list[str]:
+        """The first `count` users with at least one click."""
+        if not self._row_of:
+            self._read()
+        clicked = (user_id for user_id, row in self._row_of.items() if self._starts[row] < self._starts[row + 1])
+        return list(itertools.islice(clicked, count))
+
+    def _read(self) -> None:
+        manifest = read_manifest(self.folder)
+        clicks = read_clicks(self.folder, manifest)
+        keep = in_histories(clicks.user, clicks.time, clicks.item, clicks.task)
+        self._items, self._tasks = clicks.item[keep].astype(np.int32), clicks.task[keep].astype(np.int8)
+        self._starts = np.searchsorted(clicks.user[keep], np.arange(manifest.num_users + 1)).tolist()
+        ids = pq.read_table(self.folder / "catalog" / "users.parquet", columns=["user_id"])["user_id"].to_pylist()
+        self._row_of = {str(user_id): row for row, user_id in enumerate(ids)}
+
+
+def open_users(folder: str | Path, manifest_hash: str, must_be_there: bool) -> "Users | str":
+    """Users of a prepared folder, if it is the one the model was trained on; else the reason why their histories are not known.
+
+    Raises DataError instead when must_be_there.
+    """
+    try:
+        found = read_manifest(folder).hash if folder else None
+    except DataError as error:
+        if must_be_there:
+            raise
+        return f"user_id cannot be looked up: {error} Give a history instead, or the folder of the training data"
+    if found == manifest_hash:
+        return Users(Path(folder))
+    if must_be_there:
+        raise DataError(f"{folder} is not the data this model was trained on (manifest {str(found)[:12]}, the model says {manifest_hash[:12]})")
+    return "user_id cannot be looked up: the prepared folder of the training data is not here. Give a history instead"
+
+
+def read_history(path: Path) -> list[Any]:
+    """A history file: a JSON list of {"item_id": …, "task": "rec" | "src"}, oldest first, or one such object a line. Raises RequestError."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"{path}: cannot be read: {error}") from error
+    try:
+        if text.lstrip().startswith("["):
+            entries: list[Any] = json.loads(text)
+            return entries
+        return [json.loads(line) for line in text.splitlines() if line.strip()]
+    except ValueError as error:
+        raise RequestError(f'{path}: not a JSON list of {{"item_id": …, "task": "rec"}}, nor one such object a line: {error}') from error
