@@ -345,6 +345,32 @@ def register(
     answer({"name": name, "version": version, "alias": alias}, as_json, f"registered models:/{name}/{version}, also models:/{name}@{alias}")
 
 
+@verb("gensr promote gensr-mine --dry-run")
+def promote(
+    name: Annotated[str, typer.Argument(help="registered model")],
+    margin: Annotated[float, typer.Option(help="NDCG@10 that no task may lose, at the low end of its 95 % interval")] = 0.01,
+    back: Annotated[bool, typer.Option("--rollback", help="give the alias back to the champion before; compares nothing")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be done, change nothing")] = False,
+    uri: Annotated[str, typer.Option(help="MLflow registry; default: MLFLOW_TRACKING_URI, else runs/mlflow.db")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Move the alias champion to the candidate if, on the same test events, one task gains and none falls by more than a margin.
+
+    The decision and its figures become tags of the candidate's version. Exit code 0 also when it is refused: read "promoted".
+    """
+    from trainer.promote import promote as run
+    from trainer.promote import rollback
+
+    if back:
+        left, now = rollback(name, uri, dry_run)
+        line = f"{name}: champion {'would go' if dry_run else 'went'} back from version {left} to version {now}"
+        answer({"name": name, "from": left, "champion": now, "dry_run": dry_run}, as_json, line)
+        return
+    decision = run(name, uri, margin, dry_run)
+    dry_line = ["dry run: nothing was changed"] if dry_run else []
+    answer({**dataclasses.asdict(decision), "dry_run": dry_run}, as_json, *decision.lines(), *dry_line)
+
+
 @verb("gensr score models:/gensr-demo@candidate requests.jsonl")
 def score(
     model: Annotated[str, typer.Argument(help="run folder, or models:/NAME@alias")],

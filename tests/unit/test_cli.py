@@ -30,6 +30,7 @@ VERBS = [
     "report",
     "compare",
     "register",
+    "promote",
     "score",
     "recommend",
     "search",

@@ -1,0 +1,116 @@
+"""Ranking the whole catalogue, against a loop that spells the protocol out."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from data_shards.schema import SPLITS, read_manifest
+from tests.runs import make_run
+from trainer import evaluate_full as module
+from trainer.cf_table import load_cf
+from trainer.data import EvalStream, split_columns
+from trainer.errors import RunError
+from trainer.evaluate_full import clicked_items, evaluate_full
+from trainer.loading import load_run_model
+from trainer.summary import full_lines, protocol_line
+
+NUM_EVENTS = 24
+
+
+@pytest.fixture(scope="module")
+def run_dir(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tmp_path_factory.mktemp("full"), prepared)
+
+
+@pytest.fixture(scope="module")
+def document(run_dir: Path) -> dict[str, Any]:
+    return evaluate_full(run_dir, max_events=NUM_EVENTS)
+
+
+def expected_ranks(run_dir: Path) -> pd.DataFrame:
+    """event_id → rank by GenSR and by LightGCN among all items that the user had not clicked before, the clicked one always among them."""
+    model, _, config, manifest = load_run_model(run_dir)
+    folder = config.data.dir
+    clicks = pd.concat([pd.DataFrame(split_columns(folder, manifest, split, ["event_id", "user", "item", "time"])) for split in SPLITS])
+    cf = load_cf(folder, manifest)
+    rows = []
+    for batch in EvalStream(folder, manifest, "test", config.data, 1, max_events=NUM_EVENTS):
+        event = clicks[clicks.event_id == int(batch.event_id)].iloc[0]
+        earlier = set(clicks[(clicks.user == event.user) & (clicks.time < event.time)]["item"])
+        items = torch.tensor([item for item in range(manifest.num_items) if item not in earlier or item == event["item"]])
+        with torch.inference_mode():
+            by_model = model.score(batch.with_candidates(items[None], torch.zeros(1, len(items))))[0]
+        by_cf = cf.item[items] @ cf.user[int(event.user)]
+        place = int((items == event["item"]).nonzero())
+        ranks = [1 + int((s > s[place]).sum()) + (int((s == s[place]).sum()) - 1) / 2 for s in (by_model, by_cf)]
+        rows.append((int(event.event_id), int(batch.task), *ranks))
+    return pd.DataFrame(rows, columns=["event_id", "task", "gensr", "lightgcn"])
+
+
+def test_ranks_are_those_of_a_plain_loop(run_dir: Path, document: dict[str, Any]) -> None:
+    """Retrieval finds every item of this small world, so nothing is missed."""
+    expected = expected_ranks(run_dir).set_index("event_id")
+    written = pd.read_parquet(run_dir / "evaluation-test-full.parquet").set_index("event_id")
+    assert len(written) == NUM_EVENTS
+    assert written["rank"].to_numpy() == pytest.approx(expected.loc[written.index, "gensr"].to_numpy(), abs=0.5)
+    for name, task in (("rec", 0), ("src", 1)):
+        mine = expected[expected.task == task]
+        assert document[name]["num_events"] == len(mine)
+        assert document[name]["recall@10"] == pytest.approx((mine.gensr <= 10).mean(), abs=1.5 / len(mine))
+    rec = expected[expected.task == 0]
+    assert document["baselines"]["lightgcn"]["rec"]["mrr"] == pytest.approx((1 / rec.lightgcn).mean(), abs=1e-6)
+    assert set(document["baselines"]) == {"popularity", "lightgcn", "bm25"}
+
+
+def test_it_cannot_be_taken_for_the_sampled_one(run_dir: Path, document: dict[str, Any]) -> None:
+    before = json.loads((run_dir / "evaluation-test.json").read_text())
+    assert before["protocol"]["candidates"] == "sampled"  # as make_run wrote it
+    assert json.loads((run_dir / "evaluation-test-full.json").read_text()) == document
+    protocol = document["protocol"]
+    assert protocol["candidates"] == "full"
+    assert "num_negatives" not in protocol
+    assert (protocol["num_items"], protocol["num_events"]) == (read_manifest(run_dir.parents[1] / "data").num_items, NUM_EVENTS)
+    assert protocol_line(document).startswith("full: ")
+    assert any("retrieval finds" in line for line in full_lines(document))
+    assert 0 < document["rec"]["coverage@10"] <= 1
+    assert document["baselines"]["popularity"]["rec"]["coverage@10"] < document["rec"]["coverage@10"]
+    assert document["baselines"]["popularity"]["rec"]["mean_clicks@10"] > document["rec"]["mean_clicks@10"]
+
+
+def test_what_retrieval_misses_counts_nothing(run_dir: Path, document: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "NUM_CANDIDATES", 3)
+    monkeypatch.setattr(module, "RETRIEVAL_CUTOFFS", (3, 5))
+    few = evaluate_full(run_dir, max_events=NUM_EVENTS, with_baselines=False)
+    ranks = pd.read_parquet(run_dir / "evaluation-test-full.parquet")["rank"]
+    assert set(np.unique(ranks)) <= {1.0, 1.5, 2.0, 2.5, 3.0, np.inf}
+    for task in ("rec", "src"):
+        assert few[task]["retrieval"]["recall@3"] == pytest.approx(few[task]["recall@5"])
+        assert few[task]["retrieval"]["recall@3"] <= few[task]["retrieval"]["recall@5"]
+        assert few[task]["mrr"] <= few[task]["recall@5"]
+    assert few["rec"]["recall@20"] < document["rec"]["recall@20"]
+
+
+def test_what_the_user_clicked_before_is_left_out(run_dir: Path) -> None:
+    _, _, config, manifest = load_run_model(run_dir)
+    clicks = module.read_clicks(config.data.dir, manifest)
+    everything = pd.DataFrame({name: getattr(clicks, name) for name in ("event_id", "user", "item", "time")})
+    for batch in EvalStream(config.data.dir, manifest, "test", config.data, 4, max_events=8):
+        for event_id, item in zip(batch.event_id.tolist(), clicked_items(batch).tolist(), strict=True):
+            event = everything[everything.event_id == event_id].iloc[0]
+            assert event["item"] == item
+            mine = everything[(everything.user == event.user) & (everything.time < event.time)]
+            assert clicks.before(event_id).tolist() == mine["item"].tolist()
+
+
+@pytest.mark.parametrize(("change", "message"), [({"split": "train"}, "split must be valid or test"), ({}, "one process")])
+def test_refusals(run_dir: Path, change: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not change:
+        for name, value in (("WORLD_SIZE", "2"), ("RANK", "0"), ("LOCAL_RANK", "0")):
+            monkeypatch.setenv(name, value)
+    with pytest.raises(RunError, match=message):
+        evaluate_full(run_dir, **change)

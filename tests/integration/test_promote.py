@@ -1,0 +1,172 @@
+"""The gate to `champion`, in a real registry (sqlite): versions that hold nothing but an evaluation."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from typer.testing import CliRunner
+
+from trainer.cli import app
+from trainer.errors import RunError
+from trainer.metrics import compare
+from trainer.promote import judge, promote, rollback
+from trainer.tracking import connect
+
+EVENTS = 600  # of each task
+
+
+def write_evaluation(folder: Path, quality: dict[str, float], seed: int = 0, **protocol: Any) -> Path:
+    """Ranks of the same events: a candidate list of 100, the clicked item first with a chance of `quality`, else anywhere."""
+    rng = np.random.default_rng(7)  # what is easy and hard is the same for every model
+    ease, place = rng.random(2 * EVENTS), rng.integers(1, 100, size=2 * EVENTS).astype(float)
+    task = np.repeat(["rec", "src"], EVENTS)
+    rank = np.where(ease < np.repeat([quality["rec"], quality["src"]], EVENTS), 1.0, place)
+    order = np.random.default_rng(seed).permutation(2 * EVENTS)  # rows of a file may stand in any order
+    evaluation = folder / "artifacts" / "evaluation"
+    evaluation.mkdir(parents=True)
+    event_id = np.arange(2 * EVENTS) + protocol.pop("first_event", 0)
+    table = pa.table({"event_id": event_id[order], "task": task[order], "rank": rank[order]})
+    pq.write_table(table, evaluation / "evaluation-test.parquet")
+    facts = {"candidates": "sampled", "num_negatives": 99, "manifest_hash": "abc", **protocol}
+    (evaluation / "evaluation-test.json").write_text(json.dumps({"protocol": facts}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    uri = f"sqlite:///{tmp_path_factory.mktemp('store') / 'mlflow.db'}"
+    connect(uri).create_registered_model("empty")
+    return uri
+
+
+@pytest.fixture
+def registry(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, str, Callable[..., int]]:
+    """(client, name, add): add(rec=…, src=…) makes a version of the model `name` with the alias candidate and returns its number."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    client, name = connect(store), tmp_path.name
+    client.create_registered_model(name)
+
+    def add(rec: float = 0.3, src: float = 0.3, evaluated: bool = True, **protocol: Any) -> int:
+        number = len(list(tmp_path.iterdir())) + 1
+        folder = tmp_path / f"version-{number}"
+        folder.mkdir()
+        if evaluated:
+            write_evaluation(folder, {"rec": rec, "src": src}, seed=number, **protocol)
+        (folder / "MLmodel").write_text("flavors: {}\n")
+        assert int(client.create_model_version(name, source=folder.as_uri()).version) == number
+        client.set_registered_model_alias(name, "candidate", str(number))
+        return number
+
+    return client, name, add
+
+
+def champion(client: Any, name: str) -> int:
+    return int(client.get_model_version_by_alias(name, "champion").version)
+
+
+def test_first_better_worse_and_back(registry: tuple[Any, str, Callable[..., int]]) -> None:
+    client, name, add = registry
+    first = add()
+    assert promote(name).promoted
+    assert champion(client, name) == first
+
+    better = add(rec=0.45)
+    dry = promote(name, dry_run=True)
+    assert dry.promoted
+    assert champion(client, name) == first
+    assert not [tag for tag in client.get_model_version(name, str(better)).tags if tag.startswith("promote")]
+    decision = promote(name)
+    assert (decision.promoted, decision.champion, champion(client, name)) == (True, first, better)
+    tags = client.get_model_version(name, str(better)).tags
+    assert tags["promote.decision"] == "promoted"
+    assert decision.figures["rec"]["difference"] > 0.05
+    assert float(tags["promote.rec.difference"]) == pytest.approx(decision.figures["rec"]["difference"], rel=1e-4)
+    assert float(tags["promote.src.difference"]) == 0
+    assert not promote(name).promoted  # the champion already
+    assert client.get_model_version(name, str(better)).tags["promote.decision"] == "promoted"
+
+    mixed = add(rec=0.6, src=0.2)  # one task gains, the other falls
+    refused = promote(name)
+    assert not refused.promoted
+    assert "src may fall" in refused.reason
+    assert champion(client, name) == better
+    assert client.get_model_version(name, str(mixed)).tags["promote.decision"] == "refused"
+    assert promote(name, margin=0.5).promoted  # unless the margin allows it
+    assert champion(client, name) == mixed
+
+    assert rollback(name, dry_run=True) == (mixed, better)
+    assert rollback(name) == (mixed, better)
+    assert champion(client, name) == better
+    assert not promote(name, margin=0.5).promoted  # candidate is still the version that was rolled back
+    assert rollback(name) == (better, first)
+    with pytest.raises(RunError, match="first champion"):
+        rollback(name)
+
+
+def test_equal_models_do_not_change_places(registry: tuple[Any, str, Callable[..., int]]) -> None:
+    client, name, add = registry
+    first = add()
+    promote(name)
+    add()
+    decision = promote(name)
+    assert (decision.promoted, decision.reason) == (False, "no task gains beyond what chance explains")
+    assert champion(client, name) == first
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"manifest_hash": "xyz"}, "different data"),
+        ({"num_negatives": 20}, "different candidates"),
+        ({"candidates": "full"}, "different candidates"),
+        ({"first_event": 3}, "different events"),
+        ({"evaluated": False}, "holds no evaluation"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(registry: tuple[Any, str, Callable[..., int]], other: dict[str, Any], message: str) -> None:
+    client, name, add = registry
+    first = add()
+    promote(name)
+    add(rec=0.9, src=0.9, **other)
+    with pytest.raises(RunError, match=message):
+        promote(name)
+    assert champion(client, name) == first
+
+
+def test_missing_names_are_errors(registry: tuple[Any, str, Callable[..., int]]) -> None:
+    for name in ("empty", "nobody"):
+        with pytest.raises(RunError, match="no version with the alias candidate"):
+            promote(name)
+        with pytest.raises(RunError, match="nothing to roll back"):
+            rollback(name)
+
+
+def test_figures_are_those_of_the_paired_bootstrap() -> None:
+    import torch
+
+    rng = np.random.default_rng(0)
+    before = torch.from_numpy(rng.integers(1, 50, size=400).astype(float))
+    after = (before - 1).clamp(min=1)
+    figures = {"rec": compare(before, after)["ndcg@10"]}
+    assert judge(figures, 0.0)[0]
+    assert not judge({"rec": compare(after, before)["ndcg@10"]}, 0.0)[0]
+    assert not judge({**figures, "src": {"ci95": [-0.02, 0.03]}}, 0.01)[0]
+    assert judge({**figures, "src": {"ci95": [-0.02, 0.03]}}, 0.03)[0]
+
+
+def test_command(registry: tuple[Any, str, Callable[..., int]]) -> None:
+    _, name, add = registry
+    add()
+    first = CliRunner().invoke(app, ["promote", name, "--json"])
+    assert json.loads(first.stdout)["promoted"] is True
+    add(rec=0.5)
+    shown = CliRunner().invoke(app, ["promote", name, "--dry-run"])
+    assert "dry run: nothing was changed" in shown.stdout
+    assert "rec  ndcg@10, sampled" in shown.stdout
+    assert CliRunner().invoke(app, ["promote", name]).exit_code == 0
+    assert json.loads(CliRunner().invoke(app, ["promote", name, "--rollback", "--json"]).stdout)["champion"] == 1
