@@ -16,7 +16,7 @@ def run_facts(run_dir: Path, config: Config, manifest: Manifest) -> dict[str, An
     git = environment.get("git") or {}
     return {
         "run": str(run_dir),
-        "data_dir": str(Path(config.data.dir).resolve()),
+        "data_dir": config.data.dir if "://" in config.data.dir else str(Path(config.data.dir).resolve()),
         "commit": str(git.get("commit") or "unknown") + (" with local changes" if git.get("dirty") else ""),
         "manifest_hash": manifest.hash,
         "split_fingerprint": manifest.fingerprint,

@@ -15,7 +15,7 @@ from trainer.cli import app
 from trainer.errors import RunError
 from trainer.metrics import compare
 from trainer.promote import judge, promote, rollback
-from trainer.tracking import connect
+from trainer.store import connect
 
 EVENTS = 600  # of each task
 
