@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from data_shards.errors import DataError
 
-FORMAT_VERSION = 2  # 2: catalogue matrices in parts, words as uint16 where they fit
+FORMAT_VERSION = 2  # 2: catalogue matrices in parts, words as uint16 where they fit, searches of each block in the manifest
 READABLE_VERSIONS = (1, 2)
 SPLITS = ("train", "valid", "test")
 TASKS = ("rec", "src")  # the index is the code stored in shards: 0 = recommendation, 1 = search
@@ -47,6 +47,7 @@ class Shard:
     num_bytes: int
     sha256: str
     blocks: tuple[int, ...]
+    searches: tuple[int, ...] | None = None  # how many events of each block are searches; None in format 1
 
     @property
     def num_events(self) -> int:
@@ -91,7 +92,10 @@ class Manifest:
         return self.raw["settings"]["history_max"]
 
     def shards(self, split: str) -> tuple[Shard, ...]:
-        return tuple(Shard(s["name"], s["num_bytes"], s["sha256"], tuple(s["blocks"])) for s in self.raw["shards"][split])
+        return tuple(
+            Shard(s["name"], s["num_bytes"], s["sha256"], tuple(s["blocks"]), tuple(s["searches"]) if "searches" in s else None)
+            for s in self.raw["shards"][split]
+        )
 
     def num_events(self, split: str) -> int:
         return sum(shard.num_events for shard in self.shards(split))

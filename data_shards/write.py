@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from data_shards.checksum import file_sha256
 from data_shards.histories import ragged_rows
-from data_shards.schema import TRAIN_SCHEMA, eval_schema
+from data_shards.schema import SRC, TRAIN_SCHEMA, eval_schema
 
 
 @dataclass(frozen=True)
@@ -93,16 +93,20 @@ def write_shards(
     for number, first_block in enumerate(range(0, len(starts), blocks_per_shard)):
         name = f"shards/{split}-{number:06d}.tar"
         sizes: list[int] = []
+        searches: list[int] = []
 
-        def payloads(block_starts: range = starts[first_block : first_block + blocks_per_shard], sizes: list[int] = sizes) -> Iterator[bytes]:
+        def payloads(
+            block_starts: range = starts[first_block : first_block + blocks_per_shard], sizes: list[int] = sizes, searches: list[int] = searches
+        ) -> Iterator[bytes]:
             for start in block_starts:
                 rows = event_ids[start : start + block_events]
                 sizes.append(len(rows))
+                searches.append(int((columns.task[rows] == SRC).sum()))
                 yield _ipc_bytes(columns.block(rows, None if negatives is None else negatives[start : start + block_events]), compression)
                 report(start + len(rows))
 
         num_bytes, sha256 = _write_tar(folder / name, payloads())
-        shards.append({"name": name, "num_bytes": num_bytes, "sha256": sha256, "blocks": sizes})
+        shards.append({"name": name, "num_bytes": num_bytes, "sha256": sha256, "blocks": sizes, "searches": searches})
     return shards
 
 

@@ -117,4 +117,6 @@ def _write_shard(folder: Path, name: str, blocks: list[pa.Table]) -> dict[str, o
             entry.size = len(sink.getvalue())
             tar.addfile(entry, io.BytesIO(sink.getvalue()))
     content = (folder / name).read_bytes()
-    return {"name": name, "num_bytes": len(content), "sha256": hashlib.sha256(content).hexdigest(), "blocks": [table.num_rows for table in blocks]}
+    searches = [int((table["task"].to_numpy() == SRC).sum()) for table in blocks]
+    sizes = [table.num_rows for table in blocks]
+    return {"name": name, "num_bytes": len(content), "sha256": hashlib.sha256(content).hexdigest(), "blocks": sizes, "searches": searches}

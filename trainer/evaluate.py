@@ -213,7 +213,7 @@ def baseline_reports(
     stream = EvalStream(folder, manifest, split, DataConfig(history_max=1), BASELINE_BATCH, rank, world_size)
     reports = {}
     for name, (task, build) in BASELINES.items():
-        if not (stream.rows.task == task).any() or (name == "lightgcn" and not cf_path(folder).is_file()):
+        if not stream.has_task(task) or (name == "lightgcn" and not cf_path(folder).is_file()):
             continue
         reports[name] = task_reports(rank_events(build(folder, manifest), stream, gather, task=task))
     return reports

@@ -39,7 +39,7 @@ from trainer.distributed import (
     read_launch,
     uses_deepspeed,
 )
-from trainer.errors import ConfigError, GensrError
+from trainer.errors import ConfigError, DataError, GensrError
 from trainer.evaluate import validate
 from trainer.loading import build_model, save_model
 from trainer.machine import measured
@@ -190,6 +190,10 @@ def make_streams(config: Config, manifest: Manifest, accelerator: Any, cf: CfTab
         heldout_item=cf.heldout_item.numpy() if holdout == "last" and cf.heldout_item is not None else None,
         clicks=runfolder.item_clicks(folder) if data.negatives in ("popularity", "mixture") else None,
     )
+    if data.on_bad_shard == "skip" and len(set(gather_objects(accelerator, tuple(shard.name for shard in stream.shards)))) > 1:
+        raise DataError(
+            f"{data.dir}: processes disagree about which training shards can be read. Mend the folder, or keep it on the nodes: data.cache_dir"
+        )
     return stream, EvalStream(folder, manifest, "valid", data, run.eval_batch_size, rank, world_size, run.valid_events)
 
 

@@ -80,8 +80,8 @@ def test_held_out_clicks_alone_are_trained_on(folder: Path) -> None:
     assert len(set(seen)) == len(seen) and set(seen) <= set(usable.tolist())
 
 
-@pytest.mark.parametrize("ranks", [1, 3])
-@pytest.mark.parametrize("max_events", [0, 17])
+@pytest.mark.parametrize("ranks", [1, 3, 8])
+@pytest.mark.parametrize("max_events", [0, 17, 1000])
 def test_evaluation_sees_each_event_once_with_equal_batches(folder: Path, ranks: int, max_events: int) -> None:
     manifest = read_manifest(folder)
     seen: list[int] = []
@@ -90,12 +90,14 @@ def test_evaluation_sees_each_event_once_with_equal_batches(folder: Path, ranks:
     for rank in range(ranks):
         stream = EvalStream(folder, manifest, "test", CONFIG, 8, rank, ranks, max_events)
         lengths.add(len(stream))
-        for batch in stream:
+        again = [batch.event_id.tolist() for batch in stream]
+        for batch, ids in zip(stream, again, strict=True):
+            assert batch.event_id.tolist() == ids  # a second pass is the first
             assert batch.num_events == 8 and batch.candidates.shape == (8, 100) and (batch.labels.sum(1) == 1).all()
             seen += batch.event_id.tolist()
             places += batch.labels.argmax(1).tolist()
     real = [event for event in seen if event >= 0]
-    assert len(lengths) == 1 and len(real) == len(set(real)) == (max_events or manifest.num_events("test"))
+    assert len(lengths) == 1 and len(real) == len(set(real)) == min(max_events or 1000, manifest.num_events("test"))
     assert len(set(places)) > 5  # the clicked item stands anywhere
 
 
@@ -147,5 +149,19 @@ def test_words_reach_the_model(prepared_words: Path) -> None:
     table = torch.randn(manifest.num_items, 16)
     cf = CfTable(torch.zeros(0, 16), table, table[None][:0], None, manifest.fingerprint, {"holdout": "none"}, {}, "0")
     tables = load_tables(prepared_words, manifest, cf)
-    assert manifest.num_words > 0 and tables.item_words.shape[0] == manifest.num_items and int(tables.item_words.max()) <= manifest.num_words
+    assert manifest.num_words > 0 and tables.item_words.shape[0] == manifest.num_items and int(tables.item_words.int().max()) <= manifest.num_words
     assert int(tables.query_words.max()) <= manifest.num_words and bool((tables.query_words[:, 0] > 0).any())
+
+
+def test_tasks_are_mixed_by_share_whatever_the_manifest_says(folder: Path) -> None:
+    """Format 1 does not count the searches of a block: they are read."""
+    manifest = read_manifest(folder)
+    config = DataConfig(history_max=6, search_share=0.75)
+    old = Manifest(
+        {**manifest.raw, "shards": {"train": [{k: v for k, v in s.items() if k != "searches"} for s in manifest.raw["shards"]["train"]]}}, ""
+    )
+    new_stream, old_stream = (TrainStream(folder, m, config, 5, 24, 24) for m in (manifest, old))
+    for batch, other in itertools.islice(zip(new_stream, old_stream, strict=False), 12):
+        assert batch.event_id.tolist() == other.event_id.tolist() and int(batch.task.sum()) == 18
+    with pytest.raises(DataError, match="no recommendation events"):  # none was held out of the CF table
+        TrainStream(folder, manifest, config, 5, 24, 24, heldout_item=np.full(manifest.num_users, -1))

@@ -16,7 +16,7 @@ import webdataset as wds
 
 from data_shards.blocks import decode_blocks
 from data_shards.checksum import file_sha256
-from data_shards.schema import Manifest, Shard
+from data_shards.schema import SRC, Manifest, Shard
 from trainer.batch import Batch
 from trainer.errors import DataError
 from trainer.node_cache import READ_ATTEMPTS, RETRY_AFTER_S, check_stream, retried, shard_place
@@ -108,6 +108,13 @@ def split_columns(folder: str | Path, manifest: Manifest, split: str, names: lis
             for name in names:
                 parts[name].append(to_numpy(table[name]))
     return {name: np.concatenate(arrays) if arrays else np.zeros(0, np.int64) for name, arrays in parts.items()}
+
+
+def searches_of(folder: str | Path, shard: Shard) -> tuple[int, ...]:
+    """How many events of each block are searches: from the manifest, or, in a folder of format 1, by reading the shard."""
+    if shard.searches is not None:
+        return shard.searches
+    return tuple(int((to_numpy(table["task"]) == SRC).sum()) for table in read_blocks(folder, shard, columns=["task"]))
 
 
 def train_clicks(folder: str | Path, manifest: Manifest) -> dict[str, np.ndarray]:

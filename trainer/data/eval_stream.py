@@ -6,17 +6,18 @@ from pathlib import Path
 import numpy as np
 
 from data_shards.hashing import mix64, uniform_below
-from data_shards.schema import Manifest
+from data_shards.schema import SRC, Manifest
 from trainer.batch import Batch
 from trainer.config import DataConfig
-from trainer.data.blocks import Rows, decode, read_blocks, to_batch
+from trainer.data.blocks import Rows, decode, read_blocks, searches_of, split_columns, to_batch
 from trainer.errors import DataError
 
 
 class EvalStream:
     """Every event of valid or test exactly once over all ranks, each with its stored candidates; the clicked item stands at a hashed place.
 
-    Every rank gets the same number of batches of the same size: filler rows, event_id = −1, are to be dropped.
+    Every rank gets the same number of batches of the same size: filler rows, event_id = −1, are to be dropped. Blocks are read as they are needed, anew
+    in every pass; only a sample (max_events) stays in memory.
     """
 
     def __init__(
@@ -32,27 +33,61 @@ class EvalStream:
     ) -> None:
         """max_events > 0: a fixed sample, the events with the smallest hash."""
         assert split in ("valid", "test"), split
+        self.folder, self.shards, self.history_max = folder, manifest.shards(split), config.history_max
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
-        parts = [decode(table, config.history_max) for shard in manifest.shards(split) for table in read_blocks(folder, shard)]
-        if not parts:
+        self.num_events = manifest.num_events(split)
+        if not self.num_events:
             raise DataError(f"{folder}: the {split} split has no events. Look at it with: gensr inspect {folder}")
-        rows = Rows.concatenate(parts)
-        chosen = np.argsort(mix64(rows.event_id, 31), kind="stable")[: max_events or None]
-        self.rows = rows.take(np.sort(chosen))
-        self.num_events = len(self.rows.item)
+        self._chosen: np.ndarray | None = None  # positions in the split, ascending; None = all
+        if 0 < max_events < self.num_events:
+            event_id = split_columns(folder, manifest, split, ["event_id"])["event_id"]
+            self._chosen = np.sort(np.argsort(mix64(event_id, 31), kind="stable")[:max_events])
+            self.num_events = max_events
+        self._kept: Rows | None = None  # this rank's part of a sample, after the first pass
         self.num_batches = -(-self.num_events // (batch_size * world_size))  # on each rank
 
     def __len__(self) -> int:
         return self.num_batches
 
+    def has_task(self, task: int) -> bool:
+        """Whether the split holds events of a task."""
+        searches = sum(sum(searches_of(self.folder, shard)) for shard in self.shards)
+        return searches > 0 if task == SRC else sum(shard.num_events for shard in self.shards) > searches
+
     def __iter__(self) -> Iterator[Batch]:
-        for number in range(self.num_batches):
-            first = (number * self.world_size + self.rank) * self.batch_size
-            index = np.arange(first, first + self.batch_size)
-            filler = index >= self.num_events
-            rows = self.rows.take(np.minimum(index, self.num_events - 1))
-            rows.event_id[filler] = -1
-            yield eval_batch(rows)
+        if self._chosen is not None and self._kept is None:
+            self._kept = Rows.concatenate(list(self._own_rows()))
+        waiting: Rows | None = None
+        made = 0
+        for part in self._own_rows() if self._kept is None else [self._kept]:
+            waiting = part if waiting is None else Rows.concatenate([waiting, part])
+            full = len(waiting.item) // self.batch_size * self.batch_size
+            for first in range(0, full, self.batch_size):
+                yield eval_batch(waiting.take(slice(first, first + self.batch_size)))
+                made += 1
+            waiting = waiting.take(slice(full, None))
+        if made < self.num_batches:
+            assert waiting is not None
+            yield eval_batch(Rows.concatenate([waiting, self._filler(self.batch_size - len(waiting.item))]))
+
+    def _own_rows(self) -> Iterator[Rows]:
+        """This rank's events of one block after the other (none of most blocks' in a small sample)."""
+        start = 0
+        for shard in self.shards:
+            for table in read_blocks(self.folder, shard):
+                stop = start + table.num_rows
+                first, last = (start, stop) if self._chosen is None else np.searchsorted(self._chosen, [start, stop])
+                number = np.arange(first, last)  # of the event among all that are evaluated
+                number = number[number // self.batch_size % self.world_size == self.rank]
+                yield decode(table, self.history_max, (number if self._chosen is None else self._chosen[number]) - start)
+                start = stop
+
+    def _filler(self, count: int) -> Rows:
+        """Copies of the split's first event with event_id −1."""
+        table = next(table for shard in self.shards for table in read_blocks(self.folder, shard) if table.num_rows)
+        rows = decode(table, self.history_max, np.zeros(count, np.int64))
+        rows.event_id[:] = -1
+        return rows
 
 
 def eval_batch(rows: Rows) -> Batch:

@@ -16,7 +16,7 @@ from data_shards.hashing import click_fold, derive_seed
 from data_shards.schema import REC, SRC, Manifest, Shard
 from trainer.batch import Batch
 from trainer.config import DataConfig
-from trainer.data.blocks import Rows, check_shard, decode, read_blocks, to_batch, to_numpy
+from trainer.data.blocks import Rows, check_shard, decode, read_blocks, searches_of, to_batch, to_numpy
 from trainer.data.order import Cycles, Mix, Order, Unit
 from trainer.errors import ConfigError, DataError
 from trainer.negatives import NegativeSampler
@@ -166,8 +166,12 @@ class TrainStream(torch.utils.data.IterableDataset):
 
     def _sizes(self) -> list[list[list[int]]]:
         """Usable rows of each stream, shard and block: from the manifest, or by reading the shards once where it does not say."""
-        if self.heldout_item is None and self.tasks == [None]:
-            return [[list(shard.blocks) for shard in self.shards]]
+        if self.heldout_item is None:
+            blocks = [list(shard.blocks) for shard in self.shards]
+            if self.tasks == [None]:
+                return [blocks]
+            searches = [list(searches_of(self.folder, shard)) for shard in self.shards]
+            return [[[n - s for n, s in zip(*both, strict=True)] for both in zip(blocks, searches, strict=True)], searches]
         counted = [
             [[len(self._usable(table, task)) for task in self.tasks] for table in read_blocks(self.folder, shard, columns=["user", "item", "task"])]
             for shard in self.shards
