@@ -13,15 +13,19 @@ import json
 import os
 import shutil
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
 from data_shards.schema import Manifest
 from data_shards.settings import flatten, to_dict
 from trainer.config import Config
-from trainer.distributed import gather_objects, on_main
-from trainer.errors import EnvironmentProblem, RunError
+from trainer.distributed import gather_objects, on_main, uses_deepspeed
+from trainer.errors import RunError
 from trainer.files import atomic, file_sha256
 
 if TYPE_CHECKING:
@@ -30,6 +34,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 PARTIAL = ".partial-"
+TAG = "pytorch_model"  # the folder of DeepSpeed's files
 CHUNK_BYTES = 1 << 22
 
 # Settings that may change between a checkpoint and its continuation: none of them changes what is computed.
@@ -43,6 +48,8 @@ FREE_KEYS = {
     "run.keep_checkpoints",
     "run.eval_batch_size",
     "run.timeout_s",
+    "run.on_nan",
+    "run.max_skipped_batches",
     "run.threads",
 }
 
@@ -58,6 +65,7 @@ class Progress:
     best_metrics: dict[str, float] = field(default_factory=dict)
     above_chance: bool = False  # patience counts from the first validation that beats chance
     validations_without_gain: int = 0
+    skipped_batches: int = 0  # micro-batches left out because a loss was not finite (run.on_nan=skip)
     train_s: float = 0.0  # seconds spent, over all parts of an interrupted run
 
 
@@ -100,7 +108,7 @@ def check_settings(before: Config, now: Config, where: Path) -> None:
 
 def check_identity(found: Checkpoint, now: dict[str, Any]) -> None:
     """Raises RunError that shows every difference between the checkpoint and the run that wants to continue it."""
-    plain = {"manifest_hash": "prepared folder", "cf_digest": "CF table", "world_size": "processes", "zero_stage": "ZeRO stage"}
+    plain = {"manifest_hash": "prepared folder", "cf_digest": "CF table"}
     old, new = ({meaning: identity[key] for key, meaning in plain.items()} for identity in (found.identity, now))
     _refuse(_differences(found.identity["settings"], now["settings"]) + _differences(old, new), found.path)
 
@@ -113,60 +121,22 @@ def _refuse(differences: list[tuple[str, Any, Any]], where: Path) -> None:
     if differences:
         width = max(len(key) for key, _, _ in differences)
         lines = [f"  {key:<{width}}   was {was}, is {is_now} now" for key, was, is_now in differences]
-        fix = "Give the same settings, data and number of processes to continue, or choose another run.dir."
+        fix = "Give the same settings and data to continue, or choose another run.dir."
         raise RunError("\n".join([f"{where} cannot be continued: it belongs to a different run", *lines, fix]))
 
 
-# ---- writing ---------------------------------------------------------------------------------------------------
+# ---- writing (saving.py decides when) ----------------------------------------------------------------------------
 
 
-def save(
-    accelerator: "Accelerator", model: "nn.Module", run_dir: str | Path, progress: Progress, identity: dict[str, Any], mlflow_run_id: str, keep: int
-) -> Path:
-    """Write a checkpoint; to be called on all ranks at the same step boundary. Keeps the `keep` newest and the best, removes the others.
-
-    Raises EnvironmentProblem when the disk is full or cannot be written; earlier checkpoints stay as they were.
-    """
-    folder = Path(run_dir) / "checkpoints"
-    name = f"step-{progress.step:08d}"
-    partial = folder / f"{PARTIAL}{name}"
-    on_main(accelerator, lambda: _make_empty(partial))
-    failure = ""
-    try:
-        accelerator.save_state(str(partial), **_without_frozen_weights(accelerator, model))
-        if accelerator.is_main_process:
-            document = {"progress": asdict(progress), "identity": identity, "mlflow_run_id": mlflow_run_id}
-            (partial / "state.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        failure = str(error).splitlines()[0]
-    failures = [text for text in gather_objects(accelerator, failure) if text]
-    if failures:
-        on_main(accelerator, lambda: shutil.rmtree(partial, ignore_errors=True))
-        raise EnvironmentProblem(
-            f"{partial}: the checkpoint cannot be written: {failures[0]}. Earlier checkpoints are intact; free space and use --resume auto."
-        )
-    checksums = _shared_checksums(accelerator, partial, sync=True)
-    on_main(accelerator, lambda: _publish(folder, partial, name, checksums, keep, progress.best_step))
-    return folder / name
-
-
-def _without_frozen_weights(accelerator: "Accelerator", model: "nn.Module") -> dict[str, Any]:
-    """With LoRA most weights never change: the backbone's are read from where they came from."""
-    is_deepspeed = accelerator.distributed_type.value == "DEEPSPEED"
-    return {"exclude_frozen_parameters": True} if is_deepspeed and _has_frozen(model) else {}
-
-
-def _has_frozen(model: "nn.Module") -> bool:
-    return any(not parameter.requires_grad for parameter in model.parameters())
-
-
-def _make_empty(folder: Path) -> None:
+def make_empty(folder: Path) -> None:
+    """A new empty folder to write a checkpoint into; what an interrupted save left beside it is removed."""
     for stale in folder.parent.glob(f"{PARTIAL}*"):
         shutil.rmtree(stale)
     folder.mkdir(parents=True)
 
 
-def _publish(folder: Path, partial: Path, name: str, checksums: dict[str, list[Any]], keep: int, best_step: int) -> None:
+def publish(folder: Path, partial: Path, name: str, checksums: dict[str, list[Any]], keep: int, best_step: int) -> None:
+    """Rename a folder that is complete, announce it, and remove older ones: the `keep` newest and the best stay."""
     with atomic(partial / "files.json") as temporary:
         temporary.write_text(json.dumps(checksums, indent=1) + "\n", encoding="utf-8")
     final = folder / name
@@ -186,23 +156,13 @@ def _step_folders(folder: Path) -> list[Path]:
     return [path for path in folder.glob("step-*") if path.is_dir() and path.name[5:].isdigit()]
 
 
-def _shared_checksums(accelerator: "Accelerator", folder: Path, sync: bool) -> dict[str, list[Any]]:
-    """Relative path → [bytes, sha256] of every file; each rank reads its share of them."""
-    accelerator.wait_for_everyone()
-    files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.name != "files.json")
-    mine = {name: _checksum(folder / name, sync) for name in files[accelerator.process_index :: accelerator.num_processes]}
-    merged: dict[str, list[Any]] = {}
-    for part in gather_objects(accelerator, mine):
-        merged.update(part)
-    return dict(sorted(merged.items()))
-
-
 def file_checksum(path: Path) -> str:
     """sha256 of a file; "" when it is missing."""
     return file_sha256(path) if path.is_file() else ""
 
 
-def _checksum(path: Path, sync: bool) -> list[Any]:
+def checksum(path: Path, sync: bool = False) -> list[Any]:
+    """[bytes, sha256] of a file; sync: once it is on the disk."""
     digest, num_bytes = hashlib.sha256(), 0
     with path.open("rb") as file:
         while chunk := file.read(CHUNK_BYTES):
@@ -224,11 +184,21 @@ def newest_whole(accelerator: "Accelerator", run_dir: str | Path) -> tuple[Check
         path = folder / name
         problem = on_main(accelerator, lambda path=path: _expected_files(path)[1])  # type: ignore[misc]
         if not problem:
-            problem = _compare(_expected_files(path)[0], _shared_checksums(accelerator, path, sync=False))
+            problem = _compare(_expected_files(path)[0], _shared_checksums(accelerator, path))
         if not problem:
             return read_checkpoint(path), skipped
         skipped.append(f"checkpoint {path} is damaged ({problem}): taking the one before")
     return None, skipped
+
+
+def _shared_checksums(accelerator: "Accelerator", folder: Path) -> dict[str, list[Any]]:
+    """Relative path → [bytes, sha256] of every file; each rank reads its share of them."""
+    files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.name != "files.json")
+    mine = {name: checksum(folder / name) for name in files[accelerator.process_index :: accelerator.num_processes]}
+    merged: dict[str, list[Any]] = {}
+    for part in gather_objects(accelerator, mine):
+        merged.update(part)
+    return merged
 
 
 def _candidates(folder: Path) -> list[str]:
@@ -264,13 +234,28 @@ def read_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(path, Progress(**document["progress"]), document["identity"], document["mlflow_run_id"])
 
 
-def load(accelerator: "Accelerator", model: "nn.Module", found: Checkpoint) -> Progress:
+def load(accelerator: "Accelerator", model: "nn.Module", optimizer: Any, found: Checkpoint) -> Progress:
     """Put weights, optimizer and random numbers of all ranks back, and return where the run stood. The model must have been prepared as before."""
-    arguments: dict[str, Any] = {}
-    if _without_frozen_weights(accelerator, model):
-        arguments["load_module_strict"] = False
-    accelerator.load_state(str(found.path), **arguments)
+    from accelerate.checkpointing import load_accelerator_state
+
+    if uses_deepspeed(accelerator):
+        engine: Any = model
+        engine.load_checkpoint(str(found.path), TAG, load_module_strict=not has_frozen(model))
+    else:
+        accelerator.unwrap_model(model).load_state_dict(whole_weights(found.path))
+        optimizer.load_state_dict(torch.load(found.path / "optimizer.bin", map_location=accelerator.device, weights_only=True))
+    accelerator.step = load_accelerator_state(str(found.path), [], [], [], [], accelerator.process_index).get("step", 0)
     return found.progress
+
+
+def whole_weights(path: Path) -> dict[str, Tensor]:
+    """The weights in a checkpoint of a run without DeepSpeed."""
+    return {name.removeprefix("module."): tensor for name, tensor in load_file(path / "model.safetensors").items()}  # module.: DDP's, once
+
+
+def has_frozen(model: "nn.Module") -> bool:
+    """With LoRA most weights never change: the backbone's are read from where they came from, DeepSpeed saves the others."""
+    return any(not parameter.requires_grad for parameter in model.parameters())
 
 
 def remove_partial(run_dir: str | Path) -> None:

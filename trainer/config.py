@@ -149,7 +149,11 @@ class RunConfig:
     select_metric: str = "mean/ndcg@10"
     """validation metric that picks the best checkpoint: rec/…, src/… or mean/… with recall@K, ndcg@K or mrr"""
     timeout_s: Positive = 1800
-    """a collective that waits longer ends the job"""
+    """a collective, or a step of several processes, that takes longer ends the job"""
+    on_nan: Literal["stop", "skip"] = "stop"
+    """a loss that is not finite: stop and name its events, or leave its micro-batch out on all ranks (steps then wait for every loss)"""
+    max_skipped_batches: Positive = 10
+    """left out in a row by on_nan=skip; one more ends the run"""
     threads: NonNegative = 0
     """CPU threads of each process; 0 shares the cores out"""
 

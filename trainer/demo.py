@@ -138,7 +138,7 @@ def devices(preset: str, overrides: Sequence[str]) -> tuple[int, list[str]]:
     import torch
 
     from trainer.config import load_config
-    from trainer.distributed import forced_cpu
+    from trainer.launch import forced_cpu
 
     optim = load_config(preset, list(overrides)).optim
     gpus = 0 if forced_cpu() else torch.cuda.device_count()
@@ -155,7 +155,7 @@ def launch(processes: int, arguments: Sequence[str], quiet: bool = False) -> Non
     import torch
 
     import ds_configs
-    from trainer.distributed import forced_cpu, num_cores
+    from trainer.launch import forced_cpu, num_cores
 
     on_cpu = forced_cpu() or not torch.cuda.is_available()
     config_file = ds_configs.path("accelerate_cpu_2.yaml" if on_cpu else "accelerate_gpu_8.yaml")

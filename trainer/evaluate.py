@@ -27,9 +27,9 @@ from trainer.batch import Batch
 from trainer.cf_table import cf_path
 from trainer.config import Config, DataConfig
 from trainer.data import EvalStream, prefetched
-from trainer.distributed import forced_cpu, num_cores, read_launch, set_threads
 from trainer.errors import RunError
 from trainer.files import atomic
+from trainer.launch import forced_cpu, num_cores, read_launch, set_threads
 from trainer.metrics import METRICS, NUM_RESAMPLES, expected_ranks, metric_values, summarise
 from trainer.node_cache import local_folder
 from trainer.report import git_facts

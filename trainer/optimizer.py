@@ -21,6 +21,12 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=config.lr, betas=(0.9, config.beta2), fused=True)
 
 
+def trained_shapes(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Size]:
+    """Name → shape of what the optimizer trains, in its order. To be asked before ZeRO-3 takes the parameters apart."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {names[parameter]: parameter.shape for group in optimizer.param_groups for parameter in group["params"]}
+
+
 def set_lr(optimizer: Any, lr: float) -> None:
     """The learning rate of the next step. It is a function of the step (schedule.py), so no scheduler object has to be saved and restored."""
     for group in optimizer.param_groups:

@@ -17,8 +17,8 @@ from typing import Any
 from data_shards.schema import Manifest, read_manifest
 from data_shards.settings import read_yaml
 from trainer.config import Config, preset_path
-from trainer.distributed import Launch, filled_deepspeed_config, read_deepspeed_json, read_launch
 from trainer.errors import ConfigError
+from trainer.launch import Launch, filled_deepspeed_config, read_deepspeed_json, read_launch
 from trainer.node_cache import local_folder
 from trainer.schedule import Schedule, above_chance, chance, make_schedule
 

@@ -13,8 +13,8 @@ import torch
 
 from trainer.checkpoint import Progress
 from trainer.console import clock
-from trainer.distributed import num_cores
 from trainer.errors import RunError
+from trainer.launch import num_cores
 from trainer.store import mask_secrets
 
 PACKAGES = ("gensr", "torch", "transformers", "accelerate", "deepspeed", "peft", "webdataset", "mlflow", "pyarrow", "duckdb", "numpy", "safetensors")

@@ -22,9 +22,9 @@ from data_shards.settings import read_yaml
 from trainer import __version__
 from trainer.checkpoint import check_settings
 from trainer.config import Config, config_from_dict, load_config
-from trainer.distributed import Launch, deepspeed_path
 from trainer.errors import ConfigError, EnvironmentProblem, RunError
 from trainer.files import atomic
+from trainer.launch import Launch, deepspeed_path
 from trainer.plan import dry_run
 from trainer.sweep import JOB_FILE, Point
 

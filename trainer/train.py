@@ -18,36 +18,27 @@ from torch import nn
 
 from data_shards.hashing import derive_seed
 from data_shards.schema import Manifest, read_manifest
-from trainer import checkpoint, plan, report, runfolder
+from trainer import checkpoint, elastic, plan, report, runfolder
 from trainer.batch import Batch
 from trainer.catalog import load_tables
 from trainer.cf_table import CfTable, cf_path, load_cf
-from trainer.checkpoint import Progress
+from trainer.checkpoint import Checkpoint, Progress
 from trainer.config import Config
 from trainer.console import RunConsole, peak_memory_gb
 from trainer.data import EvalStream, TrainStream, prefetched
-from trainer.distributed import (
-    Launch,
-    StopSignal,
-    devices,
-    full_state_dict,
-    gather_objects,
-    gather_rows,
-    make_accelerator,
-    on_main,
-    process_group,
-    read_launch,
-    uses_deepspeed,
-)
-from trainer.errors import ConfigError, DataError, GensrError
+from trainer.distributed import full_state_dict, gather_objects, gather_rows, on_main, process_group, uses_deepspeed
+from trainer.errors import ConfigError, DataError, GensrError, RunError
 from trainer.evaluate import validate
+from trainer.launch import Launch, devices, make_accelerator, read_launch
 from trainer.loading import build_model, save_model
 from trainer.machine import measured
 from trainer.node_cache import local_folder
-from trainer.optimizer import make_optimizer, set_lr
+from trainer.optimizer import make_optimizer, set_lr, trained_shapes
+from trainer.saving import CheckpointWriter
 from trainer.schedule import Schedule, above_chance, grad_accum_steps, make_schedule
+from trainer.stopping import StopSignal
 from trainer.tracking import NullTracker, Tracker
-from trainer.window import Window
+from trainer.window import BadBatches, Window, shown
 
 Status = Literal["finished", "early_stopped", "stopped", "already_finished"]
 EXIT_RESUME_ME = 75  # sysexits' EX_TEMPFAIL: stopped by a signal, a checkpoint is saved, run again with --resume auto
@@ -85,6 +76,8 @@ class Run:
     console: RunConsole
     tracker: Tracker
     progress: Progress
+    writer: CheckpointWriter
+    bad_batches: BadBatches | None
     identity: dict[str, Any]
     chance_threshold: float
 
@@ -122,10 +115,12 @@ def train(config: Config, resume: Literal["never", "auto"] = "never") -> TrainRe
             raise
         try:
             measuring = measured(config.run.dir, config.tracking.machine_every_s, config.tracking.enabled and launch.local_rank == 0)
-            with run.console, measuring, StopSignal(accelerator) as stop:
+            stopping = StopSignal(accelerator, config.run.timeout_s, lambda reason: last_words(run, reason))
+            with run.console, measuring, stopping as stop:
                 return conclude(run, fit(run, stop))
         except BaseException as error:
-            mendable = isinstance(error, (GensrError, KeyboardInterrupt))  # else a lost peer, for example: another attempt may succeed
+            run.writer.abandon()
+            mendable = isinstance(error, GensrError)  # else a lost peer or a second signal, for example: another attempt may succeed
             runfolder.write_status(run.folder, "failed" if mendable else "crashed", run.progress, enabled=run.is_main)
             run.tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
             raise
@@ -154,9 +149,7 @@ def set_up(config: Config, manifest: Manifest, launch: Launch, accelerator: Any,
     module.every_task_every_step = accelerator.num_processes > 1  # DDP and ZeRO-3 expect the same parameters in every step of every rank
     size = plan.size_of(module)
     facts = {**report.environment_facts(), "parameters": asdict(size), "devices": devices(accelerator), "zero_stage": identity["zero_stage"]}
-    model, optimizer = accelerator.prepare(module, make_optimizer(module, config.optim))
-    set_seed(derive_seed(config.run.seed, 41, accelerator.process_index) % 2**32)  # other dropout on every rank
-    progress = checkpoint.load(accelerator, model, found) if found is not None else Progress()
+    model, optimizer, progress = prepared(accelerator, module, config, identity, found)
 
     stream, valid = make_streams(config, manifest, accelerator, cf, holdout, progress.events_seen)
     schedule = make_schedule(config, stream.num_events, accelerator.num_processes)
@@ -167,8 +160,35 @@ def set_up(config: Config, manifest: Manifest, launch: Launch, accelerator: Any,
     console = RunConsole(config.run.dir, schedule.num_steps, accelerator.is_main_process, progress.step if found is not None else None)
     data = plan.size_of_folder(config.data.dir, manifest)
     console.banner(plan.banner_rows(config, data, size, schedule, launch, valid.num_events, facts["devices"], tracker.run_id))
-    console.say(*skipped, *([f"continuing {found.path.name}: {progress.step:,} of {schedule.num_steps:,} steps are done"] if found else []))
-    return Run(config, manifest, accelerator, schedule, module, model, optimizer, stream, valid, console, tracker, progress, identity, threshold)
+    console.say(*skipped)
+    if found is not None:
+        converted = f" It was written by {elastic.describe(found.identity)}, and converted." if elastic.is_another_layout(found, identity) else ""
+        console.say(f"continuing {found.path.name}: {progress.step:,} of {schedule.num_steps:,} steps are done.{converted}")
+    writer = CheckpointWriter(accelerator, model, optimizer, config.run.dir, config.run.keep_checkpoints)
+    bad_batches = BadBatches(accelerator, model, config.run.max_skipped_batches) if config.run.on_nan == "skip" else None
+    parts = (config, manifest, accelerator, schedule, module, model, optimizer, stream, valid, console, tracker, progress, writer, bad_batches)
+    return Run(*parts, identity, threshold)
+
+
+def prepared(accelerator: Any, module: Any, config: Config, identity: dict[str, Any], found: Checkpoint | None) -> tuple[Any, Any, Progress]:
+    """Model and optimizer as accelerate wraps them, random numbers of this rank, and where the run stands: as new, or as `found` has them."""
+    from accelerate.utils import set_seed
+
+    optimizer = make_optimizer(module, config.optim)
+    shapes = trained_shapes(module, optimizer)
+    other_layout = found is not None and elastic.is_another_layout(found, identity)
+    if other_layout:
+        elastic.expect(accelerator, identity)
+    model, optimizer = accelerator.prepare(module, optimizer)
+    dropout_seed = derive_seed(config.run.seed, 41, accelerator.process_index)  # another one on every rank
+    set_seed(dropout_seed % 2**32)
+    if found is None:
+        return model, optimizer, Progress()
+    if not other_layout:  # brings the random numbers of each rank
+        return model, optimizer, checkpoint.load(accelerator, model, optimizer, found)
+    progress = elastic.load(accelerator, model, optimizer, shapes, found, identity)
+    set_seed(derive_seed(dropout_seed, progress.step) % 2**32)
+    return model, optimizer, progress
 
 
 def make_streams(config: Config, manifest: Manifest, accelerator: Any, cf: CfTable, holdout: str, start_event: int) -> tuple[TrainStream, EvalStream]:
@@ -218,14 +238,15 @@ def fit(run: Run, stop: StopSignal) -> Status:
     run.console.start_bar()
     with training_batches(run) as batches:
         while progress.step < schedule.num_steps:
-            one_step(run, batches, window)
+            one_step(run, batches, window, stop)
             progress.step += 1
             progress.events_seen += schedule.global_batch_size
-            stopping = stop.poll() and progress.step < schedule.num_steps
+            stopping = stop.poll(busy=run.writer.is_writing) and progress.step < schedule.num_steps
+            run.writer.poll(stop.all_idle)
             validating, saving = schedule.is_validation_step(progress.step), schedule.is_checkpoint_step(progress.step)
             if schedule.is_log_step(progress.step) or validating or saving or stopping:
                 log(run, window)  # also the check that nothing has become infinite, before it is saved
-            gained = validate_now(run) if validating else False
+            gained = validate_now(run, stop) if validating else False
             if saving or gained or stopping:
                 save(run)
             if stopping:
@@ -251,27 +272,40 @@ def training_batches(run: Run) -> Iterator[Iterator[Batch]]:
             batches.close()
 
 
-def one_step(run: Run, batches: Iterator[Batch], window: "Window") -> None:
+def one_step(run: Run, batches: Iterator[Batch], window: Window, stop: StopSignal) -> None:
     """One optimizer step: grad_accum_steps micro-batches on this rank."""
     accelerator, model, optimizer = run.accelerator, run.model, run.optimizer
     set_lr(optimizer, run.lr(run.progress.step))
     for _ in range(run.schedule.grad_accum_steps):
         batch = next(batches)
         with accelerator.accumulate(model):
-            loss, parts = model(batch.to(accelerator.device))
+            batch = batch.to(accelerator.device)
+            loss, parts = model(batch)
+            loss, left_out = run.bad_batches.left_out(loss, batch) if run.bad_batches is not None else (loss, [])
             accelerator.backward(loss)
             if accelerator.sync_gradients and not uses_deepspeed(accelerator):  # DeepSpeed clips by itself
                 accelerator.clip_grad_norm_(model.parameters(), run.config.optim.grad_clip)
             optimizer.step()
             optimizer.zero_grad()
-        window.add(parts, batch.event_id)
+        window.add(parts, batch.event_id, skipped=bool(left_out))
+        if left_out:
+            run.progress.skipped_batches += 1
+            run.console.record({"kind": "skipped", "step": run.progress.step + 1, "event_ids": left_out})
+            run.console.say(f"step {run.progress.step + 1:,}: a loss that is not finite is left out, event ids {shown(left_out)}")
+        stop.beat()
 
 
 def log(run: Run, window: Window) -> None:
     """What happened since the last line → console, metrics.jsonl, tracker. Raises RunError when a loss is not finite."""
     progress = run.progress
-    means, num_steps, seconds = window.report(progress.step)
+    try:
+        means, num_steps, seconds = window.report(progress.step)
+    except RunError:  # on all ranks: the checkpoint before the bad step is a good one
+        run.writer.finish()
+        raise
     progress.train_s += seconds
+    if "loss" not in means:  # every batch was left out
+        return
     record = {
         **means,
         "lr": run.lr(progress.step - 1),
@@ -279,17 +313,23 @@ def log(run: Run, window: Window) -> None:
         "events_per_s": num_steps * run.schedule.global_batch_size / max(seconds, 1e-9),
         "memory_gb": peak_memory_gb(),
         "train_s": progress.train_s,
+        **({"skipped_batches": progress.skipped_batches} if progress.skipped_batches else {}),
     }
     run.console.step(progress.step, record)
     run.tracker.log_metrics({f"train/{name}": value for name, value in record.items()}, progress.step)
 
 
-def validate_now(run: Run) -> bool:
+def validate_now(run: Run, stop: StopSignal) -> bool:
     """Metrics on the fixed sample; True when they are the best so far (then RUN/model is written)."""
     started_s = time.monotonic()
     run.model.eval()
+
+    def score(batch: Batch) -> torch.Tensor:
+        stop.beat()
+        scores: torch.Tensor = run.model(batch.to(run.accelerator.device), mode="score")
+        return scores
+
     with torch.no_grad():
-        score = lambda batch: run.model(batch.to(run.accelerator.device), mode="score")  # noqa: E731
         metrics = validate(score, run.valid, lambda rows: gather_objects(run.accelerator, rows))
     run.model.train()
     progress, name = run.progress, run.config.run.select_metric
@@ -318,8 +358,8 @@ def write_model(run: Run) -> None:
 
 
 def save(run: Run) -> None:
-    config = run.config.run
-    checkpoint.save(run.accelerator, run.model, run.folder, run.progress, run.identity, run.tracker.run_id, config.keep_checkpoints)
+    """Begin a checkpoint; the thread that writes it goes on beside the next steps."""
+    run.writer.start(run.progress, run.identity, run.tracker.run_id)
     runfolder.write_status(run.folder, "running", run.progress, enabled=run.is_main)
 
 
@@ -327,7 +367,8 @@ def save(run: Run) -> None:
 
 
 def conclude(run: Run, status: Status) -> TrainResult:
-    """Pictures, tracker and the last screen."""
+    """The last checkpoint, pictures, tracker and the last screen."""
+    run.writer.finish()
     progress = run.progress
     result = TrainResult(str(run.folder), status, progress.step, progress.best_step, progress.best_metrics, progress.train_s)
     if run.is_main:
@@ -338,6 +379,12 @@ def conclude(run: Run, status: Status) -> TrainResult:
     if status != "stopped":
         run.console.say(*report.last_screen(run.folder, progress, run.valid.num_events))
     return result
+
+
+def last_words(run: Run, reason: str) -> None:
+    """Before a process is ended by force, from another thread than the one that hangs."""
+    runfolder.write_status(run.folder, "crashed", run.progress, enabled=run.is_main)
+    run.console.say(f"ended by force: {reason}. Continue with --resume auto")
 
 
 def _already_finished(config: Config) -> TrainResult:

@@ -3,27 +3,21 @@
 All of it happens in one launch (worker.py); the tests read what it left.
 """
 
-import contextlib
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 
-import ds_configs
 from data_shards.schema import read_manifest
+from tests.distributed.launching import ZERO3, launch, losses, records, results
 from tests.tiny_folder import make_tiny_folder
 from trainer.config import load_config
 from trainer.train import EXIT_RESUME_ME, train
 
-ROOT = Path(__file__).parents[2]
 BASE = [
     "model.backbone=scratch:nano",
     "data.item_tokens=8",
@@ -50,14 +44,19 @@ EXACT = [
     "optim.micro_batch_size=8",
 ]
 LORA = [*RANDOM, "model.lora.rank=2"]
-ZERO3 = "zero3_small.json"
 DECODERS = ("qwen3_nano", "llama_nano")
 
+STAGES = {"0": "zero0.json", "1": "zero1.json", "2": "zero2.json", "3": ZERO3}  # stops in another step each; six steps are one epoch
 SCENARIOS: list[dict[str, Any]] = [
-    {"name": "undisturbed", "deepspeed": "zero2.json", "overrides": RANDOM},
-    {"name": "interrupted", "deepspeed": "zero2.json", "overrides": RANDOM, "stop_at": 2},
-    {"name": "resumed", "run": "interrupted", "deepspeed": "zero2.json", "overrides": RANDOM, "resume": True},
-    {"name": "other_lr", "run": "interrupted", "deepspeed": "zero2.json", "overrides": [*RANDOM, "optim.lr=0.5"], "resume": True},
+    scenario
+    for stop_at, (stage, file) in enumerate(STAGES.items(), start=1)
+    for scenario in (
+        {"name": f"undisturbed{stage}", "deepspeed": file, "overrides": RANDOM},
+        {"name": f"interrupted{stage}", "deepspeed": file, "overrides": RANDOM, "stop_at": stop_at},
+        {"name": f"resumed{stage}", "run": f"interrupted{stage}", "deepspeed": file, "overrides": RANDOM, "resume": True},
+    )
+] + [
+    {"name": "other_lr", "run": "interrupted2", "deepspeed": "zero2.json", "overrides": [*RANDOM, "optim.lr=0.5"], "resume": True},
     {"name": "lora", "deepspeed": ZERO3, "overrides": LORA},
     {"name": "lora_interrupted", "deepspeed": ZERO3, "overrides": LORA, "stop_at": 3},
     {"name": "lora_resumed", "run": "lora_interrupted", "deepspeed": ZERO3, "overrides": LORA, "resume": True},
@@ -82,69 +81,34 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Everything was run when this returns: FOLDER/NAME is a run folder, FOLDER/results-RANK.json what train() gave."""
     folder = tmp_path_factory.mktemp("two_processes")
     make_tiny_folder(folder / "data")
-    zero3 = json.loads(ds_configs.path("zero3.json").read_text())
-    # DeepSpeed leaves small tensors whole: at 0 even this tiny model is partitioned
-    zero3["zero_optimization"] |= {"stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}
-    (folder / ZERO3).write_text(json.dumps(zero3))
-    scenarios = [{**s, "deepspeed": str(folder / ZERO3)} if s.get("deepspeed") == ZERO3 else s for s in SCENARIOS]
-    (folder / "scenarios.json").write_text(json.dumps(scenarios))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    command = [*launcher, str(Path(__file__).with_name("worker.py")), str(folder)]
-    with (folder / "launch.log").open("w") as log:
-        launch = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env, start_new_session=True)
-        try:
-            launch.wait(timeout=900)  # about 60 s on two free cores; two ranks that wait for each other suffer most from busy ones
-        finally:
-            end_with_children(launch.pid)
+    launch(folder, 2, SCENARIOS)  # two ranks that wait for each other suffer most from busy cores
     train(load_config(None, [f"data.dir={folder / 'data'}", f"run.dir={folder / 'single'}", *EXACT, "optim.micro_batch_size=16"]))
     return folder
 
 
-def end_with_children(pid: int) -> None:
-    """A rank left behind would hold a port and a core."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        process = psutil.Process(pid)
-        for each in [*process.children(recursive=True), process]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                each.kill()
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stopped_run_saves_on_all_ranks_at_the_same_step(folder: Path, stage: str) -> None:
+    step = 2 + list(STAGES).index(stage)  # asked one step earlier
+    for result in results(folder, f"interrupted{stage}"):
+        assert result == {"status": "stopped", "step": step, "exit_code": EXIT_RESUME_ME}
 
 
-def results(folder: Path, name: str) -> list[dict[str, Any]]:
-    both = [json.loads((folder / f"results-{rank}.json").read_text()).get(name) for rank in (0, 1)]
-    assert None not in both, (folder / "launch.log").read_text()[-3000:]
-    return both
-
-
-def records(run_dir: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without the columns that tell the time."""
-    timed = ("events_per_s", "memory_gb", "train_s")
-    return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(run_dir: Path) -> list[float]:
-    return [r["loss"] for r in records(run_dir) if r["kind"] == "train"]
-
-
-def test_a_stopped_run_saves_on_all_ranks_at_the_same_step(folder: Path) -> None:
-    for result in results(folder, "interrupted"):
-        assert result == {"status": "stopped", "step": 3, "exit_code": EXIT_RESUME_ME}  # asked in step 2, agreed one step later
-
-
-def test_the_resumed_run_equals_the_undisturbed_one_bit_for_bit(folder: Path) -> None:
-    assert [r["status"] for r in results(folder, "resumed")] == ["finished", "finished"]
-    assert len(losses(folder / "undisturbed")) == 6
-    assert records(folder / "interrupted") == records(folder / "undisturbed")
-    one, other = (load_file(folder / name / "model" / "model.safetensors") for name in ("interrupted", "undisturbed"))
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_resumed_run_equals_the_undisturbed_one_bit_for_bit(folder: Path, stage: str) -> None:
+    interrupted, undisturbed = folder / f"interrupted{stage}", folder / f"undisturbed{stage}"
+    assert [r["status"] for r in results(folder, f"resumed{stage}")] == ["finished", "finished"]
+    assert len(losses(undisturbed)) == 6
+    assert records(interrupted) == records(undisturbed)
+    one, other = (load_file(run / "model" / "model.safetensors") for run in (interrupted, undisturbed))
     assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
-    assert not list((folder / "interrupted" / "checkpoints").glob(".partial-*"))
+    assert not list((interrupted / "checkpoints").glob(".partial-*"))
 
 
 def test_lora_under_zero3_resumes_without_saving_frozen_weights(folder: Path) -> None:
     for name, status in (("lora", "finished"), ("lora_interrupted", "stopped"), ("lora_resumed", "finished")):
         assert [r.get("status") for r in results(folder, name)] == [status] * 2
     assert records(folder / "lora_interrupted") == records(folder / "lora")
-    checkpoints = [folder / name / "checkpoints" / "step-00000006" for name in ("lora", "undisturbed")]
+    checkpoints = [folder / name / "checkpoints" / "step-00000006" for name in ("lora", "undisturbed2")]
     adapters, whole = (sum(path.stat().st_size for path in checkpoint.rglob("*optim_states.pt")) for checkpoint in checkpoints)
     assert adapters < 0.6 * whole
     state = load_file(folder / "lora" / "model" / "model.safetensors")

@@ -3,7 +3,8 @@
 argv: FOLDER, which holds scenarios.json; writes results-RANK.json.
 
 A scenario is {"name", "overrides", and optionally "deepspeed" (a JSON's name or path, absent = DDP), "stop_at" (step), "resume", "poison" (rank),
-"gradients": true (compare DDP's gradients with the union batch's instead of training)}.
+"gradients": true (compare DDP's gradients with the union batch's instead of training)}. A run that continues in another layout also says whether
+weights and AdamW's state came over as they were when the checkpoint was saved.
 """
 
 import contextlib
@@ -16,12 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 import trainer.distributed
+import trainer.elastic
 import trainer.train
 from trainer.config import Config, load_config
-from trainer.distributed import StopSignal
 from trainer.errors import GensrError
+from trainer.saving import CheckpointWriter
+from trainer.stopping import StopSignal
 
 
 @contextlib.contextmanager
@@ -35,6 +39,45 @@ def kept_group(accelerator: Any) -> Iterator[None]:
 trainer.train.process_group = kept_group
 
 
+def full_states(model: Any, optimizer: Any) -> dict[str, torch.Tensor]:
+    """NAME/fp32, NAME/exp_avg, … of what is trained, whole, through DeepSpeed's debugging interface; on all ranks."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    states = {}
+    inner = getattr(model, "basic_optimizer", None) or optimizer.optimizer
+    sharded = hasattr(model, "zero_optimization") and model.zero_optimization()
+    if sharded and hasattr(model.optimizer, "_lazy_init_hp_params_optimizer_state"):  # stages 1 and 2 link the first group's state only
+        model.optimizer._hp_optimizer_states_linked = False
+        model.optimizer._lazy_init_hp_params_optimizer_state()
+    for name, parameter in getattr(model, "module", model).named_parameters():
+        if parameter.requires_grad:
+            get = (lambda key, p=parameter: safe_get_full_optimizer_state(p, key)) if sharded else (lambda key, p=parameter: inner.state[p][key])
+            states[f"{name}/fp32"] = safe_get_full_fp32_param(parameter) if sharded else parameter
+            states |= {f"{name}/{key}": get(key) for key in ("exp_avg", "exp_avg_sq")}
+    steps = {float(state["step"]) for state in inner.state.values()}
+    assert len(steps) == 1
+    return {name: tensor.detach().float().clone() for name, tensor in states.items()} | {"step": torch.tensor(steps.pop())}
+
+
+def saved_with_states(self: CheckpointWriter, progress: Any, *rest: Any) -> None:
+    start_checkpoint(self, progress, *rest)
+    states = full_states(self._model, self._optimizer)
+    if self._accelerator.is_main_process:
+        save_file(states, f"{self._folder.parent}-step{progress.step}.states")
+
+
+def loaded_with_states(accelerator: Any, model: Any, optimizer: Any, shapes: Any, found: Any, now: Any) -> Any:
+    progress = load_other_layout(accelerator, model, optimizer, shapes, found, now)
+    before, after = load_file(f"{found.path.parents[1]}-step{progress.step}.states"), full_states(model, optimizer)
+    converted.append(before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before))
+    return progress
+
+
+converted: list[bool] = []
+start_checkpoint, load_other_layout = CheckpointWriter.start, trainer.elastic.load
+CheckpointWriter.start, trainer.elastic.load = saved_with_states, loaded_with_states  # type: ignore[method-assign,assignment]
+
+
 def run(scenario: dict[str, Any], folder: Path) -> dict[str, Any]:
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true" if "deepspeed" in scenario else "false"
     os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = scenario.get("deepspeed", "none")
@@ -42,9 +85,10 @@ def run(scenario: dict[str, Any], folder: Path) -> dict[str, Any]:
     config = load_config(None, [f"data.dir={folder / 'data'}", f"run.dir={run_dir}", *scenario["overrides"]])
     if scenario.get("gradients"):
         return gradients(config)
+    converted.clear()
     with stop_at(scenario.get("stop_at", 0)), poisoned(scenario.get("poison")):
         result = trainer.train.train(config, "auto" if scenario.get("resume") else "never")
-    return {"status": result.status, "step": result.step, "exit_code": result.exit_code}
+    return {"status": result.status, "step": result.step, "exit_code": result.exit_code, **({"converted": converted[0]} if converted else {})}
 
 
 @contextlib.contextmanager
@@ -52,11 +96,11 @@ def stop_at(step: int) -> Iterator[None]:
     """Rank 1 alone is asked to stop during step `step` (0 = never)."""
     original, calls = StopSignal.poll, [0]
 
-    def poll(self: StopSignal) -> bool:
+    def poll(self: StopSignal, busy: bool = False) -> bool:
         calls[0] += 1
         if calls[0] == step and torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
             self.request("a test")
-        return original(self)
+        return original(self, busy)
 
     StopSignal.poll = poll  # type: ignore[method-assign]
     yield

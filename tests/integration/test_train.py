@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,9 @@ from tests.tiny_folder import WORDS, make_tiny_folder
 from trainer import checkpoint
 from trainer.config import Config, config_from_dict, load_config
 from trainer.data import EvalStream
-from trainer.distributed import StopSignal
 from trainer.errors import ConfigError, DataError, EnvironmentProblem, RunError
 from trainer.loading import load_run_model
+from trainer.stopping import StopSignal
 from trainer.train import EXIT_RESUME_ME, train
 
 ROOT = Path(__file__).parents[2]
@@ -71,11 +72,11 @@ def stop_after(monkeypatch: pytest.MonkeyPatch) -> Any:
     def arrange(step: int) -> None:
         original, calls = StopSignal.poll, [0]
 
-        def poll(self: StopSignal) -> bool:
+        def poll(self: StopSignal, busy: bool = False) -> bool:
             calls[0] += 1
             if calls[0] == step:
                 self.request("a test")
-            return original(self)
+            return original(self, busy)
 
         monkeypatch.setattr(StopSignal, "poll", poll)
 
@@ -262,22 +263,32 @@ def test_a_damaged_checkpoint_is_skipped_for_the_one_before(undisturbed: Path, d
     assert records(run_dir) == records(undisturbed)
 
 
-def test_a_loss_that_is_not_finite_names_its_events_and_keeps_what_was(
-    undisturbed: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def poison(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """poison({10, …}): these training batches, counted from 1, have an infinite loss. Returns the event ids of every batch seen."""
     from trainer.model.gensr import GenSR
 
     original, seen = GenSR.forward, []
 
-    def forward(self: GenSR, batch: Any, mode: str = "loss") -> Any:
-        out = original(self, batch, mode)
-        if mode == "loss":
-            seen.append(batch.event_id.tolist())
-            if len(seen) == 10:  # the second half of step 5
-                return out[0] * float("inf"), {**out[1], "loss": out[1]["loss"] * float("inf")}
-        return out
+    def arrange(bad: Container[int]) -> list[list[int]]:
+        def forward(self: GenSR, batch: Any, mode: str = "loss") -> Any:
+            out = original(self, batch, mode)
+            if mode == "loss":
+                seen.append(batch.event_id.tolist())
+                if len(seen) in bad:
+                    return out[0] * float("inf"), {**out[1], "loss": out[1]["loss"] * float("inf")}
+            return out
 
-    monkeypatch.setattr(GenSR, "forward", forward)
+        monkeypatch.setattr(GenSR, "forward", forward)
+        return seen
+
+    return arrange
+
+
+def test_a_loss_that_is_not_finite_names_its_events_and_keeps_what_was(
+    undisturbed: Path, data: Path, tmp_path: Path, poison: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = poison({10})  # the second half of step 5
     with pytest.raises(RunError) as error:
         train(config_of(data, tmp_path / "run", "run.log_every_steps=3"))
     assert f"step 5, rank 0, event ids {', '.join(map(str, seen[9]))}" in str(error.value)
@@ -289,18 +300,48 @@ def test_a_loss_that_is_not_finite_names_its_events_and_keeps_what_was(
     assert same_model(tmp_path / "run", undisturbed)
 
 
+def test_a_loss_that_is_not_finite_is_left_out_where_asked(undisturbed: Path, data: Path, tmp_path: Path, poison: Any) -> None:
+    seen = poison({10, 12})  # of step 5, then step 6 (batch 11 is the last good one again)
+    train(config_of(data, tmp_path / "run", "run.on_nan=skip", "model.dropout=0", "run.checkpoint_every_steps=1"))
+    left_out = [r for r in records(tmp_path / "run") if r["kind"] == "skipped"]
+    assert [(r["step"], r["event_ids"]) for r in left_out] == [(5, seen[9]), (6, seen[11])]
+    assert seen[10] == seen[8], "the last good batch stands in, times 0"
+    steps = [r for r in records(tmp_path / "run") if r["kind"] == "train"]
+    assert [r["step"] for r in steps] == list(range(1, 9)) and [r.get("skipped_batches", 0) for r in steps] == [0, 0, 0, 0, 1, 2, 2, 2]
+    state = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in state.values())
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["progress"]["skipped_batches"] == 2
+
+
+def test_too_many_in_a_row_end_the_run(data: Path, tmp_path: Path, poison: Any) -> None:
+    poison(range(4, 100, 2))  # every batch after the third: its stand-in is counted, too
+    with pytest.raises(RunError, match=r"3 batches in a row.*event ids \d+"):
+        train(config_of(data, tmp_path / "run", "run.on_nan=skip", "run.max_skipped_batches=2"))
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["status"] == "failed"
+
+
+def test_an_error_that_is_not_the_users_says_crashed(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(*_: Any) -> None:
+        raise RuntimeError("connection closed by peer")
+
+    monkeypatch.setattr(trainer.train, "log", lost)
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        train(config_of(data, tmp_path / "run"))
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["status"] == "crashed"
+
+
 def test_a_full_disk_leaves_the_earlier_checkpoint(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from accelerate import Accelerator
+    from trainer.saving import CheckpointWriter
 
-    original, calls = Accelerator.save_state, [0]
+    original, calls = CheckpointWriter._capture, [0]
 
-    def save_state(self: Accelerator, *args: Any, **kwargs: Any) -> Any:
+    def capture(self: CheckpointWriter, writes: Any) -> None:
         calls[0] += 1
         if calls[0] == 2:
             raise OSError(28, "No space left on device")
-        return original(self, *args, **kwargs)
+        original(self, writes)
 
-    monkeypatch.setattr(Accelerator, "save_state", save_state)
+    monkeypatch.setattr(CheckpointWriter, "_capture", capture)
     with pytest.raises(EnvironmentProblem, match=r"No space left.*Earlier checkpoints are intact"):
         train(config_of(data, tmp_path / "run"))
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["latest", "step-00000004"]

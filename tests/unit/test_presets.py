@@ -10,8 +10,8 @@ import yaml
 import ds_configs
 from tests.tiny_folder import make_tiny_folder
 from trainer.config import load_config, preset_names, preset_path
-from trainer.distributed import Launch, filled_deepspeed_config, read_deepspeed_json, read_launch
 from trainer.errors import ConfigError
+from trainer.launch import Launch, filled_deepspeed_config, read_deepspeed_json, read_launch
 from trainer.plan import dry_run, launch_of_yaml
 
 PRESETS = ["amazon_kindle_flan_t5_base", "demo", "kuaisar_flan_t5_base", "kuaisar_flan_t5_xl_lora", "scientific_small"]

@@ -1,0 +1,70 @@
+"""Signals while the main thread hangs where Python's handlers cannot run: in a lock of C, as in a collective. And what a killed process leaves."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from trainer.launch import free_compiler_locks
+from trainer.stopping import EXIT_FORCED
+
+ROOT = Path(__file__).parents[2]
+
+HANGS = """
+import ctypes, signal, sys, types
+from trainer import stopping
+stopping.GRACE_S = 0.5
+stopping.FORCE_AFTER_S = {signal.SIGTERM: 0.2, signal.SIGINT: 0.2}
+one_process = types.SimpleNamespace(num_processes=1)
+stop = stopping.StopSignal(one_process, last_words=lambda reason: print("last words:", reason, flush=True))
+stop._limit_s = float(sys.argv[1])
+with stop:
+    print("hangs", flush=True)
+    libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+    libc.pthread_mutex_lock(mutex)
+    libc.pthread_mutex_lock(mutex)  # for ever; no signal interrupts it
+"""
+
+
+def hanging(limit_s: float) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", HANGS, str(limit_s)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "hangs\n"
+    time.sleep(0.2)
+    return process
+
+
+@pytest.mark.timeout(120)
+def test_a_second_sigterm_ends_what_hangs() -> None:
+    process = hanging(1000)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(1)
+    assert process.poll() is None, "the first one asks"
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == EXIT_FORCED
+    assert "last words: a second SIGTERM" in out
+    assert "pthread" in err or "File" in err, "where each thread hangs"
+
+
+@pytest.mark.timeout(120)
+def test_no_sign_of_life_ends_what_hangs() -> None:
+    process = hanging(1)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == EXIT_FORCED and "last words: no step for" in out
+
+
+def test_a_compilers_lock_that_nobody_holds_is_removed(tmp_path: Path) -> None:
+    """torch's FileBaton: a file made with O_EXCL and held open; a killed process leaves it, and everyone waits."""
+    left, held = tmp_path / "py311_cpu" / "one" / "lock", tmp_path / "two" / "lock"
+    for lock in (left, held):
+        lock.parent.mkdir(parents=True)
+        lock.touch()
+    with held.open():
+        free_compiler_locks(tmp_path, stale_s=0.1)
+        assert held.exists() and not left.exists()
