@@ -50,6 +50,7 @@ FREE_KEYS = {
     "run.timeout_s",
     "run.on_nan",
     "run.max_skipped_batches",
+    "run.accept_changes",
     "run.threads",
 }
 
@@ -102,26 +103,30 @@ def identity_of(config: Config, manifest: Manifest, world_size: int, zero_stage:
 
 
 def check_settings(before: Config, now: Config, where: Path) -> None:
-    """Raises RunError that shows every setting in which a run folder's configuration and the continuation's differ."""
-    _refuse(_differences(fixed_settings(before), fixed_settings(now)), where)
+    """Raises RunError that shows every setting in which a run folder's configuration and the continuation's differ, run.accept_changes aside."""
+    _refuse(_differences(fixed_settings(before), fixed_settings(now)), now.run.accept_changes, where)
 
 
-def check_identity(found: Checkpoint, now: dict[str, Any]) -> None:
-    """Raises RunError that shows every difference between the checkpoint and the run that wants to continue it."""
-    plain = {"manifest_hash": "prepared folder", "cf_digest": "CF table"}
+def check_identity(found: Checkpoint, now: dict[str, Any], accepted: str = "") -> None:
+    """Raises RunError that shows every difference between the checkpoint and the run that wants to continue it. accepted: run.accept_changes."""
+    plain = {"manifest_hash": "data", "cf_digest": "cf"}  # the prepared folder, its CF table
     old, new = ({meaning: identity[key] for key, meaning in plain.items()} for identity in (found.identity, now))
-    _refuse(_differences(found.identity["settings"], now["settings"]) + _differences(old, new), found.path)
+    _refuse(_differences(found.identity["settings"], now["settings"]) + _differences(old, new), accepted, found.path)
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     return [(key, before.get(key), now.get(key)) for key in sorted(set(before) | set(now)) if before.get(key) != now.get(key)]
 
 
-def _refuse(differences: list[tuple[str, Any, Any]], where: Path) -> None:
-    if differences:
-        width = max(len(key) for key, _, _ in differences)
-        lines = [f"  {key:<{width}}   was {was}, is {is_now} now" for key, was, is_now in differences]
-        fix = "Give the same settings and data to continue, or choose another run.dir."
+def _refuse(differences: list[tuple[str, Any, Any]], accepted: str, where: Path) -> None:
+    refused = [difference for difference in differences if difference[0] not in accepted.replace(" ", "").split(",")]
+    if refused:
+        width = max(len(key) for key, _, _ in refused)
+        lines = [f"  {key:<{width}}   was {was}, is {is_now} now" for key, was, is_now in refused]
+        fix = (
+            "Give the same settings and data to continue, choose another run.dir, or accept the change by name: "
+            f"run.accept_changes={','.join(key for key, _, _ in refused)}"
+        )
         raise RunError("\n".join([f"{where} cannot be continued: it belongs to a different run", *lines, fix]))
 
 

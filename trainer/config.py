@@ -152,6 +152,8 @@ class RunConfig:
     """a collective, or a step of several processes, that takes longer ends the job"""
     on_nan: Literal["stop", "skip"] = "stop"
     """a loss that is not finite: stop and name its events, or leave its micro-batch out on all ranks (steps then wait for every loss)"""
+    accept_changes: str = ""
+    """with --resume auto: comma-separated settings that may differ from the checkpoint's; data and cf stand for the prepared folder and its CF table"""
     max_skipped_batches: Positive = 10
     """left out in a row by on_nan=skip; one more ends the run"""
     threads: NonNegative = 0

@@ -137,7 +137,7 @@ def set_up(config: Config, manifest: Manifest, launch: Launch, accelerator: Any,
     cf_digest = on_main(accelerator, lambda: checkpoint.file_checksum(cf_path(local_folder(config.data))))
     identity = checkpoint.identity_of(config, manifest, accelerator.num_processes, launch.zero_stage, cf_digest)
     if found is not None:
-        checkpoint.check_identity(found, identity)
+        checkpoint.check_identity(found, identity, config.run.accept_changes)
 
     set_seed(config.run.seed)  # the same weights on every rank
     cf = load_cf(local_folder(config.data), manifest, users=False)

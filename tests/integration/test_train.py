@@ -209,11 +209,21 @@ def test_changed_settings_are_refused_with_the_difference(undisturbed: Path, dat
         train(config_of(data, undisturbed, "optim.lr=0.002"), resume="auto")
 
 
+def test_a_change_that_is_named_is_accepted(data: Path, tmp_path: Path, stop_after: Any) -> None:
+    stop_after(3)
+    train(config_of(data, tmp_path / "run"))
+    with pytest.raises(RunError, match=r"optim\.lr +was 0\.001, is 0\.002 now.*\n.*run\.accept_changes=optim\.lr$"):
+        train(config_of(data, tmp_path / "run", "optim.lr=0.002", "run.accept_changes=optim.beta2"), resume="auto")
+    train(config_of(data, tmp_path / "run", "optim.lr=0.002", "run.accept_changes=optim.lr"), resume="auto")
+    lrs = [r["lr"] for r in records(tmp_path / "run") if r["kind"] == "train"]
+    assert lrs[2:4] == pytest.approx([1e-3, 2 * 5e-3 / 6])
+
+
 def test_changed_data_is_refused(data: Path, tmp_path: Path, stop_after: Any) -> None:
     stop_after(1)
     train(config_of(data, tmp_path / "run"))
     other = make_tiny_folder(tmp_path / "other", num_train=48, num_valid=12, seed=1)
-    with pytest.raises(RunError, match="prepared folder"):
+    with pytest.raises(RunError, match=r"data   was \w+, is \w+ now"):
         train(config_of(other, tmp_path / "run"), resume="auto")
 
 
