@@ -26,7 +26,7 @@ from data_shards.settings import flatten, to_dict
 from trainer.config import Config
 from trainer.distributed import gather_objects, on_main, uses_deepspeed
 from trainer.errors import RunError
-from trainer.files import atomic, file_sha256
+from trainer.files import atomic, file_sha256, remove_temporaries
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -265,8 +265,10 @@ def has_frozen(model: "nn.Module") -> bool:
 
 def remove_partial(run_dir: str | Path) -> None:
     """Remove what an interrupted save left."""
-    for stale in (Path(run_dir) / "checkpoints").glob(f"{PARTIAL}*"):
+    folder = Path(run_dir) / "checkpoints"
+    for stale in folder.glob(f"{PARTIAL}*"):
         shutil.rmtree(stale, ignore_errors=True)
+    remove_temporaries(folder, "latest")
 
 
 def listed(run_dir: str | Path) -> Iterable[str]:

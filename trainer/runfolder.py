@@ -18,7 +18,7 @@ from trainer.checkpoint import Progress, check_settings, remove_partial
 from trainer.config import Config, config_from_dict
 from trainer.distributed import on_main
 from trainer.errors import ConfigError, RunError
-from trainer.files import atomic
+from trainer.files import atomic, remove_temporaries
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -73,6 +73,7 @@ def _claim(config: Config, resume: str, lock: list[IO[str]]) -> tuple[bool, bool
             raise RunError(f"{folder} was claimed by another run just now. Choose another run.dir.") from None
     lock.append(_lock(folder))
     remove_partial(folder)
+    remove_temporaries(folder, *MADE_BEFORE_THE_FIRST_STEP, "status.json")
     finished = holds_run and _status(folder).get("status") == "finished"
     return holds_run, finished
 

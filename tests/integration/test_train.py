@@ -166,8 +166,11 @@ def test_records_after_the_checkpoint_are_made_again_not_kept_twice(undisturbed:
     shutil.rmtree(run_dir / "checkpoints" / "step-00000008")
     with (run_dir / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "train", "st')
+    for left in (run_dir / ".status.json.7.tmp", run_dir / "checkpoints" / ".latest.7.tmp"):
+        left.touch()
     train(config_of(data, run_dir), resume="auto")
     assert records(run_dir) == records(undisturbed)
+    assert not list(run_dir.rglob("*.tmp"))
 
 
 def test_resume_auto_starts_a_new_run_and_leaves_a_finished_one_alone(data: Path, tmp_path: Path) -> None:
