@@ -21,9 +21,9 @@ from trainer.baselines import BASELINES, Scorer
 from trainer.batch import Batch
 from trainer.cf_table import cf_path
 from trainer.data import EvalStream
-from trainer.distributed import forced_cpu, read_launch, set_threads
 from trainer.errors import RunError
 from trainer.evaluate import CountProgress, EventRanks, autocast_scorer, rank_events, report, task_reports, write_evaluation
+from trainer.launch import forced_cpu, read_launch, set_threads
 from trainer.loading import load_run_config, load_run_model
 from trainer.metrics import expected_ranks
 from trainer.model.gensr import GenSR

@@ -36,3 +36,10 @@ def atomic(path: str | Path) -> Iterator[Path]:
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_temporaries(folder: Path, *names: str) -> None:
+    """Remove what atomic() left of these files when its process was killed. The caller must be the only one who writes them."""
+    for name in names:
+        for stale in folder.glob(f".{name}.*.tmp"):
+            stale.unlink(missing_ok=True)
