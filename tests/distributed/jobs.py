@@ -78,6 +78,7 @@ def launch_by_fork(folder: Path, run_dir: Path, port: int) -> None:
         if pid == 0:
             numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
             deepspeed = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": "zero2.json"}
+            os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # ninja
             os.environ.update({**{name: str(number) for name, number in numbers.items()}, "MASTER_ADDR": "127.0.0.1", **deepspeed})
             os._exit(rank_main(folder, run_dir))
         ranks.append(pid)
