@@ -81,15 +81,10 @@ def encode_keys(work: Work, settings: PrepareSettings, items: dict[str, str]) ->
 
 
 def _encode(work: Work, table: str, keys_sql: str, seed: int) -> int:
-    work.con.execute(
-        f"CREATE OR REPLACE TABLE sorted_keys AS SELECT key, (row_number() OVER (ORDER BY key) - 1)::INTEGER AS position FROM ({keys_sql})"
-    )
-    size: int = work.scalar("SELECT count(*) FROM sorted_keys")
-    codes = pa.table({"position": pa.array(np.arange(size), pa.int32()), "code": pa.array(permutation(size, seed), pa.int32())})
-    work.put_table("codes", codes)
-    work.con.execute(f"CREATE OR REPLACE TABLE {table} AS SELECT key, code FROM sorted_keys JOIN codes USING (position)")
-    work.con.execute("DROP TABLE sorted_keys; DROP TABLE codes")
-    return size
+    """Table (key, code) of the keys that the SQL gives. Returns how many there are."""
+    keys = work.con.sql(f"SELECT key FROM ({keys_sql}) ORDER BY key").to_arrow_table()
+    work.put_table(table, keys.append_column("code", pa.array(permutation(keys.num_rows, seed), pa.int32())))
+    return int(keys.num_rows)
 
 
 def sort_clicks(work: Work) -> dict[str, Any]:
