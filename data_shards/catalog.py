@@ -37,7 +37,7 @@ def name_ids(work: Work, read: dict[str, Any]) -> dict[str, Any]:
         work.con.execute(f"CREATE OR REPLACE TABLE final_{plural} AS SELECT id, key FROM kept JOIN {singular}_codes USING (code)")
     work.con.execute("DROP TABLE kept")
     text = words_text("key") if read["anonymised"] else "key"
-    work.con.execute(f"CREATE OR REPLACE TABLE final_queries AS SELECT id, key, CAST({text} AS VARCHAR) AS text FROM final_queries")
+    work.con.execute(f"CREATE OR REPLACE TABLE final_queries AS SELECT id, key, coalesce(CAST({text} AS VARCHAR), '') AS text FROM final_queries")
     items = read["items"]
     work.con.execute("SET disabled_optimizers='join_order,build_side_probe_side'")  # the file streams past the kept items, never the other way round
     try:
@@ -130,16 +130,16 @@ def _write_items(
     for batch, extra in item_batches(work, read["duplicate_items"]):
         repeated += extra
         rows = slice(done, done + batch.num_rows)
-        texts: list[str] = batch.column("text").to_pylist()
+        texts = batch.column("text")
         captions = batch.column("words").cast(pa.list_(pa.int64()))
         counts = np.nan_to_num(pc.list_value_length(captions).to_numpy(zero_copy_only=False)).astype(np.int64)
         flat = captions.flatten().to_numpy(zero_copy_only=False)
         full = texts
         if read["anonymised"]:
-            joined = pc.binary_join(captions.cast(pa.list_(pa.string())), " ").fill_null("").to_pylist()
-            full = [f"{text} {caption}".strip() for text, caption in zip(texts, joined, strict=True)]
+            joined = pc.binary_join(captions.cast(pa.list_(pa.string())), " ").fill_null("")
+            full = pc.utf8_trim_whitespace(pc.binary_join_element_wise(texts, joined, " "))
         table = pa.table({
-            "item_id": batch.column("key"), "text": pa.array(full, pa.string()), "category": batch.column("category"),
+            "item_id": batch.column("key"), "text": full, "category": batch.column("category"),
             "train_rec_clicks": clicks[0, rows], "train_src_clicks": clicks[1, rows],
         })  # fmt: skip
         writer.append(table, full if mode == "digits" else texts, (flat, counts))
@@ -154,7 +154,7 @@ def _write_queries(work: Work, settings: PrepareSettings, tokenizer: "Tokenizer"
     writer = CatalogWriter(folder, "queries", num_queries, (settings.query_tokens, settings.query_words), tokenizer, words, settings.lowercase)
     done = 0
     for batch in work.batches("SELECT text FROM final_queries ORDER BY id", 65_536):
-        texts: list[str] = batch.column("text").to_pylist()
+        texts = batch.column("text")
         token_texts = texts if mode in ("natural", "digits") else [""] * len(texts)
         word_lists = split_words(texts) if mode == "words" else (np.zeros(0, np.int64), np.zeros(len(texts), np.int64))
         writer.append(pa.table({"text": batch.column("text")}), token_texts, word_lists)
@@ -176,7 +176,7 @@ class CatalogWriter:
         self.path = folder / f"{stem}.parquet"
         self.parquet: pq.ParquetWriter | None = None
 
-    def append(self, table: pa.Table, token_texts: list[str], word_lists: tuple[np.ndarray, np.ndarray]) -> None:
+    def append(self, table: pa.Table, token_texts: list[str] | pa.Array, word_lists: tuple[np.ndarray, np.ndarray]) -> None:
         if self.parquet is None:
             self.parquet = pq.ParquetWriter(self.path, table.schema, compression="zstd")
         self.parquet.write_table(table)

@@ -1,5 +1,6 @@
 """Leak checks on what was written: shards are read again and compared with the canonical clicks. They run in every preparation."""
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +14,21 @@ from data_shards.histories import first_of_runs, ragged_rows
 from data_shards.negatives import KeySet, user_item_keys
 from data_shards.schema import REC, SPLITS, SRC
 from data_shards.split import TRAIN
-from data_shards.work import BATCH_ROWS, Work
+from data_shards.work import BATCH_ROWS, Work, in_threads
 from data_shards.write import EventColumns
 
 
 class Tally:
-    """Counts of one check."""
+    """Counts of one check, added to by several threads."""
 
     def __init__(self) -> None:
         self.checked = self.violations = 0
+        self.lock = threading.Lock()
 
     def add(self, checked: int, violations: Any) -> None:
-        self.checked += int(checked)
-        self.violations += int(violations)
+        with self.lock:
+            self.checked += int(checked)
+            self.violations += int(violations)
 
 
 def check_prepared(
@@ -56,19 +59,24 @@ def check_prepared(
     history_row = work.column("history_row", "i8")
     seen = np.zeros(len(columns.user), np.uint8)
     counts = np.zeros((2, num_items), np.int64)
-    for code, name in enumerate(SPLITS):
-        for shard in shards[name]:
-            for table in decode_blocks(tar_entries(work.tree / shard["name"]), shard["blocks"]):
-                block = table.to_batches()[0]
-                rows = _check_events(block, columns, code, seen, tallies["event_once"])
-                _check_histories(block, rows, columns, history_row, code, tallies)
+    lock = threading.Lock()  # held by whoever adds to seen and counts
+
+    def check(part: tuple[int, dict[str, Any]]) -> None:
+        code, shard = part
+        for table in decode_blocks(tar_entries(work.tree / shard["name"]), shard["blocks"]):
+            block = table.to_batches()[0]
+            rows = _check_events(block, columns, code, tallies["event_once"])
+            _check_histories(block, rows, columns, history_row, code, tallies)
+            if code != TRAIN:
+                _check_negatives(block, columns, num_items, num_negatives, tallies)
+            with lock:
+                np.add.at(seen, rows, 1)
                 if code == TRAIN:
-                    task, item = block.column("task").to_numpy(), block.column("item").to_numpy()
-                    for kind in (REC, SRC):
-                        counts[kind] += np.bincount(item[task == kind], minlength=num_items)
-                else:
-                    _check_negatives(block, columns, num_items, num_negatives, tallies)
-                work.progress("checks", int(seen.sum()), len(seen))
+                    np.add.at(counts, (block.column("task").to_numpy(), block.column("item").to_numpy()), 1)
+            work.progress("checks", tallies["event_once"].checked, len(seen))
+
+    for _ in in_threads(check, ((code, shard) for code, name in enumerate(SPLITS) for shard in shards[name]), work.threads):
+        pass
     tallies["event_once"].add(0, (seen != 1).sum())
     tallies["clicks_in_time_order"].add(len(seen), check_monotone(columns))
     _check_counts(work.tree / "catalog" / "items.parquet", counts, tallies["train_counts"])
@@ -79,9 +87,8 @@ def check_prepared(
     return result
 
 
-def _check_events(block: pa.RecordBatch, columns: EventColumns, code: int, seen: np.ndarray, tally: Tally) -> np.ndarray:
+def _check_events(block: pa.RecordBatch, columns: EventColumns, code: int, tally: Tally) -> np.ndarray:
     rows = block.column("event_id").to_numpy()
-    np.add.at(seen, rows, 1)
     wrong = columns.split[rows] != code
     for name in ("user", "item", "task", "query", "time"):
         wrong |= block.column(name).to_numpy() != getattr(columns, name)[rows]

@@ -23,7 +23,7 @@ from data_shards.schema import FORMAT_VERSION, SPLITS, TASKS, Manifest, read_man
 from data_shards.sources import SOURCES, Source, open_source
 from data_shards.sources.reading import readable
 from data_shards.split import TEST, TRAIN, VALID, check_split, day_boundaries, describe_boundaries, split_by_time, split_leave_one_out
-from data_shards.work import BATCH_ROWS, Progress, Work, chunk_bounds, sync_folder, write_text_atomic
+from data_shards.work import BATCH_ROWS, Progress, Work, chunk_bounds, in_threads, sync_folder, write_text_atomic
 from data_shards.write import EventColumns, describe_file, write_shards
 
 PIPELINE_VERSION = 3  # change it when a stage writes something else: a restart then reuses nothing
@@ -161,17 +161,20 @@ def _negatives(work: Work, columns: EventColumns, num_items: int, settings: Prep
     seed = derive_seed(settings.seed, NEGATIVE_SEED)
     width = settings.num_negatives
 
-    def chunks(code: int) -> Iterator[dict[str, np.ndarray]]:
+    def chunks(code: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for start, stop in _user_chunks(work, "negatives"):
             rows = np.flatnonzero(columns.split[start:stop] == code) + start
             taken = user_item_keys(columns.user[start:stop], columns.item[start:stop], num_items)
             for at in range(0, len(rows), 16_384):  # x 99 x 8 B: about 13 MB an array
-                part = rows[at : at + 16_384]
-                yield {"negatives": draw_negatives(part, columns.user[part], taken, num_items, width, seed).reshape(-1)}
+                yield rows[at : at + 16_384], taken
+
+    def draw(part: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+        rows, taken = part
+        return draw_negatives(rows, columns.user[rows], taken, num_items, width, seed).reshape(-1)
 
     for name, code in (("valid", VALID), ("test", TEST)):
-        parts = ({f"negatives_{name}": part["negatives"]} for part in chunks(code))
-        work.write_columns(parts, {f"negatives_{name}": "i4"})
+        drawn = in_threads(draw, chunks(code), settings.threads)
+        work.write_columns(({f"negatives_{name}": part} for part in drawn), {f"negatives_{name}": "i4"})
     return {}
 
 
@@ -186,7 +189,7 @@ def _shards(work: Work, columns: EventColumns, settings: PrepareSettings) -> dic
             negatives = work.column(f"negatives_{name}", "i4").reshape(-1, settings.num_negatives)
         total = len(event_ids)
         shards[name] = write_shards(
-            work.tree, name, event_ids, columns, negatives, settings.block_events, settings.shard_events, settings.compression,
+            work.tree, name, event_ids, columns, negatives, settings.block_events, settings.shard_events, settings.compression, settings.threads,
             lambda done, stage=f"shards {name}", total=total: work.progress(stage, done, total),  # type: ignore[misc]
         )  # fmt: skip
     return shards

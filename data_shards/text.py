@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from data_shards.errors import ConfigError
 from data_shards.options import PrepareSettings
@@ -78,9 +79,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, lowercase: bool) -> "
     return tokenizer
 
 
-def encode_texts(tokenizer: "Tokenizer", texts: list[str], width: int, lowercase: bool) -> np.ndarray:
+def encode_texts(tokenizer: "Tokenizer", texts: list[str] | pa.Array, width: int, lowercase: bool) -> np.ndarray:
     """The first `width` tokens of each text, [len(texts), width] int32, padded with 0 at the end. Equal texts are tokenised once."""
-    unique = pa.array(texts, pa.string()).dictionary_encode()
+    unique = (pa.array(texts, pa.string()) if isinstance(texts, list) else texts).dictionary_encode()
     encode = getattr(tokenizer, "encode_batch_fast", tokenizer.encode_batch)
     words = [text.lower() if lowercase else text for text in unique.dictionary.to_pylist()]
     matrix = np.full((len(words), width), PAD, np.int32)
@@ -112,11 +113,11 @@ class Words:
         return matrix
 
 
-def split_words(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Texts like "12 5 7" → (flat integers, how many each text has)."""
-    lists = [text.split() for text in texts]
-    counts = np.fromiter((len(words) for words in lists), np.int64, len(lists))
-    return np.fromiter((int(word) for words in lists for word in words), np.int64, int(counts.sum())), counts
+def split_words(texts: list[str] | pa.Array) -> tuple[np.ndarray, np.ndarray]:
+    """Texts like "12 5 7" (one space between two words) → (flat integers, how many each text has)."""
+    array = pa.array(texts, pa.string()) if isinstance(texts, list) else texts
+    lists = pc.if_else(pc.equal(array, ""), pa.scalar([], pa.list_(pa.string())), pc.split_pattern(array, " "))
+    return lists.flatten().cast(pa.int64()).to_numpy(), pc.list_value_length(lists).to_numpy().astype(np.int64)
 
 
 def collect_words(work: Work, min_count: int) -> Words:

@@ -5,9 +5,11 @@ import json
 import os
 import shutil
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import duckdb
 import numpy as np
@@ -15,6 +17,8 @@ import pyarrow as pa
 
 from data_shards.errors import DataError
 
+Part = TypeVar("Part")
+Result = TypeVar("Result")
 Progress = Callable[[str, int, int], None]  # (stage, done, total); total = 0 where it is not known
 BATCH_ROWS = 1_000_000  # rows handled at once: bounds the memory of every numpy step
 
@@ -27,7 +31,7 @@ class Work:
         self.columns_folder = self.folder / "columns"
         self.tree = self.folder / "out"  # becomes OUT
         self.progress = progress
-        self._limits = (memory_limit, threads)
+        self.memory_limit, self.threads = memory_limit, threads
         self._con: duckdb.DuckDBPyConnection | None = None
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = open(self.folder / "lock", "w")  # noqa: SIM115 - held until close()
@@ -57,8 +61,7 @@ class Work:
         """The work database, opened on first use."""
         if self._con is None:
             self._con = duckdb.connect(str(self.folder / "work.duckdb"))
-            memory_limit, threads = self._limits
-            self._con.execute(f"SET memory_limit='{memory_limit}'; SET threads={threads}; SET preserve_insertion_order=false")
+            self._con.execute(f"SET memory_limit='{self.memory_limit}'; SET threads={self.threads}; SET preserve_insertion_order=false")
             self._con.execute(f"SET temp_directory='{self.folder / 'spill'}'")
             self._con.execute("SET enable_progress_bar=true; SET enable_progress_bar_print=false")
         return self._con
@@ -165,6 +168,22 @@ class Work:
     def close(self) -> None:
         self.close_database()
         self._lock.close()
+
+
+def in_threads(run: Callable[[Part], Result], parts: Iterable[Part], threads: int) -> Iterator[Result]:
+    """run(part) of each part, in order; `threads` parts at once (numpy, pyarrow and hashing let other threads work), none held back beyond that."""
+    with ThreadPoolExecutor(threads) as pool:
+        running: deque[Future[Result]] = deque()
+        try:
+            for part in parts:
+                running.append(pool.submit(run, part))
+                if len(running) == threads:
+                    yield running.popleft().result()
+            while running:
+                yield running.popleft().result()
+        finally:
+            for future in running:
+                future.cancel()
 
 
 def chunk_bounds(group_starts: np.ndarray, num_rows: int, rows: int = BATCH_ROWS) -> Iterator[tuple[int, int]]:

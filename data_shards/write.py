@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import itertools
 import os
 import tarfile
 from collections.abc import Callable, Iterator
@@ -15,6 +16,9 @@ import pyarrow as pa
 from data_shards.checksum import file_sha256
 from data_shards.histories import ragged_rows
 from data_shards.schema import SRC, TRAIN_SCHEMA, eval_schema
+from data_shards.work import in_threads
+
+COPY_BYTES = 1 << 22  # written and hashed at once
 
 
 @dataclass(frozen=True)
@@ -81,33 +85,35 @@ def write_shards(
     block_events: int,
     shard_events: int,
     compression: str,
+    threads: int,
     report: Callable[[int], None],
 ) -> list[dict[str, Any]]:
     """Write event_ids, in this order, as folder/shards/SPLIT-NNNNNN.tar. → the manifest's description of each shard.
 
-    negatives: row k belongs to event_ids[k]. `report` gets the number of events written so far.
+    negatives: row k belongs to event_ids[k]. threads: shards written at once. `report` gets the number of events written so far.
     """
     blocks_per_shard = max(1, shard_events // block_events)
     starts = range(0, len(event_ids), block_events)
-    shards = []
-    for number, first_block in enumerate(range(0, len(starts), blocks_per_shard)):
+    written = itertools.count(1)  # blocks, by all threads
+
+    def write(number: int) -> dict[str, Any]:
         name = f"shards/{split}-{number:06d}.tar"
         sizes: list[int] = []
         searches: list[int] = []
 
-        def payloads(
-            block_starts: range = starts[first_block : first_block + blocks_per_shard], sizes: list[int] = sizes, searches: list[int] = searches
-        ) -> Iterator[bytes]:
-            for start in block_starts:
+        def payloads() -> Iterator[bytes]:
+            for start in starts[number * blocks_per_shard : (number + 1) * blocks_per_shard]:
                 rows = event_ids[start : start + block_events]
                 sizes.append(len(rows))
                 searches.append(int((columns.task[rows] == SRC).sum()))
                 yield _ipc_bytes(columns.block(rows, None if negatives is None else negatives[start : start + block_events]), compression)
-                report(start + len(rows))
+                report(min(next(written) * block_events, len(event_ids)))
 
         num_bytes, sha256 = _write_tar(folder / name, payloads())
-        shards.append({"name": name, "num_bytes": num_bytes, "sha256": sha256, "blocks": sizes, "searches": searches})
-    return shards
+        return {"name": name, "num_bytes": num_bytes, "sha256": sha256, "blocks": sizes, "searches": searches}
+
+    (folder / "shards").mkdir(parents=True, exist_ok=True)
+    return list(in_threads(write, range(-(-len(starts) // blocks_per_shard)), threads))
 
 
 def _ipc_bytes(batch: pa.RecordBatch, compression: str) -> bytes:
@@ -120,10 +126,9 @@ def _ipc_bytes(batch: pa.RecordBatch, compression: str) -> bytes:
 
 def _write_tar(path: Path, payloads: Iterator[bytes]) -> tuple[int, str]:
     """One tar of NNNNNN.arrow entries; owner, mode and time are constants. → (num_bytes, sha256)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "wb") as raw:
         hashed = HashingFile(raw)
-        with tarfile.open(fileobj=hashed, mode="w", format=tarfile.USTAR_FORMAT) as tar:  # type: ignore[call-overload]
+        with tarfile.open(fileobj=hashed, mode="w", format=tarfile.USTAR_FORMAT, copybufsize=COPY_BYTES) as tar:  # type: ignore[call-overload]
             for number, payload in enumerate(payloads):
                 entry = tarfile.TarInfo(f"{number:06d}.arrow")
                 entry.size, entry.mode, entry.mtime = len(payload), 0o644, 0
