@@ -23,8 +23,7 @@ from data_shards.schema import SPLITS, read_manifest
 from trainer.errors import BenchError, ConfigError
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-BASE_ROWS = 200_000  # simulated; larger logs are copies of it with other users and items
-ITEMS_PER_ROW, ROWS_PER_USER, DAYS = 0.35, 760, 19  # as in KuaiSAR
+ROWS, USERS, ITEMS, DAYS, ROWS_PER_DAY = 19_664_885, 25_877, 6_890_707, 19, 40  # KuaiSAR; other sizes are in proportion to it
 
 Progress = Callable[[str, int, int], None]
 
@@ -36,7 +35,7 @@ class Measured:
     wall_s: float
     cpu_s: float
     peak_rss_bytes: int
-    answer: dict[str, Any]  # the JSON object on the last line of its stdout; {} where it prints nothing
+    answer: dict[str, Any]  # the JSON object on the last line of its stdout; {} where there is none
 
 
 def measure(command: Sequence[str], threads: int) -> Measured:
@@ -57,7 +56,7 @@ def measure(command: Sequence[str], threads: int) -> Measured:
             last = err.read().decode(errors="replace").strip().splitlines()[-1:]
             raise BenchError(f"{' '.join(command[:4])} … ended with exit code {process.returncode}: {' '.join(last)}")
         lines = out.read().splitlines()
-        answer = json.loads(lines[-1]) if lines else {}
+        answer = json.loads(lines[-1]) if lines and lines[-1].startswith(b"{") else {}
     return Measured(wall_s, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024, answer)
 
 
@@ -65,7 +64,7 @@ def bench_data(
     rows: Sequence[int], turns: int = 2, seconds: float = 5.0, threads: int = 2, memory_limit: str = "1000MB", batch_size: int = 256,
     folder: Path | None = None, progress: Progress | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Preparation and loader on simulated logs of about rows[…] rows; the loader on the last. → the object that `gensr bench data --json` prints.
+    """Preparation and loader on simulated logs of about rows[…] rows; figures outside the table are those of the last. → the object that `gensr bench data --json` prints.
 
     seconds: CPU time of each loader measurement. folder: where logs and prepared folders lie (kept there; default: a temporary folder).
     Raises ConfigError without benchmarks/ (it is part of the repository, not of the package), BenchError when a measured program fails.
@@ -78,7 +77,12 @@ def bench_data(
     progress = progress or (lambda stage, done, total: None)
     try:
         work.mkdir(parents=True, exist_ok=True)
-        scaling = [_prepare(work, wanted, turns, threads, memory_limit, progress) for wanted in rows]
+        scaling = []
+        for wanted in rows:
+            prepared = _prepare(work, wanted, turns, threads, memory_limit, progress)
+            stream = _program("stream_loader.py", work / "prepared", seconds, batch_size)
+            scaling.append(prepared | {"loader_examples_per_s_per_core": round(stream["examples"] / stream["cpu_s"])})
+            scaling[-1]["loader_rss_bytes"] = stream["rss_bytes"]
         loader = _loader(work / "prepared", turns, seconds, batch_size, progress)
     finally:
         if folder is None:
@@ -100,22 +104,12 @@ def bench_data(
 
 
 def raw_logs(work: Path, rows: int, progress: Progress) -> tuple[Path, int]:
-    """A folder of about `rows` log rows in KuaiSAR's schema, and how many there are. Simulated up to BASE_ROWS, above that copies of such a log."""
-    from data_shards.simulate import simulate
-
-    size = min(rows, BASE_ROWS)
-    base = work / f"raw-{size}"
-    if not base.exists():
-        users = max(size // ROWS_PER_USER, 20)
-        simulate(base, users=users, items=int(size * ITEMS_PER_ROW), days=DAYS, rows_per_day=size / users / DAYS, progress=progress)
-    copies = max(round(rows / size), 1)
-    raw = base if copies == 1 else work / f"raw-{size}x{copies}"
+    """A folder of about `rows` log rows in KuaiSAR's schema, simulated unless it is there, and how many there are."""
+    raw, part = work / f"raw-{rows}", rows / ROWS
     if not raw.exists():
-        progress("copies", 0, 0)
-        partial = raw.with_name(raw.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        measure([sys.executable, str(BENCHMARKS / "enlarge.py"), str(base), str(partial), str(copies)], threads=1)
-        partial.rename(raw)
+        sizes = {"--users": max(round(USERS * part), 20), "--items": max(round(ITEMS * part), 200), "--days": DAYS, "--rows-per-day": ROWS_PER_DAY}
+        progress("simulate", 0, rows)
+        measure([sys.executable, "-m", "trainer", "simulate", str(raw), *(str(part) for pair in sizes.items() for part in pair)], threads=1)
     return raw, sum(_count_lines(raw / name) - 1 for name in ("rec_inter.csv", "src_inter.csv"))
 
 
@@ -137,6 +131,7 @@ def _prepare(work: Path, rows: int, turns: int, threads: int, memory_limit: str,
         raise BenchError(f"the two preparations disagree about the events: {counts} and {measured[-1][1].answer}")
     return {
         "rows": num_rows,
+        "items": _count_lines(raw / "item_features.csv") - 1,
         "events": sum(counts.values()),
         "wall_s": round(statistics.median(a.wall_s for a, _ in measured), 2),
         "cpu_s": round(statistics.median(a.cpu_s for a, _ in measured), 2),
@@ -155,10 +150,7 @@ def _loader(prepared: Path, turns: int, seconds: float, batch_size: int, progres
     answers = []
     for turn in range(turns):
         progress("loader", 2 * turn, 2 * turns)
-        ours, theirs = (
-            measure([sys.executable, str(BENCHMARKS / name), str(prepared), str(seconds), str(batch_size)], threads=1).answer
-            for name in ("stream_loader.py", "per_example_collator.py")
-        )
+        ours, theirs = (_program(name, prepared, seconds, batch_size) for name in ("stream_loader.py", "per_example_collator.py"))
         answers.append(ours)
         rates.append((ours["examples"] / ours["cpu_s"], theirs["examples"] / theirs["cpu_s"]))
     return {
@@ -171,13 +163,20 @@ def _loader(prepared: Path, turns: int, seconds: float, batch_size: int, progres
     }
 
 
+def _program(name: str, prepared: Path, seconds: float, batch_size: int) -> dict[str, Any]:
+    """What a program of benchmarks/ that makes batches of `prepared` for some CPU seconds says."""
+    return measure([sys.executable, str(BENCHMARKS / name), str(prepared), str(seconds), str(batch_size)], threads=1).answer
+
+
 def bench_lines(document: dict[str, Any]) -> list[str]:
     """The object as lines for people."""
-    lines = [f"  {'rows':>12} {'events':>11} {'prepare':>9} {'CPU':>9} {'peak':>9} {'duckdb':>9} {'CPU':>9} {'peak':>9} {'ratio':>6}"]
+    lines = [f"  {'rows':>12} {'events':>11} {'prepare':>9} {'CPU':>9} {'peak':>9} {'duckdb':>9} {'CPU':>9} {'peak':>9} {'ratio':>6} {'loader':>9}"]
     for row in document["scaling"]:
         ours = f"{row['wall_s']:>8.1f}s {row['cpu_s']:>8.1f}s {row['peak_rss_bytes'] / 1e6:>6,.0f} MB"
         bare = f"{row['duckdb_wall_s']:>8.1f}s {row['duckdb_cpu_s']:>8.1f}s {row['duckdb_peak_rss_bytes'] / 1e6:>6,.0f} MB"
-        lines.append(f"  {row['rows']:>12,} {row['events']:>11,} {ours} {bare} {row['ratio_to_duckdb']:>6.2f}")
+        lines.append(
+            f"  {row['rows']:>12,} {row['events']:>11,} {ours} {bare} {row['ratio_to_duckdb']:>6.2f} {row['loader_rss_bytes'] / 1e6:>6,.0f} MB"
+        )
     return [
         *lines,
         f"  loader       {document['loader_examples_per_s_per_core']:,} examples/s per core, "

@@ -38,9 +38,8 @@ def test_wrong_arguments_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_whole_of_it_at_small_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few items, so that the 5-core keeps some; the larger log is two copies of the smaller."""
-    monkeypatch.setattr(bench, "BASE_ROWS", 20_000)
-    monkeypatch.setattr(bench, "ITEMS_PER_ROW", 0.02)
+    """Few items, so that the 5-core keeps some."""
+    monkeypatch.setattr(bench, "ITEMS", 800_000)
     result = CliRunner().invoke(
         app,
         ["bench", "data", "--rows", "20000,40000", "--turns", "1", "--seconds", "0.2", "--folder", str(tmp_path), "--json"],
@@ -49,6 +48,7 @@ def test_the_whole_of_it_at_small_size(tmp_path: Path, monkeypatch: pytest.Monke
     document = json.loads(result.stdout.splitlines()[-1])
     assert set(document) >= KEYS | {"hardware", "commit", "configuration", "scaling"}
     small, large = document["scaling"]
-    assert large["rows"] == pytest.approx(2 * small["rows"], rel=0.01) and large["events"] == 2 * small["events"] > 0
+    assert large["rows"] == pytest.approx(2 * small["rows"], rel=0.2) and large["events"] > small["events"] > 0
+    assert small["loader_rss_bytes"] > 0 and large["loader_rss_bytes"] < 300e6
     assert document["loader_ratio_to_per_example"] > 20 and document["loader_rss_bytes"] < 300e6
     assert any("distinct users" in line for line in bench.bench_lines(document))
