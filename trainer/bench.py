@@ -64,9 +64,10 @@ def bench_data(
     rows: Sequence[int], turns: int = 2, seconds: float = 5.0, threads: int = 2, memory_limit: str = "1000MB", batch_size: int = 256,
     folder: Path | None = None, progress: Progress | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Preparation and loader on simulated logs of about rows[…] rows; figures outside the table are those of the last. → the object that `gensr bench data --json` prints.
+    """Preparation and loader on simulated logs of about rows[…] rows → the object that `gensr bench data --json` prints.
 
-    seconds: CPU time of each loader measurement. folder: where logs and prepared folders lie (kept there; default: a temporary folder).
+    Its `scaling` is a table with a row for each size; figures outside it are those of the last size. seconds: CPU time of each loader
+    measurement. folder: where logs and prepared folders lie (kept there; default: a temporary folder).
     Raises ConfigError without benchmarks/ (it is part of the repository, not of the package), BenchError when a measured program fails.
     """
     if not BENCHMARKS.is_dir():

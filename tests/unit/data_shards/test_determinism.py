@@ -2,6 +2,9 @@
 
 import hashlib
 import random
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 from data_shards.prepare import prepare
@@ -36,3 +39,34 @@ def test_ids_tell_nothing_of_the_order_of_appearance(prepared: Path) -> None:
 
     original = [int(item[1:]) for item in pq.read_table(prepared / "catalog" / "items.parquet")["item_id"].to_pylist()]
     assert abs(np.corrcoef(original, np.arange(len(original)))[0, 1]) < 0.25
+
+
+KILLED = """
+import os, signal, sys
+from data_shards.prepare import prepare
+
+def progress(stage, done, total):
+    print(stage, flush=True)
+    if stage == sys.argv[1]:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+prepare("tables", *sys.argv[2:4], sys.argv[4:], progress=progress)
+"""
+
+
+def test_killed_again_and_again_the_bytes_are_the_same_and_finished_stages_stay(prepared: Path, tmp_path: Path) -> None:
+    """SIGKILL inside one stage after another, each time by a process of its own: as power or the scheduler does it, without a word."""
+    raw, out = write_tables(tmp_path / "raw"), tmp_path / "out"
+    before = ["read", "encode", "sort", "filter", "split", "histories", "names", "impressions", "catalog", "negatives", "shards", "checks"]
+    chosen = sorted(random.Random(3).sample(range(len(before)), 3))
+    finished = 0
+    for number in chosen:
+        command = [sys.executable, "-c", KILLED, before[number], str(raw), str(out), *SMALL]
+        ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+        assert ended.returncode == -signal.SIGKILL, ended.stderr
+        assert not out.exists()
+        assert not set(ended.stdout.split()) & set(before[:finished]), "what was finished is not done again"
+        finished = number
+    prepare("tables", raw, out, SMALL)
+    assert digests(out) == digests(prepared)
+    assert not out.with_name("out.partial").exists()
