@@ -38,12 +38,12 @@ class Measured:
     answer: dict[str, Any]  # the JSON object on the last line of its stdout; {} where there is none
 
 
-def measure(command: Sequence[str], threads: int) -> Measured:
-    """Run a command to its end. Raises BenchError with its last line on stderr when it fails."""
+def measure(command: Sequence[str], threads: int, cwd: Path | None = None) -> Measured:
+    """Run a command to its end, in folder `cwd` if given. Raises BenchError with its last line on stderr when it fails."""
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": str(threads)}
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         started = time.perf_counter()
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=environment)
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=environment, cwd=cwd)
         try:
             _, status, usage = os.wait4(process.pid, 0)
         except BaseException:  # interrupted: leave nothing behind
@@ -100,7 +100,7 @@ def bench_data(
             "batch_size": batch_size,
         },
         "hardware": hardware(),
-        "commit": _commit(),
+        "commit": commit(),
     }  # fmt: skip
 
 
@@ -193,7 +193,7 @@ def hardware() -> dict[str, Any]:
     return {"cpu": platform.processor() or platform.machine(), "cores": cores, "memory_gb": round(psutil.virtual_memory().total / 1e9)}
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     from trainer.report import git_facts
 
     facts = git_facts()

@@ -512,11 +512,6 @@ def ui(
 # ---- measurements --------------------------------------------------------------------------------------------------
 
 
-@bench_app.callback()
-def bench() -> None:
-    """Keeps `data` a verb of its own while it is the only one."""
-
-
 @bench_app.command(epilog="Example: gensr bench data --rows 200000,2000000 --json")
 def data(
     rows: Annotated[
@@ -538,6 +533,37 @@ def data(
         raise ConfigError(f"--rows must be integers, comma-separated, got {rows}") from None
     document = bench_data(sizes, turns, seconds, threads, memory_limit, folder=folder, progress=stage_lines())
     answer(document, as_json, *bench_lines(document))
+
+
+Pairs = Annotated[int, typer.Option(help="(history, candidate) pairs of a step, on either side", min=1)]
+Steps = Annotated[int, typer.Option(help="measured steps of a turn, after one to warm up", min=1)]
+Turns = Annotated[int, typer.Option(help="measurements of each side, in turns", min=1)]
+Threads = Annotated[int, typer.Option(help="CPU threads of both sides", min=1)]
+Profile = Annotated[Path | None, typer.Option(help="file for a torch profiler trace (chrome://tracing, perfetto) of one more turn")]
+
+
+@bench_app.command(name="train", epilog="Example: gensr bench train model.prompt=compact --json")
+def bench_train(
+    overrides: Overrides = None, pairs: Pairs = 20, steps: Steps = 2, turns: Turns = 2, threads: Threads = 2, profile: Profile = None,
+    as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Training steps against a reference written straight from the paper; flan-t5-base's shape with random weights unless settings say otherwise."""
+    from trainer.bench_model import bench_model, bench_model_lines
+
+    document = bench_model("train", overrides or [], pairs, steps, turns, threads, profile, progress=stage_lines())
+    answer(document, as_json, *bench_model_lines(document))
+
+
+@bench_app.command(name="evaluate", epilog="Example: gensr bench evaluate data.dir=data/prepared --pairs 100")
+def bench_evaluate(
+    overrides: Overrides = None, pairs: Pairs = 20, steps: Steps = 2, turns: Turns = 2, threads: Threads = 2, profile: Profile = None,
+    as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Scoring the candidates of events against the reference, which encodes every pair by itself and calls generate()."""
+    from trainer.bench_model import bench_model, bench_model_lines
+
+    document = bench_model("evaluate", overrides or [], pairs, steps, turns, threads, profile, progress=stage_lines())
+    answer(document, as_json, *bench_model_lines(document))
 
 
 # ---- help for people -----------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ Memory and time are estimates; where their constants come from stands beside the
 import json
 import re
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -17,19 +16,28 @@ from typing import Any
 from data_shards.schema import Manifest, read_manifest
 from data_shards.settings import read_yaml
 from trainer.config import Config, preset_path
+<<<<<<< HEAD
+=======
+from trainer.costs import (
+    ASSUMED_FLOPS,
+    CPU_EFFICIENCY,
+    GB,
+    T5_TOKENS,
+    DataSize,
+    ModelSize,
+    efficiency,
+    flops_per_event,
+    largest_micro_batch,
+    measured_flops,
+    memory,
+)
+from trainer.distributed import Launch, filled_deepspeed_config, read_deepspeed_json, read_launch
+>>>>>>> 0691051 (gensr bench train and evaluate against a reference written straight from the paper; queries in groups of like length; what a step costs between GPUs)
 from trainer.errors import ConfigError
 from trainer.launch import Launch, filled_deepspeed_config, read_deepspeed_json, read_launch
 from trainer.node_cache import local_folder
 from trainer.schedule import Schedule, above_chance, chance, make_schedule
 
-GB = 1e9
-PROMPT_TOKENS = {"paper": 110, "compact": 40}  # with a long query; without one they are 80 and 18 (flan-t5's tokenizer)
-OWN_TOKENS = {"paper": 54, "compact": 19}  # of these, what decoders read for every candidate; the rest once an event
-# Activations of flan-t5-base, one candidate of 94 tokens, bf16 autocast: 0.1 GB measured. Scaled by tokens × (parameters read a token / width),
-# which is proportional to what the linear maps of all layers give.
-ACTIVATION_BYTES = 0.1e9 / 94 / (84_954_240 / 768)
-ASSUMED_FLOPS = {"H200 (40 % of 790 TFLOP/s)": 316e12, "A100 (40 % of 312 TFLOP/s)": 125e12}
-CPU_EFFICIENCY = 0.3  # of this machine's measured matmul rate
 WORLD_SIZES = (1, 2, 4, 8, 16)
 NAME_WIDTH = 12
 CROSS_KEYS = re.compile(r"(EncDecAttention|cross_attn)\.(k|v|k_proj|v_proj)\.")
@@ -41,9 +49,9 @@ STAGES: dict[str, tuple[int | None, bool]] = {
     "ZeRO-3": (3, False),
     "ZeRO-3, all on the host": (3, True),
 }
+GPU_MEMORY = {"H200": 141e9, "A100": 80e9}
 MIN_GPU_S = 60.0  # below, a GPU waits for its host and the arithmetic says nothing
 MAX_CPU_S = 100 * 3600.0
-T5_TOKENS = 32128
 T5_FAMILY = {
     "model_type": "t5",
     "vocab_size": T5_TOKENS,
@@ -84,50 +92,6 @@ KNOWN_BACKBONES: dict[str, dict[str, Any]] = {
     "HuggingFaceTB/SmolLM2-360M": _decoder("llama", 49152, 960, 2560, 32, 15, 5, 64),
     "HuggingFaceTB/SmolLM2-1.7B": _decoder("llama", 49152, 2048, 8192, 24, 32, 32, 64),
 }
-
-
-@dataclass(frozen=True)
-class DataSize:
-    """Counts of a prepared folder that memory and time depend on."""
-
-    train_events: int
-    valid_events: int
-    items: int
-    queries: int
-    words: int = 0
-    cf_tables: int = 5  # the full table and the folds of cf.holdout=crossfit
-    num_negatives: int = 99
-    vocab_size: int = T5_TOKENS
-    source: str = ""
-
-
-@dataclass(frozen=True)
-class ModelSize:
-    """Counts of the model that memory and time depend on."""
-
-    total: int
-    trainable: int
-    width: int
-    layers: int
-    encoder: int  # parameters read once per prompt token
-    decoder: int  # parameters read once per prompt
-    cross: int = 0  # of the decoder's: W_k and W_v of the cross-attention
-    shared_first: bool = False  # the backbone reads what an event's candidates share once an event
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes on one GPU."""
-
-    weights: float
-    gradients: float
-    optimizer: float
-    activations: float
-    tables: float
-
-    @property
-    def total(self) -> float:
-        return self.weights + self.gradients + self.optimizer + self.activations + self.tables
 
 
 # ---- sizes -----------------------------------------------------------------------------------------------------
@@ -239,61 +203,6 @@ def _numel(parameter: Any) -> int:
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
-# ---- memory and time -------------------------------------------------------------------------------------------
-
-
-def memory(config: Config, model: ModelSize, data: DataSize, zero_stage: int | None, world_size: int, offload: bool = False) -> Memory:
-    """Of one GPU. Weights are float32 (bf16 is autocast), so without DeepSpeed 4 + 4 + 8 = 16 bytes a trained parameter; ZeRO adds a
-    float32 copy of its partition (4) to AdamW's two moments (8), and divides optimizer (1), gradients (2) and weights (3) by the ranks."""
-    stage = zero_stage or 0
-    weights = 4.0 * model.total / (world_size if stage == 3 else 1)
-    gradients = 4.0 * model.trainable / (world_size if stage >= 2 else 1)
-    optimizer = (8.0 if stage == 0 else 12.0) * model.trainable / (world_size if stage >= 1 else 1)
-    if offload:
-        optimizer, weights = 0.0, (0.0 if stage == 3 else weights)
-    tokens = tokens_per_event(config, model) * config.optim.micro_batch_size
-    activations = ACTIVATION_BYTES * tokens * model.encoder / model.width * (1.0 if config.run.precision == "bf16" else 2.0)
-    if config.model.activation_checkpointing:
-        activations *= 2 / model.layers + 0.05  # one layer's, and each layer's input
-    rows = data.items * (64 * 4 * data.cf_tables + config.data.item_tokens * 4) + data.queries * 16 * 4
-    return Memory(weights, gradients, optimizer, activations, float(rows))
-
-
-def tokens_per_event(config: Config, model: ModelSize) -> int:
-    """Prompt tokens that the backbone reads for one training event, its 1 + negatives candidates together."""
-    wording, num_candidates = config.model.prompt, 1 + config.data.num_negatives
-    if not model.shared_first:
-        return PROMPT_TOKENS[wording] * num_candidates
-    return OWN_TOKENS[wording] * num_candidates + PROMPT_TOKENS[wording] - OWN_TOKENS[wording]
-
-
-def flops_per_event(config: Config, model: ModelSize, tokens: float | None = None) -> float:
-    """Of one training event, all its candidates; `tokens` is what the backbone reads for it, if that was measured.
-
-    Per parameter and token 2 forward, 2 backward for activations and 2 for weights that are trained. The decoder of an encoder-decoder sees one position;
-    W_k and W_v of its cross-attention see the prompt when adapters keep them from being folded."""
-    num_candidates, adapters = 1 + config.data.num_negatives, config.model.lora.rank > 0
-    read = (tokens or tokens_per_event(config, model)) * (model.encoder + (model.cross if adapters else 0)) + num_candidates * model.decoder
-    return (4.0 if adapters else 6.0) * read
-
-
-def measured_flops(seconds: float = 0.3, device: str = "cpu", dtype: Any = None) -> float:
-    """Matrix products per second of this machine's CPU or GPU, FLOP/s; float32 unless `dtype` says otherwise."""
-    import torch
-
-    size = 512 if device == "cpu" else 8192
-    a = torch.randn(size, size, device=device, dtype=dtype)
-    wait = (lambda: None) if device == "cpu" else torch.cuda.synchronize
-    a @ a
-    wait()
-    count, start = 0, time.perf_counter()
-    while time.perf_counter() - start < seconds:
-        a @ a
-        wait()
-        count += 1
-    return 2 * size**3 * count / (time.perf_counter() - start)
-
-
 # ---- the report ------------------------------------------------------------------------------------------------
 
 
@@ -399,6 +308,8 @@ def dry_run(config: Config, preset: str | None = None, launch: Launch | None = N
             + ", ".join(f"{name} {value / GB:.1f}" for name, value in {**asdict(here), "AdamW": here.optimizer}.items() if name != "optimizer"),
         ),
         *(("", line) for line in _memory_table(config, model, data)),
+        ("micro-batch", _micro_batches(config, model, data, stage, launch.world_size)),
+        *([("scaling", _scaling(config, model, schedule, launch))] if launch.world_size > 1 else []),
         *(("time" if number == 0 else "", f"≈ {_hours(value)} on {name}") for number, (name, value) in enumerate(seconds.items())),
     ]
     lines = [f"{name:<{NAME_WIDTH}}{text}" for name, text in rows]
@@ -411,6 +322,16 @@ def dry_run(config: Config, preset: str | None = None, launch: Launch | None = N
         "seconds": seconds,
     }
     return DryRun(lines, facts)
+
+
+def _micro_batches(config: Config, model: ModelSize, data: DataSize, stage: int | None, world_size: int) -> str:
+    fits = {name: largest_micro_batch(config, model, data, stage, world_size, size) for name, size in GPU_MEMORY.items()}
+    return "largest calculated to fit: " + ", ".join(f"{size or 'none'} on {name}" for name, size in fits.items())
+
+
+def _scaling(config: Config, model: ModelSize, schedule: Schedule, launch: Launch) -> str:
+    worst, best = efficiency(config, model, launch.zero_stage, launch.world_size, schedule.grad_accum_steps)
+    return f"{worst:.0%} to {best:.0%} of {launch.world_size} H200s' speed is left after communication (calculated: nothing of it hidden, all that can be)"
 
 
 def _memory_table(config: Config, model: ModelSize, data: DataSize) -> list[str]:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -225,3 +226,27 @@ def test_prompt_holds_five_segments_around_four_slots(folder: Path) -> None:
                 assert positions[0] > 0 and len(ids) > len(positions)
     assert not torch.equal(model.get_buffer(f"template_{REC}"), model.get_buffer(f"template_{SRC}"))
     assert load_tokenizer(folder / "tokenizer")("Yes", add_special_tokens=False)["input_ids"] == [model.answers[0]]
+
+
+@pytest.mark.parametrize("backbone", ["scratch:nano", "scratch:llama_nano"])
+def test_groups_by_query_length_leave_less_padding_and_the_same_scores(folder: Path, backbone: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch, _ = make(folder, "extended", f"model.backbone={backbone}")
+    tokens = model.tables.query_tokens.clone()
+    tokens[:, 1:] *= (torch.arange(len(tokens)) % tokens.shape[1])[:, None] > torch.arange(tokens.shape[1] - 1)  # queries of 1 … L tokens
+    model.set_tables(replace(model.tables, query_tokens=torch.nn.functional.pad(tokens, (0, 8))))
+    padding, original = [], model.fill_prompt
+
+    def spy(*arguments: Any) -> Prompt:
+        prompt = original(*arguments)
+        padding.append(int((~prompt.shared_mask_BP).sum()))
+        return prompt
+
+    monkeypatch.setattr(model, "fill_prompt", spy)
+    few = batch.with_candidates(batch.candidates[:, :3], batch.labels[:, :3])
+    model.every_task_every_step = True
+    whole, padded = scores(model, few), sum(padding)
+    padding.clear()
+    model.every_task_every_step = False
+    monkeypatch.setattr("trainer.model.gensr.EVENTS_A_GROUP", 1)
+    torch.testing.assert_close(scores(model, few), whole, rtol=0, atol=2e-5)
+    assert len(padding) == 1 + 3 and sum(padding) < padded / 4, (padding, padded)

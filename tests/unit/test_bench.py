@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from trainer import bench
+from trainer import bench, bench_model
 from trainer.cli import app
 from trainer.errors import BenchError, ConfigError
 
@@ -52,3 +52,28 @@ def test_the_whole_of_it_at_small_size(tmp_path: Path, monkeypatch: pytest.Monke
     assert small["loader_rss_bytes"] > 0 and large["loader_rss_bytes"] < 300e6
     assert document["loader_ratio_to_per_example"] > 20 and document["loader_rss_bytes"] < 300e6
     assert any("distinct users" in line for line in bench.bench_lines(document))
+
+
+def test_bench_of_the_model_refuses_what_it_cannot_compare() -> None:
+    with pytest.raises(ConfigError, match=r"--pairs must be a multiple of 1 \+ data\.num_negatives = 5, got 7"):
+        bench_model.bench_model("train", pairs=7)
+    with pytest.raises(ConfigError, match=r"model\.backbone=google/flan-t5-base.*scratch:flan_t5_base"):
+        bench_model.bench_model("evaluate", ["model.backbone=google/flan-t5-base"])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_training_steps_and_scoring_beside_the_reference(tmp_path: Path) -> None:
+    folder = bench_model.synthetic_folder(tmp_path, 1, lambda stage, done, total: None)
+    arguments = [f"data.dir={folder}", "model.backbone=scratch:nano", "--pairs", "5", "--steps", "1", "--turns", "1", "--threads", "1", "--json"]
+    trace = tmp_path / "trace.json"
+    train, evaluate = (
+        json.loads(CliRunner().invoke(app, ["bench", mode, *arguments, *more], catch_exceptions=False).stdout.splitlines()[-1])
+        for mode, more in (("train", ["--profile", str(trace)]), ("evaluate", []))
+    )
+    assert set(train) >= {"examples_per_s", "ratio_to_reference", "mfu", "peak_memory_bytes", "step_s", "commit", "hardware", "configuration"}
+    assert train["mfu"] is None and set(train["step_s"]) == {"data", "forward", "backward", "optimiser", "communication"}
+    assert set(evaluate) >= {"candidates_per_s", "ratio_to_reference", "commit", "hardware", "configuration"} and evaluate["candidates_per_s"] > 0
+    assert 60 < train["prompt_tokens"] < 130, "about as long as flan-t5's tokenizer makes it"
+    assert json.loads(trace.read_text())["traceEvents"]
+    assert all(any(word in line for line in bench_model.bench_model_lines(train)) for word in ("ratio", "backward", "reference"))

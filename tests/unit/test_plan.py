@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from trainer.config import load_config
+from trainer.costs import GB, DataSize, ModelSize, bytes_sent, efficiency, largest_micro_batch, memory, tokens_per_event
 from trainer.errors import ConfigError
-from trainer.plan import GB, DataSize, ModelSize, batch_arithmetic, data_size, dry_run, memory, model_size, tokens_per_event
+from trainer.plan import batch_arithmetic, data_size, dry_run, model_size
 from trainer.schedule import above_chance, chance, grad_accum_steps, make_schedule
 
 
@@ -94,6 +95,34 @@ def test_activations_follow_batch_prompt_precision_and_checkpointing() -> None:
     assert activations("optim.micro_batch_size=1", "data.num_negatives=1", "model.prompt=paper") / GB == pytest.approx(0.1 * 2 * 110 / 94)
     assert activations("run.precision=fp32") == 2 * activations()
     assert activations("model.activation_checkpointing=true") < 0.3 * activations()
+
+
+# ---- several GPUs ----------------------------------------------------------------------------------------------
+
+
+def test_bytes_between_gpus_by_zero_stage() -> None:
+    config = load_config(None)
+    sent = {stage: bytes_sent(config, BILLION, stage, 2, grad_accum_steps=2) / GB for stage in (None, 1, 2, 3)}
+    assert sent == {None: 4.0, 1: 6.0, 2: 10.0, 3: 16.0}  # of 10⁹ float32 parameters, two micro-batches, half of everything on each of two ranks
+    assert bytes_sent(config, BILLION, None, 1) == 0
+    adapters = replace(BILLION, trainable=10**6)
+    assert bytes_sent(config, adapters, 2, 8) / GB < 0.01 and bytes_sent(config, adapters, 3, 8) / GB > 10
+
+
+def test_efficiency_falls_with_communication_and_rises_with_the_micro_batch() -> None:
+    model = ModelSize(total=10**9, trainable=10**9, width=1, layers=1, encoder=10**9, decoder=0)
+    small, large = (load_config(None, [f"optim.micro_batch_size={n}", f"optim.global_batch_size={n}"]) for n in (1, 64))
+    for world_size in (8, 64):
+        (worst, best), (worst_large, best_large) = (efficiency(config, model, 2, world_size) for config in (small, large))
+        assert 0 < worst < worst_large < 1 and worst <= best <= 1 and best_large == 1
+    assert efficiency(small, model, 2, 1) == (1, 1)
+
+
+def test_the_largest_micro_batch_divides_the_batch_and_fits() -> None:
+    config = load_config(None, ["optim.global_batch_size=96", "optim.micro_batch_size=1", "run.precision=bf16"])
+    model = ModelSize(total=10**9, trainable=10**9, width=768, layers=12, encoder=84_954_240, decoder=1)
+    sizes = [largest_micro_batch(config, model, DATA, None, 2, gigabytes * GB) for gigabytes in (16, 20, 40, 1000)]
+    assert sizes[0] == 0 and sizes[-1] == 48 and sizes == sorted(sizes) and all(48 % size == 0 for size in sizes if size)
 
 
 # ---- sizes -----------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ class DecoderBackbone(Backbone):
         return self.base.get_decoder(), None
 
     def answer_logits(self, prompt: Prompt, answers: Tensor) -> Tensor:
-        recompute = self.training and self.base.is_gradient_checkpointing  # which transformers cannot combine with a cache
+        recompute = self.training and self.base.get_decoder().gradient_checkpointing  # which transformers cannot combine with a cache
         hidden_MD = self._whole(prompt) if recompute else self._shared_once(prompt)
         return self.answer_rows(hidden_MD, answers).unflatten(0, prompt.own_BCSD.shape[:2])
 

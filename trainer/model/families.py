@@ -16,12 +16,13 @@ FAMILIES: tuple[type[Backbone], ...] = (T5Backbone, T5GemmaBackbone, LlamaBackbo
 
 _NANO = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
 _NANO_DECODER = {**_NANO, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1, "tie_word_embeddings": True}
-# Shapes made from nothing; the vocabulary is the prepared folder's. flan_t5_base has the shape of google/flan-t5-base (with tied tables).
+# Shapes made from nothing; the vocabulary is the prepared folder's, or a larger one that stands here.
+# flan_t5_base has the shape of google/flan-t5-base (with tied tables).
 SCRATCH_SIZES: dict[str, dict[str, Any]] = {
     "nano": dict(model_type="t5", d_model=64, d_ff=128, d_kv=16, num_heads=4, num_layers=1, num_decoder_layers=1),
     "mini": dict(model_type="t5", d_model=128, d_ff=256, d_kv=32, num_heads=4, num_layers=2, num_decoder_layers=1),
     "small": dict(model_type="t5", d_model=256, d_ff=512, d_kv=32, num_heads=8, num_layers=3, num_decoder_layers=2),
-    "flan_t5_base": dict(model_type="t5", d_model=768, d_ff=2048, d_kv=64, num_heads=12, num_layers=12, num_decoder_layers=12),
+    "flan_t5_base": dict(model_type="t5", d_model=768, d_ff=2048, d_kv=64, num_heads=12, num_layers=12, num_decoder_layers=12, vocab_size=32128),
     "llama_nano": dict(model_type="llama", **_NANO_DECODER),
     "qwen2_nano": dict(model_type="qwen2", **{key: value for key, value in _NANO_DECODER.items() if key != "head_dim"}),
     "qwen3_nano": dict(model_type="qwen3", **_NANO_DECODER),
@@ -95,7 +96,8 @@ def _from_scratch(size: str, vocab_size: int, dropout: float) -> Any:
 
     if size not in SCRATCH_SIZES:
         raise ConfigError(f"model.backbone: no size {size!r}. From scratch: {', '.join(f'scratch:{s}' for s in SCRATCH_SIZES)}")
-    settings = {"vocab_size": vocab_size, **SCRATCH_SIZES[size]}
+    settings = dict(SCRATCH_SIZES[size])
+    settings["vocab_size"] = vocab_size = max(vocab_size, settings.get("vocab_size", 0))
     if settings["model_type"] == "t5":
         settings |= dict(dropout_rate=dropout, feed_forward_proj="gated-gelu", tie_word_embeddings=True, decoder_start_token_id=0)
     elif settings["model_type"] == "t5gemma":

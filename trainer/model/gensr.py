@@ -16,6 +16,8 @@ from trainer.model.history import HistoryEncoder, SoftFilter
 from trainer.model.losses import Gather, answer_loss, contrastive_loss, listwise_loss
 from trainer.model.prompt import Template
 
+LENGTH_GROUPS, EVENTS_A_GROUP = 4, 4  # with flan-t5's tokenizer on Scientific, compact prompt: padding 2 % of the tokens instead of 11 %
+
 
 @dataclass(frozen=True)
 class GenSRSettings:
@@ -219,12 +221,23 @@ class GenSR(nn.Module):
                 if not self.every_task_every_step:
                     continue
                 rows = torch.zeros(1, dtype=torch.long, device=task_B.device)  # answered and thrown away
-            prompt = self.fill_prompt(task, slots_BCXD[rows], query_BQD[rows], query_mask_BQ[rows])
-            logits_BCA = self.backbone.answer_logits(prompt, answers)
-            task_scores = logits_BCA[..., 0] - logits_BCA[..., 1]
-            keep = (task_B[rows] == task)[:, None]
-            scores_BC = scores_BC.index_add(0, rows, task_scores * keep)
+            for part, longest in self._by_length(rows, query_mask_BQ):
+                prompt = self.fill_prompt(task, slots_BCXD[part], query_BQD[part, :longest], query_mask_BQ[part, :longest])
+                logits_BCA = self.backbone.answer_logits(prompt, answers)
+                keep = (task_B[part] == task)[:, None]
+                scores_BC = scores_BC.index_add(0, part, (logits_BCA[..., 0] - logits_BCA[..., 1]) * keep)
         return scores_BC
+
+    def _by_length(self, rows: Tensor, query_mask_BQ: Tensor) -> list[tuple[Tensor, int]]:
+        """Rows in groups of like query length, each with its longest: less padding to compute. One group where ranks must call equally often."""
+        num_groups = min(LENGTH_GROUPS, len(rows) // EVENTS_A_GROUP)
+        if self.every_task_every_step or num_groups < 2:
+            return [(rows, query_mask_BQ.shape[1])]
+        lengths, order = query_mask_BQ[rows].sum(1).sort(stable=True)
+        longest = torch.stack([part[-1] for part in lengths.chunk(num_groups)]).tolist()
+        if longest[0] == longest[-1]:
+            return [(rows, longest[0])]
+        return list(zip(rows[order].chunk(num_groups), longest, strict=True))
 
     def fill_prompt(self, task: int, slots_BCXD: Tensor, query_BQD: Tensor, query_mask_BQ: Tensor) -> Prompt:
         """Eq. 7 for events of one task: text segments around slot vectors, and what the candidates share: (decoders) the task text, (search) the query.

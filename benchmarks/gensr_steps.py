@@ -1,0 +1,103 @@
+"""Training steps or scoring as gensr does them, measured. argv: a JSON object (see reference.py), also `trace`: a file for torch's profiler."""
+
+import contextlib
+import itertools
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.measuring import Meter, open_folder
+from data_shards.schema import SRC
+from trainer.batch import Batch
+from trainer.costs import flops_per_event, measured_flops
+from trainer.data import EvalStream, TrainStream, prefetched
+from trainer.loading import build_model
+from trainer.model.gensr import GenSR
+from trainer.optimizer import make_optimizer
+from trainer.plan import size_of
+
+
+def main(request: dict[str, Any]) -> None:
+    config, manifest, tables, _, device = open_folder(request)
+    model = build_model(config, manifest, tables, request["folder"]).to(device)
+    training, num_candidates = request["mode"] == "train", 1 + config.data.num_negatives
+    model.train(training)
+    optimizer = make_optimizer(model, config.optim)
+    source = stream(request, manifest, config)
+    tokens: list[float] = []
+    laps = device == "cpu"
+    meter = Meter(device, warmup=request["warmup"], laps=laps)
+    with profiler(request.get("trace", "")):
+        for _ in range(request["warmup"] + request["steps"]):
+            with meter.step(request["pairs"]), torch.autocast(device, dtype=torch.bfloat16, enabled=config.run.precision == "bf16"):
+                batch = next(source).to(device)
+                meter.lap("data")
+                if training:
+                    one_step(model, batch, optimizer, meter, config.optim.grad_clip)
+                else:
+                    with torch.inference_mode():
+                        model.score(batch)
+                    meter.lap("forward")
+            tokens.append(prompt_tokens(model, batch))
+    if training and not laps:  # a few steps more, for the parts alone
+        extra = Meter(device, warmup=1)
+        for batch in itertools.islice(source, 4):
+            with extra.step(request["pairs"]), torch.autocast(device, dtype=torch.bfloat16, enabled=config.run.precision == "bf16"):
+                extra.lap("data")
+                one_step(model, batch.to(device), optimizer, extra, config.optim.grad_clip)
+        meter.parts = extra.parts
+    mean_tokens = sum(tokens) / len(tokens)
+    answer = {**meter.report(), "prompt_tokens": round(mean_tokens, 1), "mfu": None}
+    if device == "cuda" and training:
+        flops = flops_per_event(config, size_of(model), mean_tokens * num_candidates) / num_candidates * meter.examples / meter.wall_s
+        answer["mfu"] = round(flops / measured_flops(device=device, dtype=torch.bfloat16 if config.run.precision == "bf16" else torch.float32), 3)
+    print(json.dumps(answer))
+
+
+def one_step(model: GenSR, batch: Batch, optimizer: torch.optim.Optimizer, meter: Meter, grad_clip: float) -> None:
+    """As trainer/train.py has it, on one process."""
+    loss, _ = model(batch)
+    meter.lap("forward")
+    loss.backward()
+    meter.lap("backward")
+    torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+    optimizer.step()
+    optimizer.zero_grad()
+    meter.lap("optimiser")
+
+
+def stream(request: dict[str, Any], manifest: Any, config: Any) -> Iterator[Batch]:
+    """Batches of `pairs` pairs: events × (1 + negatives) in training, candidates of one event in evaluation."""
+    if request["mode"] == "train":
+        events = request["pairs"] // (1 + config.data.num_negatives)
+        return iter(prefetched(TrainStream(request["folder"], manifest, config.data, config.run.seed, events, events)))
+    num = min(request["pairs"], 1 + manifest.num_negatives)
+    one = EvalStream(request["folder"], manifest, "test", config.data, max(request["pairs"] // num, 1))
+    return (batch.with_candidates(batch.candidates[:, :num], batch.labels[:, :num]) for batch in prefetched(one))
+
+
+def prompt_tokens(model: GenSR, batch: Batch) -> float:
+    """Mean length of the prompts of a batch, padding included."""
+    lengths = {task: len(model.get_buffer(f"template_{task}")) + len(model.get_buffer(f"shared_{task}")) for task in model.slots}
+    queries = model.tables.query_tokens.shape[1]
+    return sum(lengths[task] + (queries if task == SRC else 0) for task in batch.task.tolist()) / batch.num_events
+
+
+@contextlib.contextmanager
+def profiler(trace: str) -> Iterator[None]:
+    if not trace:
+        yield
+        return
+    activities = [torch.profiler.ProfilerActivity.CPU] + ([torch.profiler.ProfilerActivity.CUDA] if torch.cuda.is_available() else [])
+    with torch.profiler.profile(activities=activities) as profile:
+        yield
+    Path(trace).parent.mkdir(parents=True, exist_ok=True)
+    profile.export_chrome_trace(trace)
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))

@@ -1,0 +1,77 @@
+"""What gensr_steps.py and reference.py share: the folder they read and the clock."""
+
+import contextlib
+import resource
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_shards.schema import Manifest, read_manifest
+from trainer.batch import ItemTables
+from trainer.catalog import load_tables
+from trainer.cf_table import load_cf
+from trainer.config import Config, load_config
+from trainer.loading import answer_tokens, load_tokenizer
+
+
+def open_folder(request: dict[str, Any]) -> tuple[Config, Manifest, ItemTables, tuple[int, int], str]:
+    """Configuration, manifest, item tables on the device, ids of Yes and No, device."""
+    torch.manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    config = load_config(request["preset"], request["overrides"])
+    folder = Path(request["folder"])
+    manifest = read_manifest(folder)
+    tables = load_tables(folder, manifest, load_cf(folder, manifest), with_folds=False).to(device)
+    return config, manifest, tables, answer_tokens(load_tokenizer(folder / "tokenizer")), device
+
+
+class Meter:
+    """Seconds of steps and of their parts. On a GPU a lap waits for the device, so parts are measured in steps of their own only if `laps`."""
+
+    def __init__(self, device: str, warmup: int, laps: bool = True) -> None:
+        self.cuda, self.warmup, self.laps = device.startswith("cuda"), warmup, laps
+        self.examples, self.wall_s, self.cpu_s, self.num_steps = 0, 0.0, 0.0, 0
+        self.parts: dict[str, float] = {}
+        self._last = 0.0
+
+    @contextlib.contextmanager
+    def step(self, examples: int) -> Iterator[None]:
+        self._wait()
+        wall, cpu = time.perf_counter(), time.process_time()
+        self._last = wall
+        yield
+        self._wait()
+        self.num_steps += 1
+        if self.num_steps <= self.warmup:
+            self.parts.clear()
+            return
+        self.examples += examples
+        self.wall_s += time.perf_counter() - wall
+        self.cpu_s += time.process_time() - cpu
+
+    def lap(self, part: str) -> None:
+        """What has happened since the last lap was `part`."""
+        if not self.laps:
+            return
+        self._wait()
+        now = time.perf_counter()
+        self.parts[part] = self.parts.get(part, 0.0) + now - self._last
+        self._last = now
+
+    def _wait(self) -> None:
+        if self.cuda:
+            torch.cuda.synchronize()
+
+    def report(self) -> dict[str, Any]:
+        peak = torch.cuda.max_memory_allocated() if self.cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return {
+            "examples": self.examples,
+            "wall_s": self.wall_s,
+            "cpu_s": self.cpu_s,
+            "peak_memory_bytes": peak,
+            "parts_s": self.parts,
+            "device": torch.cuda.get_device_name() if self.cuda else "cpu",
+        }

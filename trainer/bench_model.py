@@ -1,0 +1,130 @@
+"""`gensr bench train|evaluate`: training steps and scoring against a reference written straight from the paper (benchmarks/reference.py).
+
+Each measurement is a process of its own, ours and the reference's in turns. Ratios of CPU time stand beside those of the clock: they hold on a busy
+machine, too.
+"""
+
+import json
+import shutil
+import statistics
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from trainer.bench import BENCHMARKS, Measured, Progress, commit, hardware, measure
+from trainer.config import load_config
+from trainer.errors import ConfigError
+
+# flan-t5-base's shape with random weights; ours as the presets for it have it
+DEFAULTS = ("model.backbone=scratch:flan_t5_base", "model.variant=paper", "model.prompt=paper", "run.precision=bf16")
+# the reference is the paper's own: its variant, its wording, float32
+REFERENCE = ("model.variant=paper", "model.prompt=paper", "run.precision=fp32", "model.lora.rank=0", "model.compile=false")
+WARMUP_STEPS = 1
+BACKBONES = ("scratch:flan_t5_base", "scratch:small", "scratch:mini", "scratch:nano")
+PARTS = ("data", "forward", "backward", "optimiser", "communication")
+Mode = Literal["train", "evaluate"]
+
+
+def bench_model(
+    mode: Mode, overrides: Sequence[str] = (), pairs: int = 20, steps: int = 2, turns: int = 2, threads: int = 2, trace: Path | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """→ the object that `gensr bench train --json` (evaluate) prints.
+
+    overrides: settings as of `gensr train`; data.dir names a prepared folder with natural text and a CF table (default: a small synthetic one).
+    pairs: (history, candidate) pairs of a step, on either side. trace: file for a torch profiler trace of one more turn of ours.
+    Raises ConfigError without benchmarks/ (it is part of the repository, not of the package), BenchError when a measured program fails.
+    """
+    if not BENCHMARKS.is_dir():
+        raise ConfigError(f"{BENCHMARKS} is missing: gensr bench needs a checkout of the repository.")
+    config = load_config(None, [*DEFAULTS, *overrides])
+    if mode == "train" and pairs % (1 + config.data.num_negatives):
+        raise ConfigError(f"--pairs must be a multiple of 1 + data.num_negatives = {1 + config.data.num_negatives}, got {pairs}")
+    if config.model.backbone not in BACKBONES:
+        raise ConfigError(f"model.backbone={config.model.backbone}: the reference is a T5 with random weights. Choose among {', '.join(BACKBONES)}")
+    progress = progress or (lambda stage, done, total: None)
+    work = Path(tempfile.mkdtemp(prefix="gensr-bench-"))
+    try:
+        folder = Path(config.data.dir).resolve() if config.data.dir else synthetic_folder(work, threads, progress)
+        request = {"folder": str(folder), "mode": mode, "pairs": pairs, "steps": steps, "warmup": WARMUP_STEPS, "preset": None}
+
+        def run(script: str, *extra: str, **more: Any) -> Measured:
+            settings = [setting for setting in (*DEFAULTS, *overrides, *extra) if not setting.startswith("data.dir=")]
+            command = [sys.executable, "-m", f"benchmarks.{script}", json.dumps({**request, **more, "overrides": settings})]
+            return measure(command, threads, cwd=BENCHMARKS.parent)
+
+        measured: list[tuple[Measured, Measured]] = []
+        for turn in range(turns):
+            progress("reference", 2 * turn, 2 * turns)
+            reference = run("reference", *REFERENCE)
+            progress("gensr", 2 * turn + 1, 2 * turns)
+            measured.append((run("gensr_steps"), reference))
+        if trace is not None:
+            run("gensr_steps", trace=str(trace.resolve()))
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return _document(
+        mode, measured, {"overrides": list(overrides), "defaults": list(DEFAULTS), "pairs": pairs, "steps": steps, "turns": turns, "threads": threads}
+    )
+
+
+def synthetic_folder(work: Path, threads: int, progress: Progress) -> Path:
+    """A prepared folder of random texts with a CF table, made in some seconds by the verbs themselves."""
+    raw, out = work / "raw", work / "prepared"
+    gensr = [sys.executable, "-m", "trainer"]
+    progress("data", 0, 0)
+    root = BENCHMARKS.parent
+    measure([sys.executable, "-m", "benchmarks.text_world", str(raw)], threads, cwd=root)
+    measure([*gensr, "prepare", "tables", str(raw), str(out), "vocab_size=1500", "--json"], threads, cwd=root)
+    measure([*gensr, "cf", str(out), "cf.holdout=none", "cf.max_epochs=1", "--json"], threads, cwd=root)
+    return out
+
+
+def _document(mode: Mode, measured: list[tuple[Measured, Measured]], configuration: dict[str, Any]) -> dict[str, Any]:
+    def rate(side: Measured, clock: str) -> float:
+        return float(side.answer["examples"] / side.answer[clock])
+
+    ours, reference = measured[-1][0].answer, measured[-1][1].answer
+    unit = "examples" if mode == "train" else "candidates"
+    document: dict[str, Any] = {
+        f"{unit}_per_s": round(statistics.median(rate(a, "wall_s") for a, _ in measured), 2),
+        "ratio_to_reference": round(statistics.median(rate(a, "wall_s") / rate(b, "wall_s") for a, b in measured), 2),
+        "cpu_ratio_to_reference": round(statistics.median(rate(a, "cpu_s") / rate(b, "cpu_s") for a, b in measured), 2),
+        "mfu": ours["mfu"],
+        "peak_memory_bytes": max(a.answer["peak_memory_bytes"] for a, _ in measured),
+        f"reference_{unit}_per_s": round(statistics.median(rate(b, "wall_s") for _, b in measured), 2),
+        "reference_peak_memory_bytes": max(b.answer["peak_memory_bytes"] for _, b in measured),
+        "prompt_tokens": ours["prompt_tokens"],
+        "reference_prompt_tokens": reference["prompt_tokens"],
+        "configuration": configuration,
+        "hardware": {**hardware(), "device": ours["device"]},
+        "commit": commit(),
+    }
+    if mode == "train":
+        # one process has nobody to talk to
+        document["step_s"] = {part: round(ours["parts_s"].get(part, 0.0) / configuration["steps"], 4) for part in PARTS}
+    else:
+        del document["mfu"]
+    return document
+
+
+def bench_model_lines(document: dict[str, Any]) -> list[str]:
+    """The object as lines for people."""
+    unit = "examples" if "examples_per_s" in document else "candidates"
+    ours, reference = document[f"{unit}_per_s"], document[f"reference_{unit}_per_s"]
+    lines = [
+        f"  gensr      {ours:>10,.1f} {unit}/s, {document['prompt_tokens']:.0f} tokens a prompt, {document['peak_memory_bytes'] / 1e9:.2f} GB",
+        f"  reference  {reference:>10,.1f} {unit}/s, {document['reference_prompt_tokens']:.0f} tokens, {document['reference_peak_memory_bytes'] / 1e9:.2f} GB",
+        f"  ratio      {document['ratio_to_reference']:>10.2f} by the clock, {document['cpu_ratio_to_reference']:.2f} by CPU time",
+    ]
+    if "step_s" in document:
+        whole = sum(document["step_s"].values())
+        lines.append(
+            "  step       " + ", ".join(f"{part} {seconds / whole:.0%}" for part, seconds in document["step_s"].items()) + f" of {whole:.2f} s"
+        )
+    if document.get("mfu") is not None:
+        lines.append(f"  MFU        {document['mfu']:.1%} of the device's measured matrix products")
+    machine = document["hardware"]
+    return [*lines, f"  {machine['device']}, {machine['cores']} cores, {machine['memory_gb']} GB, {machine['cpu']}; commit {document['commit']}"]
