@@ -63,7 +63,7 @@ def build_model(config: Config, manifest: Manifest, tables: ItemTables, folder: 
         lora=lora if lora.rank else None,
         activation_checkpointing=config.model.activation_checkpointing,
     )
-    vocab = backbone.embedding_weight().shape[0]
+    vocab = backbone.vocab_size
     if len(tokenizer) > vocab:
         raise DataError(
             f"{folder}: its tokenizer has {len(tokenizer)} tokens, backbone {config.model.backbone} embeds {vocab}. "
@@ -125,7 +125,7 @@ def save_model(path: str | Path, model: GenSR, full_state: dict[str, Tensor], co
         "settings": dataclasses.asdict(model.settings),
         "backbone": config.model.backbone,
         "lora": dataclasses.asdict(config.model.lora) if config.model.lora.rank else None,
-        "vocab_size": model.backbone.embedding_weight().shape[0],
+        "vocab_size": model.backbone.vocab_size,
         "manifest_hash": manifest.hash,
         "split_fingerprint": manifest.fingerprint,
         "cf_sha256": file_sha256(cf_path(folder)),

@@ -49,7 +49,12 @@ class Backbone(nn.Module):
     @property
     def width(self) -> int:
         """D, the width of token vectors."""
-        return int(self.base.get_input_embeddings().weight.shape[1])
+        return int(self.base.get_input_embeddings().embedding_dim)  # not a weight's shape, which ZeRO-3 changes
+
+    @property
+    def vocab_size(self) -> int:
+        """V, rows of the input table."""
+        return int(self.base.get_input_embeddings().num_embeddings)
 
     @property
     def stacks(self) -> tuple[nn.Module, nn.Module | None]:
