@@ -106,7 +106,7 @@ def test_bytes_between_gpus_by_zero_stage() -> None:
     assert sent == {None: 4.0, 1: 6.0, 2: 10.0, 3: 16.0}  # of 10⁹ float32 parameters, two micro-batches, half of everything on each of two ranks
     assert bytes_sent(config, BILLION, None, 1) == 0
     adapters = replace(BILLION, trainable=10**6)
-    assert bytes_sent(config, adapters, 2, 8) / GB < 0.01 and bytes_sent(config, adapters, 3, 8) / GB > 10
+    assert bytes_sent(config, adapters, 2, 8) / GB < 0.02 and bytes_sent(config, adapters, 3, 8) / GB > 10
 
 
 def test_efficiency_falls_with_communication_and_rises_with_the_micro_batch() -> None:
