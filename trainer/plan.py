@@ -16,8 +16,6 @@ from typing import Any
 from data_shards.schema import Manifest, read_manifest
 from data_shards.settings import read_yaml
 from trainer.config import Config, preset_path
-<<<<<<< HEAD
-=======
 from trainer.costs import (
     ASSUMED_FLOPS,
     CPU_EFFICIENCY,
@@ -31,8 +29,6 @@ from trainer.costs import (
     measured_flops,
     memory,
 )
-from trainer.distributed import Launch, filled_deepspeed_config, read_deepspeed_json, read_launch
->>>>>>> 0691051 (gensr bench train and evaluate against a reference written straight from the paper; queries in groups of like length; what a step costs between GPUs)
 from trainer.errors import ConfigError
 from trainer.launch import Launch, filled_deepspeed_config, read_deepspeed_json, read_launch
 from trainer.node_cache import local_folder
