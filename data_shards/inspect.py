@@ -53,9 +53,8 @@ def describe(facts: dict[str, Any]) -> list[str]:
         row = f"  {split:<8}{counts[split]['rec']:>16,}{counts[split]['src']:>12,}{shard['shards']:>9,}{shard['blocks']:>9,}{shard['num_bytes']:>15,}"
         lines.append(f"{row}{shard['bytes_per_event'] or 0:>13}")
     lines += ["", f"  text: {text['mode']}, tokenizer {text['tokenizer']} ({text['vocab_size']:,} entries), {text['num_words']:,} anonymised words"]
-    lines += ["", *_count_table(facts)]
-    if facts["dropped"]:
-        lines += ["", "  dropped", *(f"    {count:>12,}  {reason}" for reason, count in facts["dropped"].items())]
+    lines += ["", *count_table(facts)]
+    lines += ["", *dropped_table(facts)] if facts["dropped"] else []
     lines += ["", "  leak checks"]
     lines += [
         f"    {'OK  ' if not check['violations'] else 'FAIL'}  {name}: {check['checked']:,} checked, {check['violations']:,} violations"
@@ -73,8 +72,8 @@ def describe(facts: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _count_table(facts: dict[str, Any]) -> list[str]:
-    """Raw and filtered counts beside those the data's authors publish."""
+def count_table(facts: dict[str, Any]) -> list[str]:
+    """Raw and filtered counts beside those the data's authors publish, as lines. facts: with the counts and published of a manifest."""
     names = ("users", "items", "queries", "rec", "src")
     counts = facts["counts"]
     kept = {**{name: counts[name] for name in names[:3]}, **{task: sum(counts[split][task] for split in SPLITS) for task in TASKS}}
@@ -88,6 +87,11 @@ def _count_table(facts: dict[str, Any]) -> list[str]:
     for name, row in rows.items():
         lines.append(f"  {name:<{width}}" + "".join(f"{row[key]:>14,}" if key in row else f"{'':>14}" for key in names))
     return lines
+
+
+def dropped_table(facts: dict[str, Any]) -> list[str]:
+    """Rows that were dropped, by reason, as lines. facts: with the dropped of a manifest."""
+    return ["  dropped", *(f"    {count:>12,}  {reason}" for reason, count in facts["dropped"].items())]
 
 
 def _check_sizes(folder: Path, manifest: Manifest) -> None:

@@ -135,13 +135,15 @@ def prepare(
     as_json: AsJson = False,
 ) -> None:
     """Turn raw logs into a prepared folder: splits, histories, negatives, text, shards, leak checks."""
+    from data_shards.inspect import count_table, dropped_table
     from data_shards.prepare import prepare as run
 
-    manifest = run(source, raw, out, overrides or [], progress=stage_lines())
-    counts = manifest.raw["counts"]
+    facts = run(source, raw, out, overrides or [], progress=stage_lines()).raw
+    counts = facts["counts"]
     lines = [f"  {split:<6} {counts[split]['rec']:>12,} recommendation {counts[split]['src']:>12,} search" for split in SPLITS]
-    sizes = f"  {counts['users']:,} users, {counts['items']:,} items, {counts['queries']:,} queries"
-    answer({"out": str(out), "counts": counts}, as_json, sizes, *lines, f"wrote {out}; look at it: gensr inspect {out}")
+    lines += ["", *count_table(facts), "", *(dropped_table(facts) if facts["dropped"] else [])]
+    document = {"out": str(out), "counts": counts, "published": facts["published"], "dropped": facts["dropped"]}
+    answer(document, as_json, *lines, f"wrote {out}; look at it: gensr inspect {out}")
 
 
 @verb("gensr inspect data/prepared")

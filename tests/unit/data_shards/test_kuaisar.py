@@ -1,7 +1,7 @@
 """The KuaiSAR reader against every oddity of its files."""
 
 import csv
-import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import pytest
 
 from data_shards.errors import DataError
 from data_shards.prepare import prepare
+from data_shards.schema import read_manifest
 from tests.unit.data_shards.test_reference import read_back
 
 DAY = 86_400_000
@@ -241,11 +242,22 @@ def test_anonymised_words_have_three_ways(tmp_path: Path, mode: str, num_words: 
         assert np.load(catalog / "query_words-000000.npy")[:, :2].tolist() == [[2, 0], [2, 0]]
 
 
-def test_simulated_logs_are_read(tmp_path: Path) -> None:
+def test_simulated_logs_are_read_and_counts_stand_beside_the_published_ones(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
     from data_shards.simulate import simulate
+    from trainer.cli import app
 
     simulate(tmp_path / "raw", users=60, items=300, days=6, seed=0)
-    manifest = prepare("kuaisar", tmp_path / "raw", tmp_path / "out", ["min_interactions=2", "num_negatives=20", "vocab_size=300"])
-    assert all(check["violations"] == 0 and check["checked"] > 0 for check in manifest.raw["leak_checks"].values()), json.dumps(
-        manifest.raw["leak_checks"]
-    )
+    command = ["prepare", "kuaisar", str(tmp_path / "raw"), str(tmp_path / "out"), "min_interactions=2", "num_negatives=20", "vocab_size=300"]
+    for shown in (CliRunner().invoke(app, command, catch_exceptions=False), CliRunner().invoke(app, ["inspect", str(tmp_path / "out")])):
+        for line in (
+            r"published: KuaiSAR +25,877 +6,890,707 +453,667 +14,605,716 +5,059,169",
+            r"published: KuaiSAR-small +25,877 +4,195,529 +267,608 +7,493,101 +3,171,231",
+            r"published: KuaiSAR-small after UniSAR's filter +22,700 +673,415",
+            r"here, raw rows +60 ",
+            r"[0-9]+  src_inter\.csv: result of type USER",
+        ):
+            assert re.search(line, shown.stdout), line
+    checks = read_manifest(tmp_path / "out").raw["leak_checks"]
+    assert all(check["violations"] == 0 and check["checked"] > 0 for check in checks.values()), checks
