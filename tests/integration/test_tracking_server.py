@@ -1,14 +1,7 @@
 """A real tracking server: killed in the middle of a run and started again; and runs that were made without one, imported."""
 
-import contextlib
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +9,7 @@ from typing import Any
 import pytest
 from mlflow.tracking import MlflowClient
 
+from tests.mlflow_server import Server
 from tests.tiny_folder import make_tiny_folder
 from trainer import delivery
 from trainer.config import load_config
@@ -27,7 +21,6 @@ from trainer.tracking import Tracker
 from trainer.train import train
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
-START_S = 240  # about 10 s on free cores
 SETTINGS = [
     "model.backbone=scratch:nano",
     "data.item_tokens=8",
@@ -41,33 +34,6 @@ SETTINGS = [
     "run.valid_events=8",
     "tracking.machine_every_s=0",
 ]
-
-
-class Server:
-    """`mlflow server` that can be killed and started again with the same database and port."""
-
-    def __init__(self, folder: Path) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port = free.getsockname()[1]
-        self.uri, self.folder = f"http://127.0.0.1:{self.port}", folder
-        self.client = MlflowClient(self.uri)
-
-    def start(self) -> None:
-        store = ["--backend-store-uri", f"sqlite:///{self.folder}/server.db", "--artifacts-destination", str(self.folder / "artifacts")]
-        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port), "--workers", "1", *store]
-        with (self.folder / "server.log").open("a") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True, cwd=self.folder)
-        deadline_s = time.monotonic() + START_S
-        while True:
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.uri}/health", timeout=5) as answer:
-                if answer.status == 200:
-                    return
-            assert self.process.poll() is None and time.monotonic() < deadline_s, (self.folder / "server.log").read_text()[-3000:]
-            time.sleep(0.1)
-
-    def kill(self) -> None:
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
 
 
 @pytest.fixture(scope="module")
