@@ -80,6 +80,13 @@ class Mix:
         searches = position * self.share.numerator // self.share.denominator
         return searches if stream else position - searches
 
+    def first_after(self, stream: int, events: np.ndarray) -> np.ndarray:
+        """The least position p with before(stream, p) == events (at least 1 each)."""
+        searches, all_positions = self.share.numerator, self.share.denominator
+        if stream:
+            return -(-events * all_positions // searches)
+        return (events - 1) * all_positions // (all_positions - searches) + 1
+
     def stream_of(self, positions: np.ndarray) -> np.ndarray:
         """0 or 1 for each position, int64."""
         searches = positions * self.share.numerator // self.share.denominator
@@ -121,10 +128,9 @@ class Order:
             ends = self._ends(epoch)
 
     def _ends(self, epoch: int) -> np.ndarray:
-        """End of each unit, counted from the epoch's start: whole blocks where one sequence is read, even parts where two are mixed."""
+        """End of each unit, counted from the epoch's start: whole blocks where one sequence is read, even parts of cycles where two are mixed."""
         if len(self.streams) > 1:
-            parts = max(self.num_events // UNIT_EVENTS, 1)
-            return np.arange(1, parts + 1) * self.num_events // parts
+            return self._even_ends(epoch * self.num_events)
         ends, last = [0], 0
         for end in self.streams[0].layout(epoch)[2].tolist():
             if end - last >= UNIT_EVENTS:
@@ -133,6 +139,23 @@ class Order:
         if last < self.num_events:  # too few for a unit: they join the last one
             ends[-1 if len(ends) > 1 else len(ends) :] = [self.num_events]
         return np.array(ends[1:])
+
+    def _even_ends(self, start: int) -> np.ndarray:
+        """Units that also end where a stream's cycle ends: events of two cycles in one unit cannot be spread well. Too short a part stays with the next."""
+        borders: list[int] = []
+        for number, stream in enumerate(self.streams):
+            cycles = [self.mix.before(number, position) // stream.num_events for position in (start, start + self.num_events)]
+            ends = self.mix.first_after(number, np.arange(cycles[0] + 1, cycles[1] + 1) * stream.num_events) - start
+            borders += ends[(ends > 0) & (ends < self.num_events)].tolist()
+        found: list[int] = []
+        last = 0
+        for border in [*sorted(borders), self.num_events]:
+            size = border - last
+            if border == self.num_events or min(size, self.num_events - border) >= UNIT_EVENTS // 4:
+                parts = max(size // UNIT_EVENTS, 1)
+                found += [last + size * part // parts for part in range(1, parts + 1)]
+                last = border
+        return np.array(found)
 
     def pieces(self, unit: Unit) -> list[tuple[int, Piece]]:
         """(stream, piece) of everything in a unit."""
