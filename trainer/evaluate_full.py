@@ -79,8 +79,9 @@ def evaluate_full(
     popularity = pq.read_table(Path(folder) / "catalog" / "items.parquet", columns=["train_rec_clicks"])["train_rec_clicks"].to_numpy()
     baselines = {}
     for name, (task, build) in BASELINES.items() if with_baselines else ():
-        if (stream.rows.task == task).any() and (name != "lightgcn" or cf_path(folder).is_file()):
-            notify(f"{name}: every item for {(stream.rows.task == task).sum():,} events")
+        num_events = int((stream.column("task") == task).sum())
+        if num_events and (name != "lightgcn" or cf_path(folder).is_file()):
+            notify(f"{name}: every item for {num_events:,} events")
             baselines[name] = reports(rank_everything(build(folder, manifest), stream, clicks, manifest.num_items, task), popularity)
     document = report(ours.ranks, manifest, split, config, baselines)
     del document["protocol"]["num_negatives"]
@@ -92,7 +93,9 @@ def evaluate_full(
         "ranked_by_model": NUM_CANDIDATES,
         "left_out": "all items clicked strictly before the event by its user, in either task; never the clicked item itself",
         "missed_by_retrieval": "counts 0",
-        "clicked_before": int(sum(item in clicks.before(event) for event, item in zip(stream.rows.event_id, stream.rows.item, strict=True))),
+        "clicked_before": int(
+            sum(item in clicks.before(event) for event, item in zip(stream.column("event_id"), stream.column("item"), strict=True))
+        ),
         "indexes": describe(retrieval),
         "events_per_s": round(stream.num_events / max(seconds, 1e-9), 2),
     }

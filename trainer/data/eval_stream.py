@@ -33,21 +33,26 @@ class EvalStream:
     ) -> None:
         """max_events > 0: a fixed sample, the events with the smallest hash."""
         assert split in ("valid", "test"), split
-        self.folder, self.shards, self.history_max = folder, manifest.shards(split), config.history_max
+        self.folder, self.manifest, self.split, self.history_max = folder, manifest, split, config.history_max
+        self.shards = manifest.shards(split)
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
         self.num_events = manifest.num_events(split)
         if not self.num_events:
             raise DataError(f"{folder}: the {split} split has no events. Look at it with: gensr inspect {folder}")
         self._chosen: np.ndarray | None = None  # positions in the split, ascending; None = all
         if 0 < max_events < self.num_events:
-            event_id = split_columns(folder, manifest, split, ["event_id"])["event_id"]
-            self._chosen = np.sort(np.argsort(mix64(event_id, 31), kind="stable")[:max_events])
+            self._chosen = np.sort(np.argsort(mix64(self.column("event_id"), 31), kind="stable")[:max_events])
             self.num_events = max_events
         self._kept: Rows | None = None  # this rank's part of a sample, after the first pass
         self.num_batches = -(-self.num_events // (batch_size * world_size))  # on each rank
 
     def __len__(self) -> int:
         return self.num_batches
+
+    def column(self, name: str) -> np.ndarray:
+        """A column of the evaluated events of all ranks, in order."""
+        values = split_columns(self.folder, self.manifest, self.split, [name])[name]
+        return values if self._chosen is None else values[self._chosen]
 
     def has_task(self, task: int) -> bool:
         """Whether the split holds events of a task."""
