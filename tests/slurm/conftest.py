@@ -43,7 +43,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_tiny_folder(folder / "data", num_train=640)
     lines = [
         f'PATH="{Path(sys.executable).parent}:$PATH"',
-        f"export PYTHONPATH={ROOT} GENSR_LOCAL_CACHE=/mnt/cache",
+        f"export PYTHONPATH={ROOT} GENSR_LOCAL_CACHE=/mnt/cache GENSR_SCRATCH=/mnt/data",
         "export GENSR_CPU=1 GENSR_SIGNAL_EVERY_S=0.2 OMP_NUM_THREADS=1",
         "unset PYTEST_CURRENT_TEST TORCH_EXTENSIONS_DIR",
     ]

@@ -161,7 +161,7 @@ def test_every_node_launches_its_own_ranks(ended: dict[str, Ended]) -> None:
     for words in (
         "--num_machines 2 --num_processes 8 --machine_rank 0 --main_process_ip 10.83.0.1 ",
         "--deepspeed_config_file zero3.json",
-        f"-m trainer train demo tracking.uri=http://store data.dir=OUT run.dir={run_dir} --resume auto",
+        f"-m trainer train demo data.cache_dir=/mnt/data tracking.uri=http://store data.dir=OUT run.dir={run_dir} --resume auto",
     ):
         assert words in line
     other = run_dir / "launched-1"  # may have been ended before it wrote

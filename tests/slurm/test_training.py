@@ -46,10 +46,13 @@ Fault = Callable[[cluster.Slurm, Path, str], None]
 
 @pytest.fixture(scope="module")
 def single(work: Path) -> list[float]:
+    return undisturbed(work, work / "single")
+
+
+def undisturbed(work: Path, run_dir: Path, *more: str) -> list[float]:
     """The loss curve of one process."""
-    settings = [f"data.dir={work / 'data'}", f"run.dir={work / 'single'}", *SETTINGS, "optim.micro_batch_size=16", UNTRACKED]
-    train(load_config(None, settings))
-    return losses(work / "single")
+    train(load_config(None, [f"data.dir={work / 'data'}", f"run.dir={run_dir}", *SETTINGS, "optim.micro_batch_size=16", UNTRACKED, *more]))
+    return losses(run_dir)
 
 
 def gensr(slurm: cluster.Slurm, work: Path, *arguments: str) -> dict[str, Any]:
@@ -71,6 +74,8 @@ def test_two_nodes_train_like_one_process(slurm: cluster.Slurm, work: Path, sing
     facts: dict[str, Any] = json.loads((run_dir / "environment.json").read_text())
     assert (facts["devices"], facts["zero_stage"]) == ("2 × CPU", 2)
     assert losses(run_dir) == pytest.approx(single, abs=1e-4)
+    for number in (1, 2):  # each read its shards from its own disk
+        assert list((slurm.folder / f"disk-{number}" / "data" / "blobs").iterdir())
 
 
 # ---- faults ----------------------------------------------------------------------------------------------------
@@ -138,6 +143,21 @@ def test_an_interrupted_job_comes_back_and_ends_on_the_same_curve(slurm: cluster
     assert [run.info.status for run in runs] == ["FINISHED"], "one MLflow run for both attempts"
     history = client.get_metric_history(runs[0].info.run_id, "train/loss")
     assert sorted(point.step for point in history) == list(range(1, len(single) + 1)), "no step twice, none missing"
+
+
+@pytest.mark.faults
+def test_a_job_that_began_on_two_nodes_goes_on_on_one(slurm: cluster.Slurm, work: Path) -> None:
+    """Half as many processes, twice as many passes a step. Without the contrastive term, whose negatives are those of one pass."""
+    run_dir, no_contrast = work / "runs/one_node", "model.contrastive_weight=0"
+    words = ["demo", "data.dir=data", f"run.dir={run_dir}", *SETTINGS, HALF, UNTRACKED, no_contrast]
+    job_id = submit(slurm, work, *words, env={"GENSR_MAX_RESTARTS": "0"})
+    wait_until(lambda: (run_dir / "checkpoints" / "latest").exists(), lambda: output(work, job_id))
+    time_limit(slurm, run_dir, job_id)
+    assert wait(slurm, work, job_id)["ExitCode"] == "75:0", output(work, job_id)
+    job_id = submit(slurm, work, *words, options=("--nodes=1",))
+    assert wait(slurm, work, job_id)["JobState"] == "COMPLETED", output(work, job_id)
+    assert json.loads((run_dir / "environment.json").read_text())["devices"] == "1 × CPU"
+    assert losses(run_dir) == pytest.approx(undisturbed(work, work / "single_without_contrast", no_contrast), abs=1e-4)
 
 
 # ---- sweep -----------------------------------------------------------------------------------------------------
