@@ -128,8 +128,8 @@ def bytes_sent(config: Config, model: ModelSize, zero_stage: int | None, world_s
     """Bytes that each GPU sends in one optimizer step. Ring algorithms: a reduction or a gathering of X bytes sends X·(n−1)/n, an all-reduce twice that.
 
     No ZeRO: gradients are all-reduced. ZeRO-1 and 2: so they are (2: after every micro-batch; DeepSpeed all-reduces there, too), and updated weights are
-    gathered. ZeRO-3: weights are gathered in the forward and in the backward pass of every micro-batch, gradients reduced. Under bf16 DeepSpeed gathers
-    and reduces in bf16, DDP reduces in float32. benchmarks/communication.py counts the bytes of real steps beside these.
+    gathered. ZeRO-3: weights are gathered in the forward and in the backward pass of every micro-batch, gradients reduced. Under bf16 DeepSpeed reduces
+    gradients in bf16, ZeRO-1 and 2 gather weights in float32; DDP reduces in float32. benchmarks/communication.py counts the bytes of real steps beside these.
     """
     stage, ring = zero_stage or 0, (world_size - 1) / world_size
     if stage == 0:
@@ -138,7 +138,7 @@ def bytes_sent(config: Config, model: ModelSize, zero_stage: int | None, world_s
     if stage == 3:
         return ring * grad_accum_steps * each * (2 * model.total + model.trainable)
     reductions = grad_accum_steps if stage == 2 else 1
-    return ring * (2 * each * reductions + each) * model.trainable
+    return ring * (2 * each * reductions + 4.0) * model.trainable
 
 
 def efficiency(config: Config, model: ModelSize, zero_stage: int | None, world_size: int, grad_accum_steps: int = 1) -> tuple[float, float]:

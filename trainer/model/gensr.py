@@ -230,8 +230,8 @@ class GenSR(nn.Module):
 
     def _by_length(self, rows: Tensor, query_mask_BQ: Tensor) -> list[tuple[Tensor, int]]:
         """Rows in groups of like query length, each with its longest: less padding to compute. One group where ranks must call equally often."""
-        num_groups = min(LENGTH_GROUPS, len(rows) // EVENTS_A_GROUP)
-        if self.every_task_every_step or num_groups < 2:
+        num_groups = max(min(LENGTH_GROUPS, len(rows) // EVENTS_A_GROUP), 1)
+        if self.every_task_every_step:
             return [(rows, query_mask_BQ.shape[1])]
         lengths, order = query_mask_BQ[rows].sum(1).sort(stable=True)
         longest = torch.stack([part[-1] for part in lengths.chunk(num_groups)]).tolist()

@@ -6,6 +6,10 @@ Letters: B events, N history, C candidates, W view width (K on the CF side, D on
 import torch
 from torch import Tensor, nn
 
+# In evaluation torch's encoder layer would take a shortcut that reads its weights in another order than training does; ZeRO-3 prefetches in the order it
+# has seen, and ends the run with a tracing error when a validation stands between two training steps. The history encoders are a hundredth of the work.
+torch.backends.mha.set_fastpath_enabled(False)
+
 
 class HistoryEncoder(nn.Module):
     """Eqs. 3 and 4: H = FFN(MSA(Q = K = V = E[H_u])), one transformer encoder layer.
