@@ -60,7 +60,7 @@ SCENARIOS: list[dict[str, Any]] = [
     {"name": "lora", "deepspeed": ZERO3, "overrides": LORA},
     {"name": "lora_interrupted", "deepspeed": ZERO3, "overrides": LORA, "stop_at": 3},
     {"name": "lora_resumed", "run": "lora_interrupted", "deepspeed": ZERO3, "overrides": LORA, "resume": True},
-    *({"name": name, "deepspeed": ZERO3, "overrides": [*LORA, f"model.backbone=scratch:{name}"]} for name in DECODERS),
+    *({"name": name, "deepspeed": ZERO3, "overrides": [*LORA, f"model.backbone=scratch:{name}", "run.validate_every_steps=2"]} for name in DECODERS),
     {"name": "ddp", "overrides": EXACT},
     {"name": "zero0", "deepspeed": "zero0.json", "overrides": EXACT},
     {"name": "zero1", "deepspeed": "zero1.json", "overrides": EXACT},
