@@ -101,17 +101,12 @@ class Ended:
     output: str
 
 
-LOCK = "cache/torch_extensions/some_library/lock"  # on a node's disk
-
-
 @pytest.fixture(scope="module")
 def ended(slurm: cluster.Slurm, work: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
     """All CASES, run side by side with STAND_IN for accelerate."""
     folder = tmp_path_factory.mktemp("cases")
     (folder / "accelerate").write_text(f"#!{sys.executable}\n{STAND_IN}")
     (folder / "accelerate").chmod(0o755)
-    (slurm.folder / "disk-1" / LOCK).parent.mkdir(parents=True)
-    (slurm.folder / "disk-1" / LOCK).touch()
     jobs: dict[str, str] = {}
     run_dirs = {name: folder / name.replace(" ", "_").replace("'", "").replace(",", "") for name in CASES}
     for name, case in CASES.items():
@@ -166,10 +161,6 @@ def test_every_node_launches_its_own_ranks(ended: dict[str, Ended]) -> None:
         assert words in line
     other = run_dir / "launched-1"  # may have been ended before it wrote
     assert not other.exists() or other.read_text() == line.replace("--machine_rank 0", "--machine_rank 1")
-
-
-def test_the_lock_of_a_killed_build_is_removed(slurm: cluster.Slurm, ended: dict[str, Ended]) -> None:
-    assert not (slurm.folder / "disk-1" / LOCK).exists()
 
 
 @pytest.mark.parametrize(
