@@ -70,6 +70,9 @@ SCENARIOS: list[dict[str, Any]] = [
     {"name": "zero3_offload", "deepspeed": "zero3_offload.json", "overrides": EXACT},
     {"name": "bf16", "deepspeed": "zero2.json", "overrides": [*EXACT, "run.precision=bf16"]},
     {"name": "poisoned", "deepspeed": "zero2.json", "overrides": EXACT, "poison": 1},
+    {"name": "left_out", "overrides": [*EXACT, "run.on_nan=skip"], "poison": 1},
+    {"name": "left_out2", "deepspeed": "zero2.json", "overrides": [*EXACT, "run.on_nan=skip"], "poison": 1},
+    {"name": "left_out3", "deepspeed": ZERO3, "overrides": [*EXACT, "run.on_nan=skip"], "poison": 1},
     {"name": "gradients", "overrides": EXACT, "gradients": True},
 ]
 
@@ -159,6 +162,16 @@ def test_a_loss_that_is_not_finite_ends_the_run_on_all_ranks_and_names_the_event
     assert "step 3, rank 1, event ids" in first["message"]
     assert json.loads((folder / "poisoned" / "status.json").read_text())["status"] == "failed"
     assert len(losses(folder / "poisoned")) == 2  # what came before stays
+
+
+@pytest.mark.parametrize("name", ["left_out", "left_out2", "left_out3"])
+def test_a_loss_that_is_not_finite_is_left_out_on_all_ranks(folder: Path, name: str) -> None:
+    assert [r.get("status") for r in results(folder, name)] == ["finished"] * 2, results(folder, name)
+    (skipped,) = [r for r in records(folder / name) if r["kind"] == "skipped"]
+    assert skipped["step"] == 3 and len(skipped["event_ids"]) == 8, "rank 1's"
+    assert losses(folder / name) == pytest.approx(losses(folder / "poisoned"), abs=1e-5), "what came before"
+    state = load_file(folder / name / "model" / "model.safetensors")
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in state.values())
 
 
 def test_gradients_of_two_ranks_are_those_of_the_union_batch(folder: Path) -> None:
