@@ -31,7 +31,7 @@ from trainer.users import Users, open_users
 
 DEFAULT_K, MAX_K = 10, 1000
 NUM_CANDIDATES, MAX_NUM_CANDIDATES = 400, 2000
-CF_SHARE = {"rec": 0.5, "src": 0.25}  # of the candidates, how many come from the CF side, if both sides have enough
+CF_SHARE = {"rec": 0.75, "src": 0.25}  # of the candidates, how many come from the CF side, if both have enough; measured: README.md
 RETRIEVAL = "retrieval"  # folder of the indexes in a run folder and among a version's artifacts
 
 

@@ -173,7 +173,7 @@ class Retrieval:
         if self.cf is not None and len(history_rows):
             asked.append((self.cf, cf_vectors(self.model, history_rows).mean(0), cf_share))
         if self.semantic is not None and query is not None:
-            asked.append((self.semantic, query - self.mean.numpy() if query.any() else query, 1.0 - cf_share))
+            asked.append((self.semantic, query, 1.0 - cf_share))  # as it is: a query lacks what all texts share
         elif self.semantic is not None and len(history_rows):
             asked.append((self.semantic, semantic_vectors(self.model, self.mean, history_rows).mean(0), 1.0 - cf_share))
         return union(asked, num_candidates, exclude)

@@ -125,7 +125,7 @@ def test_registered_version_scores_without_the_training_data(run_dir: Path, vers
             "MLFLOW_DISABLE_TELEMETRY": "true",
         }
         done = subprocess.run(
-            [sys.executable, "-c", other, json.dumps(requests())], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+            [sys.executable, "-c", other, json.dumps(requests())], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=250
         )
         assert done.returncode == 0, done.stderr
         for scores in (got, json.loads(done.stdout.splitlines()[-1])):
@@ -153,6 +153,18 @@ def test_registered_version_answers_both_kinds_of_requests(pyfunc: Any, scorer: 
     assert [item["score"] for item in items] == sorted((item["score"] for item in items), reverse=True) == answers["scores"][1]
     assert not {item["item_id"] for item in items} & {"i3", "i7"}
     assert {answers["model"][1][key] for key in ("name", "version")} == {"gensr-test", "1"}
+
+
+def test_answers_travel_as_json(pyfunc: Any) -> None:
+    """The body that MLflow's scoring server reads and writes."""
+    from mlflow.pyfunc import scoring_server
+
+    body = json.dumps({"dataframe_records": [{"task": "src", "query": "garden lamp", "k": 2, "explain": True, "history": requests()[0]["history"]}]})
+    answer = scoring_server.invocations(body, "application/json", pyfunc, pyfunc.metadata.get_input_schema())
+    assert answer.status == 200
+    items = json.loads(answer.response)["predictions"][0]["items"]
+    assert len(items) == 2
+    assert {weight["item_id"] for weight in items[0]["weights"]} == {"i3", "i7"}
 
 
 @pytest.mark.parametrize(
