@@ -104,8 +104,8 @@ def await_moment(job: Launched | Preloaded, run_dir: Path, chance: random.Random
         made = made if made < 0 else last_step(run_dir) - first
         if made > 0:
             back_s = back_s or time.monotonic() - begun_s
-        if made >= max(1, wanted_steps) and (is_saving(run_dir) or not saving):
-            time.sleep(chance.uniform(0, 0.02 if saving else 0.2))
+        if made >= max(1, wanted_steps) and is_saving(run_dir) == saving:
+            time.sleep(chance.uniform(0, 0.02))
             return "saving" if is_saving(run_dir) else "between", back_s
         time.sleep(0.002 if made >= max(1, wanted_steps) else 0.05)
     raise AssertionError(f"no step within {PATIENCE_S:.0f} s")
