@@ -134,3 +134,12 @@ def test_what_cannot_be_had_is_refused_with_what_can(tmp_path: Path) -> None:
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match=r"four_bit=true needs"):
             make(str(tmp_path), lora=LoraConfig(rank=2, four_bit=True))
+
+
+@pytest.mark.slow
+def test_a_compiled_backbone_gives_the_same_and_keeps_its_names() -> None:
+    plain, compiled = make("scratch:nano"), make("scratch:nano")
+    compiled.compile_stacks()
+    prompt = prompt_of(64)
+    torch.testing.assert_close(compiled.answer_logits(prompt, ANSWERS), plain.answer_logits(prompt, ANSWERS), rtol=0, atol=2e-5)
+    assert [name for name, _ in compiled.named_parameters()] == [name for name, _ in plain.named_parameters()]
