@@ -12,7 +12,7 @@ import torch
 from data_shards.schema import Manifest, read_manifest
 from trainer.batch import ItemTables
 from trainer.catalog import load_tables
-from trainer.cf_table import load_cf
+from trainer.cf.table_file import load_cf
 from trainer.config import Config, load_config
 from trainer.loading import answer_tokens, load_tokenizer
 

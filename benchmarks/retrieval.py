@@ -16,7 +16,7 @@ import faiss
 import numpy as np
 import psutil
 
-from trainer.retrieval import CHUNK_ITEMS, Index, build_index, plan_index, recall, union, unit
+from trainer.serving.retrieval import CHUNK_ITEMS, Index, build_index, plan_index, recall, union, unit
 
 CENTRES, NOISE = 2000, 1.25  # clustered: the noise around a centre is this much longer than the centre
 HISTORY, CANDIDATES, CUTOFFS = 20, 400, (100, 500)

@@ -14,8 +14,8 @@ from trainer.data import EvalStream
 from trainer.evaluate_full import clicked_items, place_of
 from trainer.loading import load_run_model
 from trainer.node_cache import local_folder
-from trainer.recommend import run_retrieval
-from trainer.users import read_clicks
+from trainer.serving.recommend import run_retrieval
+from trainer.serving.users import read_clicks
 
 SHARES, CUTOFFS = (1 - 1e-6, 0.75, 0.5, 0.25, 1e-6), (100, 400)
 

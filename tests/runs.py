@@ -9,8 +9,8 @@ import torch
 from data_shards.schema import read_manifest
 from data_shards.settings import to_yaml
 from trainer.catalog import load_tables
-from trainer.cf import train_cf
-from trainer.cf_table import load_cf
+from trainer.cf.table_file import load_cf
+from trainer.cf.tables import train_cf
 from trainer.config import load_config
 from trainer.loading import build_model, save_model
 

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from data_shards.schema import FORMAT_VERSION, NO_QUERY, REC, SRC, TRAIN_SCHEMA, eval_schema, read_manifest
 from data_shards.write import describe_file
-from trainer.cf_table import CfTable, save_cf
+from trainer.cf.table_file import CfTable, save_cf
 
 WORDS = ["<pad>", "</s>", "<unk>", "Yes", "No", "Recommend", "Search", ":", ",", ";", "?"]
 WORDS += ["user", "item", "click", "match", "query", "red", "blue", "green", "old", "new", "big"]

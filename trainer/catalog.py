@@ -9,7 +9,7 @@ from torch import Tensor
 from data_shards.matrices import matrix_parts
 from data_shards.schema import Manifest
 from trainer.batch import ItemTables
-from trainer.cf_table import CfTable
+from trainer.cf.table_file import CfTable
 from trainer.files import atomic
 from trainer.node_cache import cache_of, check_free_space, locked
 

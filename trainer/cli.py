@@ -159,7 +159,7 @@ def inspect(out: Annotated[Path, typer.Argument(help="prepared folder")], as_jso
 @verb("gensr cf data/prepared cf.holdout=crossfit")
 def cf(out: Annotated[Path, typer.Argument(help="prepared folder")], overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Train the LightGCN table on the training split's recommendation clicks, into the prepared folder."""
-    from trainer.cf import train_cf
+    from trainer.cf.tables import train_cf
 
     path = train_cf(out, overrides or [], progress=lambda line: typer.echo(line, err=True) if RANK == 0 else None)
     answer({"path": str(path)}, as_json, f"CF table: {path}")
@@ -255,9 +255,9 @@ def evaluate(
 
     With --candidates full: retrieve from the whole catalogue, then rank; writes RUN/evaluation-SPLIT-full.json and .parquet.
     """
-    from trainer.model_card import metrics_of
+    from trainer.registry.model_card import metrics_of
     from trainer.summary import full_lines, protocol_line, rows_of, table
-    from trainer.tracking import log_evaluation
+    from trainer.tracking.tracker import log_evaluation
 
     progress = stage_lines()
     if candidates == "full":
@@ -341,7 +341,7 @@ def register(
     as_json: AsJson = False,
 ) -> None:
     """Make a version of a registered model from a run, self-contained and checked."""
-    from trainer.registry import register as run
+    from trainer.registry.versions import register as run
 
     version = run(run_dir, name, alias, notify=note)
     answer({"name": name, "version": version, "alias": alias}, as_json, f"registered models:/{name}/{version}, also models:/{name}@{alias}")
@@ -360,8 +360,8 @@ def promote(
 
     The decision and its figures become tags of the candidate's version. Exit code 0 also when it is refused: read "promoted".
     """
-    from trainer.promote import promote as run
-    from trainer.promote import rollback
+    from trainer.registry.promote import promote as run
+    from trainer.registry.promote import rollback
 
     if back:
         left, now = rollback(name, uri, dry_run)
@@ -383,14 +383,14 @@ def score(
     uri: Annotated[str, typer.Option(help="MLflow registry; default: MLFLOW_TRACKING_URI, else runs/mlflow.db")] = "",
 ) -> None:
     """Score given candidates from histories, one request or millions."""
-    from trainer.score_file import count_requests, read_requests, score_file
+    from trainer.serving.score_file import count_requests, read_requests, score_file
 
     try:
         number, of = (int(text) for text in part.split("/"))
     except ValueError:
         raise ConfigError(f"--part must be I/N, got {part}") from None
     count_requests(requests)  # says what is wrong with the file before a model is loaded
-    from trainer.registry import open_model
+    from trainer.registry.versions import open_model
 
     recommender = open_model(model, uri)
     if out is None:
@@ -456,8 +456,8 @@ def answer_request(model: str, request: dict[str, Any], user: str, history: Path
     """Complete a request for the whole catalogue by its history, and print the answer."""
     if user and history is not None:
         raise RequestError("--user and --history both say whose history it is: give one of them")
-    from trainer.registry import open_model
-    from trainer.users import read_history
+    from trainer.registry.versions import open_model
+    from trainer.serving.users import read_history
 
     given = {"user_id": user} if user else {"history": read_history(history) if history is not None else []}
     document = open_model(model, uri, data, notify=note).recommend({**request, **given, "with_text": True})
@@ -485,8 +485,8 @@ def serve(
     uri: Registry = "",
 ) -> None:
     """Answer /recommend, /search and /score over HTTP, several requests at once; shows a page to look at, too."""
-    from trainer.registry import open_model
-    from trainer.service.app import Limits, run
+    from trainer.registry.versions import open_model
+    from trainer.serving.app import Limits, run
 
     limits = Limits(max_batch=max_batch, max_waiting=max_waiting, timeout_s=timeout)
     recommender = open_model(model, uri, data, notify=note)
@@ -527,7 +527,7 @@ def data(
     as_json: AsJson = False,
 ) -> None:
     """Preparation against a bare duckdb script, and the loader against a per-example collator, on simulated logs."""
-    from trainer.bench import bench_data, bench_lines
+    from trainer.bench.data import bench_data, bench_lines
 
     try:
         sizes = [int(size.replace("_", "")) for size in rows.split(",")]
@@ -550,7 +550,7 @@ def bench_train(
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Training steps against a reference written straight from the paper; flan-t5-base's shape with random weights unless settings say otherwise."""
-    from trainer.bench_model import bench_model, bench_model_lines
+    from trainer.bench.model import bench_model, bench_model_lines
 
     document = bench_model("train", overrides or [], pairs, steps, turns, threads, profile, progress=stage_lines())
     answer(document, as_json, *bench_model_lines(document))
@@ -562,7 +562,7 @@ def bench_evaluate(
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Scoring the candidates of events against the reference, which encodes every pair by itself and calls generate()."""
-    from trainer.bench_model import bench_model, bench_model_lines
+    from trainer.bench.model import bench_model, bench_model_lines
 
     document = bench_model("evaluate", overrides or [], pairs, steps, turns, threads, profile, progress=stage_lines())
     answer(document, as_json, *bench_model_lines(document))

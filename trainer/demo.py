@@ -69,7 +69,7 @@ class Demo:
         prepare("kuaisar", self.raw_dir, self.data_dir, PREPARE, progress=StageLines())
 
     def cf(self) -> None:
-        from trainer.cf import train_cf
+        from trainer.cf.tables import train_cf
 
         train_cf(self.data_dir, CF, progress=lambda line: say(f"  {line}"))
 
@@ -89,7 +89,7 @@ class Demo:
     def register(self) -> None:
         from data_shards.schema import read_manifest
         from trainer.files import atomic
-        from trainer.registry import example_requests, register
+        from trainer.registry.versions import example_requests, register
 
         register(self.run_dir, MODEL_NAME)
         lines = [json.dumps(request) for request in example_requests(self.data_dir, read_manifest(self.data_dir))]

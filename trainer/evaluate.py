@@ -24,7 +24,7 @@ from data_shards.schema import TASKS, Manifest
 from data_shards.settings import to_dict
 from trainer.baselines import BASELINES, Scorer
 from trainer.batch import Batch
-from trainer.cf_table import cf_path
+from trainer.cf.table_file import cf_path
 from trainer.config import Config, DataConfig
 from trainer.data import EvalStream, prefetched
 from trainer.errors import RunError

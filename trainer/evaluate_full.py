@@ -19,7 +19,7 @@ from torch import Tensor
 from data_shards.schema import NO_QUERY, TASKS
 from trainer.baselines import BASELINES, Scorer
 from trainer.batch import Batch
-from trainer.cf_table import cf_path
+from trainer.cf.table_file import cf_path
 from trainer.data import EvalStream
 from trainer.errors import RunError
 from trainer.evaluate import CountProgress, EventRanks, autocast_scorer, rank_events, report, task_reports, write_evaluation
@@ -28,9 +28,9 @@ from trainer.loading import load_run_config, load_run_model
 from trainer.metrics import expected_ranks
 from trainer.model.gensr import GenSR
 from trainer.node_cache import local_folder
-from trainer.recommend import CF_SHARE, NUM_CANDIDATES, run_retrieval
-from trainer.retrieval import Notify, Retrieval, describe, silent
-from trainer.users import Clicks, read_clicks
+from trainer.serving.recommend import CF_SHARE, NUM_CANDIDATES, run_retrieval
+from trainer.serving.retrieval import Notify, Retrieval, describe, silent
+from trainer.serving.users import Clicks, read_clicks
 
 MAX_EVENTS = 2000
 RETRIEVAL_CUTOFFS = (100, 500)

@@ -17,7 +17,7 @@ from data_shards.schema import Manifest, read_manifest
 from data_shards.settings import read_yaml
 from trainer.batch import ItemTables
 from trainer.catalog import load_tables
-from trainer.cf_table import cf_path, load_cf
+from trainer.cf.table_file import cf_path, load_cf
 from trainer.config import Config, LoraConfig, config_from_dict
 from trainer.errors import DataError, RunError
 from trainer.files import file_sha256

@@ -340,7 +340,7 @@ def _memory_table(config: Config, model: ModelSize, data: DataSize) -> list[str]
 
 def _check_folder(config: Config) -> None:
     """The parts of a prepared folder that training opens first. Raises DataError naming what is missing or does not fit."""
-    from trainer.cf_table import load_cf
+    from trainer.cf.table_file import load_cf
     from trainer.loading import answer_tokens, load_tokenizer
 
     folder = local_folder(config.data)

@@ -15,7 +15,7 @@ from trainer.checkpoint import Progress
 from trainer.console import clock
 from trainer.errors import RunError
 from trainer.launch import num_cores
-from trainer.store import mask_secrets
+from trainer.tracking.store import mask_secrets
 
 PACKAGES = ("gensr", "torch", "transformers", "accelerate", "deepspeed", "peft", "webdataset", "mlflow", "pyarrow", "duckdb", "numpy", "safetensors")
 MAX_DIFF_BYTES = 1_000_000

@@ -13,7 +13,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from data_shards.settings import read_yaml, to_yaml
-from trainer.cf_table import CfTable
+from trainer.cf.table_file import CfTable
 from trainer.checkpoint import Progress, check_settings, remove_partial
 from trainer.config import Config, config_from_dict
 from trainer.distributed import on_main

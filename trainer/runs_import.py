@@ -19,11 +19,11 @@ from data_shards.errors import DataError
 from data_shards.schema import read_manifest
 from data_shards.settings import read_yaml
 from trainer.config import Config, config_from_dict
-from trainer.delivery import MACHINE_DIR, SPOOL_NAME, JsonLines, Record, machine_points, send
 from trainer.errors import EnvironmentProblem, GensrError, RunError
-from trainer.model_card import metrics_of
-from trainer.store import connect, is_server, mask_secrets, metric_name, one_line, open_experiment, read_run_file
-from trainer.tracking import describe
+from trainer.registry.model_card import metrics_of
+from trainer.tracking.delivery import MACHINE_DIR, SPOOL_NAME, JsonLines, Record, machine_points, send
+from trainer.tracking.store import connect, is_server, mask_secrets, metric_name, one_line, open_experiment, read_run_file
+from trainer.tracking.tracker import describe
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient

@@ -20,8 +20,8 @@ from data_shards.settings import flatten, read_yaml
 from trainer.config import Config, config_from_dict
 from trainer.errors import ConfigError, RunError
 from trainer.files import atomic
-from trainer.store import connect, mask_secrets, one_line, open_experiment, read_run_file, tracking_uri, write_run_file
 from trainer.summary import compare, compare_lines
+from trainer.tracking.store import connect, mask_secrets, one_line, open_experiment, read_run_file, tracking_uri, write_run_file
 
 TABLE, DOCUMENT = "sweep.txt", "sweep.json"
 JOB_FILE = "job.json"  # in a run folder, {"job_id": …}: it was submitted

@@ -21,7 +21,7 @@ from data_shards.schema import Manifest, read_manifest
 from trainer import checkpoint, elastic, plan, report, runfolder
 from trainer.batch import Batch
 from trainer.catalog import load_tables
-from trainer.cf_table import CfTable, cf_path, load_cf
+from trainer.cf.table_file import CfTable, cf_path, load_cf
 from trainer.checkpoint import Checkpoint, Progress
 from trainer.config import Config
 from trainer.console import RunConsole, peak_memory_gb
@@ -31,13 +31,13 @@ from trainer.errors import ConfigError, DataError, GensrError, RunError
 from trainer.evaluate import validate
 from trainer.launch import Launch, devices, make_accelerator, read_launch
 from trainer.loading import build_model, save_model
-from trainer.machine import measured
 from trainer.node_cache import local_folder
 from trainer.optimizer import make_optimizer, set_lr, trained_shapes
 from trainer.saving import CheckpointWriter
 from trainer.schedule import Schedule, above_chance, grad_accum_steps, make_schedule
 from trainer.stopping import StopSignal
-from trainer.tracking import NullTracker, Tracker
+from trainer.tracking.machine import measured
+from trainer.tracking.tracker import NullTracker, Tracker
 from trainer.window import BadBatches, Window, shown
 
 Status = Literal["finished", "early_stopped", "stopped", "already_finished"]

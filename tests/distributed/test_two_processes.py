@@ -123,7 +123,7 @@ def test_lora_under_zero3_resumes_without_saving_frozen_weights(folder: Path) ->
 
 @pytest.mark.parametrize("name", DECODERS)
 def test_a_decoder_trained_with_lora_under_zero3_is_registered_and_scores(folder: Path, name: str) -> None:
-    from trainer.registry import example_requests, open_model, register
+    from trainer.registry.versions import example_requests, open_model, register
 
     assert [r.get("status") for r in results(folder, name)] == ["finished"] * 2, results(folder, name)
     state = load_file(folder / name / "model" / "model.safetensors")

@@ -132,7 +132,7 @@ def gradients(config: Config) -> dict[str, Any]:
     """Largest difference between the gradients of two ranks with half a batch each and of one process with the whole batch."""
     from data_shards.schema import read_manifest
     from trainer.catalog import load_tables
-    from trainer.cf_table import load_cf
+    from trainer.cf.table_file import load_cf
     from trainer.data import TrainStream
     from trainer.loading import build_model
 

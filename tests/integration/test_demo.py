@@ -7,8 +7,8 @@ import pytest
 
 from trainer import demo
 from trainer.errors import RunError
-from trainer.store import connect
 from trainer.summary import read_evaluation
+from trainer.tracking.store import connect
 
 PRESET = """
 model: {backbone: "scratch:mini"}

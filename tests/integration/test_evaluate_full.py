@@ -12,7 +12,7 @@ import torch
 from data_shards.schema import SPLITS, read_manifest
 from tests.runs import make_run
 from trainer import evaluate_full as module
-from trainer.cf_table import load_cf
+from trainer.cf.table_file import load_cf
 from trainer.data import EvalStream, split_columns
 from trainer.errors import RunError
 from trainer.evaluate_full import clicked_items, evaluate_full

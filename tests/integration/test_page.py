@@ -12,8 +12,8 @@ import pytest
 import uvicorn
 
 from tests.runs import make_run
-from trainer.recommend import Recommender
-from trainer.service.app import make_app
+from trainer.serving.app import make_app
+from trainer.serving.recommend import Recommender
 
 pytestmark = pytest.mark.slow
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 from trainer.cli import app
 from trainer.errors import RunError
 from trainer.metrics import compare
-from trainer.promote import judge, promote, rollback
-from trainer.store import connect
+from trainer.registry.promote import judge, promote, rollback
+from trainer.tracking.store import connect
 
 EVENTS = 600  # of each task
 

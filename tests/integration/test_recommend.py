@@ -17,8 +17,8 @@ from tests.worlds import write_tables
 from trainer.cli import app
 from trainer.data import split_columns
 from trainer.errors import DataError, GensrError, RequestError
-from trainer.recommend import Recommender
-from trainer.users import open_users, read_history
+from trainer.serving.recommend import Recommender
+from trainer.serving.users import open_users, read_history
 
 NEW_ITEM = {"item_id": "brand-new", "text": "xylophone mallet brand new", "category": "music"}
 HISTORY = [{"item_id": "i3", "task": "rec"}, {"item_id": "i7", "task": "src"}]

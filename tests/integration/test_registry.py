@@ -15,9 +15,9 @@ from tests.runs import make_run
 from trainer.data import EvalStream
 from trainer.errors import RequestError, RunError
 from trainer.loading import load_run_model
-from trainer.registry import open_model, register, requirements
-from trainer.serve import Scorer, read_item_ids
-from trainer.store import connect
+from trainer.registry.versions import open_model, register, requirements
+from trainer.serving.scorer import Scorer, read_item_ids
+from trainer.tracking.store import connect
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def test_scores_do_not_depend_on_the_other_requests(scorer: Scorer) -> None:
 def test_long_candidate_lists_are_split(scorer: Scorer, monkeypatch: pytest.MonkeyPatch) -> None:
     request = {**requests()[0], "candidates": [f"i{n}" for n in range(1, 31)]}
     whole = scorer.score(request)
-    monkeypatch.setattr("trainer.serve.MAX_CANDIDATES", 7)
+    monkeypatch.setattr("trainer.serving.scorer.MAX_CANDIDATES", 7)
     assert scorer.score(request) == pytest.approx(whole, abs=1e-5)
 
 
@@ -212,7 +212,7 @@ def test_version_has_its_facts_and_no_pickle(run_dir: Path, version: int) -> Non
         "artifacts/items/items.parquet",
         "artifacts/retrieval/cf.faiss",
         "artifacts/model_card.md",
-        "code/trainer/serve.py",
+        "code/trainer/serving/scorer.py",
     } <= files
     assert not [name for name in files if "cf_folds" in name or name.endswith(".tar")]
     info = mlflow.models.get_model_info(f"models:/gensr-test/{version}")
@@ -235,7 +235,7 @@ def test_requirements_cover_what_serving_imports() -> None:
     assert not only_training & {requirement.split("==")[0].lower() for requirement in requirements()}
     code = (
         "import sys; sys.modules.update(dict.fromkeys(sys.argv[1:]))\n"  # None there: the package cannot be imported
-        "import trainer.recommend, data_shards.text, tokenizers, pandas; from trainer.model import backbone; import transformers.models.t5.modeling_t5"
+        "import trainer.serving.recommend, data_shards.text, tokenizers, pandas; from trainer.model import backbone; import transformers.models.t5.modeling_t5"
     )
     done = subprocess.run([sys.executable, "-c", code, *only_training], capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr

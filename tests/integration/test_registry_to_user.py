@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 from tests.mlflow_server import Server, free_port, wait_until_up
-from trainer.cf import train_cf
+from trainer.cf.tables import train_cf
 from trainer.evaluate import evaluate_run
-from trainer.promote import promote
-from trainer.recommend import Recommender
-from trainer.registry import register
+from trainer.registry.promote import promote
+from trainer.registry.versions import register
+from trainer.serving.recommend import Recommender
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 SETTINGS = [

@@ -9,10 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.runs import make_run
-from trainer import score_file as module
 from trainer.errors import RequestError, RunError
-from trainer.recommend import Recommender
-from trainer.score_file import count_requests, part_of, read_requests, score_file
+from trainer.serving import score_file as module
+from trainer.serving.recommend import Recommender
+from trainer.serving.score_file import count_requests, part_of, read_requests, score_file
 
 NUM_REQUESTS = 23
 BAD = {"task": "rec", "history": [], "candidates": ["nothing"]}

@@ -11,13 +11,13 @@ from mlflow.tracking import MlflowClient
 
 from tests.mlflow_server import Server
 from tests.tiny_folder import make_tiny_folder
-from trainer import delivery
 from trainer.config import load_config
-from trainer.delivery import SPOOL_NAME
 from trainer.errors import EnvironmentProblem, RunError
 from trainer.runs_import import import_runs
 from trainer.sweep import summarize
-from trainer.tracking import Tracker
+from trainer.tracking import delivery
+from trainer.tracking.delivery import SPOOL_NAME
+from trainer.tracking.tracker import Tracker
 from trainer.train import train
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -94,7 +94,7 @@ def test_a_server_killed_in_the_middle_of_a_run_loses_nothing(server: Server, tm
 
 def test_a_run_that_began_before_its_server_gets_there(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(delivery, "RETRY_EVERY_S", 0.2)
-    monkeypatch.setattr("trainer.tracking.OPEN_WAIT_S", 0.5)
+    monkeypatch.setattr("trainer.tracking.tracker.OPEN_WAIT_S", 0.5)
     server.kill()
     tracker = Tracker.start(load_config(None, [f"tracking.uri={server.uri}"]), tmp_path, {})
     tracker.log_metrics({"train/loss": 1.0}, 1)

@@ -379,7 +379,7 @@ def test_patience_counts_only_after_the_first_gain_over_chance(data: Path, tmp_p
 
 
 def test_one_mlflow_run_over_an_interruption(data: Path, tmp_path: Path, stop_after: Any) -> None:
-    from trainer.store import connect
+    from trainer.tracking.store import connect
 
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     overrides = ["tracking.enabled=true", f"tracking.uri={uri}"]

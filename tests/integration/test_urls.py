@@ -16,7 +16,7 @@ from trainer import node_cache
 from trainer.config import Config, load_config
 from trainer.evaluate import evaluate_run
 from trainer.plan import dry_run
-from trainer.serve import Scorer
+from trainer.serving.scorer import Scorer
 from trainer.train import train
 
 

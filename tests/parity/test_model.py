@@ -13,7 +13,7 @@ from data_shards.schema import REC, SRC, read_manifest
 from tests.tiny_folder import make_tiny_folder
 from trainer.batch import Batch
 from trainer.catalog import load_tables
-from trainer.cf_table import load_cf
+from trainer.cf.table_file import load_cf
 from trainer.config import Config, load_config
 from trainer.data import EvalStream
 from trainer.loading import build_model, load_tokenizer

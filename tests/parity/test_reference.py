@@ -9,8 +9,8 @@ import torch
 from benchmarks.reference import Collator, Reference, pairs_of
 from data_shards.schema import read_manifest
 from trainer.catalog import load_tables
-from trainer.cf import train_cf
-from trainer.cf_table import load_cf
+from trainer.cf.table_file import load_cf
+from trainer.cf.tables import train_cf
 from trainer.config import load_config
 from trainer.data import EvalStream
 from trainer.loading import build_model

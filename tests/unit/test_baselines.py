@@ -14,7 +14,7 @@ from tests.tiny_folder import make_tiny_folder
 from trainer.baselines import BASELINES
 from trainer.baselines.bm25 import Bm25, build_bm25
 from trainer.batch import Batch
-from trainer.cf_table import load_cf
+from trainer.cf.table_file import load_cf
 from trainer.errors import DataError
 
 TEXTS = ["Steel bolt, M6", "steel nut", "Wooden box box box", "", "bolt cutter for steel bolts"]

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from trainer import bench, bench_model
+from trainer.bench import data as bench
+from trainer.bench import model as bench_model
 from trainer.cli import app
 from trainer.errors import BenchError, ConfigError
 

@@ -17,7 +17,7 @@ from data_shards.schema import Manifest, read_manifest
 from tests.tiny_folder import make_tiny_folder
 from trainer.batch import rows_of
 from trainer.catalog import load_tables
-from trainer.cf_table import CfTable, load_cf
+from trainer.cf.table_file import CfTable, load_cf
 
 
 @pytest.fixture(autouse=True)

@@ -10,10 +10,10 @@ import torch
 from data_shards.hashing import click_fold
 from data_shards.schema import REC, SRC, Manifest, read_manifest
 from tests.tiny_folder import make_tiny_folder
-from trainer.cf import fold_table, held_in, last_clicks, rotate_onto, train_cf, train_tables, unique_rec_clicks
-from trainer.cf_table import cf_path, load_cf
-from trainer.cf_training import Clicks, TableTrainer, choose_batch_size, sampled_ndcg
-from trainer.cf_work import CfWork, Slot
+from trainer.cf.table_file import cf_path, load_cf
+from trainer.cf.tables import fold_table, held_in, last_clicks, rotate_onto, train_cf, train_tables, unique_rec_clicks
+from trainer.cf.training import Clicks, TableTrainer, choose_batch_size, sampled_ndcg
+from trainer.cf.work import CfWork, Slot
 from trainer.config import CfConfig
 from trainer.errors import ConfigError, DataError, RunError
 from trainer.files import file_sha256

@@ -143,7 +143,7 @@ def test_a_damaged_shard_is_skipped_and_counted_when_asked(prepared: Path, tmp_p
 
 def test_words_reach_the_model(prepared_words: Path) -> None:
     from trainer.catalog import load_tables
-    from trainer.cf_table import CfTable
+    from trainer.cf.table_file import CfTable
 
     manifest = read_manifest(prepared_words)
     table = torch.randn(manifest.num_items, 16)

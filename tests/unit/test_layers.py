@@ -12,7 +12,9 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("trainer", "data_shards", "ds_configs", "slurm")
-MLFLOW_FILES = {f"trainer/{name}.py" for name in ("store", "delivery", "machine", "registry", "pyfunc_model")}
+MLFLOW_FILES = {
+    f"trainer/{name}.py" for name in ("tracking/store", "tracking/delivery", "tracking/machine", "registry/versions", "registry/pyfunc_model")
+}
 # Distribution names of import names that differ from them.
 DISTRIBUTIONS = {"yaml": "PyYAML", "annotated_types": "annotated-types", "faiss": "faiss-cpu"}
 BUILT_IN_PARTS = {"trainer", "data_shards", "ds_configs", "slurm", "tests"}

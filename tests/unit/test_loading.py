@@ -10,7 +10,7 @@ from data_shards.schema import read_manifest
 from data_shards.settings import to_yaml
 from tests.tiny_folder import make_tiny_folder
 from trainer.catalog import load_tables
-from trainer.cf_table import cf_path, load_cf, save_cf
+from trainer.cf.table_file import cf_path, load_cf, save_cf
 from trainer.config import Config, load_config
 from trainer.data import EvalStream
 from trainer.errors import DataError, RunError

@@ -16,7 +16,7 @@ import pytest
 from data_shards.schema import read_manifest
 from tests.tiny_folder import make_tiny_folder
 from trainer import node_cache
-from trainer.cf_table import load_cf
+from trainer.cf.table_file import load_cf
 from trainer.config import DataConfig
 from trainer.data import EvalStream, TrainStream, read_blocks, split_columns
 from trainer.errors import DataError, EnvironmentProblem

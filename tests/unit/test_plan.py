@@ -160,7 +160,7 @@ def test_model_size_is_the_real_one(tmp_path: Path) -> None:
     from data_shards.schema import read_manifest
     from tests.tiny_folder import WORDS, make_tiny_folder
     from trainer.catalog import load_tables
-    from trainer.cf_table import load_cf
+    from trainer.cf.table_file import load_cf
     from trainer.loading import build_model
     from trainer.plan import size_of
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from tests.runs import make_run
-from trainer import retrieval
 from trainer.errors import RunError
-from trainer.recommend import Recommender, model_identity
-from trainer.retrieval import build_index, build_retrieval, load_retrieval, merge, plan_index, save_retrieval, unit
+from trainer.serving import retrieval
+from trainer.serving.recommend import Recommender, model_identity
+from trainer.serving.retrieval import build_index, build_retrieval, load_retrieval, merge, plan_index, save_retrieval, unit
 
 
 def vectors(num_items: int, width: int, seed: int = 0) -> np.ndarray:

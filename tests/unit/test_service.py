@@ -10,7 +10,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from trainer.errors import RequestError
-from trainer.service.app import Limits, make_app
+from trainer.serving.app import Limits, make_app
 
 
 class StandIn:

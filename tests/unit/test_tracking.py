@@ -13,13 +13,14 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from data_shards.schema import Manifest
-from trainer import delivery, tracking
 from trainer.config import Config, TrackingConfig, load_config
-from trainer.delivery import SPOOL_NAME, JsonLines, Spool
 from trainer.errors import EnvironmentProblem
-from trainer.machine import measured, node_name
-from trainer.store import connect, mask_secrets, metric_name, read_run_file, tracking_uri
-from trainer.tracking import NullTracker, Tracker, log_evaluation
+from trainer.tracking import delivery
+from trainer.tracking import tracker as tracking
+from trainer.tracking.delivery import SPOOL_NAME, JsonLines, Spool
+from trainer.tracking.machine import measured, node_name
+from trainer.tracking.store import connect, mask_secrets, metric_name, read_run_file, tracking_uri
+from trainer.tracking.tracker import NullTracker, Tracker, log_evaluation
 
 MANIFEST = Manifest(
     raw={"source": {"name": "simulated"}, "counts": {"users": 3}, "split": {"fingerprint": "f" * 64}, "seeds": {"negatives": 1}}, hash="a" * 64
@@ -241,7 +242,7 @@ def test_a_store_that_cannot_be_opened_says_how_to_go_on(tmp_path: Path) -> None
 
 def test_two_programs_may_make_one_database(tmp_path: Path) -> None:
     """As the runs of a sweep do, which begin at the same moment."""
-    code = f"from trainer.store import connect; connect('sqlite:///{tmp_path}/mlflow.db').get_experiment_by_name('x')"
+    code = f"from trainer.tracking.store import connect; connect('sqlite:///{tmp_path}/mlflow.db').get_experiment_by_name('x')"
     programs = [subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True) for _ in range(2)]
     for program in programs:
         _, errors = program.communicate(timeout=200)

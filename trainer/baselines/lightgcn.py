@@ -8,7 +8,7 @@ from torch import Tensor
 
 from data_shards.schema import Manifest
 from trainer.batch import Batch
-from trainer.cf_table import load_cf
+from trainer.cf.table_file import load_cf
 
 
 def build_lightgcn(folder: str | Path, manifest: Manifest) -> Callable[[Batch], Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from data_shards.hashing import derive_seed
-from trainer.cf_work import Slot
+from trainer.cf.work import Slot
 from trainer.config import CfConfig
 from trainer.errors import RunError
 from trainer.metrics import expected_ranks, metric_values

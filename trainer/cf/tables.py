@@ -22,9 +22,9 @@ import trainer
 from data_shards import settings as s
 from data_shards.hashing import click_fold, derive_seed, mix64
 from data_shards.schema import REC, Manifest, read_manifest
-from trainer.cf_table import CfTable, cf_path, load_cf, save_cf
-from trainer.cf_training import Clicks, TableTrainer
-from trainer.cf_work import CfWork, Slot
+from trainer.cf.table_file import CfTable, cf_path, load_cf, save_cf
+from trainer.cf.training import Clicks, TableTrainer
+from trainer.cf.work import CfWork, Slot
 from trainer.config import CfConfig, CfRoot
 from trainer.data import split_columns, train_clicks
 from trainer.errors import DataError, RunError

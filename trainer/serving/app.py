@@ -28,8 +28,8 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from trainer.errors import RequestError
-from trainer.recommend import Recommender
-from trainer.service.batching import Batcher, Overloaded
+from trainer.serving.batching import Batcher, Overloaded
+from trainer.serving.recommend import Recommender
 
 PAGE = Path(__file__).parent / "page"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -65,7 +65,7 @@ class Click(BaseModel):
 
 
 class Ask(BaseModel):
-    """A request. trainer/recommend.py has the meaning of each field."""
+    """A request. trainer/serving/recommend.py has the meaning of each field."""
 
     model_config = ConfigDict(extra="forbid")
     user_id: ItemId | None = None

@@ -24,12 +24,12 @@ from trainer.config import Config
 from trainer.errors import EnvironmentProblem, RunError
 from trainer.files import atomic
 from trainer.loading import load_run_config
-from trainer.model_card import metrics_of, model_card, run_facts, version_tags
 from trainer.node_cache import local_folder
-from trainer.recommend import RETRIEVAL, Recommender, run_retrieval
-from trainer.retrieval import Notify, silent
-from trainer.serve import Scorer, read_item_ids, write_items
-from trainer.store import RUN_FILE, connect, log_figures, one_line, open_experiment, tracking_uri
+from trainer.registry.model_card import metrics_of, model_card, run_facts, version_tags
+from trainer.serving.recommend import RETRIEVAL, Recommender, run_retrieval
+from trainer.serving.retrieval import Notify, silent
+from trainer.serving.scorer import Scorer, read_item_ids, write_items
+from trainer.tracking.store import RUN_FILE, connect, log_figures, one_line, open_experiment, tracking_uri
 
 REGISTRY_FILE = "registry.json"  # where a run folder says which version it became
 ALIAS = "candidate"
@@ -217,7 +217,7 @@ def signature() -> Any:
     from mlflow.types import DataType, Schema
     from mlflow.types.schema import AnyType, Array, ColSpec
 
-    anything = AnyType()  # ids are text or numbers, a query is text, a list or null: recommend.py checks them and says what is wrong
+    anything = AnyType()  # ids are text or numbers, a query is text, a list or null: serving/recommend.py checks them and says what is wrong
     optional = ("user_id", "history", "query", "candidates", "k", "num_candidates", "include_seen", "explain", "with_text")
     inputs = [ColSpec(DataType.string, "task"), *(ColSpec(anything, name, required=False) for name in optional)]
     outputs = [ColSpec(Array(anything), "items"), ColSpec(Array(DataType.double), "scores"), ColSpec(anything, "model")]

@@ -22,7 +22,7 @@ import psutil
 from data_shards.schema import SPLITS, read_manifest
 from trainer.errors import BenchError, ConfigError
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 ROWS, USERS, ITEMS, DAYS, ROWS_PER_DAY = 19_664_885, 25_877, 6_890_707, 19, 40  # KuaiSAR; other sizes are in proportion to it
 
 Progress = Callable[[str, int, int], None]

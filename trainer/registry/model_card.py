@@ -8,7 +8,7 @@ from typing import Any
 from data_shards.schema import Manifest
 from trainer.config import Config
 from trainer.node_cache import is_url
-from trainer.store import metric_name
+from trainer.tracking.store import metric_name
 
 
 def run_facts(run_dir: Path, config: Config, manifest: Manifest) -> dict[str, Any]:

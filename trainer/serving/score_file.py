@@ -1,6 +1,6 @@
 """Batch scoring: a file of requests in, the same rows with their answers out, in bounded memory and in parts that jobs can share.
 
-REQUESTS  .jsonl (an object a line) or .parquet (a row a request: history list<struct<item_id, task>>, task, query, candidates list, …; recommend.py)
+REQUESTS  .jsonl (an object a line) or .parquet (a row a request: history list<struct<item_id, task>>, task, query, candidates list, …; serving/recommend.py)
 OUT       .jsonl: {"scores": […], "items": […]} a line    .parquet: the columns of REQUESTS, scores list<double>, items list<struct<item_id, score>>, error
 """
 
@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from trainer.errors import RequestError, RunError
 from trainer.files import atomic
-from trainer.recommend import Recommender
+from trainer.serving.recommend import Recommender
 
 CHUNK = 256  # requests answered at once
 RESULTS = pa.schema(

@@ -1,6 +1,6 @@
 """From a request to answers: the one class that `gensr recommend`, `search` and `score`, the registered model and a service call.
 
-A request as in serve.py, with these differences:
+A request as in serving/scorer.py, with these differences:
     "candidates": [item ids]    they are scored; or leave it out, and the whole catalogue is searched: "k": how many items to answer (10)
     "user_id"                   instead of "history" where the users' clicks are known (a prepared folder is there)
     "num_candidates": 400       what retrieval hands to the ranking          "include_seen": false     whether items of the history may be answered
@@ -25,9 +25,9 @@ from trainer.files import file_sha256
 from trainer.loading import load_run_config
 from trainer.model.gensr import GenSR
 from trainer.node_cache import local_folder
-from trainer.retrieval import Notify, Retrieval, build_retrieval, load_retrieval, save_retrieval, silent
-from trainer.serve import ParsedRequest, Scorer, is_absent, read_serving_facts
-from trainer.users import Users, open_users
+from trainer.serving.retrieval import Notify, Retrieval, build_retrieval, load_retrieval, save_retrieval, silent
+from trainer.serving.scorer import ParsedRequest, Scorer, is_absent, read_serving_facts
+from trainer.serving.users import Users, open_users
 
 DEFAULT_K, MAX_K = 10, 1000
 NUM_CANDIDATES, MAX_NUM_CANDIDATES = 400, 2000

@@ -1,4 +1,4 @@
-"""The first of two steps from the whole catalogue to an answer: a few hundred candidates by vectors, which GenSR then ranks (recommend.py).
+"""The first of two steps from the whole catalogue to an answer: a few hundred candidates by vectors, which GenSR then ranks (serving/recommend.py).
 
 Two indexes of unit vectors, made from nothing but the model and its item tables:
     cf         LightGCN vectors; asked with the mean over a history. Items without training clicks have none.

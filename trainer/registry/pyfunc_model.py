@@ -1,4 +1,4 @@
-"""The code of a registered version (models-from-code: MLflow stores and runs this file, nothing is pickled). trainer/recommend.py does the work."""
+"""The code of a registered version (models-from-code: MLflow stores and runs this file, nothing is pickled). trainer/serving/recommend.py does the work."""
 
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,10 @@ from trainer.errors import RequestError
 
 
 class GenSRModel(PythonModel):
-    """predict: one request a row (trainer/recommend.py says how they look) → columns "items", "scores" and "model", one answer a row."""
+    """predict: one request a row (trainer/serving/recommend.py says how they look) → columns "items", "scores" and "model", one answer a row."""
 
     def load_context(self, context: PythonModelContext) -> None:
-        from trainer.recommend import Recommender
+        from trainer.serving.recommend import Recommender
 
         self.recommender = Recommender.from_artifacts(Path(context.artifacts["model"]).parent)
 

@@ -3,7 +3,7 @@
 A request:  {"user_id"?: …, "history": [{"item_id": …, "task": "rec" | "src"}, … oldest first], "task": "rec" | "src",
              "query": text, list of anonymised words, or null, "candidates": [item ids]}
 The answer: P("Yes") of each candidate, in the order given. Item ids are the original ones, as text or numbers.
-recommend.py answers from the whole catalogue, and takes histories from a prepared folder where there is one.
+serving/recommend.py answers from the whole catalogue, and takes histories from a prepared folder where there is one.
 """
 
 import dataclasses

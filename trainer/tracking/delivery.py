@@ -1,7 +1,7 @@
 """Records on their way to MLflow: a file that training appends to, and a thread that sends what is in it. Nobody waits for a store.
 
     log_metrics ─▶ RUN/tracking-spool.jsonl ─▶ Sender (a thread) ─▶ store          a store that is down or slow: the file grows, and is
-    machine.py  ─▶ RUN/machine/NODE.jsonl   ─┘                                      sent when it answers again, by this process or a later one
+    tracking/machine.py  ─▶ RUN/machine/NODE.jsonl   ─┘                                      sent when it answers again, by this process or a later one
 
 A record is written before it is sent, so a killed process loses none; what was sent twice is stored once (a metric's step counts).
 """
@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.store import chunks, connect, dataset_input, is_server, mask_secrets, one_line
+from trainer.tracking.store import chunks, connect, dataset_input, is_server, mask_secrets, one_line
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient

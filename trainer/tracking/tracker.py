@@ -1,6 +1,6 @@
 """The only tracker: one MLflow run a job, from rank 0, that never stops or slows training.
 
-Every call writes a line to RUN/tracking-spool.jsonl and returns; delivery.py sends it. The client interface is used instead of mlflow's global
+Every call writes a line to RUN/tracking-spool.jsonl and returns; tracking/delivery.py sends it. The client interface is used instead of mlflow's global
 "active run": the run of a killed process stays RUNNING instead of turning FINISHED.
 """
 
@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from data_shards.schema import Manifest
 from data_shards.settings import flatten, read_yaml, to_dict
 from trainer.config import Config, config_from_dict
-from trainer.delivery import Record, Sender
 from trainer.errors import EnvironmentProblem
-from trainer.store import (
+from trainer.tracking.delivery import Record, Sender
+from trainer.tracking.store import (
     connect,
     dataset_record,
     dump,

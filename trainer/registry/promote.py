@@ -18,8 +18,8 @@ import torch
 from data_shards.schema import TASKS
 from trainer.errors import RunError
 from trainer.metrics import compare
-from trainer.registry import ALIAS, default_uri, fetch, find_version, mlflow_errors
-from trainer.store import connect
+from trainer.registry.versions import ALIAS, default_uri, fetch, find_version, mlflow_errors
+from trainer.tracking.store import connect
 
 CHAMPION = "champion"
 PREVIOUS = "promote.previous_champion"  # tag of a champion: the version that was champion before, for rollback

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from trainer.delivery import MACHINE_DIR
+from trainer.tracking.delivery import MACHINE_DIR
 
 log = logging.getLogger(__name__)
 

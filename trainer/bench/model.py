@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from trainer.bench import BENCHMARKS, Measured, Progress, commit, hardware, measure
+from trainer.bench.data import BENCHMARKS, Measured, Progress, commit, hardware, measure
 from trainer.config import load_config
 from trainer.errors import ConfigError
 

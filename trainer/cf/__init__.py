@@ -1,0 +1,1 @@
+"""The collaborative-filtering table of a prepared folder: LightGCN trained, held out, interrupted and read."""
