@@ -118,6 +118,10 @@ def filled_deepspeed_config(document: dict[str, Any], config: Config, grad_accum
     conflicts += [f"  {key}: given in the file, but the run makes its own (optim.*)" for key in ("optimizer", "scheduler") if key in document]
     if conflicts:
         raise ConfigError("\n".join([f'DeepSpeed configuration {where} and the run disagree; write "auto" there:', *conflicts]))
+    unsuited = {"model.compile": config.model.compile, "model.lora.four_bit": config.model.lora.four_bit}
+    if any(unsuited.values()) and filled["zero_optimization"]["stage"] == 3:  # weights are in pieces between two uses
+        names = " and ".join(f"{key}=true" for key, is_set in unsuited.items() if is_set)
+        raise ConfigError(f"{names} cannot be used under ZeRO-3 ({where}). Take zero2.json, or set false")
     return filled
 
 

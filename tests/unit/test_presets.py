@@ -142,3 +142,11 @@ def test_an_unknown_deepspeed_file_is_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", "zero7.json")
     with pytest.raises(ConfigError, match=r"zero7\.json.*zero0\.json"):
         read_launch()
+
+
+@pytest.mark.parametrize("key", ["model.compile", "model.lora.four_bit"])
+def test_what_zero3_cannot_do_is_refused(key: str) -> None:
+    config = load_config(None, [f"{key}=true"])
+    with pytest.raises(ConfigError, match=f"{key}=true cannot be used under ZeRO-3"):
+        filled_deepspeed_config({"zero_optimization": {"stage": 3}}, config, 1, "zero3.json")
+    filled_deepspeed_config({"zero_optimization": {"stage": 2}}, config, 1, "zero2.json")
