@@ -222,6 +222,7 @@ def where_and_next(demo: Demo, registered: dict[str, object]) -> list[str]:
         f"  {gensr} inspect {data_dir}",
         f"  {gensr} score models:/{registered['name']}@{registered['alias']} {run_dir / 'requests.jsonl'} --uri {registered['uri']}",
         f"  {gensr} train {PRESET} data.dir={data_dir} run.dir={run_dir.with_name('paper')} model.variant=paper",
+        f"  {gensr} ui {run_dir}",
         f"  {gensr} config keys train",
     ]
 
