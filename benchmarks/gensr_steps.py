@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.measuring import Meter, open_folder
-from data_shards.schema import SRC
 from trainer.batch import Batch
 from trainer.costs import flops_per_event, measured_flops
 from trainer.data import EvalStream, TrainStream, prefetched
 from trainer.loading import build_model
+from trainer.model.backbone import Prompt
 from trainer.model.gensr import GenSR
 from trainer.optimizer import make_optimizer
 from trainer.plan import size_of
@@ -28,7 +29,7 @@ def main(request: dict[str, Any]) -> None:
     model.train(training)
     optimizer = make_optimizer(model, config.optim)
     source = stream(request, manifest, config)
-    tokens: list[float] = []
+    prompts = PromptLengths(model)
     laps = device == "cpu"
     meter = Meter(device, warmup=request["warmup"], laps=laps)
     with profiler(request.get("trace", "")):
@@ -42,7 +43,6 @@ def main(request: dict[str, Any]) -> None:
                     with torch.inference_mode():
                         model.score(batch)
                     meter.lap("forward")
-            tokens.append(prompt_tokens(model, batch))
     if training and not laps:  # a few steps more, for the parts alone
         extra = Meter(device, warmup=1)
         for batch in itertools.islice(source, 4):
@@ -50,7 +50,7 @@ def main(request: dict[str, Any]) -> None:
                 extra.lap("data")
                 one_step(model, batch.to(device), optimizer, extra, config.optim.grad_clip)
         meter.parts = extra.parts
-    mean_tokens = sum(tokens) / len(tokens)
+    mean_tokens = prompts.mean()
     answer = {**meter.report(), "prompt_tokens": round(mean_tokens, 1), "mfu": None}
     if device == "cuda" and training:
         flops = flops_per_event(config, size_of(model), mean_tokens * num_candidates) / num_candidates * meter.examples / meter.wall_s
@@ -80,11 +80,22 @@ def stream(request: dict[str, Any], manifest: Any, config: Any) -> Iterator[Batc
     return (batch.with_candidates(batch.candidates[:, :num], batch.labels[:, :num]) for batch in prefetched(one))
 
 
-def prompt_tokens(model: GenSR, batch: Batch) -> float:
-    """Mean length of the prompts of a batch, padding included."""
-    lengths = {task: len(model.get_buffer(f"template_{task}")) + len(model.get_buffer(f"shared_{task}")) for task in model.slots}
-    queries = model.tables.query_tokens.shape[1]
-    return sum(lengths[task] + (queries if task == SRC else 0) for task in batch.task.tolist()) / batch.num_events
+class PromptLengths:
+    """Mean length of the prompts that a model's backbone is given, padding included."""
+
+    def __init__(self, model: GenSR) -> None:
+        self.tokens = self.prompts = 0
+        self._answer_logits = model.backbone.answer_logits
+        model.backbone.answer_logits = self._counted  # type: ignore[method-assign]
+
+    def _counted(self, prompt: Prompt, answers: Tensor) -> Tensor:
+        events, candidates, own = prompt.own_BCSD.shape[:3]
+        self.prompts += events * candidates
+        self.tokens += events * candidates * (own + prompt.shared_BPD.shape[1])
+        return self._answer_logits(prompt, answers)
+
+    def mean(self) -> float:
+        return self.tokens / self.prompts
 
 
 @contextlib.contextmanager

@@ -34,7 +34,7 @@ def name_ids(work: Work, read: dict[str, Any]) -> dict[str, Any]:
     for plural, singular in ID_TABLES.items():
         codes = work.column(f"{singular}_code", "i4")
         work.put_table("kept", pa.table({"code": pa.array(np.asarray(codes)), "id": pa.array(np.arange(len(codes)), pa.int32())}))
-        work.con.execute(f"CREATE OR REPLACE TABLE final_{plural} AS SELECT id, key FROM kept JOIN {singular}_codes USING (code)")
+        work.con.execute(f"CREATE OR REPLACE TABLE final_{plural} AS SELECT id, key FROM kept JOIN {plural}_codes USING (code)")
     work.con.execute("DROP TABLE kept")
     text = words_text("key") if read["anonymised"] else "key"
     work.con.execute(f"CREATE OR REPLACE TABLE final_queries AS SELECT id, key, coalesce(CAST({text} AS VARCHAR), '') AS text FROM final_queries")

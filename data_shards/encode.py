@@ -19,9 +19,10 @@ from data_shards.options import PrepareSettings
 from data_shards.schema import NO_QUERY, REC, SRC
 from data_shards.sources import Source, Tables
 from data_shards.sources.reading import estimated_rows, literal, no_words, readable
-from data_shards.work import BATCH_ROWS, Work, chunk_bounds
+from data_shards.work import BATCH_ROWS, Work, chunk_bounds, in_threads
 
 EVENT_DTYPES = {"user": "i4", "item": "i4", "time": "i8", "task": "i1", "query": "i4"}
+KEY_COLUMNS = {"users": "user_id", "items": "item_id", "queries": "query"}
 USER_SEED, ITEM_SEED, QUERY_SEED, TIE_SEED = 11, 12, 13, 14  # what a hash is for
 
 
@@ -30,28 +31,39 @@ def read_rows(work: Work, source: Source) -> dict[str, Any]:
     try:
         tables = source.read(work)
         path = literal(work.folder / "rows.parquet")  # a table of the work database would cost twice as much and hold it all in memory
-        work.execute(f"COPY ({tables.events}) TO {path} (FORMAT parquet)", "read", sum(estimated_rows(path) for path in source.files))
+        work.execute(
+            f"COPY ({tables.events}) TO {path} (FORMAT parquet, COMPRESSION uncompressed, DICTIONARY_SIZE_LIMIT 10000)",
+            "read",
+            sum(estimated_rows(path) for path in source.files),
+        )
         work.con.execute(f"CREATE OR REPLACE VIEW rows AS SELECT * FROM read_parquet({path})")
     except duckdb.Error as error:
         raise readable(error, source.files) from error
-    work.con.execute("CREATE OR REPLACE TABLE query_keys AS SELECT DISTINCT query FROM rows WHERE query IS NOT NULL")
+    sizes = {name: _collect_keys(work, name, column) for name, column in KEY_COLUMNS.items()}
     dropped = dict(tables.dropped)
     for problem, count in work.con.execute("SELECT problem, count(*) FROM rows WHERE problem IS NOT NULL GROUP BY 1 ORDER BY 1").fetchall():
         dropped[problem] = dropped.get(problem, 0) + count
     _raise_wrong_values(work, tables, dropped)
-    names = ["users", "items", "queries", "rec", "src", "clicks"]
-    counts = work.con.execute(
-        f"""SELECT count(DISTINCT user_id), count(DISTINCT item_id), (SELECT count(*) FROM query_keys),
-            count(*) FILTER (task = {REC}), count(*) FILTER (task = {SRC}), count(*) FILTER (clicked AND problem IS NULL) FROM rows"""
+    rec, src, clicks = work.con.execute(
+        f"SELECT count(*) FILTER (task = {REC}), count(*) FILTER (task = {SRC}), count(*) FILTER (clicked AND problem IS NULL) FROM rows"
     ).fetchall()[0]
-    if counts[-1] == 0:
+    if clicks == 0:
         reasons = "; ".join(f"{reason}: {count}" for reason, count in dropped.items()) or "the files hold no rows"
         raise DataError(f"{', '.join(str(path) for path in source.files)}: no usable click. Dropped: {reasons}.")
     return {
-        "counts": dict(zip(names, counts, strict=True)), "dropped": dropped, "anonymised": tables.anonymised, "notes": tables.notes,
+        "counts": {**sizes, "rec": rec, "src": src, "clicks": clicks}, "dropped": dropped, "anonymised": tables.anonymised, "notes": tables.notes,
         "duplicate_items": tables.duplicate_items,
         "items": dataclasses.asdict(tables.items),
     }  # fmt: skip
+
+
+def _collect_keys(work: Work, name: str, column: str) -> int:
+    """Table {name}_keys (key, clicked): every value of a column of rows, and whether a usable click has it. Returns how many there are."""
+    work.con.execute(
+        f"""CREATE OR REPLACE TABLE {name}_keys AS
+        SELECT {column} AS key, bool_or(clicked AND problem IS NULL) AS clicked FROM rows WHERE {column} IS NOT NULL GROUP BY 1"""
+    )
+    return int(work.scalar(f"SELECT count(*) FROM {name}_keys"))
 
 
 def _raise_wrong_values(work: Work, tables: Tables, problems: Iterable[str]) -> None:
@@ -60,40 +72,35 @@ def _raise_wrong_values(work: Work, tables: Tables, problems: Iterable[str]) -> 
         assert tables.locate is not None
         raise tables.locate(wrong[0], "")
     if tables.anonymised:
-        found = work.con.execute(f"SELECT min(query) FROM query_keys WHERE {no_words('query')}").fetchall()
+        found = work.con.execute(f"SELECT min(key) FROM queries_keys WHERE {no_words('key')}").fetchall()
         if found[0][0] is not None:
             assert tables.locate is not None
             raise tables.locate("error: query", found[0][0])
 
 
 def encode_keys(work: Work, settings: PrepareSettings, items: dict[str, str]) -> dict[str, Any]:
-    """Stage: original users, items and queries of clicks → codes 0, 1, … in hashed order (tables user_codes, item_codes, query_codes)."""
-    clicks = "FROM rows WHERE problem IS NULL AND clicked"
+    """Stage: original users, items and queries of clicks → codes 0, 1, … in hashed order (tables users_codes, items_codes, queries_codes)."""
     every_item = f" UNION SELECT item_id FROM {items['scan']} WHERE item_id IS NOT NULL" if settings.min_interactions == 0 else ""
-    sizes = {
-        "users": _encode(work, "user_codes", f"SELECT DISTINCT user_id AS key {clicks}", derive_seed(settings.seed, USER_SEED)),
-        "items": _encode(work, "item_codes", f"SELECT DISTINCT item_id AS key {clicks}{every_item}", derive_seed(settings.seed, ITEM_SEED)),
-        "queries": _encode(
-            work, "query_codes", f"SELECT DISTINCT query AS key {clicks} AND query IS NOT NULL", derive_seed(settings.seed, QUERY_SEED)
-        ),
+    return {
+        "users": _encode(work, "users", derive_seed(settings.seed, USER_SEED)),
+        "items": _encode(work, "items", derive_seed(settings.seed, ITEM_SEED), every_item),
+        "queries": _encode(work, "queries", derive_seed(settings.seed, QUERY_SEED)),
     }
-    return sizes
 
 
-def _encode(work: Work, table: str, keys_sql: str, seed: int) -> int:
-    """Table (key, code) of the keys that the SQL gives. Returns how many there are."""
-    keys = work.con.sql(f"SELECT key FROM ({keys_sql}) ORDER BY key").to_arrow_table()
-    work.put_table(table, keys.append_column("code", pa.array(permutation(keys.num_rows, seed), pa.int32())))
+def _encode(work: Work, name: str, seed: int, more: str = "") -> int:
+    """Table {name}_codes (key, code) of the keys of clicks and those that `more` adds. Returns how many there are."""
+    keys = work.con.sql(f"SELECT key FROM (SELECT key FROM {name}_keys WHERE clicked{more}) ORDER BY key").to_arrow_table()
+    work.put_table(f"{name}_codes", keys.append_column("code", pa.array(permutation(keys.num_rows, seed), pa.int32())))
     return int(keys.num_rows)
 
 
-def sort_clicks(work: Work) -> dict[str, Any]:
-    """Stage: all clicks as flat columns click_* of codes, by (user, time, item, task, query), exact duplicates removed."""
+def sort_clicks(work: Work, total: int) -> dict[str, Any]:
+    """Stage: all clicks as flat columns click_* of codes, by (user, time, item, task, query), exact duplicates removed. total: usable clicks."""
     sql = f"""
         SELECT u.code AS user, i.code AS item, r.time AS time, r.task AS task, coalesce(q.code, {NO_QUERY}) AS query
-        FROM rows r JOIN user_codes u ON r.user_id = u.key JOIN item_codes i ON r.item_id = i.key LEFT JOIN query_codes q ON r.query = q.key
+        FROM rows r JOIN users_codes u ON r.user_id = u.key JOIN items_codes i ON r.item_id = i.key LEFT JOIN queries_codes q ON r.query = q.key
         WHERE r.problem IS NULL AND r.clicked ORDER BY 1, 3, 2, 4, 5"""
-    total = work.scalar("SELECT count(*) FROM rows WHERE problem IS NULL AND clicked")
     kept = work.write_columns(_without_duplicates(work, sql, total), {f"click_{name}": dtype for name, dtype in EVENT_DTYPES.items()})
     return {"num_clicks": kept, "num_duplicates": total - kept}
 
@@ -121,7 +128,7 @@ def filter_clicks(work: Work, settings: PrepareSettings, sizes: dict[str, int]) 
     clicks = {name: work.column(f"click_{name}", dtype) for name, dtype in EVENT_DTYPES.items()}
     keep_user, keep_item, rounds = keep_users_and_items(
         clicks["user"], clicks["item"], clicks["task"], sizes["users"], sizes["items"],
-        settings.min_interactions, settings.both_behaviours, settings.kcore,
+        settings.min_interactions, settings.both_behaviours, settings.kcore, work.threads,
     )  # fmt: skip
     keep_query = np.zeros(sizes["queries"], bool)
     num_events = 0
@@ -155,10 +162,10 @@ def _renumbered(
     work: Work, clicks: dict[str, np.ndarray], keep_user: np.ndarray, keep_item: np.ndarray, new_id: dict[str, np.ndarray], seed: int
 ) -> Iterator[dict[str, np.ndarray]]:
     user_codes = clicks["user"]
-    starts = np.searchsorted(user_codes, np.arange(len(keep_user)))
-    for start, stop in chunk_bounds(starts, len(user_codes)):
-        work.progress("filter", start, len(user_codes))
-        chunk = {name: np.asarray(values[start:stop]) for name, values in clicks.items()}
+    starts = np.searchsorted(user_codes, np.arange(len(keep_user), dtype=user_codes.dtype))
+
+    def renumber(bounds: tuple[int, int]) -> dict[str, np.ndarray]:
+        chunk = {name: np.asarray(values[slice(*bounds)]) for name, values in clicks.items()}
         kept = keep_user[chunk["user"]] & keep_item[chunk["item"]]
         chunk = {name: values[kept] for name, values in chunk.items()}
         query = chunk["query"]
@@ -166,7 +173,10 @@ def _renumbered(
         if len(new_id["query"]):
             chunk["query"] = np.where(query >= 0, new_id["query"][np.maximum(query, 0)], NO_QUERY).astype(np.int32)
         order = canonical_order(chunk, seed)
-        yield {name: values[order] for name, values in chunk.items()}
+        work.progress("filter", bounds[1], len(user_codes))
+        return {name: values[order] for name, values in chunk.items()}
+
+    return in_threads(renumber, chunk_bounds(starts, len(user_codes)), work.threads)
 
 
 def canonical_order(rows: dict[str, np.ndarray], seed: int) -> np.ndarray:

@@ -57,9 +57,9 @@ def order_by_hash(group: np.ndarray, tie: np.ndarray) -> np.ndarray:
     return np.argsort(key, kind="stable")
 
 
-def choose_shown(moment: np.ndarray, item: np.ndarray, limit: int, seed: int) -> np.ndarray:
-    """Rows of at most `limit` distinct items of each moment (ids below 2**24), chosen by hash. → row numbers, by moment."""
-    tie = mix64(mix64(moment, seed) ^ mix64(item, 1))
+def choose_shown(moment: np.ndarray, item: np.ndarray, keys: np.ndarray, limit: int, seed: int) -> np.ndarray:
+    """Rows of at most `limit` distinct items of each moment (ids below 2**24), chosen by hash. keys: moment_keys of each moment. → row numbers, by moment."""
+    tie = mix64(mix64(keys, seed)[moment] ^ mix64(item, 1))
     order = order_by_hash(moment, tie)  # one item of one moment has one hash: repeats lie side by side
     order = order[first_of_runs(moment[order], item[order])]
     starts = first_of_runs(moment[order])

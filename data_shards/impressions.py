@@ -12,7 +12,7 @@ from data_shards.negatives import KeySet, sorted_unique
 from data_shards.options import PrepareSettings
 from data_shards.schema import NO_QUERY
 from data_shards.split import TRAIN
-from data_shards.work import Work, chunk_bounds
+from data_shards.work import Work, chunk_bounds, in_threads
 
 SHOWN_SEED = 15
 
@@ -40,10 +40,13 @@ def _chunks(work: Work, settings: PrepareSettings, num_users: int) -> Iterator[d
     events = {name: work.column(name, dtype) for name, dtype in EVENT_DTYPES.items()}
     shown = {name: work.column(f"shown_{name}", dtype) for name, dtype in EVENT_DTYPES.items()}
     split = work.column("split", "i1")
-    users = np.arange(num_users)
+    users = np.arange(num_users, dtype=np.int32)
     shown_starts = np.append(np.searchsorted(shown["user"], users), len(shown["user"]))
-    seed, written, num_events = derive_seed(settings.seed, SHOWN_SEED), 0, len(events["user"])
-    for start, stop in chunk_bounds(np.searchsorted(events["user"], users), num_events):
+    seed, num_events = derive_seed(settings.seed, SHOWN_SEED), len(events["user"])
+
+    def choose(bounds: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """→ moment of each event, number of items shown at each moment, these items by moment."""
+        start, stop = bounds
         first_user, last_user = int(events["user"][start]), int(events["user"][stop - 1])
         near = slice(int(shown_starts[first_user]), int(shown_starts[last_user + 1]))
         here = {name: np.asarray(values[start:stop]) for name, values in events.items()}
@@ -58,12 +61,15 @@ def _chunks(work: Work, settings: PrepareSettings, num_users: int) -> Iterator[d
         clicked = KeySet(sorted_unique(_moment_item(at, here["item"])))
         free = ~clicked.contains(_moment_item(moment, item))
         moment, item = moment[free], item[free]
-        rows = choose_shown(moment, item, settings.num_impressions, seed)
-        counts = np.bincount(moment[rows], minlength=len(moments) + 1)
-        firsts = written + np.cumsum(counts) - counts
-        written += len(rows)
+        rows = choose_shown(moment, item, moments, settings.num_impressions, seed)
         work.progress("impressions", stop, num_events)
-        yield {"shown_start": firsts[at], "shown_count": counts[at], "shown_chosen": item[rows]}
+        return at, np.bincount(moment[rows], minlength=len(moments) + 1), item[rows]
+
+    written = 0
+    for at, counts, items in in_threads(choose, chunk_bounds(np.searchsorted(events["user"], users), num_events), work.threads):
+        firsts = written + np.cumsum(counts) - counts
+        written += len(items)
+        yield {"shown_start": firsts[at], "shown_count": counts[at], "shown_chosen": items}
 
 
 def _keys(rows: dict[str, np.ndarray]) -> np.ndarray:

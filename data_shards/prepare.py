@@ -26,7 +26,7 @@ from data_shards.split import TEST, TRAIN, VALID, check_split, day_boundaries, d
 from data_shards.work import BATCH_ROWS, Progress, Work, chunk_bounds, in_threads, sync_folder, write_text_atomic
 from data_shards.write import EventColumns, describe_file, write_shards
 
-PIPELINE_VERSION = 3  # change it when a stage writes something else: a restart then reuses nothing
+PIPELINE_VERSION = 4  # change it when a stage writes something else: a restart then reuses nothing
 SHUFFLE_SEED, NEGATIVE_SEED = 16, 17
 EVENT_COLUMNS = {
     **encode.EVENT_DTYPES, "split": "i1", "history_start": "i8", "history_count": "i4", "history_item": "i4", "history_task": "i1",
@@ -76,7 +76,7 @@ def prepare(source: str, raw: str | Path, out: str | Path, overrides: Sequence[s
 def _run(work: Work, source: Source, settings: PrepareSettings) -> None:
     read = work.stage("read", lambda: encode.read_rows(work, source))
     codes = work.stage("encode", lambda: encode.encode_keys(work, settings, read["items"]))
-    clicks = work.stage("sort", lambda: encode.sort_clicks(work))
+    clicks = work.stage("sort", lambda: encode.sort_clicks(work, read["counts"]["clicks"]))
     kept = work.stage("filter", lambda: encode.filter_clicks(work, settings, codes))
     split = work.stage("split", lambda: _split(work, settings))
     work.stage("histories", lambda: _histories(work, settings))
@@ -100,7 +100,7 @@ def _describe_files(source: Source) -> list[Any]:
 
 def _user_chunks(work: Work, stage: str) -> Iterator[tuple[int, int]]:
     user = work.column("user", "i4")
-    starts = np.searchsorted(user, np.arange(int(user[-1]) + 1))
+    starts = np.searchsorted(user, np.arange(int(user[-1]) + 1, dtype=user.dtype))
     for start, stop in chunk_bounds(starts, len(user)):
         yield start, stop
         work.progress(stage, stop, len(user))
@@ -180,19 +180,20 @@ def _negatives(work: Work, columns: EventColumns, num_items: int, settings: Prep
 
 def _shards(work: Work, columns: EventColumns, settings: PrepareSettings) -> dict[str, Any]:
     """Stage: shards/ of the tree; training events in a hashed order, validation and test events in event order."""
-    shards: dict[str, Any] = {}
-    for name, code in zip(SPLITS, (TRAIN, VALID, TEST), strict=True):
+
+    def write(split: tuple[str, int]) -> list[dict[str, Any]]:
+        name, code = split
         event_ids, negatives = np.flatnonzero(columns.split == code), None
         if code == TRAIN:
             event_ids = event_ids[permutation(len(event_ids), derive_seed(settings.seed, SHUFFLE_SEED))]
         else:
             negatives = work.column(f"negatives_{name}", "i4").reshape(-1, settings.num_negatives)
-        total = len(event_ids)
-        shards[name] = write_shards(
+        return write_shards(
             work.tree, name, event_ids, columns, negatives, settings.block_events, settings.shard_events, settings.compression, settings.threads,
-            lambda done, stage=f"shards {name}", total=total: work.progress(stage, done, total),  # type: ignore[misc]
+            lambda done: work.progress(f"shards {name}", done, len(event_ids)),
         )  # fmt: skip
-    return shards
+
+    return dict(zip(SPLITS, in_threads(write, zip(SPLITS, (TRAIN, VALID, TEST), strict=True), settings.threads), strict=True))
 
 
 def _manifest(

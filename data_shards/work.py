@@ -20,7 +20,7 @@ from data_shards.errors import DataError
 Part = TypeVar("Part")
 Result = TypeVar("Result")
 Progress = Callable[[str, int, int], None]  # (stage, done, total); total = 0 where it is not known
-BATCH_ROWS = 1_000_000  # rows handled at once: bounds the memory of every numpy step
+BATCH_ROWS = 250_000  # rows handled at once: bounds the memory of every numpy step, and gives each thread its share
 
 
 class Work:
