@@ -48,6 +48,8 @@ class PrepareSettings:
     """rarer anonymised words are left out"""
     text_order: Literal["categories_title", "title_categories"] = "categories_title"
     """what comes first in an item's text (amazon): tokens beyond item_tokens are cut"""
+    min_query_items: Positive = 2
+    """a query that fewer bought items have loses its last category level (amazon); 1 keeps every path whole, as published"""
     item_tokens: Positive = 48
     """stored tokens of an item's text"""
     item_words: Positive = 16

@@ -1,8 +1,8 @@
 """`amazon`: the review releases (reviews + metadata, 2014 and 2018) and the NAME.inter.json + NAME.item.json pair made from them.
 
 These logs hold no searches. As is usual (Ai et al., SIGIR 2017), a query is synthesised from the item's category path, and each purchase gives one
-recommendation and one search event at the same time: search results on this data are results on synthetic queries. A query is made from the path
-alone, so it names the target only where one item has a path to itself (counted in the manifest as paths_of_one_item).
+recommendation and one search event at the same time: search results on this data are results on synthetic queries. Where fewer than
+`min_query_items` bought items have a query, they lose the last level of their paths, until no query gives its target away.
 """
 
 import ast
@@ -40,9 +40,9 @@ def open_source(raw: Path, settings: PrepareSettings) -> Source:
         raise DataError(f"{raw}: must be a folder with NAME.inter.json and NAME.item.json, or with one reviews and one meta_*.json.gz file.")
     pair = _find_pair(raw)
     if pair:
-        return Source(name="amazon", files=pair, read=lambda work: _read_pair(work, *pair, settings.text_order), license=LICENSE, has_clock=False)
+        return Source(name="amazon", files=pair, read=lambda work: _read_pair(work, *pair, settings), license=LICENSE, has_clock=False)
     release = _find_release(raw)
-    return Source(name="amazon", files=release, read=lambda work: _read_release(work, *release, settings.text_order), license=LICENSE)
+    return Source(name="amazon", files=release, read=lambda work: _read_release(work, *release, settings), license=LICENSE)
 
 
 def _find_pair(raw: Path) -> tuple[Path, Path] | None:
@@ -94,21 +94,21 @@ def _item_row(item_id: Any, title: Any, path: list[str], text_order: str) -> dic
         "item_id": item_id,
         "text": item_text(path, _clean(title), text_order),
         "category": " > ".join(path) or None,
-        "query": category_query(path) or None,
+        "queries": [query for depth in range(1, len(path) + 1) if (query := category_query(path[:depth]))],  # from the shortest to the whole path
     }
 
 
 # ------------------------------------------------------------------ NAME.inter.json + NAME.item.json
 
 
-def _read_pair(work: Work, inter_path: Path, item_path: Path, text_order: str) -> Tables:
+def _read_pair(work: Work, inter_path: Path, item_path: Path, settings: PrepareSettings) -> Tables:
     histories, items = _json_object(inter_path), _json_object(item_path)
     to_id = _id_converter([*histories, *items])
     item_rows = []
     for key, fields in items.items():
         if not isinstance(fields, dict):
             raise DataError(f"{item_path}:{key}: must be an object with title and categories, got {fields!r:.60}")
-        item_rows.append(_item_row(to_id(key), fields.get("title"), PATH_COMMA.split(fields.get("categories") or ""), text_order))
+        item_rows.append(_item_row(to_id(key), fields.get("title"), PATH_COMMA.split(fields.get("categories") or ""), settings.text_order))
     events: dict[str, list[Any]] = {"user_id": [], "item_id": [], "time": []}
     unknown = 0
     for user, clicked in histories.items():
@@ -125,7 +125,7 @@ def _read_pair(work: Work, inter_path: Path, item_path: Path, text_order: str) -
         raise DataError(f"{inter_path}: no interaction with an item of {item_path.name} ({unknown} with unknown items)")
     pq.write_table(pa.table(events), work.folder / "reviews.parquet")
     pq.write_table(_item_table(item_rows, to_id is int), work.folder / "meta.parquet")
-    return _tables(work, {"item not in the metadata": unknown} if unknown else {})
+    return _tables(work, settings.min_query_items, {"item not in the metadata": unknown} if unknown else {})
 
 
 def _json_object(path: Path) -> dict[str, Any]:
@@ -146,12 +146,12 @@ def _id_converter(keys: list[str]) -> type[int] | type[str]:
 # ------------------------------------------------------------------ reviews + meta of the releases
 
 
-def _read_release(work: Work, reviews: Path, meta: Path, text_order: str) -> Tables:
+def _read_release(work: Work, reviews: Path, meta: Path, settings: PrepareSettings) -> Tables:
     dropped: Counter[str] = Counter()
-    _write_parquet(work.folder / "meta.parquet", _meta_rows(meta, text_order, dropped), _item_table([], False).schema)
+    _write_parquet(work.folder / "meta.parquet", _meta_rows(meta, settings.text_order, dropped), _item_table([], False).schema)
     schema = pa.schema([("user_id", pa.string()), ("item_id", pa.string()), ("time", pa.int64())])
     _write_parquet(work.folder / "reviews.parquet", _review_rows(reviews, work, dropped), schema)
-    return _tables(work, dict(dropped))
+    return _tables(work, settings.min_query_items, dict(dropped))
 
 
 def _review_rows(path: Path, work: Work, dropped: Counter[str]) -> Iterator[dict[str, Any]]:
@@ -218,7 +218,7 @@ def _parse_line(line: str, path: Path, number: int) -> dict[str, Any]:
 
 def _item_table(rows: list[dict[str, Any]], integers: bool) -> pa.Table:
     schema = pa.schema(
-        [("item_id", pa.int64() if integers else pa.string()), ("text", pa.string()), ("category", pa.string()), ("query", pa.string())]
+        [("item_id", pa.int64() if integers else pa.string()), ("text", pa.string()), ("category", pa.string()), ("queries", pa.list_(pa.string()))]
     )
     return pa.Table.from_pylist(rows, schema=schema)
 
@@ -234,18 +234,35 @@ def _write_parquet(path: Path, rows: Iterator[dict[str, Any]], schema: pa.Schema
         writer.write_table(pa.Table.from_pylist(part, schema=schema))
 
 
-def _tables(work: Work, dropped: dict[str, int]) -> Tables:
+def _tables(work: Work, min_query_items: int, dropped: dict[str, int]) -> Tables:
     work.con.execute(f"CREATE OR REPLACE TABLE purchases AS SELECT * FROM read_parquet({literal(work.folder / 'reviews.parquet')})")
     work.con.execute(f"CREATE OR REPLACE TABLE meta AS SELECT * FROM read_parquet({literal(work.folder / 'meta.parquet')})")
-    work.con.execute("CREATE OR REPLACE TABLE item_query AS SELECT item_id, min(query) AS query FROM meta GROUP BY item_id")
-    one, every = work.con.execute(
-        "SELECT count(*) FILTER (n = 1), count(*) FROM (SELECT count(*) AS n FROM item_query WHERE query IS NOT NULL GROUP BY query)"
-    ).fetchall()[0]
     events = f"""
         SELECT user_id, item_id, time, {REC}::TINYINT AS task, NULL::VARCHAR AS query, true AS clicked, NULL::VARCHAR AS problem FROM purchases
         UNION ALL
         SELECT p.user_id, p.item_id, p.time, {SRC}::TINYINT, q.query, true,
-            CASE WHEN q.query IS NULL THEN 'search event of an item without a category path' END
+            CASE WHEN q.whole IS NULL THEN 'search event of an item without a category path'
+                 WHEN q.query IS NULL THEN 'search event of an item that shares no query' END
         FROM purchases p LEFT JOIN item_query q ON p.item_id = q.item_id"""
-    notes = {"queries": "synthesised from category paths (Ai et al. 2017)", "paths": every, "paths_of_one_item": one}
+    notes = {"queries": "synthesised from category paths (Ai et al. 2017)", **_choose_queries(work, min_query_items)}
     return Tables(events=events, items=ItemSql("meta"), duplicate_items=True, dropped=dropped, notes=notes)
+
+
+def _choose_queries(work: Work, min_query_items: int) -> dict[str, int]:
+    """Table item_query (item_id, whole = the query of the whole path, query = the one used) of bought items. → counts for the manifest."""
+    work.con.execute(
+        """CREATE OR REPLACE TABLE item_query AS SELECT item_id, min(queries) AS queries, len(min(queries)) AS depth
+        FROM meta WHERE item_id IN (SELECT item_id FROM purchases) AND len(queries) > 0 GROUP BY item_id"""
+    )
+    deepest: int | None = work.scalar("SELECT max(depth) FROM item_query")
+    rare = f"queries[depth] IN (SELECT queries[depth] FROM item_query WHERE depth > 0 GROUP BY 1 HAVING count(*) < {min_query_items})"
+    while deepest:  # the deepest first: a shortened query may meet another that is just as rare
+        work.con.execute(f"UPDATE item_query SET depth = depth - 1 WHERE depth = {deepest} AND {rare}")
+        deepest = work.scalar(f"SELECT max(depth) FROM item_query WHERE depth > 0 AND {rare}")
+    work.con.execute("CREATE OR REPLACE TABLE item_query AS SELECT item_id, queries[-1] AS whole, queries[nullif(depth, 0)] AS query FROM item_query")
+    names = ("paths", "paths_of_one_item", "items_with_shorter_query", "items_without_query")
+    counts = work.con.execute(
+        """SELECT count(*), count(*) FILTER (n = 1), coalesce(sum(shorter), 0)::BIGINT, coalesce(sum(without), 0)::BIGINT
+        FROM (SELECT count(*) AS n, count(*) FILTER (query <> whole) AS shorter, count(*) FILTER (query IS NULL) AS without FROM item_query GROUP BY whole)"""
+    ).fetchall()[0]
+    return dict(zip(names, counts, strict=True))

@@ -68,6 +68,23 @@ def test_the_pair_gives_two_events_a_purchase_in_list_order(tmp_path: Path) -> N
     assert (texts[0], texts[1]) == ("Title 0", "Kind Title 1")
 
 
+def test_no_query_belongs_to_one_item_alone(tmp_path: Path) -> None:
+    paths = ["Root,A,B,C", "Root,A,B", "Root,A,D", "Root,A,D", "Root,E", "Root,F,F", "Rest,G", "Root,A,B,C"]
+    bought = {"0": [0, 1, 2, 3, 4], "1": [5, 6, 4, 0, 1]}
+    (tmp_path / "Tiny.inter.json").write_text(json.dumps(bought))
+    (tmp_path / "Tiny.item.json").write_text(json.dumps({str(i): {"title": f"Title {i}", "categories": path} for i, path in enumerate(paths)}))
+    queries, manifests = {}, {}
+    for option in (1, 2):
+        manifests[option] = prepare("amazon", tmp_path, tmp_path / f"out{option}", [*SETTINGS, f"min_query_items={option}"]).raw
+        events = [event for split in read_back(tmp_path / f"out{option}").values() for event in split]
+        queries[option] = {event["item"]: event["query"] for event in events if event["task"] == "src"}
+    assert queries[1] == {0: "root b c", 1: "root b", 2: "root d", 3: "root d", 4: "root e", 5: "root f", 6: "rest g"}
+    assert queries[2] == {0: "root b", 1: "root b", 2: "root d", 3: "root d", 4: "root", 5: "root"}, "7 has the path of 0, but nobody bought it"
+    source = manifests[2]["source"]
+    assert (source["paths_of_one_item"], source["items_with_shorter_query"], source["items_without_query"]) == (5, 3, 1)
+    assert manifests[2]["dropped"] == {"search event of an item that shares no query": 1}
+
+
 def meta_2014(number: int) -> str:
     row = {"asin": f"B{number}", "title": f"It's item {number}", "categories": [["Kindle Store"], ["Kindle Store", "Books", "Kind &amp; Co"]]}
     return repr(row)  # a Python literal, no JSON
