@@ -1,6 +1,7 @@
 """Ranking metrics with expected rank on ties, and bootstrap intervals.
 
-Each event has one clicked item, so with rank r among the candidates:  recall@K = [r ≤ K],  ndcg@K = [r ≤ K] / log2(1 + r),  mrr = 1 / r.
+Each event has one clicked item, so with rank r among the candidates:  recall@K = [r ≤ K],  ndcg@K = [r ≤ K] / log2(1 + r),  mrr = 1 / r,
+mrr@10 = [r ≤ 10] / r.
 """
 
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 CUTOFFS = (5, 10, 20)
-METRICS = (*(f"recall@{k}" for k in CUTOFFS), *(f"ndcg@{k}" for k in CUTOFFS), "mrr")
+METRICS = (*(f"recall@{k}" for k in CUTOFFS), *(f"ndcg@{k}" for k in CUTOFFS), "mrr", "mrr@10")
 NUM_RESAMPLES = 1000
 _MAX_DRAWS_AT_ONCE = 4_000_000  # int64 counts held at once: 32 MB
 
@@ -35,7 +36,7 @@ def metric_values(ranks: Tensor) -> Tensor:
     """Ranks [n] float64 → [n, len(METRICS)] float64, in the order of METRICS. An expected rank such as 10.5 is outside the first ten."""
     gain = 1.0 / torch.log2(1.0 + ranks)
     within = [(ranks <= k).double() for k in CUTOFFS]
-    return torch.stack([*within, *(w * gain for w in within), 1.0 / ranks], dim=1)
+    return torch.stack([*within, *(w * gain for w in within), 1.0 / ranks, (ranks <= 10).double() / ranks], dim=1)
 
 
 def summarise(ranks: Tensor, tied: Tensor, seed: int = 0) -> dict[str, Any]:

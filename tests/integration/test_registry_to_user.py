@@ -1,7 +1,9 @@
 """The way of a model to its users on a real MLflow server and real HTTP: trained while the server dies, champion, served without the training data."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -15,6 +17,7 @@ import pytest
 from tests.mlflow_server import Server, free_port, wait_until_up
 from trainer.cf.tables import train_cf
 from trainer.evaluate import evaluate_run
+from trainer.evaluate_full import evaluate_full
 from trainer.registry.promote import promote
 from trainer.registry.versions import register
 from trainer.serving.recommend import Recommender
@@ -58,12 +61,17 @@ def test_from_training_to_a_served_champion(prepared: Path, tmp_path: Path, monk
     try:
         train_while_the_server_dies(tmp_path, server)
         evaluate_run(run_dir, with_baselines=False)
+        evaluate_full(run_dir, with_baselines=False)
         register(run_dir, "gensr-user")
         assert promote("gensr-user").promoted
+        card = server.client.get_model_version("gensr-user", "1").description
+        assert "(sampled, " in card
+        assert "(full: of " in card
         expected = Recommender.from_run(run_dir).recommend({"task": "rec", "history": HISTORY, "k": 5})
         shutil.rmtree(tmp_path / "data")
         shutil.rmtree(tmp_path / "runs")
         serve_and_ask(tmp_path, server, expected)
+        mlflow_serves(tmp_path, server, expected)
     finally:
         server.kill()
 
@@ -107,4 +115,30 @@ def serve_and_ask(folder: Path, server: Server, expected: dict[str, Any]) -> Non
         assert "does not know" in answer["error"]
     finally:
         service.terminate()
+        service.wait(60)
+
+
+def mlflow_serves(folder: Path, server: Server, expected: dict[str, Any]) -> None:
+    """`mlflow models serve` gives the same answer from the same version; its mistakes are a 400 with the reason, too."""
+    url = f"http://127.0.0.1:{(port := free_port())}"
+    command = [str(Path(sys.executable).with_name("mlflow")), "models", "serve", "-m", "models:/gensr-user@champion"]
+    with (folder / "mlflow-serve.log").open("w") as log:
+        service = subprocess.Popen(
+            [*command, "--env-manager", "local", "--host", "127.0.0.1", "--port", str(port)],
+            cwd=folder, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=os.environ | {"MLFLOW_TRACKING_URI": server.uri}, start_new_session=True,
+        )  # fmt: skip
+    try:
+        wait_until_up(f"{url}/ping", service, folder / "mlflow-serve.log")
+        status, answer = ask(f"{url}/invocations", {"dataframe_records": [{"task": "rec", "history": HISTORY, "k": 5}]})
+        assert status == 200
+        (prediction,) = answer["predictions"]
+        assert [item["item_id"] for item in prediction["items"]] == [item["item_id"] for item in expected["items"]]
+        assert prediction["scores"] == pytest.approx(expected["scores"], abs=1e-6)
+        status, answer = ask(
+            f"{url}/invocations", {"dataframe_records": [{"task": "rec", "history": [{"item_id": "nothing", "task": "rec"}], "k": 5}]}
+        )
+        assert status == 400
+        assert "does not know" in json.dumps(answer)
+    finally:
+        os.killpg(service.pid, signal.SIGTERM)
         service.wait(60)

@@ -8,7 +8,7 @@ from ir_measures import RR, R, nDCG
 
 from trainer.metrics import CUTOFFS, expected_ranks, summarise
 
-MEASURES = {**{f"recall@{k}": R @ k for k in CUTOFFS}, **{f"ndcg@{k}": nDCG @ k for k in CUTOFFS}, "mrr": RR}
+MEASURES = {**{f"recall@{k}": R @ k for k in CUTOFFS}, **{f"ndcg@{k}": nDCG @ k for k in CUTOFFS}, "mrr": RR, "mrr@10": RR @ 10}
 
 
 @pytest.mark.parametrize("seed", [0, 1])

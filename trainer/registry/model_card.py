@@ -30,6 +30,7 @@ def run_facts(run_dir: Path, config: Config, manifest: Manifest) -> dict[str, An
         "lora_rank": config.model.lora.rank,
         "seed": config.run.seed,
         "evaluation": _read_json(run_dir / "evaluation-test.json"),
+        "full_evaluation": _read_json(run_dir / "evaluation-test-full.json"),
     }
 
 
@@ -67,6 +68,7 @@ def model_card(name: str, facts: Mapping[str, Any]) -> str:
         f"| run, commit, seed | {facts['run']}, `{facts['commit']}`, {facts['seed']} |",
         "",
         *_metric_lines(facts["evaluation"]),
+        *_full_lines(facts["full_evaluation"]),
         "",
         "## Limits",
         "",
@@ -89,6 +91,22 @@ def _metric_lines(evaluation: Mapping[str, Any]) -> list[str]:
         if result.get("num_events"):
             cells = [_with_interval(result, metric) for metric in ("recall@5", "recall@10", "ndcg@5", "ndcg@10", "mrr")]
             lines.append(f"| {task} | {result['num_events']:,} | {' | '.join(cells)} |")
+    return lines
+
+
+def _full_lines(evaluation: Mapping[str, Any]) -> list[str]:
+    """The ranking of the whole catalogue, where `gensr evaluate --candidates full` measured it."""
+    if not evaluation:
+        return []
+    protocol = evaluation["protocol"]
+    how = f"full: of {protocol['num_items']:,} items {protocol['ranked_by_model']} are retrieved and ranked; 95 % bootstrap intervals"
+    lines = ["", f"## Metrics, test split ({how})", ""]
+    lines += ["| task | events | retrieval recall@100 | Recall@10 | NDCG@10 | MRR@10 |", "|---|---|---|---|---|---|"]
+    for task in ("rec", "src"):
+        result = evaluation.get(task) or {}
+        if result.get("num_events"):
+            cells = [_with_interval(result, metric) for metric in ("recall@10", "ndcg@10", "mrr@10")]
+            lines.append(f"| {task} | {result['num_events']:,} | {result['retrieval']['recall@100']:.4f} | {' | '.join(cells)} |")
     return lines
 
 
