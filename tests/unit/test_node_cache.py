@@ -27,18 +27,20 @@ class Handler(http.server.SimpleHTTPRequestHandler):
     """Files of a folder; counts requests, and fails those that the test wants to fail."""
 
     asked: ClassVar[list[str]] = []
-    failures: ClassVar[dict[str, list[str]]] = {}  # path → what happens to the next requests: "cut" or "reset"
+    failures: ClassVar[dict[str, list[str]]] = {}  # path → what happens to the next requests: "cut", "reset" or "flip" (of one bit)
 
     def do_GET(self) -> None:
         self.asked.append(self.path)
         if not self.failures.get(self.path):
             return super().do_GET()
         what = self.failures[self.path].pop(0)
-        content = Path(self.translate_path(self.path)).read_bytes()
+        content = bytearray(Path(self.translate_path(self.path)).read_bytes())
+        sent = len(content) if what == "flip" else len(content) // 8
+        content[len(content) // 2] ^= 1
         self.send_response(200)
-        self.send_header("Content-Length", str(len(content) if what == "reset" else len(content) // 8))
+        self.send_header("Content-Length", str(sent if what == "cut" else len(content)))
         self.end_headers()
-        self.wfile.write(content[: len(content) // 8])
+        self.wfile.write(content[:sent])
         return None
 
     def log_message(self, *arguments: Any) -> None:
@@ -141,6 +143,18 @@ def test_a_shard_that_stays_bad_is_named_or_skipped_as_asked(folder: Path, url: 
     skipping = DataConfig(dir=url, history_max=6, cache_dir=config.cache_dir, on_bad_shard="skip")
     with pytest.warns(UserWarning, match="skipped 24 training events"):
         assert TrainStream(local_folder(skipping), read_manifest(folder), skipping, 5, 24, 24).num_events == 72
+
+
+def test_a_streamed_shard_with_another_bit_is_named(folder: Path, url: str) -> None:
+    """In the middle of a column, where Arrow sees nothing wrong."""
+    shard = read_manifest(folder).shards("train")[0]
+    here = local_folder(DataConfig(dir=url))
+    Handler.failures = {f"/{shard.name}": ["flip"]}
+    blocks = read_blocks(here, shard)
+    sizes = [next(blocks).num_rows for _ in shard.blocks]
+    assert sizes == list(shard.blocks)
+    with pytest.raises(DataError, match=r"train-000000\.tar: checksum differs"):
+        next(blocks)
 
 
 def test_another_cf_table_is_another_folder(folder: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Blocks of a prepared folder → columns of events (webdataset entry → Arrow → numpy)."""
 
+import hashlib
 import itertools
 import tarfile
 import time
@@ -7,12 +8,13 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
 import torch
 import webdataset as wds
+from webdataset.tariterators import tar_file_iterator
 
 from data_shards.blocks import decode_blocks
 from data_shards.checksum import file_sha256
@@ -21,6 +23,7 @@ from trainer.batch import Batch
 from trainer.errors import DataError
 from trainer.node_cache import READ_ATTEMPTS, RETRY_AFTER_S, check_stream, retried, shard_place
 
+READ_BYTES = 1 << 20
 MAX_IMPRESSIONS = 16  # unclicked impressions of an event offered as negatives
 
 
@@ -53,7 +56,7 @@ def read_blocks(folder: str | Path, shard: Shard, first_block: int = 0, columns:
     """The Arrow blocks of one shard, in order, from block `first_block` on. folder: a prepared folder, or one of the node's cache (node_cache.py).
 
     A failing disk or network is tried again, from the block where it failed. Raises DataError naming the shard when it is missing, truncated, or not
-    what the manifest says, or cannot be read after READ_ATTEMPTS attempts. A streamed shard is checked block by block only, a file as a whole.
+    what the manifest says, or cannot be read after READ_ATTEMPTS attempts. A file is checked before its first block, a streamed shard after its last.
     """
     place = shard_place(folder, shard)
     if isinstance(place, Path):
@@ -61,8 +64,7 @@ def read_blocks(folder: str | Path, shard: Shard, first_block: int = 0, columns:
     number = first_block
     for attempt in itertools.count(1):
         try:
-            entries = wds.WebDataset([str(place)], shardshuffle=False, nodesplitter=None, workersplitter=None, empty_check=False)
-            for table in decode_blocks((entry["arrow"] for entry in entries), shard.blocks, number):
+            for table in decode_blocks(_entries(place, shard), shard.blocks, number):
                 number += 1
                 yield table if columns is None else table.select(columns)
             return
@@ -72,6 +74,35 @@ def read_blocks(folder: str | Path, shard: Shard, first_block: int = 0, columns:
                 raise DataError(f"{place}: cannot be read at block {number}: {error}. Restore the file or prepare the folder again.") from error
             warnings.warn(f"{place}: reading block {number} failed ({error}), trying again", stacklevel=2)
             time.sleep(RETRY_AFTER_S * attempt)
+
+
+def _entries(place: Path | str, shard: Shard) -> Iterator[bytes]:
+    """The content of each entry of a shard. Raises DataError at the end of a stream that was not what the manifest says, EOFError where it was cut off."""
+    if isinstance(place, Path):
+        yield from (entry["arrow"] for entry in wds.WebDataset([str(place)], shardshuffle=False, nodesplitter=None, workersplitter=None, empty_check=False))
+        return
+    with wds.gopen(place, "rb") as stream:
+        hashed = _HashedStream(stream)
+        yield from (entry["data"] for entry in tar_file_iterator(hashed))
+        while hashed.read(READ_BYTES):
+            pass
+    if hashed.num_bytes != shard.num_bytes:
+        raise EOFError(f"{hashed.num_bytes} bytes, the manifest says {shard.num_bytes} (truncated?)")
+    if hashed.sha256.hexdigest() != shard.sha256:
+        raise DataError(f"{place}: checksum differs from the manifest's (corrupt shard). Restore the file or prepare the folder again.")
+
+
+class _HashedStream:
+    """What is read of a stream, counted and hashed on the way."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self.stream, self.sha256, self.num_bytes = stream, hashlib.sha256(), 0
+
+    def read(self, size: int = -1) -> bytes:
+        piece = self.stream.read(size)
+        self.sha256.update(piece)
+        self.num_bytes += len(piece)
+        return piece
 
 
 _verified: set[tuple[str, str]] = set()
