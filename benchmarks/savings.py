@@ -1,0 +1,128 @@
+"""What each saving is worth: a training step of gensr, and the same step with one saving taken away.
+
+    python -m benchmarks.savings FOLDER [--backbone scratch:small] [--events 32] [--turns 3]
+
+FOLDER is a prepared folder with natural text and a CF table. Random weights, preset-like settings (compact prompt, bf16). The steps take turns in one
+process; a ratio is the median over turns of seconds without the saving / seconds with all of them. Parity of each saving is tested in tests/parity.
+"""
+
+import argparse
+import contextlib
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from transformers.models.t5.modeling_t5 import T5Attention
+
+from benchmarks.measuring import open_folder
+from trainer.batch import Batch
+from trainer.bench.data import commit, hardware
+from trainer.data import TrainStream
+from trainer.loading import build_model
+from trainer.model import gensr
+from trainer.model.backbone import Backbone
+from trainer.model.gensr import GenSR
+from trainer.model.seq2seq import AbsorbedCrossAttention, EncoderSelfAttention
+from trainer.optimizer import make_optimizer
+
+SETTINGS = ("data.history_max=20", "model.variant=extended", "run.precision=bf16")
+
+
+def as_pairs(batch: Batch) -> Batch:
+    """Every (history, candidate) pair as an event of its own."""
+    num_candidates = batch.candidates.shape[1]
+    pairs = batch.take(torch.arange(batch.num_events).repeat_interleave(num_candidates))
+    return pairs.with_candidates(batch.candidates.reshape(-1, 1), batch.labels.reshape(-1, 1))
+
+
+@contextlib.contextmanager
+def plain_attention(model: GenSR, kind: type[T5Attention]) -> Iterator[None]:
+    """transformers' own attention in place of ours."""
+    modules = [module for module in model.modules() if type(module) is kind]
+    for module in modules:
+        module.__class__ = T5Attention
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.__class__ = kind
+
+
+def whole_vocabulary(self: Backbone, hidden_MD: Tensor, answers: Tensor) -> Tensor:
+    return self.base.get_output_embeddings()(hidden_MD).float()[:, answers]
+
+
+def no_groups(self: GenSR, rows: Tensor, query_mask_BQ: Tensor) -> list[tuple[Tensor, int]]:
+    return [(rows, query_mask_BQ.shape[1])]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder")
+    parser.add_argument("--backbone", default="scratch:small")
+    parser.add_argument("--events", type=int, default=32, help="events a step, each with 1 + 4 candidates")
+    parser.add_argument("--turns", type=int, default=3)
+    arguments = parser.parse_args()
+
+    def build(prompt: str) -> tuple[GenSR, torch.optim.Optimizer, Any]:
+        overrides = [*SETTINGS, f"model.backbone={arguments.backbone}", f"model.prompt={prompt}"]
+        config, manifest, tables, _, device = open_folder({"preset": None, "overrides": overrides, "folder": arguments.folder})
+        model = build_model(config, manifest, tables, arguments.folder).to(device).train()
+        stream = TrainStream(arguments.folder, manifest, config.data, config.run.seed, arguments.events, arguments.events)
+        return model, make_optimizer(model, config.optim), (config, itertools.cycle(itertools.islice(stream, arguments.turns)))
+
+    model, optimizer, (config, batches) = build("compact")
+    paper, paper_optimizer, _ = build("paper")
+    unfused = torch.optim.AdamW(model.parameters(), lr=config.optim.lr, foreach=False)
+
+    def step(batch: Batch, net: GenSR = model, adam: torch.optim.Optimizer = optimizer, bf16: bool = True) -> None:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+            net(batch)[0].backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        adam.step()
+        adam.zero_grad()
+
+    def patched(patch: contextlib.AbstractContextManager[Any], batch: Batch) -> None:
+        with patch:
+            step(batch)
+
+    without: dict[str, Callable[[Batch], None]] = {
+        "the history encoded once an event": lambda batch: step(as_pairs(batch)),
+        "recommendation without query padding, searches of like length together": lambda batch: patched(
+            mock.patch.object(gensr.GenSR, "_by_length", no_groups), batch
+        ),
+        "position bias and mask made once for all layers": lambda batch: patched(plain_attention(model, EncoderSelfAttention), batch),
+        "absorbed cross-attention of one position": lambda batch: patched(plain_attention(model, AbsorbedCrossAttention), batch),
+        "two answer logits, not the vocabulary": lambda batch: patched(
+            mock.patch.object(type(model.backbone), "answer_rows", whole_vocabulary), batch
+        ),
+        "fused AdamW": lambda batch: step(batch, adam=unfused),
+        "bf16 (float32 where it matters)": lambda batch: step(batch, bf16=False),
+        "compact prompt": lambda batch: step(batch, paper, paper_optimizer),
+    }
+
+    def seconds(run: Callable[[Batch], None], batch: Batch) -> float:
+        started_s = time.process_time()
+        run(batch)
+        return time.process_time() - started_s
+
+    measured: dict[str, list[float]] = {name: [] for name in without}
+    for turn in range(arguments.turns + 1):  # the first one warms up
+        batch = next(batches)
+        for name, run in without.items():
+            ratio = seconds(run, batch) / seconds(step, batch)
+            if turn:
+                measured[name].append(ratio)
+    print("| taken away | CPU seconds of a step, × |\n|---|---|")
+    for name, ratios in measured.items():
+        print(f"| {name} | {statistics.median(ratios):.2f} |")
+    print(f"{vars(arguments)}; {hardware()}; commit {commit()}")
+
+
+if __name__ == "__main__":
+    main()
