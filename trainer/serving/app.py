@@ -103,8 +103,7 @@ def make_app(recommender: Recommender, limits: Limits = Limits(), host: str = "1
     _add_error_handlers(app)
 
     async def reply(task: str, ask: Ask) -> dict[str, Any]:
-        async with asyncio.timeout(limits.timeout_s):
-            return await batcher.answer({"task": task, **ask.model_dump(exclude_none=True)})
+        return await asyncio.wait_for(batcher.answer({"task": task, **ask.model_dump(exclude_none=True)}), limits.timeout_s)
 
     @app.post("/recommend")
     async def recommend(ask: Ask) -> dict[str, Any]:
@@ -173,8 +172,8 @@ def _add_error_handlers(app: FastAPI) -> None:
     async def overloaded(request: Request, error: Overloaded) -> JSONResponse:
         return fail(503, "too many requests are waiting; try again", {"Retry-After": "1"})
 
-    @app.exception_handler(TimeoutError)
-    async def too_slow(request: Request, error: TimeoutError) -> JSONResponse:
+    @app.exception_handler(asyncio.TimeoutError)  # TimeoutError itself from Python 3.11 on
+    async def too_slow(request: Request, error: asyncio.TimeoutError) -> JSONResponse:
         return fail(504, "the answer took too long; ask for fewer candidates, or try again")
 
     @app.middleware("http")
