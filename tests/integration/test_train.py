@@ -102,7 +102,7 @@ def test_a_run_leaves_everything_the_interface_names(undisturbed: Path, data: Pa
     for picture in ("loss.png", "metrics.png"):
         assert (undisturbed / "report" / picture).read_bytes().startswith(b"\x89PNG")
     facts = json.loads((undisturbed / "environment.json").read_text())
-    assert facts["packages"]["torch"] == torch.__version__ and facts["parameters"]["trainable"] > 0
+    assert torch.__version__.startswith(facts["packages"]["torch"]) and facts["parameters"]["trainable"] > 0  # wheels may add +cpu or +cu130
     assert config_from_dict(read_yaml(undisturbed / "config.yaml")) == config_of(data, undisturbed)
     assert json.loads((undisturbed / "status.json").read_text())["status"] == "finished"
 
