@@ -21,6 +21,7 @@ from trainer.evaluate_full import evaluate_full
 from trainer.registry.promote import promote
 from trainer.registry.versions import register
 from trainer.serving.recommend import Recommender
+from trainer.tracking.store import connect
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 SETTINGS = [
@@ -64,7 +65,7 @@ def test_from_training_to_a_served_champion(prepared: Path, tmp_path: Path, monk
         evaluate_full(run_dir, with_baselines=False)
         register(run_dir, "gensr-user")
         assert promote("gensr-user").promoted
-        card = server.client.get_model_version("gensr-user", "1").description
+        card = connect(server.uri).get_model_version("gensr-user", "1").description
         assert "(sampled, " in card
         assert "(full: of " in card
         expected = Recommender.from_run(run_dir).recommend({"task": "rec", "history": HISTORY, "k": 5})
