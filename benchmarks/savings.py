@@ -1,4 +1,4 @@
-"""What each saving is worth: a training step of gensr, and the same step with one saving taken away.
+"""What each saving is worth on a CPU: a training step of gensr, and the same step with one saving taken away.
 
     python -m benchmarks.savings FOLDER [--backbone scratch:small] [--events 32] [--turns 3]
 
@@ -8,18 +8,20 @@ process; a ratio is the median over turns of seconds without the saving / second
 
 import argparse
 import contextlib
+import dataclasses
 import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
 import torch
 from torch import Tensor
 from transformers.models.t5.modeling_t5 import T5Attention
 
-from benchmarks.measuring import open_folder
+from benchmarks.gensr_steps import one_step
+from benchmarks.measuring import Meter, open_folder
 from trainer.batch import Batch
 from trainer.bench.data import commit, hardware
 from trainer.data import TrainStream
@@ -69,23 +71,23 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3)
     arguments = parser.parse_args()
 
-    def build(prompt: str) -> tuple[GenSR, torch.optim.Optimizer, Any]:
-        overrides = [*SETTINGS, f"model.backbone={arguments.backbone}", f"model.prompt={prompt}"]
-        config, manifest, tables, _, device = open_folder({"preset": None, "overrides": overrides, "folder": arguments.folder})
-        model = build_model(config, manifest, tables, arguments.folder).to(device).train()
-        stream = TrainStream(arguments.folder, manifest, config.data, config.run.seed, arguments.events, arguments.events)
-        return model, make_optimizer(model, config.optim), (config, itertools.cycle(itertools.islice(stream, arguments.turns)))
+    overrides = [*SETTINGS, f"model.backbone={arguments.backbone}"]
+    config, manifest, tables, _, _ = open_folder({"preset": None, "overrides": overrides, "folder": arguments.folder})
+    stream = TrainStream(arguments.folder, manifest, config.data, config.run.seed, arguments.events, arguments.events)
+    meter = Meter("cpu", warmup=0, laps=False)
 
-    model, optimizer, (config, batches) = build("compact")
-    paper, paper_optimizer, _ = build("paper")
+    def build(prompt: Literal["compact", "paper"]) -> tuple[GenSR, torch.optim.Optimizer]:
+        worded = dataclasses.replace(config, model=dataclasses.replace(config.model, prompt=prompt))
+        net = build_model(worded, manifest, tables, arguments.folder).train()
+        return net, make_optimizer(net, config.optim)
+
+    model, optimizer = build("compact")
+    paper, paper_optimizer = build("paper")
     unfused = torch.optim.AdamW(model.parameters(), lr=config.optim.lr, foreach=False)
 
     def step(batch: Batch, net: GenSR = model, adam: torch.optim.Optimizer = optimizer, bf16: bool = True) -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
-            net(batch)[0].backward()
-        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        adam.step()
-        adam.zero_grad()
+            one_step(net, batch, adam, meter, config.optim.grad_clip)
 
     def patched(patch: contextlib.AbstractContextManager[Any], batch: Batch) -> None:
         with patch:
@@ -112,8 +114,7 @@ def main() -> None:
         return time.process_time() - started_s
 
     measured: dict[str, list[float]] = {name: [] for name in without}
-    for turn in range(arguments.turns + 1):  # the first one warms up
-        batch = next(batches)
+    for turn, batch in enumerate(itertools.islice(stream, arguments.turns + 1)):  # the first one warms up
         for name, run in without.items():
             ratio = seconds(run, batch) / seconds(step, batch)
             if turn:

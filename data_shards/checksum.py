@@ -3,12 +3,16 @@
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Protocol
 
 PIECE_BYTES = 1 << 20
 
 
-def pieces(file: BinaryIO) -> Iterator[bytes]:
+class Readable(Protocol):
+    def read(self, size: int, /) -> bytes: ...
+
+
+def pieces(file: Readable) -> Iterator[bytes]:
     """What is left of a binary file, a megabyte at a time."""
     while piece := file.read(PIECE_BYTES):
         yield piece

@@ -40,7 +40,8 @@ def bench_model(
     """
     if not BENCHMARKS.is_dir():
         raise ConfigError(f"{BENCHMARKS} is missing: gensr bench needs a checkout of the repository.")
-    defaults = (*DEFAULTS, f"run.precision={faster_precision()}")
+    given = any(setting.startswith("run.precision=") for setting in overrides)
+    defaults = DEFAULTS if given else (*DEFAULTS, f"run.precision={faster_precision()}")
     config = load_config(None, [*defaults, *overrides])
     if mode == "train" and pairs % (1 + config.data.num_negatives):
         raise ConfigError(f"--pairs must be a multiple of 1 + data.num_negatives = {1 + config.data.num_negatives}, got {pairs}")

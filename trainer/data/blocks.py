@@ -17,13 +17,12 @@ import webdataset as wds
 from webdataset.tariterators import tar_file_iterator
 
 from data_shards.blocks import decode_blocks
-from data_shards.checksum import file_sha256
+from data_shards.checksum import file_sha256, pieces
 from data_shards.schema import SRC, Manifest, Shard
 from trainer.batch import Batch
 from trainer.errors import DataError
 from trainer.node_cache import READ_ATTEMPTS, RETRY_AFTER_S, check_stream, retried, shard_place
 
-READ_BYTES = 1 << 20
 MAX_IMPRESSIONS = 16  # unclicked impressions of an event offered as negatives
 
 
@@ -84,7 +83,7 @@ def _entries(place: Path | str, shard: Shard) -> Iterator[bytes]:
     with wds.gopen(place, "rb") as stream:
         hashed = _HashedStream(stream)
         yield from (entry["data"] for entry in tar_file_iterator(hashed))
-        while hashed.read(READ_BYTES):
+        for _ in pieces(hashed):  # what lies behind the last entry counts, too
             pass
     if hashed.num_bytes != shard.num_bytes:
         raise EOFError(f"{hashed.num_bytes} bytes, the manifest says {shard.num_bytes} (truncated?)")

@@ -1,7 +1,7 @@
 """What a registered version says about itself: facts of the run folder and the manifest → tags and a model card."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -86,12 +86,7 @@ def _metric_lines(evaluation: Mapping[str, Any]) -> list[str]:
     protocol = evaluation["protocol"]
     lines = [f"## Metrics, test split ({protocol['candidates']}, {protocol.get('num_negatives')} negatives; 95 % bootstrap intervals)", ""]
     lines += ["| task | events | Recall@5 | Recall@10 | NDCG@5 | NDCG@10 | MRR |", "|---|---|---|---|---|---|---|"]
-    for task in ("rec", "src"):
-        result = evaluation.get(task) or {}
-        if result.get("num_events"):
-            cells = [_with_interval(result, metric) for metric in ("recall@5", "recall@10", "ndcg@5", "ndcg@10", "mrr")]
-            lines.append(f"| {task} | {result['num_events']:,} | {' | '.join(cells)} |")
-    return lines
+    return lines + _task_rows(evaluation, lambda result: _with_intervals(result, "recall@5", "recall@10", "ndcg@5", "ndcg@10", "mrr"))
 
 
 def _full_lines(evaluation: Mapping[str, Any]) -> list[str]:
@@ -102,12 +97,19 @@ def _full_lines(evaluation: Mapping[str, Any]) -> list[str]:
     how = f"full: of {protocol['num_items']:,} items {protocol['ranked_by_model']} are retrieved and ranked; 95 % bootstrap intervals"
     lines = ["", f"## Metrics, test split ({how})", ""]
     lines += ["| task | events | retrieval recall@100 | Recall@10 | NDCG@10 | MRR@10 |", "|---|---|---|---|---|---|"]
-    for task in ("rec", "src"):
-        result = evaluation.get(task) or {}
-        if result.get("num_events"):
-            cells = [_with_interval(result, metric) for metric in ("recall@10", "ndcg@10", "mrr@10")]
-            lines.append(f"| {task} | {result['num_events']:,} | {result['retrieval']['recall@100']:.4f} | {' | '.join(cells)} |")
-    return lines
+    return lines + _task_rows(
+        evaluation, lambda result: [f"{result['retrieval']['recall@100']:.4f}", *_with_intervals(result, "recall@10", "ndcg@10", "mrr@10")]
+    )
+
+
+def _task_rows(evaluation: Mapping[str, Any], cells: Callable[[Mapping[str, Any]], list[str]]) -> list[str]:
+    """A table row for each task that has events: its name, their number, and the cells of its result."""
+    results = [(task, evaluation.get(task) or {}) for task in ("rec", "src")]
+    return [f"| {task} | {result['num_events']:,} | {' | '.join(cells(result))} |" for task, result in results if result.get("num_events")]
+
+
+def _with_intervals(result: Mapping[str, Any], *metrics: str) -> list[str]:
+    return [_with_interval(result, metric) for metric in metrics]
 
 
 def _with_interval(result: Mapping[str, Any], metric: str) -> str:
