@@ -15,6 +15,7 @@ from benchmarks.measuring import Meter, open_folder
 from trainer.batch import Batch
 from trainer.costs import flops_per_event, measured_flops
 from trainer.data import EvalStream, TrainStream, prefetched
+from trainer.launch import keep_freed_memory
 from trainer.loading import build_model
 from trainer.model.backbone import Prompt
 from trainer.model.gensr import GenSR
@@ -25,6 +26,7 @@ from trainer.plan import size_of
 def main(request: dict[str, Any]) -> None:
     config, manifest, tables, _, device = open_folder(request)
     model = build_model(config, manifest, tables, request["folder"]).to(device)
+    keep_freed_memory()
     training, num_candidates = request["mode"] == "train", 1 + config.data.num_negatives
     model.train(training)
     optimizer = make_optimizer(model, config.optim)

@@ -29,7 +29,7 @@ from trainer.config import Config, DataConfig
 from trainer.data import EvalStream, prefetched
 from trainer.errors import RunError
 from trainer.files import atomic
-from trainer.launch import forced_cpu, num_cores, read_launch, set_threads
+from trainer.launch import forced_cpu, num_cores, read_launch, set_up_cpu
 from trainer.metrics import METRICS, NUM_RESAMPLES, expected_ranks, metric_values, summarise
 from trainer.node_cache import local_folder
 from trainer.report import git_facts
@@ -232,7 +232,7 @@ def evaluate_run(run_dir: str | Path, split: str = "test", with_baselines: bool 
     if split not in ("valid", "test"):
         raise RunError(f"split must be valid or test, got {split!r}")
     launch = read_launch()
-    set_threads(load_run_config(run_dir), launch)
+    set_up_cpu(load_run_config(run_dir), launch)
     device = f"cuda:{launch.local_rank}" if torch.cuda.is_available() and not forced_cpu() else "cpu"
     started_group = launch.world_size > 1 and not torch.distributed.is_initialized()
     if started_group:

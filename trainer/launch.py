@@ -6,6 +6,7 @@ with which JSON, comes from the launcher; every number in that JSON that the run
 
 import contextlib
 import copy
+import ctypes
 import json
 import os
 import time
@@ -146,7 +147,7 @@ def make_accelerator(config: Config, launch: Launch, grad_accum_steps: int) -> "
         os.environ["DS_ACCELERATOR"] = os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
         if use_deepspeed:
             os.environ.pop("ACCELERATE_USE_CPU", None)
-    set_threads(config, launch)
+    set_up_cpu(config, launch)
     _quiet_libraries()
 
     from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
@@ -241,8 +242,8 @@ def _quiet_libraries() -> None:
         warnings.filterwarnings("ignore", message=f".*{noise}.*")
 
 
-def set_threads(config: Config, launch: Launch) -> int:
-    """CPU threads of this process: run.threads, else the cores this node gives us shared out. Returns the number.
+def set_up_cpu(config: Config, launch: Launch) -> int:
+    """CPU threads of this process: run.threads, else the cores this node gives us shared out. Returns the number. Freed memory is kept.
 
     Launchers export OMP_NUM_THREADS=1 whatever the machine has, so that variable counts only when no launcher ran.
     """
@@ -253,7 +254,17 @@ def set_threads(config: Config, launch: Launch) -> int:
     else:
         num_threads = max(1, num_cores() // launch.local_world_size)
     torch.set_num_threads(num_threads)
+    keep_freed_memory()
     return num_threads
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what tensors free, for the next tensors. Given back and taken anew, each page is zeroed again: a tenth of the time of scoring."""
+    m_trim_threshold, m_mmap_threshold = -1, -3  # of malloc.h
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(m_mmap_threshold, 2**30)
+        libc.mallopt(m_trim_threshold, 2**31 - 1)
 
 
 def num_cores() -> int:

@@ -70,7 +70,7 @@ def build_model(config: Config, manifest: Manifest, tables: ItemTables, folder: 
             f"Prepare the folder with the backbone's own tokenizer: tokenizer={config.model.backbone}"
         )
     if config.model.compile:
-        backbone.compile_stacks()
+        backbone.compile_layers()
     return assemble(model_settings(config, manifest.num_words, tables.cf.shape[1]), backbone, tokenizer, tables)
 
 

@@ -58,6 +58,19 @@ def test_t5_equals_the_attentions_of_transformers() -> None:
         assert_same(run(fast, prompt, weights), run(plain, prompt, weights), 5e-5)
 
 
+@pytest.mark.parametrize("name", ["scratch:nano", "scratch:llama_nano"])
+def test_gradients_of_rows_add_up_to_that_of_the_table(name: str) -> None:
+    """embed() gives rows, embed_mean() a whole table: what arrives at the weight is dense, and what plain look-ups give (1e-6)."""
+    backbone, tokens, texts = make(name), torch.tensor([[5, 7], [7, 0]]), torch.tensor([[5, 9, 0], [0, 0, 0]])
+    weight, towards = backbone.embedding_weight(), torch.randn(2, 64)
+    ((backbone.embed(tokens).sum(1) + backbone.embed_mean(texts) + backbone.embed(tokens[:, 0])) * towards).sum().backward()
+    gradient, weight.grad = weight.grad, None
+    assert gradient is not None and gradient.layout == torch.strided
+    mean = weight[texts].mul(texts.ne(0)[..., None]).sum(1) / texts.ne(0).sum(1, keepdim=True).clamp(min=1)
+    ((weight[tokens].sum(1) + mean + weight[tokens[:, 0]]) * towards).sum().backward()
+    torch.testing.assert_close(gradient, weight.grad, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", DECODERS)
 def test_the_shared_part_read_once_equals_whole_prompts(name: str) -> None:
     backbone = make(name)
@@ -139,7 +152,7 @@ def test_what_cannot_be_had_is_refused_with_what_can(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_compiled_backbone_gives_the_same_and_keeps_its_names() -> None:
     plain, compiled = make("scratch:nano"), make("scratch:nano")
-    compiled.compile_stacks()
+    compiled.compile_layers()
     prompt = prompt_of(64)
     torch.testing.assert_close(compiled.answer_logits(prompt, ANSWERS), plain.answer_logits(prompt, ANSWERS), rtol=0, atol=2e-5)
     assert [name for name, _ in compiled.named_parameters()] == [name for name, _ in plain.named_parameters()]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -66,18 +67,33 @@ class Backbone(nn.Module):
         weight: Tensor = self.base.get_input_embeddings().weight
         return weight
 
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Vectors of tokens, [...] → [..., D].
+
+        Their gradient holds the rows that occur, not the whole table; autograd adds it to the dense one of embed_mean(), without which training does
+        not go (an optimizer and DDP take dense gradients only).
+        """
+        return F.embedding(tokens.long(), self.embedding_weight(), sparse=True)
+
+    def embed_mean(self, tokens: Tensor) -> Tensor:
+        """Mean of the vectors of an item's tokens, padding (0) excluded: [..., L] → [..., D]; 0 where there is nothing but padding."""
+        flat = tokens.reshape(-1, tokens.shape[-1]).long()
+        return F.embedding_bag(flat, self.embedding_weight(), mode="mean", padding_idx=0).unflatten(0, tokens.shape[:-1])
+
     def answer_logits(self, prompt: Prompt, answers: Tensor) -> Tensor:
         """Logits of the answer tokens [A] after each prompt → [B, C, A] float32."""
         raise NotImplementedError
 
     def answer_rows(self, hidden_MD: Tensor, answers: Tensor) -> Tensor:
         """A rows of the output table instead of all V: [M, D], [A] → [M, A] float32."""
-        rows = self.base.get_output_embeddings().weight[answers]
+        head = self.base.get_output_embeddings().weight
+        rows = self.embed(answers) if head is self.embedding_weight() else head[answers]
         with torch.autocast(hidden_MD.device.type, enabled=False):  # which would make bf16 of this product, and ties of near scores
             return hidden_MD.float() @ rows.float().T
 
-    def compile_stacks(self) -> None:
-        """torch.compile, in place: names of weights stay as they are."""
+    def compile_layers(self) -> None:
+        """torch.compile, in place: names of weights stay as they are. Layer by layer, which are alike: compiled once, not once each."""
         for stack in self.stacks:
-            if stack is not None:
-                stack.compile()
+            for part in stack.children() if stack is not None else ():
+                for layer in part if isinstance(part, nn.ModuleList) else ():
+                    layer.compile()

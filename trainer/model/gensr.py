@@ -161,7 +161,7 @@ class GenSR(nn.Module):
     def semantic_vectors(self, items: Tensor, num_tokens: int) -> Tensor:
         """E_s of items (any shape) → [..., D]: mean of the backbone's token embeddings over the item's text, padding excluded, plus its words."""
         tables = self.tables
-        vectors = self._mean_tokens(rows_of(tables.item_tokens, items)[..., :num_tokens])
+        vectors = self.backbone.embed_mean(rows_of(tables.item_tokens, items)[..., :num_tokens])
         if self.settings.num_words:
             vectors = vectors + self._mean_words(rows_of(tables.item_words, items))
         return vectors
@@ -178,17 +178,9 @@ class GenSR(nn.Module):
         else:
             tokens_BQ = tables.query_tokens[rows]
             mask_BQ = (tokens_BQ != 0) & has_query
-            vectors_BQD = self._embed(tokens_BQ)
+            vectors_BQD = self.backbone.embed(tokens_BQ)
         masked_BQD = vectors_BQD * mask_BQ[..., None]
         return masked_BQD, mask_BQ, masked_BQD.sum(1) / mask_BQ.sum(1, keepdim=True).clamp(min=1)
-
-    def _embed(self, tokens: Tensor) -> Tensor:
-        return nn.functional.embedding(tokens.long(), self.backbone.embedding_weight())
-
-    def _mean_tokens(self, tokens: Tensor) -> Tensor:
-        flat = tokens.reshape(-1, tokens.shape[-1]).long()
-        mean = nn.functional.embedding_bag(flat, self.backbone.embedding_weight(), mode="mean", padding_idx=0)
-        return mean.view(*tokens.shape[:-1], -1)
 
     def _mean_words(self, words: Tensor) -> Tensor:
         return self.words_projection(self.words(words.reshape(-1, words.shape[-1]).long())).view(*words.shape[:-1], -1)
@@ -246,9 +238,9 @@ class GenSR(nn.Module):
         """
         batch, num_candidates = slots_BCXD.shape[:2]
         dtype = slots_BCXD.dtype
-        own_BCSD = self._embed(self.get_buffer(f"template_{task}")).to(dtype).expand(batch, num_candidates, -1, -1).clone()
+        own_BCSD = self.backbone.embed(self.get_buffer(f"template_{task}")).to(dtype).expand(batch, num_candidates, -1, -1).clone()
         own_BCSD[:, :, list(self.slots[task])] = slots_BCXD
-        shared_BPD = self._embed(self.get_buffer(f"shared_{task}")).to(dtype).expand(batch, -1, -1)
+        shared_BPD = self.backbone.embed(self.get_buffer(f"shared_{task}")).to(dtype).expand(batch, -1, -1)
         mask_BP = torch.ones(shared_BPD.shape[:2], dtype=torch.bool, device=shared_BPD.device)
         if task == SRC:
             shared_BPD = torch.cat([shared_BPD, query_BQD.to(dtype)], 1)

@@ -5,9 +5,11 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.activations import NewGELUActivation
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from trainer.model.backbone import Backbone, Prompt
+from trainer.model.dropout import Dropout, dropout
 
 
 class Seq2SeqBackbone(Backbone):
@@ -23,17 +25,20 @@ class Seq2SeqBackbone(Backbone):
         prompt_MSD, mask_MS = prompt.whole(shared_first=False)
         mask = self.layer_mask(mask_MS) if prompt.shared_BPD.shape[1] else None  # without a shared part there is no padding
         encoded_MSD = self.base.get_encoder()(inputs_embeds=prompt_MSD, attention_mask=mask).last_hidden_state
-        start = torch.full((len(prompt_MSD), 1), self.base.config.decoder_start_token_id, device=prompt_MSD.device, dtype=torch.long)
-        decoder = self.base.get_decoder()
-        hidden_M1D = decoder(input_ids=start, encoder_hidden_states=encoded_MSD, encoder_attention_mask=mask, use_cache=False).last_hidden_state
+        start_M1 = torch.full((len(prompt_MSD), 1), self.base.config.decoder_start_token_id, device=prompt_MSD.device)
+        read = dict(encoder_hidden_states=encoded_MSD, encoder_attention_mask=mask, use_cache=False)
+        hidden_M1D = self.base.get_decoder()(**self.decoder_input(start_M1), **read).last_hidden_state
         return self.answer_rows(hidden_M1D[:, 0], answers).unflatten(0, prompt.own_BCSD.shape[:2])
 
     def layer_mask(self, mask_MS: Tensor) -> Tensor:
         return mask_MS
 
+    def decoder_input(self, tokens_M1: Tensor) -> dict[str, Tensor]:
+        return {"input_ids": tokens_M1}
+
 
 class T5Backbone(Seq2SeqBackbone):
-    """T5, T5 1.1, flan-t5. Two of its attentions are replaced by ones that give the same with less work (weights and names stay)."""
+    """T5, T5 1.1, flan-t5. Some of its parts are replaced by ones that give the same with less work (weights and names stay)."""
 
     model_types: ClassVar[tuple[str, ...]] = ("t5",)
     lora_targets: ClassVar[tuple[str, ...]] = ("q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo")
@@ -44,10 +49,18 @@ class T5Backbone(Seq2SeqBackbone):
             for module in stack.modules():
                 if type(module) is T5Attention and not module.is_causal:
                     module.__class__ = replacement
+                elif type(module) is nn.Dropout:
+                    module.__class__ = Dropout
+                elif isinstance(getattr(module, "act", None), NewGELUActivation):
+                    module.act = nn.GELU(approximate="tanh")  # the same formula as one kernel, not eight
 
     def layer_mask(self, mask_MS: Tensor) -> Tensor:
         """Four dimensions: transformers takes such a mask as it is, without asking the device whether it masks anything."""
         return mask_MS[:, None, None]
+
+    def decoder_input(self, tokens_M1: Tensor) -> dict[str, Tensor]:
+        """Encoder and decoder read one table; embed() spares a gradient of its size."""
+        return {"inputs_embeds": self.embed(tokens_M1)}
 
     def answer_rows(self, hidden_MD: Tensor, answers: Tensor) -> Tensor:
         config = self.base.config
@@ -66,8 +79,12 @@ class EncoderSelfAttention(T5Attention):
             if mask is not None:
                 position_bias = position_bias.masked_fill(~mask, torch.finfo(query.dtype).min)
             position_bias = position_bias.contiguous()
-        dropout = self.dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=position_bias, dropout_p=dropout, scale=self.scaling)
+        if self.training and self.dropout and query.device.type == "cpu":  # no kernel there has dropout
+            weights = (query @ key.transpose(2, 3) * self.scaling + position_bias).softmax(-1)
+            mixed = dropout(weights, self.dropout, True) @ value
+        else:
+            p = self.dropout if self.training else 0.0
+            mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=position_bias, dropout_p=p, scale=self.scaling)
         return self.o(mixed.transpose(1, 2).flatten(2)), position_bias, None
 
 
@@ -90,7 +107,7 @@ class AbsorbedCrossAttention(T5Attention):
         scores_MHS = (query_MHD @ key_value_states.transpose(1, 2)).float() * self.scaling
         if mask is not None:
             scores_MHS = scores_MHS.masked_fill(~mask[:, 0], torch.finfo(torch.float32).min)
-        weights_MHS = F.dropout(scores_MHS.softmax(-1), self.dropout, self.training)
+        weights_MHS = dropout(scores_MHS.softmax(-1), self.dropout, self.training)
         mixed_MHD = weights_MHS.to(key_value_states.dtype) @ key_value_states
         value_MHd = torch.einsum("mhw,hdw->mhd", mixed_MHD, self.v.weight.unflatten(0, heads))
         return self.o(value_MHd.flatten(1))[:, None], None, None
