@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+COMPILED_KINDS = 64
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -92,8 +94,13 @@ class Backbone(nn.Module):
             return hidden_MD.float() @ rows.float().T
 
     def compile_layers(self) -> None:
-        """torch.compile, in place: names of weights stay as they are. Layer by layer, which are alike: compiled once, not once each."""
+        """torch.compile, in place: names of weights stay as they are.
+
+        Layer by layer, and for any length: layers are alike, so that each kind is compiled once. A kind is a layer with or without position biases of its
+        own, a mask, dropout, gradients; torch would stop after 8 of them and compute the rest uncompiled.
+        """
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILED_KINDS)
         for stack in self.stacks:
             for part in stack.children() if stack is not None else ():
                 for layer in part if isinstance(part, nn.ModuleList) else ():
-                    layer.compile()
+                    layer.compile(dynamic=True)

@@ -80,7 +80,7 @@ class EncoderSelfAttention(T5Attention):
                 position_bias = position_bias.masked_fill(~mask, torch.finfo(query.dtype).min)
             position_bias = position_bias.contiguous()
         if self.training and self.dropout and query.device.type == "cpu":  # no kernel there has dropout
-            weights = (query @ key.transpose(2, 3) * self.scaling + position_bias).softmax(-1)
+            weights = torch.add(position_bias, query @ key.transpose(2, 3), alpha=self.scaling).softmax(-1)
             mixed = dropout(weights, self.dropout, True) @ value
         else:
             p = self.dropout if self.training else 0.0
