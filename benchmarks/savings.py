@@ -59,8 +59,8 @@ def whole_vocabulary(self: Backbone, hidden_MD: Tensor, answers: Tensor) -> Tens
     return self.base.get_output_embeddings()(hidden_MD).float()[:, answers]
 
 
-def no_groups(self: GenSR, rows: Tensor, query_mask_BQ: Tensor) -> list[tuple[Tensor, int]]:
-    return [(rows, query_mask_BQ.shape[1])]
+def no_groups(self: GenSR, rows: Tensor, query_mask_BQ: Tensor) -> list[tuple[Tensor, int, bool]]:
+    return [(rows, query_mask_BQ.shape[1], True)]
 
 
 def main() -> None:
@@ -95,9 +95,7 @@ def main() -> None:
 
     without: dict[str, Callable[[Batch], None]] = {
         "the history encoded once an event": lambda batch: step(as_pairs(batch)),
-        "recommendation without query padding, searches of like length together": lambda batch: patched(
-            mock.patch.object(gensr.GenSR, "_by_length", no_groups), batch
-        ),
+        "searches of like length together": lambda batch: patched(mock.patch.object(gensr.GenSR, "_by_length", no_groups), batch),
         "position bias and mask made once for all layers": lambda batch: patched(plain_attention(model, EncoderSelfAttention), batch),
         "absorbed cross-attention of one position": lambda batch: patched(plain_attention(model, AbsorbedCrossAttention), batch),
         "two answer logits, not the vocabulary": lambda batch: patched(

@@ -146,7 +146,7 @@ def set_up(config: Config, manifest: Manifest, launch: Launch, accelerator: Any,
     module = build_model(config, manifest, tables, local_folder(config.data))
     if config.model.gather_negatives and accelerator.num_processes > 1:
         module.gather = gather_rows
-    module.every_task_every_step = accelerator.num_processes > 1  # DDP and ZeRO-3 expect the same parameters in every step of every rank
+    module.same_calls_every_step = accelerator.num_processes > 1  # DDP and ZeRO-3 expect the same parameters in every step of every rank
     size = plan.size_of(module)
     facts = {**report.environment_facts(), "parameters": asdict(size), "devices": devices(accelerator), "zero_stage": identity["zero_stage"]}
     model, optimizer, progress = prepared(accelerator, module, config, identity, found)

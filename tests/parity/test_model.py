@@ -243,10 +243,37 @@ def test_groups_by_query_length_leave_less_padding_and_the_same_scores(folder: P
 
     monkeypatch.setattr(model, "fill_prompt", spy)
     few = batch.with_candidates(batch.candidates[:, :3], batch.labels[:, :3])
-    model.every_task_every_step = True
     whole, padded = scores(model, few), sum(padding)
     padding.clear()
-    model.every_task_every_step = False
     monkeypatch.setattr("trainer.model.gensr.EVENTS_A_GROUP", 1)
     torch.testing.assert_close(scores(model, few), whole, rtol=0, atol=2e-5)
-    assert len(padding) == 1 + 3 and sum(padding) < padded / 4, (padding, padded)
+    assert len(padding) == 1 + 4 and sum(padding) < padded / 4, (padding, padded)
+
+
+@pytest.mark.parametrize("backbone", ["scratch:nano", "scratch:llama_nano"])
+def test_ranks_call_the_backbone_equally_often_whatever_their_batches_hold(folder: Path, backbone: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As ZeRO-3 needs it: batches of one size and both tasks, one task, one search. Scores stay the same, and every parameter has its gradient."""
+    model, batch, _ = make(folder, "extended", f"model.backbone={backbone}")
+    few = batch.with_candidates(batch.candidates[:, :3], batch.labels[:, :3])
+    searches, others = (few.task == SRC).nonzero()[:, 0], (few.task == REC).nonzero()[:, 0]
+    mixtures = [torch.cat([searches, others]), searches, others, torch.cat([others, searches[:1]])]
+    batches = [few.take(rows[torch.arange(8) % len(rows)]) for rows in mixtures]
+    expected = [scores(model, one) for one in batches]
+    calls, original = [], model.backbone.answer_logits
+
+    def counted(*arguments: Any) -> Tensor:
+        calls.append(arguments)
+        return original(*arguments)
+
+    monkeypatch.setattr(model.backbone, "answer_logits", counted)
+    monkeypatch.setattr("trainer.model.gensr.EVENTS_A_GROUP", 1)
+    model.same_calls_every_step = True
+    for one, scores_BC in zip(batches, expected, strict=True):
+        calls.clear()
+        torch.testing.assert_close(scores(model, one), scores_BC, rtol=0, atol=2e-5)
+        assert len(calls) == 1 + 4
+        model.zero_grad()
+        model.train()
+        model(one)[0].backward()
+        model.eval()
+        assert all(parameter.grad is not None for parameter in model.parameters())

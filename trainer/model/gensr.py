@@ -3,6 +3,8 @@
 Letters: B events, N history, C candidates, L tokens, S prompt length, D backbone width, K CF width.
 """
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,7 +77,7 @@ class GenSR(nn.Module):
         self.answers = answers  # token ids of ("Yes", "No")
         self._tables = [tables]  # a list hides it from nn.Module
         self.gather: Gather | None = None  # set by the trainer for contrastive negatives across ranks
-        self.every_task_every_step = False  # set by the trainer under ZeRO-3, where all ranks must call the backbone equally often
+        self.same_calls_every_step = False  # set by the trainer for several processes: under ZeRO-3 all must call the backbone equally often
         width, cf_width = backbone.width, settings.cf_dim
         extended = settings.variant == "extended"
         self.cf_encoder = HistoryEncoder(cf_width, settings.num_heads, settings.dropout, settings.history_max, ordered=extended)
@@ -209,27 +211,32 @@ class GenSR(nn.Module):
         scores_BC = slots_BCXD.new_zeros(slots_BCXD.shape[:2], dtype=torch.float32)
         for task in self.slots:
             rows = (task_B == task).nonzero()[:, 0]
-            if len(rows) == 0:
-                if not self.every_task_every_step:
-                    continue
-                rows = torch.zeros(1, dtype=torch.long, device=task_B.device)  # answered and thrown away
-            for part, longest in self._by_length(rows, query_mask_BQ):
+            for part, longest, keep in self._by_length(rows, query_mask_BQ) if task == SRC else self._together(rows):
                 prompt = self.fill_prompt(task, slots_BCXD[part], query_BQD[part, :longest], query_mask_BQ[part, :longest])
                 logits_BCA = self.backbone.answer_logits(prompt, answers)
-                keep = (task_B[part] == task)[:, None]
                 scores_BC = scores_BC.index_add(0, part, (logits_BCA[..., 0] - logits_BCA[..., 1]) * keep)
         return scores_BC
 
-    def _by_length(self, rows: Tensor, query_mask_BQ: Tensor) -> list[tuple[Tensor, int]]:
-        """Rows in groups of like query length, each with its longest: less padding to compute. One group where ranks must call equally often."""
-        num_groups = max(min(LENGTH_GROUPS, len(rows) // EVENTS_A_GROUP), 1)
-        if self.every_task_every_step:
-            return [(rows, query_mask_BQ.shape[1])]
+    def _together(self, rows: Tensor) -> Iterator[tuple[Tensor, int, bool]]:
+        """All rows (if any) as one group, whose queries do not count."""
+        if len(rows):
+            yield rows, 0, True
+        elif self.same_calls_every_step:
+            yield rows.new_zeros(1), 0, False  # the first event, answered and thrown away
+
+    def _by_length(self, rows: Tensor, query_mask_BQ: Tensor) -> Iterator[tuple[Tensor, int, bool]]:
+        """(rows of like query length, the longest, whether the answers count): less padding to compute.
+
+        Where ranks must call equally often, the number of groups follows from the size of the batch, and groups may be empty.
+        """
+        num_events = len(query_mask_BQ) // 2 if self.same_calls_every_step else len(rows)
+        num_groups = max(min(LENGTH_GROUPS, num_events // EVENTS_A_GROUP), 1)
         lengths, order = query_mask_BQ[rows].sum(1).sort(stable=True)
-        longest = torch.stack([part[-1] for part in lengths.chunk(num_groups)]).tolist()
-        if longest[0] == longest[-1]:
-            return [(rows, longest[0])]
-        return list(zip(rows[order].chunk(num_groups), longest, strict=True))
+        groups = rows[order].tensor_split(num_groups)
+        ends = list(itertools.accumulate(len(group) for group in groups))
+        longest = nn.functional.pad(lengths, (1, 0))[ends].tolist()  # all at once: the device is asked, and waited for
+        for group, length in zip(groups, longest, strict=True):
+            yield from [(group, length, True)] if len(group) else self._together(group)
 
     def fill_prompt(self, task: int, slots_BCXD: Tensor, query_BQD: Tensor, query_mask_BQ: Tensor) -> Prompt:
         """Eq. 7 for events of one task: text segments around slot vectors, and what the candidates share: (decoders) the task text, (search) the query.
