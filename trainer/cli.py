@@ -568,6 +568,22 @@ def bench_evaluate(
     answer(document, as_json, *bench_model_lines(document))
 
 
+@bench_app.command(name="micro-batch", epilog="Example: gensr bench micro-batch scientific_small data.dir=data/scientific")
+def bench_micro_batch(
+    preset: Annotated[str | None, typer.Argument(metavar="[PRESET|FILE]", help="nothing: the defaults", show_default=False)] = None,
+    overrides: Overrides = None, steps: Annotated[int, typer.Option(help="micro-batches that are timed, after one to warm up", min=1)] = 4,
+    threads: Threads = 2, as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """The fastest optim.micro_batch_size on this device, found by training with each, and what each takes of its memory."""
+    from trainer.bench import micro_batch as bench
+
+    settings = list(overrides or [])
+    if preset is not None and "=" in preset:
+        settings, preset = [preset, *settings], None
+    document = bench.bench_micro_batch(preset, settings, steps, threads, progress=stage_lines())
+    answer(document, as_json, *bench.bench_micro_batch_lines(document))
+
+
 # ---- help for people -----------------------------------------------------------------------------------------------
 
 

@@ -31,6 +31,7 @@ from trainer.errors import ConfigError, DataError, GensrError, RunError
 from trainer.evaluate import validate
 from trainer.launch import Launch, devices, make_accelerator, read_launch
 from trainer.loading import build_model, save_model
+from trainer.model.gensr import GenSR
 from trainer.node_cache import local_folder
 from trainer.optimizer import make_optimizer, set_lr, trained_shapes
 from trainer.saving import CheckpointWriter
@@ -140,10 +141,7 @@ def set_up(config: Config, manifest: Manifest, launch: Launch, accelerator: Any,
         checkpoint.check_identity(found, identity, config.run.accept_changes)
 
     set_seed(config.run.seed)  # the same weights on every rank
-    cf = load_cf(local_folder(config.data), manifest, users=False)
-    holdout = runfolder.training_holdout(config, cf)
-    tables = load_tables(local_folder(config.data), manifest, cf, with_folds=holdout != "none").to(accelerator.device)
-    module = build_model(config, manifest, tables, local_folder(config.data))
+    module, cf, holdout = make_model(config, manifest, accelerator.device)
     if config.model.gather_negatives and accelerator.num_processes > 1:
         module.gather = gather_rows
     module.same_calls_every_step = accelerator.num_processes > 1  # DDP and ZeRO-3 expect the same parameters in every step of every rank
@@ -168,6 +166,15 @@ def set_up(config: Config, manifest: Manifest, launch: Launch, accelerator: Any,
     bad_batches = BadBatches(accelerator, model, config.run.max_skipped_batches) if config.run.on_nan == "skip" else None
     parts = (config, manifest, accelerator, schedule, module, model, optimizer, stream, valid, console, tracker, progress, writer, bad_batches)
     return Run(*parts, identity, threshold)
+
+
+def make_model(config: Config, manifest: Manifest, device: torch.device) -> tuple[GenSR, CfTable, str]:
+    """The model of a new run with its tables on the device, the folder's CF table, and how training events are kept from their own clicks."""
+    folder = local_folder(config.data)
+    cf = load_cf(folder, manifest, users=False)
+    holdout = runfolder.training_holdout(config, cf)
+    tables = load_tables(folder, manifest, cf, with_folds=holdout != "none").to(device)
+    return build_model(config, manifest, tables, folder), cf, holdout
 
 
 def prepared(accelerator: Any, module: Any, config: Config, identity: dict[str, Any], found: Checkpoint | None) -> tuple[Any, Any, Progress]:

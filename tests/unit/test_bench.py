@@ -3,11 +3,14 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
+from tests.tiny_folder import make_tiny_folder
 from trainer.bench import data as bench
+from trainer.bench import micro_batch
 from trainer.bench import model as bench_model
 from trainer.cli import app
 from trainer.errors import BenchError, ConfigError
@@ -78,3 +81,47 @@ def test_training_steps_and_scoring_beside_the_reference(tmp_path: Path) -> None
     assert 60 < train["prompt_tokens"] < 130, "about as long as flan-t5's tokenizer makes it"
     assert json.loads(trace.read_text())["traceEvents"]
     assert all(any(word in line for line in bench_model.bench_model_lines(train)) for word in ("ratio", "backward", "reference"))
+
+
+def test_the_fastest_micro_batch_is_found_and_memory_is_not_exhausted_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device of 10 GB, where a size takes 1 GB and 0.5 GB an event more: 32 would not fit, and is not tried."""
+    speed = {1: 10.0, 2: 18.0, 4: 30.0, 8: 40.0, 16: 40.5}
+    tried = []
+
+    def measured(request: dict[str, Any], threads: int) -> bench.Measured:
+        size = int(request["overrides"][-1].removeprefix("optim.micro_batch_size="))
+        tried.append(size)
+        memory = 1_000_000_000 + 500_000_000 * size
+        answer = {
+            "events_per_s": speed[size], "peak_memory_bytes": memory, "calculated_memory_bytes": memory, "device_memory_bytes": 10_000_000_000,
+            "device": "1 × CPU",
+        }  # fmt: skip
+        return bench.Measured(1.0, 1.0, memory, answer)
+
+    monkeypatch.setattr(micro_batch, "_measured", measured)
+    document = micro_batch.bench_micro_batch(None, ["data.dir=x", "optim.global_batch_size=64"])
+    assert tried == [1, 2, 4, 8, 16] and document["best"] == 8, "16 gains less than 2 %"
+    assert document["tried"][-1] == {"micro_batch_size": 32, "stopped": "would take 17.0 GB"}
+    assert "optim.micro_batch_size=8" in "\n".join(micro_batch.bench_micro_batch_lines(document))
+
+    speed |= {4: 5.0}
+    tried.clear()
+    assert micro_batch.bench_micro_batch(None, ["data.dir=x", "optim.global_batch_size=64"])["best"] == 2 and tried == [1, 2, 4], "slower: no more"
+
+    stopped = bench.Measured(1.0, 1.0, 1, {"stopped": "out of memory: the device has 1 GB"})
+    monkeypatch.setattr(micro_batch, "_measured", lambda *_: stopped)
+    with pytest.raises(BenchError, match="not even one event fits: out of memory"):
+        micro_batch.bench_micro_batch(None, ["data.dir=x"])
+    with pytest.raises(ConfigError, match=r"data\.dir=OUT"):
+        micro_batch.bench_micro_batch(None, [])
+
+
+@pytest.mark.slow
+def test_micro_batches_are_tried_with_the_steps_of_a_training(tmp_path: Path) -> None:
+    make_tiny_folder(tmp_path / "data")
+    settings = [f"data.dir={tmp_path / 'data'}", "model.backbone=scratch:nano", "optim.global_batch_size=2", "model.lora.rank=2"]
+    result = CliRunner().invoke(app, ["bench", "micro-batch", *settings, "--steps", "1", "--json"])
+    assert result.exit_code == 0, result.output
+    rows = json.loads(result.stdout.splitlines()[-1])["tried"]
+    assert [row["micro_batch_size"] for row in rows] == [1, 2]
+    assert all(row["events_per_s"] > 0 and row["peak_memory_bytes"] > 1e8 for row in rows)

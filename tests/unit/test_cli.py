@@ -41,6 +41,9 @@ VERBS = [
 ]
 COMMANDS = [[verb] for verb in VERBS] + [
     ["bench", "data"],
+    ["bench", "train"],
+    ["bench", "evaluate"],
+    ["bench", "micro-batch"],
     ["runs", "summarize"],
     ["runs", "import"],
     ["config", "show"],

@@ -1,0 +1,159 @@
+"""`gensr bench micro-batch`: the micro-batch that trains fastest on this device, found by training with each.
+
+Every size is a process of its own (`python -m trainer.bench.micro_batch REQUEST`), so that memory is measured from nothing and an exhausted device ends
+one process only. The steps are those of train(): its model, stream, precision, optimizer. One process, without DeepSpeed: ZeRO leaves room for more.
+"""
+
+import itertools
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from trainer.bench.data import Measured, Progress, commit, hardware, measure
+from trainer.config import load_config
+from trainer.errors import BenchError, ConfigError
+
+MEMORY_SHARE = 0.9  # of what the device has (a CPU: has free) may be asked for by the next size
+GAIN = 1.02  # a larger size must be so much faster to be worth its memory
+SLOWER = 0.9  # sizes beyond one that is so slow are not tried
+
+
+def bench_micro_batch(
+    preset: str | None, overrides: Sequence[str] = (), steps: int = 4, threads: int = 2, progress: Progress | None = None
+) -> dict[str, Any]:
+    """→ the object that `gensr bench micro-batch --json` prints: `tried`, a row for each size that divides the global batch, and `best`.
+
+    steps: micro-batches that are timed, after one to warm up. Raises ConfigError without data.dir, BenchError when no size fits or a process fails.
+    """
+    config = load_config(preset, [*overrides, "optim.micro_batch_size=1"])
+    if not config.data.dir:
+        raise ConfigError("data.dir=OUT must be given: the prepared folder to train on")
+    whole = config.optim.global_batch_size
+    sizes = [size for size in range(1, whole + 1) if whole % size == 0]
+    tried: list[dict[str, Any]] = []
+    for number, size in enumerate(sizes):
+        if progress is not None:
+            progress(f"micro-batch {size}", number, len(sizes))
+        if (needed := expected_bytes(tried, size)) and needed > MEMORY_SHARE * tried[0]["device_memory_bytes"]:
+            tried.append({"micro_batch_size": size, "stopped": f"would take {needed / 1e9:.1f} GB"})
+            break
+        request = {"preset": preset, "overrides": [*overrides, f"optim.micro_batch_size={size}"], "steps": steps}
+        row = _measured(request, threads).answer
+        tried.append({"micro_batch_size": size, **row})
+        if "stopped" in row or row["events_per_s"] < SLOWER * max(done["events_per_s"] for done in tried):
+            break
+    done = [row for row in tried if "stopped" not in row]
+    if not done:
+        raise BenchError(f"not even one event fits: {tried[0]['stopped']}. Set model.activation_checkpointing=true, or use a smaller backbone")
+    return {
+        "tried": tried,
+        "best": best_of(done),
+        "configuration": {"preset": preset, "overrides": list(overrides), "steps": steps, "threads": threads},
+        "hardware": {**hardware(), "device": done[0]["device"]},
+        "commit": commit(),
+    }
+
+
+def _measured(request: dict[str, Any], threads: int) -> Measured:
+    return measure([sys.executable, "-m", "trainer.bench.micro_batch", json.dumps(request)], threads)
+
+
+def expected_bytes(tried: Sequence[dict[str, Any]], size: int) -> float:
+    """Memory of a size, on a straight line through the last two that were measured; 0 where there are no two."""
+    if len(tried) < 2:
+        return 0.0
+    (x0, y0), (x1, y1) = ((row["micro_batch_size"], row["peak_memory_bytes"]) for row in tried[-2:])
+    return float(y1 + max(y1 - y0, 0) / (x1 - x0) * (size - x1))
+
+
+def best_of(done: Sequence[dict[str, Any]]) -> int:
+    """The smallest size that no larger one beats by more than GAIN."""
+    fastest = max(row["events_per_s"] for row in done)
+    return int(next(row["micro_batch_size"] for row in done if row["events_per_s"] * GAIN >= fastest))
+
+
+def bench_micro_batch_lines(document: dict[str, Any]) -> list[str]:
+    """The object as lines for people."""
+    lines = ["  micro-batch    events/s    memory    calculated beforehand"]
+    for row in document["tried"]:
+        left = f"  {row['micro_batch_size']:>11}"
+        if "stopped" in row:
+            lines.append(f"{left}    {row['stopped']}")
+        else:
+            lines.append(
+                f"{left}  {row['events_per_s']:>10,.2f}  {row['peak_memory_bytes'] / 1e9:>5.1f} GB  {row['calculated_memory_bytes'] / 1e9:>5.1f} GB"
+            )
+    machine = document["hardware"]
+    return [
+        *lines,
+        f"  optim.micro_batch_size={document['best']} is the smallest within {GAIN - 1:.0%} of the fastest",
+        f"  {machine['device']}, {machine['cores']} cores, {machine['memory_gb']} GB, {machine['cpu']}; one process, no ZeRO; commit {document['commit']}",
+    ]
+
+
+# ---- the measured process --------------------------------------------------------------------------------------
+
+
+def try_one(request: dict[str, Any]) -> dict[str, Any]:
+    """Train some micro-batches of one size → speed of whole optimizer steps, and memory; or {"stopped": why} where the device's memory is exhausted."""
+    import torch
+
+    from trainer.console import peak_memory_gb
+    from trainer.costs import memory
+    from trainer.launch import devices, make_accelerator, read_launch
+    from trainer.optimizer import make_optimizer
+    from trainer.plan import size_of, size_of_folder
+    from trainer.schedule import grad_accum_steps
+    from trainer.train import make_model, make_streams, read_manifest
+
+    config = load_config(request["preset"], request["overrides"])
+    manifest = read_manifest(Path(config.data.dir))
+    accum = grad_accum_steps(config, 1)
+    accelerator = make_accelerator(config, read_launch(), accum)
+    module, cf, holdout = make_model(config, manifest, accelerator.device)
+    model, optimizer = accelerator.prepare(module, make_optimizer(module, config.optim))
+    stream, _ = make_streams(config, manifest, accelerator, cf, holdout, 0)
+    on_gpu = accelerator.device.type == "cuda"
+    available = torch.cuda.get_device_properties(0).total_memory if on_gpu else psutil.virtual_memory().available + psutil.Process().memory_info().rss
+
+    def seconds(work: Any) -> float:
+        started_s = time.perf_counter()
+        work()
+        if on_gpu:
+            torch.cuda.synchronize()
+        return time.perf_counter() - started_s
+
+    def learn(batches: Sequence[Any]) -> None:
+        for batch in batches:
+            accelerator.backward(model(batch.to(accelerator.device))[0])
+
+    def update() -> None:
+        torch.nn.utils.clip_grad_norm_(module.parameters(), config.optim.grad_clip)
+        optimizer.optimizer.step()
+        optimizer.optimizer.zero_grad()
+
+    batches = list(itertools.islice(stream, 1 + request["steps"]))
+    try:
+        learn(batches[:1])
+        update()
+        learning_s = seconds(lambda: learn(batches[1:])) / (len(batches) - 1)
+        updating_s = seconds(update)
+    except torch.OutOfMemoryError:
+        return {"stopped": f"out of memory: the device has {available / 1e9:.0f} GB"}
+    calculated = memory(config, size_of(module), size_of_folder(config.data.dir, manifest), None, 1)
+    return {
+        "events_per_s": config.optim.global_batch_size / (accum * learning_s + updating_s),
+        "peak_memory_bytes": int(peak_memory_gb() * 1e9),
+        "calculated_memory_bytes": int(calculated.total),
+        "device_memory_bytes": int(available),
+        "device": devices(accelerator),
+    }
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(try_one(json.loads(sys.argv[1]))) + "\n")
