@@ -17,7 +17,9 @@ from typing import Any, Literal
 from unittest import mock
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.activations import NewGELUActivation
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from benchmarks.gensr_steps import one_step
@@ -53,6 +55,28 @@ def plain_attention(model: GenSR, kind: type[T5Attention]) -> Iterator[None]:
     finally:
         for module in modules:
             module.__class__ = kind
+
+
+@contextlib.contextmanager
+def one_draw_an_element() -> Iterator[None]:
+    with mock.patch("trainer.model.dropout.dropout", F.dropout), mock.patch("trainer.model.seq2seq.dropout", F.dropout):
+        yield
+
+
+@contextlib.contextmanager
+def gelu_of_transformers(model: GenSR) -> Iterator[None]:
+    layers = [module for module in model.modules() if isinstance(getattr(module, "act", None), nn.GELU)]
+    for layer in layers:
+        layer.act = NewGELUActivation()
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.act = nn.GELU(approximate="tanh")
+
+
+def gradient_of_the_table(self: Backbone, tokens: Tensor) -> Tensor:
+    return F.embedding(tokens.long(), self.embedding_weight())
 
 
 def whole_vocabulary(self: Backbone, hidden_MD: Tensor, answers: Tensor) -> Tensor:
@@ -101,6 +125,9 @@ def main() -> None:
         "two answer logits, not the vocabulary": lambda batch: patched(
             mock.patch.object(type(model.backbone), "answer_rows", whole_vocabulary), batch
         ),
+        "gradients of token rows, not of the table": lambda batch: patched(mock.patch.object(Backbone, "embed", gradient_of_the_table), batch),
+        "four dropout decisions a draw": lambda batch: patched(one_draw_an_element(), batch),
+        "GELU as one kernel": lambda batch: patched(gelu_of_transformers(model), batch),
         "fused AdamW": lambda batch: step(batch, adam=unfused),
         "bf16 (float32 where it matters)": lambda batch: step(batch, bf16=False),
         "compact prompt": lambda batch: step(batch, paper, paper_optimizer),

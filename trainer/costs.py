@@ -11,11 +11,14 @@ from trainer.config import Config
 
 GB = 1e9
 T5_TOKENS = 32128
-PROMPT_TOKENS = {"paper": 110, "compact": 40}  # with a long query; without one they are 80 and 18 (flan-t5's tokenizer)
-OWN_TOKENS = {"paper": 54, "compact": 19}  # of these, what decoders read for every candidate; the rest once an event
+# An encoder's prompt: mean of Scientific's training batches, half searches, padding included (flan-t5's tokenizer). With a long query 110 and 40.
+PROMPT_TOKENS = {"paper": 85, "compact": 20}
+# A decoder's: read for every candidate, and once an event (task and query).
+OWN_TOKENS, SHARED_TOKENS = {"paper": 54, "compact": 19}, {"paper": 56, "compact": 21}
 # Activations of flan-t5-base, one candidate of 94 tokens, bf16 autocast: 0.1 GB measured. Scaled by tokens × (parameters read a token / width),
 # which is proportional to what the linear maps of all layers give.
 ACTIVATION_BYTES = 0.1e9 / 94 / (84_954_240 / 768)
+FLOAT32_ACTIVATIONS = 1.4  # times those of bf16 autocast, which keeps many in float32; `gensr bench micro-batch` on a CPU
 ASSUMED_FLOPS = {"H200 (40 % of 790 TFLOP/s)": 316e12, "A100 (40 % of 312 TFLOP/s)": 125e12}
 CPU_EFFICIENCY = 0.3  # of this machine's measured matmul rate
 # Bytes a second that a collective moves on each GPU (NCCL's bus bandwidth), assumed at two thirds of the link: NVLink of H100 and H200 inside a node
@@ -79,7 +82,7 @@ def memory(config: Config, model: ModelSize, data: DataSize, zero_stage: int | N
     if offload:
         optimizer, weights = 0.0, (0.0 if stage == 3 else weights)
     tokens = tokens_per_event(config, model) * config.optim.micro_batch_size
-    activations = ACTIVATION_BYTES * tokens * model.encoder / model.width * (1.0 if config.run.precision == "bf16" else 2.0)
+    activations = ACTIVATION_BYTES * tokens * model.encoder / model.width * (1.0 if config.run.precision == "bf16" else FLOAT32_ACTIVATIONS)
     if config.model.activation_checkpointing:
         activations *= 2 / model.layers + 0.05  # one layer's, and each layer's input
     rows = data.items * (64 * 4 * data.cf_tables + config.data.item_tokens * 4) + data.queries * 16 * 4
@@ -91,7 +94,7 @@ def tokens_per_event(config: Config, model: ModelSize) -> int:
     wording, num_candidates = config.model.prompt, 1 + config.data.num_negatives
     if not model.shared_first:
         return PROMPT_TOKENS[wording] * num_candidates
-    return OWN_TOKENS[wording] * num_candidates + PROMPT_TOKENS[wording] - OWN_TOKENS[wording]
+    return OWN_TOKENS[wording] * num_candidates + SHARED_TOKENS[wording]
 
 
 def flops_per_event(config: Config, model: ModelSize, tokens: float | None = None) -> float:

@@ -20,7 +20,7 @@ from trainer.errors import BenchError, ConfigError
 
 MEMORY_SHARE = 0.9  # of what the device has (a CPU: has free) may be asked for by the next size
 GAIN = 1.02  # a larger size must be so much faster to be worth its memory
-SLOWER = 0.9  # sizes beyond one that is so slow are not tried
+SLOWER = 0.7  # sizes beyond one that is so slow are not tried
 
 
 def bench_micro_batch(
