@@ -1,8 +1,8 @@
 """What each saving is worth on a CPU: a training step of gensr, and the same step with one saving taken away.
 
-    python -m benchmarks.savings FOLDER [--backbone scratch:small] [--events 32] [--turns 3]
+    python -m benchmarks.savings FOLDER [--backbone scratch:small] [--events 32] [--precision bf16] [--turns 3]
 
-FOLDER is a prepared folder with natural text and a CF table. Random weights, preset-like settings (compact prompt, bf16). The steps take turns in one
+FOLDER is a prepared folder with natural text and a CF table. Random weights, preset-like settings (compact prompt). The steps take turns in one
 process; a ratio is the median over turns of seconds without the saving / seconds with all of them. Parity of each saving is tested in tests/parity.
 """
 
@@ -34,7 +34,7 @@ from trainer.model.gensr import GenSR
 from trainer.model.seq2seq import AbsorbedCrossAttention, EncoderSelfAttention
 from trainer.optimizer import make_optimizer
 
-SETTINGS = ("data.history_max=20", "model.variant=extended", "run.precision=bf16")
+SETTINGS = ("data.history_max=20", "model.variant=extended")
 
 
 def as_pairs(batch: Batch) -> Batch:
@@ -92,10 +92,12 @@ def main() -> None:
     parser.add_argument("folder")
     parser.add_argument("--backbone", default="scratch:small")
     parser.add_argument("--events", type=int, default=32, help="events a step, each with 1 + 4 candidates")
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--turns", type=int, default=3)
     arguments = parser.parse_args()
 
-    overrides = [*SETTINGS, f"model.backbone={arguments.backbone}"]
+    with_bf16 = arguments.precision == "bf16"
+    overrides = [*SETTINGS, f"run.precision={arguments.precision}", f"model.backbone={arguments.backbone}"]
     config, manifest, tables, _, _ = open_folder({"preset": None, "overrides": overrides, "folder": arguments.folder})
     stream = TrainStream(arguments.folder, manifest, config.data, config.run.seed, arguments.events, arguments.events)
     meter = Meter("cpu", warmup=0, laps=False)
@@ -109,7 +111,7 @@ def main() -> None:
     paper, paper_optimizer = build("paper")
     unfused = torch.optim.AdamW(model.parameters(), lr=config.optim.lr, foreach=False)
 
-    def step(batch: Batch, net: GenSR = model, adam: torch.optim.Optimizer = optimizer, bf16: bool = True) -> None:
+    def step(batch: Batch, net: GenSR = model, adam: torch.optim.Optimizer = optimizer, bf16: bool = with_bf16) -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
             one_step(net, batch, adam, meter, config.optim.grad_clip)
 
@@ -129,7 +131,7 @@ def main() -> None:
         "four dropout decisions a draw": lambda batch: patched(one_draw_an_element(), batch),
         "GELU as one kernel": lambda batch: patched(gelu_of_transformers(model), batch),
         "fused AdamW": lambda batch: step(batch, adam=unfused),
-        "bf16 (float32 where it matters)": lambda batch: step(batch, bf16=False),
+        f"{arguments.precision} instead of {'fp32' if with_bf16 else 'bf16'}": lambda batch: step(batch, bf16=not with_bf16),
         "compact prompt": lambda batch: step(batch, paper, paper_optimizer),
     }
 
