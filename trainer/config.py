@@ -98,7 +98,7 @@ class ModelConfig:
     activation_checkpointing: bool = False
     """recompute the backbone's activations in the backward pass: less memory, about a third more time"""
     compile: bool = False
-    """torch.compile the backbone: faster on a GPU after a minute of compiling; not under ZeRO-3"""
+    """torch.compile the backbone's layers, a minute at the start; gains nothing on a CPU; not under ZeRO-3"""
     lora: LoraConfig = LoraConfig()
 
 

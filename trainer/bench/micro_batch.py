@@ -8,16 +8,27 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import psutil
+import torch
 
+from data_shards.schema import read_manifest
+from trainer.batch import Batch
 from trainer.bench.data import Measured, Progress, commit, hardware, measure
-from trainer.config import load_config
+from trainer.config import Config, load_config
+from trainer.console import peak_memory_gb
+from trainer.costs import memory
 from trainer.errors import BenchError, ConfigError
+from trainer.launch import devices, make_accelerator, read_launch
+from trainer.node_cache import local_folder
+from trainer.optimizer import make_optimizer
+from trainer.plan import size_of, size_of_folder
+from trainer.schedule import grad_accum_steps
+from trainer.train import make_model, make_streams
 
+GB = 1e9
 MEMORY_SHARE = 0.9  # of what the device has (a CPU: has free) may be asked for by the next size
 GAIN = 1.02  # a larger size must be so much faster to be worth its memory
 SLOWER = 0.7  # sizes beyond one that is so slow are not tried
@@ -40,7 +51,7 @@ def bench_micro_batch(
         if progress is not None:
             progress(f"micro-batch {size}", number, len(sizes))
         if (needed := expected_bytes(tried, size)) and needed > MEMORY_SHARE * tried[0]["device_memory_bytes"]:
-            tried.append({"micro_batch_size": size, "stopped": f"would take {needed / 1e9:.1f} GB"})
+            tried.append({"micro_batch_size": size, "stopped": f"would take {needed / GB:.1f} GB"})
             break
         request = {"preset": preset, "overrides": [*overrides, f"optim.micro_batch_size={size}"], "steps": steps}
         row = _measured(request, threads).answer
@@ -86,7 +97,7 @@ def bench_micro_batch_lines(document: dict[str, Any]) -> list[str]:
             lines.append(f"{left}    {row['stopped']}")
         else:
             lines.append(
-                f"{left}  {row['events_per_s']:>10,.2f}  {row['peak_memory_bytes'] / 1e9:>5.1f} GB  {row['calculated_memory_bytes'] / 1e9:>5.1f} GB"
+                f"{left}  {row['events_per_s']:>10,.2f}  {row['peak_memory_bytes'] / GB:>5.1f} GB  {row['calculated_memory_bytes'] / GB:>5.1f} GB"
             )
     machine = document["hardware"]
     return [
@@ -100,35 +111,31 @@ def bench_micro_batch_lines(document: dict[str, Any]) -> list[str]:
 
 
 def try_one(request: dict[str, Any]) -> dict[str, Any]:
-    """Train some micro-batches of one size → speed of whole optimizer steps, and memory; or {"stopped": why} where the device's memory is exhausted."""
-    import torch
+    """Speed and memory of one size, or {"stopped": why} where it exhausts the device's memory."""
+    try:
+        return _train_some(load_config(request["preset"], request["overrides"]), request["steps"])
+    except torch.cuda.OutOfMemoryError:
+        return {"stopped": f"out of memory: the device has {torch.cuda.get_device_properties(0).total_memory / GB:.0f} GB"}
 
-    from trainer.console import peak_memory_gb
-    from trainer.costs import memory
-    from trainer.launch import devices, make_accelerator, read_launch
-    from trainer.optimizer import make_optimizer
-    from trainer.plan import size_of, size_of_folder
-    from trainer.schedule import grad_accum_steps
-    from trainer.train import make_model, make_streams, read_manifest
 
-    config = load_config(request["preset"], request["overrides"])
-    manifest = read_manifest(Path(config.data.dir))
-    accum = grad_accum_steps(config, 1)
-    accelerator = make_accelerator(config, read_launch(), accum)
+def _train_some(config: Config, steps: int) -> dict[str, Any]:
+    manifest = read_manifest(local_folder(config.data))
+    num_passes = grad_accum_steps(config, 1)
+    accelerator = make_accelerator(config, read_launch(), num_passes)
     module, cf, holdout = make_model(config, manifest, accelerator.device)
     model, optimizer = accelerator.prepare(module, make_optimizer(module, config.optim))
     stream, _ = make_streams(config, manifest, accelerator, cf, holdout, 0)
     on_gpu = accelerator.device.type == "cuda"
-    available = torch.cuda.get_device_properties(0).total_memory if on_gpu else psutil.virtual_memory().available + psutil.Process().memory_info().rss
+    has = torch.cuda.get_device_properties(0).total_memory if on_gpu else psutil.virtual_memory().available + psutil.Process().memory_info().rss
 
-    def seconds(work: Any) -> float:
+    def seconds(work: Callable[[], None]) -> float:
         started_s = time.perf_counter()
         work()
         if on_gpu:
             torch.cuda.synchronize()
         return time.perf_counter() - started_s
 
-    def learn(batches: Sequence[Any]) -> None:
+    def learn(batches: Sequence[Batch]) -> None:
         for batch in batches:
             accelerator.backward(model(batch.to(accelerator.device))[0])
 
@@ -137,20 +144,17 @@ def try_one(request: dict[str, Any]) -> dict[str, Any]:
         optimizer.optimizer.step()
         optimizer.optimizer.zero_grad()
 
-    batches = list(itertools.islice(stream, 1 + request["steps"]))
-    try:
-        learn(batches[:1])
-        update()
-        learning_s = seconds(lambda: learn(batches[1:])) / (len(batches) - 1)
-        updating_s = seconds(update)
-    except torch.OutOfMemoryError:
-        return {"stopped": f"out of memory: the device has {available / 1e9:.0f} GB"}
+    first, *others = itertools.islice(stream, 1 + steps)
+    learn([first])
+    update()
+    learning_s = seconds(lambda: learn(others)) / len(others)
+    updating_s = seconds(update)
     calculated = memory(config, size_of(module), size_of_folder(config.data.dir, manifest), None, 1)
     return {
-        "events_per_s": config.optim.global_batch_size / (accum * learning_s + updating_s),
-        "peak_memory_bytes": int(peak_memory_gb() * 1e9),
+        "events_per_s": config.optim.global_batch_size / (num_passes * learning_s + updating_s),
+        "peak_memory_bytes": int(peak_memory_gb() * GB),
         "calculated_memory_bytes": int(calculated.total),
-        "device_memory_bytes": int(available),
+        "device_memory_bytes": int(has),
         "device": devices(accelerator),
     }
 
