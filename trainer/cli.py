@@ -35,6 +35,7 @@ bench_app = typer.Typer(help="Measure speed and memory against fair baselines.",
 app.add_typer(bench_app, name="bench")
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="settings; all of them: gensr config keys", show_default=False)]
+MaybePreset = Annotated[str | None, typer.Argument(metavar="[PRESET|FILE]", help="nothing: the defaults", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout")]
 Verb = Callable[..., Any]
 
@@ -82,6 +83,12 @@ def answer(document: Any, as_json: bool, *lines: str) -> None:
     """One JSON object for scripts, or lines for people."""
     if RANK == 0:
         typer.echo(json.dumps(document, ensure_ascii=False) if as_json else "\n".join(lines))
+
+
+def preset_and_settings(preset: str | None, overrides: list[str] | None) -> tuple[str | None, list[str]]:
+    """Where the preset may be left out, the first word may be a setting."""
+    settings = overrides or []
+    return (None, [preset, *settings]) if preset is not None and "=" in preset else (preset, settings)
 
 
 def stage_lines() -> Callable[[str, int, int], None]:
@@ -570,16 +577,14 @@ def bench_evaluate(
 
 @bench_app.command(name="micro-batch", epilog="Example: gensr bench micro-batch scientific_small data.dir=data/scientific")
 def bench_micro_batch(
-    preset: Annotated[str | None, typer.Argument(metavar="[PRESET|FILE]", help="nothing: the defaults", show_default=False)] = None,
+    preset: MaybePreset = None,
     overrides: Overrides = None, steps: Annotated[int, typer.Option(help="micro-batches that are timed, after one to warm up", min=1)] = 4,
     threads: Threads = 2, as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """The fastest optim.micro_batch_size on this device, found by training with each, and what each takes of its memory."""
     from trainer.bench import micro_batch as bench
 
-    settings = list(overrides or [])
-    if preset is not None and "=" in preset:
-        settings, preset = [preset, *settings], None
+    preset, settings = preset_and_settings(preset, overrides)
     document = bench.bench_micro_batch(preset, settings, steps, threads, progress=stage_lines())
     answer(document, as_json, *bench.bench_micro_batch_lines(document))
 
@@ -604,7 +609,7 @@ def doctor(as_json: AsJson = False) -> None:
 
 @config_app.command(epilog="Example: gensr config show demo optim.lr=3e-4")
 def show(
-    preset: Annotated[str | None, typer.Argument(metavar="[PRESET|FILE]", help="nothing: the defaults", show_default=False)] = None,
+    preset: MaybePreset = None,
     overrides: Overrides = None,
 ) -> None:
     """Print the effective configuration as YAML."""
@@ -612,9 +617,7 @@ def show(
     from trainer.config import load_config
 
     settings = overrides or []
-    settings = overrides or []
-    if preset is not None and "=" in preset:
-        settings, preset = [preset, *settings], None
+    preset, settings = preset_and_settings(preset, overrides)
     say(to_yaml(load_config(preset, settings)).rstrip())
 
 

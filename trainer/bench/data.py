@@ -184,13 +184,21 @@ def bench_lines(document: dict[str, Any]) -> list[str]:
         f"{document['loader_ratio_to_per_example']:,.0f} × the per-example collator, {document['loader_rss_bytes'] / 1e6:,.0f} MB",
         f"  batches      {document['distinct_users_mean']:.1f} distinct users of {document['configuration']['batch_size']}, "
         f"at least {document['distinct_users_min']}",
-        f"  {document['hardware']['cores']} cores, {document['hardware']['memory_gb']} GB, {document['hardware']['cpu']}; commit {document['commit']}",
+        machine_line(document),
     ]
 
 
 def hardware() -> dict[str, Any]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return {"cpu": platform.processor() or platform.machine(), "cores": cores, "memory_gb": round(psutil.virtual_memory().total / 1e9)}
+
+
+def machine_line(document: dict[str, Any], remark: str = "") -> str:
+    """The last line that a benchmark prints for people: where and at which commit it ran."""
+    machine = document["hardware"]
+    device = [machine["device"]] if "device" in machine else []
+    parts = [*device, f"{machine['cores']} cores", f"{machine['memory_gb']} GB", machine["cpu"]]
+    return f"  {', '.join(parts)};{remark} commit {document['commit']}"
 
 
 def commit() -> str | None:

@@ -16,10 +16,10 @@ import torch
 
 from data_shards.schema import read_manifest
 from trainer.batch import Batch
-from trainer.bench.data import Measured, Progress, commit, hardware, measure
+from trainer.bench.data import Measured, Progress, commit, hardware, machine_line, measure
 from trainer.config import Config, load_config
 from trainer.console import peak_memory_gb
-from trainer.costs import memory
+from trainer.costs import GB, memory
 from trainer.errors import BenchError, ConfigError
 from trainer.launch import devices, make_accelerator, read_launch
 from trainer.node_cache import local_folder
@@ -28,7 +28,6 @@ from trainer.plan import size_of, size_of_folder
 from trainer.schedule import grad_accum_steps
 from trainer.train import make_model, make_streams
 
-GB = 1e9
 MEMORY_SHARE = 0.9  # of what the device has (a CPU: has free) may be asked for by the next size
 GAIN = 1.02  # a larger size must be so much faster to be worth its memory
 SLOWER = 0.7  # sizes beyond one that is so slow are not tried
@@ -99,11 +98,10 @@ def bench_micro_batch_lines(document: dict[str, Any]) -> list[str]:
             lines.append(
                 f"{left}  {row['events_per_s']:>10,.2f}  {row['peak_memory_bytes'] / GB:>5.1f} GB  {row['calculated_memory_bytes'] / GB:>5.1f} GB"
             )
-    machine = document["hardware"]
     return [
         *lines,
         f"  optim.micro_batch_size={document['best']} is the smallest within {GAIN - 1:.0%} of the fastest",
-        f"  {machine['device']}, {machine['cores']} cores, {machine['memory_gb']} GB, {machine['cpu']}; one process, no ZeRO; commit {document['commit']}",
+        machine_line(document, " one process, no ZeRO;"),
     ]
 
 

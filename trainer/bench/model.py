@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from trainer.bench.data import BENCHMARKS, Measured, Progress, commit, hardware, measure
+from trainer.bench.data import BENCHMARKS, Measured, Progress, commit, hardware, machine_line, measure
 from trainer.config import load_config
 from trainer.costs import measured_flops
 from trainer.errors import ConfigError
@@ -138,5 +138,4 @@ def bench_model_lines(document: dict[str, Any]) -> list[str]:
         )
     if document.get("mfu") is not None:
         lines.append(f"  MFU        {document['mfu']:.1%} of the device's measured matrix products")
-    machine = document["hardware"]
-    return [*lines, f"  {machine['device']}, {machine['cores']} cores, {machine['memory_gb']} GB, {machine['cpu']}; commit {document['commit']}"]
+    return [*lines, machine_line(document)]

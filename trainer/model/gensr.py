@@ -229,7 +229,7 @@ class GenSR(nn.Module):
     def _by_length(self, rows: Tensor, query_mask_BQ: Tensor) -> Iterator[tuple[Tensor, int, bool]]:
         """(rows of like query length, the longest, whether the answers count): less padding to compute.
 
-        Where ranks must call equally often, the number of groups follows from the size of the batch, and groups may be empty.
+        Where ranks must call equally often, the number of groups follows from the size of the batch, as if half were searches; groups may be empty.
         """
         num_events = len(query_mask_BQ) // 2 if self.same_calls_every_step else len(rows)
         num_groups = max(min(LENGTH_GROUPS, num_events // EVENTS_A_GROUP), 1)
