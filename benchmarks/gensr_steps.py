@@ -30,7 +30,7 @@ def main(request: dict[str, Any]) -> None:
     training, num_candidates = request["mode"] == "train", 1 + config.data.num_negatives
     model.train(training)
     optimizer = make_optimizer(model, config.optim)
-    source = stream(request, manifest, config)
+    source = prefetched(stream(request, manifest, config), prepare=model.grouped, device=device)
     prompts = PromptLengths(model)
     laps = device == "cpu"
     meter = Meter(device, warmup=request["warmup"], laps=laps)
@@ -45,6 +45,7 @@ def main(request: dict[str, Any]) -> None:
                     with torch.inference_mode():
                         model.score(batch)
                     meter.lap("forward")
+    meter.stop()
     if training and not laps:  # a few steps more, for the parts alone
         extra = Meter(device, warmup=1)
         for batch in itertools.islice(source, 4):
@@ -76,10 +77,10 @@ def stream(request: dict[str, Any], manifest: Any, config: Any) -> Iterator[Batc
     """Batches of `pairs` pairs: events × (1 + negatives) in training, candidates of one event in evaluation."""
     if request["mode"] == "train":
         events = request["pairs"] // (1 + config.data.num_negatives)
-        return iter(prefetched(TrainStream(request["folder"], manifest, config.data, config.run.seed, events, events)))
+        return iter(TrainStream(request["folder"], manifest, config.data, config.run.seed, events, events))
     num = min(request["pairs"], 1 + manifest.num_negatives)
     one = EvalStream(request["folder"], manifest, "test", config.data, max(request["pairs"] // num, 1))
-    return (batch.with_candidates(batch.candidates[:, :num], batch.labels[:, :num]) for batch in prefetched(one))
+    return (batch.with_candidates(batch.candidates[:, :num], batch.labels[:, :num]) for batch in one)
 
 
 class PromptLengths:

@@ -29,28 +29,30 @@ def open_folder(request: dict[str, Any]) -> tuple[Config, Manifest, ItemTables, 
 
 
 class Meter:
-    """Seconds of steps and of their parts. On a GPU a lap waits for the device, so parts are measured in steps of their own only if `laps`."""
+    """Seconds of the steps after `warmup` ones, and of their parts if `laps`: on a GPU each lap waits for the device, which steps by themselves do not."""
 
     def __init__(self, device: str, warmup: int, laps: bool = True) -> None:
         self.cuda, self.warmup, self.laps = device.startswith("cuda"), warmup, laps
         self.examples, self.wall_s, self.cpu_s, self.num_steps = 0, 0.0, 0.0, 0
+        self._started = (0.0, 0.0)
         self.parts: dict[str, float] = {}
         self._last = 0.0
 
     @contextlib.contextmanager
     def step(self, examples: int) -> Iterator[None]:
-        self._wait()
-        wall, cpu = time.perf_counter(), time.process_time()
-        self._last = wall
-        yield
-        self._wait()
-        self.num_steps += 1
-        if self.num_steps <= self.warmup:
+        if self.num_steps == self.warmup:
+            self._wait()
             self.parts.clear()
-            return
-        self.examples += examples
-        self.wall_s += time.perf_counter() - wall
-        self.cpu_s += time.process_time() - cpu
+            self._started = time.perf_counter(), time.process_time()
+        self._last = time.perf_counter()
+        yield
+        self.examples += examples if self.num_steps >= self.warmup else 0
+        self.num_steps += 1
+
+    def stop(self) -> None:
+        """After the last step."""
+        self._wait()
+        self.wall_s, self.cpu_s = time.perf_counter() - self._started[0], time.process_time() - self._started[1]
 
     def lap(self, part: str) -> None:
         """What has happened since the last lap was `part`."""

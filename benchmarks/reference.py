@@ -153,7 +153,7 @@ def main(request: dict[str, Any]) -> None:
     collate = Collator(Path(request["folder"]), config.model.prompt, answers, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     model.train(request["mode"] == "train")
-    meter, source = Meter(device, warmup=request["warmup"]), batches(request, manifest, config)
+    meter, source = Meter(device, warmup=request["warmup"], laps=device == "cpu"), batches(request, manifest, config)
     for _ in range(request["warmup"] + request["steps"]):
         with meter.step(request["pairs"]):
             pairs = collate(next(source))
@@ -170,6 +170,7 @@ def main(request: dict[str, Any]) -> None:
             else:
                 model.score(pairs)
                 meter.lap("forward")
+    meter.stop()
     print(json.dumps({**meter.report(), "prompt_tokens": pairs["input_ids"].shape[1]}))
 
 

@@ -28,7 +28,7 @@ from trainer.batch import Batch
 from trainer.bench.data import commit, hardware
 from trainer.data import TrainStream
 from trainer.loading import build_model
-from trainer.model import gensr
+from trainer.model import grouping
 from trainer.model.backbone import Backbone
 from trainer.model.gensr import GenSR
 from trainer.model.seq2seq import AbsorbedCrossAttention, EncoderSelfAttention
@@ -83,10 +83,6 @@ def whole_vocabulary(self: Backbone, hidden_MD: Tensor, answers: Tensor) -> Tens
     return self.base.get_output_embeddings()(hidden_MD).float()[:, answers]
 
 
-def no_groups(self: GenSR, rows: Tensor, query_mask_BQ: Tensor) -> list[tuple[Tensor, int, bool]]:
-    return [(rows, query_mask_BQ.shape[1], True)]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder")
@@ -121,7 +117,7 @@ def main() -> None:
 
     without: dict[str, Callable[[Batch], None]] = {
         "the history encoded once an event": lambda batch: step(as_pairs(batch)),
-        "searches of like length together": lambda batch: patched(mock.patch.object(gensr.GenSR, "_by_length", no_groups), batch),
+        "searches of like length together": lambda batch: patched(mock.patch.object(grouping, "LENGTH_GROUPS", 1), batch),
         "position bias and mask made once for all layers": lambda batch: patched(plain_attention(model, EncoderSelfAttention), batch),
         "absorbed cross-attention of one position": lambda batch: patched(plain_attention(model, AbsorbedCrossAttention), batch),
         "two answer logits, not the vocabulary": lambda batch: patched(

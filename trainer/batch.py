@@ -1,9 +1,21 @@
 """The types that carry data from shards to the model. Index-only: vectors and text are looked up on the device (ItemTables)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Group:
+    """Events of a batch whose prompts are answered together (model/grouping.py)."""
+
+    task: int
+    rows: Tensor  # [G] int64, positions in the batch
+    longest: int  # tokens or words of the longest query
+    counts: bool = True  # False: the answers are thrown away, the call was made because other ranks make one
 
 
 @dataclass(frozen=True)
@@ -20,21 +32,31 @@ class Batch:
     history_mask: Tensor  # [B, N] bool, True = a real item
     candidates: Tensor  # [B, C] int64
     labels: Tensor  # [B, C] float32, 1 = the clicked item (anywhere in the row)
+    groups: tuple[Group, ...] | None = None  # None: not decided yet (GenSR.grouped)
 
     @property
     def num_events(self) -> int:
         return self.candidates.shape[0]
 
     def to(self, device: torch.device | str) -> "Batch":
-        return Batch(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+        """On a device. From pinned memory nobody waits for the copy."""
+        return self._with(lambda tensor: tensor.to(device, non_blocking=True), self.groups)
+
+    def pin_memory(self) -> "Batch":
+        """In memory that a GPU copies from by itself."""
+        return self._with(lambda tensor: tensor.pin_memory(), self.groups)
 
     def rows(self, start: int, stop: int) -> "Batch":
         """Events start … stop-1 of this batch."""
-        return Batch(**{f.name: getattr(self, f.name)[start:stop] for f in fields(self)})
+        return self._with(lambda tensor: tensor[start:stop], None)
 
     def take(self, index: Tensor) -> "Batch":
         """Events chosen by indices or a mask [B]."""
-        return Batch(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
+        return self._with(lambda tensor: tensor[index], None)
+
+    def _with(self, change: Callable[[Tensor], Tensor], groups: tuple[Group, ...] | None) -> "Batch":
+        tensors = {f.name: change(getattr(self, f.name)) for f in fields(self) if f.name != "groups"}
+        return Batch(**tensors, groups=groups and tuple(replace(group, rows=change(group.rows)) for group in groups))
 
     def with_candidates(self, candidates: Tensor, labels: Tensor) -> "Batch":
         return replace(self, candidates=candidates, labels=labels)
@@ -54,6 +76,12 @@ class ItemTables:
     @property
     def num_items(self) -> int:
         return self.cf.shape[0]
+
+    @cached_property
+    def query_lengths(self) -> Tensor:
+        """[num_queries] int64, on the CPU wherever the tables are: words of each query, or tokens where queries have no words."""
+        queries = self.query_words if self.query_words.shape[1] else self.query_tokens
+        return (queries != 0).sum(1).cpu()
 
     def to(self, device: torch.device | str) -> "ItemTables":
         return ItemTables(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})

@@ -243,7 +243,7 @@ def evaluate_run(run_dir: str | Path, split: str = "test", with_baselines: bool 
         stream = EvalStream(folder, manifest, split, config.data, config.run.eval_batch_size, launch.rank, launch.world_size)
         gather = gather_over_group if launch.world_size > 1 else None
         started = time.monotonic()
-        ranks = rank_events(autocast_scorer(model.score, device, config.run.precision), stream, gather, progress)
+        ranks = rank_events(autocast_scorer(model, device, config.run.precision), stream, gather, progress)
         seconds = time.monotonic() - started
         baselines = baseline_reports(folder, manifest, split, launch.rank, launch.world_size, gather) if with_baselines else None
         document = report(ranks, manifest, split, config, baselines)
@@ -257,12 +257,13 @@ def evaluate_run(run_dir: str | Path, split: str = "test", with_baselines: bool 
     return document
 
 
-def autocast_scorer(score: Scorer, device: str, precision: str) -> Scorer:
-    """Batches to the device, scoring under the run's precision. Scores themselves come back as float32."""
+def autocast_scorer(model: Any, device: str, precision: str) -> Scorer:
+    """Batches to the device of a GenSR, scoring under the run's precision. Scores themselves come back as float32."""
 
     def scorer(batch: Batch) -> torch.Tensor:
         with torch.autocast(device.split(":")[0], dtype=torch.bfloat16, enabled=precision == "bf16"):
-            return score(batch.to(device))
+            scores: torch.Tensor = model.score(model.grouped(batch).to(device))
+        return scores
 
     return scorer
 

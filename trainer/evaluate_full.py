@@ -73,7 +73,7 @@ def evaluate_full(
     stream = EvalStream(folder, manifest, split, config.data, batch_size, max_events=max_events)
     clicks = read_clicks(folder, manifest)
     started = time.monotonic()
-    scorer = autocast_scorer(model.score, device, config.run.precision)
+    scorer = autocast_scorer(model, device, config.run.precision)
     ours, found = rank_retrieved(scorer, model, retrieval, stream, clicks, progress)
     seconds = time.monotonic() - started
     popularity = pq.read_table(Path(folder) / "catalog" / "items.parquet", columns=["train_rec_clicks"])["train_rec_clicks"].to_numpy()

@@ -270,8 +270,8 @@ def fit(run: Run, stop: StopSignal) -> Status:
 
 @contextmanager
 def training_batches(run: Run) -> Iterator[Iterator[Batch]]:
-    """This rank's micro-batches; the loader's thread ends with the block."""
-    batches = prefetched(run.stream, run.config.data.num_workers)
+    """This rank's micro-batches, ready to be copied to its device; the loader's thread ends with the block."""
+    batches = prefetched(run.stream, run.config.data.num_workers, run.module.grouped, run.accelerator.device)
     try:
         yield batches
     finally:
@@ -333,7 +333,7 @@ def validate_now(run: Run, stop: StopSignal) -> bool:
 
     def score(batch: Batch) -> torch.Tensor:
         stop.beat()
-        scores: torch.Tensor = run.model(batch.to(run.accelerator.device), mode="score")
+        scores: torch.Tensor = run.model(run.module.grouped(batch).to(run.accelerator.device), mode="score")
         return scores
 
     with torch.no_grad():

@@ -84,6 +84,7 @@ def test_the_shared_part_read_once_equals_whole_prompts(name: str) -> None:
 def test_padding_in_a_decoders_prompt_shifts_nothing(name: str) -> None:
     backbone, prompt = make(name), prompt_of(64)
     together = backbone.answer_logits(prompt, ANSWERS)
+    assert prompt.shared_mask_BP is not None
     for event in range(3):
         length = int(prompt.shared_mask_BP[event].sum())
         mask = torch.ones(1, length, dtype=torch.bool)

@@ -177,6 +177,7 @@ def test_answer_probability_equals_generate(folder: Path, variant: str, backbone
     yes, no = model.answers
     for task, prompt in zip((REC, SRC), prompts, strict=True):
         vectors, mask = prompt.whole(model.backbone.shared_first)
+        mask = torch.ones(vectors.shape[:2]) if mask is None else mask
         out = model.backbone.base.generate(
             inputs_embeds=vectors, attention_mask=mask.long(), max_new_tokens=1, do_sample=False, num_beams=1,
             return_dict_in_generate=True, output_scores=True, prefix_allowed_tokens_fn=lambda *_: [yes, no],
@@ -221,7 +222,7 @@ def test_prompt_holds_five_segments_around_four_slots(folder: Path) -> None:
         for wording in ("paper", "compact"):
             model, _, _ = make(folder, variant, f"model.prompt={wording}")
             for task in (REC, SRC):
-                positions, ids = model.slots[task], model.get_buffer(f"template_{task}")
+                positions, ids = model.get_buffer(f"slots_{task}").tolist(), model.get_buffer(f"template_{task}")
                 assert len(positions) == slots and (ids[list(positions)] == 0).all() and (np.diff(positions[:4]) > 1).all()
                 assert positions[0] > 0 and len(ids) > len(positions)
     assert not torch.equal(model.get_buffer(f"template_{REC}"), model.get_buffer(f"template_{SRC}"))
@@ -238,14 +239,14 @@ def test_groups_by_query_length_leave_less_padding_and_the_same_scores(folder: P
 
     def spy(*arguments: Any) -> Prompt:
         prompt = original(*arguments)
-        padding.append(int((~prompt.shared_mask_BP).sum()))
+        padding.append(int((~prompt.shared_mask_BP).sum()) if prompt.shared_mask_BP is not None else 0)
         return prompt
 
     monkeypatch.setattr(model, "fill_prompt", spy)
     few = batch.with_candidates(batch.candidates[:, :3], batch.labels[:, :3])
     whole, padded = scores(model, few), sum(padding)
     padding.clear()
-    monkeypatch.setattr("trainer.model.gensr.EVENTS_A_GROUP", 1)
+    monkeypatch.setattr("trainer.model.grouping.EVENTS_A_GROUP", 1)
     torch.testing.assert_close(scores(model, few), whole, rtol=0, atol=2e-5)
     assert len(padding) == 1 + 4 and sum(padding) < padded / 4, (padding, padded)
 
@@ -266,7 +267,7 @@ def test_ranks_call_the_backbone_equally_often_whatever_their_batches_hold(folde
         return original(*arguments)
 
     monkeypatch.setattr(model.backbone, "answer_logits", counted)
-    monkeypatch.setattr("trainer.model.gensr.EVENTS_A_GROUP", 1)
+    monkeypatch.setattr("trainer.model.grouping.EVENTS_A_GROUP", 1)
     model.same_calls_every_step = True
     for one, scores_BC in zip(batches, expected, strict=True):
         calls.clear()

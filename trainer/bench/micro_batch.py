@@ -135,7 +135,7 @@ def _train_some(config: Config, steps: int) -> dict[str, Any]:
 
     def learn(batches: Sequence[Batch]) -> None:
         for batch in batches:
-            accelerator.backward(model(batch.to(accelerator.device))[0])
+            accelerator.backward(model(module.grouped(batch).to(accelerator.device))[0])
 
     def update() -> None:
         torch.nn.utils.clip_grad_norm_(module.parameters(), config.optim.grad_clip)

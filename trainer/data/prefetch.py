@@ -2,7 +2,7 @@
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -12,21 +12,31 @@ from trainer.batch import Batch
 PREFETCH = 8  # batches made ahead by the loader's thread
 
 
-def prefetched(stream: Any, num_workers: int = 0) -> Iterator[Batch]:
-    """Batches made ahead of time: by a thread (num_workers=0), or by worker processes, in the same order."""
+def prefetched(
+    stream: Any, num_workers: int = 0, prepare: Callable[[Batch], Batch] = lambda batch: batch, device: torch.device | str = "cpu"
+) -> Iterator[Batch]:
+    """Batches made ahead of time: by a thread (num_workers=0), or by worker processes, in the same order.
+
+    The thread then applies `prepare` to each and, for a GPU, lays it into memory that the device copies from by itself.
+    """
+
+    def ready(batch: Batch) -> Batch:
+        batch = prepare(batch)
+        return batch.pin_memory() if torch.device(device).type == "cuda" else batch
+
     if num_workers:
-        return iter(torch.utils.data.DataLoader(stream, batch_size=None, num_workers=num_workers, prefetch_factor=PREFETCH))
-    return _from_thread(stream)
+        stream = torch.utils.data.DataLoader(stream, batch_size=None, num_workers=num_workers, prefetch_factor=PREFETCH)
+    return _from_thread(map(ready, stream))
 
 
-def _from_thread(stream: Any) -> Iterator[Batch]:
-    ready: queue.Queue[Any] = queue.Queue(PREFETCH)
+def _from_thread(batches: Iterator[Batch]) -> Iterator[Batch]:
+    made: queue.Queue[Any] = queue.Queue(PREFETCH)
     stop = threading.Event()
 
     def put(value: Any) -> bool:
         while not stop.is_set():
             try:
-                ready.put(value, timeout=0.1)
+                made.put(value, timeout=0.1)
                 return True
             except queue.Full:
                 continue
@@ -34,7 +44,7 @@ def _from_thread(stream: Any) -> Iterator[Batch]:
 
     def produce() -> None:
         try:
-            for batch in stream:
+            for batch in batches:
                 if not put(batch):
                     return
             put(None)
@@ -45,7 +55,7 @@ def _from_thread(stream: Any) -> Iterator[Batch]:
     thread.start()
     try:
         while True:
-            value = ready.get()
+            value = made.get()
             if value is None:
                 return
             if isinstance(value, BaseException):

@@ -20,17 +20,17 @@ class Prompt:
 
     own_BCSD: Tensor
     shared_BPD: Tensor
-    shared_mask_BP: Tensor  # bool, True = a real token
+    shared_mask_BP: Tensor | None  # bool, True = a real token; None: all are
 
-    def whole(self, shared_first: bool) -> tuple[Tensor, Tensor]:
-        """One row a candidate, M = B·C: vectors [M, S + P, D] and mask [M, S + P]."""
-        batch, num_candidates, length, _ = self.own_BCSD.shape
-        shared_BCPD = self.shared_BPD[:, None].expand(-1, num_candidates, -1, -1).to(self.own_BCSD.dtype)
-        own_mask_BS = torch.ones(batch, length, dtype=torch.bool, device=self.own_BCSD.device)
-        vectors, masks = [self.own_BCSD, shared_BCPD], [own_mask_BS, self.shared_mask_BP]
-        if shared_first:
-            vectors, masks = vectors[::-1], masks[::-1]
-        return torch.cat(vectors, 2).flatten(0, 1), torch.cat(masks, 1).repeat_interleave(num_candidates, 0)
+    def whole(self, shared_first: bool) -> tuple[Tensor, Tensor | None]:
+        """One row a candidate, M = B·C: vectors [M, S + P, D], and a mask [M, S + P] where there is padding."""
+        num_candidates = self.own_BCSD.shape[1]
+        vectors = [self.own_BCSD, self.shared_BPD[:, None].expand(-1, num_candidates, -1, -1).to(self.own_BCSD.dtype)]
+        vectors_MSD = torch.cat(vectors[::-1] if shared_first else vectors, 2).flatten(0, 1)
+        if self.shared_mask_BP is None:
+            return vectors_MSD, None
+        masks = [self.shared_mask_BP.new_ones(self.own_BCSD.shape[0], self.own_BCSD.shape[2]), self.shared_mask_BP]
+        return vectors_MSD, torch.cat(masks[::-1] if shared_first else masks, 1).repeat_interleave(num_candidates, 0)
 
 
 class Backbone(nn.Module):

@@ -1,6 +1,6 @@
 """Decoder-only backbones: the answer stands behind the prompt's last token. What the candidates of an event share is read once."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -27,27 +27,39 @@ class DecoderBackbone(Backbone):
     def _whole(self, prompt: Prompt) -> Tensor:
         """The last position of every prompt [M, D], each prompt read from its start."""
         vectors_MSD, mask_MS = prompt.whole(shared_first=True)
-        positions_MS = (mask_MS.cumsum(1) - 1).clamp(min=0)
-        out = self.base.get_decoder()(inputs_embeds=vectors_MSD, attention_mask=mask_MS, position_ids=positions_MS, use_cache=False)
-        last: Tensor = out.last_hidden_state[:, -1]
-        return last
+        if mask_MS is None:  # without a cache and a mask transformers would ask the device whether several texts are packed into one row
+            mask_MS = torch.ones(vectors_MSD.shape[:2], dtype=torch.bool, device=vectors_MSD.device)
+        return self._last_position(vectors_MSD, mask_MS, use_cache=False)
 
     def _shared_once(self, prompt: Prompt) -> Tensor:
         """The same: the shared part's keys and values are computed once an event, then repeated for its candidates."""
-        decoder, mask_BP = self.base.get_decoder(), prompt.shared_mask_BP
-        _, num_candidates, length, _ = prompt.own_BCSD.shape
+        own_MSD, mask_BP, mask_MS = prompt.own_BCSD.flatten(0, 1), prompt.shared_mask_BP, None
+        num_candidates = prompt.own_BCSD.shape[1]
         cache = DynamicCache(config=self.base.config)
-        positions_BP = (mask_BP.cumsum(1) - 1).clamp(min=0)
-        decoder(inputs_embeds=prompt.shared_BPD, attention_mask=mask_BP, position_ids=positions_BP, past_key_values=cache, use_cache=True)
+        self._last_position(prompt.shared_BPD, mask_BP, past_key_values=cache, use_cache=True)
         cache.batch_repeat_interleave(num_candidates)
-        mask_MP = mask_BP.repeat_interleave(num_candidates, 0)
-        mask_MS = torch.cat([mask_MP, mask_MP.new_ones(len(mask_MP), length)], 1)
-        positions_MS = mask_MP.sum(1, keepdim=True) + torch.arange(length, device=mask_MP.device)
-        out = decoder(
-            inputs_embeds=prompt.own_BCSD.flatten(0, 1), attention_mask=mask_MS, position_ids=positions_MS, past_key_values=cache, use_cache=True
-        )
-        last: Tensor = out.last_hidden_state[:, -1]
+        if mask_BP is not None:
+            mask_MS = torch.cat([mask_BP.repeat_interleave(num_candidates, 0), mask_BP.new_ones(own_MSD.shape[:2])], 1)
+        return self._last_position(own_MSD, mask_MS, past_key_values=cache, use_cache=True)
+
+    def _last_position(self, vectors_MSD: Tensor, mask_MX: Tensor | None, **cache: Any) -> Tensor:
+        """The decoder's output at the last of S new positions [M, D]; mask_MX: which of all X, the cached ones and the new, are real tokens."""
+        masked: dict[str, Tensor] = {}
+        if mask_MX is not None:
+            length = vectors_MSD.shape[1]
+            masked["position_ids"] = (mask_MX.cumsum(1) - 1).clamp(min=0)[:, -length:]
+            masked["attention_mask"] = causal_mask(mask_MX, length)
+        last: Tensor = self.base.get_decoder()(inputs_embeds=vectors_MSD, **masked, **cache).last_hidden_state[:, -1]
         return last
+
+
+def causal_mask(mask_MX: Tensor, length: int) -> Tensor:
+    """What each of the last `length` of X positions may look at, [M, 1, length, X] bool: itself and what is before it, if it is a real token.
+
+    transformers takes four dimensions as they are; of two it asks the device whether they mask anything.
+    """
+    before_LX = mask_MX.new_ones(length, mask_MX.shape[1]).tril(mask_MX.shape[1] - length)
+    return mask_MX[:, None, None] & before_LX
 
 
 class LlamaBackbone(DecoderBackbone):

@@ -3,24 +3,20 @@
 Letters: B events, N history, C candidates, L tokens, S prompt length, D backbone width, K CF width.
 """
 
-import itertools
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from data_shards.schema import SRC
-from trainer.batch import Batch, ItemTables, rows_of
+from trainer.batch import Batch, Group, ItemTables, rows_of
 from trainer.model.backbone import Backbone, Prompt
+from trainer.model.grouping import group_events
 from trainer.model.history import HistoryEncoder, SoftFilter
 from trainer.model.losses import Gather, answer_loss, contrastive_loss, listwise_loss
 from trainer.model.prompt import Template
-
-# Searches of a batch go through the backbone in up to so many groups of like query length, each of so many events at least: every group is another pass
-# over the weights. With flan-t5's tokenizer, the compact prompt and half searches padding is 5 % of the tokens at 32 events a batch, below 3 % from 64 on.
-LENGTH_GROUPS, EVENTS_A_GROUP = 4, 8
 
 
 @dataclass(frozen=True)
@@ -96,10 +92,15 @@ class GenSR(nn.Module):
             self.match_sem = match_projection(width, width)
             self.match_query = match_projection(width, width)
             self.no_query = nn.Parameter(torch.zeros(width))
+        self._constant("answer_tokens", answers)
         for task, template in templates.items():
-            self.register_buffer(f"template_{task}", torch.tensor(template.token_ids), persistent=False)
-            self.register_buffer(f"shared_{task}", torch.tensor(template.shared_ids, dtype=torch.long), persistent=False)
-        self.slots = {task: template.slot_positions for task, template in templates.items()}
+            self._constant(f"template_{task}", template.token_ids)
+            self._constant(f"shared_{task}", template.shared_ids)
+            self._constant(f"slots_{task}", template.slot_positions)
+
+    def _constant(self, name: str, numbers: Iterable[int]) -> None:
+        """Numbers that lie on the device: a list in an index would be copied there, and waited for, in every step."""
+        self.register_buffer(name, torch.tensor(list(numbers), dtype=torch.int64), persistent=False)
 
     @property
     def tables(self) -> ItemTables:
@@ -114,6 +115,7 @@ class GenSR(nn.Module):
         """mode "loss": (loss, report of detached scalars), Eq. 8. mode "score": scores_BC. One entry, because wrappers (DDP, ZeRO) hook forward only."""
         if mode == "score":
             return self.score(batch)
+        batch = self.grouped(batch)
         history = self.encode_history(batch)
         scores_BC, cf_BCD, sem_BCD = self._score_encoded(batch, history)
         settings = self.settings
@@ -137,7 +139,17 @@ class GenSR(nn.Module):
 
     def score(self, batch: Batch) -> Tensor:
         """Log-odds of "Yes", [B, C] float32. Independent of the other candidates and of the other rows of the batch."""
+        batch = self.grouped(batch)
         return self._score_encoded(batch, self.encode_history(batch))[0]
+
+    def grouped(self, batch: Batch) -> Batch:
+        """The batch with its groups. To be asked while the batch is on the CPU: later, the device is waited for."""
+        if batch.groups is not None:
+            return batch
+        query = batch.query.cpu()
+        lengths = torch.where(query >= 0, self.tables.query_lengths[query.clamp(min=0)], 0)
+        groups = group_events(batch.task.cpu(), lengths, self.same_calls_every_step)
+        return replace(batch, groups=tuple(replace(group, rows=group.rows.to(batch.query.device)) for group in groups))
 
     def encode_history(self, batch: Batch) -> EncodedHistory:
         """Eqs. 3 and 4, once per event."""
@@ -204,54 +216,30 @@ class GenSR(nn.Module):
             match_query = torch.where((batch.query >= 0)[:, None, None], match_query, self.no_query.to(match_query.dtype))
             slots += [self.match_cf(f_c_BCK * cand_cf_BCK), self.match_sem(f_s_BCD * cand_sem_BCD), match_query]
         slots_BCXD = torch.stack(slots, 2)
-        scores_BC = self._answer(batch.task, slots_BCXD, query_BQD, query_mask_BQ)
+        assert batch.groups is not None
+        scores_BC = slots_BCXD.new_zeros(slots_BCXD.shape[:2], dtype=torch.float32)
+        for group in batch.groups:
+            slots_GCXD, query_GQD, mask_GQ = (part_B.index_select(0, group.rows) for part_B in (slots_BCXD, query_BQD, query_mask_BQ))
+            prompt = self.fill_prompt(group, slots_GCXD, query_GQD, mask_GQ)
+            logits_BCA = self.backbone.answer_logits(prompt, self.get_buffer("answer_tokens"))
+            scores_BC = scores_BC.index_add(0, group.rows, (logits_BCA[..., 0] - logits_BCA[..., 1]) * group.counts)
         return scores_BC, f_c_BCD, f_s_BCD
 
-    def _answer(self, task_B: Tensor, slots_BCXD: Tensor, query_BQD: Tensor, query_mask_BQ: Tensor) -> Tensor:
-        """Prompt and ask the backbone, one task at a time: recommendation prompts then carry no padding for a query. → scores_BC."""
-        answers = torch.tensor(self.answers, device=task_B.device)
-        scores_BC = slots_BCXD.new_zeros(slots_BCXD.shape[:2], dtype=torch.float32)
-        for task in self.slots:
-            rows = (task_B == task).nonzero()[:, 0]
-            for part, longest, keep in self._by_length(rows, query_mask_BQ) if task == SRC else self._together(rows):
-                prompt = self.fill_prompt(task, slots_BCXD[part], query_BQD[part, :longest], query_mask_BQ[part, :longest])
-                logits_BCA = self.backbone.answer_logits(prompt, answers)
-                scores_BC = scores_BC.index_add(0, part, (logits_BCA[..., 0] - logits_BCA[..., 1]) * keep)
-        return scores_BC
-
-    def _together(self, rows: Tensor) -> Iterator[tuple[Tensor, int, bool]]:
-        """All rows (if any) as one group, whose queries do not count."""
-        if len(rows):
-            yield rows, 0, True
-        elif self.same_calls_every_step:
-            yield rows.new_zeros(1), 0, False  # the first event, answered and thrown away
-
-    def _by_length(self, rows: Tensor, query_mask_BQ: Tensor) -> Iterator[tuple[Tensor, int, bool]]:
-        """(rows of like query length, the longest, whether the answers count): less padding to compute.
-
-        Where ranks must call equally often, the number of groups follows from the size of the batch, as if half were searches; groups may be empty.
-        """
-        num_events = len(query_mask_BQ) // 2 if self.same_calls_every_step else len(rows)
-        num_groups = max(min(LENGTH_GROUPS, num_events // EVENTS_A_GROUP), 1)
-        lengths, order = query_mask_BQ[rows].sum(1).sort(stable=True)
-        groups = rows[order].tensor_split(num_groups)
-        ends = list(itertools.accumulate(len(group) for group in groups))
-        longest = nn.functional.pad(lengths, (1, 0))[ends].tolist()  # all at once: the device is asked, and waited for
-        for group, length in zip(groups, longest, strict=True):
-            yield from [(group, length, True)] if len(group) else self._together(group)
-
-    def fill_prompt(self, task: int, slots_BCXD: Tensor, query_BQD: Tensor, query_mask_BQ: Tensor) -> Prompt:
-        """Eq. 7 for events of one task: text segments around slot vectors, and what the candidates share: (decoders) the task text, (search) the query.
+    def fill_prompt(self, group: Group, slots_BCXD: Tensor, query_BQD: Tensor, query_mask_BQ: Tensor) -> Prompt:
+        """Eq. 7 for the events of one group: text segments around slot vectors, and what the candidates share: (decoders) the task text, (search) the query.
 
         Padding stands behind the query only.
         """
         batch, num_candidates = slots_BCXD.shape[:2]
         dtype = slots_BCXD.dtype
-        own_BCSD = self.backbone.embed(self.get_buffer(f"template_{task}")).to(dtype).expand(batch, num_candidates, -1, -1).clone()
-        own_BCSD[:, :, list(self.slots[task])] = slots_BCXD
-        shared_BPD = self.backbone.embed(self.get_buffer(f"shared_{task}")).to(dtype).expand(batch, -1, -1)
-        mask_BP = torch.ones(shared_BPD.shape[:2], dtype=torch.bool, device=shared_BPD.device)
-        if task == SRC:
-            shared_BPD = torch.cat([shared_BPD, query_BQD.to(dtype)], 1)
-            mask_BP = torch.cat([mask_BP, query_mask_BQ], 1)
-        return Prompt(own_BCSD, shared_BPD, mask_BP)
+        text_SD, shared_PD = (self.backbone.embed(self.get_buffer(f"{part}_{group.task}")).to(dtype) for part in ("template", "shared"))
+        own_BCSD = text_SD.expand(batch, num_candidates, -1, -1).index_copy(2, self.get_buffer(f"slots_{group.task}"), slots_BCXD)
+        shared_BPD = shared_PD.expand(batch, -1, -1)
+        if not group.longest:
+            return Prompt(own_BCSD, shared_BPD, None)
+        mask_BP = query_mask_BQ.new_ones(shared_BPD.shape[:2])
+        return Prompt(
+            own_BCSD,
+            torch.cat([shared_BPD, query_BQD[:, : group.longest].to(dtype)], 1),
+            torch.cat([mask_BP, query_mask_BQ[:, : group.longest]], 1),
+        )

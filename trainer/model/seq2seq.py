@@ -23,7 +23,7 @@ class Seq2SeqBackbone(Backbone):
 
     def answer_logits(self, prompt: Prompt, answers: Tensor) -> Tensor:
         prompt_MSD, mask_MS = prompt.whole(shared_first=False)
-        mask = self.layer_mask(mask_MS) if prompt.shared_BPD.shape[1] else None  # without a shared part there is no padding
+        mask = self.layer_mask(mask_MS) if mask_MS is not None else None
         encoded_MSD = self.base.get_encoder()(inputs_embeds=prompt_MSD, attention_mask=mask).last_hidden_state
         start_M1 = torch.full((len(prompt_MSD), 1), self.base.config.decoder_start_token_id, device=prompt_MSD.device)
         read = dict(encoder_hidden_states=encoded_MSD, encoder_attention_mask=mask, use_cache=False)

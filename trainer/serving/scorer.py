@@ -153,6 +153,10 @@ class Scorer:
 
     # ---- from rows to scores -----------------------------------------------------------------------------------
 
+    @property
+    def _device(self) -> torch.device:
+        return self.model.tables.cf.device
+
     def _batches(self, parsed: Sequence[ParsedRequest]) -> Iterator[list[tuple[int, list[int]]]]:
         """Groups of (request, some of its candidates) that hold at most MAX_CANDIDATES with their padding."""
         units: list[tuple[int, list[int]]] = []
@@ -172,7 +176,7 @@ class Scorer:
         requests = [parsed[number] for number, _ in units]
         batch = self._batch(requests, [candidates for _, candidates in units])
         with self._asking([request.query for request in requests if request.query is not None]):
-            rows: list[list[float]] = self.model.score(batch).sigmoid().tolist()
+            rows: list[list[float]] = self.model.score(self.model.grouped(batch).to(self._device)).sigmoid().tolist()
         return rows
 
     def filter_weights(self, parsed: ParsedRequest) -> dict[str, list[list[float]]]:
@@ -182,7 +186,7 @@ class Scorer:
         """
         if not parsed.items:
             return {view: [[] for _ in parsed.candidates] for view in ("cf", "semantic")}
-        model, batch = self.model, self._batch([parsed], [parsed.candidates])
+        model, batch = self.model, self._batch([parsed], [parsed.candidates]).to(self._device)
         with torch.inference_mode():
             history = model.encode_history(batch)
             cf_BCN = model.cf_filter.weights(model.cf_vectors(batch.candidates, batch.fold), history.cf_BNK, history.mask_BN)
@@ -193,26 +197,25 @@ class Scorer:
     def query_vectors(self, queries: Sequence[str]) -> np.ndarray:
         """Queries as one vector each, [Q, D] float32; zero where the model knows no word of a query."""
         with self._asking(queries):
-            vectors: Tensor = self.model.query_parts(torch.arange(len(queries), device=self.model.tables.cf.device))[2]
+            vectors: Tensor = self.model.query_parts(torch.arange(len(queries), device=self._device))[2]
             return vectors.float().cpu().numpy()
 
     @contextmanager
     def _asking(self, queries: Sequence[str]) -> Iterator[None]:
         """The model with these queries as rows 0, 1, … of its query tables, for one caller at a time."""
-        device = self.model.tables.cf.device
         query_tokens, query_words = self._encode_queries(queries)
         with self._lock, torch.inference_mode():
-            tables = dataclasses.replace(self.model.tables, query_tokens=query_tokens.to(device), query_words=query_words.to(device))
+            tables = dataclasses.replace(self.model.tables, query_tokens=query_tokens.to(self._device), query_words=query_words.to(self._device))
             self.model.set_tables(tables)
             yield
 
     def _batch(self, requests: Sequence[ParsedRequest], candidates: Sequence[Sequence[int]]) -> Batch:
-        """Requests and their candidates on the model's device; queries are numbered in the order in which they come."""
+        """Requests and their candidates; queries are numbered in the order in which they come."""
         newest = self.model.settings.history_max
         items, tasks = ([getattr(request, name)[-newest:] for request in requests] for name in ("items", "tasks"))
         history, candidate_rows = _padded(items), _padded(candidates)
         query_rows = itertools.count()
-        batch = Batch(
+        return Batch(
             event_id=torch.arange(len(requests)),
             user=torch.full((len(requests),), -1),
             task=torch.tensor([r.task for r in requests]),
@@ -224,7 +227,6 @@ class Scorer:
             candidates=candidate_rows,
             labels=torch.zeros(candidate_rows.shape),
         )
-        return batch.to(self.model.tables.cf.device)
 
     def _encode_queries(self, queries: Sequence[str]) -> tuple[Tensor, Tensor]:
         """As preparation does it → query_tokens [Q, L] and query_words [Q, W], padded with 0; at least one row, which recommendations look up."""
