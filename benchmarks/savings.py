@@ -31,7 +31,7 @@ from trainer.loading import build_model
 from trainer.model import grouping
 from trainer.model.backbone import Backbone
 from trainer.model.gensr import GenSR
-from trainer.model.seq2seq import AbsorbedCrossAttention, EncoderSelfAttention
+from trainer.model.t5_layers import AbsorbedCrossAttention, EncoderSelfAttention
 from trainer.optimizer import make_optimizer
 
 SETTINGS = ("data.history_max=20", "model.variant=extended")
@@ -59,7 +59,7 @@ def plain_attention(model: GenSR, kind: type[T5Attention]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def one_draw_an_element() -> Iterator[None]:
-    with mock.patch("trainer.model.dropout.dropout", F.dropout), mock.patch("trainer.model.seq2seq.dropout", F.dropout):
+    with mock.patch("trainer.model.dropout.dropout", F.dropout), mock.patch("trainer.model.t5_layers.dropout", F.dropout):
         yield
 
 

@@ -246,7 +246,7 @@ def test_groups_by_query_length_leave_less_padding_and_the_same_scores(folder: P
     few = batch.with_candidates(batch.candidates[:, :3], batch.labels[:, :3])
     whole, padded = scores(model, few), sum(padding)
     padding.clear()
-    monkeypatch.setattr("trainer.model.grouping.EVENTS_A_GROUP", 1)
+    monkeypatch.setattr("trainer.model.grouping.PROMPTS_A_GROUP_ON_CPU", 1)
     torch.testing.assert_close(scores(model, few), whole, rtol=0, atol=2e-5)
     assert len(padding) == 1 + 4 and sum(padding) < padded / 4, (padding, padded)
 
@@ -267,7 +267,7 @@ def test_ranks_call_the_backbone_equally_often_whatever_their_batches_hold(folde
         return original(*arguments)
 
     monkeypatch.setattr(model.backbone, "answer_logits", counted)
-    monkeypatch.setattr("trainer.model.grouping.EVENTS_A_GROUP", 1)
+    monkeypatch.setattr("trainer.model.grouping.PROMPTS_A_GROUP_ON_CPU", 1)
     model.same_calls_every_step = True
     for one, scores_BC in zip(batches, expected, strict=True):
         calls.clear()

@@ -22,7 +22,7 @@ from trainer.errors import ConfigError
 DEFAULTS = ("model.backbone=scratch:flan_t5_base", "model.variant=paper", "model.prompt=paper")
 # the reference is the paper's own: its variant, its wording, float32
 REFERENCE = ("model.variant=paper", "model.prompt=paper", "run.precision=fp32", "model.lora.rank=0", "model.compile=false")
-WARMUP_STEPS = 1
+WARMUP_STEPS = 3  # until the process has got all the memory that a step takes: on a CPU every new page costs
 BACKBONES = ("scratch:flan_t5_base", "scratch:small", "scratch:mini", "scratch:nano")
 PARTS = ("data", "forward", "backward", "optimiser", "communication")
 Mode = Literal["train", "evaluate"]

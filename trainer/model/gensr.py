@@ -148,7 +148,8 @@ class GenSR(nn.Module):
             return batch
         query = batch.query.cpu()
         lengths = torch.where(query >= 0, self.tables.query_lengths[query.clamp(min=0)], 0)
-        groups = group_events(batch.task.cpu(), lengths, self.same_calls_every_step)
+        on_cpu = self.tables.cf.device.type == "cpu"
+        groups = group_events(batch.task.cpu(), lengths, batch.candidates.shape[1], on_cpu, self.same_calls_every_step)
         return replace(batch, groups=tuple(replace(group, rows=group.rows.to(batch.query.device)) for group in groups))
 
     def encode_history(self, batch: Batch) -> EncodedHistory:
