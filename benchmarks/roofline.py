@@ -27,7 +27,7 @@ from benchmarks.measuring import open_folder
 from trainer.bench.data import commit
 from trainer.data import EvalStream, TrainStream
 from trainer.loading import build_model
-from trainer.model import dropout, grouping, t5_layers
+from trainer.model import dropout, grouping, norm, t5_layers
 
 PEAK_FLOPS = 790e12  # bf16 matrix products of an H200 as measured elsewhere
 MEMORY_BYTES_PER_S = 4.8e12  # its data sheet
@@ -119,7 +119,7 @@ def as_on_a_gpu(kernels: Kernels) -> Iterator[None]:
             )  # the bias is trained: its gradient is as large as the scores
             return tuple(torch.empty_like(tensor) for tensor in (query, key, value, bias))
 
-    def rms_norm(x: Tensor, shape: Any, weight: Tensor, eps: float) -> Tensor:
+    def one_kernel_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         result: Tensor = RmsNorm.apply(x, weight)
         return result
 
@@ -134,7 +134,7 @@ def as_on_a_gpu(kernels: Kernels) -> Iterator[None]:
 
     with contextlib.ExitStack() as patches:
         for where, name, new in (
-            (F, "rms_norm", rms_norm),
+            (norm, "rms_norm", one_kernel_norm),
             (F, "scaled_dot_product_attention", attention),
             (t5_layers, "lacks_dropout", lambda query: False),
             (t5_layers, "dropout", one_kernel_dropout),

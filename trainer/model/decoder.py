@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from trainer.model.backbone import Backbone, Prompt
+from trainer.model.norm import Norm
 
 
 class DecoderBackbone(Backbone):
@@ -14,6 +15,11 @@ class DecoderBackbone(Backbone):
 
     shared_first: ClassVar[bool] = True
     lora_targets: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        for layer in self.base.get_decoder().layers:  # not the last norm: answers are computed from it in float32
+            layer.input_layernorm.__class__ = layer.post_attention_layernorm.__class__ = Norm
 
     @property
     def stacks(self) -> tuple[nn.Module, nn.Module | None]:

@@ -13,6 +13,7 @@ from transformers.activations import NewGELUActivation
 from transformers.models.t5.modeling_t5 import T5Attention, T5DenseActDense, T5DenseGatedActDense, T5LayerNorm
 
 from trainer.model.dropout import Dropout, dropout
+from trainer.model.norm import Norm
 
 
 def take_faster_layers(t5: Any) -> None:
@@ -25,19 +26,6 @@ def take_faster_layers(t5: Any) -> None:
             module.__class__ = AbsorbedCrossAttention if module.is_decoder else EncoderSelfAttention
         if isinstance(getattr(module, "act", None), NewGELUActivation):
             module.act = nn.GELU(approximate="tanh")  # the same formula as one kernel, not eight
-
-
-def as_computed(x: Tensor) -> Tensor:
-    """In the precision of linear maps: autocast's, where it is on."""
-    kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) else x
-
-
-class Norm(T5LayerNorm):
-    """One kernel on a GPU, and cast once for the linear maps that read it."""
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return as_computed(F.rms_norm(hidden_states, hidden_states.shape[-1:], self.weight, self.variance_epsilon))
 
 
 class FeedForward(T5DenseActDense):

@@ -1,4 +1,4 @@
-"""Layers of T5 beside transformers' own: the same values and gradients, fewer casts and less memory."""
+"""Layers beside transformers' own: the same values and gradients, fewer casts and less memory."""
 
 import copy
 from typing import Any
@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from transformers import T5Config
 from transformers.models.t5.modeling_t5 import T5DenseActDense, T5DenseGatedActDense, T5ForConditionalGeneration, T5LayerNorm
 
-from trainer.model.t5_layers import FeedForward, GatedFeedForward, Norm, take_faster_layers
+from trainer.model.norm import Norm, rms_norm
+from trainer.model.t5_layers import FeedForward, GatedFeedForward, take_faster_layers
 
 CONFIG = T5Config(
     vocab_size=50, d_model=32, d_ff=64, d_kv=8, num_heads=4, num_layers=3, num_decoder_layers=3, dropout_rate=0.0, feed_forward_proj="gated-gelu",
@@ -46,6 +47,13 @@ def test_layers_equal_those_of_transformers(kind: type[nn.Module], faster: type[
     tolerance = 1e-5 if not bf16 else 2**-7 if faster is Norm else 0.0  # a norm's result is rounded to bf16 here, in the map that reads it there
     for ours, theirs in zip(results(layer, bf16), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance * float(theirs.abs().max()))
+
+
+def test_the_norms_gradients_are_those_of_finite_differences() -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(3, 4, 8, dtype=torch.float64, requires_grad=True), torch.randn(8, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(rms_norm(x, weight, 1e-6), torch.nn.functional.rms_norm(x, (8,), weight, 1e-6))
+    assert torch.autograd.gradcheck(lambda x, weight: rms_norm(x, weight, 1e-3), (x, weight))
 
 
 def pair() -> tuple[Any, Any]:
