@@ -15,10 +15,11 @@ T5_TOKENS = 32128
 PROMPT_TOKENS = {"paper": 85, "compact": 20}
 # A decoder's: read for every candidate, and once an event (task and query).
 OWN_TOKENS, SHARED_TOKENS = {"paper": 54, "compact": 19}, {"paper": 56, "compact": 21}
-# Activations of flan-t5-base, one candidate of 94 tokens, bf16 autocast: 0.1 GB measured. Scaled by tokens × (parameters read a token / width),
-# which is proportional to what the linear maps of all layers give.
-ACTIVATION_BYTES = 0.1e9 / 94 / (84_954_240 / 768)
-FLOAT32_ACTIVATIONS = 1.4  # times those of bf16 autocast, which keeps many in float32; `gensr bench micro-batch` on a CPU
+# Bytes of activations under bf16 autocast for each token × (parameters read a token / width), which is proportional to what the linear maps of all layers
+# give. flan-t5-base's shape: 4.3 are kept for the backward pass when attention is fused (counted by benchmarks/roofline.py), 6.5 is what a CPU takes
+# with all that lives beside them (`gensr bench micro-batch`); in float32 twice as much.
+ACTIVATION_BYTES = 6.5
+FLOAT32_ACTIVATIONS = 2.0
 ASSUMED_FLOPS = {"H200 (40 % of 790 TFLOP/s)": 316e12, "A100 (40 % of 312 TFLOP/s)": 125e12}
 CPU_EFFICIENCY = 0.3  # of this machine's measured matmul rate
 # Bytes a second that a collective moves on each GPU (NCCL's bus bandwidth), assumed at two thirds of the link: NVLink of H100 and H200 inside a node
