@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import NewGELUActivation
-from transformers.models.t5.modeling_t5 import T5Attention
+from transformers.models.t5.modeling_t5 import T5Attention, T5DenseGatedActDense, T5LayerNorm
 
 from benchmarks.gensr_steps import one_step
 from benchmarks.measuring import Meter, open_folder
@@ -31,7 +31,8 @@ from trainer.loading import build_model
 from trainer.model import grouping
 from trainer.model.backbone import Backbone
 from trainer.model.gensr import GenSR
-from trainer.model.t5_layers import AbsorbedCrossAttention, EncoderSelfAttention
+from trainer.model.norm import Norm
+from trainer.model.t5_layers import AbsorbedCrossAttention, EncoderSelfAttention, GatedFeedForward
 from trainer.optimizer import make_optimizer
 
 SETTINGS = ("data.history_max=20", "model.variant=extended")
@@ -54,6 +55,19 @@ def plain_attention(model: GenSR, kind: type[T5Attention]) -> Iterator[None]:
         yield
     finally:
         for module in modules:
+            module.__class__ = kind
+
+
+@contextlib.contextmanager
+def norms_and_feed_forward_of_transformers(model: GenSR) -> Iterator[None]:
+    plain: dict[type[nn.Module], type[nn.Module]] = {Norm: T5LayerNorm, GatedFeedForward: T5DenseGatedActDense}
+    modules = [(module, type(module)) for module in model.modules() if type(module) in plain]
+    for module, kind in modules:
+        module.__class__ = plain[kind]
+    try:
+        yield
+    finally:
+        for module, kind in modules:
             module.__class__ = kind
 
 
@@ -125,6 +139,7 @@ def main() -> None:
         ),
         "gradients of token rows, not of the table": lambda batch: patched(mock.patch.object(Backbone, "embed", gradient_of_the_table), batch),
         "four dropout decisions a draw": lambda batch: patched(one_draw_an_element(), batch),
+        "norms and feed-forward that cast once": lambda batch: patched(norms_and_feed_forward_of_transformers(model), batch),
         "GELU as one kernel": lambda batch: patched(gelu_of_transformers(model), batch),
         "fused AdamW": lambda batch: step(batch, adam=unfused),
         f"{arguments.precision} instead of {'fp32' if with_bf16 else 'bf16'}": lambda batch: step(batch, bf16=not with_bf16),

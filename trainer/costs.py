@@ -16,9 +16,9 @@ PROMPT_TOKENS = {"paper": 85, "compact": 20}
 # A decoder's: read for every candidate, and once an event (task and query).
 OWN_TOKENS, SHARED_TOKENS = {"paper": 54, "compact": 19}, {"paper": 56, "compact": 21}
 # Bytes of activations under bf16 autocast for each token × (parameters read a token / width), which is proportional to what the linear maps of all layers
-# give. flan-t5-base's shape: 4.3 are kept for the backward pass when attention is fused (counted by benchmarks/roofline.py), 6.5 is what a CPU takes
+# give. flan-t5-base's shape: 4.3 are kept for the backward pass when attention is fused (counted by benchmarks/roofline.py), 7 is what a CPU takes
 # with all that lives beside them (`gensr bench micro-batch`); in float32 twice as much.
-ACTIVATION_BYTES = 6.5
+ACTIVATION_BYTES = 7.0
 FLOAT32_ACTIVATIONS = 2.0
 ASSUMED_FLOPS = {"H200 (40 % of 790 TFLOP/s)": 316e12, "A100 (40 % of 312 TFLOP/s)": 125e12}
 CPU_EFFICIENCY = 0.3  # of this machine's measured matmul rate
@@ -75,19 +75,23 @@ class Memory:
 
 def memory(config: Config, model: ModelSize, data: DataSize, zero_stage: int | None, world_size: int, offload: bool = False) -> Memory:
     """Of one GPU. Weights are float32 (bf16 is autocast), so without DeepSpeed 4 + 4 + 8 = 16 bytes a trained parameter; ZeRO adds a
-    float32 copy of its partition (4) to AdamW's two moments (8), and divides optimizer (1), gradients (2) and weights (3) by the ranks."""
-    stage = zero_stage or 0
-    weights = 4.0 * model.total / (world_size if stage == 3 else 1)
+    float32 copy of its partition (4) to AdamW's two moments (8), and divides optimizer (1), gradients (2) and weights (3) by the ranks.
+    Autocast's bf16 copies of the linear maps live until the backward pass has used them, whole on every rank; with LoRA these maps are bf16 themselves."""
+    stage, linear = zero_stage or 0, model.encoder + model.decoder
+    with_bf16, frozen = config.run.precision == "bf16", config.model.lora.rank > 0
+    weights = (4.0 * model.total - (2.0 * linear if with_bf16 and frozen else 0.0)) / (world_size if stage == 3 else 1)
     gradients = 4.0 * model.trainable / (world_size if stage >= 2 else 1)
     optimizer = (8.0 if stage == 0 else 12.0) * model.trainable / (world_size if stage >= 1 else 1)
     if offload:
         optimizer, weights = 0.0, (0.0 if stage == 3 else weights)
+    copies = 2.0 * linear if with_bf16 and not frozen else 0.0
     tokens = tokens_per_event(config, model) * config.optim.micro_batch_size
-    activations = ACTIVATION_BYTES * tokens * model.encoder / model.width * (1.0 if config.run.precision == "bf16" else FLOAT32_ACTIVATIONS)
+    activations = ACTIVATION_BYTES * tokens * model.encoder / model.width * (1.0 if with_bf16 else FLOAT32_ACTIVATIONS)
     if config.model.activation_checkpointing:
         activations *= 2 / model.layers + 0.05  # one layer's, and each layer's input
+        copies *= 2 / model.layers
     rows = data.items * (64 * 4 * data.cf_tables + config.data.item_tokens * 4) + data.queries * 16 * 4
-    return Memory(weights, gradients, optimizer, activations, float(rows))
+    return Memory(weights + copies, gradients, optimizer, activations, float(rows))
 
 
 def tokens_per_event(config: Config, model: ModelSize) -> int:

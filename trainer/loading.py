@@ -21,7 +21,7 @@ from trainer.cf.table_file import cf_path, load_cf
 from trainer.config import Config, LoraConfig, config_from_dict
 from trainer.errors import DataError, RunError
 from trainer.files import file_sha256
-from trainer.model.adapters import merge_adapters
+from trainer.model.adapters import keep_frozen_in_bf16, merge_adapters
 from trainer.model.backbone import Backbone
 from trainer.model.families import build_backbone
 from trainer.model.gensr import GenSR, GenSRSettings
@@ -69,6 +69,8 @@ def build_model(config: Config, manifest: Manifest, tables: ItemTables, folder: 
             f"{folder}: its tokenizer has {len(tokenizer)} tokens, backbone {config.model.backbone} embeds {vocab}. "
             f"Prepare the folder with the backbone's own tokenizer: tokenizer={config.model.backbone}"
         )
+    if lora.rank and config.run.precision == "bf16" and not lora.four_bit:
+        keep_frozen_in_bf16(backbone)
     if config.model.compile:
         backbone.compile_layers()
     return assemble(model_settings(config, manifest.num_words, tables.cf.shape[1]), backbone, tokenizer, tables)

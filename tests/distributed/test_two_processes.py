@@ -61,6 +61,7 @@ SCENARIOS: list[dict[str, Any]] = [
     {"name": "lora", "deepspeed": ZERO3, "overrides": LORA},
     {"name": "lora_interrupted", "deepspeed": ZERO3, "overrides": LORA, "stop_at": 3},
     {"name": "lora_resumed", "run": "lora_interrupted", "deepspeed": ZERO3, "overrides": LORA, "resume": True},
+    *({"name": f"lora_bf16_{stage}", "deepspeed": STAGES[stage], "overrides": [*LORA, "run.precision=bf16"]} for stage in "23"),
     *({"name": name, "deepspeed": ZERO3, "overrides": [*LORA, f"model.backbone=scratch:{name}", "run.validate_every_steps=2"]} for name in DECODERS),
     {"name": "ddp", "overrides": EXACT},
     {"name": "zero0", "deepspeed": "zero0.json", "overrides": EXACT},
@@ -120,6 +121,12 @@ def test_lora_under_zero3_resumes_without_saving_frozen_weights(folder: Path) ->
     trained = {name: tensor for name, tensor in state.items() if "lora_B" in name and not re.search(r"decoder\..*SelfAttention\.[qk]\.", name)}
     assert len(trained) > 10
     assert all(bool(tensor.abs().sum() > 0) for tensor in trained.values()), "gathered, not empty, and trained"
+
+
+@pytest.mark.parametrize("stage", ["2", "3"])
+def test_adapters_on_a_frozen_bf16_backbone_learn_as_on_a_float32_one(folder: Path, stage: str) -> None:
+    assert [r.get("status") for r in results(folder, f"lora_bf16_{stage}")] == ["finished"] * 2
+    assert losses(folder / f"lora_bf16_{stage}") == pytest.approx(losses(folder / "lora"), rel=0.02)
 
 
 @pytest.mark.parametrize("name", DECODERS)

@@ -9,7 +9,7 @@ from transformers import T5ForConditionalGeneration
 
 from trainer.config import LoraConfig
 from trainer.errors import ConfigError
-from trainer.model.adapters import merge_adapters
+from trainer.model.adapters import keep_frozen_in_bf16, merge_adapters
 from trainer.model.backbone import Backbone, Prompt
 from trainer.model.families import FAMILIES, SCRATCH_SIZES, build_backbone
 
@@ -107,6 +107,25 @@ def test_every_family_is_listed_and_its_default_adapters_reach_all_of_its_layers
     assert trained == matrices and len(trained) >= 14
     plain = [n for n, m in backbone.base.named_modules() if type(m) is torch.nn.Linear and ".lora_" not in n and "base_layer" not in n]
     assert all("lm_head" in n for n in plain), plain
+
+
+@pytest.mark.parametrize("name", ["scratch:nano", "scratch:qwen2_nano", "scratch:llama_nano"])
+def test_frozen_weights_in_bf16_are_what_autocast_makes_of_them(name: str) -> None:
+    """Bit for bit, values and gradients, in half the bytes."""
+    backbone, prompt, weights = make(name, lora=LoraConfig(rank=4)), prompt_of(64), torch.randn(3, 4, 2)
+    with torch.no_grad():
+        for parameter_name, parameter in backbone.named_parameters():
+            if "lora_" in parameter_name:
+                parameter.normal_(std=0.05)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits, gradients = run(backbone, prompt, weights)
+        num_bytes = sum(p.nbytes for p in backbone.parameters())
+        keep_frozen_in_bf16(backbone)
+        assert sum(p.nbytes for p in backbone.parameters()) < 0.75 * num_bytes
+        again, same_gradients = run(backbone, prompt, weights)
+    assert torch.equal(logits, again)
+    assert all(torch.equal(one, other) for one, other in zip(gradients, same_gradients, strict=True))
+    assert all(p.dtype == torch.float32 for p in [*(p for p in backbone.parameters() if p.requires_grad), backbone.embedding_weight()])
 
 
 @pytest.mark.parametrize("variant", [{}, {"rslora": True}, {"dora": True}, {"also_train": "embeddings, head"}])

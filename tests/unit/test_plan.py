@@ -92,8 +92,10 @@ def test_activations_follow_batch_prompt_precision_and_checkpointing() -> None:
     def activations(*overrides: str) -> float:
         return memory(load_config(None, ["run.precision=bf16", *overrides]), base, DATA, None, 1).activations
 
-    assert activations("optim.micro_batch_size=1", "data.num_negatives=1", "model.prompt=paper") / GB == pytest.approx(0.1 * 2 * 85 / 94)
-    assert activations("run.precision=fp32") == pytest.approx(1.4 * activations())
+    assert activations("optim.micro_batch_size=1", "data.num_negatives=1", "model.prompt=paper") / GB == pytest.approx(
+        7.0e-9 * 2 * 85 * 84_954_240 / 768
+    )
+    assert activations("run.precision=fp32") == pytest.approx(2 * activations())
     assert activations("model.activation_checkpointing=true") < 0.3 * activations()
 
 

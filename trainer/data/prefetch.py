@@ -22,7 +22,10 @@ def prefetched(
 
     def ready(batch: Batch) -> Batch:
         batch = prepare(batch)
-        return batch.pin_memory() if torch.device(device).type == "cuda" else batch
+        if torch.device(device).type != "cuda":
+            return batch
+        with torch.cuda.device(device):  # a thread begins on the first GPU, and would take memory there for nothing
+            return batch.pin_memory()
 
     if num_workers:
         stream = torch.utils.data.DataLoader(stream, batch_size=None, num_workers=num_workers, prefetch_factor=PREFETCH)

@@ -4,6 +4,7 @@ import importlib.util
 from typing import Any
 
 import torch
+from torch import nn
 
 from trainer.errors import ConfigError
 
@@ -41,6 +42,17 @@ def _train_whole(model: Any, part: str, names: set[str]) -> None:
 
 def _listed(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def keep_frozen_in_bf16(backbone: Any) -> None:
+    """Frozen linear maps in bf16, in place: what autocast makes of them at every use, in 2 bytes a weight instead of 4 and 2 for the copy.
+
+    The table of answers stays as it is: it is read in float32.
+    """
+    head = backbone.base.get_output_embeddings()
+    for module in backbone.modules():
+        if isinstance(module, nn.Linear) and module is not head and not module.weight.requires_grad:
+            module.to(torch.bfloat16)
 
 
 def merge_adapters(backbone: Any) -> None:

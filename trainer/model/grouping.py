@@ -11,9 +11,9 @@ from trainer.batch import Group
 
 # Searches of a batch go through the backbone in up to so many groups of like query length.
 LENGTH_GROUPS = 4
-# A group has so many prompts at least: every group is another pass over the weights, and on a GPU thousands of small kernels. On a CPU, with flan-t5's
-# tokenizer, the compact prompt, 5 candidates and half searches, padding is 5 % of the tokens at 32 events a batch, below 3 % from 64 on. The GPU's number
-# is calculated (benchmarks/roofline.py): from there on kernels take longer than their launches.
+# There is a group more for so many prompts: every group is another pass over the weights, and on a GPU thousands of small kernels. With flan-t5's tokenizer,
+# the compact prompt, 5 candidates and half searches, padding is then on a CPU 4.4 % of the tokens at 32 events a batch and 2 % from 64 on. The GPU's
+# number is calculated (benchmarks/roofline.py): from there on kernels take longer than their launches.
 PROMPTS_A_GROUP_ON_CPU, PROMPTS_A_GROUP = 40, 320
 
 
@@ -24,12 +24,34 @@ def group_events(task_B: Tensor, query_length_B: Tensor, num_candidates: int, on
     the batch, and its answer does not count.
     """
     searches = (task_B == SRC).nonzero()[:, 0]
-    searches = searches[query_length_B[searches].argsort(stable=True)]
+    lengths, order = query_length_B[searches].sort(stable=True)
     num_prompts = (len(task_B) // 2 if same_calls else len(searches)) * num_candidates
     num_groups = max(min(LENGTH_GROUPS, num_prompts // (PROMPTS_A_GROUP_ON_CPU if on_cpu else PROMPTS_A_GROUP)), 1)
     groups = [Group(REC, (task_B == REC).nonzero()[:, 0], longest=0)]
-    groups += [Group(SRC, rows, int(query_length_B[rows[-1:]].sum())) for rows in searches.tensor_split(num_groups)]
+    groups += [Group(SRC, rows, int(query_length_B[rows[-1:]].sum())) for rows in searches[order].tensor_split(least_padding(lengths, num_groups))]
     if same_calls:
         nobody = torch.zeros(1, dtype=torch.int64)
         return tuple(group if len(group.rows) else Group(group.task, nobody, longest=0, counts=False) for group in groups)
     return tuple(group for group in groups if len(group.rows))
+
+
+def least_padding(lengths: Tensor, num_groups: int) -> list[int]:
+    """Where to cut ascending lengths so that groups, each padded to its longest, hold the fewest positions: num_groups − 1 indices. Groups may be empty."""
+    if num_groups == 1 or not len(lengths):
+        return [0] * (num_groups - 1)
+    up_to = lengths.bincount().cumsum(0)  # [V] how many are at most so long
+    longer_than = torch.cat([up_to.new_zeros(1), up_to[:-1]])  # [V] index of the first of each length
+    value = torch.arange(len(up_to))
+    cost_VV = ((up_to[None] - longer_than[:, None]) * value[None]).double()  # positions of a group that holds the lengths u … v
+    cost_VV[value[:, None] > value[None]] = torch.inf
+    least_V, starts = cost_VV[0], []
+    for _ in range(num_groups - 1):  # least_V[v]: positions of all groups so far, when the last ends with length v
+        with_one_more_VV = torch.cat([least_V[None], least_V[:-1, None] + cost_VV[1:]])  # row u: the next group begins with length u; 0: it is empty
+        least_V, start_V = with_one_more_VV.min(0)
+        starts.append(start_V)
+    cuts, last = [], len(up_to) - 1
+    for start_V in reversed(starts):
+        begin = int(start_V[last])
+        cuts.append(int(longer_than[begin]) if begin else cuts[-1] if cuts else len(lengths))
+        last = begin - 1 if begin else last
+    return cuts[::-1]
