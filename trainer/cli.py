@@ -544,8 +544,13 @@ def data(
     answer(document, as_json, *bench_lines(document))
 
 
-Pairs = Annotated[int, typer.Option(help="(history, candidate) pairs of a step, on either side", min=1)]
-Steps = Annotated[int, typer.Option(help="measured steps of a turn, after one to warm up", min=1)]
+Pairs = Annotated[
+    int | None,
+    typer.Option(
+        help="(history, candidate) pairs of a step, on either side; else 20, or on a GPU what fills it and the paper's 200 for the reference", min=1
+    ),
+]
+Steps = Annotated[int, typer.Option(help="measured steps of a turn, after three to warm up", min=1)]
 Turns = Annotated[int, typer.Option(help="measurements of each side, in turns", min=1)]
 Threads = Annotated[int, typer.Option(help="CPU threads of both sides", min=1)]
 Profile = Annotated[Path | None, typer.Option(help="file for a torch profiler trace (chrome://tracing, perfetto) of one more turn")]
@@ -553,7 +558,7 @@ Profile = Annotated[Path | None, typer.Option(help="file for a torch profiler tr
 
 @bench_app.command(name="train", epilog="Example: gensr bench train model.prompt=compact --json")
 def bench_train(
-    overrides: Overrides = None, pairs: Pairs = 20, steps: Steps = 2, turns: Turns = 2, threads: Threads = 2, profile: Profile = None,
+    overrides: Overrides = None, pairs: Pairs = None, steps: Steps = 2, turns: Turns = 2, threads: Threads = 2, profile: Profile = None,
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Training steps against a reference written straight from the paper; flan-t5-base's shape with random weights unless settings say otherwise."""
@@ -565,7 +570,7 @@ def bench_train(
 
 @bench_app.command(name="evaluate", epilog="Example: gensr bench evaluate data.dir=data/prepared --pairs 100")
 def bench_evaluate(
-    overrides: Overrides = None, pairs: Pairs = 20, steps: Steps = 2, turns: Turns = 2, threads: Threads = 2, profile: Profile = None,
+    overrides: Overrides = None, pairs: Pairs = None, steps: Steps = 2, turns: Turns = 2, threads: Threads = 2, profile: Profile = None,
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Scoring the candidates of events against the reference, which encodes every pair by itself and calls generate()."""

@@ -248,7 +248,7 @@ def test_groups_by_query_length_leave_less_padding_and_the_same_scores(folder: P
     padding.clear()
     monkeypatch.setattr("trainer.model.grouping.PROMPTS_A_GROUP_ON_CPU", 1)
     torch.testing.assert_close(scores(model, few), whole, rtol=0, atol=2e-5)
-    assert len(padding) == 1 + 4 and sum(padding) < padded / 4, (padding, padded)
+    assert 1 + 1 < len(padding) <= 1 + 4 and sum(padding) < padded / 4, (padding, padded)
 
 
 @pytest.mark.parametrize("backbone", ["scratch:nano", "scratch:llama_nano"])

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from tests.tiny_folder import make_tiny_folder
@@ -63,6 +64,14 @@ def test_bench_of_the_model_refuses_what_it_cannot_compare() -> None:
         bench_model.bench_model("train", pairs=7)
     with pytest.raises(ConfigError, match=r"model\.backbone=google/flan-t5-base.*scratch:flan_t5_base"):
         bench_model.bench_model("evaluate", ["model.backbone=google/flan-t5-base"])
+
+
+def test_a_gpu_is_given_enough_and_the_reference_the_papers_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert bench_model.default_pairs("train") == (20, 20) or torch.cuda.is_available()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for mode, candidates in (("train", 5), ("evaluate", 100)):
+        ours, references = bench_model.default_pairs(mode)  # type: ignore[arg-type]
+        assert ours > references == 200 and ours % candidates == references % candidates == 0
 
 
 @pytest.mark.slow

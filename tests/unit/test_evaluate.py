@@ -49,6 +49,11 @@ def item_id_scorer(batch: Batch) -> torch.Tensor:
     return batch.candidates.float()
 
 
+def stand_in(score) -> SimpleNamespace:
+    """What evaluation asks of a model."""
+    return SimpleNamespace(score=score, grouped=lambda batch: batch)
+
+
 def test_every_event_is_ranked_once_and_rightly(folder, manifest):
     seen: list[tuple[int, int]] = []
     ranks = rank_events(item_id_scorer, stream_of(folder, manifest), progress=lambda done, total: seen.append((done, total)))
@@ -167,13 +172,13 @@ def test_bf16_runs_are_scored_under_autocast():
         return torch.zeros(1, 1)
 
     for precision in ("bf16", "fp32"):
-        autocast_scorer(score, "cpu", precision)(SimpleNamespace(to=lambda device: None))  # type: ignore[arg-type]
+        autocast_scorer(stand_in(score), "cpu", precision)(SimpleNamespace(to=lambda device: None))  # type: ignore[arg-type]
     assert seen == [torch.bfloat16, torch.float32]
 
 
 def test_evaluate_run_writes_the_files(folder, manifest, tmp_path, monkeypatch):
     config = Config(data=DataConfig(dir=str(folder), history_max=4))
-    model = SimpleNamespace(score=item_id_scorer)
+    model = stand_in(item_id_scorer)
     monkeypatch.setattr(trainer.loading, "load_run_config", lambda run_dir: config)
     monkeypatch.setattr(trainer.loading, "load_run_model", lambda run_dir, device: (model, None, config, manifest))
     document = evaluate_run(tmp_path, "valid")

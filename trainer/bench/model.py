@@ -29,13 +29,13 @@ Mode = Literal["train", "evaluate"]
 
 
 def bench_model(
-    mode: Mode, overrides: Sequence[str] = (), pairs: int = 20, steps: int = 2, turns: int = 2, threads: int = 2, trace: Path | None = None,
+    mode: Mode, overrides: Sequence[str] = (), pairs: int | None = None, steps: int = 2, turns: int = 2, threads: int = 2, trace: Path | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """→ the object that `gensr bench train --json` (evaluate) prints.
 
     overrides: settings as of `gensr train`; data.dir names a prepared folder with natural text and a CF table (default: a small synthetic one).
-    pairs: (history, candidate) pairs of a step, on either side. trace: file for a torch profiler trace of one more turn of ours.
+    pairs: (history, candidate) pairs of a step, on either side (None: see default_pairs). trace: file for a torch profiler trace of one more turn of ours.
     Raises ConfigError without benchmarks/ (it is part of the repository, not of the package), BenchError when a measured program fails.
     """
     if not BENCHMARKS.is_dir():
@@ -43,15 +43,16 @@ def bench_model(
     given = any(setting.startswith("run.precision=") for setting in overrides)
     defaults = DEFAULTS if given else (*DEFAULTS, f"run.precision={faster_precision()}")
     config = load_config(None, [*defaults, *overrides])
-    if mode == "train" and pairs % (1 + config.data.num_negatives):
-        raise ConfigError(f"--pairs must be a multiple of 1 + data.num_negatives = {1 + config.data.num_negatives}, got {pairs}")
+    ours, references = (pairs, pairs) if pairs is not None else default_pairs(mode)
+    if mode == "train" and ours % (1 + config.data.num_negatives):
+        raise ConfigError(f"--pairs must be a multiple of 1 + data.num_negatives = {1 + config.data.num_negatives}, got {ours}")
     if config.model.backbone not in BACKBONES:
         raise ConfigError(f"model.backbone={config.model.backbone}: the reference is a T5 with random weights. Choose among {', '.join(BACKBONES)}")
     progress = progress or (lambda stage, done, total: None)
     work = Path(tempfile.mkdtemp(prefix="gensr-bench-"))
     try:
         folder = Path(config.data.dir).resolve() if config.data.dir else synthetic_folder(work, threads, progress)
-        request = {"folder": str(folder), "mode": mode, "pairs": pairs, "steps": steps, "warmup": WARMUP_STEPS, "preset": None}
+        request = {"folder": str(folder), "mode": mode, "pairs": ours, "steps": steps, "warmup": WARMUP_STEPS, "preset": None}
 
         def run(script: str, *extra: str, **more: Any) -> Measured:
             settings = [setting for setting in (*defaults, *overrides, *extra) if not setting.startswith("data.dir=")]
@@ -61,7 +62,7 @@ def bench_model(
         measured: list[tuple[Measured, Measured]] = []
         for turn in range(turns):
             progress("reference", 2 * turn, 2 * turns)
-            reference = run("reference", *REFERENCE)
+            reference = run("reference", *REFERENCE, pairs=references)
             progress("gensr", 2 * turn + 1, 2 * turns)
             measured.append((run("gensr_steps"), reference))
         if trace is not None:
@@ -69,8 +70,27 @@ def bench_model(
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return _document(
-        mode, measured, {"overrides": list(overrides), "defaults": list(defaults), "pairs": pairs, "steps": steps, "turns": turns, "threads": threads}
+        mode,
+        measured,
+        {
+            "overrides": list(overrides),
+            "defaults": list(defaults),
+            "pairs": ours,
+            "reference_pairs": references,
+            "steps": steps,
+            "turns": turns,
+            "threads": threads,
+        },
     )
+
+
+def default_pairs(mode: Mode) -> tuple[int, int]:
+    """Pairs of a step, (gensr's, the reference's). A GPU needs many to be busy: 256 events with 5 candidates, or 25 with 100; the paper's batch has 200."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return 20, 20
+    return 1280 if mode == "train" else 2500, 200
 
 
 def faster_precision() -> str:
