@@ -152,7 +152,7 @@ def make_accelerator(config: Config, launch: Launch, grad_accum_steps: int) -> "
 
     from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
     from accelerate.state import AcceleratorState
-    from accelerate.utils import DistributedType
+    from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 
     AcceleratorState._reset_state(reset_partial_state=True)  # an earlier run of this process (a notebook, a test) may have had another precision
 
@@ -174,7 +174,8 @@ def make_accelerator(config: Config, launch: Launch, grad_accum_steps: int) -> "
         unset_hf_deepspeed_config()
     else:
         precision = "bf16" if config.run.precision == "bf16" else "no"
-        accelerator = Accelerator(cpu=on_cpu, gradient_accumulation_steps=grad_accum_steps, mixed_precision=precision, kwargs_handlers=[group])
+        ddp = DistributedDataParallelKwargs(broadcast_buffers=False)  # they are constants
+        accelerator = Accelerator(cpu=on_cpu, gradient_accumulation_steps=grad_accum_steps, mixed_precision=precision, kwargs_handlers=[group, ddp])
     if use_deepspeed and accelerator.distributed_type != DistributedType.DEEPSPEED:
         raise EnvironmentProblem(
             f"DeepSpeed was asked for, but accelerate chose {accelerator.distributed_type}. Remove cpu or use_cpu from the launch configuration."
