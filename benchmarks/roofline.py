@@ -25,11 +25,11 @@ from torch.utils.flop_counter import flop_registry
 
 from benchmarks.measuring import open_folder
 from trainer.bench.data import commit
+from trainer.costs import GB, H200_FLOPS
 from trainer.data import EvalStream, TrainStream
 from trainer.loading import build_model
 from trainer.model import dropout, grouping, norm, t5_layers
 
-PEAK_FLOPS = 790e12  # bf16 matrix products of an H200 as measured elsewhere
 MEMORY_BYTES_PER_S = 4.8e12  # its data sheet
 REACHED_FLOPS, REACHED_BYTES = 0.75, 0.8  # shares of the two that large kernels reach: assumed
 KERNEL_S = 2e-6  # the shortest kernel: assumed
@@ -62,7 +62,7 @@ class Kernels(TorchDispatchMode):
         self.count[kind] += 1
         self.flops[kind] += flops  # type: ignore[assignment]
         self.bytes[kind] += moved  # type: ignore[assignment]
-        self.seconds[kind] += max(flops / (PEAK_FLOPS * REACHED_FLOPS), moved / (MEMORY_BYTES_PER_S * REACHED_BYTES), KERNEL_S)  # type: ignore[assignment]
+        self.seconds[kind] += max(flops / (H200_FLOPS * REACHED_FLOPS), moved / (MEMORY_BYTES_PER_S * REACHED_BYTES), KERNEL_S)  # type: ignore[assignment]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -163,9 +163,8 @@ def calculated(folder: str, settings: list[str], events: int, training: bool) ->
     parameters: dict[str, Tensor] = {name: fake.from_tensor(parameter) for name, parameter in model.named_parameters()}
     weights = {parameter.untyped_storage()._cdata for parameter in parameters.values()}
     autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=config.run.precision == "bf16")
-    batch = next(iter(stream))
     with as_on_a_gpu(kernels):
-        batch = model.grouped(batch)
+        batch = model.grouped(next(iter(stream)))  # needs values
     with as_on_a_gpu(kernels), fake:
         if not training:
             with autocast, kernels, torch.no_grad():
@@ -181,7 +180,7 @@ def calculated(folder: str, settings: list[str], events: int, training: bool) ->
         with kernels:
             torch.nn.utils.clip_grad_norm_(trained, config.optim.grad_clip, foreach=True)
             optimizer.step()
-    return kernels, sum(kept.values()) / 1e9, batch.candidates.numel()
+    return kernels, sum(kept.values()) / GB, batch.candidates.numel()
 
 
 def main() -> None:
@@ -204,7 +203,7 @@ def main() -> None:
                 step_s, flops = max(busy_s, launch_s), sum(kernels.flops.values())
                 cells: list[Any] = ["training" if training else "scoring", prompt, events, f"{sum(kernels.count.values()):,}", f"{busy_s * 1e3:.1f}"]
                 cells += [f"{launch_s * 1e3:.1f}", f"{products_s / busy_s:.0%}", f"{kept_gb:.1f}" if training else "", f"{prompts / step_s:,.0f}"]
-                print("| " + " | ".join(map(str, [*cells, f"{flops / step_s / PEAK_FLOPS:.0%}"])) + " |", flush=True)
+                print("| " + " | ".join(map(str, [*cells, f"{flops / step_s / H200_FLOPS:.0%}"])) + " |", flush=True)
                 for kind, seconds in collections.Counter(kernels.seconds).most_common(arguments.top):
                     work = f"{kernels.bytes[kind] / 1e9:7.2f} GB  {kernels.flops[kind] / 1e12:6.2f} TFLOP"
                     print(f"    {seconds * 1e3:7.2f} ms  {kernels.count[kind]:6,} kernels  {work}  {kind}")

@@ -46,21 +46,8 @@ def as_pairs(batch: Batch) -> Batch:
 
 
 @contextlib.contextmanager
-def plain_attention(model: GenSR, kind: type[T5Attention]) -> Iterator[None]:
-    """transformers' own attention in place of ours."""
-    modules = [module for module in model.modules() if type(module) is kind]
-    for module in modules:
-        module.__class__ = T5Attention
-    try:
-        yield
-    finally:
-        for module in modules:
-            module.__class__ = kind
-
-
-@contextlib.contextmanager
-def norms_and_feed_forward_of_transformers(model: GenSR) -> Iterator[None]:
-    plain: dict[type[nn.Module], type[nn.Module]] = {Norm: T5LayerNorm, GatedFeedForward: T5DenseGatedActDense}
+def layers_of_transformers(model: GenSR, plain: dict[type[nn.Module], type[nn.Module]]) -> Iterator[None]:
+    """transformers' own layers in place of ours."""
     modules = [(module, type(module)) for module in model.modules() if type(module) in plain]
     for module, kind in modules:
         module.__class__ = plain[kind]
@@ -132,14 +119,20 @@ def main() -> None:
     without: dict[str, Callable[[Batch], None]] = {
         "the history encoded once an event": lambda batch: step(as_pairs(batch)),
         "searches of like length together": lambda batch: patched(mock.patch.object(grouping, "LENGTH_GROUPS", 1), batch),
-        "position bias and mask made once for all layers": lambda batch: patched(plain_attention(model, EncoderSelfAttention), batch),
-        "absorbed cross-attention of one position": lambda batch: patched(plain_attention(model, AbsorbedCrossAttention), batch),
+        "position bias and mask made once for all layers": lambda batch: patched(
+            layers_of_transformers(model, {EncoderSelfAttention: T5Attention}), batch
+        ),
+        "absorbed cross-attention of one position": lambda batch: patched(
+            layers_of_transformers(model, {AbsorbedCrossAttention: T5Attention}), batch
+        ),
         "two answer logits, not the vocabulary": lambda batch: patched(
             mock.patch.object(type(model.backbone), "answer_rows", whole_vocabulary), batch
         ),
         "gradients of token rows, not of the table": lambda batch: patched(mock.patch.object(Backbone, "embed", gradient_of_the_table), batch),
         "four dropout decisions a draw": lambda batch: patched(one_draw_an_element(), batch),
-        "norms and feed-forward that cast once": lambda batch: patched(norms_and_feed_forward_of_transformers(model), batch),
+        "norms and feed-forward that cast once": lambda batch: patched(
+            layers_of_transformers(model, {Norm: T5LayerNorm, GatedFeedForward: T5DenseGatedActDense}), batch
+        ),
         "GELU as one kernel": lambda batch: patched(gelu_of_transformers(model), batch),
         "fused AdamW": lambda batch: step(batch, adam=unfused),
         f"{arguments.precision} instead of {'fp32' if with_bf16 else 'bf16'}": lambda batch: step(batch, bf16=not with_bf16),

@@ -621,7 +621,6 @@ def show(
     from data_shards.settings import to_yaml
     from trainer.config import load_config
 
-    settings = overrides or []
     preset, settings = preset_and_settings(preset, overrides)
     say(to_yaml(load_config(preset, settings)).rstrip())
 

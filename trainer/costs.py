@@ -20,7 +20,8 @@ OWN_TOKENS, SHARED_TOKENS = {"paper": 54, "compact": 19}, {"paper": 56, "compact
 # with all that lives beside them (`gensr bench micro-batch`); in float32 twice as much.
 ACTIVATION_BYTES = 7.0
 FLOAT32_ACTIVATIONS = 2.0
-ASSUMED_FLOPS = {"H200 (40 % of 790 TFLOP/s)": 316e12, "A100 (40 % of 312 TFLOP/s)": 125e12}
+H200_FLOPS = 790e12  # bf16 matrix products, as measured elsewhere
+ASSUMED_FLOPS = {"H200 (40 % of 790 TFLOP/s)": 0.4 * H200_FLOPS, "A100 (40 % of 312 TFLOP/s)": 125e12}
 CPU_EFFICIENCY = 0.3  # of this machine's measured matmul rate
 # Bytes a second that a collective moves on each GPU (NCCL's bus bandwidth), assumed at two thirds of the link: NVLink of H100 and H200 inside a node
 # (450 GB/s a direction), one 400 Gb/s adapter a GPU between nodes, eight of which share a node's traffic.

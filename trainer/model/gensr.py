@@ -115,7 +115,6 @@ class GenSR(nn.Module):
         """mode "loss": (loss, report of detached scalars), Eq. 8. mode "score": scores_BC. One entry, because wrappers (DDP, ZeRO) hook forward only."""
         if mode == "score":
             return self.score(batch)
-        batch = self.grouped(batch)
         history = self.encode_history(batch)
         scores_BC, cf_BCD, sem_BCD = self._score_encoded(batch, history)
         settings = self.settings
@@ -139,7 +138,6 @@ class GenSR(nn.Module):
 
     def score(self, batch: Batch) -> Tensor:
         """Log-odds of "Yes", [B, C] float32. Independent of the other candidates and of the other rows of the batch."""
-        batch = self.grouped(batch)
         return self._score_encoded(batch, self.encode_history(batch))[0]
 
     def grouped(self, batch: Batch) -> Batch:
@@ -217,9 +215,8 @@ class GenSR(nn.Module):
             match_query = torch.where((batch.query >= 0)[:, None, None], match_query, self.no_query.to(match_query.dtype))
             slots += [self.match_cf(f_c_BCK * cand_cf_BCK), self.match_sem(f_s_BCD * cand_sem_BCD), match_query]
         slots_BCXD = torch.stack(slots, 2)
-        assert batch.groups is not None
         scores_BC = slots_BCXD.new_zeros(slots_BCXD.shape[:2], dtype=torch.float32)
-        for group in batch.groups:
+        for group in self.grouped(batch).groups or ():
             slots_GCXD, query_GQD, mask_GQ = (part_B.index_select(0, group.rows) for part_B in (slots_BCXD, query_BQD, query_mask_BQ))
             prompt = self.fill_prompt(group, slots_GCXD, query_GQD, mask_GQ)
             logits_BCA = self.backbone.answer_logits(prompt, self.get_buffer("answer_tokens"))

@@ -49,10 +49,10 @@ def least_padding(lengths: Tensor, num_groups: int) -> list[int]:
         with_one_more_VV = torch.cat([least_V[None], least_V[:-1, None] + cost_VV[1:]])  # row u: the next group begins with length u; 0: it is empty
         least_V, start_V = with_one_more_VV.min(0)
         starts.append(start_V)
-    cuts: list[int] = []
-    last = len(up_to) - 1
+    cuts, end, last = [], len(lengths), len(up_to) - 1
     for start_V in reversed(starts):
         begin = int(start_V[last])
-        cuts.append(int(longer_than[begin]) if begin else cuts[-1] if cuts else len(lengths))
-        last = begin - 1 if begin else last
+        if begin:  # else the group is empty
+            end, last = int(longer_than[begin]), begin - 1
+        cuts.append(end)
     return cuts[::-1]
