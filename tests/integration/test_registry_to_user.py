@@ -82,7 +82,7 @@ def train_while_the_server_dies(folder: Path, server: Server) -> None:
     metrics = folder / "runs" / "one" / "metrics.jsonl"
     arguments = ["train", "demo", "data.dir=data", "run.dir=runs/one", f"tracking.uri={server.uri}", *SETTINGS]
     with (folder / "train.log").open("w") as log:
-        training = subprocess.Popen(command(*arguments), cwd=folder, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+        training = subprocess.Popen(command(*arguments), cwd=folder, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
     while not metrics.is_file() or len(metrics.read_text().splitlines()) < 5:
         assert training.poll() is None, (folder / "train.log").read_text()[-3000:]
         time.sleep(0.05)
@@ -90,7 +90,9 @@ def train_while_the_server_dies(folder: Path, server: Server) -> None:
     while len(metrics.read_text().splitlines()) < 30:
         assert training.poll() is None, (folder / "train.log").read_text()[-3000:]
         time.sleep(0.05)
+    os.killpg(training.pid, signal.SIGSTOP)  # a server takes longer to start than the last steps do
     server.start()
+    os.killpg(training.pid, signal.SIGCONT)
     assert training.wait(600) == 0, (folder / "train.log").read_text()[-3000:]
     (tracked,) = server.client.search_runs([server.client.get_experiment_by_name("gensr").experiment_id])
     assert tracked.info.status == "FINISHED"

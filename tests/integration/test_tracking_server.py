@@ -1,6 +1,7 @@
 """A real tracking server: killed in the middle of a run and started again; and runs that were made without one, imported."""
 
 import json
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -100,9 +101,25 @@ def test_a_run_that_began_before_its_server_gets_there(server: Server, tmp_path:
     tracker.log_metrics({"train/loss": 1.0}, 1)
     assert tracker.run_id == ""
     server.start()
-    tracker.finish("KILLED")
+    tracker.finish("FINISHED")
     run = server.client.get_run(tracker.run_id)
-    assert (run.info.status, run.data.metrics, run.info.run_name) == ("KILLED", {"train/loss": 1.0}, tmp_path.name)
+    assert (run.info.status, run.data.metrics, run.info.run_name) == ("FINISHED", {"train/loss": 1.0}, tmp_path.name)
+
+
+def test_a_server_that_is_down_at_the_end_gets_the_end_when_it_is_back(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short runs are over before a server that is started again takes its first request."""
+    monkeypatch.setattr("trainer.tracking.tracker.FINISH_WAIT_S", 240.0)
+    tracker = Tracker.start(load_config(None, [f"tracking.uri={server.uri}"]), tmp_path, {})
+    server.kill()
+    tracker.log_metrics({"train/loss": 1.0}, 1)
+    finishing = threading.Thread(target=tracker.finish, args=("FINISHED",))
+    finishing.start()
+    time.sleep(2 * delivery.RETRY_AT_THE_END_S)
+    assert finishing.is_alive()
+    server.start()
+    finishing.join(240)
+    assert server.client.get_run(tracker.run_id).info.status == "FINISHED"
+    assert not (tmp_path / SPOOL_NAME).exists()
 
 
 def test_an_address_that_is_no_mlflow_is_refused_at_the_start(server: Server, tmp_path: Path) -> None:

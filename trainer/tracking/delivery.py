@@ -10,6 +10,7 @@ import json
 import logging
 import re
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ Record = Mapping[str, Any]
 MACHINE_DIR = "machine"  # of a run folder: what each node measures of itself
 SPOOL_NAME = "tracking-spool.jsonl"
 RETRY_EVERY_S = 30.0
+RETRY_AT_THE_END_S = 2.0  # in close()
 LOOK_EVERY_S = 10.0  # at what other nodes have written
 MAX_METRICS, MAX_TAGS = 1000, 100  # entries of one request, MLflow's limits
 MAX_BYTES = 4_000_000  # of the spool, read at once
@@ -99,6 +101,7 @@ class Sender(threading.Thread):
         self._machines: dict[Path, JsonLines] = {}
         self._last_step: dict[str, int] | None = None if resumed else {}
         self._news, self._closing, self._warned = threading.Event(), threading.Event(), False
+        self._close_by_s = 0.0
 
     def put(self, records: Sequence[Record]) -> None:
         """Returns at once. A disk that does not take it costs the records and a warning, never the training."""
@@ -109,7 +112,8 @@ class Sender(threading.Thread):
         self._news.set()
 
     def close(self, timeout_s: float) -> bool:
-        """Send what is left, for `timeout_s` at most; True when everything has arrived."""
+        """Send what is left, for `timeout_s` at most, again and again while a server is down; True when everything has arrived."""
+        self._close_by_s = time.monotonic() + timeout_s
         self._closing.set()
         self._news.set()
         self.join(timeout_s)
@@ -132,9 +136,12 @@ class Sender(threading.Thread):
                     self.opened.set()
                     return
                 self._warn(error)
-                if closing:
+                if not closing:
+                    self._closing.wait(RETRY_EVERY_S)
+                elif is_outage(error, self.uri) and time.monotonic() + RETRY_AT_THE_END_S < self._close_by_s:
+                    time.sleep(RETRY_AT_THE_END_S)
+                else:
                     return
-                self._closing.wait(RETRY_EVERY_S)
 
     def _deliver(self, client: "MlflowClient") -> None:
         """Everything that is there now. Raises whatever the store does; what has arrived by then is not sent again."""

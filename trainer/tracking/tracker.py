@@ -37,6 +37,7 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 MAX_TAG, MAX_PARAM = 5000, 6000  # characters, MLflow's limits
 OPEN_WAIT_S = 30.0  # for the run's id, at the start; a store that is slower gets its run later
 FINISH_WAIT_S = 60.0  # for the last points, at the end
+STOP_WAIT_S = 20.0  # the same of a job that was told to stop: SLURM uses force after 30 s
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +119,7 @@ class MlflowTracker(Tracker):
 
     def finish(self, status: Status) -> None:
         self._sender.put([{"status": status, "end_ms": int(time.time() * 1000)}])
-        if not self._sender.close(FINISH_WAIT_S):
+        if not self._sender.close(STOP_WAIT_S if status == "KILLED" else FINISH_WAIT_S):
             spool = self._sender.spool.path
             log.warning("MLflow at %s has not taken everything: gensr runs import %s sends it later", mask_secrets(self.uri), spool.parent)
 
