@@ -15,8 +15,8 @@ from benchmarks.measuring import Meter, open_folder
 from trainer.batch import Batch
 from trainer.costs import flops_per_event, measured_flops
 from trainer.data import EvalStream, TrainStream, prefetched
-from trainer.launch import keep_freed_memory
 from trainer.loading import build_model
+from trainer.memory import keep_freed_memory
 from trainer.model.backbone import Prompt
 from trainer.model.gensr import GenSR
 from trainer.optimizer import make_optimizer

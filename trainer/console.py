@@ -2,21 +2,16 @@
 
 import json
 import os
-import resource
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from trainer.files import atomic
-
-GB = 1e9
 
 
 class RunConsole:
@@ -133,11 +128,3 @@ def keep_records(path: Path, last_step: int) -> None:
             continue
     with atomic(path) as temporary:
         temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-
-
-def peak_memory_gb() -> float:
-    """Peak of this process so far: device memory on a GPU, resident memory on a CPU."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / GB
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak * (1 if sys.platform == "darwin" else 1024) / GB

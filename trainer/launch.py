@@ -6,7 +6,6 @@ with which JSON, comes from the launcher; every number in that JSON that the run
 
 import contextlib
 import copy
-import ctypes
 import json
 import os
 import time
@@ -20,6 +19,7 @@ import torch
 import ds_configs
 from trainer.config import Config
 from trainer.errors import ConfigError, EnvironmentProblem
+from trainer.memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -257,15 +257,6 @@ def set_up_cpu(config: Config, launch: Launch) -> int:
     torch.set_num_threads(num_threads)
     keep_freed_memory()
     return num_threads
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep what tensors free, for the next tensors: given back and taken anew, every page is zeroed again, by a fault that costs more."""
-    m_trim_threshold, m_mmap_threshold = -1, -3  # of malloc.h
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(m_mmap_threshold, 2**30)
-        libc.mallopt(m_trim_threshold, -1)  # never
 
 
 def num_cores() -> int:

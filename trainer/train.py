@@ -24,13 +24,14 @@ from trainer.catalog import load_tables
 from trainer.cf.table_file import CfTable, cf_path, load_cf
 from trainer.checkpoint import Checkpoint, Progress
 from trainer.config import Config
-from trainer.console import RunConsole, peak_memory_gb
+from trainer.console import RunConsole
 from trainer.data import EvalStream, TrainStream, prefetched
 from trainer.distributed import full_state_dict, gather_objects, gather_rows, on_main, process_group, uses_deepspeed
 from trainer.errors import ConfigError, DataError, GensrError, RunError
 from trainer.evaluate import validate
 from trainer.launch import Launch, devices, make_accelerator, read_launch
 from trainer.loading import build_model, save_model
+from trainer.memory import peak_memory_gb
 from trainer.model.gensr import GenSR
 from trainer.node_cache import local_folder
 from trainer.optimizer import make_optimizer, set_lr, trained_shapes

@@ -12,7 +12,7 @@ from data_shards.schema import REC, SRC, Manifest, read_manifest
 from tests.tiny_folder import make_tiny_folder
 from trainer.cf.table_file import cf_path, load_cf
 from trainer.cf.tables import fold_table, held_in, last_clicks, rotate_onto, train_cf, train_tables, unique_rec_clicks
-from trainer.cf.training import Clicks, TableTrainer, choose_batch_size, sampled_ndcg
+from trainer.cf.training import TableTrainer, choose_batch_size, sampled_ndcg, unique_clicks
 from trainer.cf.work import CfWork, Slot
 from trainer.config import CfConfig
 from trainer.errors import ConfigError, DataError, RunError
@@ -165,13 +165,26 @@ def test_unclicked_items_and_an_empty_fold_are_zero_rows(tmp_path):
     columns = {key: values[:10] for key, values in planted_columns().items()}  # one user
     clicks = unique_rec_clicks(columns, MANIFEST)
     user, item = TableTrainer(clicks, CfConfig(dim=8), print).fit(2, work_in(tmp_path).slot("table"))
-    unclicked = np.setdiff1d(np.arange(NUM_ITEMS), clicks.items)
-    assert not item[unclicked].any()
+    table = clicks.in_catalog(item)
+    assert table.shape == (NUM_ITEMS, 8)
+    assert not table[np.setdiff1d(np.arange(NUM_ITEMS), columns["item"])].any()
     assert not user[1:].any()
-    assert item[clicks.items].abs().sum(1).gt(0).all()
+    assert table[columns["item"]].abs().sum(1).gt(0).all()
     user, item = TableTrainer(clicks.keep(np.zeros(len(clicks.users), bool)), CfConfig(dim=8), print).fit(2, work_in(tmp_path).slot("table"))
     assert not user.any()
     assert not item.any()
+
+
+def test_items_that_nobody_clicked_cost_no_row_but_are_ranked() -> None:
+    """Early stopping sees what a ranking of catalogue items would, those without a vector included."""
+    clicks = unique_clicks(np.array([0, 0, 1, 1]), np.array([30, 3, 30, 7]), num_users=3, catalog_size=NUM_ITEMS)
+    assert clicks.item_ids.tolist() == [3, 7, 30]
+    assert clicks.items_in_catalog.tolist() == [3, 30, 7, 30]
+    assert clicks.rows_of(np.array([[30, 0], [7, 39]])).tolist() == [[2, 3], [1, 3]]
+    generator = torch.Generator().manual_seed(0)
+    user, item = torch.randn(3, 8, generator=generator), torch.randn(3, 8, generator=generator)
+    users, candidates = np.arange(3), np.array([[30, 0, 7], [3, 39, 30], [12, 7, 3]])
+    assert sampled_ndcg(user, item, users, clicks.rows_of(candidates)) == sampled_ndcg(user, clicks.in_catalog(item), users, candidates)
 
 
 def test_rotation_keeps_scores_and_undoes_a_rotation():
@@ -187,7 +200,7 @@ def test_rotation_keeps_scores_and_undoes_a_rotation():
 def test_negatives_avoid_the_users_clicks():
     users = np.repeat([0, 1], [NUM_ITEMS - 20, 3])
     items = np.concatenate([np.arange(NUM_ITEMS - 20), [0, 1, 2]])
-    trainer = TableTrainer(Clicks(users, items, 2, NUM_ITEMS), CfConfig(dim=8), print)
+    trainer = TableTrainer(unique_clicks(users, items, 2, NUM_ITEMS), CfConfig(dim=8), print)
     negative = trainer.draw_negatives(torch.zeros(4000, dtype=torch.int64))
     assert (negative < NUM_ITEMS - 20).double().mean() < 0.1  # half of the draws without rejection; 2^-4 after three further rounds
     assert trainer.draw_negatives(torch.ones(4000, dtype=torch.int64)).ge(3).double().mean() > 0.999

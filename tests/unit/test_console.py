@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.console import RunConsole, clock, keep_records, peak_memory_gb, step_line
+from trainer.console import RunConsole, clock, keep_records, step_line
 
 RECORD = {"loss": 0.43214, "lr": 8.1e-4, "events_per_s": 1234.4, "memory_gb": 1.2}
 
@@ -62,7 +62,3 @@ def test_an_error_is_the_last_line_of_the_log(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="broken"), RunConsole(tmp_path, 10):
         raise ValueError("broken")
     assert "stopped by ValueError: broken" in (tmp_path / "train.log").read_text()
-
-
-def test_memory_is_that_of_this_process() -> None:
-    assert 0.01 < peak_memory_gb() < 100

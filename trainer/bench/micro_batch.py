@@ -18,10 +18,10 @@ from data_shards.schema import read_manifest
 from trainer.batch import Batch
 from trainer.bench.data import Measured, Progress, commit, hardware, machine_line, measure
 from trainer.config import Config, load_config
-from trainer.console import peak_memory_gb
 from trainer.costs import GB, memory
 from trainer.errors import BenchError, ConfigError
 from trainer.launch import devices, make_accelerator, read_launch
+from trainer.memory import peak_memory_gb
 from trainer.node_cache import local_folder
 from trainer.optimizer import make_optimizer
 from trainer.plan import size_of, size_of_folder

@@ -23,12 +23,14 @@ from data_shards import settings as s
 from data_shards.hashing import click_fold, derive_seed, mix64
 from data_shards.schema import REC, Manifest, read_manifest
 from trainer.cf.table_file import CfTable, cf_path, load_cf, save_cf
-from trainer.cf.training import Clicks, TableTrainer
+from trainer.cf.training import Clicks, TableTrainer, unique_clicks
 from trainer.cf.work import CfWork, Slot
 from trainer.config import CfConfig, CfRoot
 from trainer.data import split_columns, train_clicks
 from trainer.errors import DataError, RunError
+from trainer.memory import keep_freed_memory
 
+WORK_LAYOUT = 2  # of the tensors in the work folder; raised when they change
 MAX_VALID_EVENTS = 20_000  # of early stopping: a fixed hashed sample; NDCG@10 is then known to ± .005
 
 Tensors = dict[str, Tensor]
@@ -56,6 +58,7 @@ def train_cf(folder: str | Path, overrides: Sequence[str] = (), progress: Progre
             f"{folder}: no recommendation click in the training split, LightGCN has nothing to learn from. Look at: gensr inspect {folder}"
         )
     work = cf_work(folder, manifest, root)
+    keep_freed_memory()
     table = train_tables(clicks, columns, valid_candidates(folder, manifest, config.seed), manifest, config, work, say)
     save_cf(folder, table)
     work.remove()
@@ -76,15 +79,14 @@ def _check_existing(folder: str | Path, manifest: Manifest, config: CfConfig) ->
 
 def cf_work(folder: str | Path, manifest: Manifest, root: CfRoot) -> CfWork:
     """The work folder of this split, these settings and this version."""
-    identity = json.dumps([trainer.__version__, manifest.hash, asdict(root.cf)], sort_keys=True)
+    identity = json.dumps([trainer.__version__, WORK_LAYOUT, manifest.hash, asdict(root.cf)], sort_keys=True)
     return CfWork(cf_path(folder).parent / "partial", identity, root.save_every_s)
 
 
 def unique_rec_clicks(columns: dict[str, np.ndarray], manifest: Manifest) -> Clicks:
     """Edges of the graph: each (user, item) of a training rec event once."""
     rec = columns["task"] == REC
-    keys = np.unique(columns["user"][rec].astype(np.int64) * manifest.num_items + columns["item"][rec])
-    return Clicks(keys // manifest.num_items, keys % manifest.num_items, manifest.num_users, manifest.num_items)
+    return unique_clicks(columns["user"][rec], columns["item"][rec], manifest.num_users, manifest.num_items)
 
 
 def last_clicks(columns: dict[str, np.ndarray], num_users: int) -> np.ndarray:
@@ -132,16 +134,16 @@ def train_tables(
         return {"user": user, "item": item}, validation
 
     tables, validation = finished_or(work, "full", train_full)
-    user, item, epochs = tables["user"], tables["item"], int(validation["epochs"])
+    item, epochs = tables["item"], int(validation["epochs"])
     say(f"full table: best after {epochs} epochs, validation NDCG@10 {validation['ndcg@10']} (sampled), {time.monotonic() - started:.0f} s")
     folds = []
     for fold, mask in enumerate(keep):
         folds.append(fold_table(fold, clicks, mask, keep, item, epochs, config, work, say))
         say(f"table {fold + 1} of {len(keep)} without {int((~mask).sum()):,} clicks: done, {time.monotonic() - started:.0f} s in all")
     return CfTable(
-        user=user,
-        item=item,
-        item_folds=torch.stack(folds) if folds else item.new_zeros(0, *item.shape),
+        user=tables["user"],
+        item=clicks.in_catalog(item),
+        item_folds=torch.stack([clicks.in_catalog(fold) for fold in folds]) if folds else item.new_zeros(0, clicks.catalog_size, config.dim),
         heldout_item=None if heldout is None else torch.from_numpy(heldout),
         split_fingerprint=manifest.fingerprint,
         settings=asdict(config),
@@ -164,7 +166,7 @@ def finished_or(work: CfWork, name: str, train: Callable[[Slot], tuple[Tensors, 
 def fold_table(
     fold: int, clicks: Clicks, mask: np.ndarray, keep: list[np.ndarray], target: Tensor, epochs: int, config: CfConfig, work: CfWork, say: Progress
 ) -> Tensor:
-    """The item table [I, K] that never saw the clicks outside `mask`, rotated into `target`'s space."""
+    """Item vectors [I, K] (of clicks.item_ids) that never saw the clicks outside `mask`, rotated into `target`'s space."""
 
     def train_fold(slot: Slot) -> tuple[Tensors, dict[str, Any]]:
         table = TableTrainer(clicks.keep(mask), config, say)
@@ -190,11 +192,11 @@ def _shared_start(first: int, clicks: Clicks, epochs: int, config: CfConfig, wor
 def held_in(clicks: Clicks, config: CfConfig, heldout: np.ndarray | None) -> list[np.ndarray]:
     """For each further table the mask [E] of the clicks it may see."""
     if config.holdout == "crossfit":
-        fold = click_fold(clicks.users, clicks.items, config.num_folds)
+        fold = click_fold(clicks.users, clicks.items_in_catalog, config.num_folds)
         return [fold != f for f in range(config.num_folds)]
     if config.holdout == "last":
         assert heldout is not None
-        return [heldout[clicks.users] != clicks.items]
+        return [heldout[clicks.users] != clicks.items_in_catalog]
     return []
 
 

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,19 +22,44 @@ VALID_CHUNK = 2048  # events scored at once: 2048 × 100 candidates × 64 floats
 
 @dataclass(frozen=True)
 class Clicks:
-    """Unique training rec clicks, sorted by (user, item)."""
+    """Unique training rec clicks, sorted by (user, item). Tables are trained for the items that anyone clicked: often the smaller part of a catalogue."""
 
     users: np.ndarray  # [E] int64
-    items: np.ndarray  # [E] int64
+    items: np.ndarray  # [E] int64, rows of item_ids
+    item_ids: np.ndarray  # [I] int64, catalogue rows in ascending order; a part (`keep`) has those of the whole
     num_users: int
-    num_items: int
-
-    def keep(self, mask: np.ndarray) -> "Clicks":
-        return Clicks(self.users[mask], self.items[mask], self.num_users, self.num_items)
+    catalog_size: int
 
     @property
-    def keys(self) -> np.ndarray:
-        return self.users * self.num_items + self.items
+    def num_items(self) -> int:
+        return len(self.item_ids)
+
+    @property
+    def items_in_catalog(self) -> np.ndarray:
+        """[E] int64, catalogue rows."""
+        return self.item_ids[self.items]
+
+    def keep(self, mask: np.ndarray) -> "Clicks":
+        return replace(self, users=self.users[mask], items=self.items[mask])
+
+    def rows_of(self, catalog_rows: np.ndarray) -> np.ndarray:
+        """Rows of item_ids; num_items for items that nobody clicked."""
+        rows = np.searchsorted(self.item_ids, catalog_rows)
+        found = self.item_ids[np.minimum(rows, self.num_items - 1)] == catalog_rows
+        return np.where(found, rows, self.num_items)
+
+    def in_catalog(self, vectors_IK: Tensor) -> Tensor:
+        """Vectors of item_ids → [catalog_size, K], zeros for items that nobody clicked."""
+        table = vectors_IK.new_zeros(self.catalog_size, vectors_IK.shape[1])
+        table[torch.from_numpy(self.item_ids)] = vectors_IK
+        return table
+
+
+def unique_clicks(users: np.ndarray, catalog_rows: np.ndarray, num_users: int, catalog_size: int) -> Clicks:
+    """Edges of the graph: each pair (user, item of the catalogue) once."""
+    keys = np.unique(users.astype(np.int64) * catalog_size + catalog_rows)
+    item_ids, items = np.unique(keys % catalog_size, return_inverse=True)
+    return Clicks(keys // catalog_size, items, item_ids, num_users, catalog_size)
 
 
 def choose_batch_size(num_clicks: int) -> int:
@@ -43,7 +68,7 @@ def choose_batch_size(num_clicks: int) -> int:
 
 
 class TableTrainer:
-    """One table: BPR over all clicks, uniform negatives that the user has not clicked *in this table's graph*.
+    """One table: BPR over all clicks, uniform negatives of the whole catalogue that the user has not clicked *in this table's graph*.
 
     A held-out click may be drawn as a negative like any unknown item: avoiding it would tell the table about it.
     """
@@ -56,13 +81,15 @@ class TableTrainer:
         self.model = LightGCN(clicks.num_users, clicks.num_items, config.dim, config.layers, derive_seed(config.seed, 1)).to(self.device)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.lr, fused=True)
         self.generator = torch.Generator(self.device).manual_seed(derive_seed(config.seed, 2))
-        self.users, self.items, self.keys = (torch.from_numpy(a).to(self.device) for a in (clicks.users, clicks.items, clicks.keys))
+        self.users, self.items, self.keys = (
+            torch.from_numpy(a).to(self.device) for a in (clicks.users, clicks.items, self._key(clicks.users, clicks.items))
+        )
         self.batch_size = config.batch_size or choose_batch_size(len(clicks.users))
         self.steps_per_epoch = -(-len(clicks.users) // self.batch_size)
         self.epochs_done = 0
 
     def fit(self, num_epochs: int, slot: Slot) -> tuple[Tensor, Tensor]:
-        """Go on to `num_epochs` → user and item vectors on the CPU; zeros when there is no click (a fold of a tiny log)."""
+        """Go on to `num_epochs` → user vectors and those of clicks.item_ids, on the CPU; zeros when there is no click (a fold of a tiny log)."""
         if saved := slot.load():
             self.load_state(*saved)
             self.say(f"continuing table {slot.name} after epoch {self.epochs_done}")
@@ -73,11 +100,13 @@ class TableTrainer:
         return self.vectors()
 
     def fit_until_valid(self, valid: tuple[np.ndarray, np.ndarray], slot: Slot) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        """Early stopping on validation NDCG@10. Without validation rec events: cf.max_epochs. → best vectors, what was seen."""
+        """Early stopping on validation NDCG@10 of users [n] and catalogue rows [n, 1 + negatives]. Without validation rec events: cf.max_epochs.
+        → best vectors as of fit(), what was seen."""
         config = self.config
         if len(valid[0]) == 0:
             user, item = self.fit(config.max_epochs, slot)
             return user, item, {"epochs": config.max_epochs, "ndcg@10": None, "num_events": 0, "curve": []}
+        valid = valid[0], self.clicks.rows_of(valid[1])
         every = max(1, round(MIN_STEPS_BETWEEN_VALIDATIONS / self.steps_per_epoch))
         best: dict[str, Tensor] = {}
         curve: list[list[float]] = []  # [epoch, NDCG@10]
@@ -130,19 +159,26 @@ class TableTrainer:
         return time.monotonic() - started
 
     def draw_negatives(self, user: Tensor, rounds: int = 3) -> Tensor:
-        """Uniform items; those clicked by the user are drawn again, `rounds` times at most (a user may have clicked nearly everything)."""
-        num_items = self.clicks.num_items
-        negative = torch.randint(num_items, user.shape, generator=self.generator, device=self.device)
+        """Uniform numbers below catalog_size: rows of item_ids, and from num_items on items that nobody clicked, which are all alike.
+        What the user clicked is drawn again, `rounds` times at most (a user may have clicked nearly everything)."""
+
+        def draw() -> Tensor:
+            return torch.randint(self.clicks.catalog_size, user.shape, generator=self.generator, device=self.device)
+
+        negative = draw()
         for _ in range(rounds):
-            wanted = user * num_items + negative
+            wanted = self._key(user, negative)
             place = torch.searchsorted(self.keys, wanted).clamp_(max=len(self.keys) - 1)
-            again = torch.randint(num_items, user.shape, generator=self.generator, device=self.device)
+            again = draw()
             negative = torch.where(self.keys[place] == wanted, again, negative)
         return negative
 
-    @torch.no_grad()
+    def _key(self, users: Any, items: Any) -> Any:
+        """One number for a user and an item, in the order of (user, item)."""
+        return users * self.clicks.catalog_size + items
+
     def vectors(self) -> tuple[Tensor, Tensor]:
-        users_UK, items_IK = self.model(self.graph)
+        users_UK, items_IK = self.model.vectors(self.graph)
         return users_UK.cpu(), items_IK.cpu()
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -164,12 +200,12 @@ class TableTrainer:
 
 
 def sampled_ndcg(user: Tensor, item: Tensor, valid_users: np.ndarray, valid_candidates: np.ndarray) -> float:
-    """NDCG@10 of e_u · e_i over the stored candidates, positive in column 0."""
+    """NDCG@10 of e_u · e_i over the stored candidates, positive in column 0. Candidates are rows of `item`; beyond its end, of items that score 0."""
     ranks = []
     for start in range(0, len(valid_users), VALID_CHUNK):
         users_B = torch.from_numpy(valid_users[start : start + VALID_CHUNK])
         candidates_BC = torch.from_numpy(valid_candidates[start : start + VALID_CHUNK])
-        scores_BC = torch.einsum("bk,bck->bc", user[users_B], item[candidates_BC])
+        scores_BC = torch.einsum("bk,bck->bc", user[users_B], item[candidates_BC.clamp(max=len(item) - 1)]) * (candidates_BC < len(item))
         labels_BC = torch.zeros_like(scores_BC)
         labels_BC[:, 0] = 1
         ranks.append(expected_ranks(scores_BC, labels_BC)[0])

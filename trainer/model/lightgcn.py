@@ -71,27 +71,41 @@ def _csr(rows: np.ndarray, columns: np.ndarray, weights: np.ndarray, row_degree:
     return Csr(torch.from_numpy(starts), torch.from_numpy(columns[order].astype(np.int32)), torch.from_numpy(weights[order]), num_columns)
 
 
-class _Propagate(torch.autograd.Function):
-    """out = P x with P = Pᵀ, hence grad_x = P grad_out."""
+class _TouchedRows(torch.autograd.Function):
+    """Rows of the propagated vectors, and of layer 0, that a batch touches. out = P x with P = Pᵀ, hence grad_x = P grad_out.
+
+    One gradient tensor a table instead of one for each look-up: at millions of items a step's time is that of its passes over memory.
+    """
 
     @staticmethod
-    def forward(ctx: Any, users_UK: Tensor, items_IK: Tensor, graph: Graph, num_layers: int) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, users_UK: Tensor, items_IK: Tensor, graph: Graph, num_layers: int, user: Tensor, item: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(user, item)
         ctx.graph, ctx.num_layers = graph, num_layers
-        return mean_of_layers(users_UK, items_IK, graph, num_layers)
+        out_users_UK, out_items_IK = mean_of_layers(users_UK, items_IK, graph, num_layers)
+        return out_users_UK[user], out_items_IK[item], users_UK[user], items_IK[item]
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        grad_users_UK, grad_items_IK = mean_of_layers(grads[0], grads[1], ctx.graph, ctx.num_layers)
-        return grad_users_UK, grad_items_IK, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        user, item = ctx.saved_tensors
+        out_users, out_items, users, items = grads
+        dim = out_users.shape[1]
+        grad_users_UK = out_users.new_zeros(len(ctx.graph.user_has_edge), dim).index_add_(0, user, out_users)
+        grad_items_IK = out_items.new_zeros(len(ctx.graph.item_has_edge), dim).index_add_(0, item, out_items)
+        grad_users_UK, grad_items_IK = mean_of_layers(grad_users_UK, grad_items_IK, ctx.graph, ctx.num_layers)
+        return grad_users_UK.index_add_(0, user, users), grad_items_IK.index_add_(0, item, items), None, None, None, None
 
 
 def mean_of_layers(users_UK: Tensor, items_IK: Tensor, graph: Graph, num_layers: int) -> tuple[Tensor, Tensor]:
-    """Propagation without autograd. Isolated nodes come out as zero: they have nothing to say, and noise would look like a preference."""
-    sum_users_UK, sum_items_IK = users_UK.clone(), items_IK.clone()
+    """Propagation without autograd. Isolated nodes come out as zero: they have nothing to say, and noise would look like a preference.
+
+    The sum over layers by Horner's rule, x + A (x + A (x + …)): no layer is kept beside the sum.
+    """
+    sum_users_UK, sum_items_IK = users_UK, items_IK
     for _ in range(num_layers):
-        users_UK, items_IK = graph.users_by_items.matmul(items_IK), graph.items_by_users.matmul(users_UK)
-        sum_users_UK += users_UK
-        sum_items_IK += items_IK
+        sum_users_UK, sum_items_IK = (
+            graph.users_by_items.matmul(sum_items_IK).add_(users_UK),
+            graph.items_by_users.matmul(sum_users_UK).add_(items_IK),
+        )
     scale = 1.0 / (num_layers + 1)
     return sum_users_UK.mul_(graph.user_has_edge * scale), sum_items_IK.mul_(graph.item_has_edge * scale)
 
@@ -105,22 +119,28 @@ class LightGCN(nn.Module):
 
     def __init__(self, num_users: int, num_items: int, dim: int = 64, num_layers: int = 2, seed: int = 0) -> None:
         super().__init__()
+        assert num_layers > 0
         self.num_layers = num_layers
         generator = torch.Generator().manual_seed(seed)
         bound = math.sqrt(6.0 / (num_users + num_items + dim))  # Xavier-uniform of the joint [U + I, K] table
         self.users = nn.Parameter(torch.empty(num_users, dim).uniform_(-bound, bound, generator=generator))
         self.items = nn.Parameter(torch.empty(num_items, dim).uniform_(-bound, bound, generator=generator))
 
-    def forward(self, graph: Graph) -> tuple[Tensor, Tensor]:
+    @torch.no_grad()
+    def vectors(self, graph: Graph) -> tuple[Tensor, Tensor]:
         """→ propagated user vectors [U, K] and item vectors [I, K]."""
-        users_UK, items_IK = _Propagate.apply(self.users, self.items, graph, self.num_layers)
-        return users_UK, items_IK
+        return mean_of_layers(self.users, self.items, graph, self.num_layers)
 
     def loss(self, graph: Graph, user: Tensor, positive: Tensor, negative: Tensor, reg: float) -> Tensor:
-        """BPR over triples [B] of rows, plus reg/2 · the mean squared norm of the layer-0 vectors a triple touches."""
-        users_UK, items_IK = self(graph)
-        user_BK = F.embedding(user, users_UK)
-        difference_B = (user_BK * (F.embedding(positive, items_IK) - F.embedding(negative, items_IK))).sum(-1)
-        touched = F.embedding(user, self.users), F.embedding(positive, self.items), F.embedding(negative, self.items)
-        norm = torch.stack([vectors.square().sum() for vectors in touched]).sum() / len(user)
+        """BPR over triples [B] of rows, plus reg/2 · the mean squared norm of the layer-0 vectors a triple touches.
+
+        A negative of I or more is an item outside the graph: it scores 0, as an isolated one does, and costs no row.
+        """
+        known_B1 = (negative < len(self.items))[:, None]
+        item = torch.cat([positive, negative.clamp(max=len(self.items) - 1)])
+        user_BK, items_2BK, *layer0 = _TouchedRows.apply(self.users, self.items, graph, self.num_layers, user, item)
+        positive_BK, negative_BK = items_2BK.chunk(2)
+        difference_B = (user_BK * (positive_BK - negative_BK * known_B1)).sum(-1)
+        layer0_items_2BK = layer0[1] * torch.cat([torch.ones_like(known_B1), known_B1])
+        norm = (layer0[0].square().sum() + layer0_items_2BK.square().sum()) / len(user)
         return F.softplus(-difference_B).mean() + 0.5 * reg * norm

@@ -1,0 +1,25 @@
+"""A process and its memory: what it has taken at the most, and what it keeps."""
+
+import contextlib
+import ctypes
+import resource
+import sys
+
+import torch
+
+
+def peak_memory_gb() -> float:
+    """Peak of this process so far: device memory on a GPU, resident memory on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what tensors free, for the next tensors: given back and taken anew, every page is zeroed again, by a fault that costs more."""
+    m_trim_threshold, m_mmap_threshold = -1, -3  # of malloc.h
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(m_mmap_threshold, 2**30)
+        libc.mallopt(m_trim_threshold, -1)  # never
