@@ -15,6 +15,7 @@ from benchmarks.measuring import Meter, open_folder
 from trainer.batch import Batch
 from trainer.costs import flops_per_event, measured_flops
 from trainer.data import EvalStream, TrainStream, prefetched
+from trainer.device import has_gpu
 from trainer.loading import build_model
 from trainer.memory import keep_freed_memory
 from trainer.model.backbone import Prompt
@@ -106,7 +107,7 @@ def profiler(trace: str) -> Iterator[None]:
     if not trace:
         yield
         return
-    activities = [torch.profiler.ProfilerActivity.CPU] + ([torch.profiler.ProfilerActivity.CUDA] if torch.cuda.is_available() else [])
+    activities = [torch.profiler.ProfilerActivity.CPU] + ([torch.profiler.ProfilerActivity.CUDA] if has_gpu() else [])
     with torch.profiler.profile(activities=activities) as profile:
         yield
     Path(trace).parent.mkdir(parents=True, exist_ok=True)

@@ -14,13 +14,14 @@ from trainer.batch import ItemTables
 from trainer.catalog import load_tables
 from trainer.cf.table_file import load_cf
 from trainer.config import Config, load_config
+from trainer.device import default_device
 from trainer.loading import answer_tokens, load_tokenizer
 
 
 def open_folder(request: dict[str, Any]) -> tuple[Config, Manifest, ItemTables, tuple[int, int], str]:
     """Configuration, manifest, item tables on the device, ids of Yes and No, device."""
     torch.manual_seed(0)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = default_device()
     config = load_config(request["preset"], request["overrides"])
     folder = Path(request["folder"])
     manifest = read_manifest(folder)

@@ -138,7 +138,7 @@ def devices(preset: str, overrides: Sequence[str]) -> tuple[int, list[str]]:
     import torch
 
     from trainer.config import load_config
-    from trainer.launch import forced_cpu
+    from trainer.device import forced_cpu
 
     optim = load_config(preset, list(overrides)).optim
     gpus = 0 if forced_cpu() else torch.cuda.device_count()
@@ -152,12 +152,11 @@ def launch(processes: int, arguments: Sequence[str], quiet: bool = False) -> Non
 
     `quiet` leaves out the answer on stdout, not the progress on stderr. Raises RunError when they fail; their messages are on the terminal by then.
     """
-    import torch
-
     import ds_configs
-    from trainer.launch import forced_cpu, num_cores
+    from trainer.device import has_gpu
+    from trainer.launch import num_cores
 
-    on_cpu = forced_cpu() or not torch.cuda.is_available()
+    on_cpu = not has_gpu()
     config_file = ds_configs.path("accelerate_cpu_2.yaml" if on_cpu else "accelerate_gpu_8.yaml")
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config_file)]
     command += ["--num_processes", str(processes), "--main_process_port", str(free_port()), "-m", "trainer", *arguments]

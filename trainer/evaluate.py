@@ -27,9 +27,10 @@ from trainer.batch import Batch
 from trainer.cf.table_file import cf_path
 from trainer.config import Config, DataConfig
 from trainer.data import EvalStream, prefetched
+from trainer.device import has_gpu
 from trainer.errors import RunError
 from trainer.files import atomic
-from trainer.launch import forced_cpu, num_cores, read_launch, set_up_cpu
+from trainer.launch import num_cores, read_launch, set_up_cpu
 from trainer.metrics import METRICS, NUM_RESAMPLES, expected_ranks, metric_values, summarise
 from trainer.node_cache import local_folder
 from trainer.report import git_facts
@@ -180,7 +181,7 @@ def git_commit() -> str | None:
 
 def hardware() -> str:
     """Such as "NVIDIA H200" or "x86_64, 2 cores"."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()}, {num_cores()} cores"
+    return torch.cuda.get_device_name() if has_gpu() else f"{platform.machine()}, {num_cores()} cores"
 
 
 def write_evaluation(run_dir: str | Path, folder: str | Path, split: str, ranks: EventRanks, document: dict[str, Any]) -> Path:
@@ -233,7 +234,7 @@ def evaluate_run(run_dir: str | Path, split: str = "test", with_baselines: bool 
         raise RunError(f"split must be valid or test, got {split!r}")
     launch = read_launch()
     set_up_cpu(load_run_config(run_dir), launch)
-    device = f"cuda:{launch.local_rank}" if torch.cuda.is_available() and not forced_cpu() else "cpu"
+    device = f"cuda:{launch.local_rank}" if has_gpu() else "cpu"
     started_group = launch.world_size > 1 and not torch.distributed.is_initialized()
     if started_group:
         torch.distributed.init_process_group("gloo")  # rows are gathered as Python objects: gloo, on GPUs too

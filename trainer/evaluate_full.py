@@ -21,9 +21,10 @@ from trainer.baselines import BASELINES, Scorer
 from trainer.batch import Batch
 from trainer.cf.table_file import cf_path
 from trainer.data import EvalStream
+from trainer.device import default_device
 from trainer.errors import RunError
 from trainer.evaluate import CountProgress, EventRanks, autocast_scorer, rank_events, report, task_reports, write_evaluation
-from trainer.launch import forced_cpu, read_launch, set_up_cpu
+from trainer.launch import read_launch, set_up_cpu
 from trainer.loading import load_run_config, load_run_model
 from trainer.metrics import expected_ranks
 from trainer.model.gensr import GenSR
@@ -65,7 +66,7 @@ def evaluate_full(
     if launch.world_size > 1:
         raise RunError("--candidates full runs in one process: start it without a launcher")
     set_up_cpu(load_run_config(run_dir), launch)
-    device = "cuda" if torch.cuda.is_available() and not forced_cpu() else "cpu"
+    device = default_device()
     model, _, config, manifest = load_run_model(run_dir, device)
     retrieval = run_retrieval(run_dir, model, notify)
     folder = local_folder(config.data)

@@ -18,6 +18,7 @@ import torch
 
 import ds_configs
 from trainer.config import Config
+from trainer.device import forced_cpu
 from trainer.errors import ConfigError, EnvironmentProblem
 from trainer.memory import keep_freed_memory
 
@@ -124,13 +125,6 @@ def filled_deepspeed_config(document: dict[str, Any], config: Config, grad_accum
         names = " and ".join(f"{key}=true" for key, is_set in unsuited.items() if is_set)
         raise ConfigError(f"{names} cannot be used under ZeRO-3 ({where}). Take zero2.json, or set false")
     return filled
-
-
-def forced_cpu() -> bool:
-    """True where the user asked for CPU on a machine that may have GPUs."""
-    env = os.environ
-    by_name = "cpu" in (env.get("DS_ACCELERATOR"), env.get("ACCELERATE_TORCH_DEVICE"))
-    return by_name or env.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
 
 
 def make_accelerator(config: Config, launch: Launch, grad_accum_steps: int) -> "Accelerator":

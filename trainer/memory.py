@@ -7,10 +7,12 @@ import sys
 
 import torch
 
+from trainer.device import has_gpu
+
 
 def peak_memory_gb() -> float:
     """Peak of this process so far: device memory on a GPU, resident memory on a CPU."""
-    if torch.cuda.is_available():
+    if has_gpu():
         return torch.cuda.max_memory_allocated() / 1e9
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1 if sys.platform == "darwin" else 1024) / 1e9

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from typer.testing import CliRunner
 
 from tests.tiny_folder import make_tiny_folder
+from trainer import device
 from trainer.bench import data as bench
 from trainer.bench import micro_batch
 from trainer.bench import model as bench_model
@@ -67,8 +67,9 @@ def test_bench_of_the_model_refuses_what_it_cannot_compare() -> None:
 
 
 def test_a_gpu_is_given_enough_and_the_reference_the_papers_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert bench_model.default_pairs("train") == (20, 20) or torch.cuda.is_available()
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(device, "has_gpu", lambda: False)
+    assert bench_model.default_pairs("train") == (20, 20)
+    monkeypatch.setattr(device, "has_gpu", lambda: True)
     for mode, candidates in (("train", 5), ("evaluate", 100)):
         ours, references = bench_model.default_pairs(mode)  # type: ignore[arg-type]
         assert ours > references == 200 and ours % candidates == references % candidates == 0

@@ -86,9 +86,9 @@ def bench_model(
 
 def default_pairs(mode: Mode) -> tuple[int, int]:
     """Pairs of a step, (gensr's, the reference's). A GPU needs many to be busy: 256 events with 5 candidates, or 25 with 100; the paper's batch has 200."""
-    import torch
+    from trainer.device import has_gpu
 
-    if not torch.cuda.is_available():
+    if not has_gpu():
         return 20, 20
     return 1280 if mode == "train" else 2500, 200
 
@@ -97,7 +97,9 @@ def faster_precision() -> str:
     """bf16 on a GPU; on a CPU what its matrix products are faster in: without AMX, bf16 can take twice the time of float32."""
     import torch
 
-    if torch.cuda.is_available():
+    from trainer.device import has_gpu
+
+    if has_gpu():
         return "bf16"
     return "bf16" if measured_flops(dtype=torch.bfloat16) > measured_flops(dtype=torch.float32) else "fp32"
 

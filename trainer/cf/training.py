@@ -12,6 +12,7 @@ from torch import Tensor
 from data_shards.hashing import derive_seed
 from trainer.cf.work import Slot
 from trainer.config import CfConfig
+from trainer.device import default_device
 from trainer.errors import RunError
 from trainer.metrics import expected_ranks, metric_values
 from trainer.model.lightgcn import Graph, LightGCN, build_graph
@@ -75,7 +76,7 @@ class TableTrainer:
 
     def __init__(self, clicks: Clicks, config: CfConfig, say: Callable[[str], None]) -> None:
         self.clicks, self.config, self.say = clicks, config, say
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = torch.device(default_device())
         self.graph: Graph = build_graph(clicks.users, clicks.items, clicks.num_users, clicks.num_items).to(self.device)
         # every table starts from the same vectors, so their spaces differ little even before the rotation
         self.model = LightGCN(clicks.num_users, clicks.num_items, config.dim, config.layers, derive_seed(config.seed, 1)).to(self.device)

@@ -45,7 +45,7 @@ class Recommender:
         self._texts: pa.ChunkedArray | None = None
 
     @classmethod
-    def from_run(cls, run_dir: str | Path, device: str = "cpu", notify: Notify = silent) -> "Recommender":
+    def from_run(cls, run_dir: str | Path, device: str | None = None, notify: Notify = silent) -> "Recommender":
         """A run folder and its prepared folder. The indexes are kept in RUN/retrieval; they are built when they are missing or of other weights."""
         run_dir = Path(run_dir)
         scorer = Scorer.from_run(run_dir, device)
@@ -55,7 +55,7 @@ class Recommender:
         return cls(scorer, retrieval, {"run": str(run_dir), "manifest_hash": manifest_hash}, folder / "catalog" / "items.parquet", Users(folder))
 
     @classmethod
-    def from_artifacts(cls, folder: str | Path, device: str = "cpu", data_dir: str | Path = "", notify: Notify = silent) -> "Recommender":
+    def from_artifacts(cls, folder: str | Path, device: str | None = None, data_dir: str | Path = "", notify: Notify = silent) -> "Recommender":
         """A registered version: its folder of artifacts. `data_dir`: prepared folder for requests by user_id; default: where it was when registered."""
         folder = Path(folder)
         scorer = Scorer.from_artifacts(folder, device)

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from data_shards.schema import NO_QUERY, SRC, TASKS, Manifest
 from trainer.batch import Batch, ItemTables
+from trainer.device import default_device
 from trainer.errors import RequestError, RunError
 from trainer.loading import load_model, load_run_model
 from trainer.model.gensr import GenSR
@@ -74,19 +75,19 @@ class Scorer:
         self._lock = threading.Lock()  # queries are rows of the model's tables while a batch is scored
 
     @classmethod
-    def from_run(cls, run_dir: str | Path, device: str = "cpu") -> "Scorer":
-        """The model of a run folder with the tables of its prepared folder."""
-        model, _, config, manifest = load_run_model(run_dir, device)
+    def from_run(cls, run_dir: str | Path, device: str | None = None) -> "Scorer":
+        """The model of a run folder with the tables of its prepared folder. device: None for a GPU where there is one."""
+        model, _, config, manifest = load_run_model(run_dir, device or default_device())
         catalog, form = local_folder(config.data) / "catalog", query_format(manifest)
         item_ids = read_item_ids(catalog / "items.parquet")
         return cls(model, item_ids, load_fast_tokenizer(Path(run_dir) / "model"), form, read_words(catalog / "words.npy", form))
 
     @classmethod
-    def from_artifacts(cls, folder: str | Path, device: str = "cpu") -> "Scorer":
+    def from_artifacts(cls, folder: str | Path, device: str | None = None) -> "Scorer":
         """The same from what a registered version holds: FOLDER/model and FOLDER/items (write_items)."""
         folder = Path(folder)
         form = QueryFormat(**read_serving_facts(folder / "items")["query_format"])
-        model = load_model(folder / "model", read_tables(folder / "items"), device)
+        model = load_model(folder / "model", read_tables(folder / "items"), device or default_device())
         item_ids = read_item_ids(folder / "items" / "items.parquet")
         return cls(model, item_ids, load_fast_tokenizer(folder / "model"), form, read_words(folder / "items" / "words.npy", form))
 

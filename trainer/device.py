@@ -1,0 +1,21 @@
+"""Which device a process computes on, for programs that no launcher tells."""
+
+import os
+
+import torch
+
+
+def forced_cpu() -> bool:
+    """True where the user asked for CPU on a machine that may have GPUs."""
+    by_name = "cpu" in (os.environ.get("DS_ACCELERATOR"), os.environ.get("ACCELERATE_TORCH_DEVICE"))
+    return by_name or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
+
+
+def has_gpu() -> bool:
+    """A CUDA device is there and may be used. CUDA_VISIBLE_DEVICES= hides them."""
+    return torch.cuda.is_available() and not forced_cpu()
+
+
+def default_device() -> str:
+    """ "cuda" (the first of the visible ones) or "cpu"."""
+    return "cuda" if has_gpu() else "cpu"
