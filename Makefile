@@ -1,4 +1,4 @@
-# make install | demo | test | test-slurm | lint | audit | build. Everything lives in .venv; PYTHON picks the interpreter that makes it (3.10 or newer).
+# make install | demo | test | test-slurm | test-gpu | lint | audit | build. Everything lives in .venv; PYTHON picks the interpreter that makes it (3.10 or newer).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export MLFLOW_DISABLE_TELEMETRY ?= true
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: install demo test test-slurm lint audit format build clean
+.PHONY: install demo test test-slurm test-gpu lint audit format build clean
 
 install: $(STAMP)
 
@@ -35,6 +35,11 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# What only a GPU can show; every other test hides them
+test-gpu: export GENSR_TEST_GPU = 1
+test-gpu: install
+	$(BIN)/python -m pytest -rP tests/gpu
 
 # Known holes in the pinned versions; needs the vulnerability database of PyPI
 audit: install

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.measuring import Meter, open_folder
+from benchmarks.measuring import Meter, open_folder, scored_events
 from trainer.batch import Batch
+from trainer.config import Config
 from trainer.costs import flops_per_event, measured_flops
-from trainer.data import EvalStream, TrainStream, prefetched
+from trainer.data import TrainStream, prefetched
 from trainer.device import has_gpu
 from trainer.loading import build_model
 from trainer.memory import keep_freed_memory
@@ -37,22 +38,24 @@ def main(request: dict[str, Any]) -> None:
     meter = Meter(device, warmup=request["warmup"], laps=laps)
     with profiler(request.get("trace", "")):
         for _ in range(request["warmup"] + request["steps"]):
-            with meter.step(request["pairs"]), torch.autocast(device, dtype=torch.bfloat16, enabled=config.run.precision == "bf16"):
+            with meter.step():
                 batch = next(source).to(device)
+                meter.count(batch.candidates.numel())
                 meter.lap("data")
                 if training:
-                    one_step(model, batch, optimizer, meter, config.optim.grad_clip)
+                    one_step(model, batch, optimizer, meter, config)
                 else:
-                    with torch.inference_mode():
+                    with torch.inference_mode(), autocast(config, device):
                         model.score(batch)
                     meter.lap("forward")
     meter.stop()
-    if training and not laps:  # a few steps more, for the parts alone
+    if training and not laps:  # as many steps more, for the parts alone
         extra = Meter(device, warmup=1)
-        for batch in itertools.islice(source, 4):
-            with extra.step(request["pairs"]), torch.autocast(device, dtype=torch.bfloat16, enabled=config.run.precision == "bf16"):
+        for batch in itertools.islice(source, 1 + request["steps"]):
+            with extra.step():
+                batch = batch.to(device)
                 extra.lap("data")
-                one_step(model, batch.to(device), optimizer, extra, config.optim.grad_clip)
+                one_step(model, batch, optimizer, extra, config)
         meter.parts = extra.parts
     mean_tokens = prompts.mean()
     answer = {**meter.report(), "prompt_tokens": round(mean_tokens, 1), "mfu": None}
@@ -62,26 +65,29 @@ def main(request: dict[str, Any]) -> None:
     print(json.dumps(answer))
 
 
-def one_step(model: GenSR, batch: Batch, optimizer: torch.optim.Optimizer, meter: Meter, grad_clip: float) -> None:
+def autocast(config: Config, device: str | torch.device) -> torch.autocast:
+    return torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=config.run.precision == "bf16")
+
+
+def one_step(model: GenSR, batch: Batch, optimizer: torch.optim.Optimizer, meter: Meter, config: Config) -> None:
     """As trainer/train.py has it, on one process."""
-    loss, _ = model(batch)
+    with autocast(config, batch.candidates.device):
+        loss, _ = model(batch)
     meter.lap("forward")
     loss.backward()
     meter.lap("backward")
-    torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.grad_clip)
     optimizer.step()
     optimizer.zero_grad()
     meter.lap("optimiser")
 
 
 def stream(request: dict[str, Any], manifest: Any, config: Any) -> Iterator[Batch]:
-    """Batches of `pairs` pairs: events × (1 + negatives) in training, candidates of one event in evaluation."""
+    """Batches of `pairs` pairs: events × (1 + negatives) in training, × candidates in evaluation."""
     if request["mode"] == "train":
         events = request["pairs"] // (1 + config.data.num_negatives)
         return iter(TrainStream(request["folder"], manifest, config.data, config.run.seed, events, events))
-    num = min(request["pairs"], 1 + manifest.num_negatives)
-    one = EvalStream(request["folder"], manifest, "test", config.data, max(request["pairs"] // num, 1))
-    return (batch.with_candidates(batch.candidates[:, :num], batch.labels[:, :num]) for batch in one)
+    return scored_events(request, manifest, config)
 
 
 class PromptLengths:

@@ -10,23 +10,31 @@ from typing import Any
 import torch
 
 from data_shards.schema import Manifest, read_manifest
-from trainer.batch import ItemTables
+from trainer.batch import Batch, ItemTables
 from trainer.catalog import load_tables
 from trainer.cf.table_file import load_cf
 from trainer.config import Config, load_config
+from trainer.data import EvalStream
 from trainer.device import default_device
 from trainer.loading import answer_tokens, load_tokenizer
 
 
-def open_folder(request: dict[str, Any]) -> tuple[Config, Manifest, ItemTables, tuple[int, int], str]:
-    """Configuration, manifest, item tables on the device, ids of Yes and No, device."""
+def open_folder(request: dict[str, Any], device: str | None = None) -> tuple[Config, Manifest, ItemTables, tuple[int, int], str]:
+    """Configuration, manifest, item tables on the device (None: a GPU where there is one), ids of Yes and No, device."""
     torch.manual_seed(0)
-    device = default_device()
+    device = device or default_device()
     config = load_config(request["preset"], request["overrides"])
     folder = Path(request["folder"])
     manifest = read_manifest(folder)
     tables = load_tables(folder, manifest, load_cf(folder, manifest), with_folds=False).to(device)
     return config, manifest, tables, answer_tokens(load_tokenizer(folder / "tokenizer")), device
+
+
+def scored_events(request: dict[str, Any], manifest: Manifest, config: Config) -> Iterator[Batch]:
+    """Test events with their candidates, at most request["pairs"] pairs at once."""
+    num_candidates = min(request["pairs"], 1 + manifest.num_negatives)
+    for batch in EvalStream(request["folder"], manifest, "test", config.data, request["pairs"] // num_candidates):
+        yield batch.with_candidates(batch.candidates[:, :num_candidates], batch.labels[:, :num_candidates])
 
 
 class Meter:
@@ -40,15 +48,18 @@ class Meter:
         self._last = 0.0
 
     @contextlib.contextmanager
-    def step(self, examples: int) -> Iterator[None]:
+    def step(self) -> Iterator[None]:
         if self.num_steps == self.warmup:
             self._wait()
             self.parts.clear()
             self._started = time.perf_counter(), time.process_time()
         self._last = time.perf_counter()
         yield
-        self.examples += examples if self.num_steps >= self.warmup else 0
         self.num_steps += 1
+
+    def count(self, examples: int) -> None:
+        """The step takes this many."""
+        self.examples += examples if self.num_steps >= self.warmup else 0
 
     def stop(self) -> None:
         """After the last step."""

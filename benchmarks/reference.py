@@ -20,11 +20,11 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import T5Config, T5ForConditionalGeneration
 
-from benchmarks.measuring import Meter, open_folder
+from benchmarks.measuring import Meter, open_folder, scored_events
 from data_shards.schema import SRC, Manifest
-from trainer.batch import Batch, ItemTables
+from trainer.batch import Batch, ItemTables, rows_of
 from trainer.config import Config
-from trainer.data import EvalStream, TrainStream
+from trainer.data import TrainStream
 from trainer.model.families import SCRATCH_SIZES
 from trainer.model.history import HistoryEncoder, SoftFilter
 from trainer.model.losses import contrastive_loss
@@ -44,7 +44,7 @@ class Reference(nn.Module):
         self.cf_projection = nn.Linear(cf_width, width)
 
     def semantic(self, items: Tensor, num_tokens: int) -> Tensor:
-        tokens = self.tables.item_tokens[items][..., :num_tokens].long()
+        tokens = rows_of(self.tables.item_tokens, items)[..., :num_tokens]
         mask = (tokens != 0).unsqueeze(-1)
         return (self.t5.shared(tokens) * mask).sum(-2) / mask.sum(-2).clamp(min=1)
 
@@ -137,14 +137,13 @@ def build(config: Config, tables: ItemTables, answers: tuple[int, int], vocab_si
 
 
 def batches(request: dict[str, Any], manifest: Manifest, config: Config) -> Iterator[list[dict[str, Any]]]:
-    """Lists of pairs: in training shuffled over events, in evaluation an event's candidates one after the other."""
+    """Lists of pairs: in training shuffled over events, in evaluation the candidates of as many events as gensr scores at once."""
     if request["mode"] == "train":
         for batch in TrainStream(request["folder"], manifest, config.data, config.run.seed, request["pairs"], request["pairs"]):
             pairs = pairs_of(batch)
             random.shuffle(pairs)
             yield from (pairs[i : i + request["pairs"]] for i in range(0, len(pairs), request["pairs"]))
-    for batch in EvalStream(request["folder"], manifest, "test", config.data, 1):
-        yield pairs_of(batch)[: request["pairs"]]
+    yield from (pairs_of(batch) for batch in scored_events(request, manifest, config))
 
 
 def main(request: dict[str, Any]) -> None:
@@ -155,8 +154,10 @@ def main(request: dict[str, Any]) -> None:
     model.train(request["mode"] == "train")
     meter, source = Meter(device, warmup=request["warmup"], laps=device == "cpu"), batches(request, manifest, config)
     for _ in range(request["warmup"] + request["steps"]):
-        with meter.step(request["pairs"]):
-            pairs = collate(next(source))
+        with meter.step():
+            listed = next(source)
+            pairs = collate(listed)
+            meter.count(len(listed))
             meter.lap("data")
             if request["mode"] == "train":
                 loss = model(pairs)

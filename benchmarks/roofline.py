@@ -147,7 +147,7 @@ def as_on_a_gpu(kernels: Kernels) -> Iterator[None]:
 
 def calculated(folder: str, settings: list[str], events: int, training: bool) -> tuple[Kernels, float, int]:
     """→ (kernels of one step, GB that the forward pass keeps for the backward one, prompts)."""
-    config, manifest, tables, _, _ = open_folder({"preset": None, "overrides": [*DEFAULTS, *settings], "folder": folder})
+    config, manifest, tables, _, _ = open_folder({"preset": None, "overrides": [*DEFAULTS, *settings], "folder": folder}, "cpu")
     model = build_model(config, manifest, tables, folder).train(training)
     stream: Any = (
         TrainStream(folder, manifest, config.data, 0, events, events) if training else EvalStream(folder, manifest, "test", config.data, events)

@@ -26,6 +26,7 @@ from benchmarks.gensr_steps import one_step
 from benchmarks.measuring import Meter, open_folder
 from trainer.batch import Batch
 from trainer.bench.data import commit, hardware
+from trainer.config import Config
 from trainer.data import TrainStream
 from trainer.loading import build_model
 from trainer.model import grouping
@@ -93,11 +94,11 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3)
     arguments = parser.parse_args()
 
-    with_bf16 = arguments.precision == "bf16"
     overrides = [*SETTINGS, f"run.precision={arguments.precision}", f"model.backbone={arguments.backbone}"]
-    config, manifest, tables, _, _ = open_folder({"preset": None, "overrides": overrides, "folder": arguments.folder})
+    config, manifest, tables, _, _ = open_folder({"preset": None, "overrides": overrides, "folder": arguments.folder}, "cpu")
     stream = TrainStream(arguments.folder, manifest, config.data, config.run.seed, arguments.events, arguments.events)
     meter = Meter("cpu", warmup=0, laps=False)
+    other = dataclasses.replace(config, run=dataclasses.replace(config.run, precision="fp32" if arguments.precision == "bf16" else "bf16"))
 
     def build(prompt: Literal["compact", "paper"]) -> tuple[GenSR, torch.optim.Optimizer]:
         worded = dataclasses.replace(config, model=dataclasses.replace(config.model, prompt=prompt))
@@ -108,9 +109,8 @@ def main() -> None:
     paper, paper_optimizer = build("paper")
     unfused = torch.optim.AdamW(model.parameters(), lr=config.optim.lr, foreach=False)
 
-    def step(batch: Batch, net: GenSR = model, adam: torch.optim.Optimizer = optimizer, bf16: bool = with_bf16) -> None:
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
-            one_step(net, batch, adam, meter, config.optim.grad_clip)
+    def step(batch: Batch, net: GenSR = model, adam: torch.optim.Optimizer = optimizer, settings: Config = config) -> None:
+        one_step(net, batch, adam, meter, settings)
 
     def patched(patch: contextlib.AbstractContextManager[Any], batch: Batch) -> None:
         with patch:
@@ -135,7 +135,7 @@ def main() -> None:
         ),
         "GELU as one kernel": lambda batch: patched(gelu_of_transformers(model), batch),
         "fused AdamW": lambda batch: step(batch, adam=unfused),
-        f"{arguments.precision} instead of {'fp32' if with_bf16 else 'bf16'}": lambda batch: step(batch, bf16=not with_bf16),
+        f"{arguments.precision} instead of {other.run.precision}": lambda batch: step(batch, settings=other),
         "compact prompt": lambda batch: step(batch, paper, paper_optimizer),
     }
 

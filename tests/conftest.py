@@ -1,11 +1,16 @@
 """Fixtures that every test may use: prepared folders of a tiny world."""
 
+import os
 from pathlib import Path
 
 import pytest
 
 from data_shards.prepare import prepare
 from tests.worlds import write_tables
+
+# Tests compare numbers bit for bit and start more processes than a machine has GPUs, so they run on the CPU everywhere. `make test-gpu` is for the rest.
+if not os.environ.get("GENSR_TEST_GPU"):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 SMALL = ("block_events=64", "shard_events=256", "vocab_size=400", "history_max=20")
 

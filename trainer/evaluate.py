@@ -234,7 +234,10 @@ def evaluate_run(run_dir: str | Path, split: str = "test", with_baselines: bool 
         raise RunError(f"split must be valid or test, got {split!r}")
     launch = read_launch()
     set_up_cpu(load_run_config(run_dir), launch)
-    device = f"cuda:{launch.local_rank}" if has_gpu() else "cpu"
+    device = "cpu"
+    if has_gpu():
+        torch.cuda.set_device(launch.local_rank % torch.cuda.device_count())  # a scheduler may show each process its own GPU only
+        device = f"cuda:{torch.cuda.current_device()}"
     started_group = launch.world_size > 1 and not torch.distributed.is_initialized()
     if started_group:
         torch.distributed.init_process_group("gloo")  # rows are gathered as Python objects: gloo, on GPUs too

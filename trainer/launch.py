@@ -130,11 +130,16 @@ def filled_deepspeed_config(document: dict[str, Any], config: Config, grad_accum
 def make_accelerator(config: Config, launch: Launch, grad_accum_steps: int) -> "Accelerator":
     """Start the process group and return the Accelerator.
 
-    Raises EnvironmentProblem when DeepSpeed was asked for and is missing, or was dropped on the way.
+    Raises EnvironmentProblem when there are fewer GPUs than processes, and when DeepSpeed was asked for and is missing, or was dropped on the way.
     """
     if forced_cpu():
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     on_cpu = not torch.cuda.is_available()
+    if not on_cpu and launch.local_rank >= torch.cuda.device_count():
+        raise EnvironmentProblem(
+            f"Process {launch.local_rank} of this node has no GPU: {torch.cuda.device_count()} can be seen. Start as many processes as there are GPUs "
+            "(--num_processes), or go on without them: CUDA_VISIBLE_DEVICES= before the command"
+        )
     use_deepspeed = bool(launch.deepspeed_file)
     if on_cpu:
         # accelerate's own CPU switches drop DeepSpeed silently; these two choose the device and nothing else.

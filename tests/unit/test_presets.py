@@ -5,13 +5,14 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 import ds_configs
 from tests.tiny_folder import make_tiny_folder
 from trainer.config import load_config, preset_names, preset_path
-from trainer.errors import ConfigError
-from trainer.launch import Launch, filled_deepspeed_config, read_deepspeed_json, read_launch
+from trainer.errors import ConfigError, EnvironmentProblem
+from trainer.launch import Launch, filled_deepspeed_config, make_accelerator, read_deepspeed_json, read_launch
 from trainer.plan import dry_run, launch_of_yaml
 
 PRESETS = ["amazon_kindle_flan_t5_base", "demo", "kuaisar_flan_t5_base", "kuaisar_flan_t5_xl_lora", "scientific_small"]
@@ -111,6 +112,28 @@ def test_yaml_is_what_accelerate_reads(name: str) -> None:
         assert not document.get("use_cpu"), "accelerate would drop DeepSpeed silently"
         assert document["deepspeed_config"]["deepspeed_config_file"] in ds_configs.names()
     assert "accelerate launch --config_file ds_configs/" in path.read_text()
+
+
+@pytest.mark.parametrize(("name", "visible"), [("accelerate_cpu_2.yaml", "-1"), ("accelerate_gpu_1_zero2.yaml", "3"), ("accelerate_gpu_8.yaml", "3")])
+def test_a_launch_file_for_cpus_hides_gpus_and_the_others_leave_them_as_they_are(name: str, visible: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_deepspeed_cmd_env
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    args = launch_command_parser().parse_args(["--config_file", str(ds_configs.path(name)), "-m", "trainer"])
+    args, _, _ = _validate_launch_command(args)
+    args.deepspeed_fields_from_accelerate_config = ""
+    _, environment = prepare_deepspeed_cmd_env(args)
+    assert environment["CUDA_VISIBLE_DEVICES"] == visible
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("DS_ACCELERATOR", "ACCELERATE_TORCH_DEVICE", "ACCELERATE_USE_CPU"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(EnvironmentProblem, match=r"Process 1 of this node has no GPU: 1 can be seen.*CUDA_VISIBLE_DEVICES="):
+        make_accelerator(load_config(None), Launch(world_size=2, rank=1, local_rank=1, local_world_size=2, launched=True), 1)
 
 
 @pytest.mark.parametrize(

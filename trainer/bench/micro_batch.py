@@ -127,11 +127,15 @@ def _train_some(config: Config, steps: int) -> dict[str, Any]:
     has = torch.cuda.get_device_properties(0).total_memory if on_gpu else psutil.virtual_memory().available + psutil.Process().memory_info().rss
 
     def seconds(work: Callable[[], None]) -> float:
+        wait()
         started_s = time.perf_counter()
         work()
+        wait()
+        return time.perf_counter() - started_s
+
+    def wait() -> None:
         if on_gpu:
             torch.cuda.synchronize()
-        return time.perf_counter() - started_s
 
     def learn(batches: Sequence[Batch]) -> None:
         for batch in batches:

@@ -27,6 +27,7 @@ from trainer.cf.training import Clicks, TableTrainer, unique_clicks
 from trainer.cf.work import CfWork, Slot
 from trainer.config import CfConfig, CfRoot
 from trainer.data import split_columns, train_clicks
+from trainer.device import default_device
 from trainer.errors import DataError, RunError
 from trainer.memory import keep_freed_memory
 
@@ -78,8 +79,8 @@ def _check_existing(folder: str | Path, manifest: Manifest, config: CfConfig) ->
 
 
 def cf_work(folder: str | Path, manifest: Manifest, root: CfRoot) -> CfWork:
-    """The work folder of this split, these settings and this version."""
-    identity = json.dumps([trainer.__version__, WORK_LAYOUT, manifest.hash, asdict(root.cf)], sort_keys=True)
+    """The work folder of this split, these settings, this version and kind of device (whose random numbers are others)."""
+    identity = json.dumps([trainer.__version__, WORK_LAYOUT, default_device(), manifest.hash, asdict(root.cf)], sort_keys=True)
     return CfWork(cf_path(folder).parent / "partial", identity, root.save_every_s)
 
 

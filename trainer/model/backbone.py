@@ -12,6 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 COMPILED_KINDS = 64
+# cuDNN's attention, which torch prefers on Hopper, makes a plan of its own for every new shape, half a second each (transformers issue 48163); prompts of a
+# group are as long as its queries, so shapes are new all the time. The kernels that remain are compiled once.
+torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 @dataclass(frozen=True)

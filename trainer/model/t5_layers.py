@@ -45,6 +45,12 @@ def lacks_dropout(query: Tensor) -> bool:
     return query.device.type == "cpu"
 
 
+def aligned_rows(mask: Tensor) -> Tensor:
+    """A contiguous copy, but that rows begin at multiples of 8: the GPU's fused kernels copy a mask that has others, in every layer."""
+    length = mask.shape[-1]
+    return F.pad(mask, (0, -length % 8)).contiguous()[..., :length]
+
+
 class EncoderSelfAttention(T5Attention):
     """Position bias and mask become one additive mask in the first layer, which the others reuse; transformers' own builds it in every layer."""
 
@@ -56,7 +62,7 @@ class EncoderSelfAttention(T5Attention):
             position_bias = self.compute_bias(length, length, device=hidden_states.device).to(query.dtype)
             if mask is not None:
                 position_bias = position_bias.masked_fill(~mask, torch.finfo(query.dtype).min)
-            position_bias = position_bias.contiguous()
+            position_bias = aligned_rows(position_bias)
         if self.training and self.dropout and lacks_dropout(query):
             weights = torch.add(position_bias, query @ key.transpose(2, 3), alpha=self.scaling).softmax(-1)
             mixed = dropout(weights, self.dropout, True) @ value
