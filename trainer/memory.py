@@ -25,3 +25,9 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(m_mmap_threshold, 2**30)
         libc.mallopt(m_trim_threshold, -1)  # never
+
+
+def give_back_freed_memory() -> None:
+    """What is kept, to the system. Tensors of other sizes than those before them (of a validation, say) leave holes that nothing fits into."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)

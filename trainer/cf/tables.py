@@ -29,7 +29,7 @@ from trainer.config import CfConfig, CfRoot
 from trainer.data import split_columns, train_clicks
 from trainer.device import default_device
 from trainer.errors import DataError, RunError
-from trainer.memory import keep_freed_memory
+from trainer.memory import give_back_freed_memory, keep_freed_memory
 
 WORK_LAYOUT = 2  # of the tensors in the work folder; raised when they change
 MAX_VALID_EVENTS = 20_000  # of early stopping: a fixed hashed sample; NDCG@10 is then known to ± .005
@@ -141,6 +141,7 @@ def train_tables(
     for fold, mask in enumerate(keep):
         folds.append(fold_table(fold, clicks, mask, keep, item, epochs, config, work, say))
         say(f"table {fold + 1} of {len(keep)} without {int((~mask).sum()):,} clicks: done, {time.monotonic() - started:.0f} s in all")
+    give_back_freed_memory()
     return CfTable(
         user=tables["user"],
         item=clicks.in_catalog(item),
@@ -214,12 +215,16 @@ def describe_cost(clicks: Clicks, config: CfConfig, num_tables: int, batch_size:
     """What is about to be trained, its memory, and the longest it can take (from one measured step of `step_s` seconds)."""
     nodes, edges = clicks.num_users + clicks.num_items, len(clicks.users)
     epoch_s = step_s * -(-edges // batch_size)
-    # parameters, gradient, Adam's two moments, output and its gradient, three working copies; CSR twice, clicks and their keys
-    training_bytes = nodes * config.dim * 4 * 9 + edges * (2 * 8 + 4 * 8) + batch_size * config.dim * 4 * 8
-    kept_bytes = clicks.num_items * config.dim * 4 * (2 * num_tables)  # finished tables, and the copy being written
+    vector_bytes = config.dim * 4
+    # parameters, Adam's two moments, gradient, two layers of it, the best vectors so far and four that lie in holes (measured); CSR twice, clicks and keys
+    training_bytes = (
+        nodes * vector_bytes * 11 + edges * (2 * 8 + 4 * 8) + batch_size * vector_bytes * 8 + clicks.num_items * vector_bytes * num_tables
+    )
+    written_bytes = (clicks.num_items + 2 * clicks.catalog_size) * vector_bytes * num_tables
     return (
-        f"LightGCN on {edges:,} clicks of {clicks.num_users:,} users × {clicks.num_items:,} items, d {config.dim}, {config.layers} layers: "
+        f"LightGCN on {edges:,} clicks of {clicks.num_users:,} users × {clicks.num_items:,} of {clicks.catalog_size:,} items, "
+        f"d {config.dim}, {config.layers} layers: "
         f"{num_tables} table{'s' if num_tables > 1 else ''} (holdout={config.holdout}), batch {batch_size:,} "
         f"({-(-edges // batch_size)} steps an epoch of {epoch_s:.1f} s), at most {config.max_epochs} epochs each: "
-        f"at most {epoch_s * config.max_epochs * num_tables / 60:.1f} min, about {(training_bytes + kept_bytes) / 1e9:.2f} GB"
+        f"at most {epoch_s * config.max_epochs * num_tables / 60:.1f} min, about {max(training_bytes, written_bytes) / 1e9:.2f} GB"
     )

@@ -14,6 +14,7 @@ from trainer.cf.work import Slot
 from trainer.config import CfConfig
 from trainer.device import default_device
 from trainer.errors import RunError
+from trainer.memory import give_back_freed_memory
 from trainer.metrics import expected_ranks, metric_values
 from trainer.model.lightgcn import Graph, LightGCN, build_graph
 
@@ -122,6 +123,7 @@ class TableTrainer:
             if self.epochs_done % every and self.epochs_done != config.max_epochs:
                 continue
             user, item = self.vectors()
+            give_back_freed_memory()
             ndcg = sampled_ndcg(user, item, *valid)
             curve.append([self.epochs_done, ndcg])
             if ndcg > best_ndcg:
