@@ -1,4 +1,6 @@
-"""[--edges N --users N --items N --steps N --turns N]: one training step of our LightGCN beside torch_geometric's, in turns, each in a process of its own.
+"""[--edges N --users N --items N --steps N --turns N]: one training step of our LightGCN beside torch_geometric's, in turns.
+
+Each turn is a process of its own, on a GPU where there is one.
 
 Same graph, batch, negatives, BPR loss and Adam. Prints a line for each turn and a JSON object: steps per CPU second, seconds per step, peak memory beyond
 the imported libraries and the clicks, and the ratios (torch_geometric / ours).
@@ -7,7 +9,6 @@ the imported libraries and the clicks, and the ratios (torch_geometric / ours).
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -17,7 +18,11 @@ import numpy as np
 import psutil
 import torch
 
+from trainer.device import default_device
+from trainer.memory import keep_freed_memory, peak_memory_gb
+
 DIM, LAYERS, LR, REG = 64, 2, 5e-3, 1e-2
+DEVICE = default_device()
 
 
 def random_clicks(num_edges: int, num_users: int, num_items: int) -> tuple[np.ndarray, np.ndarray]:
@@ -32,7 +37,8 @@ def random_clicks(num_edges: int, num_users: int, num_items: int) -> tuple[np.nd
 def our_step(users: np.ndarray, items: np.ndarray, num_users: int, num_items: int) -> Any:
     from trainer.model.lightgcn import LightGCN, build_graph
 
-    graph, model = build_graph(users, items, num_users, num_items), LightGCN(num_users, num_items, DIM, LAYERS)
+    keep_freed_memory()  # as gensr cf does
+    graph, model = build_graph(users, items, num_users, num_items).to(DEVICE), LightGCN(num_users, num_items, DIM, LAYERS).to(DEVICE)
     optimizer = torch.optim.Adam(model.parameters(), lr=LR, fused=True)
 
     def step(user: torch.Tensor, positive: torch.Tensor, negative: torch.Tensor) -> None:
@@ -47,8 +53,8 @@ def geometric_step(users: np.ndarray, items: np.ndarray, num_users: int, num_ite
     from torch_geometric.nn.models import LightGCN
 
     edges = torch.from_numpy(np.stack([users, items + num_users]))
-    edges = torch.cat([edges, edges.flip(0)], dim=1)
-    model = LightGCN(num_users + num_items, DIM, LAYERS)
+    edges = torch.cat([edges, edges.flip(0)], dim=1).to(DEVICE)
+    model = LightGCN(num_users + num_items, DIM, LAYERS).to(DEVICE)
     optimizer = torch.optim.Adam(model.parameters(), lr=LR, fused=True)
 
     def step(user: torch.Tensor, positive: torch.Tensor, negative: torch.Tensor) -> None:
@@ -69,19 +75,27 @@ def measure(which: str, options: argparse.Namespace) -> dict[str, float]:
     """In this process: build, one step to warm up, `steps` steps."""
     torch.set_num_threads(options.threads)
     users, items = random_clicks(options.edges, options.users, options.items)
-    process = psutil.Process()
-    before = process.memory_info().rss
+    before = torch.cuda.memory_allocated() if DEVICE == "cuda" else psutil.Process().memory_info().rss
     step = STEPS[which](users, items, options.users, options.items)
     generator, cpu_s, wall_s = np.random.default_rng(1), 0.0, 0.0
     for number in range(options.steps + 1):
         chosen = generator.integers(len(users), size=options.batch)
-        batch = [torch.from_numpy(values) for values in (users[chosen], items[chosen], generator.integers(options.items, size=options.batch))]
+        batch = [
+            torch.from_numpy(values).to(DEVICE) for values in (users[chosen], items[chosen], generator.integers(options.items, size=options.batch))
+        ]
+        wait()
         cpu, wall = time.process_time(), time.perf_counter()
         step(*batch)
+        wait()
         if number:
             cpu_s, wall_s = cpu_s + time.process_time() - cpu, wall_s + time.perf_counter() - wall
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = int(peak_memory_gb() * 1e9)
     return {"cpu_s_per_step": cpu_s / options.steps, "wall_s_per_step": wall_s / options.steps, "peak_bytes": peak - before}
+
+
+def wait() -> None:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
 
 
 def main() -> None:

@@ -1,7 +1,6 @@
 """What gensr_steps.py and reference.py share: the folder they read and the clock."""
 
 import contextlib
-import resource
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ from trainer.config import Config, load_config
 from trainer.data import EvalStream
 from trainer.device import default_device
 from trainer.loading import answer_tokens, load_tokenizer
+from trainer.memory import peak_memory_gb
 
 
 def open_folder(request: dict[str, Any], device: str | None = None) -> tuple[Config, Manifest, ItemTables, tuple[int, int], str]:
@@ -80,12 +80,11 @@ class Meter:
             torch.cuda.synchronize()
 
     def report(self) -> dict[str, Any]:
-        peak = torch.cuda.max_memory_allocated() if self.cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return {
             "examples": self.examples,
             "wall_s": self.wall_s,
             "cpu_s": self.cpu_s,
-            "peak_memory_bytes": peak,
+            "peak_memory_bytes": int(peak_memory_gb() * 1e9),
             "parts_s": self.parts,
             "device": torch.cuda.get_device_name() if self.cuda else "cpu",
         }

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import resource
 import sys
+from pathlib import Path
 
 import torch
 
@@ -14,6 +15,10 @@ def peak_memory_gb() -> float:
     """Peak of this process so far: device memory on a GPU, resident memory on a CPU."""
     if has_gpu():
         return torch.cuda.max_memory_allocated() / 1e9
+    with contextlib.suppress(OSError):  # getrusage would count what the process that started this one had, too
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024 / 1e9
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
 
