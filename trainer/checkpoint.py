@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -247,10 +247,26 @@ def load(accelerator: "Accelerator", model: "nn.Module", optimizer: Any, found: 
         engine: Any = model
         engine.load_checkpoint(str(found.path), TAG, load_module_strict=not has_frozen(model))
     else:
-        accelerator.unwrap_model(model).load_state_dict(whole_weights(found.path))
+        put_back(accelerator.unwrap_model(model), whole_weights(found.path), found.path)
         optimizer.load_state_dict(torch.load(found.path / "optimizer.bin", map_location=accelerator.device, weights_only=True))
     accelerator.step = load_accelerator_state(str(found.path), [], [], [], [], accelerator.process_index).get("step", 0)
     return found.progress
+
+
+def kept_weights(module: "nn.Module") -> dict[str, Tensor]:
+    """What a checkpoint of a run without DeepSpeed holds of a model: everything, or (adapters) what is trained."""
+    if has_frozen(module):
+        return {name: parameter.detach() for name, parameter in module.named_parameters() if parameter.requires_grad}
+    weights: dict[str, Tensor] = module.state_dict()
+    return weights
+
+
+def put_back(module: "nn.Module", weights: Mapping[str, Tensor], path: Path) -> None:
+    """kept_weights() into a model that was built as before. Raises RunError when they are another model's."""
+    fit = module.load_state_dict(weights, strict=False)
+    missing = set(fit.missing_keys) & set(kept_weights(module))
+    if missing or fit.unexpected_keys:
+        raise RunError(f"{path} is of another model: missing {sorted(missing)[:3]}, unexpected {sorted(fit.unexpected_keys)[:3]}")
 
 
 def whole_weights(path: Path) -> dict[str, Tensor]:
@@ -259,7 +275,7 @@ def whole_weights(path: Path) -> dict[str, Tensor]:
 
 
 def has_frozen(model: "nn.Module") -> bool:
-    """With LoRA most weights never change: the backbone's are read from where they came from, DeepSpeed saves the others."""
+    """With LoRA most weights never change: the backbone's are read from where they came from, checkpoints hold the others."""
     return any(not parameter.requires_grad for parameter in model.parameters())
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from trainer.checkpoint import PARTIAL, TAG, Progress, checksum, has_frozen, make_empty, publish
+from trainer.checkpoint import PARTIAL, TAG, Progress, checksum, has_frozen, kept_weights, make_empty, publish
 from trainer.distributed import gather_objects, on_main, uses_deepspeed
 from trainer.errors import EnvironmentProblem
 
@@ -118,7 +118,7 @@ class CheckpointWriter:
             finally:
                 engine.checkpoint_engine = original
         elif accelerator.is_main_process:
-            weights = copied(accelerator.unwrap_model(model).state_dict())
+            weights = copied(kept_weights(accelerator.unwrap_model(model)))
             writes.append((lambda content, path: save_file(content, path), weights, self._partial / "model.safetensors"))
             writes.append((torch.save, copied(self._optimizer.state_dict()), self._partial / "optimizer.bin"))
         save_accelerator_state(str(self._partial), [], [], [], [], accelerator.process_index, accelerator.step)

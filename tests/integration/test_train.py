@@ -159,6 +159,17 @@ def test_a_resumed_run_equals_the_undisturbed_one_bit_for_bit(undisturbed: Path,
     assert same_model(tmp_path / "run", undisturbed)
 
 
+def test_adapters_go_on_bit_for_bit_from_checkpoints_without_the_backbone(data: Path, tmp_path: Path, stop_after: Any) -> None:
+    train(config_of(data, tmp_path / "undisturbed", "model.lora.rank=2"))
+    stop_after(5)
+    assert train(config_of(data, tmp_path / "run", "model.lora.rank=2")).status == "stopped"
+    saved = load_file(tmp_path / "run" / "checkpoints" / "step-00000005" / "model.safetensors")
+    assert any("lora_A" in name for name in saved) and not any(name.endswith("base_layer.weight") for name in saved)
+    train(config_of(data, tmp_path / "run", "model.lora.rank=2"), resume="auto")
+    assert records(tmp_path / "run") == records(tmp_path / "undisturbed")
+    assert same_model(tmp_path / "run", tmp_path / "undisturbed")
+
+
 def test_records_after_the_checkpoint_are_made_again_not_kept_twice(undisturbed: Path, data: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     shutil.copytree(undisturbed, run_dir)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file
 
 from data_shards.schema import Manifest
 from trainer import checkpoint
@@ -34,6 +35,24 @@ def prepared(accelerator: Accelerator) -> tuple[Any, Any]:
 @pytest.fixture
 def writer(accelerator: Accelerator, prepared: tuple[Any, Any], tmp_path: Path) -> CheckpointWriter:
     return CheckpointWriter(accelerator, *prepared, tmp_path, keep=2)
+
+
+def test_frozen_weights_are_not_saved_and_not_missed(accelerator: Accelerator, tmp_path: Path) -> None:
+    """Adapters on a backbone of gigabytes: a checkpoint holds the adapters. Weights of another model are refused."""
+    trained = torch.nn.Linear(3, 2)
+    module = torch.nn.Sequential(torch.nn.Linear(3, 3), trained)
+    module[0].requires_grad_(False)
+    model, optimizer = accelerator.prepare(module, torch.optim.AdamW(trained.parameters()))
+    path = save(CheckpointWriter(accelerator, model, optimizer, tmp_path, keep=2), 3)
+    assert set(load_file(path / "model.safetensors")) == {"1.weight", "1.bias"}
+    before = [parameter.detach().clone() for parameter in module.parameters()]
+    torch.nn.init.zeros_(trained.weight)
+    found, _ = checkpoint.newest_whole(accelerator, tmp_path)
+    assert found is not None
+    checkpoint.load(accelerator, model, optimizer, found)
+    assert all(torch.equal(one, other) for one, other in zip(module.parameters(), before, strict=True))
+    with pytest.raises(RunError, match=r"another model: missing \['weight'\], unexpected \['1\.bias'"):
+        checkpoint.put_back(torch.nn.Linear(3, 2, bias=False), checkpoint.whole_weights(path), path)
 
 
 def start(writer: CheckpointWriter, step: int, best_step: int = 0) -> None:
