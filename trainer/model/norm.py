@@ -27,7 +27,8 @@ class Norm(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         normed, kind = rms_norm(hidden_states, self.weight, self.variance_epsilon), hidden_states.device.type
-        with_autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        # other devices ("meta") have no autocast; torch.amp.is_autocast_available would say so, but torch.compile of 2.11 cannot look through it
+        with_autocast = kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)
         return normed.to(torch.get_autocast_dtype(kind)) if with_autocast else normed
 
 
