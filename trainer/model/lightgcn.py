@@ -136,11 +136,11 @@ class LightGCN(nn.Module):
 
         A negative of I or more is an item outside the graph: it scores 0, as an isolated one does, and costs no row.
         """
-        known_B1 = (negative < len(self.items))[:, None]
-        item = torch.cat([positive, negative.clamp(max=len(self.items) - 1)])
-        user_BK, items_2BK, *layer0 = _TouchedRows.apply(self.users, self.items, graph, self.num_layers, user, item)
-        positive_BK, negative_BK = items_2BK.chunk(2)
-        difference_B = (user_BK * (positive_BK - negative_BK * known_B1)).sum(-1)
-        layer0_items_2BK = layer0[1] * torch.cat([torch.ones_like(known_B1), known_B1])
-        norm = (layer0[0].square().sum() + layer0_items_2BK.square().sum()) / len(user)
+        item = torch.cat([positive, negative])
+        known = (item < len(self.items))[:, None]
+        item = item.clamp(max=len(self.items) - 1)
+        user_BK, items_2BK, user0_BK, items0_2BK = _TouchedRows.apply(self.users, self.items, graph, self.num_layers, user, item)
+        positive_BK, negative_BK = (items_2BK * known).chunk(2)
+        difference_B = (user_BK * (positive_BK - negative_BK)).sum(-1)
+        norm = (user0_BK.square().sum() + (items0_2BK * known).square().sum()) / len(user)
         return F.softplus(-difference_B).mean() + 0.5 * reg * norm
