@@ -18,8 +18,8 @@ import numpy as np
 import psutil
 import torch
 
-from trainer.device import default_device
-from trainer.memory import keep_freed_memory, peak_memory_gb
+from trainer.device import default_device, wait_for
+from trainer.memory import keep_freed_memory, peak_memory_bytes
 
 DIM, LAYERS, LR, REG = 64, 2, 5e-3, 1e-2
 DEVICE = default_device()
@@ -83,19 +83,13 @@ def measure(which: str, options: argparse.Namespace) -> dict[str, float]:
         batch = [
             torch.from_numpy(values).to(DEVICE) for values in (users[chosen], items[chosen], generator.integers(options.items, size=options.batch))
         ]
-        wait()
+        wait_for(DEVICE)
         cpu, wall = time.process_time(), time.perf_counter()
         step(*batch)
-        wait()
+        wait_for(DEVICE)
         if number:
             cpu_s, wall_s = cpu_s + time.process_time() - cpu, wall_s + time.perf_counter() - wall
-    peak = int(peak_memory_gb() * 1e9)
-    return {"cpu_s_per_step": cpu_s / options.steps, "wall_s_per_step": wall_s / options.steps, "peak_bytes": peak - before}
-
-
-def wait() -> None:
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
+    return {"cpu_s_per_step": cpu_s / options.steps, "wall_s_per_step": wall_s / options.steps, "peak_bytes": peak_memory_bytes() - before}
 
 
 def main() -> None:

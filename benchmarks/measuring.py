@@ -14,9 +14,9 @@ from trainer.catalog import load_tables
 from trainer.cf.table_file import load_cf
 from trainer.config import Config, load_config
 from trainer.data import EvalStream
-from trainer.device import default_device
+from trainer.device import default_device, wait_for
 from trainer.loading import answer_tokens, load_tokenizer
-from trainer.memory import peak_memory_gb
+from trainer.memory import peak_memory_bytes
 
 
 def open_folder(request: dict[str, Any], device: str | None = None) -> tuple[Config, Manifest, ItemTables, tuple[int, int], str]:
@@ -41,7 +41,7 @@ class Meter:
     """Seconds of the steps after `warmup` ones, and of their parts if `laps`: on a GPU each lap waits for the device, which steps by themselves do not."""
 
     def __init__(self, device: str, warmup: int, laps: bool = True) -> None:
-        self.cuda, self.warmup, self.laps = device.startswith("cuda"), warmup, laps
+        self.device, self.warmup, self.laps = device, warmup, laps
         self.examples, self.wall_s, self.cpu_s, self.num_steps = 0, 0.0, 0.0, 0
         self._started = (0.0, 0.0)
         self.parts: dict[str, float] = {}
@@ -50,7 +50,7 @@ class Meter:
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
         if self.num_steps == self.warmup:
-            self._wait()
+            wait_for(self.device)
             self.parts.clear()
             self._started = time.perf_counter(), time.process_time()
         self._last = time.perf_counter()
@@ -63,28 +63,24 @@ class Meter:
 
     def stop(self) -> None:
         """After the last step."""
-        self._wait()
+        wait_for(self.device)
         self.wall_s, self.cpu_s = time.perf_counter() - self._started[0], time.process_time() - self._started[1]
 
     def lap(self, part: str) -> None:
         """What has happened since the last lap was `part`."""
         if not self.laps:
             return
-        self._wait()
+        wait_for(self.device)
         now = time.perf_counter()
         self.parts[part] = self.parts.get(part, 0.0) + now - self._last
         self._last = now
-
-    def _wait(self) -> None:
-        if self.cuda:
-            torch.cuda.synchronize()
 
     def report(self) -> dict[str, Any]:
         return {
             "examples": self.examples,
             "wall_s": self.wall_s,
             "cpu_s": self.cpu_s,
-            "peak_memory_bytes": int(peak_memory_gb() * 1e9),
+            "peak_memory_bytes": peak_memory_bytes(),
             "parts_s": self.parts,
-            "device": torch.cuda.get_device_name() if self.cuda else "cpu",
+            "device": "cpu" if self.device == "cpu" else torch.cuda.get_device_name(),
         }

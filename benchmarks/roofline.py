@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from benchmarks.gensr_steps import autocast
 from benchmarks.measuring import open_folder
 from trainer.bench.data import commit
 from trainer.costs import GB, H200_FLOPS
@@ -162,16 +163,15 @@ def calculated(folder: str, settings: list[str], events: int, training: bool) ->
 
     parameters: dict[str, Tensor] = {name: fake.from_tensor(parameter) for name, parameter in model.named_parameters()}
     weights = {parameter.untyped_storage()._cdata for parameter in parameters.values()}
-    autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=config.run.precision == "bf16")
     with as_on_a_gpu(kernels):
         batch = model.grouped(next(iter(stream)))  # needs values
     with as_on_a_gpu(kernels), fake:
         if not training:
-            with autocast, kernels, torch.no_grad():
+            with autocast(config, "cpu"), kernels, torch.no_grad():
                 torch.func.functional_call(model, parameters, (batch, "score"))
             return kernels, 0.0, batch.candidates.numel()
         with kernels, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            with autocast:
+            with autocast(config, "cpu"):
                 loss, _ = torch.func.functional_call(model, parameters, (batch,))
             loss.backward()
         trained = [parameter for parameter in parameters.values() if parameter.requires_grad]

@@ -117,15 +117,16 @@ def measured_flops(seconds: float = 0.3, device: str = "cpu", dtype: Any = None)
     """Matrix products per second of this machine's CPU or GPU, FLOP/s; float32 unless `dtype` says otherwise."""
     import torch
 
+    from trainer.device import wait_for
+
     size = 512 if device == "cpu" else 8192
     a = torch.randn(size, size, device=device, dtype=dtype)
-    wait = (lambda: None) if device == "cpu" else torch.cuda.synchronize
     a @ a
-    wait()
+    wait_for(device)
     count, start = 0, time.perf_counter()
     while time.perf_counter() - start < seconds:
         a @ a
-        wait()
+        wait_for(device)
         count += 1
     return 2 * size**3 * count / (time.perf_counter() - start)
 

@@ -16,6 +16,12 @@ def has_gpu() -> bool:
     return torch.cuda.is_available() and not forced_cpu()
 
 
+def wait_for(device: torch.device | str) -> None:
+    """Until a GPU has done what it was given; clocks are read before and after."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def default_device() -> str:
     """ "cuda" (the first of the visible ones) or "cpu"."""
     return "cuda" if has_gpu() else "cpu"

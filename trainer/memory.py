@@ -11,16 +11,16 @@ import torch
 from trainer.device import has_gpu
 
 
-def peak_memory_gb() -> float:
+def peak_memory_bytes() -> int:
     """Peak of this process so far: device memory on a GPU, resident memory on a CPU."""
     if has_gpu():
-        return torch.cuda.max_memory_allocated() / 1e9
+        return torch.cuda.max_memory_allocated()
     with contextlib.suppress(OSError):  # getrusage would count what the process that started this one had, too
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024 / 1e9
+                return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
+    return peak * (1 if sys.platform == "darwin" else 1024)
 
 
 def keep_freed_memory() -> None:

@@ -31,7 +31,7 @@ from trainer.errors import ConfigError, DataError, GensrError, RunError
 from trainer.evaluate import validate
 from trainer.launch import Launch, devices, make_accelerator, read_launch
 from trainer.loading import build_model, save_model
-from trainer.memory import peak_memory_gb
+from trainer.memory import peak_memory_bytes
 from trainer.model.gensr import GenSR
 from trainer.node_cache import local_folder
 from trainer.optimizer import make_optimizer, set_lr, trained_shapes
@@ -319,7 +319,7 @@ def log(run: Run, window: Window) -> None:
         "lr": run.lr(progress.step - 1),
         "epoch": progress.events_seen / run.stream.num_events,
         "events_per_s": num_steps * run.schedule.global_batch_size / max(seconds, 1e-9),
-        "memory_gb": peak_memory_gb(),
+        "memory_gb": peak_memory_bytes() / 1e9,
         "train_s": progress.train_s,
         **({"skipped_batches": progress.skipped_batches} if progress.skipped_batches else {}),
     }

@@ -21,14 +21,12 @@ from data_shards.schema import read_manifest
 from tests.distributed.launching import end_with_children
 from tests.runs import make_run
 from tests.tiny_folder import make_tiny_folder
+from tests.tiny_model import Made, make_tiny_model, move
 from trainer.batch import Batch
 from trainer.bench.model import bench_model
-from trainer.catalog import load_tables
-from trainer.cf.table_file import load_cf
 from trainer.config import load_config
 from trainer.data import EvalStream, TrainStream, prefetched
 from trainer.evaluate import evaluate_run
-from trainer.loading import build_model
 from trainer.model.gensr import GenSR
 from trainer.model.lightgcn import LightGCN, build_graph
 from trainer.optimizer import make_optimizer
@@ -42,7 +40,6 @@ pytestmark = [
 ]
 BACKBONES = ["scratch:nano", "scratch:llama_nano", "scratch:qwen3_nano"]
 HISTORY = [{"item_id": "i3", "task": "rec"}, {"item_id": "i7", "task": "src"}]
-Made = tuple[GenSR, Batch]
 
 
 @pytest.fixture(scope="module")
@@ -53,20 +50,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def make(folder: Path) -> Callable[..., Made]:
     def made(*overrides: str) -> Made:
-        config = load_config(None, ["data.history_max=6", "model.contrastive_weight=0.1", "model.listwise_weight=1", *overrides])
-        manifest = read_manifest(folder)
         torch.manual_seed(0)
-        model = build_model(config, manifest, load_tables(folder, manifest, load_cf(folder, manifest)), folder)
-        batch = next(iter(TrainStream(folder, manifest, config.data, 0, 16, 16, num_folds=2)))
+        model, batch = make_tiny_model(folder, *overrides)
         return model, model.grouped(batch)
 
     return made
-
-
-def on_device(model: GenSR, batch: Batch) -> Batch:
-    model.to(DEVICE)
-    model.set_tables(model.tables.to(DEVICE))
-    return batch.to(DEVICE)
 
 
 def scores_and_gradients(model: GenSR, batch: Batch, bf16: bool = False) -> list[Tensor]:
@@ -85,7 +73,7 @@ def test_scores_and_gradients_are_those_of_the_cpu(make: Callable[..., Made], ba
     model, batch = make(f"model.backbone={backbone}", f"model.variant={variant}", "model.dropout=0")
     expected = scores_and_gradients(model, batch)
     model.zero_grad()
-    found = scores_and_gradients(model, on_device(model, batch))
+    found = scores_and_gradients(model, move(model, batch, DEVICE))
     assert len(found) == len(expected) > 10
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * max(1.0, float(other.abs().max())))
@@ -95,7 +83,7 @@ def test_scores_and_gradients_are_those_of_the_cpu(make: Callable[..., Made], ba
 def test_bf16_is_near(make: Callable[..., Made], backbone: str) -> None:
     """Rounded to 8 bits, summed in float32: the whole gradient keeps its direction and length."""
     model, batch = make(f"model.backbone={backbone}", "model.dropout=0")
-    batch = on_device(model, batch)
+    batch = move(model, batch, DEVICE)
     exact, *exact_gradients = scores_and_gradients(model, batch)
     model.zero_grad()
     rounded, *rounded_gradients = scores_and_gradients(model, batch, bf16=True)
@@ -111,7 +99,7 @@ def test_a_step_waits_for_nothing(make: Callable[..., Made], folder: Path, backb
     """torch refuses every wait after the first step, which loads libraries. Batches are pinned and copied by the loader's thread, as in training."""
     config = load_config(None, ["data.history_max=6", f"model.backbone={backbone}", setting])
     model, batch = make("data.history_max=6", f"model.backbone={backbone}", setting)
-    on_device(model, batch)
+    move(model, batch, DEVICE)
     model.train()
     optimizer = make_optimizer(model, config.optim)
     stream = TrainStream(folder, read_manifest(folder), config.data, 0, 16, 16, num_folds=2)
@@ -132,7 +120,7 @@ def test_a_step_waits_for_nothing(make: Callable[..., Made], folder: Path, backb
 
 def test_compiled_layers_give_the_same(make: Callable[..., Made]) -> None:
     model, batch = make("model.backbone=scratch:nano", "model.dropout=0")
-    batch = on_device(model, batch)
+    batch = move(model, batch, DEVICE)
     expected = scores_and_gradients(model, batch)
     model.zero_grad()
     model.backbone.compile_layers()
@@ -196,7 +184,7 @@ def test_answers_are_those_of_the_cpu(prepared: Path, tmp_path: Path) -> None:
 def test_scoring_over_several_shapes_makes_no_plan_for_each(make: Callable[..., Made], folder: Path) -> None:
     """cuDNN's attention would take half a second for each new shape (trainer/model/backbone.py)."""
     model, batch = make("model.backbone=scratch:nano")
-    on_device(model.eval(), batch)
+    move(model.eval(), batch, DEVICE)
     config, manifest = load_config(None, ["data.history_max=6"]), read_manifest(folder)
     seconds = []
     for num_events in range(1, 9):

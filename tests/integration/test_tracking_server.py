@@ -96,14 +96,15 @@ def test_a_server_killed_in_the_middle_of_a_run_loses_nothing(server: Server, tm
 def test_a_run_that_began_before_its_server_gets_there(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(delivery, "RETRY_EVERY_S", 0.2)
     monkeypatch.setattr("trainer.tracking.tracker.OPEN_WAIT_S", 0.5)
+    monkeypatch.setattr("trainer.tracking.tracker.STOP_WAIT_S", 60.0)  # on a busy machine
     server.kill()
     tracker = Tracker.start(load_config(None, [f"tracking.uri={server.uri}"]), tmp_path, {})
     tracker.log_metrics({"train/loss": 1.0}, 1)
     assert tracker.run_id == ""
     server.start()
-    tracker.finish("FINISHED")
+    tracker.finish("KILLED")
     run = server.client.get_run(tracker.run_id)
-    assert (run.info.status, run.data.metrics, run.info.run_name) == ("FINISHED", {"train/loss": 1.0}, tmp_path.name)
+    assert (run.info.status, run.data.metrics, run.info.run_name) == ("KILLED", {"train/loss": 1.0}, tmp_path.name)
 
 
 def test_a_server_that_is_down_at_the_end_gets_the_end_when_it_is_back(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,24 +37,6 @@ def writer(accelerator: Accelerator, prepared: tuple[Any, Any], tmp_path: Path) 
     return CheckpointWriter(accelerator, *prepared, tmp_path, keep=2)
 
 
-def test_frozen_weights_are_not_saved_and_not_missed(accelerator: Accelerator, tmp_path: Path) -> None:
-    """Adapters on a backbone of gigabytes: a checkpoint holds the adapters. Weights of another model are refused."""
-    trained = torch.nn.Linear(3, 2)
-    module = torch.nn.Sequential(torch.nn.Linear(3, 3), trained)
-    module[0].requires_grad_(False)
-    model, optimizer = accelerator.prepare(module, torch.optim.AdamW(trained.parameters()))
-    path = save(CheckpointWriter(accelerator, model, optimizer, tmp_path, keep=2), 3)
-    assert set(load_file(path / "model.safetensors")) == {"1.weight", "1.bias"}
-    before = [parameter.detach().clone() for parameter in module.parameters()]
-    torch.nn.init.zeros_(trained.weight)
-    found, _ = checkpoint.newest_whole(accelerator, tmp_path)
-    assert found is not None
-    checkpoint.load(accelerator, model, optimizer, found)
-    assert all(torch.equal(one, other) for one, other in zip(module.parameters(), before, strict=True))
-    with pytest.raises(RunError, match=r"another model: missing \['weight'\], unexpected \['1\.bias'"):
-        checkpoint.put_back(torch.nn.Linear(3, 2, bias=False), checkpoint.whole_weights(path), path)
-
-
 def start(writer: CheckpointWriter, step: int, best_step: int = 0) -> None:
     identity = checkpoint.identity_of(load_config(None), MANIFEST, 1, None, "c")
     writer.start(Progress(step=step, events_seen=64 * step, best_step=best_step), identity, "run")
@@ -78,6 +60,24 @@ def test_a_checkpoint_comes_back(accelerator: Accelerator, prepared: tuple[Any, 
     assert progress == Progress(step=3, events_seen=192)
     assert torch.equal(model.weight, before) and torch.equal(torch.rand(2), expected), "random numbers go on where they were"
     assert (tmp_path / "checkpoints" / "latest").read_text() == "step-00000003\n"
+
+
+def test_frozen_weights_are_not_saved_and_not_missed(accelerator: Accelerator, tmp_path: Path) -> None:
+    """Adapters on a backbone of gigabytes: a checkpoint holds the adapters. Weights of another model are refused."""
+    trained = torch.nn.Linear(3, 2)
+    module = torch.nn.Sequential(torch.nn.Linear(3, 3), trained)
+    module[0].requires_grad_(False)
+    model, optimizer = accelerator.prepare(module, torch.optim.AdamW(trained.parameters()))
+    path = save(CheckpointWriter(accelerator, model, optimizer, tmp_path, keep=2), 3)
+    assert set(load_file(path / "model.safetensors")) == {"1.weight", "1.bias"}
+    before = [parameter.detach().clone() for parameter in module.parameters()]
+    torch.nn.init.zeros_(trained.weight)
+    found, _ = checkpoint.newest_whole(accelerator, tmp_path)
+    assert found is not None
+    checkpoint.load(accelerator, model, optimizer, found)
+    assert all(torch.equal(one, other) for one, other in zip(module.parameters(), before, strict=True))
+    with pytest.raises(RunError, match=r"another model: missing \['weight'\], unexpected \['1\.bias'"):
+        checkpoint.put_back(torch.nn.Linear(3, 2, bias=False), checkpoint.whole_weights(path), path)
 
 
 def test_newest_and_best_are_kept(writer: CheckpointWriter, tmp_path: Path) -> None:

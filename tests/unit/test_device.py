@@ -3,7 +3,6 @@
 import contextlib
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,16 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tests.tiny_folder import make_tiny_folder
-from trainer.batch import Batch
-from trainer.catalog import load_tables
-from trainer.cf.table_file import load_cf
-from trainer.config import load_config
-from trainer.data import TrainStream
-from trainer.loading import build_model
+from tests.tiny_model import Made, make_tiny_model, move
 from trainer.model.backbone import Backbone
-from trainer.model.gensr import GenSR
-
-Made = tuple[GenSR, Batch]
 
 
 class NothingFromTheHost(TorchDispatchMode):
@@ -37,18 +28,8 @@ class NothingFromTheHost(TorchDispatchMode):
 
 @pytest.fixture(scope="module")
 def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Made]:
-    from data_shards.schema import read_manifest
-
-    folder: Path = make_tiny_folder(tmp_path_factory.mktemp("tiny"))
-
-    def made(*overrides: str) -> Made:
-        config = load_config(None, ["data.history_max=6", "model.contrastive_weight=0.1", "model.listwise_weight=1", *overrides])
-        manifest = read_manifest(folder)
-        model = build_model(config, manifest, load_tables(folder, manifest, load_cf(folder, manifest)), folder).train()
-        batch = next(iter(TrainStream(folder, manifest, config.data, 0, 16, 16, num_folds=2)))
-        return model, batch
-
-    return made
+    folder = make_tiny_folder(tmp_path_factory.mktemp("tiny"))
+    return lambda *overrides: make_tiny_model(folder, *overrides)
 
 
 @pytest.fixture
@@ -58,18 +39,12 @@ def on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Backbone, "embed", lambda self, tokens: F.embedding(tokens.long(), self.embedding_weight()))
 
 
-def to_meta(model: GenSR, batch: Batch) -> Batch:
-    model.to("meta")
-    model.set_tables(model.tables.to("meta"))
-    return batch.to("meta")
-
-
 @pytest.mark.usefixtures("on_meta")
 @pytest.mark.parametrize("backbone", ["scratch:nano", "scratch:llama_nano", "scratch:qwen3_nano"])
 @pytest.mark.parametrize("setting", ["model.variant=paper", "model.variant=extended", "model.activation_checkpointing=true", "model.lora.rank=4"])
 def test_a_training_step_asks_its_device_for_nothing(make: Callable[..., Made], backbone: str, setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = make(f"model.backbone={backbone}", setting)
-    batch = to_meta(model, model.grouped(batch))
+    batch = move(model, model.grouped(batch), "meta")
     real_tensor = torch.tensor
 
     def only_empty_ones(data: Any, *arguments: Any, **settings: Any) -> Tensor:
@@ -87,7 +62,7 @@ def test_a_training_step_asks_its_device_for_nothing(make: Callable[..., Made], 
 @pytest.mark.parametrize("backbone", ["scratch:nano", "scratch:qwen3_nano"])
 def test_scoring_asks_its_device_for_nothing(make: Callable[..., Made], backbone: str) -> None:
     model, batch = make(f"model.backbone={backbone}")
-    batch = to_meta(model.eval(), model.grouped(batch))
+    batch = move(model.eval(), model.grouped(batch), "meta")
     with NothingFromTheHost(), torch.inference_mode():
         assert model(batch, mode="score").shape == batch.candidates.shape
 
@@ -96,7 +71,7 @@ def test_scoring_asks_its_device_for_nothing(make: Callable[..., Made], backbone
 def test_the_test_device_cannot_be_read(make: Callable[..., Made]) -> None:
     """A batch whose groups were not decided on the CPU makes the model ask; a table left on the CPU is noticed."""
     model, batch = make("model.backbone=scratch:nano")
-    grouped = to_meta(model, model.grouped(batch))
+    grouped = move(model, model.grouped(batch), "meta")
     with pytest.raises(NotImplementedError, match="no data"):
         model(replace(grouped, groups=None))
     model.set_tables(replace(model.tables, cf=torch.zeros(model.tables.cf.shape)))

@@ -7,12 +7,12 @@ import pytest
 
 PROGRAM = """
 import torch
-from trainer.memory import keep_freed_memory, peak_memory_gb
+from trainer.memory import keep_freed_memory, peak_memory_bytes
 keep_freed_memory()
 device = "cuda" if torch.cuda.is_available() else "cpu"
-before = peak_memory_gb()
+before = peak_memory_bytes()
 torch.ones(2**26, device=device)  # 0.27 GB
-print(peak_memory_gb() - before)
+print((peak_memory_bytes() - before) / 1e9)
 """
 
 

@@ -19,9 +19,10 @@ from trainer.batch import Batch
 from trainer.bench.data import Measured, Progress, commit, hardware, machine_line, measure
 from trainer.config import Config, load_config
 from trainer.costs import GB, memory
+from trainer.device import wait_for
 from trainer.errors import BenchError, ConfigError
 from trainer.launch import devices, make_accelerator, read_launch
-from trainer.memory import peak_memory_gb
+from trainer.memory import peak_memory_bytes
 from trainer.node_cache import local_folder
 from trainer.optimizer import make_optimizer
 from trainer.plan import size_of, size_of_folder
@@ -127,15 +128,11 @@ def _train_some(config: Config, steps: int) -> dict[str, Any]:
     has = torch.cuda.get_device_properties(0).total_memory if on_gpu else psutil.virtual_memory().available + psutil.Process().memory_info().rss
 
     def seconds(work: Callable[[], None]) -> float:
-        wait()
+        wait_for(accelerator.device)
         started_s = time.perf_counter()
         work()
-        wait()
+        wait_for(accelerator.device)
         return time.perf_counter() - started_s
-
-    def wait() -> None:
-        if on_gpu:
-            torch.cuda.synchronize()
 
     def learn(batches: Sequence[Batch]) -> None:
         for batch in batches:
@@ -154,7 +151,7 @@ def _train_some(config: Config, steps: int) -> dict[str, Any]:
     calculated = memory(config, size_of(module), size_of_folder(config.data.dir, manifest), None, 1)
     return {
         "events_per_s": config.optim.global_batch_size / (num_passes * learning_s + updating_s),
-        "peak_memory_bytes": int(peak_memory_gb() * GB),
+        "peak_memory_bytes": peak_memory_bytes(),
         "calculated_memory_bytes": int(calculated.total),
         "device_memory_bytes": int(has),
         "device": devices(accelerator),

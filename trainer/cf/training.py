@@ -12,7 +12,7 @@ from torch import Tensor
 from data_shards.hashing import derive_seed
 from trainer.cf.work import Slot
 from trainer.config import CfConfig
-from trainer.device import default_device
+from trainer.device import default_device, wait_for
 from trainer.errors import RunError
 from trainer.memory import give_back_freed_memory
 from trainer.metrics import expected_ranks, metric_values
@@ -157,8 +157,7 @@ class TableTrainer:
         for _ in range(2):  # the first takes new memory, and on a GPU starts its libraries
             started = time.monotonic()
             self.model.loss(self.graph, user, item, item, self.config.reg).backward()
-            if self.device.type == "cuda":
-                torch.cuda.synchronize()
+            wait_for(self.device)
             self.model.zero_grad(set_to_none=True)
         return time.monotonic() - started
 
