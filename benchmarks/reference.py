@@ -9,6 +9,7 @@ argv: a JSON object (gensr_steps.py has the same): folder, mode (train, evaluate
 
 import json
 import random
+import statistics
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -153,11 +154,13 @@ def main(request: dict[str, Any]) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     model.train(request["mode"] == "train")
     meter, source = Meter(device, warmup=request["warmup"], laps=device == "cpu"), batches(request, manifest, config)
+    lengths = []  # of the prompts of each step, padding included
     for _ in range(request["warmup"] + request["steps"]):
         with meter.step():
             listed = next(source)
             pairs = collate(listed)
             meter.count(len(listed))
+            lengths.append(pairs["input_ids"].shape[1])
             meter.lap("data")
             if request["mode"] == "train":
                 loss = model(pairs)
@@ -172,7 +175,7 @@ def main(request: dict[str, Any]) -> None:
                 model.score(pairs)
                 meter.lap("forward")
     meter.stop()
-    print(json.dumps({**meter.report(), "prompt_tokens": pairs["input_ids"].shape[1]}))
+    print(json.dumps({**meter.report(), "prompt_tokens": round(statistics.mean(lengths), 1)}))
 
 
 if __name__ == "__main__":

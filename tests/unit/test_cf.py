@@ -116,7 +116,9 @@ def test_an_interrupted_training_ends_as_the_undisturbed_one(settings, tmp_path,
 def test_what_other_settings_left_behind_is_not_used(folder):
     stale = CfWork(cf_path(folder).parent / "partial", "another run", 0).slot("full")
     stale.save({"user": torch.zeros(1), "item": torch.zeros(1)}, {})
-    train_cf(folder, QUICK)
+    messages: list[str] = []
+    train_cf(folder, QUICK, messages.append)
+    assert "holds full.safetensors of a training with other settings" in messages[0]
     assert load_cf(folder, read_manifest(folder)).item.shape[1] == 8
     assert not stale.path.exists()
 

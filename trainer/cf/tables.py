@@ -59,6 +59,10 @@ def train_cf(folder: str | Path, overrides: Sequence[str] = (), progress: Progre
             f"{folder}: no recommendation click in the training split, LightGCN has nothing to learn from. Look at: gensr inspect {folder}"
         )
     work = cf_work(folder, manifest, root)
+    if others := work.of_others():
+        say(
+            f"{work.folder} holds {', '.join(others)} of a training with other settings, split or version: not continued, soon replaced. Stop now to keep it."
+        )
     keep_freed_memory()
     table = train_tables(clicks, columns, valid_candidates(folder, manifest, config.seed), manifest, config, work, say)
     save_cf(folder, table)

@@ -25,6 +25,10 @@ class CfWork:
     def slot(self, name: str) -> "Slot":
         return Slot(self, name)
 
+    def of_others(self) -> list[str]:
+        """File names of slots that another identity left: they are not used, and replaced as this training saves its own."""
+        return sorted(path.name for path in self.folder.glob("*.safetensors") if self.slot(path.stem).metadata().get("identity") != self.identity)
+
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -53,14 +57,19 @@ class Slot:
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """(tensors, document) as saved; None when there is nothing that fits."""
+        found = self.metadata()
+        if found.get("identity") != self.work.identity:
+            return None
+        with safe_open(str(self.path), framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(found["document"])  # noqa: SIM118 (no mapping)
+
+    def metadata(self) -> dict[str, str]:
+        """Empty when there is no such file or something else in it."""
         try:
             with safe_open(str(self.path), framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("identity") != self.work.identity:
-                    return None
-                return {name: file.get_tensor(name) for name in file.keys()}, json.loads(metadata["document"])  # noqa: SIM118 (no mapping)
+                return dict(file.metadata() or {})
         except (OSError, SafetensorError):
-            return None
+            return {}
 
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)
