@@ -16,7 +16,7 @@ from trainer.batch import Batch
 from trainer.config import Config
 from trainer.costs import flops_per_event, measured_flops
 from trainer.data import TrainStream, prefetched
-from trainer.device import has_gpu
+from trainer.device import autocast, has_gpu
 from trainer.loading import build_model
 from trainer.memory import keep_freed_memory
 from trainer.model.backbone import Prompt
@@ -45,7 +45,7 @@ def main(request: dict[str, Any]) -> None:
                 if training:
                     one_step(model, batch, optimizer, meter, config)
                 else:
-                    with torch.inference_mode(), autocast(config, device):
+                    with torch.inference_mode(), autocast(device, config.run.precision):
                         model.score(batch)
                     meter.lap("forward")
     meter.stop()
@@ -65,13 +65,9 @@ def main(request: dict[str, Any]) -> None:
     print(json.dumps(answer))
 
 
-def autocast(config: Config, device: str | torch.device) -> torch.autocast:
-    return torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=config.run.precision == "bf16")
-
-
 def one_step(model: GenSR, batch: Batch, optimizer: torch.optim.Optimizer, meter: Meter, config: Config) -> None:
     """As trainer/train.py has it, on one process."""
-    with autocast(config, batch.candidates.device):
+    with autocast(batch.candidates.device, config.run.precision):
         loss, _ = model(batch)
     meter.lap("forward")
     loss.backward()

@@ -167,11 +167,11 @@ def calculated(folder: str, settings: list[str], events: int, training: bool) ->
         batch = model.grouped(next(iter(stream)))  # needs values
     with as_on_a_gpu(kernels), fake:
         if not training:
-            with autocast(config, "cpu"), kernels, torch.no_grad():
+            with autocast("cpu", config.run.precision), kernels, torch.no_grad():
                 torch.func.functional_call(model, parameters, (batch, "score"))
             return kernels, 0.0, batch.candidates.numel()
         with kernels, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            with autocast(config, "cpu"):
+            with autocast("cpu", config.run.precision):
                 loss, _ = torch.func.functional_call(model, parameters, (batch,))
             loss.backward()
         trained = [parameter for parameter in parameters.values() if parameter.requires_grad]

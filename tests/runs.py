@@ -21,13 +21,13 @@ EVALUATION = {
 }
 
 
-def make_run(folder: Path, source: Path) -> Path:
+def make_run(folder: Path, source: Path, *overrides: str) -> Path:
     """A copy of a prepared folder, a CF table and a run whose model has random weights: scores need no training to be compared."""
     data, run_dir = folder / "data", folder / "runs" / "one"
     shutil.copytree(source, data)
     train_cf(data, ["cf.dim=16", "cf.max_epochs=2", "cf.holdout=none", "overwrite=true"])
     run_dir.mkdir(parents=True)
-    config = load_config(None, [f"data.dir={data}", f"run.dir={run_dir}", "model.backbone=scratch:mini", "data.history_max=5"])
+    config = load_config(None, [f"data.dir={data}", f"run.dir={run_dir}", "model.backbone=scratch:mini", "data.history_max=5", *overrides])
     manifest = read_manifest(data)
     torch.manual_seed(0)
     model = build_model(config, manifest, load_tables(data, manifest, load_cf(data, manifest)), data)

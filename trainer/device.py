@@ -22,6 +22,11 @@ def wait_for(device: torch.device | str) -> None:
         torch.cuda.synchronize(device)
 
 
+def autocast(device: torch.device | str, precision: str) -> torch.autocast:
+    """The context of a forward pass in run.precision: "bf16" or "fp32"."""
+    return torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
 def default_device() -> str:
     """ "cuda" (the first of the visible ones) or "cpu"."""
     return "cuda" if has_gpu() else "cpu"

@@ -27,7 +27,7 @@ from trainer.batch import Batch
 from trainer.cf.table_file import cf_path
 from trainer.config import Config, DataConfig
 from trainer.data import EvalStream, prefetched
-from trainer.device import has_gpu
+from trainer.device import autocast, has_gpu
 from trainer.errors import RunError
 from trainer.files import atomic
 from trainer.launch import num_cores, read_launch, set_up_cpu
@@ -265,7 +265,7 @@ def autocast_scorer(model: Any, device: str, precision: str) -> Scorer:
     """Batches to the device of a GenSR, scoring under the run's precision. Scores themselves come back as float32."""
 
     def scorer(batch: Batch) -> torch.Tensor:
-        with torch.autocast(device.split(":")[0], dtype=torch.bfloat16, enabled=precision == "bf16"):
+        with autocast(device, precision):
             scores: torch.Tensor = model.score(model.grouped(batch).to(device))
         return scores
 

@@ -172,13 +172,14 @@ def test_a_training_that_is_killed_goes_on(folder: Path, tmp_path: Path, launch_
     assert evaluate_run(run_dir, with_baselines=False)["rec"]["num_events"] > 0
 
 
-def test_answers_are_those_of_the_cpu(prepared: Path, tmp_path: Path) -> None:
-    run_dir = make_run(tmp_path, prepared)
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("bf16", 0.02)])
+def test_answers_are_those_of_the_cpu(prepared: Path, tmp_path: Path, precision: str, tolerance: float) -> None:
+    run_dir = make_run(tmp_path, prepared, f"run.precision={precision}")
     on_cpu, on_gpu = (Recommender.from_run(run_dir, device) for device in ("cpu", None))
-    assert on_gpu.scorer.model.tables.cf.device.type == DEVICE
+    assert (on_gpu.scorer.model.tables.cf.device.type, on_gpu.scorer.precision) == (DEVICE, precision)
     for request in ({"task": "rec", "history": HISTORY, "k": 10, "explain": True}, {"task": "src", "history": HISTORY, "query": "red lamp", "k": 5}):
         one, other = on_gpu.recommend(request), on_cpu.recommend(request)
-        assert one["scores"] == pytest.approx(other["scores"], abs=1e-4)
+        assert one["scores"] == pytest.approx(other["scores"], abs=tolerance)
 
 
 def test_scoring_over_several_shapes_makes_no_plan_for_each(make: Callable[..., Made], folder: Path) -> None:

@@ -242,7 +242,7 @@ def test_requirements_cover_what_serving_imports() -> None:
 
 
 def test_anonymised_words(prepared_words: Path, tmp_path: Path) -> None:
-    run_dir = make_run(tmp_path, prepared_words)
+    run_dir = make_run(tmp_path, prepared_words, "run.precision=bf16")
     scorer = Scorer.from_run(run_dir)
     vocabulary = scorer.words.vocabulary.tolist()
     request = {
@@ -258,6 +258,7 @@ def test_anonymised_words(prepared_words: Path, tmp_path: Path) -> None:
     register(run_dir, "words")
     version = open_model("models:/words@candidate", f"sqlite:///{run_dir.parent / 'mlflow.db'}")
     assert version.score([request])[0] == pytest.approx(scorer.score(request), abs=1e-5)
+    assert version.scorer.precision == "bf16"  # a GPU would score as it evaluated
     found = version.recommend({"task": "src", "query": vocabulary[:2], "k": 5, "num_candidates": 5, "with_text": True})["items"]
     assert len(found) == 5
     assert all(item["text"] for item in found)

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from data_shards.schema import NO_QUERY, SRC, TASKS, Manifest
 from trainer.batch import Batch, ItemTables
-from trainer.device import default_device
+from trainer.device import autocast, default_device
 from trainer.errors import RequestError, RunError
 from trainer.loading import load_model, load_run_model
 from trainer.model.gensr import GenSR
@@ -63,10 +63,16 @@ class ParsedRequest:
 
 
 class Scorer:
-    """A model, its item tables and the original ids. Thread-safe."""
+    """A model, its item tables and the original ids. Thread-safe.
 
-    def __init__(self, model: GenSR, item_ids: Sequence[Any], tokenizer: "Tokenizer", query_format: QueryFormat, words: "Words") -> None:
+    precision: the run's, in which a GPU scores, as it does in `gensr evaluate`. A CPU scores in float32: with bf16 many take longer.
+    """
+
+    def __init__(
+        self, model: GenSR, item_ids: Sequence[Any], tokenizer: "Tokenizer", query_format: QueryFormat, words: "Words", precision: str
+    ) -> None:
         self.model = model
+        self.precision = precision
         self.query_format = query_format
         self.words = words
         self.item_ids = item_ids
@@ -80,16 +86,17 @@ class Scorer:
         model, _, config, manifest = load_run_model(run_dir, device or default_device())
         catalog, form = local_folder(config.data) / "catalog", query_format(manifest)
         item_ids = read_item_ids(catalog / "items.parquet")
-        return cls(model, item_ids, load_fast_tokenizer(Path(run_dir) / "model"), form, read_words(catalog / "words.npy", form))
+        return cls(model, item_ids, load_fast_tokenizer(Path(run_dir) / "model"), form, read_words(catalog / "words.npy", form), config.run.precision)
 
     @classmethod
     def from_artifacts(cls, folder: str | Path, device: str | None = None) -> "Scorer":
         """The same from what a registered version holds: FOLDER/model and FOLDER/items (write_items)."""
         folder = Path(folder)
-        form = QueryFormat(**read_serving_facts(folder / "items")["query_format"])
+        facts = read_serving_facts(folder / "items")
+        form = QueryFormat(**facts["query_format"])
         model = load_model(folder / "model", read_tables(folder / "items"), device or default_device())
-        item_ids = read_item_ids(folder / "items" / "items.parquet")
-        return cls(model, item_ids, load_fast_tokenizer(folder / "model"), form, read_words(folder / "items" / "words.npy", form))
+        item_ids, words = read_item_ids(folder / "items" / "items.parquet"), read_words(folder / "items" / "words.npy", form)
+        return cls(model, item_ids, load_fast_tokenizer(folder / "model"), form, words, facts.get("precision", "fp32"))
 
     def score(self, request: Mapping[str, Any]) -> list[float]:
         """P("Yes") of each candidate, in the order given. Raises RequestError."""
@@ -177,7 +184,9 @@ class Scorer:
         requests = [parsed[number] for number, _ in units]
         batch = self._batch(requests, [candidates for _, candidates in units])
         with self._asking([request.query for request in requests if request.query is not None]):
-            rows: list[list[float]] = self.model.score(self.model.grouped(batch).to(self._device)).sigmoid().tolist()
+            with autocast(self._device, self.precision if self._device.type == "cuda" else "fp32"):
+                scores_BC = self.model.score(self.model.grouped(batch).to(self._device))
+            rows: list[list[float]] = scores_BC.sigmoid().tolist()
         return rows
 
     def filter_weights(self, parsed: ParsedRequest) -> dict[str, list[list[float]]]:
@@ -261,13 +270,13 @@ def load_fast_tokenizer(model_dir: Path) -> "Tokenizer":
 
 def write_items(folder: Path, scorer: Scorer, items: pa.Table, facts: Mapping[str, Any]) -> None:
     """What a registered version needs of the prepared folder: item tables (without the cross-fitting folds), original ids and texts (the columns item_id
-    and text of `items`), how to read queries. `facts` are kept beside them in serving.json."""
+    and text of `items`), how to read queries, the precision. `facts` are kept beside them in serving.json."""
     folder.mkdir(parents=True)
     save_file({name: getattr(scorer.model.tables, name).contiguous().cpu() for name in TABLE_NAMES}, folder / "tables.safetensors")
     pq.write_table(items.select(["item_id", "text"]), folder / "items.parquet")
     if scorer.query_format.mode == "words":
         np.save(folder / "words.npy", scorer.words.vocabulary)
-    document = {**facts, "query_format": dataclasses.asdict(scorer.query_format)}
+    document = {**facts, "precision": scorer.precision, "query_format": dataclasses.asdict(scorer.query_format)}
     (folder / "serving.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
