@@ -76,12 +76,16 @@ def retried(what: str, read: Callable[[], T]) -> T:
 
 
 def read_pieces(url: str) -> Iterator[bytes]:
-    """The content of a URL. Raises EOFError when it cannot be opened or its command fails, also at the end."""
+    """The content of a URL. Raises EOFError when it cannot be opened or its command fails, also at the end; EnvironmentProblem without its command."""
     import webdataset as wds
 
     try:
         with wds.gopen(url, "rb") as stream:
             yield from pieces(stream)
+    except FileNotFoundError as error:
+        if is_url(url):
+            raise EnvironmentProblem(f"{url}: is read by the program {error.filename}, which is not installed here.") from error
+        raise EOFError(str(error)) from error
     except OSError as error:
         raise EOFError(str(error)) from error
 

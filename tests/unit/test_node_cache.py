@@ -63,6 +63,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def url(folder: Path) -> Iterator[str]:
+    if not shutil.which("curl"):
+        pytest.skip("curl is not installed (Debian's package curl): webdataset reads http with it")
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(folder)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
@@ -76,6 +78,12 @@ def events(folder: Path, config: DataConfig, batches: int = 9) -> list[list[int]
 
 def asked_shards() -> list[str]:
     return [path for path in Handler.asked if "/shards/train" in path]
+
+
+def test_a_missing_program_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(EnvironmentProblem, match=r"https://host/data/manifest\.json: is read by the program curl, which is not installed"):
+        local_folder(DataConfig(dir="https://host/data"))
 
 
 @pytest.mark.parametrize("keep", [False, True], ids=["streamed", "kept"])
