@@ -16,6 +16,7 @@ import faiss
 import numpy as np
 import psutil
 
+from trainer.memory import peak_memory_bytes
 from trainer.serving.retrieval import CHUNK_ITEMS, Index, build_index, plan_index, recall, union, unit
 
 CENTRES, NOISE = 2000, 1.25  # clustered: the noise around a centre is this much longer than the centre
@@ -53,11 +54,6 @@ def timed(ask: Callable[[np.ndarray], Any], queries: np.ndarray) -> dict[str, fl
     return {f"{name}_p{p}_ms": round(float(np.percentile(values, p)), 2) for name, values in figures.items() for p in (50, 95)}
 
 
-def peak_bytes() -> int:
-    with open("/proc/self/status", encoding="utf-8") as file:
-        return int(next(line.split()[1] for line in file if line.startswith("VmHWM"))) * 1024
-
-
 def build(table: np.ndarray, options: argparse.Namespace) -> tuple[Index, dict[str, Any]]:
     plan = plan_index(options.items, options.width)
     print(plan.line(options.kind, options.items, options.width), file=sys.stderr, flush=True)
@@ -65,7 +61,7 @@ def build(table: np.ndarray, options: argparse.Namespace) -> tuple[Index, dict[s
     index = build_index(lambda rows: table[rows], options.items, options.width)
     assert index is not None
     seconds = {"build_wall_s": round(time.perf_counter() - started, 1), "build_cpu_s": round(time.process_time() - started_cpu, 1)}
-    memory = {"rss_bytes": psutil.Process().memory_info().rss - before, "peak_bytes": peak_bytes() - before}
+    memory = {"rss_bytes": psutil.Process().memory_info().rss - before, "peak_bytes": peak_memory_bytes() - before}
     return index, {**index.facts, "planned_bytes": plan.num_bytes, "planned_build_bytes": plan.build_bytes, **memory, **seconds}
 
 
