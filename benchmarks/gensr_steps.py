@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,14 +91,17 @@ class PromptLengths:
 
     def __init__(self, model: GenSR) -> None:
         self.tokens = self.prompts = 0
-        self._answer_logits = model.backbone.answer_logits
-        model.backbone.answer_logits = self._counted  # type: ignore[method-assign]
+        self._answer_groups, self._shared_first = model.backbone.answer_groups, model.backbone.shared_first
+        model.backbone.answer_groups = self._counted  # type: ignore[method-assign]
 
-    def _counted(self, prompt: Prompt, answers: Tensor) -> Tensor:
-        events, candidates, own = prompt.own_BCSD.shape[:3]
-        self.prompts += events * candidates
-        self.tokens += events * candidates * (own + prompt.shared_BPD.shape[1])
-        return self._answer_logits(prompt, answers)
+    def _counted(self, prompts: Sequence[Prompt], answers: Tensor, in_one_pass: bool) -> list[Tensor]:
+        rows = [prompt.own_BCSD.shape[:2].numel() for prompt in prompts]
+        lengths = [prompt.own_BCSD.shape[2] + prompt.shared_BPD.shape[1] for prompt in prompts]
+        if in_one_pass and not self._shared_first:
+            lengths = [max(lengths)] * len(lengths)
+        self.prompts += sum(rows)
+        self.tokens += sum(row * length for row, length in zip(rows, lengths, strict=True))
+        return self._answer_groups(prompts, answers, in_one_pass)
 
     def mean(self) -> float:
         return self.tokens / self.prompts

@@ -23,11 +23,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from benchmarks.gensr_steps import autocast
 from benchmarks.measuring import open_folder
 from trainer.bench.data import commit
 from trainer.costs import GB, H200_FLOPS
 from trainer.data import EvalStream, TrainStream
+from trainer.device import autocast
 from trainer.loading import build_model
 from trainer.model import dropout, grouping, norm, t5_layers
 
@@ -141,6 +141,7 @@ def as_on_a_gpu(kernels: Kernels) -> Iterator[None]:
             (t5_layers, "dropout", one_kernel_dropout),
             (dropout, "dropout", one_kernel_dropout),
             (grouping, "PROMPTS_A_GROUP_ON_CPU", grouping.PROMPTS_A_GROUP),
+            (grouping, "ONE_PASS_TOKENS_ON_CPU", grouping.ONE_PASS_TOKENS),
         ):
             patches.enter_context(mock.patch.object(where, name, new))
         yield

@@ -19,6 +19,7 @@ from trainer.data import EvalStream
 from trainer.loading import build_model, load_tokenizer
 from trainer.model.backbone import Prompt
 from trainer.model.gensr import GenSR
+from trainer.model.grouping import in_one_pass
 from trainer.model.history import HistoryEncoder, SoftFilter
 from trainer.model.losses import answer_loss, contrastive_loss
 
@@ -249,6 +250,37 @@ def test_groups_by_query_length_leave_less_padding_and_the_same_scores(folder: P
     monkeypatch.setattr("trainer.model.grouping.PROMPTS_A_GROUP_ON_CPU", 1)
     torch.testing.assert_close(scores(model, few), whole, rtol=0, atol=2e-5)
     assert 1 + 1 < len(padding) <= 1 + 4 and sum(padding) < padded / 4, (padding, padded)
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_groups_in_one_pass_have_the_same_scores_and_gradients(folder: Path, backbone: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a GPU answers small batches: rows of all groups in one call of an encoder-decoder's layers, padded to the longest prompt."""
+    model, batch, _ = make(folder, "extended", f"model.backbone={backbone}", "model.dropout=0")
+    few = batch.with_candidates(batch.candidates[:, :3], batch.labels[:, :3])
+    monkeypatch.setattr("trainer.model.grouping.PROMPTS_A_GROUP_ON_CPU", 1)
+    rows: list[int] = []
+    model.backbone.stacks[0].register_forward_pre_hook(lambda *arguments: rows.append(len(arguments[-1]["inputs_embeds"])), with_kwargs=True)
+
+    def answered() -> tuple[Tensor, list[Tensor]]:
+        rows.clear()
+        model.zero_grad()
+        scores_BC = model.score(few)
+        scores_BC.square().sum().backward()
+        return scores_BC.detach(), [parameter.grad.to_dense() for parameter in model.parameters() if parameter.grad is not None]
+
+    apart, gradients = answered()
+    assert len(rows) > 1
+    monkeypatch.setattr("trainer.model.grouping.ONE_PASS_TOKENS_ON_CPU", 1_000_000)
+    together, others = answered()
+    assert rows == [few.candidates.numel()] or model.backbone.shared_first
+    torch.testing.assert_close(together, apart, rtol=0, atol=2e-5)
+    torch.testing.assert_close(others, gradients, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize(("num_prompts", "on_cpu", "expected"), [(100, False, True), (101, False, False), (1, True, False)])
+def test_one_pass_is_for_few_tokens_on_a_gpu(num_prompts: int, on_cpu: bool, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.model.grouping.ONE_PASS_TOKENS", 1000)
+    assert in_one_pass(num_prompts, 10, on_cpu) is expected
 
 
 @pytest.mark.parametrize("backbone", ["scratch:nano", "scratch:llama_nano"])

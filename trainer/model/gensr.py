@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from data_shards.schema import SRC
 from trainer.batch import Batch, Group, ItemTables, rows_of
 from trainer.model.backbone import Backbone, Prompt
-from trainer.model.grouping import group_events
+from trainer.model.grouping import group_events, in_one_pass
 from trainer.model.history import HistoryEncoder, SoftFilter
 from trainer.model.losses import Gather, answer_loss, contrastive_loss, listwise_loss
 from trainer.model.prompt import Template
@@ -92,6 +92,7 @@ class GenSR(nn.Module):
             self.match_sem = match_projection(width, width)
             self.match_query = match_projection(width, width)
             self.no_query = nn.Parameter(torch.zeros(width))
+        self.template_length = max(len(template.token_ids) for template in templates.values())
         self._constant("answer_tokens", answers)
         for task, template in templates.items():
             self._constant(f"template_{task}", template.token_ids)
@@ -216,11 +217,15 @@ class GenSR(nn.Module):
             slots += [self.match_cf(f_c_BCK * cand_cf_BCK), self.match_sem(f_s_BCD * cand_sem_BCD), match_query]
         slots_BCXD = torch.stack(slots, 2)
         scores_BC = slots_BCXD.new_zeros(slots_BCXD.shape[:2], dtype=torch.float32)
-        for group in self.grouped(batch).groups or ():
+        groups = self.grouped(batch).groups or ()
+        prompts = []
+        for group in groups:
             slots_GCXD, query_GQD, mask_GQ = (part_B.index_select(0, group.rows) for part_B in (slots_BCXD, query_BQD, query_mask_BQ))
-            prompt = self.fill_prompt(group, slots_GCXD, query_GQD, mask_GQ)
-            logits_BCA = self.backbone.answer_logits(prompt, self.get_buffer("answer_tokens"))
-            scores_BC = scores_BC.index_add(0, group.rows, (logits_BCA[..., 0] - logits_BCA[..., 1]) * group.counts)
+            prompts.append(self.fill_prompt(group, slots_GCXD, query_GQD, mask_GQ))
+        one_pass = in_one_pass(batch.candidates.numel(), self.template_length, on_cpu=scores_BC.device.type == "cpu")
+        answered = self.backbone.answer_groups(prompts, self.get_buffer("answer_tokens"), one_pass)
+        for group, logits_GCA in zip(groups, answered, strict=True):
+            scores_BC = scores_BC.index_add(0, group.rows, (logits_GCA[..., 0] - logits_GCA[..., 1]) * group.counts)
         return scores_BC, f_c_BCD, f_s_BCD
 
     def fill_prompt(self, group: Group, slots_BCXD: Tensor, query_BQD: Tensor, query_mask_BQ: Tensor) -> Prompt:

@@ -1,4 +1,5 @@
 """Which events of a batch the backbone answers together: those of one task and, among searches, with queries of like length, to compute little padding.
+Where few tokens keep a GPU waiting for launches, an encoder-decoder answers all groups in one pass, padded to the longest prompt.
 
 Decided on the CPU, before the batch moves to its device: reading lengths from a GPU would make every step wait for it.
 """
@@ -15,6 +16,13 @@ LENGTH_GROUPS = 4
 # the compact prompt, 5 candidates and half searches, padding is then on a CPU 4.4 % of the tokens at 32 events a batch and 2 % from 64 on. The GPU's
 # number is calculated (benchmarks/roofline.py): from there on kernels take longer than their launches.
 PROMPTS_A_GROUP_ON_CPU, PROMPTS_A_GROUP = 40, 320
+# So many tokens at most are one pass: below, a pass of flan-t5-base takes longer to launch than to compute (benchmarks/roofline.py). A CPU launches at once.
+ONE_PASS_TOKENS_ON_CPU, ONE_PASS_TOKENS = 0, 8192
+
+
+def in_one_pass(num_prompts: int, template_length: int, on_cpu: bool) -> bool:
+    """From the size of a batch alone, so that all ranks decide alike. template_length: tokens of the longest template, without query."""
+    return num_prompts * template_length <= (ONE_PASS_TOKENS_ON_CPU if on_cpu else ONE_PASS_TOKENS)
 
 
 def group_events(task_B: Tensor, query_length_B: Tensor, num_candidates: int, on_cpu: bool, same_calls: bool) -> tuple[Group, ...]:
