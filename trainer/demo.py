@@ -160,8 +160,7 @@ def launch(processes: int, arguments: Sequence[str], quiet: bool = False) -> Non
     config_file = ds_configs.path("accelerate_cpu_2.yaml" if on_cpu else "accelerate_gpu_8.yaml")
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config_file)]
     command += ["--num_processes", str(processes), "--main_process_port", str(free_port()), "-m", "trainer", *arguments]
-    binaries = str(Path(sys.executable).parent)  # ninja, which DeepSpeed calls, lies beside the interpreter
-    environment = {**os.environ, "PATH": os.pathsep.join([binaries, os.environ.get("PATH", "")])}
+    environment = dict(os.environ)
     environment.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // processes)))  # else the launcher warns and takes 1
     environment.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")  # torch's and DeepSpeed's, about each other
     if on_cpu:

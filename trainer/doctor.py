@@ -131,15 +131,15 @@ def check_compiler() -> list[Check]:
 def check_ninja() -> list[Check]:
     found = shutil.which("ninja")
     if found:
-        return [Check("ninja on PATH", "OK", f"{_first_line([found, '--version'])} at {found}")]
-    folder = Path(sys.executable).parent
-    if (folder / "ninja").is_file():
-        return [
-            Check(
-                "ninja on PATH", "WARN", f"installed in {folder}, which is not on PATH: DeepSpeed will not find it", f'export PATH="{folder}:$PATH"'
-            )
-        ]
-    return [Check("ninja on PATH", "MISS", "not on PATH: DeepSpeed cannot compile", f"{sys.executable} -m pip install ninja")]
+        return [Check("ninja program", "OK", f"{_first_line([found, '--version'])} at {found}")]
+    beside = Path(sys.executable).parent / "ninja"  # where gensr finds it, too
+    if beside.is_file():
+        return [Check("ninja program", "OK", f"{_first_line([str(beside), '--version'])} at {beside}")]
+    return [
+        Check(
+            "ninja program", "MISS", "neither on PATH nor beside the interpreter: DeepSpeed cannot compile", f"{sys.executable} -m pip install ninja"
+        )
+    ]
 
 
 def check_processor() -> list[Check]:

@@ -4,11 +4,9 @@ The same `train()` runs under `gensr train` (one process), `accelerate launch` (
 with which JSON, comes from the launcher; every number in that JSON that the run owns is "auto" and filled in here.
 """
 
-import contextlib
 import copy
 import json
 import os
-import time
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import ds_configs
+from trainer import compiling
 from trainer.config import Config
 from trainer.device import forced_cpu
 from trainer.errors import ConfigError, EnvironmentProblem
@@ -24,8 +23,6 @@ from trainer.memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-STALE_LOCK_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -157,16 +154,15 @@ def make_accelerator(config: Config, launch: Launch, grad_accum_steps: int) -> "
 
     group = InitProcessGroupKwargs(timeout=timedelta(seconds=config.run.timeout_s), backend="gloo" if on_cpu and launch.launched else None)
     if use_deepspeed:
-        from torch.utils.cpp_extension import get_default_build_root
-
         _refuse_launcher_precision(config)
         _require_deepspeed()
-        free_compiler_locks(Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()))
         document = filled_deepspeed_config(read_deepspeed_json(launch.deepspeed_file), config, grad_accum_steps, launch.deepspeed_file)
         plugin = DeepSpeedPlugin(hf_ds_config=document, zero3_init_flag=False)
-        accelerator = Accelerator(
-            deepspeed_plugin=plugin, gradient_accumulation_steps=grad_accum_steps, mixed_precision="no", kwargs_handlers=[group]
-        )
+        compiling.get_ready()
+        with compiling.explained():
+            accelerator = Accelerator(
+                deepspeed_plugin=plugin, gradient_accumulation_steps=grad_accum_steps, mixed_precision="no", kwargs_handlers=[group]
+            )
         # The model is built whole on every rank and partitioned by DeepSpeed afterwards: transformers must not partition while building.
         from transformers.integrations import unset_hf_deepspeed_config
 
@@ -203,31 +199,6 @@ def _require_deepspeed() -> None:
         raise EnvironmentProblem(
             f"The launcher asks for DeepSpeed, which cannot be imported ({error}). Install it (pip install deepspeed), or launch without it."
         ) from error
-
-
-def free_compiler_locks(folder: Path, stale_s: float = STALE_LOCK_S) -> None:
-    """torch compiles and loads DeepSpeed's helpers under a lock file; one that a killed process left makes every later run wait for ever.
-
-    Removes those in `folder` that no process here holds open and that are older than `stale_s`, after waiting for that. (Nodes that share `folder` cannot see
-    each other's processes: give each its own TORCH_EXTENSIONS_DIR, as slurm/ does.)
-    """
-    for lock in [*folder.glob("*/lock"), *folder.glob("*/*/lock")]:
-        with contextlib.suppress(OSError):  # gone, or another user's
-            while not _is_open_somewhere(lock):
-                if time.time() - lock.stat().st_mtime > stale_s:
-                    lock.unlink()
-                time.sleep(min(1.0, stale_s))
-
-
-def _is_open_somewhere(path: Path) -> bool:
-    """Whether a process of this machine that we may look into has the file open. Raises FileNotFoundError."""
-    wanted = path.stat()
-    for opened in Path("/proc").glob("[0-9]*/fd/*"):
-        with contextlib.suppress(OSError):
-            found = opened.stat()
-            if (found.st_dev, found.st_ino) == (wanted.st_dev, wanted.st_ino):
-                return True
-    return False
 
 
 def _quiet_libraries() -> None:

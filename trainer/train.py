@@ -18,7 +18,7 @@ from torch import nn
 
 from data_shards.hashing import derive_seed
 from data_shards.schema import Manifest, read_manifest
-from trainer import checkpoint, elastic, plan, report, runfolder
+from trainer import checkpoint, compiling, elastic, plan, report, runfolder
 from trainer.batch import Batch
 from trainer.catalog import load_tables
 from trainer.cf.table_file import CfTable, cf_path, load_cf
@@ -187,7 +187,8 @@ def prepared(accelerator: Any, module: Any, config: Config, identity: dict[str, 
     other_layout = found is not None and elastic.is_another_layout(found, identity)
     if other_layout:
         elastic.expect(accelerator, identity)
-    model, optimizer = accelerator.prepare(module, optimizer)
+    with compiling.explained():
+        model, optimizer = accelerator.prepare(module, optimizer)
     dropout_seed = derive_seed(config.run.seed, 41, accelerator.process_index)  # another one on every rank
     set_seed(dropout_seed % 2**32)
     if found is None:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from trainer.launch import free_compiler_locks
 from trainer.stopping import EXIT_FORCED
 
 ROOT = Path(__file__).parents[2]
@@ -57,14 +56,3 @@ def test_no_sign_of_life_ends_what_hangs() -> None:
     process = hanging(1)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == EXIT_FORCED and "last words: no step for" in out
-
-
-def test_a_compilers_lock_that_nobody_holds_is_removed(tmp_path: Path) -> None:
-    """torch's FileBaton: a file made with O_EXCL and held open; a killed process leaves it, and everyone waits."""
-    left, held = tmp_path / "py311_cpu" / "one" / "lock", tmp_path / "two" / "lock"
-    for lock in (left, held):
-        lock.parent.mkdir(parents=True)
-        lock.touch()
-    with held.open():
-        free_compiler_locks(tmp_path, stale_s=0.1)
-        assert held.exists() and not left.exists()

@@ -1,0 +1,56 @@
+"""Before DeepSpeed compiles: ninja is found, locks of killed processes go; what is missing is said without a traceback."""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from trainer.compiling import explained, find_ninja, free_locks
+from trainer.errors import EnvironmentProblem
+
+
+def test_a_compilers_lock_that_nobody_holds_is_removed(tmp_path: Path) -> None:
+    """torch's FileBaton: a file made with O_EXCL and held open; a killed process leaves it, and everyone waits."""
+    left, held = tmp_path / "py311_cpu" / "one" / "lock", tmp_path / "two" / "lock"
+    for lock in (left, held):
+        lock.parent.mkdir(parents=True)
+        lock.touch()
+    with held.open():
+        free_locks(tmp_path, stale_s=0.1)
+        assert held.exists() and not left.exists()
+
+
+def test_ninja_beside_the_interpreter_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in .venv/bin/accelerate launch, where nobody activated .venv."""
+    ninja = tmp_path / "ninja"
+    ninja.write_text("#!/bin/sh\n")
+    ninja.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setenv("PATH", "/nowhere")
+    find_ninja()
+    assert shutil.which("ninja") == str(ninja)
+    before = os.environ["PATH"]
+    find_ninja()
+    assert os.environ["PATH"] == before
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        (
+            "Error building extension 'deepspeed_shm_comm': [1/3] c++ …\nx.h:1:10: fatal error: Python.h: No such file or directory\n",
+            "Python.h: No such file",
+        ),
+        ("Unable to JIT load the deepspeed_shm_comm op due to ninja not being installed.", "ninja not being installed"),
+    ],
+)
+def test_what_cannot_be_compiled_is_said(message: str, said: str) -> None:
+    with pytest.raises(EnvironmentProblem, match=rf"cannot compile.*{said}.*gensr doctor"), explained():
+        raise RuntimeError(message)
+
+
+def test_other_errors_stay_what_they_are() -> None:
+    with pytest.raises(RuntimeError, match="shape"), explained():
+        raise RuntimeError("shape mismatch")
