@@ -30,12 +30,12 @@ def find_ninja() -> None:
 
 @contextlib.contextmanager
 def explained() -> Iterator[None]:
-    """Raises EnvironmentProblem where torch says that something could not be compiled."""
+    """Raises EnvironmentProblem where torch says that something could not be compiled, or not by the process that this one waited for."""
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, ImportError) as error:
         text = str(error)
-        if "ninja" not in text.lower() and "building extension" not in text:
+        if not any(sign in text for sign in ("ninja", "Ninja", "building extension", ".so: cannot open")):
             raise
         reason = next((line.strip() for line in text.splitlines() if "error:" in line), text.splitlines()[0])
         raise EnvironmentProblem(

@@ -36,19 +36,21 @@ def test_ninja_beside_the_interpreter_is_found(tmp_path: Path, monkeypatch: pyte
     assert os.environ["PATH"] == before
 
 
+NO_HEADERS = "Error building extension 'deepspeed_shm_comm': [1/3] c++ …\nx.h:1:10: fatal error: Python.h: No such file or directory\n"
+
+
 @pytest.mark.parametrize(
-    ("message", "said"),
+    ("error", "said"),
     [
-        (
-            "Error building extension 'deepspeed_shm_comm': [1/3] c++ …\nx.h:1:10: fatal error: Python.h: No such file or directory\n",
-            "Python.h: No such file",
-        ),
-        ("Unable to JIT load the deepspeed_shm_comm op due to ninja not being installed.", "ninja not being installed"),
+        (RuntimeError(NO_HEADERS), "Python.h: No such file"),
+        (RuntimeError("Unable to JIT load the deepspeed_shm_comm op due to ninja not being installed."), "ninja not being installed"),
+        (ImportError("/x/deepspeed_shm_comm.so: cannot open shared object file: No such file or directory"), "cannot open shared object"),
     ],
+    ids=["no headers", "no ninja", "another process did not"],
 )
-def test_what_cannot_be_compiled_is_said(message: str, said: str) -> None:
+def test_what_cannot_be_compiled_is_said(error: Exception, said: str) -> None:
     with pytest.raises(EnvironmentProblem, match=rf"cannot compile.*{said}.*gensr doctor"), explained():
-        raise RuntimeError(message)
+        raise error
 
 
 def test_other_errors_stay_what_they_are() -> None:
