@@ -4,12 +4,12 @@ import contextlib
 import itertools
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import nn
 
 from benchmarks.measuring import Meter, open_folder, scored_events
 from trainer.batch import Batch
@@ -19,7 +19,6 @@ from trainer.data import TrainStream, prefetched
 from trainer.device import autocast, has_gpu
 from trainer.loading import build_model
 from trainer.memory import keep_freed_memory
-from trainer.model.backbone import Prompt
 from trainer.model.gensr import GenSR
 from trainer.optimizer import make_optimizer
 from trainer.plan import size_of
@@ -87,21 +86,16 @@ def stream(request: dict[str, Any], manifest: Any, config: Any) -> Iterator[Batc
 
 
 class PromptLengths:
-    """Mean length of the prompts that a model's backbone is given, padding included."""
+    """Mean length of the prompts that an encoder-decoder's encoder reads, padding included."""
 
     def __init__(self, model: GenSR) -> None:
         self.tokens = self.prompts = 0
-        self._answer_groups, self._shared_first = model.backbone.answer_groups, model.backbone.shared_first
-        model.backbone.answer_groups = self._counted  # type: ignore[method-assign]
+        model.backbone.stacks[0].register_forward_pre_hook(self._count, with_kwargs=True)
 
-    def _counted(self, prompts: Sequence[Prompt], answers: Tensor, in_one_pass: bool) -> list[Tensor]:
-        rows = [prompt.own_BCSD.shape[:2].numel() for prompt in prompts]
-        lengths = [prompt.own_BCSD.shape[2] + prompt.shared_BPD.shape[1] for prompt in prompts]
-        if in_one_pass and not self._shared_first:
-            lengths = [max(lengths)] * len(lengths)
-        self.prompts += sum(rows)
-        self.tokens += sum(row * length for row, length in zip(rows, lengths, strict=True))
-        return self._answer_groups(prompts, answers, in_one_pass)
+    def _count(self, encoder: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        num_prompts, length = named["inputs_embeds"].shape[:2]
+        self.prompts += num_prompts
+        self.tokens += num_prompts * length
 
     def mean(self) -> float:
         return self.tokens / self.prompts

@@ -17,15 +17,19 @@ def get_ready() -> None:
     """Before anything is compiled."""
     from torch.utils.cpp_extension import get_default_build_root
 
-    find_ninja()
+    put_ninja_on_path()
     free_locks(Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()))
 
 
-def find_ninja() -> None:
-    """pip puts it beside the interpreter, which is not on PATH where the environment was not activated (.venv/bin/accelerate launch …)."""
-    beside = Path(sys.executable).parent
-    if shutil.which("ninja") is None and (beside / "ninja").is_file():
-        os.environ["PATH"] = os.pathsep.join([str(beside), os.environ.get("PATH", "")])
+def find_ninja() -> str | None:
+    """The program's path. pip puts it beside the interpreter, which is not on PATH where the environment was not activated (.venv/bin/accelerate launch …)."""
+    return shutil.which("ninja") or shutil.which("ninja", path=str(Path(sys.executable).parent))
+
+
+def put_ninja_on_path() -> None:
+    """torch looks for it there only."""
+    if shutil.which("ninja") is None and (found := find_ninja()):
+        os.environ["PATH"] = os.pathsep.join([str(Path(found).parent), os.environ.get("PATH", "")])
 
 
 @contextlib.contextmanager

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from trainer.compiling import find_ninja
+
 if TYPE_CHECKING:
     from packaging.specifiers import SpecifierSet
 
@@ -129,12 +131,8 @@ def check_compiler() -> list[Check]:
 
 
 def check_ninja() -> list[Check]:
-    found = shutil.which("ninja")
-    if found:
+    if found := find_ninja():
         return [Check("ninja program", "OK", f"{_first_line([found, '--version'])} at {found}")]
-    beside = Path(sys.executable).parent / "ninja"  # where gensr finds it, too
-    if beside.is_file():
-        return [Check("ninja program", "OK", f"{_first_line([str(beside), '--version'])} at {beside}")]
     return [
         Check(
             "ninja program", "MISS", "neither on PATH nor beside the interpreter: DeepSpeed cannot compile", f"{sys.executable} -m pip install ninja"

@@ -82,11 +82,9 @@ def read_pieces(url: str) -> Iterator[bytes]:
     try:
         with wds.gopen(url, "rb") as stream:
             yield from pieces(stream)
-    except FileNotFoundError as error:
-        if is_url(url):
-            raise EnvironmentProblem(f"{url}: is read by the program {error.filename}, which is not installed here.") from error
-        raise EOFError(str(error)) from error
     except OSError as error:
+        if isinstance(error, FileNotFoundError) and is_url(url):
+            raise EnvironmentProblem(f"{url}: is read by the program {error.filename}, which is not installed here.") from error
         raise EOFError(str(error)) from error
 
 

@@ -78,7 +78,6 @@ def launch_by_fork(folder: Path, run_dir: Path, port: int) -> None:
         if pid == 0:
             numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
             deepspeed = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": "zero2.json"}
-            os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # ninja
             os.environ.update({**{name: str(number) for name, number in numbers.items()}, "MASTER_ADDR": "127.0.0.1", **deepspeed})
             os._exit(rank_main(folder, run_dir))
         ranks.append(pid)
@@ -108,7 +107,7 @@ def start(folder: Path, run_dir: Path) -> subprocess.Popen[bytes]:
     config = str(ds_configs.path("accelerate_cpu_2.yaml"))
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--main_process_port", "0"]
     command = [*launcher, "-m", "trainer", "train", str(folder / "run.yaml"), f"run.dir={run_dir}", "--resume", "auto"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     with (folder / f"{run_dir.name}.log").open("ab") as log:
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env, cwd=ROOT, start_new_session=True)
 

@@ -27,7 +27,7 @@ def launch(folder: Path, num_processes: int, scenarios: list[dict[str, Any]], ti
     whole = [{**s, "deepspeed": str(folder / ZERO3)} if s.get("deepspeed") == ZERO3 else s for s in scenarios]
     (folder / "scenarios.json").write_text(json.dumps(whole))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [*launcher, str(Path(__file__).with_name("worker.py")), str(folder)]
     with (folder / "launch.log").open("w") as log:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env, start_new_session=True)

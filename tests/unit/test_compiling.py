@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.compiling import explained, find_ninja, free_locks
+from trainer.compiling import explained, free_locks, put_ninja_on_path
 from trainer.errors import EnvironmentProblem
 
 
@@ -29,10 +29,10 @@ def test_ninja_beside_the_interpreter_is_found(tmp_path: Path, monkeypatch: pyte
     ninja.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     monkeypatch.setenv("PATH", "/nowhere")
-    find_ninja()
+    put_ninja_on_path()
     assert shutil.which("ninja") == str(ninja)
     before = os.environ["PATH"]
-    find_ninja()
+    put_ninja_on_path()
     assert os.environ["PATH"] == before
 
 

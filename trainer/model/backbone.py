@@ -4,7 +4,7 @@ A prompt has a part of its own for every candidate and a part that an event's ca
 its padding shifts no position; decoders read it (task text and query) first, so that its keys and values are computed once an event.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -90,8 +90,8 @@ class Backbone(nn.Module):
         """Logits of the answer tokens [A] after each prompt → [B, C, A] float32."""
         raise NotImplementedError
 
-    def answer_groups(self, prompts: Sequence[Prompt], answers: Tensor, in_one_pass: bool) -> list[Tensor]:
-        """answer_logits() of each; in_one_pass: the layers may be called once for all of them."""
+    def answer_groups(self, prompts: Iterable[Prompt], answers: Tensor, in_one_pass: bool) -> list[Tensor]:
+        """answer_logits() of each, asked for one by one: all of them are large. in_one_pass: the layers may be called once for all of them."""
         return [self.answer_logits(prompt, answers) for prompt in prompts]
 
     def answer_rows(self, hidden_MD: Tensor, answers: Tensor) -> Tensor:

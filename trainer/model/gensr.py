@@ -147,9 +147,13 @@ class GenSR(nn.Module):
             return batch
         query = batch.query.cpu()
         lengths = torch.where(query >= 0, self.tables.query_lengths[query.clamp(min=0)], 0)
-        on_cpu = self.tables.cf.device.type == "cpu"
-        groups = group_events(batch.task.cpu(), lengths, batch.candidates.shape[1], on_cpu, self.same_calls_every_step)
+        groups = group_events(batch.task.cpu(), lengths, batch.candidates.shape[1], self._on_cpu, self.same_calls_every_step)
         return replace(batch, groups=tuple(replace(group, rows=group.rows.to(batch.query.device)) for group in groups))
+
+    @property
+    def _on_cpu(self) -> bool:
+        """Where the model computes; a batch may still be on its way there."""
+        return self.tables.cf.device.type == "cpu"
 
     def encode_history(self, batch: Batch) -> EncodedHistory:
         """Eqs. 3 and 4, once per event."""
@@ -218,11 +222,9 @@ class GenSR(nn.Module):
         slots_BCXD = torch.stack(slots, 2)
         scores_BC = slots_BCXD.new_zeros(slots_BCXD.shape[:2], dtype=torch.float32)
         groups = self.grouped(batch).groups or ()
-        prompts = []
-        for group in groups:
-            slots_GCXD, query_GQD, mask_GQ = (part_B.index_select(0, group.rows) for part_B in (slots_BCXD, query_BQD, query_mask_BQ))
-            prompts.append(self.fill_prompt(group, slots_GCXD, query_GQD, mask_GQ))
-        one_pass = in_one_pass(batch.candidates.numel(), self.template_length, on_cpu=scores_BC.device.type == "cpu")
+        parts = (slots_BCXD, query_BQD, query_mask_BQ)
+        prompts = (self.fill_prompt(group, *(part_B.index_select(0, group.rows) for part_B in parts)) for group in groups)
+        one_pass = in_one_pass(batch.candidates.numel(), self.template_length, self._on_cpu)
         answered = self.backbone.answer_groups(prompts, self.get_buffer("answer_tokens"), one_pass)
         for group, logits_GCA in zip(groups, answered, strict=True):
             scores_BC = scores_BC.index_add(0, group.rows, (logits_GCA[..., 0] - logits_GCA[..., 1]) * group.counts)

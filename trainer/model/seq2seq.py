@@ -1,6 +1,6 @@
 """Encoder-decoders: the prompt goes through the encoder, one decoder position gives the answer."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -23,8 +23,8 @@ class Seq2SeqBackbone(Backbone):
     def answer_logits(self, prompt: Prompt, answers: Tensor) -> Tensor:
         return self._answer(*prompt.whole(shared_first=False), answers).unflatten(0, prompt.own_BCSD.shape[:2])
 
-    def answer_groups(self, prompts: Sequence[Prompt], answers: Tensor, in_one_pass: bool) -> list[Tensor]:
-        if not in_one_pass or len(prompts) == 1:
+    def answer_groups(self, prompts: Iterable[Prompt], answers: Tensor, in_one_pass: bool) -> list[Tensor]:
+        if not in_one_pass or len(prompts := list(prompts)) == 1:
             return super().answer_groups(prompts, answers, in_one_pass)
         wholes = [prompt.whole(shared_first=False) for prompt in prompts]
         logits_MA = self._answer(*padded_to_longest(wholes), answers)

@@ -183,10 +183,9 @@ class Scorer:
     def _score_units(self, parsed: Sequence[ParsedRequest], units: Sequence[tuple[int, list[int]]]) -> list[list[float]]:
         requests = [parsed[number] for number, _ in units]
         batch = self._batch(requests, [candidates for _, candidates in units])
-        with self._asking([request.query for request in requests if request.query is not None]):
-            with autocast(self._device, self.precision if self._device.type == "cuda" else "fp32"):
-                scores_BC = self.model.score(self.model.grouped(batch).to(self._device))
-            rows: list[list[float]] = scores_BC.sigmoid().tolist()
+        precision = self.precision if self._device.type == "cuda" else "fp32"
+        with self._asking([request.query for request in requests if request.query is not None]), autocast(self._device, precision):
+            rows: list[list[float]] = self.model.score(self.model.grouped(batch).to(self._device)).sigmoid().tolist()
         return rows
 
     def filter_weights(self, parsed: ParsedRequest) -> dict[str, list[list[float]]]:
