@@ -1,4 +1,5 @@
-"""How long a checkpoint stops training: written beside it (CheckpointWriter.start) against waiting for the disk (start and finish).
+"""How long a checkpoint stops training: written beside it (CheckpointWriter.start) against waiting for the
+disk (start and finish).
 
     python benchmarks/checkpoint_stall.py FOLDER [--millions 30] [--repeat 3]
 
@@ -14,20 +15,24 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from trainer.checkpoint import Progress
-from trainer.saving import CheckpointWriter
+from trainer.runs.checkpoint import Progress
+from trainer.runs.checkpoint_writer import CheckpointWriter
 
 WIDTH = 1000
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--millions", type=int, default=30, help="parameters")
     parser.add_argument("--repeat", type=int, default=3)
     arguments = parser.parse_args()
     accelerator = Accelerator(cpu=True)
-    module = torch.nn.Sequential(*(torch.nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(arguments.millions)))
+    module = torch.nn.Sequential(
+        *(torch.nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(arguments.millions))
+    )
     model, optimizer = accelerator.prepare(module, torch.optim.AdamW(module.parameters(), fused=True))
     accelerator.backward(model(torch.ones(1, WIDTH)).sum())
     optimizer.step()
@@ -46,7 +51,10 @@ def main() -> None:
     shutil.rmtree(run_dir)
     one, other = statistics.median(beside), statistics.median(waiting)
     size_gb = 12 * arguments.millions / 1000
-    print(f"{size_gb:.2f} GB: {one:.2f} s beside training, {other:.2f} s waiting for the disk, ratio {other / one:.1f}")
+    print(
+        f"{size_gb:.2f} GB: {one:.2f} s beside training, {other:.2f} s waiting for the disk, ratio "
+        f"{other / one:.1f}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""Bytes that training sends between processes, counted, beside those that trainer/costs.py calculates. For every ZeRO stage:
+"""Bytes that training sends between processes, counted, beside those that trainer/training/costs.py
+calculates. For every ZeRO stage:
 
-    python -m torch.distributed.run --standalone --nproc_per_node 2 -m benchmarks.communication PREPARED STAGE [key=value …]
+    python -m torch.distributed.run --standalone --nproc_per_node 2 -m benchmarks.communication PREPARED STAGE
+    [key=value …]
 
-STAGE: none (DDP), 0, 1, 2 or 3. Every collective that starts inside an optimizer step is counted by the bytes a ring algorithm sends for it: whatever the
-network, and however busy the machine. Prints one JSON object.
+STAGE: none (DDP), 0, 1, 2 or 3. Every collective that starts inside an optimizer step is counted by the bytes
+a ring algorithm sends for it: whatever the network, and however busy the machine. Prints one JSON object.
 """
 
 import json
@@ -55,15 +57,20 @@ def main(folder: str, stage: str, overrides: list[str]) -> None:
         document = json.loads(ds_configs.path(f"zero{stage}.json").read_text())
         if stage == "3":  # also partition what is small
             document["zero_optimization"] |= dict.fromkeys(
-                ("stage3_param_persistence_threshold", "stage3_max_live_parameters", "stage3_max_reuse_distance"), 0
+                (
+                    "stage3_param_persistence_threshold",
+                    "stage3_max_live_parameters",
+                    "stage3_max_reuse_distance",
+                ),
+                0,
             )
         path = Path(work) / "deepspeed.json"
         path.write_text(json.dumps(document))
         os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(path)
-    import trainer.train as training
+    import trainer.training.loop as training
     from trainer.config import load_config
-    from trainer.costs import bytes_sent
-    from trainer.plan import size_of
+    from trainer.training.costs import bytes_sent
+    from trainer.training.plan import size_of
 
     one_step = training.one_step
     facts: dict[str, Any] = {}

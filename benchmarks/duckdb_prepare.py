@@ -1,7 +1,9 @@
-"""RAW OUT MEMORY_LIMIT THREADS: the least that a preparation of KuaiSAR must do, in bare duckdb. The measure for `gensr prepare kuaisar`.
+"""RAW OUT MEMORY_LIMIT THREADS: the least that a preparation of KuaiSAR must do, in bare duckdb. The measure
+for `gensr prepare kuaisar`.
 
-Reads both logs, keeps usable clicks once, filters users and items (both tasks, five clicks, until stable), splits by day, sorts by user and time, and
-writes the same events to parquet, one file a split. No catalogue, histories, negatives, shards or checks. Prints the events of each split as JSON.
+Reads both logs, keeps usable clicks once, filters users and items (both tasks, five clicks, until stable),
+splits by day, sorts by user and time, and writes the same events to parquet, one file a split. No catalogue,
+histories, negatives, shards or checks. Prints the events of each split as JSON.
 """
 
 import json
@@ -18,7 +20,10 @@ def prepare(raw: Path, out: Path, memory_limit: str, threads: int) -> dict[str, 
     """Write OUT/{train,valid,test}.parquet; returns the number of events of each."""
     out.mkdir(parents=True, exist_ok=True)
     con = duckdb.connect(str(out / "work.duckdb"))
-    con.execute(f"SET memory_limit='{memory_limit}'; SET threads={threads}; SET preserve_insertion_order=false; SET temp_directory='{out / 'spill'}'")
+    con.execute(
+        f"SET memory_limit='{memory_limit}'; SET threads={threads}; SET preserve_insertion_order=false; SET "
+        f"temp_directory='{out / 'spill'}'"
+    )
     con.execute(
         f"""CREATE TABLE clicks AS
         SELECT DISTINCT user_id::BIGINT AS user_id, item_id::BIGINT AS item_id, timestamp::BIGINT AS time, 0::TINYINT AS task, NULL::VARCHAR AS query
@@ -39,7 +44,9 @@ def prepare(raw: Path, out: Path, memory_limit: str, threads: int) -> dict[str, 
     days = f"SELECT *, (time + {BEIJING_MS}) // {DAY_MS} AS day, (SELECT (max(time) + {BEIJING_MS}) // {DAY_MS} FROM clicks) AS last FROM clicks"
     for split, rule in SPLITS.items():
         query = f"SELECT * EXCLUDE (day, last) FROM ({days}) WHERE {rule} ORDER BY user_id, time"
-        counts[split] = con.execute(f"COPY ({query}) TO '{out / f'{split}.parquet'}' (FORMAT parquet)").fetchall()[0][0]
+        counts[split] = con.execute(
+            f"COPY ({query}) TO '{out / f'{split}.parquet'}' (FORMAT parquet)"
+        ).fetchall()[0][0]
     con.close()
     (out / "work.duckdb").unlink()
     return counts

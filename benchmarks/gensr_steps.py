@@ -1,4 +1,5 @@
-"""Training steps or scoring as gensr does them, measured. argv: a JSON object (see reference.py), also `trace`: a file for torch's profiler."""
+"""Training steps or scoring as gensr does them, measured. argv: a JSON object (see reference.py), also
+`trace`: a file for torch's profiler."""
 
 import contextlib
 import itertools
@@ -14,14 +15,14 @@ from torch import nn
 from benchmarks.measuring import Meter, open_folder, scored_events
 from trainer.batch import Batch
 from trainer.config import Config
-from trainer.costs import flops_per_event, measured_flops
 from trainer.data import TrainStream, prefetched
-from trainer.device import autocast, has_gpu
-from trainer.loading import build_model
-from trainer.memory import keep_freed_memory
-from trainer.model.gensr import GenSR
-from trainer.optimizer import make_optimizer
-from trainer.plan import size_of
+from trainer.models.gensr.model import GenSR
+from trainer.runs.weights import build_model
+from trainer.runtime.device import autocast, has_gpu
+from trainer.runtime.memory import keep_freed_memory
+from trainer.training.costs import flops_per_event, measured_flops
+from trainer.training.optimizer import make_optimizer
+from trainer.training.plan import size_of
 
 
 def main(request: dict[str, Any]) -> None:
@@ -59,13 +60,26 @@ def main(request: dict[str, Any]) -> None:
     mean_tokens = prompts.mean()
     answer = {**meter.report(), "prompt_tokens": round(mean_tokens, 1), "mfu": None}
     if device == "cuda" and training:
-        flops = flops_per_event(config, size_of(model), mean_tokens * num_candidates) / num_candidates * meter.examples / meter.wall_s
-        answer["mfu"] = round(flops / measured_flops(device=device, dtype=torch.bfloat16 if config.run.precision == "bf16" else torch.float32), 3)
+        flops = (
+            flops_per_event(config, size_of(model), mean_tokens * num_candidates)
+            / num_candidates
+            * meter.examples
+            / meter.wall_s
+        )
+        answer["mfu"] = round(
+            flops
+            / measured_flops(
+                device=device, dtype=torch.bfloat16 if config.run.precision == "bf16" else torch.float32
+            ),
+            3,
+        )
     print(json.dumps(answer))
 
 
-def one_step(model: GenSR, batch: Batch, optimizer: torch.optim.Optimizer, meter: Meter, config: Config) -> None:
-    """As trainer/train.py has it, on one process."""
+def one_step(
+    model: GenSR, batch: Batch, optimizer: torch.optim.Optimizer, meter: Meter, config: Config
+) -> None:
+    """As trainer/training/loop.py has it, on one process."""
     with autocast(batch.candidates.device, config.run.precision):
         loss, _ = model(batch)
     meter.lap("forward")
@@ -106,7 +120,9 @@ def profiler(trace: str) -> Iterator[None]:
     if not trace:
         yield
         return
-    activities = [torch.profiler.ProfilerActivity.CPU] + ([torch.profiler.ProfilerActivity.CUDA] if has_gpu() else [])
+    activities = [torch.profiler.ProfilerActivity.CPU] + (
+        [torch.profiler.ProfilerActivity.CUDA] if has_gpu() else []
+    )
     with torch.profiler.profile(activities=activities) as profile:
         yield
     Path(trace).parent.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,11 @@
-"""[--edges N --users N --items N --steps N --turns N]: one training step of our LightGCN beside torch_geometric's, in turns.
+"""[--edges N --users N --items N --steps N --turns N]: one training step of our LightGCN beside
+torch_geometric's, in turns.
 
 Each turn is a process of its own, on a GPU where there is one.
 
-Same graph, batch, negatives, BPR loss and Adam. Prints a line for each turn and a JSON object: steps per CPU second, seconds per step, peak memory beyond
-the imported libraries and the clicks, and the ratios (torch_geometric / ours).
+Same graph, batch, negatives, BPR loss and Adam. Prints a line for each turn and a JSON object: steps per CPU
+second, seconds per step, peak memory beyond the imported libraries and the clicks, and the ratios
+(torch_geometric / ours).
 """
 
 import argparse
@@ -18,8 +20,8 @@ import numpy as np
 import psutil
 import torch
 
-from trainer.device import default_device, wait_for
-from trainer.memory import keep_freed_memory, peak_memory_bytes
+from trainer.runtime.device import default_device, wait_for
+from trainer.runtime.memory import keep_freed_memory, peak_memory_bytes
 
 DIM, LAYERS, LR, REG = 64, 2, 5e-3, 1e-2
 DEVICE = default_device()
@@ -35,10 +37,13 @@ def random_clicks(num_edges: int, num_users: int, num_items: int) -> tuple[np.nd
 
 
 def our_step(users: np.ndarray, items: np.ndarray, num_users: int, num_items: int) -> Any:
-    from trainer.model.lightgcn import LightGCN, build_graph
+    from trainer.cf.lightgcn import LightGCN, build_graph
 
     keep_freed_memory()  # as gensr cf does
-    graph, model = build_graph(users, items, num_users, num_items).to(DEVICE), LightGCN(num_users, num_items, DIM, LAYERS).to(DEVICE)
+    graph, model = (
+        build_graph(users, items, num_users, num_items).to(DEVICE),
+        LightGCN(num_users, num_items, DIM, LAYERS).to(DEVICE),
+    )
     optimizer = torch.optim.Adam(model.parameters(), lr=LR, fused=True)
 
     def step(user: torch.Tensor, positive: torch.Tensor, negative: torch.Tensor) -> None:
@@ -81,7 +86,12 @@ def measure(which: str, options: argparse.Namespace) -> dict[str, float]:
     for number in range(options.steps + 1):
         chosen = generator.integers(len(users), size=options.batch)
         batch = [
-            torch.from_numpy(values).to(DEVICE) for values in (users[chosen], items[chosen], generator.integers(options.items, size=options.batch))
+            torch.from_numpy(values).to(DEVICE)
+            for values in (
+                users[chosen],
+                items[chosen],
+                generator.integers(options.items, size=options.batch),
+            )
         ]
         wait_for(DEVICE)
         cpu, wall = time.process_time(), time.perf_counter()
@@ -89,14 +99,30 @@ def measure(which: str, options: argparse.Namespace) -> dict[str, float]:
         wait_for(DEVICE)
         if number:
             cpu_s, wall_s = cpu_s + time.process_time() - cpu, wall_s + time.perf_counter() - wall
-    return {"cpu_s_per_step": cpu_s / options.steps, "wall_s_per_step": wall_s / options.steps, "peak_bytes": peak_memory_bytes() - before}
+    return {
+        "cpu_s_per_step": cpu_s / options.steps,
+        "wall_s_per_step": wall_s / options.steps,
+        "peak_bytes": peak_memory_bytes() - before,
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("edges", 1_000_000), ("users", 25_877), ("items", 400_000), ("batch", 65_536), ("steps", 5), ("turns", 2), ("threads", 2)):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name, default in (
+        ("edges", 1_000_000),
+        ("users", 25_877),
+        ("items", 400_000),
+        ("batch", 65_536),
+        ("steps", 5),
+        ("turns", 2),
+        ("threads", 2),
+    ):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--only", choices=STEPS, help="measure one of them in this process and print its JSON")
+    parser.add_argument(
+        "--only", choices=STEPS, help="measure one of them in this process and print its JSON"
+    )
     options = parser.parse_args()
     if options.only:
         print(json.dumps(measure(options.only, options)))
@@ -105,10 +131,19 @@ def main() -> None:
     for turn in range(options.turns):
         for name in STEPS:
             command = [sys.executable, __file__, *sys.argv[1:], "--only", name]
-            answer = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+            answer = subprocess.run(
+                command,
+                capture_output=True,
+                text=True,
+                check=True,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+            )
             turns[name].append(json.loads(answer.stdout.splitlines()[-1]))
             print(f"turn {turn + 1}  {name:<16} {turns[name][-1]}", file=sys.stderr)
-    means = {name: {key: float(np.mean([turn[key] for turn in values])) for key in values[0]} for name, values in turns.items()}
+    means = {
+        name: {key: float(np.mean([turn[key] for turn in values])) for key in values[0]}
+        for name, values in turns.items()
+    }
     ratios = {key: round(means["torch_geometric"][key] / value, 2) for key, value in means["ours"].items()}
     print(json.dumps({"options": vars(options), **means, "torch_geometric_to_ours": ratios}))
 

@@ -1,8 +1,9 @@
-"""URL [--clients 1 8 32 --seconds 10 --candidates 100]: requests per second and latency of a running `gensr serve`, by number of clients.
+"""URL [--clients 1 8 32 --seconds 10 --candidates 100]: requests per second and latency of a running `gensr
+serve`, by number of clients.
 
-Each client keeps one connection and asks again as soon as it has its answer: recommendations for users of the service, every fourth request
-a search with the text of an item that was recommended before. Prints a line for each number of clients, then one JSON object.
-An answer without items is an error.
+Each client keeps one connection and asks again as soon as it has its answer: recommendations for users of the
+service, every fourth request a search with the text of an item that was recommended before. Prints a line for
+each number of clients, then one JSON object. An answer without items is an error.
 """
 
 import argparse
@@ -20,10 +21,24 @@ import numpy as np
 class Client(threading.Thread):
     """Asks until `until`; keeps the latency of every answer and the first reason of a failure."""
 
-    def __init__(self, host: str, port: int, users: list[Any], only_numbers: bool, seed: int, until: float, num_candidates: int) -> None:
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        users: list[Any],
+        only_numbers: bool,
+        seed: int,
+        until: float,
+        num_candidates: int,
+    ) -> None:
         super().__init__(daemon=True)
         self.connection = HTTPConnection(host, port, timeout=60)
-        self.users, self.only_numbers, self.until, self.num_candidates = users, only_numbers, until, num_candidates
+        self.users, self.only_numbers, self.until, self.num_candidates = (
+            users,
+            only_numbers,
+            until,
+            num_candidates,
+        )
         self.random = np.random.default_rng(seed)
         self.latencies_s: list[float] = []
         self.errors: list[str] = []
@@ -31,7 +46,10 @@ class Client(threading.Thread):
     def run(self) -> None:
         text = ""
         while time.perf_counter() < self.until:
-            path, body = "/recommend", {"user_id": self.users[self.random.integers(len(self.users))], "with_text": True}
+            path, body = (
+                "/recommend",
+                {"user_id": self.users[self.random.integers(len(self.users))], "with_text": True},
+            )
             if text and len(self.latencies_s) % 4 == 3:
                 path, body = "/search", {**body, "query": text}
             started = time.perf_counter()
@@ -49,9 +67,20 @@ class Client(threading.Thread):
         return response.status, json.loads(response.read())
 
 
-def load(host: str, port: int, users: list[Any], only_numbers: bool, num_clients: int, seconds: float, num_candidates: int) -> dict[str, Any]:
+def load(
+    host: str,
+    port: int,
+    users: list[Any],
+    only_numbers: bool,
+    num_clients: int,
+    seconds: float,
+    num_candidates: int,
+) -> dict[str, Any]:
     started = time.perf_counter()
-    clients = [Client(host, port, users, only_numbers, seed, started + seconds, num_candidates) for seed in range(num_clients)]
+    clients = [
+        Client(host, port, users, only_numbers, seed, started + seconds, num_candidates)
+        for seed in range(num_clients)
+    ]
     for client in clients:
         client.start()
     for client in clients:
@@ -60,7 +89,11 @@ def load(host: str, port: int, users: list[Any], only_numbers: bool, num_clients
     latencies_ms = 1000 * np.concatenate([client.latencies_s for client in clients])
     p50, p95, p99 = np.percentile(latencies_ms, [50, 95, 99])
     errors = [error for client in clients for error in client.errors]
-    row = {"clients": num_clients, "requests": len(latencies_ms), "requests_per_s": round(len(latencies_ms) / wall_s, 1)}
+    row = {
+        "clients": num_clients,
+        "requests": len(latencies_ms),
+        "requests_per_s": round(len(latencies_ms) / wall_s, 1),
+    }
     return {
         **row,
         "p50_ms": round(p50, 1),
@@ -79,7 +112,9 @@ def get(host: str, port: int, path: str) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("url")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--seconds", type=float, default=10.0)
@@ -94,7 +129,12 @@ def main() -> int:
     rows = []
     for num_clients in options.clients:
         rows.append(load(host, port, users, only_numbers, num_clients, options.seconds, options.candidates))
-        print("  ".join(f"{name} {value}" for name, value in rows[-1].items() if name != "first_error" or value), file=sys.stderr)
+        print(
+            "  ".join(
+                f"{name} {value}" for name, value in rows[-1].items() if name != "first_error" or value
+            ),
+            file=sys.stderr,
+        )
     print(json.dumps({"seconds": options.seconds, "candidates": options.candidates, "load": rows}))
     return 0 if not any(row["errors"] for row in rows) else 1
 

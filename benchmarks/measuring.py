@@ -10,17 +10,20 @@ import torch
 
 from data_shards.schema import Manifest, read_manifest
 from trainer.batch import Batch, ItemTables
-from trainer.catalog import load_tables
-from trainer.cf.table_file import load_cf
 from trainer.config import Config, load_config
 from trainer.data import EvalStream
-from trainer.device import default_device, wait_for
-from trainer.loading import answer_tokens, load_tokenizer
-from trainer.memory import peak_memory_bytes
+from trainer.data.cf_table import load_cf
+from trainer.data.item_tables import load_tables
+from trainer.runs.weights import answer_tokens, load_tokenizer
+from trainer.runtime.device import default_device, wait_for
+from trainer.runtime.memory import peak_memory_bytes
 
 
-def open_folder(request: dict[str, Any], device: str | None = None) -> tuple[Config, Manifest, ItemTables, tuple[int, int], str]:
-    """Configuration, manifest, item tables on the device (None: a GPU where there is one), ids of Yes and No, device."""
+def open_folder(
+    request: dict[str, Any], device: str | None = None
+) -> tuple[Config, Manifest, ItemTables, tuple[int, int], str]:
+    """Configuration, manifest, item tables on the device (None: a GPU where there is one), ids of Yes and No,
+    device."""
     torch.manual_seed(0)
     device = device or default_device()
     config = load_config(request["preset"], request["overrides"])
@@ -33,12 +36,15 @@ def open_folder(request: dict[str, Any], device: str | None = None) -> tuple[Con
 def scored_events(request: dict[str, Any], manifest: Manifest, config: Config) -> Iterator[Batch]:
     """Test events with their candidates, at most request["pairs"] pairs at once."""
     num_candidates = min(request["pairs"], 1 + manifest.num_negatives)
-    for batch in EvalStream(request["folder"], manifest, "test", config.data, request["pairs"] // num_candidates):
+    for batch in EvalStream(
+        request["folder"], manifest, "test", config.data, request["pairs"] // num_candidates
+    ):
         yield batch.with_candidates(batch.candidates[:, :num_candidates], batch.labels[:, :num_candidates])
 
 
 class Meter:
-    """Seconds of the steps after `warmup` ones, and of their parts if `laps`: on a GPU each lap waits for the device, which steps by themselves do not."""
+    """Seconds of the steps after `warmup` ones, and of their parts if `laps`: on a GPU each lap waits for the
+    device, which steps by themselves do not."""
 
     def __init__(self, device: str, warmup: int, laps: bool = True) -> None:
         self.device, self.warmup, self.laps = device, warmup, laps
@@ -64,7 +70,10 @@ class Meter:
     def stop(self) -> None:
         """After the last step."""
         wait_for(self.device)
-        self.wall_s, self.cpu_s = time.perf_counter() - self._started[0], time.process_time() - self._started[1]
+        self.wall_s, self.cpu_s = (
+            time.perf_counter() - self._started[0],
+            time.process_time() - self._started[1],
+        )
 
     def lap(self, part: str) -> None:
         """What has happened since the last lap was `part`."""

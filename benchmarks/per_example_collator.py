@@ -1,7 +1,9 @@
-"""OUT SECONDS BATCH: batches made one example at a time, the prompt of each tokenised. The measure for the training stream (stream_loader.py).
+"""OUT SECONDS BATCH: batches made one example at a time, the prompt of each tokenised. The measure for the
+training stream (stream_loader.py).
 
-It is how such collators are usually written: a Python loop over examples, negatives by rejection, text to ids by the tokenizer, padding at the end.
-The events of one block lie in memory before the clock starts. Prints examples, CPU and wall seconds as JSON.
+It is how such collators are usually written: a Python loop over examples, negatives by rejection, text to ids
+by the tokenizer, padding at the end. The events of one block lie in memory before the clock starts. Prints
+examples, CPU and wall seconds as JSON.
 """
 
 import json
@@ -17,7 +19,7 @@ from tokenizers import Tokenizer
 
 from data_shards.schema import SRC, read_manifest
 from trainer.data import read_blocks
-from trainer.model.prompt import WORDINGS
+from trainer.models.gensr.prompt import WORDINGS
 
 HISTORY, NEGATIVES = 20, 4
 SLOT = "<unk>"  # one token in place of each vector
@@ -37,7 +39,13 @@ class Collator:
         if event["task"] == SRC:
             prompt += " " + self.queries[event["query"]]
         history = event["history_items"][-HISTORY:]
-        return {"ids": self.tokenizer.encode(prompt).ids, "history": history, "item": item, "label": label, "user": event["user"]}
+        return {
+            "ids": self.tokenizer.encode(prompt).ids,
+            "history": history,
+            "item": item,
+            "label": label,
+            "user": event["user"],
+        }
 
     def batch(self, events: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         examples = []
@@ -52,9 +60,15 @@ class Collator:
                 examples.append(self.example(event, item, 0))
         width = max(len(example["ids"]) for example in examples)
         return {
-            "input_ids": torch.tensor([example["ids"] + [0] * (width - len(example["ids"])) for example in examples]),
-            "attention_mask": torch.tensor([[1] * len(example["ids"]) + [0] * (width - len(example["ids"])) for example in examples]),
-            "history": torch.tensor([example["history"] + [0] * (HISTORY - len(example["history"])) for example in examples]),
+            "input_ids": torch.tensor(
+                [example["ids"] + [0] * (width - len(example["ids"])) for example in examples]
+            ),
+            "attention_mask": torch.tensor(
+                [[1] * len(example["ids"]) + [0] * (width - len(example["ids"])) for example in examples]
+            ),
+            "history": torch.tensor(
+                [example["history"] + [0] * (HISTORY - len(example["history"])) for example in examples]
+            ),
             "item": torch.tensor([example["item"] for example in examples]),
             "user": torch.tensor([example["user"] for example in examples]),
             "labels": torch.tensor([example["label"] for example in examples]),
@@ -68,7 +82,11 @@ def main(folder: Path, seconds: float, batch_size: int) -> None:
     while time.process_time() - cpu < seconds:
         events = random.sample(collator.events, min(batch_size, len(collator.events)))
         examples += len(collator.batch(events)["item"])
-    print(json.dumps({"examples": examples, "cpu_s": time.process_time() - cpu, "wall_s": time.perf_counter() - wall}))
+    print(
+        json.dumps(
+            {"examples": examples, "cpu_s": time.process_time() - cpu, "wall_s": time.perf_counter() - wall}
+        )
+    )
 
 
 if __name__ == "__main__":

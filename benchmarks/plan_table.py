@@ -1,11 +1,21 @@
-"""The table of trainer/README.md: memory, time and scaling of backbones on H200s, calculated by what `gensr train --dry-run` calculates with.
+"""The table of trainer/README.md: memory, time and scaling of backbones on H200s, calculated by what `gensr
+train --dry-run` calculates with.
 
 python -m benchmarks.plan_table
 """
 
 from trainer.config import Config, load_config
-from trainer.costs import ASSUMED_FLOPS, GB, DataSize, ModelSize, efficiency, flops_per_event, largest_micro_batch, memory
-from trainer.plan import GPU_MEMORY, data_size, model_size
+from trainer.training.costs import (
+    ASSUMED_FLOPS,
+    GB,
+    DataSize,
+    ModelSize,
+    efficiency,
+    flops_per_event,
+    largest_micro_batch,
+    memory,
+)
+from trainer.training.plan import GPU_MEMORY, data_size, model_size
 
 PRESET = "kuaisar_flan_t5_base"  # its data, prompt and batch; the backbone varies
 LORA = "model.lora.rank=16"
@@ -20,22 +30,41 @@ SCALING_COLUMNS = (8, 16, 64)
 
 def main() -> None:
     heads = ["no ZeRO, 1" if stage is None else f"ZeRO-{stage}, {n}" for stage, n in MEMORY_COLUMNS]
-    header = ["backbone", "trained / all (M)", *heads, "micro-batch on 1", "hours an epoch, 1", *(f"speed kept, {n}" for n in SCALING_COLUMNS)]
+    header = [
+        "backbone",
+        "trained / all (M)",
+        *heads,
+        "micro-batch on 1",
+        "hours an epoch, 1",
+        *(f"speed kept, {n}" for n in SCALING_COLUMNS),
+    ]
     print("| " + " | ".join(header) + " |\n|" + "---|" * len(header))
     for name, lora in BACKBONES:
         config = load_config(PRESET, [f"model.backbone={name}", *([lora] if lora else [])])
         data = data_size(config, PRESET)
-        print("| " + " | ".join(row(config, data, model_size(config, data.words, data.vocab_size), lora)) + " |")
+        print(
+            "| " + " | ".join(row(config, data, model_size(config, data.words, data.vocab_size), lora)) + " |"
+        )
 
 
 def row(config: Config, data: DataSize, model: ModelSize, lora: str) -> list[str]:
     gigabytes = [f"{memory(config, model, data, stage, n).total / GB:.1f}" for stage, n in MEMORY_COLUMNS]
     hours = flops_per_event(config, model) * data.train_events / next(iter(ASSUMED_FLOPS.values())) / 3600
     stage = 2 if memory(config, model, data, 2, 8).total < 0.85 * GPU_MEMORY["H200"] else 3
-    kept = [f"{worst:.0%} to {best:.0%}" for worst, best in (efficiency(config, model, stage, n) for n in SCALING_COLUMNS)]
+    kept = [
+        f"{worst:.0%} to {best:.0%}"
+        for worst, best in (efficiency(config, model, stage, n) for n in SCALING_COLUMNS)
+    ]
     fits = largest_micro_batch(config, model, data, None, 1, GPU_MEMORY["H200"])
     name = config.model.backbone + (", LoRA 16" if lora else "")
-    return [name, f"{model.trainable / 1e6:,.0f} / {model.total / 1e6:,.0f}", *gigabytes, str(fits or "none"), f"{hours:.1f}", *kept]
+    return [
+        name,
+        f"{model.trainable / 1e6:,.0f} / {model.total / 1e6:,.0f}",
+        *gigabytes,
+        str(fits or "none"),
+        f"{hours:.1f}",
+        *kept,
+    ]
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
-"""GenSR as one writes it straight from the paper: the measure for training and scoring speed (`gensr bench train|evaluate`).
+"""GenSR as one writes it straight from the paper: the measure for training and scoring speed (`gensr bench
+train|evaluate`).
 
-Batches are pairs of a history and a candidate. The collator tokenises the prompt of each pair and pads to the longest; every pair encodes its own
-history; everything is float32; the loss is T5's own cross-entropy over the vocabulary, AdamW is torch's default, the answer comes from generate().
-Its equations are the model's (the same modules, so that weights are interchangeable and tests can compare scores); how they are called is not.
+Batches are pairs of a history and a candidate. The collator tokenises the prompt of each pair and pads to the
+longest; every pair encodes its own history; everything is float32; the loss is T5's own cross-entropy over
+the vocabulary, AdamW is torch's default, the answer comes from generate(). Its equations are the model's (the
+same modules, so that weights are interchangeable and tests can compare scores); how they are called is not.
 
-argv: a JSON object (gensr_steps.py has the same): folder, mode (train, evaluate), pairs, steps, overrides. Prints what it measured as JSON.
+argv: a JSON object (gensr_steps.py has the same): folder, mode (train, evaluate), pairs, steps, overrides.
+Prints what it measured as JSON.
 """
 
 import json
@@ -26,22 +29,31 @@ from data_shards.schema import SRC, Manifest
 from trainer.batch import Batch, ItemTables, rows_of
 from trainer.config import Config
 from trainer.data import TrainStream
-from trainer.model.families import SCRATCH_SIZES
-from trainer.model.history import HistoryEncoder, SoftFilter
-from trainer.model.losses import contrastive_loss
-from trainer.model.prompt import WORDINGS
+from trainer.models.backbones.families import SCRATCH_SIZES
+from trainer.models.gensr.history import HistoryEncoder, SoftFilter
+from trainer.models.gensr.prompt import WORDINGS
+from trainer.models.losses import contrastive_loss
 
 
 class Reference(nn.Module):
     """The published method for a batch of P pairs. Names of parameters are GenSR's."""
 
-    def __init__(self, config: Config, t5: T5ForConditionalGeneration, tables: ItemTables, answers: tuple[int, int]) -> None:
+    def __init__(
+        self, config: Config, t5: T5ForConditionalGeneration, tables: ItemTables, answers: tuple[int, int]
+    ) -> None:
         super().__init__()
         width, cf_width, model = t5.config.d_model, tables.cf.shape[1], config.model
         self.t5, self.tables, self.config, self.answers = t5, tables, config, answers
-        self.cf_encoder = HistoryEncoder(cf_width, model.num_heads, model.dropout, config.data.history_max, ordered=False)
-        self.sem_encoder = HistoryEncoder(width, model.num_heads, model.dropout, config.data.history_max, ordered=False)
-        self.cf_filter, self.sem_filter = SoftFilter(cf_width, model.num_heads), SoftFilter(width, model.num_heads)
+        self.cf_encoder = HistoryEncoder(
+            cf_width, model.num_heads, model.dropout, config.data.history_max, ordered=False
+        )
+        self.sem_encoder = HistoryEncoder(
+            width, model.num_heads, model.dropout, config.data.history_max, ordered=False
+        )
+        self.cf_filter, self.sem_filter = (
+            SoftFilter(cf_width, model.num_heads),
+            SoftFilter(width, model.num_heads),
+        )
         self.cf_projection = nn.Linear(cf_width, width)
 
     def semantic(self, items: Tensor, num_tokens: int) -> Tensor:
@@ -51,11 +63,19 @@ class Reference(nn.Module):
 
     def prompts(self, pairs: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """→ prompt vectors [P, S, D], and the filtered views [P, D] for the contrastive term."""
-        history, tasks, mask, item = pairs["history"], pairs["history_tasks"], pairs["history_mask"], pairs["item"][:, None]
+        history, tasks, mask, item = (
+            pairs["history"],
+            pairs["history_tasks"],
+            pairs["history_mask"],
+            pairs["item"][:, None],
+        )
         cf_history = self.cf_encoder(self.tables.cf[history], tasks, mask)
         sem_history = self.sem_encoder(self.semantic(history, self.config.data.history_tokens), tasks, mask)
         cf_item, sem_item = self.tables.cf[item], self.semantic(item, self.config.data.item_tokens)
-        f_c, f_s = self.cf_projection(self.cf_filter(cf_item, cf_history, mask)), self.sem_filter(sem_item, sem_history, mask)
+        f_c, f_s = (
+            self.cf_projection(self.cf_filter(cf_item, cf_history, mask)),
+            self.sem_filter(sem_item, sem_history, mask),
+        )
         vectors = self.t5.shared(pairs["input_ids"]).clone()
         slots = torch.cat([f_c, f_s, self.cf_projection(cf_item), sem_item], 1)
         vectors[torch.arange(len(vectors))[:, None], pairs["slots"]] = slots
@@ -63,8 +83,12 @@ class Reference(nn.Module):
 
     def forward(self, pairs: dict[str, Tensor]) -> Tensor:
         vectors, f_c, f_s = self.prompts(pairs)
-        loss: Tensor = self.t5(inputs_embeds=vectors, attention_mask=pairs["attention_mask"], labels=pairs["labels"]).loss
-        return loss + self.config.model.contrastive_weight * contrastive_loss(f_c, f_s, pairs["user"], self.config.model.temperature)
+        loss: Tensor = self.t5(
+            inputs_embeds=vectors, attention_mask=pairs["attention_mask"], labels=pairs["labels"]
+        ).loss
+        return loss + self.config.model.contrastive_weight * contrastive_loss(
+            f_c, f_s, pairs["user"], self.config.model.temperature
+        )
 
     @torch.no_grad()
     def score(self, pairs: dict[str, Tensor]) -> Tensor:
@@ -83,7 +107,9 @@ class Collator:
 
     def __init__(self, folder: Path, wording: str, answers: tuple[int, int], device: str) -> None:
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer" / "tokenizer.json"))
-        self.queries = pq.read_table(folder / "catalog" / "queries.parquet", columns=["text"])["text"].to_pylist()
+        self.queries = pq.read_table(folder / "catalog" / "queries.parquet", columns=["text"])[
+            "text"
+        ].to_pylist()
         self.wording, self.answers, self.device = wording, answers, device
         self.eos = self.tokenizer.token_to_id("</s>") or 1
 
@@ -105,12 +131,19 @@ class Collator:
         length = max(len(ids) for ids, _ in prompts)
         batch = {
             "input_ids": torch.tensor([ids + [0] * (length - len(ids)) for ids, _ in prompts]),
-            "attention_mask": torch.tensor([[1] * len(ids) + [0] * (length - len(ids)) for ids, _ in prompts]),
+            "attention_mask": torch.tensor(
+                [[1] * len(ids) + [0] * (length - len(ids)) for ids, _ in prompts]
+            ),
             "slots": torch.tensor([slots for _, slots in prompts]),
-            "labels": torch.tensor([[self.answers[0] if pair["label"] else self.answers[1], self.eos] for pair in pairs]),
+            "labels": torch.tensor(
+                [[self.answers[0] if pair["label"] else self.answers[1], self.eos] for pair in pairs]
+            ),
             "item": torch.tensor([pair["item"] for pair in pairs]),
             "user": torch.tensor([pair["user"] for pair in pairs]),
-            **{name: torch.stack([pair[name] for pair in pairs]) for name in ("history", "history_tasks", "history_mask")},
+            **{
+                name: torch.stack([pair[name] for pair in pairs])
+                for name in ("history", "history_tasks", "history_mask")
+            },
         }
         return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
@@ -134,13 +167,23 @@ def build(config: Config, tables: ItemTables, answers: tuple[int, int], vocab_si
         return Reference(config, T5ForConditionalGeneration.from_pretrained(name), tables, answers)
     shape = dict(SCRATCH_SIZES[name.removeprefix("scratch:")])
     shape["vocab_size"] = max(vocab_size, shape.get("vocab_size", 0))
-    return Reference(config, T5ForConditionalGeneration(T5Config(**shape, feed_forward_proj="gated-gelu", decoder_start_token_id=0)), tables, answers)
+    return Reference(
+        config,
+        T5ForConditionalGeneration(
+            T5Config(**shape, feed_forward_proj="gated-gelu", decoder_start_token_id=0)
+        ),
+        tables,
+        answers,
+    )
 
 
 def batches(request: dict[str, Any], manifest: Manifest, config: Config) -> Iterator[list[dict[str, Any]]]:
-    """Lists of pairs: in training shuffled over events, in evaluation the candidates of as many events as gensr scores at once."""
+    """Lists of pairs: in training shuffled over events, in evaluation the candidates of as many events as
+    gensr scores at once."""
     if request["mode"] == "train":
-        for batch in TrainStream(request["folder"], manifest, config.data, config.run.seed, request["pairs"], request["pairs"]):
+        for batch in TrainStream(
+            request["folder"], manifest, config.data, config.run.seed, request["pairs"], request["pairs"]
+        ):
             pairs = pairs_of(batch)
             random.shuffle(pairs)
             yield from (pairs[i : i + request["pairs"]] for i in range(0, len(pairs), request["pairs"]))
@@ -153,7 +196,10 @@ def main(request: dict[str, Any]) -> None:
     collate = Collator(Path(request["folder"]), config.model.prompt, answers, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     model.train(request["mode"] == "train")
-    meter, source = Meter(device, warmup=request["warmup"], laps=device == "cpu"), batches(request, manifest, config)
+    meter, source = (
+        Meter(device, warmup=request["warmup"], laps=device == "cpu"),
+        batches(request, manifest, config),
+    )
     lengths = []  # of the prompts of each step, padding included
     for _ in range(request["warmup"] + request["steps"]):
         with meter.step():

@@ -1,4 +1,5 @@
-"""RUN EVENTS: how many clicked items retrieval finds in the whole catalogue, by the share of the CF side. One line a task and share, recall@100 and @400.
+"""RUN EVENTS: how many clicked items retrieval finds in the whole catalogue, by the share of the CF side. One
+line a task and share, recall@100 and @400.
 
 A fixed sample of test events; what the user had clicked before is left out, never the clicked item itself.
 """
@@ -11,9 +12,9 @@ import torch
 
 from data_shards.schema import REC, TASKS
 from trainer.data import EvalStream
-from trainer.evaluate_full import clicked_items, place_of
-from trainer.loading import load_run_model
-from trainer.node_cache import local_folder
+from trainer.data.node_cache import local_folder
+from trainer.evaluation.full import clicked_items, place_of
+from trainer.runs.weights import load_run_model
 from trainer.serving.recommend import run_retrieval
 from trainer.serving.users import read_clicks
 
@@ -35,7 +36,9 @@ def main(run_dir: Path, num_events: int) -> None:
             for row in rows:
                 history = batch.history_items[row][batch.history_mask[row]].tolist()
                 seen = np.setdiff1d(clicks.before(int(batch.event_id[row])), [clicked[row]]).tolist()
-                found = retrieval.candidates(history, None if task == REC else queries[row], max(CUTOFFS), seen, share)
+                found = retrieval.candidates(
+                    history, None if task == REC else queries[row], max(CUTOFFS), seen, share
+                )
                 places.append(place_of(int(clicked[row]), found))
             recalls = "  ".join(f"recall@{k} {np.mean(np.array(places) <= k):.3f}" for k in CUTOFFS)
             print(f"{name}  {len(rows)} events  CF share {share:.2f}  {recalls}")

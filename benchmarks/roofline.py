@@ -1,11 +1,13 @@
-"""What a training step and scoring would take on an H200, operation by operation, calculated on a machine without one.
+"""What a training step and scoring would take on an H200, operation by operation, calculated on a machine
+without one.
 
     python -m benchmarks.roofline FOLDER [--events 64 256] [--top 0] [setting=value …]
 
-FOLDER is a prepared folder with natural text and a CF table; settings are those of `gensr train`, on top of flan-t5-base's shape. Every operation of a
-real step is seen with fake tensors (shapes, no values) and takes the longest of: its arithmetic, its bytes from and to memory, and a kernel's shortest
-time. All kernels of one process must also be launched, which goes on beside: a step takes the longer of the two. What is not there is the time of several
-GPUs for each other. Where a GPU is at hand, measure: gensr bench train.
+FOLDER is a prepared folder with natural text and a CF table; settings are those of `gensr train`, on top of
+flan-t5-base's shape. Every operation of a real step is seen with fake tensors (shapes, no values) and takes
+the longest of: its arithmetic, its bytes from and to memory, and a kernel's shortest time. All kernels of one
+process must also be launched, which goes on beside: a step takes the longer of the two. What is not there is
+the time of several GPUs for each other. Where a GPU is at hand, measure: gensr bench train.
 """
 
 import argparse
@@ -25,11 +27,13 @@ from torch.utils.flop_counter import flop_registry
 
 from benchmarks.measuring import open_folder
 from trainer.bench.data import commit
-from trainer.costs import GB, H200_FLOPS
 from trainer.data import EvalStream, TrainStream
-from trainer.device import autocast
-from trainer.loading import build_model
-from trainer.model import dropout, grouping, norm, t5_layers
+from trainer.models.backbones import t5_layers
+from trainer.models.gensr import grouping
+from trainer.models.layers import dropout, norm
+from trainer.runs.weights import build_model
+from trainer.runtime.device import autocast
+from trainer.training.costs import GB, H200_FLOPS
 
 MEMORY_BYTES_PER_S = 4.8e12  # its data sheet
 REACHED_FLOPS, REACHED_BYTES = 0.75, 0.8  # shares of the two that large kernels reach: assumed
@@ -63,7 +67,9 @@ class Kernels(TorchDispatchMode):
         self.count[kind] += 1
         self.flops[kind] += flops  # type: ignore[assignment]
         self.bytes[kind] += moved  # type: ignore[assignment]
-        self.seconds[kind] += max(flops / (H200_FLOPS * REACHED_FLOPS), moved / (MEMORY_BYTES_PER_S * REACHED_BYTES), KERNEL_S)  # type: ignore[assignment]
+        self.seconds[kind] += max(
+            flops / (H200_FLOPS * REACHED_FLOPS), moved / (MEMORY_BYTES_PER_S * REACHED_BYTES), KERNEL_S
+        )  # type: ignore[assignment]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -77,7 +83,12 @@ class Kernels(TorchDispatchMode):
             if argument.alias_info is not None and argument.alias_info.is_write and not written:
                 written = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
         moved = sum(map(num_bytes, read + written))
-        if name in ("embedding", "index_select", "index", "gather"):  # reads what it writes, not the whole table
+        if name in (
+            "embedding",
+            "index_select",
+            "index",
+            "gather",
+        ):  # reads what it writes, not the whole table
             moved = 2 * sum(map(num_bytes, written))
         count_flops = flop_registry.get(func._overloadpacket)
         flops = count_flops(*args, **kwargs, out_val=out) if count_flops else 0
@@ -114,7 +125,10 @@ def as_on_a_gpu(kernels: Kernels) -> Iterator[None]:
         @staticmethod
         def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
             query, key, value, bias = ctx.saved_tensors
-            products, scores = query.numel() * key.shape[2], query.shape[:3].numel() * key.shape[2] * query.element_size()
+            products, scores = (
+                query.numel() * key.shape[2],
+                query.shape[:3].numel() * key.shape[2] * query.element_size(),
+            )
             kernels.add(
                 "attention backward", 10 * products, 8 * num_bytes(query) + 2 * scores
             )  # the bias is trained: its gradient is as large as the scores
@@ -124,7 +138,9 @@ def as_on_a_gpu(kernels: Kernels) -> Iterator[None]:
         result: Tensor = RmsNorm.apply(x, weight)
         return result
 
-    def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
+    def attention(
+        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_: Any, **__: Any
+    ) -> Tensor:
         bias = torch.empty(1, 1, query.shape[2], key.shape[2]) if attn_mask is None else attn_mask
         lower = torch.bfloat16 if torch.is_autocast_enabled("cpu") else query.dtype
         result: Tensor = Attention.apply(*(tensor.to(lower) for tensor in (query, key, value, bias)))
@@ -149,10 +165,14 @@ def as_on_a_gpu(kernels: Kernels) -> Iterator[None]:
 
 def calculated(folder: str, settings: list[str], events: int, training: bool) -> tuple[Kernels, float, int]:
     """→ (kernels of one step, GB that the forward pass keeps for the backward one, prompts)."""
-    config, manifest, tables, _, _ = open_folder({"preset": None, "overrides": [*DEFAULTS, *settings], "folder": folder}, "cpu")
+    config, manifest, tables, _, _ = open_folder(
+        {"preset": None, "overrides": [*DEFAULTS, *settings], "folder": folder}, "cpu"
+    )
     model = build_model(config, manifest, tables, folder).train(training)
     stream: Any = (
-        TrainStream(folder, manifest, config.data, 0, events, events) if training else EvalStream(folder, manifest, "test", config.data, events)
+        TrainStream(folder, manifest, config.data, 0, events, events)
+        if training
+        else EvalStream(folder, manifest, "test", config.data, events)
     )
     fake, kernels = FakeTensorMode(allow_non_fake_inputs=True), Kernels()
     kept: dict[int, int] = {}
@@ -162,7 +182,9 @@ def calculated(folder: str, settings: list[str], events: int, training: bool) ->
             kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
         return tensor
 
-    parameters: dict[str, Tensor] = {name: fake.from_tensor(parameter) for name, parameter in model.named_parameters()}
+    parameters: dict[str, Tensor] = {
+        name: fake.from_tensor(parameter) for name, parameter in model.named_parameters()
+    }
     weights = {parameter.untyped_storage()._cdata for parameter in parameters.values()}
     with as_on_a_gpu(kernels):
         batch = model.grouped(next(iter(stream)))  # needs values
@@ -185,26 +207,53 @@ def calculated(folder: str, settings: list[str], events: int, training: bool) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder")
     parser.add_argument("settings", nargs="*", help="such as model.variant=paper")
     parser.add_argument(
-        "--events", type=int, nargs="+", default=[64, 256], help="of a micro-batch in training; scoring ranks a tenth of them, 100 candidates each"
+        "--events",
+        type=int,
+        nargs="+",
+        default=[64, 256],
+        help="of a micro-batch in training; scoring ranks a tenth of them, 100 candidates each",
     )
-    parser.add_argument("--top", type=int, default=0, help="also show so many kinds of kernels, the slowest first")
+    parser.add_argument(
+        "--top", type=int, default=0, help="also show so many kinds of kernels, the slowest first"
+    )
     arguments = parser.parse_args()
-    print("| | prompt | events | kernels | their time, ms | launching them, ms | products' share | kept, GB | a second | MFU |\n" + "|---" * 10 + "|")
+    print(
+        "| | prompt | events | kernels | their time, ms | launching them, ms | products' share | kept, GB | "
+        "a second | MFU |\n" + "|---" * 10 + "|"
+    )
     for training in (True, False):
         for prompt in ("paper", "compact"):
             for events in arguments.events:
                 events = events if training else max(events // 10, 1)
-                kernels, kept_gb, prompts = calculated(arguments.folder, [f"model.prompt={prompt}", *arguments.settings], events, training)
+                kernels, kept_gb, prompts = calculated(
+                    arguments.folder, [f"model.prompt={prompt}", *arguments.settings], events, training
+                )
                 busy_s, launch_s = sum(kernels.seconds.values()), sum(kernels.count.values()) * LAUNCH_S
                 products_s = sum(seconds for kind, seconds in kernels.seconds.items() if kernels.flops[kind])
                 step_s, flops = max(busy_s, launch_s), sum(kernels.flops.values())
-                cells: list[Any] = ["training" if training else "scoring", prompt, events, f"{sum(kernels.count.values()):,}", f"{busy_s * 1e3:.1f}"]
-                cells += [f"{launch_s * 1e3:.1f}", f"{products_s / busy_s:.0%}", f"{kept_gb:.1f}" if training else "", f"{prompts / step_s:,.0f}"]
-                print("| " + " | ".join(map(str, [*cells, f"{flops / step_s / H200_FLOPS:.0%}"])) + " |", flush=True)
+                cells: list[Any] = [
+                    "training" if training else "scoring",
+                    prompt,
+                    events,
+                    f"{sum(kernels.count.values()):,}",
+                    f"{busy_s * 1e3:.1f}",
+                ]
+                cells += [
+                    f"{launch_s * 1e3:.1f}",
+                    f"{products_s / busy_s:.0%}",
+                    f"{kept_gb:.1f}" if training else "",
+                    f"{prompts / step_s:,.0f}",
+                ]
+                print(
+                    "| " + " | ".join(map(str, [*cells, f"{flops / step_s / H200_FLOPS:.0%}"])) + " |",
+                    flush=True,
+                )
                 for kind, seconds in collections.Counter(kernels.seconds).most_common(arguments.top):
                     work = f"{kernels.bytes[kind] / 1e9:7.2f} GB  {kernels.flops[kind] / 1e12:6.2f} TFLOP"
                     print(f"    {seconds * 1e3:7.2f} ms  {kernels.count[kind]:6,} kernels  {work}  {kind}")

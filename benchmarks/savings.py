@@ -1,9 +1,11 @@
 """What each saving is worth on a CPU: a training step of gensr, and the same step with one saving taken away.
 
-    python -m benchmarks.savings FOLDER [--backbone scratch:small] [--events 32] [--precision bf16] [--turns 3]
+    python -m benchmarks.savings FOLDER [--backbone scratch:small] [--events 32] [--precision bf16] [--turns
+    3]
 
-FOLDER is a prepared folder with natural text and a CF table. Random weights, preset-like settings (compact prompt). The steps take turns in one
-process; a ratio is the median over turns of seconds without the saving / seconds with all of them. Parity of each saving is tested in tests/parity.
+FOLDER is a prepared folder with natural text and a CF table. Random weights, preset-like settings (compact
+prompt). The steps take turns in one process; a ratio is the median over turns of seconds without the saving /
+seconds with all of them. Parity of each saving is tested in tests/parity.
 """
 
 import argparse
@@ -28,13 +30,13 @@ from trainer.batch import Batch
 from trainer.bench.data import commit, hardware
 from trainer.config import Config
 from trainer.data import TrainStream
-from trainer.loading import build_model
-from trainer.model import grouping
-from trainer.model.backbone import Backbone
-from trainer.model.gensr import GenSR
-from trainer.model.norm import Norm
-from trainer.model.t5_layers import AbsorbedCrossAttention, EncoderSelfAttention, GatedFeedForward
-from trainer.optimizer import make_optimizer
+from trainer.models.backbones.backbone import Backbone
+from trainer.models.backbones.t5_layers import AbsorbedCrossAttention, EncoderSelfAttention, GatedFeedForward
+from trainer.models.gensr import grouping
+from trainer.models.gensr.model import GenSR
+from trainer.models.layers.norm import Norm
+from trainer.runs.weights import build_model
+from trainer.training.optimizer import make_optimizer
 
 SETTINGS = ("data.history_max=20", "model.variant=extended")
 
@@ -61,7 +63,10 @@ def layers_of_transformers(model: GenSR, plain: dict[type[nn.Module], type[nn.Mo
 
 @contextlib.contextmanager
 def one_draw_an_element() -> Iterator[None]:
-    with mock.patch("trainer.model.dropout.dropout", F.dropout), mock.patch("trainer.model.t5_layers.dropout", F.dropout):
+    with (
+        mock.patch("trainer.models.layers.dropout.dropout", F.dropout),
+        mock.patch("trainer.models.backbones.t5_layers.dropout", F.dropout),
+    ):
         yield
 
 
@@ -86,7 +91,9 @@ def whole_vocabulary(self: Backbone, hidden_MD: Tensor, answers: Tensor) -> Tens
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder")
     parser.add_argument("--backbone", default="scratch:small")
     parser.add_argument("--events", type=int, default=32, help="events a step, each with 1 + 4 candidates")
@@ -95,10 +102,17 @@ def main() -> None:
     arguments = parser.parse_args()
 
     overrides = [*SETTINGS, f"run.precision={arguments.precision}", f"model.backbone={arguments.backbone}"]
-    config, manifest, tables, _, _ = open_folder({"preset": None, "overrides": overrides, "folder": arguments.folder}, "cpu")
-    stream = TrainStream(arguments.folder, manifest, config.data, config.run.seed, arguments.events, arguments.events)
+    config, manifest, tables, _, _ = open_folder(
+        {"preset": None, "overrides": overrides, "folder": arguments.folder}, "cpu"
+    )
+    stream = TrainStream(
+        arguments.folder, manifest, config.data, config.run.seed, arguments.events, arguments.events
+    )
     meter = Meter("cpu", warmup=0, laps=False)
-    other = dataclasses.replace(config, run=dataclasses.replace(config.run, precision="fp32" if arguments.precision == "bf16" else "bf16"))
+    other = dataclasses.replace(
+        config,
+        run=dataclasses.replace(config.run, precision="fp32" if arguments.precision == "bf16" else "bf16"),
+    )
 
     def build(prompt: Literal["compact", "paper"]) -> tuple[GenSR, torch.optim.Optimizer]:
         worded = dataclasses.replace(config, model=dataclasses.replace(config.model, prompt=prompt))
@@ -109,7 +123,9 @@ def main() -> None:
     paper, paper_optimizer = build("paper")
     unfused = torch.optim.AdamW(model.parameters(), lr=config.optim.lr, foreach=False)
 
-    def step(batch: Batch, net: GenSR = model, adam: torch.optim.Optimizer = optimizer, settings: Config = config) -> None:
+    def step(
+        batch: Batch, net: GenSR = model, adam: torch.optim.Optimizer = optimizer, settings: Config = config
+    ) -> None:
         one_step(net, batch, adam, meter, settings)
 
     def patched(patch: contextlib.AbstractContextManager[Any], batch: Batch) -> None:
@@ -118,7 +134,9 @@ def main() -> None:
 
     without: dict[str, Callable[[Batch], None]] = {
         "the history encoded once an event": lambda batch: step(as_pairs(batch)),
-        "searches of like length together": lambda batch: patched(mock.patch.object(grouping, "LENGTH_GROUPS", 1), batch),
+        "searches of like length together": lambda batch: patched(
+            mock.patch.object(grouping, "LENGTH_GROUPS", 1), batch
+        ),
         "position bias and mask made once for all layers": lambda batch: patched(
             layers_of_transformers(model, {EncoderSelfAttention: T5Attention}), batch
         ),
@@ -128,7 +146,9 @@ def main() -> None:
         "two answer logits, not the vocabulary": lambda batch: patched(
             mock.patch.object(type(model.backbone), "answer_rows", whole_vocabulary), batch
         ),
-        "gradients of token rows, not of the table": lambda batch: patched(mock.patch.object(Backbone, "embed", gradient_of_the_table), batch),
+        "gradients of token rows, not of the table": lambda batch: patched(
+            mock.patch.object(Backbone, "embed", gradient_of_the_table), batch
+        ),
         "four dropout decisions a draw": lambda batch: patched(one_draw_an_element(), batch),
         "norms and feed-forward that cast once": lambda batch: patched(
             layers_of_transformers(model, {Norm: T5LayerNorm, GatedFeedForward: T5DenseGatedActDense}), batch

@@ -1,6 +1,8 @@
-"""OUT SECONDS BATCH: batches from the training stream, as training reads them. Prints examples, CPU and wall seconds, memory and distinct users as JSON.
+"""OUT SECONDS BATCH: batches from the training stream, as training reads them. Prints examples, CPU and wall
+seconds, memory and distinct users as JSON.
 
-rss_bytes is what reading adds to a process that has imported everything: its highest resident memory less that before the stream was opened.
+rss_bytes is what reading adds to a process that has imported everything: its highest resident memory less
+that before the stream was opened.
 """
 
 import itertools
@@ -32,11 +34,24 @@ def main(folder: Path, seconds: float, batch_size: int) -> None:
         number += 1
         if number % 64 == 0:
             highest = max(highest, process.memory_info().rss)
-    measured = {"examples": examples, "cpu_s": time.process_time() - cpu, "wall_s": time.perf_counter() - wall}
+    measured = {
+        "examples": examples,
+        "cpu_s": time.process_time() - cpu,
+        "wall_s": time.perf_counter() - wall,
+    }
     highest = max(highest, process.memory_info().rss)
     distinct = [len(batch.user.unique()) for batch in itertools.islice(batches, DISTINCT_BATCHES)]
     memory = {"rss_bytes": highest - before, "process_rss_bytes": highest}
-    print(json.dumps({**measured, **memory, "distinct_users_mean": sum(distinct) / len(distinct), "distinct_users_min": min(distinct)}))
+    print(
+        json.dumps(
+            {
+                **measured,
+                **memory,
+                "distinct_users_mean": sum(distinct) / len(distinct),
+                "distinct_users_min": min(distinct),
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

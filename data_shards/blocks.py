@@ -17,9 +17,11 @@ def tar_entries(path: Path) -> Iterator[bytes]:
 
 
 def decode_blocks(entries: Iterable[bytes], sizes: Sequence[int], first: int = 0) -> Iterator[pa.Table]:
-    """Entries of one shard → its blocks from number `first` on. sizes: events of each block, as the manifest says.
+    """Entries of one shard → its blocks from number `first` on. sizes: events of each block, as the manifest
+    says.
 
-    Raises EOFError when there are fewer or more, ValueError (pyarrow's errors among them) for a block that is not what it should be.
+    Raises EOFError when there are fewer or more, ValueError (pyarrow's errors among them) for a block that is
+    not what it should be.
     """
     number = -1
     for number, entry in enumerate(entries):

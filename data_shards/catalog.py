@@ -1,4 +1,5 @@
-"""The catalogue files: original ids, texts, token and word matrices, training click counts. Streamed: no table lies in memory as a whole."""
+"""The catalogue files: original ids, texts, token and word matrices, training click counts. Streamed: no
+table lies in memory as a whole."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,15 @@ from data_shards.options import PrepareSettings
 from data_shards.schema import REC
 from data_shards.sources.reading import no_words, readable, words_text
 from data_shards.split import TRAIN
-from data_shards.text import Words, collect_words, encode_texts, get_tokenizer, split_words, training_texts, word_mode
+from data_shards.text import (
+    Words,
+    collect_words,
+    encode_texts,
+    get_tokenizer,
+    split_words,
+    training_texts,
+    word_mode,
+)
 from data_shards.work import BATCH_ROWS, Work
 from data_shards.write import EventColumns
 
@@ -27,19 +36,34 @@ ID_TABLES = {"users": "user", "items": "item", "queries": "query"}
 
 
 def name_ids(work: Work, read: dict[str, Any]) -> dict[str, Any]:
-    """Stage: tables final_users, final_items, final_queries (id, key = original), from the code of each final id.
+    """Stage: tables final_users, final_items, final_queries (id, key = original), from the code of each final
+    id.
 
-    Also final_queries.text, and catalog_items (id, key, text, words BIGINT[], category): the only pass over the items' file.
+    Also final_queries.text, and catalog_items (id, key, text, words BIGINT[], category): the only pass over
+    the items' file.
     """
     for plural, singular in ID_TABLES.items():
         codes = work.column(f"{singular}_code", "i4")
-        work.put_table("kept", pa.table({"code": pa.array(np.asarray(codes)), "id": pa.array(np.arange(len(codes)), pa.int32())}))
-        work.con.execute(f"CREATE OR REPLACE TABLE final_{plural} AS SELECT id, key FROM kept JOIN {plural}_codes USING (code)")
+        work.put_table(
+            "kept",
+            pa.table(
+                {"code": pa.array(np.asarray(codes)), "id": pa.array(np.arange(len(codes)), pa.int32())}
+            ),
+        )
+        work.con.execute(
+            f"CREATE OR REPLACE TABLE final_{plural} AS SELECT id, key FROM kept JOIN {plural}_codes USING "
+            "(code)"
+        )
     work.con.execute("DROP TABLE kept")
     text = words_text("key") if read["anonymised"] else "key"
-    work.con.execute(f"CREATE OR REPLACE TABLE final_queries AS SELECT id, key, coalesce(CAST({text} AS VARCHAR), '') AS text FROM final_queries")
+    work.con.execute(
+        f"CREATE OR REPLACE TABLE final_queries AS SELECT id, key, coalesce(CAST({text} AS VARCHAR), '') AS "
+        "text FROM final_queries"
+    )
     items = read["items"]
-    work.con.execute("SET disabled_optimizers='join_order,build_side_probe_side'")  # the file streams past the kept items, never the other way round
+    work.con.execute(
+        "SET disabled_optimizers='join_order,build_side_probe_side'"
+    )  # the file streams past the kept items, never the other way round
     try:
         work.execute(
             f"""CREATE OR REPLACE TABLE catalog_items AS
@@ -51,7 +75,8 @@ def name_ids(work: Work, read: dict[str, Any]) -> dict[str, Any]:
         raise _locate_words(work, items) or readable(error) from error
     work.con.execute("RESET disabled_optimizers")
     work.con.execute(
-        "INSERT INTO catalog_items SELECT id, key, '', NULL, NULL FROM final_items WHERE id NOT IN (SELECT id FROM catalog_items)"
+        "INSERT INTO catalog_items SELECT id, key, '', NULL, NULL FROM final_items WHERE id NOT IN (SELECT "
+        "id FROM catalog_items)"
     )  # clicked, but without features
     return {}
 
@@ -63,10 +88,21 @@ def _integers(words: str) -> str:
 
 def _locate_words(work: Work, items: dict[str, str]) -> DataError | None:
     """The first row of the items' file whose words are no list of integers."""
-    work.con.execute("SET threads=1; SET preserve_insertion_order=true")  # row numbers need the order of the file
+    work.con.execute(
+        "SET threads=1; SET preserve_insertion_order=true"
+    )  # row numbers need the order of the file
     numbered = f"SELECT CAST({items['words']} AS VARCHAR) AS words, row_number() OVER () + 1 AS row FROM {items['scan']}"
-    found = work.con.execute(f"SELECT row, words FROM ({numbered}) WHERE {no_words('words')} ORDER BY row LIMIT 1").fetchall()
-    return DataError(f"{items['words_origin']}:row {found[0][0]}: must be a list of integers like [1, 2, 3], got {found[0][1]!r}") if found else None
+    found = work.con.execute(
+        f"SELECT row, words FROM ({numbered}) WHERE {no_words('words')} ORDER BY row LIMIT 1"
+    ).fetchall()
+    return (
+        DataError(
+            f"{items['words_origin']}:row {found[0][0]}: must be a list of integers like [1, 2, 3], got "
+            f"{found[0][1]!r}"
+        )
+        if found
+        else None
+    )
 
 
 def train_click_counts(columns: EventColumns, num_items: int) -> np.ndarray:
@@ -76,7 +112,9 @@ def train_click_counts(columns: EventColumns, num_items: int) -> np.ndarray:
         rows = slice(start, start + BATCH_ROWS)
         train = columns.split[rows] == TRAIN
         for task in (0, 1):
-            counts[task] += np.bincount(columns.item[rows][train & (columns.task[rows] == task)], minlength=num_items)
+            counts[task] += np.bincount(
+                columns.item[rows][train & (columns.task[rows] == task)], minlength=num_items
+            )
     return counts
 
 
@@ -89,8 +127,11 @@ def mark_train_queries(work: Work, columns: EventColumns, num_queries: int) -> N
     work.put_table("train_queries", pa.table({"id": pa.array(np.flatnonzero(used), pa.int32())}))
 
 
-def write_catalog(work: Work, settings: PrepareSettings, columns: EventColumns, read: dict[str, Any], sizes: dict[str, int]) -> dict[str, Any]:
-    """Stage: catalog/ and tokenizer/ of the tree. `read`: result of the read stage; sizes: num_users, num_items, num_queries."""
+def write_catalog(
+    work: Work, settings: PrepareSettings, columns: EventColumns, read: dict[str, Any], sizes: dict[str, int]
+) -> dict[str, Any]:
+    """Stage: catalog/ and tokenizer/ of the tree. `read`: result of the read stage; sizes: num_users,
+    num_items, num_queries."""
     mode = word_mode(settings, read["anonymised"])
     folder = work.tree / "catalog"
     folder.mkdir(parents=True, exist_ok=True)
@@ -102,7 +143,9 @@ def write_catalog(work: Work, settings: PrepareSettings, columns: EventColumns, 
     tokenizer_file = work.tree / "tokenizer" / "tokenizer.json"
     tokenizer_file.parent.mkdir(exist_ok=True)
     tokenizer.save(str(tokenizer_file))
-    repeated = _write_items(work, settings, tokenizer, words, mode, read, train_click_counts(columns, sizes["num_items"]))
+    repeated = _write_items(
+        work, settings, tokenizer, words, mode, read, train_click_counts(columns, sizes["num_items"])
+    )
     _write_queries(work, settings, tokenizer, words, mode, sizes["num_queries"])
     _write_users(work, folder / "users.parquet")
     return {
@@ -120,11 +163,23 @@ def _write_users(work: Work, path: Path) -> None:
 
 
 def _write_items(
-    work: Work, settings: PrepareSettings, tokenizer: "Tokenizer", words: Words | None, mode: str, read: dict[str, Any], clicks: np.ndarray
+    work: Work,
+    settings: PrepareSettings,
+    tokenizer: "Tokenizer",
+    words: Words | None,
+    mode: str,
+    read: dict[str, Any],
+    clicks: np.ndarray,
 ) -> int:
     num_items = clicks.shape[1]
     writer = CatalogWriter(
-        work.tree / "catalog", "items", num_items, (settings.item_tokens, settings.item_words), tokenizer, words, settings.lowercase
+        work.tree / "catalog",
+        "items",
+        num_items,
+        (settings.item_tokens, settings.item_words),
+        tokenizer,
+        words,
+        settings.lowercase,
     )
     done = repeated = 0
     for batch, extra in item_batches(work, read["duplicate_items"]):
@@ -149,14 +204,31 @@ def _write_items(
     return repeated
 
 
-def _write_queries(work: Work, settings: PrepareSettings, tokenizer: "Tokenizer", words: Words | None, mode: str, num_queries: int) -> None:
+def _write_queries(
+    work: Work,
+    settings: PrepareSettings,
+    tokenizer: "Tokenizer",
+    words: Words | None,
+    mode: str,
+    num_queries: int,
+) -> None:
     folder = work.tree / "catalog"
-    writer = CatalogWriter(folder, "queries", num_queries, (settings.query_tokens, settings.query_words), tokenizer, words, settings.lowercase)
+    writer = CatalogWriter(
+        folder,
+        "queries",
+        num_queries,
+        (settings.query_tokens, settings.query_words),
+        tokenizer,
+        words,
+        settings.lowercase,
+    )
     done = 0
     for batch in work.batches("SELECT text FROM final_queries ORDER BY id", 65_536):
         texts = batch.column("text")
         token_texts = texts if mode in ("natural", "digits") else [""] * len(texts)
-        word_lists = split_words(texts) if mode == "words" else (np.zeros(0, np.int64), np.zeros(len(texts), np.int64))
+        word_lists = (
+            split_words(texts) if mode == "words" else (np.zeros(0, np.int64), np.zeros(len(texts), np.int64))
+        )
         writer.append(pa.table({"text": batch.column("text")}), token_texts, word_lists)
         done += batch.num_rows
         work.progress("queries", done, num_queries)
@@ -167,16 +239,31 @@ class CatalogWriter:
     """Writes one of catalog/{items,queries}: a parquet table of originals, and token and word matrices."""
 
     def __init__(
-        self, folder: Path, stem: str, num_rows: int, widths: tuple[int, int], tokenizer: "Tokenizer", words: Words | None, lowercase: bool
+        self,
+        folder: Path,
+        stem: str,
+        num_rows: int,
+        widths: tuple[int, int],
+        tokenizer: "Tokenizer",
+        words: Words | None,
+        lowercase: bool,
     ) -> None:
         singular = {"items": "item", "queries": "query"}[stem]
         self.tokenizer, self.words, self.lowercase, self.widths = tokenizer, words, lowercase, widths
-        self.tokens = MatrixWriter(folder, f"{singular}_tokens", num_rows, widths[0], compact_type(tokenizer.get_vocab_size() - 1))
-        self.word_ids = MatrixWriter(folder, f"{singular}_words", num_rows, widths[1], compact_type(len(words))) if words is not None else None
+        self.tokens = MatrixWriter(
+            folder, f"{singular}_tokens", num_rows, widths[0], compact_type(tokenizer.get_vocab_size() - 1)
+        )
+        self.word_ids = (
+            MatrixWriter(folder, f"{singular}_words", num_rows, widths[1], compact_type(len(words)))
+            if words is not None
+            else None
+        )
         self.path = folder / f"{stem}.parquet"
         self.parquet: pq.ParquetWriter | None = None
 
-    def append(self, table: pa.Table, token_texts: list[str] | pa.Array, word_lists: tuple[np.ndarray, np.ndarray]) -> None:
+    def append(
+        self, table: pa.Table, token_texts: list[str] | pa.Array, word_lists: tuple[np.ndarray, np.ndarray]
+    ) -> None:
         if self.parquet is None:
             self.parquet = pq.ParquetWriter(self.path, table.schema, compression="zstd")
         self.parquet.write_table(table)
@@ -195,7 +282,8 @@ class CatalogWriter:
 
 
 def item_batches(work: Work, duplicates_allowed: bool) -> Iterator[tuple[pa.RecordBatch, int]]:
-    """The catalogue's items by id, one row each (columns id, key, text, words, category), and how many further rows of them were left out."""
+    """The catalogue's items by id, one row each (columns id, key, text, words, category), and how many
+    further rows of them were left out."""
     sql = "SELECT * FROM catalog_items ORDER BY id, text, category, words"
     last = -1
     for batch in work.batches(sql, 65_536):
@@ -205,5 +293,8 @@ def item_batches(work: Work, duplicates_allowed: bool) -> Iterator[tuple[pa.Reco
             last = ids[-1]
         repeated = int((~first).sum())
         if repeated and not duplicates_allowed:
-            raise DataError(f"item {batch.column('key')[int(np.flatnonzero(~first)[0])]} has several rows. Every item needs one row.")
+            raise DataError(
+                f"item {batch.column('key')[int(np.flatnonzero(~first)[0])]} has several rows. Every item "
+                "needs one row."
+            )
         yield batch.filter(pa.array(first)), repeated

@@ -1,4 +1,5 @@
-"""Leak checks on what was written: shards are read again and compared with the canonical clicks. They run in every preparation."""
+"""Leak checks on what was written: shards are read again and compared with the canonical clicks. They run in
+every preparation."""
 
 import threading
 from pathlib import Path
@@ -32,13 +33,18 @@ class Tally:
 
 
 def check_prepared(
-    work: Work, columns: EventColumns, shards: dict[str, list[dict[str, Any]]], num_items: int, num_negatives: int
+    work: Work,
+    columns: EventColumns,
+    shards: dict[str, list[dict[str, Any]]],
+    num_items: int,
+    num_negatives: int,
 ) -> dict[str, dict[str, int]]:
     """Stage: {check: {checked, violations}}. shards: as the manifest has them.
 
     Raises DataError when anything was violated: the folder is then not published.
 
-    event_once              every event is in exactly one split, once, with the user, item, task, query and time of its click
+    event_once              every event is in exactly one split, once, with the user, item, task, query and
+                            time of its click
     clicks_in_time_order    each user's clicks are in time order, and the splits follow one another
     history_before_target   every history item is a click of the same user, strictly earlier than the target
     history_train_only      no history of a training event holds a validation or test click
@@ -75,15 +81,22 @@ def check_prepared(
                     np.add.at(counts, (block.column("task").to_numpy(), block.column("item").to_numpy()), 1)
             work.progress("checks", tallies["event_once"].checked, len(seen))
 
-    for _ in in_threads(check, ((code, shard) for code, name in enumerate(SPLITS) for shard in shards[name]), work.threads):
+    for _ in in_threads(
+        check, ((code, shard) for code, name in enumerate(SPLITS) for shard in shards[name]), work.threads
+    ):
         pass
     tallies["event_once"].add(0, (seen != 1).sum())
     tallies["clicks_in_time_order"].add(len(seen), check_monotone(columns))
     _check_counts(work.tree / "catalog" / "items.parquet", counts, tallies["train_counts"])
-    result = {name: {"checked": tally.checked, "violations": tally.violations} for name, tally in tallies.items()}
+    result = {
+        name: {"checked": tally.checked, "violations": tally.violations} for name, tally in tallies.items()
+    }
     broken = {name: tally["violations"] for name, tally in result.items() if tally["violations"]}
     if broken:
-        raise DataError(f"leak checks failed: {broken}. The folder was not published; please report this with the settings used.")
+        raise DataError(
+            f"leak checks failed: {broken}. The folder was not published; please report this with the "
+            "settings used."
+        )
     return result
 
 
@@ -97,17 +110,25 @@ def _check_events(block: pa.RecordBatch, columns: EventColumns, code: int, tally
 
 
 def _check_histories(
-    block: pa.RecordBatch, rows: np.ndarray, columns: EventColumns, history_row: np.ndarray, code: int, tallies: dict[str, Tally]
+    block: pa.RecordBatch,
+    rows: np.ndarray,
+    columns: EventColumns,
+    history_row: np.ndarray,
+    code: int,
+    tallies: dict[str, Tally],
 ) -> None:
     """The written items must be those of a run of the user's own clicks that ends before the target's time.
 
-    Clicks of a user are in time order, so the last click of the run tells for all of it (rows of one user: first and last are that user's).
+    Clicks of a user are in time order, so the last click of the run tells for all of it (rows of one user:
+    first and last are that user's).
     """
     lists = block.column("history_items")
     count = np.diff(lists.offsets.to_numpy())
     start = columns.history_start[rows]
     clicks = history_row[ragged_rows(start, count)]
-    same = (lists.flatten().to_numpy() == columns.item[clicks]) & (block.column("history_tasks").flatten().to_numpy() == columns.task[clicks])
+    same = (lists.flatten().to_numpy() == columns.item[clicks]) & (
+        block.column("history_tasks").flatten().to_numpy() == columns.task[clicks]
+    )
     some = count > 0
     first, last = history_row[start[some]], history_row[start[some] + count[some] - 1]
     user, time = block.column("user").to_numpy()[some], block.column("time").to_numpy()[some]
@@ -117,30 +138,46 @@ def _check_histories(
         tallies["history_train_only"].add(len(clicks), (columns.split[last] != TRAIN).sum())
 
 
-def _check_negatives(block: pa.RecordBatch, columns: EventColumns, num_items: int, num_negatives: int, tallies: dict[str, Tally]) -> None:
+def _check_negatives(
+    block: pa.RecordBatch,
+    columns: EventColumns,
+    num_items: int,
+    num_negatives: int,
+    tallies: dict[str, Tally],
+) -> None:
     negatives = block.column("negatives").flatten().to_numpy().reshape(-1, num_negatives)
     user, item = block.column("user").to_numpy(), block.column("item").to_numpy()
     in_order = np.sort(negatives, axis=1)
     twice = (in_order[:, 1:] == in_order[:, :-1]).sum() + (negatives == item[:, None]).sum()
     outside = ((negatives < 0) | (negatives >= num_items)).sum()
     tallies["negatives_unique"].add(negatives.size, twice + outside)
-    nearby = slice(int(np.searchsorted(columns.user, user.min())), int(np.searchsorted(columns.user, user.max(), side="right")))
+    nearby = slice(
+        int(np.searchsorted(columns.user, user.min())),
+        int(np.searchsorted(columns.user, user.max(), side="right")),
+    )
     clicked = KeySet(user_item_keys(columns.user[nearby], columns.item[nearby], num_items))
-    tallies["negatives_unseen"].add(negatives.size, clicked.contains(user[:, None].astype(np.int64) * num_items + negatives).sum())
+    tallies["negatives_unseen"].add(
+        negatives.size, clicked.contains(user[:, None].astype(np.int64) * num_items + negatives).sum()
+    )
 
 
 def _check_counts(path: Path, counts: np.ndarray, tally: Tally) -> None:
     start = 0
-    for batch in pq.ParquetFile(path).iter_batches(columns=["train_rec_clicks", "train_src_clicks"], batch_size=BATCH_ROWS):
+    for batch in pq.ParquetFile(path).iter_batches(
+        columns=["train_rec_clicks", "train_src_clicks"], batch_size=BATCH_ROWS
+    ):
         rows = slice(start, start + batch.num_rows)
-        wrong = (batch.column(0).to_numpy() != counts[REC, rows]) | (batch.column(1).to_numpy() != counts[SRC, rows])
+        wrong = (batch.column(0).to_numpy() != counts[REC, rows]) | (
+            batch.column(1).to_numpy() != counts[SRC, rows]
+        )
         tally.add(batch.num_rows, wrong.sum())
         start += batch.num_rows
     tally.add(0, start != counts.shape[1])
 
 
 def check_monotone(columns: EventColumns) -> int:
-    """Number of places where a user's clicks are out of time order or a split comes before an earlier one (0 in a sound folder)."""
+    """Number of places where a user's clicks are out of time order or a split comes before an earlier one (0
+    in a sound folder)."""
     wrong = 0
     for start in range(0, len(columns.user), BATCH_ROWS):
         rows = slice(max(0, start - 1), start + BATCH_ROWS)

@@ -1,7 +1,9 @@
-"""Fetch the public raw logs: resumed with HTTP Range, checked by size and checksum, moved into place only when whole.
+"""Fetch the public raw logs: resumed with HTTP Range, checked by size and checksum, moved into place only
+when whole.
 
 kuaisar, kuaisar-small   Zenodo record 8181109 (CC BY-NC-SA 4.0); size and md5 come from the record's own API
-amazon-kindle            Amazon product data, 2014 release, Kindle Store 5-core + metadata (no checksum is published)
+amazon-kindle            Amazon product data, 2014 release, Kindle Store 5-core + metadata (no checksum is
+                         published)
 """
 
 import gzip
@@ -47,11 +49,18 @@ def names() -> list[str]:
     return ["kuaisar", "kuaisar-small", "amazon-kindle"]
 
 
-def download(name: str, folder: str | Path, base_url: str = "", progress: Progress | None = None, backoff_s: float = BACKOFF_S) -> list[Path]:
+def download(
+    name: str,
+    folder: str | Path,
+    base_url: str = "",
+    progress: Progress | None = None,
+    backoff_s: float = BACKOFF_S,
+) -> list[Path]:
     """Fetch the data set `name` into `folder` (made when missing) and unpack zips; returns the data files.
 
-    What is there and complete is not fetched again; a broken-off file goes on where it stopped. `base_url` replaces the public server (a mirror).
-    Raises ConfigError for an unknown name, DataError when the server cannot be reached, answers nonsense, or a file fails its check.
+    What is there and complete is not fetched again; a broken-off file goes on where it stopped. `base_url`
+    replaces the public server (a mirror). Raises ConfigError for an unknown name, DataError when the server
+    cannot be reached, answers nonsense, or a file fails its check.
     """
     if name not in names():
         raise ConfigError(f"{name}: no such data set. Known: {', '.join(names())}")
@@ -64,14 +73,21 @@ def download(name: str, folder: str | Path, base_url: str = "", progress: Progre
             path = fetch(remote, folder, report, backoff_s)
             files += unzip(path, folder) if path.suffix == ".zip" else [path]
     except OSError as error:
-        raise DataError(f"cannot write into {folder}: {error}. What was fetched stays there; run the same command again to go on.") from error
+        raise DataError(
+            f"cannot write into {folder}: {error}. What was fetched stays there; run the same command again "
+            "to go on."
+        ) from error
     return files
 
 
 def fetch(remote: RemoteFile, folder: Path, progress: Progress, backoff_s: float = BACKOFF_S) -> Path:
     """One file, through NAME.part. Raises DataError when it cannot be had whole and right."""
     path, part = folder / remote.name, folder / f"{remote.name}.part"
-    if path.exists() and (not remote.num_bytes or path.stat().st_size == remote.num_bytes) and _md5_fits(path, remote.md5):
+    if (
+        path.exists()
+        and (not remote.num_bytes or path.stat().st_size == remote.num_bytes)
+        and _md5_fits(path, remote.md5)
+    ):
         progress(remote.name, path.stat().st_size, path.stat().st_size)
         return path
     _fill_part(remote, part, progress, backoff_s)
@@ -87,10 +103,11 @@ def fetch(remote: RemoteFile, folder: Path, progress: Progress, backoff_s: float
 
 
 def unzip(archive: Path, folder: Path) -> list[Path]:
-    """Unpack the files of `archive` into `folder`, without the archive's own folders; each through a temporary name.
+    """Unpack the files of `archive` into `folder`, without the archive's own folders; each through a
+    temporary name.
 
-    Members with an absolute path, "..", or a link are refused before anything is written; so are two members of one name. Finished files of the
-    right size and CRC are kept.
+    Members with an absolute path, "..", or a link are refused before anything is written; so are two members
+    of one name. Finished files of the right size and CRC are kept.
     """
     try:
         with zipfile.ZipFile(archive) as bundle:
@@ -100,19 +117,26 @@ def unzip(archive: Path, folder: Path) -> list[Path]:
             targets = [folder / PurePosixPath(member.filename).name for member in members]
             if len(set(targets)) < len(targets):
                 raise DataError(f"{archive} holds several files of one name. Unpack it by hand.")
-            _check_space(folder, sum(m.file_size for m, t in zip(members, targets, strict=True) if not _is_same(t, m)))
+            _check_space(
+                folder, sum(m.file_size for m, t in zip(members, targets, strict=True) if not _is_same(t, m))
+            )
             for member, target in zip(members, targets, strict=True):
                 if not _is_same(target, member):
                     _extract(bundle, member, target)
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
-        raise DataError(f"{archive} is not a whole zip file ({error}). Delete it and run the same command again.") from error
+        raise DataError(
+            f"{archive} is not a whole zip file ({error}). Delete it and run the same command again."
+        ) from error
     return targets
 
 
 def _listing(name: str, base_url: str, backoff_s: float) -> list[RemoteFile]:
     if name == "amazon-kindle":
         base = base_url or SNAP
-        return [RemoteFile(file, f"{base}/{file}") for file in ("reviews_Kindle_Store_5.json.gz", "meta_Kindle_Store.json.gz")]
+        return [
+            RemoteFile(file, f"{base}/{file}")
+            for file in ("reviews_Kindle_Store_5.json.gz", "meta_Kindle_Store.json.gz")
+        ]
     base, wanted = base_url or ZENODO, "KuaiSAR_v2.zip" if name == "kuaisar" else "KuaiSAR.zip"
     api = f"{base}/api/records/{KUAISAR_RECORD}"
     try:
@@ -121,8 +145,18 @@ def _listing(name: str, base_url: str, backoff_s: float) -> list[RemoteFile]:
         kind, _, digest = entry["checksum"].partition(":")
         size = int(entry["size"])
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{api}: the answer does not describe {wanted} ({error!r}). Fetch it by hand from {base}/records/{KUAISAR_RECORD}") from error
-    return [RemoteFile(wanted, f"{base}/records/{KUAISAR_RECORD}/files/{quote(wanted)}?download=1", size, digest if kind == "md5" else "")]
+        raise DataError(
+            f"{api}: the answer does not describe {wanted} ({error!r}). Fetch it by hand from "
+            f"{base}/records/{KUAISAR_RECORD}"
+        ) from error
+    return [
+        RemoteFile(
+            wanted,
+            f"{base}/records/{KUAISAR_RECORD}/files/{quote(wanted)}?download=1",
+            size,
+            digest if kind == "md5" else "",
+        )
+    ]
 
 
 def _read_small(url: str, backoff_s: float) -> bytes:
@@ -146,19 +180,31 @@ def _fill_part(remote: RemoteFile, part: Path, progress: Progress, backoff_s: fl
             if _append(remote, part, before, progress):
                 return
             error: Exception = DataError("the connection ended early")
-        except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError) as caught:
+        except (
+            urllib.error.URLError,
+            http.client.HTTPException,
+            ConnectionError,
+            TimeoutError,
+            ssl.SSLError,
+        ) as caught:
             error = caught
         gained = part.exists() and part.stat().st_size > before
         failures = _wait_or_give_up(remote.url, error, 0 if gained else failures, backoff_s)
 
 
 def _append(remote: RemoteFile, part: Path, start: int, progress: Progress) -> bool:
-    """One request from byte `start` on. True when the file is complete, False when the connection ended early."""
+    """One request from byte `start` on. True when the file is complete, False when the connection ended
+    early."""
     try:
         response = _open(remote.url, {"Range": f"bytes={start}-"} if start else {})
     except urllib.error.HTTPError as error:
-        if error.code == 416 and start:  # nothing after `start`: complete, or a part of another file; the check will tell
-            complete = _content_range_total(error.headers.get("Content-Range", "")) in (start, remote.num_bytes)
+        if (
+            error.code == 416 and start
+        ):  # nothing after `start`: complete, or a part of another file; the check will tell
+            complete = _content_range_total(error.headers.get("Content-Range", "")) in (
+                start,
+                remote.num_bytes,
+            )
             if not complete:
                 part.unlink()
             return complete
@@ -166,7 +212,9 @@ def _append(remote: RemoteFile, part: Path, start: int, progress: Progress) -> b
     with response:
         resumed = response.status == 206
         if resumed and not (response.headers.get("Content-Range") or "").startswith(f"bytes {start}-"):
-            raise http.client.HTTPException(f"asked for bytes from {start}, got {response.headers.get('Content-Range')}")
+            raise http.client.HTTPException(
+                f"asked for bytes from {start}, got {response.headers.get('Content-Range')}"
+            )
         done = start if resumed else 0  # a server without Range sends all of it again
         length = response.headers.get("Content-Length")
         total = done + int(length) if length else remote.num_bytes
@@ -182,12 +230,15 @@ def _append(remote: RemoteFile, part: Path, start: int, progress: Progress) -> b
 def _open(url: str, headers: dict[str, str] | None = None) -> http.client.HTTPResponse:
     if not url.startswith(("https://", "http://")):
         raise ConfigError(f"{url}: only http and https addresses can be fetched")
-    request = urllib.request.Request(url, headers={"User-Agent": "gensr-download", "Accept-Encoding": "identity", **(headers or {})})
+    request = urllib.request.Request(
+        url, headers={"User-Agent": "gensr-download", "Accept-Encoding": "identity", **(headers or {})}
+    )
     return urllib.request.urlopen(request, timeout=TIMEOUT_S)
 
 
 def _wait_or_give_up(url: str, error: Exception, failures: int, backoff_s: float) -> int:
-    """Sleep before the next try; returns the number of failures in a row. Raises DataError when trying again is no use."""
+    """Sleep before the next try; returns the number of failures in a row. Raises DataError when trying again
+    is no use."""
     code = error.code if isinstance(error, urllib.error.HTTPError) else 0
     hopeless = 400 <= code < 500 and code not in (408, 416, 425, 429)
     if hopeless or failures + 1 >= TRIES:
@@ -271,7 +322,10 @@ def _extract(bundle: zipfile.ZipFile, member: zipfile.ZipInfo, target: Path) -> 
 def _check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
-        raise DataError(f"{folder}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free. Make room or choose another folder.")
+        raise DataError(
+            f"{folder}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free. Make room or choose "
+            "another folder."
+        )
 
 
 def _silent(what: str, done: int, total: int) -> None:

@@ -1,6 +1,7 @@
 """Raw keys → dense ids, and the one canonical order of all clicks: by user, then time, ties by hash.
 
-Ids are a permutation by hash of the sorted original ids: neither order of appearance nor popularity can be read from them.
+Ids are a permutation by hash of the sorted original ids: neither order of appearance nor popularity can be
+read from them.
 """
 
 import dataclasses
@@ -27,12 +28,16 @@ USER_SEED, ITEM_SEED, QUERY_SEED, TIE_SEED = 11, 12, 13, 14  # what a hash is fo
 
 
 def read_rows(work: Work, source: Source) -> dict[str, Any]:
-    """Stage: raw files → rows.parquet, `rows` in the work database. Returns counts and what was dropped, and why."""
+    """Stage: raw files → rows.parquet, `rows` in the work database. Returns counts and what was dropped, and
+    why."""
     try:
         tables = source.read(work)
-        path = literal(work.folder / "rows.parquet")  # a table of the work database would cost twice as much and hold it all in memory
+        path = literal(
+            work.folder / "rows.parquet"
+        )  # a table of the work database would cost twice as much and hold it all in memory
         work.execute(
-            f"COPY ({tables.events}) TO {path} (FORMAT parquet, COMPRESSION uncompressed, DICTIONARY_SIZE_LIMIT 10000)",
+            f"COPY ({tables.events}) TO {path} (FORMAT parquet, COMPRESSION uncompressed, "
+            "DICTIONARY_SIZE_LIMIT 10000)",
             "read",
             sum(estimated_rows(path) for path in source.files),
         )
@@ -41,15 +46,22 @@ def read_rows(work: Work, source: Source) -> dict[str, Any]:
         raise readable(error, source.files) from error
     sizes = {name: _collect_keys(work, name, column) for name, column in KEY_COLUMNS.items()}
     dropped = dict(tables.dropped)
-    for problem, count in work.con.execute("SELECT problem, count(*) FROM rows WHERE problem IS NOT NULL GROUP BY 1 ORDER BY 1").fetchall():
+    for problem, count in work.con.execute(
+        "SELECT problem, count(*) FROM rows WHERE problem IS NOT NULL GROUP BY 1 ORDER BY 1"
+    ).fetchall():
         dropped[problem] = dropped.get(problem, 0) + count
     _raise_wrong_values(work, tables, dropped)
     rec, src, clicks = work.con.execute(
-        f"SELECT count(*) FILTER (task = {REC}), count(*) FILTER (task = {SRC}), count(*) FILTER (clicked AND problem IS NULL) FROM rows"
+        f"SELECT count(*) FILTER (task = {REC}), count(*) FILTER (task = {SRC}), count(*) FILTER (clicked "
+        "AND problem IS NULL) FROM rows"
     ).fetchall()[0]
     if clicks == 0:
-        reasons = "; ".join(f"{reason}: {count}" for reason, count in dropped.items()) or "the files hold no rows"
-        raise DataError(f"{', '.join(str(path) for path in source.files)}: no usable click. Dropped: {reasons}.")
+        reasons = (
+            "; ".join(f"{reason}: {count}" for reason, count in dropped.items()) or "the files hold no rows"
+        )
+        raise DataError(
+            f"{', '.join(str(path) for path in source.files)}: no usable click. Dropped: {reasons}."
+        )
     return {
         "counts": {**sizes, "rec": rec, "src": src, "clicks": clicks}, "dropped": dropped, "anonymised": tables.anonymised, "notes": tables.notes,
         "duplicate_items": tables.duplicate_items,
@@ -58,7 +70,8 @@ def read_rows(work: Work, source: Source) -> dict[str, Any]:
 
 
 def _collect_keys(work: Work, name: str, column: str) -> int:
-    """Table {name}_keys (key, clicked): every value of a column of rows, and whether a usable click has it. Returns how many there are."""
+    """Table {name}_keys (key, clicked): every value of a column of rows, and whether a usable click has it.
+    Returns how many there are."""
     work.con.execute(
         f"""CREATE OR REPLACE TABLE {name}_keys AS
         SELECT {column} AS key, bool_or(clicked AND problem IS NULL) AS clicked FROM rows WHERE {column} IS NOT NULL GROUP BY 1"""
@@ -79,8 +92,13 @@ def _raise_wrong_values(work: Work, tables: Tables, problems: Iterable[str]) -> 
 
 
 def encode_keys(work: Work, settings: PrepareSettings, items: dict[str, str]) -> dict[str, Any]:
-    """Stage: original users, items and queries of clicks → codes 0, 1, … in hashed order (tables users_codes, items_codes, queries_codes)."""
-    every_item = f" UNION SELECT item_id FROM {items['scan']} WHERE item_id IS NOT NULL" if settings.min_interactions == 0 else ""
+    """Stage: original users, items and queries of clicks → codes 0, 1, … in hashed order (tables users_codes,
+    items_codes, queries_codes)."""
+    every_item = (
+        f" UNION SELECT item_id FROM {items['scan']} WHERE item_id IS NOT NULL"
+        if settings.min_interactions == 0
+        else ""
+    )
     return {
         "users": _encode(work, "users", derive_seed(settings.seed, USER_SEED)),
         "items": _encode(work, "items", derive_seed(settings.seed, ITEM_SEED), every_item),
@@ -89,19 +107,28 @@ def encode_keys(work: Work, settings: PrepareSettings, items: dict[str, str]) ->
 
 
 def _encode(work: Work, name: str, seed: int, more: str = "") -> int:
-    """Table {name}_codes (key, code) of the keys of clicks and those that `more` adds. Returns how many there are."""
-    keys = work.con.sql(f"SELECT key FROM (SELECT key FROM {name}_keys WHERE clicked{more}) ORDER BY key").to_arrow_table()
-    work.put_table(f"{name}_codes", keys.append_column("code", pa.array(permutation(keys.num_rows, seed), pa.int32())))
+    """Table {name}_codes (key, code) of the keys of clicks and those that `more` adds. Returns how many there
+    are."""
+    keys = work.con.sql(
+        f"SELECT key FROM (SELECT key FROM {name}_keys WHERE clicked{more}) ORDER BY key"
+    ).to_arrow_table()
+    work.put_table(
+        f"{name}_codes", keys.append_column("code", pa.array(permutation(keys.num_rows, seed), pa.int32()))
+    )
     return int(keys.num_rows)
 
 
 def sort_clicks(work: Work, total: int) -> dict[str, Any]:
-    """Stage: all clicks as flat columns click_* of codes, by (user, time, item, task, query), exact duplicates removed. total: usable clicks."""
+    """Stage: all clicks as flat columns click_* of codes, by (user, time, item, task, query), exact
+    duplicates removed. total: usable clicks."""
     sql = f"""
         SELECT u.code AS user, i.code AS item, r.time AS time, r.task AS task, coalesce(q.code, {NO_QUERY}) AS query
         FROM rows r JOIN users_codes u ON r.user_id = u.key JOIN items_codes i ON r.item_id = i.key LEFT JOIN queries_codes q ON r.query = q.key
         WHERE r.problem IS NULL AND r.clicked ORDER BY 1, 3, 2, 4, 5"""
-    kept = work.write_columns(_without_duplicates(work, sql, total), {f"click_{name}": dtype for name, dtype in EVENT_DTYPES.items()})
+    kept = work.write_columns(
+        _without_duplicates(work, sql, total),
+        {f"click_{name}": dtype for name, dtype in EVENT_DTYPES.items()},
+    )
     return {"num_clicks": kept, "num_duplicates": total - kept}
 
 
@@ -121,7 +148,8 @@ def _without_duplicates(work: Work, sql: str, total: int) -> Iterator[dict[str, 
 
 
 def filter_clicks(work: Work, settings: PrepareSettings, sizes: dict[str, int]) -> dict[str, Any]:
-    """Stage: users, items and clicks that remain, with final ids, in the canonical order (columns user, item, time, task, query).
+    """Stage: users, items and clicks that remain, with final ids, in the canonical order (columns user, item,
+    time, task, query).
 
     Also columns user_code, item_code and query_code: the code of each final id.
     """
@@ -140,7 +168,8 @@ def filter_clicks(work: Work, settings: PrepareSettings, sizes: dict[str, int]) 
         num_events += int(kept.sum())
     if num_events == 0:
         raise DataError(
-            f"the filter leaves no click of {len(clicks['user'])}: lower min_interactions={settings.min_interactions}, "
+            f"the filter leaves no click of {len(clicks['user'])}: lower "
+            f"min_interactions={settings.min_interactions}, "
             "or set kcore=false or both_behaviours=false."
         )
     new_id = {"user": _new_ids(keep_user), "item": _new_ids(keep_item), "query": _new_ids(keep_query)}
@@ -159,7 +188,12 @@ def _new_ids(keep: np.ndarray) -> np.ndarray:
 
 
 def _renumbered(
-    work: Work, clicks: dict[str, np.ndarray], keep_user: np.ndarray, keep_item: np.ndarray, new_id: dict[str, np.ndarray], seed: int
+    work: Work,
+    clicks: dict[str, np.ndarray],
+    keep_user: np.ndarray,
+    keep_item: np.ndarray,
+    new_id: dict[str, np.ndarray],
+    seed: int,
 ) -> Iterator[dict[str, np.ndarray]]:
     user_codes = clicks["user"]
     starts = np.searchsorted(user_codes, np.arange(len(keep_user), dtype=user_codes.dtype))
@@ -171,7 +205,9 @@ def _renumbered(
         query = chunk["query"]
         chunk["user"], chunk["item"] = new_id["user"][chunk["user"]], new_id["item"][chunk["item"]]
         if len(new_id["query"]):
-            chunk["query"] = np.where(query >= 0, new_id["query"][np.maximum(query, 0)], NO_QUERY).astype(np.int32)
+            chunk["query"] = np.where(query >= 0, new_id["query"][np.maximum(query, 0)], NO_QUERY).astype(
+                np.int32
+            )
         order = canonical_order(chunk, seed)
         work.progress("filter", bounds[1], len(user_codes))
         return {name: values[order] for name, values in chunk.items()}
@@ -180,7 +216,8 @@ def _renumbered(
 
 
 def canonical_order(rows: dict[str, np.ndarray], seed: int) -> np.ndarray:
-    """Order of rows (sorted by user and time already) by user, time, and a hash of (user, item, task, query): never item id or file order."""
+    """Order of rows (sorted by user and time already) by user, time, and a hash of (user, item, task, query):
+    never item id or file order."""
     group = np.cumsum(first_of_runs(rows["user"], rows["time"])) - 1
     pair = (rows["user"].astype(np.uint64) << np.uint64(32)) | rows["item"].astype(np.uint64)
     kind = (rows["query"].astype(np.int64) + 1) * 2 + rows["task"]

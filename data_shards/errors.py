@@ -1,8 +1,10 @@
-"""Errors that a user can act on. The CLI prints them without a traceback; everything else is a bug and keeps its traceback."""
+"""Errors that a user can act on. The CLI prints them without a traceback; everything else is a bug and keeps
+its traceback."""
 
 
 class GensrError(Exception):
-    """Base of every error caused by input, configuration or environment. The message says what, where and the fix."""
+    """Base of every error caused by input, configuration or environment. The message says what, where and the
+    fix."""
 
 
 class DataError(GensrError):

@@ -1,4 +1,5 @@
-"""Which users and items stay: both behaviours, and at least k clicks each, repeated until nothing changes (k-core)."""
+"""Which users and items stay: both behaviours, and at least k clicks each, repeated until nothing changes
+(k-core)."""
 
 import numpy as np
 
@@ -19,10 +20,11 @@ def keep_users_and_items(
     repeat: bool,
     threads: int = 1,
 ) -> tuple[np.ndarray, np.ndarray, int]:
-    """Clicks (three columns of one length, memory-mapped or not) → keep_user [num_users] bool, keep_item [num_items] bool, rounds.
+    """Clicks (three columns of one length, memory-mapped or not) → keep_user [num_users] bool, keep_item
+    [num_items] bool, rounds.
 
-    A click counts while its user and its item are kept. minimum 0 keeps items without clicks; users always need one.
-    Without `repeat`: users with both behaviours first, then one count of the rest.
+    A click counts while its user and its item are kept. minimum 0 keeps items without clicks; users always
+    need one. Without `repeat`: users with both behaviours first, then one count of the rest.
     """
     keep_user, keep_item = np.ones(num_users, bool), np.ones(num_items, bool)
     rounds = 0
@@ -42,7 +44,12 @@ def keep_users_and_items(
 
 
 def _count(
-    user: np.ndarray, item: np.ndarray, task: np.ndarray, keep_user: np.ndarray, keep_item: np.ndarray, threads: int
+    user: np.ndarray,
+    item: np.ndarray,
+    task: np.ndarray,
+    keep_user: np.ndarray,
+    keep_item: np.ndarray,
+    threads: int,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Clicks that remain: of each user in recommendation, of each user in search, of each item."""
     by_user_task, by_item = np.zeros(2 * len(keep_user), np.int64), np.zeros(len(keep_item), np.int64)

@@ -1,6 +1,8 @@
-"""Stateless pseudo-random numbers: the same inputs give the same numbers on every machine, rank, worker and thread count.
+"""Stateless pseudo-random numbers: the same inputs give the same numbers on every machine, rank, worker and
+thread count.
 
-Everything random about data (shuffles, negatives, folds, tie-breaks) is a hash of *what it is for*, never of *when it is drawn*.
+Everything random about data (shuffles, negatives, folds, tie-breaks) is a hash of *what it is for*, never of
+*when it is drawn*.
 """
 
 import numpy as np
@@ -10,7 +12,8 @@ _GOLDEN = 0x9E3779B97F4A7C15
 
 
 def mix64(values: np.ndarray, seed: int = 0) -> np.ndarray:
-    """SplitMix64 finaliser (Steele, Lea & Flood 2014) of each value, keyed by `seed`. Any integer array → uint64, same shape."""
+    """SplitMix64 finaliser (Steele, Lea & Flood 2014) of each value, keyed by `seed`. Any integer array →
+    uint64, same shape."""
     offset = U64((_GOLDEN * (2 * int(seed) + 1)) & 0xFFFFFFFFFFFFFFFF)
     with np.errstate(over="ignore"):
         z = np.asarray(values).astype(np.uint64) + offset
@@ -20,7 +23,8 @@ def mix64(values: np.ndarray, seed: int = 0) -> np.ndarray:
 
 
 def uniform_below(bits: np.ndarray, limit: int) -> np.ndarray:
-    """Map uint64 random bits to integers in [0, limit). Uses the upper 32 bits (Lemire's multiply-shift): limit < 2**32."""
+    """Map uint64 random bits to integers in [0, limit). Uses the upper 32 bits (Lemire's multiply-shift):
+    limit < 2**32."""
     return (((bits >> U64(32)) * U64(limit)) >> U64(32)).astype(np.int64)
 
 
@@ -39,10 +43,13 @@ def derive_seed(seed: int, *parts: int) -> int:
 
 def permutation(size: int, seed: int) -> np.ndarray:
     """A permutation of range(size) that depends on (size, seed) only, not on a library's generator version."""
-    return np.argsort(mix64(np.arange(size), seed))  # mix64 is one-to-one: no ties, so every sort gives the same order
+    return np.argsort(
+        mix64(np.arange(size), seed)
+    )  # mix64 is one-to-one: no ties, so every sort gives the same order
 
 
 def click_fold(users: np.ndarray, items: np.ndarray, num_folds: int) -> np.ndarray:
-    """Cross-fitting fold of each (user, item) click, in [0, num_folds). A search and a recommendation of one item share it."""
+    """Cross-fitting fold of each (user, item) click, in [0, num_folds). A search and a recommendation of one
+    item share it."""
     keys = (np.asarray(users).astype(np.uint64) << U64(32)) | np.asarray(items).astype(np.uint64)
     return uniform_below(mix64(keys, seed=71), num_folds)

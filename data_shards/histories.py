@@ -1,4 +1,5 @@
-"""History windows by array arithmetic, and the impressions shown beside a click. Rows are sorted by (user, time); chunks hold whole users."""
+"""History windows by array arithmetic, and the impressions shown beside a click. Rows are sorted by (user,
+time); chunks hold whole users."""
 
 import numpy as np
 
@@ -22,23 +23,31 @@ def moment_keys(user: np.ndarray, time: np.ndarray, task: np.ndarray, query: np.
 
 
 def in_histories(user: np.ndarray, time: np.ndarray, item: np.ndarray, task: np.ndarray) -> np.ndarray:
-    """Which rows appear in histories, bool [rows]: an item clicked several times at one moment appears once, as a search if any of them was."""
+    """Which rows appear in histories, bool [rows]: an item clicked several times at one moment appears once,
+    as a search if any of them was."""
     keep = np.ones(len(user), bool)
     starts = first_of_runs(user, time)
     group = np.cumsum(starts) - 1
     tied = np.flatnonzero(np.bincount(group)[group] > 1) if len(group) else np.zeros(0, np.int64)
-    order = tied[np.lexsort((tied, task[tied] != SRC, item[tied], group[tied]))]  # within (user, time, item): searches first
+    order = tied[
+        np.lexsort((tied, task[tied] != SRC, item[tied], group[tied]))
+    ]  # within (user, time, item): searches first
     keep[order[~first_of_runs(group[order], item[order])]] = False
     return keep
 
 
-def windows(user: np.ndarray, time: np.ndarray, in_history: np.ndarray, history_max: int) -> tuple[np.ndarray, np.ndarray]:
-    """(first, count) of each row's history among the rows that appear in histories: the newest `history_max` strictly before its time."""
+def windows(
+    user: np.ndarray, time: np.ndarray, in_history: np.ndarray, history_max: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(first, count) of each row's history among the rows that appear in histories: the newest `history_max`
+    strictly before its time."""
     before = np.cumsum(in_history) - in_history  # history rows above each row
     run_of_time = np.flatnonzero(first_of_runs(user, time))
     run_of_user = np.flatnonzero(first_of_runs(user))
     rows = np.arange(len(user))
-    end = before[run_of_time[np.searchsorted(run_of_time, rows, side="right") - 1]]  # all rows of one moment end where the moment begins
+    end = before[
+        run_of_time[np.searchsorted(run_of_time, rows, side="right") - 1]
+    ]  # all rows of one moment end where the moment begins
     user_start = before[run_of_user[np.searchsorted(run_of_user, rows, side="right") - 1]]
     start = np.maximum(user_start, end - history_max)
     return start, (end - start).astype(np.int32)
@@ -52,13 +61,15 @@ def ragged_rows(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 
 def order_by_hash(group: np.ndarray, tie: np.ndarray) -> np.ndarray:
-    """Order of rows by (group, tie). group: int64 below 2**24; tie: uint64, of which 40 bits count; what is still equal keeps its order."""
+    """Order of rows by (group, tie). group: int64 below 2**24; tie: uint64, of which 40 bits count; what is
+    still equal keeps its order."""
     key = (group.astype(np.uint64) << np.uint64(40)) | (tie >> np.uint64(24))
     return np.argsort(key, kind="stable")
 
 
 def choose_shown(moment: np.ndarray, item: np.ndarray, keys: np.ndarray, limit: int, seed: int) -> np.ndarray:
-    """Rows of at most `limit` distinct items of each moment (ids below 2**24), chosen by hash. keys: moment_keys of each moment. → row numbers, by moment."""
+    """Rows of at most `limit` distinct items of each moment (ids below 2**24), chosen by hash. keys:
+    moment_keys of each moment. → row numbers, by moment."""
     tie = mix64(mix64(keys, seed)[moment] ^ mix64(item, 1))
     order = order_by_hash(moment, tie)  # one item of one moment has one hash: repeats lie side by side
     order = order[first_of_runs(moment[order], item[order])]

@@ -23,16 +23,23 @@ def sort_shown(work: Work) -> int:
         SELECT u.id AS user, i.id AS item, r.time AS time, r.task AS task, coalesce(q.id, {NO_QUERY}) AS query
         FROM rows r JOIN final_users u ON r.user_id = u.key JOIN final_items i ON r.item_id = i.key LEFT JOIN final_queries q ON r.query = q.key
         WHERE r.problem IS NULL AND NOT r.clicked AND (r.query IS NULL OR q.id IS NOT NULL) ORDER BY 1, 3, 2, 4, 5"""
-    parts = ({f"shown_{name}": batch.column(name).to_numpy() for name in EVENT_DTYPES} for batch in work.batches(sql))
+    parts = (
+        {f"shown_{name}": batch.column(name).to_numpy() for name in EVENT_DTYPES}
+        for batch in work.batches(sql)
+    )
     return work.write_columns(parts, {f"shown_{name}": dtype for name, dtype in EVENT_DTYPES.items()})
 
 
 def attach_shown(work: Work, settings: PrepareSettings, num_users: int) -> dict[str, Any]:
     """Stage: columns shown_start, shown_count of every event and the flat column shown_chosen."""
     num_shown = (
-        sort_shown(work) if settings.num_impressions else work.write_columns([], {f"shown_{name}": dtype for name, dtype in EVENT_DTYPES.items()})
+        sort_shown(work)
+        if settings.num_impressions
+        else work.write_columns([], {f"shown_{name}": dtype for name, dtype in EVENT_DTYPES.items()})
     )
-    work.write_columns(_chunks(work, settings, num_users), {"shown_start": "i8", "shown_count": "i4", "shown_chosen": "i4"})
+    work.write_columns(
+        _chunks(work, settings, num_users), {"shown_start": "i8", "shown_count": "i4", "shown_chosen": "i4"}
+    )
     return {"num_shown": num_shown, "num_chosen": len(work.column("shown_chosen", "i4"))}
 
 
@@ -55,8 +62,13 @@ def _chunks(work: Work, settings: PrepareSettings, num_users: int) -> Iterator[d
         training = split[start:stop] == TRAIN
         moments = sorted_unique(event_moment[training])
         beside_training = KeySet(moments).contains(shown_moment)
-        moment, item = np.searchsorted(moments, shown_moment[beside_training]), beside["item"][beside_training]
-        at = np.full(stop - start, len(moments))  # row of `moments` of each event; the extra one, without items, for other events
+        moment, item = (
+            np.searchsorted(moments, shown_moment[beside_training]),
+            beside["item"][beside_training],
+        )
+        at = np.full(
+            stop - start, len(moments)
+        )  # row of `moments` of each event; the extra one, without items, for other events
         at[training] = np.searchsorted(moments, event_moment[training])
         clicked = KeySet(sorted_unique(_moment_item(at, here["item"])))
         free = ~clicked.contains(_moment_item(moment, item))
@@ -66,7 +78,9 @@ def _chunks(work: Work, settings: PrepareSettings, num_users: int) -> Iterator[d
         return at, np.bincount(moment[rows], minlength=len(moments) + 1), item[rows]
 
     written = 0
-    for at, counts, items in in_threads(choose, chunk_bounds(np.searchsorted(events["user"], users), num_events), work.threads):
+    for at, counts, items in in_threads(
+        choose, chunk_bounds(np.searchsorted(events["user"], users), num_events), work.threads
+    ):
         firsts = written + np.cumsum(counts) - counts
         written += len(items)
         yield {"shown_start": firsts[at], "shown_count": counts[at], "shown_chosen": items}

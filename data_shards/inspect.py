@@ -1,4 +1,5 @@
-"""What a prepared folder holds: counts beside the published ones, splits, shard sizes, leak checks, one event with original ids."""
+"""What a prepared folder holds: counts beside the published ones, splits, shard sizes, leak checks, one event
+with original ids."""
 
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ from data_shards.schema import NO_QUERY, SPLITS, SRC, TASKS, Manifest, read_mani
 
 
 def inspect(out: str | Path) -> dict[str, Any]:
-    """Facts of a prepared folder: counts, published, dropped, splits, shards, catalog, text, leak_checks, example, manifest_hash.
+    """Facts of a prepared folder: counts, published, dropped, splits, shards, catalog, text, leak_checks,
+    example, manifest_hash.
 
-    Raises DataError when it is no prepared folder, or a file is missing or not of the size the manifest gives.
+    Raises DataError when it is no prepared folder, or a file is missing or not of the size the manifest
+    gives.
     """
     folder = Path(out)
     manifest = read_manifest(folder)
@@ -47,36 +50,52 @@ def describe(facts: dict[str, Any]) -> list[str]:
     ]
     lines += [f"  {counts['users']:,} users, {counts['items']:,} items, {counts['queries']:,} queries"]
     lines += [f"  {name} {bound['utc']}" for name, bound in splits["boundaries"].items()]
-    lines += ["", f"  {'split':<8}{'recommendation':>16}{'search':>12}{'shards':>9}{'blocks':>9}{'bytes':>15}{'bytes/event':>13}"]
+    lines += [
+        "",
+        f"  {'split':<8}{'recommendation':>16}{'search':>12}{'shards':>9}{'blocks':>9}{'bytes':>15}{'bytes/event':>13}",
+    ]
     for split in SPLITS:
         shard = facts["shards"][split]
         row = f"  {split:<8}{counts[split]['rec']:>16,}{counts[split]['src']:>12,}{shard['shards']:>9,}{shard['blocks']:>9,}{shard['num_bytes']:>15,}"
         lines.append(f"{row}{shard['bytes_per_event'] or 0:>13}")
-    lines += ["", f"  text: {text['mode']}, tokenizer {text['tokenizer']} ({text['vocab_size']:,} entries), {text['num_words']:,} anonymised words"]
+    lines += [
+        "",
+        f"  text: {text['mode']}, tokenizer {text['tokenizer']} ({text['vocab_size']:,} entries), "
+        f"{text['num_words']:,} anonymised words",
+    ]
     lines += ["", *count_table(facts)]
     lines += ["", *dropped_table(facts)] if facts["dropped"] else []
     lines += ["", "  leak checks"]
     lines += [
-        f"    {'OK  ' if not check['violations'] else 'FAIL'}  {name}: {check['checked']:,} checked, {check['violations']:,} violations"
+        f"    {'OK  ' if not check['violations'] else 'FAIL'}  {name}: {check['checked']:,} checked, "
+        f"{check['violations']:,} violations"
         for name, check in facts["leak_checks"].items()
     ]
     if example := facts["example"]:
         clicks = ", ".join(f"{click['task']} {click['item_id']}" for click in example["history"][-5:])
         lines += [
             "",
-            f"  one {example['split']} event: user {example['user_id']}, {example['task']}, query {example['query']!r}, time {example['time']}",
+            f"  one {example['split']} event: user {example['user_id']}, {example['task']}, query "
+            f"{example['query']!r}, time {example['time']}",
         ]
         lines += [f"    clicked  {example['item_id']}: {example['item_text'][:90]}"]
         lines += [f"    history  {len(example['history'])} items, the newest: {clicks or 'none'}"]
-        lines += [f"    against  {len(example['negatives'])} negatives: {', '.join(str(item) for item in example['negatives'][:5])}, …"]
+        lines += [
+            f"    against  {len(example['negatives'])} negatives: "
+            f"{', '.join(str(item) for item in example['negatives'][:5])}, …"
+        ]
     return lines
 
 
 def count_table(facts: dict[str, Any]) -> list[str]:
-    """Raw and filtered counts beside those the data's authors publish, as lines. facts: with the counts and published of a manifest."""
+    """Raw and filtered counts beside those the data's authors publish, as lines. facts: with the counts and
+    published of a manifest."""
     names = ("users", "items", "queries", "rec", "src")
     counts = facts["counts"]
-    kept = {**{name: counts[name] for name in names[:3]}, **{task: sum(counts[split][task] for split in SPLITS) for task in TASKS}}
+    kept = {
+        **{name: counts[name] for name in names[:3]},
+        **{task: sum(counts[split][task] for split in SPLITS) for task in TASKS},
+    }
     rows = {
         "here, raw rows": counts["raw"],
         "here, clicks after filtering": kept,
@@ -85,7 +104,9 @@ def count_table(facts: dict[str, Any]) -> list[str]:
     width = max(len(name) for name in rows) + 2
     lines = [f"  {'':<{width}}" + "".join(f"{name:>14}" for name in names)]
     for name, row in rows.items():
-        lines.append(f"  {name:<{width}}" + "".join(f"{row[key]:>14,}" if key in row else f"{'':>14}" for key in names))
+        lines.append(
+            f"  {name:<{width}}" + "".join(f"{row[key]:>14,}" if key in row else f"{'':>14}" for key in names)
+        )
     return lines
 
 
@@ -102,7 +123,10 @@ def _check_sizes(folder: Path, manifest: Manifest) -> None:
         if not path.is_file():
             raise DataError(f"{path} is missing, though the manifest lists it. Prepare the folder again.")
         if path.stat().st_size != num_bytes:
-            raise DataError(f"{path} has {path.stat().st_size} bytes, the manifest says {num_bytes}: cut off or changed. Prepare the folder again.")
+            raise DataError(
+                f"{path} has {path.stat().st_size} bytes, the manifest says {num_bytes}: cut off or changed. "
+                "Prepare the folder again."
+            )
 
 
 def _example(folder: Path, manifest: Manifest) -> dict[str, Any]:
@@ -110,11 +134,17 @@ def _example(folder: Path, manifest: Manifest) -> dict[str, Any]:
     for shard in manifest.shards("test"):
         block = next(decode_blocks(tar_entries(folder / shard.name), shard.blocks))
         events = block.slice(0, 512).to_pylist()
-        event = max(events, key=lambda row: (row["task"] == SRC, len(row["history_items"]) > 0))  # max keeps the first of equals
+        event = max(
+            events, key=lambda row: (row["task"] == SRC, len(row["history_items"]) > 0)
+        )  # max keeps the first of equals
         items = [event["item"], *event["history_items"], *event["negatives"]]
         found = _rows(folder / "catalog" / "items.parquet", ["item_id", "text"], items)
         query = (
-            None if event["query"] == NO_QUERY else _rows(folder / "catalog" / "queries.parquet", ["text"], [event["query"]])[event["query"]]["text"]
+            None
+            if event["query"] == NO_QUERY
+            else _rows(folder / "catalog" / "queries.parquet", ["text"], [event["query"]])[event["query"]][
+                "text"
+            ]
         )
         return {
             "split": "test", "event_id": event["event_id"], "time": event["time"], "task": TASKS[event["task"]],
@@ -137,7 +167,11 @@ def _rows(path: Path, columns: list[str], wanted: list[int]) -> dict[int, dict[s
         size = file.metadata.row_group(group).num_rows
         here = sorted({row for row in wanted if start <= row < start + size})
         if here:
-            rows = file.read_row_group(group, columns=columns).take(pa.array([row - start for row in here])).to_pylist()
+            rows = (
+                file.read_row_group(group, columns=columns)
+                .take(pa.array([row - start for row in here]))
+                .to_pylist()
+            )
             found.update(zip(here, rows, strict=True))
         start += size
     return found

@@ -1,6 +1,8 @@
-"""Token and word matrices of the catalogue: .npy parts of PART_ROWS rows each, so that none is too large to fetch or to write again.
+"""Token and word matrices of the catalogue: .npy parts of PART_ROWS rows each, so that none is too large to
+fetch or to write again.
 
-A matrix of one part is mapped into memory where it lies; trainer/catalog.py joins several once a node.
+A matrix of one part is mapped into memory where it lies; trainer/data/item_tables.py joins several once a
+node.
 """
 
 from pathlib import Path
@@ -24,7 +26,8 @@ def compact_type(largest: int) -> Any:
 
 
 class MatrixWriter:
-    """Writes a matrix [num_rows, width] from top to bottom as parts FOLDER/STEM-NNNNNN.npy (one empty part when there are no rows)."""
+    """Writes a matrix [num_rows, width] from top to bottom as parts FOLDER/STEM-NNNNNN.npy (one empty part
+    when there are no rows)."""
 
     def __init__(self, folder: Path, stem: str, num_rows: int, width: int, dtype: Any) -> None:
         self.folder, self.stem, self.num_rows, self.width, self.dtype = folder, stem, num_rows, width, dtype
@@ -38,7 +41,9 @@ class MatrixWriter:
             number, at = divmod(self.filled, PART_ROWS)
             if at == 0:
                 shape = (min(PART_ROWS, self.num_rows - self.filled), self.width)
-                self._part = np.lib.format.open_memmap(part_path(self.folder, self.stem, number), mode="w+", dtype=self.dtype, shape=shape)
+                self._part = np.lib.format.open_memmap(
+                    part_path(self.folder, self.stem, number), mode="w+", dtype=self.dtype, shape=shape
+                )
             here = rows[: len(self._part) - at]
             self._part[at : at + len(here)] = here
             self.filled += len(here)
@@ -52,15 +57,22 @@ class MatrixWriter:
 
 
 def matrix_parts(folder: Path, stem: str, num_rows: int) -> list[np.ndarray]:
-    """The parts of catalog/STEM of a prepared folder, memory-mapped. Copy-on-write: pages are shared by all processes until written to.
+    """The parts of catalog/STEM of a prepared folder, memory-mapped. Copy-on-write: pages are shared by all
+    processes until written to.
 
-    Raises DataError when parts are missing or their rows do not add up to num_rows. Format 1 has one file, STEM.npy.
+    Raises DataError when parts are missing or their rows do not add up to num_rows. Format 1 has one file,
+    STEM.npy.
     """
     paths = sorted(folder.glob(f"{stem}-??????.npy")) or [folder / f"{stem}.npy"]
     if not paths[0].is_file():
-        raise DataError(f"{part_path(folder, stem, 0)}: missing. Restore the file or prepare the folder again.")
+        raise DataError(
+            f"{part_path(folder, stem, 0)}: missing. Restore the file or prepare the folder again."
+        )
     parts = [np.load(path, mmap_mode="c", allow_pickle=False) for path in paths]
     rows = sum(len(part) for part in parts)
     if rows != num_rows:
-        raise DataError(f"{folder / stem}-*.npy: {rows} rows, the manifest says {num_rows}. Restore the files or prepare the folder again.")
+        raise DataError(
+            f"{folder / stem}-*.npy: {rows} rows, the manifest says {num_rows}. Restore the files or prepare "
+            "the folder again."
+        )
     return parts

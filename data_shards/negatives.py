@@ -1,4 +1,5 @@
-"""Stored negatives of validation and test events: unique, never an item the user has interacted with in any split or task."""
+"""Stored negatives of validation and test events: unique, never an item the user has interacted with in any
+split or task."""
 
 import numpy as np
 
@@ -21,7 +22,8 @@ def user_item_keys(user: np.ndarray, item: np.ndarray, num_items: int) -> np.nda
 
 
 class KeySet:
-    """Membership in a set of sorted unique 64-bit keys; a table of hashed bits spares most keys the binary search."""
+    """Membership in a set of sorted unique 64-bit keys; a table of hashed bits spares most keys the binary
+    search."""
 
     def __init__(self, sorted_keys: np.ndarray) -> None:
         self.keys = sorted_keys
@@ -43,11 +45,14 @@ class KeySet:
         return found
 
 
-def draw_negatives(event_id: np.ndarray, user: np.ndarray, taken: np.ndarray, num_items: int, num_negatives: int, seed: int) -> np.ndarray:
-    """event_id, user: [E]; taken: sorted keys (user_item_keys) of every click of these users → items [E, num_negatives] int32.
+def draw_negatives(
+    event_id: np.ndarray, user: np.ndarray, taken: np.ndarray, num_items: int, num_negatives: int, seed: int
+) -> np.ndarray:
+    """event_id, user: [E]; taken: sorted keys (user_item_keys) of every click of these users → items [E,
+    num_negatives] int32.
 
-    Uniform over the items the user never clicked; a hash of (seed, event_id, position) draws, so any subset of events gives the same rows.
-    Raises DataError when a user leaves fewer than num_negatives items.
+    Uniform over the items the user never clicked; a hash of (seed, event_id, position) draws, so any subset
+    of events gives the same rows. Raises DataError when a user leaves fewer than num_negatives items.
     """
     _check_possible(user, taken, num_items, num_negatives)
     clicked = KeySet(taken)
@@ -67,14 +72,18 @@ def draw_negatives(event_id: np.ndarray, user: np.ndarray, taken: np.ndarray, nu
     for row in open_rows:  # nearly all items taken: the free items with the smallest hashes
         items = np.arange(num_items)
         free = items[~clicked.contains(int(user[row]) * num_items + items)]
-        drawn[row] = free[np.argsort(mix64(free, int(row_seed[row] >> np.uint64(2))), kind="stable")[:num_negatives]]
+        drawn[row] = free[
+            np.argsort(mix64(free, int(row_seed[row] >> np.uint64(2))), kind="stable")[:num_negatives]
+        ]
     return drawn.astype(np.int32)
 
 
 def _without_repeats(items: np.ndarray) -> np.ndarray:
     """[E, n] with every second appearance in a row replaced by -1 (the first position keeps the item)."""
     in_order = np.sort(items, axis=1)
-    rows = np.flatnonzero((in_order[:, 1:] == in_order[:, :-1]).any(axis=1))  # few, unless there are few items
+    rows = np.flatnonzero(
+        (in_order[:, 1:] == in_order[:, :-1]).any(axis=1)
+    )  # few, unless there are few items
     some = items[rows]
     order = np.argsort(some, axis=1, kind="stable")
     in_order = np.take_along_axis(some, order, axis=1)
@@ -90,6 +99,7 @@ def _check_possible(user: np.ndarray, taken: np.ndarray, num_items: int, num_neg
     free = num_items - int(clicked.max(initial=0))
     if free < num_negatives:
         raise DataError(
-            f"a user has interacted with all but {free} of {num_items} items: {num_negatives} negatives cannot be drawn. "
+            f"a user has interacted with all but {free} of {num_items} items: {num_negatives} negatives "
+            "cannot be drawn. "
             + (f"Use num_negatives={free} or fewer." if free > 0 else "The log needs more items.")
         )

@@ -15,7 +15,8 @@ NonNegative = Annotated[int, Ge(0)]
 @s.settings
 class PrepareSettings:
     split: Literal["time", "leave_one_out"] = "time"
-    """time: the last days are test and validation. leave_one_out: each user's last distinct time is test, the one before validation"""
+    """time: the last days are test and validation. leave_one_out: each user's last distinct time is test, the
+    one before validation"""
     test_days: Positive = 1
     """days of the test split (split=time)"""
     valid_days: Positive = 1
@@ -43,13 +44,15 @@ class PrepareSettings:
     lowercase: bool = True
     """lower-case texts before they are tokenised, so that a query and a title share tokens"""
     words: Literal["auto", "words", "digits", "drop"] = "auto"
-    """anonymised words: a word table of their own (auto does so where a log has them), tokenised as digits, or left out"""
+    """anonymised words: a word table of their own (auto does so where a log has them), tokenised as digits,
+    or left out"""
     min_word_count: Positive = 1
     """rarer anonymised words are left out"""
     text_order: Literal["categories_title", "title_categories"] = "categories_title"
     """what comes first in an item's text (amazon): tokens beyond item_tokens are cut"""
     min_query_items: Positive = 2
-    """a query that fewer bought items have loses its last category level (amazon); 1 keeps every path whole, as published"""
+    """a query that fewer bought items have loses its last category level (amazon); 1 keeps every path whole,
+    as published"""
     item_tokens: Positive = 48
     """stored tokens of an item's text"""
     item_words: Positive = 16
@@ -76,7 +79,11 @@ class PrepareSettings:
 WITHOUT_EFFECT = ("memory_limit", "threads", "overwrite")
 
 SOURCE_DEFAULTS: dict[str, dict[str, Any]] = {
-    "kuaisar": {"min_interactions": 5, "both_behaviours": True, "utc_offset_hours": 8},  # dates of the log are in Beijing time
+    "kuaisar": {
+        "min_interactions": 5,
+        "both_behaviours": True,
+        "utc_offset_hours": 8,
+    },  # dates of the log are in Beijing time
     "amazon": {"split": "leave_one_out"},
     "jdsearch": {"split": "leave_one_out", "item_words": 32},
     "tables": {},
@@ -85,7 +92,12 @@ SOURCE_DEFAULTS: dict[str, dict[str, Any]] = {
 
 def load_prepare_settings(source: str, overrides: Sequence[str] = ()) -> PrepareSettings:
     """Defaults of the source ← overrides. Raises ConfigError with every problem."""
-    return s.load(PrepareSettings, overrides=overrides, base=SOURCE_DEFAULTS[source], keys_command="gensr config keys prepare")
+    return s.load(
+        PrepareSettings,
+        overrides=overrides,
+        base=SOURCE_DEFAULTS[source],
+        keys_command="gensr config keys prepare",
+    )
 
 
 def settings_with_effect(settings: PrepareSettings) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""The story of a preparation: raw logs → filter → split → histories → negatives → catalogue → shards → leak checks → manifest."""
+"""The story of a preparation: raw logs → filter → split → histories → negatives → catalogue → shards → leak
+checks → manifest."""
 
 import hashlib
 import importlib.metadata
@@ -22,8 +23,25 @@ from data_shards.options import PrepareSettings, load_prepare_settings, settings
 from data_shards.schema import FORMAT_VERSION, SPLITS, TASKS, Manifest, read_manifest
 from data_shards.sources import SOURCES, Source, open_source
 from data_shards.sources.reading import readable
-from data_shards.split import TEST, TRAIN, VALID, check_split, day_boundaries, describe_boundaries, split_by_time, split_leave_one_out
-from data_shards.work import BATCH_ROWS, Progress, Work, chunk_bounds, in_threads, sync_folder, write_text_atomic
+from data_shards.split import (
+    TEST,
+    TRAIN,
+    VALID,
+    check_split,
+    day_boundaries,
+    describe_boundaries,
+    split_by_time,
+    split_leave_one_out,
+)
+from data_shards.work import (
+    BATCH_ROWS,
+    Progress,
+    Work,
+    chunk_bounds,
+    in_threads,
+    sync_folder,
+    write_text_atomic,
+)
 from data_shards.write import EventColumns, describe_file, write_shards
 
 PIPELINE_VERSION = 4  # change it when a stage writes something else: a restart then reuses nothing
@@ -34,11 +52,19 @@ EVENT_COLUMNS = {
 }  # fmt: skip
 
 
-def prepare(source: str, raw: str | Path, out: str | Path, overrides: Sequence[str] = (), progress: Progress | None = None) -> Manifest:
-    """Raw logs of `source` (kuaisar, amazon, jdsearch, tables) in `raw` → the prepared folder `out`. overrides: "key=value" of PrepareSettings.
+def prepare(
+    source: str,
+    raw: str | Path,
+    out: str | Path,
+    overrides: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> Manifest:
+    """Raw logs of `source` (kuaisar, amazon, jdsearch, tables) in `raw` → the prepared folder `out`.
+    overrides: "key=value" of PrepareSettings.
 
-    An interrupted call leaves `out` as it was; the same call again goes on from the last finished stage (in OUT.partial).
-    Raises ConfigError for bad settings, DataError for input that cannot be used or a disk that is full.
+    An interrupted call leaves `out` as it was; the same call again goes on from the last finished stage (in
+    OUT.partial). Raises ConfigError for bad settings, DataError for input that cannot be used or a disk that
+    is full.
     """
     if source not in SOURCES:
         raise ConfigError(f"{source}: no such source. Sources: {', '.join(SOURCES)}")
@@ -46,15 +72,27 @@ def prepare(source: str, raw: str | Path, out: str | Path, overrides: Sequence[s
     if not raw.exists():
         raise DataError(f"{raw}: no such file or folder. RAW holds the raw logs of source {source}.")
     if out.exists() and not settings.overwrite:
-        raise DataError(f"{out} exists already. Choose another folder, or add overwrite=true to replace it once the new one is complete.")
+        raise DataError(
+            f"{out} exists already. Choose another folder, or add overwrite=true to replace it once the new "
+            "one is complete."
+        )
     if out.exists() and not (out / "manifest.json").is_file():
         raise DataError(f"{out} exists and is no prepared folder: not replacing it. Choose another folder.")
     reader = open_source(source, raw, settings)
     if settings.split == "time" and not reader.has_clock:
-        raise ConfigError(f"split=time: this {source} log has no common clock, only the order of each user's clicks. Use split=leave_one_out.")
-    key = hashlib.sha256(json.dumps([PIPELINE_VERSION, source, settings_with_effect(settings), _describe_files(reader)]).encode()).hexdigest()
+        raise ConfigError(
+            f"split=time: this {source} log has no common clock, only the order of each user's clicks. Use "
+            "split=leave_one_out."
+        )
+    key = hashlib.sha256(
+        json.dumps(
+            [PIPELINE_VERSION, source, settings_with_effect(settings), _describe_files(reader)]
+        ).encode()
+    ).hexdigest()
     try:
-        work = Work(out, key, settings.memory_limit, settings.threads, progress or (lambda stage, done, total: None))
+        work = Work(
+            out, key, settings.memory_limit, settings.threads, progress or (lambda stage, done, total: None)
+        )
         try:
             _run(work, reader, settings)
             work.publish(out)
@@ -64,10 +102,13 @@ def prepare(source: str, raw: str | Path, out: str | Path, overrides: Sequence[s
         finally:
             work.close()
     except (OSError, duckdb.Error) as error:
-        if isinstance(error, duckdb.Error) and not isinstance(error, duckdb.IOException | duckdb.OutOfMemoryException):
+        if isinstance(error, duckdb.Error) and not isinstance(
+            error, duckdb.IOException | duckdb.OutOfMemoryException
+        ):
             raise readable(error) from error
         raise DataError(
-            f"writing {out.name} failed: {error}. {out} is as it was. Free space or memory, then run the same command again: "
+            f"writing {out.name} failed: {error}. {out} is as it was. Free space or memory, then run the "
+            "same command again: "
             f"finished stages in {out}.partial are reused (or delete that folder)."
         ) from error
     return read_manifest(out)
@@ -87,7 +128,9 @@ def _run(work: Work, source: Source, settings: PrepareSettings) -> None:
     work.close_database()
     work.stage("negatives", lambda: _negatives(work, columns, kept["num_items"], settings))
     shards = work.stage("shards", lambda: _shards(work, columns, settings))
-    leak_checks = work.stage("checks", lambda: check_prepared(work, columns, shards, kept["num_items"], settings.num_negatives))
+    leak_checks = work.stage(
+        "checks", lambda: check_prepared(work, columns, shards, kept["num_items"], settings.num_negatives)
+    )
     manifest = _manifest(work, source, settings, read, clicks, kept, split, catalog, shards, leak_checks)
     write_text_atomic(work.tree / "manifest.json", json.dumps(manifest, indent=1, sort_keys=True) + "\n")
     for folder in (work.tree / "shards", work.tree / "catalog", work.tree):
@@ -111,14 +154,21 @@ def _split(work: Work, settings: PrepareSettings) -> dict[str, Any]:
     columns = {name: work.column(name, dtype) for name, dtype in encode.EVENT_DTYPES.items()}
     boundaries = (0, 0)
     if settings.split == "time":
-        last = max(int(columns["time"][start : start + BATCH_ROWS].max()) for start in range(0, len(columns["time"]), BATCH_ROWS))
+        last = max(
+            int(columns["time"][start : start + BATCH_ROWS].max())
+            for start in range(0, len(columns["time"]), BATCH_ROWS)
+        )
         boundaries = day_boundaries(last, settings.test_days, settings.valid_days, settings.utc_offset_hours)
     counts, digest = np.zeros((3, 2), np.int64), hashlib.sha256()
 
     def chunks() -> Iterator[dict[str, np.ndarray]]:
         for start, stop in _user_chunks(work, "split"):
             part = {name: np.asarray(values[start:stop]) for name, values in columns.items()}
-            split = split_by_time(part["time"], boundaries) if settings.split == "time" else split_leave_one_out(part["user"], part["time"])
+            split = (
+                split_by_time(part["time"], boundaries)
+                if settings.split == "time"
+                else split_leave_one_out(part["user"], part["time"])
+            )
             np.add.at(counts, (split, part["task"]), 1)
             for values in (*part.values(), split):
                 digest.update(np.ascontiguousarray(values).data)
@@ -140,14 +190,29 @@ def _histories(work: Work, settings: PrepareSettings) -> dict[str, Any]:
     def ranges() -> Iterator[dict[str, np.ndarray]]:
         nonlocal written
         for start, stop in _user_chunks(work, "histories"):
-            user, time, item, task = (np.asarray(columns[name][start:stop]) for name in ("user", "time", "item", "task"))
+            user, time, item, task = (
+                np.asarray(columns[name][start:stop]) for name in ("user", "time", "item", "task")
+            )
             keep = in_histories(user, time, item, task)
             first, count = windows(user, time, keep, settings.history_max)
-            flat = {"history_item": item[keep], "history_task": task[keep], "history_row": start + np.flatnonzero(keep)}
+            flat = {
+                "history_item": item[keep],
+                "history_task": task[keep],
+                "history_row": start + np.flatnonzero(keep),
+            }
             yield {"history_start": first + written, "history_count": count, **flat}
             written += int(keep.sum())
 
-    work.write_columns(ranges(), {"history_start": "i8", "history_count": "i4", "history_item": "i4", "history_task": "i1", "history_row": "i8"})
+    work.write_columns(
+        ranges(),
+        {
+            "history_start": "i8",
+            "history_count": "i4",
+            "history_item": "i4",
+            "history_task": "i1",
+            "history_row": "i8",
+        },
+    )
     return {"num_history_rows": written}
 
 
@@ -156,8 +221,11 @@ def _event_columns(work: Work) -> EventColumns:
     return EventColumns(**columns, shown_item=work.column("shown_chosen", "i4"))
 
 
-def _negatives(work: Work, columns: EventColumns, num_items: int, settings: PrepareSettings) -> dict[str, Any]:
-    """Stage: columns negatives_valid and negatives_test, num_negatives items for each event of the split, in event order."""
+def _negatives(
+    work: Work, columns: EventColumns, num_items: int, settings: PrepareSettings
+) -> dict[str, Any]:
+    """Stage: columns negatives_valid and negatives_test, num_negatives items for each event of the split, in
+    event order."""
     seed = derive_seed(settings.seed, NEGATIVE_SEED)
     width = settings.num_negatives
 
@@ -179,7 +247,8 @@ def _negatives(work: Work, columns: EventColumns, num_items: int, settings: Prep
 
 
 def _shards(work: Work, columns: EventColumns, settings: PrepareSettings) -> dict[str, Any]:
-    """Stage: shards/ of the tree; training events in a hashed order, validation and test events in event order."""
+    """Stage: shards/ of the tree; training events in a hashed order, validation and test events in event
+    order."""
 
     def write(split: tuple[str, int]) -> list[dict[str, Any]]:
         name, code = split
@@ -193,7 +262,13 @@ def _shards(work: Work, columns: EventColumns, settings: PrepareSettings) -> dic
             lambda done: work.progress(f"shards {name}", done, len(event_ids)),
         )  # fmt: skip
 
-    return dict(zip(SPLITS, in_threads(write, zip(SPLITS, (TRAIN, VALID, TEST), strict=True), settings.threads), strict=True))
+    return dict(
+        zip(
+            SPLITS,
+            in_threads(write, zip(SPLITS, (TRAIN, VALID, TEST), strict=True), settings.threads),
+            strict=True,
+        )
+    )
 
 
 def _manifest(

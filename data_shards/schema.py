@@ -1,6 +1,7 @@
 """The contract between preparation and training: names, types and shapes of everything in a prepared folder.
 
-data_shards/README.md shows the same as a picture. Change FORMAT_VERSION when a reader of the old version would misread the new one.
+data_shards/README.md shows the same as a picture. Change FORMAT_VERSION when a reader of the old version
+would misread the new one.
 """
 
 import hashlib
@@ -13,7 +14,8 @@ import pyarrow as pa
 
 from data_shards.errors import DataError
 
-FORMAT_VERSION = 2  # 2: catalogue matrices in parts, words as uint16 where they fit, searches of each block in the manifest
+# 2: catalogue matrices in parts, words as uint16 where they fit, searches of each block in the manifest
+FORMAT_VERSION = 2
 READABLE_VERSIONS = (1, 2)
 SPLITS = ("train", "valid", "test")
 TASKS = ("rec", "src")  # the index is the code stored in shards: 0 = recommendation, 1 = search
@@ -22,16 +24,24 @@ NO_QUERY = -1  # value of `query` in a recommendation event
 PAD = 0  # padding id in token and word arrays; real words start at 1
 
 _EVENT_FIELDS = [
-    ("event_id", pa.int64()),  # position in (user, time, tie-break) order over all splits: unique, the same on every run
+    (
+        "event_id",
+        pa.int64(),
+    ),  # position in (user, time, tie-break) order over all splits: unique, the same on every run
     ("user", pa.int32()),  # row of catalog/users.parquet
     ("task", pa.int8()),  # REC or SRC
     ("item", pa.int32()),  # the clicked item; row of catalog/items.parquet
     ("query", pa.int32()),  # row of catalog/queries.parquet, or NO_QUERY
     ("time", pa.int64()),  # ms since 1970 (sources without a clock: position in the user's list)
-    ("history_items", pa.list_(pa.int32())),  # oldest first, at most settings.history_max, strictly earlier than `time`
+    (
+        "history_items",
+        pa.list_(pa.int32()),
+    ),  # oldest first, at most settings.history_max, strictly earlier than `time`
     ("history_tasks", pa.list_(pa.int8())),  # REC or SRC for each history item
 ]
-TRAIN_SCHEMA = pa.schema([*_EVENT_FIELDS, ("impressions", pa.list_(pa.int32()))])  # shown beside the click, not clicked (may be empty)
+TRAIN_SCHEMA = pa.schema(
+    [*_EVENT_FIELDS, ("impressions", pa.list_(pa.int32()))]
+)  # shown beside the click, not clicked (may be empty)
 
 
 def eval_schema(num_negatives: int) -> pa.Schema:
@@ -41,7 +51,8 @@ def eval_schema(num_negatives: int) -> pa.Schema:
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar file of a split. `blocks` holds the number of events of each entry, in the order of the entries."""
+    """One tar file of a split. `blocks` holds the number of events of each entry, in the order of the
+    entries."""
 
     name: str  # path inside the prepared folder: shards/train-000000.tar
     num_bytes: int
@@ -80,7 +91,8 @@ class Manifest:
 
     @property
     def num_words(self) -> int:
-        """Size of the anonymised-word vocabulary, 0 for natural text. Word ids are 1 … num_words; 0 is padding."""
+        """Size of the anonymised-word vocabulary, 0 for natural text. Word ids are 1 … num_words; 0 is
+        padding."""
         return self.raw["text"]["num_words"]
 
     @property
@@ -93,7 +105,13 @@ class Manifest:
 
     def shards(self, split: str) -> tuple[Shard, ...]:
         return tuple(
-            Shard(s["name"], s["num_bytes"], s["sha256"], tuple(s["blocks"]), tuple(s["searches"]) if "searches" in s else None)
+            Shard(
+                s["name"],
+                s["num_bytes"],
+                s["sha256"],
+                tuple(s["blocks"]),
+                tuple(s["searches"]) if "searches" in s else None,
+            )
             for s in self.raw["shards"][split]
         )
 
@@ -109,13 +127,19 @@ def manifest_hash(raw: dict[str, Any]) -> str:
 def read_manifest(folder: str | Path) -> Manifest:
     """Read and check OUT/manifest.json.
 
-    Raises DataError when the folder is no prepared folder, or was written by a format version that is not readable.
+    Raises DataError when the folder is no prepared folder, or was written by a format version that is not
+    readable.
     """
     path = Path(folder) / "manifest.json"
     if "://" in str(folder) or str(folder).startswith("pipe:"):
-        raise DataError(f"{folder} is a URL. Training and evaluation read URLs; this needs a folder on this machine.")
+        raise DataError(
+            f"{folder} is a URL. Training and evaluation read URLs; this needs a folder on this machine."
+        )
     if not path.is_file():
-        raise DataError(f"{folder} is not a prepared folder: {path} is missing. Make one with: gensr prepare SOURCE RAW {folder}")
+        raise DataError(
+            f"{folder} is not a prepared folder: {path} is missing. Make one with: gensr prepare SOURCE RAW "
+            f"{folder}"
+        )
     return parse_manifest(path.read_bytes(), str(path))
 
 
@@ -127,5 +151,8 @@ def parse_manifest(content: bytes, where: str) -> Manifest:
         raise DataError(f"{where} is not valid JSON ({error}). Prepare the folder again.") from error
     if raw.get("format_version") not in READABLE_VERSIONS:
         readable = " and ".join(map(str, READABLE_VERSIONS))
-        raise DataError(f"{where} has format version {raw.get('format_version')}, this gensr reads {readable}. Prepare the folder again.")
+        raise DataError(
+            f"{where} has format version {raw.get('format_version')}, this gensr reads {readable}. Prepare "
+            "the folder again."
+        )
     return Manifest(raw=raw, hash=manifest_hash(raw))

@@ -1,6 +1,8 @@
-"""Settings: frozen pydantic dataclasses ← YAML ← `section.key=value`, validated once, every problem reported at once.
+"""Settings: frozen pydantic dataclasses ← YAML ← `section.key=value`, validated once, every problem reported
+at once.
 
-A tree is a pydantic dataclass whose fields are plain values or further such dataclasses; the docstring under a field is its help.
+A tree is a pydantic dataclass whose fields are plain values or further such dataclasses; the docstring under
+a field is its help.
 """
 
 import dataclasses
@@ -54,7 +56,11 @@ def load(
     try:
         value = TypeAdapter(cls).validate_python(tree)
     except ValidationError as error:
-        problems += [_describe(e) for e in error.errors() if e["type"] not in ("unexpected_keyword_argument", "extra_forbidden")]
+        problems += [
+            _describe(e)
+            for e in error.errors()
+            if e["type"] not in ("unexpected_keyword_argument", "extra_forbidden")
+        ]
     if problems:
         where = str(yaml_file) if yaml_file is not None else "the settings"
         raise ConfigError(format_problems(problems, where, keys_command))
@@ -62,7 +68,9 @@ def load(
     return value
 
 
-def format_problems(problems: Sequence[tuple[str, str]], where: str, keys_command: str = "gensr config keys") -> str:
+def format_problems(
+    problems: Sequence[tuple[str, str]], where: str, keys_command: str = "gensr config keys"
+) -> str:
     """The house form of a list of configuration problems (also for checks that need more than one field)."""
     width = max(len(key) for key, _ in problems)
     lines = [f"{len(problems)} problem{'s' if len(problems) > 1 else ''} in {where}"]
@@ -71,7 +79,8 @@ def format_problems(problems: Sequence[tuple[str, str]], where: str, keys_comman
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Read a YAML mapping. Raises ConfigError naming the file when it is missing, unreadable or not a mapping."""
+    """Read a YAML mapping. Raises ConfigError naming the file when it is missing, unreadable or not a
+    mapping."""
     try:
         document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -106,7 +115,8 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def leaf_fields(cls: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any]]]:
-    """(dotted key, field) of every value in the tree, in order. `field.metadata`/pydantic's description holds the help."""
+    """(dotted key, field) of every value in the tree, in order. `field.metadata`/pydantic's description holds
+    the help."""
     for field in dataclasses.fields(cls):
         if dataclasses.is_dataclass(field.type):
             yield from leaf_fields(field.type, f"{prefix}{field.name}.")
@@ -115,7 +125,8 @@ def leaf_fields(cls: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.F
 
 
 def key_help(cls: Any, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
-    """(dotted key, default, help) of every value in the tree, in order; help is the docstring under the field."""
+    """(dotted key, default, help) of every value in the tree, in order; help is the docstring under the
+    field."""
     for field in dataclasses.fields(cls):
         if dataclasses.is_dataclass(field.type):
             yield from key_help(field.type, f"{prefix}{field.name}.")
@@ -128,7 +139,9 @@ def _parse_value(text: str) -> Any:
     if text == "":
         return ""
     try:
-        return yaml.safe_load(text)  # "3e-4" stays text here; pydantic reads it as a number where a number is wanted
+        return yaml.safe_load(
+            text
+        )  # "3e-4" stays text here; pydantic reads it as a number where a number is wanted
     except yaml.YAMLError:
         return text
 
@@ -155,7 +168,9 @@ def _deep_copy(value: Any) -> Any:
     return {k: _deep_copy(v) for k, v in value.items()} if isinstance(value, Mapping) else value
 
 
-def _unknown_keys(cls: Any, tree: Mapping[str, Any], known: Sequence[str], prefix: str = "") -> list[tuple[str, str]]:
+def _unknown_keys(
+    cls: Any, tree: Mapping[str, Any], known: Sequence[str], prefix: str = ""
+) -> list[tuple[str, str]]:
     problems: list[tuple[str, str]] = []
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for key, value in tree.items():
@@ -168,12 +183,17 @@ def _unknown_keys(cls: Any, tree: Mapping[str, Any], known: Sequence[str], prefi
 
 
 def _suggestion(key: str, known: Sequence[str]) -> str:
-    """The end of an unknown-key message: the closest dotted key, then the key with the same last part or an abbreviation of it."""
+    """The end of an unknown-key message: the closest dotted key, then the key with the same last part or an
+    abbreviation of it."""
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
     last = key.rsplit(".", 1)[-1]
     initials = "".join(word[0] for word in last.split("_") if word)
     same_section = [k for k in known if k.rpartition(".")[0] == key.rpartition(".")[0]]
-    close = close or [k for k in known if k.rsplit(".", 1)[-1] == last] or [k for k in same_section if k.rsplit(".", 1)[-1] == initials]
+    close = (
+        close
+        or [k for k in known if k.rsplit(".", 1)[-1] == last]
+        or [k for k in same_section if k.rsplit(".", 1)[-1] == initials]
+    )
     close = close or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     if close:
         return f" Did you mean {close[0]}?"

@@ -12,7 +12,8 @@ DAY_MS = 86_400_000
 
 
 def day_boundaries(last_time: int, test_days: int, valid_days: int, utc_offset_hours: int) -> tuple[int, int]:
-    """(first ms of validation, first ms of test): whole days that end with the day of `last_time`, midnight at the given offset from UTC."""
+    """(first ms of validation, first ms of test): whole days that end with the day of `last_time`, midnight
+    at the given offset from UTC."""
     offset = utc_offset_hours * 3_600_000
     last_day = (last_time + offset) // DAY_MS
     test_start = (last_day - test_days + 1) * DAY_MS - offset
@@ -26,7 +27,8 @@ def split_by_time(time: np.ndarray, boundaries: tuple[int, int]) -> np.ndarray:
 
 
 def split_leave_one_out(user: np.ndarray, time: np.ndarray) -> np.ndarray:
-    """Rows sorted by (user, time), whole users → split codes, int8: a user's last distinct time is test, the one before validation.
+    """Rows sorted by (user, time), whole users → split codes, int8: a user's last distinct time is test, the
+    one before validation.
 
     Users with fewer than three distinct times only train.
     """
@@ -47,11 +49,16 @@ def split_leave_one_out(user: np.ndarray, time: np.ndarray) -> np.ndarray:
 
 
 def describe_boundaries(boundaries: tuple[int, int]) -> dict[str, Any]:
-    return {name: {"ms": value, "utc": iso(value)} for name, value in zip(("valid_from", "test_from"), boundaries, strict=True)}
+    return {
+        name: {"ms": value, "utc": iso(value)}
+        for name, value in zip(("valid_from", "test_from"), boundaries, strict=True)
+    }
 
 
 def iso(time_ms: int) -> str:
-    moment = datetime.datetime(1970, 1, 1, tzinfo=datetime.timezone.utc) + datetime.timedelta(milliseconds=int(time_ms))
+    moment = datetime.datetime(1970, 1, 1, tzinfo=datetime.timezone.utc) + datetime.timedelta(
+        milliseconds=int(time_ms)
+    )
     return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 

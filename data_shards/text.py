@@ -1,4 +1,5 @@
-"""Texts → token and word arrays: the tokenizer (given or trained), the table of anonymised words, the catalogue files."""
+"""Texts → token and word arrays: the tokenizer (given or trained), the table of anonymised words, the
+catalogue files."""
 
 import itertools
 import os
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 
 SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>")  # ids 0, 1, 2, as in T5
 ANSWERS = ("Yes", "No")
-# Words a prompt is likely to hold. They count as very frequent when a tokenizer is trained, so that prompts stay short whatever the items are about.
+# Words a prompt is likely to hold. They count as very frequent when a tokenizer is trained, so that prompts
+# stay short whatever the items are about.
 PROMPT_WORDS = "recommend search item query user history click , ; : ?"
 PROMPT_WORDS_REPEATS = 10_000
 TRAINING_TEXTS = 200_000  # a tokenizer of some thousand entries gains nothing from more
@@ -31,13 +33,22 @@ def get_tokenizer(settings: PrepareSettings, training_texts: Iterable[str]) -> "
 
     Raises ConfigError when it cannot be found, or when "Yes" and "No" are not one different token each.
     """
-    os.environ.setdefault("RAYON_NUM_THREADS", str(settings.threads))  # read once, by the library's thread pool
-    tokenizer = _load(settings.tokenizer) if settings.tokenizer else train_tokenizer(training_texts, settings.vocab_size, settings.lowercase)
+    os.environ.setdefault(
+        "RAYON_NUM_THREADS", str(settings.threads)
+    )  # read once, by the library's thread pool
+    tokenizer = (
+        _load(settings.tokenizer)
+        if settings.tokenizer
+        else train_tokenizer(training_texts, settings.vocab_size, settings.lowercase)
+    )
     tokenizer.no_padding()
     tokenizer.no_truncation()
     answers = [tokenizer.encode(word, add_special_tokens=False).ids for word in ANSWERS]
     if any(len(ids) != 1 for ids in answers) or answers[0] == answers[1]:
-        raise ConfigError(f"tokenizer={settings.tokenizer}: Yes and No must be one token each, they are {answers}. Choose another tokenizer.")
+        raise ConfigError(
+            f"tokenizer={settings.tokenizer}: Yes and No must be one token each, they are {answers}. Choose "
+            "another tokenizer."
+        )
     return tokenizer
 
 
@@ -50,13 +61,17 @@ def _load(name: str) -> "Tokenizer":
         if path.is_file():
             return Tokenizer.from_file(str(path))
         if path.suffix == ".json" or name.startswith((".", "/", "~")):
-            raise ConfigError(f"tokenizer={name}: {path} does not exist. Give a folder with tokenizer.json, the file, or a hub name.")
+            raise ConfigError(
+                f"tokenizer={name}: {path} does not exist. Give a folder with tokenizer.json, the file, or a "
+                "hub name."
+            )
         return Tokenizer.from_pretrained(name)
     except ConfigError:
         raise
     except Exception as error:  # the library raises plain Exception for a bad file and for an unreachable hub
         raise ConfigError(
-            f"tokenizer={name} cannot be loaded ({error}). Give a folder with tokenizer.json, the file, or a reachable hub name."
+            f"tokenizer={name} cannot be loaded ({error}). Give a folder with tokenizer.json, the file, or a "
+            "reachable hub name."
         ) from error
 
 
@@ -65,8 +80,12 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, lowercase: bool) -> "
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), *([normalizers.Lowercase()] if lowercase else [])])
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)  # a word has one form, first in the text or not
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFKC(), *([normalizers.Lowercase()] if lowercase else [])]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(
+        add_prefix_space=True
+    )  # a word has one form, first in the text or not
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - len(ANSWERS),
@@ -74,19 +93,26 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, lowercase: bool) -> "
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(itertools.chain(itertools.repeat(PROMPT_WORDS, PROMPT_WORDS_REPEATS), texts), trainer)
+    tokenizer.train_from_iterator(
+        itertools.chain(itertools.repeat(PROMPT_WORDS, PROMPT_WORDS_REPEATS), texts), trainer
+    )
     tokenizer.add_tokens([AddedToken(word, single_word=True, normalized=False) for word in ANSWERS])
     return tokenizer
 
 
-def encode_texts(tokenizer: "Tokenizer", texts: list[str] | pa.Array, width: int, lowercase: bool) -> np.ndarray:
-    """The first `width` tokens of each text, [len(texts), width] int32, padded with 0 at the end. Equal texts are tokenised once."""
+def encode_texts(
+    tokenizer: "Tokenizer", texts: list[str] | pa.Array, width: int, lowercase: bool
+) -> np.ndarray:
+    """The first `width` tokens of each text, [len(texts), width] int32, padded with 0 at the end. Equal texts
+    are tokenised once."""
     unique = (pa.array(texts, pa.string()) if isinstance(texts, list) else texts).dictionary_encode()
     encode = getattr(tokenizer, "encode_batch_fast", tokenizer.encode_batch)
     words = [text.lower() if lowercase else text for text in unique.dictionary.to_pylist()]
     matrix = np.full((len(words), width), PAD, np.int32)
     for row, encoding in enumerate(encode(words, add_special_tokens=False)):
-        ids = [token for token in encoding.ids[: width + 8] if token != PAD][:width]  # 0 means padding here, whatever the tokenizer says
+        ids = [token for token in encoding.ids[: width + 8] if token != PAD][
+            :width
+        ]  # 0 means padding here, whatever the tokenizer says
         matrix[row, : len(ids)] = ids
     return matrix[unique.indices.to_numpy()]
 
@@ -101,7 +127,8 @@ class Words:
         return len(self.vocabulary)
 
     def matrix(self, values: np.ndarray, counts: np.ndarray, width: int) -> np.ndarray:
-        """Ragged lists (flat values, length of each list) → [lists, width] int32: the first `width` known words of each."""
+        """Ragged lists (flat values, length of each list) → [lists, width] int32: the first `width` known
+        words of each."""
         row = np.repeat(np.arange(len(counts)), counts)
         position = np.minimum(np.searchsorted(self.vocabulary, values), max(len(self.vocabulary) - 1, 0))
         known = self.vocabulary[position] == values if len(self.vocabulary) else np.zeros(len(values), bool)
@@ -116,12 +143,17 @@ class Words:
 def split_words(texts: list[str] | pa.Array) -> tuple[np.ndarray, np.ndarray]:
     """Texts like "12 5 7" (one space between two words) → (flat integers, how many each text has)."""
     array = pa.array(texts, pa.string()) if isinstance(texts, list) else texts
-    lists = pc.if_else(pc.equal(array, ""), pa.scalar([], pa.list_(pa.string())), pc.split_pattern(array, " "))
-    return lists.flatten().cast(pa.int64()).to_numpy(), pc.list_value_length(lists).to_numpy().astype(np.int64)
+    lists = pc.if_else(
+        pc.equal(array, ""), pa.scalar([], pa.list_(pa.string())), pc.split_pattern(array, " ")
+    )
+    return lists.flatten().cast(pa.int64()).to_numpy(), pc.list_value_length(lists).to_numpy().astype(
+        np.int64
+    )
 
 
 def collect_words(work: Work, min_count: int) -> Words:
-    """The word table: words of catalogue captions and of training queries (table train_queries), nothing from validation or test clicks."""
+    """The word table: words of catalogue captions and of training queries (table train_queries), nothing from
+    validation or test clicks."""
     sql = f"""
         SELECT word FROM (
             SELECT unnest(words) AS word FROM catalog_items
@@ -132,10 +164,13 @@ def collect_words(work: Work, min_count: int) -> Words:
 
 
 def training_texts(work: Work, with_queries: bool) -> Iterator[str]:
-    """Distinct item texts and (where they are natural text) training queries, at most TRAINING_TEXTS of each, in a fixed order."""
+    """Distinct item texts and (where they are natural text) training queries, at most TRAINING_TEXTS of each,
+    in a fixed order."""
     items = f"""
         SELECT text, min(id) AS id FROM catalog_items WHERE text <> '' GROUP BY 1 ORDER BY 2, 1 LIMIT {TRAINING_TEXTS}"""
-    queries = f"SELECT f.text FROM final_queries f JOIN train_queries USING (id) ORDER BY id LIMIT {TRAINING_TEXTS}"
+    queries = (
+        f"SELECT f.text FROM final_queries f JOIN train_queries USING (id) ORDER BY id LIMIT {TRAINING_TEXTS}"
+    )
     for sql in (items, queries) if with_queries else (items,):
         for batch in work.batches(sql):
             yield from batch.column("text").to_pylist()

@@ -1,4 +1,5 @@
-"""The work folder OUT.partial: finished stages survive an interruption, the result appears under its name only when complete."""
+"""The work folder OUT.partial: finished stages survive an interruption, the result appears under its name
+only when complete."""
 
 import fcntl
 import json
@@ -20,11 +21,14 @@ from data_shards.errors import DataError
 Part = TypeVar("Part")
 Result = TypeVar("Result")
 Progress = Callable[[str, int, int], None]  # (stage, done, total); total = 0 where it is not known
-BATCH_ROWS = 250_000  # rows handled at once: bounds the memory of every numpy step, and gives each thread its share
+BATCH_ROWS = (
+    250_000  # rows handled at once: bounds the memory of every numpy step, and gives each thread its share
+)
 
 
 class Work:
-    """One preparation in progress. `stage` runs a step once per key; a restart with the same key skips finished steps."""
+    """One preparation in progress. `stage` runs a step once per key; a restart with the same key skips
+    finished steps."""
 
     def __init__(self, out: Path, key: str, memory_limit: str, threads: int, progress: Progress) -> None:
         self.folder = out.parent / f"{out.name}.partial"
@@ -39,7 +43,9 @@ class Work:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             self._lock.close()
-            raise DataError(f"{self.folder} is in use by another gensr prepare. Wait for it or choose another OUT.") from error
+            raise DataError(
+                f"{self.folder} is in use by another gensr prepare. Wait for it or choose another OUT."
+            ) from error
         self._stages = self._read_stages(key)
         self.columns_folder.mkdir(exist_ok=True)
 
@@ -61,7 +67,10 @@ class Work:
         """The work database, opened on first use."""
         if self._con is None:
             self._con = duckdb.connect(str(self.folder / "work.duckdb"))
-            self._con.execute(f"SET memory_limit='{self.memory_limit}'; SET threads={self.threads}; SET preserve_insertion_order=false")
+            self._con.execute(
+                f"SET memory_limit='{self.memory_limit}'; SET threads={self.threads}; SET "
+                "preserve_insertion_order=false"
+            )
             self._con.execute(f"SET temp_directory='{self.folder / 'spill'}'")
             self._con.execute("SET enable_progress_bar=true; SET enable_progress_bar_print=false")
         return self._con
@@ -84,7 +93,8 @@ class Work:
         return self._stages["done"][name]
 
     def execute(self, sql: str, stage: str = "", rows: int = 0) -> None:
-        """Run one SQL statement; while it runs, report duckdb's own progress under `stage`, as a share of about `rows` rows."""
+        """Run one SQL statement; while it runs, report duckdb's own progress under `stage`, as a share of
+        about `rows` rows."""
         con, finished = self.con, threading.Event()
 
         def watch() -> None:
@@ -109,7 +119,11 @@ class Work:
     def batches(self, sql: str, rows: int = 131_072) -> Iterator[pa.RecordBatch]:
         """The rows of a query as Arrow batches (a whole result never lies in memory)."""
         relation = self.con.sql(sql)
-        reader = relation.to_arrow_reader(rows) if hasattr(relation, "to_arrow_reader") else relation.fetch_arrow_reader(rows)
+        reader = (
+            relation.to_arrow_reader(rows)
+            if hasattr(relation, "to_arrow_reader")
+            else relation.fetch_arrow_reader(rows)
+        )
         yield from reader
 
     def put_table(self, name: str, table: pa.Table) -> None:
@@ -118,7 +132,8 @@ class Work:
         self.con.unregister("incoming")
 
     def write_columns(self, parts: Iterable[dict[str, np.ndarray]], dtypes: dict[str, str]) -> int:
-        """Append chunk after chunk to one flat file per column (columns may differ in length); returns the number of rows of the first."""
+        """Append chunk after chunk to one flat file per column (columns may differ in length); returns the
+        number of rows of the first."""
         files = {name: open(self._column_path(name, dtype), "wb") for name, dtype in dtypes.items()}  # noqa: SIM115
         num_rows = 0
         try:
@@ -171,7 +186,8 @@ class Work:
 
 
 def in_threads(run: Callable[[Part], Result], parts: Iterable[Part], threads: int) -> Iterator[Result]:
-    """run(part) of each part, in order; `threads` parts at once (numpy, pyarrow and hashing let other threads work), none held back beyond that."""
+    """run(part) of each part, in order; `threads` parts at once (numpy, pyarrow and hashing let other threads
+    work), none held back beyond that."""
     with ThreadPoolExecutor(threads) as pool:
         running: deque[Future[Result]] = deque()
         try:
@@ -186,14 +202,19 @@ def in_threads(run: Callable[[Part], Result], parts: Iterable[Part], threads: in
                 future.cancel()
 
 
-def chunk_bounds(group_starts: np.ndarray, num_rows: int, rows: int = BATCH_ROWS) -> Iterator[tuple[int, int]]:
-    """Row ranges [start, stop) of about `rows` rows that never cut a group. group_starts: sorted first row of each group."""
+def chunk_bounds(
+    group_starts: np.ndarray, num_rows: int, rows: int = BATCH_ROWS
+) -> Iterator[tuple[int, int]]:
+    """Row ranges [start, stop) of about `rows` rows that never cut a group. group_starts: sorted first row of
+    each group."""
     start = 0
     while start < num_rows:
         if start + rows >= num_rows:
             stop = num_rows
         else:
-            after = int(np.searchsorted(group_starts, start + rows))  # first group that begins at or after the wanted end
+            after = int(
+                np.searchsorted(group_starts, start + rows)
+            )  # first group that begins at or after the wanted end
             stop = int(group_starts[after]) if after < len(group_starts) else num_rows
         yield start, stop
         start = stop

@@ -23,7 +23,8 @@ COPY_BYTES = 1 << 22  # written and hashed at once
 
 @dataclass(frozen=True)
 class EventColumns:
-    """Every event of all splits in canonical order; row number = event_id. Histories and impressions are ranges of flat columns."""
+    """Every event of all splits in canonical order; row number = event_id. Histories and impressions are
+    ranges of flat columns."""
 
     user: np.ndarray
     item: np.ndarray
@@ -51,7 +52,11 @@ class EventColumns:
         ]  # fmt: skip
         if negatives is None:
             shown = ragged_rows(self.shown_start[event_id], self.shown_count[event_id])
-            columns.append(pa.ListArray.from_arrays(_offsets(self.shown_count[event_id]), pa.array(self.shown_item[shown])))
+            columns.append(
+                pa.ListArray.from_arrays(
+                    _offsets(self.shown_count[event_id]), pa.array(self.shown_item[shown])
+                )
+            )
             return pa.record_batch(columns, schema=TRAIN_SCHEMA)
         columns.append(pa.FixedSizeListArray.from_arrays(pa.array(negatives.reshape(-1)), negatives.shape[1]))
         return pa.record_batch(columns, schema=eval_schema(negatives.shape[1]))
@@ -88,9 +93,11 @@ def write_shards(
     threads: int,
     report: Callable[[int], None],
 ) -> list[dict[str, Any]]:
-    """Write event_ids, in this order, as folder/shards/SPLIT-NNNNNN.tar. → the manifest's description of each shard.
+    """Write event_ids, in this order, as folder/shards/SPLIT-NNNNNN.tar. → the manifest's description of each
+    shard.
 
-    negatives: row k belongs to event_ids[k]. threads: shards written at once. `report` gets the number of events written so far.
+    negatives: row k belongs to event_ids[k]. threads: shards written at once. `report` gets the number of
+    events written so far.
     """
     blocks_per_shard = max(1, shard_events // block_events)
     starts = range(0, len(event_ids), block_events)
@@ -106,7 +113,12 @@ def write_shards(
                 rows = event_ids[start : start + block_events]
                 sizes.append(len(rows))
                 searches.append(int((columns.task[rows] == SRC).sum()))
-                yield _ipc_bytes(columns.block(rows, None if negatives is None else negatives[start : start + block_events]), compression)
+                yield _ipc_bytes(
+                    columns.block(
+                        rows, None if negatives is None else negatives[start : start + block_events]
+                    ),
+                    compression,
+                )
                 report(min(next(written) * block_events, len(event_ids)))
 
         num_bytes, sha256 = _write_tar(folder / name, payloads())
@@ -118,7 +130,9 @@ def write_shards(
 
 def _ipc_bytes(batch: pa.RecordBatch, compression: str) -> bytes:
     sink = pa.BufferOutputStream()
-    options = pa.ipc.IpcWriteOptions(compression=None if compression == "none" else compression, use_threads=False)
+    options = pa.ipc.IpcWriteOptions(
+        compression=None if compression == "none" else compression, use_threads=False
+    )
     with pa.ipc.new_stream(sink, batch.schema, options=options) as writer:
         writer.write_batch(batch)
     return sink.getvalue().to_pybytes()
@@ -128,7 +142,9 @@ def _write_tar(path: Path, payloads: Iterator[bytes]) -> tuple[int, str]:
     """One tar of NNNNNN.arrow entries; owner, mode and time are constants. → (num_bytes, sha256)."""
     with open(path, "wb") as raw:
         hashed = HashingFile(raw)
-        with tarfile.open(fileobj=hashed, mode="w", format=tarfile.USTAR_FORMAT, copybufsize=COPY_BYTES) as tar:  # type: ignore[call-overload]
+        with tarfile.open(
+            fileobj=hashed, mode="w", format=tarfile.USTAR_FORMAT, copybufsize=COPY_BYTES
+        ) as tar:  # type: ignore[call-overload]
             for number, payload in enumerate(payloads):
                 entry = tarfile.TarInfo(f"{number:06d}.arrow")
                 entry.size, entry.mode, entry.mtime = len(payload), 0o644, 0
@@ -142,4 +158,8 @@ def describe_file(folder: Path, path: Path) -> dict[str, Any]:
     """name, num_bytes and sha256 of a finished file, which is flushed to disk first."""
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
-    return {"name": str(path.relative_to(folder)), "num_bytes": path.stat().st_size, "sha256": file_sha256(path)}
+    return {
+        "name": str(path.relative_to(folder)),
+        "num_bytes": path.stat().st_size,
+        "sha256": file_sha256(path),
+    }

@@ -1,4 +1,5 @@
-"""Job scripts for SLURM, shipped with the package: `gensr submit` makes its jobs from them, and sbatch takes them as they are (README.md)."""
+"""Job scripts for SLURM, shipped with the package: `gensr submit` makes its jobs from them, and sbatch takes
+them as they are (README.md)."""
 
 from importlib import resources
 

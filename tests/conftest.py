@@ -8,7 +8,8 @@ import pytest
 from data_shards.prepare import prepare
 from tests.worlds import write_tables
 
-# Tests compare numbers bit for bit and start more processes than a machine has GPUs, so they run on the CPU everywhere. `make test-gpu` is for the rest.
+# Tests compare numbers bit for bit and start more processes than a machine has GPUs, so they run on the CPU
+# everywhere. `make test-gpu` is for the rest.
 if not os.environ.get("GENSR_TEST_GPU"):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
@@ -17,7 +18,8 @@ SMALL = ("block_events=64", "shard_events=256", "vocab_size=400", "history_max=2
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A prepared folder: 60 users, about 150 items, both tasks, natural text, four or more training shards. Read-only."""
+    """A prepared folder: 60 users, about 150 items, both tasks, natural text, four or more training shards.
+    Read-only."""
     folder = tmp_path_factory.mktemp("world")
     prepare("tables", write_tables(folder / "raw"), folder / "prepared", SMALL)
     return folder / "prepared"

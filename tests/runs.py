@@ -8,26 +8,44 @@ import torch
 
 from data_shards.schema import read_manifest
 from data_shards.settings import to_yaml
-from trainer.catalog import load_tables
-from trainer.cf.table_file import load_cf
 from trainer.cf.tables import train_cf
 from trainer.config import load_config
-from trainer.loading import build_model, save_model
+from trainer.data.cf_table import load_cf
+from trainer.data.item_tables import load_tables
+from trainer.runs.weights import build_model, save_model
 
 EVALUATION = {
     "protocol": {"candidates": "sampled", "num_negatives": 20},
-    "rec": {"recall@5": 0.5, "recall@10": 0.7, "ndcg@5": 0.3, "ndcg@10": 0.4, "mrr": 0.2, "num_events": 40, "ci95": {"ndcg@10": [0.35, 0.45]}},
+    "rec": {
+        "recall@5": 0.5,
+        "recall@10": 0.7,
+        "ndcg@5": 0.3,
+        "ndcg@10": 0.4,
+        "mrr": 0.2,
+        "num_events": 40,
+        "ci95": {"ndcg@10": [0.35, 0.45]},
+    },
     "src": {"num_events": 0},
 }
 
 
 def make_run(folder: Path, source: Path, *overrides: str) -> Path:
-    """A copy of a prepared folder, a CF table and a run whose model has random weights: scores need no training to be compared."""
+    """A copy of a prepared folder, a CF table and a run whose model has random weights: scores need no
+    training to be compared."""
     data, run_dir = folder / "data", folder / "runs" / "one"
     shutil.copytree(source, data)
     train_cf(data, ["cf.dim=16", "cf.max_epochs=2", "cf.holdout=none", "overwrite=true"])
     run_dir.mkdir(parents=True)
-    config = load_config(None, [f"data.dir={data}", f"run.dir={run_dir}", "model.backbone=scratch:mini", "data.history_max=5", *overrides])
+    config = load_config(
+        None,
+        [
+            f"data.dir={data}",
+            f"run.dir={run_dir}",
+            "model.backbone=scratch:mini",
+            "data.history_max=5",
+            *overrides,
+        ],
+    )
     manifest = read_manifest(data)
     torch.manual_seed(0)
     model = build_model(config, manifest, load_tables(data, manifest, load_cf(data, manifest)), data)

@@ -1,4 +1,5 @@
-"""A prepared folder small enough for a training test: made in a moment, with the files, types and checksums of a real one."""
+"""A prepared folder small enough for a training test: made in a moment, with the files, types and checksums
+of a real one."""
 
 import hashlib
 import io
@@ -15,7 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from data_shards.schema import FORMAT_VERSION, NO_QUERY, REC, SRC, TRAIN_SCHEMA, eval_schema, read_manifest
 from data_shards.write import describe_file
-from trainer.cf.table_file import CfTable, save_cf
+from trainer.data.cf_table import CfTable, save_cf
 
 WORDS = ["<pad>", "</s>", "<unk>", "Yes", "No", "Recommend", "Search", ":", ",", ";", "?"]
 WORDS += ["user", "item", "click", "match", "query", "red", "blue", "green", "old", "new", "big"]
@@ -26,7 +27,8 @@ def make_tiny_folder(
     folder: Path, num_train: int = 96, num_valid: int = 40, num_users: int = 24, num_items: int = 130, seed: int = 0,
     train_blocks: Sequence[Sequence[int]] = (),
 ) -> Path:  # fmt: skip
-    """Write a prepared folder with random events (search and recommendation alternate) and a random CF table with two folds.
+    """Write a prepared folder with random events (search and recommendation alternate) and a random CF table
+    with two folds.
 
     train_blocks: sizes of the blocks of each training shard, instead of one shard of two blocks.
     """
@@ -37,24 +39,50 @@ def make_tiny_folder(
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.save(str(folder / "tokenizer" / "tokenizer.json"))
     num_queries = 12
-    np.save(folder / "catalog" / "item_tokens-000000.npy", rng.integers(3, len(WORDS), (num_items, ITEM_TOKENS)).astype(np.uint16))
-    np.save(folder / "catalog" / "query_tokens-000000.npy", rng.integers(3, len(WORDS), (num_queries, QUERY_TOKENS)).astype(np.uint16))
+    np.save(
+        folder / "catalog" / "item_tokens-000000.npy",
+        rng.integers(3, len(WORDS), (num_items, ITEM_TOKENS)).astype(np.uint16),
+    )
+    np.save(
+        folder / "catalog" / "query_tokens-000000.npy",
+        rng.integers(3, len(WORDS), (num_queries, QUERY_TOKENS)).astype(np.uint16),
+    )
     clicks = pa.array(rng.integers(0, 9, num_items), pa.int64())
-    items = {"item_id": [f"i{i}" for i in range(num_items)], "text": [f"item {i}" for i in range(num_items)], "category": [""] * num_items}
-    pq.write_table(pa.table({**items, "train_rec_clicks": clicks, "train_src_clicks": clicks}), folder / "catalog" / "items.parquet")
-    pq.write_table(pa.table({"text": [f"query {q}" for q in range(num_queries)]}), folder / "catalog" / "queries.parquet")
-    pq.write_table(pa.table({"user_id": [f"u{u}" for u in range(num_users)]}), folder / "catalog" / "users.parquet")
+    items = {
+        "item_id": [f"i{i}" for i in range(num_items)],
+        "text": [f"item {i}" for i in range(num_items)],
+        "category": [""] * num_items,
+    }
+    pq.write_table(
+        pa.table({**items, "train_rec_clicks": clicks, "train_src_clicks": clicks}),
+        folder / "catalog" / "items.parquet",
+    )
+    pq.write_table(
+        pa.table({"text": [f"query {q}" for q in range(num_queries)]}), folder / "catalog" / "queries.parquet"
+    )
+    pq.write_table(
+        pa.table({"user_id": [f"u{u}" for u in range(num_users)]}), folder / "catalog" / "users.parquet"
+    )
 
     shards: dict[str, list[dict[str, object]]] = {}
     counts: dict[str, dict[str, int]] = {}
     first_id = 0
-    halves = {name: [[count // 2, count - count // 2]] for name, count in (("train", num_train), ("valid", num_valid), ("test", num_valid))}
+    halves = {
+        name: [[count // 2, count - count // 2]]
+        for name, count in (("train", num_train), ("valid", num_valid), ("test", num_valid))
+    }
     for split, shard_sizes in {**halves, "train": train_blocks or halves["train"]}.items():
         shards[split] = []
-        counts[split] = {"rec": sum((n + 1) // 2 for sizes in shard_sizes for n in sizes), "src": sum(n // 2 for sizes in shard_sizes for n in sizes)}
+        counts[split] = {
+            "rec": sum((n + 1) // 2 for sizes in shard_sizes for n in sizes),
+            "src": sum(n // 2 for sizes in shard_sizes for n in sizes),
+        }
         for number, sizes in enumerate(shard_sizes):
             starts = [first_id + sum(sizes[:i]) for i in range(len(sizes))]
-            blocks = [_block(rng, start, size, split, num_users, num_items, num_queries) for start, size in zip(starts, sizes, strict=True)]
+            blocks = [
+                _block(rng, start, size, split, num_users, num_items, num_queries)
+                for start, size in zip(starts, sizes, strict=True)
+            ]
             shards[split].append(_write_shard(folder, f"shards/{split}-{number:06d}.tar", blocks))
             first_id += sum(sizes)
     manifest = {
@@ -63,11 +91,25 @@ def make_tiny_folder(
         "source": {"name": "tiny"},
         "settings": {"num_negatives": 99, "history_max": 8},
         "counts": {"users": num_users, "items": num_items, "queries": num_queries, **counts},
-        "split": {"rule": "time", "boundaries": {}, "fingerprint": hashlib.sha256(f"{seed}/{num_train}".encode()).hexdigest()},
+        "split": {
+            "rule": "time",
+            "boundaries": {},
+            "fingerprint": hashlib.sha256(f"{seed}/{num_train}".encode()).hexdigest(),
+        },
         "seeds": {},
-        "text": {"mode": "text", "num_words": 0, "vocab_size": len(WORDS), "item_tokens": ITEM_TOKENS, "query_tokens": QUERY_TOKENS},
+        "text": {
+            "mode": "text",
+            "num_words": 0,
+            "vocab_size": len(WORDS),
+            "item_tokens": ITEM_TOKENS,
+            "query_tokens": QUERY_TOKENS,
+        },
         "shards": shards,
-        "catalog": [describe_file(folder, path) for part in ("catalog", "tokenizer") for path in sorted((folder / part).iterdir())],
+        "catalog": [
+            describe_file(folder, path)
+            for part in ("catalog", "tokenizer")
+            for path in sorted((folder / part).iterdir())
+        ],
     }
     (folder / "manifest.json").write_text(json.dumps(manifest))
     generator = torch.Generator().manual_seed(seed)
@@ -77,7 +119,9 @@ def make_tiny_folder(
         CfTable(
             user=torch.randn(num_users, 16, generator=generator),
             item=table,
-            item_folds=torch.stack([table + 0.1 * torch.randn(num_items, 16, generator=generator) for _ in range(2)]),
+            item_folds=torch.stack(
+                [table + 0.1 * torch.randn(num_items, 16, generator=generator) for _ in range(2)]
+            ),
             heldout_item=None,
             split_fingerprint=read_manifest(folder).fingerprint,
             settings={"holdout": "crossfit"},
@@ -88,10 +132,20 @@ def make_tiny_folder(
     return folder
 
 
-def _block(rng: np.random.Generator, first_id: int, count: int, split: str, num_users: int, num_items: int, num_queries: int) -> pa.Table:
+def _block(
+    rng: np.random.Generator,
+    first_id: int,
+    count: int,
+    split: str,
+    num_users: int,
+    num_items: int,
+    num_queries: int,
+) -> pa.Table:
     task = np.where(np.arange(count) % 2 == 0, REC, SRC).astype(np.int8)
     lengths = rng.integers(0, 7, count)
-    candidates = np.array([rng.permutation(num_items)[:100] for _ in range(count)], np.int32).reshape(count, 100)
+    candidates = np.array([rng.permutation(num_items)[:100] for _ in range(count)], np.int32).reshape(
+        count, 100
+    )
     columns = {
         "event_id": np.arange(first_id, first_id + count),
         "user": rng.integers(0, num_users, count).astype(np.int32),
@@ -119,4 +173,10 @@ def _write_shard(folder: Path, name: str, blocks: list[pa.Table]) -> dict[str, o
     content = (folder / name).read_bytes()
     searches = [int((table["task"].to_numpy() == SRC).sum()) for table in blocks]
     sizes = [table.num_rows for table in blocks]
-    return {"name": name, "num_bytes": len(content), "sha256": hashlib.sha256(content).hexdigest(), "blocks": sizes, "searches": searches}
+    return {
+        "name": name,
+        "num_bytes": len(content),
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "blocks": sizes,
+        "searches": searches,
+    }

@@ -4,21 +4,25 @@ from pathlib import Path
 
 from data_shards.schema import read_manifest
 from trainer.batch import Batch
-from trainer.catalog import load_tables
-from trainer.cf.table_file import load_cf
 from trainer.config import load_config
 from trainer.data import TrainStream
-from trainer.loading import build_model
-from trainer.model.gensr import GenSR
+from trainer.data.cf_table import load_cf
+from trainer.data.item_tables import load_tables
+from trainer.models.gensr.model import GenSR
+from trainer.runs.weights import build_model
 
 Made = tuple[GenSR, Batch]
 
 
 def make_tiny_model(folder: Path, *overrides: str) -> Made:
     """A new model with every term of the loss, and the first 16 events of the training stream."""
-    config = load_config(None, ["data.history_max=6", "model.contrastive_weight=0.1", "model.listwise_weight=1", *overrides])
+    config = load_config(
+        None, ["data.history_max=6", "model.contrastive_weight=0.1", "model.listwise_weight=1", *overrides]
+    )
     manifest = read_manifest(folder)
-    model = build_model(config, manifest, load_tables(folder, manifest, load_cf(folder, manifest)), folder).train()
+    model = build_model(
+        config, manifest, load_tables(folder, manifest, load_cf(folder, manifest)), folder
+    ).train()
     return model, next(iter(TrainStream(folder, manifest, config.data, 0, 16, 16, num_folds=2)))
 
 

@@ -1,4 +1,5 @@
-"""The types that carry data from shards to the model. Index-only: vectors and text are looked up on the device (ItemTables)."""
+"""The types that carry data from shards to the model. Index-only: vectors and text are looked up on the
+device (ItemTables)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -10,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Group:
-    """Events of a batch whose prompts are answered together (model/grouping.py)."""
+    """Events of a batch whose prompts are answered together (models/gensr/grouping.py)."""
 
     task: int
     rows: Tensor  # [G] int64, positions in the batch
@@ -26,7 +27,9 @@ class Batch:
     user: Tensor  # [B] int64, row of the users table; -1 for a history given by hand
     task: Tensor  # [B] int64, schema.REC or schema.SRC
     query: Tensor  # [B] int64, row of ItemTables.query_*; -1 for none
-    fold: Tensor  # [B] int64, which CF table the event reads: -1 the full one, f ≥ 0 the one that never saw the event's click
+    # [B] int64, which CF table the event reads: -1 the full one, f ≥ 0 the one that never saw the event's
+    # click
+    fold: Tensor
     history_items: Tensor  # [B, N] int64, oldest first, padded at the end with 0
     history_tasks: Tensor  # [B, N] int64
     history_mask: Tensor  # [B, N] bool, True = a real item
@@ -56,7 +59,9 @@ class Batch:
 
     def _with(self, change: Callable[[Tensor], Tensor], groups: tuple[Group, ...] | None) -> "Batch":
         tensors = {f.name: change(getattr(self, f.name)) for f in fields(self) if f.name != "groups"}
-        return Batch(**tensors, groups=groups and tuple(replace(group, rows=change(group.rows)) for group in groups))
+        return Batch(
+            **tensors, groups=groups and tuple(replace(group, rows=change(group.rows)) for group in groups)
+        )
 
     def with_candidates(self, candidates: Tensor, labels: Tensor) -> "Batch":
         return replace(self, candidates=candidates, labels=labels)
@@ -64,11 +69,15 @@ class Batch:
 
 @dataclass
 class ItemTables:
-    """Frozen look-up tables of one prepared folder, on one device. Not parameters: never sharded, checkpointed or trained."""
+    """Frozen look-up tables of one prepared folder, on one device. Not parameters: never sharded,
+    checkpointed or trained."""
 
     cf: Tensor  # [num_items, K] float32, LightGCN table (the full one)
-    cf_folds: Tensor  # [F, num_items, K] float32, tables without the clicks of fold f; F = 0: every event reads `cf`
-    item_tokens: Tensor  # [num_items, L] uint16 or int32, padded with 0 at the end; may lie in a file shared by processes (read with rows_of)
+    # [F, num_items, K] float32, tables without the clicks of fold f; F = 0: every event reads `cf`
+    cf_folds: Tensor
+    # [num_items, L] uint16 or int32, padded with 0 at the end; may lie in a file shared by processes (read
+    # with rows_of)
+    item_tokens: Tensor
     item_words: Tensor  # [num_items, W] uint16 or int32, 0 = padding; W = 0 for natural text
     query_tokens: Tensor  # [num_queries, L] int, padded with 0 at the end
     query_words: Tensor  # [num_queries, W] int, 0 = padding
@@ -79,7 +88,8 @@ class ItemTables:
 
     @cached_property
     def query_lengths(self) -> Tensor:
-        """[num_queries] int64, on the CPU wherever the tables are: words of each query, or tokens where queries have no words."""
+        """[num_queries] int64, on the CPU wherever the tables are: words of each query, or tokens where
+        queries have no words."""
         queries = self.query_words if self.query_words.shape[1] else self.query_tokens
         return (queries != 0).sum(1).cpu()
 

@@ -1,7 +1,9 @@
-"""The command `gensr`. Verbs are plain functions elsewhere; here are their arguments, their help and what is printed.
+"""The command `gensr`. Verbs are plain functions elsewhere; here are their arguments, their help and what is
+printed.
 
-Exit code 0, or 1 with what, where and the fix on stderr (75: training was stopped by a signal and saved, run it again with --resume auto).
-Nothing heavy is imported before a verb needs it. Under a launcher only rank 0 prints.
+Exit code 0, or 1 with what, where and the fix on stderr (75: training was stopped by a signal and saved, run
+it again with --resume auto). Nothing heavy is imported before a verb needs it. Under a launcher only rank 0
+prints.
 """
 
 import dataclasses
@@ -27,15 +29,28 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-config_app = typer.Typer(help="Look at configurations.", epilog="Example: gensr config show demo", no_args_is_help=True)
+config_app = typer.Typer(
+    help="Look at configurations.", epilog="Example: gensr config show demo", no_args_is_help=True
+)
 app.add_typer(config_app, name="config")
-runs_app = typer.Typer(help="Several runs at once.", epilog="Example: gensr runs summarize runs/sweep", no_args_is_help=True)
+runs_app = typer.Typer(
+    help="Several runs at once.", epilog="Example: gensr runs summarize runs/sweep", no_args_is_help=True
+)
 app.add_typer(runs_app, name="runs")
-bench_app = typer.Typer(help="Measure speed and memory against fair baselines.", epilog="Example: gensr bench data", no_args_is_help=True)
+bench_app = typer.Typer(
+    help="Measure speed and memory against fair baselines.",
+    epilog="Example: gensr bench data",
+    no_args_is_help=True,
+)
 app.add_typer(bench_app, name="bench")
 
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="settings; all of them: gensr config keys", show_default=False)]
-MaybePreset = Annotated[str | None, typer.Argument(metavar="[PRESET|FILE]", help="nothing: the defaults", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="settings; all of them: gensr config keys", show_default=False),
+]
+MaybePreset = Annotated[
+    str | None, typer.Argument(metavar="[PRESET|FILE]", help="nothing: the defaults", show_default=False)
+]
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout")]
 Verb = Callable[..., Any]
 
@@ -50,7 +65,9 @@ def main() -> None:
             raise
         if RANK == 0:
             typer.echo(f"gensr: {error}", err=True)
-        elif not isinstance(error, ConfigError):  # every rank finds the same mistakes in a configuration; other errors may be one rank's own
+        elif not isinstance(
+            error, ConfigError
+        ):  # every rank finds the same mistakes in a configuration; other errors may be one rank's own
             typer.echo(f"gensr: rank {RANK}: {error}", err=True)
         sys.exit(1)
     except SystemExit as stop:  # click says 2 for wrong usage; here every failure is 1
@@ -58,7 +75,11 @@ def main() -> None:
 
 
 @app.callback()
-def options(debug: Annotated[bool, typer.Option("--debug", help="show the traceback of errors; may stand anywhere")] = False) -> None:
+def options(
+    debug: Annotated[
+        bool, typer.Option("--debug", help="show the traceback of errors; may stand anywhere")
+    ] = False,
+) -> None:
     """Read by main(), before the verb."""
 
 
@@ -92,12 +113,12 @@ def preset_and_settings(preset: str | None, overrides: list[str] | None) -> tupl
 
 
 def stage_lines() -> Callable[[str, int, int], None]:
-    from trainer.progress import StageLines
+    from trainer.runtime.progress import StageLines
 
     return StageLines(enabled=RANK == 0)
 
 
-# ---- data ----------------------------------------------------------------------------------------------------------
+# ---- data --------------------------------------------------------------------------------------------------
 
 
 @verb("gensr simulate data/raw --users 2000 --items 5000 --seed 1")
@@ -112,12 +133,20 @@ def simulate(
 ) -> None:
     """Write raw logs in KuaiSAR's CSV schema from a planted preference model.
 
-    KuaiSAR's own size: --users 25877 --items 6890707 --days 19 --rows-per-day 40 (19.6 M rows, under 400 MB of memory).
+    KuaiSAR's own size: --users 25877 --items 6890707 --days 19 --rows-per-day 40 (19.6 M rows, under 400 MB
+    of memory).
     """
     from data_shards.simulate import simulate as run
 
-    rows = run(out, users=users, items=items, days=days, seed=seed, progress=stage_lines(), rows_per_day=rows_per_day)
-    answer({"out": str(out), "rows": rows}, as_json, *(f"  {name:<22} {count:>12,} rows" for name, count in rows.items()), f"wrote {out}")
+    rows = run(
+        out, users=users, items=items, days=days, seed=seed, progress=stage_lines(), rows_per_day=rows_per_day
+    )
+    answer(
+        {"out": str(out), "rows": rows},
+        as_json,
+        *(f"  {name:<22} {count:>12,} rows" for name, count in rows.items()),
+        f"wrote {out}",
+    )
 
 
 @verb("gensr download kuaisar-small data/kuaisar")
@@ -147,9 +176,17 @@ def prepare(
 
     facts = run(source, raw, out, overrides or [], progress=stage_lines()).raw
     counts = facts["counts"]
-    lines = [f"  {split:<6} {counts[split]['rec']:>12,} recommendation {counts[split]['src']:>12,} search" for split in SPLITS]
+    lines = [
+        f"  {split:<6} {counts[split]['rec']:>12,} recommendation {counts[split]['src']:>12,} search"
+        for split in SPLITS
+    ]
     lines += ["", *count_table(facts), "", *(dropped_table(facts) if facts["dropped"] else [])]
-    document = {"out": str(out), "counts": counts, "published": facts["published"], "dropped": facts["dropped"]}
+    document = {
+        "out": str(out),
+        "counts": counts,
+        "published": facts["published"],
+        "dropped": facts["dropped"],
+    }
     answer(document, as_json, *lines, f"wrote {out}; look at it: gensr inspect {out}")
 
 
@@ -164,23 +201,41 @@ def inspect(out: Annotated[Path, typer.Argument(help="prepared folder")], as_jso
 
 
 @verb("gensr cf data/prepared cf.holdout=crossfit")
-def cf(out: Annotated[Path, typer.Argument(help="prepared folder")], overrides: Overrides = None, as_json: AsJson = False) -> None:
+def cf(
+    out: Annotated[Path, typer.Argument(help="prepared folder")],
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
     """Train the LightGCN table on the training split's recommendation clicks, into the prepared folder."""
     from trainer.cf.tables import train_cf
 
-    path = train_cf(out, overrides or [], progress=lambda line: typer.echo(line, err=True) if RANK == 0 else None)
+    path = train_cf(
+        out, overrides or [], progress=lambda line: typer.echo(line, err=True) if RANK == 0 else None
+    )
     answer({"path": str(path)}, as_json, f"CF table: {path}")
 
 
-# ---- training and evaluation ---------------------------------------------------------------------------------------
+# ---- training and evaluation -------------------------------------------------------------------------------
 
 
 @verb("gensr train demo data.dir=data/demo run.dir=runs/mine optim.lr=3e-4")
 def train(
-    preset: Annotated[str, typer.Argument(metavar="PRESET|FILE", help="a preset's name, or a YAML file (RUN/config.yaml repeats a run)")],
+    preset: Annotated[
+        str,
+        typer.Argument(
+            metavar="PRESET|FILE", help="a preset's name, or a YAML file (RUN/config.yaml repeats a run)"
+        ),
+    ],
     overrides: Overrides = None,
-    resume: Annotated[str, typer.Option(help="never, or auto: go on from the newest checkpoint in run.dir, if there is one")] = "never",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, print batch arithmetic, memory and time, train nothing")] = False,
+    resume: Annotated[
+        str, typer.Option(help="never, or auto: go on from the newest checkpoint in run.dir, if there is one")
+    ] = "never",
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="check everything, print batch arithmetic, memory and time, train nothing"
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train. Also as: accelerate launch --config_file ds_configs/… -m trainer train …"""
@@ -190,12 +245,12 @@ def train(
         raise ConfigError(f"--resume must be never or auto, got {resume}")
     config = load_config(preset, overrides or [])
     if dry_run:
-        from trainer.plan import dry_run as check
+        from trainer.training.plan import dry_run as check
 
         plan = check(config, preset)
         answer(plan.facts, as_json, *plan.lines)
         return
-    from trainer.train import train as run
+    from trainer.training.loop import train as run
 
     result = run(config, resume="auto" if resume == "auto" else "never")
     if as_json:
@@ -205,14 +260,17 @@ def train(
 
 
 @app.command(
-    epilog="Example: gensr submit demo --nodes 2 --gpus-per-node 8 data.dir=OUT run.dir=RUN", context_settings={"ignore_unknown_options": True}
+    epilog="Example: gensr submit demo --nodes 2 --gpus-per-node 8 data.dir=OUT run.dir=RUN",
+    context_settings={"ignore_unknown_options": True},
 )
 def submit(
     preset: Annotated[str, typer.Argument(metavar="PRESET|FILE", help="a preset's name, or a YAML file")],
     words: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="KEY=VALUE | --SBATCH-OPTION=VALUE", help="settings, and options of sbatch: --account=A --time=12:00:00", show_default=False
+            metavar="KEY=VALUE | --SBATCH-OPTION=VALUE",
+            help="settings, and options of sbatch: --account=A --time=12:00:00",
+            show_default=False,
         ),
     ] = None,
     nodes: Annotated[int, typer.Option(help="nodes", min=1)] = 1,
@@ -220,7 +278,10 @@ def submit(
     processes_per_node: Annotated[int, typer.Option(help="0 = one a GPU (one on CPU)", min=0)] = 0,
     deepspeed: Annotated[str, typer.Option(help="one of ds_configs/, or a path")] = "zero2.json",
     sweep: Annotated[
-        Path | None, typer.Option(help="YAML or JSON list of settings: an array of runs below run.dir, their evaluation and a table")
+        Path | None,
+        typer.Option(
+            help="YAML or JSON list of settings: an array of runs below run.dir, their evaluation and a table"
+        ),
     ] = None,
     parallel: Annotated[int, typer.Option(help="runs of a sweep at once; 0 = all", min=0)] = 0,
     show: Annotated[bool, typer.Option("--print", help="print the script, write and submit nothing")] = False,
@@ -229,8 +290,8 @@ def submit(
     """Check a training run for these nodes, write its script into the run folder and submit it to SLURM."""
     import shlex
 
-    from trainer import submit as jobs
-    from trainer.sweep import read_sweep
+    from trainer.experiments import submit as jobs
+    from trainer.experiments.sweep import read_sweep
 
     options, settings = jobs.split_words(words or [])
     machines = jobs.Machines(nodes, gpus_per_node, processes_per_node, deepspeed)
@@ -238,14 +299,26 @@ def submit(
     if sweep is None:
         submission = jobs.plan_run(preset, settings, machines, options, command)
     else:
-        submission = jobs.plan_sweep(preset, settings, read_sweep(sweep), machines, options, command, parallel)
+        submission = jobs.plan_sweep(
+            preset, settings, read_sweep(sweep), machines, options, command, parallel
+        )
     ids = [] if show else jobs.submit(submission)
     paths = [str(job.path) for job in submission.jobs]
-    scripts = {"scripts": {str(job.path): job.text for job in submission.jobs}} if show else {"scripts": paths}
+    scripts = (
+        {"scripts": {str(job.path): job.text for job in submission.jobs}} if show else {"scripts": paths}
+    )
     if show:
-        lines = [line for job in submission.jobs for line in (f"# ---- {job.path}: {shlex.join(job.command(['JOB', 'JOB']))}", job.text)]
+        lines = [
+            line
+            for job in submission.jobs
+            for line in (f"# ---- {job.path}: {shlex.join(job.command(['JOB', 'JOB']))}", job.text)
+        ]
     else:
-        lines = [*submission.plan_lines, "", *(f"job {job_id}  {path}" for job_id, path in zip(ids, paths, strict=True))]
+        lines = [
+            *submission.plan_lines,
+            "",
+            *(f"job {job_id}  {path}" for job_id, path in zip(ids, paths, strict=True)),
+        ]
     answer({"job_ids": ids, "runs": [str(path) for path in submission.run_dirs], **scripts}, as_json, *lines)
 
 
@@ -253,33 +326,54 @@ def submit(
 def evaluate(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="run folder")],
     split: Annotated[str, typer.Option(help="valid or test")] = "test",
-    baselines: Annotated[bool, typer.Option(help="rank the same candidates with popularity, LightGCN and BM25")] = True,
-    candidates: Annotated[str, typer.Option(help="sampled: the stored ones; full: the whole catalogue")] = "sampled",
+    baselines: Annotated[
+        bool, typer.Option(help="rank the same candidates with popularity, LightGCN and BM25")
+    ] = True,
+    candidates: Annotated[
+        str, typer.Option(help="sampled: the stored ones; full: the whole catalogue")
+    ] = "sampled",
     events: Annotated[int, typer.Option(help="with full: events in a fixed sample, 0 = all", min=0)] = 2000,
     as_json: AsJson = False,
 ) -> None:
     """Rank the stored candidates of every event; writes RUN/evaluation-SPLIT.json and .parquet.
 
-    With --candidates full: retrieve from the whole catalogue, then rank; writes RUN/evaluation-SPLIT-full.json and .parquet.
+    With --candidates full: retrieve from the whole catalogue, then rank; writes
+    RUN/evaluation-SPLIT-full.json and .parquet.
     """
+    from trainer.evaluation.summary import full_lines, protocol_line, rows_of, table
     from trainer.registry.model_card import metrics_of
-    from trainer.summary import full_lines, protocol_line, rows_of, table
     from trainer.tracking.tracker import log_evaluation
 
     progress = stage_lines()
     if candidates == "full":
-        from trainer.evaluate_full import evaluate_full
+        from trainer.evaluation.full import evaluate_full
 
-        document = evaluate_full(run_dir, split, events, baselines, progress=lambda done, total: progress("rank", done, total), notify=note)
+        document = evaluate_full(
+            run_dir,
+            split,
+            events,
+            baselines,
+            progress=lambda done, total: progress("rank", done, total),
+            notify=note,
+        )
     elif candidates == "sampled":
-        from trainer.evaluate import evaluate_run
+        from trainer.evaluation.sampled import evaluate_run
 
-        document = evaluate_run(run_dir, split, with_baselines=baselines, progress=lambda done, total: progress("score", done, total))
+        document = evaluate_run(
+            run_dir,
+            split,
+            with_baselines=baselines,
+            progress=lambda done, total: progress("score", done, total),
+        )
     else:
         raise ConfigError(f"--candidates must be sampled or full, got {candidates}")
     name = f"{split}-full" if candidates == "full" else split
     path = run_dir / f"evaluation-{name}.json"
-    lines = [*table(rows_of(document)), *(full_lines(document) if candidates == "full" else []), protocol_line(document)]
+    lines = [
+        *table(rows_of(document)),
+        *(full_lines(document) if candidates == "full" else []),
+        protocol_line(document),
+    ]
     if RANK == 0:
         log_evaluation(run_dir, name, metrics_of(document, name), lines)
     answer(document, as_json, *lines, f"wrote {path} and {path.with_suffix('.parquet').name}")
@@ -288,8 +382,8 @@ def evaluate(
 @verb("gensr report runs/mine")
 def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="run folder")]) -> None:
     """Draw RUN/report/*.png and print the results of a run."""
-    from trainer.report import plot_run
-    from trainer.summary import protocol_line, read_evaluation, rows_of, table
+    from trainer.analysis.figures import plot_run
+    from trainer.evaluation.summary import protocol_line, read_evaluation, rows_of, table
 
     say(*(f"wrote {path}" for path in plot_run(run_dir)))
     for split in ("valid", "test"):
@@ -305,21 +399,34 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Put the results of runs side by side, with the settings that differ."""
-    from trainer.summary import compare as run
-    from trainer.summary import compare_lines
+    from trainer.evaluation.summary import compare as run
+    from trainer.evaluation.summary import compare_lines
 
     comparison = run(run_dirs, split)
     answer(comparison, as_json, *compare_lines(comparison))
 
 
-@runs_app.command("import", epilog="Example: gensr runs import runs/mlflow.db --into http://mlflow.example.org")
+@runs_app.command(
+    "import", epilog="Example: gensr runs import runs/mlflow.db --into http://mlflow.example.org"
+)
 def import_(
-    source: Annotated[str, typer.Argument(metavar="FROM", help="mlflow.db of an offline node, a tracking URI, a run folder, or a folder of them")],
-    into: Annotated[str, typer.Option(help="tracking URI of the target; default: the server that a run folder's own configuration names")] = "",
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="FROM",
+            help="mlflow.db of an offline node, a tracking URI, a run folder, or a folder of them",
+        ),
+    ],
+    into: Annotated[
+        str,
+        typer.Option(
+            help="tracking URI of the target; default: the server that a run folder's own configuration names"
+        ),
+    ] = "",
     as_json: AsJson = False,
 ) -> None:
     """Bring runs that were tracked without a server into one. Repeated, it adds only what is new."""
-    from trainer.runs_import import import_runs, target_of
+    from trainer.experiments.import_runs import import_runs, target_of
 
     done = import_runs(source, into or target_of(source), progress=lambda line: typer.echo(line, err=True))
     new = sum(run.new for run in done)
@@ -328,16 +435,19 @@ def import_(
 
 
 @runs_app.command(epilog="Example: gensr runs summarize runs/sweep")
-def summarize(folder: Annotated[Path, typer.Argument(metavar="SWEEP", help="folder of a sweep's run folders")], as_json: AsJson = False) -> None:
+def summarize(
+    folder: Annotated[Path, typer.Argument(metavar="SWEEP", help="folder of a sweep's run folders")],
+    as_json: AsJson = False,
+) -> None:
     """Put the runs of a sweep into one table, SWEEP/sweep.txt and .json, and below one parent run in MLflow."""
-    from trainer.sweep import lines_of
-    from trainer.sweep import summarize as run
+    from trainer.experiments.sweep import lines_of
+    from trainer.experiments.sweep import summarize as run
 
     document = run(folder)
     answer(document, as_json, *lines_of(document))
 
 
-# ---- registry and serving ------------------------------------------------------------------------------------------
+# ---- registry and serving ----------------------------------------------------------------------------------
 
 
 @verb("gensr register runs/mine gensr-mine")
@@ -351,28 +461,44 @@ def register(
     from trainer.registry.versions import register as run
 
     version = run(run_dir, name, alias, notify=note)
-    answer({"name": name, "version": version, "alias": alias}, as_json, f"registered models:/{name}/{version}, also models:/{name}@{alias}")
+    answer(
+        {"name": name, "version": version, "alias": alias},
+        as_json,
+        f"registered models:/{name}/{version}, also models:/{name}@{alias}",
+    )
 
 
 @verb("gensr promote gensr-mine --dry-run")
 def promote(
     name: Annotated[str, typer.Argument(help="registered model")],
-    margin: Annotated[float, typer.Option(help="NDCG@10 that no task may lose, at the low end of its 95 % interval")] = 0.01,
-    back: Annotated[bool, typer.Option("--rollback", help="give the alias back to the champion before; compares nothing")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be done, change nothing")] = False,
-    uri: Annotated[str, typer.Option(help="MLflow registry; default: MLFLOW_TRACKING_URI, else runs/mlflow.db")] = "",
+    margin: Annotated[
+        float, typer.Option(help="NDCG@10 that no task may lose, at the low end of its 95 % interval")
+    ] = 0.01,
+    back: Annotated[
+        bool, typer.Option("--rollback", help="give the alias back to the champion before; compares nothing")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="say what would be done, change nothing")
+    ] = False,
+    uri: Annotated[
+        str, typer.Option(help="MLflow registry; default: MLFLOW_TRACKING_URI, else runs/mlflow.db")
+    ] = "",
     as_json: AsJson = False,
 ) -> None:
-    """Move the alias champion to the candidate if, on the same test events, one task gains and none falls by more than a margin.
+    """Move the alias champion to the candidate if, on the same test events, one task gains and none falls by
+    more than a margin.
 
-    The decision and its figures become tags of the candidate's version. Exit code 0 also when it is refused: read "promoted".
+    The decision and its figures become tags of the candidate's version. Exit code 0 also when it is refused:
+    read "promoted".
     """
     from trainer.registry.promote import promote as run
     from trainer.registry.promote import rollback
 
     if back:
         left, now = rollback(name, uri, dry_run)
-        line = f"{name}: champion {'would go' if dry_run else 'went'} back from version {left} to version {now}"
+        line = (
+            f"{name}: champion {'would go' if dry_run else 'went'} back from version {left} to version {now}"
+        )
         answer({"name": name, "from": left, "champion": now, "dry_run": dry_run}, as_json, line)
         return
     decision = run(name, uri, margin, dry_run)
@@ -383,11 +509,25 @@ def promote(
 @verb("gensr score models:/gensr-demo@candidate requests.jsonl")
 def score(
     model: Annotated[str, typer.Argument(help="run folder, or models:/NAME@alias")],
-    requests: Annotated[Path, typer.Argument(help=".jsonl or .parquet: history, task, query, candidates; without candidates the whole catalogue")],
-    out: Annotated[Path | None, typer.Option(help='new .jsonl or .parquet file; default: {"scores": […]} lines on stdout')] = None,
-    part: Annotated[str, typer.Option(metavar="I/N", help="only part I of N of the requests: for several jobs")] = "1/1",
-    keep_going: Annotated[bool, typer.Option(help="a bad request becomes an error in its row instead of ending the job")] = False,
-    uri: Annotated[str, typer.Option(help="MLflow registry; default: MLFLOW_TRACKING_URI, else runs/mlflow.db")] = "",
+    requests: Annotated[
+        Path,
+        typer.Argument(
+            help=".jsonl or .parquet: history, task, query, candidates; without candidates the whole catalogue"
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(help='new .jsonl or .parquet file; default: {"scores": […]} lines on stdout'),
+    ] = None,
+    part: Annotated[
+        str, typer.Option(metavar="I/N", help="only part I of N of the requests: for several jobs")
+    ] = "1/1",
+    keep_going: Annotated[
+        bool, typer.Option(help="a bad request becomes an error in its row instead of ending the job")
+    ] = False,
+    uri: Annotated[
+        str, typer.Option(help="MLflow registry; default: MLFLOW_TRACKING_URI, else runs/mlflow.db")
+    ] = "",
 ) -> None:
     """Score given candidates from histories, one request or millions."""
     from trainer.serving.score_file import count_requests, read_requests, score_file
@@ -405,19 +545,40 @@ def score(
             say(json.dumps({"scores": scores}))
         return
     progress = stage_lines()
-    answered = score_file(recommender, requests, out, (number, of), keep_going, progress=lambda done, total: progress("score", done, total))
+    answered = score_file(
+        recommender,
+        requests,
+        out,
+        (number, of),
+        keep_going,
+        progress=lambda done, total: progress("score", done, total),
+    )
     say(f"wrote {out}: {answered:,} requests")
 
 
-User = Annotated[str, typer.Option("--user", help="user id: the history is all of the user's clicks in the prepared folder")]
+User = Annotated[
+    str,
+    typer.Option("--user", help="user id: the history is all of the user's clicks in the prepared folder"),
+]
 History = Annotated[
-    Path | None, typer.Option("--history", help='JSON file: [{"item_id": …, "task": "rec"}, …] oldest first, or one such object a line')
+    Path | None,
+    typer.Option(
+        "--history",
+        help='JSON file: [{"item_id": …, "task": "rec"}, …] oldest first, or one such object a line',
+    ),
 ]
 HowMany = Annotated[int, typer.Option("-k", help="items to answer")]
 Candidates = Annotated[int, typer.Option("--candidates", help="items that retrieval hands to the ranking")]
 Seen = Annotated[bool, typer.Option("--seen", help="also answer items of the history")]
-Registry = Annotated[str, typer.Option(help="MLflow registry; default: MLFLOW_TRACKING_URI, else runs/mlflow.db")]
-Prepared = Annotated[str, typer.Option("--data", help="prepared folder for --user; default: where the model says it was trained from")]
+Registry = Annotated[
+    str, typer.Option(help="MLflow registry; default: MLFLOW_TRACKING_URI, else runs/mlflow.db")
+]
+Prepared = Annotated[
+    str,
+    typer.Option(
+        "--data", help="prepared folder for --user; default: where the model says it was trained from"
+    ),
+]
 
 
 @verb("gensr recommend runs/mine --user u17 -k 10")
@@ -459,7 +620,9 @@ def search(
     answer_request(model, request, user, history, data, uri, as_json)
 
 
-def answer_request(model: str, request: dict[str, Any], user: str, history: Path | None, data: str, uri: str, as_json: bool) -> None:
+def answer_request(
+    model: str, request: dict[str, Any], user: str, history: Path | None, data: str, uri: str, as_json: bool
+) -> None:
     """Complete a request for the whole catalogue by its history, and print the answer."""
     if user and history is not None:
         raise RequestError("--user and --history both say whose history it is: give one of them")
@@ -473,10 +636,16 @@ def answer_request(model: str, request: dict[str, Any], user: str, history: Path
         f"{place:>4}  {item['item_id']!s:<{width}}  {item['score']:.4f}  {item['text'][:100]}"
         for place, item in enumerate(document["items"], start=1)
     ]
-    answer(document, as_json, *(lines or ["nothing that the history does not hold already: --seen shows that, too"]))
+    answer(
+        document,
+        as_json,
+        *(lines or ["nothing that the history does not hold already: --seen shows that, too"]),
+    )
 
 
-Host = Annotated[str, typer.Option(help="address to listen on; the default cannot be reached from other machines")]
+Host = Annotated[
+    str, typer.Option(help="address to listen on; the default cannot be reached from other machines")
+]
 Port = Annotated[int, typer.Option(help="port to listen on")]
 
 
@@ -491,7 +660,8 @@ def serve(
     data: Prepared = "",
     uri: Registry = "",
 ) -> None:
-    """Answer /recommend, /search and /score over HTTP, several requests at once; shows a page to look at, too."""
+    """Answer /recommend, /search and /score over HTTP, several requests at once; shows a page to look at,
+    too."""
     from trainer.registry.versions import open_model
     from trainer.serving.app import Limits, run
 
@@ -509,7 +679,8 @@ def ui(
     uri: Registry = "",
     browser: Annotated[bool, typer.Option(help="open the page in a browser")] = True,
 ) -> None:
-    """Look at a model: a user's two histories, a query, ranked items and the soft-filter weights that explain them."""
+    """Look at a model: a user's two histories, a query, ranked items and the soft-filter weights that explain
+    them."""
     import threading
     import webbrowser
 
@@ -518,22 +689,29 @@ def ui(
     serve(model, port=port, data=data, uri=uri)
 
 
-# ---- measurements --------------------------------------------------------------------------------------------------
+# ---- measurements ------------------------------------------------------------------------------------------
 
 
 @bench_app.command(epilog="Example: gensr bench data --rows 200000,2000000 --json")
 def data(
     rows: Annotated[
-        str, typer.Option(help="log rows of each row of the scaling table, comma-separated; the figures are those of the last")
+        str,
+        typer.Option(
+            help="log rows of each row of the scaling table, comma-separated; the figures are those of the last"
+        ),
     ] = "200000",
     turns: Annotated[int, typer.Option(help="measurements of each side, in turns", min=1)] = 2,
     seconds: Annotated[float, typer.Option(help="CPU seconds of one loader measurement")] = 5.0,
     threads: Annotated[int, typer.Option(help="threads of both preparations", min=1)] = 2,
     memory_limit: Annotated[str, typer.Option(help="duckdb's memory in both preparations")] = "1000MB",
-    folder: Annotated[Path | None, typer.Option(help="where logs and prepared folders lie and are kept; default: a temporary folder")] = None,
+    folder: Annotated[
+        Path | None,
+        typer.Option(help="where logs and prepared folders lie and are kept; default: a temporary folder"),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Preparation against a bare duckdb script, and the loader against a per-example collator, on simulated logs."""
+    """Preparation against a bare duckdb script, and the loader against a per-example collator, on simulated
+    logs."""
     from trainer.bench.data import bench_data, bench_lines
 
     try:
@@ -547,13 +725,17 @@ def data(
 Pairs = Annotated[
     int | None,
     typer.Option(
-        help="(history, candidate) pairs of a step, on either side; else 20, or on a GPU what fills it and the paper's 200 for the reference", min=1
+        help="(history, candidate) pairs of a step, on either side; else 20, or on a GPU what fills it and the paper's 200 for the reference",
+        min=1,
     ),
 ]
 Steps = Annotated[int, typer.Option(help="measured steps of a turn, after three to warm up", min=1)]
 Turns = Annotated[int, typer.Option(help="measurements of each side, in turns", min=1)]
 Threads = Annotated[int, typer.Option(help="CPU threads of both sides", min=1)]
-Profile = Annotated[Path | None, typer.Option(help="file for a torch profiler trace (chrome://tracing, perfetto) of one more turn")]
+Profile = Annotated[
+    Path | None,
+    typer.Option(help="file for a torch profiler trace (chrome://tracing, perfetto) of one more turn"),
+]
 
 
 @bench_app.command(name="train", epilog="Example: gensr bench train model.prompt=compact --json")
@@ -561,10 +743,13 @@ def bench_train(
     overrides: Overrides = None, pairs: Pairs = None, steps: Steps = 2, turns: Turns = 2, threads: Threads = 2, profile: Profile = None,
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
-    """Training steps against a reference written straight from the paper; flan-t5-base's shape with random weights unless settings say otherwise."""
+    """Training steps against a reference written straight from the paper; flan-t5-base's shape with random
+    weights unless settings say otherwise."""
     from trainer.bench.model import bench_model, bench_model_lines
 
-    document = bench_model("train", overrides or [], pairs, steps, turns, threads, profile, progress=stage_lines())
+    document = bench_model(
+        "train", overrides or [], pairs, steps, turns, threads, profile, progress=stage_lines()
+    )
     answer(document, as_json, *bench_model_lines(document))
 
 
@@ -573,20 +758,26 @@ def bench_evaluate(
     overrides: Overrides = None, pairs: Pairs = None, steps: Steps = 2, turns: Turns = 2, threads: Threads = 2, profile: Profile = None,
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
-    """Scoring the candidates of events against the reference, which encodes every pair by itself and calls generate()."""
+    """Scoring the candidates of events against the reference, which encodes every pair by itself and calls
+    generate()."""
     from trainer.bench.model import bench_model, bench_model_lines
 
-    document = bench_model("evaluate", overrides or [], pairs, steps, turns, threads, profile, progress=stage_lines())
+    document = bench_model(
+        "evaluate", overrides or [], pairs, steps, turns, threads, profile, progress=stage_lines()
+    )
     answer(document, as_json, *bench_model_lines(document))
 
 
-@bench_app.command(name="micro-batch", epilog="Example: gensr bench micro-batch scientific_small data.dir=data/scientific")
+@bench_app.command(
+    name="micro-batch", epilog="Example: gensr bench micro-batch scientific_small data.dir=data/scientific"
+)
 def bench_micro_batch(
     preset: MaybePreset = None,
     overrides: Overrides = None, steps: Annotated[int, typer.Option(help="micro-batches that are timed, after one to warm up", min=1)] = 4,
     threads: Threads = 2, as_json: AsJson = False,
 ) -> None:  # fmt: skip
-    """The fastest optim.micro_batch_size on this device, found by training with each, and what each takes of its memory."""
+    """The fastest optim.micro_batch_size on this device, found by training with each, and what each takes of
+    its memory."""
     from trainer.bench import micro_batch as bench
 
     preset, settings = preset_and_settings(preset, overrides)
@@ -594,12 +785,13 @@ def bench_micro_batch(
     answer(document, as_json, *bench.bench_micro_batch_lines(document))
 
 
-# ---- help for people -----------------------------------------------------------------------------------------------
+# ---- help for people ---------------------------------------------------------------------------------------
 
 
 @verb("gensr doctor")
 def doctor(as_json: AsJson = False) -> None:
-    """Check this machine: packages, compiler, GPUs, processes, disk, MLflow's database, SLURM. Exit code 1 when something is missing."""
+    """Check this machine: packages, compiler, GPUs, processes, disk, MLflow's database, SLURM. Exit code 1
+    when something is missing."""
     from trainer.doctor import run_checks
 
     checks = run_checks()
@@ -627,7 +819,9 @@ def show(
 
 @config_app.command(epilog="Example: gensr config keys train")
 def keys(
-    of: Annotated[str | None, typer.Argument(metavar="[train|cf|prepare]", help="nothing: all", show_default=False)] = None,
+    of: Annotated[
+        str | None, typer.Argument(metavar="[train|cf|prepare]", help="nothing: all", show_default=False)
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """List every key with its default and meaning."""
@@ -637,12 +831,22 @@ def keys(
     if of is not None and of not in trees:
         raise ConfigError(f"no keys of {of!r}. There are: {', '.join(trees)}")
     rows = {name: list(key_help(tree)) for name, tree in trees.items() if of in (None, name)}
-    document = {name: [{"key": key, "default": default, "help": text} for key, default, text in of_verb] for name, of_verb in rows.items()}
+    document = {
+        name: [{"key": key, "default": default, "help": text} for key, default, text in of_verb]
+        for name, of_verb in rows.items()
+    }
     lines = []
     for name, of_verb in document.items():
-        settings = [f"{row['key']}={row['default'] if isinstance(row['default'], str) else json.dumps(row['default'])}" for row in of_verb]
+        settings = [
+            f"{row['key']}={row['default'] if isinstance(row['default'], str) else json.dumps(row['default'])}"
+            for row in of_verb
+        ]
         width = max(map(len, settings))
-        lines += [f"gensr {name}", *(f"  {setting:<{width}}  {row['help']}" for setting, row in zip(settings, of_verb, strict=True)), ""]
+        lines += [
+            f"gensr {name}",
+            *(f"  {setting:<{width}}  {row['help']}" for setting, row in zip(settings, of_verb, strict=True)),
+            "",
+        ]
     answer(document, as_json, *lines)
 
 
@@ -665,8 +869,12 @@ def settings_trees() -> dict[str, Any]:
 
 @verb("gensr demo")
 def demo(
-    data_dir: Annotated[Path, typer.Option(help="prepared folder; raw logs go to DATA_DIR-raw")] = Path("data/demo"),
-    run_dir: Annotated[Path, typer.Option(help="run folder; MLflow's database goes beside it")] = Path("runs/demo"),
+    data_dir: Annotated[Path, typer.Option(help="prepared folder; raw logs go to DATA_DIR-raw")] = Path(
+        "data/demo"
+    ),
+    run_dir: Annotated[Path, typer.Option(help="run folder; MLflow's database goes beside it")] = Path(
+        "runs/demo"
+    ),
 ) -> None:
     """The whole way, offline: simulate, prepare, cf, train, evaluate, register, and a summary."""
     from trainer.demo import run_demo

@@ -1,4 +1,5 @@
-"""The configuration tree of a training run. One source for each number: DeepSpeed JSON keeps "auto" for everything named here."""
+"""The configuration tree of a training run. One source for each number: DeepSpeed JSON keeps "auto" for
+everything named here."""
 
 from importlib import resources
 from pathlib import Path
@@ -20,9 +21,11 @@ Share = Annotated[float, Ge(0), Le(1)]
 @s.settings
 class DataConfig:
     dir: str = ""
-    """prepared folder (made by gensr prepare), or where one lies: http(s)://…, s3://…, or pipe:COMMAND with {} for a file's name (data_shards/README.md)"""
+    """prepared folder (made by gensr prepare), or where one lies: http(s)://…, s3://…, or pipe:COMMAND with
+    {} for a file's name (data_shards/README.md)"""
     cache_dir: str = ""
-    """folder of each node where files of data.dir are kept: fetched once, checked, shared by processes and jobs. Empty: a URL's shards are streamed"""
+    """folder of each node where files of data.dir are kept: fetched once, checked, shared by processes and
+    jobs. Empty: a URL's shards are streamed"""
     history_max: Positive = 20
     """history items fed to the model, newest kept; at most what the folder holds"""
     history_tokens: Positive = 10
@@ -32,7 +35,8 @@ class DataConfig:
     num_negatives: Positive = 4
     """sampled negatives for each training event"""
     negatives: Literal["uniform", "popularity", "impressions", "mixture"] = "uniform"
-    """where training negatives come from; impressions (shown, not clicked) falls back to uniform where an event has too few; mixture: see below"""
+    """where training negatives come from; impressions (shown, not clicked) falls back to uniform where an
+    event has too few; mixture: see below"""
     popularity_alpha: NonNegativeFloat = 0.75
     """exponent of the click count when negatives=popularity, or in a mixture"""
     mixture_popularity: Share = 0.25
@@ -40,7 +44,8 @@ class DataConfig:
     mixture_impressions: Share = 0.25
     """share of unclicked impressions when negatives=mixture, as far as an event has them"""
     search_share: Fraction = 0.0
-    """share of search events in every batch, such as 0.5; 0 keeps the log's own mixture. The task that falls short begins again before the epoch ends"""
+    """share of search events in every batch, such as 0.5; 0 keeps the log's own mixture. The task that falls
+    short begins again before the epoch ends"""
     weight_rec: NonNegativeFloat = 1.0
     """weight of recommendation events in the loss"""
     weight_src: NonNegativeFloat = 1.0
@@ -68,15 +73,18 @@ class LoraConfig:
     four_bit: bool = False
     """frozen weights in 4 bits (QLoRA); needs bitsandbytes and a CUDA device, and a ZeRO stage below 3"""
     also_train: str = ""
-    """parts of the backbone trained whole beside the adapters, comma-separated: embeddings, head, or module names"""
+    """parts of the backbone trained whole beside the adapters, comma-separated: embeddings, head, or module
+    names"""
 
 
 @s.settings
 class ModelConfig:
     backbone: str = "scratch:mini"
-    """hub name, local folder, or scratch:SIZE with SIZE one of trainer/model/families.py's shapes"""
+    """hub name, local folder, or scratch:SIZE with SIZE one of trainer/models/backbones/families.py's shapes
+    """
     variant: Literal["paper", "extended"] = "extended"
-    """paper: method.md to the letter. extended: adds position and task embeddings and three product slots (trainer/model/README.md)"""
+    """paper: method.md to the letter. extended: adds position and task embeddings and three product slots
+    (trainer/models/gensr/README.md)"""
     prompt: Literal["paper", "compact"] = "compact"
     """wording of the task prompts; compact has about 40 tokens"""
     cf_holdout: Literal["auto", "none", "last", "crossfit"] = "auto"
@@ -145,15 +153,19 @@ class RunConfig:
     keep_checkpoints: Positive = 2
     """newest checkpoints kept beside the best"""
     early_stop_patience: NonNegative = 5
-    """validations without gain before stopping, counted from the first gain over chance; 0 = never stop early"""
+    """validations without gain before stopping, counted from the first gain over chance; 0 = never stop early
+    """
     select_metric: str = "mean/ndcg@10"
-    """validation metric that picks the best checkpoint: rec/…, src/… or mean/… with recall@K, ndcg@K or mrr"""
+    """validation metric that picks the best checkpoint: rec/…, src/… or mean/… with recall@K, ndcg@K or mrr
+    """
     timeout_s: Positive = 1800
     """a collective, or a step of several processes, that takes longer ends the job"""
     on_nan: Literal["stop", "skip"] = "stop"
-    """a loss that is not finite: stop and name its events, or leave its micro-batch out on all ranks (steps then wait for every loss)"""
+    """a loss that is not finite: stop and name its events, or leave its micro-batch out on all ranks (steps
+    then wait for every loss)"""
     accept_changes: str = ""
-    """with --resume auto: comma-separated settings that may differ from the checkpoint's; data and cf stand for the prepared folder and its CF table"""
+    """with --resume auto: comma-separated settings that may differ from the checkpoint's; data and cf stand
+    for the prepared folder and its CF table"""
     max_skipped_batches: Positive = 10
     """left out in a row by on_nan=skip; one more ends the run"""
     threads: NonNegative = 0
@@ -171,7 +183,8 @@ class TrackingConfig:
     run_name: str = ""
     """empty = the run folder's name"""
     machine_every_s: NonNegative = 10
-    """seconds between two measurements of processors, memory, disk, network and GPUs on every node; 0 = none"""
+    """seconds between two measurements of processors, memory, disk, network and GPUs on every node; 0 = none
+    """
 
 
 @s.settings
@@ -200,11 +213,13 @@ class CfConfig:
     patience: Positive = 5
     """evaluations on validation without gain before stopping"""
     holdout: Literal["none", "last", "crossfit"] = "crossfit"
-    """training clicks kept out of the table that training reads: none, each user's last, or cross-fitting by folds"""
+    """training clicks kept out of the table that training reads: none, each user's last, or cross-fitting by
+    folds"""
     num_folds: Annotated[int, Ge(2), Le(16)] = 4
     """folds when holdout=crossfit"""
     shared_epochs: Fraction = 0.0
-    """share of the epochs that the tables of two folds train as one, without the clicks of either; 0 = each from nothing"""
+    """share of the epochs that the tables of two folds train as one, without the clicks of either; 0 = each
+    from nothing"""
     seed: NonNegative = 0
     """seeds initial vectors, sampling and folds"""
 
@@ -215,11 +230,16 @@ class CfRoot:
     overwrite: bool = False
     """replace an existing table of other settings or of another split"""
     save_every_s: NonNegativeFloat = 300.0
-    """seconds between two saved states of a table in training, from which an interrupted `gensr cf` goes on"""
+    """seconds between two saved states of a table in training, from which an interrupted `gensr cf` goes on
+    """
 
 
 def preset_names() -> list[str]:
-    return sorted(p.name.removesuffix(".yaml") for p in resources.files("trainer.configs").iterdir() if p.name.endswith(".yaml"))
+    return sorted(
+        p.name.removesuffix(".yaml")
+        for p in resources.files("trainer.configs").iterdir()
+        if p.name.endswith(".yaml")
+    )
 
 
 def preset_path(preset_or_file: str) -> Path:
@@ -230,7 +250,10 @@ def preset_path(preset_or_file: str) -> Path:
             raise ConfigError(f"{preset_or_file}: no such file. Presets: {', '.join(preset_names())}")
         return as_file
     if preset_or_file not in preset_names():
-        raise ConfigError(f"{preset_or_file}: no such preset. Presets: {', '.join(preset_names())}. A file's name must end in .yaml")
+        raise ConfigError(
+            f"{preset_or_file}: no such preset. Presets: {', '.join(preset_names())}. A file's name must end "
+            "in .yaml"
+        )
     return Path(str(resources.files("trainer.configs") / f"{preset_or_file}.yaml"))
 
 
@@ -252,14 +275,32 @@ def cross_field_problems(config: Config) -> list[tuple[str, str]]:
     problems: list[tuple[str, str]] = []
     optim, data = config.optim, config.data
     if optim.global_batch_size % optim.micro_batch_size:
-        problems.append(("optim.micro_batch_size", f"must divide optim.global_batch_size={optim.global_batch_size}, got {optim.micro_batch_size}"))
+        problems.append(
+            (
+                "optim.micro_batch_size",
+                f"must divide optim.global_batch_size={optim.global_batch_size}, got "
+                f"{optim.micro_batch_size}",
+            )
+        )
     if data.weight_rec == 0 and data.weight_src == 0:
-        problems.append(("data.weight_rec", "data.weight_rec and data.weight_src are both 0: nothing to train on"))
+        problems.append(
+            ("data.weight_rec", "data.weight_rec and data.weight_src are both 0: nothing to train on")
+        )
     if data.mixture_popularity + data.mixture_impressions > 1:
         both = f"{data.mixture_popularity} + {data.mixture_impressions}"
-        problems.append(("data.mixture_popularity", f"data.mixture_popularity + data.mixture_impressions must be at most 1, got {both}"))
+        problems.append(
+            (
+                "data.mixture_popularity",
+                f"data.mixture_popularity + data.mixture_impressions must be at most 1, got {both}",
+            )
+        )
     if data.history_tokens > data.item_tokens:
-        problems.append(("data.history_tokens", f"must be at most data.item_tokens={data.item_tokens}, got {data.history_tokens}"))
+        problems.append(
+            (
+                "data.history_tokens",
+                f"must be at most data.item_tokens={data.item_tokens}, got {data.history_tokens}",
+            )
+        )
     return problems
 
 

@@ -1,4 +1,5 @@
-"""`gensr demo`: the main job from end to end, offline, as one resumable sequence of the ordinary verbs. Finished steps are skipped."""
+"""`gensr demo`: the main job from end to end, offline, as one resumable sequence of the ordinary verbs.
+Finished steps are skipped."""
 
 import json
 import os
@@ -15,12 +16,28 @@ from rich.console import Console
 from rich.table import Table
 
 from trainer.errors import RunError
-from trainer.progress import StageLines
-from trainer.summary import METRICS, OURS, TASK_TITLES, cell, protocol_line, read_evaluation, rows_of
+from trainer.evaluation.summary import (
+    METRICS,
+    OURS,
+    TASK_TITLES,
+    cell,
+    protocol_line,
+    read_evaluation,
+    rows_of,
+)
+from trainer.runtime.progress import StageLines
 
-USERS, ITEMS, DAYS, SEED = 1000, 4000, 14, 1  # of the planted world: small enough for ten minutes on two cores
+USERS, ITEMS, DAYS, SEED = (
+    1000,
+    4000,
+    14,
+    1,
+)  # of the planted world: small enough for ten minutes on two cores
 PREPARE: tuple[str, ...] = ()
-CF: tuple[str, ...] = ("cf.num_folds=2", "cf.patience=2")  # fewer folds and less patience than the defaults: a minute less
+CF: tuple[str, ...] = (
+    "cf.num_folds=2",
+    "cf.patience=2",
+)  # fewer folds and less patience than the defaults: a minute less
 PRESET = "demo"
 MODEL_NAME = "gensr-demo"
 TABLE_WIDTH = 120  # columns; a narrower terminal wraps lines rather than numbers
@@ -88,17 +105,22 @@ class Demo:
 
     def register(self) -> None:
         from data_shards.schema import read_manifest
-        from trainer.files import atomic
         from trainer.registry.versions import example_requests, register
+        from trainer.runtime.files import atomic
 
         register(self.run_dir, MODEL_NAME)
-        lines = [json.dumps(request) for request in example_requests(self.data_dir, read_manifest(self.data_dir))]
+        lines = [
+            json.dumps(request) for request in example_requests(self.data_dir, read_manifest(self.data_dir))
+        ]
         with atomic(self.run_dir / "requests.jsonl") as path:
             path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def run_demo(data_dir: str | Path = "data/demo", run_dir: str | Path = "runs/demo", train_overrides: Sequence[str] = ()) -> None:
-    """simulate → prepare → cf → train → evaluate → register, then one screen of results. Call it again after an interruption.
+def run_demo(
+    data_dir: str | Path = "data/demo", run_dir: str | Path = "runs/demo", train_overrides: Sequence[str] = ()
+) -> None:
+    """simulate → prepare → cf → train → evaluate → register, then one screen of results. Call it again after
+    an interruption.
 
     Raises the GensrError of the step that fails; what the steps before it made stays.
     """
@@ -130,15 +152,16 @@ def is_newer(path: Path, than: Path) -> bool:
     return path.is_file() and than.is_file() and path.stat().st_mtime >= than.stat().st_mtime
 
 
-# ---- processes -----------------------------------------------------------------------------------------------------
+# ---- processes ---------------------------------------------------------------------------------------------
 
 
 def devices(preset: str, overrides: Sequence[str]) -> tuple[int, list[str]]:
-    """→ (processes, settings that follow from them). Two processes on CPU; on GPUs one each, in bf16, as many as divide the global batch."""
+    """→ (processes, settings that follow from them). Two processes on CPU; on GPUs one each, in bf16, as many
+    as divide the global batch."""
     import torch
 
     from trainer.config import load_config
-    from trainer.device import forced_cpu
+    from trainer.runtime.device import forced_cpu
 
     optim = load_config(preset, list(overrides)).optim
     gpus = 0 if forced_cpu() else torch.cuda.device_count()
@@ -148,24 +171,40 @@ def devices(preset: str, overrides: Sequence[str]) -> tuple[int, list[str]]:
 
 
 def launch(processes: int, arguments: Sequence[str], quiet: bool = False) -> None:
-    """`accelerate launch … -m trainer ARGUMENTS`, with DeepSpeed ZeRO-2. Ctrl-C reaches the processes, which save and end by themselves.
+    """`accelerate launch … -m trainer ARGUMENTS`, with DeepSpeed ZeRO-2. Ctrl-C reaches the processes, which
+    save and end by themselves.
 
-    `quiet` leaves out the answer on stdout, not the progress on stderr. Raises RunError when they fail; their messages are on the terminal by then.
+    `quiet` leaves out the answer on stdout, not the progress on stderr. Raises RunError when they fail; their
+    messages are on the terminal by then.
     """
     import ds_configs
-    from trainer.device import has_gpu
-    from trainer.launch import num_cores
+    from trainer.runtime.device import has_gpu
+    from trainer.runtime.launch import num_cores
 
     on_cpu = not has_gpu()
     config_file = ds_configs.path("accelerate_cpu_2.yaml" if on_cpu else "accelerate_gpu_8.yaml")
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config_file)]
-    command += ["--num_processes", str(processes), "--main_process_port", str(free_port()), "-m", "trainer", *arguments]
+    command += [
+        "--num_processes",
+        str(processes),
+        "--main_process_port",
+        str(free_port()),
+        "-m",
+        "trainer",
+        *arguments,
+    ]
     environment = dict(os.environ)
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // processes)))  # else the launcher warns and takes 1
-    environment.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")  # torch's and DeepSpeed's, about each other
+    environment.setdefault(
+        "OMP_NUM_THREADS", str(max(1, num_cores() // processes))
+    )  # else the launcher warns and takes 1
+    environment.setdefault(
+        "PYTHONWARNINGS", "ignore::FutureWarning"
+    )  # torch's and DeepSpeed's, about each other
     if on_cpu:
         environment["DS_ACCELERATOR"] = "cpu"
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL if quiet else None, env=environment)
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL if quiet else None, env=environment
+    )
     try:
         code = process.wait()
     except KeyboardInterrupt:
@@ -173,7 +212,8 @@ def launch(processes: int, arguments: Sequence[str], quiet: bool = False) -> Non
         raise
     if code:
         raise RunError(
-            f"`gensr {' '.join(arguments)}` on {processes} processes ended with exit code {code}; see above. gensr demo goes on from there."
+            f"`gensr {' '.join(arguments)}` on {processes} processes ended with exit code {code}; see above. "
+            "gensr demo goes on from there."
         )
 
 
@@ -183,7 +223,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-# ---- the last screen -----------------------------------------------------------------------------------------------
+# ---- the last screen ---------------------------------------------------------------------------------------
 
 
 def show_summary(demo: Demo, seconds: float) -> None:
@@ -200,7 +240,11 @@ def show_summary(demo: Demo, seconds: float) -> None:
             grid.add_section()
             grid.add_row(f"{title}, {of_task[0].metrics['num_events']:,} events", style="bold")
             for row in of_task:
-                grid.add_row(f"  {row.model}", *(cell(row.metrics, metric) for metric in METRICS), style="green" if row.model == OURS else "")
+                grid.add_row(
+                    f"  {row.model}",
+                    *(cell(row.metrics, metric) for metric in METRICS),
+                    style="green" if row.model == OURS else "",
+                )
     Console(width=TABLE_WIDTH).print(grid)
     for line in where_and_next(demo, registered):
         say(line)
@@ -213,13 +257,17 @@ def where_and_next(demo: Demo, registered: dict[str, object]) -> list[str]:
     return [
         f"run folder   {run_dir}",
         f"plots        {run_dir / 'report'}",
-        f"registered   models:/{registered['name']}/{registered['version']}, also models:/{registered['name']}@{registered['alias']}",
-        f"MLflow page  {mlflow} ui --backend-store-uri {registered['uri']} --port 5000, then http://127.0.0.1:5000",
+        f"registered   models:/{registered['name']}/{registered['version']}, also "
+        f"models:/{registered['name']}@{registered['alias']}",
+        f"MLflow page  {mlflow} ui --backend-store-uri {registered['uri']} --port 5000, then "
+        "http://127.0.0.1:5000",
         "",
         "Next",
         f"  {gensr} inspect {data_dir}",
-        f"  {gensr} score models:/{registered['name']}@{registered['alias']} {run_dir / 'requests.jsonl'} --uri {registered['uri']}",
-        f"  {gensr} train {PRESET} data.dir={data_dir} run.dir={run_dir.with_name('paper')} model.variant=paper",
+        f"  {gensr} score models:/{registered['name']}@{registered['alias']} {run_dir / 'requests.jsonl'} "
+        f"--uri {registered['uri']}",
+        f"  {gensr} train {PRESET} data.dir={data_dir} run.dir={run_dir.with_name('paper')} "
+        "model.variant=paper",
         f"  {gensr} ui {run_dir}",
         f"  {gensr} config keys train",
     ]

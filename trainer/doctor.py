@@ -1,6 +1,8 @@
-"""Is this machine ready? Every check says OK, WARN (works, but) or MISS (will fail), what was found, and the fix.
+"""Is this machine ready? Every check says OK, WARN (works, but) or MISS (will fail), what was found, and the
+fix.
 
-Nothing is only looked up where it can be tried: the compiler compiles, two processes all-reduce, sqlite writes.
+Nothing is only looked up where it can be tried: the compiler compiles, two processes all-reduce, sqlite
+writes.
 """
 
 import importlib.metadata
@@ -18,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from trainer.compiling import find_ninja
+from trainer.runtime.compiling import find_ninja
 
 if TYPE_CHECKING:
     from packaging.specifiers import SpecifierSet
@@ -54,7 +56,8 @@ class Check:
 
 
 def run_checks(folder: str | Path = ".") -> list[Check]:
-    """All checks, in the order of an installation; `folder` is where data and runs will lie. Takes about ten seconds; never raises."""
+    """All checks, in the order of an installation; `folder` is where data and runs will lie. Takes about ten
+    seconds; never raises."""
     checks: list[Check] = []
     steps: list[Callable[[], list[Check]]] = [
         check_python,
@@ -81,7 +84,14 @@ def run_checks(folder: str | Path = ".") -> list[Check]:
 def check_python() -> list[Check]:
     found, wanted = platform.python_version(), ".".join(map(str, MIN_PYTHON))
     if sys.version_info < MIN_PYTHON:
-        return [Check("python", "MISS", f"{found}, {wanted} or newer is needed", f"make install PYTHON=python{wanted}")]
+        return [
+            Check(
+                "python",
+                "MISS",
+                f"{found}, {wanted} or newer is needed",
+                f"make install PYTHON=python{wanted}",
+            )
+        ]
     return [Check("python", "OK", f"{found} at {sys.executable}")]
 
 
@@ -90,11 +100,19 @@ def check_packages(distribution: str = DISTRIBUTION) -> list[Check]:
     try:
         requirements = importlib.metadata.requires(distribution) or []
     except importlib.metadata.PackageNotFoundError:
-        return [Check(distribution, "MISS", "not installed in this Python", "make install, then use .venv/bin/gensr")]
+        return [
+            Check(
+                distribution, "MISS", "not installed in this Python", "make install, then use .venv/bin/gensr"
+            )
+        ]
     from packaging.requirements import Requirement
 
     needed = [Requirement(text) for text in requirements]
-    return [_check_package(need.name, need.specifier) for need in needed if need.marker is None or need.marker.evaluate({"extra": ""})]
+    return [
+        _check_package(need.name, need.specifier)
+        for need in needed
+        if need.marker is None or need.marker.evaluate({"extra": ""})
+    ]
 
 
 def _check_package(name: str, wanted: "SpecifierSet") -> Check:
@@ -109,7 +127,8 @@ def _check_package(name: str, wanted: "SpecifierSet") -> Check:
 
 
 def check_compiler() -> list[Check]:
-    """DeepSpeed compiles its operators on first use: a C++ compiler with the standard library, and Python's headers."""
+    """DeepSpeed compiles its operators on first use: a C++ compiler with the standard library, and Python's
+    headers."""
     install = "sudo apt-get install g++ (or your system's package); on a cluster: module load gcc"
     on_path = [path for path in map(shutil.which, ("g++", "c++", "clang++")) if path]
     command = os.environ.get("CXX", "").split() or on_path[:1]
@@ -118,15 +137,24 @@ def check_compiler() -> list[Check]:
     try:
         with tempfile.TemporaryDirectory() as scratch:
             compile_it = [*command, "-x", "c++", "-std=c++17", "-", "-o", f"{scratch}/a.out"]
-            done = subprocess.run(compile_it, input=CPP_PROGRAM, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S)
+            done = subprocess.run(
+                compile_it, input=CPP_PROGRAM, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S
+            )
     except (OSError, subprocess.TimeoutExpired) as error:
         return [Check("c++ compiler", "MISS", f"{command[0]} does not run: {error}", install)]
     if done.returncode:
-        return [Check("c++ compiler", "MISS", f"{command[0]} cannot compile: {_last_line(done.stderr)}", install)]
+        return [
+            Check("c++ compiler", "MISS", f"{command[0]} cannot compile: {_last_line(done.stderr)}", install)
+        ]
     headers = Path(sysconfig.get_path("include")) / "Python.h"
     python_headers = Check("python headers", "OK", str(headers))
     if not headers.is_file():
-        python_headers = Check("python headers", "MISS", f"{headers} is missing: DeepSpeed cannot compile", "sudo apt-get install python3-dev")
+        python_headers = Check(
+            "python headers",
+            "MISS",
+            f"{headers} is missing: DeepSpeed cannot compile",
+            "sudo apt-get install python3-dev",
+        )
     return [Check("c++ compiler", "OK", _first_line([command[0], "--version"]) or command[0]), python_headers]
 
 
@@ -135,7 +163,10 @@ def check_ninja() -> list[Check]:
         return [Check("ninja program", "OK", f"{_first_line([found, '--version'])} at {found}")]
     return [
         Check(
-            "ninja program", "MISS", "neither on PATH nor beside the interpreter: DeepSpeed cannot compile", f"{sys.executable} -m pip install ninja"
+            "ninja program",
+            "MISS",
+            "neither on PATH nor beside the interpreter: DeepSpeed cannot compile",
+            f"{sys.executable} -m pip install ninja",
         )
     ]
 
@@ -144,16 +175,30 @@ def check_processor() -> list[Check]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
     cpu = Check("cpu", "OK", f"{cores} cores for this process")
     if cores < 2:
-        cpu = Check("cpu", "WARN", "1 core: the demo starts two processes and will be slow", "allow two cores (taskset, --cpus-per-task)")
+        cpu = Check(
+            "cpu",
+            "WARN",
+            "1 core: the demo starts two processes and will be slow",
+            "allow two cores (taskset, --cpus-per-task)",
+        )
     total, available = memory_gb()
     detail = f"{available:.1f} GB available of {total:.1f} GB"
     if available < MIN_MEMORY_GB:
-        return [cpu, Check("memory", "WARN", f"{detail}, the demo wants {MIN_MEMORY_GB:.0f} GB", "free memory, or ask for more (--mem)")]
+        return [
+            cpu,
+            Check(
+                "memory",
+                "WARN",
+                f"{detail}, the demo wants {MIN_MEMORY_GB:.0f} GB",
+                "free memory, or ask for more (--mem)",
+            ),
+        ]
     return [cpu, Check("memory", "OK", detail)]
 
 
 def memory_gb() -> tuple[float, float]:
-    """Total and available memory in GB, within the limit of the control group (container, SLURM job) if there is one."""
+    """Total and available memory in GB, within the limit of the control group (container, SLURM job) if there
+    is one."""
     import psutil
 
     memory = psutil.virtual_memory()
@@ -169,9 +214,23 @@ def check_disk(folder: Path) -> list[Check]:
     folder = existing_parent(folder)
     free = shutil.disk_usage(folder).free / 1e9
     if not os.access(folder, os.W_OK):
-        return [Check("disk", "MISS", f"{folder} cannot be written", "choose a folder of your own for data.dir and run.dir")]
+        return [
+            Check(
+                "disk",
+                "MISS",
+                f"{folder} cannot be written",
+                "choose a folder of your own for data.dir and run.dir",
+            )
+        ]
     if free < MIN_DISK_GB:
-        return [Check("disk", "WARN", f"{free:.1f} GB free in {folder}", f"free {MIN_DISK_GB:.0f} GB, or choose another folder")]
+        return [
+            Check(
+                "disk",
+                "WARN",
+                f"{free:.1f} GB free in {folder}",
+                f"free {MIN_DISK_GB:.0f} GB, or choose another folder",
+            )
+        ]
     return [Check("disk", "OK", f"{free:.1f} GB free in {folder}")]
 
 
@@ -196,11 +255,20 @@ def check_gpus() -> list[Check]:
     if torch.distributed.is_available() and torch.distributed.is_nccl_available():
         checks.append(Check("nccl", "OK", ".".join(map(str, torch.cuda.nccl.version()))))
     else:
-        checks.append(Check("nccl", "WARN" if count == 1 else "MISS", "this torch has no NCCL: one GPU only", "install torch's CUDA build for Linux"))
+        checks.append(
+            Check(
+                "nccl",
+                "WARN" if count == 1 else "MISS",
+                "this torch has no NCCL: one GPU only",
+                "install torch's CUDA build for Linux",
+            )
+        )
     return checks
 
 
-def check_all_reduce(program: str = ALL_REDUCE_PROGRAM, timeout_s: float = ALL_REDUCE_TIMEOUT_S) -> list[Check]:
+def check_all_reduce(
+    program: str = ALL_REDUCE_PROGRAM, timeout_s: float = ALL_REDUCE_TIMEOUT_S
+) -> list[Check]:
     """Two processes add up a number over gloo, as every CPU run does."""
     fix = "export GLOO_SOCKET_IFNAME=lo (several nodes: the name of the network interface), and check that the host name resolves"
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -214,18 +282,35 @@ def check_all_reduce(program: str = ALL_REDUCE_PROGRAM, timeout_s: float = ALL_R
             for rank, log in enumerate(logs):
                 command = [sys.executable, "-c", program, str(rank), f"{scratch}/rendezvous"]
                 with log.open("wb") as file:
-                    ranks.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment))
-            codes = [process.wait(timeout=max(0.1, timeout_s - (time.monotonic() - started))) for process in ranks]
+                    ranks.append(
+                        subprocess.Popen(
+                            command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment
+                        )
+                    )
+            codes = [
+                process.wait(timeout=max(0.1, timeout_s - (time.monotonic() - started))) for process in ranks
+            ]
         except subprocess.TimeoutExpired:
-            return [Check("gloo all-reduce", "MISS", f"two processes did not finish in {timeout_s:.0f} s", fix)]
+            return [
+                Check("gloo all-reduce", "MISS", f"two processes did not finish in {timeout_s:.0f} s", fix)
+            ]
         finally:
             for process in ranks:
                 process.kill()
                 process.wait()
         if any(codes):
-            told = next((_last_line(log.read_text(errors="replace")) for log, code in zip(logs, codes, strict=True) if code), "")
+            told = next(
+                (
+                    _last_line(log.read_text(errors="replace"))
+                    for log, code in zip(logs, codes, strict=True)
+                    if code
+                ),
+                "",
+            )
             return [Check("gloo all-reduce", "MISS", f"failed: {told or f'exit codes {codes}'}", fix)]
-    return [Check("gloo all-reduce", "OK", f"two processes, {time.monotonic() - started:.1f} s with their start")]
+    return [
+        Check("gloo all-reduce", "OK", f"two processes, {time.monotonic() - started:.1f} s with their start")
+    ]
 
 
 def check_extensions_folder() -> list[Check]:
@@ -240,12 +325,17 @@ def check_extensions_folder() -> list[Check]:
     except OSError as error:
         return [Check(name, "MISS", f"{folder} cannot be written: {error.strerror}", fix)]
     if os.statvfs(present).f_flag & getattr(os, "ST_NOEXEC", 0):
-        return [Check(name, "MISS", f"{folder} is mounted noexec: compiled operators cannot be loaded from it", fix)]
+        return [
+            Check(
+                name, "MISS", f"{folder} is mounted noexec: compiled operators cannot be loaded from it", fix
+            )
+        ]
     return [Check(name, "OK", str(folder) + ("" if configured else " (default)"))]
 
 
 def check_sqlite(folder: Path) -> list[Check]:
-    """MLflow's default store is a sqlite file beside the runs: needs working locks, which some network disks lack."""
+    """MLflow's default store is a sqlite file beside the runs: needs working locks, which some network disks
+    lack."""
     folder = existing_parent(folder)
     path = folder / f".gensr-doctor-{os.getpid()}.db"
     fix = "tracking.uri=sqlite:////a/local/disk/mlflow.db, or the address of an MLflow server"
@@ -272,7 +362,14 @@ def check_slurm() -> list[Check]:
         return [Check("slurm", "OK", "not here (needed by slurm/*.sbatch only)")]
     missing = sorted(set(SLURM_COMMANDS) - set(found))
     if missing:
-        return [Check("slurm", "WARN", f"{', '.join(found)} without {', '.join(missing)}", "log in to a submit node, or module load slurm")]
+        return [
+            Check(
+                "slurm",
+                "WARN",
+                f"{', '.join(found)} without {', '.join(missing)}",
+                "log in to a submit node, or module load slurm",
+            )
+        ]
     return [Check("slurm", "OK", _first_line(["sbatch", "--version"]) or ", ".join(found))]
 
 
@@ -286,7 +383,9 @@ def existing_parent(folder: Path) -> Path:
 
 def _first_line(command: list[str]) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S, stdin=subprocess.DEVNULL)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S, stdin=subprocess.DEVNULL
+        )
     except (OSError, subprocess.TimeoutExpired):
         return ""
     lines = done.stdout.strip().splitlines()

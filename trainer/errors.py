@@ -1,12 +1,22 @@
-"""Errors a user can act on (see data_shards/errors.py, where the base lives because preparation must not import the trainer)."""
+"""Errors a user can act on (see data_shards/errors.py, where the base lives because preparation must not
+import the trainer)."""
 
 from data_shards.errors import ConfigError, DataError, GensrError
 
-__all__ = ["BenchError", "ConfigError", "DataError", "EnvironmentProblem", "GensrError", "RequestError", "RunError"]
+__all__ = [
+    "BenchError",
+    "ConfigError",
+    "DataError",
+    "EnvironmentProblem",
+    "GensrError",
+    "RequestError",
+    "RunError",
+]
 
 
 class RunError(GensrError):
-    """A training run that cannot start or go on: a run folder in use, a checkpoint of other data, a loss that is not finite."""
+    """A training run that cannot start or go on: a run folder in use, a checkpoint of other data, a loss that
+    is not finite."""
 
 
 class EnvironmentProblem(GensrError):

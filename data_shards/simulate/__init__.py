@@ -40,9 +40,10 @@ def simulate(
 ) -> dict[str, int]:
     """Write KuaiSAR's five files into the new folder `out`; returns the number of rows of each file.
 
-    `rows_per_day` is the mean number of impressions of a user and day; KuaiSAR's size is users=25_877, items=6_890_707, days=19, rows_per_day=40.
-    `chunk_users` users are held at once (0 = by their rows) and change no byte. `progress(what, done, total)` is called as parts finish.
-    Raises ConfigError for sizes that make no world, DataError when `out` exists or cannot be written. `out` appears complete or not at all.
+    `rows_per_day` is the mean number of impressions of a user and day; KuaiSAR's size is users=25_877,
+    items=6_890_707, days=19, rows_per_day=40. `chunk_users` users are held at once (0 = by their rows) and
+    change no byte. `progress(what, done, total)` is called as parts finish. Raises ConfigError for sizes that
+    make no world, DataError when `out` exists or cannot be written. `out` appears complete or not at all.
     """
     _check_sizes(users, items, days, rows_per_day)
     out = Path(out)
@@ -58,22 +59,37 @@ def simulate(
         counts = _write_all(temporary, world, progress, rows_per_day, chunk_users)
         os.rename(temporary, out)
     except OSError as error:
-        raise DataError(f"cannot write {out}: {error}. Nothing was left behind; check the path and the free space.") from error
+        raise DataError(
+            f"cannot write {out}: {error}. Nothing was left behind; check the path and the free space."
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return counts
 
 
 def _check_sizes(users: int, items: int, days: int, rows_per_day: float) -> None:
-    limits = [("users", users, 2, 50_000_000), ("items", items, 200, 200_000_000), ("days", days, 3, 3650), ("rows_per_day", rows_per_day, 0.1, 160)]
-    problems = [f"{name} must be between {low:,} and {high:,}, got {value:,}" for name, value, low, high in limits if not low <= value <= high]
+    limits = [
+        ("users", users, 2, 50_000_000),
+        ("items", items, 200, 200_000_000),
+        ("days", days, 3, 3650),
+        ("rows_per_day", rows_per_day, 0.1, 160),
+    ]
+    problems = [
+        f"{name} must be between {low:,} and {high:,}, got {value:,}"
+        for name, value, low, high in limits
+        if not low <= value <= high
+    ]
     if problems:
         raise ConfigError("; ".join(problems) + ". Nothing was written.")
 
 
-def _write_all(folder: Path, world: World, progress: Progress, rows_per_day: float, chunk_users: int) -> dict[str, int]:
+def _write_all(
+    folder: Path, world: World, progress: Progress, rows_per_day: float, chunk_users: int
+) -> dict[str, int]:
     with ExitStack() as stack:
-        files: dict[str, BinaryIO] = {name: stack.enter_context(open(folder / name, "wb")) for name in tables.HEADERS}
+        files: dict[str, BinaryIO] = {
+            name: stack.enter_context(open(folder / name, "wb")) for name in tables.HEADERS
+        }
         for name, file in files.items():
             tables.write_header(file, name)
         counts = _write_items(files["item_features.csv"], world, progress)
@@ -98,7 +114,9 @@ def _write_items(file: BinaryIO, world: World, progress: Progress) -> dict[str, 
     return {"item_features.csv": rows}
 
 
-def _write_users(files: dict[str, BinaryIO], world: World, progress: Progress, rows_per_day: float, chunk_users: int) -> dict[str, int]:
+def _write_users(
+    files: dict[str, BinaryIO], world: World, progress: Progress, rows_per_day: float, chunk_users: int
+) -> dict[str, int]:
     all_ids = tables.user_ids(world)
     chunk_users = chunk_users or max(1, int(CHUNK_ROWS / (rows_per_day * world.days)))
     counts = dict.fromkeys(("rec_inter.csv", "src_inter.csv", "social_network.csv", "user_features.csv"), 0)

@@ -1,4 +1,5 @@
-"""What users do: sessions, feeds, clicks, searches. One function from a range of users to all their impressions.
+"""What users do: sessions, feeds, clicks, searches. One function from a range of users to all their
+impressions.
 
 slot (4 a day) → focus topic, which lasts for some sessions and is often outside the long-term interests
   request (a batch of items sent at one time) → shown items → clicks
@@ -10,7 +11,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from data_shards.simulate import draws
-from data_shards.simulate.world import INTERESTS_CUMULATIVE, ITEM_CONCEPTS, QUERY_FORMAL, Users, World, make_users
+from data_shards.simulate.world import (
+    INTERESTS_CUMULATIVE,
+    ITEM_CONCEPTS,
+    QUERY_FORMAL,
+    Users,
+    World,
+    make_users,
+)
 
 START_S = 1684684800  # 2023-05-22 00:00 in Beijing (UTC+8), the first day of KuaiSAR
 SLOT_HOURS = np.array([7.0, 11.0, 16.0, 21.0])
@@ -21,7 +29,9 @@ REC_CANDIDATES = 18  # what the feed chooses from
 SEARCH_AFTER_REQUEST = 0.36
 MIN_RESULTS, MAX_RESULTS = 3, 9
 SEARCH_CANDIDATES = 40
-ROWS_OF_REQUEST = 5.6 + SEARCH_AFTER_REQUEST * 5.6  # mean rows that a request brings with its searches, less those that a user has seen (measured)
+ROWS_OF_REQUEST = (
+    5.6 + SEARCH_AFTER_REQUEST * 5.6
+)  # mean rows that a request brings with its searches, less those that a user has seen (measured)
 
 FOCUS_KEPT = 0.86  # from slot to slot (a user opens the app in about half of them)
 FOCUS_IS_INTEREST = 0.55  # otherwise any topic: only recent history shows it
@@ -100,13 +110,17 @@ def _requests(world: World, users: Users, requests_per_day: float) -> Requests:
     slots_a_day = len(SLOT_HOURS)
     slot_keys = draws.keys_for(users.keys, P_SLOT, world.days * slots_a_day)  # [U, slots]
     mean = users.activity[:, None] * requests_per_day / slots_a_day
-    count = np.log(draws.uniform(slot_keys, P_REQUESTS)) / np.log(mean / (1 + mean))  # geometric: bursts and quiet days
+    count = np.log(draws.uniform(slot_keys, P_REQUESTS)) / np.log(
+        mean / (1 + mean)
+    )  # geometric: bursts and quiet days
     count = np.minimum(count.astype(np.int64), MAX_REQUESTS)
     focus = _focus(world, users, slot_keys)
     user, slot = np.nonzero(count)
     repeats = count[user, slot]
     row = np.repeat(np.arange(len(user)), repeats)
-    index = np.arange(len(row)) - np.repeat(np.cumsum(repeats) - repeats, repeats)  # 0, 1, … inside the session
+    index = np.arange(len(row)) - np.repeat(
+        np.cumsum(repeats) - repeats, repeats
+    )  # 0, 1, … inside the session
     key = draws.keys_for(slot_keys[user, slot][row] + index.astype(np.uint64), P_REQUEST)
     day, hour = slot[row] // slots_a_day, SLOT_HOURS[slot[row] % slots_a_day]
     session_start = hour * 3600 + 5400 * draws.uniform(slot_keys[user, slot], P_TIME)[row]
@@ -119,7 +133,9 @@ def _focus(world: World, users: Users, slot_keys: np.ndarray) -> np.ndarray:
     """Topic of the moment, [U, slots]: drawn anew now and then, else that of the slot before."""
     drawn = draws.uniform(slot_keys, P_KEEP) >= FOCUS_KEPT
     drawn[:, 0] = True
-    interest = np.take_along_axis(users.interests, draws.pick(draws.uniform(slot_keys, P_FOCUS), INTERESTS_CUMULATIVE), axis=1)
+    interest = np.take_along_axis(
+        users.interests, draws.pick(draws.uniform(slot_keys, P_FOCUS), INTERESTS_CUMULATIVE), axis=1
+    )
     u = draws.uniform(slot_keys, P_TREND)
     anything = draws.pick((u - FOCUS_IS_INTEREST) / (1 - FOCUS_IS_INTEREST), world.topic_cumulative)
     fresh = np.where(u < FOCUS_IS_INTEREST, interest, anything)
@@ -133,21 +149,28 @@ def _feed(world: World, users: Users, requests: Requests) -> Impressions:
     u_topic, u_click, _ = draws.uniform3(keys, P_EXTRA)
     interest = users.interests[requests.user[:, None], draws.pick(u_topic, INTERESTS_CUMULATIVE)]
     explored = draws.pick(u_topic, world.topic_cumulative)
-    topic = np.where(u_kind < FEED_FOCUS, requests.focus[:, None], np.where(u_kind < FEED_FOCUS + FEED_INTERESTS, interest, explored))
+    topic = np.where(
+        u_kind < FEED_FOCUS,
+        requests.focus[:, None],
+        np.where(u_kind < FEED_FOCUS + FEED_INTERESTS, interest, explored),
+    )
     item = world.item_at(topic, u_rank)
     affinity = world.affinity(users.taste[requests.user][:, None, :], item)
     score = FEED_STYLE * affinity + draws.gumbel(u_noise)
     size = MIN_SHOWN + draws.below(requests.key, P_SIZE, MAX_SHOWN - MIN_SHOWN + 1)
     group, column = _shown(world, item, score, requests.day, size)
     topic, item = topic[group, column], item[group, column]
-    logit = CLICK_BIAS + CLICK_STYLE * affinity[group, column] + CLICK_FOCUS * (topic == requests.focus[group])
+    logit = (
+        CLICK_BIAS + CLICK_STYLE * affinity[group, column] + CLICK_FOCUS * (topic == requests.focus[group])
+    )
     logit += CLICK_INTEREST * (topic[:, None] == users.interests[requests.user[group]]).any(axis=1)
     click = u_click[group, column] < _sigmoid(logit)
     return Impressions(group, requests.user[group], item, click, keys[group, column])
 
 
 def _searches(world: World, users: Users, requests: Requests) -> tuple[Searches, np.ndarray]:
-    """The searches, and the item that each user has in mind: one of the topic, popular and to the user's taste."""
+    """The searches, and the item that each user has in mind: one of the topic, popular and to the user's
+    taste."""
     request = np.nonzero(draws.uniform(requests.key, P_SEARCH) < SEARCH_AFTER_REQUEST)[0]
     key = draws.keys_for(requests.key[request], P_SEARCH)
     user = requests.user[request]
@@ -161,17 +184,27 @@ def _searches(world: World, users: Users, requests: Requests) -> tuple[Searches,
     length = 1 + draws.pick(draws.uniform(key, P_LENGTH), QUERY_CONCEPTS_CUMULATIVE)
     used = np.arange(ITEM_CONCEPTS) < length[:, None]
     concepts = np.where(used, world.concepts[intent].astype(np.int64), -1)
-    forms = (draws.uniform(draws.keys_for(key, P_FORMS, ITEM_CONCEPTS), P_FORMS) < QUERY_FORMAL).astype(np.int64)
+    forms = (draws.uniform(draws.keys_for(key, P_FORMS, ITEM_CONCEPTS), P_FORMS) < QUERY_FORMAL).astype(
+        np.int64
+    )
     words = np.zeros((len(key), ITEM_CONCEPTS + 1), np.int32)
     words[:, :ITEM_CONCEPTS] = np.where(used, world.word(topic[:, None], np.maximum(concepts, 0), forms), 0)
     u = draws.uniform(key, P_COMMON)
     rank = ((u / QUERY_COMMON_WORD) ** 2 * world.num_common_words).astype(np.int64)
-    words[:, ITEM_CONCEPTS] = np.where(u < QUERY_COMMON_WORD, world.public_word[np.minimum(rank, world.num_common_words - 1)], 0)
-    delay_ms = 60_000 + (60_000 * draws.uniform(key, P_TIME)).astype(np.int64)  # after this request, before the next
-    return Searches(request, key, requests.time_ms[request] + delay_ms, topic, related, concepts, words), intent
+    words[:, ITEM_CONCEPTS] = np.where(
+        u < QUERY_COMMON_WORD, world.public_word[np.minimum(rank, world.num_common_words - 1)], 0
+    )
+    delay_ms = 60_000 + (60_000 * draws.uniform(key, P_TIME)).astype(
+        np.int64
+    )  # after this request, before the next
+    return Searches(
+        request, key, requests.time_ms[request] + delay_ms, topic, related, concepts, words
+    ), intent
 
 
-def _results(world: World, users: Users, requests: Requests, searches: Searches, intent: np.ndarray) -> Impressions:
+def _results(
+    world: World, users: Users, requests: Requests, searches: Searches, intent: np.ndarray
+) -> Impressions:
     user, day = requests.user[searches.request], requests.day[searches.request]
     keys = draws.keys_for(searches.key, P_CAND, SEARCH_CANDIDATES)
     u_kind, u_rank, u_noise = draws.uniform3(keys, P_DRAW)
@@ -193,7 +226,8 @@ def _results(world: World, users: Users, requests: Requests, searches: Searches,
 
 
 def matched_concepts(world: World, query: np.ndarray, items: np.ndarray) -> np.ndarray:
-    """How many of the query's concepts [n, ITEM_CONCEPTS] each item [n, m] has (of the same topic): int64 [n, m]."""
+    """How many of the query's concepts [n, ITEM_CONCEPTS] each item [n, m] has (of the same topic): int64 [n,
+    m]."""
     own = world.concepts[items]
     count = np.zeros(items.shape, np.int64)
     for column in range(ITEM_CONCEPTS):
@@ -203,8 +237,11 @@ def matched_concepts(world: World, query: np.ndarray, items: np.ndarray) -> np.n
     return count
 
 
-def _shown(world: World, item: np.ndarray, score: np.ndarray, day: np.ndarray, size: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Row and column of the `size` best different candidates that are uploaded by `day`, in the order of rows."""
+def _shown(
+    world: World, item: np.ndarray, score: np.ndarray, day: np.ndarray, size: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Row and column of the `size` best different candidates that are uploaded by `day`, in the order of
+    rows."""
     score = np.where(world.upload_day[item] <= day[:, None], score, -np.inf)
     order = np.argsort(item, axis=1, kind="stable")
     ordered = np.take_along_axis(item, order, axis=1)
@@ -224,7 +261,9 @@ def _first_clicks_only(
     item = np.concatenate([feed.item, results.item])
     click = np.concatenate([feed.click, results.click])
     time_ms = np.concatenate([requests.time_ms[feed.group], searches.time_ms[results.group]])
-    pair = np.concatenate([feed.user, results.user]) * (world.num_items + 1) + item + 1  # NO_ITEM is a pair of its own
+    pair = (
+        np.concatenate([feed.user, results.user]) * (world.num_items + 1) + item + 1
+    )  # NO_ITEM is a pair of its own
     order = np.lexsort((time_ms, pair))
     pair, click = pair[order], click[order]
     clicks_before = np.cumsum(click) - click

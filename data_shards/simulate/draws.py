@@ -1,4 +1,5 @@
-"""Random draws as hashes of what they are for, so that a user's log does not depend on how many users are simulated at once."""
+"""Random draws as hashes of what they are for, so that a user's log does not depend on how many users are
+simulated at once."""
 
 import numpy as np
 
@@ -19,7 +20,8 @@ def uniform(keys: np.ndarray, purpose: int) -> np.ndarray:
 
 
 def uniform3(keys: np.ndarray, purpose: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Three independent numbers in (0, 1) from one hash (21 bits each), float32: for draws made by the hundred million."""
+    """Three independent numbers in (0, 1) from one hash (21 bits each), float32: for draws made by the
+    hundred million."""
     bits = mix64(keys, purpose)
     parts = (bits >> U64(43), (bits >> U64(22)) & _MASK21, bits & _MASK21)
     first, second, third = ((p.astype(np.float32) + np.float32(0.5)) * np.float32(2.0**-21) for p in parts)
@@ -32,7 +34,8 @@ def below(keys: np.ndarray, purpose: int, limit: int | np.ndarray) -> np.ndarray
 
 
 def normal(keys: np.ndarray, purpose: int) -> np.ndarray:
-    """About standard normal (sum of four uniforms), float32: integer arithmetic on hash bits, the same on every machine."""
+    """About standard normal (sum of four uniforms), float32: integer arithmetic on hash bits, the same on
+    every machine."""
     bits = mix64(keys, purpose)
     total = sum(((bits >> U64(16 * i)) & U64(0xFFFF)).astype(np.float32) for i in range(4))
     return (np.asarray(total, np.float32) * np.float32(2.0**-16) - np.float32(2)) * np.float32(3**0.5)
@@ -44,7 +47,8 @@ _GUMBEL = (-np.log(-np.log((np.arange(1 << 16) + 0.5) * 2.0**-16))).astype(np.fl
 def gumbel(u: np.ndarray) -> np.ndarray:
     """Uniform → Gumbel noise, float32: the arg-top-k of (log-weight + noise) is k draws without replacement.
 
-    A table, because float32 log differs in the last bit with an element's place in the array, hence with the chunking.
+    A table, because float32 log differs in the last bit with an element's place in the array, hence with the
+    chunking.
     """
     return _GUMBEL[(u * np.float32(1 << 16)).astype(np.int64)]
 

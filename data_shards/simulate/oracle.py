@@ -1,4 +1,5 @@
-"""How good a scorer could be that knows the planted world: the ceiling for every model. Never written into a log."""
+"""How good a scorer could be that knows the planted world: the ceiling for every model. Never written into a
+log."""
 
 from dataclasses import dataclass
 
@@ -52,8 +53,17 @@ def oracle_scores(world: World, users: b.Users, clicks: Clicks, candidates: np.n
     interest = sum(share[k] * (topic == interests[:, k, None]) for k in range(len(share)))
     global_share = np.diff(np.concatenate([[0.0], world.topic_cumulative]))[topic]
     explored = 1 - b.FEED_FOCUS - b.FEED_INTERESTS
-    shown = np.log(b.FEED_FOCUS * on_topic + b.FEED_INTERESTS * interest + explored * global_share) + log_popularity - log_mass
-    rec = shown + (b.FEED_STYLE + b.CLICK_STYLE) * affinity + b.CLICK_FOCUS * on_topic + b.CLICK_INTEREST * (interest > 0)
+    shown = (
+        np.log(b.FEED_FOCUS * on_topic + b.FEED_INTERESTS * interest + explored * global_share)
+        + log_popularity
+        - log_mass
+    )
+    rec = (
+        shown
+        + (b.FEED_STYLE + b.CLICK_STYLE) * affinity
+        + b.CLICK_FOCUS * on_topic
+        + b.CLICK_INTEREST * (interest > 0)
+    )
     match = b.matched_concepts(world, clicks.concepts, candidates) * on_topic
     found = np.log(0.9 * on_topic + 0.1 * global_share) + log_popularity - log_mass
     src = found + (b.SEARCH_MATCH + b.RESULT_MATCH) * match + (b.SEARCH_STYLE + b.RESULT_STYLE) * affinity

@@ -1,4 +1,5 @@
-"""KuaiSAR's five CSV files: field names, order and spelling as published (kuaisar.github.io/detailed_statistics.html)."""
+"""KuaiSAR's five CSV files: field names, order and spelling as published
+(kuaisar.github.io/detailed_statistics.html)."""
 
 from collections.abc import Callable
 from typing import BinaryIO
@@ -10,7 +11,15 @@ import pyarrow.compute as pc
 from data_shards import hashing
 from data_shards.simulate import draws, names
 from data_shards.simulate.behaviour import NO_ITEM, START_S, Log
-from data_shards.simulate.world import ITEM_CONCEPTS, MAX_SECONDS, MAX_THIRDS, NUM_COMMUNITIES, NUM_THEMES, Users, World
+from data_shards.simulate.world import (
+    ITEM_CONCEPTS,
+    MAX_SECONDS,
+    MAX_THIRDS,
+    NUM_COMMUNITIES,
+    NUM_THEMES,
+    Users,
+    World,
+)
 
 BEIJING_S = 8 * 3600
 MAX_COMMON_WORDS = 4  # words without meaning in a caption
@@ -42,13 +51,23 @@ HEADERS = {
     "rec_inter.csv": REC_FIELDS,
     "src_inter.csv": SRC_FIELDS,
     "social_network.csv": ("user_id", "user_follow_id"),
-    "user_features.csv": ("user_id", "search_active_level", "rec_active_level", "onehot_feat1", "onehot_feat2"),
+    "user_features.csv": (
+        "user_id",
+        "search_active_level",
+        "rec_active_level",
+        "onehot_feat1",
+        "onehot_feat2",
+    ),
     "item_features.csv": ITEM_FIELDS,
 }
 
 # Purposes: the second argument of every draw (see world.py).
-P_DURATION, P_PLAYED, P_FORWARD, P_LIKE, P_FOLLOW, P_REPEAT, P_TYPE, P_OTHER, P_SOURCE, P_AUTHOR, P_UPTYPE = range(300, 311)
-P_COMMON, P_CAPTION, P_NOCAT, P_NOTHIRD, P_NOFOURTH, P_SOCIAL, P_WHOM, P_ONEHOT1, P_ONEHOT2, P_USERID = range(311, 321)
+P_DURATION, P_PLAYED, P_FORWARD, P_LIKE, P_FOLLOW, P_REPEAT, P_TYPE, P_OTHER, P_SOURCE, P_AUTHOR, P_UPTYPE = (
+    range(300, 311)
+)
+P_COMMON, P_CAPTION, P_NOCAT, P_NOTHIRD, P_NOFOURTH, P_SOCIAL, P_WHOM, P_ONEHOT1, P_ONEHOT2, P_USERID = range(
+    311, 321
+)
 
 
 def user_ids(world: World) -> np.ndarray:
@@ -73,7 +92,8 @@ def write_rows(file: BinaryIO, columns: list[pa.Array]) -> None:
 
 
 def rec_columns(world: World, log: Log, ids: np.ndarray) -> list[pa.Array]:
-    """rec_inter.csv of a log; `ids` are the public ids of the log's users. Rows of one request share their timestamp."""
+    """rec_inter.csv of a log; `ids` are the public ids of the log's users. Rows of one request share their
+    timestamp."""
     feed, requests = log.feed, log.requests
     searched_after = np.zeros(len(requests.user), bool)
     searched_after[log.searches.request] = True
@@ -83,7 +103,9 @@ def rec_columns(world: World, log: Log, ids: np.ndarray) -> list[pa.Array]:
     search = last_of_request & searched_after[feed.group]
     duration = durations_ms(world, feed.item)
     u = draws.uniform(feed.key, P_PLAYED)
-    playing = np.where(feed.click, duration * (0.5 + 0.9 * u), np.minimum(duration * 0.4, 4000) * u).astype(np.int64)
+    playing = np.where(feed.click, duration * (0.5 + 0.9 * u), np.minimum(duration * 0.4, 4000) * u).astype(
+        np.int64
+    )
     time_ms = requests.time_ms[feed.group]
 
     def after_click(purpose: int, probability: float) -> pa.Array:
@@ -110,7 +132,9 @@ def src_columns(world: World, log: Log, ids: np.ndarray, first_session: int) -> 
     results, searches = log.results, log.searches
     video = results.item != NO_ITEM
     other = draws.pick(draws.uniform(results.key, P_TYPE), OTHER_TYPES_CUMULATIVE)
-    other_id = OTHER_ID_BASE + OTHER_ID_STEP * (draws.below(results.key, P_OTHER, max(10, world.num_items // 5)) * len(OTHER_TYPES) + other)
+    other_id = OTHER_ID_BASE + OTHER_ID_STEP * (
+        draws.below(results.key, P_OTHER, max(10, world.num_items // 5)) * len(OTHER_TYPES) + other
+    )
     time_ms = searches.time_ms[results.group]
     again = draws.uniform(results.key, P_REPEAT) < 0.05  # click_cnt counts, so now and then it is 2
     source = SOURCES[draws.pick(draws.uniform(searches.key, P_SOURCE), SOURCES_CUMULATIVE)]
@@ -139,7 +163,14 @@ def item_columns(world: World, items: np.ndarray) -> list[pa.Array]:
     upload = pc.cast(pa.array((upload_s + BEIJING_S) // 86400, pa.int32()).cast(pa.date32()), pa.string())
     kind = np.where(draws.uniform(keys, P_TYPE) < 0.97, "NORMAL", "UNKNOWN")
     upload_type = UPLOAD_TYPES[draws.pick(draws.uniform(keys, P_UPTYPE), UPLOAD_TYPES_CUMULATIVE)]
-    head = [_ints(world.public_item[items]), list_text(words, used), _ints(author), pa.array(kind), upload, pa.array(upload_type)]
+    head = [
+        _ints(world.public_item[items]),
+        list_text(words, used),
+        _ints(author),
+        pa.array(kind),
+        upload,
+        pa.array(upload_type),
+    ]
     return head + _category_columns(world, items, topic)
 
 
@@ -149,12 +180,16 @@ def captions(world: World, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     concepts = world.concepts[items].astype(np.int64)
     meaning = world.word(world.topic_of(items)[:, None], concepts, world.item_forms(items))
     u = draws.uniform(draws.keys_for(keys, P_COMMON, MAX_COMMON_WORDS), P_COMMON)
-    common = world.public_word[(u**2.5 * world.num_common_words).astype(np.int64)]  # the first are the most frequent
+    common = world.public_word[
+        (u**2.5 * world.num_common_words).astype(np.int64)
+    ]  # the first are the most frequent
     words = np.concatenate([meaning, common], axis=1)
     used = np.ones(words.shape, bool)
     for column in range(1, ITEM_CONCEPTS):
         used[:, column] = (meaning[:, :column] != meaning[:, column : column + 1]).all(axis=1)
-    used[:, ITEM_CONCEPTS:] = np.arange(MAX_COMMON_WORDS) <= draws.below(keys, P_CAPTION, MAX_COMMON_WORDS)[:, None]
+    used[:, ITEM_CONCEPTS:] = (
+        np.arange(MAX_COMMON_WORDS) <= draws.below(keys, P_CAPTION, MAX_COMMON_WORDS)[:, None]
+    )
     return words, used & (draws.uniform(keys, P_CAPTION) >= NO_CAPTION)[:, None]
 
 
@@ -163,7 +198,9 @@ def user_columns(world: World, users: Users, ids: np.ndarray) -> list[pa.Array]:
     level = np.digitize(users.activity, [0.4, 0.8, 1.5])
     search_level = np.digitize(users.activity * (0.5 + draws.uniform(users.keys, P_ONEHOT1)), [0.4, 0.8, 1.5])
     onehot1 = draws.below(users.keys, P_ONEHOT1, 3)
-    onehot2 = np.where(draws.uniform(users.keys, P_ONEHOT2) < 0.3, users.community % 8, draws.below(users.keys, P_ONEHOT2, 8))
+    onehot2 = np.where(
+        draws.uniform(users.keys, P_ONEHOT2) < 0.3, users.community % 8, draws.below(users.keys, P_ONEHOT2, 8)
+    )
     return [_ints(ids), _ints(search_level), _ints(level), _ints(onehot1), _ints(onehot2)]
 
 
@@ -185,7 +222,9 @@ def list_text(words: np.ndarray, used: np.ndarray) -> pa.Array:
     """Rows of word ids → "[1, 2, 3]" with the quotes that CSV needs around a comma."""
     counts = used.sum(axis=1)
     offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
-    rows = pa.ListArray.from_arrays(pa.array(offsets), pc.cast(pa.array(words[used], pa.int32()), pa.string()))
+    rows = pa.ListArray.from_arrays(
+        pa.array(offsets), pc.cast(pa.array(words[used], pa.int32()), pa.string())
+    )
     inside = pc.binary_join(rows, ", ")
     quote = pa.array(np.where(counts > 1, '"', ""))
     return pc.binary_join_element_wise(quote, "[", inside, "]", quote, "")
@@ -193,22 +232,44 @@ def list_text(words: np.ndarray, used: np.ndarray) -> pa.Array:
 
 def _category_columns(world: World, items: np.ndarray, topic: np.ndarray) -> list[pa.Array]:
     keys = world.item_keys(items)
-    first, second, third = world.first_of(topic), world.second_of(topic) % world.num_seconds, world.third_in_second(topic)
+    first, second, third = (
+        world.first_of(topic),
+        world.second_of(topic) % world.num_seconds,
+        world.third_in_second(topic),
+    )
     theme = world.concepts[items, 0].astype(np.int64) % NUM_THEMES
     present = draws.uniform(keys, P_NOCAT) >= NO_CATEGORY
     with_third = present & (draws.uniform(keys, P_NOTHIRD) >= NO_THIRD)
     with_fourth = with_third & (draws.uniform(keys, P_NOFOURTH) >= NO_FOURTH)
     levels = [
         (present, first, [names.first_names(f) for f in range(world.num_firsts)], 1 + first),
-        (present, first * MAX_SECONDS + second, _table(world.num_firsts, MAX_SECONDS, names.second_names), 101 + first * MAX_SECONDS + second),
-        (with_third, second * MAX_THIRDS + third, _table(MAX_SECONDS, MAX_THIRDS, names.third_names), 1001 + topic),
-        (with_fourth, third * NUM_THEMES + theme, _table(MAX_THIRDS, NUM_THEMES, names.fourth_names), 10_001 + topic * NUM_THEMES + theme),
+        (
+            present,
+            first * MAX_SECONDS + second,
+            _table(world.num_firsts, MAX_SECONDS, names.second_names),
+            101 + first * MAX_SECONDS + second,
+        ),
+        (
+            with_third,
+            second * MAX_THIRDS + third,
+            _table(MAX_SECONDS, MAX_THIRDS, names.third_names),
+            1001 + topic,
+        ),
+        (
+            with_fourth,
+            third * NUM_THEMES + theme,
+            _table(MAX_THIRDS, NUM_THEMES, names.fourth_names),
+            10_001 + topic * NUM_THEMES + theme,
+        ),
     ]
     columns: list[pa.Array] = []
     for there, index, table, category_id in levels:
         code = pa.array(np.where(there, index + 1, 0))
         columns.append(_ints(np.where(there, category_id, 0)))
-        columns += [pa.array([names.EMPTY[language]] + [row[language] for row in table]).take(code) for language in (0, 1)]
+        columns += [
+            pa.array([names.EMPTY[language]] + [row[language] for row in table]).take(code)
+            for language in (0, 1)
+        ]
     return columns
 
 

@@ -4,7 +4,8 @@
     items    one topic, three concepts, a popularity rank inside the topic, and a style that no text shows
     users    a few topics, and a taste: users and items fall into communities, and affinity = taste · style
 
-A model that reads text finds topics and concepts, collaborative filtering finds topics and styles: neither has it all.
+A model that reads text finds topics and concepts, collaborative filtering finds topics and styles: neither
+has it all.
 """
 
 from dataclasses import dataclass
@@ -17,15 +18,25 @@ from data_shards.simulate import draws
 STYLE_DIM = 8
 NUM_COMMUNITIES = 10  # of users by taste and of items by style
 COMMUNITY_SPREAD = 0.45  # noise of a member around its community, in units of a centre's coordinates (±1)
-STYLE_SCALE = 16  # styles and tastes are int8: 16 = one unit, so affinities are exact integers on every machine
-POPULARITY_EXPONENT = 0.8  # the r-th most popular item of a topic is chosen ∝ (r + POPULARITY_OFFSET) ** -POPULARITY_EXPONENT
-POPULARITY_ROOT = 5  # 1 / (1 - POPULARITY_EXPONENT): an integer, so drawing a rank needs products only, the same bits everywhere
+STYLE_SCALE = (
+    16  # styles and tastes are int8: 16 = one unit, so affinities are exact integers on every machine
+)
+POPULARITY_EXPONENT = (
+    0.8  # the r-th most popular item of a topic is chosen ∝ (r + POPULARITY_OFFSET) ** -POPULARITY_EXPONENT
+)
+# 1 / (1 - POPULARITY_EXPONENT): an integer, so drawing a rank needs products only, the same bits everywhere
+POPULARITY_ROOT = 5
 POPULARITY_OFFSET = 2.0
 TOPIC_EXPONENT = 0.6  # the same for topics, over all users
 ITEM_CONCEPTS = 3
 NUM_FORMS = 2  # a concept has an everyday and a formal word
-CAPTION_FORMAL, QUERY_FORMAL = 0.3, 0.7  # who says it formally: words of queries and captions differ, so exact matching misses much
-SHARED_CONCEPTS = 0.2  # of a topic's concepts use the words of their second-level category: a word may mean several topics
+CAPTION_FORMAL, QUERY_FORMAL = (
+    0.3,
+    0.7,
+)  # who says it formally: words of queries and captions differ, so exact matching misses much
+SHARED_CONCEPTS = (
+    0.2  # of a topic's concepts use the words of their second-level category: a word may mean several topics
+)
 INTERESTS_CUMULATIVE = np.cumsum([0.36, 0.25, 0.18, 0.12, 0.09])  # share of each long-term topic of a user
 NEW_ITEMS = 0.10  # of the items are uploaded while the log runs
 MISSING_FEATURES = 0.002  # of the items are in the logs but not in item_features.csv
@@ -47,7 +58,9 @@ class World:
     days: int
     topic_start: np.ndarray  # int64 [T + 1]: items topic_start[t] … topic_start[t+1]-1 belong to topic t
     topic_cumulative: np.ndarray  # float64 [T]
-    topic_mass: np.ndarray  # float32 [T], integral of the popularity law over the topic's items (times 1 - exponent)
+    topic_mass: (
+        np.ndarray
+    )  # float32 [T], integral of the popularity law over the topic's items (times 1 - exponent)
     num_firsts: int
     num_seconds: int
     num_concepts: int  # of each topic
@@ -80,7 +93,8 @@ class World:
         return topics // self.num_firsts // self.num_seconds
 
     def item_at(self, topics: np.ndarray, u: np.ndarray) -> np.ndarray:
-        """The item of each topic at quantile u of the topic's popularity (inverse of the power law's integral)."""
+        """The item of each topic at quantile u of the topic's popularity (inverse of the power law's
+        integral)."""
         start = self.topic_start[topics]
         low = np.float32(POPULARITY_OFFSET ** (1 / POPULARITY_ROOT))
         root = low + u.astype(np.float32) * self.topic_mass[topics]
@@ -89,7 +103,8 @@ class World:
         return start + np.clip(rank, 0, self.topic_start[topics + 1] - start - 1)
 
     def affinity(self, taste: np.ndarray, items: np.ndarray) -> np.ndarray:
-        """taste int8 [..., STYLE_DIM] · style of items [...] → float32, about 1 inside a community, 0 ± 0.35 outside."""
+        """taste int8 [..., STYLE_DIM] · style of items [...] → float32, about 1 inside a community, 0 ± 0.35
+        outside."""
         dot = np.einsum("...d,...d->...", taste, self.style[items], dtype=np.int32)
         return dot.astype(np.float32) * np.float32(1 / (STYLE_DIM * STYLE_SCALE**2))
 
@@ -97,14 +112,19 @@ class World:
         """Public word ids (1 … V) of concepts in one of their forms; all arguments broadcast."""
         shared = concepts < int(SHARED_CONCEPTS * self.num_concepts)
         owner = np.where(shared, self.num_topics + self.second_of(topics), topics)
-        return self.public_word[self.num_common_words + (owner * self.num_concepts + concepts) * NUM_FORMS + forms]
+        return self.public_word[
+            self.num_common_words + (owner * self.num_concepts + concepts) * NUM_FORMS + forms
+        ]
 
     def item_keys(self, items: np.ndarray) -> np.ndarray:
         return hashing.mix64(items, hashing.derive_seed(self.seed, P_ITEM))
 
     def item_forms(self, items: np.ndarray) -> np.ndarray:
         """Which synonym a caption uses for each of its concepts: int64 [..., ITEM_CONCEPTS]."""
-        return (draws.uniform(draws.keys_for(self.item_keys(items), P_FORM, ITEM_CONCEPTS), P_FORM) < CAPTION_FORMAL).astype(np.int64)
+        return (
+            draws.uniform(draws.keys_for(self.item_keys(items), P_FORM, ITEM_CONCEPTS), P_FORM)
+            < CAPTION_FORMAL
+        ).astype(np.int64)
 
     def has_features(self, items: np.ndarray) -> np.ndarray:
         return draws.uniform(self.item_keys(items), P_MISSING) >= MISSING_FEATURES
@@ -130,7 +150,9 @@ def make_world(users: int, items: int, days: int, seed: int) -> World:
     concepts = int(np.clip(round(8 * (items / 4000) ** 0.28), 6, 250))
     common = round(150 * (items / 4000) ** 0.5)
     weight = np.arange(3, topics + 3) ** -TOPIC_EXPONENT
-    bounds = np.concatenate([[0], np.cumsum(weight**0.5)])  # popular topics hold more items, but fewer than their share of views
+    bounds = np.concatenate(
+        [[0], np.cumsum(weight**0.5)]
+    )  # popular topics hold more items, but fewer than their share of views
     start = np.round(bounds / bounds[-1] * (items - topics)).astype(np.int64) + np.arange(topics + 1)
     num_words = common + (topics + firsts * seconds) * concepts * NUM_FORMS
     world = World(
@@ -140,7 +162,10 @@ def make_world(users: int, items: int, days: int, seed: int) -> World:
         days=days,
         topic_start=start,
         topic_cumulative=np.cumsum(weight) / weight.sum(),
-        topic_mass=((np.diff(start) + POPULARITY_OFFSET) ** (1 / POPULARITY_ROOT) - POPULARITY_OFFSET ** (1 / POPULARITY_ROOT)).astype(np.float32),
+        topic_mass=(
+            (np.diff(start) + POPULARITY_OFFSET) ** (1 / POPULARITY_ROOT)
+            - POPULARITY_OFFSET ** (1 / POPULARITY_ROOT)
+        ).astype(np.float32),
         num_firsts=firsts,
         num_seconds=seconds,
         num_concepts=concepts,
@@ -160,15 +185,21 @@ def _fill_items(world: World, items: np.ndarray) -> None:
     keys = world.item_keys(items)
     world.style[items] = _members(world, keys, draws.below(keys, P_COMMUNITY, NUM_COMMUNITIES))
     u = draws.uniform(draws.keys_for(keys, P_CONCEPT, ITEM_CONCEPTS), P_CONCEPT)
-    world.concepts[items] = (u**1.5 * world.num_concepts).astype(np.uint8)  # the first concepts of a topic are the common ones
+    world.concepts[items] = (u**1.5 * world.num_concepts).astype(
+        np.uint8
+    )  # the first concepts of a topic are the common ones
     v = draws.uniform(keys, P_UPLOAD)
     new = v < NEW_ITEMS
-    world.upload_day[items] = np.where(new, v / NEW_ITEMS * world.days, -1 - (v - NEW_ITEMS) * 400).astype(np.int16)
+    world.upload_day[items] = np.where(new, v / NEW_ITEMS * world.days, -1 - (v - NEW_ITEMS) * 400).astype(
+        np.int16
+    )
 
 
 def _members(world: World, keys: np.ndarray, community: np.ndarray) -> np.ndarray:
     """Vectors of community members, int8 [len(keys), STYLE_DIM]."""
-    centre_keys = hashing.mix64(np.arange(NUM_COMMUNITIES * STYLE_DIM), hashing.derive_seed(world.seed, P_CENTRE))
+    centre_keys = hashing.mix64(
+        np.arange(NUM_COMMUNITIES * STYLE_DIM), hashing.derive_seed(world.seed, P_CENTRE)
+    )
     centres = np.where(centre_keys >> np.uint64(63), 1, -1).reshape(NUM_COMMUNITIES, STYLE_DIM)
     noise = draws.normal(draws.keys_for(keys, P_STYLE, STYLE_DIM), P_STYLE)
     return np.round(STYLE_SCALE * (centres[community] + np.float32(COMMUNITY_SPREAD) * noise)).astype(np.int8)
@@ -181,9 +212,13 @@ def make_users(world: World, start: int, stop: int) -> Users:
     activity = np.exp(0.55 * draws.normal(keys, P_ACTIVITY).astype(np.float64) - 0.55**2 / 2)
     slots = draws.keys_for(keys, P_INTEREST, len(INTERESTS_CUMULATIVE))
     anywhere = draws.pick(draws.uniform(slots, P_INTEREST), world.topic_cumulative)
-    home = world.first_of(anywhere[:, :1])  # half of the other interests lie in the first-level category of the strongest
+    home = world.first_of(
+        anywhere[:, :1]
+    )  # half of the other interests lie in the first-level category of the strongest
     in_home = -(-(world.num_topics - home) // world.num_firsts)
     near = home + world.num_firsts * draws.below(slots, P_NEAR, in_home)
     is_near = draws.uniform(slots, P_HOME) < 0.5
     is_near[:, 0] = False
-    return Users(keys, community, _members(world, keys, community), np.where(is_near, near, anywhere), activity)
+    return Users(
+        keys, community, _members(world, keys, community), np.where(is_near, near, anywhere), activity
+    )

@@ -1,10 +1,12 @@
 """Raw formats → two canonical tables, given as SQL so that nothing is read before it is needed.
 
-events   user_id, item_id (both BIGINT or VARCHAR), time BIGINT (ms since 1970, or a position in the user's list), task TINYINT (REC or SRC),
+events   user_id, item_id (both BIGINT or VARCHAR), time BIGINT (ms since 1970, or a position in the user's
+         list), task TINYINT (REC or SRC),
          query VARCHAR (NULL in a recommendation; anonymised words as integers, in any writing of a list),
-         clicked BOOLEAN (false = shown and not clicked),
-         problem VARCHAR (NULL = usable; otherwise the reason this row is dropped, counted under it in the manifest)
-items    item_id, text VARCHAR (natural text), words VARCHAR (anonymised words, in any writing of a list; NULL = none), category VARCHAR
+         clicked BOOLEAN (false = shown and not clicked), problem VARCHAR (NULL = usable; otherwise the reason
+         this row is dropped, counted under it in the manifest)
+items    item_id, text VARCHAR (natural text), words VARCHAR (anonymised words, in any writing of a list; NULL
+         = none), category VARCHAR
 """
 
 from collections.abc import Callable
@@ -24,13 +26,16 @@ class Source:
     files: tuple[Path, ...]  # everything read: a restart compares their sizes and times
     read: Callable[[Work], "Tables"]
     license: str = ""
-    published: dict[str, Any] = field(default_factory=dict)  # counts given by the data's authors, shown beside ours
+    published: dict[str, Any] = field(
+        default_factory=dict
+    )  # counts given by the data's authors, shown beside ours
     has_clock: bool = True
 
 
 @dataclass(frozen=True)
 class ItemSql:
-    """The items as SQL: `scan` (for FROM; has a column item_id), and expressions over its columns, worked out for kept items only."""
+    """The items as SQL: `scan` (for FROM; has a column item_id), and expressions over its columns, worked out
+    for kept items only."""
 
     scan: str
     text: str = "text"
@@ -46,8 +51,12 @@ class Tables:
     events: str  # SELECT
     items: "ItemSql"
     anonymised: bool = False  # queries and captions are lists of integers
-    duplicate_items: bool = False  # several rows of one item are possible: the first (by text) is used and the others are counted
-    locate: Callable[[str, str], DataError] | None = None  # ("error: COLUMN", a wrong value or "") → the error that names its first row
+    duplicate_items: bool = (
+        False  # several rows of one item are possible: the first (by text) is used and the others are counted
+    )
+    locate: Callable[[str, str], DataError] | None = (
+        None  # ("error: COLUMN", a wrong value or "") → the error that names its first row
+    )
     dropped: dict[str, int] = field(default_factory=dict)  # rows dropped before `events`
     notes: dict[str, Any] = field(default_factory=dict)  # facts for the manifest's source section
 

@@ -1,8 +1,10 @@
-"""`amazon`: the review releases (reviews + metadata, 2014 and 2018) and the NAME.inter.json + NAME.item.json pair made from them.
+"""`amazon`: the review releases (reviews + metadata, 2014 and 2018) and the NAME.inter.json + NAME.item.json
+pair made from them.
 
-These logs hold no searches. As is usual (Ai et al., SIGIR 2017), a query is synthesised from the item's category path, and each purchase gives one
-recommendation and one search event at the same time: search results on this data are results on synthetic queries. Where fewer than
-`min_query_items` bought items have a query, they lose the last level of their paths, until no query gives its target away.
+These logs hold no searches. As is usual (Ai et al., SIGIR 2017), a query is synthesised from the item's
+category path, and each purchase gives one recommendation and one search event at the same time: search
+results on this data are results on synthetic queries. Where fewer than `min_query_items` bought items have a
+query, they lose the last level of their paths, until no query gives its target away.
 """
 
 import ast
@@ -31,18 +33,34 @@ STOP_WORDS = frozenset(
     there these they this to was we will with you your""".split()  # noqa: SIM905
 )
 WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)?")
-PATH_COMMA = re.compile(r",(?!\s)")  # levels are separated by a comma that no space follows: names themselves contain ", "
+PATH_COMMA = re.compile(
+    r",(?!\s)"
+)  # levels are separated by a comma that no space follows: names themselves contain ", "
 ROWS = 50_000
 
 
 def open_source(raw: Path, settings: PrepareSettings) -> Source:
     if not raw.is_dir():
-        raise DataError(f"{raw}: must be a folder with NAME.inter.json and NAME.item.json, or with one reviews and one meta_*.json.gz file.")
+        raise DataError(
+            f"{raw}: must be a folder with NAME.inter.json and NAME.item.json, or with one reviews and one "
+            "meta_*.json.gz file."
+        )
     pair = _find_pair(raw)
     if pair:
-        return Source(name="amazon", files=pair, read=lambda work: _read_pair(work, *pair, settings), license=LICENSE, has_clock=False)
+        return Source(
+            name="amazon",
+            files=pair,
+            read=lambda work: _read_pair(work, *pair, settings),
+            license=LICENSE,
+            has_clock=False,
+        )
     release = _find_release(raw)
-    return Source(name="amazon", files=release, read=lambda work: _read_release(work, *release, settings), license=LICENSE)
+    return Source(
+        name="amazon",
+        files=release,
+        read=lambda work: _read_release(work, *release, settings),
+        license=LICENSE,
+    )
 
 
 def _find_pair(raw: Path) -> tuple[Path, Path] | None:
@@ -51,7 +69,9 @@ def _find_pair(raw: Path) -> tuple[Path, Path] | None:
         return None
     items = raw / f"{inter[0].name.removesuffix('.inter.json')}.item.json"
     if len(inter) > 1:
-        raise DataError(f"{raw}: holds {', '.join(path.name for path in inter)}. Give each category a folder of its own.")
+        raise DataError(
+            f"{raw}: holds {', '.join(path.name for path in inter)}. Give each category a folder of its own."
+        )
     if not items.is_file():
         raise DataError(f"{items}: no such file; {inter[0].name} needs it beside it.")
     return inter[0], items
@@ -72,7 +92,8 @@ def _find_release(raw: Path) -> tuple[Path, Path]:
 
 
 def category_query(path: list[str]) -> str:
-    """The words of all levels in order, lower-cased, without stop words and repetitions. "" for an empty path."""
+    """The words of all levels in order, lower-cased, without stop words and repetitions. "" for an empty
+    path."""
     words = (word for level in path for word in WORD.findall(level.lower()))
     return " ".join(dict.fromkeys(word for word in words if word not in STOP_WORDS))
 
@@ -94,7 +115,9 @@ def _item_row(item_id: Any, title: Any, path: list[str], text_order: str) -> dic
         "item_id": item_id,
         "text": item_text(path, _clean(title), text_order),
         "category": " > ".join(path) or None,
-        "queries": [query for depth in range(1, len(path) + 1) if (query := category_query(path[:depth]))],  # from the shortest to the whole path
+        "queries": [
+            query for depth in range(1, len(path) + 1) if (query := category_query(path[:depth]))
+        ],  # from the shortest to the whole path
     }
 
 
@@ -107,13 +130,24 @@ def _read_pair(work: Work, inter_path: Path, item_path: Path, settings: PrepareS
     item_rows = []
     for key, fields in items.items():
         if not isinstance(fields, dict):
-            raise DataError(f"{item_path}:{key}: must be an object with title and categories, got {fields!r:.60}")
-        item_rows.append(_item_row(to_id(key), fields.get("title"), PATH_COMMA.split(fields.get("categories") or ""), settings.text_order))
+            raise DataError(
+                f"{item_path}:{key}: must be an object with title and categories, got {fields!r:.60}"
+            )
+        item_rows.append(
+            _item_row(
+                to_id(key),
+                fields.get("title"),
+                PATH_COMMA.split(fields.get("categories") or ""),
+                settings.text_order,
+            )
+        )
     events: dict[str, list[Any]] = {"user_id": [], "item_id": [], "time": []}
     unknown = 0
     for user, clicked in histories.items():
         if not isinstance(clicked, list):
-            raise DataError(f"{inter_path}:{user}: must be a list of items, oldest first, got {clicked!r:.60}")
+            raise DataError(
+                f"{inter_path}:{user}: must be a list of items, oldest first, got {clicked!r:.60}"
+            )
         for position, item in enumerate(clicked):
             if str(item) not in items:
                 unknown += 1
@@ -122,7 +156,9 @@ def _read_pair(work: Work, inter_path: Path, item_path: Path, settings: PrepareS
             events["item_id"].append(to_id(item))
             events["time"].append(position)
     if not events["time"]:
-        raise DataError(f"{inter_path}: no interaction with an item of {item_path.name} ({unknown} with unknown items)")
+        raise DataError(
+            f"{inter_path}: no interaction with an item of {item_path.name} ({unknown} with unknown items)"
+        )
     pq.write_table(pa.table(events), work.folder / "reviews.parquet")
     pq.write_table(_item_table(item_rows, to_id is int), work.folder / "meta.parquet")
     return _tables(work, settings.min_query_items, {"item not in the metadata": unknown} if unknown else {})
@@ -134,7 +170,9 @@ def _json_object(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise DataError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(document, dict) or not document:
-        raise DataError(f"{path}: must be a JSON object with at least one entry, got {type(document).__name__}")
+        raise DataError(
+            f"{path}: must be a JSON object with at least one entry, got {type(document).__name__}"
+        )
     return document
 
 
@@ -148,7 +186,11 @@ def _id_converter(keys: list[str]) -> type[int] | type[str]:
 
 def _read_release(work: Work, reviews: Path, meta: Path, settings: PrepareSettings) -> Tables:
     dropped: Counter[str] = Counter()
-    _write_parquet(work.folder / "meta.parquet", _meta_rows(meta, settings.text_order, dropped), _item_table([], False).schema)
+    _write_parquet(
+        work.folder / "meta.parquet",
+        _meta_rows(meta, settings.text_order, dropped),
+        _item_table([], False).schema,
+    )
     schema = pa.schema([("user_id", pa.string()), ("item_id", pa.string()), ("time", pa.int64())])
     _write_parquet(work.folder / "reviews.parquet", _review_rows(reviews, work, dropped), schema)
     return _tables(work, settings.min_query_items, dict(dropped))
@@ -176,7 +218,8 @@ def _meta_rows(path: Path, text_order: str, dropped: Counter[str]) -> Iterator[d
 
 
 def _category_path(record: dict[str, Any]) -> list[str]:
-    """2018: `category`, one path. 2014: `categories`, a list of paths, of which the longest says most (the first of equals)."""
+    """2018: `category`, one path. 2014: `categories`, a list of paths, of which the longest says most (the
+    first of equals)."""
     path = record.get("category") or record.get("categories") or []
     if isinstance(path, str):
         return PATH_COMMA.split(path)
@@ -186,7 +229,8 @@ def _category_path(record: dict[str, Any]) -> list[str]:
 
 
 def read_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number from 1, object) of a file with one object a line, gzip or plain: strict JSON, or Python literals as in the 2014 metadata."""
+    """(line number from 1, object) of a file with one object a line, gzip or plain: strict JSON, or Python
+    literals as in the 2014 metadata."""
     opener = gzip.open if path.suffix == ".gz" else open
     number = 0
     try:
@@ -195,7 +239,9 @@ def read_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 if line.strip():
                     yield number, _parse_line(line, path, number)
     except (EOFError, gzip.BadGzipFile, UnicodeDecodeError) as error:
-        raise DataError(f"{path}:row {number + 1}: the file is damaged or cut off ({error}). Download it again.") from error
+        raise DataError(
+            f"{path}:row {number + 1}: the file is damaged or cut off ({error}). Download it again."
+        ) from error
     if number == 0:
         raise DataError(f"{path}: empty file")
 
@@ -207,7 +253,9 @@ def _parse_line(line: str, path: Path, number: int) -> dict[str, Any]:
         try:
             record = ast.literal_eval(line.strip())
         except (ValueError, SyntaxError) as error:
-            raise DataError(f"{path}:row {number}: neither JSON nor a Python literal: {line.strip()[:80]!r}") from error
+            raise DataError(
+                f"{path}:row {number}: neither JSON nor a Python literal: {line.strip()[:80]!r}"
+            ) from error
     if not isinstance(record, dict):
         raise DataError(f"{path}:row {number}: must be an object, got {type(record).__name__}")
     return record
@@ -218,7 +266,12 @@ def _parse_line(line: str, path: Path, number: int) -> dict[str, Any]:
 
 def _item_table(rows: list[dict[str, Any]], integers: bool) -> pa.Table:
     schema = pa.schema(
-        [("item_id", pa.int64() if integers else pa.string()), ("text", pa.string()), ("category", pa.string()), ("queries", pa.list_(pa.string()))]
+        [
+            ("item_id", pa.int64() if integers else pa.string()),
+            ("text", pa.string()),
+            ("category", pa.string()),
+            ("queries", pa.list_(pa.string())),
+        ]
     )
     return pa.Table.from_pylist(rows, schema=schema)
 
@@ -235,8 +288,13 @@ def _write_parquet(path: Path, rows: Iterator[dict[str, Any]], schema: pa.Schema
 
 
 def _tables(work: Work, min_query_items: int, dropped: dict[str, int]) -> Tables:
-    work.con.execute(f"CREATE OR REPLACE TABLE purchases AS SELECT * FROM read_parquet({literal(work.folder / 'reviews.parquet')})")
-    work.con.execute(f"CREATE OR REPLACE TABLE meta AS SELECT * FROM read_parquet({literal(work.folder / 'meta.parquet')})")
+    work.con.execute(
+        "CREATE OR REPLACE TABLE purchases AS SELECT * FROM "
+        f"read_parquet({literal(work.folder / 'reviews.parquet')})"
+    )
+    work.con.execute(
+        f"CREATE OR REPLACE TABLE meta AS SELECT * FROM read_parquet({literal(work.folder / 'meta.parquet')})"
+    )
     events = f"""
         SELECT user_id, item_id, time, {REC}::TINYINT AS task, NULL::VARCHAR AS query, true AS clicked, NULL::VARCHAR AS problem FROM purchases
         UNION ALL
@@ -244,12 +302,16 @@ def _tables(work: Work, min_query_items: int, dropped: dict[str, int]) -> Tables
             CASE WHEN q.whole IS NULL THEN 'search event of an item without a category path'
                  WHEN q.query IS NULL THEN 'search event of an item that shares no query' END
         FROM purchases p LEFT JOIN item_query q ON p.item_id = q.item_id"""
-    notes = {"queries": "synthesised from category paths (Ai et al. 2017)", **_choose_queries(work, min_query_items)}
+    notes = {
+        "queries": "synthesised from category paths (Ai et al. 2017)",
+        **_choose_queries(work, min_query_items),
+    }
     return Tables(events=events, items=ItemSql("meta"), duplicate_items=True, dropped=dropped, notes=notes)
 
 
 def _choose_queries(work: Work, min_query_items: int) -> dict[str, int]:
-    """Table item_query (item_id, whole = the query of the whole path, query = the one used) of bought items. → counts for the manifest."""
+    """Table item_query (item_id, whole = the query of the whole path, query = the one used) of bought items.
+    → counts for the manifest."""
     work.con.execute(
         """CREATE OR REPLACE TABLE item_query AS SELECT item_id, min(queries) AS queries, len(min(queries)) AS depth
         FROM meta WHERE item_id IN (SELECT item_id FROM purchases) AND len(queries) > 0 GROUP BY item_id"""
@@ -259,7 +321,10 @@ def _choose_queries(work: Work, min_query_items: int) -> dict[str, int]:
     while deepest:  # the deepest first: a shortened query may meet another that is just as rare
         work.con.execute(f"UPDATE item_query SET depth = depth - 1 WHERE depth = {deepest} AND {rare}")
         deepest = work.scalar(f"SELECT max(depth) FROM item_query WHERE depth > 0 AND {rare}")
-    work.con.execute("CREATE OR REPLACE TABLE item_query AS SELECT item_id, queries[-1] AS whole, queries[nullif(depth, 0)] AS query FROM item_query")
+    work.con.execute(
+        "CREATE OR REPLACE TABLE item_query AS SELECT item_id, queries[-1] AS whole, queries[nullif(depth, "
+        "0)] AS query FROM item_query"
+    )
     names = ("paths", "paths_of_one_item", "items_with_shorter_query", "items_without_query")
     counts = work.con.execute(
         """SELECT count(*), count(*) FILTER (n = 1), coalesce(sum(shorter), 0)::BIGINT, coalesce(sum(without), 0)::BIGINT

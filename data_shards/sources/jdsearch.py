@@ -1,9 +1,12 @@
-"""`jdsearch`: JDsearch (Liu et al., SIGIR 2023), a real interleaved log of searches and query-less clicks with anonymised words.
+"""`jdsearch`: JDsearch (Liu et al., SIGIR 2023), a real interleaved log of searches and query-less clicks
+with anonymised words.
 
-RAW holds user_behavior_data*.txt and product_meta_data*.txt (tab-separated, one user a line; lists joined by "_", words by the character 0x18). Every
-recorded behaviour (click, cart, follow, order) is a click. Times are given as intervals between behaviours of one user, so there is no common clock:
-`time` is their sum, and the split is leave-one-out. The last query of a user and its clicked candidates are the newest events; candidates that were
-not clicked are impressions. A user whose last query has no click keeps the last behaviour of the history as the test event.
+RAW holds user_behavior_data*.txt and product_meta_data*.txt (tab-separated, one user a line; lists joined by
+"_", words by the character 0x18). Every recorded behaviour (click, cart, follow, order) is a click. Times are
+given as intervals between behaviours of one user, so there is no common clock: `time` is their sum, and the
+split is leave-one-out. The last query of a user and its clicked candidates are the newest events; candidates
+that were not clicked are impressions. A user whose last query has no click keeps the last behaviour of the
+history as the test event.
 """
 
 from collections import Counter
@@ -29,7 +32,15 @@ USER_COLUMNS = (
 )  # fmt: skip
 LEVELS = [f"cate_name_{level}" for level in (1, 2, 3, 4)]
 WORD_MARK = "\x18"
-SCHEMA = pa.schema([("user_id", pa.int64()), ("item_id", pa.int64()), ("time", pa.int64()), ("query", pa.string()), ("clicked", pa.bool_())])
+SCHEMA = pa.schema(
+    [
+        ("user_id", pa.int64()),
+        ("item_id", pa.int64()),
+        ("time", pa.int64()),
+        ("query", pa.string()),
+        ("clicked", pa.bool_()),
+    ]
+)
 USERS_AT_ONCE = 2_000
 
 
@@ -44,7 +55,9 @@ def open_source(raw: Path, settings: PrepareSettings) -> Source:
 def _find(raw: Path, stem: str) -> Path:
     found = sorted(raw.glob(f"{stem}*.txt"))
     if len(found) != 1:
-        raise DataError(f"{raw}: expected one {stem}*.txt, found {', '.join(path.name for path in found) or 'none'}.")
+        raise DataError(
+            f"{raw}: expected one {stem}*.txt, found {', '.join(path.name for path in found) or 'none'}."
+        )
     return found[0]
 
 
@@ -58,12 +71,21 @@ def _read(work: Work, behaviour: Path, products: Path) -> Tables:
         FROM read_parquet({literal(work.folder / "behaviour.parquet")})"""
     header = products.open(encoding="utf-8").readline().rstrip("\r\n").split("\t")
     require_columns(products, header, ["wid", "name", *LEVELS])
-    columns = ", ".join(f"{literal(name)}: {literal('BIGINT' if name == 'wid' else 'VARCHAR')}" for name in header)
+    columns = ", ".join(
+        f"{literal(name)}: {literal('BIGINT' if name == 'wid' else 'VARCHAR')}" for name in header
+    )
     scan = f"read_csv({literal(products)}, header=true, auto_detect=false, delim='\t', quote='', escape='', columns={{{columns}}})"
     words = f"translate(concat_ws('{WORD_MARK}', {', '.join(LEVELS)}, name), '{WORD_MARK}', ' ')"
-    items = ItemSql(scan=f"(SELECT *, wid AS item_id FROM {scan})", text="''", words=words, category=f"concat_ws(' > ', {', '.join(LEVELS)})")
+    items = ItemSql(
+        scan=f"(SELECT *, wid AS item_id FROM {scan})",
+        text="''",
+        words=words,
+        category=f"concat_ws(' > ', {', '.join(LEVELS)})",
+    )
     notes = {"users": "one for each line of the behaviour file: user_id is its number, from 1"}
-    return Tables(events=events, items=items, anonymised=True, duplicate_items=True, dropped=dict(dropped), notes=notes)
+    return Tables(
+        events=events, items=items, anonymised=True, duplicate_items=True, dropped=dict(dropped), notes=notes
+    )
 
 
 def _behaviour(path: Path, work: Work, dropped: Counter[str]) -> Iterator[dict[str, list[Any]]]:
@@ -74,7 +96,9 @@ def _behaviour(path: Path, work: Work, dropped: Counter[str]) -> Iterator[dict[s
         for user, line in enumerate(file, start=1):
             fields = line.rstrip("\r\n").split("\t")
             if len(fields) != len(USER_COLUMNS):
-                raise DataError(f"{path}:row {user + 1}: {len(fields)} columns where the header has {len(USER_COLUMNS)}")
+                raise DataError(
+                    f"{path}:row {user + 1}: {len(fields)} columns where the header has {len(USER_COLUMNS)}"
+                )
             try:
                 _add_user(part, user, dict(zip(USER_COLUMNS, fields, strict=True)), dropped)
             except ValueError as error:
@@ -88,11 +112,14 @@ def _behaviour(path: Path, work: Work, dropped: Counter[str]) -> Iterator[dict[s
 
 def _add_user(part: dict[str, list[Any]], user: int, fields: dict[str, str], dropped: Counter[str]) -> None:
     """Append one user's behaviours. Raises ValueError when its lists do not fit together."""
-    items, queries, intervals = (_list(fields[name]) for name in ("history_wid_list", "history_qry_list", "history_time_list"))
+    items, queries, intervals = (
+        _list(fields[name]) for name in ("history_wid_list", "history_qry_list", "history_time_list")
+    )
     candidates, labels = _list(fields["candidate_wid_list"]), _list(fields["candidate_label_list"])
     if len(items) != len(queries) or len(intervals) != len(items) + 1 or len(candidates) != len(labels):
         raise ValueError(
-            f"lists of different lengths: {len(items)} items, {len(queries)} queries, {len(intervals)} intervals (one more), "
+            f"lists of different lengths: {len(items)} items, {len(queries)} queries, {len(intervals)} "
+            "intervals (one more), "
             f"{len(candidates)} candidates, {len(labels)} labels"
         )
     times = np.cumsum(np.array(intervals, dtype=np.float64)).astype(np.int64).tolist()
@@ -102,7 +129,9 @@ def _add_user(part: dict[str, list[Any]], user: int, fields: dict[str, str], dro
     part["user_id"] += [user] * (len(items) + len(candidates))
     part["item_id"] += [int(item) for item in (*items, *candidates)]
     part["time"] += times[:-1] + [times[-1]] * len(candidates)
-    part["query"] += [None if query == "-1" else _words(query) for query in queries] + [_words(fields["query"])] * len(candidates)
+    part["query"] += [None if query == "-1" else _words(query) for query in queries] + [
+        _words(fields["query"])
+    ] * len(candidates)
     part["clicked"] += [True] * len(items) + clicked
 
 

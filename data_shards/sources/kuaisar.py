@@ -1,9 +1,10 @@
 """`kuaisar`: KuaiSAR (Sun et al., CIKM 2023; Zenodo record 8181109), or simulated logs in its schema.
 
-Reads rec_inter.csv, src_inter.csv and item_features.csv; the user and social tables are not used. A click is click ≥ 1 or click_cnt ≥ 1.
-`timestamp` of a recommendation is when the server sent a batch of items. Captions and keywords are lists of integers from one vocabulary; the
-English category names are the only natural text. Search results that are no posts (USER, LIVE, COMMODITY, MUSIC, ADVERT) have ids of their own
-kind and no features: they are dropped and counted. Clicked posts without a row in item_features stay, with an empty text.
+Reads rec_inter.csv, src_inter.csv and item_features.csv; the user and social tables are not used. A click is
+click ≥ 1 or click_cnt ≥ 1. `timestamp` of a recommendation is when the server sent a batch of items. Captions
+and keywords are lists of integers from one vocabulary; the English category names are the only natural text.
+Search results that are no posts (USER, LIVE, COMMODITY, MUSIC, ADVERT) have ids of their own kind and no
+features: they are dropped and counted. Clicked posts without a row in item_features stay, with an empty text.
 """
 
 from pathlib import Path
@@ -21,7 +22,13 @@ LICENSE = "CC BY-NC-SA 4.0"
 POST_TYPES = ("VIDEO", "IMAGE_ATLAS")
 PUBLISHED = {
     "KuaiSAR": {"users": 25_877, "items": 6_890_707, "queries": 453_667, "rec": 14_605_716, "src": 5_059_169},
-    "KuaiSAR-small": {"users": 25_877, "items": 4_195_529, "queries": 267_608, "rec": 7_493_101, "src": 3_171_231},
+    "KuaiSAR-small": {
+        "users": 25_877,
+        "items": 4_195_529,
+        "queries": 267_608,
+        "rec": 7_493_101,
+        "src": 3_171_231,
+    },
     "KuaiSAR-small after UniSAR's filter": {"users": 22_700, "items": 673_415},
 }
 REC_TYPES = {"user_id": "BIGINT", "item_id": "BIGINT", "timestamp": "BIGINT", "click": "BIGINT"}
@@ -35,7 +42,13 @@ ITEM_TYPES = {"item_id": "BIGINT", "caption": "VARCHAR", **dict.fromkeys(LEVELS,
 
 def open_source(raw: Path, settings: PrepareSettings) -> Source:
     files = tuple(find_file(raw, name) for name in ("rec_inter.csv", "src_inter.csv", "item_features.csv"))
-    return Source(name="kuaisar", files=files, read=lambda work: _read(work, *files), license=LICENSE, published=PUBLISHED)
+    return Source(
+        name="kuaisar",
+        files=files,
+        read=lambda work: _read(work, *files),
+        license=LICENSE,
+        published=PUBLISHED,
+    )
 
 
 def _read(work: Work, rec: Path, src: Path, items: Path) -> Tables:
@@ -55,8 +68,13 @@ def _read(work: Work, rec: Path, src: Path, items: Path) -> Tables:
 
 def _problem(file: str, time: str, click: str, search: bool = False) -> str:
     """SQL of why a row cannot be used; NULL when it can."""
-    cases = [f"WHEN {column} IS NULL THEN '{file}: no {column}'" for column in ("user_id", "item_id", time, click)]
-    cases += [f"WHEN {time} < {EARLIEST_MS} THEN '{file}: {TOO_EARLY}'", f"WHEN {time} >= {LATEST_MS} THEN '{file}: {TOO_LATE}'"]
+    cases = [
+        f"WHEN {column} IS NULL THEN '{file}: no {column}'" for column in ("user_id", "item_id", time, click)
+    ]
+    cases += [
+        f"WHEN {time} < {EARLIEST_MS} THEN '{file}: {TOO_EARLY}'",
+        f"WHEN {time} >= {LATEST_MS} THEN '{file}: {TOO_LATE}'",
+    ]
     if search:
         posts = ", ".join(literal(kind) for kind in POST_TYPES)
         cases.append(f"WHEN item_type NOT IN ({posts}) THEN '{file}: result of type ' || item_type")
@@ -68,7 +86,11 @@ def _items_sql(path: Path) -> ItemSql:
     names = ", ".join(f"nullif({level}, 'empty')" for level in LEVELS)
     category = f"nullif(concat_ws(' > ', {names}), '')"
     return ItemSql(
-        scan=csv_scan(path, ITEM_TYPES), text=f"concat_ws(' ', {names})", words="caption", category=category, words_origin=f"{path}:caption"
+        scan=csv_scan(path, ITEM_TYPES),
+        text=f"concat_ws(' ', {names})",
+        words="caption",
+        category=category,
+        words_origin=f"{path}:caption",
     )
 
 
@@ -76,7 +98,9 @@ def _locate_keyword(con: duckdb.DuckDBPyConnection, src: Path, value: str) -> Da
     con.execute("SET threads=1; SET preserve_insertion_order=true")  # row numbers need the order of the file
     numbered = f"SELECT keyword, row_number() OVER () + 1 AS row FROM {csv_scan(src, SRC_TYPES)}"
     try:
-        row = con.execute(f"SELECT min(row) FROM ({numbered}) WHERE keyword = {literal(value)}").fetchall()[0][0]
+        row = con.execute(f"SELECT min(row) FROM ({numbered}) WHERE keyword = {literal(value)}").fetchall()[
+            0
+        ][0]
     except duckdb.Error as error:
         raise readable(error) from error
     return DataError(f"{src}:keyword:row {row}: must be a list of integers like [1, 2, 3], got {value!r}")

@@ -18,7 +18,8 @@ def literal(text: str | Path) -> str:
 
 
 def find_file(raw: Path, name: str) -> Path:
-    """raw/name, or the only */name one folder down (how archives unpack). Raises DataError when it is not there."""
+    """raw/name, or the only */name one folder down (how archives unpack). Raises DataError when it is not
+    there."""
     found = [path for path in (raw / name, *sorted(raw.glob(f"*/{name}"))) if path.is_file()]
     if not found:
         raise DataError(f"{raw / name}: no such file. {raw} must hold the unpacked logs.")
@@ -31,7 +32,8 @@ def is_words(text: str) -> str:
 
 
 def no_words(column: str) -> str:
-    """SQL: whether a text is no list of integers in any writing: the same as is_words of its words_text, but one look at the raw text."""
+    """SQL: whether a text is no list of integers in any writing: the same as is_words of its words_text, but
+    one look at the raw text."""
     return f"regexp_matches({column}, '[^0-9\\[\\],\\s]|[0-9]{{19}}')"
 
 
@@ -50,7 +52,8 @@ def words_text(column: str) -> str:
 
 
 def csv_header(path: Path) -> list[str]:
-    """Column names of a CSV file; a byte-order mark and CRLF are fine. Raises DataError without a header line, or when a name is there twice."""
+    """Column names of a CSV file; a byte-order mark and CRLF are fine. Raises DataError without a header
+    line, or when a name is there twice."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             header = next(csv.reader(file), [])
@@ -58,7 +61,9 @@ def csv_header(path: Path) -> list[str]:
         raise DataError(f"{path}: not UTF-8 text ({error}). Convert it, for example with iconv.") from error
     if not header:
         raise DataError(f"{path}: empty file; expected a header line and rows")
-    names = [name.strip() or f"column{number}" for number, name in enumerate(header)]  # a saved row index has no name
+    names = [
+        name.strip() or f"column{number}" for number, name in enumerate(header)
+    ]  # a saved row index has no name
     twice = [name for name in names if names.count(name) > 1]
     if twice:
         raise DataError(f"{path}: column {twice[0]} is there {len(twice)} times. Rename or remove one.")
@@ -68,10 +73,16 @@ def csv_header(path: Path) -> list[str]:
 def require_columns(path: Path, found: Sequence[str], required: Sequence[str]) -> None:
     missing = [name for name in required if name not in found]
     if missing:
-        raise DataError(f"{path}: column {', '.join(missing)} is missing. Found: {', '.join(found)}. Needed: {', '.join(required)}.")
+        raise DataError(
+            f"{path}: column {', '.join(missing)} is missing. Found: {', '.join(found)}. Needed: "
+            f"{', '.join(required)}."
+        )
 
 
-MAX_LINE_BYTES, BUFFER_BYTES = 1 << 24, 1 << 25  # unless told, duckdb holds buffers of 16 times the longest line: 268 MB each
+MAX_LINE_BYTES, BUFFER_BYTES = (
+    1 << 24,
+    1 << 25,
+)  # unless told, duckdb holds buffers of 16 times the longest line: 268 MB each
 
 
 def csv_scan(path: Path, types: Mapping[str, str], null_strings: Sequence[str] = NULL_STRINGS) -> str:
@@ -82,7 +93,8 @@ def csv_scan(path: Path, types: Mapping[str, str], null_strings: Sequence[str] =
     nulls = ", ".join(literal(text) for text in null_strings)
     return (
         f"read_csv({literal(path)}, header=true, auto_detect=false, delim=',', quote='\"', escape='\"', "
-        f"max_line_size={MAX_LINE_BYTES}, buffer_size={BUFFER_BYTES}, nullstr=[{nulls}], columns={{{columns}}})"
+        f"max_line_size={MAX_LINE_BYTES}, buffer_size={BUFFER_BYTES}, nullstr=[{nulls}], "
+        f"columns={{{columns}}})"
     )
 
 
@@ -92,18 +104,30 @@ def describe(con: duckdb.DuckDBPyConnection, scan: str) -> dict[str, str]:
 
 
 def mixed_line_ends(path: Path) -> int:
-    """The first line (from 1) of a text file that ends otherwise than line 1, with LF or CRLF; 0 when all end alike."""
+    """The first line (from 1) of a text file that ends otherwise than line 1, with LF or CRLF; 0 when all end
+    alike."""
     with open(path, "rb") as file:
         first = file.readline().endswith(b"\r\n")
-        return next((number for number, line in enumerate(file, start=2) if line.endswith(b"\n") and line.endswith(b"\r\n") != first), 0)
+        return next(
+            (
+                number
+                for number, line in enumerate(file, start=2)
+                if line.endswith(b"\n") and line.endswith(b"\r\n") != first
+            ),
+            0,
+        )
 
 
 def readable(error: duckdb.Error, files: Sequence[Path] = ()) -> DataError:
-    """duckdb's report of an unusable file as one line: file:column:row, what is wrong. files: those that it may be about."""
+    """duckdb's report of an unusable file as one line: file:column:row, what is wrong. files: those that it
+    may be about."""
     text = str(error)
     for file in files if "invalid state" in text else ():
         if number := mixed_line_ends(file):
-            return DataError(f"{file}:row {number}: ends with LF or CRLF, and row 1 with the other. Convert the file, for example with dos2unix.")
+            return DataError(
+                f"{file}:row {number}: ends with LF or CRLF, and row 1 with the other. Convert the file, for "
+                "example with dos2unix."
+            )
     line = re.search(r"CSV Error on Line: (\d+)", text)
     path = re.search(r"^\s*file = (.+)$", text, re.MULTILINE)
     column = re.search(r'Error when converting column "([^"]+)"\. (.+)', text)
@@ -112,7 +136,10 @@ def readable(error: duckdb.Error, files: Sequence[Path] = ()) -> DataError:
     if column:
         return DataError(f"{where}: {column.group(2).strip()}. Correct or remove that row.")
     if width:
-        return DataError(f"{where.replace('::', ':')}: {width.group(2)} columns where the header has {width.group(1)}. Correct or remove that row.")
+        return DataError(
+            f"{where.replace('::', ':')}: {width.group(2)} columns where the header has {width.group(1)}. "
+            "Correct or remove that row."
+        )
     if line:
         reason = text.split("\n\nPossible fixes")[0].splitlines()[-1].strip()
         return DataError(f"{where.replace('::', ':')}: {reason} Correct or remove that row.")

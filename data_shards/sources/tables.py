@@ -1,6 +1,7 @@
 """`tables`: bring your own logs. RAW/events.{parquet,csv,jsonl} and RAW/items.{parquet,csv,jsonl}.
 
-events  user_id, item_id, time (integer ms since 1970 or ISO 8601, UTC when no offset is given), optional: task (rec, src; rec where absent),
+events  user_id, item_id, time (integer ms since 1970 or ISO 8601, UTC when no offset is given), optional:
+        task (rec, src; rec where absent),
         query (text or list of integers), clicked (0/1, 1 where absent)
 items   item_id, text or words (list of integers) or both, optional: category
 Ids are strings or integers; numbers in CSV and JSON count as integers only if all of them are.
@@ -14,11 +15,31 @@ import duckdb
 from data_shards.errors import DataError
 from data_shards.options import PrepareSettings
 from data_shards.sources import EARLIEST_MS, LATEST_MS, TOO_EARLY, TOO_LATE, ItemSql, Source, Tables
-from data_shards.sources.reading import csv_header, csv_scan, describe, is_words, literal, no_words, readable, require_columns, words_text
+from data_shards.sources.reading import (
+    csv_header,
+    csv_scan,
+    describe,
+    is_words,
+    literal,
+    no_words,
+    readable,
+    require_columns,
+    words_text,
+)
 from data_shards.work import Work
 
 FORMATS = ("parquet", "csv", "jsonl")
-INTEGER_TYPES = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "UTINYINT", "USMALLINT", "UINTEGER", "UBIGINT", "HUGEINT")
+INTEGER_TYPES = (
+    "TINYINT",
+    "SMALLINT",
+    "INTEGER",
+    "BIGINT",
+    "UTINYINT",
+    "USMALLINT",
+    "UINTEGER",
+    "UBIGINT",
+    "HUGEINT",
+)
 
 
 @dataclass(frozen=True)
@@ -42,9 +63,14 @@ def open_source(raw: Path, settings: PrepareSettings) -> Source:
 def _find(raw: Path, stem: str) -> Path:
     found = [raw / f"{stem}.{suffix}" for suffix in FORMATS if (raw / f"{stem}.{suffix}").is_file()]
     if not found:
-        raise DataError(f"{raw}: no {stem}.parquet, {stem}.csv or {stem}.jsonl in it. gensr prepare tables needs events and items.")
+        raise DataError(
+            f"{raw}: no {stem}.parquet, {stem}.csv or {stem}.jsonl in it. gensr prepare tables needs events "
+            "and items."
+        )
     if len(found) > 1:
-        raise DataError(f"{raw}: {' and '.join(path.name for path in found)} are both there. Keep one of them.")
+        raise DataError(
+            f"{raw}: {' and '.join(path.name for path in found)} are both there. Keep one of them."
+        )
     return found[0]
 
 
@@ -53,8 +79,13 @@ def _read(work: Work, events_path: Path, items_path: Path) -> Tables:
         events = _open(work.con, events_path, ["user_id", "item_id", "time"], ["task", "query", "clicked"])
         items = _open(work.con, items_path, ["item_id"], ["text", "words", "category"])
         if "text" not in items.types and "words" not in items.types:
-            raise DataError(f"{items_path}: column text (or words) is missing. Found: {', '.join(items.types)}.")
-        user_type, item_type = _id_type(work, [(events, "user_id")]), _id_type(work, [(events, "item_id"), (items, "item_id")])
+            raise DataError(
+                f"{items_path}: column text (or words) is missing. Found: {', '.join(items.types)}."
+            )
+        user_type, item_type = (
+            _id_type(work, [(events, "user_id")]),
+            _id_type(work, [(events, "item_id"), (items, "item_id")]),
+        )
         work.con.execute(f"CREATE OR REPLACE TABLE item_rows AS {_items_sql(items, item_type)}")
     except duckdb.Error as error:
         raise readable(error) from error
@@ -107,7 +138,8 @@ def _id_type(work: Work, columns: list[tuple[File, str]]) -> str:
             return "VARCHAR"
         text = _plain_id(file, column)
         if work.scalar(
-            f"SELECT count(*) FROM {file.scan} file WHERE CAST(TRY_CAST({text} AS BIGINT) AS VARCHAR) IS DISTINCT FROM {text} AND {text} IS NOT NULL"
+            f"SELECT count(*) FROM {file.scan} file WHERE CAST(TRY_CAST({text} AS BIGINT) AS VARCHAR) IS "
+            f"DISTINCT FROM {text} AND {text} IS NOT NULL"
         ):
             return "VARCHAR"
     return "BIGINT"
@@ -132,12 +164,21 @@ def _check_items(work: Work, path: Path) -> None:
     missing = work.scalar("SELECT count(*) FROM item_rows WHERE item_id IS NULL")
     if missing:
         raise DataError(f"{path}: {missing} rows have no item_id. Remove them or give them one.")
-    twice = work.con.execute("SELECT item_id, count(*) FROM item_rows GROUP BY item_id HAVING count(*) > 1 ORDER BY item_id LIMIT 1").fetchall()
+    twice = work.con.execute(
+        "SELECT item_id, count(*) FROM item_rows GROUP BY item_id HAVING count(*) > 1 ORDER BY item_id LIMIT "
+        "1"
+    ).fetchall()
     if twice:
-        raise DataError(f"{path}:item_id: {twice[0][0]!r} is there {twice[0][1]} times. Every item needs one row.")
-    wrong = work.con.execute(f"SELECT item_id, words FROM item_rows WHERE {no_words('words')} ORDER BY item_id LIMIT 1").fetchall()
+        raise DataError(
+            f"{path}:item_id: {twice[0][0]!r} is there {twice[0][1]} times. Every item needs one row."
+        )
+    wrong = work.con.execute(
+        f"SELECT item_id, words FROM item_rows WHERE {no_words('words')} ORDER BY item_id LIMIT 1"
+    ).fetchall()
     if wrong:
-        raise DataError(f"{path}:words: those of item {wrong[0][0]!r} must be a list of integers, got {wrong[0][1]!r}")
+        raise DataError(
+            f"{path}:words: those of item {wrong[0][0]!r} must be a list of integers, got {wrong[0][1]!r}"
+        )
 
 
 def _events_sql(events: File, user_type: str, item_type: str, anonymised: bool, carried: str = "") -> str:
@@ -150,10 +191,18 @@ def _events_sql(events: File, user_type: str, item_type: str, anonymised: bool, 
     else:
         raw_time = "nullif(trim(CAST(file.time AS VARCHAR)), '')"
         time = f"coalesce(TRY_CAST({raw_time} AS BIGINT), epoch_ms(TRY_CAST({raw_time} AS TIMESTAMP)))"
-    task = "CASE lower(trim(CAST(file.task AS VARCHAR))) WHEN 'rec' THEN 0 WHEN 'src' THEN 1 ELSE -1 END" if "task" in types else "0"
+    task = (
+        "CASE lower(trim(CAST(file.task AS VARCHAR))) WHEN 'rec' THEN 0 WHEN 'src' THEN 1 ELSE -1 END"
+        if "task" in types
+        else "0"
+    )
     query = "NULL"
     if "query" in types:
-        query = _words_text(events, "query") if anonymised or types["query"].endswith("[]") else "nullif(trim(CAST(file.query AS VARCHAR)), '')"
+        query = (
+            _words_text(events, "query")
+            if anonymised or types["query"].endswith("[]")
+            else "nullif(trim(CAST(file.query AS VARCHAR)), '')"
+        )
     clicked = "CASE WHEN clicked_text IN ('1', '1.0', 'true') THEN true WHEN clicked_text IN ('0', '0.0', 'false') THEN false END"
     clicked_text = "lower(trim(CAST(file.clicked AS VARCHAR)))" if "clicked" in types else "'1'"
     wrong_query = f"task = 1 AND NOT {is_words('query')}" if anonymised else "false"
@@ -191,10 +240,23 @@ EXPECTED = {
 def _locate(work: Work, events: File, id_types: tuple[str, str], anonymised: bool, problem: str) -> DataError:
     """The first row that made `problem` ("error: COLUMN")."""
     column = problem.removeprefix("error: ")
-    work.con.execute("SET threads=1; SET preserve_insertion_order=true")  # row numbers need the order of the file
-    work.con.execute(f"CREATE OR REPLACE TABLE numbered AS SELECT *, row_number() OVER () AS position FROM {events.scan}")
+    work.con.execute(
+        "SET threads=1; SET preserve_insertion_order=true"
+    )  # row numbers need the order of the file
+    work.con.execute(
+        f"CREATE OR REPLACE TABLE numbered AS SELECT *, row_number() OVER () AS position FROM {events.scan}"
+    )
     numbered = File(events.path, "numbered", events.types)
-    sql = _events_sql(numbered, *id_types, anonymised, carried=f"{{'position': file.position, 'shown': CAST(file.{column} AS VARCHAR)}}")
-    found = work.con.execute(f"SELECT carried FROM ({sql}) WHERE problem = {literal(problem)} ORDER BY carried.position LIMIT 1").fetchall()[0]
+    sql = _events_sql(
+        numbered,
+        *id_types,
+        anonymised,
+        carried=f"{{'position': file.position, 'shown': CAST(file.{column} AS VARCHAR)}}",
+    )
+    found = work.con.execute(
+        f"SELECT carried FROM ({sql}) WHERE problem = {literal(problem)} ORDER BY carried.position LIMIT 1"
+    ).fetchall()[0]
     row = found[0]["position"] + (1 if events.path.suffix == ".csv" else 0)  # a CSV's header is row 1
-    return DataError(f"{events.path}:{column}:row {row}: must be {EXPECTED[column]}, got {found[0]['shown']!r}")
+    return DataError(
+        f"{events.path}:{column}:row {row}: must be {EXPECTED[column]}, got {found[0]['shown']!r}"
+    )

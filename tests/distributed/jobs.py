@@ -1,4 +1,5 @@
-"""A training of two processes, ZeRO-2, that a test starts, watches and kills: by accelerate, or forked from a process that has the libraries."""
+"""A training of two processes, ZeRO-2, that a test starts, watches and kills: by accelerate, or forked from a
+process that has the libraries."""
 
 import contextlib
 import multiprocessing
@@ -18,7 +19,8 @@ from trainer.config import load_config
 
 
 class Launched:
-    """`accelerate launch`, as a user gives it again and again: about 20 s of a core before the first step, most of it imports."""
+    """`accelerate launch`, as a user gives it again and again: about 20 s of a core before the first step,
+    most of it imports."""
 
     def __init__(self, folder: Path, run_dir: Path) -> None:
         self._run_dir = run_dir
@@ -38,10 +40,20 @@ class Launched:
 
 
 class Preloaded:
-    """The same job forked from a process that has the libraries in memory: what `accelerate launch` does, without 20 s of imports."""
+    """The same job forked from a process that has the libraries in memory: what `accelerate launch` does,
+    without 20 s of imports."""
 
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["deepspeed", "accelerate", "transformers", "trainer.train", "trainer.loading", "trainer.catalog"])
+    context.set_forkserver_preload(
+        [
+            "deepspeed",
+            "accelerate",
+            "transformers",
+            "trainer.training.loop",
+            "trainer.runs.weights",
+            "trainer.data.item_tables",
+        ]
+    )
 
     def __init__(self, folder: Path, run_dir: Path) -> None:
         with socket.socket() as free:
@@ -55,7 +67,10 @@ class Preloaded:
         return self._launcher.exitcode
 
     def ranks(self) -> list[psutil.Process]:
-        return sorted((process for process in self.processes() if process.pid != self._launcher.pid), key=lambda process: process.pid)
+        return sorted(
+            (process for process in self.processes() if process.pid != self._launcher.pid),
+            key=lambda process: process.pid,
+        )
 
     def processes(self) -> list[psutil.Process]:
         found = []
@@ -76,9 +91,21 @@ def launch_by_fork(folder: Path, run_dir: Path, port: int) -> None:
     for rank in (0, 1):
         pid = os.fork()
         if pid == 0:
-            numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+            numbers = {
+                "RANK": rank,
+                "LOCAL_RANK": rank,
+                "WORLD_SIZE": 2,
+                "LOCAL_WORLD_SIZE": 2,
+                "MASTER_PORT": port,
+            }
             deepspeed = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": "zero2.json"}
-            os.environ.update({**{name: str(number) for name, number in numbers.items()}, "MASTER_ADDR": "127.0.0.1", **deepspeed})
+            os.environ.update(
+                {
+                    **{name: str(number) for name, number in numbers.items()},
+                    "MASTER_ADDR": "127.0.0.1",
+                    **deepspeed,
+                }
+            )
             os._exit(rank_main(folder, run_dir))
         ranks.append(pid)
     failed = False
@@ -93,7 +120,7 @@ def launch_by_fork(folder: Path, run_dir: Path, port: int) -> None:
 
 
 def rank_main(folder: Path, run_dir: Path) -> int:
-    from trainer.train import train
+    from trainer.training.loop import train
 
     try:
         return train(load_config(str(folder / "run.yaml"), [f"run.dir={run_dir}"]), resume="auto").exit_code
@@ -105,11 +132,36 @@ def rank_main(folder: Path, run_dir: Path) -> int:
 def start(folder: Path, run_dir: Path) -> subprocess.Popen[bytes]:
     """The command, as a user gives it again and again."""
     config = str(ds_configs.path("accelerate_cpu_2.yaml"))
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--main_process_port", "0"]
-    command = [*launcher, "-m", "trainer", "train", str(folder / "run.yaml"), f"run.dir={run_dir}", "--resume", "auto"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        config,
+        "--main_process_port",
+        "0",
+    ]
+    command = [
+        *launcher,
+        "-m",
+        "trainer",
+        "train",
+        str(folder / "run.yaml"),
+        f"run.dir={run_dir}",
+        "--resume",
+        "auto",
+    ]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     with (folder / f"{run_dir.name}.log").open("ab") as log:
-        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env, cwd=ROOT, start_new_session=True)
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=env,
+            cwd=ROOT,
+            start_new_session=True,
+        )
 
 
 def processes_of(run_dir: Path, ranks_only: bool = False) -> list[psutil.Process]:

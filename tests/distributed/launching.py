@@ -16,7 +16,9 @@ ROOT = Path(__file__).parents[2]
 ZERO3 = "zero3_small.json"
 
 
-def launch(folder: Path, num_processes: int, scenarios: list[dict[str, Any]], timeout_s: float = 900) -> list[dict[str, Any]]:
+def launch(
+    folder: Path, num_processes: int, scenarios: list[dict[str, Any]], timeout_s: float = 900
+) -> list[dict[str, Any]]:
     """Run the scenarios (see worker.py) one after another in one launch. Returns what each gave on rank 0.
 
     Results of all ranks lie in FOLDER/results-RANK.json, the output in FOLDER/launch.log.
@@ -26,11 +28,20 @@ def launch(folder: Path, num_processes: int, scenarios: list[dict[str, Any]], ti
         earlier.unlink()
     whole = [{**s, "deepspeed": str(folder / ZERO3)} if s.get("deepspeed") == ZERO3 else s for s in scenarios]
     (folder / "scenarios.json").write_text(json.dumps(whole))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        str(num_processes),
+    ]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [*launcher, str(Path(__file__).with_name("worker.py")), str(folder)]
     with (folder / "launch.log").open("w") as log:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env, start_new_session=True)
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env, start_new_session=True
+        )
         try:
             process.wait(timeout=timeout_s)
         finally:
@@ -41,7 +52,11 @@ def launch(folder: Path, num_processes: int, scenarios: list[dict[str, Any]], ti
 def write_small_zero3(folder: Path) -> None:
     """DeepSpeed leaves small tensors whole: at 0 even a tiny model is partitioned."""
     zero3 = json.loads(ds_configs.path("zero3.json").read_text())
-    zero3["zero_optimization"] |= {"stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}
+    zero3["zero_optimization"] |= {
+        "stage3_param_persistence_threshold": 0,
+        "stage3_max_live_parameters": 0,
+        "stage3_max_reuse_distance": 0,
+    }
     (folder / ZERO3).write_text(json.dumps(zero3))
 
 
@@ -65,7 +80,10 @@ def results(folder: Path, name: str) -> list[dict[str, Any]]:
 def records(run_dir: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without the columns that tell the time."""
     timed = ("events_per_s", "memory_gb", "train_s")
-    return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {k: v for k, v in json.loads(line).items() if k not in timed}
+        for line in (run_dir / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 def losses(run_dir: Path) -> list[float]:

@@ -1,4 +1,5 @@
-"""A run goes on with another number of processes, under another ZeRO stage, with DeepSpeed or without: the same state, events and loss curve.
+"""A run goes on with another number of processes, under another ZeRO stage, with DeepSpeed or without: the
+same state, events and loss curve.
 
 Launches of one, two, four and one processes hand the same run folders on; the tests read what they left.
 """
@@ -32,8 +33,8 @@ SETTINGS = [
 ]
 LORA = [*SETTINGS, "model.lora.rank=2", "model.lora.dropout=0"]
 
-# run → (processes, DeepSpeed JSON or "" without, stopped at step: its own count) of each part; the last one finishes.
-# A stop asked for in step k is agreed one step later where there are several ranks.
+# run → (processes, DeepSpeed JSON or "" without, stopped at step: its own count) of each part; the last one
+# finishes. A stop asked for in step k is agreed one step later where there are several ranks.
 ROUTES: dict[str, list[tuple[int, str, int]]] = {
     "undisturbed": [(1, "", 0)],
     "processes": [(1, "zero2.json", 2), (2, "zero2.json", 1), (4, "zero2.json", 1), (1, "zero2.json", 0)],
@@ -54,14 +55,21 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(150
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("elastic")
     make_tiny_folder(folder / "data")
-    left: dict[str, list[tuple[int, str, int]]] = {name: list(route) for name, route in {**ROUTES, **LORA_ROUTES}.items()}
+    left: dict[str, list[tuple[int, str, int]]] = {
+        name: list(route) for name, route in {**ROUTES, **LORA_ROUTES}.items()
+    }
     outcomes: dict[str, list[dict[str, Any]]] = {name: [] for name in left}
     for num_processes in LAUNCHES:
         scenarios: list[dict[str, Any]] = []
         for name, route in left.items():
             if route and route[0][0] == num_processes:
                 _, deepspeed, stop_at = route.pop(0)
-                scenario = {"name": name, "overrides": LORA if name in LORA_ROUTES else SETTINGS, "stop_at": stop_at, "resume": True}
+                scenario = {
+                    "name": name,
+                    "overrides": LORA if name in LORA_ROUTES else SETTINGS,
+                    "stop_at": stop_at,
+                    "resume": True,
+                }
                 scenarios.append({**scenario, **({"deepspeed": deepspeed} if deepspeed else {})})
         for scenario, outcome in zip(scenarios, launch(folder, num_processes, scenarios), strict=True):
             outcomes[str(scenario["name"])].append(outcome)
@@ -71,16 +79,24 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_part_ran_and_weights_and_optimizer_came_over_exactly(folder: Path) -> None:
-    """Compared through DeepSpeed's debugging interface: what was in memory at the save is in memory after the conversion."""
+    """Compared through DeepSpeed's debugging interface: what was in memory at the save is in memory after the
+    conversion."""
     outcomes = json.loads((folder / "outcomes.json").read_text())
     for name, parts in outcomes.items():
-        assert [part.get("status") for part in parts] == ["stopped"] * (len(parts) - 1) + ["finished"], (name, parts)
+        assert [part.get("status") for part in parts] == ["stopped"] * (len(parts) - 1) + ["finished"], (
+            name,
+            parts,
+        )
         assert [part.get("converted") for part in parts] == [None] + [True] * (len(parts) - 1), name
         assert not list((folder / name / "checkpoints").glob(".partial-*"))
 
 
-@pytest.mark.parametrize("name", [name for name in {**ROUTES, **LORA_ROUTES} if not name.endswith("undisturbed")])
+@pytest.mark.parametrize(
+    "name", [name for name in {**ROUTES, **LORA_ROUTES} if not name.endswith("undisturbed")]
+)
 def test_the_loss_curve_is_the_undisturbed_ones(folder: Path, name: str) -> None:
     reference = "lora_undisturbed" if name in LORA_ROUTES else "undisturbed"
-    assert [r["step"] for r in records(folder / name) if r["kind"] == "train"] == list(range(1, 9)), "no step lost or repeated"
+    assert [r["step"] for r in records(folder / name) if r["kind"] == "train"] == list(range(1, 9)), (
+        "no step lost or repeated"
+    )
     assert losses(folder / name) == pytest.approx(losses(folder / reference), abs=1e-6)

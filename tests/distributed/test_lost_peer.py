@@ -1,4 +1,5 @@
-"""A rank that is killed, or stopped for ever, ends the whole job within run.timeout_s; what is left can be continued. And a short torture."""
+"""A rank that is killed, or stopped for ever, ends the whole job within run.timeout_s; what is left can be
+continued. And a short torture."""
 
 import json
 import os
@@ -27,14 +28,25 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(150
 def running(folder: Path) -> tuple[subprocess.Popen[bytes], Path, list[psutil.Process]]:
     """A run of two processes that has saved a checkpoint, and its ranks."""
     make_tiny_folder(folder / "data")
-    settings = [f"data.dir={folder / 'data'}", *torture.SETTINGS, "run.max_steps=100000", f"run.timeout_s={TIMEOUT_S}"]
+    settings = [
+        f"data.dir={folder / 'data'}",
+        *torture.SETTINGS,
+        "run.max_steps=100000",
+        f"run.timeout_s={TIMEOUT_S}",
+    ]
     (folder / "run.yaml").write_text(to_yaml(load_config(None, settings)))
     launcher, run_dir = start(folder, folder / "run"), folder / "run"
     deadline_s = time.monotonic() + 600
     while not (run_dir / "checkpoints" / "latest").exists():
-        assert launcher.poll() is None and time.monotonic() < deadline_s, (folder / "run.log").read_text()[-3000:]
+        assert launcher.poll() is None and time.monotonic() < deadline_s, (folder / "run.log").read_text()[
+            -3000:
+        ]
         time.sleep(0.2)
-    return launcher, run_dir, sorted(processes_of(run_dir, ranks_only=True), key=lambda process: process.create_time())
+    return (
+        launcher,
+        run_dir,
+        sorted(processes_of(run_dir, ranks_only=True), key=lambda process: process.create_time()),
+    )
 
 
 @pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP])

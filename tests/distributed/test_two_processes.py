@@ -1,4 +1,5 @@
-"""Two processes over gloo: ZeRO 0–3 and DDP train the same model as one process, and an interrupted run ends where the undisturbed one does.
+"""Two processes over gloo: ZeRO 0–3 and DDP train the same model as one process, and an interrupted run ends
+where the undisturbed one does.
 
 All of it happens in one launch (worker.py); the tests read what it left.
 """
@@ -16,7 +17,7 @@ from data_shards.schema import read_manifest
 from tests.distributed.launching import ZERO3, launch, losses, records, results
 from tests.tiny_folder import make_tiny_folder
 from trainer.config import load_config
-from trainer.train import EXIT_RESUME_ME, train
+from trainer.training.loop import EXIT_RESUME_ME, train
 
 BASE = [
     "model.backbone=scratch:nano",
@@ -47,22 +48,55 @@ EXACT = [
 LORA = [*RANDOM, "model.lora.rank=2"]
 DECODERS = ("qwen3_nano", "llama_nano")
 
-STAGES = {"0": "zero0.json", "1": "zero1.json", "2": "zero2.json", "3": ZERO3}  # stops in another step each; six steps are one epoch
+STAGES = {
+    "0": "zero0.json",
+    "1": "zero1.json",
+    "2": "zero2.json",
+    "3": ZERO3,
+}  # stops in another step each; six steps are one epoch
 SCENARIOS: list[dict[str, Any]] = [
     scenario
     for stop_at, (stage, file) in enumerate(STAGES.items(), start=1)
     for scenario in (
         {"name": f"undisturbed{stage}", "deepspeed": file, "overrides": RANDOM},
         {"name": f"interrupted{stage}", "deepspeed": file, "overrides": RANDOM, "stop_at": stop_at},
-        {"name": f"resumed{stage}", "run": f"interrupted{stage}", "deepspeed": file, "overrides": RANDOM, "resume": True},
+        {
+            "name": f"resumed{stage}",
+            "run": f"interrupted{stage}",
+            "deepspeed": file,
+            "overrides": RANDOM,
+            "resume": True,
+        },
     )
 ] + [
-    {"name": "other_lr", "run": "interrupted2", "deepspeed": "zero2.json", "overrides": [*RANDOM, "optim.lr=0.5"], "resume": True},
+    {
+        "name": "other_lr",
+        "run": "interrupted2",
+        "deepspeed": "zero2.json",
+        "overrides": [*RANDOM, "optim.lr=0.5"],
+        "resume": True,
+    },
     {"name": "lora", "deepspeed": ZERO3, "overrides": LORA},
     {"name": "lora_interrupted", "deepspeed": ZERO3, "overrides": LORA, "stop_at": 3},
-    {"name": "lora_resumed", "run": "lora_interrupted", "deepspeed": ZERO3, "overrides": LORA, "resume": True},
-    *({"name": f"lora_bf16_{stage}", "deepspeed": STAGES[stage], "overrides": [*LORA, "run.precision=bf16"]} for stage in "23"),
-    *({"name": name, "deepspeed": ZERO3, "overrides": [*LORA, f"model.backbone=scratch:{name}", "run.validate_every_steps=2"]} for name in DECODERS),
+    {
+        "name": "lora_resumed",
+        "run": "lora_interrupted",
+        "deepspeed": ZERO3,
+        "overrides": LORA,
+        "resume": True,
+    },
+    *(
+        {"name": f"lora_bf16_{stage}", "deepspeed": STAGES[stage], "overrides": [*LORA, "run.precision=bf16"]}
+        for stage in "23"
+    ),
+    *(
+        {
+            "name": name,
+            "deepspeed": ZERO3,
+            "overrides": [*LORA, f"model.backbone=scratch:{name}", "run.validate_every_steps=2"],
+        }
+        for name in DECODERS
+    ),
     {"name": "ddp", "overrides": EXACT},
     {"name": "zero0", "deepspeed": "zero0.json", "overrides": EXACT},
     {"name": "zero1", "deepspeed": "zero1.json", "overrides": EXACT},
@@ -83,11 +117,22 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(100
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Everything was run when this returns: FOLDER/NAME is a run folder, FOLDER/results-RANK.json what train() gave."""
+    """Everything was run when this returns: FOLDER/NAME is a run folder, FOLDER/results-RANK.json what
+    train() gave."""
     folder = tmp_path_factory.mktemp("two_processes")
     make_tiny_folder(folder / "data")
     launch(folder, 2, SCENARIOS)  # two ranks that wait for each other suffer most from busy cores
-    train(load_config(None, [f"data.dir={folder / 'data'}", f"run.dir={folder / 'single'}", *EXACT, "optim.micro_batch_size=64"]))
+    train(
+        load_config(
+            None,
+            [
+                f"data.dir={folder / 'data'}",
+                f"run.dir={folder / 'single'}",
+                *EXACT,
+                "optim.micro_batch_size=64",
+            ],
+        )
+    )
     return folder
 
 
@@ -114,13 +159,22 @@ def test_lora_under_zero3_resumes_without_saving_frozen_weights(folder: Path) ->
         assert [r.get("status") for r in results(folder, name)] == [status] * 2
     assert records(folder / "lora_interrupted") == records(folder / "lora")
     checkpoints = [folder / name / "checkpoints" / "step-00000006" for name in ("lora", "undisturbed2")]
-    adapters, whole = (sum(path.stat().st_size for path in checkpoint.rglob("*optim_states.pt")) for checkpoint in checkpoints)
+    adapters, whole = (
+        sum(path.stat().st_size for path in checkpoint.rglob("*optim_states.pt"))
+        for checkpoint in checkpoints
+    )
     assert adapters < 0.6 * whole
     state = load_file(folder / "lora" / "model" / "model.safetensors")
     # one decoder position attends to itself alone: what its self-attention asks for makes no difference
-    trained = {name: tensor for name, tensor in state.items() if "lora_B" in name and not re.search(r"decoder\..*SelfAttention\.[qk]\.", name)}
+    trained = {
+        name: tensor
+        for name, tensor in state.items()
+        if "lora_B" in name and not re.search(r"decoder\..*SelfAttention\.[qk]\.", name)
+    }
     assert len(trained) > 10
-    assert all(bool(tensor.abs().sum() > 0) for tensor in trained.values()), "gathered, not empty, and trained"
+    assert all(bool(tensor.abs().sum() > 0) for tensor in trained.values()), (
+        "gathered, not empty, and trained"
+    )
 
 
 @pytest.mark.parametrize("stage", ["2", "3"])
@@ -139,7 +193,9 @@ def test_a_decoder_trained_with_lora_under_zero3_is_registered_and_scores(folder
     assert len(trained) == 2 * 7 and all(bool(tensor.abs().sum() > 0) for tensor in trained)
     version = register(folder / name, f"gensr-{name}")
     requests = example_requests(folder / "data", read_manifest(folder / "data"))
-    registered = open_model(f"models:/gensr-{name}/{version}", f"sqlite:///{folder / 'mlflow.db'}").score(requests)
+    registered = open_model(f"models:/gensr-{name}/{version}", f"sqlite:///{folder / 'mlflow.db'}").score(
+        requests
+    )
     for scores, expected in zip(registered, open_model(folder / name).score(requests), strict=True):
         assert scores == pytest.approx(expected, abs=1e-5) and len(set(scores)) > 1
 
@@ -150,13 +206,17 @@ def test_another_learning_rate_is_refused_with_both_values(folder: Path) -> None
         assert "optim.lr" in result["message"] and "was 0.001, is 0.5 now" in result["message"]
 
 
-@pytest.mark.parametrize("name", ["ddp", "zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"])
+@pytest.mark.parametrize(
+    "name", ["ddp", "zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]
+)
 def test_two_processes_train_like_one(folder: Path, name: str) -> None:
     assert [r.get("status") for r in results(folder, name)] == ["finished"] * 2, results(folder, name)
     assert losses(folder / name) == pytest.approx(losses(folder / "single"), abs=1e-5)
     one, two = (load_file(folder / run / "model" / "model.safetensors") for run in ("single", name))
     assert {k: v.shape for k, v in one.items()} == {k: v.shape for k, v in two.items()}
-    assert max(float((one[k] - two[k]).abs().max()) for k in one) < 1e-3  # AdamW turns a rounding error in a gradient near 0 into a step of lr
+    assert (
+        max(float((one[k] - two[k]).abs().max()) for k in one) < 1e-3
+    )  # AdamW turns a rounding error in a gradient near 0 into a step of lr
 
 
 def test_bf16_stays_near_fp32(folder: Path) -> None:

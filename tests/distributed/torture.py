@@ -1,11 +1,13 @@
-"""Kill a training run again and again, at random moments and while it writes checkpoints; it must end as if nothing had happened.
+"""Kill a training run again and again, at random moments and while it writes checkpoints; it must end as if
+nothing had happened.
 
     python -m tests.distributed.torture --kills 30 OUT
 
-Two processes, ZeRO-2, ds_configs/accelerate_cpu_2.yaml, a tiny model with dropout, a checkpoint every second step. SIGKILL hits the launcher and both
-ranks at once, or (every third time) one rank alone; then the same command is given again. --preloaded saves 20 s of imports each
-time. OUT/torture.json and the table at the end say what was hit
-and how long the run took to come back. Raises AssertionError when anything differs from the undisturbed run or is left behind.
+Two processes, ZeRO-2, ds_configs/accelerate_cpu_2.yaml, a tiny model with dropout, a checkpoint every second
+step. SIGKILL hits the launcher and both ranks at once, or (every third time) one rank alone; then the same
+command is given again. --preloaded saves 20 s of imports each time. OUT/torture.json and the table at the end
+say what was hit and how long the run took to come back. Raises AssertionError when anything differs from the
+undisturbed run or is left behind.
 """
 
 import argparse
@@ -59,14 +61,27 @@ class Kill:
     steps_lost: int = 0  # made before the kill and again after it
 
 
-def torture(folder: Path, kills: int, num_steps: int, seed: int = 0, launcher: type[Launched] | type[Preloaded] = Launched) -> list[Kill]:
+def torture(
+    folder: Path,
+    kills: int,
+    num_steps: int,
+    seed: int = 0,
+    launcher: type[Launched] | type[Preloaded] = Launched,
+) -> list[Kill]:
     """Both runs, and every kill. `folder` is empty or new."""
     chance = random.Random(seed)
     make_tiny_folder(folder / "data")
     undisturbed, run_dir = folder / "undisturbed", folder / "tortured"
-    settings = [f"data.dir={folder / 'data'}", *SETTINGS, f"run.max_steps={num_steps}", f"run.validate_every_steps={num_steps}"]
+    settings = [
+        f"data.dir={folder / 'data'}",
+        *SETTINGS,
+        f"run.max_steps={num_steps}",
+        f"run.validate_every_steps={num_steps}",
+    ]
     (folder / "run.yaml").write_text(to_yaml(load_config(None, settings)))
-    assert launcher(folder, undisturbed).returncode(PATIENCE_S) == 0, (folder / "undisturbed.log").read_text()[-3000:]
+    assert launcher(folder, undisturbed).returncode(PATIENCE_S) == 0, (
+        folder / "undisturbed.log"
+    ).read_text()[-3000:]
     history: list[Kill] = []
     while len(history) < kills:
         before, job = last_step(run_dir), launcher(folder, run_dir)
@@ -87,15 +102,21 @@ def torture(folder: Path, kills: int, num_steps: int, seed: int = 0, launcher: t
     return history
 
 
-def await_moment(job: Launched | Preloaded, run_dir: Path, chance: random.Random, saving: bool) -> tuple[str, float]:
-    """Return at the moment to strike: starting, between, saving, or ended when the run was faster; and the seconds until the first new step."""
+def await_moment(
+    job: Launched | Preloaded, run_dir: Path, chance: random.Random, saving: bool
+) -> tuple[str, float]:
+    """Return at the moment to strike: starting, between, saving, or ended when the run was faster; and the
+    seconds until the first new step."""
     begun_s, back_s, first = time.monotonic(), 0.0, last_step(run_dir)
     wanted_steps = chance.randint(0, MAX_STEPS_BEFORE_A_KILL)
     if wanted_steps == 0 and not saving:  # while it starts, or restores
         if job.returncode(chance.uniform(1, 15)) is not None:
             return "ended", 0.0
         return "starting" if last_step(run_dir) == first else "between", 0.0
-    attempts, made = started_attempts(run_dir), -1  # -1 until the log of the interrupted run has been cut back to its checkpoint
+    attempts, made = (
+        started_attempts(run_dir),
+        -1,
+    )  # -1 until the log of the interrupted run has been cut back to its checkpoint
     while time.monotonic() < begun_s + PATIENCE_S:
         if job.returncode() is not None:
             return "ended", back_s
@@ -154,18 +175,33 @@ def check(run_dir: Path, undisturbed: Path) -> None:
     """The end is the undisturbed run's, bit for bit, and nothing else is left."""
     assert records(run_dir) == records(undisturbed), "a step is lost, repeated or different"
     one, other = (load_file(run / "model" / "model.safetensors") for run in (run_dir, undisturbed))
-    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one), "other weights"
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one), (
+        "other weights"
+    )
     left = [path for path in run_dir.rglob("*") if ".partial-" in path.name or path.name.endswith(".tmp")]
     assert not left, f"temporary files: {left}"
 
 
 def table(history: list[Kill]) -> str:
     """Markdown: what was hit × how often, time until all had gone, time to come back, steps made again."""
-    lines = ["| killed | while it was | kills | all gone after, s | back after, s | steps made again |", "|---|---|---|---|---|---|"]
-    for (victim, moment), count in sorted(Counter(("all" if kill.victim == "all" else "one rank", kill.moment) for kill in history).items()):
-        group = [kill for kill in history if ("all" if kill.victim == "all" else "one rank", kill.moment) == (victim, moment)]
+    lines = [
+        "| killed | while it was | kills | all gone after, s | back after, s | steps made again |",
+        "|---|---|---|---|---|---|",
+    ]
+    for (victim, moment), count in sorted(
+        Counter(("all" if kill.victim == "all" else "one rank", kill.moment) for kill in history).items()
+    ):
+        group = [
+            kill
+            for kill in history
+            if ("all" if kill.victim == "all" else "one rank", kill.moment) == (victim, moment)
+        ]
         back = [kill.back_s for kill in group if kill.back_s]
-        spans = (span([kill.ended_s for kill in group]), span(back), f"{max(kill.steps_lost for kill in group)} at most")
+        spans = (
+            span([kill.ended_s for kill in group]),
+            span(back),
+            f"{max(kill.steps_lost for kill in group)} at most",
+        )
         lines.append(f"| {victim} | {moment} | {count} | {' | '.join(spans)} |")
     return "\n".join(lines)
 
@@ -175,18 +211,32 @@ def span(values: list[float]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("out", type=Path)
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--steps", type=int, default=0, help="of the run; 0: six for each kill")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--preloaded", action="store_true", help="fork the ranks from a process that has imported the libraries, in place of a launcher"
+        "--preloaded",
+        action="store_true",
+        help="fork the ranks from a process that has imported the libraries, in place of a launcher",
     )
     arguments = parser.parse_args()
     launcher = Preloaded if arguments.preloaded else Launched
-    history = torture(arguments.out.absolute(), arguments.kills, arguments.steps or 6 * arguments.kills, arguments.seed, launcher)
-    print(table(history), "the end is that of the undisturbed run, bit for bit; nothing is left behind", sep="\n\n")
+    history = torture(
+        arguments.out.absolute(),
+        arguments.kills,
+        arguments.steps or 6 * arguments.kills,
+        arguments.seed,
+        launcher,
+    )
+    print(
+        table(history),
+        "the end is that of the undisturbed run, bit for bit; nothing is left behind",
+        sep="\n\n",
+    )
 
 
 if __name__ == "__main__":

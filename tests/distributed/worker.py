@@ -2,9 +2,10 @@
 
 argv: FOLDER, which holds scenarios.json; writes results-RANK.json.
 
-A scenario is {"name", "overrides", and optionally "deepspeed" (a JSON's name or path, absent = DDP), "stop_at" (step), "resume", "poison" (rank),
-"gradients": true (compare DDP's gradients with the union batch's instead of training)}. A run that continues in another layout also says whether
-weights and AdamW's state came over as they were when the checkpoint was saved.
+A scenario is {"name", "overrides", and optionally "deepspeed" (a JSON's name or path, absent = DDP),
+"stop_at" (step), "resume", "poison" (rank), "gradients": true (compare DDP's gradients with the union batch's
+instead of training)}. A run that continues in another layout also says whether weights and AdamW's state came
+over as they were when the checkpoint was saved.
 """
 
 import contextlib
@@ -19,13 +20,13 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-import trainer.distributed
-import trainer.elastic
-import trainer.train
+import trainer.runs.checkpoint_convert
+import trainer.runtime.distributed
+import trainer.training.loop
 from trainer.config import Config, load_config
 from trainer.errors import GensrError
-from trainer.saving import CheckpointWriter
-from trainer.stopping import StopSignal
+from trainer.runs.checkpoint_writer import CheckpointWriter
+from trainer.runtime.stopping import StopSignal
 
 
 @contextlib.contextmanager
@@ -36,27 +37,36 @@ def kept_group(accelerator: Any) -> Iterator[None]:
         torch.distributed.barrier()
 
 
-trainer.train.process_group = kept_group
+trainer.training.loop.process_group = kept_group
 
 
 def full_states(model: Any, optimizer: Any) -> dict[str, torch.Tensor]:
-    """NAME/fp32, NAME/exp_avg, … of what is trained, whole, through DeepSpeed's debugging interface; on all ranks."""
+    """NAME/fp32, NAME/exp_avg, … of what is trained, whole, through DeepSpeed's debugging interface; on all
+    ranks."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     states = {}
     inner = getattr(model, "basic_optimizer", None) or optimizer.optimizer
     sharded = hasattr(model, "zero_optimization") and model.zero_optimization()
-    if sharded and hasattr(model.optimizer, "_lazy_init_hp_params_optimizer_state"):  # stages 1 and 2 link the first group's state only
+    if sharded and hasattr(
+        model.optimizer, "_lazy_init_hp_params_optimizer_state"
+    ):  # stages 1 and 2 link the first group's state only
         model.optimizer._hp_optimizer_states_linked = False
         model.optimizer._lazy_init_hp_params_optimizer_state()
     for name, parameter in getattr(model, "module", model).named_parameters():
         if parameter.requires_grad:
-            get = (lambda key, p=parameter: safe_get_full_optimizer_state(p, key)) if sharded else (lambda key, p=parameter: inner.state[p][key])
+            get = (
+                (lambda key, p=parameter: safe_get_full_optimizer_state(p, key))
+                if sharded
+                else (lambda key, p=parameter: inner.state[p][key])
+            )
             states[f"{name}/fp32"] = safe_get_full_fp32_param(parameter) if sharded else parameter
             states |= {f"{name}/{key}": get(key) for key in ("exp_avg", "exp_avg_sq")}
     steps = {float(state["step"]) for state in inner.state.values()}
     assert len(steps) == 1
-    return {name: tensor.detach().float().clone() for name, tensor in states.items()} | {"step": torch.tensor(steps.pop())}
+    return {name: tensor.detach().float().clone() for name, tensor in states.items()} | {
+        "step": torch.tensor(steps.pop())
+    }
 
 
 def saved_with_states(self: CheckpointWriter, progress: Any, *rest: Any) -> None:
@@ -66,16 +76,21 @@ def saved_with_states(self: CheckpointWriter, progress: Any, *rest: Any) -> None
         save_file(states, f"{self._folder.parent}-step{progress.step}.states")
 
 
-def loaded_with_states(accelerator: Any, model: Any, optimizer: Any, shapes: Any, found: Any, now: Any) -> Any:
+def loaded_with_states(
+    accelerator: Any, model: Any, optimizer: Any, shapes: Any, found: Any, now: Any
+) -> Any:
     progress = load_other_layout(accelerator, model, optimizer, shapes, found, now)
-    before, after = load_file(f"{found.path.parents[1]}-step{progress.step}.states"), full_states(model, optimizer)
+    before, after = (
+        load_file(f"{found.path.parents[1]}-step{progress.step}.states"),
+        full_states(model, optimizer),
+    )
     converted.append(before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before))
     return progress
 
 
 converted: list[bool] = []
-start_checkpoint, load_other_layout = CheckpointWriter.start, trainer.elastic.load
-CheckpointWriter.start, trainer.elastic.load = saved_with_states, loaded_with_states  # type: ignore[method-assign,assignment]
+start_checkpoint, load_other_layout = CheckpointWriter.start, trainer.runs.checkpoint_convert.load
+CheckpointWriter.start, trainer.runs.checkpoint_convert.load = saved_with_states, loaded_with_states  # type: ignore[method-assign,assignment]
 
 
 def run(scenario: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -87,8 +102,13 @@ def run(scenario: dict[str, Any], folder: Path) -> dict[str, Any]:
         return gradients(config)
     converted.clear()
     with stop_at(scenario.get("stop_at", 0)), poisoned(scenario.get("poison")):
-        result = trainer.train.train(config, "auto" if scenario.get("resume") else "never")
-    return {"status": result.status, "step": result.step, "exit_code": result.exit_code, **({"converted": converted[0]} if converted else {})}
+        result = trainer.training.loop.train(config, "auto" if scenario.get("resume") else "never")
+    return {
+        "status": result.status,
+        "step": result.step,
+        "exit_code": result.exit_code,
+        **({"converted": converted[0]} if converted else {}),
+    }
 
 
 @contextlib.contextmanager
@@ -110,7 +130,7 @@ def stop_at(step: int) -> Iterator[None]:
 @contextlib.contextmanager
 def poisoned(rank: int | None) -> Iterator[None]:
     """The loss of `rank` becomes NaN in the third micro-batch."""
-    from trainer.model.gensr import GenSR
+    from trainer.models.gensr.model import GenSR
 
     original, calls = GenSR.forward, [0]
 
@@ -129,12 +149,13 @@ def poisoned(rank: int | None) -> Iterator[None]:
 
 
 def gradients(config: Config) -> dict[str, Any]:
-    """Largest difference between the gradients of two ranks with half a batch each and of one process with the whole batch."""
+    """Largest difference between the gradients of two ranks with half a batch each and of one process with
+    the whole batch."""
     from data_shards.schema import read_manifest
-    from trainer.catalog import load_tables
-    from trainer.cf.table_file import load_cf
     from trainer.data import TrainStream
-    from trainer.loading import build_model
+    from trainer.data.cf_table import load_cf
+    from trainer.data.item_tables import load_tables
+    from trainer.runs.weights import build_model
 
     folder, rank = config.data.dir, torch.distributed.get_rank()
     manifest = read_manifest(folder)
@@ -146,12 +167,16 @@ def gradients(config: Config) -> dict[str, Any]:
     model(batch)[0].backward()
     whole = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    model.gather = trainer.distributed.gather_rows
+    model.gather = trainer.runtime.distributed.gather_rows
     wrapped = torch.nn.parallel.DistributedDataParallel(model)
     wrapped(batch.rows(rank * size // 2, (rank + 1) * size // 2))[0].backward()
     halves = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     worst = max(float((whole[name] - halves[name]).abs().max()) for name in whole)
-    return {"same_names": set(whole) == set(halves), "worst": worst, "largest": max(float(g.abs().max()) for g in whole.values())}
+    return {
+        "same_names": set(whole) == set(halves),
+        "worst": worst,
+        "largest": max(float(g.abs().max()) for g in whole.values()),
+    }
 
 
 def main(folder: Path) -> None:

@@ -1,4 +1,5 @@
-"""The README is true: every verb, option, key, preset, file and make target it names exists, and its commands run."""
+"""The README is true: every verb, option, key, preset, file and make target it names exists, and its commands
+run."""
 
 import re
 import shlex
@@ -16,12 +17,22 @@ from trainer.config import preset_names
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = [path for path in ROOT.glob("*/README.md") if path.parent.name in ("trainer", "data_shards", "ds_configs", "slurm")] + [ROOT / "README.md"]
+PAGES = [
+    path
+    for path in ROOT.glob("*/README.md")
+    if path.parent.name in ("trainer", "data_shards", "ds_configs", "slurm")
+] + [ROOT / "README.md"]
 COMMAND = typer.main.get_command(app)
 SMALL = {
     "prepare": ["vocab_size=400", "history_max=10", "num_negatives=20"],
     "cf": ["cf.max_epochs=2", "cf.dim=16", "cf.holdout=none"],
-    "train": ["run.max_steps=2", "optim.global_batch_size=8", "optim.micro_batch_size=8", "data.history_max=10", "run.valid_events=8"],
+    "train": [
+        "run.max_steps=2",
+        "optim.global_batch_size=8",
+        "optim.micro_batch_size=8",
+        "data.history_max=10",
+        "run.valid_events=8",
+    ],
     "evaluate": ["--no-baselines"],
 }
 
@@ -51,14 +62,22 @@ def click_command(arguments: list[str]) -> tuple[Any, list[str]]:
     return command, arguments
 
 
-ALL_COMMANDS = [(path, arguments) for path in PAGES for arguments in gensr_commands(path.read_text(encoding="utf-8"))]
+ALL_COMMANDS = [
+    (path, arguments) for path in PAGES for arguments in gensr_commands(path.read_text(encoding="utf-8"))
+]
 
 
-@pytest.mark.parametrize(("path", "arguments"), ALL_COMMANDS, ids=lambda value: " ".join(value) if isinstance(value, list) else value.parent.name)
+@pytest.mark.parametrize(
+    ("path", "arguments"),
+    ALL_COMMANDS,
+    ids=lambda value: " ".join(value) if isinstance(value, list) else value.parent.name,
+)
 def test_commands_exist(path: Path, arguments: list[str]) -> None:
     command, rest = click_command(arguments)
     assert not hasattr(command, "commands"), f"no verb {arguments[0]}"
-    options = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)} | {"--help"}
+    options = {
+        option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)
+    } | {"--help"}
     verb = arguments[0]
     if verb != "submit":  # takes sbatch's options, too
         assert {word.split("=")[0] for word in rest if word.startswith("--")} <= options
@@ -86,7 +105,9 @@ def test_keys_in_the_text_exist() -> None:
 
 
 def test_make_targets_exist() -> None:
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
+    targets = set(
+        re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    )
     for page in (README, (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")):
         assert {word for line in fenced(page) for word in re.findall(r"\bmake ([a-z]+)", line)} <= targets
 
@@ -106,7 +127,11 @@ def test_bring_your_own_logs_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     """The commands as they stand, with a tiny RAW and settings that make them short."""
     write_tables(tmp_path / "RAW")
     monkeypatch.chdir(tmp_path)
-    commands = [shlex.split(line)[1:] for line in fenced(README.split("<!-- run by tests/docs")[1].split("\n## ")[0]) if line.startswith("gensr ")]
+    commands = [
+        shlex.split(line)[1:]
+        for line in fenced(README.split("<!-- run by tests/docs")[1].split("\n## ")[0])
+        if line.startswith("gensr ")
+    ]
     assert len(commands) == 7
     for arguments in commands:
         result = CliRunner().invoke(app, [*arguments, *SMALL.get(arguments[0], [])], catch_exceptions=False)

@@ -1,4 +1,5 @@
-"""What only a GPU can show: the CPU's numbers, no wait in a step, training that is killed and goes on, tables, answers, compiled layers, benchmarks.
+"""What only a GPU can show: the CPU's numbers, no wait in a step, training that is killed and goes on,
+tables, answers, compiled layers, benchmarks.
 
 `make test-gpu`; skipped where there is none, and in `make test`, which hides GPUs (tests/conftest.py).
 """
@@ -24,13 +25,13 @@ from tests.tiny_folder import make_tiny_folder
 from tests.tiny_model import Made, make_tiny_model, move
 from trainer.batch import Batch
 from trainer.bench.model import bench_model
+from trainer.cf.lightgcn import LightGCN, build_graph
 from trainer.config import load_config
 from trainer.data import EvalStream, TrainStream, prefetched
-from trainer.evaluate import evaluate_run
-from trainer.model.gensr import GenSR
-from trainer.model.lightgcn import LightGCN, build_graph
-from trainer.optimizer import make_optimizer
+from trainer.evaluation.sampled import evaluate_run
+from trainer.models.gensr.model import GenSR
 from trainer.serving.recommend import Recommender
+from trainer.training.optimizer import make_optimizer
 
 DEVICE = "cuda"
 pytestmark = [
@@ -64,12 +65,17 @@ def scores_and_gradients(model: GenSR, batch: Batch, bf16: bool = False) -> list
             scores = model.score(batch)
         loss, _ = model(batch)
     loss.backward()
-    return [scores.float().cpu(), *(p.grad.to_dense().float().cpu() for p in model.parameters() if p.grad is not None)]
+    return [
+        scores.float().cpu(),
+        *(p.grad.to_dense().float().cpu() for p in model.parameters() if p.grad is not None),
+    ]
 
 
 @pytest.mark.parametrize("variant", ["paper", "extended"])
 @pytest.mark.parametrize("backbone", BACKBONES)
-def test_scores_and_gradients_are_those_of_the_cpu(make: Callable[..., Made], backbone: str, variant: str) -> None:
+def test_scores_and_gradients_are_those_of_the_cpu(
+    make: Callable[..., Made], backbone: str, variant: str
+) -> None:
     model, batch = make(f"model.backbone={backbone}", f"model.variant={variant}", "model.dropout=0")
     expected = scores_and_gradients(model, batch)
     model.zero_grad()
@@ -88,22 +94,32 @@ def test_bf16_is_near(make: Callable[..., Made], backbone: str) -> None:
     model.zero_grad()
     rounded, *rounded_gradients = scores_and_gradients(model, batch, bf16=True)
     assert float((rounded - exact).abs().max()) < 0.05 * max(1.0, float(exact.abs().max()))
-    one, other = (torch.cat([gradient.flatten() for gradient in gradients]) for gradients in (rounded_gradients, exact_gradients))
+    one, other = (
+        torch.cat([gradient.flatten() for gradient in gradients])
+        for gradients in (rounded_gradients, exact_gradients)
+    )
     assert float(torch.cosine_similarity(one, other, dim=0)) > 0.99
     assert float(one.norm() / other.norm()) == pytest.approx(1.0, abs=0.05)
 
 
-@pytest.mark.parametrize("setting", ["model.dropout=0.1", "model.lora.rank=4", "model.activation_checkpointing=true"])
+@pytest.mark.parametrize(
+    "setting", ["model.dropout=0.1", "model.lora.rank=4", "model.activation_checkpointing=true"]
+)
 @pytest.mark.parametrize("backbone", BACKBONES)
-def test_a_step_waits_for_nothing(make: Callable[..., Made], folder: Path, backbone: str, setting: str) -> None:
-    """torch refuses every wait after the first step, which loads libraries. Batches are pinned and copied by the loader's thread, as in training."""
+def test_a_step_waits_for_nothing(
+    make: Callable[..., Made], folder: Path, backbone: str, setting: str
+) -> None:
+    """torch refuses every wait after the first step, which loads libraries. Batches are pinned and copied by
+    the loader's thread, as in training."""
     config = load_config(None, ["data.history_max=6", f"model.backbone={backbone}", setting])
     model, batch = make("data.history_max=6", f"model.backbone={backbone}", setting)
     move(model, batch, DEVICE)
     model.train()
     optimizer = make_optimizer(model, config.optim)
     stream = TrainStream(folder, read_manifest(folder), config.data, 0, 16, 16, num_folds=2)
-    for number, host_batch in zip(range(3), prefetched(iter(stream), prepare=model.grouped, device=DEVICE), strict=False):
+    for number, host_batch in zip(
+        range(3), prefetched(iter(stream), prepare=model.grouped, device=DEVICE), strict=False
+    ):
         if number:
             torch.cuda.set_sync_debug_mode("error")
         try:
@@ -138,18 +154,27 @@ def test_the_cf_tables_loss_and_gradients_are_those_of_the_cpu() -> None:
     results = []
     for device in ("cpu", DEVICE):
         model.to(device).zero_grad()
-        loss = model.loss(graph.to(device), user.to(device), positive.to(device), negative.to(device), reg=0.01)
+        loss = model.loss(
+            graph.to(device), user.to(device), positive.to(device), negative.to(device), reg=0.01
+        )
         loss.backward()
-        results.append([loss.detach().cpu(), *(p.grad.cpu().clone() for p in model.parameters() if p.grad is not None)])
+        results.append(
+            [loss.detach().cpu(), *(p.grad.cpu().clone() for p in model.parameters() if p.grad is not None)]
+        )
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("launch_file", ["", "accelerate_gpu_1_zero2.yaml"])
 def test_a_training_that_is_killed_goes_on(folder: Path, tmp_path: Path, launch_file: str) -> None:
-    """From the real command, in bf16: every step is there once, the losses are finite and fall, and the model evaluates on the GPU."""
+    """From the real command, in bf16: every step is there once, the losses are finite and fall, and the model
+    evaluates on the GPU."""
     run_dir = tmp_path / "run"
-    launcher = ["-m", "accelerate.commands.launch", "--config_file", str(ds_configs.path(launch_file))] if launch_file else []
+    launcher = (
+        ["-m", "accelerate.commands.launch", "--config_file", str(ds_configs.path(launch_file))]
+        if launch_file
+        else []
+    )
     settings = [
         f"data.dir={folder}", f"run.dir={run_dir}", "model.backbone=scratch:nano", "data.history_max=6", "data.item_tokens=8", "data.history_tokens=4",
         "optim.global_batch_size=16", "optim.micro_batch_size=8", "optim.lr=0.002", "run.precision=bf16", "run.max_steps=400", "run.log_every_steps=1",
@@ -163,27 +188,36 @@ def test_a_training_that_is_killed_goes_on(folder: Path, tmp_path: Path, launch_
             time.sleep(0.02)
         end_with_children(first.pid)
         assert first.wait(60) == -signal.SIGKILL
-        assert subprocess.run(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log).returncode == 0, (tmp_path / "log").read_text()[-3000:]
+        assert subprocess.run(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log).returncode == 0, (
+            tmp_path / "log"
+        ).read_text()[-3000:]
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     losses = {record["step"]: record["loss"] for record in records if record["kind"] == "train"}
     assert list(losses) == list(range(1, 401))
     assert np.isfinite(list(losses.values())).all()
-    assert np.mean([losses[step] for step in range(350, 401)]) < np.mean([losses[step] for step in range(1, 51)])
+    assert np.mean([losses[step] for step in range(350, 401)]) < np.mean(
+        [losses[step] for step in range(1, 51)]
+    )
     assert evaluate_run(run_dir, with_baselines=False)["rec"]["num_events"] > 0
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("bf16", 0.02)])
-def test_answers_are_those_of_the_cpu(prepared: Path, tmp_path: Path, precision: str, tolerance: float) -> None:
+def test_answers_are_those_of_the_cpu(
+    prepared: Path, tmp_path: Path, precision: str, tolerance: float
+) -> None:
     run_dir = make_run(tmp_path, prepared, f"run.precision={precision}")
     on_cpu, on_gpu = (Recommender.from_run(run_dir, device) for device in ("cpu", None))
     assert (on_gpu.scorer.model.tables.cf.device.type, on_gpu.scorer.precision) == (DEVICE, precision)
-    for request in ({"task": "rec", "history": HISTORY, "k": 10, "explain": True}, {"task": "src", "history": HISTORY, "query": "red lamp", "k": 5}):
+    for request in (
+        {"task": "rec", "history": HISTORY, "k": 10, "explain": True},
+        {"task": "src", "history": HISTORY, "query": "red lamp", "k": 5},
+    ):
         one, other = on_gpu.recommend(request), on_cpu.recommend(request)
         assert one["scores"] == pytest.approx(other["scores"], abs=tolerance)
 
 
 def test_scoring_over_several_shapes_makes_no_plan_for_each(make: Callable[..., Made], folder: Path) -> None:
-    """cuDNN's attention would take half a second for each new shape (trainer/model/backbone.py)."""
+    """cuDNN's attention would take half a second for each new shape (trainer/models/backbones/backbone.py)."""
     model, batch = make("model.backbone=scratch:nano")
     move(model.eval(), batch, DEVICE)
     config, manifest = load_config(None, ["data.history_max=6"]), read_manifest(folder)

@@ -1,4 +1,5 @@
-"""The demo's six steps at a hundredth of its size: two processes, ZeRO-2, evaluation, registry; and that it can be called again."""
+"""The demo's six steps at a hundredth of its size: two processes, ZeRO-2, evaluation, registry; and that it
+can be called again."""
 
 import json
 from pathlib import Path
@@ -7,7 +8,7 @@ import pytest
 
 from trainer import demo
 from trainer.errors import RunError
-from trainer.summary import read_evaluation
+from trainer.evaluation.summary import read_evaluation
 from trainer.tracking.store import connect
 
 PRESET = """
@@ -80,7 +81,11 @@ def test_a_failing_launch_is_reported(small: Path) -> None:
 def test_devices_follow_the_machine(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    for name in ("DS_ACCELERATOR", "ACCELERATE_TORCH_DEVICE", "ACCELERATE_USE_CPU"):  # an earlier test of this process may have trained on CPU
+    for name in (
+        "DS_ACCELERATOR",
+        "ACCELERATE_TORCH_DEVICE",
+        "ACCELERATE_USE_CPU",
+    ):  # an earlier test of this process may have trained on CPU
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert demo.devices(demo.PRESET, []) == (2, ["optim.micro_batch_size=8"])

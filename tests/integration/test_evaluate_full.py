@@ -11,13 +11,13 @@ import torch
 
 from data_shards.schema import SPLITS, read_manifest
 from tests.runs import make_run
-from trainer import evaluate_full as module
-from trainer.cf.table_file import load_cf
 from trainer.data import EvalStream, split_columns
+from trainer.data.cf_table import load_cf
 from trainer.errors import RunError
-from trainer.evaluate_full import clicked_items, evaluate_full
-from trainer.loading import load_run_model
-from trainer.summary import full_lines, protocol_line
+from trainer.evaluation import full as module
+from trainer.evaluation.full import clicked_items, evaluate_full
+from trainer.evaluation.summary import full_lines, protocol_line
+from trainer.runs.weights import load_run_model
 
 NUM_EVENTS = 24
 
@@ -33,21 +33,31 @@ def document(run_dir: Path) -> dict[str, Any]:
 
 
 def expected_ranks(run_dir: Path) -> pd.DataFrame:
-    """event_id → rank by GenSR and by LightGCN among all items that the user had not clicked before, the clicked one always among them."""
+    """event_id → rank by GenSR and by LightGCN among all items that the user had not clicked before, the
+    clicked one always among them."""
     model, _, config, manifest = load_run_model(run_dir)
     folder = config.data.dir
-    clicks = pd.concat([pd.DataFrame(split_columns(folder, manifest, split, ["event_id", "user", "item", "time"])) for split in SPLITS])
+    clicks = pd.concat(
+        [
+            pd.DataFrame(split_columns(folder, manifest, split, ["event_id", "user", "item", "time"]))
+            for split in SPLITS
+        ]
+    )
     cf = load_cf(folder, manifest)
     rows = []
     for batch in EvalStream(folder, manifest, "test", config.data, 1, max_events=NUM_EVENTS):
         event = clicks[clicks.event_id == int(batch.event_id)].iloc[0]
         earlier = set(clicks[(clicks.user == event.user) & (clicks.time < event.time)]["item"])
-        items = torch.tensor([item for item in range(manifest.num_items) if item not in earlier or item == event["item"]])
+        items = torch.tensor(
+            [item for item in range(manifest.num_items) if item not in earlier or item == event["item"]]
+        )
         with torch.inference_mode():
             by_model = model.score(batch.with_candidates(items[None], torch.zeros(1, len(items))))[0]
         by_cf = cf.item[items] @ cf.user[int(event.user)]
         place = int((items == event["item"]).nonzero())
-        ranks = [1 + int((s > s[place]).sum()) + (int((s == s[place]).sum()) - 1) / 2 for s in (by_model, by_cf)]
+        ranks = [
+            1 + int((s > s[place]).sum()) + (int((s == s[place]).sum()) - 1) / 2 for s in (by_model, by_cf)
+        ]
         rows.append((int(event.event_id), int(batch.task), *ranks))
     return pd.DataFrame(rows, columns=["event_id", "task", "gensr", "lightgcn"])
 
@@ -57,13 +67,17 @@ def test_ranks_are_those_of_a_plain_loop(run_dir: Path, document: dict[str, Any]
     expected = expected_ranks(run_dir).set_index("event_id")
     written = pd.read_parquet(run_dir / "evaluation-test-full.parquet").set_index("event_id")
     assert len(written) == NUM_EVENTS
-    assert written["rank"].to_numpy() == pytest.approx(expected.loc[written.index, "gensr"].to_numpy(), abs=0.5)
+    assert written["rank"].to_numpy() == pytest.approx(
+        expected.loc[written.index, "gensr"].to_numpy(), abs=0.5
+    )
     for name, task in (("rec", 0), ("src", 1)):
         mine = expected[expected.task == task]
         assert document[name]["num_events"] == len(mine)
         assert document[name]["recall@10"] == pytest.approx((mine.gensr <= 10).mean(), abs=1.5 / len(mine))
     rec = expected[expected.task == 0]
-    assert document["baselines"]["lightgcn"]["rec"]["mrr"] == pytest.approx((1 / rec.lightgcn).mean(), abs=1e-6)
+    assert document["baselines"]["lightgcn"]["rec"]["mrr"] == pytest.approx(
+        (1 / rec.lightgcn).mean(), abs=1e-6
+    )
     assert set(document["baselines"]) == {"popularity", "lightgcn", "bm25"}
 
 
@@ -74,7 +88,10 @@ def test_it_cannot_be_taken_for_the_sampled_one(run_dir: Path, document: dict[st
     protocol = document["protocol"]
     assert protocol["candidates"] == "full"
     assert "num_negatives" not in protocol
-    assert (protocol["num_items"], protocol["num_events"]) == (read_manifest(run_dir.parents[1] / "data").num_items, NUM_EVENTS)
+    assert (protocol["num_items"], protocol["num_events"]) == (
+        read_manifest(run_dir.parents[1] / "data").num_items,
+        NUM_EVENTS,
+    )
     assert protocol_line(document).startswith("full: ")
     assert any("retrieval finds" in line for line in full_lines(document))
     assert 0 < document["rec"]["coverage@10"] <= 1
@@ -82,7 +99,9 @@ def test_it_cannot_be_taken_for_the_sampled_one(run_dir: Path, document: dict[st
     assert document["baselines"]["popularity"]["rec"]["mean_clicks@10"] > document["rec"]["mean_clicks@10"]
 
 
-def test_what_retrieval_misses_counts_nothing(run_dir: Path, document: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_retrieval_misses_counts_nothing(
+    run_dir: Path, document: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "NUM_CANDIDATES", 3)
     monkeypatch.setattr(module, "RETRIEVAL_CUTOFFS", (3, 5))
     few = evaluate_full(run_dir, max_events=NUM_EVENTS, with_baselines=False)
@@ -107,8 +126,12 @@ def test_what_the_user_clicked_before_is_left_out(run_dir: Path) -> None:
             assert clicks.before(event_id).tolist() == mine["item"].tolist()
 
 
-@pytest.mark.parametrize(("change", "message"), [({"split": "train"}, "split must be valid or test"), ({}, "one process")])
-def test_refusals(run_dir: Path, change: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("change", "message"), [({"split": "train"}, "split must be valid or test"), ({}, "one process")]
+)
+def test_refusals(
+    run_dir: Path, change: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if not change:
         for name, value in (("WORLD_SIZE", "2"), ("RANK", "0"), ("LOCAL_RANK", "0")):
             monkeypatch.setenv(name, value)

@@ -1,4 +1,5 @@
-"""The page of `gensr ui` in a real browser (headless Chromium), in front of a real model: what is seen and what happens on clicks."""
+"""The page of `gensr ui` in a real browser (headless Chromium), in front of a real model: what is seen and
+what happens on clicks."""
 
 import shutil
 import socket
@@ -25,7 +26,9 @@ def url(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[st
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    server = uvicorn.Server(uvicorn.Config(make_app(recommender), host="127.0.0.1", port=port, log_level="warning"))
+    server = uvicorn.Server(
+        uvicorn.Config(make_app(recommender), host="127.0.0.1", port=port, log_level="warning")
+    )
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:

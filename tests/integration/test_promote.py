@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from trainer.cli import app
 from trainer.errors import RunError
-from trainer.metrics import compare
+from trainer.evaluation.metrics import compare
 from trainer.registry.promote import judge, promote, rollback
 from trainer.tracking.store import connect
 
@@ -21,7 +21,8 @@ EVENTS = 600  # of each task
 
 
 def write_evaluation(folder: Path, quality: dict[str, float], seed: int = 0, **protocol: Any) -> Path:
-    """Ranks of the same events: a candidate list of 100, the clicked item first with a chance of `quality`, else anywhere."""
+    """Ranks of the same events: a candidate list of 100, the clicked item first with a chance of `quality`,
+    else anywhere."""
     rng = np.random.default_rng(7)  # what is easy and hard is the same for every model
     ease, place = rng.random(2 * EVENTS), rng.integers(1, 100, size=2 * EVENTS).astype(float)
     task = np.repeat(["rec", "src"], EVENTS)
@@ -45,8 +46,11 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture
-def registry(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, str, Callable[..., int]]:
-    """(client, name, add): add(rec=…, src=…) makes a version of the model `name` with the alias candidate and returns its number."""
+def registry(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Any, str, Callable[..., int]]:
+    """(client, name, add): add(rec=…, src=…) makes a version of the model `name` with the alias candidate and
+    returns its number."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
     client, name = connect(store), tmp_path.name
     client.create_registered_model(name)
@@ -85,7 +89,9 @@ def test_first_better_worse_and_back(registry: tuple[Any, str, Callable[..., int
     tags = client.get_model_version(name, str(better)).tags
     assert tags["promote.decision"] == "promoted"
     assert decision.figures["rec"]["difference"] > 0.05
-    assert float(tags["promote.rec.difference"]) == pytest.approx(decision.figures["rec"]["difference"], rel=1e-4)
+    assert float(tags["promote.rec.difference"]) == pytest.approx(
+        decision.figures["rec"]["difference"], rel=1e-4
+    )
     assert float(tags["promote.src.difference"]) == 0
     assert not promote(name).promoted  # the champion already
     assert client.get_model_version(name, str(better)).tags["promote.decision"] == "promoted"
@@ -128,7 +134,9 @@ def test_equal_models_do_not_change_places(registry: tuple[Any, str, Callable[..
         ({"evaluated": False}, "holds no evaluation"),
     ],
 )
-def test_what_cannot_be_compared_is_refused(registry: tuple[Any, str, Callable[..., int]], other: dict[str, Any], message: str) -> None:
+def test_what_cannot_be_compared_is_refused(
+    registry: tuple[Any, str, Callable[..., int]], other: dict[str, Any], message: str
+) -> None:
     client, name, add = registry
     first = add()
     promote(name)
@@ -169,4 +177,6 @@ def test_command(registry: tuple[Any, str, Callable[..., int]]) -> None:
     assert "dry run: nothing was changed" in shown.stdout
     assert "rec  ndcg@10, sampled" in shown.stdout
     assert CliRunner().invoke(app, ["promote", name]).exit_code == 0
-    assert json.loads(CliRunner().invoke(app, ["promote", name, "--rollback", "--json"]).stdout)["champion"] == 1
+    assert (
+        json.loads(CliRunner().invoke(app, ["promote", name, "--rollback", "--json"]).stdout)["champion"] == 1
+    )

@@ -43,21 +43,34 @@ def recommender(run_dir: Path) -> Recommender:
 def test_ranking_is_that_of_scoring_the_candidates(recommender: Recommender) -> None:
     """All items retrieved: the answer is the model's own order of the catalogue without the history."""
     others = [item for item in recommender.scorer.item_ids if item not in ("i3", "i7")]
-    scores = dict(zip(others, recommender.scorer.score({"history": HISTORY, "task": "rec", "candidates": others}), strict=True))
+    scores = dict(
+        zip(
+            others,
+            recommender.scorer.score({"history": HISTORY, "task": "rec", "candidates": others}),
+            strict=True,
+        )
+    )
     answer = recommender.recommend({"history": HISTORY, "task": "rec", "k": 12, "num_candidates": 1000})
-    assert [item["score"] for item in answer["items"]] == pytest.approx(sorted(scores.values(), reverse=True)[:12], abs=1e-5)
+    assert [item["score"] for item in answer["items"]] == pytest.approx(
+        sorted(scores.values(), reverse=True)[:12], abs=1e-5
+    )
     assert all(item["score"] == pytest.approx(scores[item["item_id"]], abs=1e-5) for item in answer["items"])
-    seen_too = recommender.recommend({"history": HISTORY, "task": "rec", "k": 1000, "num_candidates": 1000, "include_seen": True})
+    seen_too = recommender.recommend(
+        {"history": HISTORY, "task": "rec", "k": 1000, "num_candidates": 1000, "include_seen": True}
+    )
     assert {item["item_id"] for item in seen_too["items"]} == set(recommender.scorer.item_ids)
 
 
 def test_new_items_are_found_by_their_text(recommender: Recommender) -> None:
-    """No clicks, so no CF vector: the semantic side alone can bring it, for a query and for a similar history."""
+    """No clicks, so no CF vector: the semantic side alone can bring it, for a query and for a similar
+    history."""
     row = recommender.scorer.item_ids.index("brand-new")
     assert not recommender.scorer.model.tables.cf[row].any()
     query = recommender.scorer.query_vectors(["xylophone mallet"])[0]
     assert row in recommender.candidates([], query, "src", 5, [])
-    answer = recommender.recommend({"history": [], "task": "src", "query": "xylophone mallet", "k": 5, "num_candidates": 5})
+    answer = recommender.recommend(
+        {"history": [], "task": "src", "query": "xylophone mallet", "k": 5, "num_candidates": 5}
+    )
     assert "brand-new" in [item["item_id"] for item in answer["items"]]
     liked = [recommender.scorer.item_ids.index("brand-new")]
     assert recommender.candidates(liked, None, "rec", 3, [])[0] == row
@@ -66,19 +79,31 @@ def test_new_items_are_found_by_their_text(recommender: Recommender) -> None:
 def test_user_id_stands_for_all_clicks_of_the_user(run_dir: Path, recommender: Recommender) -> None:
     folder = run_dir.parents[1] / "data"
     manifest = read_manifest(folder)
-    clicks = pd.concat([pd.DataFrame(split_columns(folder, manifest, split, ["user", "item", "task", "time"])) for split in SPLITS])
+    clicks = pd.concat(
+        [
+            pd.DataFrame(split_columns(folder, manifest, split, ["user", "item", "task", "time"]))
+            for split in SPLITS
+        ]
+    )
     users = pd.read_parquet(folder / "catalog" / "users.parquet")["user_id"].tolist()
     mine = clicks[clicks.user == users.index("u3")].sort_values("time")
     history = [
-        {"item_id": recommender.scorer.item_ids[item], "task": ("rec", "src")[task]} for item, task in zip(mine["item"], mine["task"], strict=True)
+        {"item_id": recommender.scorer.item_ids[item], "task": ("rec", "src")[task]}
+        for item, task in zip(mine["item"], mine["task"], strict=True)
     ]
     request = {"task": "rec", "k": 5}
-    assert recommender.recommend({**request, "user_id": "u3"}) == recommender.recommend({**request, "history": history})
-    assert not {e["item_id"] for e in history} & {i["item_id"] for i in recommender.recommend({**request, "user_id": "u3"})["items"]}
+    assert recommender.recommend({**request, "user_id": "u3"}) == recommender.recommend(
+        {**request, "history": history}
+    )
+    assert not {e["item_id"] for e in history} & {
+        i["item_id"] for i in recommender.recommend({**request, "user_id": "u3"})["items"]
+    }
 
 
 def test_weights_explain_each_item(recommender: Recommender) -> None:
-    answer = recommender.recommend({"history": HISTORY, "task": "rec", "k": 3, "explain": True, "with_text": True})
+    answer = recommender.recommend(
+        {"history": HISTORY, "task": "rec", "k": 3, "explain": True, "with_text": True}
+    )
     for item in answer["items"]:
         assert [weight["item_id"] for weight in item["weights"]] == ["i3", "i7"]
         assert sum(weight["cf"] for weight in item["weights"]) == pytest.approx(1, abs=1e-5)
@@ -133,13 +158,25 @@ def test_commands(run_dir: Path, tmp_path: Path) -> None:
     def call(*arguments: str) -> Any:
         return CliRunner().invoke(app, [arguments[0], str(run_dir), *arguments[1:]])
 
-    document = json.loads(call("recommend", "--history", str(tmp_path / "history.json"), "-k", "4", "--json").stdout)
+    document = json.loads(
+        call("recommend", "--history", str(tmp_path / "history.json"), "-k", "4", "--json").stdout
+    )
     assert len(document["items"]) == 4
     assert np.diff([item["score"] for item in document["items"]]).max() <= 0
-    found = json.loads(call("search", "--query", "xylophone mallet", "--candidates", "3", "-k", "3", "--json").stdout)
+    found = json.loads(
+        call("search", "--query", "xylophone mallet", "--candidates", "3", "-k", "3", "--json").stdout
+    )
     assert "brand-new" in [item["item_id"] for item in found["items"]]
-    assert "xylophone mallet brand new" in call("search", "--query", "xylophone mallet", "--candidates", "3").stdout
-    for arguments in (["recommend"], ["recommend", "--user", "nobody"], ["search", "--query", " "], ["search", "--query", "x", "-k", "0"]):
+    assert (
+        "xylophone mallet brand new"
+        in call("search", "--query", "xylophone mallet", "--candidates", "3").stdout
+    )
+    for arguments in (
+        ["recommend"],
+        ["recommend", "--user", "nobody"],
+        ["search", "--query", " "],
+        ["search", "--query", "x", "-k", "0"],
+    ):
         result = call(*arguments)
         assert result.exit_code == 1
         assert isinstance(result.exception, GensrError)

@@ -14,8 +14,8 @@ from data_shards.schema import read_manifest
 from tests.runs import make_run
 from trainer.data import EvalStream
 from trainer.errors import RequestError, RunError
-from trainer.loading import load_run_model
 from trainer.registry.versions import open_model, register, requirements
+from trainer.runs.weights import load_run_model
 from trainer.serving.scorer import Scorer, read_item_ids
 from trainer.tracking.store import connect
 
@@ -38,14 +38,21 @@ def version(run_dir: Path) -> int:
 def requests() -> list[dict[str, Any]]:
     history = [{"item_id": "i3", "task": "rec"}, {"item_id": "i7", "task": "src"}]
     return [
-        {"user_id": "u1", "history": history, "task": "rec", "query": None, "candidates": ["i1", "i2", "i3", "i4"]},
+        {
+            "user_id": "u1",
+            "history": history,
+            "task": "rec",
+            "query": None,
+            "candidates": ["i1", "i2", "i3", "i4"],
+        },
         {"history": history, "task": "src", "query": "red lamp", "candidates": ["i9", "i2"]},
         {"history": [], "task": "rec", "candidates": ["i5"]},
     ]
 
 
 def test_stored_events_get_the_scores_of_evaluation(run_dir: Path, scorer: Scorer) -> None:
-    """A request made from a test event by its original ids scores like the event itself, whichever way queries are encoded."""
+    """A request made from a test event by its original ids scores like the event itself, whichever way
+    queries are encoded."""
     model, _, config, manifest = load_run_model(run_dir)
     catalog = Path(config.data.dir) / "catalog"
     item_ids = read_item_ids(catalog / "items.parquet")
@@ -56,7 +63,12 @@ def test_stored_events_get_the_scores_of_evaluation(run_dir: Path, scorer: Score
     for row in range(batch.num_events):
         history = [
             {"item_id": item_ids[i], "task": ("rec", "src")[t]}
-            for i, t, real in zip(batch.history_items[row].tolist(), batch.history_tasks[row].tolist(), batch.history_mask[row].tolist(), strict=True)
+            for i, t, real in zip(
+                batch.history_items[row].tolist(),
+                batch.history_tasks[row].tolist(),
+                batch.history_mask[row].tolist(),
+                strict=True,
+            )
             if real
         ]
         query = int(batch.query[row])
@@ -88,8 +100,14 @@ def test_long_candidate_lists_are_split(scorer: Scorer, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"candidates": ["i1", "nope", "gone"]}, "candidates: the model does not know the items 'nope', 'gone'"),
-        ({"history": [{"item_id": "lost", "task": "rec"}]}, "history: the model does not know the items 'lost'"),
+        (
+            {"candidates": ["i1", "nope", "gone"]},
+            "candidates: the model does not know the items 'nope', 'gone'",
+        ),
+        (
+            {"history": [{"item_id": "lost", "task": "rec"}]},
+            "history: the model does not know the items 'lost'",
+        ),
         ({"candidates": []}, "candidates is empty"),
         ({"candidates": "i1"}, "candidates must be a list"),
         ({"history": ["i1"]}, "history entries look like"),
@@ -105,7 +123,9 @@ def test_bad_requests_are_named(scorer: Scorer, change: dict[str, Any], message:
     assert "request 2" in str(caught.value)
 
 
-def test_registered_version_scores_without_the_training_data(run_dir: Path, version: int, scorer: Scorer, tmp_path: Path) -> None:
+def test_registered_version_scores_without_the_training_data(
+    run_dir: Path, version: int, scorer: Scorer, tmp_path: Path
+) -> None:
     uri = f"sqlite:///{run_dir.parent / 'mlflow.db'}"
     data = run_dir.parents[1] / "data"
     expected = scorer.score_many(requests())
@@ -115,7 +135,8 @@ def test_registered_version_scores_without_the_training_data(run_dir: Path, vers
         other = (
             "import json, mlflow, pandas as pd, sys\n"
             "loaded = mlflow.pyfunc.load_model('models:/gensr-test@candidate')\n"
-            "print(json.dumps([list(s) for s in loaded.predict(pd.DataFrame(json.loads(sys.argv[1])))['scores']]))"
+            "print(json.dumps([list(s) for s in "
+            "loaded.predict(pd.DataFrame(json.loads(sys.argv[1])))['scores']]))"
         )
         environment = {
             "MLFLOW_TRACKING_URI": uri,
@@ -125,7 +146,12 @@ def test_registered_version_scores_without_the_training_data(run_dir: Path, vers
             "MLFLOW_DISABLE_TELEMETRY": "true",
         }
         done = subprocess.run(
-            [sys.executable, "-c", other, json.dumps(requests())], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=250
+            [sys.executable, "-c", other, json.dumps(requests())],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=250,
         )
         assert done.returncode == 0, done.stderr
         for scores in (got, json.loads(done.stdout.splitlines()[-1])):
@@ -150,7 +176,11 @@ def test_registered_version_answers_both_kinds_of_requests(pyfunc: Any, scorer: 
     assert answers["scores"][0] == pytest.approx(scorer.score(requests()[0]), abs=1e-5)
     items = answers["items"][1]
     assert len(items) == 3
-    assert [item["score"] for item in items] == sorted((item["score"] for item in items), reverse=True) == answers["scores"][1]
+    assert (
+        [item["score"] for item in items]
+        == sorted((item["score"] for item in items), reverse=True)
+        == answers["scores"][1]
+    )
     assert not {item["item_id"] for item in items} & {"i3", "i7"}
     assert {answers["model"][1][key] for key in ("name", "version")} == {"gensr-test", "1"}
 
@@ -159,7 +189,19 @@ def test_answers_travel_as_json(pyfunc: Any) -> None:
     """The body that MLflow's scoring server reads and writes."""
     from mlflow.pyfunc import scoring_server
 
-    body = json.dumps({"dataframe_records": [{"task": "src", "query": "garden lamp", "k": 2, "explain": True, "history": requests()[0]["history"]}]})
+    body = json.dumps(
+        {
+            "dataframe_records": [
+                {
+                    "task": "src",
+                    "query": "garden lamp",
+                    "k": 2,
+                    "explain": True,
+                    "history": requests()[0]["history"],
+                }
+            ]
+        }
+    )
     answer = scoring_server.invocations(body, "application/json", pyfunc, pyfunc.metadata.get_input_schema())
     assert answer.status == 200
     items = json.loads(answer.response)["predictions"][0]["items"]
@@ -230,14 +272,19 @@ def test_register_again_makes_the_next_version_and_keeps_the_run(run_dir: Path, 
 
 
 def test_requirements_cover_what_serving_imports() -> None:
-    """A machine with the version's requirements can import all that answering imports, also without what only training and evaluation use."""
+    """A machine with the version's requirements can import all that answering imports, also without what only
+    training and evaluation use."""
     only_training = {"accelerate", "bm25s", "deepspeed", "matplotlib", "ninja", "rich", "typer"}
     assert not only_training & {requirement.split("==")[0].lower() for requirement in requirements()}
     code = (
-        "import sys; sys.modules.update(dict.fromkeys(sys.argv[1:]))\n"  # None there: the package cannot be imported
-        "import trainer.serving.recommend, data_shards.text, tokenizers, pandas; from trainer.model import backbone; import transformers.models.t5.modeling_t5"
+        # None there: the package cannot be imported
+        "import sys; sys.modules.update(dict.fromkeys(sys.argv[1:]))\n"
+        "import trainer.serving.recommend, data_shards.text, tokenizers, pandas; from trainer.models.backbones import "
+        "backbone; import transformers.models.t5.modeling_t5"
     )
-    done = subprocess.run([sys.executable, "-c", code, *only_training], capture_output=True, text=True, timeout=250)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *only_training], capture_output=True, text=True, timeout=250
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -259,7 +306,9 @@ def test_anonymised_words(prepared_words: Path, tmp_path: Path) -> None:
     version = open_model("models:/words@candidate", f"sqlite:///{run_dir.parent / 'mlflow.db'}")
     assert version.score([request])[0] == pytest.approx(scorer.score(request), abs=1e-5)
     assert version.scorer.precision == "bf16"  # a GPU would score as it evaluated
-    found = version.recommend({"task": "src", "query": vocabulary[:2], "k": 5, "num_candidates": 5, "with_text": True})["items"]
+    found = version.recommend(
+        {"task": "src", "query": vocabulary[:2], "k": 5, "num_candidates": 5, "with_text": True}
+    )["items"]
     assert len(found) == 5
     assert all(item["text"] for item in found)
 

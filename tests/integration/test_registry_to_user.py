@@ -1,4 +1,5 @@
-"""The way of a model to its users on a real MLflow server and real HTTP: trained while the server dies, champion, served without the training data."""
+"""The way of a model to its users on a real MLflow server and real HTTP: trained while the server dies,
+champion, served without the training data."""
 
 import json
 import os
@@ -16,8 +17,8 @@ import pytest
 
 from tests.mlflow_server import Server, free_port, wait_until_up
 from trainer.cf.tables import train_cf
-from trainer.evaluate import evaluate_run
-from trainer.evaluate_full import evaluate_full
+from trainer.evaluation.full import evaluate_full
+from trainer.evaluation.sampled import evaluate_run
 from trainer.registry.promote import promote
 from trainer.registry.versions import register
 from trainer.serving.recommend import Recommender
@@ -52,7 +53,9 @@ def ask(url: str, body: Any) -> tuple[int, dict[str, Any]]:
         return error.code, json.loads(error.read())
 
 
-def test_from_training_to_a_served_champion(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_from_training_to_a_served_champion(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shutil.copytree(prepared, tmp_path / "data")
     train_cf(tmp_path / "data", ["cf.dim=16", "cf.max_epochs=2", "cf.holdout=none", "overwrite=true"])
     server, run_dir = Server(tmp_path), tmp_path / "runs" / "one"
@@ -80,9 +83,23 @@ def test_from_training_to_a_served_champion(prepared: Path, tmp_path: Path, monk
 def train_while_the_server_dies(folder: Path, server: Server) -> None:
     """Every point of every step is on the server in the end, once."""
     metrics = folder / "runs" / "one" / "metrics.jsonl"
-    arguments = ["train", "demo", "data.dir=data", "run.dir=runs/one", f"tracking.uri={server.uri}", *SETTINGS]
+    arguments = [
+        "train",
+        "demo",
+        "data.dir=data",
+        "run.dir=runs/one",
+        f"tracking.uri={server.uri}",
+        *SETTINGS,
+    ]
     with (folder / "train.log").open("w") as log:
-        training = subprocess.Popen(command(*arguments), cwd=folder, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
+        training = subprocess.Popen(
+            command(*arguments),
+            cwd=folder,
+            stdout=log,
+            stderr=log,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
     while not metrics.is_file() or len(metrics.read_text().splitlines()) < 5:
         assert training.poll() is None, (folder / "train.log").read_text()[-3000:]
         time.sleep(0.05)
@@ -96,7 +113,9 @@ def train_while_the_server_dies(folder: Path, server: Server) -> None:
     assert training.wait(600) == 0, (folder / "train.log").read_text()[-3000:]
     (tracked,) = server.client.search_runs([server.client.get_experiment_by_name("gensr").experiment_id])
     assert tracked.info.status == "FINISHED"
-    assert [point.step for point in server.client.get_metric_history(tracked.info.run_id, "train/loss")] == list(range(1, 61))
+    assert [
+        point.step for point in server.client.get_metric_history(tracked.info.run_id, "train/loss")
+    ] == list(range(1, 61))
 
 
 def serve_and_ask(folder: Path, server: Server, expected: dict[str, Any]) -> None:
@@ -104,12 +123,16 @@ def serve_and_ask(folder: Path, server: Server, expected: dict[str, Any]) -> Non
     url = f"http://127.0.0.1:{(port := free_port())}"
     arguments = ["serve", "models:/gensr-user@champion", "--port", str(port), "--uri", server.uri]
     with (folder / "serve.log").open("w") as log:
-        service = subprocess.Popen(command(*arguments), cwd=folder, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+        service = subprocess.Popen(
+            command(*arguments), cwd=folder, stdout=log, stderr=log, stdin=subprocess.DEVNULL
+        )
     try:
         wait_until_up(f"{url}/ready", service, folder / "serve.log")
         status, answer = ask(f"{url}/recommend", {"history": HISTORY, "k": 5})
         assert status == 200
-        assert [item["item_id"] for item in answer["items"]] == [item["item_id"] for item in expected["items"]]
+        assert [item["item_id"] for item in answer["items"]] == [
+            item["item_id"] for item in expected["items"]
+        ]
         assert answer["scores"] == pytest.approx(expected["scores"], abs=1e-6)
         assert (answer["model"]["name"], str(answer["model"]["version"])) == ("gensr-user", "1")
         assert ask(f"{url}/search", {"history": [], "query": "red lamp", "k": 3})[0] == 200
@@ -122,9 +145,16 @@ def serve_and_ask(folder: Path, server: Server, expected: dict[str, Any]) -> Non
 
 
 def mlflow_serves(folder: Path, server: Server, expected: dict[str, Any]) -> None:
-    """`mlflow models serve` gives the same answer from the same version; its mistakes are a 400 with the reason, too."""
+    """`mlflow models serve` gives the same answer from the same version; its mistakes are a 400 with the
+    reason, too."""
     url = f"http://127.0.0.1:{(port := free_port())}"
-    command = [str(Path(sys.executable).with_name("mlflow")), "models", "serve", "-m", "models:/gensr-user@champion"]
+    command = [
+        str(Path(sys.executable).with_name("mlflow")),
+        "models",
+        "serve",
+        "-m",
+        "models:/gensr-user@champion",
+    ]
     with (folder / "mlflow-serve.log").open("w") as log:
         service = subprocess.Popen(
             [*command, "--env-manager", "local", "--host", "127.0.0.1", "--port", str(port)],
@@ -132,13 +162,22 @@ def mlflow_serves(folder: Path, server: Server, expected: dict[str, Any]) -> Non
         )  # fmt: skip
     try:
         wait_until_up(f"{url}/ping", service, folder / "mlflow-serve.log")
-        status, answer = ask(f"{url}/invocations", {"dataframe_records": [{"task": "rec", "history": HISTORY, "k": 5}]})
+        status, answer = ask(
+            f"{url}/invocations", {"dataframe_records": [{"task": "rec", "history": HISTORY, "k": 5}]}
+        )
         assert status == 200
         (prediction,) = answer["predictions"]
-        assert [item["item_id"] for item in prediction["items"]] == [item["item_id"] for item in expected["items"]]
+        assert [item["item_id"] for item in prediction["items"]] == [
+            item["item_id"] for item in expected["items"]
+        ]
         assert prediction["scores"] == pytest.approx(expected["scores"], abs=1e-6)
         status, answer = ask(
-            f"{url}/invocations", {"dataframe_records": [{"task": "rec", "history": [{"item_id": "nothing", "task": "rec"}], "k": 5}]}
+            f"{url}/invocations",
+            {
+                "dataframe_records": [
+                    {"task": "rec", "history": [{"item_id": "nothing", "task": "rec"}], "k": 5}
+                ]
+            },
         )
         assert status == 400
         assert "does not know" in json.dumps(answer)

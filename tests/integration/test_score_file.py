@@ -1,4 +1,5 @@
-"""Batch scoring: parts add up to the whole, answers are those of single requests, a bad row is named or kept, nothing is overwritten."""
+"""Batch scoring: parts add up to the whole, answers are those of single requests, a bad row is named or kept,
+nothing is overwritten."""
 
 import json
 from pathlib import Path
@@ -35,7 +36,16 @@ def requests() -> list[dict[str, Any]]:
         history = [{"item_id": f"i{number % 7}", "task": "rec"}]
         candidates = [f"i{(number + step) % 20}" for step in range(1 + number % 4)]
         search = {"task": "src", "query": "red lamp", "candidates": None}
-        rows.append({"id": number, "history": history, "task": "rec", "query": None, "candidates": candidates, **(search if number % 3 == 2 else {})})
+        rows.append(
+            {
+                "id": number,
+                "history": history,
+                "task": "rec",
+                "query": None,
+                "candidates": candidates,
+                **(search if number % 3 == 2 else {}),
+            }
+        )
     return rows
 
 
@@ -64,14 +74,20 @@ def test_lines_in_lines_out(recommender: Recommender, tmp_path: Path) -> None:
     source, out = tmp_path / "requests.jsonl", tmp_path / "answers.jsonl"
     source.write_text("".join(json.dumps(row) + "\n\n" for row in requests()))
     seen: list[tuple[int, int]] = []
-    assert score_file(recommender, source, out, progress=lambda done, total: seen.append((done, total))) == NUM_REQUESTS
+    assert (
+        score_file(recommender, source, out, progress=lambda done, total: seen.append((done, total)))
+        == NUM_REQUESTS
+    )
     answers = [json.loads(line) for line in out.read_text().splitlines()]
     assert [len(answer["scores"]) for answer in answers[:3]] == [1, 2, 10]
     assert seen[-1] == (NUM_REQUESTS, NUM_REQUESTS)
 
 
 def test_a_bad_row_is_named_and_leaves_no_file(recommender: Recommender, tmp_path: Path) -> None:
-    source, out = parquet(tmp_path / "requests.parquet", [*requests()[:7], {**requests()[0], **BAD}]), tmp_path / "out.parquet"
+    source, out = (
+        parquet(tmp_path / "requests.parquet", [*requests()[:7], {**requests()[0], **BAD}]),
+        tmp_path / "out.parquet",
+    )
     with pytest.raises(RequestError, match=r"requests\.parquet, rows 6 to 8: request 3: .*'nothing'"):
         score_file(recommender, source, out)
     assert [path.name for path in tmp_path.iterdir()] == ["requests.parquet"]

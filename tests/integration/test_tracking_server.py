@@ -1,4 +1,5 @@
-"""A real tracking server: killed in the middle of a run and started again; and runs that were made without one, imported."""
+"""A real tracking server: killed in the middle of a run and started again; and runs that were made without
+one, imported."""
 
 import json
 import threading
@@ -14,12 +15,12 @@ from tests.mlflow_server import Server
 from tests.tiny_folder import make_tiny_folder
 from trainer.config import load_config
 from trainer.errors import EnvironmentProblem, RunError
-from trainer.runs_import import import_runs
-from trainer.sweep import summarize
+from trainer.experiments.import_runs import import_runs
+from trainer.experiments.sweep import summarize
 from trainer.tracking import delivery
 from trainer.tracking.delivery import SPOOL_NAME
 from trainer.tracking.tracker import Tracker
-from trainer.train import train
+from trainer.training.loop import train
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 SETTINGS = [
@@ -51,7 +52,17 @@ def offline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("offline")
     make_tiny_folder(folder / "data")
     for name, lr in (("00-a", "1e-3"), ("01-b", "1e-2")):
-        train(load_config(None, [f"data.dir={folder / 'data'}", f"run.dir={folder / 'sweep' / name}", *SETTINGS, f"optim.lr={lr}"]))
+        train(
+            load_config(
+                None,
+                [
+                    f"data.dir={folder / 'data'}",
+                    f"run.dir={folder / 'sweep' / name}",
+                    *SETTINGS,
+                    f"optim.lr={lr}",
+                ],
+            )
+        )
     assert summarize(folder / "sweep")["mlflow_run_id"]
     return folder / "sweep"
 
@@ -59,8 +70,13 @@ def offline(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def everything(client: MlflowClient, run_id: str) -> dict[str, Any]:
     """What makes two runs the same: settings, points with steps and times, dataset, files, status, times."""
     run = client.get_run(run_id)
-    points = {key: sorted((p.step, p.timestamp, p.value) for p in client.get_metric_history(run_id, key)) for key in run.data.metrics}
-    files = sorted(entry.path for folder in ("", "report") for entry in client.list_artifacts(run_id, folder or None))
+    points = {
+        key: sorted((p.step, p.timestamp, p.value) for p in client.get_metric_history(run_id, key))
+        for key in run.data.metrics
+    }
+    files = sorted(
+        entry.path for folder in ("", "report") for entry in client.list_artifacts(run_id, folder or None)
+    )
     return {
         "params": run.data.params,
         "points": points,
@@ -71,7 +87,9 @@ def everything(client: MlflowClient, run_id: str) -> dict[str, Any]:
     }
 
 
-def test_a_server_killed_in_the_middle_of_a_run_loses_nothing(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_killed_in_the_middle_of_a_run_loses_nothing(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(delivery, "RETRY_EVERY_S", 0.2)
     config = load_config(None, [f"tracking.uri={server.uri}"])
     tracker = Tracker.start(config, tmp_path, {"git": {"commit": "0123abc"}})
@@ -88,12 +106,18 @@ def test_a_server_killed_in_the_middle_of_a_run_loses_nothing(server: Server, tm
     server.start()
     tracker.finish("FINISHED")
     assert not (tmp_path / SPOOL_NAME).exists()
-    assert [p.step for p in server.client.get_metric_history(tracker.run_id, "train/loss")] == list(range(300))
-    assert [entry.path for entry in server.client.list_artifacts(tracker.run_id, "report")] == ["report/loss.png"]
+    assert [p.step for p in server.client.get_metric_history(tracker.run_id, "train/loss")] == list(
+        range(300)
+    )
+    assert [entry.path for entry in server.client.list_artifacts(tracker.run_id, "report")] == [
+        "report/loss.png"
+    ]
     assert server.client.get_run(tracker.run_id).info.status == "FINISHED"
 
 
-def test_a_run_that_began_before_its_server_gets_there(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_began_before_its_server_gets_there(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(delivery, "RETRY_EVERY_S", 0.2)
     monkeypatch.setattr("trainer.tracking.tracker.OPEN_WAIT_S", 0.5)
     monkeypatch.setattr("trainer.tracking.tracker.STOP_WAIT_S", 60.0)  # on a busy machine
@@ -104,10 +128,16 @@ def test_a_run_that_began_before_its_server_gets_there(server: Server, tmp_path:
     server.start()
     tracker.finish("KILLED")
     run = server.client.get_run(tracker.run_id)
-    assert (run.info.status, run.data.metrics, run.info.run_name) == ("KILLED", {"train/loss": 1.0}, tmp_path.name)
+    assert (run.info.status, run.data.metrics, run.info.run_name) == (
+        "KILLED",
+        {"train/loss": 1.0},
+        tmp_path.name,
+    )
 
 
-def test_a_server_that_is_down_at_the_end_gets_the_end_when_it_is_back(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_is_down_at_the_end_gets_the_end_when_it_is_back(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Short runs are over before a server that is started again takes its first request."""
     monkeypatch.setattr("trainer.tracking.tracker.FINISH_WAIT_S", 240.0)
     tracker = Tracker.start(load_config(None, [f"tracking.uri={server.uri}"]), tmp_path, {})
@@ -139,20 +169,38 @@ def test_runs_of_an_offline_node_are_imported_once(server: Server, offline: Path
         copy = everything(server.client, done[name].run_id)
         assert copy == everything(local, source_id)
         assert copy["points"]["train/loss"][-1][0] == 4 and copy["dataset"] and "config.yaml" in copy["files"]
-        assert server.client.get_run(done[name].run_id).data.tags["mlflow.parentRunId"] == done["sweep"].run_id
+        assert (
+            server.client.get_run(done[name].run_id).data.tags["mlflow.parentRunId"] == done["sweep"].run_id
+        )
     before = {run.run: everything(server.client, run.run_id) for run in done.values()}
     again = import_runs(str(offline / "mlflow.db"), server.uri)
     assert [(run.new, run.added) for run in again] == [(False, 0)] * 3
     assert {run.run: everything(server.client, run.run_id) for run in again} == before
-    folder_again = import_runs(str(offline / "00-a"), server.uri)  # the folder of a run that came with the database
+    folder_again = import_runs(
+        str(offline / "00-a"), server.uri
+    )  # the folder of a run that came with the database
     assert [(run.run_id, run.new) for run in folder_again] == [(done["00-a"].run_id, False)]
-    assert everything(server.client, done["00-a"].run_id)["points"]["train/loss"] == before["00-a"]["points"]["train/loss"]
+    assert (
+        everything(server.client, done["00-a"].run_id)["points"]["train/loss"]
+        == before["00-a"]["points"]["train/loss"]
+    )
 
 
 def test_a_run_folder_alone_is_enough(server: Server, offline: Path, tmp_path: Path) -> None:
-    """Never tracked: points with their steps, settings, dataset, pictures and status come from the folder's own files."""
+    """Never tracked: points with their steps, settings, dataset, pictures and status come from the folder's
+    own files."""
     run_dir = tmp_path / "untracked"
-    train(load_config(None, [f"data.dir={offline.parent / 'data'}", f"run.dir={run_dir}", *SETTINGS, "tracking.enabled=false"]))
+    train(
+        load_config(
+            None,
+            [
+                f"data.dir={offline.parent / 'data'}",
+                f"run.dir={run_dir}",
+                *SETTINGS,
+                "tracking.enabled=false",
+            ],
+        )
+    )
     evaluation = {"rec": {"ndcg@10": 0.25, "num_events": 8}, "protocol": {}}
     (run_dir / "evaluation-test.json").write_text(json.dumps(evaluation))
     (first,) = import_runs(str(run_dir), server.uri)
@@ -162,7 +210,9 @@ def test_a_run_folder_alone_is_enough(server: Server, offline: Path, tmp_path: P
     assert [step for step, _, _ in copy["points"]["train/loss"]] == [1, 2, 3, 4]
     assert copy["points"]["test/rec/ndcg_at_10"][0][2] == 0.25
     assert copy["status"][0] == "FINISHED" and copy["params"]["run.max_steps"] == "4" and copy["dataset"]
-    assert {"config.yaml", "environment.json", "evaluation-test.json", "report/loss.png"} <= set(copy["files"])
+    assert {"config.yaml", "environment.json", "evaluation-test.json", "report/loss.png"} <= set(
+        copy["files"]
+    )
     with (run_dir / "metrics.jsonl").open("a") as file:  # it went on
         file.write(json.dumps({"kind": "train", "step": 5, "loss": 0.5, "train_s": 9.0}) + "\n")
     assert [(run.new, run.added) for run in import_runs(str(run_dir), server.uri)] == [(False, 2)]

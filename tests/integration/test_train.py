@@ -1,4 +1,5 @@
-"""gensr train in one process on a tiny folder: what a run leaves, exact resume, refusals, damaged checkpoints, bad losses, full disks."""
+"""gensr train in one process on a tiny folder: what a run leaves, exact resume, refusals, damaged
+checkpoints, bad losses, full disks."""
 
 import json
 import os
@@ -15,17 +16,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import trainer.train
+import trainer.training.loop
 from data_shards.schema import read_manifest
 from data_shards.settings import read_yaml
 from tests.tiny_folder import WORDS, make_tiny_folder
-from trainer import checkpoint
 from trainer.config import Config, config_from_dict, load_config
 from trainer.data import EvalStream
 from trainer.errors import ConfigError, DataError, EnvironmentProblem, RunError
-from trainer.loading import load_run_model
-from trainer.stopping import StopSignal
-from trainer.train import EXIT_RESUME_ME, train
+from trainer.runs import checkpoint
+from trainer.runs.weights import load_run_model
+from trainer.runtime.stopping import StopSignal
+from trainer.training.loop import EXIT_RESUME_ME, train
 
 ROOT = Path(__file__).parents[2]
 BASE = [
@@ -85,7 +86,10 @@ def stop_after(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def records(run_dir: Path) -> list[dict[str, Any]]:
     timed = ("events_per_s", "memory_gb", "train_s")
-    return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {k: v for k, v in json.loads(line).items() if k not in timed}
+        for line in (run_dir / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 def same_model(one: Path, other: Path) -> bool:
@@ -93,16 +97,26 @@ def same_model(one: Path, other: Path) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-# ---- what a run leaves -----------------------------------------------------------------------------------------
+# ---- what a run leaves -------------------------------------------------------------------------------------
 
 
 def test_a_run_leaves_everything_the_interface_names(undisturbed: Path, data: Path) -> None:
-    for name in ("config.yaml", "environment.json", "train.log", "metrics.jsonl", "status.json", "report/loss.png", "report/metrics.png"):
+    for name in (
+        "config.yaml",
+        "environment.json",
+        "train.log",
+        "metrics.jsonl",
+        "status.json",
+        "report/loss.png",
+        "report/metrics.png",
+    ):
         assert (undisturbed / name).stat().st_size > 0, name
     for picture in ("loss.png", "metrics.png"):
         assert (undisturbed / "report" / picture).read_bytes().startswith(b"\x89PNG")
     facts = json.loads((undisturbed / "environment.json").read_text())
-    assert torch.__version__.startswith(facts["packages"]["torch"]) and facts["parameters"]["trainable"] > 0  # wheels may add +cpu or +cu130
+    assert (
+        torch.__version__.startswith(facts["packages"]["torch"]) and facts["parameters"]["trainable"] > 0
+    )  # wheels may add +cpu or +cu130
     assert config_from_dict(read_yaml(undisturbed / "config.yaml")) == config_of(data, undisturbed)
     assert json.loads((undisturbed / "status.json").read_text())["status"] == "finished"
 
@@ -111,7 +125,9 @@ def test_metrics_jsonl_has_every_step_and_validation(undisturbed: Path) -> None:
     train_records = [r for r in records(undisturbed) if r["kind"] == "train"]
     assert [r["step"] for r in train_records] == list(range(1, 9))
     assert {"loss", "answer_loss", "lr", "epoch"} <= train_records[0].keys()
-    assert [r["lr"] for r in train_records] == pytest.approx([5e-4, 1e-3, 1e-3, 5e-3 / 6, 4e-3 / 6, 3e-3 / 6, 2e-3 / 6, 1e-3 / 6])
+    assert [r["lr"] for r in train_records] == pytest.approx(
+        [5e-4, 1e-3, 1e-3, 5e-3 / 6, 4e-3 / 6, 3e-3 / 6, 2e-3 / 6, 1e-3 / 6]
+    )
     assert [r["step"] for r in records(undisturbed) if r["kind"] == "valid"] == [4, 8]
 
 
@@ -128,10 +144,12 @@ def test_the_log_tells_the_story(undisturbed: Path) -> None:
 
 
 def test_run_model_scores_as_the_best_validation_did(undisturbed: Path) -> None:
-    from trainer.evaluate import validate
+    from trainer.evaluation.sampled import validate
 
     model, _, config, manifest = load_run_model(undisturbed)
-    stream = EvalStream(config.data.dir, manifest, "valid", config.data, 8, max_events=config.run.valid_events)
+    stream = EvalStream(
+        config.data.dir, manifest, "valid", config.data, 8, max_events=config.run.valid_events
+    )
     metrics = validate(model.score, stream)
     best = json.loads((undisturbed / "status.json").read_text())["progress"]
     assert metrics == pytest.approx(best["best_metrics"])
@@ -144,11 +162,13 @@ def test_the_same_run_again_gives_the_same_numbers(undisturbed: Path, data: Path
     assert same_model(tmp_path / "again", undisturbed)
 
 
-# ---- interruption ----------------------------------------------------------------------------------------------
+# ---- interruption ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("step", [1, 5])
-def test_a_resumed_run_equals_the_undisturbed_one_bit_for_bit(undisturbed: Path, data: Path, tmp_path: Path, stop_after: Any, step: int) -> None:
+def test_a_resumed_run_equals_the_undisturbed_one_bit_for_bit(
+    undisturbed: Path, data: Path, tmp_path: Path, stop_after: Any, step: int
+) -> None:
     stop_after(step)
     stopped = train(config_of(data, tmp_path / "run"))
     assert (stopped.status, stopped.step, stopped.exit_code) == ("stopped", step, EXIT_RESUME_ME)
@@ -159,18 +179,24 @@ def test_a_resumed_run_equals_the_undisturbed_one_bit_for_bit(undisturbed: Path,
     assert same_model(tmp_path / "run", undisturbed)
 
 
-def test_adapters_go_on_bit_for_bit_from_checkpoints_without_the_backbone(data: Path, tmp_path: Path, stop_after: Any) -> None:
+def test_adapters_go_on_bit_for_bit_from_checkpoints_without_the_backbone(
+    data: Path, tmp_path: Path, stop_after: Any
+) -> None:
     train(config_of(data, tmp_path / "undisturbed", "model.lora.rank=2"))
     stop_after(5)
     assert train(config_of(data, tmp_path / "run", "model.lora.rank=2")).status == "stopped"
     saved = load_file(tmp_path / "run" / "checkpoints" / "step-00000005" / "model.safetensors")
-    assert any("lora_A" in name for name in saved) and not any(name.endswith("base_layer.weight") for name in saved)
+    assert any("lora_A" in name for name in saved) and not any(
+        name.endswith("base_layer.weight") for name in saved
+    )
     train(config_of(data, tmp_path / "run", "model.lora.rank=2"), resume="auto")
     assert records(tmp_path / "run") == records(tmp_path / "undisturbed")
     assert same_model(tmp_path / "run", tmp_path / "undisturbed")
 
 
-def test_records_after_the_checkpoint_are_made_again_not_kept_twice(undisturbed: Path, data: Path, tmp_path: Path) -> None:
+def test_records_after_the_checkpoint_are_made_again_not_kept_twice(
+    undisturbed: Path, data: Path, tmp_path: Path
+) -> None:
     run_dir = tmp_path / "run"
     shutil.copytree(undisturbed, run_dir)
     (run_dir / "status.json").unlink()  # as if killed in step 8
@@ -187,7 +213,11 @@ def test_records_after_the_checkpoint_are_made_again_not_kept_twice(undisturbed:
 def test_resume_auto_starts_a_new_run_and_leaves_a_finished_one_alone(data: Path, tmp_path: Path) -> None:
     config = config_of(data, tmp_path / "run", "run.max_steps=2")
     assert train(config, resume="auto").status == "finished"
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file() and path.name != "train.log"}
+    before = {
+        path: path.stat().st_mtime_ns
+        for path in (tmp_path / "run").rglob("*")
+        if path.is_file() and path.name != "train.log"
+    }
     again = train(config, resume="auto")
     assert (again.status, again.step) == ("already_finished", 2)
     assert before == {path: path.stat().st_mtime_ns for path in before}
@@ -195,10 +225,20 @@ def test_resume_auto_starts_a_new_run_and_leaves_a_finished_one_alone(data: Path
 
 def test_sigterm_saves_and_a_second_process_finishes(undisturbed: Path, data: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    command = [sys.executable, "-m", "trainer", "train", str(undisturbed / "config.yaml"), f"run.dir={run_dir}", "run.max_steps=400"]
+    command = [
+        sys.executable,
+        "-m",
+        "trainer",
+        "train",
+        str(undisturbed / "config.yaml"),
+        f"run.dir={run_dir}",
+        "run.max_steps=400",
+    ]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+        )
         deadline = time.monotonic() + 120
         while "step 2/400" not in (tmp_path / "log").read_text():
             assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
@@ -210,7 +250,7 @@ def test_sigterm_saves_and_a_second_process_finishes(undisturbed: Path, data: Pa
     assert checkpoint.read_checkpoint(run_dir / "checkpoints" / name).progress.step >= 2
 
 
-# ---- refusals --------------------------------------------------------------------------------------------------
+# ---- refusals ----------------------------------------------------------------------------------------------
 
 
 def test_a_run_folder_is_never_overwritten(undisturbed: Path, data: Path) -> None:
@@ -219,15 +259,22 @@ def test_a_run_folder_is_never_overwritten(undisturbed: Path, data: Path) -> Non
 
 
 def test_changed_settings_are_refused_with_the_difference(undisturbed: Path, data: Path) -> None:
-    with pytest.raises(RunError, match=r"(?s)different run.*optim\.lr +was 0\.001, is 0\.002 now.*Give the same settings"):
+    with pytest.raises(
+        RunError, match=r"(?s)different run.*optim\.lr +was 0\.001, is 0\.002 now.*Give the same settings"
+    ):
         train(config_of(data, undisturbed, "optim.lr=0.002"), resume="auto")
 
 
 def test_a_change_that_is_named_is_accepted(data: Path, tmp_path: Path, stop_after: Any) -> None:
     stop_after(3)
     train(config_of(data, tmp_path / "run"))
-    with pytest.raises(RunError, match=r"optim\.lr +was 0\.001, is 0\.002 now.*\n.*run\.accept_changes=optim\.lr$"):
-        train(config_of(data, tmp_path / "run", "optim.lr=0.002", "run.accept_changes=optim.beta2"), resume="auto")
+    with pytest.raises(
+        RunError, match=r"optim\.lr +was 0\.001, is 0\.002 now.*\n.*run\.accept_changes=optim\.lr$"
+    ):
+        train(
+            config_of(data, tmp_path / "run", "optim.lr=0.002", "run.accept_changes=optim.beta2"),
+            resume="auto",
+        )
     train(config_of(data, tmp_path / "run", "optim.lr=0.002", "run.accept_changes=optim.lr"), resume="auto")
     lrs = [r["lr"] for r in records(tmp_path / "run") if r["kind"] == "train"]
     assert lrs[2:4] == pytest.approx([1e-3, 2 * 5e-3 / 6])
@@ -269,10 +316,12 @@ def test_what_must_be_given_and_what_must_fit(data: Path, tmp_path: Path) -> Non
         train(config_of(data, tmp_path / "b", "run.select_metric=mean/precision@5"))
 
 
-# ---- accidents -------------------------------------------------------------------------------------------------
+# ---- accidents ---------------------------------------------------------------------------------------------
 
 
-def test_a_damaged_checkpoint_is_skipped_for_the_one_before(undisturbed: Path, data: Path, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_skipped_for_the_one_before(
+    undisturbed: Path, data: Path, tmp_path: Path
+) -> None:
     run_dir = tmp_path / "run"
     shutil.copytree(undisturbed, run_dir)
     (run_dir / "status.json").unlink()
@@ -289,8 +338,9 @@ def test_a_damaged_checkpoint_is_skipped_for_the_one_before(undisturbed: Path, d
 
 @pytest.fixture
 def poison(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """poison({10, …}): these training batches, counted from 1, have an infinite loss. Returns the event ids of every batch seen."""
-    from trainer.model.gensr import GenSR
+    """poison({10, …}): these training batches, counted from 1, have an infinite loss. Returns the event ids
+    of every batch seen."""
+    from trainer.models.gensr.model import GenSR
 
     original, seen = GenSR.forward, []
 
@@ -324,14 +374,22 @@ def test_a_loss_that_is_not_finite_names_its_events_and_keeps_what_was(
     assert same_model(tmp_path / "run", undisturbed)
 
 
-def test_a_loss_that_is_not_finite_is_left_out_where_asked(undisturbed: Path, data: Path, tmp_path: Path, poison: Any) -> None:
+def test_a_loss_that_is_not_finite_is_left_out_where_asked(
+    undisturbed: Path, data: Path, tmp_path: Path, poison: Any
+) -> None:
     seen = poison({10, 12})  # of step 5, then step 6 (batch 11 is the last good one again)
-    train(config_of(data, tmp_path / "run", "run.on_nan=skip", "model.dropout=0", "run.checkpoint_every_steps=1"))
+    train(
+        config_of(
+            data, tmp_path / "run", "run.on_nan=skip", "model.dropout=0", "run.checkpoint_every_steps=1"
+        )
+    )
     left_out = [r for r in records(tmp_path / "run") if r["kind"] == "skipped"]
     assert [(r["step"], r["event_ids"]) for r in left_out] == [(5, seen[9]), (6, seen[11])]
     assert seen[10] == seen[8], "the last good batch stands in, times 0"
     steps = [r for r in records(tmp_path / "run") if r["kind"] == "train"]
-    assert [r["step"] for r in steps] == list(range(1, 9)) and [r.get("skipped_batches", 0) for r in steps] == [0, 0, 0, 0, 1, 2, 2, 2]
+    assert [r["step"] for r in steps] == list(range(1, 9)) and [
+        r.get("skipped_batches", 0) for r in steps
+    ] == [0, 0, 0, 0, 1, 2, 2, 2]
     state = load_file(tmp_path / "run" / "model" / "model.safetensors")
     assert all(bool(torch.isfinite(tensor).all()) for tensor in state.values())
     assert json.loads((tmp_path / "run" / "status.json").read_text())["progress"]["skipped_batches"] == 2
@@ -344,18 +402,22 @@ def test_too_many_in_a_row_end_the_run(data: Path, tmp_path: Path, poison: Any) 
     assert json.loads((tmp_path / "run" / "status.json").read_text())["status"] == "failed"
 
 
-def test_an_error_that_is_not_the_users_says_crashed(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_that_is_not_the_users_says_crashed(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def lost(*_: Any) -> None:
         raise RuntimeError("connection closed by peer")
 
-    monkeypatch.setattr(trainer.train, "log", lost)
+    monkeypatch.setattr(trainer.training.loop, "log", lost)
     with pytest.raises(RuntimeError, match="closed by peer"):
         train(config_of(data, tmp_path / "run"))
     assert json.loads((tmp_path / "run" / "status.json").read_text())["status"] == "crashed"
 
 
-def test_a_full_disk_leaves_the_earlier_checkpoint(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from trainer.saving import CheckpointWriter
+def test_a_full_disk_leaves_the_earlier_checkpoint(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trainer.runs.checkpoint_writer import CheckpointWriter
 
     original, calls = CheckpointWriter._capture, [0]
 
@@ -368,24 +430,42 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(data: Path, tmp_path: Path, m
     monkeypatch.setattr(CheckpointWriter, "_capture", capture)
     with pytest.raises(EnvironmentProblem, match=r"No space left.*Earlier checkpoints are intact"):
         train(config_of(data, tmp_path / "run"))
-    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["latest", "step-00000004"]
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == [
+        "latest",
+        "step-00000004",
+    ]
 
 
-# ---- early stop, best checkpoint, tracker ------------------------------------------------------------------------
+# ---- early stop, best checkpoint, tracker ------------------------------------------------------------------
 
 
 def scripted(monkeypatch: pytest.MonkeyPatch, values: list[float]) -> None:
     """Validation n gives values[n]."""
     left = iter(values)
-    monkeypatch.setattr(trainer.train, "validate", lambda *_: {"mean/ndcg@10": next(left)})
+    monkeypatch.setattr(trainer.training.loop, "validate", lambda *_: {"mean/ndcg@10": next(left)})
 
 
-def test_patience_counts_only_after_the_first_gain_over_chance(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    overrides = ["run.validate_every_steps=1", "run.early_stop_patience=2", "run.max_steps=20", "run.keep_checkpoints=1"]
+def test_patience_counts_only_after_the_first_gain_over_chance(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides = [
+        "run.validate_every_steps=1",
+        "run.early_stop_patience=2",
+        "run.max_steps=20",
+        "run.keep_checkpoints=1",
+    ]
     scripted(monkeypatch, [0.045, 0.04, 0.04, 0.04, 0.5, 0.4, 0.4, 0.9])
     result = train(config_of(data, tmp_path / "run", *overrides))
-    assert (result.status, result.step, result.best_step, result.metrics) == ("early_stopped", 7, 5, {"mean/ndcg@10": 0.5})
-    assert list(checkpoint.listed(tmp_path / "run")) == ["step-00000007", "step-00000005"]  # the newest and the best
+    assert (result.status, result.step, result.best_step, result.metrics) == (
+        "early_stopped",
+        7,
+        5,
+        {"mean/ndcg@10": 0.5},
+    )
+    assert list(checkpoint.listed(tmp_path / "run")) == [
+        "step-00000007",
+        "step-00000005",
+    ]  # the newest and the best
     assert json.loads((tmp_path / "run" / "status.json").read_text())["status"] == "finished"
 
 
@@ -404,10 +484,13 @@ def test_one_mlflow_run_over_an_interruption(data: Path, tmp_path: Path, stop_af
     assert run.info.status == "FINISHED" and run.data.tags["manifest_hash"] == read_manifest(data).hash
     assert [point.step for point in client.get_metric_history(run_id, "train/loss")] == list(range(1, 9))
     assert "valid/mean/ndcg_at_10" in run.data.metrics and run.data.metrics["train/events_per_s"] > 0
-    assert {file.path for file in client.list_artifacts(run_id, "report")} == {"report/loss.png", "report/metrics.png"}
+    assert {file.path for file in client.list_artifacts(run_id, "report")} == {
+        "report/loss.png",
+        "report/metrics.png",
+    }
 
 
-# ---- backbones -------------------------------------------------------------------------------------------------
+# ---- backbones ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -415,25 +498,52 @@ def flan(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A local stand-in for google/flan-t5-*: a pretrained folder whose lm_head is a table of its own."""
     from transformers import T5Config, T5ForConditionalGeneration
 
-    shape = dict(d_model=32, d_ff=64, d_kv=8, num_heads=4, num_layers=1, num_decoder_layers=1, feed_forward_proj="gated-gelu")
-    model = T5ForConditionalGeneration(T5Config(vocab_size=len(WORDS), tie_word_embeddings=False, decoder_start_token_id=0, **shape))
-    model.lm_head.weight = torch.nn.Parameter(torch.randn(len(WORDS), 32, generator=torch.Generator().manual_seed(0)))
+    shape = dict(
+        d_model=32,
+        d_ff=64,
+        d_kv=8,
+        num_heads=4,
+        num_layers=1,
+        num_decoder_layers=1,
+        feed_forward_proj="gated-gelu",
+    )
+    model = T5ForConditionalGeneration(
+        T5Config(vocab_size=len(WORDS), tie_word_embeddings=False, decoder_start_token_id=0, **shape)
+    )
+    model.lm_head.weight = torch.nn.Parameter(
+        torch.randn(len(WORDS), 32, generator=torch.Generator().manual_seed(0))
+    )
     folder = tmp_path_factory.mktemp("flan")
     model.save_pretrained(folder)
     return folder
 
 
 @pytest.mark.parametrize("lora", [0, 2])
-def test_a_pretrained_folder_trains_saves_and_loads(data: Path, flan: Path, tmp_path: Path, lora: int) -> None:
-    from trainer.evaluate import validate
+def test_a_pretrained_folder_trains_saves_and_loads(
+    data: Path, flan: Path, tmp_path: Path, lora: int
+) -> None:
+    from trainer.evaluation.sampled import validate
 
-    config = config_of(data, tmp_path / "run", f"model.backbone={flan}", f"model.lora.rank={lora}", "run.max_steps=2", "run.precision=bf16")
+    config = config_of(
+        data,
+        tmp_path / "run",
+        f"model.backbone={flan}",
+        f"model.lora.rank={lora}",
+        "run.max_steps=2",
+        "run.precision=bf16",
+    )
     result = train(config)
     model, _, _, manifest = load_run_model(tmp_path / "run")
     assert model.backbone.base.lm_head.weight is not model.backbone.base.get_input_embeddings().weight
     saved = load_file(tmp_path / "run" / "model" / "model.safetensors")
     assert any("lora" in name for name in saved) == bool(lora)
     if lora:
-        assert not any(name.endswith("shared.weight") or "wo.weight" in name for name in saved), "frozen weights stay out"
-    stream = EvalStream(config.data.dir, manifest, "valid", config.data, 8, max_events=config.run.valid_events)
-    assert validate(model.score, stream)["mean/mrr"] == pytest.approx(result.metrics["mean/mrr"], abs=0.2)  # fp32 now, bf16 there
+        assert not any(name.endswith("shared.weight") or "wo.weight" in name for name in saved), (
+            "frozen weights stay out"
+        )
+    stream = EvalStream(
+        config.data.dir, manifest, "valid", config.data, 8, max_events=config.run.valid_events
+    )
+    assert validate(model.score, stream)["mean/mrr"] == pytest.approx(
+        result.metrics["mean/mrr"], abs=0.2
+    )  # fp32 now, bf16 there

@@ -9,9 +9,9 @@ from transformers import T5ForConditionalGeneration
 
 from trainer.config import LoraConfig
 from trainer.errors import ConfigError
-from trainer.model.adapters import keep_frozen_in_bf16, merge_adapters
-from trainer.model.backbone import Backbone, Prompt
-from trainer.model.families import FAMILIES, SCRATCH_SIZES, build_backbone
+from trainer.models.backbones.adapters import keep_frozen_in_bf16, merge_adapters
+from trainer.models.backbones.backbone import Backbone, Prompt
+from trainer.models.backbones.families import FAMILIES, SCRATCH_SIZES, build_backbone
 
 DECODERS = ("scratch:llama_nano", "scratch:qwen2_nano", "scratch:qwen3_nano")
 ANSWERS = torch.tensor([3, 4])
@@ -25,7 +25,10 @@ def make(name: str, **settings: object) -> Backbone:
 def prompt_of(width: int, num_events: int = 3, num_candidates: int = 4, padding: int = 2) -> Prompt:
     """Vectors of the size of tokens; the shared parts of the events differ in length."""
     generator = torch.Generator().manual_seed(1)
-    own, shared = torch.randn(num_events, num_candidates, 7, width, generator=generator), torch.randn(num_events, 5, width, generator=generator)
+    own, shared = (
+        torch.randn(num_events, num_candidates, 7, width, generator=generator),
+        torch.randn(num_events, 5, width, generator=generator),
+    )
     lengths = 5 - torch.arange(num_events) % (padding + 1)
     return Prompt(own.requires_grad_(), shared.requires_grad_(), torch.arange(5) < lengths[:, None])
 
@@ -34,7 +37,9 @@ def run(backbone: Backbone, prompt: Prompt, weights: Tensor) -> tuple[Tensor, li
     """Logits, and the gradients of a weighted sum of them with respect to the prompt and every weight."""
     logits = backbone.answer_logits(prompt, ANSWERS)
     leaves = [prompt.own_BCSD, prompt.shared_BPD, *(p for p in backbone.parameters() if p.requires_grad)]
-    return logits.detach(), list(torch.autograd.grad((logits * weights).sum(), leaves, allow_unused=True, materialize_grads=True))
+    return logits.detach(), list(
+        torch.autograd.grad((logits * weights).sum(), leaves, allow_unused=True, materialize_grads=True)
+    )
 
 
 def assert_same(one: tuple[Tensor, list[Tensor]], other: tuple[Tensor, list[Tensor]], atol: float) -> None:
@@ -53,17 +58,27 @@ def test_t5_equals_the_attentions_of_transformers() -> None:
     assert {type(m).__name__ for m in plain.modules() if "Attention" in type(m).__name__}.isdisjoint(
         {"AbsorbedCrossAttention", "EncoderSelfAttention"}
     )
-    for prompt in (prompt_of(256), Prompt(prompt_of(256).own_BCSD, torch.zeros(3, 0, 256, requires_grad=True), torch.ones(3, 0, dtype=torch.bool))):
+    for prompt in (
+        prompt_of(256),
+        Prompt(
+            prompt_of(256).own_BCSD,
+            torch.zeros(3, 0, 256, requires_grad=True),
+            torch.ones(3, 0, dtype=torch.bool),
+        ),
+    ):
         weights = torch.randn(3, 4, 2)
         assert_same(run(fast, prompt, weights), run(plain, prompt, weights), 5e-5)
 
 
 @pytest.mark.parametrize("name", ["scratch:nano", "scratch:llama_nano"])
 def test_gradients_of_rows_add_up_to_that_of_the_table(name: str) -> None:
-    """embed() gives rows, embed_mean() a whole table: what arrives at the weight is dense, and what plain look-ups give (1e-6)."""
+    """embed() gives rows, embed_mean() a whole table: what arrives at the weight is dense, and what plain
+    look-ups give (1e-6)."""
     backbone, tokens, texts = make(name), torch.tensor([[5, 7], [7, 0]]), torch.tensor([[5, 9, 0], [0, 0, 0]])
     weight, towards = backbone.embedding_weight(), torch.randn(2, 64)
-    ((backbone.embed(tokens).sum(1) + backbone.embed_mean(texts) + backbone.embed(tokens[:, 0])) * towards).sum().backward()
+    (
+        (backbone.embed(tokens).sum(1) + backbone.embed_mean(texts) + backbone.embed(tokens[:, 0])) * towards
+    ).sum().backward()
     gradient, weight.grad = weight.grad, None
     assert gradient is not None and gradient.layout == torch.strided
     mean = weight[texts].mul(texts.ne(0)[..., None]).sum(1) / texts.ne(0).sum(1, keepdim=True).clamp(min=1)
@@ -88,14 +103,21 @@ def test_padding_in_a_decoders_prompt_shifts_nothing(name: str) -> None:
     for event in range(3):
         length = int(prompt.shared_mask_BP[event].sum())
         mask = torch.ones(1, length, dtype=torch.bool)
-        alone = backbone.answer_logits(Prompt(prompt.own_BCSD[event : event + 1], prompt.shared_BPD[event : event + 1, :length], mask), ANSWERS)
+        alone = backbone.answer_logits(
+            Prompt(prompt.own_BCSD[event : event + 1], prompt.shared_BPD[event : event + 1, :length], mask),
+            ANSWERS,
+        )
         torch.testing.assert_close(alone[0], together[event], rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("name", ["scratch:nano", "scratch:llama_nano", "scratch:t5gemma_nano"])
 def test_recomputed_activations_give_the_same_gradients(name: str) -> None:
     prompt, weights = prompt_of(64), torch.randn(3, 4, 2)
-    assert_same(run(make(name).train(), prompt, weights), run(make(name, activation_checkpointing=True).train(), prompt, weights), 1e-5)
+    assert_same(
+        run(make(name).train(), prompt, weights),
+        run(make(name, activation_checkpointing=True).train(), prompt, weights),
+        1e-5,
+    )
 
 
 @pytest.mark.parametrize("name", [f"scratch:{size}" for size in SCRATCH_SIZES if size.endswith("nano")])
@@ -103,9 +125,17 @@ def test_every_family_is_listed_and_its_default_adapters_reach_all_of_its_layers
     backbone = make(name, lora=LoraConfig(rank=2))
     assert type(backbone) in FAMILIES and backbone.width == 64
     trained = {n.split(".lora_")[0] for n, p in backbone.named_parameters() if p.requires_grad}
-    matrices = {n.removesuffix(".base_layer.weight") for n, p in backbone.named_parameters() if n.endswith(".base_layer.weight")}
+    matrices = {
+        n.removesuffix(".base_layer.weight")
+        for n, p in backbone.named_parameters()
+        if n.endswith(".base_layer.weight")
+    }
     assert trained == matrices and len(trained) >= 14
-    plain = [n for n, m in backbone.base.named_modules() if type(m) is torch.nn.Linear and ".lora_" not in n and "base_layer" not in n]
+    plain = [
+        n
+        for n, m in backbone.base.named_modules()
+        if type(m) is torch.nn.Linear and ".lora_" not in n and "base_layer" not in n
+    ]
     assert all("lm_head" in n for n in plain), plain
 
 
@@ -125,10 +155,15 @@ def test_frozen_weights_in_bf16_are_what_autocast_makes_of_them(name: str) -> No
         again, same_gradients = run(backbone, prompt, weights)
     assert torch.equal(logits, again)
     assert all(torch.equal(one, other) for one, other in zip(gradients, same_gradients, strict=True))
-    assert all(p.dtype == torch.float32 for p in [*(p for p in backbone.parameters() if p.requires_grad), backbone.embedding_weight()])
+    assert all(
+        p.dtype == torch.float32
+        for p in [*(p for p in backbone.parameters() if p.requires_grad), backbone.embedding_weight()]
+    )
 
 
-@pytest.mark.parametrize("variant", [{}, {"rslora": True}, {"dora": True}, {"also_train": "embeddings, head"}])
+@pytest.mark.parametrize(
+    "variant", [{}, {"rslora": True}, {"dora": True}, {"also_train": "embeddings, head"}]
+)
 @pytest.mark.parametrize("name", ["scratch:nano", "scratch:qwen3_nano"])
 @torch.no_grad()
 def test_merged_adapters_score_as_they_did(name: str, variant: dict[str, object]) -> None:
@@ -137,7 +172,10 @@ def test_merged_adapters_score_as_they_did(name: str, variant: dict[str, object]
         if parameter.requires_grad:
             parameter.add_(0.05 * torch.randn_like(parameter))
     prompt = prompt_of(64)
-    before, num_parameters = backbone.answer_logits(prompt, ANSWERS), sum(p.numel() for p in backbone.parameters())
+    before, num_parameters = (
+        backbone.answer_logits(prompt, ANSWERS),
+        sum(p.numel() for p in backbone.parameters()),
+    )
     merge_adapters(backbone)
     assert sum(p.numel() for p in backbone.parameters()) < num_parameters
     torch.testing.assert_close(backbone.answer_logits(prompt, ANSWERS), before, rtol=0, atol=2e-5)
@@ -146,7 +184,11 @@ def test_merged_adapters_score_as_they_did(name: str, variant: dict[str, object]
 def test_which_parts_stay_trainable() -> None:
     def trainable(**lora: object) -> set[str]:
         backbone = make("scratch:llama_nano", lora=LoraConfig(rank=2, **lora))  # type: ignore[arg-type]
-        return {n.rsplit(".", 2)[1] for n, p in backbone.named_parameters() if p.requires_grad and "lora_" not in n}
+        return {
+            n.rsplit(".", 2)[1]
+            for n, p in backbone.named_parameters()
+            if p.requires_grad and "lora_" not in n
+        }
 
     assert trainable() == set()
     assert trainable(also_train="embeddings") == {"embed_tokens"}
@@ -160,7 +202,9 @@ def test_what_cannot_be_had_is_refused_with_what_can(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"target_modules=nothing.*q"):
         make("scratch:nano", lora=LoraConfig(rank=2, target_modules="nothing"))
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    with pytest.raises(ConfigError, match=r"its family is gpt2\. Supported: t5, t5gemma, llama, qwen2, qwen3"):
+    with pytest.raises(
+        ConfigError, match=r"its family is gpt2\. Supported: t5, t5gemma, llama, qwen2, qwen3"
+    ):
         make(str(tmp_path))
     with pytest.raises(ConfigError, match=r"scratch:llama_nano"):
         make("scratch:huge")
@@ -174,5 +218,7 @@ def test_a_compiled_backbone_gives_the_same_and_keeps_its_names() -> None:
     plain, compiled = make("scratch:nano"), make("scratch:nano")
     compiled.compile_layers()
     prompt = prompt_of(64)
-    torch.testing.assert_close(compiled.answer_logits(prompt, ANSWERS), plain.answer_logits(prompt, ANSWERS), rtol=0, atol=2e-5)
+    torch.testing.assert_close(
+        compiled.answer_logits(prompt, ANSWERS), plain.answer_logits(prompt, ANSWERS), rtol=0, atol=2e-5
+    )
     assert [name for name, _ in compiled.named_parameters()] == [name for name, _ in plain.named_parameters()]

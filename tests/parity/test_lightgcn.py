@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from trainer.model.lightgcn import LightGCN, build_graph
+from trainer.cf.lightgcn import LightGCN, build_graph
 
 NUM_USERS, NUM_ITEMS, DIM = 30, 20, 16
 
@@ -47,7 +47,10 @@ def test_vectors_equal_torch_geometric(num_layers: int) -> None:
 def test_bpr_loss_and_gradients_equal_torch_geometric(num_layers: int) -> None:
     """Items that several triples name, as positive and as negative, included."""
     users, items = random_clicks()
-    graph, ours = build_graph(users, items, NUM_USERS, NUM_ITEMS), LightGCN(NUM_USERS, NUM_ITEMS, DIM, num_layers)
+    graph, ours = (
+        build_graph(users, items, NUM_USERS, NUM_ITEMS),
+        LightGCN(NUM_USERS, NUM_ITEMS, DIM, num_layers),
+    )
     theirs = torch_geometric_twin(ours)
     user, positive = torch.from_numpy(users), torch.from_numpy(items)
     negative = (positive + 7) % NUM_ITEMS
@@ -61,7 +64,9 @@ def test_bpr_loss_and_gradients_equal_torch_geometric(num_layers: int) -> None:
     reference.backward()
     torch.testing.assert_close(loss, reference)
     assert ours.users.grad is not None and ours.items.grad is not None
-    torch.testing.assert_close(torch.cat([ours.users.grad, ours.items.grad]), layer0.grad, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(
+        torch.cat([ours.users.grad, ours.items.grad]), layer0.grad, atol=1e-6, rtol=1e-4
+    )
 
 
 def bpr_loss(**settings: float) -> Any:

@@ -6,9 +6,14 @@ import pytest
 import torch
 from ir_measures import RR, R, nDCG
 
-from trainer.metrics import CUTOFFS, expected_ranks, summarise
+from trainer.evaluation.metrics import CUTOFFS, expected_ranks, summarise
 
-MEASURES = {**{f"recall@{k}": R @ k for k in CUTOFFS}, **{f"ndcg@{k}": nDCG @ k for k in CUTOFFS}, "mrr": RR, "mrr@10": RR @ 10}
+MEASURES = {
+    **{f"recall@{k}": R @ k for k in CUTOFFS},
+    **{f"ndcg@{k}": nDCG @ k for k in CUTOFFS},
+    "mrr": RR,
+    "mrr@10": RR @ 10,
+}
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -19,10 +24,16 @@ def test_metrics_equal_ir_measures(seed):
     place = generator.integers(num_candidates, size=num_events)
     labels = np.eye(num_candidates)[place]
     qrels = [ir_measures.Qrel(str(event), str(place[event]), 1) for event in range(num_events)]
-    run = [ir_measures.ScoredDoc(str(event), str(c), float(scores[event, c])) for event in range(num_events) for c in range(num_candidates)]
+    run = [
+        ir_measures.ScoredDoc(str(event), str(c), float(scores[event, c]))
+        for event in range(num_events)
+        for c in range(num_candidates)
+    ]
     reference = ir_measures.calc_aggregate(MEASURES.values(), qrels, run)
 
-    ranks, tied = expected_ranks(torch.tensor(scores, dtype=torch.float32), torch.tensor(labels, dtype=torch.float32))
+    ranks, tied = expected_ranks(
+        torch.tensor(scores, dtype=torch.float32), torch.tensor(labels, dtype=torch.float32)
+    )
     ours = summarise(ranks, tied)
     assert not tied.any()
     for name, measure in MEASURES.items():

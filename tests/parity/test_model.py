@@ -12,18 +12,24 @@ from torch import Tensor
 from data_shards.schema import REC, SRC, read_manifest
 from tests.tiny_folder import make_tiny_folder
 from trainer.batch import Batch
-from trainer.catalog import load_tables
-from trainer.cf.table_file import load_cf
 from trainer.config import Config, load_config
 from trainer.data import EvalStream
-from trainer.loading import build_model, load_tokenizer
-from trainer.model.backbone import Prompt
-from trainer.model.gensr import GenSR
-from trainer.model.grouping import in_one_pass
-from trainer.model.history import HistoryEncoder, SoftFilter
-from trainer.model.losses import answer_loss, contrastive_loss
+from trainer.data.cf_table import load_cf
+from trainer.data.item_tables import load_tables
+from trainer.models.backbones.backbone import Prompt
+from trainer.models.gensr.grouping import in_one_pass
+from trainer.models.gensr.history import HistoryEncoder, SoftFilter
+from trainer.models.gensr.model import GenSR
+from trainer.models.losses import answer_loss, contrastive_loss
+from trainer.runs.weights import build_model, load_tokenizer
 
-OVERRIDES = ["model.backbone=scratch:nano", "data.item_tokens=8", "data.history_tokens=4", "data.history_max=6", "model.dropout=0.1"]
+OVERRIDES = [
+    "model.backbone=scratch:nano",
+    "data.item_tokens=8",
+    "data.history_tokens=4",
+    "data.history_max=6",
+    "model.dropout=0.1",
+]
 
 BACKBONES = ("scratch:nano", "scratch:llama_nano", "scratch:qwen3_nano", "scratch:t5gemma_nano")
 
@@ -49,7 +55,7 @@ def scores(model: GenSR, batch: Batch) -> Tensor:
     return model.score(batch)
 
 
-# ---- Eqs. 5 and 6 ------------------------------------------------------------------------------------------------
+# ---- Eqs. 5 and 6 ------------------------------------------------------------------------------------------
 
 
 def test_soft_filter_equals_a_double_loop() -> None:
@@ -72,11 +78,17 @@ def test_soft_filter_equals_a_double_loop() -> None:
                 weight = 0.0
                 for h in range(heads):
                     part = slice(h * half, (h + 1) * half)
-                    logits = [query[part] @ soft_filter.key(history[b, k])[part] / half**0.5 for k in range(4) if mask[b, k]]
+                    logits = [
+                        query[part] @ soft_filter.key(history[b, k])[part] / half**0.5
+                        for k in range(4)
+                        if mask[b, k]
+                    ]
                     own = query[part] @ soft_filter.key(history[b, j])[part] / half**0.5
                     weight += (own.exp() / torch.stack(logits).exp().sum()).item() / heads
                 expected = expected + weight * (soft_filter.value.weight @ history[b, j])
-            torch.testing.assert_close(result[b, c], expected, rtol=0, atol=1e-6)  # the weights are float32 by design
+            torch.testing.assert_close(
+                result[b, c], expected, rtol=0, atol=1e-6
+            )  # the weights are float32 by design
 
 
 def test_history_weights_sum_to_one_and_ignore_padding() -> None:
@@ -91,14 +103,18 @@ def test_history_weights_sum_to_one_and_ignore_padding() -> None:
 def test_history_encoder_masks_padding() -> None:
     torch.manual_seed(3)
     encoder = HistoryEncoder(8, 2, 0.0, 6, ordered=True).eval()
-    items, tasks, mask = torch.randn(1, 6, 8), torch.zeros(1, 6, dtype=torch.long), torch.tensor([[True] * 3 + [False] * 3])
+    items, tasks, mask = (
+        torch.randn(1, 6, 8),
+        torch.zeros(1, 6, dtype=torch.long),
+        torch.tensor([[True] * 3 + [False] * 3]),
+    )
     changed = items.clone()
     changed[:, 3:] = 100.0
     with torch.no_grad():
         torch.testing.assert_close(encoder(items, tasks, mask)[:, :3], encoder(changed, tasks, mask)[:, :3])
 
 
-# ---- invariances -------------------------------------------------------------------------------------------------
+# ---- invariances -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
@@ -107,19 +123,27 @@ def test_many_candidates_at_once_equal_one_by_one(folder: Path, variant: str, ba
     model, batch, _ = make(folder, variant, f"model.backbone={backbone}")
     together = scores(model, batch)
     for candidate in (0, 17, 99):
-        alone = scores(model, batch.with_candidates(batch.candidates[:, [candidate]], batch.labels[:, [candidate]]))
+        alone = scores(
+            model, batch.with_candidates(batch.candidates[:, [candidate]], batch.labels[:, [candidate]])
+        )
         torch.testing.assert_close(alone[:, 0], together[:, candidate], rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
 @pytest.mark.parametrize("variant", ["paper", "extended"])
-def test_batch_composition_and_padding_do_not_change_a_score(folder: Path, variant: str, backbone: str) -> None:
+def test_batch_composition_and_padding_do_not_change_a_score(
+    folder: Path, variant: str, backbone: str
+) -> None:
     model, batch, _ = make(folder, variant, f"model.backbone={backbone}")
     together = scores(model, batch)
     for row in range(batch.num_events):
-        torch.testing.assert_close(scores(model, batch.rows(row, row + 1))[0], together[row], rtol=0, atol=2e-5)
+        torch.testing.assert_close(
+            scores(model, batch.rows(row, row + 1))[0], together[row], rtol=0, atol=2e-5
+        )
     tables = model.tables
-    model.set_tables(replace(tables, query_tokens=torch.nn.functional.pad(tables.query_tokens, (0, 5))))  # longer padding behind every query
+    model.set_tables(
+        replace(tables, query_tokens=torch.nn.functional.pad(tables.query_tokens, (0, 5)))
+    )  # longer padding behind every query
     torch.testing.assert_close(scores(model, batch), together, rtol=0, atol=2e-5)
 
 
@@ -143,7 +167,12 @@ def test_a_user_without_history_scores(folder: Path, variant: str) -> None:
 
 def test_the_query_matters_in_search_only(folder: Path) -> None:
     model, batch, _ = make(folder)
-    other = replace(batch, query=torch.where(batch.query >= 0, (batch.query + 1) % model.tables.query_tokens.shape[0], batch.query))
+    other = replace(
+        batch,
+        query=torch.where(
+            batch.query >= 0, (batch.query + 1) % model.tables.query_tokens.shape[0], batch.query
+        ),
+    )
     moved = (scores(model, other) - scores(model, batch)).abs().amax(1)
     assert (moved[batch.task == SRC] > 0).all() and (moved[batch.task == REC] == 0).all()
 
@@ -154,16 +183,19 @@ def test_an_event_reads_the_table_that_did_not_see_its_click_in_training_only(fo
     assert torch.equal(model.cf_vectors(items, folds), model.tables.cf[items])
     model.train()
     held_out = model.cf_vectors(items, folds)
-    assert torch.equal(held_out[0], model.tables.cf_folds[1][items[0]]) and torch.equal(held_out[1], model.tables.cf[items[1]])
+    assert torch.equal(held_out[0], model.tables.cf_folds[1][items[0]]) and torch.equal(
+        held_out[1], model.tables.cf[items[1]]
+    )
 
 
-# ---- the answer --------------------------------------------------------------------------------------------------
+# ---- the answer --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
 @pytest.mark.parametrize("variant", ["paper", "extended"])
 def test_answer_probability_equals_generate(folder: Path, variant: str, backbone: str) -> None:
-    """P(Yes) under decoding constrained to {Yes, No}, from transformers' own generate, is the sigmoid of our score."""
+    """P(Yes) under decoding constrained to {Yes, No}, from transformers' own generate, is the sigmoid of our
+    score."""
     model, batch, _ = make(folder, variant, f"model.backbone={backbone}")
     prompts: list[Prompt] = []
     original = model.backbone.answer_logits
@@ -187,7 +219,7 @@ def test_answer_probability_equals_generate(folder: Path, variant: str, backbone
         torch.testing.assert_close(ours[few.task == task], generated, rtol=0, atol=1e-5)
 
 
-# ---- losses ------------------------------------------------------------------------------------------------------
+# ---- losses ------------------------------------------------------------------------------------------------
 
 
 def test_answer_loss_is_the_negative_log_likelihood_of_the_answer() -> None:
@@ -195,7 +227,9 @@ def test_answer_loss_is_the_negative_log_likelihood_of_the_answer() -> None:
     labels = torch.tensor([[1.0, 0, 0]] * 4)
     weights = torch.tensor([1.0, 1.0, 2.0, 2.0])
     log_p = logits.log_softmax(-1)
-    expected = sum(weights[b] * -log_p[b, c, 0 if labels[b, c] else 1] for b in range(4) for c in range(3)) / 12
+    expected = (
+        sum(weights[b] * -log_p[b, c, 0 if labels[b, c] else 1] for b in range(4) for c in range(3)) / 12
+    )
     torch.testing.assert_close(answer_loss(logits[..., 0] - logits[..., 1], labels, weights), expected)
 
 
@@ -205,7 +239,11 @@ def test_contrastive_loss_equals_a_double_loop_without_same_user_negatives() -> 
     tau, total = 0.5, 0.0
     for first, second in ((cf, sem), (sem, cf)):
         for i in range(5):
-            similar = [torch.cosine_similarity(first[i], second[j], dim=0) / tau for j in range(5) if i == j or users[i] != users[j] or users[i] < 0]
+            similar = [
+                torch.cosine_similarity(first[i], second[j], dim=0) / tau
+                for j in range(5)
+                if i == j or users[i] != users[j] or users[i] < 0
+            ]
             own = torch.cosine_similarity(first[i], second[i], dim=0) / tau
             total += float(torch.stack(similar).logsumexp(0) - own) / 10
     assert contrastive_loss(cf, sem, users, tau).item() == pytest.approx(total, abs=1e-5)
@@ -223,18 +261,31 @@ def test_prompt_holds_five_segments_around_four_slots(folder: Path) -> None:
         for wording in ("paper", "compact"):
             model, _, _ = make(folder, variant, f"model.prompt={wording}")
             for task in (REC, SRC):
-                positions, ids = model.get_buffer(f"slots_{task}").tolist(), model.get_buffer(f"template_{task}")
-                assert len(positions) == slots and (ids[list(positions)] == 0).all() and (np.diff(positions[:4]) > 1).all()
+                positions, ids = (
+                    model.get_buffer(f"slots_{task}").tolist(),
+                    model.get_buffer(f"template_{task}"),
+                )
+                assert (
+                    len(positions) == slots
+                    and (ids[list(positions)] == 0).all()
+                    and (np.diff(positions[:4]) > 1).all()
+                )
                 assert positions[0] > 0 and len(ids) > len(positions)
     assert not torch.equal(model.get_buffer(f"template_{REC}"), model.get_buffer(f"template_{SRC}"))
-    assert load_tokenizer(folder / "tokenizer")("Yes", add_special_tokens=False)["input_ids"] == [model.answers[0]]
+    assert load_tokenizer(folder / "tokenizer")("Yes", add_special_tokens=False)["input_ids"] == [
+        model.answers[0]
+    ]
 
 
 @pytest.mark.parametrize("backbone", ["scratch:nano", "scratch:llama_nano"])
-def test_groups_by_query_length_leave_less_padding_and_the_same_scores(folder: Path, backbone: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_groups_by_query_length_leave_less_padding_and_the_same_scores(
+    folder: Path, backbone: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, batch, _ = make(folder, "extended", f"model.backbone={backbone}")
     tokens = model.tables.query_tokens.clone()
-    tokens[:, 1:] *= (torch.arange(len(tokens)) % tokens.shape[1])[:, None] > torch.arange(tokens.shape[1] - 1)  # queries of 1 … L tokens
+    tokens[:, 1:] *= (torch.arange(len(tokens)) % tokens.shape[1])[:, None] > torch.arange(
+        tokens.shape[1] - 1
+    )  # queries of 1 … L tokens
     model.set_tables(replace(model.tables, query_tokens=torch.nn.functional.pad(tokens, (0, 8))))
     padding, original = [], model.fill_prompt
 
@@ -247,45 +298,59 @@ def test_groups_by_query_length_leave_less_padding_and_the_same_scores(folder: P
     few = batch.with_candidates(batch.candidates[:, :3], batch.labels[:, :3])
     whole, padded = scores(model, few), sum(padding)
     padding.clear()
-    monkeypatch.setattr("trainer.model.grouping.PROMPTS_A_GROUP_ON_CPU", 1)
+    monkeypatch.setattr("trainer.models.gensr.grouping.PROMPTS_A_GROUP_ON_CPU", 1)
     torch.testing.assert_close(scores(model, few), whole, rtol=0, atol=2e-5)
     assert 1 + 1 < len(padding) <= 1 + 4 and sum(padding) < padded / 4, (padding, padded)
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
-def test_groups_in_one_pass_have_the_same_scores_and_gradients(folder: Path, backbone: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a GPU answers small batches: rows of all groups in one call of an encoder-decoder's layers, padded to the longest prompt."""
+def test_groups_in_one_pass_have_the_same_scores_and_gradients(
+    folder: Path, backbone: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a GPU answers small batches: rows of all groups in one call of an encoder-decoder's layers, padded
+    to the longest prompt."""
     model, batch, _ = make(folder, "extended", f"model.backbone={backbone}", "model.dropout=0")
     few = batch.with_candidates(batch.candidates[:, :3], batch.labels[:, :3])
-    monkeypatch.setattr("trainer.model.grouping.PROMPTS_A_GROUP_ON_CPU", 1)
+    monkeypatch.setattr("trainer.models.gensr.grouping.PROMPTS_A_GROUP_ON_CPU", 1)
     rows: list[int] = []
-    model.backbone.stacks[0].register_forward_pre_hook(lambda *arguments: rows.append(len(arguments[-1]["inputs_embeds"])), with_kwargs=True)
+    model.backbone.stacks[0].register_forward_pre_hook(
+        lambda *arguments: rows.append(len(arguments[-1]["inputs_embeds"])), with_kwargs=True
+    )
 
     def answered() -> tuple[Tensor, list[Tensor]]:
         rows.clear()
         model.zero_grad()
         scores_BC = model.score(few)
         scores_BC.square().sum().backward()
-        return scores_BC.detach(), [parameter.grad.to_dense() for parameter in model.parameters() if parameter.grad is not None]
+        return scores_BC.detach(), [
+            parameter.grad.to_dense() for parameter in model.parameters() if parameter.grad is not None
+        ]
 
     apart, gradients = answered()
     assert len(rows) > 1
-    monkeypatch.setattr("trainer.model.grouping.ONE_PASS_TOKENS_ON_CPU", 1_000_000)
+    monkeypatch.setattr("trainer.models.gensr.grouping.ONE_PASS_TOKENS_ON_CPU", 1_000_000)
     together, others = answered()
     assert rows == [few.candidates.numel()] or model.backbone.shared_first
     torch.testing.assert_close(together, apart, rtol=0, atol=2e-5)
     torch.testing.assert_close(others, gradients, rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize(("num_prompts", "on_cpu", "expected"), [(100, False, True), (101, False, False), (1, True, False)])
-def test_one_pass_is_for_few_tokens_on_a_gpu(num_prompts: int, on_cpu: bool, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.model.grouping.ONE_PASS_TOKENS", 1000)
+@pytest.mark.parametrize(
+    ("num_prompts", "on_cpu", "expected"), [(100, False, True), (101, False, False), (1, True, False)]
+)
+def test_one_pass_is_for_few_tokens_on_a_gpu(
+    num_prompts: int, on_cpu: bool, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainer.models.gensr.grouping.ONE_PASS_TOKENS", 1000)
     assert in_one_pass(num_prompts, 10, on_cpu) is expected
 
 
 @pytest.mark.parametrize("backbone", ["scratch:nano", "scratch:llama_nano"])
-def test_ranks_call_the_backbone_equally_often_whatever_their_batches_hold(folder: Path, backbone: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As ZeRO-3 needs it: batches of one size and both tasks, one task, one search. Scores stay the same, and every parameter has its gradient."""
+def test_ranks_call_the_backbone_equally_often_whatever_their_batches_hold(
+    folder: Path, backbone: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As ZeRO-3 needs it: batches of one size and both tasks, one task, one search. Scores stay the same, and
+    every parameter has its gradient."""
     model, batch, _ = make(folder, "extended", f"model.backbone={backbone}")
     few = batch.with_candidates(batch.candidates[:, :3], batch.labels[:, :3])
     searches, others = (few.task == SRC).nonzero()[:, 0], (few.task == REC).nonzero()[:, 0]
@@ -299,7 +364,7 @@ def test_ranks_call_the_backbone_equally_often_whatever_their_batches_hold(folde
         return original(*arguments)
 
     monkeypatch.setattr(model.backbone, "answer_logits", counted)
-    monkeypatch.setattr("trainer.model.grouping.PROMPTS_A_GROUP_ON_CPU", 1)
+    monkeypatch.setattr("trainer.models.gensr.grouping.PROMPTS_A_GROUP_ON_CPU", 1)
     model.same_calls_every_step = True
     for one, scores_BC in zip(batches, expected, strict=True):
         calls.clear()

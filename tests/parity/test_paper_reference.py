@@ -1,4 +1,5 @@
-"""The reference of `gensr bench train|evaluate` computes what the model computes: with the same weights it gives the same scores."""
+"""The reference of `gensr bench train|evaluate` computes what the model computes: with the same weights it
+gives the same scores."""
 
 import shutil
 from pathlib import Path
@@ -8,19 +9,28 @@ import torch
 
 from benchmarks.reference import Collator, Reference, pairs_of
 from data_shards.schema import read_manifest
-from trainer.catalog import load_tables
-from trainer.cf.table_file import load_cf
 from trainer.cf.tables import train_cf
 from trainer.config import load_config
 from trainer.data import EvalStream
-from trainer.loading import build_model
+from trainer.data.cf_table import load_cf
+from trainer.data.item_tables import load_tables
+from trainer.runs.weights import build_model
 
 
 def test_scores_are_the_models(prepared: Path, tmp_path: Path) -> None:
     folder = tmp_path / "data"
     shutil.copytree(prepared, folder)
     train_cf(folder, ["cf.dim=16", "cf.max_epochs=1", "cf.holdout=none", "overwrite=true"])
-    config = load_config(None, ["model.backbone=scratch:nano", "model.variant=paper", "model.prompt=paper", "data.history_max=5", "model.dropout=0"])
+    config = load_config(
+        None,
+        [
+            "model.backbone=scratch:nano",
+            "model.variant=paper",
+            "model.prompt=paper",
+            "data.history_max=5",
+            "model.dropout=0",
+        ],
+    )
     manifest = read_manifest(folder)
     tables = load_tables(folder, manifest, load_cf(folder, manifest), with_folds=False)
     torch.manual_seed(0)
@@ -37,4 +47,6 @@ def test_scores_are_the_models(prepared: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(reference.score(pairs).view(-1, 3), ours, rtol=0, atol=2e-5)
     assert float(reference(pairs)) > 0
     with pytest.raises(AssertionError):
-        torch.testing.assert_close(reference.score({**pairs, "item": pairs["item"].flip(0)}).view(-1, 3), ours, rtol=0, atol=2e-5)
+        torch.testing.assert_close(
+            reference.score({**pairs, "item": pairs["item"].flip(0)}).view(-1, 3), ours, rtol=0, atol=2e-5
+        )

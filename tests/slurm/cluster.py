@@ -1,12 +1,14 @@
-"""A real SLURM cluster of two nodes inside this machine, and nothing of it outside: `with cluster(folder) as slurm: slurm.run(["sinfo"])`.
+"""A real SLURM cluster of two nodes inside this machine, and nothing of it outside: `with cluster(folder) as
+slurm: slurm.run(["sinfo"])`.
 
     pytest ─▶ unshare ─▶ controller: python cluster.py FOLDER     own PID, network, mount, UTS and IPC namespaces; munged, slurmctld, bridge
                               ├─▶ node1: unshare ─▶ slurmd        own again, joined to the bridge: 10.83.0.1, a host name, /dev/shm, a disk at /mnt
                               └─▶ node2: unshare ─▶ slurmd
 
-When the controller's namespace ends, however that comes about, the kernel ends every process and undoes every mount and device in it.
-Needs root, util-linux, iproute2 and SLURM with munge. Files outside FOLDER are shared with the machine, as on a cluster's file system.
-Nodes lose power and get it back; jobs of the partition `urgent` take nodes from others, who get GRACE_S to leave.
+When the controller's namespace ends, however that comes about, the kernel ends every process and undoes every
+mount and device in it. Needs root, util-linux, iproute2 and SLURM with munge. Files outside FOLDER are shared
+with the machine, as on a cluster's file system. Nodes lose power and get it back; jobs of the partition
+`urgent` take nodes from others, who get GRACE_S to leave.
 """
 
 import contextlib
@@ -24,7 +26,18 @@ from typing import IO
 NODES = 2
 NET = "10.83.0"
 CONTROLLER = f"{NET}.100"
-PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol", "unshare", "nsenter", "ip", "hostname")
+PROGRAMS = (
+    "slurmctld",
+    "slurmd",
+    "munged",
+    "sbatch",
+    "srun",
+    "scontrol",
+    "unshare",
+    "nsenter",
+    "ip",
+    "hostname",
+)
 UNSHARE = ["unshare", "--mount", "--net", "--uts", "--ipc", "--pid", "--fork", "--kill-child", "--mount-proc"]
 START_S = 60.0  # two busy cores; about 1 s on free ones
 GRACE_S = 200  # jobs leave when they have saved, which takes a second or two on free cores
@@ -75,7 +88,12 @@ def missing() -> str:
     if absent:
         return f"not installed: {', '.join(absent)} (apt-get install slurmctld slurmd slurm-client munge)"
     try:
-        trial = subprocess.run([*UNSHARE, "ip", "link", "add", "trial", "type", "bridge"], capture_output=True, text=True, timeout=30)
+        trial = subprocess.run(
+            [*UNSHARE, "ip", "link", "add", "trial", "type", "bridge"],
+            capture_output=True,
+            text=True,
+            timeout=30,
+        )
     except subprocess.TimeoutExpired:
         return "unshare does not answer"
     return f"no namespaces or bridges here: {trial.stderr.strip()}" if trial.returncode else ""
@@ -93,9 +111,26 @@ class Slurm:
     pid: int
     switch: IO[bytes]  # the controller's stdin
 
-    def run(self, command: Sequence[str], cwd: Path | None = None, env: dict[str, str] | None = None, timeout_s: float = 60) -> str:
+    def run(
+        self,
+        command: Sequence[str],
+        cwd: Path | None = None,
+        env: dict[str, str] | None = None,
+        timeout_s: float = 60,
+    ) -> str:
         """What `command` printed on the controller. Raises RuntimeError with its messages when it fails."""
-        enter = ["nsenter", "--target", str(self.pid), "--mount", "--net", "--uts", "--ipc", "--pid", f"--wd={cwd or self.folder}", "--"]
+        enter = [
+            "nsenter",
+            "--target",
+            str(self.pid),
+            "--mount",
+            "--net",
+            "--uts",
+            "--ipc",
+            "--pid",
+            f"--wd={cwd or self.folder}",
+            "--",
+        ]
         result = subprocess.run(
             [*enter, *command],
             env={**os.environ, "PATH": search_path(), **slurm_env(self.folder), **(env or {})},
@@ -105,7 +140,9 @@ class Slurm:
             timeout=timeout_s,
         )
         if result.returncode:
-            raise RuntimeError(f"{' '.join(command)}: exit code {result.returncode}\n{result.stdout}{result.stderr}")
+            raise RuntimeError(
+                f"{' '.join(command)}: exit code {result.returncode}\n{result.stdout}{result.stderr}"
+            )
         return result.stdout.strip()
 
     def job(self, job_id: str) -> dict[str, str]:
@@ -114,7 +151,8 @@ class Slurm:
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def power(self, node: int, on: bool) -> None:
-        """Cut a node's power: every process, connection and device of it is gone at once. Or switch it on again: it boots into slurmd."""
+        """Cut a node's power: every process, connection and device of it is gone at once. Or switch it on
+        again: it boots into slurmd."""
         done = self.folder / f"power-{node}"
         done.unlink(missing_ok=True)
         self.switch.write(f"{node} {int(on)}\n".encode())
@@ -128,7 +166,10 @@ class Slurm:
     def configure(self, name: str, value: object) -> None:
         """Change one setting of slurm.conf on the running cluster."""
         path = self.folder / "slurm.conf"
-        lines = [f"{name}={value}" if line.startswith(f"{name}=") else line for line in path.read_text().splitlines()]
+        lines = [
+            f"{name}={value}" if line.startswith(f"{name}=") else line
+            for line in path.read_text().splitlines()
+        ]
         path.write_text("\n".join(lines) + "\n")
         self.run(["scontrol", "reconfigure"])
 
@@ -139,11 +180,14 @@ def slurm_env(folder: Path) -> dict[str, str]:
 
 @contextlib.contextmanager
 def cluster(folder: Path) -> Iterator[Slurm]:
-    """Start a cluster that keeps its files in `folder` (a new one), and end it with the block. Raises RuntimeError with the logs when it does not start."""
+    """Start a cluster that keeps its files in `folder` (a new one), and end it with the block. Raises
+    RuntimeError with the logs when it does not start."""
     folder.mkdir(parents=True)
     with (folder / "controller.log").open("w") as log:
         command = [*UNSHARE, sys.executable, str(Path(__file__).resolve()), str(folder)]
-        outer = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True)
+        outer = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True
+        )
     try:
         deadline_s = time.monotonic() + START_S
         while not (folder / "ready").exists():
@@ -153,31 +197,44 @@ def cluster(folder: Path) -> Iterator[Slurm]:
         assert outer.stdin is not None
         yield Slurm(folder, _only_child(outer.pid), outer.stdin)
     finally:
-        with contextlib.suppress(ProcessLookupError):  # --kill-child: the namespace's first process goes, and everything in it
+        with contextlib.suppress(
+            ProcessLookupError
+        ):  # --kill-child: the namespace's first process goes, and everything in it
             outer.send_signal(signal.SIGKILL)
         outer.wait()
 
 
 def logs(folder: Path) -> str:
     """Last lines of all logs, for a failure's message."""
-    return "\n".join(f"== {path.name}\n{path.read_text(errors='replace')[-2000:]}" for path in sorted(folder.glob("*.log")))
+    return "\n".join(
+        f"== {path.name}\n{path.read_text(errors='replace')[-2000:]}" for path in sorted(folder.glob("*.log"))
+    )
 
 
 def _only_child(pid: int) -> int:
     return int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
 
 
-# ---- inside the namespaces -------------------------------------------------------------------------------------
+# ---- inside the namespaces ---------------------------------------------------------------------------------
 
 
 def controller(folder: Path) -> None:
-    """Bring the cluster up, say so by the file `ready`, and live until stdin closes (with pytest, at the latest)."""
+    """Bring the cluster up, say so by the file `ready`, and live until stdin closes (with pytest, at the
+    latest)."""
     os.environ.update(slurm_env(folder), PATH=search_path())
     _sh("hostname controller")
     _names(folder)
-    _sh(f"ip link set lo up; ip link add br0 type bridge; ip addr add {CONTROLLER}/24 dev br0; ip link set br0 up")
-    nodes = "\n".join(f"NodeName=node{i} NodeAddr={NET}.{i} NodeHostname=node{i} CPUs={CPUS} State=UNKNOWN" for i in range(1, NODES + 1))
-    (folder / "slurm.conf").write_text(SLURM_CONF.format(controller=CONTROLLER, folder=folder, nodes=nodes, grace_s=GRACE_S))
+    _sh(
+        f"ip link set lo up; ip link add br0 type bridge; ip addr add {CONTROLLER}/24 dev br0; ip link set "
+        "br0 up"
+    )
+    nodes = "\n".join(
+        f"NodeName=node{i} NodeAddr={NET}.{i} NodeHostname=node{i} CPUs={CPUS} State=UNKNOWN"
+        for i in range(1, NODES + 1)
+    )
+    (folder / "slurm.conf").write_text(
+        SLURM_CONF.format(controller=CONTROLLER, folder=folder, nodes=nodes, grace_s=GRACE_S)
+    )
     (folder / "state").mkdir()
     key = folder / "munge.key"
     key.touch(mode=0o600)
@@ -206,7 +263,8 @@ def controller(folder: Path) -> None:
 
 
 def _node(number: int, folder: Path) -> "subprocess.Popen[bytes]":
-    """A machine of its own: it waits for its end of the cable, takes its name and address, and becomes slurmd."""
+    """A machine of its own: it waits for its end of the cable, takes its name and address, and becomes
+    slurmd."""
     boot = f"""
         until ip link show eth0 >/dev/null 2>&1; do sleep 0.02; done
         hostname node{number}; mount -t tmpfs tmpfs /dev/shm; mount --bind {folder}/disk-{number} /mnt
@@ -214,17 +272,29 @@ def _node(number: int, folder: Path) -> "subprocess.Popen[bytes]":
         exec slurmd -D"""
     (folder / f"disk-{number}").mkdir(exist_ok=True)
     with (folder / f"node{number}.log").open("a") as log:
-        node = subprocess.Popen([*UNSHARE, "bash", "-c", boot], stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        node = subprocess.Popen(
+            [*UNSHARE, "bash", "-c", boot], stdin=subprocess.DEVNULL, stdout=log, stderr=log
+        )
     while os.readlink(f"/proc/{node.pid}/ns/net") == os.readlink("/proc/self/ns/net"):
         time.sleep(0.01)
-    _sh(f"while ip link show cable{number} 2>/dev/null; do sleep 0.02; done")  # the one of a node without power goes with its namespace
-    _sh(f"ip link add cable{number} type veth peer name eth0 netns {node.pid}; ip link set cable{number} master br0 up")
+    _sh(
+        f"while ip link show cable{number} 2>/dev/null; do sleep 0.02; done"
+    )  # the one of a node without power goes with its namespace
+    _sh(
+        f"ip link add cable{number} type veth peer name eth0 netns {node.pid}; ip link set cable{number} "
+        "master br0 up"
+    )
     return node
 
 
 def _names(folder: Path) -> None:
-    """Host names come from a file alone: no name server is in reach, and torch's rendezvous asks for the name of every connection's other end."""
-    lines = ["127.0.0.1 localhost", f"{CONTROLLER} controller", *(f"{NET}.{i} node{i}" for i in range(1, NODES + 1))]
+    """Host names come from a file alone: no name server is in reach, and torch's rendezvous asks for the name
+    of every connection's other end."""
+    lines = [
+        "127.0.0.1 localhost",
+        f"{CONTROLLER} controller",
+        *(f"{NET}.{i} node{i}" for i in range(1, NODES + 1)),
+    ]
     (folder / "hosts").write_text("\n".join(lines) + "\n")
     _sh(f"mount --bind {folder}/hosts /etc/hosts")
     switch = Path("/etc/nsswitch.conf")
@@ -235,7 +305,9 @@ def _names(folder: Path) -> None:
 
 
 def _sh(command: str) -> str:
-    return subprocess.run(["bash", "-ec", command], check=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True).stdout.strip()
+    return subprocess.run(
+        ["bash", "-ec", command], check=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True
+    ).stdout.strip()
 
 
 if __name__ == "__main__":

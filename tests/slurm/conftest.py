@@ -24,10 +24,14 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[cluster.Slurm]:
 
 
 def _give_compiled(folder: Path) -> None:
-    """To each node's own disk: DeepSpeed's CPU library, where it has been compiled on this machine before (a minute, else)."""
+    """To each node's own disk: DeepSpeed's CPU library, where it has been compiled on this machine before (a
+    minute, else)."""
     from torch.utils.cpp_extension import get_default_build_root
 
-    compiled = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or f"{get_default_build_root()}/py{sys.version_info[0]}{sys.version_info[1]}_cpu")
+    compiled = Path(
+        os.environ.get("TORCH_EXTENSIONS_DIR")
+        or f"{get_default_build_root()}/py{sys.version_info[0]}{sys.version_info[1]}_cpu"
+    )
     for number in range(1, cluster.NODES + 1):
         own = folder / f"disk-{number}" / "cache" / "torch_extensions"
         if compiled.is_dir():

@@ -16,9 +16,24 @@ ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED"
 WAIT_S = 500  # for one job; about 30 s on two free cores, ten times as long on busy ones
 
 
-def submit(slurm: cluster.Slurm, work: Path, *arguments: str, options: tuple[str, ...] = (), env: dict[str, str] | None = None) -> str:
+def submit(
+    slurm: cluster.Slurm,
+    work: Path,
+    *arguments: str,
+    options: tuple[str, ...] = (),
+    env: dict[str, str] | None = None,
+) -> str:
     """The id of the new job of two nodes; its output goes to work/JOB.out."""
-    command = ["sbatch", "--parsable", "--nodes=2", "--cpus-per-task=1", f"--output={work}/%j.out", *options, TRAIN, *arguments]
+    command = [
+        "sbatch",
+        "--parsable",
+        "--nodes=2",
+        "--cpus-per-task=1",
+        f"--output={work}/%j.out",
+        *options,
+        TRAIN,
+        *arguments,
+    ]
     return slurm.run(command, cwd=work, env=env)
 
 
@@ -55,7 +70,11 @@ def records(run_dir: Path, kind: str = "train") -> list[dict[str, float]]:
         lines = (run_dir / "metrics.jsonl").read_text().splitlines(keepends=True)
     except FileNotFoundError:
         return []
-    return [record for record in (json.loads(line) for line in lines if line.endswith("\n")) if record["kind"] == kind]
+    return [
+        record
+        for record in (json.loads(line) for line in lines if line.endswith("\n"))
+        if record["kind"] == kind
+    ]
 
 
 def losses(run_dir: Path) -> list[float]:

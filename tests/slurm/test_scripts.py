@@ -1,4 +1,5 @@
-"""slurm/ on a real cluster of two nodes (cluster.py): what the scripts decide, with a stand-in for the training that behaves as told and costs nothing."""
+"""slurm/ on a real cluster of two nodes (cluster.py): what the scripts decide, with a stand-in for the
+training that behaves as told and costs nothing."""
 
 import shutil
 import subprocess
@@ -16,14 +17,20 @@ from tests.slurm.jobs import ROOT, SCRIPTS, WAIT_S, output, submit, wait
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 
 
-# ---- scripts ---------------------------------------------------------------------------------------------------
+# ---- scripts -----------------------------------------------------------------------------------------------
 
 
 def test_shellcheck_has_nothing_to_say() -> None:
     if not shutil.which("shellcheck"):
         pytest.skip("shellcheck is not installed (apt-get install shellcheck)")
     files = [*SCRIPTS, ROOT / "slurm" / "env.example.sh"]
-    check = subprocess.run(["shellcheck", "--severity=warning", *map(str, files)], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    check = subprocess.run(
+        ["shellcheck", "--severity=warning", *map(str, files)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert check.returncode == 0, check.stdout
 
 
@@ -32,7 +39,7 @@ def test_a_controller_accepts_every_script(slurm: cluster.Slurm, script: Path) -
     slurm.run(["sbatch", "--test-only", str(script), "x", "y", "z"])  # raises when it is refused
 
 
-# ---- what train.sbatch decides ---------------------------------------------------------------------------------
+# ---- what train.sbatch decides -----------------------------------------------------------------------------
 
 STAND_IN = """\
 # accelerate launch ...: node 0 does what the word of $PLAN for this attempt says; the other node waits to be ended
@@ -88,7 +95,11 @@ CASES: dict[str, dict[str, Any]] = {
     "no GPU": {"plan": "finished", "site": "GENSR_CPU=0\nnvidia-smi() { return 1; }\n"},
     "launch": {
         "plan": "finished",
-        "env": {"GENSR_PROCESSES_PER_NODE": "4", "MLFLOW_TRACKING_URI": "http://store", "GENSR_DEEPSPEED": "zero3.json"},
+        "env": {
+            "GENSR_PROCESSES_PER_NODE": "4",
+            "MLFLOW_TRACKING_URI": "http://store",
+            "GENSR_DEEPSPEED": "zero3.json",
+        },
     },
 }
 
@@ -112,10 +123,25 @@ def ended(slurm: cluster.Slurm, work: Path, tmp_path_factory: pytest.TempPathFac
     run_dirs = {name: folder / name.replace(" ", "_").replace("'", "").replace(",", "") for name in CASES}
     for name, case in CASES.items():
         site = folder / f"{run_dirs[name].name}.sh"
-        site.write_text((work / "slurm" / "env.sh").read_text() + f'PATH="{folder}:$PATH"\n' + case.get("site", ""))
+        site.write_text(
+            (work / "slurm" / "env.sh").read_text() + f'PATH="{folder}:$PATH"\n' + case.get("site", "")
+        )
         run_dirs[name].mkdir()
-        env = {"GENSR_ENV": str(site), "RUN": str(run_dirs[name]), "PLAN": case["plan"], **case.get("env", {})}
-        jobs[name] = submit(slurm, work, "demo", "data.dir=OUT", f"run.dir={run_dirs[name]}", options=case.get("options", ()), env=env)
+        env = {
+            "GENSR_ENV": str(site),
+            "RUN": str(run_dirs[name]),
+            "PLAN": case["plan"],
+            **case.get("env", {}),
+        }
+        jobs[name] = submit(
+            slurm,
+            work,
+            "demo",
+            "data.dir=OUT",
+            f"run.dir={run_dirs[name]}",
+            options=case.get("options", ()),
+            env=env,
+        )
     deadline_s = time.monotonic() + WAIT_S
     while not (run_dirs["scancel"] / "ready").exists() and time.monotonic() < deadline_s:
         time.sleep(0.05)
@@ -123,7 +149,9 @@ def ended(slurm: cluster.Slurm, work: Path, tmp_path_factory: pytest.TempPathFac
     results = {}
     for name, job_id in jobs.items():
         job = wait(slurm, work, job_id)
-        results[name] = Ended(job["JobState"], int(job["Restarts"]), job["ExitCode"], run_dirs[name], output(work, job_id))
+        results[name] = Ended(
+            job["JobState"], int(job["Restarts"]), job["ExitCode"], run_dirs[name], output(work, job_id)
+        )
     return results
 
 
@@ -142,7 +170,9 @@ def ended(slurm: cluster.Slurm, work: Path, tmp_path_factory: pytest.TempPathFac
         ("no GPU", "FAILED", 0),
     ],
 )
-def test_a_job_is_requeued_only_where_it_helps(ended: dict[str, Ended], name: str, state: str, restarts: int) -> None:
+def test_a_job_is_requeued_only_where_it_helps(
+    ended: dict[str, Ended], name: str, state: str, restarts: int
+) -> None:
     assert (ended[name].state, ended[name].restarts) == (state, restarts), ended[name].output
 
 
@@ -158,7 +188,8 @@ def test_every_node_launches_its_own_ranks(ended: dict[str, Ended]) -> None:
     for words in (
         "--num_machines 2 --num_processes 8 --machine_rank 0 --main_process_ip 10.83.0.1 ",
         "--deepspeed_config_file zero3.json",
-        f"-m trainer train demo data.cache_dir=/mnt/data tracking.uri=http://store data.dir=OUT run.dir={run_dir} --resume auto",
+        "-m trainer train demo data.cache_dir=/mnt/data tracking.uri=http://store data.dir=OUT "
+        f"run.dir={run_dir} --resume auto",
     ):
         assert words in line
     other = run_dir / "launched-1"  # may have been ended before it wrote
@@ -168,8 +199,16 @@ def test_every_node_launches_its_own_ranks(ended: dict[str, Ended]) -> None:
 @pytest.mark.parametrize(
     ("script", "arguments", "calls"),
     [
-        ("prepare", ["tables", "my raw", "OUT", "vocab_size=3", "cf.dim=4"], ["prepare tables my raw OUT vocab_size=3", "cf OUT cf.dim=4"]),
-        ("evaluate", ["my run", "--split", "valid"], ["evaluate my run --split valid", "register my run its-name"]),
+        (
+            "prepare",
+            ["tables", "my raw", "OUT", "vocab_size=3", "cf.dim=4"],
+            ["prepare tables my raw OUT vocab_size=3", "cf OUT cf.dim=4"],
+        ),
+        (
+            "evaluate",
+            ["my run", "--split", "valid"],
+            ["evaluate my run --split valid", "register my run its-name"],
+        ),
         (
             "score",
             ["models:/m@c", "my requests.parquet", "OUT"],
@@ -183,7 +222,15 @@ def test_the_other_scripts_call_their_verbs(
     (tmp_path / "python").write_text('#!/usr/bin/env bash\necho "$*"\n')
     (tmp_path / "python").chmod(0o755)
     (tmp_path / "env.sh").write_text(f'PATH="{tmp_path}:$PATH"\nexport GENSR_CPU=1\n')
-    command = ["sbatch", "--parsable", f"--output={work}/%j.out", str(ROOT / "slurm" / f"{script}.sbatch"), *arguments]
-    job_id = slurm.run(command, cwd=work, env={"GENSR_ENV": str(tmp_path / "env.sh"), "GENSR_REGISTER": "its-name"})
+    command = [
+        "sbatch",
+        "--parsable",
+        f"--output={work}/%j.out",
+        str(ROOT / "slurm" / f"{script}.sbatch"),
+        *arguments,
+    ]
+    job_id = slurm.run(
+        command, cwd=work, env={"GENSR_ENV": str(tmp_path / "env.sh"), "GENSR_REGISTER": "its-name"}
+    )
     assert wait(slurm, work, job_id)["JobState"] == "COMPLETED", output(work, job_id)
     assert output(work, job_id).splitlines() == [f"-m trainer {call}" for call in calls]

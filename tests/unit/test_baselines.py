@@ -11,11 +11,11 @@ import torch
 
 from data_shards.schema import NO_QUERY, REC, SRC, Manifest, read_manifest
 from tests.tiny_folder import make_tiny_folder
-from trainer.baselines import BASELINES
-from trainer.baselines.bm25 import Bm25, build_bm25
 from trainer.batch import Batch
-from trainer.cf.table_file import load_cf
+from trainer.data.cf_table import load_cf
 from trainer.errors import DataError
+from trainer.models.baselines import BASELINES
+from trainer.models.baselines.bm25 import Bm25, build_bm25
 
 TEXTS = ["Steel bolt, M6", "steel nut", "Wooden box box box", "", "bolt cutter for steel bolts"]
 QUERIES = ["STEEL bolt", "box unknownword", "nothing here", "bolt bolt"]
@@ -67,18 +67,24 @@ def test_bm25_of_candidates_equals_bm25s_over_the_whole_catalogue(tmp_path):
 
 def test_bm25_reads_anonymised_words(tmp_path):
     (tmp_path / "catalog").mkdir()
-    np.save(tmp_path / "catalog" / "item_words-000000.npy", np.array([[5, 9, 0], [7, 0, 0], [0, 0, 0], [9, 9, 7]], np.int32))
-    np.save(tmp_path / "catalog" / "query_words-000000.npy", np.array([[9, 0], [8, 7]], np.int32))
-    scores = build_bm25(tmp_path, Manifest(raw={"text": {"num_words": 9}, "counts": {"items": 4, "queries": 2}}, hash=""))(
-        make_batch([[0, 1, 2, 3]] * 2, [0, 1])
+    np.save(
+        tmp_path / "catalog" / "item_words-000000.npy",
+        np.array([[5, 9, 0], [7, 0, 0], [0, 0, 0], [9, 9, 7]], np.int32),
     )
+    np.save(tmp_path / "catalog" / "query_words-000000.npy", np.array([[9, 0], [8, 7]], np.int32))
+    scores = build_bm25(
+        tmp_path, Manifest(raw={"text": {"num_words": 9}, "counts": {"items": 4, "queries": 2}}, hash="")
+    )(make_batch([[0, 1, 2, 3]] * 2, [0, 1]))
     assert (scores > 0).tolist() == [[True, False, False, True], [False, True, False, True]]
     assert scores[1, 1] > scores[1, 3]  # the shorter text
 
 
 def test_bm25_without_query_or_text_scores_zero():
     scorer = Bm25([[0, 1], [2]], [[0]], num_terms=3)
-    assert scorer(make_batch([[0, 1], [0, 1]], [NO_QUERY, 0])).gt(0).tolist() == [[False, False], [True, False]]
+    assert scorer(make_batch([[0, 1], [0, 1]], [NO_QUERY, 0])).gt(0).tolist() == [
+        [False, False],
+        [True, False],
+    ]
     assert not Bm25([[], []], [[]], num_terms=0)(make_batch([[0, 1]], [0])).any()
 
 
@@ -95,7 +101,9 @@ def test_lightgcn_is_the_dot_product_of_the_full_table(tmp_path):
     folder = make_tiny_folder(tmp_path)
     manifest = read_manifest(folder)
     table = load_cf(folder, manifest)
-    scores = BASELINES["lightgcn"][1](folder, manifest)(make_batch([[3, 50], [7, 8]], [NO_QUERY] * 2, user=[4, 5]))
+    scores = BASELINES["lightgcn"][1](folder, manifest)(
+        make_batch([[3, 50], [7, 8]], [NO_QUERY] * 2, user=[4, 5])
+    )
     assert scores[1, 0].item() == pytest.approx(float(table.user[5] @ table.item[7]), rel=1e-5)
 
 

@@ -16,8 +16,8 @@ from data_shards.matrices import MatrixWriter, compact_type, matrix_parts
 from data_shards.schema import Manifest, read_manifest
 from tests.tiny_folder import make_tiny_folder
 from trainer.batch import rows_of
-from trainer.catalog import load_tables
-from trainer.cf.table_file import CfTable, load_cf
+from trainer.data.cf_table import CfTable, load_cf
+from trainer.data.item_tables import load_tables
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +26,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("rows", "parts"), [(0, 1), (1, 1), (10, 1), (11, 2), (35, 4)])
-def test_a_matrix_is_written_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int, parts: int) -> None:
+def test_a_matrix_is_written_in_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int, parts: int
+) -> None:
     monkeypatch.setattr(matrices, "PART_ROWS", 10)
     values = np.arange(rows * 3, dtype=np.uint16).reshape(rows, 3)
     writer = MatrixWriter(tmp_path, "item_tokens", rows, 3, np.uint16)
@@ -49,7 +51,9 @@ def test_types_are_as_small_as_the_ids_allow() -> None:
 
 def test_the_parts_of_a_prepared_folder_give_the_same_tables_as_one(tmp_path: Path) -> None:
     folder = make_tiny_folder(tmp_path / "folder")
-    whole = load_tables(folder, read_manifest(folder), load_cf(folder, read_manifest(folder))).item_tokens.clone()
+    whole = load_tables(
+        folder, read_manifest(folder), load_cf(folder, read_manifest(folder))
+    ).item_tokens.clone()
     tokens = np.load(folder / "catalog" / "item_tokens-000000.npy")
     for number, part in enumerate(np.array_split(tokens, 3)):
         np.save(folder / "catalog" / f"item_tokens-{number:06d}.npy", part)
@@ -65,7 +69,9 @@ def test_folders_of_format_1_are_read(tmp_path: Path) -> None:
         path.rename(path.with_name(path.name.replace("-000000", "")))
     raw = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps({**raw, "format_version": 1}))
-    assert load_tables(folder, read_manifest(folder), load_cf(folder, read_manifest(folder))).item_tokens.shape == (130, 8)
+    assert load_tables(
+        folder, read_manifest(folder), load_cf(folder, read_manifest(folder))
+    ).item_tokens.shape == (130, 8)
     (folder / "manifest.json").write_text(json.dumps({**raw, "format_version": 99}))
     with pytest.raises(DataError, match="Prepare the folder again"):
         read_manifest(folder)
@@ -75,7 +81,10 @@ def mapping_memory(name: str) -> tuple[int, int]:
     """(RSS, PSS) in bytes of this process's mapping of a file."""
     text = Path("/proc/self/smaps").read_text()
     block = text[text.index(name) :]
-    return tuple(int(re.search(rf"^{key}:\s+(\d+) kB", block, re.MULTILINE)[1]) * 1024 for key in ("Rss", "Pss"))  # type: ignore[index, return-value]
+    return tuple(
+        int(re.search(rf"^{key}:\s+(\d+) kB", block, re.MULTILINE)[1]) * 1024  # type: ignore[index]
+        for key in ("Rss", "Pss")
+    )  # type: ignore[return-value]
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux's /proc")
@@ -90,7 +99,9 @@ def test_processes_of_a_node_share_the_catalogue(tmp_path: Path) -> None:
     cf = CfTable(empty, torch.zeros(rows, 1), torch.zeros(0, rows, 1), None, "", {"holdout": "none"}, {}, "0")
     context = multiprocessing.get_context("spawn")
     barrier, answers = context.Barrier(2), context.Queue()
-    jobs = [context.Process(target=read_all, args=(tmp_path, manifest, cf, barrier, answers)) for _ in range(2)]
+    jobs = [
+        context.Process(target=read_all, args=(tmp_path, manifest, cf, barrier, answers)) for _ in range(2)
+    ]
     for job in jobs:
         job.start()
     for rss, pss in [answers.get(timeout=240) for _ in jobs]:
@@ -101,7 +112,10 @@ def test_processes_of_a_node_share_the_catalogue(tmp_path: Path) -> None:
 
 def read_all(folder: Path, manifest: Manifest, cf: CfTable, barrier: Any, answers: Any) -> None:
     tables = load_tables(folder, manifest, cf)
-    assert int(rows_of(tables.item_tokens, torch.arange(0, tables.num_items, 40)).sum()) == 7 * 40 * tables.num_items // 40
+    assert (
+        int(rows_of(tables.item_tokens, torch.arange(0, tables.num_items, 40)).sum())
+        == 7 * 40 * tables.num_items // 40
+    )
     assert int(tables.item_tokens.view(torch.int16).max()) == 7  # every page
     barrier.wait(240)
     answers.put(mapping_memory("item_tokens-000000.npy"))

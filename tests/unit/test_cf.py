@@ -10,16 +10,26 @@ import torch
 from data_shards.hashing import click_fold
 from data_shards.schema import REC, SRC, Manifest, read_manifest
 from tests.tiny_folder import make_tiny_folder
-from trainer.cf.table_file import cf_path, load_cf
-from trainer.cf.tables import fold_table, held_in, last_clicks, rotate_onto, train_cf, train_tables, unique_rec_clicks
+from trainer.cf.tables import (
+    fold_table,
+    held_in,
+    last_clicks,
+    rotate_onto,
+    train_cf,
+    train_tables,
+    unique_rec_clicks,
+)
 from trainer.cf.training import TableTrainer, choose_batch_size, sampled_ndcg, unique_clicks
 from trainer.cf.work import CfWork, Slot
 from trainer.config import CfConfig
+from trainer.data.cf_table import cf_path, load_cf
 from trainer.errors import ConfigError, DataError, RunError
-from trainer.files import file_sha256
+from trainer.runtime.files import file_sha256
 
 NUM_USERS, NUM_ITEMS, NUM_TOPICS = 60, 40, 4
-MANIFEST = Manifest(raw={"counts": {"users": NUM_USERS, "items": NUM_ITEMS}, "split": {"fingerprint": "f" * 64}}, hash="")
+MANIFEST = Manifest(
+    raw={"counts": {"users": NUM_USERS, "items": NUM_ITEMS}, "split": {"fingerprint": "f" * 64}}, hash=""
+)
 QUICK = ("cf.max_epochs=2", "cf.dim=8", "overwrite=true")
 
 
@@ -28,7 +38,13 @@ def planted_columns(seed: int = 0) -> dict[str, np.ndarray]:
     generator = np.random.default_rng(seed)
     user = np.repeat(np.arange(NUM_USERS), 10)
     item = generator.integers(NUM_ITEMS // NUM_TOPICS, size=len(user)) * NUM_TOPICS + user % NUM_TOPICS
-    return {"user": user, "item": item, "task": np.full(len(user), REC), "time": np.arange(len(user)), "event_id": np.arange(len(user))}
+    return {
+        "user": user,
+        "item": item,
+        "task": np.full(len(user), REC),
+        "time": np.arange(len(user)),
+        "event_id": np.arange(len(user)),
+    }
 
 
 def planted_valid(seed: int = 1) -> tuple[np.ndarray, np.ndarray]:
@@ -50,7 +66,15 @@ def work_in(folder: Path, save_every_s: float = 1e9) -> CfWork:
 def train(config: CfConfig, folder: Path, messages: list[str] | None = None, save_every_s: float = 1e9):
     columns = planted_columns()
     say = messages.append if messages is not None else lambda message: None
-    return train_tables(unique_rec_clicks(columns, MANIFEST), columns, planted_valid(), MANIFEST, config, work_in(folder, save_every_s), say)
+    return train_tables(
+        unique_rec_clicks(columns, MANIFEST),
+        columns,
+        planted_valid(),
+        MANIFEST,
+        config,
+        work_in(folder, save_every_s),
+        say,
+    )
 
 
 def test_the_full_table_finds_the_planted_topics(tmp_path):
@@ -80,15 +104,21 @@ def test_each_fold_table_is_trained_without_its_clicks(tmp_path):
     assert table.num_folds == 3
     for fold in range(3):
         part = clicks.keep(click_fold(clicks.users, clicks.items, 3) != fold)
-        alone = TableTrainer(part, config, print).fit(table.validation["epochs"], work_in(tmp_path).slot(f"alone-{fold}"))[1]
-        torch.testing.assert_close(table.item_folds[fold] @ table.item_folds[fold].T, alone @ alone.T, atol=1e-4, rtol=1e-4)
+        alone = TableTrainer(part, config, print).fit(
+            table.validation["epochs"], work_in(tmp_path).slot(f"alone-{fold}")
+        )[1]
+        torch.testing.assert_close(
+            table.item_folds[fold] @ table.item_folds[fold].T, alone @ alone.T, atol=1e-4, rtol=1e-4
+        )
 
 
 class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("settings", [{}, {"shared_epochs": 0.5}, {"holdout": "last"}], ids=["crossfit", "shared", "last"])
+@pytest.mark.parametrize(
+    "settings", [{}, {"shared_epochs": 0.5}, {"holdout": "last"}], ids=["crossfit", "shared", "last"]
+)
 def test_an_interrupted_training_ends_as_the_undisturbed_one(settings, tmp_path, monkeypatch):
     """Ended after each of its saves in turn: the same bits as without an interruption."""
     config = CfConfig(dim=8, max_epochs=8, num_folds=2, **settings)
@@ -129,7 +159,10 @@ def test_tables_that_share_a_start_never_saw_their_clicks(tmp_path):
     clicks = unique_rec_clicks(columns, MANIFEST)
     in_fold = click_fold(clicks.users, clicks.items, 2) == 0
     tables = []
-    for name, kept in (("all", np.ones(len(in_fold), bool)), ("without", ~in_fold | (np.arange(len(in_fold)) % 2 == 0))):
+    for name, kept in (
+        ("all", np.ones(len(in_fold), bool)),
+        ("without", ~in_fold | (np.arange(len(in_fold)) % 2 == 0)),
+    ):
         part, work = clicks.keep(kept), work_in(tmp_path / name)
         masks = held_in(part, config, None)
         target = torch.eye(NUM_ITEMS, 8)
@@ -143,7 +176,9 @@ def test_last_holds_out_one_click_of_each_user(tmp_path):
     assert table.item_folds.shape == (1, NUM_ITEMS, 8)
     assert table.num_folds == 0  # not folds of click_fold
     assert table.heldout_item is not None
-    assert table.heldout_item.tolist() == [int(columns["item"][columns["user"] == user][-1]) for user in range(NUM_USERS)]
+    assert table.heldout_item.tolist() == [
+        int(columns["item"][columns["user"] == user][-1]) for user in range(NUM_USERS)
+    ]
 
 
 def test_last_click_is_by_time_then_event_and_ignores_searches():
@@ -172,21 +207,27 @@ def test_unclicked_items_and_an_empty_fold_are_zero_rows(tmp_path):
     assert not table[np.setdiff1d(np.arange(NUM_ITEMS), columns["item"])].any()
     assert not user[1:].any()
     assert table[columns["item"]].abs().sum(1).gt(0).all()
-    user, item = TableTrainer(clicks.keep(np.zeros(len(clicks.users), bool)), CfConfig(dim=8), print).fit(2, work_in(tmp_path).slot("table"))
+    user, item = TableTrainer(clicks.keep(np.zeros(len(clicks.users), bool)), CfConfig(dim=8), print).fit(
+        2, work_in(tmp_path).slot("table")
+    )
     assert not user.any()
     assert not item.any()
 
 
 def test_items_that_nobody_clicked_cost_no_row_but_are_ranked() -> None:
     """Early stopping sees what a ranking of catalogue items would, those without a vector included."""
-    clicks = unique_clicks(np.array([0, 0, 1, 1]), np.array([30, 3, 30, 7]), num_users=3, catalog_size=NUM_ITEMS)
+    clicks = unique_clicks(
+        np.array([0, 0, 1, 1]), np.array([30, 3, 30, 7]), num_users=3, catalog_size=NUM_ITEMS
+    )
     assert clicks.item_ids.tolist() == [3, 7, 30]
     assert clicks.items_in_catalog.tolist() == [3, 30, 7, 30]
     assert clicks.rows_of(np.array([[30, 0], [7, 39]])).tolist() == [[2, 3], [1, 3]]
     generator = torch.Generator().manual_seed(0)
     user, item = torch.randn(3, 8, generator=generator), torch.randn(3, 8, generator=generator)
     users, candidates = np.arange(3), np.array([[30, 0, 7], [3, 39, 30], [12, 7, 3]])
-    assert sampled_ndcg(user, item, users, clicks.rows_of(candidates)) == sampled_ndcg(user, clicks.in_catalog(item), users, candidates)
+    assert sampled_ndcg(user, item, users, clicks.rows_of(candidates)) == sampled_ndcg(
+        user, clicks.in_catalog(item), users, candidates
+    )
 
 
 def test_rotation_keeps_scores_and_undoes_a_rotation():
@@ -204,16 +245,21 @@ def test_negatives_avoid_the_users_clicks():
     items = np.concatenate([np.arange(NUM_ITEMS - 20), [0, 1, 2]])
     trainer = TableTrainer(unique_clicks(users, items, 2, NUM_ITEMS), CfConfig(dim=8), print)
     negative = trainer.draw_negatives(torch.zeros(4000, dtype=torch.int64))
-    assert (negative < NUM_ITEMS - 20).double().mean() < 0.1  # half of the draws without rejection; 2^-4 after three further rounds
+    assert (
+        negative < NUM_ITEMS - 20
+    ).double().mean() < 0.1  # half of the draws without rejection; 2^-4 after three further rounds
     assert trainer.draw_negatives(torch.ones(4000, dtype=torch.int64)).ge(3).double().mean() > 0.999
 
 
-@pytest.mark.parametrize(("clicks", "batch_size"), [(0, 512), (1_000, 512), (41_858, 2048), (2_500_000, 131_072), (14_600_000, 262_144)])
+@pytest.mark.parametrize(
+    ("clicks", "batch_size"),
+    [(0, 512), (1_000, 512), (41_858, 2048), (2_500_000, 131_072), (14_600_000, 262_144)],
+)
 def test_batch_size_grows_with_the_graph(clicks, batch_size):
     assert choose_batch_size(clicks) == batch_size
 
 
-# ---- the verb and its file -------------------------------------------------------------------------------------
+# ---- the verb and its file ---------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -235,8 +281,15 @@ def test_train_cf_writes_a_table_that_load_cf_reads(folder):
     assert torch.equal(light.item, table.item)
     assert light.user.shape == (0, 8)
     assert light.item_folds.shape == (0, manifest.num_items, 8)
-    assert sorted(p.name for p in path.parent.iterdir()) == [path.name, "lightgcn.sha256"]  # no temporary file
-    assert path.with_suffix(".sha256").read_text().split() == [file_sha256(path), str(path.stat().st_size), path.name]
+    assert sorted(p.name for p in path.parent.iterdir()) == [
+        path.name,
+        "lightgcn.sha256",
+    ]  # no temporary file
+    assert path.with_suffix(".sha256").read_text().split() == [
+        file_sha256(path),
+        str(path.stat().st_size),
+        path.name,
+    ]
 
 
 def test_an_existing_table_is_reused_or_refused(folder):

@@ -12,11 +12,11 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from data_shards.schema import Manifest
-from trainer import checkpoint
-from trainer.checkpoint import Progress
 from trainer.config import load_config
 from trainer.errors import EnvironmentProblem, RunError
-from trainer.saving import CheckpointWriter, copied
+from trainer.runs import checkpoint
+from trainer.runs.checkpoint import Progress
+from trainer.runs.checkpoint_writer import CheckpointWriter, copied
 
 MANIFEST = Manifest(raw={"split": {"fingerprint": "f"}}, hash="h")
 
@@ -48,7 +48,9 @@ def save(writer: CheckpointWriter, step: int, best_step: int = 0) -> Path:
     return writer._folder / f"step-{step:08d}"
 
 
-def test_a_checkpoint_comes_back(accelerator: Accelerator, prepared: tuple[Any, Any], writer: CheckpointWriter, tmp_path: Path) -> None:
+def test_a_checkpoint_comes_back(
+    accelerator: Accelerator, prepared: tuple[Any, Any], writer: CheckpointWriter, tmp_path: Path
+) -> None:
     model, optimizer = prepared
     before = model.weight.detach().clone()
     save(writer, 3)
@@ -58,12 +60,15 @@ def test_a_checkpoint_comes_back(accelerator: Accelerator, prepared: tuple[Any, 
     assert found is not None and skipped == [] and found.mlflow_run_id == "run"
     progress = checkpoint.load(accelerator, model, optimizer, found)
     assert progress == Progress(step=3, events_seen=192)
-    assert torch.equal(model.weight, before) and torch.equal(torch.rand(2), expected), "random numbers go on where they were"
+    assert torch.equal(model.weight, before) and torch.equal(torch.rand(2), expected), (
+        "random numbers go on where they were"
+    )
     assert (tmp_path / "checkpoints" / "latest").read_text() == "step-00000003\n"
 
 
 def test_frozen_weights_are_not_saved_and_not_missed(accelerator: Accelerator, tmp_path: Path) -> None:
-    """Adapters on a backbone of gigabytes: a checkpoint holds the adapters. Weights of another model are refused."""
+    """Adapters on a backbone of gigabytes: a checkpoint holds the adapters. Weights of another model are
+    refused."""
     trained = torch.nn.Linear(3, 2)
     module = torch.nn.Sequential(torch.nn.Linear(3, 3), trained)
     module[0].requires_grad_(False)
@@ -108,7 +113,9 @@ def damage_half(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [damage_truncate, damage_missing, damage_list, damage_state, damage_half])
-def test_a_damaged_checkpoint_is_never_loaded(accelerator: Accelerator, writer: CheckpointWriter, tmp_path: Path, damage: Any) -> None:
+def test_a_damaged_checkpoint_is_never_loaded(
+    accelerator: Accelerator, writer: CheckpointWriter, tmp_path: Path, damage: Any
+) -> None:
     save(writer, 1)
     damage(save(writer, 2))
     found, skipped = checkpoint.newest_whole(accelerator, tmp_path)
@@ -121,7 +128,9 @@ def test_a_damaged_checkpoint_is_never_loaded(accelerator: Accelerator, writer: 
     assert not list((tmp_path / "checkpoints").glob(f"{checkpoint.PARTIAL}*"))
 
 
-def test_killed_between_rename_and_latest(accelerator: Accelerator, writer: CheckpointWriter, tmp_path: Path) -> None:
+def test_killed_between_rename_and_latest(
+    accelerator: Accelerator, writer: CheckpointWriter, tmp_path: Path
+) -> None:
     save(writer, 1)
     save(writer, 2)
     (tmp_path / "checkpoints" / "latest").write_text("step-00000001\n")
@@ -133,7 +142,9 @@ def test_nothing_to_find(accelerator: Accelerator, tmp_path: Path) -> None:
     assert checkpoint.newest_whole(accelerator, tmp_path) == (None, [])
 
 
-def test_a_checkpoint_of_another_version_is_refused(accelerator: Accelerator, writer: CheckpointWriter, tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_version_is_refused(
+    accelerator: Accelerator, writer: CheckpointWriter, tmp_path: Path
+) -> None:
     path = save(writer, 1)
     document = json.loads((path / "state.json").read_text())
     document["identity"]["format"] = 99
@@ -148,12 +159,24 @@ def test_a_checkpoint_of_another_version_is_refused(accelerator: Accelerator, wr
     ("overrides", "world_size", "stage", "expected"),
     [
         ([], 1, None, ""),
-        (["run.log_every_steps=7", "tracking.experiment=other", "data.num_workers=3", "run.dir=elsewhere"], 1, None, ""),
-        (["optim.lr=0.5", "data.num_negatives=9"], 1, None, "data.num_negatives   was 4, is 9 now\n  optim.lr             was 0.001, is 0.5 now"),
+        (
+            ["run.log_every_steps=7", "tracking.experiment=other", "data.num_workers=3", "run.dir=elsewhere"],
+            1,
+            None,
+            "",
+        ),
+        (
+            ["optim.lr=0.5", "data.num_negatives=9"],
+            1,
+            None,
+            "data.num_negatives   was 4, is 9 now\n  optim.lr             was 0.001, is 0.5 now",
+        ),
         ([], 2, 2, ""),
     ],
 )
-def test_what_may_change_and_what_not(writer: CheckpointWriter, overrides: list[str], world_size: int, stage: int | None, expected: str) -> None:
+def test_what_may_change_and_what_not(
+    writer: CheckpointWriter, overrides: list[str], world_size: int, stage: int | None, expected: str
+) -> None:
     found = checkpoint.read_checkpoint(save(writer, 1))
     now = checkpoint.identity_of(load_config(None, overrides), MANIFEST, world_size, stage, "c")
     if expected:
@@ -165,13 +188,19 @@ def test_what_may_change_and_what_not(writer: CheckpointWriter, overrides: list[
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(
-    accelerator: Accelerator, prepared: tuple[Any, Any], writer: CheckpointWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    accelerator: Accelerator,
+    prepared: tuple[Any, Any],
+    writer: CheckpointWriter,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The disk waits for us here, not we for the disk: and what is written is the state at start()."""
     model, optimizer = prepared
     disk = threading.Event()
     original = checkpoint.checksum
-    monkeypatch.setattr("trainer.saving.checksum", lambda path, sync: (disk.wait(60), original(path, sync))[1])
+    monkeypatch.setattr(
+        "trainer.runs.checkpoint_writer.checksum", lambda path, sync: (disk.wait(60), original(path, sync))[1]
+    )
     before = model.weight.detach().clone()
     start(writer, 1)
     torch.nn.init.zeros_(model.weight)
@@ -186,13 +215,15 @@ def test_training_goes_on_while_a_checkpoint_is_written(
     assert torch.equal(model.weight, before)
 
 
-def test_a_disk_that_is_full_is_reported_and_leaves_the_earlier_checkpoint(writer: CheckpointWriter, tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_disk_that_is_full_is_reported_and_leaves_the_earlier_checkpoint(
+    writer: CheckpointWriter, tmp_path: Path, monkeypatch: Any
+) -> None:
     save(writer, 1)
 
     def full(path: Path, sync: bool) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("trainer.saving.checksum", full)
+    monkeypatch.setattr("trainer.runs.checkpoint_writer.checksum", full)
     start(writer, 2)
     with pytest.raises(EnvironmentProblem, match=r"No space left.*Earlier checkpoints are intact"):
         writer.finish()

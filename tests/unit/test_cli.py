@@ -1,4 +1,5 @@
-"""The command as people and scripts meet it: help, exit codes, messages, JSON, ranks, and what the wheel holds."""
+"""The command as people and scripts meet it: help, exit codes, messages, JSON, ranks, and what the wheel
+holds."""
 
 import json
 import os
@@ -54,7 +55,14 @@ COMMANDS = [[verb] for verb in VERBS] + [
 
 def gensr(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "trainer", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, "COLUMNS": "150", **environment}, cwd=ROOT)
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "COLUMNS": "150", **environment},
+        cwd=ROOT,
+    )
 
 
 def test_every_verb_is_known() -> None:
@@ -66,7 +74,9 @@ def test_every_verb_is_known() -> None:
 def test_help_has_an_example_that_parses(command: list[str]) -> None:
     result = CliRunner().invoke(app, [*command, "--help"], env={"COLUMNS": "200"})
     assert result.exit_code == 0
-    example = next(line.strip() for line in result.output.splitlines() if line.strip().startswith("Example: gensr "))
+    example = next(
+        line.strip() for line in result.output.splitlines() if line.strip().startswith("Example: gensr ")
+    )
     assert example.split()[2 : 2 + len(command)] == command
 
 
@@ -83,7 +93,11 @@ def test_one_error_without_a_traceback_and_its_traceback_with_debug() -> None:
     assert "Traceback" in debug.stderr
 
 
-@pytest.mark.parametrize("arguments", [["trian"], ["train"], ["evaluate", "runs/none", "--wrong"], ["inspect", "/nonexistent"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments",
+    [["trian"], ["train"], ["evaluate", "runs/none", "--wrong"], ["inspect", "/nonexistent"]],
+    ids=" ".join,
+)
 def test_failures_end_with_1(arguments: list[str]) -> None:
     assert gensr(*arguments).returncode == 1
 
@@ -128,7 +142,16 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(ROOT / name, folder / "source" / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder / "source")
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(folder / "source")]
+    command = [
+        sys.executable,
+        "-m",
+        "build",
+        "--wheel",
+        "--no-isolation",
+        "--outdir",
+        str(folder),
+        str(folder / "source"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr
     return next(folder.glob("*.whl"))
@@ -147,14 +170,41 @@ def test_wheel_holds_code_presets_and_ds_configs(wheel: Path) -> None:
 
 
 def test_wheel_runs_outside_the_checkout(wheel: Path, tmp_path: Path) -> None:
-    """Unpacked where pip would put it, with this environment's dependencies: no file of the checkout is needed."""
+    """Unpacked where pip would put it, with this environment's dependencies: no file of the checkout is
+    needed."""
     installed = tmp_path / "site"
-    command = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--quiet", "--target", str(installed), str(wheel)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--no-deps",
+        "--no-index",
+        "--quiet",
+        "--target",
+        str(installed),
+        str(wheel),
+    ]
     subprocess.run(command, check=True, timeout=100, stdin=subprocess.DEVNULL)
     code = "import sys; sys.argv[0] = 'gensr'; from trainer.cli import main; import trainer; print(trainer.__file__); main()"
-    submit = ["submit", "demo", "--gpus-per-node", "0", "--print", f"data.dir={make_tiny_folder(tmp_path / 'data')}", "run.dir=RUN"]
+    submit = [
+        "submit",
+        "demo",
+        "--gpus-per-node",
+        "0",
+        "--print",
+        f"data.dir={make_tiny_folder(tmp_path / 'data')}",
+        "run.dir=RUN",
+    ]
     for arguments in (["--help"], ["config", "keys"], submit):
         environment = {**os.environ, "PYTHONPATH": str(installed)}
-        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=250, cwd=tmp_path, env=environment)
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments],
+            capture_output=True,
+            text=True,
+            timeout=250,
+            cwd=tmp_path,
+            env=environment,
+        )
         assert done.returncode == 0, done.stderr
         assert done.stdout.startswith(str(installed))

@@ -1,4 +1,5 @@
-"""Before DeepSpeed compiles: ninja is found, locks of killed processes go; what is missing is said without a traceback."""
+"""Before DeepSpeed compiles: ninja is found, locks of killed processes go; what is missing is said without a
+traceback."""
 
 import os
 import shutil
@@ -7,12 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from trainer.compiling import explained, free_locks, put_ninja_on_path
 from trainer.errors import EnvironmentProblem
+from trainer.runtime.compiling import explained, free_locks, put_ninja_on_path
 
 
 def test_a_compilers_lock_that_nobody_holds_is_removed(tmp_path: Path) -> None:
-    """torch's FileBaton: a file made with O_EXCL and held open; a killed process leaves it, and everyone waits."""
+    """torch's FileBaton: a file made with O_EXCL and held open; a killed process leaves it, and everyone
+    waits."""
     left, held = tmp_path / "py311_cpu" / "one" / "lock", tmp_path / "two" / "lock"
     for lock in (left, held):
         lock.parent.mkdir(parents=True)
@@ -43,8 +45,16 @@ NO_HEADERS = "Error building extension 'deepspeed_shm_comm': [1/3] c++ …\nx.h:
     ("error", "said"),
     [
         (RuntimeError(NO_HEADERS), "Python.h: No such file"),
-        (RuntimeError("Unable to JIT load the deepspeed_shm_comm op due to ninja not being installed."), "ninja not being installed"),
-        (ImportError("/x/deepspeed_shm_comm.so: cannot open shared object file: No such file or directory"), "cannot open shared object"),
+        (
+            RuntimeError("Unable to JIT load the deepspeed_shm_comm op due to ninja not being installed."),
+            "ninja not being installed",
+        ),
+        (
+            ImportError(
+                "/x/deepspeed_shm_comm.so: cannot open shared object file: No such file or directory"
+            ),
+            "cannot open shared object",
+        ),
     ],
     ids=["no headers", "no ninja", "another process did not"],
 )

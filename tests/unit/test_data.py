@@ -1,4 +1,5 @@
-"""Batches of the training stream, negatives, evaluation batches, damaged shards. (The order of events: test_order.py, test_resume.py.)"""
+"""Batches of the training stream, negatives, evaluation batches, damaged shards. (The order of events:
+test_order.py, test_resume.py.)"""
 
 import itertools
 from pathlib import Path
@@ -12,8 +13,8 @@ from data_shards.schema import Manifest, read_manifest
 from tests.tiny_folder import make_tiny_folder
 from trainer.config import DataConfig
 from trainer.data import EvalStream, TrainStream, prefetched, train_clicks
+from trainer.data.negatives import NegativeSampler
 from trainer.errors import ConfigError, DataError
-from trainer.negatives import NegativeSampler
 
 CONFIG = DataConfig(history_max=6, num_negatives=4)
 
@@ -30,9 +31,14 @@ def test_a_batch_does_not_depend_on_ranks(folder: Path) -> None:
     def by_event(ranks: int) -> dict[int, tuple[list[int], list[int]]]:
         found = {}
         for rank in range(ranks):
-            for batch in itertools.islice(TrainStream(folder, manifest, CONFIG, 5, 24, 24 // ranks, rank, ranks), 4):
+            for batch in itertools.islice(
+                TrainStream(folder, manifest, CONFIG, 5, 24, 24 // ranks, rank, ranks), 4
+            ):
                 for row in range(batch.num_events):
-                    found[int(batch.event_id[row])] = (batch.candidates[row].tolist(), batch.history_items[row].tolist())
+                    found[int(batch.event_id[row])] = (
+                        batch.candidates[row].tolist(),
+                        batch.history_items[row].tolist(),
+                    )
         return found
 
     assert by_event(1) == by_event(4)
@@ -55,7 +61,9 @@ def test_negatives_change_with_the_epoch_and_follow_popularity() -> None:
     first = sampler.draw(ids, np.zeros(500, np.int64), nobody[:, 0], nobody, nobody.astype(bool))
     second = sampler.draw(ids, np.ones(500, np.int64), nobody[:, 0], nobody, nobody.astype(bool))
     assert (first != second).mean() > 0.9 and (first >= 50).mean() > 0.98
-    uniform = NegativeSampler(100, 4, seed=1).draw(ids, np.zeros(500, np.int64), nobody[:, 0], nobody, nobody.astype(bool))
+    uniform = NegativeSampler(100, 4, seed=1).draw(
+        ids, np.zeros(500, np.int64), nobody[:, 0], nobody, nobody.astype(bool)
+    )
     counts = np.bincount(uniform.ravel(), minlength=100)
     assert counts[0] == 0 and counts[1:].min() > 3 and abs((uniform >= 50).mean() - 0.5) < 0.06
 
@@ -75,14 +83,20 @@ def test_held_out_clicks_alone_are_trained_on(folder: Path) -> None:
     heldout[columns["user"][recommended]] = columns["item"][recommended]  # the last one wins
     stream = TrainStream(folder, manifest, CONFIG, 5, 4, 4, heldout_item=heldout)
     assert 0 < stream.num_events < 96
-    seen = [event for batch in itertools.islice(stream, stream.num_events // 4) for event in batch.event_id.tolist()]
+    seen = [
+        event
+        for batch in itertools.islice(stream, stream.num_events // 4)
+        for event in batch.event_id.tolist()
+    ]
     usable = columns["event_id"][(columns["task"] == 1) | (heldout[columns["user"]] == columns["item"])]
     assert len(set(seen)) == len(seen) and set(seen) <= set(usable.tolist())
 
 
 @pytest.mark.parametrize("ranks", [1, 3, 8])
 @pytest.mark.parametrize("max_events", [0, 17, 1000])
-def test_evaluation_sees_each_event_once_with_equal_batches(folder: Path, ranks: int, max_events: int) -> None:
+def test_evaluation_sees_each_event_once_with_equal_batches(
+    folder: Path, ranks: int, max_events: int
+) -> None:
     manifest = read_manifest(folder)
     seen: list[int] = []
     places = []
@@ -93,11 +107,17 @@ def test_evaluation_sees_each_event_once_with_equal_batches(folder: Path, ranks:
         again = [batch.event_id.tolist() for batch in stream]
         for batch, ids in zip(stream, again, strict=True):
             assert batch.event_id.tolist() == ids  # a second pass is the first
-            assert batch.num_events == 8 and batch.candidates.shape == (8, 100) and (batch.labels.sum(1) == 1).all()
+            assert (
+                batch.num_events == 8
+                and batch.candidates.shape == (8, 100)
+                and (batch.labels.sum(1) == 1).all()
+            )
             seen += batch.event_id.tolist()
             places += batch.labels.argmax(1).tolist()
     real = [event for event in seen if event >= 0]
-    assert len(lengths) == 1 and len(real) == len(set(real)) == min(max_events or 1000, manifest.num_events("test"))
+    assert len(lengths) == 1 and len(real) == len(set(real)) == min(
+        max_events or 1000, manifest.num_events("test")
+    )
     assert len(set(places)) > 5  # the clicked item stands anywhere
 
 
@@ -122,7 +142,9 @@ def _damaged(folder: Path, target: Path, change: str) -> tuple[Path, Manifest]:
     return target, read_manifest(target)
 
 
-@pytest.mark.parametrize(("change", "message"), [("missing", "missing shard"), ("truncated", "truncated"), ("corrupt", "checksum")])
+@pytest.mark.parametrize(
+    ("change", "message"), [("missing", "missing shard"), ("truncated", "truncated"), ("corrupt", "checksum")]
+)
 def test_a_damaged_shard_is_named(folder: Path, tmp_path: Path, change: str, message: str) -> None:
     target, manifest = _damaged(folder, tmp_path / "copy", change)
     with pytest.raises(DataError, match=message) as error:
@@ -142,14 +164,20 @@ def test_a_damaged_shard_is_skipped_and_counted_when_asked(prepared: Path, tmp_p
 
 
 def test_words_reach_the_model(prepared_words: Path) -> None:
-    from trainer.catalog import load_tables
-    from trainer.cf.table_file import CfTable
+    from trainer.data.cf_table import CfTable
+    from trainer.data.item_tables import load_tables
 
     manifest = read_manifest(prepared_words)
     table = torch.randn(manifest.num_items, 16)
-    cf = CfTable(torch.zeros(0, 16), table, table[None][:0], None, manifest.fingerprint, {"holdout": "none"}, {}, "0")
+    cf = CfTable(
+        torch.zeros(0, 16), table, table[None][:0], None, manifest.fingerprint, {"holdout": "none"}, {}, "0"
+    )
     tables = load_tables(prepared_words, manifest, cf)
-    assert manifest.num_words > 0 and tables.item_words.shape[0] == manifest.num_items and int(tables.item_words.int().max()) <= manifest.num_words
+    assert (
+        manifest.num_words > 0
+        and tables.item_words.shape[0] == manifest.num_items
+        and int(tables.item_words.int().max()) <= manifest.num_words
+    )
     assert int(tables.query_words.max()) <= manifest.num_words and bool((tables.query_words[:, 0] > 0).any())
 
 
@@ -158,7 +186,15 @@ def test_tasks_are_mixed_by_share_whatever_the_manifest_says(folder: Path) -> No
     manifest = read_manifest(folder)
     config = DataConfig(history_max=6, search_share=0.75)
     old = Manifest(
-        {**manifest.raw, "shards": {"train": [{k: v for k, v in s.items() if k != "searches"} for s in manifest.raw["shards"]["train"]]}}, ""
+        {
+            **manifest.raw,
+            "shards": {
+                "train": [
+                    {k: v for k, v in s.items() if k != "searches"} for s in manifest.raw["shards"]["train"]
+                ]
+            },
+        },
+        "",
     )
     new_stream, old_stream = (TrainStream(folder, m, config, 5, 24, 24) for m in (manifest, old))
     for batch, other in itertools.islice(zip(new_stream, old_stream, strict=False), 12):

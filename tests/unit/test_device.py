@@ -1,4 +1,5 @@
-"""No step waits for its device. The device of these tests is torch's "meta": it computes shapes and holds no values, so whoever asks it for one fails."""
+"""No step waits for its device. The device of these tests is torch's "meta": it computes shapes and holds no
+values, so whoever asks it for one fails."""
 
 import contextlib
 from collections.abc import Callable
@@ -14,15 +15,18 @@ from torch.utils._pytree import tree_leaves
 
 from tests.tiny_folder import make_tiny_folder
 from tests.tiny_model import Made, make_tiny_model, move
-from trainer.model.backbone import Backbone
+from trainer.models.backbones.backbone import Backbone
 
 
 class NothingFromTheHost(TorchDispatchMode):
-    """Refuses operations that mix the device's tensors with the CPU's: on a GPU each is a copy that is waited for. Scalars travel with the kernel."""
+    """Refuses operations that mix the device's tensors with the CPU's: on a GPU each is a copy that is waited
+    for. Scalars travel with the kernel."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        assert not any(tensor.device.type == "cpu" and tensor.ndim for tensor in tensors), f"{func} reads a tensor of the CPU"
+        assert not any(tensor.device.type == "cpu" and tensor.ndim for tensor in tensors), (
+            f"{func} reads a tensor of the CPU"
+        )
         return func(*args, **(kwargs or {}))
 
 
@@ -36,13 +40,25 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Made]:
 def on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
     """What torch lacks for "meta": autocast, and sums of sparse gradients."""
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
-    monkeypatch.setattr(Backbone, "embed", lambda self, tokens: F.embedding(tokens.long(), self.embedding_weight()))
+    monkeypatch.setattr(
+        Backbone, "embed", lambda self, tokens: F.embedding(tokens.long(), self.embedding_weight())
+    )
 
 
 @pytest.mark.usefixtures("on_meta")
 @pytest.mark.parametrize("backbone", ["scratch:nano", "scratch:llama_nano", "scratch:qwen3_nano"])
-@pytest.mark.parametrize("setting", ["model.variant=paper", "model.variant=extended", "model.activation_checkpointing=true", "model.lora.rank=4"])
-def test_a_training_step_asks_its_device_for_nothing(make: Callable[..., Made], backbone: str, setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "model.variant=paper",
+        "model.variant=extended",
+        "model.activation_checkpointing=true",
+        "model.lora.rank=4",
+    ],
+)
+def test_a_training_step_asks_its_device_for_nothing(
+    make: Callable[..., Made], backbone: str, setting: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, batch = make(f"model.backbone={backbone}", setting)
     batch = move(model, model.grouped(batch), "meta")
     real_tensor = torch.tensor
@@ -69,7 +85,8 @@ def test_scoring_asks_its_device_for_nothing(make: Callable[..., Made], backbone
 
 @pytest.mark.usefixtures("on_meta")
 def test_the_test_device_cannot_be_read(make: Callable[..., Made]) -> None:
-    """A batch whose groups were not decided on the CPU makes the model ask; a table left on the CPU is noticed."""
+    """A batch whose groups were not decided on the CPU makes the model ask; a table left on the CPU is
+    noticed."""
     model, batch = make("model.backbone=scratch:nano")
     grouped = move(model, model.grouped(batch), "meta")
     with pytest.raises(NotImplementedError, match="no data"):

@@ -26,7 +26,9 @@ def executable(path: Path, text: str) -> Path:
 
 
 def test_all_checks_run_and_every_problem_has_a_fix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "check_all_reduce", lambda: [Check("gloo all-reduce", "OK", "in another test")])
+    monkeypatch.setattr(
+        doctor, "check_all_reduce", lambda: [Check("gloo all-reduce", "OK", "in another test")]
+    )
     checks = doctor.run_checks(tmp_path / "not" / "yet")
     names = [check.name for check in checks]
     expected = [
@@ -46,13 +48,20 @@ def test_all_checks_run_and_every_problem_has_a_fix(tmp_path: Path, monkeypatch:
     assert set(expected) <= set(names)
     assert len(names) == len(set(names))
     assert all(check.detail and (check.fix or check.status == "OK") for check in checks)
-    assert only(checks, "python").status == only(checks, "torch").status == only(checks, "mlflow sqlite").status == "OK"
+    assert (
+        only(checks, "python").status
+        == only(checks, "torch").status
+        == only(checks, "mlflow sqlite").status
+        == "OK"
+    )
     assert json.loads(json.dumps([asdict(check) for check in checks]))[0]["name"] == "python"
     assert not list(tmp_path.iterdir())
 
 
 def test_torch_is_not_imported_with_the_module() -> None:
-    done = subprocess.run([sys.executable, "-c", "import sys, trainer.doctor; sys.exit('torch' in sys.modules)"], timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys, trainer.doctor; sys.exit('torch' in sys.modules)"], timeout=60
+    )
     assert done.returncode == 0
 
 
@@ -75,7 +84,11 @@ def test_packages_missing_and_out_of_range(monkeypatch: pytest.MonkeyPatch) -> N
     texts = ["numpy>=1,<99", "numpy-that-is-not>=1", "torch>=99", "pytest>=99; extra == 'dev'"]
     monkeypatch.setattr(importlib.metadata, "requires", lambda name: texts)
     checks = doctor.check_packages()
-    assert [(check.name, check.status) for check in checks] == [("numpy", "OK"), ("numpy-that-is-not", "MISS"), ("torch", "WARN")]
+    assert [(check.name, check.status) for check in checks] == [
+        ("numpy", "OK"),
+        ("numpy-that-is-not", "MISS"),
+        ("torch", "WARN"),
+    ]
     assert "pip install 'torch>=99'" in checks[2].fix
 
 

@@ -15,13 +15,17 @@ import pytest
 from data_shards.download import download, unzip
 from data_shards.errors import ConfigError, DataError
 
-CSV = {f"{name}.csv": (f"{name}\n" + "1,2,3\n" * 20_000).encode() for name in ("rec_inter", "src_inter", "item_features")}
+CSV = {
+    f"{name}.csv": (f"{name}\n" + "1,2,3\n" * 20_000).encode()
+    for name in ("rec_inter", "src_inter", "item_features")
+}
 RECORD = "/api/records/8181109"
 FILE = "/records/8181109/files/KuaiSAR.zip"
 
 
 class Server(ThreadingHTTPServer):
-    """Serves `files`; `cut_after` bytes of a response the connection closes, `cuts` times; remembers the Range of each request."""
+    """Serves `files`; `cut_after` bytes of a response the connection closes, `cuts` times; remembers the
+    Range of each request."""
 
     daemon_threads = True
 
@@ -82,7 +86,11 @@ def zipped(files: dict[str, bytes]) -> bytes:
 
 
 def describe(server: Server, body: bytes, **changes: object) -> None:
-    entry = {"key": "KuaiSAR.zip", "size": len(body), "checksum": "md5:" + hashlib.md5(body).hexdigest()} | changes
+    entry = {
+        "key": "KuaiSAR.zip",
+        "size": len(body),
+        "checksum": "md5:" + hashlib.md5(body).hexdigest(),
+    } | changes
     server.files[RECORD] = json.dumps({"files": [entry]}).encode()
 
 
@@ -150,7 +158,9 @@ def test_complete_files_are_not_fetched_again(server: Server, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("change", [{"checksum": "md5:" + "0" * 32}, {"size": 1000}])
-def test_a_wrong_file_is_refused_and_removed(server: Server, tmp_path: Path, change: dict[str, object]) -> None:
+def test_a_wrong_file_is_refused_and_removed(
+    server: Server, tmp_path: Path, change: dict[str, object]
+) -> None:
     describe(server, server.files[FILE], **change)
     with pytest.raises(DataError, match=r"md5 is not|were announced"):
         fetch(server, tmp_path)
@@ -182,7 +192,10 @@ def test_unknown_name_lists_the_known(tmp_path: Path) -> None:
 
 
 def test_amazon_is_two_gzip_files_checked_by_their_own_crc(server: Server, tmp_path: Path) -> None:
-    texts = {"reviews_Kindle_Store_5.json.gz": b'{"asin": "A"}\n' * 5000, "meta_Kindle_Store.json.gz": b"{'asin': 'A'}\n"}
+    texts = {
+        "reviews_Kindle_Store_5.json.gz": b'{"asin": "A"}\n' * 5000,
+        "meta_Kindle_Store.json.gz": b"{'asin': 'A'}\n",
+    }
     bodies = {name: gzip.compress(text) for name, text in texts.items()}
     server.files |= {f"/{name}": body for name, body in bodies.items()}
     files = fetch(server, tmp_path, "amazon-kindle")
@@ -193,7 +206,9 @@ def test_amazon_is_two_gzip_files_checked_by_their_own_crc(server: Server, tmp_p
     assert [path.name for path in (tmp_path / "again").iterdir()] == ["reviews_Kindle_Store_5.json.gz"]
 
 
-@pytest.mark.parametrize("name", ["../evil.csv", "/etc/evil.csv", "a/../../evil.csv", "..\\evil.csv", "C:/evil.csv"])
+@pytest.mark.parametrize(
+    "name", ["../evil.csv", "/etc/evil.csv", "a/../../evil.csv", "..\\evil.csv", "C:/evil.csv"]
+)
 def test_paths_out_of_the_folder_are_refused_before_anything_is_written(tmp_path: Path, name: str) -> None:
     archive = tmp_path / "bad.zip"
     archive.write_bytes(zipped({"good.csv": b"1", name: b"2"}))
@@ -230,5 +245,7 @@ def test_a_damaged_member_leaves_no_file(tmp_path: Path) -> None:
 
 def test_mac_clutter_is_left_out(tmp_path: Path) -> None:
     archive = tmp_path / "mac.zip"
-    archive.write_bytes(zipped({"k/rec_inter.csv": b"1", "__MACOSX/k/._rec_inter.csv": b"2", "k/.DS_Store": b"3"}))
+    archive.write_bytes(
+        zipped({"k/rec_inter.csv": b"1", "__MACOSX/k/._rec_inter.csv": b"2", "k/.DS_Store": b"3"})
+    )
     assert unzip(archive, tmp_path) == [tmp_path / "rec_inter.csv"]

@@ -1,4 +1,5 @@
-"""Every event ranked once, on any number of ranks; the report and its files; the baselines on the same candidates."""
+"""Every event ranked once, on any number of ranks; the report and its files; the baselines on the same
+candidates."""
 
 import json
 import threading
@@ -10,14 +11,15 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-import trainer.loading
+import trainer.runs.weights
 from data_shards.schema import REC, SRC, TASKS, read_manifest
 from tests.tiny_folder import make_tiny_folder
 from trainer.batch import Batch
 from trainer.config import Config, DataConfig, RunConfig
 from trainer.data import EvalStream, split_columns
 from trainer.errors import RunError
-from trainer.evaluate import (
+from trainer.evaluation.metrics import METRICS
+from trainer.evaluation.sampled import (
     autocast_scorer,
     baseline_reports,
     config_hash,
@@ -28,7 +30,6 @@ from trainer.evaluate import (
     validate,
     write_evaluation,
 )
-from trainer.metrics import METRICS
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,9 @@ def stand_in(score) -> SimpleNamespace:
 
 def test_every_event_is_ranked_once_and_rightly(folder, manifest):
     seen: list[tuple[int, int]] = []
-    ranks = rank_events(item_id_scorer, stream_of(folder, manifest), progress=lambda done, total: seen.append((done, total)))
+    ranks = rank_events(
+        item_id_scorer, stream_of(folder, manifest), progress=lambda done, total: seen.append((done, total))
+    )
     stored = split_columns(folder, manifest, "test", ["event_id", "task", "user", "item", "negatives"])
     order = np.argsort(stored["event_id"])
     for name in ("event_id", "task", "user", "item"):
@@ -136,13 +139,26 @@ def test_report_and_files(folder, manifest, tmp_path):
     path = write_evaluation(tmp_path, folder, "test", ranks, document)
     written = json.loads(path.read_text())
     protocol = written["protocol"]
-    assert (protocol["candidates"], protocol["num_negatives"], protocol["ties"], protocol["scores"]) == ("sampled", 99, "expected", "fp32")
-    assert (protocol["split"], protocol["split_fingerprint"], protocol["manifest_hash"]) == ("test", manifest.fingerprint, manifest.hash)
+    assert (protocol["candidates"], protocol["num_negatives"], protocol["ties"], protocol["scores"]) == (
+        "sampled",
+        99,
+        "expected",
+        "fp32",
+    )
+    assert (protocol["split"], protocol["split_fingerprint"], protocol["manifest_hash"]) == (
+        "test",
+        manifest.fingerprint,
+        manifest.hash,
+    )
     for task in TASKS:
         low, high = written[task]["ci95"]["ndcg@10"]
         assert low <= written[task]["ndcg@10"] <= high
         assert written[task]["num_events"] == 20
-    assert {name: list(tasks) for name, tasks in written["baselines"].items()} == {"popularity": ["rec"], "lightgcn": ["rec"], "bm25": ["src"]}
+    assert {name: list(tasks) for name, tasks in written["baselines"].items()} == {
+        "popularity": ["rec"],
+        "lightgcn": ["rec"],
+        "bm25": ["src"],
+    }
     assert all(metric in written["baselines"]["bm25"]["src"] for metric in METRICS)
 
     table = pq.read_table(tmp_path / "evaluation-test.parquet").to_pydict()
@@ -160,7 +176,9 @@ def test_lightgcn_is_left_out_without_a_table(folder, tmp_path):
 
 
 def test_configuration_hash_ignores_folders_only():
-    assert config_hash(Config()) == config_hash(Config(run=RunConfig(dir="elsewhere"), data=DataConfig(dir="there")))
+    assert config_hash(Config()) == config_hash(
+        Config(run=RunConfig(dir="elsewhere"), data=DataConfig(dir="there"))
+    )
     assert config_hash(Config()) != config_hash(Config(run=RunConfig(seed=1)))
 
 
@@ -179,14 +197,19 @@ def test_bf16_runs_are_scored_under_autocast():
 def test_evaluate_run_writes_the_files(folder, manifest, tmp_path, monkeypatch):
     config = Config(data=DataConfig(dir=str(folder), history_max=4))
     model = stand_in(item_id_scorer)
-    monkeypatch.setattr(trainer.loading, "load_run_config", lambda run_dir: config)
-    monkeypatch.setattr(trainer.loading, "load_run_model", lambda run_dir, device: (model, None, config, manifest))
+    monkeypatch.setattr(trainer.runs.weights, "load_run_config", lambda run_dir: config)
+    monkeypatch.setattr(
+        trainer.runs.weights, "load_run_model", lambda run_dir, device: (model, None, config, manifest)
+    )
     document = evaluate_run(tmp_path, "valid")
     assert json.loads((tmp_path / "evaluation-valid.json").read_text()) == document
     assert document["rec"]["num_events"] + document["src"]["num_events"] == manifest.num_events("valid")
     assert document["protocol"]["config_hash"] == config_hash(config)
     assert set(document["baselines"]) == {"popularity", "lightgcn", "bm25"}
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["evaluation-valid.json", "evaluation-valid.parquet"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "evaluation-valid.json",
+        "evaluation-valid.parquet",
+    ]
     with pytest.raises(RunError, match="valid or test"):
         evaluate_run(tmp_path, "train")
 

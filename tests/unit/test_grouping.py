@@ -1,4 +1,5 @@
-"""Groups of like query length: every event once, the fewest positions, the same number of calls where ranks need it."""
+"""Groups of like query length: every event once, the fewest positions, the same number of calls where ranks
+need it."""
 
 import itertools
 
@@ -7,7 +8,13 @@ import torch
 from torch import Tensor
 
 from data_shards.schema import REC, SRC
-from trainer.model.grouping import LENGTH_GROUPS, PROMPTS_A_GROUP, PROMPTS_A_GROUP_ON_CPU, group_events, least_padding
+from trainer.models.gensr.grouping import (
+    LENGTH_GROUPS,
+    PROMPTS_A_GROUP,
+    PROMPTS_A_GROUP_ON_CPU,
+    group_events,
+    least_padding,
+)
 
 
 def positions(lengths: Tensor, cuts: list[int]) -> int:
@@ -27,7 +34,9 @@ def test_cuts_leave_the_fewest_positions_of_all_cuts(seed: int, num_groups: int)
 
 @pytest.mark.parametrize("lengths", [[], [3], [2, 2, 2]])
 def test_fewer_lengths_than_groups_leave_groups_empty(lengths: list[int]) -> None:
-    groups = torch.tensor(lengths, dtype=torch.int64).tensor_split(least_padding(torch.tensor(lengths, dtype=torch.int64), 4))
+    groups = torch.tensor(lengths, dtype=torch.int64).tensor_split(
+        least_padding(torch.tensor(lengths, dtype=torch.int64), 4)
+    )
     assert len(groups) == 4 and torch.cat(groups).tolist() == lengths
 
 
@@ -43,7 +52,9 @@ def test_every_event_is_answered_once(num_searches: int, same_calls: bool) -> No
     for group in counted:
         assert (task[group.rows] == group.task).all() and group.longest == int(length[group.rows].max())
     if same_calls:
-        assert len(groups) == 1 + LENGTH_GROUPS and all(group.rows.tolist() == [0] for group in groups if not group.counts)
+        assert len(groups) == 1 + LENGTH_GROUPS and all(
+            group.rows.tolist() == [0] for group in groups if not group.counts
+        )
     else:
         assert len(counted) == len(groups)
 
@@ -55,4 +66,9 @@ def test_there_is_a_group_more_for_so_many_prompts() -> None:
         return len(group_events(task, length, num_candidates, on_cpu, same_calls=False))
 
     assert PROMPTS_A_GROUP_ON_CPU < PROMPTS_A_GROUP <= 64 * 100
-    assert (num_groups(1, True), num_groups(5, True), num_groups(5, False), num_groups(100, False)) == (1, 4, 1, 4)
+    assert (num_groups(1, True), num_groups(5, True), num_groups(5, False), num_groups(100, False)) == (
+        1,
+        4,
+        1,
+        4,
+    )

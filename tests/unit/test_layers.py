@@ -1,4 +1,5 @@
-"""Who may import whom (trainer/README.md), read from the source by ast; and that every third-party import is declared."""
+"""Who may import whom (trainer/README.md), read from the source by ast; and that every third-party import is
+declared."""
 
 import ast
 import configparser
@@ -13,7 +14,14 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("trainer", "data_shards", "ds_configs", "slurm")
 MLFLOW_FILES = {
-    f"trainer/{name}.py" for name in ("tracking/store", "tracking/delivery", "tracking/machine", "registry/versions", "registry/pyfunc_model")
+    f"trainer/{name}.py"
+    for name in (
+        "tracking/store",
+        "tracking/delivery",
+        "tracking/machine",
+        "registry/versions",
+        "registry/pyfunc_model",
+    )
 }
 # Distribution names of import names that differ from them.
 DISTRIBUTIONS = {"yaml": "PyYAML", "annotated_types": "annotated-types", "faiss": "faiss-cpu"}
@@ -32,10 +40,14 @@ def sources() -> list[Path]:
 
 
 def imports(path: Path) -> Iterator[tuple[str, bool]]:
-    """(full name of what is imported, whether only type checkers see it) of every import in a file, also those inside functions."""
+    """(full name of what is imported, whether only type checkers see it) of every import in a file, also
+    those inside functions."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     typing_only = {
-        id(node) for block in ast.walk(tree) if isinstance(block, ast.If) and "TYPE_CHECKING" in ast.unparse(block.test) for node in ast.walk(block)
+        id(node)
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and "TYPE_CHECKING" in ast.unparse(block.test)
+        for node in ast.walk(block)
     }
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -52,17 +64,26 @@ def relative(path: Path) -> str:
 
 
 def module_of(path: Path) -> str:
-    """trainer/model/gensr.py → model, trainer/cli.py → cli."""
+    """trainer/models/gensr/model.py → model, trainer/cli.py → cli."""
     return path.relative_to(ROOT / "trainer").parts[0].removesuffix(".py")
 
 
 def trainer_graph() -> dict[str, set[str]]:
-    """module of trainer → modules of trainer that it imports, packages as one; for type checkers only does not count."""
+    """module of trainer → modules of trainer that it imports, packages as one; for type checkers only does
+    not count."""
     graph: dict[str, set[str]] = {}
     for path in (ROOT / "trainer").rglob("*.py"):
-        wanted = {name.split(".")[1] for name, typing_only in imports(path) if name.startswith("trainer.") and not typing_only}
+        wanted = {
+            name.split(".")[1]
+            for name, typing_only in imports(path)
+            if name.startswith("trainer.") and not typing_only
+        }
         graph.setdefault(module_of(path), set()).update(wanted - {module_of(path)})
-    return {module: {name for name in wanted if name in graph} for module, wanted in graph.items() if module not in ("__init__", "configs")}
+    return {
+        module: {name for name in wanted if name in graph}
+        for module, wanted in graph.items()
+        if module != "__init__"
+    }
 
 
 def test_every_module_stands_in_the_picture() -> None:
@@ -74,7 +95,10 @@ def test_every_module_stands_in_the_picture() -> None:
 def test_imports_point_down() -> None:
     level = {name: number for number, layer in enumerate(layers()) for name in layer}
     upward = [
-        f"{module} imports {wanted}" for module, all_wanted in trainer_graph().items() for wanted in all_wanted if level[wanted] < level[module]
+        f"{module} imports {wanted}"
+        for module, all_wanted in trainer_graph().items()
+        for wanted in all_wanted
+        if level[wanted] < level[module]
     ]
     assert not upward
 
@@ -87,24 +111,33 @@ def test_no_circles() -> None:
     assert not remaining
 
 
-@pytest.mark.parametrize("path", [p for p in sources() if p.is_relative_to(ROOT / "data_shards")], ids=relative)
+@pytest.mark.parametrize(
+    "path", [p for p in sources() if p.is_relative_to(ROOT / "data_shards")], ids=relative
+)
 def test_data_shards_stands_alone(path: Path) -> None:
     roots = {name.split(".")[0] for name, _ in imports(path)}
     assert not roots & {"trainer", "torch", "transformers", "accelerate", "deepspeed", "mlflow"}
 
 
-@pytest.mark.parametrize("path", [p for p in sources() if p.is_relative_to(ROOT / "trainer" / "model")], ids=relative)
+@pytest.mark.parametrize(
+    "path", [p for p in sources() if p.is_relative_to(ROOT / "trainer" / "models")], ids=relative
+)
 def test_model_knows_no_files_ranks_or_tracking(path: Path) -> None:
     for name, _ in imports(path):
         root, _, rest = name.partition(".")
         assert root not in ("mlflow", "accelerate", "deepspeed", "webdataset", "pyarrow"), name
         assert not name.startswith("torch.distributed"), name
         if root == "trainer":
-            assert rest.split(".")[0] in ("model", "metrics", "batch", "config", "errors"), name
+            assert rest.split(".")[0] in ("models", "batch", "config", "errors"), name
 
 
 def test_mlflow_stays_in_its_files() -> None:
-    users = {relative(path) for path in sources() for name, typing_only in imports(path) if name.split(".")[0] == "mlflow" and not typing_only}
+    users = {
+        relative(path)
+        for path in sources()
+        for name, typing_only in imports(path)
+        if name.split(".")[0] == "mlflow" and not typing_only
+    }
     assert users <= MLFLOW_FILES
 
 
@@ -120,6 +153,10 @@ def test_third_party_imports_are_declared() -> None:
     setup.read(ROOT / "setup.cfg")
     lines = setup["options"]["install_requires"].split()
     declared = {re.split(r"[<>=!~\[]", line)[0].lower().replace("_", "-") for line in lines}
-    imported = {name.split(".")[0] for path in sources() for name, _ in imports(path)} - set(sys.stdlib_module_names) - BUILT_IN_PARTS
+    imported = (
+        {name.split(".")[0] for path in sources() for name, _ in imports(path)}
+        - set(sys.stdlib_module_names)
+        - BUILT_IN_PARTS
+    )
     names = {DISTRIBUTIONS.get(name, name).lower().replace("_", "-") for name in imported}
     assert names <= declared, f"add to install_requires: {sorted(names - declared)}"

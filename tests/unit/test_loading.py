@@ -1,4 +1,5 @@
-"""RUN/model holds a whole model: what was trained is what is loaded, also with LoRA; other tables are refused."""
+"""RUN/model holds a whole model: what was trained is what is loaded, also with LoRA; other tables are
+refused."""
 
 from pathlib import Path
 
@@ -9,15 +10,20 @@ from safetensors.torch import load_file
 from data_shards.schema import read_manifest
 from data_shards.settings import to_yaml
 from tests.tiny_folder import make_tiny_folder
-from trainer.catalog import load_tables
-from trainer.cf.table_file import cf_path, load_cf, save_cf
 from trainer.config import Config, load_config
 from trainer.data import EvalStream
+from trainer.data.cf_table import cf_path, load_cf, save_cf
+from trainer.data.item_tables import load_tables
 from trainer.errors import DataError, RunError
-from trainer.loading import build_model, load_run_model, save_model
-from trainer.model.gensr import GenSR
+from trainer.models.gensr.model import GenSR
+from trainer.runs.weights import build_model, load_run_model, save_model
 
-OVERRIDES = ["model.backbone=scratch:nano", "data.item_tokens=8", "data.history_tokens=4", "data.history_max=6"]
+OVERRIDES = [
+    "model.backbone=scratch:nano",
+    "data.item_tokens=8",
+    "data.history_tokens=4",
+    "data.history_max=6",
+]
 
 
 @pytest.fixture
@@ -41,20 +47,31 @@ def trained(folder: Path, run: Path, *overrides: str) -> tuple[GenSR, Config]:
 
 @pytest.mark.parametrize(
     "overrides",
-    [(), ("model.lora.rank=4",), ("model.variant=paper",), ("model.backbone=scratch:qwen3_nano", "model.lora.rank=4", "model.lora.dora=true")],
+    [
+        (),
+        ("model.lora.rank=4",),
+        ("model.variant=paper",),
+        ("model.backbone=scratch:qwen3_nano", "model.lora.rank=4", "model.lora.dora=true"),
+    ],
 )
 @torch.no_grad()
-def test_the_loaded_model_scores_as_the_trained_one(folder: Path, tmp_path: Path, overrides: tuple[str, ...]) -> None:
+def test_the_loaded_model_scores_as_the_trained_one(
+    folder: Path, tmp_path: Path, overrides: tuple[str, ...]
+) -> None:
     model, config = trained(folder, tmp_path / "run", *overrides)
     batch = next(iter(EvalStream(folder, read_manifest(folder), "test", config.data, 6)))
     loaded, _, _, _ = load_run_model(tmp_path / "run")
-    torch.testing.assert_close(loaded.score(batch), model.score(batch), rtol=0, atol=1e-5)  # adapters are merged on loading
+    torch.testing.assert_close(
+        loaded.score(batch), model.score(batch), rtol=0, atol=1e-5
+    )  # adapters are merged on loading
     assert not any("lora_" in name for name, _ in loaded.named_parameters())
 
 
 @pytest.mark.parametrize(("size", "table"), [("nano", "shared"), ("llama_nano", "embed_tokens")])
 @torch.no_grad()
-def test_lora_on_a_local_backbone_saves_adapter_and_heads_only(folder: Path, tmp_path: Path, size: str, table: str) -> None:
+def test_lora_on_a_local_backbone_saves_adapter_and_heads_only(
+    folder: Path, tmp_path: Path, size: str, table: str
+) -> None:
     plain, _ = trained(folder, tmp_path / "plain", f"model.backbone=scratch:{size}")
     backbone = tmp_path / "backbone"
     plain.backbone.base.save_pretrained(backbone)
@@ -63,7 +80,9 @@ def test_lora_on_a_local_backbone_saves_adapter_and_heads_only(folder: Path, tmp
     assert any("lora_A" in name for name in names) and not any(f"{table}.weight" in name for name in names)
     assert any(name.startswith("cf_filter") for name in names)
     batch = next(iter(EvalStream(folder, read_manifest(folder), "test", config.data, 6)))
-    torch.testing.assert_close(load_run_model(tmp_path / "run")[0].score(batch), model.score(batch), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        load_run_model(tmp_path / "run")[0].score(batch), model.score(batch), rtol=0, atol=1e-5
+    )
 
 
 def test_another_collaborative_table_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 PROGRAM = """
 import torch
-from trainer.memory import keep_freed_memory, peak_memory_bytes
+from trainer.runtime.memory import keep_freed_memory, peak_memory_bytes
 keep_freed_memory()
 device = "cuda" if torch.cuda.is_available() else "cpu"
 before = peak_memory_bytes()

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.metrics import METRICS, compare, expected_ranks, metric_values, summarise
+from trainer.evaluation.metrics import METRICS, compare, expected_ranks, metric_values, summarise
 
 NAN = float("nan")
 
@@ -20,7 +20,10 @@ def ranks_of(scores: list[list[float]], positives: list[int]) -> tuple[list[floa
 
 def test_ties_count_their_expected_rank():
     assert ranks_of([[3.0, 3.0, 3.0, 1.0]], [0]) == ([2.0], [True])  # places 1, 2 and 3 are equally likely
-    assert ranks_of([[0.0] * 100], [7]) == ([50.5], [True])  # a constant model is at chance, wherever the positive stands
+    assert ranks_of([[0.0] * 100], [7]) == (
+        [50.5],
+        [True],
+    )  # a constant model is at chance, wherever the positive stands
     assert ranks_of([[5.0, 2.0, 2.0], [1.0, 2.0, 3.0]], [1, 0]) == ([2.5, 3.0], [True, False])
 
 
@@ -42,7 +45,9 @@ def test_rank_is_the_mean_over_tie_breaks_and_ignores_candidate_order(scores, da
 
 
 def test_summary_of_known_ranks():
-    summary = summarise(torch.tensor([1.0, 3.0, 10.0, 10.5, 30.0]), torch.tensor([False, False, False, True, False]))
+    summary = summarise(
+        torch.tensor([1.0, 3.0, 10.0, 10.5, 30.0]), torch.tensor([False, False, False, True, False])
+    )
     assert summary["recall@5"] == pytest.approx(2 / 5)
     assert summary["recall@10"] == pytest.approx(3 / 5)
     assert summary["recall@20"] == pytest.approx(4 / 5)
@@ -68,7 +73,10 @@ def test_bootstrap_is_seeded_and_narrows_with_events():
     few, many = torch.tensor([1.0, 50.0] * 50), torch.tensor([1.0, 50.0] * 50_000)
     no_ties = [torch.zeros(len(r), dtype=torch.bool) for r in (few, many)]
     assert summarise(few, no_ties[0], seed=4) == summarise(few, no_ties[0], seed=4)
-    widths = [high - low for low, high in (summarise(r, t)["ci95"]["mrr"] for r, t in zip((few, many), no_ties, strict=True))]
+    widths = [
+        high - low
+        for low, high in (summarise(r, t)["ci95"]["mrr"] for r, t in zip((few, many), no_ties, strict=True))
+    ]
     assert widths[1] == pytest.approx(widths[0] / np.sqrt(1000), rel=0.2)
 
 

@@ -1,4 +1,5 @@
-"""Prepared folders behind URLs: http from a real server, pipe: and s3 through a command; the node's cache; what is refused and what is tried again."""
+"""Prepared folders behind URLs: http from a real server, pipe: and s3 through a command; the node's cache;
+what is refused and what is tried again."""
 
 import functools
 import http.server
@@ -15,19 +16,20 @@ import pytest
 
 from data_shards.schema import read_manifest
 from tests.tiny_folder import make_tiny_folder
-from trainer import node_cache
-from trainer.cf.table_file import load_cf
 from trainer.config import DataConfig
-from trainer.data import EvalStream, TrainStream, read_blocks, split_columns
+from trainer.data import EvalStream, TrainStream, node_cache, read_blocks, split_columns
+from trainer.data.cf_table import load_cf
+from trainer.data.node_cache import local_folder, url_of
 from trainer.errors import DataError, EnvironmentProblem
-from trainer.node_cache import local_folder, url_of
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
     """Files of a folder; counts requests, and fails those that the test wants to fail."""
 
     asked: ClassVar[list[str]] = []
-    failures: ClassVar[dict[str, list[str]]] = {}  # path → what happens to the next requests: "cut", "reset" or "flip" (of one bit)
+    failures: ClassVar[
+        dict[str, list[str]]
+    ] = {}  # path → what happens to the next requests: "cut", "reset" or "flip" (of one bit)
 
     def do_GET(self) -> None:
         self.asked.append(self.path)
@@ -65,7 +67,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def url(folder: Path) -> Iterator[str]:
     if not shutil.which("curl"):
         pytest.skip("curl is not installed (Debian's package curl): webdataset reads http with it")
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(folder)))
+    server = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(Handler, directory=str(folder))
+    )
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
@@ -82,7 +86,10 @@ def asked_shards() -> list[str]:
 
 def test_a_missing_program_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(EnvironmentProblem, match=r"https://host/data/manifest\.json: is read by the program curl, which is not installed"):
+    with pytest.raises(
+        EnvironmentProblem,
+        match=r"https://host/data/manifest\.json: is read by the program curl, which is not installed",
+    ):
         local_folder(DataConfig(dir="https://host/data"))
 
 
@@ -92,7 +99,9 @@ def test_a_folder_elsewhere_gives_the_same_data(
     folder: Path, url: str, tmp_path: Path, kind: str, keep: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "aws").write_text(f'#!/bin/sh\n[ "$1 $2" = "s3 cp" ] && cat "{folder}/${{4#s3://bucket/data/}}"\n')
+    (tmp_path / "bin" / "aws").write_text(
+        f'#!/bin/sh\n[ "$1 $2" = "s3 cp" ] && cat "{folder}/${{4#s3://bucket/data/}}"\n'
+    )
     (tmp_path / "bin" / "aws").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     places = {
@@ -114,7 +123,9 @@ def test_a_folder_elsewhere_gives_the_same_data(
         )
 
 
-def test_each_shard_is_fetched_once_for_all_processes_of_a_node(folder: Path, url: str, tmp_path: Path) -> None:
+def test_each_shard_is_fetched_once_for_all_processes_of_a_node(
+    folder: Path, url: str, tmp_path: Path
+) -> None:
     config = DataConfig(dir=url, history_max=6, cache_dir=str(tmp_path / "cache"))
     results: Any = multiprocessing.get_context("fork").Queue()
 
@@ -134,7 +145,9 @@ def test_each_shard_is_fetched_once_for_all_processes_of_a_node(folder: Path, ur
 
 @pytest.mark.parametrize("keep", [False, True], ids=["streamed", "kept"])
 @pytest.mark.parametrize("what", ["cut", "reset"])
-def test_a_connection_that_breaks_is_tried_again(folder: Path, url: str, tmp_path: Path, what: str, keep: bool) -> None:
+def test_a_connection_that_breaks_is_tried_again(
+    folder: Path, url: str, tmp_path: Path, what: str, keep: bool
+) -> None:
     config = DataConfig(dir=url, history_max=6, cache_dir=str(tmp_path / "cache") if keep else "")
     Handler.failures = {"/shards/train-000001.tar": [what, what], "/catalog/items.parquet": [what]}
     with pytest.warns(UserWarning, match="trying again"):
@@ -142,15 +155,22 @@ def test_a_connection_that_breaks_is_tried_again(folder: Path, url: str, tmp_pat
 
 
 @pytest.mark.parametrize("keep", [False, True], ids=["streamed", "kept"])
-def test_a_shard_that_stays_bad_is_named_or_skipped_as_asked(folder: Path, url: str, tmp_path: Path, keep: bool) -> None:
+def test_a_shard_that_stays_bad_is_named_or_skipped_as_asked(
+    folder: Path, url: str, tmp_path: Path, keep: bool
+) -> None:
     bad = "/shards/train-000001.tar"
     config = DataConfig(dir=url, history_max=6, cache_dir=str(tmp_path / "cache") if keep else "")
     Handler.failures = {bad: ["cut"] * 99}
-    with pytest.warns(UserWarning, match="trying again"), pytest.raises(DataError, match=r"train-000001\.tar: cannot be read"):
+    with (
+        pytest.warns(UserWarning, match="trying again"),
+        pytest.raises(DataError, match=r"train-000001\.tar: cannot be read"),
+    ):
         events(local_folder(config), config)
     skipping = DataConfig(dir=url, history_max=6, cache_dir=config.cache_dir, on_bad_shard="skip")
     with pytest.warns(UserWarning, match="skipped 24 training events"):
-        assert TrainStream(local_folder(skipping), read_manifest(folder), skipping, 5, 24, 24).num_events == 72
+        assert (
+            TrainStream(local_folder(skipping), read_manifest(folder), skipping, 5, 24, 24).num_events == 72
+        )
 
 
 def test_a_streamed_shard_with_another_bit_is_named(folder: Path, url: str) -> None:
@@ -175,15 +195,22 @@ def test_another_cf_table_is_another_folder(folder: Path, tmp_path: Path) -> Non
     shutil.copytree(tmp_path / "other" / "cf", source / "cf", dirs_exist_ok=True)
     node_cache._cached_folder.cache_clear()
     second = local_folder(config)
-    assert first != second and (first / "cf" / "lightgcn.safetensors").read_bytes() == table  # a run that still reads it is not disturbed
+    assert (
+        first != second and (first / "cf" / "lightgcn.safetensors").read_bytes() == table
+    )  # a run that still reads it is not disturbed
     manifest = read_manifest(second)
     assert manifest.hash == read_manifest(first).hash
     with pytest.raises(DataError, match="another split"):  # the fingerprint check stays
         load_cf(second, manifest)
 
 
-def test_what_cannot_be_used_is_said(folder: Path, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.warns(UserWarning, match="trying again"), pytest.raises(DataError, match=r"nothing-here/manifest\.json: cannot be read"):
+def test_what_cannot_be_used_is_said(
+    folder: Path, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (
+        pytest.warns(UserWarning, match="trying again"),
+        pytest.raises(DataError, match=r"nothing-here/manifest\.json: cannot be read"),
+    ):
         local_folder(DataConfig(dir=f"{url}/nothing-here"))
     with pytest.raises(DataError, match="this needs a folder"):
         read_manifest(url)
@@ -214,4 +241,6 @@ def test_a_file_that_changed_under_its_manifest_is_refused(folder: Path, tmp_pat
     here = local_folder(DataConfig(dir=f"pipe:cat {source}", cache_dir=str(tmp_path / "cache")))
     with pytest.warns(UserWarning, match="trying again"), pytest.raises(DataError, match="checksum"):
         list(read_blocks(here, read_manifest(here).shards("train")[0]))
-    assert json.loads((here / "origin.json").read_text())["keep_shards"] and not list((tmp_path / "cache" / "blobs").glob("*.tmp"))
+    assert json.loads((here / "origin.json").read_text())["keep_shards"] and not list(
+        (tmp_path / "cache" / "blobs").glob("*.tmp")
+    )

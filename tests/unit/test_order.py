@@ -1,4 +1,5 @@
-"""Position → event, on arrays: every event once a cycle, from any position the same, searches in their share, users apart."""
+"""Position → event, on arrays: every event once a cycle, from any position the same, searches in their share,
+users apart."""
 
 from collections.abc import Iterator
 from itertools import islice
@@ -12,7 +13,9 @@ from trainer.data import order as order_module
 from trainer.data.order import Cycles, Mix, Order
 
 Event = tuple[int, int, int, int, int]  # stream, cycle, shard, block, row
-LAYOUTS = st.lists(st.lists(st.integers(0, 40), min_size=1, max_size=4), min_size=1, max_size=4).filter(lambda sizes: sum(map(sum, sizes)) > 0)
+LAYOUTS = st.lists(st.lists(st.integers(0, 40), min_size=1, max_size=4), min_size=1, max_size=4).filter(
+    lambda sizes: sum(map(sum, sizes)) > 0
+)
 SHARES = st.sampled_from([0.0, 0.5, 0.3, 0.07, 0.999])
 
 
@@ -35,7 +38,9 @@ def sequence(order: Order, start: int) -> Iterator[Event]:
             for row in range(piece.start, piece.stop)
         ]  # fmt: skip
         users = np.array([user_of(event) for event in events])
-        arranged, late = order.arrange(unit, users, np.array([e[0] for e in events]), np.array([e[1] for e in events]), late)
+        arranged, late = order.arrange(
+            unit, users, np.array([e[0] for e in events]), np.array([e[1] for e in events]), late
+        )
         assert sorted(arranged.tolist()) == list(range(unit.size))
         for position, index in enumerate(arranged.tolist(), unit.start):
             if position >= start:
@@ -54,7 +59,12 @@ quick = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCh
 @given(sizes=LAYOUTS, share=SHARES, seed=st.integers(0, 2**40))
 def test_every_event_of_a_task_is_used_once_a_cycle(sizes: list[list[int]], share: float, seed: int) -> None:
     order = make_order(sizes, share, seed)
-    every = sorted((shard, block, row) for shard, blocks in enumerate(sizes) for block, size in enumerate(blocks) for row in range(size))
+    every = sorted(
+        (shard, block, row)
+        for shard, blocks in enumerate(sizes)
+        for block, size in enumerate(blocks)
+        for row in range(size)
+    )
     wanted = 3 * order.num_events
     events = list(islice(sequence(order, 0), wanted))
     for stream in range(len(order.streams)):
@@ -67,7 +77,9 @@ def test_every_event_of_a_task_is_used_once_a_cycle(sizes: list[list[int]], shar
 
 @quick
 @given(sizes=LAYOUTS, share=SHARES, seed=st.integers(0, 2**40), where=st.floats(0, 3))
-def test_the_sequence_can_be_entered_anywhere(sizes: list[list[int]], share: float, seed: int, where: float) -> None:
+def test_the_sequence_can_be_entered_anywhere(
+    sizes: list[list[int]], share: float, seed: int, where: float
+) -> None:
     order = make_order(sizes, share, seed)
     start = int(where * order.num_events)
     whole = list(islice(sequence(order, 0), start + 150))
@@ -98,7 +110,8 @@ def test_another_seed_is_another_order_and_so_is_another_epoch() -> None:
 def test_a_batch_of_256_holds_250_users_wherever_it_begins(
     share: float, fewest_wanted: int, mean_wanted: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Activity as uneven as a log's (log-normal over 5,000 users), incomplete blocks in every shard, two epochs. A plain shuffle gives about 240."""
+    """Activity as uneven as a log's (log-normal over 5,000 users), incomplete blocks in every shard, two
+    epochs. A plain shuffle gives about 240."""
     monkeypatch.setattr(order_module, "UNIT_EVENTS", 4096)
     rng = np.random.default_rng(0)
     weights = rng.lognormal(0, 1.0, 5000)
@@ -108,11 +121,17 @@ def test_a_batch_of_256_holds_250_users_wherever_it_begins(
     for unit in islice(order.units_from(0), 12):
         pieces = order.pieces(unit)
         user = np.concatenate([users[p.shard][p.block][p.start : p.stop] for _, p in pieces])
-        stream, cycle = (np.concatenate([np.full(p.stop - p.start, v(s, p)) for s, p in pieces]) for v in (lambda s, p: s, lambda s, p: p.cycle))
+        stream, cycle = (
+            np.concatenate([np.full(p.stop - p.start, v(s, p)) for s, p in pieces])
+            for v in (lambda s, p: s, lambda s, p: p.cycle)
+        )
         arranged, late = order.arrange(unit, user, stream, cycle, late)
         parts.append(user[arranged])
     sequence_of_users = np.concatenate(parts)
-    distinct = [len(np.unique(sequence_of_users[start : start + 256])) for start in range(0, len(sequence_of_users) - 256, 19)]
+    distinct = [
+        len(np.unique(sequence_of_users[start : start + 256]))
+        for start in range(0, len(sequence_of_users) - 256, 19)
+    ]
     shuffled = rng.permutation(sequence_of_users)
     assert min(distinct) >= fewest_wanted and np.mean(distinct) >= mean_wanted
     assert np.mean([len(np.unique(shuffled[start : start + 256])) for start in range(0, 20_000, 256)]) < 248

@@ -8,10 +8,19 @@ from pathlib import Path
 import pytest
 
 from trainer.config import load_config
-from trainer.costs import GB, DataSize, ModelSize, bytes_sent, efficiency, largest_micro_batch, memory, tokens_per_event
 from trainer.errors import ConfigError
-from trainer.plan import batch_arithmetic, data_size, dry_run, model_size
-from trainer.schedule import above_chance, chance, grad_accum_steps, make_schedule
+from trainer.training.costs import (
+    GB,
+    DataSize,
+    ModelSize,
+    bytes_sent,
+    efficiency,
+    largest_micro_batch,
+    memory,
+    tokens_per_event,
+)
+from trainer.training.plan import batch_arithmetic, data_size, dry_run, model_size
+from trainer.training.schedule import above_chance, chance, grad_accum_steps, make_schedule
 
 
 def schedule_of(*overrides: str, events: int = 6400, world_size: int = 1):
@@ -36,10 +45,15 @@ def test_the_global_batch_does_not_depend_on_the_number_of_processes() -> None:
     )
 
 
-@pytest.mark.parametrize(("world_size", "fix"), [(4, "choose optim.micro_batch_size among 1, 2, 4, 8, 16"), (3, "divisible by 96, such as 96")])
+@pytest.mark.parametrize(
+    ("world_size", "fix"),
+    [(4, "choose optim.micro_batch_size among 1, 2, 4, 8, 16"), (3, "divisible by 96, such as 96")],
+)
 def test_batches_that_do_not_fit_the_processes_are_refused_with_a_fix(world_size: int, fix: str) -> None:
     with pytest.raises(ConfigError) as error:
-        grad_accum_steps(load_config(None, ["optim.global_batch_size=64", "optim.micro_batch_size=32"]), world_size)
+        grad_accum_steps(
+            load_config(None, ["optim.global_batch_size=64", "optim.micro_batch_size=32"]), world_size
+        )
     assert fix in str(error.value)
 
 
@@ -50,10 +64,15 @@ def test_lr_warms_up_and_decays_to_nothing_after_the_last_step() -> None:
     assert all(a > b for a, b in itertools.pairwise(factors[10:]))
     assert s.lr_factor(100) == 0.0
     short = schedule_of("optim.warmup_steps=200", "run.max_steps=5")
-    assert max(short.lr_factor(step) for step in range(5)) == 1.0, "a run shorter than its warm-up reaches its peak, too"
+    assert max(short.lr_factor(step) for step in range(5)) == 1.0, (
+        "a run shorter than its warm-up reaches its peak, too"
+    )
 
 
-@pytest.mark.parametrize(("metric", "value"), [("mean/recall@10", 0.1), ("rec/ndcg@10", 0.0454), ("src/mrr", 0.0519), ("mean/recall@5", 0.05)])
+@pytest.mark.parametrize(
+    ("metric", "value"),
+    [("mean/recall@10", 0.1), ("rec/ndcg@10", 0.0454), ("src/mrr", 0.0519), ("mean/recall@5", 0.05)],
+)
 def test_chance_among_one_and_ninety_nine(metric: str, value: float) -> None:
     mean, deviation = chance(metric, 100)
     assert mean == pytest.approx(value, abs=1e-4)
@@ -66,14 +85,15 @@ def test_an_unknown_metric_is_refused() -> None:
             chance(name, 100)
 
 
-# ---- memory ----------------------------------------------------------------------------------------------------
+# ---- memory ------------------------------------------------------------------------------------------------
 
 DATA = DataSize(train_events=1000, valid_events=100, items=0, queries=0)
 BILLION = ModelSize(total=10**9, trainable=10**9, width=1, layers=1, encoder=1, decoder=1)
 
 
 @pytest.mark.parametrize(
-    ("stage", "world_size", "bytes_each"), [(None, 1, 16), (None, 8, 16), (1, 8, 8 + 12 / 8), (2, 8, 4 + 16 / 8), (3, 8, 20 / 8), (2, 1, 20)]
+    ("stage", "world_size", "bytes_each"),
+    [(None, 1, 16), (None, 8, 16), (1, 8, 8 + 12 / 8), (2, 8, 4 + 16 / 8), (3, 8, 20 / 8), (2, 1, 20)],
 )
 def test_bytes_a_parameter_by_zero_stage(stage: int | None, world_size: int, bytes_each: float) -> None:
     need = memory(load_config(None), BILLION, DATA, stage, world_size)
@@ -92,20 +112,27 @@ def test_activations_follow_batch_prompt_precision_and_checkpointing() -> None:
     def activations(*overrides: str) -> float:
         return memory(load_config(None, ["run.precision=bf16", *overrides]), base, DATA, None, 1).activations
 
-    assert activations("optim.micro_batch_size=1", "data.num_negatives=1", "model.prompt=paper") / GB == pytest.approx(
-        7.0e-9 * 2 * 85 * 84_954_240 / 768
-    )
+    assert activations(
+        "optim.micro_batch_size=1", "data.num_negatives=1", "model.prompt=paper"
+    ) / GB == pytest.approx(7.0e-9 * 2 * 85 * 84_954_240 / 768)
     assert activations("run.precision=fp32") == pytest.approx(2 * activations())
     assert activations("model.activation_checkpointing=true") < 0.3 * activations()
 
 
-# ---- several GPUs ----------------------------------------------------------------------------------------------
+# ---- several GPUs ------------------------------------------------------------------------------------------
 
 
 def test_bytes_between_gpus_by_zero_stage() -> None:
     config = load_config(None)
-    sent = {stage: bytes_sent(config, BILLION, stage, 2, grad_accum_steps=2) / GB for stage in (None, 1, 2, 3)}
-    assert sent == {None: 4.0, 1: 6.0, 2: 10.0, 3: 12.0}  # of 10⁹ float32 parameters, two micro-batches, half of everything on each of two ranks
+    sent = {
+        stage: bytes_sent(config, BILLION, stage, 2, grad_accum_steps=2) / GB for stage in (None, 1, 2, 3)
+    }
+    assert sent == {
+        None: 4.0,
+        1: 6.0,
+        2: 10.0,
+        3: 12.0,
+    }  # of 10⁹ float32 parameters, two micro-batches, half of everything on each of two ranks
     assert bytes_sent(config, BILLION, None, 1) == 0
     adapters = replace(BILLION, trainable=10**6)
     assert bytes_sent(config, adapters, 2, 8) / GB < 0.02 and bytes_sent(config, adapters, 3, 8) / GB > 6
@@ -113,27 +140,42 @@ def test_bytes_between_gpus_by_zero_stage() -> None:
 
 def test_efficiency_falls_with_communication_and_rises_with_the_micro_batch() -> None:
     model = ModelSize(total=10**9, trainable=10**9, width=1, layers=1, encoder=10**9, decoder=0)
-    small, large = (load_config(None, [f"optim.micro_batch_size={n}", f"optim.global_batch_size={n}"]) for n in (1, 64))
+    small, large = (
+        load_config(None, [f"optim.micro_batch_size={n}", f"optim.global_batch_size={n}"]) for n in (1, 64)
+    )
     for world_size in (8, 64):
-        (worst, best), (worst_large, best_large) = (efficiency(config, model, 2, world_size) for config in (small, large))
+        (worst, best), (worst_large, best_large) = (
+            efficiency(config, model, 2, world_size) for config in (small, large)
+        )
         assert 0 < worst < worst_large < 1 and worst <= best <= 1 and best_large == 1
     assert efficiency(small, model, 2, 1) == (1, 1)
 
 
 def test_the_largest_micro_batch_divides_the_batch_and_fits() -> None:
-    config = load_config(None, ["optim.global_batch_size=96", "optim.micro_batch_size=1", "run.precision=bf16"])
+    config = load_config(
+        None, ["optim.global_batch_size=96", "optim.micro_batch_size=1", "run.precision=bf16"]
+    )
     model = ModelSize(total=10**9, trainable=10**9, width=768, layers=12, encoder=84_954_240, decoder=1)
-    sizes = [largest_micro_batch(config, model, DATA, None, 2, gigabytes * GB) for gigabytes in (16, 20, 40, 1000)]
-    assert sizes[0] == 0 and sizes[-1] == 48 and sizes == sorted(sizes) and all(48 % size == 0 for size in sizes if size)
+    sizes = [
+        largest_micro_batch(config, model, DATA, None, 2, gigabytes * GB) for gigabytes in (16, 20, 40, 1000)
+    ]
+    assert (
+        sizes[0] == 0
+        and sizes[-1] == 48
+        and sizes == sorted(sizes)
+        and all(48 % size == 0 for size in sizes if size)
+    )
 
 
-# ---- sizes -----------------------------------------------------------------------------------------------------
+# ---- sizes -------------------------------------------------------------------------------------------------
 
 
 def test_known_backbones_have_their_published_sizes() -> None:
     base = model_size(load_config(None, ["model.backbone=google/flan-t5-base"]), 0, 32100)
     published = 247_577_856
-    assert base.encoder + base.decoder + 2 * 32128 * 768 == published, "two tables: flan-t5's output table is not its input table"
+    assert base.encoder + base.decoder + 2 * 32128 * 768 == published, (
+        "two tables: flan-t5's output table is not its input table"
+    )
     assert 0 < base.total - published < 10e6, "GenSR's own layers"
 
 
@@ -161,22 +203,38 @@ def test_a_decoder_reads_what_candidates_share_once_an_event() -> None:
 def test_model_size_is_the_real_one(tmp_path: Path) -> None:
     from data_shards.schema import read_manifest
     from tests.tiny_folder import WORDS, make_tiny_folder
-    from trainer.catalog import load_tables
-    from trainer.cf.table_file import load_cf
-    from trainer.loading import build_model
-    from trainer.plan import size_of
+    from trainer.data.cf_table import load_cf
+    from trainer.data.item_tables import load_tables
+    from trainer.runs.weights import build_model
+    from trainer.training.plan import size_of
 
     folder = make_tiny_folder(tmp_path)
     manifest = read_manifest(folder)
-    for overrides in ([], ["model.variant=paper"], ["model.lora.rank=4"], ["model.backbone=scratch:llama_nano"]):
+    for overrides in (
+        [],
+        ["model.variant=paper"],
+        ["model.lora.rank=4"],
+        ["model.backbone=scratch:llama_nano"],
+    ):
         config = load_config(None, ["model.backbone=scratch:nano", *overrides])
         real = build_model(config, manifest, load_tables(folder, manifest, load_cf(folder, manifest)), folder)
         assert model_size(config, 0, len(WORDS), cf_dim=16) == size_of(real)
 
 
 def test_a_local_folder_is_counted_from_its_config(tmp_path: Path) -> None:
-    shape = dict(d_model=32, d_ff=64, d_kv=8, num_heads=4, num_layers=1, num_decoder_layers=1, vocab_size=50, feed_forward_proj="gated-gelu")
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "t5", "decoder_start_token_id": 0, **shape}))
+    shape = dict(
+        d_model=32,
+        d_ff=64,
+        d_kv=8,
+        num_heads=4,
+        num_layers=1,
+        num_decoder_layers=1,
+        vocab_size=50,
+        feed_forward_proj="gated-gelu",
+    )
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "t5", "decoder_start_token_id": 0, **shape})
+    )
     assert model_size(load_config(None, [f"model.backbone={tmp_path}"]), 0, 50).width == 32
 
 

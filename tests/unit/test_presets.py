@@ -1,4 +1,5 @@
-"""Every preset passes --dry-run, and its header says what a user needs. ds_configs keep "auto" for each number the run owns."""
+"""Every preset passes --dry-run, and its header says what a user needs. ds_configs keep "auto" for each
+number the run owns."""
 
 import json
 import re
@@ -12,10 +13,22 @@ import ds_configs
 from tests.tiny_folder import make_tiny_folder
 from trainer.config import load_config, preset_names, preset_path
 from trainer.errors import ConfigError, EnvironmentProblem
-from trainer.launch import Launch, filled_deepspeed_config, make_accelerator, read_deepspeed_json, read_launch
-from trainer.plan import dry_run, launch_of_yaml
+from trainer.runtime.launch import (
+    Launch,
+    filled_deepspeed_config,
+    make_accelerator,
+    read_deepspeed_json,
+    read_launch,
+)
+from trainer.training.plan import dry_run, launch_of_yaml
 
-PRESETS = ["amazon_kindle_flan_t5_base", "demo", "kuaisar_flan_t5_base", "kuaisar_flan_t5_xl_lora", "scientific_small"]
+PRESETS = [
+    "amazon_kindle_flan_t5_base",
+    "demo",
+    "kuaisar_flan_t5_base",
+    "kuaisar_flan_t5_xl_lora",
+    "scientific_small",
+]
 JSONS = [name for name in ds_configs.names() if name.endswith(".json")]
 YAMLS = [name for name in ds_configs.names() if name.endswith(".yaml")]
 
@@ -34,7 +47,9 @@ def test_preset_passes_dry_run_without_data_or_hub(preset: str) -> None:
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_preset_header_has_launch_line_memory_time_and_sizes(preset: str) -> None:
-    header = "".join(line for line in preset_path(preset).read_text().splitlines(keepends=True) if line.startswith("#"))
+    header = "".join(
+        line for line in preset_path(preset).read_text().splitlines(keepends=True) if line.startswith("#")
+    )
     for part in (f"# {preset}:", "# launch ", "# memory ", "# time ", "# sizes: "):
         assert part in header, part
     assert re.search(rf"trainer train {preset} |make demo", header)
@@ -51,21 +66,28 @@ def test_dry_run_reads_a_prepared_folder(preset: str, tmp_path: Path) -> None:
 
 def test_dry_run_fits_eight_gpus_and_two_nodes() -> None:
     config = load_config("kuaisar_flan_t5_base")
-    one, node, nodes = (dry_run(config, "kuaisar_flan_t5_base", launch) for launch in (Launch(), *map(launch_of_yaml, YAMLS_OF_CLUSTERS)))
+    one, node, nodes = (
+        dry_run(config, "kuaisar_flan_t5_base", launch)
+        for launch in (Launch(), *map(launch_of_yaml, YAMLS_OF_CLUSTERS))
+    )
     assert (node.facts["launch"]["world_size"], nodes.facts["launch"]["world_size"]) == (8, 16)
     assert "2 nodes" in "\n".join(nodes.lines) and "ZeRO-2" in "\n".join(nodes.lines)
-    assert one.facts["schedule"]["num_steps"] == nodes.facts["schedule"]["num_steps"], "the global batch does not depend on the launch"
+    assert one.facts["schedule"]["num_steps"] == nodes.facts["schedule"]["num_steps"], (
+        "the global batch does not depend on the launch"
+    )
     assert one.facts["memory_bytes"]["total"] > node.facts["memory_bytes"]["total"]
 
 
 YAMLS_OF_CLUSTERS = ("accelerate_gpu_8.yaml", "accelerate_multinode.yaml")
 
-# ---- ds_configs ------------------------------------------------------------------------------------------------
+# ---- ds_configs --------------------------------------------------------------------------------------------
 
 
 def test_the_promised_files_are_there() -> None:
     wanted = {f"zero{stage}.json" for stage in range(4)} | {"zero2_offload.json", "zero3_offload.json"}
-    wanted |= {f"accelerate_{name}.yaml" for name in ("cpu_1", "cpu_2", "gpu_1", "gpu_1_zero2", "gpu_8", "multinode")}
+    wanted |= {
+        f"accelerate_{name}.yaml" for name in ("cpu_1", "cpu_2", "gpu_1", "gpu_1_zero2", "gpu_8", "multinode")
+    }
     assert wanted <= set(ds_configs.names())
     with pytest.raises(FileNotFoundError, match=r"zero2\.json"):
         ds_configs.path("zero9.json")
@@ -75,12 +97,32 @@ def test_the_promised_files_are_there() -> None:
 def test_json_owns_no_number_of_the_run(name: str) -> None:
     document = read_deepspeed_json(ds_configs.path(name))
     assert str(document["zero_optimization"]["stage"]) in name
-    for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"):
+    for key in (
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
+        "gradient_clipping",
+    ):
         assert document[key] == "auto"
-    config = load_config(None, ["optim.global_batch_size=64", "optim.micro_batch_size=8", "run.precision=bf16", "optim.grad_clip=0.5"])
+    config = load_config(
+        None,
+        [
+            "optim.global_batch_size=64",
+            "optim.micro_batch_size=8",
+            "run.precision=bf16",
+            "optim.grad_clip=0.5",
+        ],
+    )
     filled = filled_deepspeed_config(document, config, grad_accum_steps=4, where=name)
-    assert (filled["train_batch_size"], filled["train_micro_batch_size_per_gpu"], filled["gradient_accumulation_steps"]) == (64, 8, 4)
-    assert filled["gradient_clipping"] == 0.5 and filled["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"}
+    assert (
+        filled["train_batch_size"],
+        filled["train_micro_batch_size_per_gpu"],
+        filled["gradient_accumulation_steps"],
+    ) == (64, 8, 4)
+    assert filled["gradient_clipping"] == 0.5 and filled["torch_autocast"] == {
+        "enabled": True,
+        "dtype": "bfloat16",
+    }
     assert '"auto"' not in json.dumps(filled)
     assert document["train_batch_size"] == "auto", "the document itself is left alone"
 
@@ -95,7 +137,10 @@ def test_a_conflict_shows_both_values() -> None:
     with pytest.raises(ConfigError) as error:
         filled_deepspeed_config(document, load_config(None), 1, "mine.json")
     text = str(error.value)
-    assert "mine.json" in text and "train_batch_size: 17 in the file, 64 in the run (optim.global_batch_size)" in text
+    assert (
+        "mine.json" in text
+        and "train_batch_size: 17 in the file, 64 in the run (optim.global_batch_size)" in text
+    )
     assert "bf16.enabled: True in the file" in text and "optimizer: given in the file" in text
 
 
@@ -114,8 +159,13 @@ def test_yaml_is_what_accelerate_reads(name: str) -> None:
     assert "accelerate launch --config_file ds_configs/" in path.read_text()
 
 
-@pytest.mark.parametrize(("name", "visible"), [("accelerate_cpu_2.yaml", "-1"), ("accelerate_gpu_1_zero2.yaml", "3"), ("accelerate_gpu_8.yaml", "3")])
-def test_a_launch_file_for_cpus_hides_gpus_and_the_others_leave_them_as_they_are(name: str, visible: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "visible"),
+    [("accelerate_cpu_2.yaml", "-1"), ("accelerate_gpu_1_zero2.yaml", "3"), ("accelerate_gpu_8.yaml", "3")],
+)
+def test_a_launch_file_for_cpus_hides_gpus_and_the_others_leave_them_as_they_are(
+    name: str, visible: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils.launch import prepare_deepspeed_cmd_env
 
@@ -132,8 +182,14 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(EnvironmentProblem, match=r"Process 1 of this node has no GPU: 1 can be seen.*CUDA_VISIBLE_DEVICES="):
-        make_accelerator(load_config(None), Launch(world_size=2, rank=1, local_rank=1, local_world_size=2, launched=True), 1)
+    with pytest.raises(
+        EnvironmentProblem, match=r"Process 1 of this node has no GPU: 1 can be seen.*CUDA_VISIBLE_DEVICES="
+    ):
+        make_accelerator(
+            load_config(None),
+            Launch(world_size=2, rank=1, local_rank=1, local_world_size=2, launched=True),
+            1,
+        )
 
 
 @pytest.mark.parametrize(
@@ -141,10 +197,15 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
     [
         ({"ACCELERATE_DEEPSPEED_CONFIG_FILE": "zero3.json"}, "zero3.json"),
         ({"ACCELERATE_DEEPSPEED_CONFIG_FILE": "none", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"}, "zero1.json"),
-        ({"ACCELERATE_DEEPSPEED_ZERO_STAGE": "2", "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"}, "zero2_offload.json"),
+        (
+            {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "2", "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"},
+            "zero2_offload.json",
+        ),
     ],
 )
-def test_the_launcher_names_the_deepspeed_file(environment: dict[str, str], ends: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_launcher_names_the_deepspeed_file(
+    environment: dict[str, str], ends: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.chdir(tmp_path)  # a bare name works from any folder
     for key, value in {
         "ACCELERATE_USE_DEEPSPEED": "true",

@@ -31,7 +31,9 @@ def events(folder: Path) -> list[int]:
     return [event for table in blocks.read_blocks(folder, shard) for event in table["event_id"].to_pylist()]
 
 
-def test_a_transient_error_is_retried_and_nothing_is_lost_or_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_transient_error_is_retried_and_nothing_is_lost_or_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = make_tiny_folder(tmp_path)
     undisturbed = events(folder)
     monkeypatch.setattr(blocks, "RETRY_AFTER_S", 0.0)

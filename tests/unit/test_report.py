@@ -5,9 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from trainer.checkpoint import Progress
+from trainer.analysis.figures import (
+    environment_facts,
+    git_facts,
+    last_screen,
+    metric_rows,
+    plot_run,
+    read_records,
+)
 from trainer.errors import RunError
-from trainer.report import environment_facts, git_facts, last_screen, metric_rows, plot_run, read_records
+from trainer.runs.checkpoint import Progress
 
 METRICS = {"rec/recall@10": 0.5, "rec/ndcg@10": 0.25, "mean/ndcg@10": 0.25}
 
@@ -17,7 +24,9 @@ def write(folder: Path, *records: dict[str, object]) -> None:
 
 
 def test_pictures_of_losses_and_metrics(tmp_path: Path) -> None:
-    losses = [{"kind": "train", "step": step, "loss": 1 / step, "answer_loss": 0.9 / step} for step in range(1, 20)]
+    losses = [
+        {"kind": "train", "step": step, "loss": 1 / step, "answer_loss": 0.9 / step} for step in range(1, 20)
+    ]
     write(tmp_path, *losses, {"kind": "valid", "step": 10, **METRICS})
     files = plot_run(tmp_path)
     assert [path.name for path in files] == ["loss.png", "metrics.png"]
@@ -26,7 +35,9 @@ def test_pictures_of_losses_and_metrics(tmp_path: Path) -> None:
 
 
 def test_a_picture_without_data_is_left_out(tmp_path: Path) -> None:
-    write(tmp_path, {"kind": "train", "step": 1, "loss": 0.0, "contrastive_loss": -1.0})  # no logarithm of these
+    write(
+        tmp_path, {"kind": "train", "step": 1, "loss": 0.0, "contrastive_loss": -1.0}
+    )  # no logarithm of these
     assert [path.name for path in plot_run(tmp_path)] == ["loss.png"]
 
 
@@ -43,8 +54,15 @@ def test_table_of_metrics() -> None:
 
 
 def test_the_last_screen_says_what_next(tmp_path: Path) -> None:
-    text = "\n".join(last_screen(tmp_path, Progress(step=20, best_step=10, best_metrics=METRICS, train_s=61), 500))
-    for part in ("best step 10 of 20, 0:01:01", "500 events, sampled", f"gensr evaluate {tmp_path}", f"gensr register {tmp_path}"):
+    text = "\n".join(
+        last_screen(tmp_path, Progress(step=20, best_step=10, best_metrics=METRICS, train_s=61), 500)
+    )
+    for part in (
+        "best step 10 of 20, 0:01:01",
+        "500 events, sampled",
+        f"gensr evaluate {tmp_path}",
+        f"gensr register {tmp_path}",
+    ):
         assert part in text
 
 

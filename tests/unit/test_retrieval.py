@@ -1,4 +1,5 @@
-"""The first step to an answer: indexes against brute force, the union of both sides, and what is kept on disk."""
+"""The first step to an answer: indexes against brute force, the union of both sides, and what is kept on
+disk."""
 
 from pathlib import Path
 
@@ -9,7 +10,15 @@ from tests.runs import make_run
 from trainer.errors import RunError
 from trainer.serving import retrieval
 from trainer.serving.recommend import Recommender, model_identity
-from trainer.serving.retrieval import build_index, build_retrieval, load_retrieval, merge, plan_index, save_retrieval, unit
+from trainer.serving.retrieval import (
+    build_index,
+    build_retrieval,
+    load_retrieval,
+    merge,
+    plan_index,
+    save_retrieval,
+    unit,
+)
 
 
 def vectors(num_items: int, width: int, seed: int = 0) -> np.ndarray:
@@ -30,11 +39,15 @@ def test_small_catalogues_are_searched_exactly() -> None:
 
 
 @pytest.mark.parametrize("width", [32, 96])
-def test_large_catalogues_are_coded_and_their_recall_is_measured(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_catalogues_are_coded_and_their_recall_is_measured(
+    width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The figure that building reports is that of an independent search over all vectors."""
     monkeypatch.setattr(retrieval, "MAX_EXACT_FLOATS", 1000)
     monkeypatch.setattr(retrieval, "CHUNK_ITEMS", 3000)
-    table = unit(vectors(8000, 12) @ vectors(12, width, seed=1))  # as learned vectors: fewer dimensions than columns
+    table = unit(
+        vectors(8000, 12) @ vectors(12, width, seed=1)
+    )  # as learned vectors: fewer dimensions than columns
     table[5] = 0
     index = build_index(lambda rows: table[rows], 8000, width)
     assert index is not None
@@ -64,7 +77,16 @@ def test_union_shares_the_places() -> None:
     assert sorted(merge([(first, 0.5), (second, 0.5)], 6)) == [0, 1, 2, 100, 101, 102]
     three_to_one = merge([(first, 0.25), (second, 0.75)], 8)
     assert (three_to_one >= 100).sum() == 6
-    assert merge([(first, 0.5), (second[:1], 0.5)], 8).tolist() == [0, 100, 1, 2, 3, 4, 5, 6]  # where one side ends, the other goes on
+    assert merge([(first, 0.5), (second[:1], 0.5)], 8).tolist() == [
+        0,
+        100,
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+    ]  # where one side ends, the other goes on
     assert merge([(np.array([3, 4]), 0.5), (np.array([4, 3]), 0.5)], 9, exclude=[4]).tolist() == [3]
     assert merge([], 5).tolist() == []
 
@@ -106,7 +128,9 @@ def test_semantic_side_is_cosine_of_centred_text_vectors(recommender: Recommende
 
     model, found = recommender.scorer.model, recommender.retrieval
     with torch.inference_mode():
-        texts = model.semantic_vectors(torch.arange(model.tables.num_items), model.settings.item_tokens).numpy()
+        texts = model.semantic_vectors(
+            torch.arange(model.tables.num_items), model.settings.item_tokens
+        ).numpy()
     centred = texts - texts.mean(0)
     query = recommender.scorer.query_vectors(["garden lamp"])[0]
     cosine = centred @ query / np.linalg.norm(centred, axis=1)

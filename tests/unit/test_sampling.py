@@ -4,15 +4,23 @@ import numpy as np
 import pytest
 
 from trainer.config import load_config
+from trainer.data.negatives import NegativeSampler
 from trainer.errors import ConfigError
-from trainer.negatives import NegativeSampler
 
 EVENTS, WIDTH = 400, 6
 
 
 def events(impressions: int) -> dict[str, np.ndarray]:
-    """Positive 0, history 1 … 4; the impressions begin with the positive and one history item, which must not come back."""
-    shown = np.concatenate([np.zeros((EVENTS, 1), int), np.full((EVENTS, 1), 3), np.tile(np.arange(10, 10 + impressions), (EVENTS, 1))], axis=1)
+    """Positive 0, history 1 … 4; the impressions begin with the positive and one history item, which must not
+    come back."""
+    shown = np.concatenate(
+        [
+            np.zeros((EVENTS, 1), int),
+            np.full((EVENTS, 1), 3),
+            np.tile(np.arange(10, 10 + impressions), (EVENTS, 1)),
+        ],
+        axis=1,
+    )
     shown[::2, 2:] = -1  # every other event has none of use
     return {
         "event_ids": np.arange(EVENTS), "epochs": np.zeros(EVENTS, int), "positives": np.zeros(EVENTS, int),
@@ -23,7 +31,9 @@ def events(impressions: int) -> dict[str, np.ndarray]:
 def of_kind(kind: str, impressions: int = 8, mixture: tuple[float, float] = (0.0, 0.0)) -> np.ndarray:
     """Items 0 … 99 are never clicked, 100 … 199 often."""
     clicks = np.repeat([0, 10_000], 100)
-    return NegativeSampler(200, WIDTH, seed=1, kind=kind, clicks=clicks, alpha=1.0, mixture=mixture).draw(**events(impressions))
+    return NegativeSampler(200, WIDTH, seed=1, kind=kind, clicks=clicks, alpha=1.0, mixture=mixture).draw(
+        **events(impressions)
+    )
 
 
 @pytest.mark.parametrize("kind", ["uniform", "popularity", "impressions", "mixture"])
@@ -52,7 +62,9 @@ def test_a_mixture_has_its_shares() -> None:
 
 
 def test_an_event_has_its_negatives_whatever_the_batch() -> None:
-    sampler = NegativeSampler(200, WIDTH, seed=1, kind="mixture", clicks=np.repeat([0, 10_000], 100), mixture=(0.4, 0.3))
+    sampler = NegativeSampler(
+        200, WIDTH, seed=1, kind="mixture", clicks=np.repeat([0, 10_000], 100), mixture=(0.4, 0.3)
+    )
     every = sampler.draw(**events(8))
     some = np.array([3, 4, 77, 301])
     assert (sampler.draw(**{name: values[some] for name, values in events(8).items()}) == every[some]).all()
@@ -60,4 +72,6 @@ def test_an_event_has_its_negatives_whatever_the_batch() -> None:
 
 def test_shares_above_one_are_refused() -> None:
     with pytest.raises(ConfigError, match="at most 1"):
-        load_config(None, ["data.negatives=mixture", "data.mixture_popularity=0.7", "data.mixture_impressions=0.6"])
+        load_config(
+            None, ["data.negatives=mixture", "data.mixture_popularity=0.7", "data.mixture_impressions=0.6"]
+        )

@@ -1,4 +1,5 @@
-"""The web application around a model: statuses, limits, batches. The model is a stand-in; tests/integration/test_service.py has a real one."""
+"""The web application around a model: statuses, limits, batches. The model is a stand-in;
+tests/integration/test_service.py has a real one."""
 
 import threading
 import time
@@ -32,7 +33,14 @@ class StandIn:
             raise KeyError("/etc/secret")
         if "bad" in queries:
             raise RequestError("the request: no such thing")
-        return [{"items": [{"item_id": "i1", "score": request.get("k") or 0}], "scores": [0.5], "model": self.facts} for request in requests]
+        return [
+            {
+                "items": [{"item_id": "i1", "score": request.get("k") or 0}],
+                "scores": [0.5],
+                "model": self.facts,
+            }
+            for request in requests
+        ]
 
     def some_users(self, count: int) -> dict[str, Any]:
         return {"users": [], "reason": "none"}
@@ -62,7 +70,9 @@ def wait_for(condition: Any) -> None:
 
 
 def test_answers_health_and_the_page(client: TestClient) -> None:
-    assert client.post("/recommend", json={"user_id": 3, "k": 7}).json()["items"] == [{"item_id": "i1", "score": 7}]
+    assert client.post("/recommend", json={"user_id": 3, "k": 7}).json()["items"] == [
+        {"item_id": "i1", "score": 7}
+    ]
     assert client.post("/search", json={"query": "lamp"}).status_code == 200
     assert client.post("/score", json={"task": "rec", "candidates": [1]}).status_code == 200
     assert client.get("/health").json() == {"status": "ok"}
@@ -78,7 +88,11 @@ def test_answers_health_and_the_page(client: TestClient) -> None:
     [
         ("/search", {"query": "bad"}, "no such thing"),
         ("/recommend", {"history": [{"task": "rec"}]}, "history.0.item_id: Field required"),
-        ("/recommend", {"history": [{"item_id": 1, "task": "buy"}]}, "history.0.task: Input should be 'rec' or 'src'"),
+        (
+            "/recommend",
+            {"history": [{"item_id": 1, "task": "buy"}]},
+            "history.0.task: Input should be 'rec' or 'src'",
+        ),
         ("/recommend", {"user": 3}, "user: Extra inputs are not permitted"),
         ("/score", {"task": "rec"}, "candidates: Field required"),
         ("/score", {"task": "rec", "candidates": []}, "candidates: List should have at least 1 item"),
@@ -130,17 +144,26 @@ def test_other_host_names_are_refused_on_loopback(client: TestClient) -> None:
     assert client.get("/model", headers={"Host": "localhost:8000"}).status_code == 200
 
 
-def test_what_arrives_meanwhile_is_one_batch_and_a_bad_one_fails_alone(client: TestClient, stand_in: StandIn) -> None:
+def test_what_arrives_meanwhile_is_one_batch_and_a_bad_one_fails_alone(
+    client: TestClient, stand_in: StandIn
+) -> None:
     with ThreadPoolExecutor(8) as pool:
         first = pool.submit(client.post, "/search", json={"query": "slow"})
         wait_for(lambda: stand_in.batches == [1])
-        others = [pool.submit(client.post, "/search", json={"query": query, "k": k}) for k, query in enumerate(["a", "bad", "c", "d"])]
+        others = [
+            pool.submit(client.post, "/search", json={"query": query, "k": k})
+            for k, query in enumerate(["a", "bad", "c", "d"])
+        ]
         wait_for(lambda: client.get("/ready").json()["waiting"] == 4)
         stand_in.release.set()
         assert first.result().status_code == 200
         answers = [other.result() for other in others]
     assert [answer.status_code for answer in answers] == [200, 400, 200, 200]
-    assert [answer.json()["items"][0]["score"] for answer in answers if answer.status_code == 200] == [0, 2, 3]
+    assert [answer.json()["items"][0]["score"] for answer in answers if answer.status_code == 200] == [
+        0,
+        2,
+        3,
+    ]
     assert stand_in.batches == [1, 4, 1, 1, 1, 1]
 
 

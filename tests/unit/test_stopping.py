@@ -1,4 +1,5 @@
-"""Signals while the main thread hangs where Python's handlers cannot run: in a lock of C, as in a collective. And what a killed process leaves."""
+"""Signals while the main thread hangs where Python's handlers cannot run: in a lock of C, as in a collective.
+And what a killed process leaves."""
 
 import os
 import signal
@@ -9,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from trainer.stopping import EXIT_FORCED
+from trainer.runtime.stopping import EXIT_FORCED
 
 ROOT = Path(__file__).parents[2]
 
 HANGS = """
 import ctypes, signal, sys, types
-from trainer import stopping
+from trainer.runtime import stopping
 stopping.GRACE_S = 0.5
 stopping.FORCE_AFTER_S = {signal.SIGTERM: 0.2, signal.SIGINT: 0.2}
 one_process = types.SimpleNamespace(num_processes=1)
@@ -32,7 +33,9 @@ with stop:
 def hanging(limit_s: float) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", HANGS, str(limit_s)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None and process.stdout.readline() == "hangs\n"
     time.sleep(0.2)
     return process

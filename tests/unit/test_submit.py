@@ -1,4 +1,5 @@
-"""gensr submit without a cluster: what is checked before anything queues, what stands in the script, what sbatch is told. sweeps, too."""
+"""gensr submit without a cluster: what is checked before anything queues, what stands in the script, what
+sbatch is told. sweeps, too."""
 
 import json
 import subprocess
@@ -10,13 +11,19 @@ import pytest
 
 from data_shards.settings import to_yaml
 from tests.tiny_folder import make_tiny_folder
-from trainer import submit as jobs
 from trainer.config import load_config
 from trainer.errors import ConfigError, EnvironmentProblem, GensrError, RunError
-from trainer.submit import Machines, Submission
-from trainer.sweep import read_sweep, summarize
+from trainer.experiments import submit as jobs
+from trainer.experiments.submit import Machines, Submission
+from trainer.experiments.sweep import read_sweep, summarize
 
-SETTINGS = ["model.backbone=scratch:nano", "data.item_tokens=8", "data.history_tokens=4", "optim.global_batch_size=16", "optim.micro_batch_size=4"]
+SETTINGS = [
+    "model.backbone=scratch:nano",
+    "data.item_tokens=8",
+    "data.history_tokens=4",
+    "optim.global_batch_size=16",
+    "optim.micro_batch_size=4",
+]
 TWO_NODES = Machines(nodes=2, gpus_per_node=2)
 
 
@@ -32,14 +39,21 @@ def plan(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callabl
     monkeypatch.delenv("GENSR_ENV", raising=False)
 
     def run(*more: str, machines: Machines = TWO_NODES, options: tuple[str, ...] = ()) -> Submission:
-        return jobs.plan_run("demo", [f"data.dir={data}", "run.dir=runs/a b", *SETTINGS, *more], machines, options, "gensr submit …")
+        return jobs.plan_run(
+            "demo",
+            [f"data.dir={data}", "run.dir=runs/a b", *SETTINGS, *more],
+            machines,
+            options,
+            "gensr submit …",
+        )
 
     return run
 
 
 @pytest.fixture
 def sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
-    """Stand-ins that remember their calls: sbatch answers 101, 102, …; squeue knows job 101 as long as the file `queued` is there."""
+    """Stand-ins that remember their calls: sbatch answers 101, 102, …; squeue knows job 101 as long as the
+    file `queued` is there."""
     folder = tmp_path / "bin"
     folder.mkdir()
     scripts = {
@@ -58,7 +72,9 @@ def arguments_of(script: str, task: str = "") -> list[str]:
     """What the script's own `set --` gives it: bash reads everything before the body's first function."""
     head = script.split("\nsay() {")[0].split("\nSRUN_ARGS")[0]
     command = f"{head}\nprintf '%s\\n' \"$@\""
-    done = subprocess.run(["bash", "-c", command], env={"SLURM_ARRAY_TASK_ID": task}, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        ["bash", "-c", command], env={"SLURM_ARRAY_TASK_ID": task}, capture_output=True, text=True, check=True
+    )
     return done.stdout.splitlines()
 
 
@@ -66,7 +82,15 @@ def test_the_script_is_the_packages_with_this_runs_words(plan: Callable[..., Sub
     submission = plan("run.seed=1", options=("--account=A", "--time=12:00:00", "--exclusive"))
     (job,) = submission.jobs
     directives = [line for line in job.text.splitlines() if line.startswith("#SBATCH")]
-    for wanted in ("--nodes=2", "--gpus-per-node=2", "--account=A", "--time=12:00:00", "--exclusive", "--requeue", f"--chdir={Path.cwd()}"):
+    for wanted in (
+        "--nodes=2",
+        "--gpus-per-node=2",
+        "--account=A",
+        "--time=12:00:00",
+        "--exclusive",
+        "--requeue",
+        f"--chdir={Path.cwd()}",
+    ):
         assert f"#SBATCH {wanted}" in directives
     assert len([line for line in directives if "--time" in line]) == 1
     assert arguments_of(job.text) == ["demo", f"data.dir={data}", "run.dir=runs/a b", *SETTINGS, "run.seed=1"]
@@ -88,12 +112,16 @@ def test_the_script_is_the_packages_with_this_runs_words(plan: Callable[..., Sub
         (["run.dir="], TWO_NODES, "run.dir"),
     ],
 )
-def test_mistakes_do_not_queue(plan: Callable[..., Submission], more: list[str], machines: Machines, message: str) -> None:
+def test_mistakes_do_not_queue(
+    plan: Callable[..., Submission], more: list[str], machines: Machines, message: str
+) -> None:
     with pytest.raises(GensrError, match=message):
         plan(*more, machines=machines)
 
 
-def test_a_folder_with_another_run_or_a_job_is_refused(plan: Callable[..., Submission], sbatch: Callable[[], list[str]], tmp_path: Path) -> None:
+def test_a_folder_with_another_run_or_a_job_is_refused(
+    plan: Callable[..., Submission], sbatch: Callable[[], list[str]], tmp_path: Path
+) -> None:
     assert jobs.submit(plan()) == ["101"]
     assert sbatch() == ["--parsable runs/a b/train.sbatch"]
     (tmp_path / "bin" / "queued").touch()
@@ -101,7 +129,9 @@ def test_a_folder_with_another_run_or_a_job_is_refused(plan: Callable[..., Submi
         plan()
     (tmp_path / "bin" / "queued").unlink()
     folder = Path("runs/a b")
-    (folder / "config.yaml").write_text(to_yaml(load_config("demo", ["run.dir=runs/a b", *SETTINGS, "optim.lr=7e-3"])))
+    (folder / "config.yaml").write_text(
+        to_yaml(load_config("demo", ["run.dir=runs/a b", *SETTINGS, "optim.lr=7e-3"]))
+    )
     with pytest.raises(RunError, match=r"optim\.lr"):
         plan()
     plan("optim.lr=7e-3")  # goes on with that run
@@ -123,27 +153,48 @@ def test_without_sbatch_and_where_it_refuses(
 
 
 def test_words_are_settings_or_options_of_sbatch() -> None:
-    assert jobs.split_words(["a.b=1", "--time=1:00", "--exclusive"]) == (["--time=1:00", "--exclusive"], ["a.b=1"])
+    assert jobs.split_words(["a.b=1", "--time=1:00", "--exclusive"]) == (
+        ["--time=1:00", "--exclusive"],
+        ["a.b=1"],
+    )
     for wrong in (["--account", "A"], ["-A"], ["word"]):
         with pytest.raises(ConfigError, match="--name=value"):
             jobs.split_words(wrong)
 
 
-# ---- sweeps ----------------------------------------------------------------------------------------------------
+# ---- sweeps ------------------------------------------------------------------------------------------------
 
 
 def test_a_sweep_is_an_array_then_its_evaluation_then_the_table(
     data: Path, sbatch: Callable[[], list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("sweep.yaml").write_text("- {optim.lr: 3e-4}\n- {optim.lr: 0.001, model: {gather_negatives: true, dropout: 0.2}}\n")
+    Path("sweep.yaml").write_text(
+        "- {optim.lr: 3e-4}\n- {optim.lr: 0.001, model: {gather_negatives: true, dropout: 0.2}}\n"
+    )
     points = read_sweep("sweep.yaml")
-    assert [point.overrides for point in points] == [("optim.lr=3e-4",), ("optim.lr=0.001", "model.gather_negatives=true", "model.dropout=0.2")]
+    assert [point.overrides for point in points] == [
+        ("optim.lr=3e-4",),
+        ("optim.lr=0.001", "model.gather_negatives=true", "model.dropout=0.2"),
+    ]
     settings = [f"data.dir={data}", "run.dir=runs/s", *SETTINGS]
-    submission = jobs.plan_sweep("demo", settings, points, TWO_NODES, ["--account=A", "--time=1"], "gensr submit …", parallel=1)
+    submission = jobs.plan_sweep(
+        "demo", settings, points, TWO_NODES, ["--account=A", "--time=1"], "gensr submit …", parallel=1
+    )
     train, evaluate, summary = (job.text for job in submission.jobs)
-    assert "#SBATCH --array=0-1%1" in train and "#SBATCH --time=1\n" in train and "#SBATCH --account=A" in summary and "--time=1\n" not in evaluate
-    assert arguments_of(train, "1") == ["demo", f"data.dir={data}", *SETTINGS, *points[1].overrides, f"run.dir=runs/s/{points[1].name}"]
+    assert (
+        "#SBATCH --array=0-1%1" in train
+        and "#SBATCH --time=1\n" in train
+        and "#SBATCH --account=A" in summary
+        and "--time=1\n" not in evaluate
+    )
+    assert arguments_of(train, "1") == [
+        "demo",
+        f"data.dir={data}",
+        *SETTINGS,
+        *points[1].overrides,
+        f"run.dir=runs/s/{points[1].name}",
+    ]
     assert arguments_of(evaluate, "0") == ["runs/s/00-lr-3e-4"]
     assert arguments_of(summary) == ["runs/s"]
     assert jobs.submit(submission) == ["101", "102", "103"]
@@ -177,7 +228,9 @@ def test_the_table_of_a_sweep_names_every_run(tmp_path: Path) -> None:
     for name, status, best in (("00-a", "finished", 0.3), ("01-b", "finished", 0.5), ("02-c", "failed", 0.1)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.yaml").write_text(to_yaml(load_config(None, [f"run.dir={name}"])))
-        (tmp_path / name / "status.json").write_text(json.dumps({"status": status, "progress": {"step": 9, "best_step": 5, "best_value": best}}))
+        (tmp_path / name / "status.json").write_text(
+            json.dumps({"status": status, "progress": {"step": 9, "best_step": 5, "best_value": best}})
+        )
     (tmp_path / "03-d").mkdir()
     (tmp_path / "03-d" / "job.json").write_text('{"job_id": "1_3"}')
     document = summarize(tmp_path)

@@ -1,4 +1,5 @@
-"""The tracker against a real sqlite store: names, identity of data and code, secrets, resume, and a store that fails."""
+"""The tracker against a real sqlite store: names, identity of data and code, secrets, resume, and a store
+that fails."""
 
 import json
 import logging
@@ -23,7 +24,13 @@ from trainer.tracking.store import connect, mask_secrets, metric_name, read_run_
 from trainer.tracking.tracker import NullTracker, Tracker, log_evaluation
 
 MANIFEST = Manifest(
-    raw={"source": {"name": "simulated"}, "counts": {"users": 3}, "split": {"fingerprint": "f" * 64}, "seeds": {"negatives": 1}}, hash="a" * 64
+    raw={
+        "source": {"name": "simulated"},
+        "counts": {"users": 3},
+        "split": {"fingerprint": "f" * 64},
+        "seeds": {"negatives": 1},
+    },
+    hash="a" * 64,
 )
 FACTS = {
     "manifest": MANIFEST,
@@ -75,14 +82,23 @@ def test_one_run_has_everything(runs: Path) -> None:
     assert run.data.params["optim.global_batch_size"] == "64"
     assert run.data.params["model.lora.rank"] == "0"
     assert run.data.metrics == {"rec/recall_at_10": 0.5, "train/loss": 1.0}
-    assert [(p.step, p.value) for p in client.get_metric_history(tracker.run_id, "train/loss")] == [(20, 1.25), (40, 1.0)]
+    assert [(p.step, p.value) for p in client.get_metric_history(tracker.run_id, "train/loss")] == [
+        (20, 1.25),
+        (40, 1.0),
+    ]
     assert run.data.tags["manifest_hash"] == MANIFEST.hash
     assert run.data.tags["mlflow.source.git.commit"] == "0123abc"
     assert run.data.tags["git.dirty"] == "True"
     assert run.data.tags["link"] == "https://***@host/x"
     dataset = run.inputs.dataset_inputs[0].dataset
     assert (dataset.name, dataset.digest) == ("simulated", MANIFEST.hash[:36])
-    assert {a.path for a in client.list_artifacts(tracker.run_id)} == {"code.diff", "config.yaml", "environment.json", "evaluation.json", "plots"}
+    assert {a.path for a in client.list_artifacts(tracker.run_id)} == {
+        "code.diff",
+        "config.yaml",
+        "environment.json",
+        "evaluation.json",
+        "plots",
+    }
     assert Path(run.info.artifact_uri.removeprefix("file://")).is_relative_to(runs / "mlartifacts")
     assert json.loads((run_dir / "tracking.json").read_text())["run_id"] == tracker.run_id
     assert not (run_dir / SPOOL_NAME).exists()
@@ -94,7 +110,9 @@ def test_resume_continues_the_run_without_doubles(runs: Path) -> None:
     for step in (10, 20, 30):
         first.log_metrics({"train/loss": float(step)}, step)
     arrived(run_dir)
-    assert connect(tracking_uri(config_for(), run_dir)).get_run(first.run_id).info.status == "RUNNING"  # killed here, after a checkpoint at step 20
+    assert (
+        connect(tracking_uri(config_for(), run_dir)).get_run(first.run_id).info.status == "RUNNING"
+    )  # killed here, after a checkpoint at step 20
 
     second = Tracker.start(config_for(), run_dir, FACTS, resume_run_id=first.run_id)
     assert second.run_id == first.run_id
@@ -106,8 +124,11 @@ def test_resume_continues_the_run_without_doubles(runs: Path) -> None:
     assert client.get_run(first.run_id).info.status == "FINISHED"
 
 
-def test_a_server_that_never_answers_costs_training_nothing(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It takes connections and says nothing, from the start to the end. Nothing is lost: a later attempt sends the file."""
+def test_a_server_that_never_answers_costs_training_nothing(
+    runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes connections and says nothing, from the start to the end. Nothing is lost: a later attempt
+    sends the file."""
     monkeypatch.setattr(tracking, "OPEN_WAIT_S", 0.1)
     monkeypatch.setattr(tracking, "FINISH_WAIT_S", 0.1)
     run_dir = run_folder(runs, "tarpit")
@@ -124,7 +145,9 @@ def test_a_server_that_never_answers_costs_training_nothing(runs: Path, monkeypa
     assert records[-1]["status"] == "FINISHED"
 
 
-def test_a_failing_store_is_reported_once_and_caught_up(runs: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_store_is_reported_once_and_caught_up(
+    runs: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(delivery, "RETRY_EVERY_S", 0.05)
     run_dir = run_folder(runs, "unlucky")
     tracker = Tracker.start(config_for(), run_dir, FACTS)
@@ -151,7 +174,9 @@ def test_a_failing_store_is_reported_once_and_caught_up(runs: Path, caplog: pyte
     assert not (run_dir / SPOOL_NAME).exists()
 
 
-def test_a_record_that_no_store_takes_does_not_hold_up_the_others(runs: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_record_that_no_store_takes_does_not_hold_up_the_others(
+    runs: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     run_dir = run_folder(runs, "odd")
     tracker = Tracker.start(config_for(), run_dir, FACTS)
     tracker.log_artifact(run_dir / "not there.png")
@@ -181,7 +206,9 @@ def test_a_spool_is_read_while_it_grows(tmp_path: Path) -> None:
 def test_every_node_measures_itself(runs: Path) -> None:
     run_dir = run_folder(runs, "machines")
     (run_dir / "machine").mkdir()
-    (run_dir / "machine" / "other.jsonl").write_text('{"step": 0, "time_ms": 5000, "values": {"cpu_utilization_percentage": 7.0}}\n')
+    (run_dir / "machine" / "other.jsonl").write_text(
+        '{"step": 0, "time_ms": 5000, "values": {"cpu_utilization_percentage": 7.0}}\n'
+    )
     tracker = Tracker.start(config_for(), run_dir, FACTS)
     own = run_dir / "machine" / f"{node_name()}.jsonl"
     for _ in range(2):  # the second is a resumed run
@@ -196,20 +223,29 @@ def test_every_node_measures_itself(runs: Path) -> None:
     assert len(samples) >= 4
     tracker.finish("FINISHED")
     client = connect(tracking_uri(config_for(), run_dir))
-    assert client.get_metric_history(tracker.run_id, "system/other/cpu_utilization_percentage")[0].timestamp == 5000
+    assert (
+        client.get_metric_history(tracker.run_id, "system/other/cpu_utilization_percentage")[0].timestamp
+        == 5000
+    )
     points = client.get_metric_history(tracker.run_id, f"system/{node_name()}/system_memory_usage_percentage")
     assert len(points) == len(samples) and len({point.step for point in points}) == len(points)
 
 
-def test_a_spool_left_by_a_killed_process_is_sent_on_resume(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_spool_left_by_a_killed_process_is_sent_on_resume(
+    runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run_dir = run_folder(runs, "killed")
     tracker = Tracker.start(config_for(), run_dir, FACTS)
     tracker.log_metrics({"train/loss": 1.0}, 10)
     arrived(run_dir)
     assert read_run_file(run_dir) == tracker.run_id
     with (run_dir / SPOOL_NAME).open("a") as spool:
-        spool.write(json.dumps({"metric": ["train/loss", 0.5, 1_700_000_000_000, 20]}) + '\n{"metric": ["train/lo')
-    resumed = Tracker.start(config_for(), run_dir, FACTS)  # killed before the first checkpoint: the folder knows its run
+        spool.write(
+            json.dumps({"metric": ["train/loss", 0.5, 1_700_000_000_000, 20]}) + '\n{"metric": ["train/lo'
+        )
+    resumed = Tracker.start(
+        config_for(), run_dir, FACTS
+    )  # killed before the first checkpoint: the folder knows its run
     assert resumed.run_id == tracker.run_id
     resumed.log_metrics({"train/loss": 0.5}, 20)
     resumed.log_metrics({"train/loss": 0.25}, 30)
@@ -228,8 +264,13 @@ def test_an_evaluation_goes_to_the_runs_figures_once(runs: Path) -> None:
     for value in (0.25, 0.25, 0.5):
         log_evaluation(run_dir, "test", {"test/rec/mrr": value}, ["a table"])
     client = connect(tracking_uri(config_for(), run_dir))
-    assert sorted(point.value for point in client.get_metric_history(tracker.run_id, "test/rec/mrr")) == [0.25, 0.5]
-    assert {"evaluation-test.json", "evaluation-test.txt"} <= {entry.path for entry in client.list_artifacts(tracker.run_id)}
+    assert sorted(point.value for point in client.get_metric_history(tracker.run_id, "test/rec/mrr")) == [
+        0.25,
+        0.5,
+    ]
+    assert {"evaluation-test.json", "evaluation-test.txt"} <= {
+        entry.path for entry in client.list_artifacts(tracker.run_id)
+    }
     assert client.get_run(tracker.run_id).info.status == "FINISHED"
 
 
@@ -243,14 +284,19 @@ def test_a_store_that_cannot_be_opened_says_how_to_go_on(tmp_path: Path) -> None
 def test_two_programs_may_make_one_database(tmp_path: Path) -> None:
     """As the runs of a sweep do, which begin at the same moment."""
     code = f"from trainer.tracking.store import connect; connect('sqlite:///{tmp_path}/mlflow.db').get_experiment_by_name('x')"
-    programs = [subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    programs = [
+        subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True) for _ in range(2)
+    ]
     for program in programs:
         _, errors = program.communicate(timeout=200)
         assert program.returncode == 0, errors
 
 
 def test_other_ranks_and_disabled_runs_record_nothing(tmp_path: Path) -> None:
-    for tracker in (Tracker.start(config_for(), tmp_path, FACTS, enabled=False), Tracker.start(config_for(enabled="false"), tmp_path, FACTS)):
+    for tracker in (
+        Tracker.start(config_for(), tmp_path, FACTS, enabled=False),
+        Tracker.start(config_for(enabled="false"), tmp_path, FACTS),
+    ):
         assert isinstance(tracker, NullTracker)
         tracker.log_metrics({"x": 1.0}, 1)
         tracker.finish("FINISHED")
@@ -271,4 +317,6 @@ def test_secrets_are_masked(text: str, hidden: str) -> None:
 
 def test_names() -> None:
     assert metric_name("rec/recall@10") == "rec/recall_at_10"
-    assert tracking_uri(Config(tracking=TrackingConfig(uri="http://localhost:1")), "x") == "http://localhost:1"
+    assert (
+        tracking_uri(Config(tracking=TrackingConfig(uri="http://localhost:1")), "x") == "http://localhost:1"
+    )

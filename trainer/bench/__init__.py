@@ -1,1 +1,2 @@
-"""`gensr bench`: preparation and loader (data), training and evaluation (model), each beside a fair baseline of benchmarks/."""
+"""`gensr bench`: preparation and loader (data), training and evaluation (model), each beside a fair baseline
+of benchmarks/."""

@@ -1,6 +1,8 @@
-"""`gensr bench`: speed and memory as ratios to fair baselines (benchmarks/), alternated in one run (A B A B), so that they hold on any machine.
+"""`gensr bench`: speed and memory as ratios to fair baselines (benchmarks/), alternated in one run (A B A B),
+so that they hold on any machine.
 
-Every measurement is a process of its own: its CPU time and peak memory, children included, come from the kernel. Nothing heavy is imported here.
+Every measurement is a process of its own: its CPU time and peak memory, children included, come from the
+kernel. Nothing heavy is imported here.
 """
 
 import json
@@ -23,7 +25,13 @@ from data_shards.schema import SPLITS, read_manifest
 from trainer.errors import BenchError, ConfigError
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-ROWS, USERS, ITEMS, DAYS, ROWS_PER_DAY = 19_664_885, 25_877, 6_890_707, 19, 40  # KuaiSAR; other sizes are in proportion to it
+ROWS, USERS, ITEMS, DAYS, ROWS_PER_DAY = (
+    19_664_885,
+    25_877,
+    6_890_707,
+    19,
+    40,
+)  # KuaiSAR; other sizes are in proportion to it
 
 Progress = Callable[[str, int, int], None]
 
@@ -39,11 +47,18 @@ class Measured:
 
 
 def measure(command: Sequence[str], threads: int, cwd: Path | None = None) -> Measured:
-    """Run a command to its end, in folder `cwd` if given. Raises BenchError with its last line on stderr when it fails."""
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "true", "RAYON_NUM_THREADS": str(threads)}
+    """Run a command to its end, in folder `cwd` if given. Raises BenchError with its last line on stderr when
+    it fails."""
+    environment = os.environ | {
+        "OMP_NUM_THREADS": str(threads),
+        "TOKENIZERS_PARALLELISM": "true",
+        "RAYON_NUM_THREADS": str(threads),
+    }
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         started = time.perf_counter()
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=environment, cwd=cwd)
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=environment, cwd=cwd
+        )
         try:
             _, status, usage = os.wait4(process.pid, 0)
         except BaseException:  # interrupted: leave nothing behind
@@ -54,7 +69,9 @@ def measure(command: Sequence[str], threads: int, cwd: Path | None = None) -> Me
         out.seek(0), err.seek(0)
         if process.returncode:
             last = err.read().decode(errors="replace").strip().splitlines()[-1:]
-            raise BenchError(f"{' '.join(command[:4])} … ended with exit code {process.returncode}: {' '.join(last)}")
+            raise BenchError(
+                f"{' '.join(command[:4])} … ended with exit code {process.returncode}: {' '.join(last)}"
+            )
         lines = out.read().splitlines()
         answer = json.loads(lines[-1]) if lines and lines[-1].startswith(b"{") else {}
     return Measured(wall_s, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024, answer)
@@ -64,16 +81,21 @@ def bench_data(
     rows: Sequence[int], turns: int = 2, seconds: float = 5.0, threads: int = 2, memory_limit: str = "1000MB", batch_size: int = 256,
     folder: Path | None = None, progress: Progress | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Preparation and loader on simulated logs of about rows[…] rows → the object that `gensr bench data --json` prints.
+    """Preparation and loader on simulated logs of about rows[…] rows → the object that `gensr bench data
+    --json` prints.
 
-    Its `scaling` is a table with a row for each size; figures outside it are those of the last size. seconds: CPU time of each loader
-    measurement. folder: where logs and prepared folders lie (kept there; default: a temporary folder).
-    Raises ConfigError without benchmarks/ (it is part of the repository, not of the package), BenchError when a measured program fails.
+    Its `scaling` is a table with a row for each size; figures outside it are those of the last size. seconds:
+    CPU time of each loader measurement. folder: where logs and prepared folders lie (kept there; default: a
+    temporary folder). Raises ConfigError without benchmarks/ (it is part of the repository, not of the
+    package), BenchError when a measured program fails.
     """
     if not BENCHMARKS.is_dir():
         raise ConfigError(f"{BENCHMARKS} is missing: gensr bench needs a checkout of the repository.")
     if not rows or min(rows) < 20_000:
-        raise ConfigError(f"--rows must be 20000 or more each, got {', '.join(map(str, rows))}: smaller logs do not survive the filter")
+        raise ConfigError(
+            f"--rows must be 20000 or more each, got {', '.join(map(str, rows))}: smaller logs do not "
+            "survive the filter"
+        )
     work = Path(tempfile.mkdtemp(prefix="gensr-bench-")) if folder is None else folder
     progress = progress or (lambda stage, done, total: None)
     try:
@@ -82,7 +104,9 @@ def bench_data(
         for wanted in rows:
             prepared = _prepare(work, wanted, turns, threads, memory_limit, progress)
             stream = _program("stream_loader.py", work / "prepared", seconds, batch_size)
-            scaling.append(prepared | {"loader_examples_per_s_per_core": round(stream["examples"] / stream["cpu_s"])})
+            scaling.append(
+                prepared | {"loader_examples_per_s_per_core": round(stream["examples"] / stream["cpu_s"])}
+            )
             scaling[-1]["loader_rss_bytes"] = stream["rss_bytes"]
         loader = _loader(work / "prepared", turns, seconds, batch_size, progress)
     finally:
@@ -105,22 +129,47 @@ def bench_data(
 
 
 def raw_logs(work: Path, rows: int, progress: Progress) -> tuple[Path, int]:
-    """A folder of about `rows` log rows in KuaiSAR's schema, simulated unless it is there, and how many there are."""
+    """A folder of about `rows` log rows in KuaiSAR's schema, simulated unless it is there, and how many there
+    are."""
     raw, part = work / f"raw-{rows}", rows / ROWS
     if not raw.exists():
-        sizes = {"--users": max(round(USERS * part), 20), "--items": max(round(ITEMS * part), 200), "--days": DAYS, "--rows-per-day": ROWS_PER_DAY}
+        sizes = {
+            "--users": max(round(USERS * part), 20),
+            "--items": max(round(ITEMS * part), 200),
+            "--days": DAYS,
+            "--rows-per-day": ROWS_PER_DAY,
+        }
         progress("simulate", 0, rows)
-        measure([sys.executable, "-m", "trainer", "simulate", str(raw), *(str(part) for pair in sizes.items() for part in pair)], threads=1)
+        measure(
+            [
+                sys.executable,
+                "-m",
+                "trainer",
+                "simulate",
+                str(raw),
+                *(str(part) for pair in sizes.items() for part in pair),
+            ],
+            threads=1,
+        )
     return raw, sum(_count_lines(raw / name) - 1 for name in ("rec_inter.csv", "src_inter.csv"))
 
 
-def _prepare(work: Path, rows: int, turns: int, threads: int, memory_limit: str, progress: Progress) -> dict[str, Any]:
+def _prepare(
+    work: Path, rows: int, turns: int, threads: int, memory_limit: str, progress: Progress
+) -> dict[str, Any]:
     """Preparation and the duckdb script in turns → one row of the scaling table."""
     raw, num_rows = raw_logs(work, rows, progress)
     out, bare = work / "prepared", work / "duckdb"
     limits = [f"memory_limit={memory_limit}", f"threads={threads}", "overwrite=true"]
     ours = [sys.executable, "-m", "trainer", "prepare", "kuaisar", str(raw), str(out), *limits, "--json"]
-    theirs = [sys.executable, str(BENCHMARKS / "duckdb_prepare.py"), str(raw), str(bare), memory_limit, str(threads)]
+    theirs = [
+        sys.executable,
+        str(BENCHMARKS / "duckdb_prepare.py"),
+        str(raw),
+        str(bare),
+        memory_limit,
+        str(threads),
+    ]
     measured: list[tuple[Measured, Measured]] = []
     for turn in range(turns):
         progress("prepare", 2 * turn, 2 * turns)
@@ -129,7 +178,9 @@ def _prepare(work: Path, rows: int, turns: int, threads: int, memory_limit: str,
         measured.append((prepared, measure(theirs, threads)))
     counts = {split: sum(read_manifest(out).raw["counts"][split].values()) for split in SPLITS}
     if counts != measured[-1][1].answer:
-        raise BenchError(f"the two preparations disagree about the events: {counts} and {measured[-1][1].answer}")
+        raise BenchError(
+            f"the two preparations disagree about the events: {counts} and {measured[-1][1].answer}"
+        )
     return {
         "rows": num_rows,
         "items": _count_lines(raw / "item_features.csv") - 1,
@@ -145,13 +196,19 @@ def _prepare(work: Path, rows: int, turns: int, threads: int, memory_limit: str,
     }
 
 
-def _loader(prepared: Path, turns: int, seconds: float, batch_size: int, progress: Progress) -> dict[str, Any]:
-    """The training stream and the per-example collator in turns. Rates are examples per second of CPU time: per core, whatever else runs."""
+def _loader(
+    prepared: Path, turns: int, seconds: float, batch_size: int, progress: Progress
+) -> dict[str, Any]:
+    """The training stream and the per-example collator in turns. Rates are examples per second of CPU time:
+    per core, whatever else runs."""
     rates: list[tuple[float, float]] = []
     answers = []
     for turn in range(turns):
         progress("loader", 2 * turn, 2 * turns)
-        ours, theirs = (_program(name, prepared, seconds, batch_size) for name in ("stream_loader.py", "per_example_collator.py"))
+        ours, theirs = (
+            _program(name, prepared, seconds, batch_size)
+            for name in ("stream_loader.py", "per_example_collator.py")
+        )
         answers.append(ours)
         rates.append((ours["examples"] / ours["cpu_s"], theirs["examples"] / theirs["cpu_s"]))
     return {
@@ -166,23 +223,31 @@ def _loader(prepared: Path, turns: int, seconds: float, batch_size: int, progres
 
 def _program(name: str, prepared: Path, seconds: float, batch_size: int) -> dict[str, Any]:
     """What a program of benchmarks/ that makes batches of `prepared` for some CPU seconds says."""
-    return measure([sys.executable, str(BENCHMARKS / name), str(prepared), str(seconds), str(batch_size)], threads=1).answer
+    return measure(
+        [sys.executable, str(BENCHMARKS / name), str(prepared), str(seconds), str(batch_size)], threads=1
+    ).answer
 
 
 def bench_lines(document: dict[str, Any]) -> list[str]:
     """The object as lines for people."""
-    lines = [f"  {'rows':>12} {'events':>11} {'prepare':>9} {'CPU':>9} {'peak':>9} {'duckdb':>9} {'CPU':>9} {'peak':>9} {'ratio':>6} {'loader':>9}"]
+    lines = [
+        f"  {'rows':>12} {'events':>11} {'prepare':>9} {'CPU':>9} {'peak':>9} {'duckdb':>9} {'CPU':>9} "
+        f"{'peak':>9} {'ratio':>6} {'loader':>9}"
+    ]
     for row in document["scaling"]:
         ours = f"{row['wall_s']:>8.1f}s {row['cpu_s']:>8.1f}s {row['peak_rss_bytes'] / 1e6:>6,.0f} MB"
         bare = f"{row['duckdb_wall_s']:>8.1f}s {row['duckdb_cpu_s']:>8.1f}s {row['duckdb_peak_rss_bytes'] / 1e6:>6,.0f} MB"
         lines.append(
-            f"  {row['rows']:>12,} {row['events']:>11,} {ours} {bare} {row['ratio_to_duckdb']:>6.2f} {row['loader_rss_bytes'] / 1e6:>6,.0f} MB"
+            f"  {row['rows']:>12,} {row['events']:>11,} {ours} {bare} {row['ratio_to_duckdb']:>6.2f} "
+            f"{row['loader_rss_bytes'] / 1e6:>6,.0f} MB"
         )
     return [
         *lines,
         f"  loader       {document['loader_examples_per_s_per_core']:,} examples/s per core, "
-        f"{document['loader_ratio_to_per_example']:,.0f} × the per-example collator, {document['loader_rss_bytes'] / 1e6:,.0f} MB",
-        f"  batches      {document['distinct_users_mean']:.1f} distinct users of {document['configuration']['batch_size']}, "
+        f"{document['loader_ratio_to_per_example']:,.0f} × the per-example collator, "
+        f"{document['loader_rss_bytes'] / 1e6:,.0f} MB",
+        f"  batches      {document['distinct_users_mean']:.1f} distinct users of "
+        f"{document['configuration']['batch_size']}, "
         f"at least {document['distinct_users_min']}",
         machine_line(document),
     ]
@@ -190,7 +255,11 @@ def bench_lines(document: dict[str, Any]) -> list[str]:
 
 def hardware() -> dict[str, Any]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return {"cpu": platform.processor() or platform.machine(), "cores": cores, "memory_gb": round(psutil.virtual_memory().total / 1e9)}
+    return {
+        "cpu": platform.processor() or platform.machine(),
+        "cores": cores,
+        "memory_gb": round(psutil.virtual_memory().total / 1e9),
+    }
 
 
 def machine_line(document: dict[str, Any], remark: str = "") -> str:
@@ -202,7 +271,7 @@ def machine_line(document: dict[str, Any], remark: str = "") -> str:
 
 
 def commit() -> str | None:
-    from trainer.report import git_facts
+    from trainer.analysis.figures import git_facts
 
     facts = git_facts()
     return f"{facts['commit']}{'-dirty' if facts['dirty'] else ''}" if facts else None

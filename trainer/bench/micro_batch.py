@@ -1,7 +1,8 @@
 """`gensr bench micro-batch`: the micro-batch that trains fastest on this device, found by training with each.
 
-Every size is a process of its own (`python -m trainer.bench.micro_batch REQUEST`), so that memory is measured from nothing and an exhausted device ends
-one process only. The steps are those of train(): its model, stream, precision, optimizer. One process, without DeepSpeed: ZeRO leaves room for more.
+Every size is a process of its own (`python -m trainer.bench.micro_batch REQUEST`), so that memory is measured
+from nothing and an exhausted device ends one process only. The steps are those of train(): its model, stream,
+precision, optimizer. One process, without DeepSpeed: ZeRO leaves room for more.
 """
 
 import itertools
@@ -18,16 +19,16 @@ from data_shards.schema import read_manifest
 from trainer.batch import Batch
 from trainer.bench.data import Measured, Progress, commit, hardware, machine_line, measure
 from trainer.config import Config, load_config
-from trainer.costs import GB, memory
-from trainer.device import wait_for
+from trainer.data.node_cache import local_folder
 from trainer.errors import BenchError, ConfigError
-from trainer.launch import devices, make_accelerator, read_launch
-from trainer.memory import peak_memory_bytes
-from trainer.node_cache import local_folder
-from trainer.optimizer import make_optimizer
-from trainer.plan import size_of, size_of_folder
-from trainer.schedule import grad_accum_steps
-from trainer.train import make_model, make_streams
+from trainer.runtime.device import wait_for
+from trainer.runtime.launch import devices, make_accelerator, read_launch
+from trainer.runtime.memory import peak_memory_bytes
+from trainer.training.costs import GB, memory
+from trainer.training.loop import make_model, make_streams
+from trainer.training.optimizer import make_optimizer
+from trainer.training.plan import size_of, size_of_folder
+from trainer.training.schedule import grad_accum_steps
 
 MEMORY_SHARE = 0.9  # of what the device has (a CPU: has free) may be asked for by the next size
 GAIN = 1.02  # a larger size must be so much faster to be worth its memory
@@ -35,11 +36,17 @@ SLOWER = 0.7  # sizes beyond one that is so slow are not tried
 
 
 def bench_micro_batch(
-    preset: str | None, overrides: Sequence[str] = (), steps: int = 4, threads: int = 2, progress: Progress | None = None
+    preset: str | None,
+    overrides: Sequence[str] = (),
+    steps: int = 4,
+    threads: int = 2,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """→ the object that `gensr bench micro-batch --json` prints: `tried`, a row for each size that divides the global batch, and `best`.
+    """→ the object that `gensr bench micro-batch --json` prints: `tried`, a row for each size that divides
+    the global batch, and `best`.
 
-    steps: micro-batches that are timed, after one to warm up. Raises ConfigError without data.dir, BenchError when no size fits or a process fails.
+    steps: micro-batches that are timed, after one to warm up. Raises ConfigError without data.dir, BenchError
+    when no size fits or a process fails.
     """
     config = load_config(preset, [*overrides, "optim.micro_batch_size=1"])
     if not config.data.dir:
@@ -50,17 +57,26 @@ def bench_micro_batch(
     for number, size in enumerate(sizes):
         if progress is not None:
             progress(f"micro-batch {size}", number, len(sizes))
-        if (needed := expected_bytes(tried, size)) and needed > MEMORY_SHARE * tried[0]["device_memory_bytes"]:
+        if (needed := expected_bytes(tried, size)) and needed > MEMORY_SHARE * tried[0][
+            "device_memory_bytes"
+        ]:
             tried.append({"micro_batch_size": size, "stopped": f"would take {needed / GB:.1f} GB"})
             break
-        request = {"preset": preset, "overrides": [*overrides, f"optim.micro_batch_size={size}"], "steps": steps}
+        request = {
+            "preset": preset,
+            "overrides": [*overrides, f"optim.micro_batch_size={size}"],
+            "steps": steps,
+        }
         row = _measured(request, threads).answer
         tried.append({"micro_batch_size": size, **row})
         if "stopped" in row or row["events_per_s"] < SLOWER * max(done["events_per_s"] for done in tried):
             break
     done = [row for row in tried if "stopped" not in row]
     if not done:
-        raise BenchError(f"not even one event fits: {tried[0]['stopped']}. Set model.activation_checkpointing=true, or use a smaller backbone")
+        raise BenchError(
+            f"not even one event fits: {tried[0]['stopped']}. Set model.activation_checkpointing=true, or "
+            "use a smaller backbone"
+        )
     return {
         "tried": tried,
         "best": best_of(done),
@@ -97,7 +113,8 @@ def bench_micro_batch_lines(document: dict[str, Any]) -> list[str]:
             lines.append(f"{left}    {row['stopped']}")
         else:
             lines.append(
-                f"{left}  {row['events_per_s']:>10,.2f}  {row['peak_memory_bytes'] / GB:>5.1f} GB  {row['calculated_memory_bytes'] / GB:>5.1f} GB"
+                f"{left}  {row['events_per_s']:>10,.2f}  {row['peak_memory_bytes'] / GB:>5.1f} GB  "
+                f"{row['calculated_memory_bytes'] / GB:>5.1f} GB"
             )
     return [
         *lines,
@@ -106,7 +123,7 @@ def bench_micro_batch_lines(document: dict[str, Any]) -> list[str]:
     ]
 
 
-# ---- the measured process --------------------------------------------------------------------------------------
+# ---- the measured process ----------------------------------------------------------------------------------
 
 
 def try_one(request: dict[str, Any]) -> dict[str, Any]:
@@ -114,7 +131,9 @@ def try_one(request: dict[str, Any]) -> dict[str, Any]:
     try:
         return _train_some(load_config(request["preset"], request["overrides"]), request["steps"])
     except torch.cuda.OutOfMemoryError:
-        return {"stopped": f"out of memory: the device has {torch.cuda.get_device_properties(0).total_memory / GB:.0f} GB"}
+        return {
+            "stopped": f"out of memory: the device has {torch.cuda.get_device_properties(0).total_memory / GB:.0f} GB"
+        }
 
 
 def _train_some(config: Config, steps: int) -> dict[str, Any]:
@@ -125,7 +144,11 @@ def _train_some(config: Config, steps: int) -> dict[str, Any]:
     model, optimizer = accelerator.prepare(module, make_optimizer(module, config.optim))
     stream, _ = make_streams(config, manifest, accelerator, cf, holdout, 0)
     on_gpu = accelerator.device.type == "cuda"
-    has = torch.cuda.get_device_properties(0).total_memory if on_gpu else psutil.virtual_memory().available + psutil.Process().memory_info().rss
+    has = (
+        torch.cuda.get_device_properties(0).total_memory
+        if on_gpu
+        else psutil.virtual_memory().available + psutil.Process().memory_info().rss
+    )
 
     def seconds(work: Callable[[], None]) -> float:
         wait_for(accelerator.device)

@@ -1,7 +1,8 @@
-"""`gensr bench train|evaluate`: training steps and scoring against a reference written straight from the paper (benchmarks/reference.py).
+"""`gensr bench train|evaluate`: training steps and scoring against a reference written straight from the
+paper (benchmarks/reference.py).
 
-Each measurement is a process of its own, ours and the reference's in turns. Ratios of CPU time stand beside those of the clock: they hold on a busy
-machine, too.
+Each measurement is a process of its own, ours and the reference's in turns. Ratios of CPU time stand beside
+those of the clock: they hold on a busy machine, too.
 """
 
 import json
@@ -15,13 +16,19 @@ from typing import Any, Literal
 
 from trainer.bench.data import BENCHMARKS, Measured, Progress, commit, hardware, machine_line, measure
 from trainer.config import load_config
-from trainer.costs import measured_flops
 from trainer.errors import ConfigError
+from trainer.training.costs import measured_flops
 
 # flan-t5-base's shape with random weights; run.precision is what this device multiplies faster in
 DEFAULTS = ("model.backbone=scratch:flan_t5_base", "model.variant=paper", "model.prompt=paper")
 # the reference is the paper's own: its variant, its wording, float32
-REFERENCE = ("model.variant=paper", "model.prompt=paper", "run.precision=fp32", "model.lora.rank=0", "model.compile=false")
+REFERENCE = (
+    "model.variant=paper",
+    "model.prompt=paper",
+    "run.precision=fp32",
+    "model.lora.rank=0",
+    "model.compile=false",
+)
 WARMUP_STEPS = 3  # until the process has got all the memory that a step takes: on a CPU every new page costs
 BACKBONES = ("scratch:flan_t5_base", "scratch:small", "scratch:mini", "scratch:nano")
 PARTS = ("data", "forward", "backward", "optimiser", "communication")
@@ -34,9 +41,11 @@ def bench_model(
 ) -> dict[str, Any]:  # fmt: skip
     """→ the object that `gensr bench train --json` (evaluate) prints.
 
-    overrides: settings as of `gensr train`; data.dir names a prepared folder with natural text and a CF table (default: a small synthetic one).
-    pairs: (history, candidate) pairs of a step, on either side (None: see default_pairs). trace: file for a torch profiler trace of one more turn of ours.
-    Raises ConfigError without benchmarks/ (it is part of the repository, not of the package), BenchError when a measured program fails.
+    overrides: settings as of `gensr train`; data.dir names a prepared folder with natural text and a CF table
+    (default: a small synthetic one). pairs: (history, candidate) pairs of a step, on either side (None: see
+    default_pairs). trace: file for a torch profiler trace of one more turn of ours. Raises ConfigError
+    without benchmarks/ (it is part of the repository, not of the package), BenchError when a measured program
+    fails.
     """
     if not BENCHMARKS.is_dir():
         raise ConfigError(f"{BENCHMARKS} is missing: gensr bench needs a checkout of the repository.")
@@ -45,18 +54,40 @@ def bench_model(
     config = load_config(None, [*defaults, *overrides])
     ours, references = (pairs, pairs) if pairs is not None else default_pairs(mode)
     if mode == "train" and ours % (1 + config.data.num_negatives):
-        raise ConfigError(f"--pairs must be a multiple of 1 + data.num_negatives = {1 + config.data.num_negatives}, got {ours}")
+        raise ConfigError(
+            f"--pairs must be a multiple of 1 + data.num_negatives = {1 + config.data.num_negatives}, got "
+            f"{ours}"
+        )
     if config.model.backbone not in BACKBONES:
-        raise ConfigError(f"model.backbone={config.model.backbone}: the reference is a T5 with random weights. Choose among {', '.join(BACKBONES)}")
+        raise ConfigError(
+            f"model.backbone={config.model.backbone}: the reference is a T5 with random weights. Choose "
+            f"among {', '.join(BACKBONES)}"
+        )
     progress = progress or (lambda stage, done, total: None)
     work = Path(tempfile.mkdtemp(prefix="gensr-bench-"))
     try:
-        folder = Path(config.data.dir).resolve() if config.data.dir else synthetic_folder(work, threads, progress)
-        request = {"folder": str(folder), "mode": mode, "pairs": ours, "steps": steps, "warmup": WARMUP_STEPS, "preset": None}
+        folder = (
+            Path(config.data.dir).resolve() if config.data.dir else synthetic_folder(work, threads, progress)
+        )
+        request = {
+            "folder": str(folder),
+            "mode": mode,
+            "pairs": ours,
+            "steps": steps,
+            "warmup": WARMUP_STEPS,
+            "preset": None,
+        }
 
         def run(script: str, *extra: str, **more: Any) -> Measured:
-            settings = [setting for setting in (*defaults, *overrides, *extra) if not setting.startswith("data.dir=")]
-            command = [sys.executable, "-m", f"benchmarks.{script}", json.dumps({**request, **more, "overrides": settings})]
+            settings = [
+                setting for setting in (*defaults, *overrides, *extra) if not setting.startswith("data.dir=")
+            ]
+            command = [
+                sys.executable,
+                "-m",
+                f"benchmarks.{script}",
+                json.dumps({**request, **more, "overrides": settings}),
+            ]
             return measure(command, threads, cwd=BENCHMARKS.parent)
 
         measured: list[tuple[Measured, Measured]] = []
@@ -85,8 +116,9 @@ def bench_model(
 
 
 def default_pairs(mode: Mode) -> tuple[int, int]:
-    """Pairs of a step, (gensr's, the reference's). A GPU needs many to be busy: 256 events with 5 candidates, or 25 with 100; the paper's batch has 200."""
-    from trainer.device import has_gpu
+    """Pairs of a step, (gensr's, the reference's). A GPU needs many to be busy: 256 events with 5 candidates,
+    or 25 with 100; the paper's batch has 200."""
+    from trainer.runtime.device import has_gpu
 
     if not has_gpu():
         return 20, 20
@@ -94,10 +126,11 @@ def default_pairs(mode: Mode) -> tuple[int, int]:
 
 
 def faster_precision() -> str:
-    """bf16 on a GPU; on a CPU what its matrix products are faster in: without AMX, bf16 can take twice the time of float32."""
+    """bf16 on a GPU; on a CPU what its matrix products are faster in: without AMX, bf16 can take twice the
+    time of float32."""
     import torch
 
-    from trainer.device import has_gpu
+    from trainer.runtime.device import has_gpu
 
     if has_gpu():
         return "bf16"
@@ -116,7 +149,9 @@ def synthetic_folder(work: Path, threads: int, progress: Progress) -> Path:
     return out
 
 
-def _document(mode: Mode, measured: list[tuple[Measured, Measured]], configuration: dict[str, Any]) -> dict[str, Any]:
+def _document(
+    mode: Mode, measured: list[tuple[Measured, Measured]], configuration: dict[str, Any]
+) -> dict[str, Any]:
     def rate(side: Measured, clock: str) -> float:
         return float(side.answer["examples"] / side.answer[clock])
 
@@ -124,8 +159,12 @@ def _document(mode: Mode, measured: list[tuple[Measured, Measured]], configurati
     unit = "examples" if mode == "train" else "candidates"
     document: dict[str, Any] = {
         f"{unit}_per_s": round(statistics.median(rate(a, "wall_s") for a, _ in measured), 2),
-        "ratio_to_reference": round(statistics.median(rate(a, "wall_s") / rate(b, "wall_s") for a, b in measured), 2),
-        "cpu_ratio_to_reference": round(statistics.median(rate(a, "cpu_s") / rate(b, "cpu_s") for a, b in measured), 2),
+        "ratio_to_reference": round(
+            statistics.median(rate(a, "wall_s") / rate(b, "wall_s") for a, b in measured), 2
+        ),
+        "cpu_ratio_to_reference": round(
+            statistics.median(rate(a, "cpu_s") / rate(b, "cpu_s") for a, b in measured), 2
+        ),
         "mfu": ours["mfu"],
         "peak_memory_bytes": max(a.answer["peak_memory_bytes"] for a, _ in measured),
         f"reference_{unit}_per_s": round(statistics.median(rate(b, "wall_s") for _, b in measured), 2),
@@ -138,7 +177,9 @@ def _document(mode: Mode, measured: list[tuple[Measured, Measured]], configurati
     }
     if mode == "train":
         # one process has nobody to talk to
-        document["step_s"] = {part: round(ours["parts_s"].get(part, 0.0) / configuration["steps"], 4) for part in PARTS}
+        document["step_s"] = {
+            part: round(ours["parts_s"].get(part, 0.0) / configuration["steps"], 4) for part in PARTS
+        }
     else:
         del document["mfu"]
     return document
@@ -149,14 +190,19 @@ def bench_model_lines(document: dict[str, Any]) -> list[str]:
     unit = "examples" if "examples_per_s" in document else "candidates"
     ours, reference = document[f"{unit}_per_s"], document[f"reference_{unit}_per_s"]
     lines = [
-        f"  gensr      {ours:>10,.1f} {unit}/s, {document['prompt_tokens']:.0f} tokens a prompt, {document['peak_memory_bytes'] / 1e9:.2f} GB",
-        f"  reference  {reference:>10,.1f} {unit}/s, {document['reference_prompt_tokens']:.0f} tokens, {document['reference_peak_memory_bytes'] / 1e9:.2f} GB",
-        f"  ratio      {document['ratio_to_reference']:>10.2f} by the clock, {document['cpu_ratio_to_reference']:.2f} by CPU time",
+        f"  gensr      {ours:>10,.1f} {unit}/s, {document['prompt_tokens']:.0f} tokens a prompt, "
+        f"{document['peak_memory_bytes'] / 1e9:.2f} GB",
+        f"  reference  {reference:>10,.1f} {unit}/s, {document['reference_prompt_tokens']:.0f} tokens, "
+        f"{document['reference_peak_memory_bytes'] / 1e9:.2f} GB",
+        f"  ratio      {document['ratio_to_reference']:>10.2f} by the clock, "
+        f"{document['cpu_ratio_to_reference']:.2f} by CPU time",
     ]
     if "step_s" in document:
         whole = sum(document["step_s"].values())
         lines.append(
-            "  step       " + ", ".join(f"{part} {seconds / whole:.0%}" for part, seconds in document["step_s"].items()) + f" of {whole:.2f} s"
+            "  step       "
+            + ", ".join(f"{part} {seconds / whole:.0%}" for part, seconds in document["step_s"].items())
+            + f" of {whole:.2f} s"
         )
     if document.get("mfu") is not None:
         lines.append(f"  MFU        {document['mfu']:.1%} of the device's measured matrix products")

@@ -1,10 +1,12 @@
-"""`gensr cf`: the collaborative-filtering table E_c of a prepared folder, and the tables training reads instead of it.
+"""`gensr cf`: the collaborative-filtering table E_c of a prepared folder, and the tables training reads
+instead of it.
 
     training rec clicks ─▶ full table (user, item): inference, LightGCN baseline
                        └─▶ without fold f's clicks (crossfit) or each user's last one (last) ─▶ rotated into the full table's space ─▶ item_folds
 
-Why more than one: a table that has seen a training target gives it away (history · target is far larger than it will be in the future), so the
-model learns to trust a signal that is not there later. A training event therefore reads a table that never saw its click.
+Why more than one: a table that has seen a training target gives it away (history · target is far larger than
+it will be in the future), so the model learns to trust a signal that is not there later. A training event
+therefore reads a table that never saw its click.
 """
 
 import json
@@ -22,14 +24,14 @@ import trainer
 from data_shards import settings as s
 from data_shards.hashing import click_fold, derive_seed, mix64
 from data_shards.schema import REC, Manifest, read_manifest
-from trainer.cf.table_file import CfTable, cf_path, load_cf, save_cf
 from trainer.cf.training import Clicks, TableTrainer, unique_clicks
 from trainer.cf.work import CfWork, Slot
 from trainer.config import CfConfig, CfRoot
 from trainer.data import split_columns, train_clicks
-from trainer.device import default_device
+from trainer.data.cf_table import CfTable, cf_path, load_cf, save_cf
 from trainer.errors import DataError, RunError
-from trainer.memory import give_back_freed_memory, keep_freed_memory
+from trainer.runtime.device import default_device
+from trainer.runtime.memory import give_back_freed_memory, keep_freed_memory
 
 WORK_LAYOUT = 2  # of the tensors in the work folder; raised when they change
 MAX_VALID_EVENTS = 20_000  # of early stopping: a fixed hashed sample; NDCG@10 is then known to ± .005
@@ -39,10 +41,12 @@ Progress = Callable[[str], None]
 
 
 def train_cf(folder: str | Path, overrides: Sequence[str] = (), progress: Progress | None = None) -> Path:
-    """Train and write OUT/cf/lightgcn.safetensors; returns its path. overrides: "cf.holdout=last", …, "overwrite=true".
+    """Train and write OUT/cf/lightgcn.safetensors; returns its path. overrides: "cf.holdout=last", …,
+    "overwrite=true".
 
-    An existing table of the same split and settings is kept; an interrupted training goes on from OUT/cf/partial/. Deterministic on CPU for given settings.
-    Raises DataError for a folder without training rec clicks, RunError for an existing table of other settings or split without overwrite=true.
+    An existing table of the same split and settings is kept; an interrupted training goes on from
+    OUT/cf/partial/. Deterministic on CPU for given settings. Raises DataError for a folder without training
+    rec clicks, RunError for an existing table of other settings or split without overwrite=true.
     """
     say = progress or (lambda message: None)
     root: CfRoot = s.load(CfRoot, overrides=overrides)
@@ -50,21 +54,28 @@ def train_cf(folder: str | Path, overrides: Sequence[str] = (), progress: Progre
     path = cf_path(folder)
     if path.is_file() and not root.overwrite:
         _check_existing(folder, manifest, config)
-        say(f"{path} is up to date: same split, same settings. Nothing to do (overwrite=true trains it again).")
+        say(
+            f"{path} is up to date: same split, same settings. Nothing to do (overwrite=true trains it "
+            "again)."
+        )
         return path
     columns = train_clicks(folder, manifest)
     clicks = unique_rec_clicks(columns, manifest)
     if len(clicks.users) == 0:
         raise DataError(
-            f"{folder}: no recommendation click in the training split, LightGCN has nothing to learn from. Look at: gensr inspect {folder}"
+            f"{folder}: no recommendation click in the training split, LightGCN has nothing to learn from. "
+            f"Look at: gensr inspect {folder}"
         )
     work = cf_work(folder, manifest, root)
     if others := work.of_others():
         say(
-            f"{work.folder} holds {', '.join(others)} of a training with other settings, split or version: not continued, soon replaced. Stop now to keep it."
+            f"{work.folder} holds {', '.join(others)} of a training with other settings, split or version: "
+            "not continued, soon replaced. Stop now to keep it."
         )
     keep_freed_memory()
-    table = train_tables(clicks, columns, valid_candidates(folder, manifest, config.seed), manifest, config, work, say)
+    table = train_tables(
+        clicks, columns, valid_candidates(folder, manifest, config.seed), manifest, config, work, say
+    )
     save_cf(folder, table)
     work.remove()
     say(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
@@ -76,15 +87,24 @@ def _check_existing(folder: str | Path, manifest: Manifest, config: CfConfig) ->
         existing = load_cf(folder, manifest, users=False, folds=False)
     except DataError as error:
         raise RunError(str(error)) from error
-    theirs, ours = {**asdict(CfConfig()), **existing.settings}, asdict(config)  # a setting that is younger than the table has its default there
+    theirs, ours = (
+        {**asdict(CfConfig()), **existing.settings},
+        asdict(config),
+    )  # a setting that is younger than the table has its default there
     changed = [f"cf.{key} {theirs[key]!r} → {ours[key]!r}" for key in ours if theirs[key] != ours[key]]
     if changed:
-        raise RunError(f"{cf_path(folder)} was trained with other settings ({', '.join(changed)}). Add overwrite=true to replace it.")
+        raise RunError(
+            f"{cf_path(folder)} was trained with other settings ({', '.join(changed)}). Add overwrite=true "
+            "to replace it."
+        )
 
 
 def cf_work(folder: str | Path, manifest: Manifest, root: CfRoot) -> CfWork:
-    """The work folder of this split, these settings, this version and kind of device (whose random numbers are others)."""
-    identity = json.dumps([trainer.__version__, WORK_LAYOUT, default_device(), manifest.hash, asdict(root.cf)], sort_keys=True)
+    """The work folder of this split, these settings, this version and kind of device (whose random numbers
+    are others)."""
+    identity = json.dumps(
+        [trainer.__version__, WORK_LAYOUT, default_device(), manifest.hash, asdict(root.cf)], sort_keys=True
+    )
     return CfWork(cf_path(folder).parent / "partial", identity, root.save_every_s)
 
 
@@ -95,7 +115,8 @@ def unique_rec_clicks(columns: dict[str, np.ndarray], manifest: Manifest) -> Cli
 
 
 def last_clicks(columns: dict[str, np.ndarray], num_users: int) -> np.ndarray:
-    """Each user's last training rec click by (time, event_id) → [num_users] int64 items, -1 for users without one."""
+    """Each user's last training rec click by (time, event_id) → [num_users] int64 items, -1 for users without
+    one."""
     rec = np.flatnonzero(columns["task"] == REC)
     order = rec[np.lexsort((columns["event_id"][rec], columns["time"][rec]))]
     heldout = np.full(num_users, -1, np.int64)
@@ -104,18 +125,23 @@ def last_clicks(columns: dict[str, np.ndarray], num_users: int) -> np.ndarray:
 
 
 def valid_candidates(folder: str | Path, manifest: Manifest, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Users [n] and candidates [n, 1 + num_negatives] (the positive first) of validation rec events, at most MAX_VALID_EVENTS by hash."""
+    """Users [n] and candidates [n, 1 + num_negatives] (the positive first) of validation rec events, at most
+    MAX_VALID_EVENTS by hash."""
     columns = split_columns(folder, manifest, "valid", ["event_id", "user", "task", "item", "negatives"])
     rec = np.flatnonzero(columns["task"] == REC)
     if len(rec) > MAX_VALID_EVENTS:
-        rec = rec[np.argsort(mix64(columns["event_id"][rec], derive_seed(seed, 23)), kind="stable")[:MAX_VALID_EVENTS]]
+        rec = rec[
+            np.argsort(mix64(columns["event_id"][rec], derive_seed(seed, 23)), kind="stable")[
+                :MAX_VALID_EVENTS
+            ]
+        ]
     if len(rec) == 0:
         return np.zeros(0, np.int64), np.zeros((0, 1 + manifest.num_negatives), np.int64)
     candidates = np.concatenate([columns["item"][rec, None], columns["negatives"][rec]], axis=1)
     return columns["user"][rec].astype(np.int64), candidates.astype(np.int64)
 
 
-# ---- training --------------------------------------------------------------------------------------------------
+# ---- training ----------------------------------------------------------------------------------------------
 
 
 def train_tables(
@@ -127,7 +153,8 @@ def train_tables(
     work: CfWork,
     say: Progress,
 ) -> CfTable:
-    """The full table, then those of cf.holdout for as many epochs as the full one took (validation is asked once)."""
+    """The full table, then those of cf.holdout for as many epochs as the full one took (validation is asked
+    once)."""
     heldout = last_clicks(columns, clicks.num_users) if config.holdout == "last" else None
     keep = held_in(clicks, config, heldout)
     started = time.monotonic()
@@ -140,16 +167,24 @@ def train_tables(
 
     tables, validation = finished_or(work, "full", train_full)
     item, epochs = tables["item"], int(validation["epochs"])
-    say(f"full table: best after {epochs} epochs, validation NDCG@10 {validation['ndcg@10']} (sampled), {time.monotonic() - started:.0f} s")
+    say(
+        f"full table: best after {epochs} epochs, validation NDCG@10 {validation['ndcg@10']} (sampled), "
+        f"{time.monotonic() - started:.0f} s"
+    )
     folds = []
     for fold, mask in enumerate(keep):
         folds.append(fold_table(fold, clicks, mask, keep, item, epochs, config, work, say))
-        say(f"table {fold + 1} of {len(keep)} without {int((~mask).sum()):,} clicks: done, {time.monotonic() - started:.0f} s in all")
+        say(
+            f"table {fold + 1} of {len(keep)} without {int((~mask).sum()):,} clicks: done, "
+            f"{time.monotonic() - started:.0f} s in all"
+        )
     give_back_freed_memory()
     return CfTable(
         user=tables["user"],
         item=clicks.in_catalog(item),
-        item_folds=torch.stack([clicks.in_catalog(fold) for fold in folds]) if folds else item.new_zeros(0, clicks.catalog_size, config.dim),
+        item_folds=torch.stack([clicks.in_catalog(fold) for fold in folds])
+        if folds
+        else item.new_zeros(0, clicks.catalog_size, config.dim),
         heldout_item=None if heldout is None else torch.from_numpy(heldout),
         split_fingerprint=manifest.fingerprint,
         settings=asdict(config),
@@ -158,7 +193,9 @@ def train_tables(
     )
 
 
-def finished_or(work: CfWork, name: str, train: Callable[[Slot], tuple[Tensors, dict[str, Any]]]) -> tuple[Tensors, dict[str, Any]]:
+def finished_or(
+    work: CfWork, name: str, train: Callable[[Slot], tuple[Tensors, dict[str, Any]]]
+) -> tuple[Tensors, dict[str, Any]]:
     """What an interrupted run finished under `name`, or train it now and keep it."""
     finished, training = work.slot(name), work.slot(f"{name}-training")
     if saved := finished.load():
@@ -170,22 +207,38 @@ def finished_or(work: CfWork, name: str, train: Callable[[Slot], tuple[Tensors, 
 
 
 def fold_table(
-    fold: int, clicks: Clicks, mask: np.ndarray, keep: list[np.ndarray], target: Tensor, epochs: int, config: CfConfig, work: CfWork, say: Progress
+    fold: int,
+    clicks: Clicks,
+    mask: np.ndarray,
+    keep: list[np.ndarray],
+    target: Tensor,
+    epochs: int,
+    config: CfConfig,
+    work: CfWork,
+    say: Progress,
 ) -> Tensor:
-    """Item vectors [I, K] (of clicks.item_ids) that never saw the clicks outside `mask`, rotated into `target`'s space."""
+    """Item vectors [I, K] (of clicks.item_ids) that never saw the clicks outside `mask`, rotated into
+    `target`'s space."""
 
     def train_fold(slot: Slot) -> tuple[Tensors, dict[str, Any]]:
         table = TableTrainer(clicks.keep(mask), config, say)
         shared_epochs = round(config.shared_epochs * epochs)
         if shared_epochs and (pair := fold ^ 1) < len(keep):
-            table.load_state(*_shared_start(min(fold, pair), clicks.keep(mask & keep[pair]), shared_epochs, config, work, say))
+            table.load_state(
+                *_shared_start(
+                    min(fold, pair), clicks.keep(mask & keep[pair]), shared_epochs, config, work, say
+                )
+            )
         return {"item": rotate_onto(table.fit(epochs, slot)[1], target)}, {}
 
     return finished_or(work, f"fold-{fold}", train_fold)[0]["item"]
 
 
-def _shared_start(first: int, clicks: Clicks, epochs: int, config: CfConfig, work: CfWork, say: Progress) -> tuple[Tensors, dict[str, Any]]:
-    """State of a table that saw neither of two folds: where both of their tables go on from. It cannot tell either of them its held-out clicks."""
+def _shared_start(
+    first: int, clicks: Clicks, epochs: int, config: CfConfig, work: CfWork, say: Progress
+) -> tuple[Tensors, dict[str, Any]]:
+    """State of a table that saw neither of two folds: where both of their tables go on from. It cannot tell
+    either of them its held-out clicks."""
 
     def train_pair(slot: Slot) -> tuple[Tensors, dict[str, Any]]:
         table = TableTrainer(clicks, config, say)
@@ -209,26 +262,35 @@ def held_in(clicks: Clicks, config: CfConfig, heldout: np.ndarray | None) -> lis
 def rotate_onto(source: Tensor, target: Tensor) -> Tensor:
     """Orthogonal Procrustes: source @ R with R = argmin ‖source R − target‖ over rotations, [I, K] each.
 
-    Scores inside a table do not change; the tables become interchangeable for what reads them. Zero rows do not take part.
+    Scores inside a table do not change; the tables become interchangeable for what reads them. Zero rows do
+    not take part.
     """
     left, _, right = torch.linalg.svd(source.double().T @ target.double())
     return source @ (left @ right).to(source.dtype)
 
 
 def describe_cost(clicks: Clicks, config: CfConfig, num_tables: int, batch_size: int, step_s: float) -> str:
-    """What is about to be trained, its memory, and the longest it can take (from one measured step of `step_s` seconds)."""
+    """What is about to be trained, its memory, and the longest it can take (from one measured step of
+    `step_s` seconds)."""
     nodes, edges = clicks.num_users + clicks.num_items, len(clicks.users)
     epoch_s = step_s * -(-edges // batch_size)
     vector_bytes = config.dim * 4
-    # parameters, Adam's two moments, gradient, two layers of it, the best vectors so far and four that lie in holes (measured); CSR twice, clicks and keys
+    # parameters, Adam's two moments, gradient, two layers of it, the best vectors so far and four that lie in
+    # holes (measured); CSR twice, clicks and keys
     training_bytes = (
-        nodes * vector_bytes * 11 + edges * (2 * 8 + 4 * 8) + batch_size * vector_bytes * 8 + clicks.num_items * vector_bytes * num_tables
+        nodes * vector_bytes * 11
+        + edges * (2 * 8 + 4 * 8)
+        + batch_size * vector_bytes * 8
+        + clicks.num_items * vector_bytes * num_tables
     )
     written_bytes = (clicks.num_items + 2 * clicks.catalog_size) * vector_bytes * num_tables
     return (
-        f"LightGCN on {edges:,} clicks of {clicks.num_users:,} users × {clicks.num_items:,} of {clicks.catalog_size:,} items, "
+        f"LightGCN on {edges:,} clicks of {clicks.num_users:,} users × {clicks.num_items:,} of "
+        f"{clicks.catalog_size:,} items, "
         f"d {config.dim}, {config.layers} layers: "
         f"{num_tables} table{'s' if num_tables > 1 else ''} (holdout={config.holdout}), batch {batch_size:,} "
-        f"({-(-edges // batch_size)} steps an epoch of {epoch_s:.1f} s), at most {config.max_epochs} epochs each: "
-        f"at most {epoch_s * config.max_epochs * num_tables / 60:.1f} min, about {max(training_bytes, written_bytes) / 1e9:.2f} GB"
+        f"({-(-edges // batch_size)} steps an epoch of {epoch_s:.1f} s), at most {config.max_epochs} epochs "
+        "each: "
+        f"at most {epoch_s * config.max_epochs * num_tables / 60:.1f} min, about "
+        f"{max(training_bytes, written_bytes) / 1e9:.2f} GB"
     )

@@ -1,4 +1,5 @@
-"""Training of one LightGCN table: BPR by epochs, early stopping on validation, and a state from which it continues bit for bit (on CPU)."""
+"""Training of one LightGCN table: BPR by epochs, early stopping on validation, and a state from which it
+continues bit for bit (on CPU)."""
 
 import time
 from collections.abc import Callable
@@ -10,13 +11,13 @@ import torch
 from torch import Tensor
 
 from data_shards.hashing import derive_seed
+from trainer.cf.lightgcn import Graph, LightGCN, build_graph
 from trainer.cf.work import Slot
 from trainer.config import CfConfig
-from trainer.device import default_device, wait_for
 from trainer.errors import RunError
-from trainer.memory import give_back_freed_memory
-from trainer.metrics import expected_ranks, metric_values
-from trainer.model.lightgcn import Graph, LightGCN, build_graph
+from trainer.evaluation.metrics import expected_ranks, metric_values
+from trainer.runtime.device import default_device, wait_for
+from trainer.runtime.memory import give_back_freed_memory
 
 MIN_STEPS_BETWEEN_VALIDATIONS = 50
 VALID_CHUNK = 2048  # events scored at once: 2048 × 100 candidates × 64 floats = 52 MB
@@ -24,11 +25,14 @@ VALID_CHUNK = 2048  # events scored at once: 2048 × 100 candidates × 64 floats
 
 @dataclass(frozen=True)
 class Clicks:
-    """Unique training rec clicks, sorted by (user, item). Tables are trained for the items that anyone clicked: often the smaller part of a catalogue."""
+    """Unique training rec clicks, sorted by (user, item). Tables are trained for the items that anyone
+    clicked: often the smaller part of a catalogue."""
 
     users: np.ndarray  # [E] int64
     items: np.ndarray  # [E] int64, rows of item_ids
-    item_ids: np.ndarray  # [I] int64, catalogue rows in ascending order; a part (`keep`) has those of the whole
+    item_ids: (
+        np.ndarray
+    )  # [I] int64, catalogue rows in ascending order; a part (`keep`) has those of the whole
     num_users: int
     catalog_size: int
 
@@ -65,33 +69,42 @@ def unique_clicks(users: np.ndarray, catalog_rows: np.ndarray, num_users: int, c
 
 
 def choose_batch_size(num_clicks: int) -> int:
-    """About a thirtieth of an epoch, as a power of two: 512 … 2^18. A step costs passes over the whole graph, so large graphs need few large steps."""
+    """About a thirtieth of an epoch, as a power of two: 512 … 2^18. A step costs passes over the whole graph,
+    so large graphs need few large steps."""
     return 1 << min(max((num_clicks // 32).bit_length(), 9), 18)
 
 
 class TableTrainer:
-    """One table: BPR over all clicks, uniform negatives of the whole catalogue that the user has not clicked *in this table's graph*.
+    """One table: BPR over all clicks, uniform negatives of the whole catalogue that the user has not clicked
+    *in this table's graph*.
 
-    A held-out click may be drawn as a negative like any unknown item: avoiding it would tell the table about it.
+    A held-out click may be drawn as a negative like any unknown item: avoiding it would tell the table about
+    it.
     """
 
     def __init__(self, clicks: Clicks, config: CfConfig, say: Callable[[str], None]) -> None:
         self.clicks, self.config, self.say = clicks, config, say
         self.device = torch.device(default_device())
-        self.graph: Graph = build_graph(clicks.users, clicks.items, clicks.num_users, clicks.num_items).to(self.device)
+        self.graph: Graph = build_graph(clicks.users, clicks.items, clicks.num_users, clicks.num_items).to(
+            self.device
+        )
         # every table starts from the same vectors, so their spaces differ little even before the rotation
-        self.model = LightGCN(clicks.num_users, clicks.num_items, config.dim, config.layers, derive_seed(config.seed, 1)).to(self.device)
+        self.model = LightGCN(
+            clicks.num_users, clicks.num_items, config.dim, config.layers, derive_seed(config.seed, 1)
+        ).to(self.device)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.lr, fused=True)
         self.generator = torch.Generator(self.device).manual_seed(derive_seed(config.seed, 2))
         self.users, self.items, self.keys = (
-            torch.from_numpy(a).to(self.device) for a in (clicks.users, clicks.items, self._key(clicks.users, clicks.items))
+            torch.from_numpy(a).to(self.device)
+            for a in (clicks.users, clicks.items, self._key(clicks.users, clicks.items))
         )
         self.batch_size = config.batch_size or choose_batch_size(len(clicks.users))
         self.steps_per_epoch = -(-len(clicks.users) // self.batch_size)
         self.epochs_done = 0
 
     def fit(self, num_epochs: int, slot: Slot) -> tuple[Tensor, Tensor]:
-        """Go on to `num_epochs` → user vectors and those of clicks.item_ids, on the CPU; zeros when there is no click (a fold of a tiny log)."""
+        """Go on to `num_epochs` → user vectors and those of clicks.item_ids, on the CPU; zeros when there is
+        no click (a fold of a tiny log)."""
         if saved := slot.load():
             self.load_state(*saved)
             self.say(f"continuing table {slot.name} after epoch {self.epochs_done}")
@@ -101,9 +114,11 @@ class TableTrainer:
                 slot.save(*self.state())
         return self.vectors()
 
-    def fit_until_valid(self, valid: tuple[np.ndarray, np.ndarray], slot: Slot) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        """Early stopping on validation NDCG@10 of users [n] and catalogue rows [n, 1 + negatives]. Without validation rec events: cf.max_epochs.
-        → best vectors as of fit(), what was seen."""
+    def fit_until_valid(
+        self, valid: tuple[np.ndarray, np.ndarray], slot: Slot
+    ) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """Early stopping on validation NDCG@10 of users [n] and catalogue rows [n, 1 + negatives]. Without
+        validation rec events: cf.max_epochs. → best vectors as of fit(), what was seen."""
         config = self.config
         if len(valid[0]) == 0:
             user, item = self.fit(config.max_epochs, slot)
@@ -118,7 +133,10 @@ class TableTrainer:
             best, curve = {name: tensors[f"best.{name}"] for name in ("user", "item")}, document["curve"]
             self.say(f"continuing table {slot.name} after epoch {self.epochs_done}")
         best_epoch, best_ndcg = max(curve, key=lambda point: point[1], default=[0, -1.0])
-        while self.epochs_done < config.max_epochs and sum(epoch > best_epoch for epoch, _ in curve) < config.patience:
+        while (
+            self.epochs_done < config.max_epochs
+            and sum(epoch > best_epoch for epoch, _ in curve) < config.patience
+        ):
             loss = self.epoch()
             if self.epochs_done % every and self.epochs_done != config.max_epochs:
                 continue
@@ -128,12 +146,27 @@ class TableTrainer:
             curve.append([self.epochs_done, ndcg])
             if ndcg > best_ndcg:
                 best_epoch, best_ndcg, best = self.epochs_done, ndcg, {"user": user, "item": item}
-            self.say(f"epoch {self.epochs_done}: loss {loss:.4f}, validation NDCG@10 {ndcg:.4f} (best {best_ndcg:.4f} at {best_epoch})")
+            self.say(
+                f"epoch {self.epochs_done}: loss {loss:.4f}, validation NDCG@10 {ndcg:.4f} (best "
+                f"{best_ndcg:.4f} at {best_epoch})"
+            )
             if slot.is_due():
                 tensors, document = self.state()
-                slot.save({**tensors, **{f"best.{name}": value for name, value in best.items()}}, {**document, "curve": curve})
+                slot.save(
+                    {**tensors, **{f"best.{name}": value for name, value in best.items()}},
+                    {**document, "curve": curve},
+                )
         rounded = [[epoch, round(ndcg, 5)] for epoch, ndcg in curve]
-        return best["user"], best["item"], {"epochs": best_epoch, "ndcg@10": round(best_ndcg, 5), "num_events": len(valid[0]), "curve": rounded}
+        return (
+            best["user"],
+            best["item"],
+            {
+                "epochs": best_epoch,
+                "ndcg@10": round(best_ndcg, 5),
+                "num_events": len(valid[0]),
+                "curve": rounded,
+            },
+        )
 
     def epoch(self) -> float:
         """One pass over the clicks in random order → the last batch's loss."""
@@ -141,7 +174,9 @@ class TableTrainer:
         loss = torch.zeros(())
         for index in order.split(self.batch_size):
             user = self.users[index]
-            loss = self.model.loss(self.graph, user, self.items[index], self.draw_negatives(user), self.config.reg)
+            loss = self.model.loss(
+                self.graph, user, self.items[index], self.draw_negatives(user), self.config.reg
+            )
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             self.optimizer.step()
@@ -162,11 +197,14 @@ class TableTrainer:
         return time.monotonic() - started
 
     def draw_negatives(self, user: Tensor, rounds: int = 3) -> Tensor:
-        """Uniform numbers below catalog_size: rows of item_ids, and from num_items on items that nobody clicked, which are all alike.
-        What the user clicked is drawn again, `rounds` times at most (a user may have clicked nearly everything)."""
+        """Uniform numbers below catalog_size: rows of item_ids, and from num_items on items that nobody
+        clicked, which are all alike. What the user clicked is drawn again, `rounds` times at most (a user may
+        have clicked nearly everything)."""
 
         def draw() -> Tensor:
-            return torch.randint(self.clicks.catalog_size, user.shape, generator=self.generator, device=self.device)
+            return torch.randint(
+                self.clicks.catalog_size, user.shape, generator=self.generator, device=self.device
+            )
 
         negative = draw()
         for _ in range(rounds):
@@ -198,17 +236,24 @@ class TableTrainer:
         self.generator.set_state(tensors["generator"])
         for name, parameter in self.model.named_parameters():
             parameter.copy_(tensors[name])
-            moments = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
+            moments = {
+                key.removeprefix(f"{name}."): value
+                for key, value in tensors.items()
+                if key.startswith(f"{name}.")
+            }
             self.optimizer.state[parameter] = {key: value.to(self.device) for key, value in moments.items()}
 
 
 def sampled_ndcg(user: Tensor, item: Tensor, valid_users: np.ndarray, valid_candidates: np.ndarray) -> float:
-    """NDCG@10 of e_u · e_i over the stored candidates, positive in column 0. Candidates are rows of `item`; beyond its end, of items that score 0."""
+    """NDCG@10 of e_u · e_i over the stored candidates, positive in column 0. Candidates are rows of `item`;
+    beyond its end, of items that score 0."""
     ranks = []
     for start in range(0, len(valid_users), VALID_CHUNK):
         users_B = torch.from_numpy(valid_users[start : start + VALID_CHUNK])
         candidates_BC = torch.from_numpy(valid_candidates[start : start + VALID_CHUNK])
-        scores_BC = torch.einsum("bk,bck->bc", user[users_B], item[candidates_BC.clamp(max=len(item) - 1)]) * (candidates_BC < len(item))
+        scores_BC = torch.einsum(
+            "bk,bck->bc", user[users_B], item[candidates_BC.clamp(max=len(item) - 1)]
+        ) * (candidates_BC < len(item))
         labels_BC = torch.zeros_like(scores_BC)
         labels_BC[:, 0] = 1
         ranks.append(expected_ranks(scores_BC, labels_BC)[0])

@@ -1,6 +1,8 @@
-"""OUT/cf/partial/: what an interrupted `gensr cf` has finished, and where its table in training stood. Removed when the table is written.
+"""OUT/cf/partial/: what an interrupted `gensr cf` has finished, and where its table in training stood.
+Removed when the table is written.
 
-One safetensors file a slot, written aside and renamed. A slot of another split, other settings or another version is as if it were not there.
+One safetensors file a slot, written aside and renamed. A slot of another split, other settings or another
+version is as if it were not there.
 """
 
 import json
@@ -13,11 +15,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from trainer.files import atomic
+from trainer.runtime.files import atomic
 
 
 class CfWork:
-    """identity: text that must be equal for a slot to be used again. save_every_s: seconds between two states of a table in training."""
+    """identity: text that must be equal for a slot to be used again. save_every_s: seconds between two states
+    of a table in training."""
 
     def __init__(self, folder: Path, identity: str, save_every_s: float) -> None:
         self.folder, self.identity, self.save_every_s = folder, identity, save_every_s
@@ -26,8 +29,13 @@ class CfWork:
         return Slot(self, name)
 
     def of_others(self) -> list[str]:
-        """File names of slots that another identity left: they are not used, and replaced as this training saves its own."""
-        return sorted(path.name for path in self.folder.glob("*.safetensors") if self.slot(path.stem).metadata().get("identity") != self.identity)
+        """File names of slots that another identity left: they are not used, and replaced as this training
+        saves its own."""
+        return sorted(
+            path.name
+            for path in self.folder.glob("*.safetensors")
+            if self.slot(path.stem).metadata().get("identity") != self.identity
+        )
 
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -52,7 +60,11 @@ class Slot:
         """Replace the slot by these. Raises EnvironmentProblem when it cannot be written."""
         metadata = {"identity": self.work.identity, "document": json.dumps(document)}
         with atomic(self.path) as temporary:
-            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, str(temporary), metadata)
+            save_file(
+                {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
+                str(temporary),
+                metadata,
+            )
         self._saved_s = time.monotonic()
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:

@@ -20,8 +20,8 @@ from data_shards.blocks import decode_blocks
 from data_shards.checksum import file_sha256, pieces
 from data_shards.schema import SRC, Manifest, Shard
 from trainer.batch import Batch
+from trainer.data.node_cache import READ_ATTEMPTS, RETRY_AFTER_S, check_stream, retried, shard_place
 from trainer.errors import DataError
-from trainer.node_cache import READ_ATTEMPTS, RETRY_AFTER_S, check_stream, retried, shard_place
 
 MAX_IMPRESSIONS = 16  # unclicked impressions of an event offered as negatives
 
@@ -51,11 +51,15 @@ class Rows:
         return Rows(**{name: np.concatenate([vars(part)[name] for part in parts]) for name in vars(parts[0])})
 
 
-def read_blocks(folder: str | Path, shard: Shard, first_block: int = 0, columns: list[str] | None = None) -> Iterator[pa.Table]:
-    """The Arrow blocks of one shard, in order, from block `first_block` on. folder: a prepared folder, or one of the node's cache (node_cache.py).
+def read_blocks(
+    folder: str | Path, shard: Shard, first_block: int = 0, columns: list[str] | None = None
+) -> Iterator[pa.Table]:
+    """The Arrow blocks of one shard, in order, from block `first_block` on. folder: a prepared folder, or one
+    of the node's cache (data/node_cache.py).
 
-    A failing disk or network is tried again, from the block where it failed. Raises DataError naming the shard when it is missing, truncated, or not
-    what the manifest says, or cannot be read after READ_ATTEMPTS attempts. A file is checked before its first block, a streamed shard after its last.
+    A failing disk or network is tried again, from the block where it failed. Raises DataError naming the
+    shard when it is missing, truncated, or not what the manifest says, or cannot be read after READ_ATTEMPTS
+    attempts. A file is checked before its first block, a streamed shard after its last.
     """
     place = shard_place(folder, shard)
     if isinstance(place, Path):
@@ -68,17 +72,27 @@ def read_blocks(folder: str | Path, shard: Shard, first_block: int = 0, columns:
                 yield table if columns is None else table.select(columns)
             return
         except (OSError, KeyError, EOFError, tarfile.TarError, pa.ArrowException, ValueError) as error:
-            lasting = isinstance(place, Path) and not isinstance(error, OSError)  # of a stream, a cut-off end may be the network's fault
+            # of a stream, a cut-off end may be the network's fault
+            lasting = isinstance(place, Path) and not isinstance(error, OSError)
             if lasting or attempt == READ_ATTEMPTS:
-                raise DataError(f"{place}: cannot be read at block {number}: {error}. Restore the file or prepare the folder again.") from error
+                raise DataError(
+                    f"{place}: cannot be read at block {number}: {error}. Restore the file or prepare the "
+                    "folder again."
+                ) from error
             warnings.warn(f"{place}: reading block {number} failed ({error}), trying again", stacklevel=2)
             time.sleep(RETRY_AFTER_S * attempt)
 
 
 def _entries(place: Path | str, shard: Shard) -> Iterator[bytes]:
-    """The content of each entry of a shard. Raises DataError at the end of a stream that was not what the manifest says, EOFError where it was cut off."""
+    """The content of each entry of a shard. Raises DataError at the end of a stream that was not what the
+    manifest says, EOFError where it was cut off."""
     if isinstance(place, Path):
-        yield from (entry["arrow"] for entry in wds.WebDataset([str(place)], shardshuffle=False, nodesplitter=None, workersplitter=None, empty_check=False))
+        yield from (
+            entry["arrow"]
+            for entry in wds.WebDataset(
+                [str(place)], shardshuffle=False, nodesplitter=None, workersplitter=None, empty_check=False
+            )
+        )
         return
     with wds.gopen(place, "rb") as stream:
         hashed = _HashedStream(stream)
@@ -88,7 +102,10 @@ def _entries(place: Path | str, shard: Shard) -> Iterator[bytes]:
     if hashed.num_bytes != shard.num_bytes:
         raise EOFError(f"{hashed.num_bytes} bytes, the manifest says {shard.num_bytes} (truncated?)")
     if hashed.sha256.hexdigest() != shard.sha256:
-        raise DataError(f"{place}: checksum differs from the manifest's (corrupt shard). Restore the file or prepare the folder again.")
+        raise DataError(
+            f"{place}: checksum differs from the manifest's (corrupt shard). Restore the file or prepare the "
+            "folder again."
+        )
 
 
 class _HashedStream:
@@ -108,7 +125,8 @@ _verified: set[tuple[str, str]] = set()
 
 
 def check_shard(folder: str | Path, shard: Shard) -> None:
-    """Raises DataError when the shard is not what the manifest says. One that is streamed is read to its end for it."""
+    """Raises DataError when the shard is not what the manifest says. One that is streamed is read to its end
+    for it."""
     place = shard_place(folder, shard)
     if isinstance(place, Path):
         _check_file(place, shard)
@@ -122,29 +140,42 @@ def _check_file(path: Path, shard: Shard) -> None:
         raise DataError(f"{path}: missing shard. Restore the file or prepare the folder again.")
     size = path.stat().st_size
     if size != shard.num_bytes:
-        raise DataError(f"{path}: {size} bytes, the manifest says {shard.num_bytes} (truncated?). Restore the file or prepare the folder again.")
+        raise DataError(
+            f"{path}: {size} bytes, the manifest says {shard.num_bytes} (truncated?). Restore the file or "
+            "prepare the folder again."
+        )
     key = (str(path), shard.sha256)
     if key not in _verified:
         if file_sha256(path) != shard.sha256:
-            raise DataError(f"{path}: checksum differs from the manifest's (corrupt shard). Restore the file or prepare the folder again.")
+            raise DataError(
+                f"{path}: checksum differs from the manifest's (corrupt shard). Restore the file or prepare "
+                "the folder again."
+            )
         _verified.add(key)
 
 
-def split_columns(folder: str | Path, manifest: Manifest, split: str, names: list[str]) -> dict[str, np.ndarray]:
+def split_columns(
+    folder: str | Path, manifest: Manifest, split: str, names: list[str]
+) -> dict[str, np.ndarray]:
     """Whole columns of a split, in stored order. Fixed-size lists come as [n, k]."""
     parts: dict[str, list[np.ndarray]] = {name: [] for name in names}
     for shard in manifest.shards(split):
         for table in read_blocks(folder, shard, columns=names):
             for name in names:
                 parts[name].append(to_numpy(table[name]))
-    return {name: np.concatenate(arrays) if arrays else np.zeros(0, np.int64) for name, arrays in parts.items()}
+    return {
+        name: np.concatenate(arrays) if arrays else np.zeros(0, np.int64) for name, arrays in parts.items()
+    }
 
 
 def searches_of(folder: str | Path, shard: Shard) -> tuple[int, ...]:
-    """How many events of each block are searches: from the manifest, or, in a folder of format 1, by reading the shard."""
+    """How many events of each block are searches: from the manifest, or, in a folder of format 1, by reading
+    the shard."""
     if shard.searches is not None:
         return shard.searches
-    return tuple(int((to_numpy(table["task"]) == SRC).sum()) for table in read_blocks(folder, shard, columns=["task"]))
+    return tuple(
+        int((to_numpy(table["task"]) == SRC).sum()) for table in read_blocks(folder, shard, columns=["task"])
+    )
 
 
 def train_clicks(folder: str | Path, manifest: Manifest) -> dict[str, np.ndarray]:
@@ -164,11 +195,21 @@ def _single_chunk(column: pa.ChunkedArray) -> Any:
     return array.chunk(0) if isinstance(array, pa.ChunkedArray) else array
 
 
-def decode(table: pa.Table, history_max: int, index: np.ndarray | None = None, epoch: int = 0, with_impressions: bool = True) -> Rows:
-    """Rows `index` of one Arrow block. Histories are cut to their newest `history_max` items by index arithmetic, without a Python loop."""
+def decode(
+    table: pa.Table,
+    history_max: int,
+    index: np.ndarray | None = None,
+    epoch: int = 0,
+    with_impressions: bool = True,
+) -> Rows:
+    """Rows `index` of one Arrow block. Histories are cut to their newest `history_max` items by index
+    arithmetic, without a Python loop."""
     if index is None:
         index = np.arange(table.num_rows)
-    plain = {name: to_numpy(table[name])[index].astype(np.int64) for name in ("event_id", "user", "task", "item", "query")}
+    plain = {
+        name: to_numpy(table[name])[index].astype(np.int64)
+        for name in ("event_id", "user", "task", "item", "query")
+    }
     history_items, mask = _list_tail(table["history_items"], index, history_max, fill=0)
     history_tasks, _ = _list_tail(table["history_tasks"], index, history_max, fill=0)
     extra = np.zeros((len(index), 0), np.int64)
@@ -176,11 +217,21 @@ def decode(table: pa.Table, history_max: int, index: np.ndarray | None = None, e
         extra = to_numpy(table["negatives"])[index]
     elif with_impressions and "impressions" in table.column_names:
         extra, _ = _list_tail(table["impressions"], index, MAX_IMPRESSIONS, fill=-1)
-    return Rows(**plain, history_items=history_items, history_tasks=history_tasks, history_mask=mask, extra=extra, epoch=np.full(len(index), epoch))
+    return Rows(
+        **plain,
+        history_items=history_items,
+        history_tasks=history_tasks,
+        history_mask=mask,
+        extra=extra,
+        epoch=np.full(len(index), epoch),
+    )
 
 
-def _list_tail(column: pa.ChunkedArray, index: np.ndarray, width: int, fill: int) -> tuple[np.ndarray, np.ndarray]:
-    """The last `width` entries of lists `index` → [n, width] int64 padded at the end with `fill`, and the mask of real entries."""
+def _list_tail(
+    column: pa.ChunkedArray, index: np.ndarray, width: int, fill: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The last `width` entries of lists `index` → [n, width] int64 padded at the end with `fill`, and the
+    mask of real entries."""
     lists = _single_chunk(column)
     offsets = lists.offsets.to_numpy().astype(np.int64)
     end = offsets[index + 1][:, None]

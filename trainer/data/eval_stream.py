@@ -14,10 +14,12 @@ from trainer.errors import DataError
 
 
 class EvalStream:
-    """Every event of valid or test exactly once over all ranks, each with its stored candidates; the clicked item stands at a hashed place.
+    """Every event of valid or test exactly once over all ranks, each with its stored candidates; the clicked
+    item stands at a hashed place.
 
-    Every rank gets the same number of batches of the same size: filler rows, event_id = −1, are to be dropped. Blocks are read as they are needed, anew
-    in every pass; only a sample (max_events) stays in memory.
+    Every rank gets the same number of batches of the same size: filler rows, event_id = −1, are to be
+    dropped. Blocks are read as they are needed, anew in every pass; only a sample (max_events) stays in
+    memory.
     """
 
     def __init__(
@@ -38,7 +40,9 @@ class EvalStream:
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
         self.num_events = manifest.num_events(split)
         if not self.num_events:
-            raise DataError(f"{folder}: the {split} split has no events. Look at it with: gensr inspect {folder}")
+            raise DataError(
+                f"{folder}: the {split} split has no events. Look at it with: gensr inspect {folder}"
+            )
         self._chosen: np.ndarray | None = None  # positions in the split, ascending; None = all
         if 0 < max_events < self.num_events:
             self._chosen = np.sort(np.argsort(mix64(self.column("event_id"), 31), kind="stable")[:max_events])
@@ -81,22 +85,31 @@ class EvalStream:
         for shard in self.shards:
             for table in read_blocks(self.folder, shard):
                 stop = start + table.num_rows
-                first, last = (start, stop) if self._chosen is None else np.searchsorted(self._chosen, [start, stop])
+                first, last = (
+                    (start, stop) if self._chosen is None else np.searchsorted(self._chosen, [start, stop])
+                )
                 number = np.arange(first, last)  # of the event among all that are evaluated
                 number = number[number // self.batch_size % self.world_size == self.rank]
-                yield decode(table, self.history_max, (number if self._chosen is None else self._chosen[number]) - start)
+                yield decode(
+                    table,
+                    self.history_max,
+                    (number if self._chosen is None else self._chosen[number]) - start,
+                )
                 start = stop
 
     def _filler(self, count: int) -> Rows:
         """Copies of the split's first event with event_id −1."""
-        table = next(table for shard in self.shards for table in read_blocks(self.folder, shard) if table.num_rows)
+        table = next(
+            table for shard in self.shards for table in read_blocks(self.folder, shard) if table.num_rows
+        )
         rows = decode(table, self.history_max, np.zeros(count, np.int64))
         rows.event_id[:] = -1
         return rows
 
 
 def eval_batch(rows: Rows) -> Batch:
-    """Stored negatives and the clicked item, the latter at a place hashed from the event: no position can tell it."""
+    """Stored negatives and the clicked item, the latter at a place hashed from the event: no position can
+    tell it."""
     candidates = np.concatenate([rows.item[:, None], rows.extra.astype(np.int64)], axis=1)
     place = uniform_below(mix64(rows.event_id, 32), candidates.shape[1])
     every = np.arange(len(place))

@@ -1,8 +1,10 @@
-"""Position in the training stream → event, by arithmetic: no state but the position. Sees sizes and users, never files.
+"""Position in the training stream → event, by arithmetic: no state but the position. Sees sizes and users,
+never files.
 
     position p ─▶ epoch, unit (about UNIT_EVENTS positions) ─▶ which task (Mix) ─▶ the task's n-th event ─▶ (shard, block, row)
 
-A unit's events are ordered together, so that one user's events lie far apart, also across the borders of units.
+A unit's events are ordered together, so that one user's events lie far apart, also across the borders of
+units.
 """
 
 from collections.abc import Iterator, Sequence
@@ -31,7 +33,8 @@ class Piece:
 
 
 class Cycles:
-    """The events of one task (or all of them) for ever: cycle after cycle, each with the shards in another hashed order."""
+    """The events of one task (or all of them) for ever: cycle after cycle, each with the shards in another
+    hashed order."""
 
     def __init__(self, sizes: Sequence[Sequence[int]], seed: int) -> None:
         """sizes[shard][block]: usable rows."""
@@ -41,7 +44,8 @@ class Cycles:
         self._cached: tuple[int, np.ndarray, np.ndarray, np.ndarray] | None = None
 
     def layout(self, cycle: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(shard, block, end) of every block in the order of this cycle; end: events of the cycle up to and with it."""
+        """(shard, block, end) of every block in the order of this cycle; end: events of the cycle up to and
+        with it."""
         if self._cached is None or self._cached[0] != cycle:
             shards = permutation(len(self._sizes), derive_seed(self.seed, 21, cycle))
             shard = np.concatenate([np.full(len(self._sizes[s]), s) for s in shards])
@@ -63,7 +67,8 @@ class Cycles:
 
 @dataclass(frozen=True)
 class Mix:
-    """Which positions are searches: those where n·share passes a whole number. share = 0: the log's own mixture, one sequence of both tasks."""
+    """Which positions are searches: those where n·share passes a whole number. share = 0: the log's own
+    mixture, one sequence of both tasks."""
 
     share: Fraction
 
@@ -76,7 +81,8 @@ class Mix:
         return 2 if self.share else 1
 
     def before(self, stream: int, position: int) -> int:
-        """How many events of a stream (0 recommendation or everything, 1 search) lie at positions below this one."""
+        """How many events of a stream (0 recommendation or everything, 1 search) lie at positions below this
+        one."""
         searches = position * self.share.numerator // self.share.denominator
         return searches if stream else position - searches
 
@@ -111,7 +117,8 @@ class Order:
         self.num_events = sum(stream.num_events for stream in streams)  # positions of an epoch
 
     def units_from(self, position: int) -> Iterator[Unit]:
-        """For ever, from the unit before the one that holds `position` (its users are needed at the border), or from the first."""
+        """For ever, from the unit before the one that holds `position` (its users are needed at the border),
+        or from the first."""
         epoch = position // self.num_events
         ends = self._ends(epoch)
         number = int(np.searchsorted(ends, position - epoch * self.num_events, side="right")) - 1
@@ -128,7 +135,8 @@ class Order:
             ends = self._ends(epoch)
 
     def _ends(self, epoch: int) -> np.ndarray:
-        """End of each unit, counted from the epoch's start: whole blocks where one sequence is read, even parts of cycles where two are mixed."""
+        """End of each unit, counted from the epoch's start: whole blocks where one sequence is read, even
+        parts of cycles where two are mixed."""
         if len(self.streams) > 1:
             return self._even_ends(epoch * self.num_events)
         ends, last = [0], 0
@@ -141,11 +149,18 @@ class Order:
         return np.array(ends[1:])
 
     def _even_ends(self, start: int) -> np.ndarray:
-        """Units that also end where a stream's cycle ends: events of two cycles in one unit cannot be spread well. Too short a part stays with the next."""
+        """Units that also end where a stream's cycle ends: events of two cycles in one unit cannot be spread
+        well. Too short a part stays with the next."""
         borders: list[int] = []
         for number, stream in enumerate(self.streams):
-            cycles = [self.mix.before(number, position) // stream.num_events for position in (start, start + self.num_events)]
-            ends = self.mix.first_after(number, np.arange(cycles[0] + 1, cycles[1] + 1) * stream.num_events) - start
+            cycles = [
+                self.mix.before(number, position) // stream.num_events
+                for position in (start, start + self.num_events)
+            ]
+            ends = (
+                self.mix.first_after(number, np.arange(cycles[0] + 1, cycles[1] + 1) * stream.num_events)
+                - start
+            )
             borders += ends[(ends > 0) & (ends < self.num_events)].tolist()
         found: list[int] = []
         last = 0
@@ -162,13 +177,20 @@ class Order:
         found = []
         for number, stream in enumerate(self.streams):
             first = self.mix.before(number, unit.start)
-            found += [(number, piece) for piece in stream.pieces(first, self.mix.before(number, unit.start + unit.size) - first)]
+            found += [
+                (number, piece)
+                for piece in stream.pieces(first, self.mix.before(number, unit.start + unit.size) - first)
+            ]
         return found
 
-    def arrange(self, unit: Unit, user: np.ndarray, stream: np.ndarray, cycle: np.ndarray, avoid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Order of a unit's events (columns [n]) and the users at its end. avoid: the users at the end of the unit before.
+    def arrange(
+        self, unit: Unit, user: np.ndarray, stream: np.ndarray, cycle: np.ndarray, avoid: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Order of a unit's events (columns [n]) and the users at its end. avoid: the users at the end of the
+        unit before.
 
-        Each stream keeps to its positions, and its events of one cycle come before those of the next: every event is used once a cycle.
+        Each stream keeps to its positions, and its events of one cycle come before those of the next: every
+        event is used once a cycle.
         """
         place, late = spread_users(user, derive_seed(self.seed, 22, unit.start), avoid)
         wanted = self.mix.stream_of(unit.start + np.arange(unit.size))
@@ -180,11 +202,13 @@ class Order:
 
 
 def spread_users(user: np.ndarray, seed: int, avoid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Places in [0, 1) for events (user: [n]) that put events of one user far apart, and the users that may stand within APART of the end.
+    """Places in [0, 1) for events (user: [n]) that put events of one user far apart, and the users that may
+    stand within APART of the end.
 
-    The k-th of a user's c events, k in hashed order, gets the place (k + shift) / c; shift ∈ [0, 1) is hashed from the user. Users in `avoid` stood at
-    the end of the unit before: their shift keeps them from the first APART positions, and from the last ones, too, so that who stands at the end
-    follows from this unit alone (a stream can start anywhere after reading one unit more).
+    The k-th of a user's c events, k in hashed order, gets the place (k + shift) / c; shift ∈ [0, 1) is hashed
+    from the user. Users in `avoid` stood at the end of the unit before: their shift keeps them from the first
+    APART positions, and from the last ones, too, so that who stands at the end follows from this unit alone
+    (a stream can start anywhere after reading one unit more).
     """
     num_events = len(user)
     by_user = permutation(num_events, seed)
@@ -193,7 +217,8 @@ def spread_users(user: np.ndarray, seed: int, avoid: np.ndarray) -> tuple[np.nda
     first = np.flatnonzero(starts)
     who, count, run = user[by_user[first]], np.diff(first, append=num_events), np.cumsum(starts) - 1
     shift = uniform_float(mix64(who, derive_seed(seed, 1)))
-    edge = np.minimum(MARGIN * APART * count / max(num_events, 1), 0.5)  # 0.5: very active, at both ends whatever the shift
+    # 0.5: very active, at both ends whatever the shift
+    edge = np.minimum(MARGIN * APART * count / max(num_events, 1), 0.5)
     late = who[shift >= 1 - edge]
     shift = np.where(np.isin(who, avoid, assume_unique=True), edge + shift * (1 - 2 * edge), shift)
     place = np.empty(num_events)

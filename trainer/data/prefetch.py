@@ -13,22 +13,29 @@ PREFETCH = 8  # batches made ahead by the loader's thread
 
 
 def prefetched(
-    stream: Any, num_workers: int = 0, prepare: Callable[[Batch], Batch] = lambda batch: batch, device: torch.device | str = "cpu"
+    stream: Any,
+    num_workers: int = 0,
+    prepare: Callable[[Batch], Batch] = lambda batch: batch,
+    device: torch.device | str = "cpu",
 ) -> Iterator[Batch]:
     """Batches made ahead of time: by a thread (num_workers=0), or by worker processes, in the same order.
 
-    The thread then applies `prepare` to each and, for a GPU, lays it into memory that the device copies from by itself.
+    The thread then applies `prepare` to each and, for a GPU, lays it into memory that the device copies from
+    by itself.
     """
 
     def ready(batch: Batch) -> Batch:
         batch = prepare(batch)
         if torch.device(device).type != "cuda":
             return batch
-        with torch.cuda.device(device):  # a thread begins on the first GPU, and would take memory there for nothing
+        # a thread begins on the first GPU, and would take memory there for nothing
+        with torch.cuda.device(device):
             return batch.pin_memory()
 
     if num_workers:
-        stream = torch.utils.data.DataLoader(stream, batch_size=None, num_workers=num_workers, prefetch_factor=PREFETCH)
+        stream = torch.utils.data.DataLoader(
+            stream, batch_size=None, num_workers=num_workers, prefetch_factor=PREFETCH
+        )
     return _from_thread(map(ready, stream))
 
 

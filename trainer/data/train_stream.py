@@ -17,11 +17,12 @@ from data_shards.schema import REC, SRC, Manifest, Shard
 from trainer.batch import Batch
 from trainer.config import DataConfig
 from trainer.data.blocks import Rows, check_shard, decode, read_blocks, searches_of, to_batch, to_numpy
+from trainer.data.negatives import NegativeSampler
 from trainer.data.order import Cycles, Mix, Order, Unit
 from trainer.errors import ConfigError, DataError
-from trainer.negatives import NegativeSampler
 
-CHUNK_EVENTS = 4096  # events made ready at once: array arithmetic costs by the call, so a batch is a view of a larger one
+# events made ready at once: array arithmetic costs by the call, so a batch is a view of a larger one
+CHUNK_EVENTS = 4096
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,12 @@ class Part:
 
 
 class TrainStream(torch.utils.data.IterableDataset):
-    """This rank's micro-batches, for ever, from global position `start_event` on (README.md, "The order of training data").
+    """This rank's micro-batches, for ever, from global position `start_event` on (README.md, "The order of
+    training data").
 
-    Positions [s·G, (s+1)·G) are global step s; micro-step m of rank r holds positions s·G + (m·R + r)·micro … + micro. A step's events are therefore the
-    same set on any number of ranks and workers, and events seen (= `start_event` of a resumed run) is the whole state.
+    Positions [s·G, (s+1)·G) are global step s; micro-step m of rank r holds positions s·G + (m·R + r)·micro …
+    + micro. A step's events are therefore the same set on any number of ranks and workers, and events seen (=
+    `start_event` of a resumed run) is the whole state.
     """
 
     def __init__(
@@ -56,12 +59,14 @@ class TrainStream(torch.utils.data.IterableDataset):
         heldout_item: np.ndarray | None = None,
         clicks: np.ndarray | None = None,
     ) -> None:
-        """num_folds: folds of the cross-fitted CF table, 0 = none. heldout_item [num_users]: recommendation events are trained on only where their click
-        was held out of the table (cf.holdout=last). clicks [num_items]: training clicks, for negatives=popularity."""
+        """num_folds: folds of the cross-fitted CF table, 0 = none. heldout_item [num_users]: recommendation
+        events are trained on only where their click was held out of the table (cf.holdout=last). clicks
+        [num_items]: training clicks, for negatives=popularity."""
         super().__init__()
         if global_batch_size % (micro_batch_size * world_size):
             raise ConfigError(
-                f"optim.global_batch_size={global_batch_size} is no multiple of optim.micro_batch_size={micro_batch_size} × {world_size} processes. "
+                f"optim.global_batch_size={global_batch_size} is no multiple of "
+                f"optim.micro_batch_size={micro_batch_size} × {world_size} processes. "
                 f"Choose a micro batch that divides global_batch_size / {world_size}."
             )
         self.folder, self.config = folder, config
@@ -70,23 +75,35 @@ class TrainStream(torch.utils.data.IterableDataset):
         self.num_folds, self.heldout_item = num_folds, heldout_item
         self.shards = _readable(folder, manifest.shards("train"), skip_bad=config.on_bad_shard == "skip")
         mix = Mix.of(config.search_share)
-        self.tasks: list[int | None] = [REC, SRC] if mix.num_streams == 2 else [None]  # of each stream; None = both
+        # of each stream; None = both
+        self.tasks: list[int | None] = [REC, SRC] if mix.num_streams == 2 else [None]
         streams = [Cycles(sizes, derive_seed(seed, 20, number)) for number, sizes in enumerate(self._sizes())]
         self._check_streams(streams)
         self.order = Order(streams, mix, seed)
         self.num_events = self.order.num_events  # in one epoch
         mixture = (config.mixture_impressions, config.mixture_popularity)
         self.sampler = NegativeSampler(
-            manifest.num_items, config.num_negatives, derive_seed(seed, 11), config.negatives, clicks, config.popularity_alpha, mixture
+            manifest.num_items,
+            config.num_negatives,
+            derive_seed(seed, 11),
+            config.negatives,
+            clicks,
+            config.popularity_alpha,
+            mixture,
         )
 
     def _check_streams(self, streams: list[Cycles]) -> None:
         if all(stream.num_events for stream in streams):
             return
         if len(streams) == 1:
-            raise DataError(f"{self.folder}: no training events. Look at it with: gensr inspect {self.folder}")
+            raise DataError(
+                f"{self.folder}: no training events. Look at it with: gensr inspect {self.folder}"
+            )
         lacking = "recommendation" if not streams[0].num_events else "search"
-        raise DataError(f"{self.folder} has no {lacking} events to train on: data.search_share={self.config.search_share} needs both. Set it to 0.")
+        raise DataError(
+            f"{self.folder} has no {lacking} events to train on: "
+            f"data.search_share={self.config.search_share} needs both. Set it to 0."
+        )
 
     def __iter__(self) -> Iterator[Batch]:
         worker = torch.utils.data.get_worker_info()
@@ -111,7 +128,9 @@ class TrainStream(torch.utils.data.IterableDataset):
 
     def make_batch(self, rows: Rows) -> Batch:
         """Draw the negatives of some events and lay them out as tensors; the clicked item is candidate 0."""
-        negatives = self.sampler.draw(rows.event_id, rows.epoch, rows.item, rows.history_items, rows.history_mask, rows.extra)
+        negatives = self.sampler.draw(
+            rows.event_id, rows.epoch, rows.item, rows.history_items, rows.history_mask, rows.extra
+        )
         candidates = np.concatenate([rows.item[:, None], negatives], axis=1)
         labels = np.zeros(candidates.shape, np.float32)
         labels[:, 0] = 1.0
@@ -122,20 +141,30 @@ class TrainStream(torch.utils.data.IterableDataset):
         )
         return to_batch(rows, candidates, labels, fold)
 
-    # ---- units -------------------------------------------------------------------------------------------------
+    # ---- units ---------------------------------------------------------------------------------------------
 
     def _units(self) -> Iterator[tuple[Unit, list[Part], np.ndarray]]:
-        """(unit, its parts, order of their rows one after the other) from the unit that holds start_event on. Earlier shards are not opened."""
+        """(unit, its parts, order of their rows one after the other) from the unit that holds start_event on.
+        Earlier shards are not opened."""
         readers = [BlockReader(self.folder, self.shards) for _ in self.tasks]
         late = np.zeros(0, np.int64)
         for unit in self.order.units_from(self.start_event):
             parts = []
             for stream, piece in self.order.pieces(unit):
                 table = readers[stream].block(piece.shard, piece.block)
-                parts.append(Part(table, self._usable(table, self.tasks[stream])[piece.start : piece.stop], stream, piece.cycle))
+                parts.append(
+                    Part(
+                        table,
+                        self._usable(table, self.tasks[stream])[piece.start : piece.stop],
+                        stream,
+                        piece.cycle,
+                    )
+                )
             user = np.concatenate([to_numpy(part.table["user"])[part.rows] for part in parts])
             lengths = [len(part.rows) for part in parts]
-            stream_of, cycle = (np.repeat([getattr(part, name) for part in parts], lengths) for name in ("stream", "cycle"))
+            stream_of, cycle = (
+                np.repeat([getattr(part, name) for part in parts], lengths) for name in ("stream", "cycle")
+            )
             order, late = self.order.arrange(unit, user, stream_of, cycle, late)
             if unit.start + unit.size > self.start_event:
                 yield unit, parts, order
@@ -148,7 +177,9 @@ class TrainStream(torch.utils.data.IterableDataset):
         for number in np.unique(owner):
             part, here = parts[number], np.flatnonzero(owner == number)
             rows = part.rows[index[here] - (ends[number] - len(part.rows))]
-            found.append(decode(part.table, self.config.history_max, rows, part.cycle, self.sampler.uses_impressions))
+            found.append(
+                decode(part.table, self.config.history_max, rows, part.cycle, self.sampler.uses_impressions)
+            )
             places.append(here)
         if len(found) == 1:
             return found[0]
@@ -165,22 +196,32 @@ class TrainStream(torch.utils.data.IterableDataset):
         return np.flatnonzero(usable)
 
     def _sizes(self) -> list[list[list[int]]]:
-        """Usable rows of each stream, shard and block: from the manifest, or by reading the shards once where it does not say."""
+        """Usable rows of each stream, shard and block: from the manifest, or by reading the shards once where
+        it does not say."""
         if self.heldout_item is None:
             blocks = [list(shard.blocks) for shard in self.shards]
             if self.tasks == [None]:
                 return [blocks]
             searches = [list(searches_of(self.folder, shard)) for shard in self.shards]
-            return [[[n - s for n, s in zip(*both, strict=True)] for both in zip(blocks, searches, strict=True)], searches]
+            return [
+                [[n - s for n, s in zip(*both, strict=True)] for both in zip(blocks, searches, strict=True)],
+                searches,
+            ]
         counted = [
-            [[len(self._usable(table, task)) for task in self.tasks] for table in read_blocks(self.folder, shard, columns=["user", "item", "task"])]
+            [
+                [len(self._usable(table, task)) for task in self.tasks]
+                for table in read_blocks(self.folder, shard, columns=["user", "item", "task"])
+            ]
             for shard in self.shards
         ]
-        return [[[block[stream] for block in shard] for shard in counted] for stream in range(len(self.tasks))]
+        return [
+            [[block[stream] for block in shard] for shard in counted] for stream in range(len(self.tasks))
+        ]
 
 
 class BlockReader:
-    """Blocks of some shards, one after the other: a shard is read on from where it stands, and opened anew only to go back."""
+    """Blocks of some shards, one after the other: a shard is read on from where it stands, and opened anew
+    only to go back."""
 
     def __init__(self, folder: str | Path, shards: tuple[Shard, ...]) -> None:
         self.folder, self.shards = folder, shards
@@ -199,7 +240,8 @@ class BlockReader:
 
 
 def _readable(folder: str | Path, shards: tuple[Shard, ...], skip_bad: bool) -> tuple[Shard, ...]:
-    """With skip_bad, the shards whose size and checksum are right, and a warning that counts the others; decided before the first step, so all ranks agree."""
+    """With skip_bad, the shards whose size and checksum are right, and a warning that counts the others;
+    decided before the first step, so all ranks agree."""
     if not skip_bad:
         return shards
     good = []

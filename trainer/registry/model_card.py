@@ -1,4 +1,5 @@
-"""What a registered version says about itself: facts of the run folder and the manifest → tags and a model card."""
+"""What a registered version says about itself: facts of the run folder and the manifest → tags and a model
+card."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -7,7 +8,7 @@ from typing import Any
 
 from data_shards.schema import Manifest
 from trainer.config import Config
-from trainer.node_cache import is_url
+from trainer.data.node_cache import is_url
 from trainer.tracking.store import metric_name
 
 
@@ -35,8 +36,15 @@ def run_facts(run_dir: Path, config: Config, manifest: Manifest) -> dict[str, An
 
 
 def version_tags(facts: Mapping[str, Any], run_id: str) -> dict[str, str]:
-    tags = {key: str(facts[key]) for key in ("run", "commit", "manifest_hash", "split_fingerprint", "backbone", "variant")}
-    return {**tags, "run_id": run_id, **{key: f"{value:.6g}" for key, value in metrics_of(facts["evaluation"]).items()}}
+    tags = {
+        key: str(facts[key])
+        for key in ("run", "commit", "manifest_hash", "split_fingerprint", "backbone", "variant")
+    }
+    return {
+        **tags,
+        "run_id": run_id,
+        **{key: f"{value:.6g}" for key, value in metrics_of(facts["evaluation"]).items()},
+    }
 
 
 def metrics_of(evaluation: Mapping[str, Any], split: str = "test") -> dict[str, float]:
@@ -54,15 +62,22 @@ def model_card(name: str, facts: Mapping[str, Any]) -> str:
     lines = [
         f"# {name}",
         "",
-        "GenSR: one generative model for recommendation and search. It ranks given items, or finds them in its whole catalogue, from a user's history",
+        "GenSR: one generative model for recommendation and search. It ranks given items, or finds them in "
+        "its whole catalogue, from a user's history",
         '(and a query): the score is the probability that the model answers "Yes".',
         "",
         "| | |",
         "|---|---|",
-        f"| backbone | {facts['backbone']}, variant {facts['variant']}" + (f", LoRA rank {facts['lora_rank']}" if facts["lora_rank"] else "") + " |",
-        f"| data | {source.get('name', 'unknown')}: {counts['users']:,} users, {counts['items']:,} items, {counts['queries']:,} queries |",
+        f"| backbone | {facts['backbone']}, variant {facts['variant']}"
+        + (f", LoRA rank {facts['lora_rank']}" if facts["lora_rank"] else "")
+        + " |",
+        f"| data | {source.get('name', 'unknown')}: {counts['users']:,} users, {counts['items']:,} items, "
+        f"{counts['queries']:,} queries |",
         f"| licence of the data | {source.get('license') or 'not stated'} |",
-        *(f"| {part} events | {counts[part]['rec']:,} recommendation, {counts[part]['src']:,} search |" for part in ("train", "valid", "test")),
+        *(
+            f"| {part} events | {counts[part]['rec']:,} recommendation, {counts[part]['src']:,} search |"
+            for part in ("train", "valid", "test")
+        ),
         f"| split | {split.get('rule', '')}, fingerprint `{facts['split_fingerprint'][:16]}` |",
         f"| prepared folder | {facts['data_dir']}, manifest `{facts['manifest_hash'][:16]}` |",
         f"| run, commit, seed | {facts['run']}, `{facts['commit']}`, {facts['seed']} |",
@@ -72,7 +87,8 @@ def model_card(name: str, facts: Mapping[str, Any]) -> str:
         "",
         "## Limits",
         "",
-        f"- It knows the {counts['items']:,} items of its catalogue only, and reads the newest {facts['history_max']} items of a history.",
+        f"- It knows the {counts['items']:,} items of its catalogue only, and reads the newest "
+        f"{facts['history_max']} items of a history.",
         "- Scores order the candidates of one request. They are not calibrated probabilities of a click.",
         "- Metrics on sampled negatives can order models differently from a ranking of the whole catalogue.",
         "- It has learned what the logs hold, their popularity and exposure biases included.",
@@ -84,9 +100,19 @@ def _metric_lines(evaluation: Mapping[str, Any]) -> list[str]:
     if not evaluation:
         return ["## Metrics", "", "Not evaluated on the test split when it was registered."]
     protocol = evaluation["protocol"]
-    lines = [f"## Metrics, test split ({protocol['candidates']}, {protocol.get('num_negatives')} negatives; 95 % bootstrap intervals)", ""]
-    lines += ["| task | events | Recall@5 | Recall@10 | NDCG@5 | NDCG@10 | MRR |", "|---|---|---|---|---|---|---|"]
-    return lines + _task_rows(evaluation, lambda result: _with_intervals(result, "recall@5", "recall@10", "ndcg@5", "ndcg@10", "mrr"))
+    lines = [
+        f"## Metrics, test split ({protocol['candidates']}, {protocol.get('num_negatives')} negatives; 95 % "
+        "bootstrap intervals)",
+        "",
+    ]
+    lines += [
+        "| task | events | Recall@5 | Recall@10 | NDCG@5 | NDCG@10 | MRR |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    return lines + _task_rows(
+        evaluation,
+        lambda result: _with_intervals(result, "recall@5", "recall@10", "ndcg@5", "ndcg@10", "mrr"),
+    )
 
 
 def _full_lines(evaluation: Mapping[str, Any]) -> list[str]:
@@ -96,16 +122,27 @@ def _full_lines(evaluation: Mapping[str, Any]) -> list[str]:
     protocol = evaluation["protocol"]
     how = f"full: of {protocol['num_items']:,} items {protocol['ranked_by_model']} are retrieved and ranked; 95 % bootstrap intervals"
     lines = ["", f"## Metrics, test split ({how})", ""]
-    lines += ["| task | events | retrieval recall@100 | Recall@10 | NDCG@10 | MRR@10 |", "|---|---|---|---|---|---|"]
+    lines += [
+        "| task | events | retrieval recall@100 | Recall@10 | NDCG@10 | MRR@10 |",
+        "|---|---|---|---|---|---|",
+    ]
     return lines + _task_rows(
-        evaluation, lambda result: [f"{result['retrieval']['recall@100']:.4f}", *_with_intervals(result, "recall@10", "ndcg@10", "mrr@10")]
+        evaluation,
+        lambda result: [
+            f"{result['retrieval']['recall@100']:.4f}",
+            *_with_intervals(result, "recall@10", "ndcg@10", "mrr@10"),
+        ],
     )
 
 
 def _task_rows(evaluation: Mapping[str, Any], cells: Callable[[Mapping[str, Any]], list[str]]) -> list[str]:
     """A table row for each task that has events: its name, their number, and the cells of its result."""
     results = [(task, evaluation.get(task) or {}) for task in ("rec", "src")]
-    return [f"| {task} | {result['num_events']:,} | {' | '.join(cells(result))} |" for task, result in results if result.get("num_events")]
+    return [
+        f"| {task} | {result['num_events']:,} | {' | '.join(cells(result))} |"
+        for task, result in results
+        if result.get("num_events")
+    ]
 
 
 def _with_intervals(result: Mapping[str, Any], *metrics: str) -> list[str]:

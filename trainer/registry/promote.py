@@ -1,8 +1,10 @@
-"""`gensr promote NAME`: the gate to the alias `champion`. Candidate and champion are compared on the same stored test events, by a paired bootstrap a task.
+"""`gensr promote NAME`: the gate to the alias `champion`. Candidate and champion are compared on the same
+stored test events, by a paired bootstrap a task.
 
-The candidate becomes champion when no task falls by more than the margin (the whole 95 % interval of the difference lies above −margin) and at least one
-task gains (the whole interval lies above 0). Without a champion the candidate becomes the first; a version that was rolled back does not come again. The
-decision and its figures are tags of the candidate's version.
+The candidate becomes champion when no task falls by more than the margin (the whole 95 % interval of the
+difference lies above −margin) and at least one task gains (the whole interval lies above 0). Without a
+champion the candidate becomes the first; a version that was rolled back does not come again. The decision and
+its figures are tags of the candidate's version.
 """
 
 import json
@@ -17,15 +19,19 @@ import torch
 
 from data_shards.schema import TASKS
 from trainer.errors import RunError
-from trainer.metrics import compare
+from trainer.evaluation.metrics import compare
 from trainer.registry.versions import ALIAS, default_uri, fetch, find_version, mlflow_errors
 from trainer.tracking.store import connect
 
 CHAMPION = "champion"
-PREVIOUS = "promote.previous_champion"  # tag of a champion: the version that was champion before, for rollback
+PREVIOUS = (
+    "promote.previous_champion"  # tag of a champion: the version that was champion before, for rollback
+)
 ROLLED_BACK = "rolled back"
 METRIC = "ndcg@10"
-MARGIN = 0.01  # two runs of one configuration differ by ± 0.007 on 8,000 events: equals pass, a loss that users could notice does not
+# two runs of one configuration differ by ± 0.007 on 8,000 events: equals pass, a loss that users could notice
+# does not
+MARGIN = 0.01
 
 
 @dataclass(frozen=True)
@@ -37,15 +43,20 @@ class Decision:
     champion: int | None  # before
     promoted: bool  # or would be, in a dry run
     reason: str
-    figures: dict[str, dict[str, Any]] = field(default_factory=dict)  # {"rec": {"a": champion, "b": candidate, "difference", "ci95", …}, "src": …}
+    figures: dict[str, dict[str, Any]] = field(
+        default_factory=dict
+    )  # {"rec": {"a": champion, "b": candidate, "difference", "ci95", …}, "src": …}
 
     def lines(self) -> list[str]:
         rows = [
-            f"  {task}  {METRIC}, sampled  champion {f['a']:.4f}  candidate {f['b']:.4f}  difference {f['difference']:+.4f} "
+            f"  {task}  {METRIC}, sampled  champion {f['a']:.4f}  candidate {f['b']:.4f}  difference "
+            f"{f['difference']:+.4f} "
             f"[{f['ci95'][0]:+.4f}, {f['ci95'][1]:+.4f}]  {f['num_events']:,} events"
             for task, f in self.figures.items()
         ]
-        against = f"champion is version {self.champion}" if self.champion is not None else "there is no champion"
+        against = (
+            f"champion is version {self.champion}" if self.champion is not None else "there is no champion"
+        )
         return [
             f"{self.name}: candidate is version {self.candidate}, {against}",
             *rows,
@@ -54,10 +65,11 @@ class Decision:
 
 
 def promote(name: str, uri: str = "", margin: float = MARGIN, dry_run: bool = False) -> Decision:
-    """Compare the versions that the aliases candidate and champion name; move champion if the rule above says so, and tag the candidate either way.
+    """Compare the versions that the aliases candidate and champion name; move champion if the rule above says
+    so, and tag the candidate either way.
 
-    margin: NDCG@10, ≥ 0. dry_run: changes nothing. Raises RunError when there is no candidate, a version holds no evaluation, or the two were not evaluated
-    on the same events and candidates.
+    margin: NDCG@10, ≥ 0. dry_run: changes nothing. Raises RunError when there is no candidate, a version
+    holds no evaluation, or the two were not evaluated on the same events and candidates.
     """
     if not margin >= 0:
         raise RunError(f"--margin must be 0 or more, got {margin}")
@@ -66,15 +78,29 @@ def promote(name: str, uri: str = "", margin: float = MARGIN, dry_run: bool = Fa
     with mlflow_errors(f"MLflow at {uri} does not compare the versions of {name}"):
         candidate, champion = (find_version(client, name, alias) for alias in (ALIAS, CHAMPION))
         if candidate is None:
-            raise RunError(f"{name} has no version with the alias {ALIAS} at {uri}. Make one with: gensr register RUN {name}")
+            raise RunError(
+                f"{name} has no version with the alias {ALIAS} at {uri}. Make one with: gensr register RUN "
+                f"{name}"
+            )
         number, before = int(candidate.version), int(champion.version) if champion is not None else None
         if number == before:
-            return Decision(name, number, before, promoted=False, reason=f"version {number} is the champion already")
+            return Decision(
+                name, number, before, promoted=False, reason=f"version {number} is the champion already"
+            )
         if candidate.tags.get("promote.decision") == ROLLED_BACK:
-            return Decision(name, number, before, promoted=False, reason=f"version {number} was rolled back; to try it again, register its run again")
+            return Decision(
+                name,
+                number,
+                before,
+                promoted=False,
+                reason=f"version {number} was rolled back; to try it again, register its run again",
+            )
         decision = _decide(name, number, before, uri, margin)
         if not dry_run:
-            tags = {"promote.decision": "promoted" if decision.promoted else "refused", **decision_tags(decision, margin)}
+            tags = {
+                "promote.decision": "promoted" if decision.promoted else "refused",
+                **decision_tags(decision, margin),
+            }
             if decision.promoted and champion is not None:
                 tags[PREVIOUS] = str(decision.champion)
             for key, value in tags.items():
@@ -85,7 +111,8 @@ def promote(name: str, uri: str = "", margin: float = MARGIN, dry_run: bool = Fa
 
 
 def rollback(name: str, uri: str = "", dry_run: bool = False) -> tuple[int, int]:
-    """Give champion back to the version that had it before the present one. → (version it leaves, version it goes to). Raises RunError when there is none."""
+    """Give champion back to the version that had it before the present one. → (version it leaves, version it
+    goes to). Raises RunError when there is none."""
     uri = uri or default_uri()
     client = connect(uri)
     with mlflow_errors(f"MLflow at {uri} does not roll {name} back"):
@@ -94,7 +121,9 @@ def rollback(name: str, uri: str = "", dry_run: bool = False) -> tuple[int, int]
             raise RunError(f"{name} has no champion at {uri}: there is nothing to roll back")
         previous = champion.tags.get(PREVIOUS, "")
         if not previous:
-            raise RunError(f"{name}: version {champion.version} is the first champion, there is none before it")
+            raise RunError(
+                f"{name}: version {champion.version} is the first champion, there is none before it"
+            )
         if not dry_run:
             client.get_model_version(name, previous)  # raises when it has been deleted
             client.set_model_version_tag(name, str(champion.version), "promote.decision", ROLLED_BACK)
@@ -105,16 +134,22 @@ def rollback(name: str, uri: str = "", dry_run: bool = False) -> tuple[int, int]
 
 def _decide(name: str, candidate: int, champion: int | None, uri: str, margin: float) -> Decision:
     if champion is None:
-        read_ranks(fetch(f"models:/{name}/{candidate}", uri), f"version {candidate} of {name}")  # a champion must be comparable to those after it
+        read_ranks(
+            fetch(f"models:/{name}/{candidate}", uri), f"version {candidate} of {name}"
+        )  # a champion must be comparable to those after it
         return Decision(name, candidate, None, promoted=True, reason="first champion")
-    stored = [read_ranks(fetch(f"models:/{name}/{number}", uri), f"version {number} of {name}") for number in (champion, candidate)]
+    stored = [
+        read_ranks(fetch(f"models:/{name}/{number}", uri), f"version {number} of {name}")
+        for number in (champion, candidate)
+    ]
     figures = compare_ranks(*stored)
     promoted, reason = judge(figures, margin)
     return Decision(name, candidate, champion, promoted, reason, figures)
 
 
 def judge(figures: dict[str, dict[str, Any]], margin: float) -> tuple[bool, str]:
-    """{task: {"difference", "ci95": [low, high]}} of candidate − champion → whether to promote, and why or why not."""
+    """{task: {"difference", "ci95": [low, high]}} of candidate − champion → whether to promote, and why or
+    why not."""
     fallen = [task for task, f in figures.items() if f["ci95"][0] < -margin]
     gained = [task for task, f in figures.items() if f["ci95"][0] > 0]
     if fallen:
@@ -139,7 +174,9 @@ def read_ranks(version_dir: Path, where: str) -> StoredRanks:
     """Raises RunError when the version was registered without an evaluation."""
     folder = version_dir / "artifacts" / "evaluation"
     if not (folder / "evaluation-test.parquet").is_file() or not (folder / "evaluation-test.json").is_file():
-        raise RunError(f"{where} holds no evaluation. Run gensr evaluate RUN, then gensr register RUN NAME again")
+        raise RunError(
+            f"{where} holds no evaluation. Run gensr evaluate RUN, then gensr register RUN NAME again"
+        )
     protocol = json.loads((folder / "evaluation-test.json").read_text(encoding="utf-8"))["protocol"]
     table = pq.read_table(folder / "evaluation-test.parquet", columns=["event_id", "task", "rank"])
     return StoredRanks(where, protocol, *(table[name].to_numpy() for name in ("event_id", "task", "rank")))
@@ -148,22 +185,33 @@ def read_ranks(version_dir: Path, where: str) -> StoredRanks:
 def compare_ranks(champion: StoredRanks, candidate: StoredRanks) -> dict[str, dict[str, Any]]:
     """Paired bootstrap of candidate − champion for each task: metrics.compare of METRIC, and num_events.
 
-    Raises RunError unless both ranked the same candidates of the same events: same prepared folder (manifest hash), kind of candidates, event ids.
+    Raises RunError unless both ranked the same candidates of the same events: same prepared folder (manifest
+    hash), kind of candidates, event ids.
     """
-    for key, meaning in (("manifest_hash", "data"), ("candidates", "candidates"), ("num_negatives", "candidates")):
+    for key, meaning in (
+        ("manifest_hash", "data"),
+        ("candidates", "candidates"),
+        ("num_negatives", "candidates"),
+    ):
         if champion.protocol.get(key) != candidate.protocol.get(key):
             raise RunError(
-                f"{champion.where} and {candidate.where} were evaluated on different {meaning} ({key} {str(champion.protocol.get(key))[:12]} and "
-                f"{str(candidate.protocol.get(key))[:12]}) and cannot be compared. Evaluate and register one of them on the other's prepared folder"
+                f"{champion.where} and {candidate.where} were evaluated on different {meaning} ({key} "
+                f"{str(champion.protocol.get(key))[:12]} and "
+                f"{str(candidate.protocol.get(key))[:12]}) and cannot be compared. Evaluate and register one "
+                "of them on the other's prepared folder"
             )
     order = [np.argsort(one.event_id, kind="stable") for one in (champion, candidate)]
     if not np.array_equal(champion.event_id[order[0]], candidate.event_id[order[1]]):
         raise RunError(
-            f"{champion.where} and {candidate.where} were evaluated on different events and cannot be compared. Evaluate both on the whole test split"
+            f"{champion.where} and {candidate.where} were evaluated on different events and cannot be "
+            "compared. Evaluate both on the whole test split"
         )
     figures = {}
     for task in TASKS:
-        before, after = (torch.from_numpy(one.rank[index][one.task[index] == task]) for one, index in zip((champion, candidate), order, strict=True))
+        before, after = (
+            torch.from_numpy(one.rank[index][one.task[index] == task])
+            for one, index in zip((champion, candidate), order, strict=True)
+        )
         if len(before):
             figures[task] = {**compare(before, after)[METRIC], "num_events": len(before)}
     return figures
@@ -178,7 +226,10 @@ def decision_tags(decision: Decision, margin: float) -> dict[str, str]:
         "promote.decided_at": _now(),
     }
     for task, f in decision.figures.items():
-        tags |= {f"promote.{task}.difference": f"{f['difference']:.6g}", f"promote.{task}.ci95": f"[{f['ci95'][0]:.6g}, {f['ci95'][1]:.6g}]"}
+        tags |= {
+            f"promote.{task}.difference": f"{f['difference']:.6g}",
+            f"promote.{task}.ci95": f"[{f['ci95'][0]:.6g}, {f['ci95'][1]:.6g}]",
+        }
         tags |= {f"promote.{task}.champion": f"{f['a']:.6g}", f"promote.{task}.candidate": f"{f['b']:.6g}"}
     return tags
 

@@ -1,4 +1,5 @@
-"""The code of a registered version (models-from-code: MLflow stores and runs this file, nothing is pickled). trainer/serving/recommend.py does the work."""
+"""The code of a registered version (models-from-code: MLflow stores and runs this file, nothing is pickled).
+trainer/serving/recommend.py does the work."""
 
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,17 @@ from trainer.errors import RequestError
 
 
 class GenSRModel(PythonModel):
-    """predict: one request a row (trainer/serving/recommend.py says how they look) → columns "items", "scores" and "model", one answer a row."""
+    """predict: one request a row (trainer/serving/recommend.py says how they look) → columns "items",
+    "scores" and "model", one answer a row."""
 
     def load_context(self, context: PythonModelContext) -> None:
         from trainer.serving.recommend import Recommender
 
         self.recommender = Recommender.from_artifacts(Path(context.artifacts["model"]).parent)
 
-    def predict(self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
+    def predict(
+        self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
+    ) -> pd.DataFrame:
         try:
             return pd.DataFrame(self.recommender.answer(model_input.to_dict("records")))
         except RequestError as error:  # MLflow's server answers this one with 400 and the reason, anything else with a traceback

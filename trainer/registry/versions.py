@@ -1,4 +1,5 @@
-"""Run folder → model version in the MLflow registry, and back. A version is self-contained: weights, configuration, tokenizer, item tables, code.
+"""Run folder → model version in the MLflow registry, and back. A version is self-contained: weights,
+configuration, tokenizer, item tables, code.
 
 artifacts/model        RUN/model as it is             artifacts/items       item tables, ids and texts, how queries are read (serve.write_items)
 artifacts/retrieval    indexes of the catalogue       artifacts/evaluation  the ranks of every test event, for `gensr promote`
@@ -21,11 +22,11 @@ import data_shards
 import trainer
 from data_shards.schema import Manifest, read_manifest
 from trainer.config import Config
+from trainer.data.node_cache import local_folder
 from trainer.errors import EnvironmentProblem, RunError
-from trainer.files import atomic
-from trainer.loading import load_run_config
-from trainer.node_cache import local_folder
 from trainer.registry.model_card import metrics_of, model_card, run_facts, version_tags
+from trainer.runs.weights import load_run_config
+from trainer.runtime.files import atomic
 from trainer.serving.recommend import RETRIEVAL, Recommender, run_retrieval
 from trainer.serving.retrieval import Notify, silent
 from trainer.serving.scorer import Scorer, read_item_ids, write_items
@@ -40,16 +41,20 @@ SERVING_PACKAGES = (
     "pyarrow", "faiss-cpu", "duckdb", "webdataset", "pydantic", "annotated-types", "PyYAML",
 )
 # fmt: on
-MAX_SCORE_DIFFERENCE = 1e-4  # between the run's scores and the registered version's, after a float32 round trip
+MAX_SCORE_DIFFERENCE = (
+    1e-4  # between the run's scores and the registered version's, after a float32 round trip
+)
 EVALUATION_FILES = ("evaluation-test.json", "evaluation-test.parquet")
 
 
 def register(run_dir: str | Path, name: str, alias: str = ALIAS, notify: Notify = silent) -> int:
-    """Log RUN as a pyfunc model in its own MLflow run, register it as a new version of `name`, move `alias` to it. Returns the version.
+    """Log RUN as a pyfunc model in its own MLflow run, register it as a new version of `name`, move `alias`
+    to it. Returns the version.
 
-    The alias moves only after the version, loaded back, gives the run's own scores. Indexes of the catalogue are built first, where RUN/retrieval
-    does not have them; `notify` is told the memory they need.
-    Raises RunError when the run has no model or the version scores differently, EnvironmentProblem when MLflow refuses.
+    The alias moves only after the version, loaded back, gives the run's own scores. Indexes of the catalogue
+    are built first, where RUN/retrieval does not have them; `notify` is told the memory they need. Raises
+    RunError when the run has no model or the version scores differently, EnvironmentProblem when MLflow
+    refuses.
     """
     run_dir = Path(run_dir)
     config = load_run_config(run_dir)
@@ -71,19 +76,28 @@ def register(run_dir: str | Path, name: str, alias: str = ALIAS, notify: Notify 
         client.set_registered_model_alias(name, alias, str(number))
     with atomic(run_dir / REGISTRY_FILE) as path:
         path.write_text(
-            json.dumps({"name": name, "version": number, "alias": alias, "uri": uri, "run_id": run_id}, indent=2) + "\n", encoding="utf-8"
+            json.dumps(
+                {"name": name, "version": number, "alias": alias, "uri": uri, "run_id": run_id}, indent=2
+            )
+            + "\n",
+            encoding="utf-8",
         )
     return number
 
 
-def open_model(model: str | Path, uri: str = "", data_dir: str | Path = "", notify: Notify = silent) -> Recommender:
-    """A run folder, or models:/NAME@alias (models:/NAME/VERSION) of the registry at `uri` → what answers requests.
+def open_model(
+    model: str | Path, uri: str = "", data_dir: str | Path = "", notify: Notify = silent
+) -> Recommender:
+    """A run folder, or models:/NAME@alias (models:/NAME/VERSION) of the registry at `uri` → what answers
+    requests.
 
     data_dir: see Recommender.from_artifacts. Raises RunError when there is no such model.
     """
     if not str(model).startswith("models:"):
         return Recommender.from_run(model, notify=notify)
-    return Recommender.from_artifacts(fetch(str(model), uri or default_uri()) / "artifacts", data_dir=data_dir, notify=notify)
+    return Recommender.from_artifacts(
+        fetch(str(model), uri or default_uri()) / "artifacts", data_dir=data_dir, notify=notify
+    )
 
 
 def default_uri() -> str:
@@ -92,12 +106,15 @@ def default_uri() -> str:
         return uri
     path = Path("runs/mlflow.db")
     if not path.is_file():
-        raise RunError("which registry? Set MLFLOW_TRACKING_URI or --uri, for example sqlite:///runs/mlflow.db")
+        raise RunError(
+            "which registry? Set MLFLOW_TRACKING_URI or --uri, for example sqlite:///runs/mlflow.db"
+        )
     return f"sqlite:///{path.resolve()}"
 
 
 def fetch(model: str, uri: str) -> Path:
-    """The folder of a registered version (models:/…); of a store on this machine it is the store's own. Raises RunError when there is no such model."""
+    """The folder of a registered version (models:/…); of a store on this machine it is the store's own.
+    Raises RunError when there is no such model."""
     mlflow = _mlflow_at(uri)
     try:
         return Path(mlflow.artifacts.download_artifacts(model))
@@ -128,7 +145,10 @@ def _predict(model: str, uri: str, requests: list[dict[str, Any]]) -> list[list[
     """Scores as MLflow's own server would give them."""
     import pandas as pd
 
-    return [list(scores) for scores in _mlflow_at(uri).pyfunc.load_model(model).predict(pd.DataFrame(requests))["scores"]]
+    return [
+        list(scores)
+        for scores in _mlflow_at(uri).pyfunc.load_model(model).predict(pd.DataFrame(requests))["scores"]
+    ]
 
 
 def _mlflow_at(uri: str) -> Any:
@@ -141,7 +161,13 @@ def _mlflow_at(uri: str) -> Any:
 
 
 def _log_model(
-    run_dir: Path, name: str, config: Config, scorer: Scorer, facts: dict[str, Any], example: list[dict[str, Any]], uri: str
+    run_dir: Path,
+    name: str,
+    config: Config,
+    scorer: Scorer,
+    facts: dict[str, Any],
+    example: list[dict[str, Any]],
+    uri: str,
 ) -> tuple[int, str]:
     """→ (version, id of the MLflow run it belongs to). The run keeps the status it had."""
     import pandas as pd
@@ -153,9 +179,15 @@ def _log_model(
         run_id = client.create_run(experiment_id, run_name=run_dir.name).info.run_id
     status = client.get_run(run_id).info.status
     with tempfile.TemporaryDirectory(prefix="gensr-register-") as temporary:
-        items, card, evaluation = (Path(temporary) / part for part in ("items", "model_card.md", "evaluation"))
-        catalog = pq.read_table(local_folder(config.data) / "catalog" / "items.parquet", columns=["item_id", "text"])
-        serving_facts = {key: facts[key] for key in ("manifest_hash", "split_fingerprint", "commit", "data_dir")}
+        items, card, evaluation = (
+            Path(temporary) / part for part in ("items", "model_card.md", "evaluation")
+        )
+        catalog = pq.read_table(
+            local_folder(config.data) / "catalog" / "items.parquet", columns=["item_id", "text"]
+        )
+        serving_facts = {
+            key: facts[key] for key in ("manifest_hash", "split_fingerprint", "commit", "data_dir")
+        }
         write_items(items, scorer, catalog, serving_facts)
         card.write_text(model_card(name, facts), encoding="utf-8")
         evaluation.mkdir()
@@ -175,7 +207,10 @@ def _log_model(
                 input_example=pd.DataFrame(example),
                 pip_requirements=requirements(),
                 registered_model_name=name,
-                metadata={"manifest_hash": facts["manifest_hash"], "split_fingerprint": facts["split_fingerprint"]},
+                metadata={
+                    "manifest_hash": facts["manifest_hash"],
+                    "split_fingerprint": facts["split_fingerprint"],
+                },
             )
     log_figures(client, run_id, metrics_of(facts["evaluation"]))
     client.set_terminated(run_id, "FINISHED" if status == "RUNNING" else status)
@@ -198,9 +233,14 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _compare(expected: list[list[float]], got: list[list[float]], name: str, number: int) -> None:
-    differences = [abs(a - b) for row, other in zip(expected, got, strict=True) for a, b in zip(row, other, strict=True)]
+    differences = [
+        abs(a - b) for row, other in zip(expected, got, strict=True) for a, b in zip(row, other, strict=True)
+    ]
     if not max(differences) <= MAX_SCORE_DIFFERENCE:
-        raise RunError(f"version {number} of {name} scores differently from its run (by {max(differences):.3g}); the alias was not moved")
+        raise RunError(
+            f"version {number} of {name} scores differently from its run (by {max(differences):.3g}); the "
+            "alias was not moved"
+        )
 
 
 def _mlflow_exception() -> type[Exception]:
@@ -209,7 +249,7 @@ def _mlflow_exception() -> type[Exception]:
     return MlflowException
 
 
-# ---- what a version says about itself ------------------------------------------------------------------------------
+# ---- what a version says about itself ----------------------------------------------------------------------
 
 
 def signature() -> Any:
@@ -217,10 +257,29 @@ def signature() -> Any:
     from mlflow.types import DataType, Schema
     from mlflow.types.schema import AnyType, Array, ColSpec
 
-    anything = AnyType()  # ids are text or numbers, a query is text, a list or null: serving/recommend.py checks them and says what is wrong
-    optional = ("user_id", "history", "query", "candidates", "k", "num_candidates", "include_seen", "explain", "with_text")
-    inputs = [ColSpec(DataType.string, "task"), *(ColSpec(anything, name, required=False) for name in optional)]
-    outputs = [ColSpec(Array(anything), "items"), ColSpec(Array(DataType.double), "scores"), ColSpec(anything, "model")]
+    # ids are text or numbers, a query is text, a list or null: serving/recommend.py checks them and says what
+    # is wrong
+    anything = AnyType()
+    optional = (
+        "user_id",
+        "history",
+        "query",
+        "candidates",
+        "k",
+        "num_candidates",
+        "include_seen",
+        "explain",
+        "with_text",
+    )
+    inputs = [
+        ColSpec(DataType.string, "task"),
+        *(ColSpec(anything, name, required=False) for name in optional),
+    ]
+    outputs = [
+        ColSpec(Array(anything), "items"),
+        ColSpec(Array(DataType.double), "scores"),
+        ColSpec(anything, "model"),
+    ]
     return ModelSignature(inputs=Schema(inputs), outputs=Schema(outputs))
 
 
@@ -241,6 +300,8 @@ def example_requests(folder: str | Path, manifest: Manifest) -> list[dict[str, A
     candidates = item_ids[3:] or item_ids
     requests = [{"history": history, "task": "rec", "query": None, "candidates": candidates}]
     if manifest.num_queries:
-        text = pq.read_table(Path(folder) / "catalog" / "queries.parquet", columns=["text"])["text"][0].as_py()
+        text = pq.read_table(Path(folder) / "catalog" / "queries.parquet", columns=["text"])["text"][
+            0
+        ].as_py()
         requests.append({"history": history, "task": "src", "query": text, "candidates": candidates})
     return requests

@@ -1,12 +1,13 @@
-"""The web application: JSON questions about items, answered by a Recommender. `gensr serve MODEL` runs it, `gensr ui MODEL` opens its page.
+"""The web application: JSON questions about items, answered by a Recommender. `gensr serve MODEL` runs it,
+`gensr ui MODEL` opens its page.
 
     POST /recommend  /search  /score     a request (Ask below) → {"items": [{"item_id", "score", …}], "scores": […], "model": {…}}
     GET  /health  /ready  /model         200 while the process lives; 200 or 503 while it can take requests; what answers, and its limits
     GET  /users  /users/ID/history       whose histories are known (a prepared folder is there)
     GET  /                               the page
 
-Errors are {"error": reason}: 400 a request that cannot be answered, 413 a body that is too large, 503 too many are waiting, 504 it took too long, and
-500 with nothing but a number that the log repeats.
+Errors are {"error": reason}: 400 a request that cannot be answered, 413 a body that is too large, 503 too
+many are waiting, 504 it took too long, and 500 with nothing but a number that the log repeats.
 """
 
 import asyncio
@@ -70,7 +71,11 @@ class Ask(BaseModel):
     model_config = ConfigDict(extra="forbid")
     user_id: ItemId | None = None
     history: Annotated[list[Click], Field(max_length=MAX_HISTORY)] | None = None
-    query: Annotated[str, Field(max_length=MAX_QUERY_CHARS)] | Annotated[list[int], Field(max_length=MAX_QUERY_WORDS)] | None = None
+    query: (
+        Annotated[str, Field(max_length=MAX_QUERY_CHARS)]
+        | Annotated[list[int], Field(max_length=MAX_QUERY_WORDS)]
+        | None
+    ) = None
     candidates: Annotated[list[ItemId], Field(max_length=MAX_CANDIDATES)] | None = None
     k: int | None = None
     num_candidates: int | None = None
@@ -87,7 +92,8 @@ class AskScores(Ask):
 
 
 def make_app(recommender: Recommender, limits: Limits = Limits(), host: str = "127.0.0.1") -> FastAPI:
-    """The application around one model. `host`: the address it will listen on; on loopback, requests for other host names are refused."""
+    """The application around one model. `host`: the address it will listen on; on loopback, requests for
+    other host names are refused."""
     batcher = Batcher(recommender.answer, limits.max_batch, limits.max_waiting)
 
     @asynccontextmanager
@@ -103,7 +109,9 @@ def make_app(recommender: Recommender, limits: Limits = Limits(), host: str = "1
     _add_error_handlers(app)
 
     async def reply(task: str, ask: Ask) -> dict[str, Any]:
-        return await asyncio.wait_for(batcher.answer({"task": task, **ask.model_dump(exclude_none=True)}), limits.timeout_s)
+        return await asyncio.wait_for(
+            batcher.answer({"task": task, **ask.model_dump(exclude_none=True)}), limits.timeout_s
+        )
 
     @app.post("/recommend")
     async def recommend(ask: Ask) -> dict[str, Any]:
@@ -128,7 +136,12 @@ def make_app(recommender: Recommender, limits: Limits = Limits(), host: str = "1
 
     @app.get("/model")
     async def model() -> dict[str, Any]:
-        return {"model": recommender.facts, "num_items": recommender.num_items, "queries": recommender.query_mode, "limits": asdict(limits)}
+        return {
+            "model": recommender.facts,
+            "num_items": recommender.num_items,
+            "queries": recommender.query_mode,
+            "limits": asdict(limits),
+        }
 
     @app.get("/users")
     def users() -> dict[str, Any]:
@@ -146,10 +159,17 @@ def run(recommender: Recommender, host: str, port: int, limits: Limits = Limits(
     """Serve until a signal; requests in work are finished."""
     import uvicorn
 
-    uvicorn.run(make_app(recommender, limits, host), host=host, port=port, log_level="warning", server_header=False, timeout_graceful_shutdown=10)
+    uvicorn.run(
+        make_app(recommender, limits, host),
+        host=host,
+        port=port,
+        log_level="warning",
+        server_header=False,
+        timeout_graceful_shutdown=10,
+    )
 
 
-# ---- errors and limits -------------------------------------------------------------------------------------------------
+# ---- errors and limits -------------------------------------------------------------------------------------
 
 
 def _add_error_handlers(app: FastAPI) -> None:
@@ -190,7 +210,11 @@ def _add_error_handlers(app: FastAPI) -> None:
 
 def _problem(problem: Any) -> str:
     """`history.0.item_id: Field required`, without the names of the types that were tried."""
-    place = ".".join(str(part) for part in problem["loc"][1:] if not (isinstance(part, str) and ("[" in part or part in ("int", "str"))))
+    place = ".".join(
+        str(part)
+        for part in problem["loc"][1:]
+        if not (isinstance(part, str) and ("[" in part or part in ("int", "str")))
+    )
     return f"{place or 'the request'}: {problem['msg']}"
 
 

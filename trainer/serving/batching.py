@@ -1,4 +1,5 @@
-"""Requests that arrive while a batch is computed become the next batch: no waiting when it is quiet, full batches under load."""
+"""Requests that arrive while a batch is computed become the next batch: no waiting when it is quiet, full
+batches under load."""
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
@@ -17,9 +18,12 @@ class Overloaded(Exception):
 
 
 class Batcher:
-    """Answers single requests through a function of many. All methods but the function run in one event loop; the function in one thread."""
+    """Answers single requests through a function of many. All methods but the function run in one event loop;
+    the function in one thread."""
 
-    def __init__(self, answer_all: Callable[[Sequence[Request]], list[Answer]], max_batch: int, max_waiting: int) -> None:
+    def __init__(
+        self, answer_all: Callable[[Sequence[Request]], list[Answer]], max_batch: int, max_waiting: int
+    ) -> None:
         self._answer_all, self._max_batch = answer_all, max_batch
         self._waiting: asyncio.Queue[Waiting] = asyncio.Queue(max_waiting)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="gensr-model")
@@ -44,7 +48,8 @@ class Batcher:
         return self._waiting.qsize()
 
     async def answer(self, request: Request) -> Answer:
-        """The answer to one request. Raises RequestError for a bad one, Overloaded when too many are waiting. Cancelled, it leaves the queue."""
+        """The answer to one request. Raises RequestError for a bad one, Overloaded when too many are waiting.
+        Cancelled, it leaves the queue."""
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         try:
             self._waiting.put_nowait((request, future))
@@ -58,10 +63,14 @@ class Batcher:
             batch = [await self._waiting.get()]
             while len(batch) < self._max_batch and not self._waiting.empty():
                 batch.append(self._waiting.get_nowait())
-            batch = [(request, future) for request, future in batch if not future.done()]  # whoever asked has gone
+            batch = [
+                (request, future) for request, future in batch if not future.done()
+            ]  # whoever asked has gone
             if not batch:
                 continue
-            answers = await loop.run_in_executor(self._thread, self._answer_batch, [request for request, _ in batch])
+            answers = await loop.run_in_executor(
+                self._thread, self._answer_batch, [request for request, _ in batch]
+            )
             for (_, future), answer in zip(batch, answers, strict=True):
                 if future.done():
                     continue

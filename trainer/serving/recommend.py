@@ -1,11 +1,15 @@
-"""From a request to answers: the one class that `gensr recommend`, `search` and `score`, the registered model and a service call.
+"""From a request to answers: the one class that `gensr recommend`, `search` and `score`, the registered model
+and a service call.
 
 A request as in serving/scorer.py, with these differences:
-    "candidates": [item ids]    they are scored; or leave it out, and the whole catalogue is searched: "k": how many items to answer (10)
-    "user_id"                   instead of "history" where the users' clicks are known (a prepared folder is there)
+    "candidates": [item ids]    they are scored; or leave it out, and the whole catalogue is searched: "k":
+                                how many items to answer (10)
+    "user_id"                   instead of "history" where the users' clicks are known (a prepared folder is
+                                there)
     "num_candidates": 400       what retrieval hands to the ranking          "include_seen": false     whether items of the history may be answered
     "explain": false            adds to each item what the soft filters read  "with_text": false        adds each item's text
-The answer: {"items": [{"item_id", "score"}, …] best first, "scores": P("Yes") of each candidate in the order given (or of `items`), "model": what answered}
+The answer: {"items": [{"item_id", "score"}, …] best first, "scores": P("Yes") of each candidate in the order
+given (or of `items`), "model": what answered}
 """
 
 import math
@@ -20,54 +24,90 @@ import pyarrow.parquet as pq
 
 from data_shards.schema import TASKS, read_manifest
 from data_shards.settings import read_yaml
+from trainer.data.node_cache import local_folder
 from trainer.errors import RequestError
-from trainer.files import file_sha256
-from trainer.loading import load_run_config
-from trainer.model.gensr import GenSR
-from trainer.node_cache import local_folder
-from trainer.serving.retrieval import Notify, Retrieval, build_retrieval, load_retrieval, save_retrieval, silent
+from trainer.models.gensr.model import GenSR
+from trainer.runs.weights import load_run_config
+from trainer.runtime.files import file_sha256
+from trainer.serving.retrieval import (
+    Notify,
+    Retrieval,
+    build_retrieval,
+    load_retrieval,
+    save_retrieval,
+    silent,
+)
 from trainer.serving.scorer import ParsedRequest, Scorer, is_absent, read_serving_facts
 from trainer.serving.users import Users, open_users
 
 DEFAULT_K, MAX_K = 10, 1000
 NUM_CANDIDATES, MAX_NUM_CANDIDATES = 400, 2000
-CF_SHARE = {"rec": 0.75, "src": 0.25}  # of the candidates, how many come from the CF side, if both have enough; measured: README.md
+CF_SHARE = {
+    "rec": 0.75,
+    "src": 0.25,
+}  # of the candidates, how many come from the CF side, if both have enough; measured: README.md
 RETRIEVAL = "retrieval"  # folder of the indexes in a run folder and among a version's artifacts
 
 
 class Recommender:
-    """A model that answers requests: ranks given candidates, or finds them in the whole catalogue first. Thread-safe."""
+    """A model that answers requests: ranks given candidates, or finds them in the whole catalogue first.
+    Thread-safe."""
 
-    def __init__(self, scorer: Scorer, retrieval: Retrieval, facts: Mapping[str, Any], items_file: Path, users: Users | str) -> None:
-        """facts: what an answer says about the model. items_file: parquet with a column "text". users: whose histories are known, or why they are not."""
+    def __init__(
+        self,
+        scorer: Scorer,
+        retrieval: Retrieval,
+        facts: Mapping[str, Any],
+        items_file: Path,
+        users: Users | str,
+    ) -> None:
+        """facts: what an answer says about the model. items_file: parquet with a column "text". users: whose
+        histories are known, or why they are not."""
         self.scorer, self.retrieval, self.facts, self.users = scorer, retrieval, dict(facts), users
         self._items_file = items_file
         self._texts: pa.ChunkedArray | None = None
 
     @classmethod
-    def from_run(cls, run_dir: str | Path, device: str | None = None, notify: Notify = silent) -> "Recommender":
-        """A run folder and its prepared folder. The indexes are kept in RUN/retrieval; they are built when they are missing or of other weights."""
+    def from_run(
+        cls, run_dir: str | Path, device: str | None = None, notify: Notify = silent
+    ) -> "Recommender":
+        """A run folder and its prepared folder. The indexes are kept in RUN/retrieval; they are built when
+        they are missing or of other weights."""
         run_dir = Path(run_dir)
         scorer = Scorer.from_run(run_dir, device)
         retrieval = run_retrieval(run_dir, scorer.model, notify)
         folder = local_folder(load_run_config(run_dir).data)
         manifest_hash = read_manifest(folder).hash
-        return cls(scorer, retrieval, {"run": str(run_dir), "manifest_hash": manifest_hash}, folder / "catalog" / "items.parquet", Users(folder))
+        return cls(
+            scorer,
+            retrieval,
+            {"run": str(run_dir), "manifest_hash": manifest_hash},
+            folder / "catalog" / "items.parquet",
+            Users(folder),
+        )
 
     @classmethod
-    def from_artifacts(cls, folder: str | Path, device: str | None = None, data_dir: str | Path = "", notify: Notify = silent) -> "Recommender":
-        """A registered version: its folder of artifacts. `data_dir`: prepared folder for requests by user_id; default: where it was when registered."""
+    def from_artifacts(
+        cls, folder: str | Path, device: str | None = None, data_dir: str | Path = "", notify: Notify = silent
+    ) -> "Recommender":
+        """A registered version: its folder of artifacts. `data_dir`: prepared folder for requests by user_id;
+        default: where it was when registered."""
         folder = Path(folder)
         scorer = Scorer.from_artifacts(folder, device)
         identity = model_identity(folder / "model")
-        retrieval = load_retrieval(folder / RETRIEVAL, scorer.model, identity) or build_retrieval(scorer.model, notify)
+        retrieval = load_retrieval(folder / RETRIEVAL, scorer.model, identity) or build_retrieval(
+            scorer.model, notify
+        )
         serving = read_serving_facts(folder / "items")
         facts = version_of(folder.parent) | {key: serving[key] for key in ("manifest_hash", "commit")}
-        users = open_users(data_dir or serving.get("data_dir", ""), serving["manifest_hash"], must_be_there=bool(data_dir))
+        users = open_users(
+            data_dir or serving.get("data_dir", ""), serving["manifest_hash"], must_be_there=bool(data_dir)
+        )
         return cls(scorer, retrieval, facts, folder / "items" / "items.parquet", users)
 
     def score(self, requests: Sequence[Mapping[str, Any]]) -> list[list[float]]:
-        """P("Yes") of each request's candidates, in the order given. Raises RequestError that names the first bad request."""
+        """P("Yes") of each request's candidates, in the order given. Raises RequestError that names the first
+        bad request."""
         for request, where in zip(requests, _names(requests), strict=True):
             if is_absent(request.get("candidates")):
                 raise RequestError(f"{where}: candidates is missing: give the item ids to score")
@@ -78,23 +118,30 @@ class Recommender:
         return self.answer([request])[0]
 
     def answer(self, requests: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """The answers to several requests, ranked together in batches. Raises RequestError that names the first bad request before anything is scored."""
+        """The answers to several requests, ranked together in batches. Raises RequestError that names the
+        first bad request before anything is scored."""
         names = _names(requests)
         parsed = [self._parse(request, where) for request, where in zip(requests, names, strict=True)]
-        found = [one if one.candidates else self._retrieved(one, request, where) for one, request, where in zip(parsed, requests, names, strict=True)]
+        found = [
+            one if one.candidates else self._retrieved(one, request, where)
+            for one, request, where in zip(parsed, requests, names, strict=True)
+        ]
         scores = self.scorer.score_parsed(found)
         return [
             self._answer(request, one, row, whole_catalogue=not given.candidates)
             for request, given, one, row in zip(requests, parsed, found, scores, strict=True)
         ]
 
-    # ---- one request -------------------------------------------------------------------------------------------
+    # ---- one request ---------------------------------------------------------------------------------------
 
     def _parse(self, request: Mapping[str, Any], where: str) -> ParsedRequest:
         if is_absent(request.get("history")) and not is_absent(request.get("user_id")):
             if isinstance(self.users, str):
                 raise RequestError(f"{where}: {self.users}")
-            request = {**request, "history": self.users.history(request["user_id"], self.scorer.item_ids, where)}
+            request = {
+                **request,
+                "history": self.users.history(request["user_id"], self.scorer.item_ids, where),
+            }
         if is_absent(request.get("candidates")):
             return self.scorer.parse(request, where, needs_candidates=False)
         return self.scorer.parse(request, where)
@@ -105,26 +152,47 @@ class Recommender:
         num_candidates = max(k, _count(request, "num_candidates", NUM_CANDIDATES, MAX_NUM_CANDIDATES, where))
         query = None if parsed.query is None else self.scorer.query_vectors([parsed.query])[0]
         if not parsed.items and query is None:
-            raise RequestError(f"{where}: history is empty: there is nothing to recommend from. Give at least one item, or search with a query")
+            raise RequestError(
+                f"{where}: history is empty: there is nothing to recommend from. Give at least one item, or "
+                "search with a query"
+            )
         if not parsed.items and query is not None and not query.any():
-            raise RequestError(f"{where}: the model knows no word of the query {parsed.query!r}, and history is empty")
+            raise RequestError(
+                f"{where}: the model knows no word of the query {parsed.query!r}, and history is empty"
+            )
         seen = [] if _flag(request, "include_seen", where) else parsed.items
         rows = self.candidates(parsed.items, query, TASKS[parsed.task], num_candidates, seen)
         return replace(parsed, candidates=rows.tolist())
 
-    def candidates(self, history: Sequence[int], query: np.ndarray | None, task: str, num_candidates: int, exclude: Sequence[int]) -> np.ndarray:
+    def candidates(
+        self,
+        history: Sequence[int],
+        query: np.ndarray | None,
+        task: str,
+        num_candidates: int,
+        exclude: Sequence[int],
+    ) -> np.ndarray:
         """Rows of the items that retrieval finds, best first. A query without a known word counts as none."""
         query = query if query is not None and query.any() else None
         return self.retrieval.candidates(history, query, num_candidates, exclude, CF_SHARE[task])
 
-    def _answer(self, request: Mapping[str, Any], parsed: ParsedRequest, scores: list[float], whole_catalogue: bool) -> dict[str, Any]:
-        order = sorted(range(len(scores)), key=lambda place: -scores[place])  # stable: ties keep the order of retrieval, or the one given
+    def _answer(
+        self, request: Mapping[str, Any], parsed: ParsedRequest, scores: list[float], whole_catalogue: bool
+    ) -> dict[str, Any]:
+        order = sorted(
+            range(len(scores)), key=lambda place: -scores[place]
+        )  # stable: ties keep the order of retrieval, or the one given
         if whole_catalogue:
             order = order[: _count(request, "k", DEFAULT_K, MAX_K, "")]
-            parsed, scores = replace(parsed, candidates=[parsed.candidates[place] for place in order]), [scores[place] for place in order]
+            parsed, scores = (
+                replace(parsed, candidates=[parsed.candidates[place] for place in order]),
+                [scores[place] for place in order],
+            )
             order = list(range(len(order)))
         item_ids = self.scorer.item_ids
-        items: list[dict[str, Any]] = [{"item_id": item_ids[parsed.candidates[place]], "score": scores[place]} for place in order]
+        items: list[dict[str, Any]] = [
+            {"item_id": item_ids[parsed.candidates[place]], "score": scores[place]} for place in order
+        ]
         if _flag(request, "with_text", ""):
             for item, place in zip(items, order, strict=True):
                 item["text"] = self.text(parsed.candidates[place])
@@ -133,17 +201,23 @@ class Recommender:
             weights = self.scorer.filter_weights(parsed)
             for item, place in zip(items, order, strict=True):
                 pairs = zip(read, weights["cf"][place], weights["semantic"][place], strict=True)
-                item["weights"] = [{"item_id": item_ids[row], "cf": cf, "semantic": semantic} for row, cf, semantic in pairs]
+                item["weights"] = [
+                    {"item_id": item_ids[row], "cf": cf, "semantic": semantic} for row, cf, semantic in pairs
+                ]
         return {"items": items, "scores": scores, "model": self.facts}
 
     def text(self, row: int) -> str:
         """All text of an item, as in the catalogue."""
         if self._texts is None:
             names = pq.read_schema(self._items_file).names
-            self._texts = pq.read_table(self._items_file, columns=["text"])["text"] if "text" in names else pa.chunked_array([[""] * (row + 1)])
+            self._texts = (
+                pq.read_table(self._items_file, columns=["text"])["text"]
+                if "text" in names
+                else pa.chunked_array([[""] * (row + 1)])
+            )
         return self._texts[row].as_py() or ""
 
-    # ---- what a page shows -------------------------------------------------------------------------------------
+    # ---- what a page shows ---------------------------------------------------------------------------------
 
     @property
     def num_items(self) -> int:
@@ -166,19 +240,31 @@ class Recommender:
             raise RequestError(self.users)
         items, tasks = self.users.rows(user_id)
         pairs = zip(items.tolist(), tasks.tolist(), strict=True)
-        return [{"item_id": self.scorer.item_ids[item], "task": TASKS[task], "text": self.text(item)} for item, task in pairs]
+        return [
+            {"item_id": self.scorer.item_ids[item], "task": TASKS[task], "text": self.text(item)}
+            for item, task in pairs
+        ]
 
 
 def _names(requests: Sequence[Any]) -> list[str]:
     """What errors call the requests."""
-    return [f"request {number}" for number in range(1, len(requests) + 1)] if len(requests) > 1 else ["the request"]
+    return (
+        [f"request {number}" for number in range(1, len(requests) + 1)]
+        if len(requests) > 1
+        else ["the request"]
+    )
 
 
 def _count(request: Mapping[str, Any], name: str, default: int, largest: int, where: str) -> int:
     value = request.get(name)
     if is_absent(value):
         return default
-    if isinstance(value, bool) or not isinstance(value, int | float | np.integer) or not math.isfinite(value) or value != int(value):
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float | np.integer)
+        or not math.isfinite(value)
+        or value != int(value)
+    ):
         raise RequestError(f"{where}: {name} must be a whole number, got {value!r}")
     if not 1 <= value <= largest:
         raise RequestError(f"{where}: {name} must be between 1 and {largest}, got {int(value)}")
@@ -194,7 +280,7 @@ def _flag(request: Mapping[str, Any], name: str, where: str) -> bool:
     return bool(value)
 
 
-# ---- indexes of a run or a version -------------------------------------------------------------------------------------
+# ---- indexes of a run or a version -------------------------------------------------------------------------
 
 
 def model_identity(model_dir: Path) -> str:

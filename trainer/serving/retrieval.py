@@ -1,13 +1,16 @@
-"""The first of two steps from the whole catalogue to an answer: a few hundred candidates by vectors, which GenSR then ranks (serving/recommend.py).
+"""The first of two steps from the whole catalogue to an answer: a few hundred candidates by vectors, which
+GenSR then ranks (serving/recommend.py).
 
 Two indexes of unit vectors, made from nothing but the model and its item tables:
     cf         LightGCN vectors; asked with the mean over a history. Items without training clicks have none.
-    semantic   E_s of the item's text less the catalogue's mean; asked with the query, or with the mean over a history. Finds new items, too.
+    semantic   E_s of the item's text less the catalogue's mean; asked with the query, or with the mean over a
+               history. Finds new items, too.
 
 FOLDER/cf.faiss  semantic.faiss  retrieval.safetensors (the mean)  retrieval.json (what was built, measured recall, sha256 of each file)
 
-An index is exact while a scan of all vectors takes milliseconds. Beyond that it holds 4 bits a dimension, which faiss scans in registers ("FastScan",
-André et al. 2017), and 8 bits a dimension to sort again what that scan finds: no lists to probe, so recall does not depend on how items cluster.
+An index is exact while a scan of all vectors takes milliseconds. Beyond that it holds 4 bits a dimension,
+which faiss scans in registers ("FastScan", André et al. 2017), and 8 bits a dimension to sort again what that
+scan finds: no lists to probe, so recall does not depend on how items cluster.
 """
 
 import json
@@ -24,8 +27,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from trainer.errors import RunError
-from trainer.files import atomic, file_sha256
-from trainer.model.gensr import GenSR
+from trainer.models.gensr.model import GenSR
+from trainer.runtime.files import atomic, file_sha256
 
 FORMAT = 1
 MAX_EXACT_FLOATS = 2**24  # 64 MiB: one core scans that in about 10 ms
@@ -34,11 +37,16 @@ GROWN = 1.1  # arrays that grew hold more room than they use: 5 to 10 % measured
 REFINE_FACTOR = 4  # the coarse scan finds 4 k, the finer codes choose k
 TRAINING_VECTORS = 65_536
 CHUNK_ITEMS = 65_536  # vectors made and added at once: 65,536 × 768 × 4 B = 200 MB
-PROBE_QUERIES, PROBE_MIX = 64, 3  # recall is measured with means of 3 random items, as means over histories are what an index is asked with
+PROBE_QUERIES, PROBE_MIX = (
+    64,
+    3,
+)  # recall is measured with means of 3 random items, as means over histories are what an index is asked with
 RECALL_CUTOFFS = (100, 500)
 DOCUMENT = "retrieval.json"
 
-Vectors = Callable[[np.ndarray], np.ndarray]  # item rows [n] → their unit vectors [n, width] float32; a zero row has no vector
+Vectors = Callable[
+    [np.ndarray], np.ndarray
+]  # item rows [n] → their unit vectors [n, width] float32; a zero row has no vector
 Notify = Callable[[str], None]
 
 
@@ -46,7 +54,7 @@ def silent(line: str) -> None:
     """For callers that show nothing."""
 
 
-# ---- one index -----------------------------------------------------------------------------------------------------
+# ---- one index ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -69,12 +77,15 @@ def plan_index(num_items: int, width: int) -> IndexPlan:
     """Exact up to MAX_EXACT_FLOATS numbers, codes beyond. Bytes: vectors or codes, and 8 for an item's row."""
     if num_items * width <= MAX_EXACT_FLOATS:
         num_bytes = num_items * (4 * width + 8)
-        return IndexPlan("exact", "IDMap,Flat", num_bytes, num_bytes + 4 * width * min(num_items, CHUNK_ITEMS))
+        return IndexPlan(
+            "exact", "IDMap,Flat", num_bytes, num_bytes + 4 * width * min(num_items, CHUNK_ITEMS)
+        )
     coded = min(width, MAX_CODED_WIDTH)
     rotation = f"PCA{coded}," if coded < width else ""
     packed = 32 * math.ceil(num_items / 32)  # FastScan stores blocks of 32 items
     num_bytes = int(GROWN * (packed * coded // 2 + num_items * (coded + 8)))
-    # arrays that grow are copied once: at worst the larger of the two code arrays is there twice; and a chunk of vectors, twice when it is rotated
+    # arrays that grow are copied once: at worst the larger of the two code arrays is there twice; and a chunk
+    # of vectors, twice when it is rotated
     build_bytes = num_bytes + num_items * coded + 4 * (width + coded) * max(TRAINING_VECTORS, CHUNK_ITEMS)
     return IndexPlan("codes", f"IDMap,{rotation}PQ{coded}x4fs,Refine(SQ8)", num_bytes, build_bytes)
 
@@ -87,14 +98,22 @@ class Index:
     facts: dict[str, Any]  # kind, factory, num_items, width, recall: goes into retrieval.json
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Unit vectors [Q, width] → item rows [Q, k] int64, best first, -1 where there are no more; and their cosines [Q, k] (approximate for codes)."""
+        """Unit vectors [Q, width] → item rows [Q, k] int64, best first, -1 where there are no more; and their
+        cosines [Q, k] (approximate for codes)."""
         k = max(1, min(k, self.facts["num_items"]))
         cosines, rows = self.faiss_index.search(np.ascontiguousarray(queries, dtype=np.float32), k)
         return rows, cosines
 
 
-def build_index(vectors: Vectors, num_items: int, width: int, seed: int = 0, progress: Callable[[int, int], None] | None = None) -> Index | None:
-    """An index of all items that have a vector, made chunk by chunk; None when no item has one. Recall is measured against exact search on the way."""
+def build_index(
+    vectors: Vectors,
+    num_items: int,
+    width: int,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Index | None:
+    """An index of all items that have a vector, made chunk by chunk; None when no item has one. Recall is
+    measured against exact search on the way."""
     rng = np.random.default_rng(seed)
     sample = vectors(np.sort(rng.choice(num_items, min(num_items, TRAINING_VECTORS), replace=False)))
     sample = sample[sample.any(1)]
@@ -117,10 +136,18 @@ def build_index(vectors: Vectors, num_items: int, width: int, seed: int = 0, pro
             exact.add(chunk[has_vector], rows[has_vector])
         if progress is not None:
             progress(int(rows[-1]) + 1, num_items)
-    facts = {"kind": plan.kind, "factory": plan.factory, "num_items": index.ntotal, "width": width, "recall": None}
+    facts = {
+        "kind": plan.kind,
+        "factory": plan.factory,
+        "num_items": index.ntotal,
+        "width": width,
+        "recall": None,
+    }
     found = Index(index, facts)
     if plan.kind == "codes":
-        facts["recall"] = {f"recall@{k}": recall(found.search(probes, k)[0], exact.rows[:, :k]) for k in RECALL_CUTOFFS}
+        facts["recall"] = {
+            f"recall@{k}": recall(found.search(probes, k)[0], exact.rows[:, :k]) for k in RECALL_CUTOFFS
+        }
     return found
 
 
@@ -137,7 +164,10 @@ class _ExactSearch:
         scores = np.concatenate([self._scores, best.values.numpy()], axis=1)
         candidates = np.concatenate([self.rows, rows[best.indices.numpy()]], axis=1)
         order = torch.topk(torch.from_numpy(scores), min(self.k, scores.shape[1]), dim=1).indices.numpy()
-        self._scores, self.rows = np.take_along_axis(scores, order, 1), np.take_along_axis(candidates, order, 1)
+        self._scores, self.rows = (
+            np.take_along_axis(scores, order, 1),
+            np.take_along_axis(candidates, order, 1),
+        )
 
 
 def recall(found: np.ndarray, exact: np.ndarray) -> float:
@@ -151,7 +181,7 @@ def unit(vectors: np.ndarray) -> np.ndarray:
     return np.divide(vectors, length, out=np.zeros_like(vectors), where=length > 1e-12)
 
 
-# ---- both of them, for a model ----------------------------------------------------------------------------------------
+# ---- both of them, for a model -----------------------------------------------------------------------------
 
 
 class Retrieval:
@@ -162,26 +192,39 @@ class Retrieval:
         self.model, self.mean, self.cf, self.semantic = model, mean, cf, semantic
 
     def candidates(
-        self, history: Sequence[int], query: np.ndarray | None, num_candidates: int, exclude: Sequence[int] = (), cf_share: float = 0.5
+        self,
+        history: Sequence[int],
+        query: np.ndarray | None,
+        num_candidates: int,
+        exclude: Sequence[int] = (),
+        cf_share: float = 0.5,
     ) -> np.ndarray:
         """At most num_candidates rows of items, distinct, none of `exclude`, the most promising first.
 
-        history: rows, may be empty; query: [D] as GenSR.query_parts gives it, or None. The semantic side is asked with the query if there is one, else
-        with the history. cf_share: of the two sides, how much the CF one is trusted; where one side has nothing the other fills in.
+        history: rows, may be empty; query: [D] as GenSR.query_parts gives it, or None. The semantic side is
+        asked with the query if there is one, else with the history. cf_share: of the two sides, how much the
+        CF one is trusted; where one side has nothing the other fills in.
         """
         history_rows = np.asarray(history, np.int64)
         asked = []
         if self.cf is not None and len(history_rows):
             asked.append((self.cf, cf_vectors(self.model, history_rows).mean(0), cf_share))
         if self.semantic is not None and query is not None:
-            asked.append((self.semantic, query, 1.0 - cf_share))  # as it is: a query lacks what all texts share
+            asked.append(
+                (self.semantic, query, 1.0 - cf_share)
+            )  # as it is: a query lacks what all texts share
         elif self.semantic is not None and len(history_rows):
-            asked.append((self.semantic, semantic_vectors(self.model, self.mean, history_rows).mean(0), 1.0 - cf_share))
+            asked.append(
+                (self.semantic, semantic_vectors(self.model, self.mean, history_rows).mean(0), 1.0 - cf_share)
+            )
         return union(asked, num_candidates, exclude)
 
 
-def union(asked: Sequence[tuple[Index, np.ndarray, float]], num_rows: int, exclude: Sequence[int] = ()) -> np.ndarray:
-    """Several indexes, each with the vector [width] it is asked with and its weight → rows as merge() gives them. A zero vector is near to nothing."""
+def union(
+    asked: Sequence[tuple[Index, np.ndarray, float]], num_rows: int, exclude: Sequence[int] = ()
+) -> np.ndarray:
+    """Several indexes, each with the vector [width] it is asked with and its weight → rows as merge() gives
+    them. A zero vector is near to nothing."""
     lists = []
     for index, vector, weight in asked:
         if vector.any():
@@ -190,8 +233,11 @@ def union(asked: Sequence[tuple[Index, np.ndarray, float]], num_rows: int, exclu
     return merge(lists, num_rows, exclude)
 
 
-def merge(lists: Sequence[tuple[np.ndarray, float]], num_rows: int, exclude: Sequence[int] = ()) -> np.ndarray:
-    """Ranked lists with weights → the first num_rows of their union: of any beginning of it, a list has about its weight's share (if it is that long)."""
+def merge(
+    lists: Sequence[tuple[np.ndarray, float]], num_rows: int, exclude: Sequence[int] = ()
+) -> np.ndarray:
+    """Ranked lists with weights → the first num_rows of their union: of any beginning of it, a list has about
+    its weight's share (if it is that long)."""
     if not lists:
         return np.zeros(0, np.int64)
     rows = np.concatenate([ranked for ranked, _ in lists])
@@ -224,15 +270,19 @@ def _on(model: GenSR, rows: np.ndarray) -> Tensor:
 
 def semantic_mean(model: GenSR, num_items: int) -> Tensor:
     """E_s averaged over (at most TRAINING_VECTORS evenly spaced) items with text, [D] float32."""
-    raw = raw_semantic_vectors(model, np.unique(np.linspace(0, num_items - 1, min(num_items, TRAINING_VECTORS)).astype(np.int64)))
+    raw = raw_semantic_vectors(
+        model, np.unique(np.linspace(0, num_items - 1, min(num_items, TRAINING_VECTORS)).astype(np.int64))
+    )
     raw = raw[raw.any(1)]
     return torch.from_numpy(raw.mean(0) if len(raw) else np.zeros(raw.shape[1], np.float32))
 
 
-# ---- building, keeping, loading ---------------------------------------------------------------------------------------
+# ---- building, keeping, loading ----------------------------------------------------------------------------
 
 
-def build_retrieval(model: GenSR, notify: Notify = silent, progress: Callable[[str, int, int], None] | None = None) -> Retrieval:
+def build_retrieval(
+    model: GenSR, notify: Notify = silent, progress: Callable[[str, int, int], None] | None = None
+) -> Retrieval:
     """Both indexes. The memory that each needs is said before it is built, its recall afterwards."""
     num_items = model.tables.num_items
     mean = semantic_mean(model, num_items)
@@ -243,20 +293,27 @@ def build_retrieval(model: GenSR, notify: Notify = silent, progress: Callable[[s
     built: dict[str, Index | None] = {}
     for name, (vectors, width) in views.items():
         notify(plan_index(num_items, width).line(name, num_items, width))
-        report = None if progress is None else (lambda done, total, stage=name: progress(f"index {stage}", done, total))
+        report = (
+            None
+            if progress is None
+            else (lambda done, total, stage=name: progress(f"index {stage}", done, total))
+        )
         index = build_index(vectors, num_items, width, progress=report)
         if index is None:
             notify(f"index {name}: no item has a vector, left out")
         elif index.facts["recall"]:
             notify(
-                f"index {name}: " + ", ".join(f"{metric} {value:.3f}" for metric, value in index.facts["recall"].items()) + " against exact search"
+                f"index {name}: "
+                + ", ".join(f"{metric} {value:.3f}" for metric, value in index.facts["recall"].items())
+                + " against exact search"
             )
         built[name] = index
     return Retrieval(model, mean, built["cf"], built["semantic"])
 
 
 def save_retrieval(folder: Path, retrieval: Retrieval, identity: str) -> None:
-    """Write FOLDER; the document last, so that a folder with one is whole. identity: of the weights and tables it was built from."""
+    """Write FOLDER; the document last, so that a folder with one is whole. identity: of the weights and
+    tables it was built from."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / DOCUMENT).unlink(missing_ok=True)
     with atomic(folder / "retrieval.safetensors") as path:
@@ -275,7 +332,8 @@ def save_retrieval(folder: Path, retrieval: Retrieval, identity: str) -> None:
 
 
 def load_retrieval(folder: Path, model: GenSR, identity: str) -> Retrieval | None:
-    """What save_retrieval wrote; None when there is nothing, or it was built from other weights or tables. Raises RunError for a damaged file."""
+    """What save_retrieval wrote; None when there is nothing, or it was built from other weights or tables.
+    Raises RunError for a damaged file."""
     path = folder / DOCUMENT
     if not path.is_file():
         return None
@@ -284,12 +342,23 @@ def load_retrieval(folder: Path, model: GenSR, identity: str) -> Retrieval | Non
         return None
     for name, sha256 in document["sha256"].items():
         if not (folder / name).is_file() or file_sha256(folder / name) != sha256:
-            raise RunError(f"{folder / name} is missing or damaged. Delete {folder}: it is built again (for a registered version: register it again)")
-    indexes = {name: Index(faiss.read_index(str(folder / f"{name}.faiss")), facts) for name, facts in document["indexes"].items()}
+            raise RunError(
+                f"{folder / name} is missing or damaged. Delete {folder}: it is built again (for a "
+                "registered version: register it again)"
+            )
+    indexes = {
+        name: Index(faiss.read_index(str(folder / f"{name}.faiss")), facts)
+        for name, facts in document["indexes"].items()
+    }
     mean = load_file(folder / "retrieval.safetensors")["mean"]
     return Retrieval(model, mean, indexes.get("cf"), indexes.get("semantic"))
 
 
 def describe(retrieval: Retrieval) -> dict[str, Any]:
-    """{"cf": {kind, num_items, …, recall}, "semantic": …}: what protocols and model cards say about the indexes."""
-    return {name: dict(index.facts) for name, index in (("cf", retrieval.cf), ("semantic", retrieval.semantic)) if index is not None}
+    """{"cf": {kind, num_items, …, recall}, "semantic": …}: what protocols and model cards say about the
+    indexes."""
+    return {
+        name: dict(index.facts)
+        for name, index in (("cf", retrieval.cf), ("semantic", retrieval.semantic))
+        if index is not None
+    }

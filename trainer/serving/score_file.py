@@ -1,6 +1,8 @@
-"""Batch scoring: a file of requests in, the same rows with their answers out, in bounded memory and in parts that jobs can share.
+"""Batch scoring: a file of requests in, the same rows with their answers out, in bounded memory and in parts
+that jobs can share.
 
-REQUESTS  .jsonl (an object a line) or .parquet (a row a request: history list<struct<item_id, task>>, task, query, candidates list, …; serving/recommend.py)
+REQUESTS  .jsonl (an object a line) or .parquet (a row a request: history list<struct<item_id, task>>, task,
+          query, candidates list, …; serving/recommend.py)
 OUT       .jsonl: {"scores": […], "items": […]} a line    .parquet: the columns of REQUESTS, scores list<double>, items list<struct<item_id, score>>, error
 """
 
@@ -14,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from trainer.errors import RequestError, RunError
-from trainer.files import atomic
+from trainer.runtime.files import atomic
 from trainer.serving.recommend import Recommender
 
 CHUNK = 256  # requests answered at once
@@ -30,17 +32,27 @@ Answered = tuple[Sequence[dict[str, Any]], Sequence[dict[str, Any]]]  # requests
 
 
 def score_file(
-    recommender: Recommender, requests: Path, out: Path, part: tuple[int, int] = (1, 1), keep_going: bool = False, progress: Progress | None = None
+    recommender: Recommender,
+    requests: Path,
+    out: Path,
+    part: tuple[int, int] = (1, 1),
+    keep_going: bool = False,
+    progress: Progress | None = None,
 ) -> int:
-    """Answer the requests of part i of n (by position in the file) into `out`, which appears when it is whole. → how many were answered.
+    """Answer the requests of part i of n (by position in the file) into `out`, which appears when it is
+    whole. → how many were answered.
 
-    Raises RequestError that names the rows of a bad request; keep_going: its error stands in its place instead. RunError when `out` exists.
+    Raises RequestError that names the rows of a bad request; keep_going: its error stands in its place
+    instead. RunError when `out` exists.
     """
     if out.exists():
         raise RunError(f"{out} exists: it is not overwritten. Move it away, or name another file.")
-    if out.suffix not in (".jsonl", ".parquet") or (out.suffix == ".parquet" and requests.suffix != ".parquet"):
+    if out.suffix not in (".jsonl", ".parquet") or (
+        out.suffix == ".parquet" and requests.suffix != ".parquet"
+    ):
         raise RequestError(
-            f"{out}: answers to {requests.suffix or 'such'} requests go to .jsonl{' or .parquet' if requests.suffix == '.parquet' else ''}"
+            f"{out}: answers to {requests.suffix or 'such'} requests go to "
+            f".jsonl{' or .parquet' if requests.suffix == '.parquet' else ''}"
         )
     first, last = part_of(count_requests(requests), part)
     rows = itertools.islice(read_requests(requests), first, last)
@@ -83,7 +95,9 @@ def read_requests(path: Path) -> Iterator[dict[str, Any]]:
         except ValueError as error:
             raise RequestError(f"{path}, line {number}: not valid JSON: {error}") from error
         if not isinstance(record, dict):
-            raise RequestError(f'{path}, line {number}: a request is an object with "history", "task" and "candidates"')
+            raise RequestError(
+                f'{path}, line {number}: a request is an object with "history", "task" and "candidates"'
+            )
         yield record
 
 
@@ -104,7 +118,13 @@ def _parquet(path: Path) -> pq.ParquetFile:
 
 
 def _answered(
-    recommender: Recommender, rows: Iterable[dict[str, Any]], path: Path, first: int, last: int, keep_going: bool, progress: Progress | None
+    recommender: Recommender,
+    rows: Iterable[dict[str, Any]],
+    path: Path,
+    first: int,
+    last: int,
+    keep_going: bool,
+    progress: Progress | None,
 ) -> Iterator[Answered]:
     rows = iter(rows)
     done = 0
@@ -113,7 +133,9 @@ def _answered(
             answers = recommender.answer(chunk)
         except RequestError as error:
             if not keep_going:
-                raise RequestError(f"{path}, rows {first + done + 1} to {first + done + len(chunk)}: {error}") from error
+                raise RequestError(
+                    f"{path}, rows {first + done + 1} to {first + done + len(chunk)}: {error}"
+                ) from error
             answers = [_answer_or_error(recommender, request) for request in chunk]
         done += len(chunk)
         if progress is not None:
@@ -138,5 +160,9 @@ def _write_parquet(path: Path, answered: Iterable[Answered], columns: pa.Schema)
 
 def _row(answer: dict[str, Any]) -> dict[str, Any]:
     items = answer["items"]
-    named = None if items is None else [{"item_id": str(item["item_id"]), "score": item["score"]} for item in items]
+    named = (
+        None
+        if items is None
+        else [{"item_id": str(item["item_id"]), "score": item["score"]} for item in items]
+    )
     return {"scores": answer["scores"], "items": named, "error": answer.get("error")}

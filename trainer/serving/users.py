@@ -1,4 +1,5 @@
-"""Who clicked what, when, in a prepared folder: histories by user id, and what a user had seen before an event. And histories given as a file."""
+"""Who clicked what, when, in a prepared folder: histories by user id, and what a user had seen before an
+event. And histories given as a file."""
 
 import itertools
 import json
@@ -18,7 +19,8 @@ from trainer.errors import DataError, RequestError
 
 @dataclass(frozen=True)
 class Clicks:
-    """Every event of a prepared folder, all splits, by user and time; [n] int64 each, rows of the catalogue tables."""
+    """Every event of a prepared folder, all splits, by user and time; [n] int64 each, rows of the catalogue
+    tables."""
 
     event_id: np.ndarray
     user: np.ndarray
@@ -50,9 +52,13 @@ class Users:
         self._row_of: dict[str, int] = {}
 
     def history(self, user_id: Any, item_ids: Sequence[Any], where: str = "user") -> list[dict[str, Any]]:
-        """All of the user's clicks, oldest first, as a request's history. Raises RequestError for an unknown user."""
+        """All of the user's clicks, oldest first, as a request's history. Raises RequestError for an unknown
+        user."""
         items, tasks = self.rows(user_id, where)
-        return [{"item_id": item_ids[item], "task": TASKS[task]} for item, task in zip(items.tolist(), tasks.tolist(), strict=True)]
+        return [
+            {"item_id": item_ids[item], "task": TASKS[task]}
+            for item, task in zip(items.tolist(), tasks.tolist(), strict=True)
+        ]
 
     def rows(self, user_id: Any, where: str = "user") -> tuple[np.ndarray, np.ndarray]:
         """The same as rows of the catalogue and codes of tasks."""
@@ -67,7 +73,9 @@ class Users:
         """The first `count` users with at least one click."""
         if not self._row_of:
             self._read()
-        clicked = (user_id for user_id, row in self._row_of.items() if self._starts[row] < self._starts[row + 1])
+        clicked = (
+            user_id for user_id, row in self._row_of.items() if self._starts[row] < self._starts[row + 1]
+        )
         return list(itertools.islice(clicked, count))
 
     def _read(self) -> None:
@@ -76,12 +84,15 @@ class Users:
         keep = in_histories(clicks.user, clicks.time, clicks.item, clicks.task)
         self._items, self._tasks = clicks.item[keep].astype(np.int32), clicks.task[keep].astype(np.int8)
         self._starts = np.searchsorted(clicks.user[keep], np.arange(manifest.num_users + 1)).tolist()
-        ids = pq.read_table(self.folder / "catalog" / "users.parquet", columns=["user_id"])["user_id"].to_pylist()
+        ids = pq.read_table(self.folder / "catalog" / "users.parquet", columns=["user_id"])[
+            "user_id"
+        ].to_pylist()
         self._row_of = {str(user_id): row for row, user_id in enumerate(ids)}
 
 
 def open_users(folder: str | Path, manifest_hash: str, must_be_there: bool) -> "Users | str":
-    """Users of a prepared folder, if it is the one the model was trained on; else the reason why their histories are not known.
+    """Users of a prepared folder, if it is the one the model was trained on; else the reason why their
+    histories are not known.
 
     Raises DataError instead when must_be_there.
     """
@@ -90,16 +101,22 @@ def open_users(folder: str | Path, manifest_hash: str, must_be_there: bool) -> "
     except DataError as error:
         if must_be_there:
             raise
-        return f"user_id cannot be looked up: {error} Give a history instead, or the folder of the training data"
+        return (
+            f"user_id cannot be looked up: {error} Give a history instead, or the folder of the training data"
+        )
     if found == manifest_hash:
         return Users(Path(folder))
     if must_be_there:
-        raise DataError(f"{folder} is not the data this model was trained on (manifest {str(found)[:12]}, the model says {manifest_hash[:12]})")
+        raise DataError(
+            f"{folder} is not the data this model was trained on (manifest {str(found)[:12]}, the model says "
+            f"{manifest_hash[:12]})"
+        )
     return "user_id cannot be looked up: the prepared folder of the training data is not here. Give a history instead"
 
 
 def read_history(path: Path) -> list[Any]:
-    """A history file: a JSON list of {"item_id": …, "task": "rec" | "src"}, oldest first, or one such object a line. Raises RequestError."""
+    """A history file: a JSON list of {"item_id": …, "task": "rec" | "src"}, oldest first, or one such object
+    a line. Raises RequestError."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -110,4 +127,6 @@ def read_history(path: Path) -> list[Any]:
             return entries
         return [json.loads(line) for line in text.splitlines() if line.strip()]
     except ValueError as error:
-        raise RequestError(f'{path}: not a JSON list of {{"item_id": …, "task": "rec"}}, nor one such object a line: {error}') from error
+        raise RequestError(
+            f'{path}: not a JSON list of {{"item_id": …, "task": "rec"}}, nor one such object a line: {error}'
+        ) from error

@@ -1,9 +1,11 @@
-"""Records on their way to MLflow: a file that training appends to, and a thread that sends what is in it. Nobody waits for a store.
+"""Records on their way to MLflow: a file that training appends to, and a thread that sends what is in it.
+Nobody waits for a store.
 
     log_metrics ─▶ RUN/tracking-spool.jsonl ─▶ Sender (a thread) ─▶ store          a store that is down or slow: the file grows, and is
     tracking/machine.py  ─▶ RUN/machine/NODE.jsonl   ─┘                                      sent when it answers again, by this process or a later one
 
-A record is written before it is sent, so a killed process loses none; what was sent twice is stored once (a metric's step counts).
+A record is written before it is sent, so a killed process loses none; what was sent twice is stored once (a
+metric's step counts).
 """
 
 import json
@@ -41,7 +43,8 @@ class JsonLines:
         self.path, self.position = path, 0
 
     def read(self) -> tuple[list[dict[str, Any]], int]:
-        """(records after `position`, the position after them). Lines that are no JSON (of a killed process) are left out."""
+        """(records after `position`, the position after them). Lines that are no JSON (of a killed process)
+        are left out."""
         try:
             with self.path.open("rb") as file:
                 file.seek(self.position)
@@ -91,7 +94,9 @@ class Spool(JsonLines):
 class Sender(threading.Thread):
     """Sends a run's records until close(). `open_run` returns the run's id, and is tried again until it does."""
 
-    def __init__(self, uri: str, run_dir: Path, open_run: Callable[["MlflowClient"], str], resumed: bool) -> None:
+    def __init__(
+        self, uri: str, run_dir: Path, open_run: Callable[["MlflowClient"], str], resumed: bool
+    ) -> None:
         super().__init__(name="tracking", daemon=True)
         self.uri, self.run_id = uri, ""
         self.refused: Exception | None = None  # why the run cannot be opened, ever
@@ -112,7 +117,8 @@ class Sender(threading.Thread):
         self._news.set()
 
     def close(self, timeout_s: float) -> bool:
-        """Send what is left, for `timeout_s` at most, again and again while a server is down; True when everything has arrived."""
+        """Send what is left, for `timeout_s` at most, again and again while a server is down; True when
+        everything has arrived."""
         self._close_by_s = time.monotonic() + timeout_s
         self._closing.set()
         self._news.set()
@@ -144,7 +150,8 @@ class Sender(threading.Thread):
                     return
 
     def _deliver(self, client: "MlflowClient") -> None:
-        """Everything that is there now. Raises whatever the store does; what has arrived by then is not sent again."""
+        """Everything that is there now. Raises whatever the store does; what has arrived by then is not sent
+        again."""
         if not self.opened.is_set():
             self.run_id = self._open_run(client)
             self.opened.set()
@@ -161,7 +168,9 @@ class Sender(threading.Thread):
             lines.position = position
 
     def _send(self, client: "MlflowClient", records: Sequence[Record]) -> None:
-        if self._last_step is None:  # after a resume the steps since the checkpoint are run, and reported, again
+        if (
+            self._last_step is None
+        ):  # after a resume the steps since the checkpoint are run, and reported, again
             self._last_step = logged_steps(client, self.run_id)
         fresh = []
         last = dict(self._last_step)
@@ -181,22 +190,34 @@ class Sender(threading.Thread):
     def _warn(self, error: Exception) -> None:
         if not self._warned:
             uri, spool = mask_secrets(self.uri), self.spool.path
-            log.warning("MLflow at %s failed (%s). Training goes on; points are kept in %s", uri, one_line(error), spool)
+            log.warning(
+                "MLflow at %s failed (%s). Training goes on; points are kept in %s",
+                uri,
+                one_line(error),
+                spool,
+            )
         self._warned = True
 
 
 def machine_points(node: str, sample: Record) -> list[Record]:
     """A line of RUN/machine/NODE.jsonl as metrics `system/NODE/…`, which MLflow shows on a page of their own."""
-    return [{"metric": [f"system/{node}/{name}", value, sample["time_ms"], sample["step"]]} for name, value in sample["values"].items()]
+    return [
+        {"metric": [f"system/{node}/{name}", value, sample["time_ms"], sample["step"]]}
+        for name, value in sample["values"].items()
+    ]
 
 
 def logged_steps(client: "MlflowClient", run_id: str) -> dict[str, int]:
     """The last step of each metric that the store has."""
-    return {key: max(point.step for point in client.get_metric_history(run_id, key)) for key in client.get_run(run_id).data.metrics}
+    return {
+        key: max(point.step for point in client.get_metric_history(run_id, key))
+        for key in client.get_run(run_id).data.metrics
+    }
 
 
 def send(client: "MlflowClient", run_id: str, records: Sequence[Record]) -> None:
-    """Records → the store, metrics in large requests. Sending them again changes nothing. Raises what the store does, but for hopeless records."""
+    """Records → the store, metrics in large requests. Sending them again changes nothing. Raises what the
+    store does, but for hopeless records."""
     from mlflow.entities import Metric, Param, RunTag
 
     points = [Metric(*record["metric"]) for record in records if "metric" in record]
@@ -227,7 +248,8 @@ def send(client: "MlflowClient", run_id: str, records: Sequence[Record]) -> None
 
 
 def is_outage(error: Exception, uri: str) -> bool:
-    """A server that may answer later. What the user must mend (a wrong address or token, a local file that cannot be opened) is none."""
+    """A server that may answer later. What the user must mend (a wrong address or token, a local file that
+    cannot be opened) is none."""
     if not is_server(uri):
         return False
     code = re.search(r"failed with error code (\d+)", str(error))
@@ -236,4 +258,8 @@ def is_outage(error: Exception, uri: str) -> bool:
 
 
 def _http_status(error: Exception) -> int:
-    return int(error.get_http_status_code()) if hasattr(error, "get_http_status_code") and hasattr(error, "json") else 503
+    return (
+        int(error.get_http_status_code())
+        if hasattr(error, "get_http_status_code") and hasattr(error, "json")
+        else 503
+    )

@@ -1,6 +1,8 @@
-"""What each node measures of itself while it trains: RUN/machine/NODE.jsonl, which rank 0's tracker sends with everything else.
+"""What each node measures of itself while it trains: RUN/machine/NODE.jsonl, which rank 0's tracker sends
+with everything else.
 
-The measurements are MLflow's own (psutil; GPUs through NVML), the file is ours: no node but rank 0's needs to reach a tracking server, and none waits.
+The measurements are MLflow's own (psutil; GPUs through NVML), the file is ours: no node but rank 0's needs to
+reach a tracking server, and none waits.
 """
 
 import contextlib
@@ -21,7 +23,8 @@ log = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def measured(run_dir: str | Path, every_s: float, enabled: bool = True) -> Iterator[None]:
-    """Measure this node every `every_s` seconds while the block runs; one process of each node does. A resumed run goes on in the same file."""
+    """Measure this node every `every_s` seconds while the block runs; one process of each node does. A
+    resumed run goes on in the same file."""
     if not (enabled and every_s):
         yield
         return
@@ -51,7 +54,9 @@ def _measure(path: Path, every_s: float, done: threading.Event) -> None:
                 file.write("\n")  # a killed process may have left half a line
             while not done.wait(every_s):
                 values = {name: value for monitor in monitors for name, value in _sample(monitor).items()}
-                file.write(json.dumps({"step": step, "time_ms": int(time.time() * 1000), "values": values}) + "\n")
+                file.write(
+                    json.dumps({"step": step, "time_ms": int(time.time() * 1000), "values": values}) + "\n"
+                )
                 step += 1
     except Exception as error:  # never a reason to end a training
         log.warning("this node is not measured any more (%s: %s)", type(error).__name__, error)

@@ -1,4 +1,5 @@
-"""MLflow as everything else here sees it: clients that fail within seconds, experiments, what a run folder says of its run, and secrets masked."""
+"""MLflow as everything else here sees it: clients that fail within seconds, experiments, what a run folder
+says of its run, and secrets masked."""
 
 import contextlib
 import fcntl
@@ -16,7 +17,7 @@ import yaml
 
 from data_shards.schema import Manifest
 from trainer.config import Config
-from trainer.files import atomic
+from trainer.runtime.files import atomic
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -52,7 +53,8 @@ def connect(uri: str) -> "MlflowClient":
 
 @contextlib.contextmanager
 def _one_at_a_time(lock: Path) -> Iterator[None]:
-    """MLflow makes a new database in many steps, and two programs that begin at once, as a sweep's runs do, would break it for good."""
+    """MLflow makes a new database in many steps, and two programs that begin at once, as a sweep's runs do,
+    would break it for good."""
     with contextlib.ExitStack() as held:
         with contextlib.suppress(OSError):  # a folder that cannot be written, or a file system without locks
             fcntl.flock(held.enter_context(lock.open("w")), fcntl.LOCK_EX)
@@ -60,7 +62,8 @@ def _one_at_a_time(lock: Path) -> Iterator[None]:
 
 
 def open_experiment(client: "MlflowClient", uri: str, name: str, run_dir: str | Path) -> str:
-    """Id of the experiment; made if it is new. A local store keeps artifacts in mlartifacts/ beside the run folder, a server decides for itself."""
+    """Id of the experiment; made if it is new. A local store keeps artifacts in mlartifacts/ beside the run
+    folder, a server decides for itself."""
     from mlflow.exceptions import MlflowException
 
     found = client.get_experiment_by_name(name)
@@ -82,7 +85,10 @@ def is_server(uri: str) -> bool:
 def write_run_file(folder: Path, uri: str, experiment_id: str, run_id: str) -> None:
     """folder/tracking.json: which MLflow run is this folder's."""
     with atomic(folder / RUN_FILE) as path:
-        path.write_text(json.dumps({"uri": mask_secrets(uri), "experiment_id": experiment_id, "run_id": run_id}, indent=2) + "\n")
+        path.write_text(
+            json.dumps({"uri": mask_secrets(uri), "experiment_id": experiment_id, "run_id": run_id}, indent=2)
+            + "\n"
+        )
 
 
 def read_run_file(folder: str | Path, uri: str = "") -> str:
@@ -106,8 +112,18 @@ def log_figures(client: "MlflowClient", run_id: str, figures: Mapping[str, float
 
 def dataset_record(manifest: Manifest, data_dir: str) -> dict[str, Any]:
     raw = manifest.raw
-    profile = {"counts": raw.get("counts"), "split": raw.get("split"), "seeds": raw.get("seeds"), "manifest_hash": manifest.hash}
-    return {"name": str(raw.get("source", {}).get("name", "prepared")), "digest": manifest.hash, "uri": mask_secrets(data_dir), "profile": profile}
+    profile = {
+        "counts": raw.get("counts"),
+        "split": raw.get("split"),
+        "seeds": raw.get("seeds"),
+        "manifest_hash": manifest.hash,
+    }
+    return {
+        "name": str(raw.get("source", {}).get("name", "prepared")),
+        "digest": manifest.hash,
+        "uri": mask_secrets(data_dir),
+        "profile": profile,
+    }
 
 
 def dataset_input(record: Mapping[str, Any]) -> Any:
@@ -131,7 +147,11 @@ def metric_name(name: str) -> str:
 def mask_secrets(text: str) -> str:
     """Hide passwords in URLs: user:password@host and ?token=…"""
     text = re.sub(r"://[^/@\s]+@", "://***@", text)
-    return re.sub(r"(?i)([?&][^=&\s]*(?:key|token|secret|password|signature|credential)[^=&\s]*=)[^&\s]+", r"\1***", text)
+    return re.sub(
+        r"(?i)([?&][^=&\s]*(?:key|token|secret|password|signature|credential)[^=&\s]*=)[^&\s]+",
+        r"\1***",
+        text,
+    )
 
 
 def masked(tree: Mapping[str, Any]) -> dict[str, Any]:

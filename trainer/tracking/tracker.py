@@ -1,7 +1,8 @@
 """The only tracker: one MLflow run a job, from rank 0, that never stops or slows training.
 
-Every call writes a line to RUN/tracking-spool.jsonl and returns; tracking/delivery.py sends it. The client interface is used instead of mlflow's global
-"active run": the run of a killed process stays RUNNING instead of turning FINISHED.
+Every call writes a line to RUN/tracking-spool.jsonl and returns; tracking/delivery.py sends it. The client
+interface is used instead of mlflow's global "active run": the run of a killed process stays RUNNING instead
+of turning FINISHED.
 """
 
 import logging
@@ -43,7 +44,8 @@ log = logging.getLogger(__name__)
 
 
 class Tracker:
-    """What the training loop sees. This base class records nothing: ranks above 0, and tracking.enabled=false."""
+    """What the training loop sees. This base class records nothing: ranks above 0, and
+    tracking.enabled=false."""
 
     @property
     def run_id(self) -> str:
@@ -51,13 +53,20 @@ class Tracker:
         return ""
 
     @staticmethod
-    def start(config: Config, run_dir: str | Path, facts: Mapping[str, Any], enabled: bool = True, resume_run_id: str | None = None) -> "Tracker":
-        """Open a new MLflow run, or go on with `resume_run_id`, or with the one that RUN/tracking.json names for this store.
+    def start(
+        config: Config,
+        run_dir: str | Path,
+        facts: Mapping[str, Any],
+        enabled: bool = True,
+        resume_run_id: str | None = None,
+    ) -> "Tracker":
+        """Open a new MLflow run, or go on with `resume_run_id`, or with the one that RUN/tracking.json names
+        for this store.
 
-        `facts` describes data, code and machine as nested plain values. Known keys: "manifest" (a Manifest, becomes the run's dataset),
-        "git" with "commit", "dirty", "diff"; everything else becomes tags.
-        Raises EnvironmentProblem when a new run is refused (a wrong address or token, a file that cannot be opened); a server that does not
-        answer gets the run when it does.
+        `facts` describes data, code and machine as nested plain values. Known keys: "manifest" (a Manifest,
+        becomes the run's dataset), "git" with "commit", "dirty", "diff"; everything else becomes tags. Raises
+        EnvironmentProblem when a new run is refused (a wrong address or token, a file that cannot be opened);
+        a server that does not answer gets the run when it does.
         """
         if not (enabled and config.tracking.enabled):
             return NullTracker()
@@ -73,7 +82,8 @@ class Tracker:
         """A mapping as a YAML or JSON artifact."""
 
     def finish(self, status: Status) -> None:
-        """Send what is left and close the run. Do not call it for a job that will be requeued: its run stays RUNNING."""
+        """Send what is left and close the run. Do not call it for a job that will be requeued: its run stays
+        RUNNING."""
 
 
 class NullTracker(Tracker):
@@ -83,7 +93,9 @@ class NullTracker(Tracker):
 class MlflowTracker(Tracker):
     """Rank 0's tracker: calls become records for the sender."""
 
-    def __init__(self, config: Config, run_dir: Path, facts: Mapping[str, Any], resume_run_id: str | None) -> None:
+    def __init__(
+        self, config: Config, run_dir: Path, facts: Mapping[str, Any], resume_run_id: str | None
+    ) -> None:
         self.uri = tracking_uri(config, run_dir)
         known = resume_run_id or read_run_file(run_dir, self.uri)
 
@@ -92,7 +104,9 @@ class MlflowTracker(Tracker):
 
         self._sender = Sender(self.uri, run_dir, open_run, resumed=bool(known))
         self._sender.run_id = known
-        self._sender.put([{"status": "RUNNING"}] if known else describe(config, run_dir, facts, facts.get("manifest")))
+        self._sender.put(
+            [{"status": "RUNNING"}] if known else describe(config, run_dir, facts, facts.get("manifest"))
+        )
         self._sender.start()
         if not known:
             self._sender.opened.wait(OPEN_WAIT_S)
@@ -100,7 +114,8 @@ class MlflowTracker(Tracker):
             self._sender.spool.path.unlink(missing_ok=True)
             raise EnvironmentProblem(
                 f"MLflow at {mask_secrets(self.uri)} does not open a run: {one_line(error)}\n"
-                "Check tracking.uri and that its folder can be written, or train without it: tracking.enabled=false"
+                "Check tracking.uri and that its folder can be written, or train without it: "
+                "tracking.enabled=false"
             ) from error
 
     @property
@@ -109,7 +124,9 @@ class MlflowTracker(Tracker):
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         now_ms = int(time.time() * 1000)
-        self._sender.put([{"metric": [metric_name(name), float(value), now_ms, step]} for name, value in metrics.items()])
+        self._sender.put(
+            [{"metric": [metric_name(name), float(value), now_ms, step]} for name, value in metrics.items()]
+        )
 
     def log_artifact(self, path: str | Path, folder: str = "") -> None:
         self._sender.put([{"artifact": str(path), "folder": folder}])
@@ -121,7 +138,11 @@ class MlflowTracker(Tracker):
         self._sender.put([{"status": status, "end_ms": int(time.time() * 1000)}])
         if not self._sender.close(STOP_WAIT_S if status == "KILLED" else FINISH_WAIT_S):
             spool = self._sender.spool.path
-            log.warning("MLflow at %s has not taken everything: gensr runs import %s sends it later", mask_secrets(self.uri), spool.parent)
+            log.warning(
+                "MLflow at %s has not taken everything: gensr runs import %s sends it later",
+                mask_secrets(self.uri),
+                spool.parent,
+            )
 
     def _create(self, client: "MlflowClient", config: Config, run_dir: Path) -> str:
         experiment_id = open_experiment(client, self.uri, config.tracking.experiment, run_dir)
@@ -130,10 +151,14 @@ class MlflowTracker(Tracker):
         return str(run.info.run_id)
 
 
-def describe(config: Config, run_dir: Path, facts: Mapping[str, Any], manifest: Manifest | None) -> list[Record]:
+def describe(
+    config: Config, run_dir: Path, facts: Mapping[str, Any], manifest: Manifest | None
+) -> list[Record]:
     """What a run is: settings as parameters, code, data and machine as tags, dataset and files."""
     tree = masked(to_dict(config))
-    records: list[Record] = [{"params": {key: str(value)[:MAX_PARAM] for key, value in flatten(tree).items()}}]
+    records: list[Record] = [
+        {"params": {key: str(value)[:MAX_PARAM] for key, value in flatten(tree).items()}}
+    ]
     rest = {key: value for key, value in facts.items() if key != "manifest"}
     git = dict(rest.get("git") or {})
     if diff := git.pop("diff", ""):
@@ -152,8 +177,8 @@ def describe(config: Config, run_dir: Path, facts: Mapping[str, Any], manifest: 
 
 
 def log_evaluation(run_dir: Path, split: str, figures: Mapping[str, float], table: Sequence[str]) -> None:
-    """The results of an evaluation → the run's figures, its table and evaluation-SPLIT.json. A store that fails costs a warning: repeat the evaluation,
-    or import the folder."""
+    """The results of an evaluation → the run's figures, its table and evaluation-SPLIT.json. A store that
+    fails costs a warning: repeat the evaluation, or import the folder."""
     config = config_from_dict(read_yaml(run_dir / "config.yaml"))
     uri = tracking_uri(config, run_dir)
     run_id = read_run_file(run_dir, uri)
@@ -166,5 +191,8 @@ def log_evaluation(run_dir: Path, split: str, figures: Mapping[str, float], tabl
         client.log_artifact(run_id, str(run_dir / f"evaluation-{split}.json"))
     except Exception as error:
         log.warning(
-            "MLflow at %s has not taken the evaluation (%s): gensr runs import %s sends it later", mask_secrets(uri), one_line(error), run_dir
+            "MLflow at %s has not taken the evaluation (%s): gensr runs import %s sends it later",
+            mask_secrets(uri),
+            one_line(error),
+            run_dir,
         )

@@ -39,7 +39,10 @@ def reviews() -> list[dict[str, Any]]:
 
 
 def test_a_query_is_the_words_of_the_path_once_without_stop_words() -> None:
-    assert category_query(["Industrial & Scientific", "Tapes, Adhesives", "Tapes for the Lab"]) == "industrial scientific tapes adhesives lab"
+    assert (
+        category_query(["Industrial & Scientific", "Tapes, Adhesives", "Tapes for the Lab"])
+        == "industrial scientific tapes adhesives lab"
+    )
     assert category_query(["Men's Books", "Self-Help"]) == "men's books self help"
     assert category_query([]) == ""
     assert PATH_COMMA.split("Tools,Nuts, Bolts,Wing Nuts") == ["Tools", "Nuts, Bolts", "Wing Nuts"]
@@ -53,18 +56,29 @@ def test_the_text_is_the_path_below_the_root_and_the_title() -> None:
 
 def test_the_pair_gives_two_events_a_purchase_in_list_order(tmp_path: Path) -> None:
     (tmp_path / "Tiny.inter.json").write_text(json.dumps({"0": [0, 1, 2, 3, 9], "1": [3, 4, 0], "2": [5, 1]}))
-    items = {str(i): {"title": f"Title {i}", "brand": "B", "categories": "Root,Kind" if i else ""} for i in range(6)}
+    items = {
+        str(i): {"title": f"Title {i}", "brand": "B", "categories": "Root,Kind" if i else ""}
+        for i in range(6)
+    }
     (tmp_path / "Tiny.item.json").write_text(json.dumps(items))
     manifest = prepare("amazon", tmp_path, tmp_path / "out", SETTINGS)
-    assert manifest.raw["dropped"] == {"item not in the metadata": 1, "search event of an item without a category path": 2}
+    assert manifest.raw["dropped"] == {
+        "item not in the metadata": 1,
+        "search event of an item without a category path": 2,
+    }
     assert (manifest.raw["source"]["paths"], manifest.raw["source"]["paths_of_one_item"]) == (1, 0)
     events = read_back(tmp_path / "out")
     assert {(e["user"], e["item"], e["task"], e["query"]) for e in events["test"]} == {
         (0, 3, "rec", None), (0, 3, "src", "root kind"), (1, 0, "rec", None),
     }, "user 2 has two moments only and just trains; item 0 has no path"  # fmt: skip
     assert {e["item"] for e in events["valid"]} == {2, 4}
-    assert all(e["history"] == [(0, "rec"), (1, "src"), (2, "src")] for e in events["test"] if e["user"] == 0), "a purchase is in a history once"
-    texts = {row["item_id"]: row["text"] for row in pq.read_table(tmp_path / "out" / "catalog" / "items.parquet").to_pylist()}
+    assert all(
+        e["history"] == [(0, "rec"), (1, "src"), (2, "src")] for e in events["test"] if e["user"] == 0
+    ), "a purchase is in a history once"
+    texts = {
+        row["item_id"]: row["text"]
+        for row in pq.read_table(tmp_path / "out" / "catalog" / "items.parquet").to_pylist()
+    }
     assert (texts[0], texts[1]) == ("Title 0", "Kind Title 1")
 
 
@@ -72,35 +86,69 @@ def test_no_query_belongs_to_one_item_alone(tmp_path: Path) -> None:
     paths = ["Root,A,B,C", "Root,A,B", "Root,A,D", "Root,A,D", "Root,E", "Root,F,F", "Rest,G", "Root,A,B,C"]
     bought = {"0": [0, 1, 2, 3, 4], "1": [5, 6, 4, 0, 1]}
     (tmp_path / "Tiny.inter.json").write_text(json.dumps(bought))
-    (tmp_path / "Tiny.item.json").write_text(json.dumps({str(i): {"title": f"Title {i}", "categories": path} for i, path in enumerate(paths)}))
+    (tmp_path / "Tiny.item.json").write_text(
+        json.dumps({str(i): {"title": f"Title {i}", "categories": path} for i, path in enumerate(paths)})
+    )
     queries, manifests = {}, {}
     for option in (1, 2):
-        manifests[option] = prepare("amazon", tmp_path, tmp_path / f"out{option}", [*SETTINGS, f"min_query_items={option}"]).raw
+        manifests[option] = prepare(
+            "amazon", tmp_path, tmp_path / f"out{option}", [*SETTINGS, f"min_query_items={option}"]
+        ).raw
         events = [event for split in read_back(tmp_path / f"out{option}").values() for event in split]
         queries[option] = {event["item"]: event["query"] for event in events if event["task"] == "src"}
-    assert queries[1] == {0: "root b c", 1: "root b", 2: "root d", 3: "root d", 4: "root e", 5: "root f", 6: "rest g"}
-    assert queries[2] == {0: "root b", 1: "root b", 2: "root d", 3: "root d", 4: "root", 5: "root"}, "7 has the path of 0, but nobody bought it"
+    assert queries[1] == {
+        0: "root b c",
+        1: "root b",
+        2: "root d",
+        3: "root d",
+        4: "root e",
+        5: "root f",
+        6: "rest g",
+    }
+    assert queries[2] == {0: "root b", 1: "root b", 2: "root d", 3: "root d", 4: "root", 5: "root"}, (
+        "7 has the path of 0, but nobody bought it"
+    )
     source = manifests[2]["source"]
-    assert (source["paths_of_one_item"], source["items_with_shorter_query"], source["items_without_query"]) == (5, 3, 1)
+    assert (
+        source["paths_of_one_item"],
+        source["items_with_shorter_query"],
+        source["items_without_query"],
+    ) == (5, 3, 1)
     assert manifests[2]["dropped"] == {"search event of an item that shares no query": 1}
 
 
 def meta_2014(number: int) -> str:
-    row = {"asin": f"B{number}", "title": f"It's item {number}", "categories": [["Kindle Store"], ["Kindle Store", "Books", "Kind &amp; Co"]]}
+    row = {
+        "asin": f"B{number}",
+        "title": f"It's item {number}",
+        "categories": [["Kindle Store"], ["Kindle Store", "Books", "Kind &amp; Co"]],
+    }
     return repr(row)  # a Python literal, no JSON
 
 
 def meta_2018(number: int) -> str:
-    return json.dumps({"asin": f"B{number}", "title": f"It&#39;s <b>item</b> {number}", "category": ["Kindle Store", "Books", "Kind & Co"]})
+    return json.dumps(
+        {
+            "asin": f"B{number}",
+            "title": f"It&#39;s <b>item</b> {number}",
+            "category": ["Kindle Store", "Books", "Kind & Co"],
+        }
+    )
 
 
 @pytest.mark.parametrize(
-    ("form", "names"), [(meta_2014, ("reviews_Kindle_5.json.gz", "meta_Kindle.json.gz")), (meta_2018, ("Kindle_5.json.gz", "meta_Kindle.json.gz"))]
+    ("form", "names"),
+    [
+        (meta_2014, ("reviews_Kindle_5.json.gz", "meta_Kindle.json.gz")),
+        (meta_2018, ("Kindle_5.json.gz", "meta_Kindle.json.gz")),
+    ],
 )
 def test_both_generations_of_the_release(tmp_path: Path, form: Any, names: tuple[str, str]) -> None:
     spoilt = [{"reviewerID": "A", "asin": "B1"}, {"asin": "B1", "unixReviewTime": 1_400_000_000}]
     write_lines(tmp_path / names[0], [json.dumps(row) for row in reviews() + spoilt + reviews()[:1]])
-    write_lines(tmp_path / names[1], [form(number) for number in [*range(12), 3]] + [json.dumps({"title": "no id"})])
+    write_lines(
+        tmp_path / names[1], [form(number) for number in [*range(12), 3]] + [json.dumps({"title": "no id"})]
+    )
     manifest = prepare("amazon", tmp_path, tmp_path / "out", SETTINGS)
     assert manifest.raw["dropped"] == {
         "review without a time": 1, "review without a user or an item": 1, "metadata without an item": 1, "duplicate click": 2,
@@ -108,11 +156,15 @@ def test_both_generations_of_the_release(tmp_path: Path, form: Any, names: tuple
     }  # fmt: skip
     assert manifest.num_items == 9, "items that nobody bought are not in the catalogue"
     test = read_back(tmp_path / "out")["test"]
-    assert {(e["user"], e["item"]) for e in test} == {("A", "B3"), ("A", "B4"), ("B", "B6"), ("C", "B8")}, "all purchases of the last day"
+    assert {(e["user"], e["item"]) for e in test} == {("A", "B3"), ("A", "B4"), ("B", "B6"), ("C", "B8")}, (
+        "all purchases of the last day"
+    )
     assert {e["query"] for e in test} == {None, "kindle store books kind co"}
     assert all(len(e["history"]) == 3 for e in test if e["user"] == "A")
     texts = pq.read_table(tmp_path / "out" / "catalog" / "items.parquet").to_pylist()
-    assert {row["text"] for row in texts} == {f"Books Kind & Co It's item {row['item_id'][1:]}" for row in texts}
+    assert {row["text"] for row in texts} == {
+        f"Books Kind & Co It's item {row['item_id'][1:]}" for row in texts
+    }
 
 
 def test_damaged_files_are_named(tmp_path: Path) -> None:
@@ -127,7 +179,9 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
         prepare("amazon", tmp_path, tmp_path / "out", SETTINGS)
 
 
-@pytest.mark.skipif(not (SHARED / "amazon_scientific").is_dir(), reason="no GENSR_SHARED_DATA/amazon_scientific")
+@pytest.mark.skipif(
+    not (SHARED / "amazon_scientific").is_dir(), reason="no GENSR_SHARED_DATA/amazon_scientific"
+)
 def test_scientific_has_its_known_counts(tmp_path: Path) -> None:
     manifest = prepare("amazon", SHARED / "amazon_scientific", tmp_path / "out", ["vocab_size=500"])
     counts = manifest.raw["counts"]
@@ -136,7 +190,11 @@ def test_scientific_has_its_known_counts(tmp_path: Path) -> None:
     assert counts["test"]["rec"] == counts["valid"]["rec"] == 8_317
 
 
-@pytest.mark.skipif(not (SHARED / "amazon_giftcards_raw").is_dir(), reason="no GENSR_SHARED_DATA/amazon_giftcards_raw")
+@pytest.mark.skipif(
+    not (SHARED / "amazon_giftcards_raw").is_dir(), reason="no GENSR_SHARED_DATA/amazon_giftcards_raw"
+)
 def test_gift_cards_are_read(tmp_path: Path) -> None:
-    manifest = prepare("amazon", SHARED / "amazon_giftcards_raw", tmp_path / "out", ["num_negatives=50", "vocab_size=500"])
+    manifest = prepare(
+        "amazon", SHARED / "amazon_giftcards_raw", tmp_path / "out", ["num_negatives=50", "vocab_size=500"]
+    )
     assert (manifest.num_users, manifest.num_items, manifest.raw["counts"]["raw"]["rec"]) == (458, 148, 2_972)

@@ -1,4 +1,5 @@
-"""Every input that cannot be used gets one message with what, where and the fix, and leaves nothing behind under OUT."""
+"""Every input that cannot be used gets one message with what, where and the fix, and leaves nothing behind
+under OUT."""
 
 import json
 from collections.abc import Callable
@@ -27,7 +28,9 @@ def change_lines(path: Path, change: Callable[[int, dict[str, Any]], Any]) -> No
     path.write_text("".join(json.dumps(row) + "\n" for row in rows if row is not None))
 
 
-def refused(raw: Path, match: str, *settings: str, kind: type[Exception] = DataError, source: str = "tables") -> None:
+def refused(
+    raw: Path, match: str, *settings: str, kind: type[Exception] = DataError, source: str = "tables"
+) -> None:
     out = raw.parent / "out"
     with pytest.raises(kind, match=match):
         prepare(source, raw, out, [*FAST, *settings])
@@ -64,9 +67,15 @@ def test_items_without_text_or_words(raw: Path) -> None:
 
 @pytest.mark.parametrize(
     ("column", "value", "expected"),
-    [("time", "yesterday", "integer ms since 1970 or ISO 8601"), ("task", "buy", "rec or src"), ("clicked", "maybe", "0 or 1")],
+    [
+        ("time", "yesterday", "integer ms since 1970 or ISO 8601"),
+        ("task", "buy", "rec or src"),
+        ("clicked", "maybe", "0 or 1"),
+    ],
 )
-def test_a_wrong_value_is_named_by_file_column_and_row(raw: Path, column: str, value: str, expected: str) -> None:
+def test_a_wrong_value_is_named_by_file_column_and_row(
+    raw: Path, column: str, value: str, expected: str
+) -> None:
     change_lines(raw / "events.jsonl", lambda number, row: {**row, column: value} if number >= 7 else row)
     refused(raw, rf"events\.jsonl:{column}:row 8: must be {expected}, got '{value}'")
 
@@ -85,7 +94,10 @@ def test_a_csv_row_with_too_few_columns_is_named(raw: Path) -> None:
 
 def test_words_that_are_no_integers(tmp_path: Path) -> None:
     raw = write_tables(tmp_path / "raw", users=12, items=60, days=4, anonymised=True)
-    change_lines(raw / "events.jsonl", lambda number, row: {**row, "task": "src", "query": "red shoes"} if number == 3 else row)
+    change_lines(
+        raw / "events.jsonl",
+        lambda number, row: {**row, "task": "src", "query": "red shoes"} if number == 3 else row,
+    )
     refused(raw, r"events\.jsonl:query:row 4: must be a list of integers")
     change_lines(raw / "items.jsonl", lambda number, row: {**row, "words": "red"} if number == 3 else row)
     refused(raw, r"items\.jsonl:words: those of item 'i3' must be a list of integers, got 'red'")
@@ -151,7 +163,13 @@ def test_split_by_time_needs_a_clock(tmp_path: Path) -> None:
     (tmp_path / "raw").mkdir()
     (tmp_path / "raw" / "Small.inter.json").write_text('{"0": [0, 1, 2]}')
     (tmp_path / "raw" / "Small.item.json").write_text('{"0": {}, "1": {}, "2": {}}')
-    refused(tmp_path / "raw", "no common clock.*split=leave_one_out", "split=time", source="amazon", kind=ConfigError)
+    refused(
+        tmp_path / "raw",
+        "no common clock.*split=leave_one_out",
+        "split=time",
+        source="amazon",
+        kind=ConfigError,
+    )
 
 
 def test_a_tokenizer_that_is_not_there_or_splits_the_answers(raw: Path, tmp_path: Path) -> None:
@@ -159,7 +177,9 @@ def test_a_tokenizer_that_is_not_there_or_splits_the_answers(raw: Path, tmp_path
 
     refused(raw, r"tokenizer=/nowhere: .* does not exist", "tokenizer=/nowhere", kind=ConfigError)
     Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>")).save(str(tmp_path / "tokenizer.json"))
-    refused(raw, "Yes and No must be one token each", f"tokenizer={tmp_path / 'tokenizer.json'}", kind=ConfigError)
+    refused(
+        raw, "Yes and No must be one token each", f"tokenizer={tmp_path / 'tokenizer.json'}", kind=ConfigError
+    )
 
 
 def test_an_existing_folder_is_refused_and_then_replaced_on_request(raw: Path) -> None:
@@ -175,7 +195,9 @@ def test_an_existing_folder_is_refused_and_then_replaced_on_request(raw: Path) -
         prepare("tables", raw, raw.parent / "mine", [*FAST, "overwrite=true"])
 
 
-def test_a_full_disk_leaves_the_old_folder_and_a_restart_goes_on(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_the_old_folder_and_a_restart_goes_on(
+    raw: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = raw.parent / "out"
     before = prepare("tables", raw, out, FAST)
     settings = [*FAST, "seed=1", "overwrite=true"]
@@ -185,7 +207,9 @@ def test_a_full_disk_leaves_the_old_folder_and_a_restart_goes_on(raw: Path, monk
 
     with monkeypatch.context() as patch:
         patch.setattr(write.HashingFile, "write", full)
-        with pytest.raises(DataError, match=r"No space left on device.*is as it was.*run the same command again"):
+        with pytest.raises(
+            DataError, match=r"No space left on device.*is as it was.*run the same command again"
+        ):
             prepare("tables", raw, out, settings)
     from data_shards.schema import read_manifest
 
@@ -198,7 +222,9 @@ def test_a_full_disk_leaves_the_old_folder_and_a_restart_goes_on(raw: Path, monk
     assert "checks" in stages
 
 
-def test_other_settings_reuse_nothing_of_an_interrupted_run(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_settings_reuse_nothing_of_an_interrupted_run(
+    raw: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from data_shards import prepare as module
 
     def stop(*_: Any) -> Any:
@@ -210,19 +236,33 @@ def test_other_settings_reuse_nothing_of_an_interrupted_run(raw: Path, monkeypat
             prepare("tables", raw, raw.parent / "out", FAST)
     assert not (raw.parent / "out").exists()
     stages: list[str] = []
-    prepare("tables", raw, raw.parent / "out", [*FAST, "seed=1"], progress=lambda stage, done, total: stages.append(stage))
+    prepare(
+        "tables",
+        raw,
+        raw.parent / "out",
+        [*FAST, "seed=1"],
+        progress=lambda stage, done, total: stages.append(stage),
+    )
     assert stages[0] == "read"
 
 
 def test_ids_are_strings_or_integers_as_given(tmp_path: Path) -> None:
     def users_of(folder: Path) -> pa.DataType:
         prepare("tables", folder, folder.parent / f"{folder.name}-out", FAST)
-        return pq.read_table(folder.parent / f"{folder.name}-out" / "catalog" / "users.parquet").schema.field("user_id").type
+        return (
+            pq.read_table(folder.parent / f"{folder.name}-out" / "catalog" / "users.parquet")
+            .schema.field("user_id")
+            .type
+        )
 
     strings = write_tables(tmp_path / "strings", users=12, items=60, days=4)
     numbers = write_tables(tmp_path / "numbers", users=12, items=60, days=4)
     change_lines(
-        numbers / "events.jsonl", lambda number, row: {**row, "user_id": float(row["user_id"][1:]) if number % 2 else int(row["user_id"][1:])}
+        numbers / "events.jsonl",
+        lambda number, row: {
+            **row,
+            "user_id": float(row["user_id"][1:]) if number % 2 else int(row["user_id"][1:]),
+        },
     )
     assert users_of(strings) == pa.string()
     assert users_of(numbers) == pa.int64(), "12.0 is 12"
@@ -232,20 +272,41 @@ def test_parquet_with_timestamps_and_csv_with_iso_times_mean_the_same(tmp_path: 
     import datetime
 
     fingerprints = []
-    rows = [json.loads(line) for line in (write_tables(tmp_path / "raw", users=12, items=60, days=4) / "events.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (write_tables(tmp_path / "raw", users=12, items=60, days=4) / "events.jsonl")
+        .read_text()
+        .splitlines()
+    ]
     times = [datetime.datetime.fromtimestamp(row["time"] / 1000, tz=datetime.timezone.utc) for row in rows]
     for form in ("parquet", "csv"):
         folder = tmp_path / form
         folder.mkdir()
         (folder / "items.jsonl").write_bytes((tmp_path / "raw" / "items.jsonl").read_bytes())
-        columns: dict[str, Any] = {name: [row[name] for row in rows] for name in ("user_id", "item_id", "task", "query", "clicked")}
+        columns: dict[str, Any] = {
+            name: [row[name] for row in rows] for name in ("user_id", "item_id", "task", "query", "clicked")
+        }
         if form == "parquet":
-            pq.write_table(pa.table({**columns, "time": pa.array(times, pa.timestamp("ms", tz="UTC"))}), folder / "events.parquet")
+            pq.write_table(
+                pa.table({**columns, "time": pa.array(times, pa.timestamp("ms", tz="UTC"))}),
+                folder / "events.parquet",
+            )
         else:
             lines = [
-                ",".join([*(str(columns[name][i] or ("" if name == "query" else 0)) for name in columns), times[i].isoformat()])
+                ",".join(
+                    [
+                        *(str(columns[name][i] or ("" if name == "query" else 0)) for name in columns),
+                        times[i].isoformat(),
+                    ]
+                )
                 for i in range(len(rows))
             ]
-            (folder / "events.csv").write_text("\r\n".join([",".join([*columns, "time"]), *lines]) + "\r\n", encoding="utf-8-sig")
+            (folder / "events.csv").write_text(
+                "\r\n".join([",".join([*columns, "time"]), *lines]) + "\r\n", encoding="utf-8-sig"
+            )
         fingerprints.append(prepare("tables", folder, tmp_path / f"{form}-out", FAST).fingerprint)
-    assert fingerprints[0] == fingerprints[1] == prepare("tables", tmp_path / "raw", tmp_path / "out", FAST).fingerprint
+    assert (
+        fingerprints[0]
+        == fingerprints[1]
+        == prepare("tables", tmp_path / "raw", tmp_path / "out", FAST).fingerprint
+    )

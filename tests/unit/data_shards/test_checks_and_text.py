@@ -38,7 +38,9 @@ def later_than_its_history(values: np.ndarray, columns: EventColumns) -> None:
 
 
 def into_validation(values: np.ndarray, columns: EventColumns) -> None:
-    values[int(np.flatnonzero((columns.split == 0) & (columns.history_count == 0))[0])] = 1  # a user's first click
+    values[int(np.flatnonzero((columns.split == 0) & (columns.history_count == 0))[0])] = (
+        1  # a user's first click
+    )
 
 
 @pytest.mark.parametrize(
@@ -49,19 +51,35 @@ def into_validation(values: np.ndarray, columns: EventColumns) -> None:
         ("item", lambda values, _: values.__setitem__(slice(None), values[::-1].copy()), "event_once"),
     ],
 )
-def test_a_leak_is_found_and_nothing_is_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, column: str, change: Any, check: str) -> None:
+def test_a_leak_is_found_and_nothing_is_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, column: str, change: Any, check: str
+) -> None:
     monkeypatch.setattr(module, "check_prepared", changed(column, change))
     with pytest.raises(DataError, match=f"leak checks failed.*{check}"):
-        prepare("tables", write_tables(tmp_path / "raw", users=12, items=60, days=4), tmp_path / "out", ["num_negatives=20", "vocab_size=300"])
+        prepare(
+            "tables",
+            write_tables(tmp_path / "raw", users=12, items=60, days=4),
+            tmp_path / "out",
+            ["num_negatives=20", "vocab_size=300"],
+        )
     assert not (tmp_path / "out").exists()
 
 
 def test_clicked_and_repeated_negatives_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        module, "draw_negatives", lambda rows, user, taken, num_items, width, seed: np.full((len(rows), width), taken[0] % num_items, np.int32)
+        module,
+        "draw_negatives",
+        lambda rows, user, taken, num_items, width, seed: np.full(
+            (len(rows), width), taken[0] % num_items, np.int32
+        ),
     )
     with pytest.raises(DataError, match=r"leak checks failed.*negatives_unique.*negatives_unseen"):
-        prepare("tables", write_tables(tmp_path / "raw", users=12, items=60, days=4), tmp_path / "out", ["num_negatives=20", "vocab_size=300"])
+        prepare(
+            "tables",
+            write_tables(tmp_path / "raw", users=12, items=60, days=4),
+            tmp_path / "out",
+            ["num_negatives=20", "vocab_size=300"],
+        )
 
 
 def settings(*overrides: str) -> PrepareSettings:
@@ -88,7 +106,9 @@ def test_a_trained_tokenizer_is_the_same_every_time_and_reads_everything(tmp_pat
 
 def test_tokens_are_cut_padded_and_the_same_for_either_case() -> None:
     tokenizer = get_tokenizer(settings("vocab_size=300"), ["garden lamp"] * 50)
-    tokens = encode_texts(tokenizer, ["Garden LAMP", "garden lamp", "", "garden lamp " * 20, "Garden LAMP"], 6, lowercase=True)
+    tokens = encode_texts(
+        tokenizer, ["Garden LAMP", "garden lamp", "", "garden lamp " * 20, "Garden LAMP"], 6, lowercase=True
+    )
     assert tokens.shape == (5, 6)
     np.testing.assert_array_equal(tokens[0], tokens[1])
     np.testing.assert_array_equal(tokens[0], tokens[4])
@@ -136,4 +156,6 @@ def test_words_of_validation_and_test_queries_are_in_no_vocabulary(tmp_path: Pat
     (raw / "events.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     prepare("tables", raw, tmp_path / "out", SMALL)
     assert 987654 not in np.load(tmp_path / "out" / "catalog" / "words.npy")
-    assert "1003 987654" in pq.read_table(tmp_path / "out" / "catalog" / "queries.parquet")["text"].to_pylist()
+    assert (
+        "1003 987654" in pq.read_table(tmp_path / "out" / "catalog" / "queries.parquet")["text"].to_pylist()
+    )

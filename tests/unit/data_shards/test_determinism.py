@@ -37,7 +37,9 @@ def test_ids_tell_nothing_of_the_order_of_appearance(prepared: Path) -> None:
     import numpy as np
     import pyarrow.parquet as pq
 
-    original = [int(item[1:]) for item in pq.read_table(prepared / "catalog" / "items.parquet")["item_id"].to_pylist()]
+    original = [
+        int(item[1:]) for item in pq.read_table(prepared / "catalog" / "items.parquet")["item_id"].to_pylist()
+    ]
     assert abs(np.corrcoef(original, np.arange(len(original)))[0, 1]) < 0.25
 
 
@@ -54,10 +56,26 @@ prepare("tables", *sys.argv[2:4], sys.argv[4:], progress=progress)
 """
 
 
-def test_killed_again_and_again_the_bytes_are_the_same_and_finished_stages_stay(prepared: Path, tmp_path: Path) -> None:
-    """SIGKILL inside one stage after another, each time by a process of its own: as power or the scheduler does it, without a word."""
+def test_killed_again_and_again_the_bytes_are_the_same_and_finished_stages_stay(
+    prepared: Path, tmp_path: Path
+) -> None:
+    """SIGKILL inside one stage after another, each time by a process of its own: as power or the scheduler
+    does it, without a word."""
     raw, out = write_tables(tmp_path / "raw"), tmp_path / "out"
-    before = ["read", "encode", "sort", "filter", "split", "histories", "names", "impressions", "catalog", "negatives", "shards", "checks"]
+    before = [
+        "read",
+        "encode",
+        "sort",
+        "filter",
+        "split",
+        "histories",
+        "names",
+        "impressions",
+        "catalog",
+        "negatives",
+        "shards",
+        "checks",
+    ]
     chosen = sorted(random.Random(3).sample(range(len(before)), 3))
     finished = 0
     for number in chosen:

@@ -15,7 +15,9 @@ def test_ten_lines_of_webdataset_and_pyarrow_read_a_shard(prepared: Path) -> Non
         block = pa.ipc.open_stream(entry["arrow"]).read_all()
         assert block.schema == TRAIN_SCHEMA
         rows += block.num_rows
-        for history, tasks in zip(block["history_items"].to_pylist(), block["history_tasks"].to_pylist(), strict=True):
+        for history, tasks in zip(
+            block["history_items"].to_pylist(), block["history_tasks"].to_pylist(), strict=True
+        ):
             assert len(history) == len(tasks) <= 20
     assert rows == read_manifest(prepared).shards("train")[0].num_events
 

@@ -11,15 +11,16 @@ from tests.unit.data_shards.test_reference import read_back
 
 SHARED = Path(os.environ.get("GENSR_SHARED_DATA", "../shared/data"))
 HEADER = "query\tcandidate_wid_list\tcandidate_label_list\thistory_qry_list\thistory_wid_list\thistory_type_list\thistory_time_list\n"
-PRODUCTS = (
-    "wid\tname\tbrand_id\tbrand_name\tcate_id_1\tcate_name_1\tcate_id_2\tcate_name_2\tcate_id_3\tcate_name_3\tcate_id_4\tcate_name_4\tshop_id\n"
-)
+PRODUCTS = "wid\tname\tbrand_id\tbrand_name\tcate_id_1\tcate_name_1\tcate_id_2\tcate_name_2\tcate_id_3\tcate_name_3\tcate_id_4\tcate_name_4\tshop_id\n"
 SETTINGS = ("num_negatives=1", "vocab_size=300")
 
 
 def write_example(folder: Path, line: str) -> Path:
     (folder / "user_behavior_data.txt").write_text(HEADER + line + "\n")
-    products = [f"{wid}\t1\x182\x18{wid}\t5\t6\t7\t70\t8\t80\t9\t90\t10\t100\t3\n" for wid in (456, 457, 789, 889, 256)]
+    products = [
+        f"{wid}\t1\x182\x18{wid}\t5\t6\t7\t70\t8\t80\t9\t90\t10\t100\t3\n"
+        for wid in (456, 457, 789, 889, 256)
+    ]
     (folder / "product_meta_data.txt").write_text(PRODUCTS + "".join(products))
     return folder
 
@@ -29,7 +30,10 @@ def test_the_example_of_its_authors(tmp_path: Path) -> None:
     write_example(tmp_path, line + "\n" + "7\t457_789\t0.0_1.0\t-1_-1\t457_789\tCLICK_CLICK\t0_1_1")
     prepare("jdsearch", tmp_path, tmp_path / "out", SETTINGS)
     events = read_back(tmp_path / "out")
-    mine = {split: [(e["item"], e["task"], e["query"], e["time"]) for e in events[split] if e["user"] == 1] for split in events}
+    mine = {
+        split: [(e["item"], e["task"], e["query"], e["time"]) for e in events[split] if e["user"] == 1]
+        for split in events
+    }
     assert mine["test"] == [(456, "src", "12 32 56", 21)]
     assert mine["valid"] == [(345, "src", "12 54", 16)]
     assert sorted(mine["train"]) == [(256, "rec", None, 12), (889, "src", "323 328 196", 0)]
@@ -39,12 +43,17 @@ def test_the_example_of_its_authors(tmp_path: Path) -> None:
 
 def test_lists_that_do_not_fit_are_named(tmp_path: Path) -> None:
     write_example(tmp_path, "12\t456\t1.0\t-1_-1\t889_256\tORD_CLICK\t0_12")
-    with pytest.raises(DataError, match=r"user_behavior_data\.txt:row 2: lists of different lengths: 2 items, 2 queries, 2 intervals"):
+    with pytest.raises(
+        DataError,
+        match=r"user_behavior_data\.txt:row 2: lists of different lengths: 2 items, 2 queries, 2 intervals",
+    ):
         prepare("jdsearch", tmp_path, tmp_path / "out", SETTINGS)
 
 
 @pytest.mark.skipif(not (SHARED / "jdsearch_sample").is_dir(), reason="no GENSR_SHARED_DATA/jdsearch_sample")
 def test_the_published_sample_is_read(tmp_path: Path) -> None:
-    manifest = prepare("jdsearch", SHARED / "jdsearch_sample", tmp_path / "out", ["num_negatives=20", "vocab_size=300"])
+    manifest = prepare(
+        "jdsearch", SHARED / "jdsearch_sample", tmp_path / "out", ["num_negatives=20", "vocab_size=300"]
+    )
     assert manifest.num_users == 3
     assert manifest.num_words > 100

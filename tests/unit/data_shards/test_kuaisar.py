@@ -17,7 +17,11 @@ DAY = 86_400_000
 START = 1_684_684_800_000  # midnight in Beijing, 2023-05-22
 REC = "user_id,item_id,playing_time,duration_ms,time,timestamp,click,forward,like,follow,search,search_item_related"
 SRC = "user_id,search_session_id,search_session_time,search_session_timestamp,keyword,search_source,item_id,click_cnt,item_type"
-LEVELS = [f"{level}_level_category_{part}" for level in ("first", "second", "third", "fourth") for part in ("id", "name", "name_en")]
+LEVELS = [
+    f"{level}_level_category_{part}"
+    for level in ("first", "second", "third", "fourth")
+    for part in ("id", "name", "name_en")
+]
 ITEMS = ",".join(["item_id", "caption", "author_id", "item_type", "upload_time", "upload_type", *LEVELS])
 SETTINGS = ("min_interactions=1", "both_behaviours=false", "num_negatives=2", "vocab_size=300")
 
@@ -26,19 +30,41 @@ def rec(user: object, item: object, timestamp: object, click: object = 1) -> str
     return f"{user},{item},1.0,2.0,2023-05-22 12:28:56,{timestamp},{click},0,0,0,0,0"
 
 
-def src(user: object, item: object, timestamp: object, keyword: str = '"[7, 9]"', clicks: object = 1, kind: str = "VIDEO") -> str:
+def src(
+    user: object,
+    item: object,
+    timestamp: object,
+    keyword: str = '"[7, 9]"',
+    clicks: object = 1,
+    kind: str = "VIDEO",
+) -> str:
     return f"{user},1,2023-05-22 21:14:51,{timestamp},{keyword},USER_INPUT,{item},{clicks},{kind}"
 
 
-def item(number: object, caption: str = '"[5, 7]"', names: tuple[str, ...] = ("Food", "Bread", "empty", "empty")) -> str:
-    return ",".join([str(number), caption, "1", "NORMAL", "2023-01-01", "Short", *(f"1,某,{name}" for name in names)])
+def item(
+    number: object, caption: str = '"[5, 7]"', names: tuple[str, ...] = ("Food", "Bread", "empty", "empty")
+) -> str:
+    return ",".join(
+        [str(number), caption, "1", "NORMAL", "2023-01-01", "Short", *(f"1,某,{name}" for name in names)]
+    )
 
 
-def write_world(folder: Path, recs: list[str], srcs: list[str], items: list[str], newline: str = "\n", mark: bool = False) -> Path:
+def write_world(
+    folder: Path, recs: list[str], srcs: list[str], items: list[str], newline: str = "\n", mark: bool = False
+) -> Path:
     folder.mkdir()
-    base = [rec(user, number, START + day * DAY + user) for user in (1, 2) for day in range(3) for number in range(10 * user, 10 * user + 3)]
+    base = [
+        rec(user, number, START + day * DAY + user)
+        for user in (1, 2)
+        for day in range(3)
+        for number in range(10 * user, 10 * user + 3)
+    ]
     known = [item(number) for number in [*range(10, 13), *range(20, 23)]]
-    for name, header, lines in (("rec_inter", REC, base + recs), ("src_inter", SRC, srcs), ("item_features", ITEMS, known + items)):
+    for name, header, lines in (
+        ("rec_inter", REC, base + recs),
+        ("src_inter", SRC, srcs),
+        ("item_features", ITEMS, known + items),
+    ):
         text = newline.join([header, *lines]) + newline
         (folder / f"{name}.csv").write_bytes(text.encode("utf-8-sig" if mark else "utf-8"))
     return folder
@@ -69,11 +95,20 @@ def test_rows_that_cannot_be_used_are_counted_by_file_and_reason(tmp_path: Path)
     events = read_back(tmp_path / "out")["train"]
     searches = {(event["item"], event["query"]) for event in events if event["task"] == "src"}
     assert searches == {(11, "7 9"), (21, "7"), (22, "7 9")}
-    assert [event["impressions"] for event in events if event["item"] == 11 and event["task"] == "src"] == [[12]]
-    assert (1, 10, START + 5) in {(event["user"], event["item"], event["time"]) for event in events}, "a float time"
-    texts = {row["item_id"]: row for row in pq.read_table(tmp_path / "out" / "catalog" / "items.parquet").to_pylist()}
+    assert [event["impressions"] for event in events if event["item"] == 11 and event["task"] == "src"] == [
+        [12]
+    ]
+    assert (1, 10, START + 5) in {(event["user"], event["item"], event["time"]) for event in events}, (
+        "a float time"
+    )
+    texts = {
+        row["item_id"]: row
+        for row in pq.read_table(tmp_path / "out" / "catalog" / "items.parquet").to_pylist()
+    }
     assert (texts[99]["text"], texts[99]["category"]) == ("", None), "clicked, without features"
-    assert (texts[11]["text"], texts[11]["category"]) == ("Food Bread 5 7", "Food > Bread"), "English category names, then the caption"
+    assert (texts[11]["text"], texts[11]["category"]) == ("Food Bread 5 7", "Food > Bread"), (
+        "English category names, then the caption"
+    )
 
 
 @pytest.mark.parametrize(
@@ -87,19 +122,51 @@ def test_rows_that_cannot_be_used_are_counted_by_file_and_reason(tmp_path: Path)
             [],
             r"src_inter\.csv:keyword:row 3: must be a list of integers .* got '\[red\]'",
         ),
-        ([], [src(1, 10, START, keyword='"[1.5, 2]"')], [], r"src_inter\.csv:keyword:row 2: must be a list of integers"),
-        ([], [src(1, 10, START, keyword="[1234567890123456789]")], [], r"src_inter\.csv:keyword:row 2: must be a list of integers"),
-        ([], [src(1, 10, START, keyword='"[7, 9]')], [], r"src_inter\.csv:row 2: Value with unterminated quote found\. Correct or remove"),
-        ([], [src(1, 10, START, clicks="True")], [], r'src_inter\.csv:click_cnt:row 2: Could not convert string "True"'),
-        ([rec(1, 10, "2023-05-22 00:00:00")], [], [], r"rec_inter\.csv:timestamp:row 20: Could not convert string"),
+        (
+            [],
+            [src(1, 10, START, keyword='"[1.5, 2]"')],
+            [],
+            r"src_inter\.csv:keyword:row 2: must be a list of integers",
+        ),
+        (
+            [],
+            [src(1, 10, START, keyword="[1234567890123456789]")],
+            [],
+            r"src_inter\.csv:keyword:row 2: must be a list of integers",
+        ),
+        (
+            [],
+            [src(1, 10, START, keyword='"[7, 9]')],
+            [],
+            r"src_inter\.csv:row 2: Value with unterminated quote found\. Correct or remove",
+        ),
+        (
+            [],
+            [src(1, 10, START, clicks="True")],
+            [],
+            r'src_inter\.csv:click_cnt:row 2: Could not convert string "True"',
+        ),
+        (
+            [rec(1, 10, "2023-05-22 00:00:00")],
+            [],
+            [],
+            r"rec_inter\.csv:timestamp:row 20: Could not convert string",
+        ),
         ([rec(1, 10, "1e30")], [], [], r'rec_inter\.csv:timestamp:row 20: Could not convert string "1e30"'),
         ([rec(1, 10, "inf")], [], [], r'rec_inter\.csv:timestamp:row 20: Could not convert string "inf"'),
         ([rec(1, 10, START) + ",1"], [], [], r"rec_inter\.csv:row 20: 13 columns where the header has 12"),
-        ([rec(1, 77, START)], [], [item(77, caption="red")], r"item_features\.csv:caption:row 8: must be a list of integers .* got 'red'"),
+        (
+            [rec(1, 77, START)],
+            [],
+            [item(77, caption="red")],
+            r"item_features\.csv:caption:row 8: must be a list of integers .* got 'red'",
+        ),
         ([], [], [item("x1")], r'item_features\.csv:item_id:row 8: Could not convert string "x1"'),
     ],
 )
-def test_wrong_values_are_named(tmp_path: Path, recs: list[str], srcs: list[str], items: list[str], message: str) -> None:
+def test_wrong_values_are_named(
+    tmp_path: Path, recs: list[str], srcs: list[str], items: list[str], message: str
+) -> None:
     raw = write_world(tmp_path / "raw", recs, srcs, items)
     with pytest.raises(DataError, match=message):
         prepare("kuaisar", raw, tmp_path / "out", SETTINGS)
@@ -107,10 +174,19 @@ def test_wrong_values_are_named(tmp_path: Path, recs: list[str], srcs: list[str]
 
 
 def test_times_in_every_writing(tmp_path: Path) -> None:
-    written = ["1.68e12", "1683648000000.0", '"1683648000001"', "1.683648000002E12", " 1683648000003 ", "1683648000004."]
+    written = [
+        "1.68e12",
+        "1683648000000.0",
+        '"1683648000001"',
+        "1.683648000002E12",
+        " 1683648000003 ",
+        "1683648000004.",
+    ]
     too_early, too_late = ["0", "-5", "28800000.0", "1683648000"], [f"{START}000"]
     rows = [*written, *too_early, *too_late]
-    raw = write_world(tmp_path / "raw", [rec(1, 10, time) for time in rows], [src(1, 11, time) for time in rows], [])
+    raw = write_world(
+        tmp_path / "raw", [rec(1, 10, time) for time in rows], [src(1, 11, time) for time in rows], []
+    )
     dropped = prepare("kuaisar", raw, tmp_path / "out", SETTINGS).raw["dropped"]
     times = [1_680_000_000_000, *(1_683_648_000_000 + number for number in range(5))]
     events = [event for event in read_back(tmp_path / "out")["train"] if event["time"] <= max(times)]
@@ -120,34 +196,60 @@ def test_times_in_every_writing(tmp_path: Path) -> None:
     assert dropped == {
         f"{file}_inter.csv: time {reason}": count
         for file in ("rec", "src")
-        for reason, count in (("before 1971 (in seconds? it must be ms)", 4), ("after 2099 (in microseconds? it must be ms)", 1))
+        for reason, count in (
+            ("before 1971 (in seconds? it must be ms)", 4),
+            ("after 2099 (in microseconds? it must be ms)", 1),
+        )
     }
 
 
 def test_lists_in_every_writing(tmp_path: Path) -> None:
-    written = {'"[1, 2]"': "1 2", '"[1,2]"': "1 2", '"[ 1 , 2 ]"': "1 2", '" [1, 2] "': "1 2", '"1 2"': "1 2", '"[1, ]"': "1", "[1]": "1", "1": "1"}
+    written = {
+        '"[1, 2]"': "1 2",
+        '"[1,2]"': "1 2",
+        '"[ 1 , 2 ]"': "1 2",
+        '" [1, 2] "': "1 2",
+        '"1 2"': "1 2",
+        '"[1, ]"': "1",
+        "[1]": "1",
+        "1": "1",
+    }
     written |= dict.fromkeys(["[]", '"[]"', '"[ ]"', "", '""', "NaN", "nan", "null"], "")
     items = [item(100 + number, caption, ("empty",) * 4) for number, caption in enumerate(written)]
     recs = [rec(2, 100 + number, START + 50) for number in range(len(written))]
     srcs = [src(1, 100 + number, START + number, keyword) for number, keyword in enumerate(written)]
-    manifest = prepare("kuaisar", write_world(tmp_path / "raw", recs, srcs, items), tmp_path / "out", SETTINGS)
+    manifest = prepare(
+        "kuaisar", write_world(tmp_path / "raw", recs, srcs, items), tmp_path / "out", SETTINGS
+    )
     assert manifest.raw["dropped"] == {"src_inter.csv: no keyword": 8}
-    asked = {event["item"]: event["query"] for event in read_back(tmp_path / "out")["train"] if event["task"] == "src"}
+    asked = {
+        event["item"]: event["query"]
+        for event in read_back(tmp_path / "out")["train"]
+        if event["task"] == "src"
+    }
     assert asked == {100 + number: words for number, words in enumerate(written.values()) if words}
-    texts = {row["item_id"]: row for row in pq.read_table(tmp_path / "out" / "catalog" / "items.parquet").to_pylist()}
+    texts = {
+        row["item_id"]: row
+        for row in pq.read_table(tmp_path / "out" / "catalog" / "items.parquet").to_pylist()
+    }
     for number, words in enumerate(written.values()):
-        assert (texts[100 + number]["text"], texts[100 + number]["category"]) == (words, None), "without categories, the caption is all of the text"
+        assert (texts[100 + number]["text"], texts[100 + number]["category"]) == (words, None), (
+            "without categories, the caption is all of the text"
+        )
 
 
 def test_one_millisecond_holds_several_interactions(tmp_path: Path) -> None:
-    """They share one history, and none of them is in it; all are in that of the next event, an item of both tasks once, as a search."""
+    """They share one history, and none of them is in it; all are in that of the next event, an item of both
+    tasks once, as a search."""
     at, recs = START + 9, [rec(1, 10, START + 9), rec(1, 11, START + 9), rec(1, 12, START + 9, click=0)]
     raw = write_world(tmp_path / "raw", [*recs, rec(1, 12, at + 1)], [src(1, 10, at), src(1, 12, at)], [])
     prepare("kuaisar", raw, tmp_path / "out", SETTINGS)
     mine = [event for event in read_back(tmp_path / "out")["train"] if event["user"] == 1]
     before = [event["history"] for event in mine if event["time"] == at]
     assert len(before) == 4
-    assert all(sorted(history) == [(10, "rec"), (11, "rec"), (12, "rec")] for history in before), "the clicks of the moment before"
+    assert all(sorted(history) == [(10, "rec"), (11, "rec"), (12, "rec")] for history in before), (
+        "the clicks of the moment before"
+    )
     (after,) = [event["history"] for event in mine if event["time"] == at + 1]
     assert sorted(after[3:]) == [(10, "src"), (11, "rec"), (12, "src")]
 
@@ -160,14 +262,19 @@ def rewrite(raw: Path, name: str, change: Callable[[list[str]], list[str]]) -> N
 def test_columns_in_another_order_and_further_ones_change_nothing(tmp_path: Path) -> None:
     hashes = []
     for form in ("plain", "turned", "more", "index"):
-        raw = write_world(tmp_path / form, [rec(1, 99, START + 7)], [src(1, 11, START + 9, keyword="[7]")], [])
+        raw = write_world(
+            tmp_path / form, [rec(1, 99, START + 7)], [src(1, 11, START + 9, keyword="[7]")], []
+        )
         for name in ("rec_inter", "item_features") if form != "plain" else ():
             split = csv_rows if form == "turned" else (lambda lines: [[line] for line in lines])
             rows = split((raw / f"{name}.csv").read_text().splitlines())
             if form == "turned":
                 rows = [row[::-1] for row in rows]
             elif form == "more":  # names that mean something inside the program
-                rows = [[*row, *(["id", "key", "text", "words", "problem", "query"] if number == 0 else "123456")] for number, row in enumerate(rows)]
+                rows = [
+                    [*row, *(["id", "key", "text", "words", "problem", "query"] if number == 0 else "123456")]
+                    for number, row in enumerate(rows)
+                ]
             else:  # what pandas writes unless told not to
                 rows = [["" if number == 0 else str(number), *row] for number, row in enumerate(rows)]
             rewrite(raw, name, lambda _, rows=rows: [",".join(row) for row in rows])  # type: ignore[misc]
@@ -187,10 +294,22 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=match):
             prepare("kuaisar", raw, tmp_path / "out", SETTINGS)
 
-    refused(r"column user_id is there 2 times", "rec_inter", lambda lines: [lines[0].replace("playing_time", "user_id"), *lines[1:]])
-    refused(r"row 3: ends with LF or CRLF, and row 1 with the other", "rec_inter", lambda lines: [*lines[:2], lines[2] + "\r", *lines[3:]])
+    refused(
+        r"column user_id is there 2 times",
+        "rec_inter",
+        lambda lines: [lines[0].replace("playing_time", "user_id"), *lines[1:]],
+    )
+    refused(
+        r"row 3: ends with LF or CRLF, and row 1 with the other",
+        "rec_inter",
+        lambda lines: [*lines[:2], lines[2] + "\r", *lines[3:]],
+    )
     refused(r"src_inter\.csv: empty file; expected a header line", "src_inter", lambda lines: [])
-    refused(r"column user_id, item_id, .* is missing\. Found: user_id;item_id", "rec_inter", lambda lines: [line.replace(",", ";") for line in lines])
+    refused(
+        r"column user_id, item_id, .* is missing\. Found: user_id;item_id",
+        "rec_inter",
+        lambda lines: [line.replace(",", ";") for line in lines],
+    )
 
 
 def test_a_log_without_searches_and_blank_lines(tmp_path: Path) -> None:
@@ -210,7 +329,9 @@ def test_a_missing_column_is_named(tmp_path: Path) -> None:
 
 def test_the_last_day_is_a_day_in_beijing(tmp_path: Path) -> None:
     late = START + 2 * DAY - 1000  # 23:59:59 in Beijing, the day before the last; 15:59:59 UTC
-    manifest = prepare("kuaisar", write_world(tmp_path / "raw", [rec(1, 10, late)], [], []), tmp_path / "out", SETTINGS)
+    manifest = prepare(
+        "kuaisar", write_world(tmp_path / "raw", [rec(1, 10, late)], [], []), tmp_path / "out", SETTINGS
+    )
     assert manifest.raw["split"]["boundaries"]["test_from"]["ms"] == START + 2 * DAY
     assert late in {event["time"] for event in read_back(tmp_path / "out")["valid"]}
 
@@ -223,11 +344,17 @@ def test_users_with_one_behaviour_leave_by_default(tmp_path: Path) -> None:
         prepare("kuaisar", raw, tmp_path / "out", ["num_negatives=1", "vocab_size=300"])
 
 
-@pytest.mark.parametrize(("mode", "num_words", "query_has_tokens"), [("auto", 2, False), ("digits", 0, True), ("drop", 0, False)])
-def test_anonymised_words_have_three_ways(tmp_path: Path, mode: str, num_words: int, query_has_tokens: bool) -> None:
+@pytest.mark.parametrize(
+    ("mode", "num_words", "query_has_tokens"), [("auto", 2, False), ("digits", 0, True), ("drop", 0, False)]
+)
+def test_anonymised_words_have_three_ways(
+    tmp_path: Path, mode: str, num_words: int, query_has_tokens: bool
+) -> None:
     import numpy as np
 
-    later = src(1, 10, START + 2 * DAY + 9, keyword='"[7, 1234]"')  # a test query: its words are in no vocabulary
+    later = src(
+        1, 10, START + 2 * DAY + 9, keyword='"[7, 1234]"'
+    )  # a test query: its words are in no vocabulary
     raw = write_world(tmp_path / "raw", [], [src(1, 11, START + 9, keyword="[7]"), later], [])
     manifest = prepare("kuaisar", raw, tmp_path / "out", [*SETTINGS, f"words={mode}"])
     catalog = tmp_path / "out" / "catalog"
@@ -249,8 +376,19 @@ def test_simulated_logs_are_read_and_counts_stand_beside_the_published_ones(tmp_
     from trainer.cli import app
 
     simulate(tmp_path / "raw", users=60, items=300, days=6, seed=0)
-    command = ["prepare", "kuaisar", str(tmp_path / "raw"), str(tmp_path / "out"), "min_interactions=2", "num_negatives=20", "vocab_size=300"]
-    for shown in (CliRunner().invoke(app, command, catch_exceptions=False), CliRunner().invoke(app, ["inspect", str(tmp_path / "out")])):
+    command = [
+        "prepare",
+        "kuaisar",
+        str(tmp_path / "raw"),
+        str(tmp_path / "out"),
+        "min_interactions=2",
+        "num_negatives=20",
+        "vocab_size=300",
+    ]
+    for shown in (
+        CliRunner().invoke(app, command, catch_exceptions=False),
+        CliRunner().invoke(app, ["inspect", str(tmp_path / "out")]),
+    ):
         for line in (
             r"published: KuaiSAR +25,877 +6,890,707 +453,667 +14,605,716 +5,059,169",
             r"published: KuaiSAR-small +25,877 +4,195,529 +267,608 +7,493,101 +3,171,231",

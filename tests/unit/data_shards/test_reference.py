@@ -27,7 +27,13 @@ def read_back(out: Path) -> dict[str, list[dict[str, Any]]]:
         for shard in read_manifest(out).shards(split):
             for block in decode_blocks(tar_entries(out / shard.name), shard.blocks):
                 for row in block.to_pylist():
-                    history = list(zip((items[i] for i in row["history_items"]), (TASKS[t] for t in row["history_tasks"]), strict=True))
+                    history = list(
+                        zip(
+                            (items[i] for i in row["history_items"]),
+                            (TASKS[t] for t in row["history_tasks"]),
+                            strict=True,
+                        )
+                    )
                     events[split].append({
                         "user": users[row["user"]], "item": items[row["item"]], "task": TASKS[row["task"]], "time": row["time"],
                         "query": queries[row["query"]] if row["query"] >= 0 else None, "history": history,
@@ -41,7 +47,9 @@ def write_tied_log(folder: Path, seed: int) -> Path:
     rng = np.random.default_rng(seed)
     folder.mkdir()
     day = 86_400_000
-    (folder / "items.jsonl").write_text("".join(json.dumps({"item_id": i, "text": f"item {i}"}) + "\n" for i in range(40)))
+    (folder / "items.jsonl").write_text(
+        "".join(json.dumps({"item_id": i, "text": f"item {i}"}) + "\n" for i in range(40))
+    )
     rows = []
     for user in range(12):
         for _ in range(int(rng.integers(1, 40))):
@@ -62,7 +70,9 @@ def write_tied_log(folder: Path, seed: int) -> Path:
 def expected_events(raw: Path, rule: str) -> dict[str, list[dict[str, Any]]]:
     """The same by loops over the raw rows, straight from the definitions."""
     rows = [json.loads(line) for line in (raw / "events.jsonl").read_text().splitlines()]
-    clicks = sorted({(r["user_id"], r["time"], r["item_id"], r["task"], r["query"] or "") for r in rows if r["clicked"]})
+    clicks = sorted(
+        {(r["user_id"], r["time"], r["item_id"], r["task"], r["query"] or "") for r in rows if r["clicked"]}
+    )
     last_day = max(time for _, time, *_ in clicks) // 86_400_000
     of_user: dict[int, list[tuple[Any, ...]]] = defaultdict(list)
     for click in clicks:
@@ -74,19 +84,37 @@ def expected_events(raw: Path, rule: str) -> dict[str, list[dict[str, Any]]]:
             if rule == "time":
                 split = {0: "test", 1: "valid"}.get(last_day - time // 86_400_000, "train")
             else:
-                split = "train" if len(times) < 3 else {times[-1]: "test", times[-2]: "valid"}.get(time, "train")
+                split = (
+                    "train" if len(times) < 3 else {times[-1]: "test", times[-2]: "valid"}.get(time, "train")
+                )
             before: dict[tuple[int, int], str] = {}
             for _, earlier, other, kind, _ in mine:
                 if earlier < time:
                     before[earlier, other] = "src" if "src" in (kind, before.get((earlier, other))) else "rec"
-            events[split].append({"user": user, "item": item, "task": task, "time": time, "query": query or None, "before": before})
+            events[split].append(
+                {
+                    "user": user,
+                    "item": item,
+                    "task": task,
+                    "time": time,
+                    "query": query or None,
+                    "before": before,
+                }
+            )
     return events
 
 
 @pytest.mark.parametrize(("rule", "seed"), [("time", 1), ("leave_one_out", 2)])
 def test_events_splits_and_histories_equal_the_slow_reading(tmp_path: Path, rule: str, seed: int) -> None:
     raw = write_tied_log(tmp_path / "raw", seed)
-    settings = [f"split={rule}", "num_negatives=5", f"history_max={HISTORY_MAX}", "block_events=16", "shard_events=64", "vocab_size=300"]
+    settings = [
+        f"split={rule}",
+        "num_negatives=5",
+        f"history_max={HISTORY_MAX}",
+        "block_events=16",
+        "shard_events=64",
+        "vocab_size=300",
+    ]
     prepare("tables", raw, tmp_path / "out", settings)
     got, expected = read_back(tmp_path / "out"), expected_events(raw, rule)
 
@@ -100,15 +128,23 @@ def test_events_splits_and_histories_equal_the_slow_reading(tmp_path: Path, rule
             before = before_of[key(event)]
             assert len(event["history"]) == min(HISTORY_MAX, len(before))
             times = sorted(time for time, _ in before)[-len(event["history"]) :] if event["history"] else []
-            assert all(before.get((time, item)) == task for time, (item, task) in zip(times, event["history"], strict=True)), (
-                "oldest first, searches win"
+            assert all(
+                before.get((time, item)) == task
+                for time, (item, task) in zip(times, event["history"], strict=True)
+            ), "oldest first, searches win"
+            assert len(set(zip(times, event["history"], strict=True))) == len(times), (
+                "an item of one moment is there once"
             )
-            assert len(set(zip(times, event["history"], strict=True))) == len(times), "an item of one moment is there once"
 
 
 def test_one_moment_has_one_order_in_all_histories(tmp_path: Path) -> None:
     """Ties are broken by a hash: the order is the same wherever it is seen, and is not that of item ids."""
-    prepare("tables", write_tied_log(tmp_path / "raw", 3), tmp_path / "out", ["num_negatives=5", "history_max=200", "vocab_size=300"])
+    prepare(
+        "tables",
+        write_tied_log(tmp_path / "raw", 3),
+        tmp_path / "out",
+        ["num_negatives=5", "history_max=200", "vocab_size=300"],
+    )
     histories: dict[int, list[list[Any]]] = defaultdict(list)
     for events in read_back(tmp_path / "out").values():
         for event in events:
@@ -128,7 +164,9 @@ def test_impressions_were_shown_with_the_click_and_not_clicked_then(tmp_path: Pa
     clicked: dict[Any, set[int]] = defaultdict(set)
     for line in (raw / "events.jsonl").read_text().splitlines():
         row = json.loads(line)
-        (clicked if row["clicked"] else shown)[row["user_id"], row["time"], row["task"], row["query"]].add(row["item_id"])
+        (clicked if row["clicked"] else shown)[row["user_id"], row["time"], row["task"], row["query"]].add(
+            row["item_id"]
+        )
     every_click = set().union(*clicked.values())
     some = 0
     for event in read_back(tmp_path / "out")["train"]:
@@ -160,6 +198,10 @@ def test_training_events_are_shuffled_and_others_in_order(prepared: Path) -> Non
 
 def test_items_never_clicked_are_in_the_catalogue_on_request(tmp_path: Path) -> None:
     raw = write_tied_log(tmp_path / "raw", 5)  # 40 items, of which at most 25 are clicked
-    manifest = prepare("tables", raw, tmp_path / "out", ["num_negatives=5", "vocab_size=300", "min_interactions=0"])
+    manifest = prepare(
+        "tables", raw, tmp_path / "out", ["num_negatives=5", "vocab_size=300", "min_interactions=0"]
+    )
     assert manifest.num_items == 40
-    assert sorted(pq.read_table(tmp_path / "out" / "catalog" / "items.parquet")["item_id"].to_pylist()) == list(range(40))
+    assert sorted(
+        pq.read_table(tmp_path / "out" / "catalog" / "items.parquet")["item_id"].to_pylist()
+    ) == list(range(40))

@@ -21,14 +21,22 @@ def naive_core(clicks: list[tuple[int, int, int]], minimum: int, both: bool) -> 
     while True:
         users, items = Counter(u for u, _, _ in clicks), Counter(i for _, i, _ in clicks)
         tasks = {user: {t for u, _, t in clicks if u == user} for user in users}
-        left = [c for c in clicks if users[c[0]] >= minimum and items[c[1]] >= minimum and (not both or len(tasks[c[0]]) == 2)]
+        left = [
+            c
+            for c in clicks
+            if users[c[0]] >= minimum and items[c[1]] >= minimum and (not both or len(tasks[c[0]]) == 2)
+        ]
         if left == clicks:
             return left
         clicks = left
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 6), st.integers(0, 1)), min_size=1, max_size=60), st.integers(1, 4), st.booleans())
+@given(
+    st.lists(st.tuples(st.integers(0, 5), st.integers(0, 6), st.integers(0, 1)), min_size=1, max_size=60),
+    st.integers(1, 4),
+    st.booleans(),
+)
 def test_the_core_is_that_of_a_loop(clicks: list[tuple[int, int, int]], minimum: int, both: bool) -> None:
     user, item, task = (np.array(column, np.int32) for column in zip(*clicks, strict=True))
     keep_user, keep_item, _ = keep_users_and_items(user, item, task, 6, 7, minimum, both, repeat=True)
@@ -41,7 +49,9 @@ def test_the_core_is_that_of_a_loop(clicks: list[tuple[int, int, int]], minimum:
 def test_without_repeating_the_filter_runs_once() -> None:
     # item 1 has two clicks, one of them by user 1, who leaves: repeated filtering would drop item 1 next
     user, item, task = np.array([0, 0, 0, 1]), np.array([0, 0, 1, 1]), np.zeros(4, np.int8)
-    keep_user, keep_item, rounds = keep_users_and_items(user, item, task, 2, 2, 2, both_behaviours=False, repeat=False)
+    keep_user, keep_item, rounds = keep_users_and_items(
+        user, item, task, 2, 2, 2, both_behaviours=False, repeat=False
+    )
     assert (keep_user.tolist(), keep_item.tolist(), rounds) == ([True, False], [True, True], 1)
     assert keep_users_and_items(user, item, task, 2, 2, 2, False, True)[1].tolist() == [True, False]
 
@@ -51,7 +61,11 @@ def test_minimum_zero_keeps_items_without_clicks() -> None:
     assert keep_item.all()
 
 
-sorted_rows = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 4), st.integers(0, 3), st.integers(0, 1)), min_size=1, max_size=50)
+sorted_rows = st.lists(
+    st.tuples(st.integers(0, 3), st.integers(0, 4), st.integers(0, 3), st.integers(0, 1)),
+    min_size=1,
+    max_size=50,
+)
 
 
 @settings(max_examples=60, deadline=None)
@@ -63,7 +77,9 @@ def test_windows_are_those_of_a_loop(rows: list[tuple[int, int, int, int]], hist
     flat = [(u, t, i, k) for (u, t, i, k), kept in zip(rows, keep, strict=True) if kept]
     assert {row[:3] for row in flat} == {row[:3] for row in rows}, "every click is there"
     assert len({row[:3] for row in flat}) == len(flat), "once"
-    assert all(k == max(row[3] for row in rows if row[:3] == (u, t, i)) for u, t, i, k in flat), "as a search if it was one"
+    assert all(k == max(row[3] for row in rows if row[:3] == (u, t, i)) for u, t, i, k in flat), (
+        "as a search if it was one"
+    )
     start, count = windows(user, time, keep, history_max)
     for row, first, number in zip(rows, start, count, strict=True):
         before = [other for other in flat if other[0] == row[0] and other[1] < row[1]]
@@ -83,7 +99,10 @@ def test_leave_one_out_is_that_of_a_loop(rows: list[tuple[int, int, int, int]]) 
 def test_days_end_with_the_last_click_and_begin_at_midnight_of_the_offset() -> None:
     last = 20_000 * DAY + 5 * HOUR  # 05:00 UTC
     assert day_boundaries(last, test_days=1, valid_days=1, utc_offset_hours=0) == (19_999 * DAY, 20_000 * DAY)
-    assert day_boundaries(last, test_days=1, valid_days=2, utc_offset_hours=8) == (19_998 * DAY - 8 * HOUR, 20_000 * DAY - 8 * HOUR)
+    assert day_boundaries(last, test_days=1, valid_days=2, utc_offset_hours=8) == (
+        19_998 * DAY - 8 * HOUR,
+        20_000 * DAY - 8 * HOUR,
+    )
     assert day_boundaries(last, 1, 1, -8)[1] == 19_999 * DAY + 8 * HOUR, "21:00 of the day before"
     times = np.array([19_998 * DAY, 19_999 * DAY, 20_000 * DAY - 1, 20_000 * DAY])
     assert split_by_time(times, (19_999 * DAY, 20_000 * DAY)).tolist() == [0, 1, 1, 2]
@@ -99,7 +118,9 @@ def test_ragged_rows_and_chunks() -> None:
         assert all(start in starts for start, _ in bounds), "users are never cut"
 
 
-@pytest.mark.parametrize(("num_items", "clicked", "negatives"), [(1000, 20, 99), (130, 30, 99), (110, 11, 99)])
+@pytest.mark.parametrize(
+    ("num_items", "clicked", "negatives"), [(1000, 20, 99), (130, 30, 99), (110, 11, 99)]
+)
 def test_negatives_are_unique_and_never_clicked(num_items: int, clicked: int, negatives: int) -> None:
     rng = np.random.default_rng(0)
     user = np.repeat(np.arange(5), clicked)

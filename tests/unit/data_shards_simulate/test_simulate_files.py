@@ -1,4 +1,5 @@
-"""The five files: schema, reproducibility, what the published logs are like, and failures that leave nothing behind."""
+"""The five files: schema, reproducibility, what the published logs are like, and failures that leave nothing
+behind."""
 
 import csv
 import hashlib
@@ -52,8 +53,20 @@ def test_headers_and_types_are_kuaisars(logs: Path) -> None:
     assert src.names == names.split()
     assert src.types == [integer, integer, pa.timestamp("s"), integer, text, text, integer, integer, text]
     items = read(logs, "item_features.csv").schema
-    levels = [f"{level}_level_category_{part}" for level in ("first", "second", "third", "fourth") for part in ("id", "name", "name_en")]
-    assert items.names == ["item_id", "caption", "author_id", "item_type", "upload_time", "upload_type", *levels]
+    levels = [
+        f"{level}_level_category_{part}"
+        for level in ("first", "second", "third", "fourth")
+        for part in ("id", "name", "name_en")
+    ]
+    assert items.names == [
+        "item_id",
+        "caption",
+        "author_id",
+        "item_type",
+        "upload_time",
+        "upload_type",
+        *levels,
+    ]
     names = "user_id search_active_level rec_active_level onehot_feat1 onehot_feat2"
     assert read(logs, "user_features.csv").schema.names == names.split()
     assert read(logs, "social_network.csv").schema.names == ["user_id", "user_follow_id"]
@@ -109,12 +122,18 @@ def test_clicks_and_sessions_look_like_the_published_ones(logs: Path) -> None:
     assert len(one_keyword) == len(np.unique(session))
     keywords = [json.loads(text) for text in src["keyword"].to_pylist()]
     assert all(1 <= len(words) <= 4 and min(words) >= 1 for words in keywords)
-    assert column(rec, "search").sum() > 0.6 * len(np.unique(session))  # searches that follow a watched item say so
+    assert column(rec, "search").sum() > 0.6 * len(
+        np.unique(session)
+    )  # searches that follow a watched item say so
     assert (column(rec, "search_item_related") <= column(rec, "search")).all()
 
 
 def test_items_of_the_logs_and_of_the_features(logs: Path) -> None:
-    rec, src, items = read(logs, "rec_inter.csv"), read(logs, "src_inter.csv"), read(logs, "item_features.csv")
+    rec, src, items = (
+        read(logs, "rec_inter.csv"),
+        read(logs, "src_inter.csv"),
+        read(logs, "item_features.csv"),
+    )
     known = set(column(items, "item_id").tolist())
     assert len(known) == len(items)
     video = column(src, "item_type") == "VIDEO"
@@ -126,7 +145,10 @@ def test_items_of_the_logs_and_of_the_features(logs: Path) -> None:
     captions = [json.loads(text) for text in items["caption"].to_pylist()]
     assert 0.01 < np.mean([not words for words in captions]) < 0.06
     assert 4 < np.mean([len(words) for words in captions]) < 7
-    first, fourth = items["first_level_category_name_en"].to_pylist(), items["fourth_level_category_name_en"].to_pylist()
+    first, fourth = (
+        items["first_level_category_name_en"].to_pylist(),
+        items["fourth_level_category_name_en"].to_pylist(),
+    )
     assert 0.01 < first.count("empty") / len(first) < 0.08
     assert 0.4 < fourth.count("empty") / len(fourth) < 0.8
     names = items["third_level_category_name_en"].to_pylist()
@@ -135,7 +157,11 @@ def test_items_of_the_logs_and_of_the_features(logs: Path) -> None:
 
 
 def test_nothing_is_shown_again_after_a_click_or_before_its_upload(logs: Path) -> None:
-    rec, src, items = read(logs, "rec_inter.csv"), read(logs, "src_inter.csv"), read(logs, "item_features.csv")
+    rec, src, items = (
+        read(logs, "rec_inter.csv"),
+        read(logs, "src_inter.csv"),
+        read(logs, "item_features.csv"),
+    )
     video = column(src, "item_type") == "VIDEO"
     user = np.concatenate([column(rec, "user_id"), column(src, "user_id")[video]])
     item = np.concatenate([column(rec, "item_id"), column(src, "item_id")[video]])
@@ -183,15 +209,22 @@ def test_an_existing_folder_is_refused_and_left_alone(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.rglob("*")] == ["raw", "mine.txt"]
 
 
-@pytest.mark.parametrize(("sizes", "words"), [({"users": 0}, "users must be"), ({"items": 20}, "items must be"), ({"days": 1}, "days must be")])
-def test_sizes_that_make_no_world_are_named_together(tmp_path: Path, sizes: dict[str, int], words: str) -> None:
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [({"users": 0}, "users must be"), ({"items": 20}, "items must be"), ({"days": 1}, "days must be")],
+)
+def test_sizes_that_make_no_world_are_named_together(
+    tmp_path: Path, sizes: dict[str, int], words: str
+) -> None:
     with pytest.raises(ConfigError, match=words):
         simulate(tmp_path / "raw", **(SMALL | sizes))
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-def test_a_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: BaseException) -> None:
+def test_a_failure_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: BaseException
+) -> None:
     def fail(*_: object) -> None:
         raise failure
 
@@ -205,18 +238,29 @@ def test_a_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_progress_ends_complete(tmp_path: Path) -> None:
     seen: list[tuple[str, int, int]] = []
-    simulate(tmp_path / "raw", **SMALL, chunk_users=20, progress=lambda what, done, total: seen.append((what, done, total)))
+    simulate(
+        tmp_path / "raw",
+        **SMALL,
+        chunk_users=20,
+        progress=lambda what, done, total: seen.append((what, done, total)),
+    )
     assert ("items", 500, 500) in seen
     assert [done for what, done, _ in seen if what == "users"] == [20, 40, 60]
 
 
 def test_memory_does_not_grow_with_the_log(tmp_path: Path) -> None:
-    """Peak memory of ten times the rows stays within 60 MB: what is held is a chunk of users and 20 bytes an item."""
+    """Peak memory of ten times the rows stays within 60 MB: what is held is a chunk of users and 20 bytes an
+    item."""
     script = "import resource, sys; from data_shards.simulate import simulate; simulate(sys.argv[1], users=int(sys.argv[2]), items=2000, days=10)\n"
     script += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     peaks = []
     for users in (300, 3000):
-        done = subprocess.run([sys.executable, "-c", script, str(tmp_path / str(users)), str(users)], capture_output=True, text=True, timeout=120)
+        done = subprocess.run(
+            [sys.executable, "-c", script, str(tmp_path / str(users)), str(users)],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
         assert done.returncode == 0, done.stderr
         peaks.append(int(done.stdout) / 1024)
     assert peaks[1] - peaks[0] < 60

@@ -1,6 +1,8 @@
-"""The planted world rewards what the project builds: each kind of knowledge ranks better than the one before, none is enough alone.
+"""The planted world rewards what the project builds: each kind of knowledge ranks better than the one before,
+none is enough alone.
 
-NDCG@10 with 1 + 99 uniform negatives on the last day of a small world; simple numpy scorers stand in for the models.
+NDCG@10 with 1 + 99 uniform negatives on the last day of a small world; simple numpy scorers stand in for the
+models.
 """
 
 from collections.abc import Callable
@@ -39,7 +41,10 @@ class Exam:
         self.test = {}
         for search in (False, True):
             rows = rng.permutation(np.nonzero((day == DAYS - 1) & (self.clicks.search == search))[0])[:events]
-            negatives = [rng.choice(np.nonzero(~self.seen[self.clicks.user[r]])[0], NUM_NEGATIVES, replace=False) for r in rows]
+            negatives = [
+                rng.choice(np.nonzero(~self.seen[self.clicks.user[r]])[0], NUM_NEGATIVES, replace=False)
+                for r in rows
+            ]
             self.test[search] = rows, np.column_stack([self.clicks.item[rows], negatives])
 
     def rows(self, search: bool) -> Clicks:
@@ -49,16 +54,21 @@ class Exam:
     def ndcg(self, search: bool, score: Callable[[Clicks, np.ndarray], np.ndarray]) -> float:
         scores = score(self.rows(search), self.test[search][1])
         above, equal = (scores[:, 1:] > scores[:, :1]).sum(1), (scores[:, 1:] == scores[:, :1]).sum(1)
-        ranks = [np.arange(a, a + e + 1) for a, e in zip(above, equal, strict=True)]  # ties: mean over their places
+        ranks = [
+            np.arange(a, a + e + 1) for a, e in zip(above, equal, strict=True)
+        ]  # ties: mean over their places
         return float(np.mean([np.where(r < 10, 1 / np.log2(r + 2), 0).mean() for r in ranks]))
 
     def knn(self, last: int) -> Callable[[Clicks, np.ndarray], np.ndarray]:
-        """Similarity of a candidate to the user's `last` clicks before the event, newer ones weighing more when they are few."""
+        """Similarity of a candidate to the user's `last` clicks before the event, newer ones weighing more
+        when they are few."""
 
         def score(rows: Clicks, candidates: np.ndarray) -> np.ndarray:
             out = np.zeros(candidates.shape)
             for row in range(len(candidates)):
-                mine = np.nonzero((self.clicks.user == rows.user[row]) & (self.clicks.time_ms < rows.time_ms[row]))[0]
+                mine = np.nonzero(
+                    (self.clicks.user == rows.user[row]) & (self.clicks.time_ms < rows.time_ms[row])
+                )[0]
                 items = self.clicks.item[mine[np.argsort(self.clicks.time_ms[mine])]][-last:]
                 weight = 0.85 ** np.arange(len(items))[::-1] if last < 100 else np.ones(len(items))
                 out[row] = weight @ self.similarity[np.ix_(items, candidates[row])]
@@ -89,7 +99,9 @@ def test_recommendation_is_a_ladder(exam: Exam) -> None:
     chance = exam.ndcg(False, lambda rows, candidates: rng.random(candidates.shape))
     popularity = exam.ndcg(False, lambda rows, candidates: exam.popularity[candidates])
     static, recent = exam.ndcg(False, exam.knn(10_000)), exam.ndcg(False, exam.knn(20))
-    oracle = exam.ndcg(False, lambda rows, candidates: oracle_scores(exam.world, exam.users, rows, candidates))
+    oracle = exam.ndcg(
+        False, lambda rows, candidates: oracle_scores(exam.world, exam.users, rows, candidates)
+    )
     assert chance < 0.07
     assert popularity > chance + 0.03
     assert static > popularity + 0.1  # collaborative filtering beats popularity
@@ -109,7 +121,12 @@ def test_search_needs_words_meaning_and_taste(exam: Exam) -> None:
 
 
 def test_taste_decides_inside_a_topic_and_is_in_no_text(exam: Exam) -> None:
-    same_topic_style = np.array([exam.world.style[exam.world.topic_start[t] : exam.world.topic_start[t + 1]].mean(0) for t in range(4)])
+    same_topic_style = np.array(
+        [
+            exam.world.style[exam.world.topic_start[t] : exam.world.topic_start[t + 1]].mean(0)
+            for t in range(4)
+        ]
+    )
     assert np.abs(same_topic_style).max() < 16  # topics do not share a style
     rows, _ = exam.test[False]
     clicked = exam.rows(False)
@@ -123,7 +140,9 @@ def test_clicks_of_a_query_match_it(exam: Exam) -> None:
     searched = exam.rows(True)
     match = b.matched_concepts(exam.world, searched.concepts, searched.item[:, None])[:, 0]
     stray = b.matched_concepts(exam.world, searched.concepts, np.roll(searched.item, 1)[:, None])[:, 0]
-    assert match.mean() > 1.7 * stray.mean()  # a stray item has the concept's number by chance, in another topic
+    assert (
+        match.mean() > 1.7 * stray.mean()
+    )  # a stray item has the concept's number by chance, in another topic
 
 
 def test_a_user_does_not_depend_on_the_range() -> None:

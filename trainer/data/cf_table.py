@@ -1,0 +1,127 @@
+"""cf/lightgcn.safetensors of a prepared folder: what `gensr cf` writes and everything else reads."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from data_shards.schema import Manifest
+from trainer.data.node_cache import origin_of
+from trainer.errors import DataError
+from trainer.runtime.files import atomic, file_sha256
+
+CF_FORMAT = "gensr-cf-1"
+
+
+@dataclass(frozen=True)
+class CfTable:
+    """cf/lightgcn.safetensors of a prepared folder. An item or user without training clicks is a zero row."""
+
+    user: Tensor  # [num_users, K] float32; empty [0, K] when loaded with users=False
+    item: Tensor  # [num_items, K] float32, trained on all training rec clicks
+    # [F, num_items, K] float32, in the space of `item`; F = 0 when holdout=none, 1 when last
+    item_folds: Tensor
+    # [num_users] int64 when holdout=last: the click that item_folds[0] never saw; -1 for none
+    heldout_item: Tensor | None
+    split_fingerprint: str
+    settings: dict[str, Any]  # CfConfig
+    validation: dict[str, Any]  # what early stopping saw
+    gensr_version: str
+
+    @property
+    def holdout(self) -> str:
+        return str(self.settings["holdout"])
+
+    @property
+    def num_folds(self) -> int:
+        """Folds to give to click_fold; 0 unless holdout=crossfit."""
+        return len(self.item_folds) if self.holdout == "crossfit" else 0
+
+
+def cf_path(folder: str | Path) -> Path:
+    return Path(folder) / "cf" / "lightgcn.safetensors"
+
+
+def save_cf(folder: str | Path, table: CfTable) -> Path:
+    """Write the table atomically; returns its path."""
+    tensors = {"user": table.user, "item": table.item, "item_folds": table.item_folds}
+    if table.heldout_item is not None:
+        tensors["heldout_item"] = table.heldout_item
+    metadata = {
+        "format": CF_FORMAT,
+        "split_fingerprint": table.split_fingerprint,
+        "holdout": table.holdout,
+        "num_folds": str(table.num_folds),
+        "settings": json.dumps(table.settings, sort_keys=True),
+        "validation": json.dumps(table.validation, sort_keys=True),
+        "gensr_version": table.gensr_version,
+    }
+    path = cf_path(folder)
+    with atomic(path) as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(temporary), metadata)
+    # so that a node's cache can tell whether its copy is this table
+    with atomic(path.with_suffix(".sha256")) as temporary:
+        temporary.write_text(f"{file_sha256(path)} {path.stat().st_size} {path.name}\n", encoding="utf-8")
+    return path
+
+
+def load_cf(folder: str | Path, manifest: Manifest, users: bool = True, folds: bool = True) -> CfTable:
+    """Read OUT/cf. `users=False` and `folds=False` skip what is not needed (they are most of the file).
+
+    Raises DataError when it is missing, unreadable, or was trained on another split than the manifest's.
+    """
+    path = cf_path(folder)
+    if not path.is_file():
+        if origin := origin_of(folder):
+            where = f"{origin.url} has no collaborative-filtering table (cf/lightgcn.safetensors and .sha256)"
+            raise DataError(
+                f"{where}. Make it where the folder was prepared, with gensr cf OUT, then copy OUT/cf there."
+            )
+        raise DataError(
+            f"{path} is missing: the folder has no collaborative-filtering table yet. Make it with: gensr cf "
+            f"{folder}"
+        )
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            _check_metadata(path, metadata, manifest, folder)
+            item = file.get_tensor("item")
+            empty = item.new_zeros(0, item.shape[1])
+            table = CfTable(
+                user=file.get_tensor("user") if users else empty,
+                item=item,
+                item_folds=file.get_tensor("item_folds") if folds else empty.new_zeros(0, *item.shape),
+                heldout_item=file.get_tensor("heldout_item") if "heldout_item" in file.keys() else None,  # noqa: SIM118 (no mapping)
+                split_fingerprint=metadata["split_fingerprint"],
+                settings=json.loads(metadata["settings"]),
+                validation=json.loads(metadata["validation"]),
+                gensr_version=metadata["gensr_version"],
+            )
+    except (SafetensorError, KeyError, ValueError, OSError) as error:
+        raise DataError(
+            f"{path} cannot be read: {error}. Make it again with: gensr cf {folder} overwrite=true"
+        ) from error
+    if len(item) != manifest.num_items or (users and len(table.user) != manifest.num_users):
+        raise DataError(
+            f"{path} holds {len(item)} items, the manifest says {manifest.num_items}. Make it again with: "
+            f"gensr cf {folder} overwrite=true"
+        )
+    return table
+
+
+def _check_metadata(path: Path, metadata: dict[str, str], manifest: Manifest, folder: str | Path) -> None:
+    again = f"Make it again with: gensr cf {folder} overwrite=true"
+    if metadata.get("format") != CF_FORMAT:
+        raise DataError(
+            f"{path} has format {metadata.get('format')!r}, this gensr reads {CF_FORMAT!r}. {again}"
+        )
+    if metadata["split_fingerprint"] != manifest.fingerprint:
+        raise DataError(
+            f"{path} was trained on another split (fingerprint {metadata['split_fingerprint'][:12]}, the "
+            f"manifest says {manifest.fingerprint[:12]}): "
+            f"it may have seen validation or test clicks. {again}"
+        )

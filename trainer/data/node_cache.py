@@ -1,0 +1,263 @@
+"""A prepared folder that lies elsewhere (a URL, or a slow disk) as files of this node.
+
+    CACHE/blobs/SHA256     content of files, fetched once whatever the number of processes and jobs, checked,
+                           never changed
+    CACHE/folders/KEY/     a prepared folder made of links to them, and origin.json: where the rest of it is
+    CACHE/joined/          matrices of several parts as one (data/item_tables.py)
+
+Catalogue, tokenizer and CF table are there from the start; shards come when they are first read, or are
+streamed from the URL (without data.cache_dir). Nothing is ever evicted: what is no longer wanted is to be
+deleted by hand, while no job runs.
+"""
+
+import contextlib
+import fcntl
+import functools
+import hashlib
+import itertools
+import json
+import os
+import re
+import shlex
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from data_shards.checksum import pieces
+from data_shards.schema import SPLITS, Manifest, Shard, parse_manifest
+from trainer.config import DataConfig
+from trainer.errors import DataError, EnvironmentProblem
+from trainer.runtime.files import atomic
+
+READ_ATTEMPTS, RETRY_AFTER_S = 3, 1.0  # a read error of a disk or network is tried again after 1 s, then 2 s
+SPARE_BYTES = 64 << 20  # left free on the cache's disk
+ORIGIN, CF_TABLE, CF_DIGEST = "origin.json", "cf/lightgcn.safetensors", "cf/lightgcn.sha256"
+_SAFE_NAME = re.compile(r"(?!.*\.\.)[A-Za-z0-9_][A-Za-z0-9_./-]*")  # names become paths and parts of commands
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a folder of the cache comes from."""
+
+    url: str
+    keep_shards: bool
+
+
+# ---- names and bytes ---------------------------------------------------------------------------------------
+
+
+def is_url(folder: str | Path) -> bool:
+    return "://" in str(folder) or str(folder).startswith("pipe:")
+
+
+def url_of(origin: str, name: str) -> str:
+    """What webdataset's gopen opens for file `name` of a folder. Raises DataError for a name that could leave
+    the folder or its command."""
+    if not _SAFE_NAME.fullmatch(name):
+        raise DataError(
+            f"{origin}: its manifest lists {name!r}, which is no name of a file inside a prepared folder. "
+            "Prepare the folder again."
+        )
+    url = origin.replace("{}", name) if "{}" in origin else f"{origin.rstrip('/')}/{name}"
+    return f"pipe:aws s3 cp --only-show-errors {shlex.quote(url)} -" if url.startswith("s3://") else url
+
+
+def retried(what: str, read: Callable[[], T]) -> T:
+    """read(), again after a moment when it raises EOFError or ValueError. Raises DataError naming `what`
+    after READ_ATTEMPTS attempts."""
+    for attempt in itertools.count(1):
+        try:
+            return read()
+        except (EOFError, ValueError) as error:
+            if attempt == READ_ATTEMPTS:
+                raise DataError(
+                    f"{what}: cannot be read: {error}. Check data.dir, or restore the file."
+                ) from error
+            warnings.warn(f"{what}: reading failed ({error}), trying again", stacklevel=2)
+            time.sleep(RETRY_AFTER_S * attempt)
+    raise AssertionError
+
+
+def read_pieces(url: str) -> Iterator[bytes]:
+    """The content of a URL. Raises EOFError when it cannot be opened or its command fails, also at the end;
+    EnvironmentProblem without its command."""
+    import webdataset as wds
+
+    try:
+        with wds.gopen(url, "rb") as stream:
+            yield from pieces(stream)
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) and is_url(url):
+            raise EnvironmentProblem(
+                f"{url}: is read by the program {error.filename}, which is not installed here."
+            ) from error
+        raise EOFError(str(error)) from error
+
+
+def check_stream(url: str, num_bytes: int, sha256: str, write: Callable[[bytes], Any] = len) -> None:
+    """Read a URL to its end, giving each piece to `write`. Raises EOFError or ValueError when size or
+    checksum are not as given."""
+    digest, size = hashlib.sha256(), 0
+    for piece in read_pieces(url):
+        digest.update(piece)
+        size += len(piece)
+        write(piece)
+    if size != num_bytes:
+        raise EOFError(f"{size} bytes, expected {num_bytes} (truncated?)")
+    if digest.hexdigest() != sha256:
+        raise ValueError("checksum differs from the manifest's (corrupt)")
+
+
+# ---- blobs -------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """One process of the node at a time for this path. On a file system without locks all go on: what they
+    write is renamed, and the same."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_name(f".{path.name}.lock"), "a") as file:
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def check_free_space(path: Path, num_bytes: int) -> None:
+    """Raises EnvironmentProblem when the disk of `path` has no room for so many bytes."""
+    free = shutil.disk_usage(path.parent).free
+    if free < num_bytes + SPARE_BYTES:
+        raise EnvironmentProblem(
+            f"{path.parent}: {num_bytes / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free. Delete what "
+            "is no longer wanted there, choose "
+            f"another data.cache_dir, or leave it empty to stream a URL's shards."
+        )
+
+
+def blob(cache: Path, origin: str, name: str, num_bytes: int, sha256: str) -> Path:
+    """File `name` of a folder as CACHE/blobs/SHA256, fetched by the first process that asks while the others
+    wait."""
+    path = cache / "blobs" / sha256
+    if path.is_file() and path.stat().st_size == num_bytes:
+        return path
+    with locked(path):
+        if not path.is_file() or path.stat().st_size != num_bytes:
+            check_free_space(path, num_bytes)
+            url = url_of(origin, name)
+
+            def fetch() -> None:
+                with atomic(path) as temporary, open(temporary, "wb") as file:
+                    check_stream(url, num_bytes, sha256, file.write)
+
+            retried(url, fetch)
+    return path
+
+
+def _link(path: Path, target: Path) -> None:
+    """path becomes a relative symbolic link to target; whoever comes second finds the same."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(os.path.relpath(target, path.parent))
+    os.replace(temporary, path)
+
+
+# ---- folders -----------------------------------------------------------------------------------------------
+
+
+def local_folder(data: DataConfig) -> Path:
+    """The prepared folder of data.dir as a folder of this node: itself, or, of a URL or with data.cache_dir,
+    the cache's. Asks once a process.
+
+    Raises DataError for what cannot be read or is not what the manifest says, EnvironmentProblem when the
+    cache has no room.
+    """
+    if not is_url(data.dir) and not data.cache_dir:
+        return Path(data.dir)
+    origin = data.dir if is_url(data.dir) else str(Path(data.dir).resolve())
+    return _cached_folder(origin, data.cache_dir)
+
+
+@functools.cache
+def _cached_folder(origin: str, cache_dir: str) -> Path:
+    cache = Path(cache_dir).expanduser().resolve() if cache_dir else default_cache()
+    content = _read_small(origin, "manifest.json")
+    manifest = parse_manifest(content, url_of(origin, "manifest.json"))
+    files = [(file["name"], file["num_bytes"], file["sha256"]) for file in manifest.raw["catalog"]]
+    files += _cf_table(origin)
+    key = hashlib.sha256(json.dumps([origin, bool(cache_dir), manifest.hash, files]).encode()).hexdigest()[
+        :16
+    ]
+    folder = cache / "folders" / key
+    with locked(folder):
+        missing = {
+            sha256: num_bytes
+            for _, num_bytes, sha256 in files + (_shard_files(manifest) if cache_dir else [])
+        }
+        check_free_space(
+            folder, sum(size for sha256, size in missing.items() if not (cache / "blobs" / sha256).is_file())
+        )
+        for name, num_bytes, sha256 in files:
+            _link(folder / name, blob(cache, origin, name, num_bytes, sha256))
+        with atomic(folder / ORIGIN) as temporary:
+            temporary.write_text(
+                json.dumps({"url": origin, "keep_shards": bool(cache_dir)}) + "\n", encoding="utf-8"
+            )
+        with atomic(folder / "manifest.json") as temporary:
+            temporary.write_bytes(content)
+    return folder
+
+
+def _read_small(origin: str, name: str) -> bytes:
+    url = url_of(origin, name)
+    return retried(url, lambda: b"".join(read_pieces(url)))
+
+
+def _shard_files(manifest: Manifest) -> list[tuple[str, int, str]]:
+    return [
+        (shard.name, shard.num_bytes, shard.sha256) for split in SPLITS for shard in manifest.shards(split)
+    ]
+
+
+def _cf_table(origin: str) -> list[tuple[str, int, str]]:
+    """The CF table, as cf/lightgcn.sha256 describes it: it is made later than the manifest. None is no error
+    yet: evaluation of baselines needs none."""
+    try:
+        sha256, num_bytes, _ = _read_small(origin, CF_DIGEST).decode().split()
+    except DataError as error:
+        warnings.warn(f"no CF table: {error}", stacklevel=2)
+        return []
+    return [(CF_TABLE, int(num_bytes), sha256)]
+
+
+def default_cache() -> Path:
+    """Where a URL's catalogue is kept without data.cache_dir: $XDG_CACHE_HOME/gensr or ~/.cache/gensr."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gensr"
+
+
+def origin_of(folder: str | Path) -> Origin | None:
+    """What a folder of the cache is a copy of; None for any other folder."""
+    path = Path(folder) / ORIGIN
+    return Origin(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+
+
+def cache_of(folder: str | Path) -> Path:
+    """The cache that a folder belongs to, or the default one."""
+    return Path(folder).parent.parent if origin_of(folder) else default_cache()
+
+
+def shard_place(folder: str | Path, shard: Shard) -> Path | str:
+    """The shard as a file of this node (fetched now if the cache keeps shards), or the URL to stream it from."""
+    path, origin = Path(folder) / shard.name, origin_of(folder)
+    if origin is None:
+        return path
+    if not origin.keep_shards:
+        return url_of(origin.url, shard.name)
+    if not path.is_file():
+        _link(path, blob(cache_of(folder), origin.url, shard.name, shard.num_bytes, shard.sha256))
+    return path

@@ -1,0 +1,1 @@
+"""Ranking events and what comes of it."""

@@ -1,0 +1,284 @@
+"""`gensr evaluate RUN --candidates full`: the whole way from all items of the catalogue to a ranking. Never
+mixed with the sampled metrics: files of its own.
+
+GenSR         retrieval finds NUM_CANDIDATES items, the model ranks them; a clicked item that retrieval misses
+              counts 0 in every metric
+baselines     score and rank every item
+Both leave out what the user had clicked strictly before the event (in either task, all of it), but never the
+clicked item itself.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from data_shards.schema import NO_QUERY, TASKS
+from trainer.batch import Batch
+from trainer.data import EvalStream
+from trainer.data.cf_table import cf_path
+from trainer.data.node_cache import local_folder
+from trainer.errors import RunError
+from trainer.evaluation.metrics import expected_ranks
+from trainer.evaluation.sampled import (
+    CountProgress,
+    EventRanks,
+    autocast_scorer,
+    rank_events,
+    report,
+    task_reports,
+    write_evaluation,
+)
+from trainer.models.baselines import BASELINES, Scorer
+from trainer.models.gensr.model import GenSR
+from trainer.runs.weights import load_run_config, load_run_model
+from trainer.runtime.device import default_device
+from trainer.runtime.launch import read_launch, set_up_cpu
+from trainer.serving.recommend import CF_SHARE, NUM_CANDIDATES, run_retrieval
+from trainer.serving.retrieval import Notify, Retrieval, describe, silent
+from trainer.serving.users import Clicks, read_clicks
+
+MAX_EVENTS = 2000
+RETRIEVAL_CUTOFFS = (100, 500)
+TOP = 10  # of each list, for coverage and popularity
+BATCH_SCORES = 2**18  # scores of baselines held at once: LightGCN gathers a vector for each
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """What a model made of n events."""
+
+    ranks: EventRanks
+    top: np.ndarray  # [n, TOP] item rows, best first, -1 where there are fewer
+
+
+def evaluate_full(
+    run_dir: str | Path,
+    split: str = "test",
+    max_events: int = MAX_EVENTS,
+    with_baselines: bool = True,
+    progress: CountProgress | None = None,
+    notify: Notify = silent,
+) -> dict[str, Any]:
+    """Writes RUN/evaluation-SPLIT-full.{json,parquet} → the document. max_events: a fixed hashed sample of
+    the split; 0 = all. One process.
+
+    Raises RunError for an unknown split, a run without a model, or several processes.
+    """
+    run_dir = Path(run_dir)
+    if split not in ("valid", "test"):
+        raise RunError(f"split must be valid or test, got {split!r}")
+    launch = read_launch()
+    if launch.world_size > 1:
+        raise RunError("--candidates full runs in one process: start it without a launcher")
+    set_up_cpu(load_run_config(run_dir), launch)
+    device = default_device()
+    model, _, config, manifest = load_run_model(run_dir, device)
+    retrieval = run_retrieval(run_dir, model, notify)
+    folder = local_folder(config.data)
+    batch_size = max(
+        1, config.run.eval_batch_size * (1 + manifest.num_negatives) // NUM_CANDIDATES
+    )  # as many pairs at once as on sampled candidates
+    stream = EvalStream(folder, manifest, split, config.data, batch_size, max_events=max_events)
+    clicks = read_clicks(folder, manifest)
+    started = time.monotonic()
+    scorer = autocast_scorer(model, device, config.run.precision)
+    ours, found = rank_retrieved(scorer, model, retrieval, stream, clicks, progress)
+    seconds = time.monotonic() - started
+    popularity = pq.read_table(Path(folder) / "catalog" / "items.parquet", columns=["train_rec_clicks"])[
+        "train_rec_clicks"
+    ].to_numpy()
+    baselines = {}
+    for name, (task, build) in BASELINES.items() if with_baselines else ():
+        num_events = int((stream.column("task") == task).sum())
+        if num_events and (name != "lightgcn" or cf_path(folder).is_file()):
+            notify(f"{name}: every item for {num_events:,} events")
+            baselines[name] = reports(
+                rank_everything(build(folder, manifest), stream, clicks, manifest.num_items, task), popularity
+            )
+    document = report(ours.ranks, manifest, split, config, baselines)
+    del document["protocol"]["num_negatives"]
+    document["protocol"] |= {
+        "candidates": "full",
+        "num_items": manifest.num_items,
+        "num_events": stream.num_events,
+        "num_events_of_split": manifest.num_events(split),
+        "ranked_by_model": NUM_CANDIDATES,
+        "left_out": "all items clicked strictly before the event by its user, in either task; never the clicked item itself",
+        "missed_by_retrieval": "counts 0",
+        "clicked_before": int(
+            sum(
+                item in clicks.before(event)
+                for event, item in zip(stream.column("event_id"), stream.column("item"), strict=True)
+            )
+        ),
+        "indexes": describe(retrieval),
+        "events_per_s": round(stream.num_events / max(seconds, 1e-9), 2),
+    }
+    for title, facts in reports(ours, popularity).items():
+        document[title] = {**facts, "retrieval": retrieval_recall(found, ours.ranks, TASKS.index(title))}
+    write_evaluation(run_dir, folder, f"{split}-full", ours.ranks, document)
+    return document
+
+
+# ---- GenSR: retrieve, then rank ----------------------------------------------------------------------------
+
+
+def rank_retrieved(
+    scorer: Scorer,
+    model: GenSR,
+    retrieval: Retrieval,
+    stream: EvalStream,
+    clicks: Clicks,
+    progress: CountProgress | None = None,
+) -> tuple[Ranked, np.ndarray]:
+    """→ what GenSR makes of the first NUM_CANDIDATES retrieved items; and the clicked item's place in
+    retrieval, [n] float64, 1 = first, inf = missed."""
+    parts, tops, places = [], [], []
+    for number, batch in enumerate(stream, start=1):
+        batch = batch.take(batch.event_id >= 0)
+        clicked = clicked_items(batch)
+        lists = [
+            candidates_of(row, model, retrieval, batch, int(clicked[row]), clicks)
+            for row in range(batch.num_events)
+        ]
+        places += [place_of(int(item), rows) for item, rows in zip(clicked, lists, strict=True)]
+        scores_BC, candidates_BC = score_lists(scorer, batch, [rows[:NUM_CANDIDATES] for rows in lists])
+        parts.append(ranks_among(scores_BC, candidates_BC, batch, clicked))
+        tops.append(top_items(scores_BC, candidates_BC))
+        if progress is not None:
+            progress(number, len(stream))
+    return Ranked(EventRanks.concatenate(parts), np.concatenate(tops)), np.array(places)
+
+
+def candidates_of(
+    row: int, model: GenSR, retrieval: Retrieval, batch: Batch, clicked: int, clicks: Clicks
+) -> np.ndarray:
+    """Rows of the items that retrieval finds for one event of a batch, as many as the deepest cutoff needs."""
+    query = None
+    if int(batch.query[row]) != NO_QUERY:
+        with torch.inference_mode():
+            query = (
+                model.query_parts(batch.query[row : row + 1].to(model.tables.cf.device))[2][0]
+                .float()
+                .cpu()
+                .numpy()
+            )
+        query = query if query.any() else None
+    history = batch.history_items[row][batch.history_mask[row]].tolist()
+    seen = np.setdiff1d(clicks.before(int(batch.event_id[row])), [clicked])
+    return retrieval.candidates(
+        history,
+        query,
+        max(*RETRIEVAL_CUTOFFS, NUM_CANDIDATES),
+        seen.tolist(),
+        CF_SHARE[TASKS[int(batch.task[row])]],
+    )
+
+
+def place_of(item: int, rows: np.ndarray) -> float:
+    at = np.flatnonzero(rows == item)
+    return float(at[0] + 1) if len(at) else np.inf
+
+
+def score_lists(scorer: Scorer, batch: Batch, lists: list[np.ndarray]) -> tuple[Tensor, np.ndarray]:
+    """Lists of items of different lengths, one an event → scores [B, C] (−inf for padding) and items [B, C]
+    (−1 for padding)."""
+    items_BC = np.full((len(lists), max(1, *map(len, lists))), -1, np.int64)
+    for row, rows in enumerate(lists):
+        items_BC[row, : len(rows)] = rows
+    candidates_BC = torch.from_numpy(np.maximum(items_BC, 0))
+    scores_BC = scorer(batch.with_candidates(candidates_BC, torch.zeros(candidates_BC.shape))).float().cpu()
+    return scores_BC.masked_fill(torch.from_numpy(items_BC < 0), -torch.inf), items_BC
+
+
+def ranks_among(scores_BC: Tensor, items_BC: np.ndarray, batch: Batch, clicked: np.ndarray) -> EventRanks:
+    """Expected rank of the clicked item among the scored ones; infinite where it is not among them."""
+    labels_BC = torch.from_numpy((items_BC == clicked[:, None]).astype(np.float32))
+    there = labels_BC.any(1)
+    rank, tied = expected_ranks(scores_BC, labels_BC)
+    return EventRanks(
+        event_id=batch.event_id.numpy(),
+        task=batch.task.numpy(),
+        user=batch.user.numpy(),
+        item=clicked,
+        rank=torch.where(there, rank, torch.inf).numpy(),
+        tied=(tied & there).numpy(),
+        num_nan=scores_BC.isnan().sum(1).numpy(),
+    )
+
+
+def clicked_items(batch: Batch) -> np.ndarray:
+    items: np.ndarray = batch.candidates.gather(1, batch.labels.argmax(1, keepdim=True))[:, 0].numpy()
+    return items
+
+
+def top_items(scores_BC: Tensor, items_BC: np.ndarray) -> np.ndarray:
+    """The TOP best-scored items of each row, [B, TOP], −1 where there are fewer."""
+    best = torch.topk(scores_BC, min(TOP, scores_BC.shape[1]), dim=1)
+    items = np.where(
+        best.values.isneginf().numpy(), -1, np.take_along_axis(items_BC, best.indices.numpy(), 1)
+    )
+    return np.pad(items, ((0, 0), (0, TOP - items.shape[1])), constant_values=-1)
+
+
+# ---- baselines: every item ---------------------------------------------------------------------------------
+
+
+def rank_everything(scorer: Scorer, stream: EvalStream, clicks: Clicks, num_items: int, task: int) -> Ranked:
+    """Every item of the catalogue scored for every event of one task."""
+    tops: list[np.ndarray] = []
+
+    def without_seen(batch: Batch) -> Tensor:
+        scores_BI = scorer(batch).float().cpu().clone()
+        for row, (event, item) in enumerate(zip(batch.event_id.tolist(), clicked_items(batch), strict=True)):
+            scores_BI[row, np.setdiff1d(clicks.before(event), [item])] = -torch.inf
+        tops.append(top_items(scores_BI, batch.candidates.numpy()))
+        return scores_BI
+
+    return Ranked(rank_events(without_seen, whole_catalogue(stream, num_items, task)), np.concatenate(tops))
+
+
+def whole_catalogue(stream: EvalStream, num_items: int, task: int) -> Iterator[Batch]:
+    """The events of one task, few at a time, each with all items as candidates."""
+    at_once = max(1, BATCH_SCORES // num_items)
+    for batch in stream:
+        batch = batch.take((batch.event_id >= 0) & (batch.task == task))
+        for start in range(0, batch.num_events, at_once):
+            part = batch.rows(start, start + at_once)
+            labels_BI = torch.zeros(part.num_events, num_items)
+            labels_BI[torch.arange(part.num_events), torch.from_numpy(clicked_items(part))] = 1.0
+            yield part.with_candidates(torch.arange(num_items).expand(part.num_events, -1), labels_BI)
+
+
+# ---- reports -----------------------------------------------------------------------------------------------
+
+
+def reports(ranked: Ranked, popularity: np.ndarray) -> dict[str, dict[str, Any]]:
+    """task_reports, and whether a model shows more than the popular: for each task that has events
+
+    coverage@10: share of the catalogue that stands in at least one list. mean_clicks@10: training
+    recommendation clicks of the items shown, on average, and mean_clicks_of_clicked: of what was clicked.
+    """
+    documents = task_reports(ranked.ranks)
+    for task, document in documents.items():
+        mine = ranked.ranks.task == TASKS.index(task)
+        shown = ranked.top[mine]
+        shown = shown[shown >= 0]
+        document[f"coverage@{TOP}"] = len(np.unique(shown)) / len(popularity)
+        document[f"mean_clicks@{TOP}"] = float(popularity[shown].mean()) if len(shown) else 0.0
+        document["mean_clicks_of_clicked"] = float(popularity[ranked.ranks.item[mine]].mean())
+    return documents
+
+
+def retrieval_recall(places: np.ndarray, ranks: EventRanks, task: int) -> dict[str, float]:
+    """{"recall@100", "recall@500"}: how many clicked items are among the first 100 and 500 that retrieval
+    finds."""
+    mine = places[ranks.task == task]
+    return {f"recall@{k}": float((mine <= k).mean()) for k in RETRIEVAL_CUTOFFS}

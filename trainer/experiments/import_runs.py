@@ -1,0 +1,370 @@
+"""`gensr runs import`: runs that were made where no tracking server could be reached, into one. Again and
+again: a second import adds nothing.
+
+    a store (mlflow.db of an offline node)      each of its runs: parameters, tags, every point with its time
+                                                and step, datasets, files, status
+    a run folder (RUN)                          the same from config.yaml, environment.json, metrics.jsonl,
+                                                machine/, evaluation-*.json, report/;
+                                                where RUN/tracking.json names a run of the target itself, that
+                                                one gets what it lacks
+
+A copy carries the tag `gensr.source` = the run's id where it was made, by which a later import finds it; what
+the target has is not sent again.
+"""
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from data_shards.errors import DataError
+from data_shards.schema import read_manifest
+from data_shards.settings import read_yaml
+from trainer.config import Config, config_from_dict
+from trainer.errors import EnvironmentProblem, GensrError, RunError
+from trainer.registry.model_card import metrics_of
+from trainer.tracking.delivery import MACHINE_DIR, SPOOL_NAME, JsonLines, Record, machine_points, send
+from trainer.tracking.store import (
+    connect,
+    is_server,
+    mask_secrets,
+    metric_name,
+    one_line,
+    open_experiment,
+    read_run_file,
+)
+from trainer.tracking.tracker import describe
+
+if TYPE_CHECKING:
+    from mlflow.tracking import MlflowClient
+
+SOURCE_TAG, PARENT_TAG = "gensr.source", "mlflow.parentRunId"
+STATUS = {
+    "finished": "FINISHED",
+    "failed": "FAILED",
+    "crashed": "FAILED",
+    "stopped": "KILLED",
+    "running": "RUNNING",
+}
+PAGE = 1000  # runs of one answer
+
+
+@dataclass
+class Source:
+    """A run as it was recorded somewhere else."""
+
+    id: str
+    name: str
+    experiment: str
+    status: str
+    start_ms: int
+    end_ms: int
+    tags: dict[str, str] = field(default_factory=dict)
+    records: list[Record] = field(default_factory=list)  # parameters, points, datasets, texts
+    files: list[tuple[Path, str]] = field(default_factory=list)  # and the folder they go to
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What happened to one run. `added` counts new points: 0 where the target has them all."""
+
+    run: str
+    run_id: str
+    new: bool
+    added: int
+    status: str
+
+
+def import_runs(
+    source: str, into: str, progress: Callable[[str], None] = lambda line: None
+) -> list[Imported]:
+    """`source`: a run folder, a folder of run folders, an sqlite file, or a tracking URI. `into`: the
+    tracking URI of the target.
+
+    Raises RunError when `source` holds no run, EnvironmentProblem when a store does not answer.
+    """
+    if is_same(source, into):
+        raise RunError(f"{source} is the store that the runs should go into")
+    done: dict[str, tuple[Source, Imported]] = {}
+    try:
+        target = connect(into)
+        for run in read_source(source):
+            imported = _import(target, into, run)
+            done[run.id] = (run, imported)
+            progress(f"{imported.run}: {imported.added:,} points added, {imported.status}")
+        for run, imported in done.values():  # once all have an id
+            parent = done.get(run.tags.get(PARENT_TAG, ""))
+            if parent is not None:
+                target.set_tag(imported.run_id, PARENT_TAG, parent[1].run_id)
+    except GensrError:
+        raise
+    except Exception as error:
+        raise EnvironmentProblem(
+            f"the runs of {mask_secrets(source)} cannot be brought into {mask_secrets(into)}: "
+            f"{one_line(error)}. What has arrived stays; repeat it."
+        ) from error
+    return [imported for _, imported in done.values()]
+
+
+def target_of(folder: str) -> str:
+    """The tracking server that a run folder's configuration names. Raises RunError where it names none."""
+    path = Path(folder) / "config.yaml"
+    uri = config_from_dict(read_yaml(path)).tracking.uri if path.is_file() else ""
+    if not is_server(uri):
+        raise RunError(
+            f"{folder} names no tracking server of its own. Say where its runs should go: --into URI"
+        )
+    return uri
+
+
+# ---- writing -----------------------------------------------------------------------------------------------
+
+
+def _import(target: "MlflowClient", into: str, run: Source) -> Imported:
+    """One run into the target: a new run there, or what is missing in the one of an earlier import."""
+    experiment_id = open_experiment(target, into, run.experiment, _beside(into))
+    run_id = _find(target, experiment_id, run.id)
+    new = not run_id
+    if new:
+        tags = {
+            **{key: value for key, value in run.tags.items() if key not in (PARENT_TAG, "mlflow.runName")},
+            SOURCE_TAG: run.id,
+        }
+        run_id = target.create_run(
+            experiment_id, start_time=run.start_ms, tags=tags, run_name=run.name
+        ).info.run_id
+    there = target.get_run(run_id)
+    known = {
+        (key, point.step) for key in there.data.metrics for point in target.get_metric_history(run_id, key)
+    }
+    records, added = [], 0
+    for record in run.records:
+        if "metric" in record:
+            key, _, _, step = record["metric"]
+            if (key, step) in known:
+                continue
+            known.add((key, step))
+            added += 1
+        elif "params" in record:
+            record = {
+                "params": {
+                    key: value for key, value in record["params"].items() if key not in there.data.params
+                }
+            }
+        elif "dataset_input" in record:
+            if new:
+                target.log_inputs(run_id, datasets=[record["dataset_input"]])
+            continue
+        elif "dataset" in record and there.inputs and there.inputs.dataset_inputs:
+            continue
+        records.append(record)
+    send(target, run_id, records)
+    _send_files(target, run_id, run.files)
+    if run.status != "RUNNING" and (there.info.status, there.info.end_time) != (run.status, run.end_ms):
+        target.set_terminated(run_id, run.status, run.end_ms)
+    return Imported(run.name, run_id, new, added, run.status)
+
+
+def _beside(into: str) -> str:
+    """The folder beside which a local target keeps artifacts (open_experiment asks for a run folder in it)."""
+    return str(Path(into.removeprefix("sqlite:///")).parent / "run") if into.startswith("sqlite:///") else "."
+
+
+def _find(target: "MlflowClient", experiment_id: str, source_id: str) -> str:
+    """The target's run for a source: made by it, or by an earlier import. "" when there is none."""
+    try:
+        return str(target.get_run(source_id).info.run_id)
+    except Exception as error:
+        if getattr(error, "error_code", "") not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise
+    found = target.search_runs([experiment_id], f"tags.`{SOURCE_TAG}` = '{source_id}'", max_results=1)
+    return str(found[0].info.run_id) if found else ""
+
+
+def _send_files(target: "MlflowClient", run_id: str, files: Iterable[tuple[Path, str]]) -> None:
+    """Those that the target does not have at this size."""
+    sizes: dict[str, dict[str, int]] = {}
+    for path, folder in files:
+        if folder not in sizes:
+            sizes[folder] = {
+                entry.path: entry.file_size
+                for entry in target.list_artifacts(run_id, folder or None)
+                if not entry.is_dir
+            }
+        if sizes[folder].get(f"{folder}/{path.name}" if folder else path.name) != path.stat().st_size:
+            target.log_artifact(run_id, str(path), folder or None)
+
+
+def is_same(source: str, into: str) -> bool:
+    """Whether both name one store; an sqlite file may be given as a path."""
+    return source == into or (
+        into.startswith("sqlite:///")
+        and Path(into.removeprefix("sqlite:///")).resolve() == Path(source).resolve()
+    )
+
+
+# ---- reading -----------------------------------------------------------------------------------------------
+
+
+def read_source(source: str) -> Iterator[Source]:
+    """The runs of a store or folder, one at a time. Raises RunError when there are none."""
+    path = Path(source)
+    if is_server(source) or source.startswith("sqlite:"):
+        yield from _of_store(connect(source), None)
+    elif path.is_file():
+        yield from _of_store(connect(f"sqlite:///{path.resolve()}"), path.resolve().parent)
+    elif (path / "config.yaml").is_file():
+        yield of_folder(path)
+    elif folders := sorted(file.parent for file in path.glob("*/config.yaml")):
+        yield from map(of_folder, folders)
+    else:
+        raise RunError(
+            f"{source} is no run folder, no folder of run folders, no sqlite file (mlflow.db) and no address "
+            "of a tracking server"
+        )
+
+
+def _of_store(client: "MlflowClient", folder: Path | None) -> Iterator[Source]:
+    experiments = {experiment.experiment_id: experiment.name for experiment in client.search_experiments()}
+    token, count = None, 0
+    while True:
+        page = client.search_runs(list(experiments), max_results=PAGE, page_token=token)
+        for run in page:
+            count += 1
+            yield _of_run(client, run, experiments[run.info.experiment_id], folder)
+        token = page.token
+        if not token:
+            break
+    if not count:
+        raise RunError("the store to import from holds no runs")
+
+
+def _of_run(client: "MlflowClient", run: Any, experiment: str, folder: Path | None) -> Source:
+    info, data = run.info, run.data
+    records: list[Record] = [{"params": dict(data.params)}] if data.params else []
+    for key in data.metrics:
+        records += [
+            {"metric": [key, point.value, point.timestamp, point.step]}
+            for point in client.get_metric_history(info.run_id, key)
+        ]
+    records += [{"dataset_input": entry} for entry in (run.inputs.dataset_inputs if run.inputs else [])]
+    files = list(_artifacts(client, run, folder))
+    return Source(
+        info.run_id,
+        info.run_name,
+        experiment,
+        info.status,
+        info.start_time,
+        info.end_time or 0,
+        dict(data.tags),
+        records,
+        files,
+    )
+
+
+def _artifacts(client: "MlflowClient", run: Any, folder: Path | None) -> Iterator[tuple[Path, str]]:
+    """Files of a run and their folders; where the store was copied here from another machine, its artifacts
+    are beside it."""
+    location = run.info.artifact_uri
+    root = Path(location.removeprefix("file://"))
+    if folder is not None and not root.is_dir():
+        root = folder / "mlartifacts" / location.partition("/mlartifacts/")[2]
+    if is_server(location) or location.startswith("mlflow-artifacts:"):
+        root = Path(tempfile.mkdtemp(prefix="gensr-import-"))
+        if client.list_artifacts(run.info.run_id):
+            client.download_artifacts(run.info.run_id, "", str(root))
+    for path in sorted(file for file in root.rglob("*") if file.is_file()):
+        parent = str(path.parent.relative_to(root))
+        yield path, "" if parent == "." else parent
+
+
+def of_folder(folder: Path) -> Source:
+    """A run folder as a run: what its tracker would have recorded, with times counted from its beginning."""
+    config = config_from_dict(read_yaml(folder / "config.yaml"))
+    facts = _json(folder / "environment.json")
+    status = _json(folder / "status.json")
+    start_ms = int((folder / "config.yaml").stat().st_ctime * 1000)
+    lines = list(_lines(folder / "metrics.jsonl"))
+    records: list[Record] = [
+        record
+        for record in _lines(folder / SPOOL_NAME)
+        if "artifact" not in record and "status" not in record
+    ]
+    records += describe(config, folder, facts, _manifest(config))
+    records += list(_points(lines, start_ms))
+    files = []
+    for path in sorted((folder / MACHINE_DIR).glob("*.jsonl")):
+        records += [point for sample in _lines(path) for point in machine_points(path.stem, sample)]
+    for split in ("valid", "test"):
+        path = folder / f"evaluation-{split}.json"
+        records += [
+            {"metric": [name, value, start_ms, 0]} for name, value in metrics_of(_json(path), split).items()
+        ]
+        files += [(path, "")] if path.is_file() else []
+    files += [(path, "report") for path in sorted((folder / "report").glob("*.png"))]
+    seconds = status.get("progress", {}).get("train_s", 0.0)
+    name, state = (
+        config.tracking.run_name or folder.resolve().name,
+        STATUS.get(status.get("status", ""), "FAILED"),
+    )
+    identity = read_run_file(folder) or f"folder-{_identity(folder, lines)}"
+    return Source(
+        identity,
+        name,
+        config.tracking.experiment,
+        state,
+        start_ms,
+        start_ms + int(seconds * 1000),
+        {},
+        records,
+        files,
+    )
+
+
+def _identity(folder: Path, lines: list[dict[str, Any]]) -> str:
+    """Of a folder that never had a run: its settings and its first measurement."""
+    content = (folder / "config.yaml").read_text(encoding="utf-8") + json.dumps(lines[:1])
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def _points(lines: Iterable[Mapping[str, Any]], start_ms: int) -> Iterator[Record]:
+    """metrics.jsonl as points, named as training names them."""
+    seconds = 0.0
+    for line in lines:
+        seconds = line.get("train_s", seconds)
+        for name, value in line.items():
+            if name not in ("kind", "step") and isinstance(value, int | float):
+                yield {
+                    "metric": [
+                        metric_name(f"{line['kind']}/{name}"),
+                        float(value),
+                        start_ms + int(seconds * 1000),
+                        line["step"],
+                    ]
+                }
+
+
+def _manifest(config: Config) -> Any:
+    try:
+        return read_manifest(config.data.dir)
+    except DataError:  # the prepared folder is not here
+        return None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return document
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    lines, records = JsonLines(path), []
+    while (page := lines.read())[1] > lines.position:
+        records += page[0]
+        lines.position = page[1]
+    return records

@@ -1,0 +1,186 @@
+"""A sweep: one run for each point of a list of settings, and what came of them.
+
+    - {optim.lr: 3e-4}
+    - {optim.lr: 1e-3, model.dropout: 0.2}        # YAML or JSON: a list, one mapping of dotted keys for each
+                                                  run
+
+`summarize` is the sweep's last job (slurm/sweep.sbatch): SWEEP/sweep.txt, SWEEP/sweep.json, and a parent run
+in MLflow whose children the runs are.
+"""
+
+import json
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from data_shards.settings import flatten, read_yaml
+from trainer.config import Config, config_from_dict
+from trainer.errors import ConfigError, RunError
+from trainer.evaluation.summary import compare, compare_lines
+from trainer.runtime.files import atomic
+from trainer.tracking.store import (
+    connect,
+    mask_secrets,
+    one_line,
+    open_experiment,
+    read_run_file,
+    tracking_uri,
+    write_run_file,
+)
+
+TABLE, DOCUMENT = "sweep.txt", "sweep.json"
+JOB_FILE = "job.json"  # in a run folder, {"job_id": …}: it was submitted
+PARENT_TAG = "mlflow.parentRunId"  # what MLflow nests runs by
+MAX_NAME = 60  # characters of a run folder's name
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run of a sweep: its folder's name and its settings."""
+
+    name: str
+    overrides: tuple[str, ...]
+
+
+def read_sweep(path: str | Path) -> list[Point]:
+    """Raises ConfigError when the file does not hold a list of mappings, or lists a run twice."""
+    try:
+        document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))  # JSON is YAML
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: not a readable YAML or JSON file: {error}") from error
+    if (
+        not isinstance(document, list)
+        or not document
+        or not all(isinstance(entry, Mapping) and entry for entry in document)
+    ):
+        raise ConfigError(
+            f"{path}: must be a list with one mapping for each run, for example\n- {{optim.lr: 3e-4}}\n- "
+            f"{{optim.lr: 1e-3}}"
+        )
+    points = [_point(number, flatten(entry)) for number, entry in enumerate(document)]
+    if len({point.overrides for point in points}) < len(points):
+        raise ConfigError(f"{path}: two runs have the same settings")
+    if any(override.startswith("run.dir=") for point in points for override in point.overrides):
+        raise ConfigError(
+            f"{path}: run.dir is the sweep's folder, each run gets one below it; give run.dir=SWEEP on the "
+            "command line"
+        )
+    return points
+
+
+def _point(number: int, settings: Mapping[str, Any]) -> Point:
+    """`03-lr-3e-4-dropout-0.2`: the number keeps names apart, the rest is for people."""
+    texts = {
+        str(key): json.dumps(value) if isinstance(value, bool | list) or value is None else str(value)
+        for key, value in settings.items()
+    }
+    words = "-".join(f"{key.rpartition('.')[2]}-{value}" for key, value in texts.items())
+    name = f"{number:02d}-{re.sub(r'[^A-Za-z0-9._-]+', '_', words)}"[:MAX_NAME].rstrip("-._")
+    return Point(name, tuple(f"{key}={value}" for key, value in texts.items()))
+
+
+# ---- the end of a sweep ------------------------------------------------------------------------------------
+
+
+def summarize(folder: str | Path) -> dict[str, Any]:
+    """Write the table of a sweep's runs and give them their parent in MLflow. Can be repeated.
+
+    Returns {"runs": [{"run", "status", "step", "best_step", "metric", "best"}] best first, "comparison": as
+    `gensr compare`, or {}, "mlflow_run_id": the parent or ""}. Raises RunError when no run has started.
+    """
+    folder = Path(folder)
+    run_dirs = sorted(
+        {path.parent for name in ("config.yaml", JOB_FILE) for path in folder.glob(f"*/{name}")}
+    )
+    configs = {
+        run_dir: config_from_dict(read_yaml(run_dir / "config.yaml"))
+        for run_dir in run_dirs
+        if (run_dir / "config.yaml").is_file()
+    }
+    if not configs:
+        raise RunError(f"{folder} holds no run that has started. Its jobs' output: {folder}/*.out")
+    rows = sorted((_row(run_dir, configs.get(run_dir)) for run_dir in run_dirs), key=lambda row: -row["best"])
+    evaluated = [run_dir for run_dir in run_dirs if (run_dir / "evaluation-test.json").is_file()]
+    comparison = compare(evaluated) if evaluated else {}
+    document = {"runs": rows, "comparison": comparison, "mlflow_run_id": ""}
+    for name, text in ((TABLE, "\n".join(lines_of(document))), (DOCUMENT, json.dumps(document, indent=2))):
+        with atomic(folder / name) as temporary:
+            temporary.write_text(text + "\n", encoding="utf-8")
+    document["mlflow_run_id"] = _parent(folder, configs, rows)
+    return document
+
+
+def _row(run_dir: Path, config: Config | None) -> dict[str, Any]:
+    try:
+        status = json.loads((run_dir / "status.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        status = {"status": "not started", "progress": {}}
+    progress = status["progress"]
+    return {
+        "run": run_dir.name,
+        "status": status["status"],
+        "step": progress.get("step", 0),
+        "best_step": progress.get("best_step", 0),
+        "metric": config.run.select_metric if config else "",
+        "best": progress.get("best_value", 0.0),
+    }
+
+
+def lines_of(document: Mapping[str, Any]) -> list[str]:
+    """The table for people: runs by their best validation, then the test results of those that were
+    evaluated."""
+    rows: Sequence[Mapping[str, Any]] = document["runs"]
+    width = max(len(row["run"]) for row in rows)
+    metrics = sorted({row["metric"] for row in rows} - {""})
+    lines = [f"Validation, sampled candidates ({', '.join(metrics)} at the best step)"]
+    lines += [
+        f"  {row['run']:<{width}}  {row['best']:.4f}  step {row['best_step']:,} of {row['step']:,}  "
+        f"{row['status']}"
+        for row in rows
+    ]
+    return [*lines, "", *compare_lines(document["comparison"])] if document["comparison"] else lines
+
+
+def _parent(folder: Path, configs: Mapping[Path, Config], rows: Sequence[Mapping[str, Any]]) -> str:
+    """The id of the parent run, new or that of an earlier call; "" where nothing is tracked. A store that
+    fails costs a warning, not the table."""
+    tracked = {run_dir: run_id for run_dir in configs if (run_id := read_run_file(run_dir))}
+    if not tracked:
+        return ""
+    first = next(iter(tracked))
+    uri = tracking_uri(configs[first], first)
+    try:
+        client = connect(uri)
+        parent = read_run_file(folder, uri)
+        if not parent:
+            experiment_id = open_experiment(client, uri, configs[first].tracking.experiment, first)
+            parent = str(
+                client.create_run(
+                    experiment_id, run_name=folder.name, tags={"sweep": str(folder)}
+                ).info.run_id
+            )
+            write_run_file(folder, uri, experiment_id, parent)
+        for run_id in tracked.values():
+            client.set_tag(run_id, PARENT_TAG, parent)
+        for name in (TABLE, DOCUMENT):
+            client.log_artifact(parent, str(folder / name))
+        client.set_tag(parent, "best_run", rows[0]["run"])
+        client.set_terminated(
+            parent, "FINISHED" if all(row["status"] == "finished" for row in rows) else "FAILED"
+        )
+    except Exception as error:
+        log.warning(
+            "MLflow at %s has not taken the sweep's parent run: %s. Again: gensr runs summarize %s",
+            mask_secrets(uri),
+            one_line(error),
+            folder,
+        )
+        return ""
+    return parent

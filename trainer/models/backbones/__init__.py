@@ -1,0 +1,1 @@
+"""Language models that read a prompt and answer."""

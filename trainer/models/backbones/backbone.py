@@ -1,0 +1,138 @@
+"""What GenSR asks of a language model: embed tokens, answer prompts that are given as vectors. families.py
+builds one by name.
+
+A prompt has a part of its own for every candidate and a part that an event's candidates share. Encoders read
+the shared part (the query) last, where its padding shifts no position; decoders read it (task text and query)
+first, so that its keys and values are computed once an event.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+COMPILED_KINDS = 64
+# cuDNN's attention, which torch prefers on Hopper, makes a plan of its own for every new shape, half a second
+# each (transformers issue 48163); prompts of a group are as long as its queries, so shapes are new all the
+# time. The kernels that remain are compiled once.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Prompts of B events with C candidates each. P and S are lengths in tokens; only the shared part has
+    padding."""
+
+    own_BCSD: Tensor
+    shared_BPD: Tensor
+    shared_mask_BP: Tensor | None  # bool, True = a real token; None: all are
+
+    def whole(self, shared_first: bool) -> tuple[Tensor, Tensor | None]:
+        """One row a candidate, M = B·C: vectors [M, S + P, D], and a mask [M, S + P] where there is padding."""
+        num_candidates = self.own_BCSD.shape[1]
+        vectors = [
+            self.own_BCSD,
+            self.shared_BPD[:, None].expand(-1, num_candidates, -1, -1).to(self.own_BCSD.dtype),
+        ]
+        vectors_MSD = torch.cat(vectors[::-1] if shared_first else vectors, 2).flatten(0, 1)
+        if self.shared_mask_BP is None:
+            return vectors_MSD, None
+        masks = [
+            self.shared_mask_BP.new_ones(self.own_BCSD.shape[0], self.own_BCSD.shape[2]),
+            self.shared_mask_BP,
+        ]
+        return vectors_MSD, torch.cat(masks[::-1] if shared_first else masks, 1).repeat_interleave(
+            num_candidates, 0
+        )
+
+
+class Backbone(nn.Module):
+    """A transformers model, possibly wrapped for LoRA, behind the few things GenSR needs. A family is a
+    subclass."""
+
+    model_types: ClassVar[tuple[str, ...]]  # `model_type` of the config.json files it can load
+    shared_first: ClassVar[bool]
+    lora_targets: ClassVar[
+        tuple[str, ...]
+    ]  # names of the linear maps that get an adapter by default: all of attention and feed-forward
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    @property
+    def base(self) -> Any:
+        """The transformers model, also inside a LoRA wrapper."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
+    @property
+    def width(self) -> int:
+        """D, the width of token vectors."""
+        return int(
+            self.base.get_input_embeddings().embedding_dim
+        )  # not a weight's shape, which ZeRO-3 changes
+
+    @property
+    def vocab_size(self) -> int:
+        """V, rows of the input table."""
+        return int(self.base.get_input_embeddings().num_embeddings)
+
+    @property
+    def stacks(self) -> tuple[nn.Module, nn.Module | None]:
+        """(layers that read every token of a prompt, layers that read one position a prompt or None)."""
+        raise NotImplementedError
+
+    def embedding_weight(self) -> Tensor:
+        """[V, D] input-token embeddings, the space of E_s."""
+        weight: Tensor = self.base.get_input_embeddings().weight
+        return weight
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Vectors of tokens, [...] → [..., D].
+
+        Their gradient holds the rows that occur, not the whole table; autograd adds it to the dense one of
+        embed_mean(), without which training does not go (an optimizer and DDP take dense gradients only).
+        """
+        return F.embedding(tokens.long(), self.embedding_weight(), sparse=True)
+
+    def embed_mean(self, tokens: Tensor) -> Tensor:
+        """Mean of the vectors of an item's tokens, padding (0) excluded: [..., L] → [..., D]; 0 where there
+        is nothing but padding."""
+        flat = tokens.reshape(-1, tokens.shape[-1]).long()
+        return F.embedding_bag(flat, self.embedding_weight(), mode="mean", padding_idx=0).unflatten(
+            0, tokens.shape[:-1]
+        )
+
+    def answer_logits(self, prompt: Prompt, answers: Tensor) -> Tensor:
+        """Logits of the answer tokens [A] after each prompt → [B, C, A] float32."""
+        raise NotImplementedError
+
+    def answer_groups(self, prompts: Iterable[Prompt], answers: Tensor, in_one_pass: bool) -> list[Tensor]:
+        """answer_logits() of each, asked for one by one: all of them are large. in_one_pass: the layers may
+        be called once for all of them."""
+        return [self.answer_logits(prompt, answers) for prompt in prompts]
+
+    def answer_rows(self, hidden_MD: Tensor, answers: Tensor) -> Tensor:
+        """A rows of the output table instead of all V: [M, D], [A] → [M, A] float32."""
+        head = self.base.get_output_embeddings().weight
+        rows = self.embed(answers) if head is self.embedding_weight() else head[answers]
+        with torch.autocast(
+            hidden_MD.device.type, enabled=False
+        ):  # which would make bf16 of this product, and ties of near scores
+            return hidden_MD.float() @ rows.float().T
+
+    def compile_layers(self) -> None:
+        """torch.compile, in place: names of weights stay as they are.
+
+        Layer by layer, and for any length: layers are alike, so that each kind is compiled once. A kind is a
+        layer with or without position biases of its own, a mask, dropout, gradients; torch would stop after 8
+        of them and compute the rest uncompiled.
+        """
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILED_KINDS)
+        for stack in self.stacks:
+            for part in stack.children() if stack is not None else ():
+                for layer in part if isinstance(part, nn.ModuleList) else ():
+                    layer.compile(dynamic=True)

@@ -1,0 +1,103 @@
+"""Decoder-only backbones: the answer stands behind the prompt's last token. What the candidates of an event
+share is read once."""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from trainer.models.backbones.backbone import Backbone, Prompt
+from trainer.models.layers.norm import Norm
+
+
+class DecoderBackbone(Backbone):
+    """What decoders with rotary positions share. Positions count real tokens only, so padding inside a prompt
+    shifts nothing."""
+
+    shared_first: ClassVar[bool] = True
+    lora_targets: ClassVar[tuple[str, ...]] = (
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    )
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        for (
+            layer
+        ) in self.base.get_decoder().layers:  # not the last norm: answers are computed from it in float32
+            layer.input_layernorm.__class__ = layer.post_attention_layernorm.__class__ = Norm
+
+    @property
+    def stacks(self) -> tuple[nn.Module, nn.Module | None]:
+        return self.base.get_decoder(), None
+
+    def answer_logits(self, prompt: Prompt, answers: Tensor) -> Tensor:
+        recompute = (
+            self.training and self.base.get_decoder().gradient_checkpointing
+        )  # which transformers cannot combine with a cache
+        hidden_MD = self._whole(prompt) if recompute else self._shared_once(prompt)
+        return self.answer_rows(hidden_MD, answers).unflatten(0, prompt.own_BCSD.shape[:2])
+
+    def _whole(self, prompt: Prompt) -> Tensor:
+        """The last position of every prompt [M, D], each prompt read from its start."""
+        vectors_MSD, mask_MS = prompt.whole(shared_first=True)
+        if (
+            mask_MS is None
+        ):  # without a cache and a mask transformers would ask the device whether several texts are packed into one row
+            mask_MS = torch.ones(vectors_MSD.shape[:2], dtype=torch.bool, device=vectors_MSD.device)
+        return self._last_position(vectors_MSD, mask_MS, use_cache=False)
+
+    def _shared_once(self, prompt: Prompt) -> Tensor:
+        """The same: the shared part's keys and values are computed once an event, then repeated for its
+        candidates."""
+        own_MSD, mask_BP, mask_MS = prompt.own_BCSD.flatten(0, 1), prompt.shared_mask_BP, None
+        num_candidates = prompt.own_BCSD.shape[1]
+        cache = DynamicCache(config=self.base.config)
+        self._last_position(prompt.shared_BPD, mask_BP, past_key_values=cache, use_cache=True)
+        cache.batch_repeat_interleave(num_candidates)
+        if mask_BP is not None:
+            mask_MS = torch.cat(
+                [mask_BP.repeat_interleave(num_candidates, 0), mask_BP.new_ones(own_MSD.shape[:2])], 1
+            )
+        return self._last_position(own_MSD, mask_MS, past_key_values=cache, use_cache=True)
+
+    def _last_position(self, vectors_MSD: Tensor, mask_MX: Tensor | None, **cache: Any) -> Tensor:
+        """The decoder's output at the last of S new positions [M, D]; mask_MX: which of all X, the cached
+        ones and the new, are real tokens."""
+        masked: dict[str, Tensor] = {}
+        if mask_MX is not None:
+            length = vectors_MSD.shape[1]
+            masked["position_ids"] = (mask_MX.cumsum(1) - 1).clamp(min=0)[:, -length:]
+            masked["attention_mask"] = causal_mask(mask_MX, length)
+        last: Tensor = self.base.get_decoder()(
+            inputs_embeds=vectors_MSD, **masked, **cache
+        ).last_hidden_state[:, -1]
+        return last
+
+
+def causal_mask(mask_MX: Tensor, length: int) -> Tensor:
+    """What each of the last `length` of X positions may look at, [M, 1, length, X] bool: itself and what is
+    before it, if it is a real token.
+
+    transformers takes four dimensions as they are; of two it asks the device whether they mask anything.
+    """
+    before_LX = mask_MX.new_ones(length, mask_MX.shape[1]).tril(mask_MX.shape[1] - length)
+    return mask_MX[:, None, None] & before_LX
+
+
+class LlamaBackbone(DecoderBackbone):
+    """Llama 2 and 3, SmolLM and SmolLM2, TinyLlama: whatever calls itself llama."""
+
+    model_types: ClassVar[tuple[str, ...]] = ("llama",)
+
+
+class QwenBackbone(DecoderBackbone):
+    """Qwen2, Qwen2.5 and Qwen3 (dense)."""
+
+    model_types: ClassVar[tuple[str, ...]] = ("qwen2", "qwen3")

@@ -1,0 +1,112 @@
+"""Encoder-decoders: the prompt goes through the encoder, one decoder position gives the answer."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trainer.models.backbones.backbone import Backbone, Prompt
+from trainer.models.backbones.t5_layers import take_faster_layers
+
+
+class Seq2SeqBackbone(Backbone):
+    """What encoder-decoders share."""
+
+    shared_first: ClassVar[bool] = False
+
+    @property
+    def stacks(self) -> tuple[nn.Module, nn.Module | None]:
+        return self.base.get_encoder(), self.base.get_decoder()
+
+    def answer_logits(self, prompt: Prompt, answers: Tensor) -> Tensor:
+        return self._answer(*prompt.whole(shared_first=False), answers).unflatten(
+            0, prompt.own_BCSD.shape[:2]
+        )
+
+    def answer_groups(self, prompts: Iterable[Prompt], answers: Tensor, in_one_pass: bool) -> list[Tensor]:
+        if not in_one_pass or len(prompts := list(prompts)) == 1:
+            return super().answer_groups(prompts, answers, in_one_pass)
+        wholes = [prompt.whole(shared_first=False) for prompt in prompts]
+        logits_MA = self._answer(*padded_to_longest(wholes), answers)
+        parts = logits_MA.split([len(vectors_MSD) for vectors_MSD, _ in wholes])
+        return [
+            part.unflatten(0, prompt.own_BCSD.shape[:2]) for part, prompt in zip(parts, prompts, strict=True)
+        ]
+
+    def _answer(self, prompt_MSD: Tensor, mask_MS: Tensor | None, answers: Tensor) -> Tensor:
+        """→ [M, A]"""
+        mask = self.layer_mask(mask_MS) if mask_MS is not None else None
+        encoded_MSD = self.base.get_encoder()(inputs_embeds=prompt_MSD, attention_mask=mask).last_hidden_state
+        start_M1 = torch.full(
+            (len(prompt_MSD), 1), self.base.config.decoder_start_token_id, device=prompt_MSD.device
+        )
+        read = dict(encoder_hidden_states=encoded_MSD, encoder_attention_mask=mask, use_cache=False)
+        hidden_M1D = self.base.get_decoder()(**self.decoder_input(start_M1), **read).last_hidden_state
+        return self.answer_rows(hidden_M1D[:, 0], answers)
+
+    def layer_mask(self, mask_MS: Tensor) -> Tensor:
+        return mask_MS
+
+    def decoder_input(self, tokens_M1: Tensor) -> dict[str, Tensor]:
+        return {"input_ids": tokens_M1}
+
+
+def padded_to_longest(wholes: Sequence[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor]:
+    """Prompt.whole() of several groups, (vectors [M, S, D], mask [M, S]) each, as one; padding stands behind."""
+    longest = max(vectors_MSD.shape[1] for vectors_MSD, _ in wholes)
+    masks = [
+        mask_MS if mask_MS is not None else torch.ones(v_MSD.shape[:2], dtype=torch.bool, device=v_MSD.device)
+        for v_MSD, mask_MS in wholes
+    ]
+    vectors_MSD = torch.cat([F.pad(v_MSD, (0, 0, 0, longest - v_MSD.shape[1])) for v_MSD, _ in wholes])
+    return vectors_MSD, torch.cat([F.pad(mask_MS, (0, longest - mask_MS.shape[1])) for mask_MS in masks])
+
+
+class T5Backbone(Seq2SeqBackbone):
+    """T5, T5 1.1, flan-t5, with the layers of t5_layers.py."""
+
+    model_types: ClassVar[tuple[str, ...]] = ("t5",)
+    lora_targets: ClassVar[tuple[str, ...]] = ("q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo")
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        take_faster_layers(self.base)
+
+    def layer_mask(self, mask_MS: Tensor) -> Tensor:
+        """Four dimensions: transformers takes such a mask as it is, without asking the device whether it
+        masks anything."""
+        return mask_MS[:, None, None]
+
+    def decoder_input(self, tokens_M1: Tensor) -> dict[str, Tensor]:
+        """Encoder and decoder read one table; embed() spares a gradient of its size."""
+        return {"inputs_embeds": self.embed(tokens_M1)}
+
+    def answer_rows(self, hidden_MD: Tensor, answers: Tensor) -> Tensor:
+        config = self.base.config
+        return super().answer_rows(
+            hidden_MD * config.d_model**-0.5 if config.scale_decoder_outputs else hidden_MD, answers
+        )
+
+
+class T5GemmaBackbone(Seq2SeqBackbone):
+    """T5Gemma: Gemma layers, bidirectional in the encoder."""
+
+    model_types: ClassVar[tuple[str, ...]] = ("t5gemma",)
+    lora_targets: ClassVar[tuple[str, ...]] = (
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    )
+
+    def answer_rows(self, hidden_MD: Tensor, answers: Tensor) -> Tensor:
+        logits_MA, cap = (
+            super().answer_rows(hidden_MD, answers),
+            self.base.config.decoder.final_logit_softcapping,
+        )
+        return logits_MA if cap is None else cap * torch.tanh(logits_MA / cap)

@@ -1,0 +1,1 @@
+"""GenSR (README.md maps its equations to functions)."""

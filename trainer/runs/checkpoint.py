@@ -1,0 +1,352 @@
+"""Checkpoints of a run: written aside, checksummed, renamed, and `latest` moved last, so that a reader finds
+a whole one or none.
+
+    RUN/checkpoints/step-00000400/   accelerate's and DeepSpeed's files (weights, AdamW, random numbers of
+                                     every rank)
+                                     state.json (where the run stood, and what it may be continued with)
+                                     files.json (size and sha256 of every file)
+    RUN/checkpoints/latest           text: step-00000400
+
+DeepSpeed's own files hold pickled tensors: a checkpoint is for the run that wrote it. What is passed on is
+RUN/model/ (safetensors).
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from data_shards.schema import Manifest
+from data_shards.settings import flatten, to_dict
+from trainer.config import Config
+from trainer.errors import RunError
+from trainer.runtime.distributed import gather_objects, on_main, uses_deepspeed
+from trainer.runtime.files import atomic, file_sha256, remove_temporaries
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch import nn
+
+FORMAT = 1
+PARTIAL = ".partial-"
+TAG = "pytorch_model"  # the folder of DeepSpeed's files
+CHUNK_BYTES = 1 << 22
+
+# Settings that may change between a checkpoint and its continuation: none of them changes what is computed.
+FREE_KEYS = {
+    "data.dir",  # the manifest's hash is compared instead
+    "data.cache_dir",
+    "data.num_workers",
+    "run.dir",
+    "run.log_every_steps",
+    "run.checkpoint_every_steps",
+    "run.keep_checkpoints",
+    "run.eval_batch_size",
+    "run.timeout_s",
+    "run.on_nan",
+    "run.max_skipped_batches",
+    "run.accept_changes",
+    "run.threads",
+}
+
+
+@dataclass
+class Progress:
+    """Where a run stands at a step boundary."""
+
+    step: int = 0  # optimizer steps done
+    events_seen: int = 0  # the whole state of the data: the next event's position in the stream
+    best_step: int = 0  # 0 = no validation yet
+    best_value: float = 0.0
+    best_metrics: dict[str, float] = field(default_factory=dict)
+    above_chance: bool = False  # patience counts from the first validation that beats chance
+    validations_without_gain: int = 0
+    skipped_batches: int = 0  # micro-batches left out because a loss was not finite (run.on_nan=skip)
+    train_s: float = 0.0  # seconds spent, over all parts of an interrupted run
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk."""
+
+    path: Path
+    progress: Progress
+    identity: dict[str, Any]
+    mlflow_run_id: str
+
+    @property
+    def world_size(self) -> int:
+        return int(self.identity["world_size"])
+
+
+def fixed_settings(config: Config) -> dict[str, Any]:
+    """Dotted key → value of every setting that a continuation must share."""
+    return {
+        key: value
+        for key, value in flatten(to_dict(config)).items()
+        if key not in FREE_KEYS and not key.startswith("tracking.")
+    }
+
+
+def identity_of(
+    config: Config, manifest: Manifest, world_size: int, zero_stage: int | None, cf_digest: str
+) -> dict[str, Any]:
+    """What a continuation must share with the run that wrote the checkpoint. cf_digest: sha256 of the CF
+    table's file."""
+    return {
+        "format": FORMAT,
+        "manifest_hash": manifest.hash,
+        "split_fingerprint": manifest.fingerprint,
+        "cf_digest": cf_digest,
+        "settings": fixed_settings(config),
+        "world_size": world_size,
+        "zero_stage": "none" if zero_stage is None else zero_stage,
+    }
+
+
+def check_settings(before: Config, now: Config, where: Path) -> None:
+    """Raises RunError that shows every setting in which a run folder's configuration and the continuation's
+    differ, run.accept_changes aside."""
+    _refuse(_differences(fixed_settings(before), fixed_settings(now)), now.run.accept_changes, where)
+
+
+def check_identity(found: Checkpoint, now: dict[str, Any], accepted: str = "") -> None:
+    """Raises RunError that shows every difference between the checkpoint and the run that wants to continue
+    it. accepted: run.accept_changes."""
+    plain = {"manifest_hash": "data", "cf_digest": "cf"}  # the prepared folder, its CF table
+    old, new = (
+        {meaning: identity[key] for key, meaning in plain.items()} for identity in (found.identity, now)
+    )
+    _refuse(
+        _differences(found.identity["settings"], now["settings"]) + _differences(old, new),
+        accepted,
+        found.path,
+    )
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    return [
+        (key, before.get(key), now.get(key))
+        for key in sorted(set(before) | set(now))
+        if before.get(key) != now.get(key)
+    ]
+
+
+def _refuse(differences: list[tuple[str, Any, Any]], accepted: str, where: Path) -> None:
+    refused = [
+        difference for difference in differences if difference[0] not in accepted.replace(" ", "").split(",")
+    ]
+    if refused:
+        width = max(len(key) for key, _, _ in refused)
+        lines = [f"  {key:<{width}}   was {was}, is {is_now} now" for key, was, is_now in refused]
+        fix = (
+            "Give the same settings and data to continue, choose another run.dir, or accept the change by "
+            "name: "
+            f"run.accept_changes={','.join(key for key, _, _ in refused)}"
+        )
+        raise RunError(
+            "\n".join([f"{where} cannot be continued: it belongs to a different run", *lines, fix])
+        )
+
+
+# ---- writing (runs/checkpoint_writer.py decides when) ------------------------------------------------------
+
+
+def make_empty(folder: Path) -> None:
+    """A new empty folder to write a checkpoint into; what an interrupted save left beside it is removed."""
+    for stale in folder.parent.glob(f"{PARTIAL}*"):
+        shutil.rmtree(stale)
+    folder.mkdir(parents=True)
+
+
+def publish(
+    folder: Path, partial: Path, name: str, checksums: dict[str, list[Any]], keep: int, best_step: int
+) -> None:
+    """Rename a folder that is complete, announce it, and remove older ones: the `keep` newest and the best
+    stay."""
+    with atomic(partial / "files.json") as temporary:
+        temporary.write_text(json.dumps(checksums, indent=1) + "\n", encoding="utf-8")
+    final = folder / name
+    # a damaged one of the same step, or one whose run was continued from an earlier checkpoint
+    if final.exists():
+        shutil.rmtree(final)
+    os.replace(partial, final)
+    with atomic(folder / "latest") as temporary:
+        temporary.write_text(name + "\n", encoding="utf-8")
+    steps = sorted((int(path.name[5:]) for path in _step_folders(folder)), reverse=True)
+    kept = {*[step for step in steps if step <= int(name[5:])][:keep], best_step}
+    for step in steps:
+        if step not in kept:
+            shutil.rmtree(folder / f"step-{step:08d}")
+
+
+def _step_folders(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("step-*") if path.is_dir() and path.name[5:].isdigit()]
+
+
+def file_checksum(path: Path) -> str:
+    """sha256 of a file; "" when it is missing."""
+    return file_sha256(path) if path.is_file() else ""
+
+
+def checksum(path: Path, sync: bool = False) -> list[Any]:
+    """[bytes, sha256] of a file; sync: once it is on the disk."""
+    digest, num_bytes = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+            num_bytes += len(chunk)
+        if sync:
+            os.fsync(file.fileno())
+    return [num_bytes, digest.hexdigest()]
+
+
+# ---- reading -----------------------------------------------------------------------------------------------
+
+
+def newest_whole(accelerator: "Accelerator", run_dir: str | Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint that is whole, and a message for each newer one that was skipped. The same answer
+    on every rank."""
+    folder = Path(run_dir) / "checkpoints"
+    skipped: list[str] = []
+    for name in on_main(accelerator, lambda: _candidates(folder)):
+        path = folder / name
+        problem = on_main(accelerator, lambda path=path: _expected_files(path)[1])  # type: ignore[misc]
+        if not problem:
+            problem = _compare(_expected_files(path)[0], _shared_checksums(accelerator, path))
+        if not problem:
+            return read_checkpoint(path), skipped
+        skipped.append(f"checkpoint {path} is damaged ({problem}): taking the one before")
+    return None, skipped
+
+
+def _shared_checksums(accelerator: "Accelerator", folder: Path) -> dict[str, list[Any]]:
+    """Relative path → [bytes, sha256] of every file; each rank reads its share of them."""
+    files = sorted(
+        str(path.relative_to(folder))
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != "files.json"
+    )
+    mine = {
+        name: checksum(folder / name)
+        for name in files[accelerator.process_index :: accelerator.num_processes]
+    }
+    merged: dict[str, list[Any]] = {}
+    for part in gather_objects(accelerator, mine):
+        merged.update(part)
+    return merged
+
+
+def _candidates(folder: Path) -> list[str]:
+    """Names of checkpoints, newest first. A folder newer than `latest` was renamed but not yet announced:
+    whole as well."""
+    return sorted((path.name for path in _step_folders(folder)), reverse=True)
+
+
+def _expected_files(path: Path) -> tuple[dict[str, list[Any]], str]:
+    """files.json and what is wrong with it ("" = nothing)."""
+    try:
+        expected: dict[str, list[Any]] = json.loads((path / "files.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        return {}, f"files.json: {error}"
+    return expected, "" if "state.json" in expected else "state.json is not in files.json"
+
+
+def _compare(expected: dict[str, list[Any]], found: dict[str, list[Any]]) -> str:
+    for name, (num_bytes, digest) in expected.items():
+        if name not in found:
+            return f"{name} is missing"
+        if found[name][0] != num_bytes:
+            return f"{name} has {found[name][0]} bytes, expected {num_bytes}"
+        if found[name][1] != digest:
+            return f"{name} has another checksum"
+    return ""
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """state.json of a checkpoint. Raises RunError when another version wrote it."""
+    document = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    if document["identity"].get("format") != FORMAT:
+        raise RunError(
+            f"{path} has checkpoint format {document['identity'].get('format')}, this gensr reads {FORMAT}. "
+            "Start a new run.dir."
+        )
+    return Checkpoint(path, Progress(**document["progress"]), document["identity"], document["mlflow_run_id"])
+
+
+def load(accelerator: "Accelerator", model: "nn.Module", optimizer: Any, found: Checkpoint) -> Progress:
+    """Put weights, optimizer and random numbers of all ranks back, and return where the run stood. The model
+    must have been prepared as before."""
+    from accelerate.checkpointing import load_accelerator_state
+
+    if uses_deepspeed(accelerator):
+        engine: Any = model
+        engine.load_checkpoint(str(found.path), TAG, load_module_strict=not has_frozen(model))
+    else:
+        put_back(accelerator.unwrap_model(model), whole_weights(found.path), found.path)
+        optimizer.load_state_dict(
+            torch.load(found.path / "optimizer.bin", map_location=accelerator.device, weights_only=True)
+        )
+    accelerator.step = load_accelerator_state(str(found.path), [], [], [], [], accelerator.process_index).get(
+        "step", 0
+    )
+    return found.progress
+
+
+def kept_weights(module: "nn.Module") -> dict[str, Tensor]:
+    """What a checkpoint of a run without DeepSpeed holds of a model: everything, or (adapters) what is
+    trained."""
+    if has_frozen(module):
+        return {
+            name: parameter.detach()
+            for name, parameter in module.named_parameters()
+            if parameter.requires_grad
+        }
+    weights: dict[str, Tensor] = module.state_dict()
+    return weights
+
+
+def put_back(module: "nn.Module", weights: Mapping[str, Tensor], path: Path) -> None:
+    """kept_weights() into a model that was built as before. Raises RunError when they are another model's."""
+    fit = module.load_state_dict(weights, strict=False)
+    missing = set(fit.missing_keys) & set(kept_weights(module))
+    if missing or fit.unexpected_keys:
+        raise RunError(
+            f"{path} is of another model: missing {sorted(missing)[:3]}, unexpected "
+            f"{sorted(fit.unexpected_keys)[:3]}"
+        )
+
+
+def whole_weights(path: Path) -> dict[str, Tensor]:
+    """The weights in a checkpoint of a run without DeepSpeed."""
+    # module.: DDP's, once
+    return {
+        name.removeprefix("module."): tensor for name, tensor in load_file(path / "model.safetensors").items()
+    }
+
+
+def has_frozen(model: "nn.Module") -> bool:
+    """With LoRA most weights never change: the backbone's are read from where they came from, checkpoints
+    hold the others."""
+    return any(not parameter.requires_grad for parameter in model.parameters())
+
+
+def remove_partial(run_dir: str | Path) -> None:
+    """Remove what an interrupted save left."""
+    folder = Path(run_dir) / "checkpoints"
+    for stale in folder.glob(f"{PARTIAL}*"):
+        shutil.rmtree(stale, ignore_errors=True)
+    remove_temporaries(folder, "latest")
+
+
+def listed(run_dir: str | Path) -> Iterable[str]:
+    """Names of the checkpoints of a run, newest first."""
+    return _candidates(Path(run_dir) / "checkpoints")
