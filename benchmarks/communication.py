@@ -68,7 +68,7 @@ def main(folder: str, stage: str, overrides: list[str]) -> None:
         path.write_text(json.dumps(document))
         os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(path)
     import trainer.training.loop as training
-    from trainer.config import load_config
+    from trainer.configs import load_config
     from trainer.training.costs import bytes_sent
     from trainer.training.plan import size_of
 

@@ -10,7 +10,8 @@ import torch
 
 from data_shards.schema import Manifest, read_manifest
 from trainer.batch import Batch, ItemTables
-from trainer.config import Config, load_config
+from trainer.config import Config
+from trainer.configs import load_config
 from trainer.data import EvalStream
 from trainer.data.cf_table import load_cf
 from trainer.data.item_tables import load_tables

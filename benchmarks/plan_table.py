@@ -4,7 +4,8 @@ train --dry-run` calculates with.
 python -m benchmarks.plan_table
 """
 
-from trainer.config import Config, load_config
+from trainer.config import Config
+from trainer.configs import load_config
 from trainer.training.costs import (
     ASSUMED_FLOPS,
     GB,

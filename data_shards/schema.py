@@ -96,6 +96,16 @@ class Manifest:
         return self.raw["text"]["num_words"]
 
     @property
+    def num_categories(self) -> int:
+        """Ids of item_category are 1 … num_categories; 0 in a folder without categories."""
+        return int(self.raw["counts"].get("categories", 0))
+
+    @property
+    def has_history_queries(self) -> bool:
+        """Whether blocks hold the queries of the history (from format 3 on)."""
+        return bool(self.raw["format_version"] >= 3)
+
+    @property
     def num_negatives(self) -> int:
         return self.raw["settings"]["num_negatives"]
 

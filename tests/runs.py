@@ -9,7 +9,7 @@ import torch
 from data_shards.schema import read_manifest
 from data_shards.settings import to_yaml
 from trainer.cf.tables import train_cf
-from trainer.config import load_config
+from trainer.configs import load_config
 from trainer.data.cf_table import load_cf
 from trainer.data.item_tables import load_tables
 from trainer.runs.weights import build_model, save_model

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from data_shards.schema import read_manifest
 from trainer.batch import Batch
-from trainer.config import load_config
+from trainer.configs import load_config
 from trainer.data import TrainStream
 from trainer.data.cf_table import load_cf
 from trainer.data.item_tables import load_tables

@@ -239,7 +239,7 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Train. Also as: accelerate launch --config_file ds_configs/… -m trainer train …"""
-    from trainer.config import load_config
+    from trainer.configs import load_config
 
     if resume not in ("never", "auto"):
         raise ConfigError(f"--resume must be never or auto, got {resume}")
@@ -811,7 +811,7 @@ def show(
 ) -> None:
     """Print the effective configuration as YAML."""
     from data_shards.settings import to_yaml
-    from trainer.config import load_config
+    from trainer.configs import load_config
 
     preset, settings = preset_and_settings(preset, overrides)
     say(to_yaml(load_config(preset, settings)).rstrip())

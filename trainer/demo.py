@@ -160,7 +160,7 @@ def devices(preset: str, overrides: Sequence[str]) -> tuple[int, list[str]]:
     as divide the global batch."""
     import torch
 
-    from trainer.config import load_config
+    from trainer.configs import load_config
     from trainer.runtime.device import forced_cpu
 
     optim = load_config(preset, list(overrides)).optim

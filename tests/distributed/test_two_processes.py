@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from data_shards.schema import read_manifest
 from tests.distributed.launching import ZERO3, launch, losses, records, results
 from tests.tiny_folder import make_tiny_folder
-from trainer.config import load_config
+from trainer.configs import load_config
 from trainer.training.loop import EXIT_RESUME_ME, train
 
 BASE = [

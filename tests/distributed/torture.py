@@ -27,7 +27,7 @@ from data_shards.settings import to_yaml
 from tests.distributed.jobs import Launched, Preloaded
 from tests.distributed.launching import records
 from tests.tiny_folder import make_tiny_folder
-from trainer.config import load_config
+from trainer.configs import load_config
 
 SETTINGS = [
     "model.backbone=scratch:nano",

@@ -23,7 +23,8 @@ from safetensors.torch import load_file, save_file
 import trainer.runs.checkpoint_convert
 import trainer.runtime.distributed
 import trainer.training.loop
-from trainer.config import Config, load_config
+from trainer.config import Config
+from trainer.configs import load_config
 from trainer.errors import GensrError
 from trainer.runs.checkpoint_writer import CheckpointWriter
 from trainer.runtime.stopping import StopSignal

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from data_shards.settings import key_help
 from tests.worlds import write_tables
 from trainer.cli import app, settings_trees
-from trainer.config import preset_names
+from trainer.configs import preset_names
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -26,7 +26,7 @@ from tests.tiny_model import Made, make_tiny_model, move
 from trainer.batch import Batch
 from trainer.bench.model import bench_model
 from trainer.cf.lightgcn import LightGCN, build_graph
-from trainer.config import load_config
+from trainer.configs import load_config
 from trainer.data import EvalStream, TrainStream, prefetched
 from trainer.evaluation.sampled import evaluate_run
 from trainer.models.gensr.model import GenSR

@@ -13,7 +13,7 @@ from mlflow.tracking import MlflowClient
 
 from tests.mlflow_server import Server
 from tests.tiny_folder import make_tiny_folder
-from trainer.config import load_config
+from trainer.configs import load_config
 from trainer.errors import EnvironmentProblem, RunError
 from trainer.experiments.import_runs import import_runs
 from trainer.experiments.sweep import summarize

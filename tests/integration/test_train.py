@@ -20,7 +20,8 @@ import trainer.training.loop
 from data_shards.schema import read_manifest
 from data_shards.settings import read_yaml
 from tests.tiny_folder import WORDS, make_tiny_folder
-from trainer.config import Config, config_from_dict, load_config
+from trainer.config import Config
+from trainer.configs import config_from_dict, load_config
 from trainer.data import EvalStream
 from trainer.errors import ConfigError, DataError, EnvironmentProblem, RunError
 from trainer.runs import checkpoint

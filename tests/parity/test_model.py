@@ -12,7 +12,8 @@ from torch import Tensor
 from data_shards.schema import REC, SRC, read_manifest
 from tests.tiny_folder import make_tiny_folder
 from trainer.batch import Batch
-from trainer.config import Config, load_config
+from trainer.config import Config
+from trainer.configs import load_config
 from trainer.data import EvalStream
 from trainer.data.cf_table import load_cf
 from trainer.data.item_tables import load_tables

@@ -10,7 +10,7 @@ import torch
 from benchmarks.reference import Collator, Reference, pairs_of
 from data_shards.schema import read_manifest
 from trainer.cf.tables import train_cf
-from trainer.config import load_config
+from trainer.configs import load_config
 from trainer.data import EvalStream
 from trainer.data.cf_table import load_cf
 from trainer.data.item_tables import load_tables

@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 
 from tests.tiny_folder import make_tiny_folder
 from trainer.cli import app
-from trainer.config import Config, load_config
+from trainer.config import Config
+from trainer.configs import load_config
 
 ROOT = Path(__file__).parents[2]
 VERBS = [

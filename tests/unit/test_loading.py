@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from data_shards.schema import read_manifest
 from data_shards.settings import to_yaml
 from tests.tiny_folder import make_tiny_folder
-from trainer.config import Config, load_config
+from trainer.config import Config
+from trainer.configs import load_config
 from trainer.data import EvalStream
 from trainer.data.cf_table import cf_path, load_cf, save_cf
 from trainer.data.item_tables import load_tables

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.config import load_config
+from trainer.configs import load_config
 from trainer.errors import ConfigError
 from trainer.training.costs import (
     GB,

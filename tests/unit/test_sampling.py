@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from trainer.config import load_config
+from trainer.configs import load_config
 from trainer.data.negatives import NegativeSampler
 from trainer.errors import ConfigError
 

@@ -11,7 +11,7 @@ import pytest
 
 from data_shards.settings import to_yaml
 from tests.tiny_folder import make_tiny_folder
-from trainer.config import load_config
+from trainer.configs import load_config
 from trainer.errors import ConfigError, EnvironmentProblem, GensrError, RunError
 from trainer.experiments import submit as jobs
 from trainer.experiments.submit import Machines, Submission

@@ -14,7 +14,8 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from data_shards.schema import Manifest
-from trainer.config import Config, TrackingConfig, load_config
+from trainer.config import Config, TrackingConfig
+from trainer.configs import load_config
 from trainer.errors import EnvironmentProblem
 from trainer.tracking import delivery
 from trainer.tracking import tracker as tracking

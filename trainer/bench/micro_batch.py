@@ -18,7 +18,8 @@ import torch
 from data_shards.schema import read_manifest
 from trainer.batch import Batch
 from trainer.bench.data import Measured, Progress, commit, hardware, machine_line, measure
-from trainer.config import Config, load_config
+from trainer.config import Config
+from trainer.configs import load_config
 from trainer.data.node_cache import local_folder
 from trainer.errors import BenchError, ConfigError
 from trainer.runtime.device import wait_for

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trainer.bench.data import BENCHMARKS, Measured, Progress, commit, hardware, machine_line, measure
-from trainer.config import load_config
+from trainer.configs import load_config
 from trainer.errors import ConfigError
 from trainer.training.costs import measured_flops
 

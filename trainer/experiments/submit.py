@@ -21,7 +21,8 @@ from pathlib import Path
 import slurm
 from data_shards.settings import read_yaml
 from trainer import __version__
-from trainer.config import Config, config_from_dict, load_config
+from trainer.config import Config
+from trainer.configs import config_from_dict, load_config
 from trainer.errors import ConfigError, EnvironmentProblem, RunError
 from trainer.experiments.sweep import JOB_FILE, Point
 from trainer.runs.checkpoint import check_settings

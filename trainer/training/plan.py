@@ -17,7 +17,8 @@ from typing import Any
 
 from data_shards.schema import Manifest, read_manifest
 from data_shards.settings import read_yaml
-from trainer.config import Config, preset_path
+from trainer.config import Config
+from trainer.configs import preset_path
 from trainer.data.node_cache import local_folder
 from trainer.errors import ConfigError
 from trainer.runtime.launch import Launch, filled_deepspeed_config, read_deepspeed_json, read_launch
@@ -50,77 +51,6 @@ STAGES: dict[str, tuple[int | None, bool]] = {
 GPU_MEMORY = {"H200": 141e9, "A100": 80e9}
 MIN_GPU_S = 60.0  # below, a GPU waits for its host and the arithmetic says nothing
 MAX_CPU_S = 100 * 3600.0
-T5_FAMILY = {
-    "model_type": "t5",
-    "vocab_size": T5_TOKENS,
-    "feed_forward_proj": "gated-gelu",
-    "decoder_start_token_id": 0,
-    "tie_word_embeddings": False,
-}
-
-
-def _t5(width: int, ff: int, heads: int, layers: int) -> dict[str, Any]:
-    return {
-        **T5_FAMILY,
-        "d_model": width,
-        "d_ff": ff,
-        "d_kv": 64,
-        "num_heads": heads,
-        "num_layers": layers,
-        "num_decoder_layers": layers,
-    }
-
-
-def _decoder(
-    family: str,
-    vocab: int,
-    width: int,
-    ff: int,
-    layers: int,
-    heads: int,
-    kv_heads: int,
-    head_dim: int,
-    tied: bool = True,
-) -> dict[str, Any]:
-    shape = dict(
-        vocab_size=vocab,
-        hidden_size=width,
-        intermediate_size=ff,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-    )
-    return {
-        "model_type": family,
-        **shape,
-        "num_key_value_heads": kv_heads,
-        "head_dim": head_dim,
-        "tie_word_embeddings": tied,
-    }
-
-
-# config.json of published backbones, as far as sizes depend on it: no network and no weights are needed for a
-# plan
-KNOWN_BACKBONES: dict[str, dict[str, Any]] = {
-    "google/flan-t5-small": _t5(512, 1024, 6, 8),
-    "google/flan-t5-base": _t5(768, 2048, 12, 12),
-    "google/flan-t5-large": _t5(1024, 2816, 16, 24),
-    "google/flan-t5-xl": _t5(2048, 5120, 32, 24),
-    "google/flan-t5-xxl": _t5(4096, 10240, 64, 24),
-    "Qwen/Qwen2.5-0.5B": _decoder("qwen2", 151936, 896, 4864, 24, 14, 2, 64),
-    "Qwen/Qwen2.5-1.5B": _decoder("qwen2", 151936, 1536, 8960, 28, 12, 2, 128),
-    "Qwen/Qwen2.5-7B": _decoder("qwen2", 152064, 3584, 18944, 28, 28, 4, 128, tied=False),
-    "Qwen/Qwen3-0.6B": _decoder("qwen3", 151936, 1024, 3072, 28, 16, 8, 128),
-    "Qwen/Qwen3-1.7B": _decoder("qwen3", 151936, 2048, 6144, 28, 16, 8, 128),
-    "Qwen/Qwen3-4B": _decoder("qwen3", 151936, 2560, 9728, 36, 32, 8, 128),
-    "meta-llama/Llama-3.2-1B": _decoder("llama", 128256, 2048, 8192, 16, 32, 8, 64),
-    "meta-llama/Llama-3.2-3B": _decoder("llama", 128256, 3072, 8192, 28, 24, 8, 128),
-    "meta-llama/Llama-3.1-8B": _decoder("llama", 128256, 4096, 14336, 32, 32, 8, 128, tied=False),
-    "HuggingFaceTB/SmolLM2-135M": _decoder("llama", 49152, 576, 1536, 30, 9, 3, 64),
-    "HuggingFaceTB/SmolLM2-360M": _decoder("llama", 49152, 960, 2560, 32, 15, 5, 64),
-    "HuggingFaceTB/SmolLM2-1.7B": _decoder("llama", 49152, 2048, 8192, 24, 32, 32, 64),
-}
-
-
 # ---- sizes -------------------------------------------------------------------------------------------------
 
 
@@ -158,96 +88,28 @@ def size_of_folder(folder: str, manifest: Manifest) -> DataSize:
     )
 
 
-def model_size(config: Config, num_words: int, vocab_size: int, cf_dim: int = 64) -> ModelSize:
+def model_size(config: Config, data: DataSize, cf_dim: int = 64) -> ModelSize:
     """Counts parameters on torch's meta device: exact, in a second, without memory or weights. Raises
     ConfigError for an unknown backbone."""
     import torch
 
-    from trainer.models.backbones.families import build_backbone
-    from trainer.models.gensr.model import GenSR
-    from trainer.runs.weights import model_settings
+    from trainer.models.zoo import model_class
+    from trainer.runs.world import sizes_only
 
-    name, lora = config.model.backbone, config.model.lora
-    with _architecture(name) as config_only, torch.device("meta"):
-        lora_or_none = lora if lora.rank else None
-        own_head = not _is_tied(name)
-        backbone = build_backbone(
-            name,
-            vocab_size=vocab_size,
-            dropout=0.0,
-            lora=lora_or_none,
-            config_only=config_only,
-            own_head=own_head,
-        )
-        model = GenSR(model_settings(config, num_words, cf_dim), backbone, {}, (0, 1), None)  # type: ignore[arg-type]
-    return size_of(model)
-
-
-@contextmanager
-def _architecture(name: str) -> Iterator[Path | None]:
-    """A folder with the backbone's config.json, or None for one from scratch."""
-    if name.startswith("scratch:"):
-        yield None
-    elif (Path(name) / "config.json").is_file():
-        yield Path(name)
-    elif name in KNOWN_BACKBONES:
-        with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / "config.json").write_text(json.dumps(KNOWN_BACKBONES[name]), encoding="utf-8")
-            yield Path(folder)
-    else:
-        raise ConfigError(
-            f"model.backbone={name}: no local folder with a config.json, and no known name. Known: "
-            f"{', '.join(KNOWN_BACKBONES)}; or scratch:SIZE. "
-            f"Another hub model can be downloaded first, then named by its folder."
-        )
-
-
-def _is_tied(name: str) -> bool:
-    """Whether the output table is the input table, as the weights have it."""
-    if name.startswith("scratch:"):
-        return True
-    if name in KNOWN_BACKBONES:
-        return bool(KNOWN_BACKBONES[name]["tie_word_embeddings"])
-    weights, index = Path(name) / "model.safetensors", Path(name) / "model.safetensors.index.json"
-    if index.is_file():
-        return "lm_head.weight" not in json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    if not weights.is_file():
-        return True
-    from safetensors import safe_open
-
-    with safe_open(str(weights), framework="pt") as file:
-        return "lm_head.weight" not in set(file.keys())
+    kind = model_class(config.model.name)
+    with torch.device("meta"):
+        return size_of(kind(config.model, sizes_only(config, data, cf_dim)))
 
 
 def size_of(model: Any) -> ModelSize:
-    """Counts of a GenSR (on any device, meta included)."""
+    """Counts of a model (on any device, meta included)."""
     parameters = list(model.parameters())
-    every_token, once = model.backbone.stacks
     return ModelSize(
-        total=sum(_numel(p) for p in parameters),
-        trainable=sum(_numel(p) for p in parameters if p.requires_grad),
-        width=model.backbone.width,
-        layers=_num_layers(every_token),
-        encoder=_read_once_a_token(every_token),
-        decoder=_read_once_a_token(once) if once is not None else 0,
-        cross=sum(_numel(p) for name, p in once.named_parameters() if CROSS_KEYS.search(name))
-        if once is not None
-        else 0,
-        shared_first=model.backbone.shared_first,
+        total=sum(numel(p) for p in parameters),
+        trainable=sum(numel(p) for p in parameters if p.requires_grad),
+        cost=model.cost() or Cost(flops=6.0 * sum(numel(p) for p in parameters), activation_bytes=0.0),
+        needs=model.needs,
     )
-
-
-def _num_layers(stack: Any) -> int:
-    return len(stack.block if hasattr(stack, "block") else stack.layers)
-
-
-def _read_once_a_token(stack: Any) -> int:
-    return sum(_numel(p) for name, p in stack.named_parameters() if "embed_tokens" not in name)
-
-
-def _numel(parameter: Any) -> int:
-    """Also for a parameter that ZeRO-3 has partitioned."""
-    return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 # ---- the report --------------------------------------------------------------------------------------------
