@@ -1,7 +1,8 @@
 """Building a GenSR, saving it to RUN/model, and getting it back. No pickle: safetensors, JSON and a tokenizer
 file.
 
-model/  model.safetensors  gensr.json  backbone/config.json  tokenizer/tokenizer.json  [adapter: with LoRA the backbone's frozen weights stay out]
+model/  model.safetensors  gensr.json  backbone/config.json  tokenizer/tokenizer.json
+        [adapter: with LoRA the backbone's frozen weights stay out]
 """
 
 import dataclasses
@@ -102,7 +103,7 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def answer_tokens(tokenizer: Any) -> tuple[int, int]:
-    """Token ids of "Yes" and "No". Raises DataError when the tokenizer cannot tell them apart by one token."""
+    """Token ids of "Yes" and "No". Raises DataError when one token cannot tell them apart."""
     yes, no = (tokenizer(word, add_special_tokens=False)["input_ids"] for word in ("Yes", "No"))
     if len(yes) != 1 or len(no) != 1 or yes == no:
         raise DataError(

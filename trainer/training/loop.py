@@ -56,9 +56,8 @@ from trainer.training.schedule import Schedule, above_chance, grad_accum_steps, 
 from trainer.training.window import BadBatches, Window, shown
 
 Status = Literal["finished", "early_stopped", "stopped", "already_finished"]
-EXIT_RESUME_ME = (
-    75  # sysexits' EX_TEMPFAIL: stopped by a signal, a checkpoint is saved, run again with --resume auto
-)
+# sysexits' EX_TEMPFAIL: stopped by a signal, a checkpoint is saved, run again with --resume auto
+EXIT_RESUME_ME = 75
 
 
 @dataclass(frozen=True)
@@ -147,9 +146,8 @@ def train(config: Config, resume: Literal["never", "auto"] = "never") -> TrainRe
                 return conclude(run, fit(run, stop))
         except BaseException as error:
             run.writer.abandon()
-            mendable = isinstance(
-                error, GensrError
-            )  # else a lost peer or a second signal, for example: another attempt may succeed
+            # else a lost peer or a second signal, for example: another attempt may succeed
+            mendable = isinstance(error, GensrError)
             runfolder.write_status(
                 run.folder, "failed" if mendable else "crashed", run.progress, enabled=run.is_main
             )
@@ -177,9 +175,8 @@ def set_up(config: Config, manifest: Manifest, launch: Launch, accelerator: Any,
     module, cf, holdout = make_model(config, manifest, accelerator.device)
     if config.model.gather_negatives and accelerator.num_processes > 1:
         module.gather = gather_rows
-    module.same_calls_every_step = (
-        accelerator.num_processes > 1
-    )  # DDP and ZeRO-3 expect the same parameters in every step of every rank
+    # DDP and ZeRO-3 expect the same parameters in every step of every rank
+    module.same_calls_every_step = accelerator.num_processes > 1
     size = plan.size_of(module)
     facts = {
         **report.environment_facts(),
@@ -374,7 +371,7 @@ def fit(run: Run, stop: StopSignal) -> Status:
 
 @contextmanager
 def training_batches(run: Run) -> Iterator[Iterator[Batch]]:
-    """This rank's micro-batches, ready to be copied to its device; the loader's thread ends with the block."""
+    """This rank's micro-batches, ready to be copied to its device; the loader's thread ends with it."""
     batches = prefetched(run.stream, run.config.data.num_workers, run.module.grouped, run.accelerator.device)
     try:
         yield batches

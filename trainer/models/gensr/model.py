@@ -106,9 +106,8 @@ class GenSR(nn.Module):
             self.match_sem = match_projection(width, width)
             self.match_query = match_projection(width, width)
             self.no_query = nn.Parameter(torch.zeros(width))
-        self.template_length = max(
-            (len(template.token_ids) for template in templates.values()), default=0
-        )  # of encoders, without query
+        # of encoders, without query
+        self.template_length = max((len(template.token_ids) for template in templates.values()), default=0)
         self._constant("answer_tokens", answers)
         for task, template in templates.items():
             self._constant(f"template_{task}", template.token_ids)
