@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from inspect import cleandoc
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,8 +21,23 @@ from trainer.errors import ConfigError, GensrError, RequestError
 
 SPLITS = ("train", "valid", "test")
 RANK = int(os.environ.get("RANK", "0"))
+Verb = Callable[..., Any]
 
-app = typer.Typer(
+
+class Commands(typer.Typer):
+    """Verbs whose help is their docstring, less the line breaks of the source: a list of verbs would print
+    them."""
+
+    def command(self, name: str | None = None, **options: Any) -> Any:
+        def add(function: Verb) -> Verb:
+            paragraphs = cleandoc(function.__doc__ or "").split("\n\n")
+            text = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+            return super(Commands, self).command(name, help=text, **options)(function)
+
+        return add
+
+
+app = Commands(
     name="gensr",
     help="GenSR: one generative model for search and recommendation, from raw logs to a registered model.",
     epilog="Example: gensr demo",
@@ -29,15 +45,15 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-config_app = typer.Typer(
+config_app = Commands(
     help="Look at configurations.", epilog="Example: gensr config show demo", no_args_is_help=True
 )
 app.add_typer(config_app, name="config")
-runs_app = typer.Typer(
+runs_app = Commands(
     help="Several runs at once.", epilog="Example: gensr runs summarize runs/sweep", no_args_is_help=True
 )
 app.add_typer(runs_app, name="runs")
-bench_app = typer.Typer(
+bench_app = Commands(
     help="Measure speed and memory against fair baselines.",
     epilog="Example: gensr bench data",
     no_args_is_help=True,
@@ -52,7 +68,6 @@ MaybePreset = Annotated[
     str | None, typer.Argument(metavar="[PRESET|FILE]", help="nothing: the defaults", show_default=False)
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout")]
-Verb = Callable[..., Any]
 
 
 def main() -> None:
