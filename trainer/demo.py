@@ -27,17 +27,11 @@ from trainer.evaluation.summary import (
 )
 from trainer.runtime.progress import StageLines
 
-USERS, ITEMS, DAYS, SEED = (
-    1000,
-    4000,
-    14,
-    1,
-)  # of the planted world: small enough for ten minutes on two cores
+# of the planted world: small enough for ten minutes on two cores
+USERS, ITEMS, DAYS, SEED = 1000, 4000, 14, 1
 PREPARE: tuple[str, ...] = ()
-CF: tuple[str, ...] = (
-    "cf.num_folds=2",
-    "cf.patience=2",
-)  # fewer folds and less patience than the defaults: a minute less
+# fewer folds and less patience than the defaults: a minute less
+CF: tuple[str, ...] = ("cf.num_folds=2", "cf.patience=2")
 PRESET = "demo"
 MODEL_NAME = "gensr-demo"
 TABLE_WIDTH = 120  # columns; a narrower terminal wraps lines rather than numbers
@@ -194,12 +188,10 @@ def launch(processes: int, arguments: Sequence[str], quiet: bool = False) -> Non
         *arguments,
     ]
     environment = dict(os.environ)
-    environment.setdefault(
-        "OMP_NUM_THREADS", str(max(1, num_cores() // processes))
-    )  # else the launcher warns and takes 1
-    environment.setdefault(
-        "PYTHONWARNINGS", "ignore::FutureWarning"
-    )  # torch's and DeepSpeed's, about each other
+    # else the launcher warns and takes 1
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // processes)))
+    # torch's and DeepSpeed's, about each other
+    environment.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")
     if on_cpu:
         environment["DS_ACCELERATOR"] = "cpu"
     process = subprocess.Popen(
@@ -274,7 +266,7 @@ def where_and_next(demo: Demo, registered: dict[str, object]) -> list[str]:
 
 
 def program(name: str) -> str:
-    """How to call a program of this environment from here: its bare name where PATH finds it, else its path."""
+    """How to call a program of this environment: its bare name where PATH finds it, else its path."""
     beside = Path(sys.executable).with_name(name)
     if not beside.is_file():
         return name

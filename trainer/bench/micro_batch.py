@@ -92,7 +92,7 @@ def _measured(request: dict[str, Any], threads: int) -> Measured:
 
 
 def expected_bytes(tried: Sequence[dict[str, Any]], size: int) -> float:
-    """Memory of a size, on a straight line through the last two that were measured; 0 where there are no two."""
+    """Memory of a size, on a straight line through the last two measured; 0 where there are no two."""
     if len(tried) < 2:
         return 0.0
     (x0, y0), (x1, y1) = ((row["micro_batch_size"], row["peak_memory_bytes"]) for row in tried[-2:])
@@ -132,9 +132,8 @@ def try_one(request: dict[str, Any]) -> dict[str, Any]:
     try:
         return _train_some(load_config(request["preset"], request["overrides"]), request["steps"])
     except torch.cuda.OutOfMemoryError:
-        return {
-            "stopped": f"out of memory: the device has {torch.cuda.get_device_properties(0).total_memory / GB:.0f} GB"
-        }
+        total = torch.cuda.get_device_properties(0).total_memory
+        return {"stopped": f"out of memory: the device has {total / GB:.0f} GB"}
 
 
 def _train_some(config: Config, steps: int) -> dict[str, Any]:

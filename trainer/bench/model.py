@@ -36,9 +36,15 @@ Mode = Literal["train", "evaluate"]
 
 
 def bench_model(
-    mode: Mode, overrides: Sequence[str] = (), pairs: int | None = None, steps: int = 2, turns: int = 2, threads: int = 2, trace: Path | None = None,
+    mode: Mode,
+    overrides: Sequence[str] = (),
+    pairs: int | None = None,
+    steps: int = 2,
+    turns: int = 2,
+    threads: int = 2,
+    trace: Path | None = None,
     progress: Progress | None = None,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """→ the object that `gensr bench train --json` (evaluate) prints.
 
     overrides: settings as of `gensr train`; data.dir names a prepared folder with natural text and a CF table

@@ -2,7 +2,8 @@
 instead of it.
 
     training rec clicks ─▶ full table (user, item): inference, LightGCN baseline
-                       └─▶ without fold f's clicks (crossfit) or each user's last one (last) ─▶ rotated into the full table's space ─▶ item_folds
+                       └─▶ without fold f's clicks (crossfit) or each user's last one (last)
+                           ─▶ rotated into the full table's space ─▶ item_folds
 
 Why more than one: a table that has seen a training target gives it away (history · target is far larger than
 it will be in the future), so the model learns to trust a signal that is not there later. A training event
@@ -87,10 +88,8 @@ def _check_existing(folder: str | Path, manifest: Manifest, config: CfConfig) ->
         existing = load_cf(folder, manifest, users=False, folds=False)
     except DataError as error:
         raise RunError(str(error)) from error
-    theirs, ours = (
-        {**asdict(CfConfig()), **existing.settings},
-        asdict(config),
-    )  # a setting that is younger than the table has its default there
+    # a setting that is younger than the table has its default there
+    theirs, ours = {**asdict(CfConfig()), **existing.settings}, asdict(config)
     changed = [f"cf.{key} {theirs[key]!r} → {ours[key]!r}" for key in ours if theirs[key] != ours[key]]
     if changed:
         raise RunError(

@@ -1,7 +1,9 @@
 """Shards → batches. The order of training data is a function of (seed, position) alone: trainer/README.md,
 "The order of training data".
 
-blocks.py  tar entry → Arrow → numpy      order.py  position → event       train_stream.py, eval_stream.py  this rank's batches
+blocks.py                        tar entry → Arrow → numpy
+order.py                         position → event
+train_stream.py, eval_stream.py  this rank's batches
 """
 
 from trainer.data.blocks import read_blocks, split_columns, train_clicks

@@ -82,9 +82,8 @@ def evaluate_full(
     model, _, config, manifest = load_run_model(run_dir, device)
     retrieval = run_retrieval(run_dir, model, notify)
     folder = local_folder(config.data)
-    batch_size = max(
-        1, config.run.eval_batch_size * (1 + manifest.num_negatives) // NUM_CANDIDATES
-    )  # as many pairs at once as on sampled candidates
+    # as many pairs at once as on sampled candidates
+    batch_size = max(1, config.run.eval_batch_size * (1 + manifest.num_negatives) // NUM_CANDIDATES)
     stream = EvalStream(folder, manifest, split, config.data, batch_size, max_events=max_events)
     clicks = read_clicks(folder, manifest)
     started = time.monotonic()
@@ -110,7 +109,8 @@ def evaluate_full(
         "num_events": stream.num_events,
         "num_events_of_split": manifest.num_events(split),
         "ranked_by_model": NUM_CANDIDATES,
-        "left_out": "all items clicked strictly before the event by its user, in either task; never the clicked item itself",
+        "left_out": "all items clicked strictly before the event by its user, in either task; "
+        "never the clicked item itself",
         "missed_by_retrieval": "counts 0",
         "clicked_before": int(
             sum(
@@ -160,7 +160,7 @@ def rank_retrieved(
 def candidates_of(
     row: int, model: GenSR, retrieval: Retrieval, batch: Batch, clicked: int, clicks: Clicks
 ) -> np.ndarray:
-    """Rows of the items that retrieval finds for one event of a batch, as many as the deepest cutoff needs."""
+    """Rows of the items that retrieval finds for an event of a batch, as many as the deepest cutoff needs."""
     query = None
     if int(batch.query[row]) != NO_QUERY:
         with torch.inference_mode():

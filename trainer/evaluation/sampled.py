@@ -162,9 +162,8 @@ def evaluate_run(
     set_up_cpu(load_run_config(run_dir), launch)
     device = "cpu"
     if has_gpu():
-        torch.cuda.set_device(
-            launch.local_rank % torch.cuda.device_count()
-        )  # a scheduler may show each process its own GPU only
+        # a scheduler may show each process its own GPU only
+        torch.cuda.set_device(launch.local_rank % torch.cuda.device_count())
         device = f"cuda:{torch.cuda.current_device()}"
     started_group = launch.world_size > 1 and not torch.distributed.is_initialized()
     if started_group:

@@ -59,7 +59,10 @@ def protocol_line(evaluation: Mapping[str, Any]) -> str:
             f"retrieval finds; {protocol['num_events']:,} of {protocol['num_events_of_split']:,} events; 95 "
             "% bootstrap intervals"
         )
-    return f"{protocol['candidates']}: the clicked item among {protocol['num_negatives']} stored negatives; 95 % bootstrap intervals"
+    return (
+        f"{protocol['candidates']}: the clicked item among {protocol['num_negatives']} stored negatives; "
+        "95 % bootstrap intervals"
+    )
 
 
 def full_lines(evaluation: Mapping[str, Any]) -> list[str]:
@@ -67,7 +70,10 @@ def full_lines(evaluation: Mapping[str, Any]) -> list[str]:
     what is shown."""
     lines = ["Retrieval, coverage, popularity"]
     for row in rows_of(evaluation):
-        shown = f"shows {_short(row.metrics['coverage@10'])} of the catalogue, items of {row.metrics['mean_clicks@10']:.1f} clicks"
+        shown = (
+            f"shows {_short(row.metrics['coverage@10'])} of the catalogue, "
+            f"items of {row.metrics['mean_clicks@10']:.1f} clicks"
+        )
         found = row.metrics.get("retrieval")
         recall = (
             f"; retrieval finds {_short(found['recall@100'])} among 100, {_short(found['recall@500'])} among "

@@ -170,7 +170,7 @@ def _import(target: "MlflowClient", into: str, run: Source) -> Imported:
 
 
 def _beside(into: str) -> str:
-    """The folder beside which a local target keeps artifacts (open_experiment asks for a run folder in it)."""
+    """The folder beside which a local target keeps artifacts (open_experiment wants a run folder in it)."""
     return str(Path(into.removeprefix("sqlite:///")).parent / "run") if into.startswith("sqlite:///") else "."
 
 

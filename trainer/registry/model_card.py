@@ -120,7 +120,10 @@ def _full_lines(evaluation: Mapping[str, Any]) -> list[str]:
     if not evaluation:
         return []
     protocol = evaluation["protocol"]
-    how = f"full: of {protocol['num_items']:,} items {protocol['ranked_by_model']} are retrieved and ranked; 95 % bootstrap intervals"
+    how = (
+        f"full: of {protocol['num_items']:,} items {protocol['ranked_by_model']} are retrieved and ranked; "
+        "95 % bootstrap intervals"
+    )
     lines = ["", f"## Metrics, test split ({how})", ""]
     lines += [
         "| task | events | retrieval recall@100 | Recall@10 | NDCG@10 | MRR@10 |",

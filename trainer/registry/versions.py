@@ -1,9 +1,12 @@
 """Run folder → model version in the MLflow registry, and back. A version is self-contained: weights,
 configuration, tokenizer, item tables, code.
 
-artifacts/model        RUN/model as it is             artifacts/items       item tables, ids and texts, how queries are read (serve.write_items)
-artifacts/retrieval    indexes of the catalogue       artifacts/evaluation  the ranks of every test event, for `gensr promote`
-code/                  trainer and data_shards        model_card.md         what it is, from facts
+artifacts/model         RUN/model as it is
+artifacts/items         item tables, ids and texts, how queries are read (serving/scorer.py: write_items)
+artifacts/retrieval     indexes of the catalogue
+artifacts/evaluation    the ranks of every test event, for `gensr promote`
+code/                   trainer and data_shards
+model_card.md           what it is, from facts
 """
 
 import contextlib
@@ -35,15 +38,25 @@ from trainer.tracking.store import RUN_FILE, connect, log_figures, one_line, ope
 REGISTRY_FILE = "registry.json"  # where a run folder says which version it became
 ALIAS = "candidate"
 # what loading and scoring import; versions are those of the registering environment
-# fmt: off
 SERVING_PACKAGES = (
-    "mlflow", "torch", "transformers", "tokenizers", "peft", "safetensors", "numpy", "pandas",
-    "pyarrow", "faiss-cpu", "duckdb", "webdataset", "pydantic", "annotated-types", "PyYAML",
+    "mlflow",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "peft",
+    "safetensors",
+    "numpy",
+    "pandas",
+    "pyarrow",
+    "faiss-cpu",
+    "duckdb",
+    "webdataset",
+    "pydantic",
+    "annotated-types",
+    "PyYAML",
 )
-# fmt: on
-MAX_SCORE_DIFFERENCE = (
-    1e-4  # between the run's scores and the registered version's, after a float32 round trip
-)
+# between the run's scores and the registered version's, after a float32 round trip
+MAX_SCORE_DIFFERENCE = 1e-4
 EVALUATION_FILES = ("evaluation-test.json", "evaluation-test.parquet")
 
 

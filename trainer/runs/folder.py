@@ -97,7 +97,7 @@ def _claim(config: Config, resume: str, lock: list[IO[str]]) -> tuple[bool, bool
 
 
 def _lock(folder: Path) -> IO[str]:
-    """An exclusive lock on train.log as long as the process lives. Where the file system has no locks, none."""
+    """An exclusive lock on train.log while the process lives. Where the file system has no locks, none."""
     import fcntl
 
     file = (folder / "train.log").open("a", encoding="utf-8")

@@ -6,8 +6,10 @@ A request as in serving/scorer.py, with these differences:
                                 how many items to answer (10)
     "user_id"                   instead of "history" where the users' clicks are known (a prepared folder is
                                 there)
-    "num_candidates": 400       what retrieval hands to the ranking          "include_seen": false     whether items of the history may be answered
-    "explain": false            adds to each item what the soft filters read  "with_text": false        adds each item's text
+    "num_candidates": 400       what retrieval hands to the ranking
+    "include_seen": false       whether items of the history may be answered
+    "explain": false            adds to each item what the soft filters read
+    "with_text": false          adds each item's text
 The answer: {"items": [{"item_id", "score"}, …] best first, "scores": P("Yes") of each candidate in the order
 given (or of `items`), "model": what answered}
 """
@@ -42,10 +44,8 @@ from trainer.serving.users import Users, open_users
 
 DEFAULT_K, MAX_K = 10, 1000
 NUM_CANDIDATES, MAX_NUM_CANDIDATES = 400, 2000
-CF_SHARE = {
-    "rec": 0.75,
-    "src": 0.25,
-}  # of the candidates, how many come from the CF side, if both have enough; measured: README.md
+# of the candidates, how many come from the CF side, if both have enough; measured: README.md
+CF_SHARE = {"rec": 0.75, "src": 0.25}
 RETRIEVAL = "retrieval"  # folder of the indexes in a run folder and among a version's artifacts
 
 
@@ -179,9 +179,8 @@ class Recommender:
     def _answer(
         self, request: Mapping[str, Any], parsed: ParsedRequest, scores: list[float], whole_catalogue: bool
     ) -> dict[str, Any]:
-        order = sorted(
-            range(len(scores)), key=lambda place: -scores[place]
-        )  # stable: ties keep the order of retrieval, or the one given
+        # stable: ties keep the order of retrieval, or the one given
+        order = sorted(range(len(scores)), key=lambda place: -scores[place])
         if whole_catalogue:
             order = order[: _count(request, "k", DEFAULT_K, MAX_K, "")]
             parsed, scores = (

@@ -6,7 +6,8 @@ Two indexes of unit vectors, made from nothing but the model and its item tables
     semantic   E_s of the item's text less the catalogue's mean; asked with the query, or with the mean over a
                history. Finds new items, too.
 
-FOLDER/cf.faiss  semantic.faiss  retrieval.safetensors (the mean)  retrieval.json (what was built, measured recall, sha256 of each file)
+FOLDER/cf.faiss  semantic.faiss  retrieval.safetensors (the mean)  retrieval.json (what was built, measured
+recall, sha256 of each file)
 
 An index is exact while a scan of all vectors takes milliseconds. Beyond that it holds 4 bits a dimension,
 which faiss scans in registers ("FastScan", André et al. 2017), and 8 bits a dimension to sort again what that
@@ -37,16 +38,13 @@ GROWN = 1.1  # arrays that grew hold more room than they use: 5 to 10 % measured
 REFINE_FACTOR = 4  # the coarse scan finds 4 k, the finer codes choose k
 TRAINING_VECTORS = 65_536
 CHUNK_ITEMS = 65_536  # vectors made and added at once: 65,536 × 768 × 4 B = 200 MB
-PROBE_QUERIES, PROBE_MIX = (
-    64,
-    3,
-)  # recall is measured with means of 3 random items, as means over histories are what an index is asked with
+# recall is measured with means of 3 random items, as means over histories are what an index is asked with
+PROBE_QUERIES, PROBE_MIX = 64, 3
 RECALL_CUTOFFS = (100, 500)
 DOCUMENT = "retrieval.json"
 
-Vectors = Callable[
-    [np.ndarray], np.ndarray
-]  # item rows [n] → their unit vectors [n, width] float32; a zero row has no vector
+# item rows [n] → their unit vectors [n, width] float32; a zero row has no vector
+Vectors = Callable[[np.ndarray], np.ndarray]
 Notify = Callable[[str], None]
 
 
@@ -74,7 +72,7 @@ class IndexPlan:
 
 
 def plan_index(num_items: int, width: int) -> IndexPlan:
-    """Exact up to MAX_EXACT_FLOATS numbers, codes beyond. Bytes: vectors or codes, and 8 for an item's row."""
+    """Exact up to MAX_EXACT_FLOATS numbers, codes beyond. Bytes: vectors or codes, and 8 an item's row."""
     if num_items * width <= MAX_EXACT_FLOATS:
         num_bytes = num_items * (4 * width + 8)
         return IndexPlan(
@@ -210,9 +208,8 @@ class Retrieval:
         if self.cf is not None and len(history_rows):
             asked.append((self.cf, cf_vectors(self.model, history_rows).mean(0), cf_share))
         if self.semantic is not None and query is not None:
-            asked.append(
-                (self.semantic, query, 1.0 - cf_share)
-            )  # as it is: a query lacks what all texts share
+            # as it is: a query lacks what all texts share
+            asked.append((self.semantic, query, 1.0 - cf_share))
         elif self.semantic is not None and len(history_rows):
             asked.append(
                 (self.semantic, semantic_vectors(self.model, self.mean, history_rows).mean(0), 1.0 - cf_share)

@@ -111,7 +111,10 @@ def open_users(folder: str | Path, manifest_hash: str, must_be_there: bool) -> "
             f"{folder} is not the data this model was trained on (manifest {str(found)[:12]}, the model says "
             f"{manifest_hash[:12]})"
         )
-    return "user_id cannot be looked up: the prepared folder of the training data is not here. Give a history instead"
+    return (
+        "user_id cannot be looked up: the prepared folder of the training data is not here. "
+        "Give a history instead"
+    )
 
 
 def read_history(path: Path) -> list[Any]:

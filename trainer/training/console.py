@@ -87,7 +87,7 @@ class RunConsole:
             self._progress.add_task("training", total=self.num_steps, completed=self._first_step, line="")
 
     def step(self, step: int, record: Mapping[str, float]) -> None:
-        """A training record: metrics.jsonl, and one line. `record` holds loss, lr, events_per_s, memory_gb."""
+        """A training record: metrics.jsonl and one line. `record` has loss, lr, events_per_s, memory_gb."""
         if not self.enabled:
             return
         self.record({"kind": "train", "step": step, **record})

@@ -98,7 +98,7 @@ def table_bytes(config: Config, model: ModelSize, data: DataSize) -> float:
 
 
 def measured_flops(seconds: float = 0.3, device: str = "cpu", dtype: Any = None) -> float:
-    """Matrix products per second of this machine's CPU or GPU, FLOP/s; float32 unless `dtype` says otherwise."""
+    """Matrix products of this machine's CPU or GPU, FLOP/s; float32 unless `dtype` says otherwise."""
     import torch
 
     from trainer.runtime.device import wait_for

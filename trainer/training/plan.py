@@ -296,7 +296,10 @@ def _micro_batches(
 
 def _scaling(config: Config, model: ModelSize, schedule: Schedule, launch: Launch) -> str:
     worst, best = efficiency(config, model, launch.zero_stage, launch.world_size, schedule.grad_accum_steps)
-    return f"{worst:.0%} to {best:.0%} of {launch.world_size} H200s' speed is left after communication (calculated: nothing of it hidden, all that can be)"
+    return (
+        f"{worst:.0%} to {best:.0%} of {launch.world_size} H200s' speed is left after communication "
+        "(calculated: nothing of it hidden, all that can be)"
+    )
 
 
 def _memory_table(config: Config, model: ModelSize, data: DataSize) -> list[str]:

@@ -31,9 +31,8 @@ class Bm25:
     num_terms), with repetitions."""
 
     def __init__(self, item_terms: list[list[int]], query_terms: list[list[int]], num_terms: int) -> None:
-        self.item_weights = _term_weights(
-            item_terms, num_terms
-        )  # [I, V] CSR: what an item scores for one occurrence of a term in the query
+        # [I, V] CSR: what an item scores for one occurrence of a term in the query
+        self.item_weights = _term_weights(item_terms, num_terms)
         self.query_counts = _count_matrix(query_terms, num_terms)  # [Q, V] CSR
 
     def __call__(self, batch: Batch) -> Tensor:
