@@ -25,7 +25,9 @@ def main(run_dir: Path, num_events: int) -> None:
     model, _, config, manifest = load_run_model(run_dir)
     folder = local_folder(config.data)
     retrieval, clicks = run_retrieval(run_dir, model), read_clicks(folder, manifest)
-    batch = next(iter(EvalStream(folder, manifest, "test", config.data, num_events, max_events=num_events)))
+    batch = next(
+        iter(EvalStream(PreparedFolder.at(folder), "test", config.data, num_events, max_events=num_events))
+    )
     with torch.inference_mode():
         queries = model.query_parts(batch.query)[2].numpy()
     clicked = clicked_items(batch)

@@ -170,9 +170,9 @@ def calculated(folder: str, settings: list[str], events: int, training: bool) ->
     )
     model = build_model(config, manifest, tables, folder).train(training)
     stream: Any = (
-        TrainStream(folder, manifest, config.data, 0, events, events)
+        TrainStream(PreparedFolder.at(folder), config.data, 0, events, events)
         if training
-        else EvalStream(folder, manifest, "test", config.data, events)
+        else EvalStream(PreparedFolder.at(folder), "test", config.data, events)
     )
     fake, kernels = FakeTensorMode(allow_non_fake_inputs=True), Kernels()
     kept: dict[int, int] = {}

@@ -106,7 +106,7 @@ def main() -> None:
         {"preset": None, "overrides": overrides, "folder": arguments.folder}, "cpu"
     )
     stream = TrainStream(
-        arguments.folder, manifest, config.data, config.run.seed, arguments.events, arguments.events
+        PreparedFolder.at(arguments.folder), config.data, config.run.seed, arguments.events, arguments.events
     )
     meter = Meter("cpu", warmup=0, laps=False)
     other = dataclasses.replace(

@@ -23,7 +23,7 @@ def make_tiny_model(folder: Path, *overrides: str) -> Made:
     model = build_model(
         config, manifest, load_tables(folder, manifest, load_cf(folder, manifest)), folder
     ).train()
-    return model, next(iter(TrainStream(folder, manifest, config.data, 0, 16, 16, num_folds=2)))
+    return model, next(iter(TrainStream(PreparedFolder.at(folder), config.data, 0, 16, 16, num_folds=2)))
 
 
 def move(model: GenSR, batch: Batch, device: str) -> Batch:

@@ -32,6 +32,8 @@ class Batch:
     fold: Tensor
     history_items: Tensor  # [B, N] int64, oldest first, padded at the end with 0
     history_tasks: Tensor  # [B, N] int64
+    # [B, N] int64, row of the query of a search; -1 for a recommendation, and where the folder does not say
+    history_queries: Tensor
     history_mask: Tensor  # [B, N] bool, True = a real item
     candidates: Tensor  # [B, C] int64
     labels: Tensor  # [B, C] float32, 1 = the clicked item (anywhere in the row)

@@ -60,6 +60,10 @@ class ModelSettings:
     name: str = "gensr"
     """which model of the house"""
 
+    def describe(self) -> str:
+        """What banners and model cards say."""
+        return self.name
+
 
 @s.settings
 class CfSettings(ModelSettings):

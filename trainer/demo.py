@@ -65,7 +65,7 @@ class Demo:
             Step("prepare", (data_dir / "manifest.json").is_file, self.prepare),
             Step("cf", (data_dir / "cf" / "lightgcn.safetensors").is_file, self.cf),
             Step("train", self.is_trained, self.train),
-            Step("evaluate", lambda: is_newer(evaluation, run_dir / "model" / "gensr.json"), self.evaluate),
+            Step("evaluate", lambda: is_newer(evaluation, run_dir / "model" / "model.json"), self.evaluate),
             Step("register", lambda: is_newer(registered, evaluation), self.register),
         ]
 
@@ -98,14 +98,12 @@ class Demo:
         launch(processes, ["evaluate", str(self.run_dir)], quiet=True)
 
     def register(self) -> None:
-        from data_shards.schema import read_manifest
+        from trainer.data.folder import PreparedFolder
         from trainer.registry.versions import example_requests, register
         from trainer.runtime.files import atomic
 
         register(self.run_dir, MODEL_NAME)
-        lines = [
-            json.dumps(request) for request in example_requests(self.data_dir, read_manifest(self.data_dir))
-        ]
+        lines = [json.dumps(request) for request in example_requests(PreparedFolder.at(self.data_dir))]
         with atomic(self.run_dir / "requests.jsonl") as path:
             path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 

@@ -162,7 +162,9 @@ def gradients(config: Config) -> dict[str, Any]:
     manifest = read_manifest(folder)
     cf = load_cf(folder, manifest)
     size = config.optim.global_batch_size
-    batch = next(iter(TrainStream(folder, manifest, config.data, 0, size, size, num_folds=cf.num_folds)))
+    batch = next(
+        iter(TrainStream(PreparedFolder.at(folder), config.data, 0, size, size, num_folds=cf.num_folds))
+    )
     torch.manual_seed(0)
     model = build_model(config, manifest, load_tables(folder, manifest, cf), folder)
     model(batch)[0].backward()

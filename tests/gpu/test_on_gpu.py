@@ -116,7 +116,7 @@ def test_a_step_waits_for_nothing(
     move(model, batch, DEVICE)
     model.train()
     optimizer = make_optimizer(model, config.optim)
-    stream = TrainStream(folder, read_manifest(folder), config.data, 0, 16, 16, num_folds=2)
+    stream = TrainStream(PreparedFolder.at(folder), config.data, 0, 16, 16, num_folds=2)
     for number, host_batch in zip(
         range(3), prefetched(iter(stream), prepare=model.grouped, device=DEVICE), strict=False
     ):
@@ -223,7 +223,7 @@ def test_scoring_over_several_shapes_makes_no_plan_for_each(make: Callable[..., 
     config, manifest = load_config(None, ["data.history_max=6"]), read_manifest(folder)
     seconds = []
     for num_events in range(1, 9):
-        host_batch = next(iter(EvalStream(folder, manifest, "valid", config.data, num_events)))
+        host_batch = next(iter(EvalStream(PreparedFolder.at(folder), "valid", config.data, num_events)))
         torch.cuda.synchronize()
         started_s = time.monotonic()
         with torch.inference_mode(), torch.autocast(DEVICE, dtype=torch.bfloat16):

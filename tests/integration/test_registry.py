@@ -57,7 +57,7 @@ def test_stored_events_get_the_scores_of_evaluation(run_dir: Path, scorer: Score
     catalog = Path(config.data.dir) / "catalog"
     item_ids = read_item_ids(catalog / "items.parquet")
     texts = pd.read_parquet(catalog / "queries.parquet")["text"]
-    batch = next(iter(EvalStream(config.data.dir, manifest, "test", config.data, 8)))
+    batch = next(iter(EvalStream(PreparedFolder.at(config.data.dir), "test", config.data, 8)))
     with torch.inference_mode():
         expected = model.score(batch).sigmoid()
     for row in range(batch.num_events):

@@ -149,7 +149,7 @@ def test_run_model_scores_as_the_best_validation_did(undisturbed: Path) -> None:
 
     model, _, config, manifest = load_run_model(undisturbed)
     stream = EvalStream(
-        config.data.dir, manifest, "valid", config.data, 8, max_events=config.run.valid_events
+        PreparedFolder.at(config.data.dir), "valid", config.data, 8, max_events=config.run.valid_events
     )
     metrics = validate(model.score, stream)
     best = json.loads((undisturbed / "status.json").read_text())["progress"]
@@ -543,7 +543,7 @@ def test_a_pretrained_folder_trains_saves_and_loads(
             "frozen weights stay out"
         )
     stream = EvalStream(
-        config.data.dir, manifest, "valid", config.data, 8, max_events=config.run.valid_events
+        PreparedFolder.at(config.data.dir), "valid", config.data, 8, max_events=config.run.valid_events
     )
     assert validate(model.score, stream)["mean/mrr"] == pytest.approx(
         result.metrics["mean/mrr"], abs=0.2

@@ -46,7 +46,7 @@ def make(folder: Path, variant: str = "extended", *overrides: str) -> tuple[GenS
     manifest = read_manifest(folder)
     tables = load_tables(folder, manifest, load_cf(folder, manifest))
     model = build_model(config, manifest, tables, folder).eval()
-    batch = next(iter(EvalStream(folder, manifest, "valid", config.data, batch_size=12)))
+    batch = next(iter(EvalStream(PreparedFolder.at(folder), "valid", config.data, batch_size=12)))
     assert {REC, SRC} <= set(batch.task.tolist())
     return model, batch, config
 

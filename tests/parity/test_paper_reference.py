@@ -38,7 +38,7 @@ def test_scores_are_the_models(prepared: Path, tmp_path: Path) -> None:
     reference = Reference(config, model.backbone.base, tables, model.answers).eval()
     missing, _ = reference.load_state_dict(model.state_dict(), strict=False)
     assert all(name.startswith("t5.") for name in missing), missing
-    batch = next(iter(EvalStream(folder, manifest, "test", config.data, 8))).rows(0, 8)
+    batch = next(iter(EvalStream(PreparedFolder.at(folder), "test", config.data, 8))).rows(0, 8)
     few = batch.with_candidates(batch.candidates[:, :3], batch.labels[:, :3])
     pairs = Collator(folder, "paper", model.answers, "cpu")(pairs_of(few))
     with torch.no_grad():

@@ -60,7 +60,7 @@ def test_the_loaded_model_scores_as_the_trained_one(
     folder: Path, tmp_path: Path, overrides: tuple[str, ...]
 ) -> None:
     model, config = trained(folder, tmp_path / "run", *overrides)
-    batch = next(iter(EvalStream(folder, read_manifest(folder), "test", config.data, 6)))
+    batch = next(iter(EvalStream(PreparedFolder.at(folder), "test", config.data, 6)))
     loaded, _, _, _ = load_run_model(tmp_path / "run")
     torch.testing.assert_close(
         loaded.score(batch), model.score(batch), rtol=0, atol=1e-5
@@ -80,7 +80,7 @@ def test_lora_on_a_local_backbone_saves_adapter_and_heads_only(
     names = load_file(tmp_path / "run" / "model" / "model.safetensors").keys()
     assert any("lora_A" in name for name in names) and not any(f"{table}.weight" in name for name in names)
     assert any(name.startswith("cf_filter") for name in names)
-    batch = next(iter(EvalStream(folder, read_manifest(folder), "test", config.data, 6)))
+    batch = next(iter(EvalStream(PreparedFolder.at(folder), "test", config.data, 6)))
     torch.testing.assert_close(
         load_run_model(tmp_path / "run")[0].score(batch), model.score(batch), rtol=0, atol=1e-5
     )

@@ -60,8 +60,7 @@ def steps(
     result: list[list[list[int]]] = [[[]] * (ranks * accumulation) for _ in range(num_steps)]
     for rank in range(ranks):
         stream = TrainStream(
-            folder,
-            manifest,
+            PreparedFolder.at(folder),
             config,
             5,
             GLOBAL_BATCH,

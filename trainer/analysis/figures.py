@@ -3,21 +3,12 @@ on."""
 
 import json
 import os
-import platform
-import subprocess
-import sys
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from trainer.errors import RunError
 from trainer.runs.checkpoint import Progress
-from trainer.runtime.launch import num_cores
-from trainer.tracking.store import mask_secrets
-from trainer.training.console import clock
-
+from trainer.runtime.progress import clock
 
 
 def read_records(run_dir: str | Path) -> list[dict[str, Any]]:

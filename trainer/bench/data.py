@@ -279,7 +279,7 @@ def machine_line(document: dict[str, Any], remark: str = "") -> str:
 
 
 def commit() -> str | None:
-    from trainer.analysis.figures import git_facts
+    from trainer.runs.provenance import git_facts
 
     facts = git_facts()
     return f"{facts['commit']}{'-dirty' if facts['dirty'] else ''}" if facts else None

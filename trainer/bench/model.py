@@ -64,9 +64,10 @@ def bench_model(
             f"--pairs must be a multiple of 1 + data.num_negatives = {1 + config.data.num_negatives}, got "
             f"{ours}"
         )
-    if config.model.backbone not in BACKBONES:
+    backbone = getattr(config.model, "backbone", config.model.name)
+    if backbone not in BACKBONES:
         raise ConfigError(
-            f"model.backbone={config.model.backbone}: the reference is a T5 with random weights. Choose "
+            f"model.backbone={backbone}: the reference is a T5 with random weights. Choose "
             f"among {', '.join(BACKBONES)}"
         )
     progress = progress or (lambda stage, done, total: None)

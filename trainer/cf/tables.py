@@ -28,8 +28,8 @@ from data_shards.schema import REC, Manifest, read_manifest
 from trainer.cf.training import Clicks, TableTrainer, unique_clicks
 from trainer.cf.work import CfWork, Slot
 from trainer.config import CfConfig, CfRoot
-from trainer.data import split_columns, train_clicks
 from trainer.data.cf_table import CfTable, cf_path, load_cf, save_cf
+from trainer.data.folder import PreparedFolder
 from trainer.errors import DataError, RunError
 from trainer.runtime.device import default_device
 from trainer.runtime.memory import give_back_freed_memory, keep_freed_memory
@@ -60,7 +60,7 @@ def train_cf(folder: str | Path, overrides: Sequence[str] = (), progress: Progre
             "again)."
         )
         return path
-    columns = train_clicks(folder, manifest)
+    columns = PreparedFolder.at(folder).columns("train", ["user", "item", "task", "time", "event_id"])
     clicks = unique_rec_clicks(columns, manifest)
     if len(clicks.users) == 0:
         raise DataError(
@@ -126,7 +126,7 @@ def last_clicks(columns: dict[str, np.ndarray], num_users: int) -> np.ndarray:
 def valid_candidates(folder: str | Path, manifest: Manifest, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Users [n] and candidates [n, 1 + num_negatives] (the positive first) of validation rec events, at most
     MAX_VALID_EVENTS by hash."""
-    columns = split_columns(folder, manifest, "valid", ["event_id", "user", "task", "item", "negatives"])
+    columns = PreparedFolder.at(folder).columns("valid", ["event_id", "user", "task", "item", "negatives"])
     rec = np.flatnonzero(columns["task"] == REC)
     if len(rec) > MAX_VALID_EVENTS:
         rec = rec[

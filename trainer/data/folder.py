@@ -13,7 +13,7 @@ import torch
 from data_shards.schema import Manifest, read_manifest
 from trainer.batch import ItemTables, TrainClicks
 from trainer.config import DataConfig
-from trainer.data.blocks import split_columns
+from trainer.data.blocks import read_blocks, to_numpy
 from trainer.data.cf_table import CfTable, cf_path, load_cf
 from trainer.data.item_tables import load_tables
 from trainer.data.node_cache import local_folder
@@ -75,12 +75,26 @@ class PreparedFolder:
         if "history_queries" in needs and not self.manifest.has_history_queries:
             raise DataError(f"{self.name} holds no queries of the history (format before 3). {again}")
         if "item_category" in needs and not self.manifest.num_categories:
-            raise DataError(f"{self.name} holds no categories of items. {again}, from logs that have categories")
+            raise DataError(
+                f"{self.name} holds no categories of items. {again}, from logs that have categories"
+            )
+
+    # ---- events --------------------------------------------------------------------------------------------
+
+    def columns(self, split: str, names: list[str]) -> dict[str, np.ndarray]:
+        """Whole columns of a split, in stored order. Fixed-size lists come as [n, k]."""
+        parts: dict[str, list[np.ndarray]] = {name: [] for name in names}
+        for shard in self.manifest.shards(split):
+            for table in read_blocks(self.path, shard, columns=names):
+                for name in names:
+                    parts[name].append(to_numpy(table[name]))
+        empty = np.zeros(0, np.int64)
+        return {name: np.concatenate(arrays) if arrays else empty for name, arrays in parts.items()}
 
     def clicks(self) -> TrainClicks:
         """The clicks of the training split, by user and time."""
         names = ["user", "task", "item", "query", "time", "event_id"]
-        columns = split_columns(self.path, self.manifest, "train", names)
+        columns = self.columns("train", names)
         order = np.argsort(columns.pop("event_id"), kind="stable")
         as_tensors = {n: torch.from_numpy(column[order].astype(np.int64)) for n, column in columns.items()}
         return TrainClicks(**as_tensors)
@@ -102,6 +116,16 @@ class PreparedFolder:
         ids: list[Any] = self.items("item_id")["item_id"].to_pylist()
         return ids
 
+    def texts(self) -> tuple[list[str], list[str]]:
+        """All text of each item, and of each query; "" for none."""
+        return [text or "" for text in self.items("text")["text"].to_pylist()], self.query_texts()
+
+    def query_texts(self) -> list[str]:
+        queries = pq.read_table(self.catalog / "queries.parquet", columns=["text"])
+        return [text or "" for text in queries["text"].to_pylist()]
+
     def user_ids(self) -> list[Any]:
-        ids: list[Any] = pq.read_table(self.catalog / "users.parquet", columns=["user_id"])["user_id"].to_pylist()
+        ids: list[Any] = pq.read_table(self.catalog / "users.parquet", columns=["user_id"])[
+            "user_id"
+        ].to_pylist()
         return ids

@@ -1,15 +1,9 @@
-"""`gensr evaluate`: rank every event's stored candidates once, over all processes, and write what came of it.
-
-EvalStream (this rank's events) ─scorer─▶ scores_BC ─expected_ranks─▶ EventRanks ─gather─▶ EventRanks of all
-    ─▶ evaluation-SPLIT.parquet, evaluation-SPLIT.json
-"""
+"""`gensr evaluate`: rank every event's stored candidates once, over all processes, and write what came of it:
+evaluation-SPLIT.parquet, evaluation-SPLIT.json."""
 
 import hashlib
 import json
-import platform
 import time
-from collections.abc import Callable, Iterable, Sized
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -20,23 +14,32 @@ import pyarrow.parquet as pq
 import torch
 
 import trainer
-from data_shards.schema import TASKS, Manifest
+from data_shards.schema import TASKS
 from data_shards.settings import to_dict
-from trainer.analysis.figures import git_facts
-from trainer.batch import Batch
 from trainer.config import Config, DataConfig
-from trainer.data import EvalStream, prefetched
-from trainer.data.cf_table import cf_path
-from trainer.data.node_cache import local_folder
+from trainer.data import EvalStream
+from trainer.data.folder import PreparedFolder
 from trainer.errors import RunError
-from trainer.evaluation.metrics import METRICS, NUM_RESAMPLES, expected_ranks, metric_values, summarise
-from trainer.models.baselines import BASELINES, Scorer
-from trainer.runtime.device import autocast, has_gpu
+from trainer.evaluation.baselines import each_baseline
+from trainer.evaluation.metrics import NUM_RESAMPLES, summarise
+from trainer.evaluation.ranking import (
+    CountProgress,
+    EventRanks,
+    Gather,
+    autocast_scorer,
+    gather_over_group,
+    rank_events,
+)
+from trainer.models.contract import Ranker
+from trainer.models.zoo import model_class
+from trainer.runs.provenance import git_commit, hardware
+from trainer.runtime.device import has_gpu
 from trainer.runtime.files import atomic
-from trainer.runtime.launch import num_cores, read_launch, set_up_cpu
+from trainer.runtime.launch import read_launch, set_up_cpu
 
 BASELINE_BATCH = 1024  # events; baselines need no accelerator memory
 BOOTSTRAP_SEED = 0
+
 
 # ---- the report --------------------------------------------------------------------------------------------
 
@@ -54,20 +57,22 @@ def task_reports(ranks: EventRanks, seed: int = BOOTSTRAP_SEED) -> dict[str, dic
 
 def report(
     ranks: EventRanks,
-    manifest: Manifest,
+    folder: PreparedFolder,
     split: str,
     config: Config | None = None,
     baselines: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The content of evaluation-SPLIT.json."""
     protocol = {
+        "model": config.model.name if config is not None else None,
+        "model_title": model_class(config.model.name).title if config is not None else None,
         "candidates": "sampled",
-        "num_negatives": manifest.num_negatives,
+        "num_negatives": folder.manifest.num_negatives,
         "ties": "expected",
         "scores": "fp32",
         "split": split,
-        "split_fingerprint": manifest.fingerprint,
-        "manifest_hash": manifest.hash,
+        "split_fingerprint": folder.manifest.fingerprint,
+        "manifest_hash": folder.manifest.hash,
         "intervals": f"95 % bootstrap over events, {NUM_RESAMPLES} resamples",
         "seed": BOOTSTRAP_SEED,
         "config_hash": config_hash(config) if config is not None else None,
@@ -92,20 +97,16 @@ def config_hash(config: Config) -> str:
 
 
 def write_evaluation(
-    run_dir: str | Path, folder: str | Path, split: str, ranks: EventRanks, document: dict[str, Any]
+    run_dir: str | Path, folder: PreparedFolder, split: str, ranks: EventRanks, document: dict[str, Any]
 ) -> Path:
     """RUN/evaluation-SPLIT.parquet (one row an event, original ids), then RUN/evaluation-SPLIT.json; returns
     the latter's path."""
-    catalog = Path(folder) / "catalog"
+    users = pq.read_table(folder.catalog / "users.parquet", columns=["user_id"])["user_id"]
     table = pa.table(
         {
             "task": pa.array(np.array(TASKS)[ranks.task.astype(np.int64)]),
-            "user_id": pq.read_table(catalog / "users.parquet", columns=["user_id"])["user_id"].take(
-                pa.array(ranks.user)
-            ),
-            "item_id": pq.read_table(catalog / "items.parquet", columns=["item_id"])["item_id"].take(
-                pa.array(ranks.item)
-            ),
+            "user_id": users.take(pa.array(ranks.user)),
+            "item_id": folder.items("item_id")["item_id"].take(pa.array(ranks.item)),
             "rank": ranks.rank,
             "event_id": ranks.event_id,
         }
@@ -119,8 +120,7 @@ def write_evaluation(
 
 
 def baseline_reports(
-    folder: str | Path,
-    manifest: Manifest,
+    folder: PreparedFolder,
     split: str,
     rank: int = 0,
     world_size: int = 1,
@@ -130,13 +130,13 @@ def baseline_reports(
 
     Left out: a baseline whose task has no events, and LightGCN in a folder without a CF table.
     """
-    stream = EvalStream(folder, manifest, split, DataConfig(history_max=1), BASELINE_BATCH, rank, world_size)
-    reports = {}
-    for name, (task, build) in BASELINES.items():
-        if not stream.has_task(task) or (name == "lightgcn" and not cf_path(folder).is_file()):
-            continue
-        reports[name] = task_reports(rank_events(build(folder, manifest), stream, gather, task=task))
-    return reports
+    data = DataConfig(history_max=folder.manifest.history_max)
+    stream = EvalStream(folder, split, data, BASELINE_BATCH, rank, world_size)
+
+    def measure(name: str, baseline: Ranker) -> dict[str, Any]:
+        return task_reports(rank_events(baseline.score, stream, gather, task=baseline.tasks[0]))
+
+    return each_baseline(folder, stream.tasks_present(), measure)
 
 
 # ---- the verb ----------------------------------------------------------------------------------------------
@@ -169,25 +169,18 @@ def evaluate_run(
     if started_group:
         torch.distributed.init_process_group("gloo")  # rows are gathered as Python objects: gloo, on GPUs too
     try:
-        model, _, config, manifest = load_run_model(run_dir, device)
-        folder = local_folder(config.data)
-        stream = EvalStream(
-            folder, manifest, split, config.data, config.run.eval_batch_size, launch.rank, launch.world_size
-        )
+        model, config, folder = load_run_model(run_dir, device)
+        place = (launch.rank, launch.world_size)
+        stream = EvalStream(folder, split, config.data, config.run.eval_batch_size, *place, tasks=model.tasks)
         gather = gather_over_group if launch.world_size > 1 else None
         started = time.monotonic()
         ranks = rank_events(autocast_scorer(model, device, config.run.precision), stream, gather, progress)
         seconds = time.monotonic() - started
-        baselines = (
-            baseline_reports(folder, manifest, split, launch.rank, launch.world_size, gather)
-            if with_baselines
-            else None
-        )
-        document = report(ranks, manifest, split, config, baselines)
+        baselines = baseline_reports(folder, split, *place, gather) if with_baselines else None
+        document = report(ranks, folder, split, config, baselines)
+        num_pairs = len(ranks.rank) * (1 + folder.manifest.num_negatives)
         document["protocol"]["num_processes"] = launch.world_size
-        document["protocol"]["candidates_per_s"] = round(
-            len(ranks.rank) * (1 + manifest.num_negatives) / max(seconds, 1e-9), 1
-        )
+        document["protocol"]["candidates_per_s"] = round(num_pairs / max(seconds, 1e-9), 1)
         if launch.rank == 0:
             write_evaluation(run_dir, folder, split, ranks, document)
     finally:

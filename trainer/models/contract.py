@@ -6,9 +6,9 @@ zoo.py finds it by the file's name, and `model.name=NAME` trains it. Letters of 
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, final
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ class Ranks:
 @dataclass(frozen=True)
 class World:
     """What any model is built from. The same for training, evaluation and serving; where the prepared folder is
-    not at hand (a registered version), `clicks` raises."""
+    not at hand (a registered version), `clicks` and `texts` raise."""
 
     num_users: int
     num_items: int
@@ -46,10 +46,13 @@ class World:
     data: DataConfig
     tables: ItemTables  # only what the model's `needs` names is filled
     tokenizer: Callable[[], Any] | None  # None: only sizes are asked for (dry run)
-    clicks: Callable[[], TrainClicks]
+    clicks: Callable[[], TrainClicks]  # of the training split
+    texts: Callable[[], tuple[list[str], list[str]]]  # all text of each item, and of each query
     precision: Literal["fp32", "bf16"] = "fp32"  # run.precision
     ranks: Ranks = Ranks()
-    saved: Path | None = None  # what save_extra() wrote, when the weights are loaded afterwards; None: a new model
+    saved: Path | None = (
+        None  # what save_extra() wrote, when the weights are loaded afterwards; None: a new model
+    )
 
     @property
     def num_terms(self) -> int:
@@ -64,9 +67,13 @@ class View:
 
     width: int
     items: Callable[[Tensor], Tensor]  # rows of items [n] → [n, width] float32
-    ask: Callable[[Batch, Tensor], Tensor]  # (events, mean of the items' vectors [width]) → [B, width] float32
+    ask: Callable[
+        [Batch, Tensor], Tensor
+    ]  # (events, mean of the items' vectors [width]) → [B, width] float32
     share: Mapping[int, float]  # task → share of the candidates that come from this view
-    centred: bool = False  # the index holds items less their mean: what all items share says nothing about one
+    centred: bool = (
+        False  # the index holds items less their mean: what all items share says nothing about one
+    )
 
 
 @dataclass(frozen=True)
@@ -89,8 +96,9 @@ class Ranker(nn.Module):
     """
 
     Settings: ClassVar[type[ModelSettings]]
+    title: ClassVar[str] = ""  # how tables call it
     tasks: ClassVar[tuple[int, ...]] = (REC, SRC)  # stream, validation and reports follow it
-    # of: cf, cf_users, item_text, history_queries, users, item_category, clicks
+    # of: cf, cf_users, item_text, history_queries, users, item_category, texts
     needs: ClassVar[frozenset[str]] = frozenset()
     trained: ClassVar[bool] = True  # False: fit() is all there is to learn, no step is made
 
@@ -166,15 +174,18 @@ class Ranker(nn.Module):
         """Called once after the weights are loaded and before the first score: may fold or cast weights."""
 
     @classmethod
+    def check_tokenizer(cls, tokenizer: Any) -> None:
+        """Raises DataError when the model cannot work with a folder's tokenizer."""
+
+    @classmethod
     def refusals(cls, settings: ModelSettings, zero_stage: int | None) -> list[str]:
         """Settings that cannot be used under a ZeRO stage, as `model.key=value` with the reason."""
         return []
 
     # ---- final ---------------------------------------------------------------------------------------------
 
-    @final
     def forward(self, batch: Batch, mode: str = "loss") -> Any:
-        """mode "loss": (loss, report of detached scalars). mode "score": scores_BC."""
+        """Not to be overridden. mode "loss": (loss, report of detached scalars). mode "score": scores_BC."""
         if mode == "score":
             return self.score(batch)
         loss, report = self.loss(batch)
@@ -190,8 +201,6 @@ class Ranker(nn.Module):
         return self._world[0].tables
 
     def set_tables(self, tables: ItemTables) -> None:
-        from dataclasses import replace
-
         self._world[0] = replace(self._world[0], tables=tables)
 
     @property
@@ -199,9 +208,9 @@ class Ranker(nn.Module):
         """Where the model computes: that of its tables; a batch may still be on its way there."""
         return self.tables.device
 
-    def check_history(self, batch: Batch) -> None:
+    def check_history(self, batch: Batch, reads_users: bool = False) -> None:
         """Raises RequestError for a history given by hand to a model that only knows the users it was trained on."""
-        if "users" in self.needs and bool((batch.user < 0).any()):
+        if (reads_users or "users" in self.needs) and bool((batch.user < 0).any()):
             raise RequestError(
                 f"{self.settings.name} knows users by their rows, not by a history given by hand. "
                 "Name a user of the training data (user_id)"

@@ -116,7 +116,9 @@ def _from_format_1(old: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def load_model(path: str | Path, tables: ItemTables, device: str = "cpu") -> Ranker:
+def load_model(
+    path: str | Path, tables: ItemTables, device: str = "cpu", folder: PreparedFolder | None = None
+) -> Ranker:
     """The model of a RUN/model folder, in evaluation mode, ready to serve. Raises RunError when the folder is not
     one."""
     path = Path(path)
@@ -129,7 +131,7 @@ def load_model(path: str | Path, tables: ItemTables, device: str = "cpu") -> Ran
         "num_categories": 0,
         **document["counts"],
     }
-    world = saved_world(path, counts, DataConfig(**document["data"]), document["precision"], tables)
+    world = saved_world(path, counts, DataConfig(**document["data"]), document["precision"], tables, folder)
     model = model_class(document["name"])(config.model, world)
     state = load_file(path / "model.safetensors")
     missing, unexpected = model.saved_names() - set(state), set(state) - set(model.state_dict())
@@ -162,7 +164,7 @@ def load_run_model(run_dir: str | Path, device: str = "cpu") -> tuple[Ranker, Co
     document = read_model_document(path)
     check_data(document, folder, str(run_dir))
     tables = folder.tables(model_class(document["name"]).needs)
-    return load_model(path, tables, device), config, folder
+    return load_model(path, tables, device, folder), config, folder
 
 
 def check_data(document: dict[str, Any], folder: PreparedFolder, run: str) -> None:

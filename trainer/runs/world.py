@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_shards.schema import Manifest
-from trainer.batch import ItemTables, TrainClicks, no_tables
+from trainer.batch import ItemTables, no_tables
 from trainer.config import Config, DataConfig
 from trainer.data.folder import PreparedFolder
 from trainer.errors import DataError, RunError
@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from trainer.training.costs import DataSize
 
 
-def new_world(folder: PreparedFolder, config: Config, tables: ItemTables, ranks: Ranks | None = None) -> World:
+def new_world(
+    folder: PreparedFolder, config: Config, tables: ItemTables, ranks: Ranks | None = None
+) -> World:
     """For a model that will be trained on this folder."""
     return World(
         **counts_of(folder.manifest),
@@ -23,19 +25,28 @@ def new_world(folder: PreparedFolder, config: Config, tables: ItemTables, ranks:
         tables=tables,
         tokenizer=lambda: load_tokenizer(folder.tokenizer),
         clicks=folder.clicks,
+        texts=folder.texts,
         precision=config.run.precision,
         ranks=ranks or Ranks(),
     )
 
 
-def saved_world(path: Path, counts: dict[str, int], data: DataConfig, precision: str, tables: ItemTables) -> World:
-    """For the weights of RUN/model. counts: as model.json holds them."""
+def saved_world(
+    path: Path,
+    counts: dict[str, Any],
+    data: DataConfig,
+    precision: str,
+    tables: ItemTables,
+    folder: PreparedFolder | None,
+) -> World:
+    """For the weights of RUN/model. counts: as model.json holds them. folder: None for a registered version."""
     return World(
         **counts,
         data=data,
         tables=tables,
         tokenizer=lambda: load_tokenizer(path / "tokenizer"),
-        clicks=_no_clicks,
+        clicks=folder.clicks if folder is not None else _not_here,
+        texts=folder.texts if folder is not None else _not_here,
         precision="bf16" if precision == "bf16" else "fp32",
         saved=path,
     )
@@ -53,12 +64,13 @@ def sizes_only(config: Config, data: "DataSize", cf_dim: int) -> World:
         data=config.data,
         tables=no_tables(data.items, data.queries, cf_dim),
         tokenizer=None,
-        clicks=_no_clicks,
+        clicks=_not_here,
+        texts=_not_here,
         precision=config.run.precision,
     )
 
 
-def counts_of(manifest: Manifest) -> dict[str, int]:
+def counts_of(manifest: Manifest) -> dict[str, Any]:
     names = ("num_users", "num_items", "num_queries", "num_words", "num_categories")
     return {name: getattr(manifest, name) for name in names}
 
@@ -73,5 +85,5 @@ def load_tokenizer(folder: Path) -> Any:
     return PreTrainedTokenizerFast(tokenizer_file=str(file))
 
 
-def _no_clicks() -> TrainClicks:
-    raise RunError("the clicks of the training split are counted when a model is trained, not when it is loaded")
+def _not_here() -> Any:
+    raise RunError("the prepared folder of the training data is not here, and this model reads it")

@@ -148,11 +148,6 @@ def filled_deepspeed_config(
                 [f'DeepSpeed configuration {where} and the run disagree; write "auto" there:', *conflicts]
             )
         )
-    unsuited = {"model.compile": config.model.compile, "model.lora.four_bit": config.model.lora.four_bit}
-    # under ZeRO-3 weights are in pieces between two uses
-    if any(unsuited.values()) and filled["zero_optimization"]["stage"] == 3:
-        names = " and ".join(f"{key}=true" for key, is_set in unsuited.items() if is_set)
-        raise ConfigError(f"{names} cannot be used under ZeRO-3 ({where}). Take zero2.json, or set false")
     return filled
 
 

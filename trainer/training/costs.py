@@ -87,7 +87,9 @@ def memory(
     if offload:
         optimizer, weights = 0.0, (0.0 if stage == 3 else weights)
     activations = cost.activation_bytes * config.optim.micro_batch_size
-    return Memory(weights + cost.cast_bytes, gradients, optimizer, activations, table_bytes(config, model, data))
+    return Memory(
+        weights + cost.cast_bytes, gradients, optimizer, activations, table_bytes(config, model, data)
+    )
 
 
 def table_bytes(config: Config, model: ModelSize, data: DataSize) -> float:
@@ -168,3 +170,8 @@ def largest_micro_batch(
         if memory(tried, model, data, zero_stage, world_size).total <= MICRO_BATCH_MEMORY * memory_bytes:
             return size
     return 0
+
+
+def numel(parameter: Any) -> int:
+    """Also of a parameter that ZeRO-3 has partitioned."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))

@@ -51,7 +51,12 @@ def count(config: Config, folder: PreparedFolder, accelerator: Any) -> tuple[dic
 
 
 def _write(
-    config: Config, folder: PreparedFolder, model: Any, metrics: dict[str, float], seconds: float, machine: str
+    config: Config,
+    folder: PreparedFolder,
+    model: Any,
+    metrics: dict[str, float],
+    seconds: float,
+    machine: str,
 ) -> None:
     run_dir = runfolder.Path(config.run.dir)
     facts = {**environment_facts(), "parameters": {"total": 0, "trainable": 0}, "devices": machine}

@@ -25,11 +25,18 @@ from trainer.evaluation.ranking import validate
 from trainer.models.zoo import model_class
 from trainer.runs import folder as runfolder
 from trainer.runs.weights import save_model
-from trainer.runtime.distributed import full_state_dict, gather_objects, on_main, process_group, uses_deepspeed
+from trainer.runtime.distributed import (
+    full_state_dict,
+    gather_objects,
+    on_main,
+    process_group,
+    uses_deepspeed,
+)
 from trainer.runtime.launch import make_accelerator, read_launch
 from trainer.runtime.memory import peak_memory_bytes
 from trainer.runtime.stopping import StopSignal
 from trainer.tracking.machine import measured
+from trainer.training import plan
 from trainer.training.counting import count
 from trainer.training.optimizer import set_lr
 from trainer.training.schedule import grad_accum_steps
@@ -68,6 +75,7 @@ def train(config: Config, resume: Literal["never", "auto"] = "never") -> TrainRe
             f"{missing} must be given: the prepared folder to learn from and the run folder to write"
         )
     launch = read_launch()
+    plan.check_stage(config, launch)
     folder = PreparedFolder.open(config.data)
     accelerator = make_accelerator(config, launch, grad_accum_steps(config, launch.world_size))
     with process_group(accelerator), closing(runfolder.claim(accelerator, config, resume)) as claim:
@@ -243,9 +251,7 @@ def write_model(run: Run) -> None:
     """Consolidated weights → RUN/model, on all ranks (ZeRO-3 gathers). RUN/model is therefore the best so far
     at any time."""
     state = full_state_dict(run.accelerator, run.model, run.module)
-    on_main(
-        run.accelerator, lambda: save_model(run.dir / "model", run.module, state, run.config, run.folder)
-    )
+    on_main(run.accelerator, lambda: save_model(run.dir / "model", run.module, state, run.config, run.folder))
 
 
 def save(run: Run) -> None:

@@ -6,40 +6,36 @@ without the backbone's weights. Memory and time are estimates; where their const
 them.
 """
 
-import json
 import re
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from data_shards.schema import Manifest, read_manifest
-from data_shards.settings import read_yaml
 from trainer.config import Config
 from trainer.configs import preset_path
-from trainer.data.node_cache import local_folder
+from trainer.data.folder import PreparedFolder
 from trainer.errors import ConfigError
+from trainer.models.backbones.known import T5_TOKENS
+from trainer.models.contract import Cost
+from trainer.models.zoo import model_class
+from trainer.runs.world import load_tokenizer, sizes_only
 from trainer.runtime.launch import Launch, filled_deepspeed_config, read_deepspeed_json, read_launch
 from trainer.training.costs import (
     ASSUMED_FLOPS,
     CPU_EFFICIENCY,
     GB,
-    T5_TOKENS,
     DataSize,
     ModelSize,
     efficiency,
-    flops_per_event,
     largest_micro_batch,
     measured_flops,
     memory,
+    numel,
 )
 from trainer.training.schedule import Schedule, above_chance, chance, make_schedule
 
 WORLD_SIZES = (1, 2, 4, 8, 16)
 NAME_WIDTH = 12
-CROSS_KEYS = re.compile(r"(EncDecAttention|cross_attn)\.(k|v|k_proj|v_proj)\.")
 STAGES: dict[str, tuple[int | None, bool]] = {
     "no ZeRO": (None, False),
     "ZeRO-1": (1, False),
@@ -58,7 +54,7 @@ def data_size(config: Config, preset: str | None = None) -> DataSize:
     """From data.dir when it is given, else from the preset's `# sizes:` line. Raises ConfigError when neither
     says."""
     if config.data.dir:
-        return size_of_folder(config.data.dir, read_manifest(local_folder(config.data)))
+        return size_of_folder(PreparedFolder.open(config.data))
     if preset:
         documented = re.search(
             r"^# sizes: (.+)$", preset_path(preset).read_text(encoding="utf-8"), re.MULTILINE
@@ -75,16 +71,19 @@ def data_size(config: Config, preset: str | None = None) -> DataSize:
     )
 
 
-def size_of_folder(folder: str, manifest: Manifest) -> DataSize:
+def size_of_folder(folder: PreparedFolder) -> DataSize:
+    manifest = folder.manifest
     return DataSize(
         train_events=manifest.num_events("train"),
         valid_events=manifest.num_events("valid"),
+        users=manifest.num_users,
         items=manifest.num_items,
         queries=manifest.num_queries,
         words=manifest.num_words,
+        categories=manifest.num_categories,
         num_negatives=manifest.num_negatives,
         vocab_size=int(manifest.raw["text"].get("vocab_size", T5_TOKENS)),
-        source=folder,
+        source=folder.name,
     )
 
 
@@ -92,9 +91,6 @@ def model_size(config: Config, data: DataSize, cf_dim: int = 64) -> ModelSize:
     """Counts parameters on torch's meta device: exact, in a second, without memory or weights. Raises
     ConfigError for an unknown backbone."""
     import torch
-
-    from trainer.models.zoo import model_class
-    from trainer.runs.world import sizes_only
 
     kind = model_class(config.model.name)
     with torch.device("meta"):
@@ -143,7 +139,7 @@ def run_rows(
             f"{data.source}: {data.train_events:,} training events, {data.items:,} items, {data.queries:,} "
             "queries",
         ),
-        ("model", f"{config.model.backbone}, {config.model.variant}, {config.model.prompt} prompt"),
+        ("model", config.model.describe()),
         ("parameters", f"{model.total:,}, of which {model.trainable:,} are trained"),
         ("batch", f"{batch_arithmetic(s)}; {1 + config.data.num_negatives} candidates an event"),
         (
@@ -183,30 +179,6 @@ def banner_rows(
     ]
 
 
-def launch_of_yaml(path: str | Path, num_processes: int = 0) -> Launch:
-    """The Launch that an accelerate YAML would make, to check a cluster's configuration on a laptop."""
-    import ds_configs
-
-    file = (
-        Path(path)
-        if Path(path).is_file() or Path(path).name not in ds_configs.names()
-        else ds_configs.path(Path(path).name)
-    )
-    document = read_yaml(file)
-    world_size = num_processes or int(document.get("num_processes", 1))
-    deepspeed = (
-        document.get("deepspeed_config", {}) if document.get("distributed_type") == "DEEPSPEED" else {}
-    )
-    named = str(deepspeed.get("deepspeed_config_file", f"zero{deepspeed.get('zero_stage', 2)}.json"))
-    json_file = named if Path(named).is_file() else str(ds_configs.path(Path(named).name))
-    return Launch(
-        world_size=world_size,
-        local_world_size=max(1, world_size // int(document.get("num_machines", 1))),
-        launched=True,
-        deepspeed_file=json_file if deepspeed else "",
-    )
-
-
 @dataclass(frozen=True)
 class DryRun:
     """`lines` for people, `facts` for --json."""
@@ -234,10 +206,11 @@ def dry_run(config: Config, preset: str | None = None, launch: Launch | None = N
         )
     if config.data.dir:
         _check_folder(config)
-    model = model_size(config, data.words, data.vocab_size)
+    check_stage(config, launch)
+    model = model_size(config, data)
     stage = launch.zero_stage
     here = memory(config, model, data, stage, launch.world_size, "offload" in launch.deepspeed_file)
-    flops = flops_per_event(config, model) * schedule.num_events
+    flops = model.cost.flops * schedule.num_events
     seconds = {
         f"{launch.world_size} × {name}": flops / rate / launch.world_size
         for name, rate in ASSUMED_FLOPS.items()
@@ -310,16 +283,23 @@ def _memory_table(config: Config, model: ModelSize, data: DataSize) -> list[str]
     return lines
 
 
+def check_stage(config: Config, launch: Launch) -> None:
+    """Raises ConfigError for settings of the model that the launcher's ZeRO stage does not allow."""
+    refused = model_class(config.model.name).refusals(config.model, launch.zero_stage)
+    if refused:
+        raise ConfigError(
+            f"{' and '.join(refused)} cannot be used under ZeRO-{launch.zero_stage} ({launch.deepspeed_file}). "
+            "Take zero2.json, or set false"
+        )
+
+
 def _check_folder(config: Config) -> None:
     """The parts of a prepared folder that training opens first. Raises DataError naming what is missing or
     does not fit."""
-    from trainer.data.cf_table import load_cf
-    from trainer.runs.weights import answer_tokens, load_tokenizer
-
-    folder = local_folder(config.data)
-    manifest = read_manifest(folder)
-    answer_tokens(load_tokenizer(folder / "tokenizer"))
-    load_cf(folder, manifest)
+    kind = model_class(config.model.name)
+    folder = PreparedFolder.open(config.data)
+    kind.check_tokenizer(load_tokenizer(folder.tokenizer))
+    folder.tables(kind.needs)
 
 
 def _hours(seconds: float) -> str:

@@ -1,7 +1,7 @@
 """Everything up to the first step: model, optimizer and streams as a new run or the newest whole checkpoint has
 them."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +125,9 @@ def set_up(config: Config, folder: PreparedFolder, launch: Launch, accelerator: 
     )
 
 
-def continuing_line(found: Checkpoint, identity: dict[str, Any], progress: Progress, schedule: Schedule) -> str:
+def continuing_line(
+    found: Checkpoint, identity: dict[str, Any], progress: Progress, schedule: Schedule
+) -> str:
     converted = ""
     if elastic.is_another_layout(found, identity):
         converted = f" It was written by {elastic.describe(found.identity)}, and converted."

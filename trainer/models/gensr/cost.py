@@ -40,7 +40,11 @@ class BackboneSize:
 def backbone_size(backbone: Any) -> BackboneSize:
     """On any device, meta included."""
     every_token, once = backbone.stacks
-    cross = [numel(p) for name, p in once.named_parameters() if CROSS_KEYS.search(name)] if once is not None else []
+    cross = (
+        [numel(p) for name, p in once.named_parameters() if CROSS_KEYS.search(name)]
+        if once is not None
+        else []
+    )
     return BackboneSize(
         width=backbone.width,
         layers=len(every_token.block if hasattr(every_token, "block") else every_token.layers),
@@ -55,7 +59,9 @@ def gensr_cost(model: "GenSR") -> Cost:
     world, settings, size = model.world, model.settings, backbone_size(model.backbone)
     num_candidates, with_bf16 = 1 + world.data.num_negatives, world.precision == "bf16"
     tokens = tokens_per_event(settings, size, num_candidates)
-    activations = ACTIVATION_BYTES * tokens * size.encoder / size.width * (1.0 if with_bf16 else FLOAT32_ACTIVATIONS)
+    activations = (
+        ACTIVATION_BYTES * tokens * size.encoder / size.width * (1.0 if with_bf16 else FLOAT32_ACTIVATIONS)
+    )
     adapters, half = settings.lora.rank > 0, 2.0 * (size.encoder + size.decoder) if with_bf16 else 0.0
     copies = 0.0 if adapters else half
     if settings.activation_checkpointing:

@@ -7,6 +7,7 @@ Letters: B events, N history, C candidates, L tokens, S prompt length, D backbon
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +52,7 @@ class GenSR(Ranker):
     """score(batch) → log-odds of "Yes" for every candidate; loss(batch) → Eq. 8."""
 
     Settings = GenSRSettings
+    title = "GenSR"
     needs = frozenset({"cf", "item_text"})
     settings: GenSRSettings
 
@@ -59,9 +61,9 @@ class GenSR(Ranker):
         data, cf_width = world.data, world.tables.cf.shape[1]
         self.backbone = backbone_of(settings, world)
         width, extended = self.backbone.width, settings.variant == "extended"
-        encoder = dict(num_heads=settings.num_heads, dropout=settings.dropout)
-        self.cf_encoder = HistoryEncoder(cf_width, **encoder, history_max=data.history_max, ordered=extended)
-        self.sem_encoder = HistoryEncoder(width, **encoder, history_max=data.history_max, ordered=extended)
+        encoder = (settings.num_heads, settings.dropout, data.history_max)
+        self.cf_encoder = HistoryEncoder(cf_width, *encoder, ordered=extended)
+        self.sem_encoder = HistoryEncoder(width, *encoder, ordered=extended)
         self.cf_filter = SoftFilter(cf_width, settings.num_heads)
         self.sem_filter = SoftFilter(width, settings.num_heads)
         self.cf_projection = nn.Linear(cf_width, width)  # d_c → d_m, for both CF slots
@@ -308,6 +310,10 @@ class GenSR(Ranker):
         lora = self.settings.lora
         if lora.rank and not lora.four_bit:
             merge_adapters(self.backbone)
+
+    @classmethod
+    def check_tokenizer(cls, tokenizer: Any) -> None:
+        answer_tokens(tokenizer)
 
     @classmethod
     def refusals(cls, settings: GenSRSettings, zero_stage: int | None) -> list[str]:  # type: ignore[override]

@@ -58,3 +58,7 @@ class GenSRSettings(CfSettings):
     compile: bool = False
     """torch.compile the backbone's layers, a minute at the start; gains nothing on a CPU; not under ZeRO-3"""
     lora: LoraConfig = LoraConfig()
+
+    def describe(self) -> str:
+        adapters = f", LoRA rank {self.lora.rank}" if self.lora.rank else ""
+        return f"{self.name}: {self.backbone}, {self.variant}, {self.prompt} prompt{adapters}"
