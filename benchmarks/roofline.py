@@ -83,12 +83,8 @@ class Kernels(TorchDispatchMode):
             if argument.alias_info is not None and argument.alias_info.is_write and not written:
                 written = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
         moved = sum(map(num_bytes, read + written))
-        if name in (
-            "embedding",
-            "index_select",
-            "index",
-            "gather",
-        ):  # reads what it writes, not the whole table
+        if name in ("embedding", "index_select", "index", "gather"):
+            # reads what it writes, not the whole table
             moved = 2 * sum(map(num_bytes, written))
         count_flops = flop_registry.get(func._overloadpacket)
         flops = count_flops(*args, **kwargs, out_val=out) if count_flops else 0
@@ -129,9 +125,8 @@ def as_on_a_gpu(kernels: Kernels) -> Iterator[None]:
                 query.numel() * key.shape[2],
                 query.shape[:3].numel() * key.shape[2] * query.element_size(),
             )
-            kernels.add(
-                "attention backward", 10 * products, 8 * num_bytes(query) + 2 * scores
-            )  # the bias is trained: its gradient is as large as the scores
+            # the bias is trained: its gradient is as large as the scores
+            kernels.add("attention backward", 10 * products, 8 * num_bytes(query) + 2 * scores)
             return tuple(torch.empty_like(tensor) for tensor in (query, key, value, bias))
 
     def one_kernel_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

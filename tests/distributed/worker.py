@@ -49,9 +49,8 @@ def full_states(model: Any, optimizer: Any) -> dict[str, torch.Tensor]:
     states = {}
     inner = getattr(model, "basic_optimizer", None) or optimizer.optimizer
     sharded = hasattr(model, "zero_optimization") and model.zero_optimization()
-    if sharded and hasattr(
-        model.optimizer, "_lazy_init_hp_params_optimizer_state"
-    ):  # stages 1 and 2 link the first group's state only
+    # stages 1 and 2 link the first group's state only
+    if sharded and hasattr(model.optimizer, "_lazy_init_hp_params_optimizer_state"):
         model.optimizer._hp_optimizer_states_linked = False
         model.optimizer._lazy_init_hp_params_optimizer_state()
     for name, parameter in getattr(model, "module", model).named_parameters():

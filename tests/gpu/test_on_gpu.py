@@ -176,10 +176,23 @@ def test_a_training_that_is_killed_goes_on(folder: Path, tmp_path: Path, launch_
         else []
     )
     settings = [
-        f"data.dir={folder}", f"run.dir={run_dir}", "model.backbone=scratch:nano", "data.history_max=6", "data.item_tokens=8", "data.history_tokens=4",
-        "optim.global_batch_size=16", "optim.micro_batch_size=8", "optim.lr=0.002", "run.precision=bf16", "run.max_steps=400", "run.log_every_steps=1",
-        "run.checkpoint_every_steps=10", "run.validate_every_steps=200", "run.valid_events=16", "tracking.enabled=false",
-    ]  # fmt: skip
+        f"data.dir={folder}",
+        f"run.dir={run_dir}",
+        "model.backbone=scratch:nano",
+        "data.history_max=6",
+        "data.item_tokens=8",
+        "data.history_tokens=4",
+        "optim.global_batch_size=16",
+        "optim.micro_batch_size=8",
+        "optim.lr=0.002",
+        "run.precision=bf16",
+        "run.max_steps=400",
+        "run.log_every_steps=1",
+        "run.checkpoint_every_steps=10",
+        "run.validate_every_steps=200",
+        "run.valid_events=16",
+        "tracking.enabled=false",
+    ]
     command = [sys.executable, *launcher, "-m", "trainer", "train", "demo", *settings, "--resume", "auto"]
     with (tmp_path / "log").open("w") as log:
         first = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
@@ -217,7 +230,7 @@ def test_answers_are_those_of_the_cpu(
 
 
 def test_scoring_over_several_shapes_makes_no_plan_for_each(make: Callable[..., Made], folder: Path) -> None:
-    """cuDNN's attention would take half a second for each new shape (trainer/models/backbones/backbone.py)."""
+    """cuDNN's attention would take half a second for a new shape (trainer/models/backbones/backbone.py)."""
     model, batch = make("model.backbone=scratch:nano")
     move(model.eval(), batch, DEVICE)
     config, manifest = load_config(None, ["data.history_max=6"]), read_manifest(folder)

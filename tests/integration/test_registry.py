@@ -1,4 +1,4 @@
-"""From a run folder to a registered version that scores on its own: same scores, no pickle, clear refusals."""
+"""From a run folder to a registered version that scores alone: same scores, no pickle, clear refusals."""
 
 import json
 import subprocess
@@ -279,8 +279,8 @@ def test_requirements_cover_what_serving_imports() -> None:
     code = (
         # None there: the package cannot be imported
         "import sys; sys.modules.update(dict.fromkeys(sys.argv[1:]))\n"
-        "import trainer.serving.recommend, data_shards.text, tokenizers, pandas; from trainer.models.backbones import "
-        "backbone; import transformers.models.t5.modeling_t5"
+        "import trainer.serving.recommend, data_shards.text, tokenizers, pandas\n"
+        "from trainer.models.backbones import backbone; import transformers.models.t5.modeling_t5"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, *only_training], capture_output=True, text=True, timeout=250

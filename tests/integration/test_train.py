@@ -115,9 +115,8 @@ def test_a_run_leaves_everything_the_interface_names(undisturbed: Path, data: Pa
     for picture in ("loss.png", "metrics.png"):
         assert (undisturbed / "report" / picture).read_bytes().startswith(b"\x89PNG")
     facts = json.loads((undisturbed / "environment.json").read_text())
-    assert (
-        torch.__version__.startswith(facts["packages"]["torch"]) and facts["parameters"]["trainable"] > 0
-    )  # wheels may add +cpu or +cu130
+    # wheels may add +cpu or +cu130
+    assert torch.__version__.startswith(facts["packages"]["torch"]) and facts["parameters"]["trainable"] > 0
     assert config_from_dict(read_yaml(undisturbed / "config.yaml")) == config_of(data, undisturbed)
     assert json.loads((undisturbed / "status.json").read_text())["status"] == "finished"
 
@@ -463,10 +462,8 @@ def test_patience_counts_only_after_the_first_gain_over_chance(
         5,
         {"mean/ndcg@10": 0.5},
     )
-    assert list(checkpoint.listed(tmp_path / "run")) == [
-        "step-00000007",
-        "step-00000005",
-    ]  # the newest and the best
+    # the newest and the best
+    assert list(checkpoint.listed(tmp_path / "run")) == ["step-00000007", "step-00000005"]
     assert json.loads((tmp_path / "run" / "status.json").read_text())["status"] == "finished"
 
 
@@ -545,6 +542,5 @@ def test_a_pretrained_folder_trains_saves_and_loads(
     stream = EvalStream(
         PreparedFolder.at(config.data.dir), "valid", config.data, 8, max_events=config.run.valid_events
     )
-    assert validate(model.score, stream)["mean/mrr"] == pytest.approx(
-        result.metrics["mean/mrr"], abs=0.2
-    )  # fp32 now, bf16 there
+    # fp32 now, bf16 there
+    assert validate(model.score, stream)["mean/mrr"] == pytest.approx(result.metrics["mean/mrr"], abs=0.2)

@@ -1,4 +1,4 @@
-"""Checkpoints are whole or absent: order of writing, what is kept, what is found after every kind of damage."""
+"""Checkpoints are whole or absent: order of writing, what is kept, what is found after any damage."""
 
 import json
 import shutil

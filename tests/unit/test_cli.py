@@ -200,7 +200,10 @@ def test_wheel_runs_outside_the_checkout(wheel: Path, tmp_path: Path) -> None:
         str(wheel),
     ]
     subprocess.run(command, check=True, timeout=100, stdin=subprocess.DEVNULL)
-    code = "import sys; sys.argv[0] = 'gensr'; from trainer.cli import main; import trainer; print(trainer.__file__); main()"
+    code = (
+        "import sys; sys.argv[0] = 'gensr'; from trainer.cli import main; import trainer; "
+        "print(trainer.__file__); main()"
+    )
     submit = [
         "submit",
         "demo",

@@ -62,9 +62,8 @@ def test_the_loaded_model_scores_as_the_trained_one(
     model, config = trained(folder, tmp_path / "run", *overrides)
     batch = next(iter(EvalStream(PreparedFolder.at(folder), "test", config.data, 6)))
     loaded, _, _, _ = load_run_model(tmp_path / "run")
-    torch.testing.assert_close(
-        loaded.score(batch), model.score(batch), rtol=0, atol=1e-5
-    )  # adapters are merged on loading
+    # adapters are merged on loading
+    torch.testing.assert_close(loaded.score(batch), model.score(batch), rtol=0, atol=1e-5)
     assert not any("lora_" in name for name, _ in loaded.named_parameters())
 
 

@@ -27,9 +27,8 @@ class Handler(http.server.SimpleHTTPRequestHandler):
     """Files of a folder; counts requests, and fails those that the test wants to fail."""
 
     asked: ClassVar[list[str]] = []
-    failures: ClassVar[
-        dict[str, list[str]]
-    ] = {}  # path → what happens to the next requests: "cut", "reset" or "flip" (of one bit)
+    # path → what happens to the next requests: "cut", "reset" or "flip" (of one bit)
+    failures: ClassVar[dict[str, list[str]]] = {}
 
     def do_GET(self) -> None:
         self.asked.append(self.path)
@@ -193,9 +192,8 @@ def test_another_cf_table_is_another_folder(folder: Path, tmp_path: Path) -> Non
     shutil.copytree(tmp_path / "other" / "cf", source / "cf", dirs_exist_ok=True)
     node_cache._cached_folder.cache_clear()
     second = local_folder(config)
-    assert (
-        first != second and (first / "cf" / "lightgcn.safetensors").read_bytes() == table
-    )  # a run that still reads it is not disturbed
+    # a run that still reads it is not disturbed
+    assert first != second and (first / "cf" / "lightgcn.safetensors").read_bytes() == table
     manifest = read_manifest(second)
     assert manifest.hash == read_manifest(first).hash
     with pytest.raises(DataError, match="another split"):  # the fingerprint check stays

@@ -127,12 +127,8 @@ def test_bytes_between_gpus_by_zero_stage() -> None:
     sent = {
         stage: bytes_sent(config, BILLION, stage, 2, grad_accum_steps=2) / GB for stage in (None, 1, 2, 3)
     }
-    assert sent == {
-        None: 4.0,
-        1: 6.0,
-        2: 10.0,
-        3: 12.0,
-    }  # of 10⁹ float32 parameters, two micro-batches, half of everything on each of two ranks
+    # of 10⁹ float32 parameters, two micro-batches, half of everything on each of two ranks
+    assert sent == {None: 4.0, 1: 6.0, 2: 10.0, 3: 12.0}
     assert bytes_sent(config, BILLION, None, 1) == 0
     adapters = replace(BILLION, trainable=10**6)
     assert bytes_sent(config, adapters, 2, 8) / GB < 0.02 and bytes_sent(config, adapters, 3, 8) / GB > 6

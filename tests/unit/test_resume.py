@@ -71,9 +71,8 @@ def steps(
         )
         source = prefetched(stream, workers) if workers else iter(stream)
         batches = list(itertools.islice(source, num_steps * accumulation))
-        assert all(
-            batch.num_events == micro for batch in batches
-        )  # every rank takes the same number of equal steps
+        # every rank takes the same number of equal steps
+        assert all(batch.num_events == micro for batch in batches)
         for number, batch in enumerate(batches):
             result[number // accumulation][number % accumulation * ranks + rank] = batch.event_id.tolist()
     return [list(itertools.chain(*step)) for step in result]

@@ -57,7 +57,8 @@ def sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list
     folder = tmp_path / "bin"
     folder.mkdir()
     scripts = {
-        "sbatch": f'echo "$*" >> {folder}/calls; [[ $* != *--qos=none* && ! -e {folder}/refuse ]] || {{ echo "Invalid qos" >&2; exit 1; }}\n'
+        "sbatch": f'echo "$*" >> {folder}/calls; [[ $* != *--qos=none* && ! -e {folder}/refuse ]] || '
+        '{ echo "Invalid qos" >&2; exit 1; }\n'
         f"echo $((100 + $(wc -l < {folder}/calls)))",
         "squeue": f"[[ $* == *101* && -e {folder}/queued ]] && echo PENDING",
     }
