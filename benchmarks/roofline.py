@@ -28,6 +28,7 @@ from torch.utils.flop_counter import flop_registry
 from benchmarks.measuring import open_folder
 from trainer.bench.data import commit
 from trainer.data import EvalStream, TrainStream
+from trainer.data.folder import PreparedFolder
 from trainer.models.backbones import t5_layers
 from trainer.models.gensr import grouping
 from trainer.models.layers import dropout, norm
@@ -163,7 +164,7 @@ def calculated(folder: str, settings: list[str], events: int, training: bool) ->
     config, manifest, tables, _, _ = open_folder(
         {"preset": None, "overrides": [*DEFAULTS, *settings], "folder": folder}, "cpu"
     )
-    model = build_model(config, manifest, tables, folder).train(training)
+    model = build_model(config, PreparedFolder.at(folder), tables).train(training)
     stream: Any = (
         TrainStream(PreparedFolder.at(folder), config.data, 0, events, events)
         if training
@@ -182,7 +183,7 @@ def calculated(folder: str, settings: list[str], events: int, training: bool) ->
     }
     weights = {parameter.untyped_storage()._cdata for parameter in parameters.values()}
     with as_on_a_gpu(kernels):
-        batch = model.grouped(next(iter(stream)))  # needs values
+        batch = model.prepare(next(iter(stream)))  # needs values
     with as_on_a_gpu(kernels), fake:
         if not training:
             with autocast("cpu", config.run.precision), kernels, torch.no_grad():

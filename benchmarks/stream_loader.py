@@ -17,6 +17,7 @@ import torch
 from data_shards.schema import read_manifest
 from trainer.config import DataConfig
 from trainer.data import TrainStream, prefetched
+from trainer.data.folder import PreparedFolder
 
 HISTORY, NEGATIVES, DISTINCT_BATCHES = 20, 4, 200
 

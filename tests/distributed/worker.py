@@ -25,6 +25,7 @@ import trainer.runtime.distributed
 import trainer.training.loop
 from trainer.config import Config
 from trainer.configs import load_config
+from trainer.data.folder import PreparedFolder
 from trainer.errors import GensrError
 from trainer.runs.checkpoint_writer import CheckpointWriter
 from trainer.runtime.stopping import StopSignal

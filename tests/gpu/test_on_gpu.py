@@ -28,6 +28,7 @@ from trainer.bench.model import bench_model
 from trainer.cf.lightgcn import LightGCN, build_graph
 from trainer.configs import load_config
 from trainer.data import EvalStream, TrainStream, prefetched
+from trainer.data.folder import PreparedFolder
 from trainer.evaluation.sampled import evaluate_run
 from trainer.models.gensr.model import GenSR
 from trainer.serving.recommend import Recommender
@@ -53,7 +54,7 @@ def make(folder: Path) -> Callable[..., Made]:
     def made(*overrides: str) -> Made:
         torch.manual_seed(0)
         model, batch = make_tiny_model(folder, *overrides)
-        return model, model.grouped(batch)
+        return model, model.prepare(batch)
 
     return made
 
@@ -240,7 +241,7 @@ def test_scoring_over_several_shapes_makes_no_plan_for_each(make: Callable[..., 
         torch.cuda.synchronize()
         started_s = time.monotonic()
         with torch.inference_mode(), torch.autocast(DEVICE, dtype=torch.bfloat16):
-            model.score(model.grouped(host_batch).to(DEVICE))
+            model.score(model.prepare(host_batch).to(DEVICE))
         torch.cuda.synchronize()
         seconds.append(time.monotonic() - started_s)
     assert np.median(seconds[1:]) < 0.2, seconds

@@ -13,6 +13,7 @@ from data_shards.schema import SPLITS, read_manifest
 from tests.runs import make_run
 from trainer.data import EvalStream
 from trainer.data.cf_table import load_cf
+from trainer.data.folder import PreparedFolder
 from trainer.errors import RunError
 from trainer.evaluation import full as module
 from trainer.evaluation.full import clicked_items, evaluate_full
@@ -35,7 +36,7 @@ def document(run_dir: Path) -> dict[str, Any]:
 def expected_ranks(run_dir: Path) -> pd.DataFrame:
     """event_id → rank by GenSR and by LightGCN among all items that the user had not clicked before, the
     clicked one always among them."""
-    model, _, config, manifest = load_run_model(run_dir)
+    model, config, folder = load_run_model(run_dir)
     folder = config.data.dir
     clicks = pd.concat(
         [
@@ -115,7 +116,7 @@ def test_what_retrieval_misses_counts_nothing(
 
 
 def test_what_the_user_clicked_before_is_left_out(run_dir: Path) -> None:
-    _, _, config, manifest = load_run_model(run_dir)
+    _, config, folder = load_run_model(run_dir)
     clicks = module.read_clicks(config.data.dir, manifest)
     everything = pd.DataFrame({name: getattr(clicks, name) for name in ("event_id", "user", "item", "time")})
     for batch in EvalStream(PreparedFolder.at(config.data.dir), "test", config.data, 4, max_events=8):

@@ -15,6 +15,7 @@ from tests.conftest import SMALL
 from tests.runs import make_run
 from tests.worlds import write_tables
 from trainer.cli import app
+from trainer.data.folder import PreparedFolder
 from trainer.errors import DataError, GensrError, RequestError
 from trainer.serving.recommend import Recommender
 from trainer.serving.users import open_users, read_history

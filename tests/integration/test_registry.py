@@ -13,6 +13,7 @@ import torch
 from data_shards.schema import read_manifest
 from tests.runs import make_run
 from trainer.data import EvalStream
+from trainer.data.folder import PreparedFolder
 from trainer.errors import RequestError, RunError
 from trainer.registry.versions import open_model, register, requirements
 from trainer.runs.weights import load_run_model
@@ -53,7 +54,7 @@ def requests() -> list[dict[str, Any]]:
 def test_stored_events_get_the_scores_of_evaluation(run_dir: Path, scorer: Scorer) -> None:
     """A request made from a test event by its original ids scores like the event itself, whichever way
     queries are encoded."""
-    model, _, config, manifest = load_run_model(run_dir)
+    model, config, folder = load_run_model(run_dir)
     catalog = Path(config.data.dir) / "catalog"
     item_ids = read_item_ids(catalog / "items.parquet")
     texts = pd.read_parquet(catalog / "queries.parquet")["text"]

@@ -23,6 +23,7 @@ from tests.tiny_folder import WORDS, make_tiny_folder
 from trainer.config import Config
 from trainer.configs import config_from_dict, load_config
 from trainer.data import EvalStream
+from trainer.data.folder import PreparedFolder
 from trainer.errors import ConfigError, DataError, EnvironmentProblem, RunError
 from trainer.runs import checkpoint
 from trainer.runs.weights import load_run_model
@@ -144,9 +145,9 @@ def test_the_log_tells_the_story(undisturbed: Path) -> None:
 
 
 def test_run_model_scores_as_the_best_validation_did(undisturbed: Path) -> None:
-    from trainer.evaluation.sampled import validate
+    from trainer.evaluation.ranking import validate
 
-    model, _, config, manifest = load_run_model(undisturbed)
+    model, config, folder = load_run_model(undisturbed)
     stream = EvalStream(
         PreparedFolder.at(config.data.dir), "valid", config.data, 8, max_events=config.run.valid_events
     )
@@ -520,7 +521,7 @@ def flan(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_pretrained_folder_trains_saves_and_loads(
     data: Path, flan: Path, tmp_path: Path, lora: int
 ) -> None:
-    from trainer.evaluation.sampled import validate
+    from trainer.evaluation.ranking import validate
 
     config = config_of(
         data,

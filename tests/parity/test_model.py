@@ -15,8 +15,7 @@ from trainer.batch import Batch
 from trainer.config import Config
 from trainer.configs import load_config
 from trainer.data import EvalStream
-from trainer.data.cf_table import load_cf
-from trainer.data.item_tables import load_tables
+from trainer.data.folder import PreparedFolder
 from trainer.models.backbones.backbone import Prompt
 from trainer.models.gensr.grouping import in_one_pass
 from trainer.models.gensr.history import HistoryEncoder, SoftFilter
@@ -44,8 +43,8 @@ def make(folder: Path, variant: str = "extended", *overrides: str) -> tuple[GenS
     torch.manual_seed(0)
     config = load_config(None, [*OVERRIDES, f"model.variant={variant}", *overrides])
     manifest = read_manifest(folder)
-    tables = load_tables(folder, manifest, load_cf(folder, manifest))
-    model = build_model(config, manifest, tables, folder).eval()
+    tables = PreparedFolder.at(folder).tables(GenSR.needs, with_folds=True)
+    model = build_model(config, PreparedFolder.at(folder), tables).eval()
     batch = next(iter(EvalStream(PreparedFolder.at(folder), "valid", config.data, batch_size=12)))
     assert {REC, SRC} <= set(batch.task.tolist())
     return model, batch, config

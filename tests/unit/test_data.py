@@ -13,6 +13,7 @@ from data_shards.schema import Manifest, read_manifest
 from tests.tiny_folder import make_tiny_folder
 from trainer.config import DataConfig
 from trainer.data import EvalStream, TrainStream, prefetched, train_clicks
+from trainer.data.folder import PreparedFolder
 from trainer.data.negatives import NegativeSampler
 from trainer.errors import ConfigError, DataError
 

@@ -17,6 +17,7 @@ from tests.tiny_folder import make_tiny_folder
 from trainer.batch import Batch
 from trainer.config import Config, DataConfig, RunConfig
 from trainer.data import EvalStream
+from trainer.data.folder import PreparedFolder
 from trainer.errors import RunError
 from trainer.evaluation.metrics import METRICS
 from trainer.evaluation.sampled import (

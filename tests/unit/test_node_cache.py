@@ -19,6 +19,7 @@ from tests.tiny_folder import make_tiny_folder
 from trainer.config import DataConfig
 from trainer.data import EvalStream, TrainStream, node_cache, read_blocks
 from trainer.data.cf_table import load_cf
+from trainer.data.folder import PreparedFolder
 from trainer.data.node_cache import local_folder, url_of
 from trainer.errors import DataError, EnvironmentProblem
 

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from trainer.configs import load_config
+from trainer.data.folder import PreparedFolder
 from trainer.errors import ConfigError
+from trainer.models.gensr.model import GenSR
 from trainer.training.costs import (
     GB,
     DataSize,
@@ -199,8 +201,6 @@ def test_a_decoder_reads_what_candidates_share_once_an_event() -> None:
 def test_model_size_is_the_real_one(tmp_path: Path) -> None:
     from data_shards.schema import read_manifest
     from tests.tiny_folder import WORDS, make_tiny_folder
-    from trainer.data.cf_table import load_cf
-    from trainer.data.item_tables import load_tables
     from trainer.runs.weights import build_model
     from trainer.training.plan import size_of
 
@@ -213,7 +213,9 @@ def test_model_size_is_the_real_one(tmp_path: Path) -> None:
         ["model.backbone=scratch:llama_nano"],
     ):
         config = load_config(None, ["model.backbone=scratch:nano", *overrides])
-        real = build_model(config, manifest, load_tables(folder, manifest, load_cf(folder, manifest)), folder)
+        real = build_model(
+            config, PreparedFolder.at(folder), PreparedFolder.at(folder).tables(GenSR.needs, with_folds=True)
+        )
         assert model_size(config, 0, len(WORDS), cf_dim=16) == size_of(real)
 
 

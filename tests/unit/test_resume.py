@@ -15,6 +15,7 @@ from tests.tiny_folder import make_tiny_folder
 from trainer.config import DataConfig
 from trainer.data import TrainStream, prefetched
 from trainer.data import order as order_module
+from trainer.data.folder import PreparedFolder
 
 GLOBAL_BATCH, STEPS = 24, 14  # 24 = the least that 1, 2, 3, 4 and 8 ranks divide
 RANKS = st.sampled_from([1, 2, 3, 4, 8])
