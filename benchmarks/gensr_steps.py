@@ -15,25 +15,28 @@ from torch import nn
 from benchmarks.measuring import Meter, open_folder, scored_events
 from trainer.batch import Batch
 from trainer.config import Config
-from trainer.data import TrainStream, prefetched
+from trainer.data import PreparedFolder, TrainStream, prefetched
+from trainer.models.gensr.cost import backbone_size, flops_per_event
 from trainer.models.gensr.model import GenSR
 from trainer.runs.weights import build_model
 from trainer.runtime.device import autocast, has_gpu
+from trainer.runtime.launch import Launch, make_accelerator
 from trainer.runtime.memory import keep_freed_memory
-from trainer.training.costs import flops_per_event, measured_flops
+from trainer.training.costs import measured_flops
 from trainer.training.optimizer import make_optimizer
-from trainer.training.plan import size_of
+from trainer.training.step import micro_step
 
 
 def main(request: dict[str, Any]) -> None:
-    config, manifest, tables, _, device = open_folder(request)
-    model = build_model(config, manifest, tables, request["folder"]).to(device)
+    config, folder, tables, _, device = open_folder(request)
+    accelerator = make_accelerator(config, Launch(), grad_accum_steps=1)
+    module = build_model(config, folder, tables)
+    assert isinstance(module, GenSR)
     keep_freed_memory()
     training, num_candidates = request["mode"] == "train", 1 + config.data.num_negatives
-    model.train(training)
-    optimizer = make_optimizer(model, config.optim)
-    source = prefetched(stream(request, manifest, config), prepare=model.grouped, device=device)
-    prompts = PromptLengths(model)
+    model, optimizer = accelerator.prepare(module.train(training), make_optimizer(module, config.optim))
+    source = prefetched(stream(request, folder, config), prepare=module.prepare, device=device)
+    prompts = PromptLengths(module)
     laps = device == "cpu"
     meter = Meter(device, warmup=request["warmup"], laps=laps)
     with profiler(request.get("trace", "")):
@@ -43,10 +46,10 @@ def main(request: dict[str, Any]) -> None:
                 meter.count(batch.candidates.numel())
                 meter.lap("data")
                 if training:
-                    one_step(model, batch, optimizer, meter, config)
+                    micro_step(accelerator, model, optimizer, batch, config.optim.grad_clip, lap=meter.lap)
                 else:
                     with torch.inference_mode(), autocast(device, config.run.precision):
-                        model.score(batch)
+                        module.score(batch)
                     meter.lap("forward")
     meter.stop()
     if training and not laps:  # as many steps more, for the parts alone
@@ -55,17 +58,15 @@ def main(request: dict[str, Any]) -> None:
             with extra.step():
                 batch = batch.to(device)
                 extra.lap("data")
-                one_step(model, batch, optimizer, extra, config)
+                micro_step(accelerator, model, optimizer, batch, config.optim.grad_clip, lap=extra.lap)
         meter.parts = extra.parts
     mean_tokens = prompts.mean()
     answer = {**meter.report(), "prompt_tokens": round(mean_tokens, 1), "mfu": None}
     if device == "cuda" and training:
-        flops = (
-            flops_per_event(config, size_of(model), mean_tokens * num_candidates)
-            / num_candidates
-            * meter.examples
-            / meter.wall_s
-        )
+        tokens = mean_tokens * num_candidates
+        size = backbone_size(module.backbone)
+        an_event = flops_per_event(module.settings, size, num_candidates, tokens)
+        flops = an_event / num_candidates * meter.examples / meter.wall_s
         answer["mfu"] = round(
             flops
             / measured_flops(
@@ -76,27 +77,12 @@ def main(request: dict[str, Any]) -> None:
     print(json.dumps(answer))
 
 
-def one_step(
-    model: GenSR, batch: Batch, optimizer: torch.optim.Optimizer, meter: Meter, config: Config
-) -> None:
-    """As trainer/training/loop.py has it, on one process."""
-    with autocast(batch.candidates.device, config.run.precision):
-        loss, _ = model(batch)
-    meter.lap("forward")
-    loss.backward()
-    meter.lap("backward")
-    torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.grad_clip)
-    optimizer.step()
-    optimizer.zero_grad()
-    meter.lap("optimiser")
-
-
-def stream(request: dict[str, Any], manifest: Any, config: Any) -> Iterator[Batch]:
+def stream(request: dict[str, Any], folder: PreparedFolder, config: Config) -> Iterator[Batch]:
     """Batches of `pairs` pairs: events × (1 + negatives) in training, × candidates in evaluation."""
     if request["mode"] == "train":
         events = request["pairs"] // (1 + config.data.num_negatives)
-        return iter(TrainStream(request["folder"], manifest, config.data, config.run.seed, events, events))
-    return scored_events(request, manifest, config)
+        return iter(TrainStream(folder, config.data, config.run.seed, events, events))
+    return scored_events(request, folder, config)
 
 
 class PromptLengths:

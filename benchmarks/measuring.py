@@ -3,43 +3,39 @@
 import contextlib
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from data_shards.schema import Manifest, read_manifest
 from trainer.batch import Batch, ItemTables
 from trainer.config import Config
 from trainer.configs import load_config
 from trainer.data import EvalStream
 from trainer.data.folder import PreparedFolder
 from trainer.models.gensr.model import GenSR
-from trainer.runs.weights import answer_tokens, load_tokenizer
+from trainer.models.gensr.prompt import answer_tokens
+from trainer.runs.world import load_tokenizer
 from trainer.runtime.device import default_device, wait_for
 from trainer.runtime.memory import peak_memory_bytes
 
 
 def open_folder(
     request: dict[str, Any], device: str | None = None
-) -> tuple[Config, Manifest, ItemTables, tuple[int, int], str]:
-    """Configuration, manifest, item tables on the device (None: a GPU where there is one), ids of Yes and No,
+) -> tuple[Config, PreparedFolder, ItemTables, tuple[int, int], str]:
+    """Configuration, folder, item tables on the device (None: a GPU where there is one), ids of Yes and No,
     device."""
     torch.manual_seed(0)
     device = device or default_device()
     config = load_config(request["preset"], request["overrides"])
-    folder = Path(request["folder"])
-    manifest = read_manifest(folder)
-    tables = PreparedFolder.at(folder).tables(GenSR.needs).to(device)
-    return config, manifest, tables, answer_tokens(load_tokenizer(folder / "tokenizer")), device
+    folder = PreparedFolder.at(request["folder"])
+    tables = folder.tables(GenSR.needs).to(device)
+    return config, folder, tables, answer_tokens(load_tokenizer(folder.tokenizer)), device
 
 
-def scored_events(request: dict[str, Any], manifest: Manifest, config: Config) -> Iterator[Batch]:
+def scored_events(request: dict[str, Any], folder: PreparedFolder, config: Config) -> Iterator[Batch]:
     """Test events with their candidates, at most request["pairs"] pairs at once."""
-    num_candidates = min(request["pairs"], 1 + manifest.num_negatives)
-    for batch in EvalStream(
-        request["folder"], manifest, "test", config.data, request["pairs"] // num_candidates
-    ):
+    num_candidates = min(request["pairs"], 1 + folder.manifest.num_negatives)
+    for batch in EvalStream(folder, "test", config.data, request["pairs"] // num_candidates):
         yield batch.with_candidates(batch.candidates[:, :num_candidates], batch.labels[:, :num_candidates])
 
 

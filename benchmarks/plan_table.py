@@ -4,6 +4,8 @@ train --dry-run` calculates with.
 python -m benchmarks.plan_table
 """
 
+from typing import Any
+
 from trainer.config import Config
 from trainer.configs import load_config
 from trainer.training.costs import (
@@ -12,7 +14,6 @@ from trainer.training.costs import (
     DataSize,
     ModelSize,
     efficiency,
-    flops_per_event,
     largest_micro_batch,
     memory,
 )
@@ -54,21 +55,20 @@ def main() -> None:
     for name, lora in BACKBONES:
         config = load_config(PRESET, [f"model.backbone={name}", *([lora] if lora else [])])
         data = data_size(config, PRESET)
-        print(
-            "| " + " | ".join(row(config, data, model_size(config, data.words, data.vocab_size), lora)) + " |"
-        )
+        print("| " + " | ".join(row(config, data, model_size(config, data), lora)) + " |")
 
 
 def row(config: Config, data: DataSize, model: ModelSize, lora: str) -> list[str]:
     gigabytes = [f"{memory(config, model, data, stage, n).total / GB:.1f}" for stage, n in MEMORY_COLUMNS]
-    hours = flops_per_event(config, model) * data.train_events / next(iter(ASSUMED_FLOPS.values())) / 3600
+    hours = model.cost.flops * data.train_events / next(iter(ASSUMED_FLOPS.values())) / 3600
     stage = 2 if memory(config, model, data, 2, 8).total < 0.85 * GPU_MEMORY["H200"] else 3
     kept = [
         f"{worst:.0%} to {best:.0%}"
         for worst, best in (efficiency(config, model, stage, n) for n in SCALING_COLUMNS)
     ]
     fits = largest_micro_batch(config, model, data, None, 1, GPU_MEMORY["H200"])
-    name = config.model.backbone + (", LoRA 16" if lora else "")
+    settings: Any = config.model
+    name = settings.backbone + (", LoRA 16" if lora else "")
     return [
         name,
         f"{model.trainable / 1e6:,.0f} / {model.total / 1e6:,.0f}",

@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from transformers import T5Config, T5ForConditionalGeneration
 
 from benchmarks.measuring import Meter, open_folder, scored_events
-from data_shards.schema import SRC, Manifest
+from data_shards.schema import SRC
 from trainer.batch import Batch, ItemTables, rows_of
 from trainer.config import Config
-from trainer.data import TrainStream
+from trainer.data import PreparedFolder, TrainStream
 from trainer.models.backbones.families import SCRATCH_SIZES
 from trainer.models.gensr.history import HistoryEncoder, SoftFilter
 from trainer.models.gensr.prompt import WORDINGS
@@ -42,8 +42,10 @@ class Reference(nn.Module):
         self, config: Config, t5: T5ForConditionalGeneration, tables: ItemTables, answers: tuple[int, int]
     ) -> None:
         super().__init__()
-        width, cf_width, model = t5.config.d_model, tables.cf.shape[1], config.model
+        width, cf_width = t5.config.d_model, tables.cf.shape[1]
+        model: Any = config.model
         self.t5, self.tables, self.config, self.answers = t5, tables, config, answers
+        self.settings = model
         self.cf_encoder = HistoryEncoder(
             cf_width, model.num_heads, model.dropout, config.data.history_max, ordered=False
         )
@@ -86,8 +88,8 @@ class Reference(nn.Module):
         loss: Tensor = self.t5(
             inputs_embeds=vectors, attention_mask=pairs["attention_mask"], labels=pairs["labels"]
         ).loss
-        return loss + self.config.model.contrastive_weight * contrastive_loss(
-            f_c, f_s, pairs["user"], self.config.model.temperature
+        return loss + self.settings.contrastive_weight * contrastive_loss(
+            f_c, f_s, pairs["user"], self.settings.temperature
         )
 
     @torch.no_grad()
@@ -174,7 +176,8 @@ def pairs_of(batch: Batch) -> list[dict[str, Any]]:
 
 def build(config: Config, tables: ItemTables, answers: tuple[int, int], vocab_size: int) -> Reference:
     """With a T5 of the shape that `scratch:SIZE` names, or a hub name or folder."""
-    name = config.model.backbone
+    settings: Any = config.model
+    name = settings.backbone
     if not name.startswith("scratch:"):
         return Reference(config, T5ForConditionalGeneration.from_pretrained(name), tables, answers)
     shape = dict(SCRATCH_SIZES[name.removeprefix("scratch:")])
@@ -189,28 +192,28 @@ def build(config: Config, tables: ItemTables, answers: tuple[int, int], vocab_si
     )
 
 
-def batches(request: dict[str, Any], manifest: Manifest, config: Config) -> Iterator[list[dict[str, Any]]]:
+def batches(
+    request: dict[str, Any], folder: PreparedFolder, config: Config
+) -> Iterator[list[dict[str, Any]]]:
     """Lists of pairs: in training shuffled over events, in evaluation the candidates of as many events as
     gensr scores at once."""
     if request["mode"] == "train":
-        for batch in TrainStream(
-            request["folder"], manifest, config.data, config.run.seed, request["pairs"], request["pairs"]
-        ):
+        for batch in TrainStream(folder, config.data, config.run.seed, request["pairs"], request["pairs"]):
             pairs = pairs_of(batch)
             random.shuffle(pairs)
             yield from (pairs[i : i + request["pairs"]] for i in range(0, len(pairs), request["pairs"]))
-    yield from (pairs_of(batch) for batch in scored_events(request, manifest, config))
+    yield from (pairs_of(batch) for batch in scored_events(request, folder, config))
 
 
 def main(request: dict[str, Any]) -> None:
-    config, manifest, tables, answers, device = open_folder(request)
-    model = build(config, tables, answers, int(manifest.raw["text"]["vocab_size"])).to(device)
-    collate = Collator(Path(request["folder"]), config.model.prompt, answers, device)
+    config, folder, tables, answers, device = open_folder(request)
+    model = build(config, tables, answers, int(folder.manifest.raw["text"]["vocab_size"])).to(device)
+    collate = Collator(Path(request["folder"]), model.settings.prompt, answers, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     model.train(request["mode"] == "train")
     meter, source = (
         Meter(device, warmup=request["warmup"], laps=device == "cpu"),
-        batches(request, manifest, config),
+        batches(request, folder, config),
     )
     lengths = []  # of the prompts of each step, padding included
     for _ in range(request["warmup"] + request["steps"]):

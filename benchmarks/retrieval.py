@@ -20,7 +20,8 @@ import numpy as np
 import psutil
 
 from trainer.runtime.memory import peak_memory_bytes
-from trainer.serving.retrieval import CHUNK_ITEMS, Index, build_index, plan_index, recall, union, unit
+from trainer.serving.index import CHUNK_ITEMS, Index, build_index, plan_index, recall, unit
+from trainer.serving.retrieval import union
 
 CENTRES, NOISE = 2000, 1.25  # clustered: the noise around a centre is this much longer than the centre
 HISTORY, CANDIDATES, CUTOFFS = 20, 400, (100, 500)

@@ -5,16 +5,14 @@ A fixed sample of test events; what the user had clicked before is left out, nev
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from data_shards.schema import REC, TASKS
+from data_shards.schema import TASKS
 from trainer.data import EvalStream
-from trainer.data.folder import PreparedFolder
-from trainer.data.node_cache import local_folder
-from trainer.evaluation.full import clicked_items, place_of
+from trainer.evaluation.full import clicked_items, place_of, retrieved
 from trainer.runs.weights import load_run_model
 from trainer.serving.recommend import run_retrieval
 from trainer.serving.users import read_clicks
@@ -24,27 +22,21 @@ SHARES, CUTOFFS = (1 - 1e-6, 0.75, 0.5, 0.25, 1e-6), (100, 400)
 
 def main(run_dir: Path, num_events: int) -> None:
     model, config, folder = load_run_model(run_dir)
-    folder = local_folder(config.data)
-    retrieval, clicks = run_retrieval(run_dir, model), read_clicks(folder, manifest)
-    batch = next(
-        iter(EvalStream(PreparedFolder.at(folder), "test", config.data, num_events, max_events=num_events))
-    )
-    with torch.inference_mode():
-        queries = model.query_parts(batch.query)[2].numpy()
+    retrieval, clicks = run_retrieval(run_dir, model), read_clicks(folder)
+    assert retrieval is not None, "a model with views"
+    batch = next(iter(EvalStream(folder, "test", config.data, num_events, max_events=num_events)))
     clicked = clicked_items(batch)
     for task, name in enumerate(TASKS):
-        rows = np.flatnonzero((batch.task == task).numpy())
+        mine = batch.take(batch.task == task)
         for share in SHARES:
-            places = []
-            for row in rows:
-                history = batch.history_items[row][batch.history_mask[row]].tolist()
-                seen = np.setdiff1d(clicks.before(int(batch.event_id[row])), [clicked[row]]).tolist()
-                found = retrieval.candidates(
-                    history, None if task == REC else queries[row], max(CUTOFFS), seen, share
-                )
-                places.append(place_of(int(clicked[row]), found))
+            shares = {"cf": {task: share}, "semantic": {task: 1 - share}}
+            views = {view: replace(v, share=shares[view]) for view, v in retrieval.views.items()}
+            lists = retrieved(model, replace(retrieval, views=views), mine, clicked_items(mine), clicks)
+            places = [
+                place_of(int(item), found) for item, found in zip(clicked_items(mine), lists, strict=True)
+            ]
             recalls = "  ".join(f"recall@{k} {np.mean(np.array(places) <= k):.3f}" for k in CUTOFFS)
-            print(f"{name}  {len(rows)} events  CF share {share:.2f}  {recalls}")
+            print(f"{name}  {mine.num_events} events of {len(clicked)}  CF share {share:.2f}  {recalls}")
 
 
 if __name__ == "__main__":

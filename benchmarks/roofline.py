@@ -28,7 +28,6 @@ from torch.utils.flop_counter import flop_registry
 from benchmarks.measuring import open_folder
 from trainer.bench.data import commit
 from trainer.data import EvalStream, TrainStream
-from trainer.data.folder import PreparedFolder
 from trainer.models.backbones import t5_layers
 from trainer.models.gensr import grouping
 from trainer.models.layers import dropout, norm
@@ -161,14 +160,14 @@ def as_on_a_gpu(kernels: Kernels) -> Iterator[None]:
 
 def calculated(folder: str, settings: list[str], events: int, training: bool) -> tuple[Kernels, float, int]:
     """→ (kernels of one step, GB that the forward pass keeps for the backward one, prompts)."""
-    config, manifest, tables, _, _ = open_folder(
+    config, opened, tables, _, _ = open_folder(
         {"preset": None, "overrides": [*DEFAULTS, *settings], "folder": folder}, "cpu"
     )
-    model = build_model(config, PreparedFolder.at(folder), tables).train(training)
+    model = build_model(config, opened, tables).train(training)
     stream: Any = (
-        TrainStream(PreparedFolder.at(folder), config.data, 0, events, events)
+        TrainStream(opened, config.data, 0, events, events)
         if training
-        else EvalStream(PreparedFolder.at(folder), "test", config.data, events)
+        else EvalStream(opened, "test", config.data, events)
     )
     fake, kernels = FakeTensorMode(allow_non_fake_inputs=True), Kernels()
     kept: dict[int, int] = {}

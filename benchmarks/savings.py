@@ -24,20 +24,21 @@ from torch import Tensor, nn
 from transformers.activations import NewGELUActivation
 from transformers.models.t5.modeling_t5 import T5Attention, T5DenseGatedActDense, T5LayerNorm
 
-from benchmarks.gensr_steps import one_step
 from benchmarks.measuring import Meter, open_folder
 from trainer.batch import Batch
 from trainer.bench.data import commit, hardware
 from trainer.config import Config
 from trainer.data import TrainStream
-from trainer.data.folder import PreparedFolder
 from trainer.models.backbones.backbone import Backbone
 from trainer.models.backbones.t5_layers import AbsorbedCrossAttention, EncoderSelfAttention, GatedFeedForward
 from trainer.models.gensr import grouping
 from trainer.models.gensr.model import GenSR
 from trainer.models.layers.norm import Norm
 from trainer.runs.weights import build_model
+from trainer.runtime.device import autocast
+from trainer.runtime.launch import Launch, make_accelerator
 from trainer.training.optimizer import make_optimizer
+from trainer.training.step import micro_step
 
 SETTINGS = ("data.history_max=20", "model.variant=extended")
 
@@ -103,12 +104,10 @@ def main() -> None:
     arguments = parser.parse_args()
 
     overrides = [*SETTINGS, f"run.precision={arguments.precision}", f"model.backbone={arguments.backbone}"]
-    config, manifest, tables, _, _ = open_folder(
+    config, folder, tables, _, _ = open_folder(
         {"preset": None, "overrides": overrides, "folder": arguments.folder}, "cpu"
     )
-    stream = TrainStream(
-        PreparedFolder.at(arguments.folder), config.data, config.run.seed, arguments.events, arguments.events
-    )
+    stream = TrainStream(folder, config.data, config.run.seed, arguments.events, arguments.events)
     meter = Meter("cpu", warmup=0, laps=False)
     other = dataclasses.replace(
         config,
@@ -116,10 +115,14 @@ def main() -> None:
     )
 
     def build(prompt: Literal["compact", "paper"]) -> tuple[GenSR, torch.optim.Optimizer]:
-        worded = dataclasses.replace(config, model=dataclasses.replace(config.model, prompt=prompt))
-        net = build_model(worded, manifest, tables, arguments.folder).train()
+        section: Any = config.model
+        worded = dataclasses.replace(config, model=dataclasses.replace(section, prompt=prompt))
+        net = build_model(worded, folder, tables).train()
+        assert isinstance(net, GenSR)
         return net, make_optimizer(net, config.optim)
 
+    fp32 = dataclasses.replace(config.run, precision="fp32")  # autocast below says which
+    accelerator = make_accelerator(dataclasses.replace(config, run=fp32), Launch(), grad_accum_steps=1)
     model, optimizer = build("compact")
     paper, paper_optimizer = build("paper")
     unfused = torch.optim.AdamW(model.parameters(), lr=config.optim.lr, foreach=False)
@@ -127,7 +130,8 @@ def main() -> None:
     def step(
         batch: Batch, net: GenSR = model, adam: torch.optim.Optimizer = optimizer, settings: Config = config
     ) -> None:
-        one_step(net, batch, adam, meter, settings)
+        with autocast("cpu", settings.run.precision):
+            micro_step(accelerator, net, adam, net.prepare(batch), settings.optim.grad_clip, lap=meter.lap)
 
     def patched(patch: contextlib.AbstractContextManager[Any], batch: Batch) -> None:
         with patch:

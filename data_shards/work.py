@@ -152,11 +152,6 @@ class Work:
             return np.empty(0, dtype)
         return np.asarray(np.memmap(path, dtype=dtype, mode="r"))  # the plain type indexes faster
 
-    def drop_columns(self, *names: str) -> None:
-        for name in names:
-            for path in self.columns_folder.glob(f"{name}.*"):
-                path.unlink()
-
     def _column_path(self, name: str, dtype: str) -> Path:
         return self.columns_folder / f"{name}.{np.dtype(dtype).str[1:]}"
 

@@ -56,3 +56,8 @@ def make_run(folder: Path, source: Path, *overrides: str) -> Path:
     (run_dir / "environment.json").write_text(json.dumps({"git": {"commit": "0123abc", "dirty": False}}))
     (run_dir / "evaluation-test.json").write_text(json.dumps(EVALUATION))
     return run_dir
+
+
+def checkpoints_of(run_dir: Path) -> list[str]:
+    """Names of the checkpoints of a run, newest first."""
+    return sorted((path.name for path in (run_dir / "checkpoints").glob("step-*")), reverse=True)

@@ -22,6 +22,7 @@ def make_tiny_model(folder: Path, *overrides: str) -> Made:
     model = build_model(
         config, PreparedFolder.at(folder), PreparedFolder.at(folder).tables(GenSR.needs, with_folds=True)
     ).train()
+    assert isinstance(model, GenSR)
     return model, next(iter(TrainStream(PreparedFolder.at(folder), config.data, 0, 16, 16, num_folds=2)))
 
 

@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from data_shards.schema import read_manifest
 from tests.distributed.launching import ZERO3, launch, losses, records, results
 from tests.tiny_folder import make_tiny_folder
 from trainer.configs import load_config
+from trainer.data.folder import PreparedFolder
 from trainer.training.loop import EXIT_RESUME_ME, train
 
 BASE = [
@@ -188,7 +188,7 @@ def test_a_decoder_trained_with_lora_under_zero3_is_registered_and_scores(folder
     trained = [tensor for key, tensor in state.items() if "lora_B" in key]
     assert len(trained) == 2 * 7 and all(bool(tensor.abs().sum() > 0) for tensor in trained)
     version = register(folder / name, f"gensr-{name}")
-    requests = example_requests(folder / "data", read_manifest(folder / "data"))
+    requests = example_requests(PreparedFolder.at(folder / "data"))
     registered = open_model(f"models:/gensr-{name}/{version}", f"sqlite:///{folder / 'mlflow.db'}").score(
         requests
     )

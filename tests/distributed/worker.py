@@ -120,7 +120,7 @@ def stop_at(step: int) -> Iterator[None]:
     def poll(self: StopSignal, busy: bool = False) -> bool:
         calls[0] += 1
         if calls[0] == step and torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
-            self.request("a test")
+            self.received = "a test"
         return original(self, busy)
 
     StopSignal.poll = poll  # type: ignore[method-assign]
@@ -144,7 +144,7 @@ def poisoned(rank: int | None) -> Iterator[None]:
         return out
 
     if rank == torch.distributed.get_rank():
-        GenSR.forward = forward  # type: ignore[method-assign]
+        GenSR.forward = forward  # type: ignore[method-assign, assignment]
     yield
     GenSR.forward = original  # type: ignore[method-assign]
 
@@ -152,25 +152,21 @@ def poisoned(rank: int | None) -> Iterator[None]:
 def gradients(config: Config) -> dict[str, Any]:
     """Largest difference between the gradients of two ranks with half a batch each and of one process with
     the whole batch."""
-    from data_shards.schema import read_manifest
     from trainer.data import TrainStream
-    from trainer.data.cf_table import load_cf
-    from trainer.data.item_tables import load_tables
+    from trainer.models.contract import Ranks
+    from trainer.models.zoo import model_class
     from trainer.runs.weights import build_model
 
-    folder, rank = config.data.dir, torch.distributed.get_rank()
-    manifest = read_manifest(folder)
-    cf = load_cf(folder, manifest)
+    folder, rank = PreparedFolder.at(config.data.dir), torch.distributed.get_rank()
+    kind = model_class(config.model.name)
     size = config.optim.global_batch_size
-    batch = next(
-        iter(TrainStream(PreparedFolder.at(folder), config.data, 0, size, size, num_folds=cf.num_folds))
-    )
+    batch = next(iter(TrainStream(folder, config.data, 0, size, size, num_folds=2, tasks=kind.tasks)))
     torch.manual_seed(0)
-    model = build_model(config, manifest, load_tables(folder, manifest, cf), folder)
+    model = build_model(config, folder, folder.tables(kind.needs, with_folds=True))
     model(batch)[0].backward()
     whole = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    model.gather = trainer.runtime.distributed.gather_rows
+    model.set_ranks(Ranks(2, trainer.runtime.distributed.gather_rows))
     wrapped = torch.nn.parallel.DistributedDataParallel(model)
     wrapped(batch.rows(rank * size // 2, (rank + 1) * size // 2))[0].backward()
     halves = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}

@@ -119,7 +119,7 @@ def test_a_step_waits_for_nothing(
     optimizer = make_optimizer(model, config.optim)
     stream = TrainStream(PreparedFolder.at(folder), config.data, 0, 16, 16, num_folds=2)
     for number, host_batch in zip(
-        range(3), prefetched(iter(stream), prepare=model.grouped, device=DEVICE), strict=False
+        range(3), prefetched(iter(stream), prepare=model.prepare, device=DEVICE), strict=False
     ):
         if number:
             torch.cuda.set_sync_debug_mode("error")

@@ -12,8 +12,6 @@ import torch
 from data_shards.schema import SPLITS, read_manifest
 from tests.runs import make_run
 from trainer.data import EvalStream
-from trainer.data.cf_table import load_cf
-from trainer.data.folder import PreparedFolder
 from trainer.errors import RunError
 from trainer.evaluation import full as module
 from trainer.evaluation.full import clicked_items, evaluate_full
@@ -37,20 +35,20 @@ def expected_ranks(run_dir: Path) -> pd.DataFrame:
     """event_id → rank by GenSR and by LightGCN among all items that the user had not clicked before, the
     clicked one always among them."""
     model, config, folder = load_run_model(run_dir)
-    folder = config.data.dir
     clicks = pd.concat(
-        [
-            pd.DataFrame(PreparedFolder.at(folder).columns(split, ["event_id", "user", "item", "time"]))
-            for split in SPLITS
-        ]
+        [pd.DataFrame(folder.columns(split, ["event_id", "user", "item", "time"])) for split in SPLITS]
     )
-    cf = load_cf(folder, manifest)
+    cf = folder.cf()
     rows = []
-    for batch in EvalStream(PreparedFolder.at(folder), "test", config.data, 1, max_events=NUM_EVENTS):
+    for batch in EvalStream(folder, "test", config.data, 1, max_events=NUM_EVENTS):
         event = clicks[clicks.event_id == int(batch.event_id)].iloc[0]
         earlier = set(clicks[(clicks.user == event.user) & (clicks.time < event.time)]["item"])
         items = torch.tensor(
-            [item for item in range(manifest.num_items) if item not in earlier or item == event["item"]]
+            [
+                item
+                for item in range(folder.manifest.num_items)
+                if item not in earlier or item == event["item"]
+            ]
         )
         with torch.inference_mode():
             by_model = model.score(batch.with_candidates(items[None], torch.zeros(1, len(items))))[0]
@@ -79,7 +77,7 @@ def test_ranks_are_those_of_a_plain_loop(run_dir: Path, document: dict[str, Any]
     assert document["baselines"]["lightgcn"]["rec"]["mrr"] == pytest.approx(
         (1 / rec.lightgcn).mean(), abs=1e-6
     )
-    assert set(document["baselines"]) == {"popularity", "lightgcn", "bm25"}
+    assert set(document["baselines"]) == {"popularity", "lightgcn", "lightgcn_history", "bm25"}
 
 
 def test_it_cannot_be_taken_for_the_sampled_one(run_dir: Path, document: dict[str, Any]) -> None:
@@ -117,9 +115,9 @@ def test_what_retrieval_misses_counts_nothing(
 
 def test_what_the_user_clicked_before_is_left_out(run_dir: Path) -> None:
     _, config, folder = load_run_model(run_dir)
-    clicks = module.read_clicks(config.data.dir, manifest)
+    clicks = module.read_clicks(folder)
     everything = pd.DataFrame({name: getattr(clicks, name) for name in ("event_id", "user", "item", "time")})
-    for batch in EvalStream(PreparedFolder.at(config.data.dir), "test", config.data, 4, max_events=8):
+    for batch in EvalStream(folder, "test", config.data, 4, max_events=8):
         for event_id, item in zip(batch.event_id.tolist(), clicked_items(batch).tolist(), strict=True):
             event = everything[everything.event_id == event_id].iloc[0]
             assert event["item"] == item

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from data_shards.prepare import prepare
-from data_shards.schema import SPLITS, read_manifest
+from data_shards.schema import REC, SPLITS, SRC, read_manifest
 from tests.conftest import SMALL
 from tests.runs import make_run
 from tests.worlds import write_tables
@@ -18,6 +18,7 @@ from trainer.cli import app
 from trainer.data.folder import PreparedFolder
 from trainer.errors import DataError, GensrError, RequestError
 from trainer.serving.recommend import Recommender
+from trainer.serving.requests import ParsedRequest
 from trainer.serving.users import open_users, read_history
 
 NEW_ITEM = {"item_id": "brand-new", "text": "xylophone mallet brand new", "category": "music"}
@@ -66,14 +67,14 @@ def test_new_items_are_found_by_their_text(recommender: Recommender) -> None:
     history."""
     row = recommender.scorer.item_ids.index("brand-new")
     assert not recommender.scorer.model.tables.cf[row].any()
-    query = recommender.scorer.query_vectors(["xylophone mallet"])[0]
-    assert row in recommender.candidates([], query, "src", 5, [])
+    searched = ParsedRequest(items=[], tasks=[], task=SRC, query="xylophone mallet", candidates=[])
+    assert row in recommender.candidates(searched, 5, [])
     answer = recommender.recommend(
         {"history": [], "task": "src", "query": "xylophone mallet", "k": 5, "num_candidates": 5}
     )
     assert "brand-new" in [item["item_id"] for item in answer["items"]]
-    liked = [recommender.scorer.item_ids.index("brand-new")]
-    assert recommender.candidates(liked, None, "rec", 3, [])[0] == row
+    liked = ParsedRequest(items=[row], tasks=[REC], task=REC, query=None, candidates=[])
+    assert recommender.candidates(liked, 3, [])[0] == row
 
 
 def test_user_id_stands_for_all_clicks_of_the_user(run_dir: Path, recommender: Recommender) -> None:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 import trainer.training.loop
 from data_shards.schema import read_manifest
 from data_shards.settings import read_yaml
+from tests.runs import checkpoints_of
 from tests.tiny_folder import WORDS, make_tiny_folder
 from trainer.config import Config
 from trainer.configs import config_from_dict, load_config
@@ -78,7 +79,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch) -> Any:
         def poll(self: StopSignal, busy: bool = False) -> bool:
             calls[0] += 1
             if calls[0] == step:
-                self.request("a test")
+                self.received = "a test"
             return original(self, busy)
 
         monkeypatch.setattr(StopSignal, "poll", poll)
@@ -368,7 +369,7 @@ def test_a_loss_that_is_not_finite_names_its_events_and_keeps_what_was(
         train(config_of(data, tmp_path / "run", "run.log_every_steps=3"))
     assert f"step 5, rank 0, event ids {', '.join(map(str, seen[9]))}" in str(error.value)
     assert json.loads((tmp_path / "run" / "status.json").read_text())["status"] == "failed"
-    assert list(checkpoint.listed(tmp_path / "run")) == ["step-00000004"]
+    assert list(checkpoints_of(tmp_path / "run")) == ["step-00000004"]
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
     monkeypatch.undo()
     train(config_of(data, tmp_path / "run", "run.log_every_steps=1"), resume="auto")
@@ -464,7 +465,7 @@ def test_patience_counts_only_after_the_first_gain_over_chance(
         {"mean/ndcg@10": 0.5},
     )
     # the newest and the best
-    assert list(checkpoint.listed(tmp_path / "run")) == ["step-00000007", "step-00000005"]
+    assert list(checkpoints_of(tmp_path / "run")) == ["step-00000007", "step-00000005"]
     assert json.loads((tmp_path / "run" / "status.json").read_text())["status"] == "finished"
 
 
@@ -532,7 +533,8 @@ def test_a_pretrained_folder_trains_saves_and_loads(
         "run.precision=bf16",
     )
     result = train(config)
-    model, _, _, manifest = load_run_model(tmp_path / "run")
+    model, _, _ = load_run_model(tmp_path / "run")
+    assert isinstance(model, GenSR)
     assert model.backbone.base.lm_head.weight is not model.backbone.base.get_input_embeddings().weight
     saved = load_file(tmp_path / "run" / "model" / "model.safetensors")
     assert any("lora" in name for name in saved) == bool(lora)

@@ -17,11 +17,13 @@ from trainer.configs import load_config
 from trainer.data import EvalStream
 from trainer.data.folder import PreparedFolder
 from trainer.models.backbones.backbone import Prompt
+from trainer.models.contract import Ranks
 from trainer.models.gensr.grouping import in_one_pass
 from trainer.models.gensr.history import HistoryEncoder, SoftFilter
 from trainer.models.gensr.model import GenSR
 from trainer.models.losses import answer_loss, contrastive_loss
-from trainer.runs.weights import build_model, load_tokenizer
+from trainer.runs.weights import build_model
+from trainer.runs.world import load_tokenizer
 
 OVERRIDES = [
     "model.backbone=scratch:nano",
@@ -46,6 +48,7 @@ def make(folder: Path, variant: str = "extended", *overrides: str) -> tuple[GenS
     tables = PreparedFolder.at(folder).tables(GenSR.needs, with_folds=True)
     model = build_model(config, PreparedFolder.at(folder), tables).eval()
     batch = next(iter(EvalStream(PreparedFolder.at(folder), "valid", config.data, batch_size=12)))
+    assert isinstance(model, GenSR)
     assert {REC, SRC} <= set(batch.task.tolist())
     return model, batch, config
 
@@ -370,7 +373,7 @@ def test_ranks_call_the_backbone_equally_often_whatever_their_batches_hold(
 
     monkeypatch.setattr(model.backbone, "answer_logits", counted)
     monkeypatch.setattr("trainer.models.gensr.grouping.PROMPTS_A_GROUP_ON_CPU", 1)
-    model.same_calls_every_step = True
+    model.set_ranks(Ranks(size=2))
     for one, scores_BC in zip(batches, expected, strict=True):
         calls.clear()
         torch.testing.assert_close(scores(model, one), scores_BC, rtol=0, atol=2e-5)

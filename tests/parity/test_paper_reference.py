@@ -35,6 +35,7 @@ def test_scores_are_the_models(prepared: Path, tmp_path: Path) -> None:
     tables = PreparedFolder.at(folder).tables(GenSR.needs)
     torch.manual_seed(0)
     model = build_model(config, PreparedFolder.at(folder), tables).eval()
+    assert isinstance(model, GenSR)
     reference = Reference(config, model.backbone.base, tables, model.answers).eval()
     missing, _ = reference.load_state_dict(model.state_dict(), strict=False)
     assert all(name.startswith("t5.") for name in missing), missing

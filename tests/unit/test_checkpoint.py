@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from data_shards.schema import Manifest
+from tests.runs import checkpoints_of
 from trainer.configs import load_config
 from trainer.errors import EnvironmentProblem, RunError
 from trainer.runs import checkpoint
@@ -88,7 +89,7 @@ def test_frozen_weights_are_not_saved_and_not_missed(accelerator: Accelerator, t
 def test_newest_and_best_are_kept(writer: CheckpointWriter, tmp_path: Path) -> None:
     for step in (1, 2, 3, 4, 5):
         save(writer, step, best_step=min(step, 2))
-    assert list(checkpoint.listed(tmp_path)) == ["step-00000005", "step-00000004", "step-00000002"]
+    assert list(checkpoints_of(tmp_path)) == ["step-00000005", "step-00000004", "step-00000002"]
 
 
 def damage_truncate(path: Path) -> None:
@@ -205,9 +206,9 @@ def test_training_goes_on_while_a_checkpoint_is_written(
     start(writer, 1)
     torch.nn.init.zeros_(model.weight)
     writer.poll(all_idle=not writer.is_writing)
-    assert writer.is_writing and list(checkpoint.listed(tmp_path)) == [], "half a checkpoint is none"
+    assert writer.is_writing and list(checkpoints_of(tmp_path)) == [], "half a checkpoint is none"
     disk.set()
-    while not list(checkpoint.listed(tmp_path)):
+    while not list(checkpoints_of(tmp_path)):
         writer.poll(all_idle=not writer.is_writing)
     found, _ = checkpoint.newest_whole(accelerator, tmp_path)
     assert found is not None

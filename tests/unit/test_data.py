@@ -12,7 +12,7 @@ from data_shards.hashing import click_fold
 from data_shards.schema import Manifest, read_manifest
 from tests.tiny_folder import make_tiny_folder
 from trainer.config import DataConfig
-from trainer.data import EvalStream, TrainStream, prefetched, train_clicks
+from trainer.data import EvalStream, TrainStream, prefetched
 from trainer.data.folder import PreparedFolder
 from trainer.data.negatives import NegativeSampler
 from trainer.errors import ConfigError, DataError
@@ -78,7 +78,7 @@ def test_fold_is_that_of_the_click(folder: Path) -> None:
 
 def test_held_out_clicks_alone_are_trained_on(folder: Path) -> None:
     manifest = read_manifest(folder)
-    columns = train_clicks(folder, manifest)
+    columns = PreparedFolder.at(folder).columns("train", ["user", "task", "item", "event_id"])
     heldout = np.full(manifest.num_users, -1)
     recommended = columns["task"] == 0
     heldout[columns["user"][recommended]] = columns["item"][recommended]  # the last one wins
@@ -197,7 +197,9 @@ def test_tasks_are_mixed_by_share_whatever_the_manifest_says(folder: Path) -> No
         },
         "",
     )
-    new_stream, old_stream = (TrainStream(folder, m, config, 5, 24, 24) for m in (manifest, old))
+    new_stream, old_stream = (
+        TrainStream(PreparedFolder(folder, m, str(folder)), config, 5, 24, 24) for m in (manifest, old)
+    )
     for batch, other in itertools.islice(zip(new_stream, old_stream, strict=False), 12):
         assert batch.event_id.tolist() == other.event_id.tolist() and int(batch.task.sum()) == 18
     with pytest.raises(DataError, match="no recommendation events"):  # none was held out of the CF table

@@ -20,15 +20,13 @@ from trainer.data import EvalStream
 from trainer.data.folder import PreparedFolder
 from trainer.errors import RunError
 from trainer.evaluation.metrics import METRICS
+from trainer.evaluation.ranking import autocast_scorer, rank_events, validate
 from trainer.evaluation.sampled import (
-    autocast_scorer,
     baseline_reports,
     config_hash,
     evaluate_run,
-    rank_events,
     report,
     task_reports,
-    validate,
     write_evaluation,
 )
 
@@ -55,7 +53,7 @@ def item_id_scorer(batch: Batch) -> torch.Tensor:
 
 def stand_in(score) -> SimpleNamespace:
     """What evaluation asks of a model."""
-    return SimpleNamespace(score=score, grouped=lambda batch: batch)
+    return SimpleNamespace(score=score, prepare=lambda batch: batch, tasks=(REC, SRC))
 
 
 def test_every_event_is_ranked_once_and_rightly(folder, manifest):
@@ -138,8 +136,14 @@ def test_validation_metrics_are_flat_and_average_the_tasks_present(folder, manif
 
 def test_report_and_files(folder, manifest, tmp_path):
     ranks = rank_events(item_id_scorer, stream_of(folder, manifest))
-    document = report(ranks, manifest, "test", Config(), baseline_reports(folder, manifest, "test"))
-    path = write_evaluation(tmp_path, folder, "test", ranks, document)
+    document = report(
+        ranks,
+        PreparedFolder.at(folder),
+        "test",
+        Config(),
+        baseline_reports(PreparedFolder.at(folder), "test"),
+    )
+    path = write_evaluation(tmp_path, PreparedFolder.at(folder), "test", ranks, document)
     written = json.loads(path.read_text())
     protocol = written["protocol"]
     assert (protocol["candidates"], protocol["num_negatives"], protocol["ties"], protocol["scores"]) == (
@@ -160,6 +164,7 @@ def test_report_and_files(folder, manifest, tmp_path):
     assert {name: list(tasks) for name, tasks in written["baselines"].items()} == {
         "popularity": ["rec"],
         "lightgcn": ["rec"],
+        "lightgcn_history": ["rec"],
         "bm25": ["src"],
     }
     assert all(metric in written["baselines"]["bm25"]["src"] for metric in METRICS)
@@ -175,7 +180,7 @@ def test_report_and_files(folder, manifest, tmp_path):
 def test_lightgcn_is_left_out_without_a_table(folder, tmp_path):
     bare = make_tiny_folder(tmp_path)
     (bare / "cf" / "lightgcn.safetensors").unlink()
-    assert set(baseline_reports(bare, read_manifest(bare), "valid")) == {"popularity", "bm25"}
+    assert set(baseline_reports(PreparedFolder.at(bare), "valid")) == {"popularity", "bm25"}
 
 
 def test_configuration_hash_ignores_folders_only():
@@ -202,13 +207,15 @@ def test_evaluate_run_writes_the_files(folder, manifest, tmp_path, monkeypatch):
     model = stand_in(item_id_scorer)
     monkeypatch.setattr(trainer.runs.weights, "load_run_config", lambda run_dir: config)
     monkeypatch.setattr(
-        trainer.runs.weights, "load_run_model", lambda run_dir, device: (model, None, config, manifest)
+        trainer.runs.weights,
+        "load_run_model",
+        lambda run_dir, device: (model, config, PreparedFolder.at(folder)),
     )
     document = evaluate_run(tmp_path, "valid")
     assert json.loads((tmp_path / "evaluation-valid.json").read_text()) == document
     assert document["rec"]["num_events"] + document["src"]["num_events"] == manifest.num_events("valid")
     assert document["protocol"]["config_hash"] == config_hash(config)
-    assert set(document["baselines"]) == {"popularity", "lightgcn", "bm25"}
+    assert set(document["baselines"]) == {"popularity", "lightgcn", "lightgcn_history", "bm25"}
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "evaluation-valid.json",
         "evaluation-valid.parquet",
@@ -218,12 +225,13 @@ def test_evaluate_run_writes_the_files(folder, manifest, tmp_path, monkeypatch):
 
 
 def test_popularity_ranks_by_clicks(folder, manifest):
-    clicks = np.array(pq.read_table(folder / "catalog" / "items.parquet")["train_rec_clicks"].to_pylist())
+    train = PreparedFolder.at(folder).columns("train", ["task", "item"])
+    clicks = np.bincount(train["item"][train["task"] == REC], minlength=manifest.num_items)
     stored = PreparedFolder.at(folder).columns("test", ["task", "item", "negatives"])
     rec = stored["task"] == REC
     mine, others = clicks[stored["item"][rec]][:, None], clicks[stored["negatives"][rec]]
     expected = 1 + (others > mine).sum(1) + (others == mine).sum(1) / 2
-    reported = baseline_reports(folder, manifest, "test")["popularity"]["rec"]
+    reported = baseline_reports(PreparedFolder.at(folder), "test")["popularity"]["rec"]
     assert reported["recall@20"] == pytest.approx((expected <= 20).mean())
     assert reported["mrr"] == pytest.approx((1 / expected).mean())
     assert reported["tie_rate"] > 0.5

@@ -39,6 +39,7 @@ def trained(folder: Path, run: Path, *overrides: str) -> tuple[GenSR, Config]:
     model = build_model(
         config, PreparedFolder.at(folder), PreparedFolder.at(folder).tables(GenSR.needs, with_folds=True)
     )
+    assert isinstance(model, GenSR)
     for parameter in model.parameters():  # "training": everything trainable moves
         if parameter.requires_grad:
             parameter.data.add_(0.05 * torch.randn_like(parameter))
@@ -94,10 +95,10 @@ def test_another_collaborative_table_is_refused(folder: Path, tmp_path: Path) ->
     cf_path(folder).unlink()
     table.item.add_(1.0)
     save_cf(folder, table)
-    with pytest.raises(DataError, match="is not the table"):
+    with pytest.raises(DataError, match="not the one"):
         load_run_model(tmp_path / "run")
 
 
 def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="no run folder"):
+    with pytest.raises(RunError, match="not a run folder"):
         load_run_model(tmp_path)

@@ -4,13 +4,19 @@ import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from trainer.configs import load_config
 from trainer.data.folder import PreparedFolder
 from trainer.errors import ConfigError
+from trainer.models.contract import Cost
+from trainer.models.gensr.cost import BackboneSize, backbone_size, tokens_per_event
 from trainer.models.gensr.model import GenSR
+from trainer.models.zoo import model_class
+from trainer.runs.world import sizes_only
 from trainer.training.costs import (
     GB,
     DataSize,
@@ -19,9 +25,8 @@ from trainer.training.costs import (
     efficiency,
     largest_micro_batch,
     memory,
-    tokens_per_event,
 )
-from trainer.training.plan import batch_arithmetic, data_size, dry_run, model_size
+from trainer.training.plan import batch_arithmetic, data_size, dry_run, model_size, size_of, size_of_folder
 from trainer.training.schedule import above_chance, chance, grad_accum_steps, make_schedule
 
 
@@ -90,7 +95,7 @@ def test_an_unknown_metric_is_refused() -> None:
 # ---- memory ------------------------------------------------------------------------------------------------
 
 DATA = DataSize(train_events=1000, valid_events=100, items=0, queries=0)
-BILLION = ModelSize(total=10**9, trainable=10**9, width=1, layers=1, encoder=1, decoder=1)
+BILLION = ModelSize(total=10**9, trainable=10**9, cost=Cost(flops=1.0, activation_bytes=0.0))
 
 
 @pytest.mark.parametrize(
@@ -103,22 +108,41 @@ def test_bytes_a_parameter_by_zero_stage(stage: int | None, world_size: int, byt
 
 
 def test_frozen_weights_cost_four_bytes() -> None:
-    frozen = ModelSize(total=10**9, trainable=0, width=1, layers=1, encoder=1, decoder=1)
+    frozen = replace(BILLION, trainable=0)
     need = memory(load_config(None), frozen, DATA, None, 1)
     assert (need.weights / GB, need.gradients, need.optimizer) == (4.0, 0.0, 0.0)
 
 
-def test_activations_follow_batch_prompt_precision_and_checkpointing() -> None:
-    base = ModelSize(total=0, trainable=0, width=768, layers=12, encoder=84_954_240, decoder=1)
+def gensr_on_meta(*overrides: str) -> GenSR:
+    """A GenSR without weights, to ask it what it costs."""
+    config = load_config(None, list(overrides))
+    with torch.device("meta"):
+        model = model_class("gensr")(
+            config.model, sizes_only(config, replace(DATA, vocab_size=100), cf_dim=64)
+        )
+    assert isinstance(model, GenSR)
+    return model
 
+
+def test_activations_follow_prompt_candidates_precision_and_checkpointing() -> None:
     def activations(*overrides: str) -> float:
-        return memory(load_config(None, ["run.precision=bf16", *overrides]), base, DATA, None, 1).activations
+        shape = ("run.precision=bf16", "model.backbone=scratch:flan_t5_base", *overrides)
+        return gensr_on_meta(*shape).cost().activation_bytes
 
-    assert activations(
-        "optim.micro_batch_size=1", "data.num_negatives=1", "model.prompt=paper"
-    ) / GB == pytest.approx(7.0e-9 * 2 * 85 * 84_954_240 / 768)
+    size = backbone_size(gensr_on_meta("model.backbone=scratch:flan_t5_base").backbone)
+    by_hand = 7.0 * 2 * 85 * size.encoder / 768
+    assert activations("data.num_negatives=1", "model.prompt=paper") == pytest.approx(by_hand)
     assert activations("run.precision=fp32") == pytest.approx(2 * activations())
     assert activations("model.activation_checkpointing=true") < 0.3 * activations()
+
+
+def test_memory_counts_activations_by_the_micro_batch_and_tables_by_need() -> None:
+    model = replace(BILLION, cost=Cost(flops=1.0, activation_bytes=2.0 * GB, cast_bytes=1.0 * GB))
+    config = load_config(None, ["optim.micro_batch_size=8"])
+    need = memory(config, model, replace(DATA, items=10**6), None, 1)
+    assert (need.activations, need.weights, need.tables) == (16 * GB, 5 * GB, 0.0)
+    with_cf = memory(config, replace(model, needs=frozenset({"cf"})), replace(DATA, items=10**6), None, 1)
+    assert with_cf.tables == 10**6 * 64 * 4 * 5
 
 
 # ---- several GPUs ------------------------------------------------------------------------------------------
@@ -137,7 +161,7 @@ def test_bytes_between_gpus_by_zero_stage() -> None:
 
 
 def test_efficiency_falls_with_communication_and_rises_with_the_micro_batch() -> None:
-    model = ModelSize(total=10**9, trainable=10**9, width=1, layers=1, encoder=10**9, decoder=0)
+    model = replace(BILLION, cost=Cost(flops=6.0 * 5 * 20 * 10**9, activation_bytes=0.0))
     small, large = (
         load_config(None, [f"optim.micro_batch_size={n}", f"optim.global_batch_size={n}"]) for n in (1, 64)
     )
@@ -153,7 +177,7 @@ def test_the_largest_micro_batch_divides_the_batch_and_fits() -> None:
     config = load_config(
         None, ["optim.global_batch_size=96", "optim.micro_batch_size=1", "run.precision=bf16"]
     )
-    model = ModelSize(total=10**9, trainable=10**9, width=768, layers=12, encoder=84_954_240, decoder=1)
+    model = replace(BILLION, cost=Cost(flops=1.0, activation_bytes=0.15 * GB))
     sizes = [
         largest_micro_batch(config, model, DATA, None, 2, gigabytes * GB) for gigabytes in (16, 20, 40, 1000)
     ]
@@ -169,12 +193,13 @@ def test_the_largest_micro_batch_divides_the_batch_and_fits() -> None:
 
 
 def test_known_backbones_have_their_published_sizes() -> None:
-    base = model_size(load_config(None, ["model.backbone=google/flan-t5-base"]), 0, 32100)
+    model = gensr_on_meta("model.backbone=google/flan-t5-base")
+    size, total = backbone_size(model.backbone), size_of(model).total
     published = 247_577_856
-    assert base.encoder + base.decoder + 2 * 32128 * 768 == published, (
+    assert size.encoder + size.decoder + 2 * 32128 * 768 == published, (
         "two tables: flan-t5's output table is not its input table"
     )
-    assert 0 < base.total - published < 10e6, "GenSR's own layers"
+    assert 0 < total - published < 10e6, "GenSR's own layers"
 
 
 @pytest.mark.parametrize(
@@ -187,25 +212,22 @@ def test_known_backbones_have_their_published_sizes() -> None:
     ],
 )
 def test_known_decoders_have_their_published_sizes(name: str, vocabulary: int, published: int) -> None:
-    size = model_size(load_config(None, [f"model.backbone={name}"]), 0, 100)
+    size = backbone_size(gensr_on_meta(f"model.backbone={name}").backbone)
     assert size.encoder + vocabulary * size.width == published and size.decoder == 0
 
 
 def test_a_decoder_reads_what_candidates_share_once_an_event() -> None:
-    config = load_config(None, ["model.prompt=paper", "data.num_negatives=4"])
-    t5 = ModelSize(total=0, trainable=0, width=1, layers=1, encoder=1, decoder=0)
-    assert tokens_per_event(config, t5) == 5 * 85
-    assert tokens_per_event(config, replace(t5, shared_first=True)) == 5 * 54 + 56
+    settings: Any = load_config(None, ["model.prompt=paper"]).model
+    t5 = BackboneSize(width=1, layers=1, encoder=1, decoder=0)
+    assert tokens_per_event(settings, t5, num_candidates=5) == 5 * 85
+    assert tokens_per_event(settings, replace(t5, shared_first=True), num_candidates=5) == 5 * 54 + 56
 
 
 def test_model_size_is_the_real_one(tmp_path: Path) -> None:
-    from data_shards.schema import read_manifest
-    from tests.tiny_folder import WORDS, make_tiny_folder
+    from tests.tiny_folder import make_tiny_folder
     from trainer.runs.weights import build_model
-    from trainer.training.plan import size_of
 
-    folder = make_tiny_folder(tmp_path)
-    manifest = read_manifest(folder)
+    folder = PreparedFolder.at(make_tiny_folder(tmp_path))
     for overrides in (
         [],
         ["model.variant=paper"],
@@ -213,10 +235,8 @@ def test_model_size_is_the_real_one(tmp_path: Path) -> None:
         ["model.backbone=scratch:llama_nano"],
     ):
         config = load_config(None, ["model.backbone=scratch:nano", *overrides])
-        real = build_model(
-            config, PreparedFolder.at(folder), PreparedFolder.at(folder).tables(GenSR.needs, with_folds=True)
-        )
-        assert model_size(config, 0, len(WORDS), cf_dim=16) == size_of(real)
+        real = build_model(config, folder, folder.tables(GenSR.needs, with_folds=True))
+        assert model_size(config, size_of_folder(folder), cf_dim=16) == size_of(real)
 
 
 def test_a_local_folder_is_counted_from_its_config(tmp_path: Path) -> None:
@@ -233,7 +253,7 @@ def test_a_local_folder_is_counted_from_its_config(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(
         json.dumps({"model_type": "t5", "decoder_start_token_id": 0, **shape})
     )
-    assert model_size(load_config(None, [f"model.backbone={tmp_path}"]), 0, 50).width == 32
+    assert gensr_on_meta(f"model.backbone={tmp_path}").backbone.width == 32
 
 
 def test_what_dry_run_cannot_know_is_an_error_with_the_fix(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from trainer.runtime.launch import (
     read_deepspeed_json,
     read_launch,
 )
-from trainer.training.plan import dry_run, launch_of_yaml
+from trainer.training.plan import dry_run
 
 PRESETS = [
     "amazon_kindle_flan_t5_base",
@@ -31,6 +31,30 @@ PRESETS = [
 ]
 JSONS = [name for name in ds_configs.names() if name.endswith(".json")]
 YAMLS = [name for name in ds_configs.names() if name.endswith(".yaml")]
+
+
+def launch_of_yaml(path: str | Path, num_processes: int = 0) -> Launch:
+    """The Launch that an accelerate YAML would make, to check a cluster's configuration on a laptop."""
+    import ds_configs
+
+    file = (
+        Path(path)
+        if Path(path).is_file() or Path(path).name not in ds_configs.names()
+        else ds_configs.path(Path(path).name)
+    )
+    document = read_yaml(file)
+    world_size = num_processes or int(document.get("num_processes", 1))
+    deepspeed = (
+        document.get("deepspeed_config", {}) if document.get("distributed_type") == "DEEPSPEED" else {}
+    )
+    named = str(deepspeed.get("deepspeed_config_file", f"zero{deepspeed.get('zero_stage', 2)}.json"))
+    json_file = named if Path(named).is_file() else str(ds_configs.path(Path(named).name))
+    return Launch(
+        world_size=world_size,
+        local_world_size=max(1, world_size // int(document.get("num_machines", 1))),
+        launched=True,
+        deepspeed_file=json_file if deepspeed else "",
+    )
 
 
 def test_the_promised_presets_are_there() -> None:

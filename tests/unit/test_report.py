@@ -5,16 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from trainer.analysis.figures import (
-    environment_facts,
-    git_facts,
-    last_screen,
-    metric_rows,
-    plot_run,
-    read_records,
-)
+from trainer.analysis.figures import last_screen, metric_rows, plot_run, read_records
 from trainer.errors import RunError
 from trainer.runs.checkpoint import Progress
+from trainer.runs.provenance import environment_facts, git_facts
 
 METRICS = {"rec/recall@10": 0.5, "rec/ndcg@10": 0.25, "mean/ndcg@10": 0.25}
 

@@ -2,23 +2,19 @@
 disk."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from data_shards.schema import SRC
 from tests.runs import make_run
 from trainer.errors import RunError
-from trainer.serving import retrieval
+from trainer.serving import index as index_module
+from trainer.serving.index import build_index, plan_index, unit
 from trainer.serving.recommend import Recommender, model_identity
-from trainer.serving.retrieval import (
-    build_index,
-    build_retrieval,
-    load_retrieval,
-    merge,
-    plan_index,
-    save_retrieval,
-    unit,
-)
+from trainer.serving.requests import ParsedRequest
+from trainer.serving.retrieval import Retrieval, build_retrieval, load_retrieval, merge, save_retrieval
 
 
 def vectors(num_items: int, width: int, seed: int = 0) -> np.ndarray:
@@ -43,8 +39,8 @@ def test_large_catalogues_are_coded_and_their_recall_is_measured(
     width: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The figure that building reports is that of an independent search over all vectors."""
-    monkeypatch.setattr(retrieval, "MAX_EXACT_FLOATS", 1000)
-    monkeypatch.setattr(retrieval, "CHUNK_ITEMS", 3000)
+    monkeypatch.setattr(index_module, "MAX_EXACT_FLOATS", 1000)
+    monkeypatch.setattr(index_module, "CHUNK_ITEMS", 3000)
     # as learned vectors: fewer dimensions than columns
     table = unit(vectors(8000, 12) @ vectors(12, width, seed=1))
     table[5] = 0
@@ -54,7 +50,7 @@ def test_large_catalogues_are_coded_and_their_recall_is_measured(
     assert ("PCA64" in index.facts["factory"]) == (width > 64)
     queries = unit(table[np.random.default_rng(2).integers(8000, size=(50, 3))].mean(1))
     exact = np.argsort(-(queries @ table.T), axis=1)[:, :100]
-    measured = retrieval.recall(index.search(queries, 100)[0], exact)
+    measured = index_module.recall(index.search(queries, 100)[0], exact)
     assert measured > 0.9
     assert index.facts["recall"]["recall@100"] == pytest.approx(measured, abs=0.05)
 
@@ -87,17 +83,26 @@ def recommender(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Rec
     return Recommender.from_run(make_run(tmp_path_factory.mktemp("retrieval"), prepared))
 
 
+def found_by(
+    retrieval: Retrieval, recommender: Recommender, request: ParsedRequest, count: int
+) -> np.ndarray:
+    questions = recommender.scorer.questions(request, retrieval.views, retrieval.means)
+    return retrieval.candidates(questions, request.task, count)
+
+
 def test_kept_indexes_answer_as_before(recommender: Recommender, tmp_path: Path) -> None:
     model = recommender.scorer.model
     lines: list[str] = []
     built = build_retrieval(model, lines.append)
     assert lines[0].startswith("index cf: ")
     assert "MB while it is built" in lines[0]
+    assert built is not None
     save_retrieval(tmp_path, built, "weights-1")
     loaded = load_retrieval(tmp_path, model, "weights-1")
     assert loaded is not None
-    query = recommender.scorer.query_vectors(["garden lamp"])[0]
-    assert (loaded.candidates([3, 9], query, 30) == built.candidates([3, 9], query, 30)).all()
+    request = ParsedRequest(items=[3, 9], tasks=[0, 0], task=SRC, query="garden lamp", candidates=[])
+    ours, theirs = (found_by(one, recommender, request, 30) for one in (loaded, built))
+    assert len(ours) == 30 and (ours == theirs).all()
     assert load_retrieval(tmp_path, model, "weights-2") is None
     assert load_retrieval(tmp_path / "elsewhere", model, "weights-1") is None
     (tmp_path / "cf.faiss").write_bytes(b"something else")
@@ -117,13 +122,16 @@ def test_semantic_side_is_cosine_of_centred_text_vectors(recommender: Recommende
     """Against the definition, spelled out."""
     import torch
 
-    model, found = recommender.scorer.model, recommender.retrieval
+    model: Any = recommender.scorer.model
+    found = recommender.retrieval
     with torch.inference_mode():
         texts = model.semantic_vectors(
-            torch.arange(model.tables.num_items), model.settings.item_tokens
+            torch.arange(model.tables.num_items), model.world.data.item_tokens
         ).numpy()
     centred = texts - texts.mean(0)
-    query = recommender.scorer.query_vectors(["garden lamp"])[0]
+    request = ParsedRequest(items=[], tasks=[], task=SRC, query="garden lamp", candidates=[])
+    assert isinstance(found, Retrieval)
+    query = recommender.scorer.questions(request, found.views, found.means)["semantic"].numpy()
     cosine = centred @ query / np.linalg.norm(centred, axis=1)
-    rows = found.candidates([], query, 10)
+    rows = found_by(found, recommender, request, 10)
     assert cosine[rows] == pytest.approx(np.sort(cosine)[::-1][:10], abs=1e-4)

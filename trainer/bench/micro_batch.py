@@ -7,15 +7,15 @@ precision, optimizer. One process, without DeepSpeed: ZeRO leaves room for more.
 
 import itertools
 import json
+import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import psutil
 import torch
 
-from trainer.batch import Batch
 from trainer.bench.data import Measured, Progress, commit, hardware, machine_line, measure
 from trainer.config import Config
 from trainer.configs import load_config
@@ -29,6 +29,7 @@ from trainer.training.optimizer import make_optimizer
 from trainer.training.plan import size_of, size_of_folder
 from trainer.training.schedule import grad_accum_steps
 from trainer.training.setup import make_model, make_streams
+from trainer.training.step import micro_step
 
 MEMORY_SHARE = 0.9  # of what the device has (a CPU: has free) may be asked for by the next size
 GAIN = 1.02  # a larger size must be so much faster to be worth its memory
@@ -138,7 +139,7 @@ def try_one(request: dict[str, Any]) -> dict[str, Any]:
 def _train_some(config: Config, steps: int) -> dict[str, Any]:
     folder = PreparedFolder.open(config.data)
     num_passes = grad_accum_steps(config, 1)
-    accelerator = make_accelerator(config, read_launch(), num_passes)
+    accelerator = make_accelerator(config, read_launch(), 1)  # every micro-batch updates, so that it is timed
     module, cf, holdout = make_model(config, folder, accelerator)
     model, optimizer = accelerator.prepare(module, make_optimizer(module, config.optim))
     stream, _ = make_streams(config, folder, accelerator, module.tasks, cf, holdout, 0)
@@ -149,27 +150,23 @@ def _train_some(config: Config, steps: int) -> dict[str, Any]:
         else psutil.virtual_memory().available + psutil.Process().memory_info().rss
     )
 
-    def seconds(work: Callable[[], None]) -> float:
+    laps: dict[str, list[float]] = {}
+    started_s = time.perf_counter()
+
+    def lap(part: str) -> None:
+        nonlocal started_s
         wait_for(accelerator.device)
+        laps.setdefault(part, []).append(time.perf_counter() - started_s)
         started_s = time.perf_counter()
-        work()
-        wait_for(accelerator.device)
-        return time.perf_counter() - started_s
 
-    def learn(batches: Sequence[Batch]) -> None:
-        for batch in batches:
-            accelerator.backward(model(module.prepare(batch).to(accelerator.device))[0])
-
-    def update() -> None:
-        torch.nn.utils.clip_grad_norm_(module.parameters(), config.optim.grad_clip)
-        optimizer.optimizer.step()
-        optimizer.optimizer.zero_grad()
-
-    first, *others = itertools.islice(stream, 1 + steps)
-    learn([first])
-    update()
-    learning_s = seconds(lambda: learn(others)) / len(others)
-    updating_s = seconds(update)
+    for batch in itertools.islice(stream, 1 + steps):  # the first one warms up
+        ready = module.prepare(batch).to(accelerator.device)
+        lap("data")
+        micro_step(accelerator, model, optimizer, ready, config.optim.grad_clip, lap=lap)
+    learning_s, updating_s = (
+        sum(statistics.fmean(laps[part][1:]) for part in parts)
+        for parts in (("forward", "backward"), ("optimiser",))
+    )
     calculated = memory(config, size_of(module), size_of_folder(folder), None, 1)
     return {
         "events_per_s": config.optim.global_batch_size / (num_passes * learning_s + updating_s),

@@ -196,6 +196,9 @@ class Ranker(nn.Module):
     def world(self) -> World:
         return self._world[0]
 
+    def set_ranks(self, ranks: Ranks) -> None:
+        self._world[0] = replace(self._world[0], ranks=ranks)
+
     @property
     def tables(self) -> ItemTables:
         return self._world[0].tables

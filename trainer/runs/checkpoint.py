@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -345,8 +345,3 @@ def remove_partial(run_dir: str | Path) -> None:
     for stale in folder.glob(f"{PARTIAL}*"):
         shutil.rmtree(stale, ignore_errors=True)
     remove_temporaries(folder, "latest")
-
-
-def listed(run_dir: str | Path) -> Iterable[str]:
-    """Names of the checkpoints of a run, newest first."""
-    return _candidates(Path(run_dir) / "checkpoints")

@@ -95,10 +95,6 @@ class StopSignal:
             raise KeyboardInterrupt
         self.received = self.received or signal.Signals(number).name
 
-    def request(self, reason: str) -> None:
-        """Ask for a stop from inside the program, as a signal would."""
-        self.received = self.received or reason
-
     def beat(self) -> None:
         """A sign of life."""
         self._last_beat_s = time.monotonic()

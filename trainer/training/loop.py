@@ -30,7 +30,6 @@ from trainer.runtime.distributed import (
     gather_objects,
     on_main,
     process_group,
-    uses_deepspeed,
 )
 from trainer.runtime.launch import make_accelerator, read_launch
 from trainer.runtime.memory import peak_memory_bytes
@@ -41,6 +40,7 @@ from trainer.training.counting import count
 from trainer.training.optimizer import set_lr
 from trainer.training.schedule import grad_accum_steps
 from trainer.training.setup import Run, set_up
+from trainer.training.step import micro_step
 from trainer.training.window import Window, shown
 
 Status = Literal["finished", "early_stopped", "stopped", "already_finished"]
@@ -160,21 +160,11 @@ def training_batches(run: Run) -> Iterator[Iterator[Batch]]:
 
 def one_step(run: Run, batches: Iterator[Batch], window: Window, stop: StopSignal) -> None:
     """One optimizer step: grad_accum_steps micro-batches on this rank."""
-    accelerator, model, optimizer = run.accelerator, run.model, run.optimizer
-    set_lr(optimizer, run.lr(run.progress.step))
+    set_lr(run.optimizer, run.lr(run.progress.step))
+    trained = (run.accelerator, run.model, run.optimizer)
     for _ in range(run.schedule.grad_accum_steps):
-        batch = next(batches)
-        with accelerator.accumulate(model):
-            batch = batch.to(accelerator.device)
-            loss, parts = model(batch)
-            loss, left_out = (
-                run.bad_batches.left_out(loss, batch) if run.bad_batches is not None else (loss, [])
-            )
-            accelerator.backward(loss)
-            if accelerator.sync_gradients and not uses_deepspeed(accelerator):  # DeepSpeed clips by itself
-                accelerator.clip_grad_norm_(model.parameters(), run.config.optim.grad_clip)
-            optimizer.step()
-            optimizer.zero_grad()
+        batch = next(batches).to(run.accelerator.device)
+        parts, left_out = micro_step(*trained, batch, run.config.optim.grad_clip, run.bad_batches)
         window.add(parts, batch.event_id, skipped=bool(left_out))
         if left_out:
             run.progress.skipped_batches += 1

@@ -76,6 +76,7 @@ class GenSR(Ranker):
             self.match_sem = match_projection(width, width)
             self.match_query = match_projection(width, width)
             self.no_query = nn.Parameter(torch.zeros(width))
+        self.answers: tuple[int, int] = (-1, -1)
         self._set_prompts()
 
     def _set_prompts(self) -> None:
@@ -90,7 +91,8 @@ class GenSR(Ranker):
                 num_slots,
                 self.backbone.shared_first,
             )
-            self._constant("answer_tokens", answer_tokens(tokenizer))
+            self.answers = answer_tokens(tokenizer)  # token ids of ("Yes", "No")
+            self._constant("answer_tokens", self.answers)
         # tokens of the longest, of encoders without the query
         self.template_length = max((len(template.token_ids) for template in templates.values()), default=0)
         for task, template in templates.items():
