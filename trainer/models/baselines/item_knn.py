@@ -1,0 +1,117 @@
+"""Item-to-item nearest neighbours (Sarwar et al., WWW 2001): what the people who clicked this also clicked.
+
+    sim(i, j) = |U_i ∩ U_j| / (√(|U_i| |U_j|) + shrink)        U_i: the users who clicked i in the training split
+    s(u, i)   = Σ_j decay^age(j) · sim(j, i)                    j over the history, age 0 = the newest
+
+Each item keeps its nearest neighbours only. Nothing is trained: it is counted once. An item nobody clicked has no
+neighbours, and an empty history scores 0 everywhere. Recommendation only.
+"""
+
+from typing import Literal
+
+import numpy as np
+import torch
+from scipy import sparse
+from torch import Tensor
+
+from data_shards import settings as s
+from data_shards.schema import REC
+from trainer.batch import Batch, TrainClicks
+from trainer.config import ModelSettings, NonNegativeFloat, Positive, Share
+from trainer.models.contract import Ranker, World
+
+ROWS_AT_ONCE = 4096  # items whose neighbours are counted together
+
+
+@s.settings
+class ItemKnnSettings(ModelSettings):
+    name: Literal["item_knn"] = "item_knn"
+    """neighbours by common users"""
+    shrink: NonNegativeFloat = 10.0
+    """added to the denominator: how much a similarity of few users is distrusted"""
+    decay: Share = 0.8
+    """weight of a history item for each newer one"""
+    num_neighbours: Positive = 200
+    """nearest items that each item keeps"""
+    clicks: Literal["rec", "all"] = "all"
+    """clicks that are counted: of recommendations only, or of searches, too"""
+
+
+class ItemKnn(Ranker):
+    """Counted, not trained. I items, M neighbours."""
+
+    Settings = ItemKnnSettings
+    title = "item-kNN"
+    tasks = (REC,)
+    trained = False
+    settings: ItemKnnSettings
+    neighbours: Tensor  # [I, M] int32, ascending, num_items = none
+    similarity: Tensor  # [I, M] float32
+
+    def __init__(self, settings: ItemKnnSettings, world: World) -> None:
+        super().__init__(settings, world)
+        shape = (world.num_items, min(settings.num_neighbours, max(world.num_items - 1, 1)))
+        self.register_buffer("neighbours", torch.full(shape, world.num_items, dtype=torch.int32))
+        self.register_buffer("similarity", torch.zeros(shape))
+
+    def fit(self) -> None:
+        clicked_IU = click_matrix(self.world.clicks(), self.settings.clicks, self.world).T.tocsr()
+        users_I = np.asarray(clicked_IU.sum(1)).ravel()
+        for start in range(0, self.world.num_items, ROWS_AT_ONCE):
+            common = (clicked_IU[start : start + ROWS_AT_ONCE] @ clicked_IU.T).tocoo()
+            row, other = common.row + start, common.col
+            norm = np.sqrt(users_I[row] * users_I[other]) + self.settings.shrink
+            keep = row != other
+            self._keep_nearest(row[keep], other[keep], (common.data / norm)[keep])
+
+    def _keep_nearest(self, row: np.ndarray, other: np.ndarray, similarity: np.ndarray) -> None:
+        """The best of each row, laid out by ascending neighbour."""
+        order = np.lexsort((other, -similarity, row))
+        row, other, similarity = row[order], other[order], similarity[order]
+        first = np.searchsorted(row, row)  # where each row's pairs begin
+        best = np.arange(len(row)) - first < self.neighbours.shape[1]
+        row, other, similarity = row[best], other[best], similarity[best]
+        order = np.lexsort((other, row))
+        row, other, similarity = row[order], other[order], similarity[order]
+        place = np.arange(len(row)) - np.searchsorted(row, row)
+        at = (torch.from_numpy(row.astype(np.int64)), torch.from_numpy(place))
+        self.neighbours[at] = torch.from_numpy(other.astype(np.int32))
+        self.similarity[at] = torch.from_numpy(similarity.astype(np.float32))
+
+    def score(self, batch: Batch) -> Tensor:
+        neighbours_BNM = self.neighbours[batch.history_items].long()
+        num_history = neighbours_BNM.shape[1]
+        wanted_BNC = batch.candidates[:, None].expand(-1, num_history, -1).contiguous()
+        place_BNC = torch.searchsorted(neighbours_BNM, wanted_BNC).clamp(max=neighbours_BNM.shape[2] - 1)
+        found_BNC = neighbours_BNM.gather(2, place_BNC) == wanted_BNC
+        similarity_BNC = self.similarity[batch.history_items].gather(2, place_BNC) * found_BNC
+        return (similarity_BNC * self._weights(batch)[..., None]).sum(1)
+
+    def score_catalogue(self, batch: Batch) -> Tensor:
+        neighbours_BNM = self.neighbours[batch.history_items].long()
+        weighted_BNM = self.similarity[batch.history_items] * self._weights(batch)[..., None]
+        scores = weighted_BNM.new_zeros((batch.num_events, self.world.num_items + 1))
+        return scores.scatter_add_(1, neighbours_BNM.flatten(1), weighted_BNM.flatten(1))[:, :-1]
+
+    def _weights(self, batch: Batch) -> Tensor:
+        """decay^age, [B, N] float32; 0 for padding."""
+        mask_BN = batch.history_mask
+        age_BN = mask_BN.sum(1, keepdim=True) - 1 - torch.arange(mask_BN.shape[1], device=mask_BN.device)
+        return self.settings.decay ** age_BN.clamp(min=0) * mask_BN
+
+    def probability(self, scores: Tensor) -> Tensor:
+        """Not one: similarity mass / (1 + mass), so that answers lie in [0, 1)."""
+        return scores / (1 + scores)
+
+
+def click_matrix(clicks: TrainClicks, which: str, world: World) -> sparse.csr_matrix:
+    """[num_users, num_items], 1 where a user clicked an item in the training split."""
+    counted = (clicks.task == REC) if which == "rec" else torch.ones_like(clicks.task, dtype=torch.bool)
+    user, item = (column[counted].numpy() for column in (clicks.user, clicks.item))
+    shape = (world.num_users, world.num_items)
+    matrix = sparse.csr_matrix((np.ones(len(user), np.float32), (user, item)), shape=shape)
+    matrix.data[:] = 1.0  # csr adds up repeated clicks
+    return matrix
+
+
+MODEL = ItemKnn
