@@ -37,6 +37,7 @@ def make_batch(candidates: list[list[int]], query: list[int], user: list[int] | 
         history_items=none,
         history_tasks=none,
         history_mask=none.bool(),
+        history_queries=none,
         candidates=items,
         labels=labels,
     )

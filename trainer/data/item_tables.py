@@ -19,8 +19,9 @@ def load_tables(folder: str | Path, manifest: Manifest, cf: CfTable, with_folds:
     """All look-up tables of a prepared folder on the CPU. CF vectors are scaled by one number to unit RMS,
     whatever LightGCN's regularisation made of them.
 
-    item_tokens and item_words keep the files' type (uint16 where ids fit) and lie in the page cache, once a
-    node. Raises DataError when a file is missing or its rows do not match the manifest.
+    item_tokens, item_words and item_category keep the files' type (uint16 where ids of tokens and words fit)
+    and lie in the page cache, once a node. Raises DataError when a file is missing or its rows do not match
+    the manifest.
     """
     clicked = cf.item.any(1)  # items without training clicks are zero rows
     scale = 1.0 / float(cf.item[clicked].square().mean().sqrt()) if bool(clicked.any()) else 1.0
@@ -32,6 +33,9 @@ def load_tables(folder: str | Path, manifest: Manifest, cf: CfTable, with_folds:
         item_tokens=_mapped(folder, manifest, "item_tokens", num_items),
         item_words=_mapped(folder, manifest, "item_words", num_items)
         if manifest.num_words
+        else _nothing(num_items),
+        item_category=_mapped(folder, manifest, "item_category", num_items)
+        if manifest.category_depth
         else _nothing(num_items),
         query_tokens=_trimmed(_mapped(folder, manifest, "query_tokens", num_queries).int()),
         query_words=_trimmed(_mapped(folder, manifest, "query_words", num_queries).int())

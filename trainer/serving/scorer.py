@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from data_shards.text import Words
 
 MAX_CANDIDATES = 2048  # scored at once: bounds memory, whatever a request asks for
-TABLE_NAMES = ("cf", "item_tokens", "item_words")
+TABLE_NAMES = ("cf", "item_tokens", "item_words", "item_category")
 
 
 @dataclass(frozen=True)
@@ -295,6 +295,7 @@ class Scorer:
             history_items=history,
             history_tasks=_padded(tasks),
             history_mask=torch.arange(history.shape[1]) < torch.tensor([len(row) for row in items])[:, None],
+            history_queries=torch.full(history.shape, NO_QUERY),
             candidates=candidate_rows,
             labels=torch.zeros(candidate_rows.shape),
         )
@@ -373,6 +374,7 @@ def read_tables(folder: Path) -> ItemTables:
     tables = load_file(folder / "tables.safetensors")
     num_items, width = tables["cf"].shape
     no_query = torch.zeros((1, 1), dtype=torch.int32)
+    tables.setdefault("item_category", torch.zeros((num_items, 0), dtype=torch.int32))  # of older versions
     return ItemTables(
         **tables,
         cf_folds=torch.zeros((0, num_items, width)),
