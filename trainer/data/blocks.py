@@ -30,17 +30,22 @@ HISTORY_COLUMNS = {"history_items": 0, "history_tasks": 0, "history_queries": NO
 
 @dataclass(frozen=True)
 class Rows:
-    """Columns of some events. History is padded at the end to the model's N, newest kept."""
+    """Columns of some events. History is padded at the end to the model's N, newest kept.
+
+    It keeps the stored types until to_batch: rows are moved several times, and wider numbers cost more.
+    """
 
     event_id: np.ndarray
     user: np.ndarray
     task: np.ndarray
     item: np.ndarray
     query: np.ndarray
-    history_items: np.ndarray  # [n, N]
-    history_tasks: np.ndarray
+    history_items: np.ndarray  # [n, N] int32
+    history_tasks: np.ndarray  # int8
     history_mask: np.ndarray
-    history_queries: np.ndarray | None  # NO_QUERY for a recommendation and padding; None before format 3
+    history_queries: (
+        np.ndarray | None
+    )  # int32, NO_QUERY for a recommendation and padding; None before format 3
     extra: np.ndarray  # [n, X]: stored negatives of valid and test; impressions of train, padded with -1
     epoch: np.ndarray  # how often the event has been trained on before
 
@@ -230,7 +235,8 @@ def decode(
     if "negatives" in table.column_names:
         extra = to_numpy(table["negatives"])[index]
     elif with_impressions and "impressions" in table.column_names:
-        extra = _values(table["impressions"], *_tails(table["impressions"], index, MAX_IMPRESSIONS), fill=-1)
+        where = _tails(table["impressions"], index, MAX_IMPRESSIONS)
+        extra = _values(table["impressions"], *where, fill=-1).astype(np.int64)
     return Rows(
         **plain,
         history_items=history["history_items"],
@@ -253,27 +259,27 @@ def _tails(column: pa.ChunkedArray, index: np.ndarray, width: int) -> tuple[np.n
 
 
 def _values(column: pa.ChunkedArray, at: np.ndarray, mask: np.ndarray, fill: int) -> np.ndarray:
-    """Those entries, int64, padded at the end with `fill`."""
+    """Those entries, in the column's type, padded at the end with `fill`."""
     values = _single_chunk(column).values.to_numpy()
     if len(values) == 0:
-        return np.full(mask.shape, fill, np.int64)
-    return np.where(mask, values[at], fill).astype(np.int64)
+        return np.full(mask.shape, fill, values.dtype)
+    return np.where(mask, values[at], np.array(fill, values.dtype))
 
 
 def to_batch(rows: Rows, candidates: np.ndarray, labels: np.ndarray, fold: np.ndarray) -> Batch:
     queries = rows.history_queries
     if queries is None:
-        queries = np.full(rows.history_items.shape, NO_QUERY)
+        queries = np.full(rows.history_items.shape, NO_QUERY, np.int64)
     return Batch(
         event_id=torch.from_numpy(rows.event_id),
         user=torch.from_numpy(rows.user),
         task=torch.from_numpy(rows.task),
         query=torch.from_numpy(rows.query),
         fold=torch.from_numpy(fold.astype(np.int64)),
-        history_items=torch.from_numpy(rows.history_items),
-        history_tasks=torch.from_numpy(rows.history_tasks),
+        history_items=torch.from_numpy(rows.history_items).long(),
+        history_tasks=torch.from_numpy(rows.history_tasks).long(),
         history_mask=torch.from_numpy(rows.history_mask),
-        history_queries=torch.from_numpy(queries),
+        history_queries=torch.from_numpy(queries).long(),
         candidates=torch.from_numpy(candidates),
         labels=torch.from_numpy(labels),
     )
