@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from data_shards.categories import CategoryWriter
 from data_shards.errors import DataError
 from data_shards.matrices import MatrixWriter, compact_type
 from data_shards.options import PrepareSettings
@@ -39,8 +40,8 @@ def name_ids(work: Work, read: dict[str, Any]) -> dict[str, Any]:
     """Stage: tables final_users, final_items, final_queries (id, key = original), from the code of each final
     id.
 
-    Also final_queries.text, and catalog_items (id, key, text, words BIGINT[], category): the only pass over
-    the items' file.
+    Also final_queries.text, and catalog_items (id, key, text, words BIGINT[], category, path): the only pass
+    over the items' file.
     """
     for plural, singular in ID_TABLES.items():
         codes = work.column(f"{singular}_code", "i4")
@@ -67,7 +68,7 @@ def name_ids(work: Work, read: dict[str, Any]) -> dict[str, Any]:
         work.execute(
             f"""CREATE OR REPLACE TABLE catalog_items AS
             SELECT f.id, f.key, coalesce({items["text"]}, '') AS text, {_integers(items["words"])} AS words,
-                {items["category"]} AS category
+                {items["category"]} AS category, {items["path"]} AS path
             FROM {items["scan"]} JOIN final_items f ON item_id = f.key""",
             "items",
         )
@@ -76,9 +77,9 @@ def name_ids(work: Work, read: dict[str, Any]) -> dict[str, Any]:
     work.con.execute("RESET disabled_optimizers")
     # clicked, but without features
     work.con.execute(
-        "INSERT INTO catalog_items SELECT id, key, '', NULL, NULL FROM final_items WHERE id NOT IN (SELECT "
-        "id FROM catalog_items)"
-    )
+        "INSERT INTO catalog_items SELECT id, key, '', NULL, NULL, NULL FROM final_items WHERE id NOT IN "
+        "(SELECT id FROM catalog_items)"
+    )  # clicked, but without features
     return {}
 
 
@@ -146,7 +147,7 @@ def write_catalog(
     tokenizer_file = work.tree / "tokenizer" / "tokenizer.json"
     tokenizer_file.parent.mkdir(exist_ok=True)
     tokenizer.save(str(tokenizer_file))
-    repeated = _write_items(
+    repeated, categories = _write_items(
         work, settings, tokenizer, words, mode, read, train_click_counts(columns, sizes["num_items"])
     )
     _write_queries(work, settings, tokenizer, words, mode, sizes["num_queries"])
@@ -160,8 +161,8 @@ def write_catalog(
             "item_tokens": settings.item_tokens,
             "query_tokens": settings.query_tokens,
         },
-        "repeated_items": repeated,
-    }
+        "repeated_items": repeated, "categories": categories,
+    }  # fmt: skip
 
 
 def _write_users(work: Work, path: Path) -> None:
@@ -177,7 +178,8 @@ def _write_items(
     mode: str,
     read: dict[str, Any],
     clicks: np.ndarray,
-) -> int:
+) -> tuple[int, dict[str, int]]:
+    """→ rows left out as repeated, and counts of categories."""
     num_items = clicks.shape[1]
     writer = CatalogWriter(
         work.tree / "catalog",
@@ -188,6 +190,7 @@ def _write_items(
         words,
         settings.lowercase,
     )
+    categories = CategoryWriter(work.tree / "catalog", num_items, settings.category_levels)
     done = repeated = 0
     for batch, extra in item_batches(work, read["duplicate_items"]):
         repeated += extra
@@ -210,10 +213,11 @@ def _write_items(
             }
         )
         writer.append(table, full if mode == "digits" else texts, (flat, counts))
+        categories.append(batch.column("path"))
         done += batch.num_rows
         work.progress("items", done, num_items)
     writer.close(pa.table({}))
-    return repeated
+    return repeated, categories.close()
 
 
 def _write_queries(
@@ -294,9 +298,9 @@ class CatalogWriter:
 
 
 def item_batches(work: Work, duplicates_allowed: bool) -> Iterator[tuple[pa.RecordBatch, int]]:
-    """The catalogue's items by id, one row each (columns id, key, text, words, category), and how many
-    further rows of them were left out."""
-    sql = "SELECT * FROM catalog_items ORDER BY id, text, category, words"
+    """The catalogue's items by id, one row each (columns id, key, text, words, category, path), and how
+    many further rows of them were left out."""
+    sql = "SELECT * FROM catalog_items ORDER BY id, text, category, words, path"
     last = -1
     for batch in work.batches(sql, 65_536):
         ids = batch.column("id").to_numpy()

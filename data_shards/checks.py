@@ -13,7 +13,7 @@ from data_shards.blocks import decode_blocks, tar_entries
 from data_shards.errors import DataError
 from data_shards.histories import first_of_runs, ragged_rows
 from data_shards.negatives import KeySet, user_item_keys
-from data_shards.schema import REC, SPLITS, SRC
+from data_shards.schema import NO_QUERY, REC, SPLITS, SRC
 from data_shards.split import TRAIN
 from data_shards.work import BATCH_ROWS, Work, in_threads
 from data_shards.write import EventColumns
@@ -47,6 +47,7 @@ def check_prepared(
                             time of its click
     clicks_in_time_order    each user's clicks are in time order, and the splits follow one another
     history_before_target   every history item is a click of the same user, strictly earlier than the target
+    history_queries         the query of a search in a history is that of its click; a recommendation has none
     history_train_only      no history of a training event holds a validation or test click
     train_counts            the catalogue's click counts are those of the training shards
     negatives_unique        no stored negative twice in a row, nor the positive
@@ -56,6 +57,7 @@ def check_prepared(
         "event_once",
         "clicks_in_time_order",
         "history_before_target",
+        "history_queries",
         "history_train_only",
         "train_counts",
         "negatives_unique",
@@ -129,6 +131,9 @@ def _check_histories(
     same = (lists.flatten().to_numpy() == columns.item[clicks]) & (
         block.column("history_tasks").flatten().to_numpy() == columns.task[clicks]
     )
+    queries = block.column("history_queries").flatten().to_numpy()
+    wrong = (queries != columns.query[clicks]) | ((queries == NO_QUERY) != (columns.task[clicks] == REC))
+    tallies["history_queries"].add(len(clicks), wrong.sum())
     some = count > 0
     first, last = history_row[start[some]], history_row[start[some] + count[some] - 1]
     user, time = block.column("user").to_numpy()[some], block.column("time").to_numpy()[some]

@@ -11,6 +11,8 @@ from data_shards.blocks import decode_blocks, tar_entries
 from data_shards.errors import DataError
 from data_shards.schema import NO_QUERY, SPLITS, SRC, TASKS, Manifest, read_manifest
 
+SHOWN_CLICKS = 5  # of the example's history
+
 
 def inspect(out: str | Path) -> dict[str, Any]:
     """Facts of a prepared folder: counts, published, dropped, splits, shards, catalog, text, leak_checks,
@@ -61,6 +63,8 @@ def describe(facts: dict[str, Any]) -> list[str]:
         f"manifest {facts['manifest_hash'][:12]}, split fingerprint {facts['fingerprint'][:12]}"
     ]
     lines += [f"  {counts['users']:,} users, {counts['items']:,} items, {counts['queries']:,} queries"]
+    if counts.get("categories"):
+        lines += [f"  {counts['categories']:,} categories of items in {counts['category_depth']} levels"]
     lines += [f"  {name} {bound['utc']}" for name, bound in splits["boundaries"].items()]
     lines += [
         "",
@@ -87,7 +91,10 @@ def describe(facts: dict[str, Any]) -> list[str]:
         for name, check in facts["leak_checks"].items()
     ]
     if example := facts["example"]:
-        clicks = ", ".join(f"{click['task']} {click['item_id']}" for click in example["history"][-5:])
+        clicks = ", ".join(
+            f"{click['task']} {click['item_id']}" + (f" ({click['query']!r})" if click["query"] else "")
+            for click in example["history"][-SHOWN_CLICKS:]
+        )
         lines += [
             "",
             f"  one {example['split']} event: user {example['user_id']}, {example['task']}, query "
@@ -145,35 +152,38 @@ def _check_sizes(folder: Path, manifest: Manifest) -> None:
 
 
 def _example(folder: Path, manifest: Manifest) -> dict[str, Any]:
-    """The first test event (a search with a history if its block has one) with original ids and texts."""
+    """The first test event (a search soon after another if its block has one) with original ids and
+    texts."""
     for shard in manifest.shards("test"):
         block = next(decode_blocks(tar_entries(folder / shard.name), shard.blocks))
         events = block.slice(0, 512).to_pylist()
-        # max keeps the first of equals
-        event = max(events, key=lambda row: (row["task"] == SRC, len(row["history_items"]) > 0))
+        event = max(
+            events,
+            key=lambda row: (
+                row["task"] == SRC,
+                len(row["history_items"]) > 0,
+                SRC in row["history_tasks"][-SHOWN_CLICKS:],
+            ),
+        )  # max keeps the first of equals
         items = [event["item"], *event["history_items"], *event["negatives"]]
         found = _rows(folder / "catalog" / "items.parquet", ["item_id", "text"], items)
-        query = (
-            None
-            if event["query"] == NO_QUERY
-            else _rows(folder / "catalog" / "queries.parquet", ["text"], [event["query"]])[event["query"]][
-                "text"
-            ]
-        )
+        # format 2 has no history_queries
+        asked = event.get("history_queries", [NO_QUERY] * len(event["history_items"]))
+        queries = _rows(folder / "catalog" / "queries.parquet", ["text"], [event["query"], *asked])
+        text_of = {NO_QUERY: None, **{row: query["text"] for row, query in queries.items()}}
         return {
-            "split": "test",
-            "event_id": event["event_id"],
-            "time": event["time"],
-            "task": TASKS[event["task"]],
-            "user_id": _rows(folder / "catalog" / "users.parquet", ["user_id"], [event["user"]])[
-                event["user"]
-            ]["user_id"],
-            "item_id": found[event["item"]]["item_id"],
-            "item_text": found[event["item"]]["text"],
-            "query": query,
+            "split": "test", "event_id": event["event_id"], "time": event["time"], "task": TASKS[event["task"]],
+            "user_id": _rows(folder / "catalog" / "users.parquet", ["user_id"], [event["user"]])[event["user"]]["user_id"],
+            "item_id": found[event["item"]]["item_id"], "item_text": found[event["item"]]["text"],
+            "query": text_of[event["query"]],
             "history": [
-                {"item_id": found[item]["item_id"], "task": TASKS[task], "text": found[item]["text"]}
-                for item, task in zip(event["history_items"], event["history_tasks"], strict=True)
+                {
+                    "item_id": found[item]["item_id"], "task": TASKS[task], "query": text_of[query],
+                    "text": found[item]["text"],
+                }
+                for item, task, query in zip(
+                    event["history_items"], event["history_tasks"], asked, strict=True
+                )
             ],
             "negatives": [found[item]["item_id"] for item in event["negatives"]],
         }

@@ -57,6 +57,8 @@ class PrepareSettings:
     """stored tokens of an item's text"""
     item_words: Positive = 16
     """stored anonymised words of an item"""
+    category_levels: Positive = 8
+    """stored levels of an item's category, from the root"""
     query_tokens: Positive = 16
     """stored tokens of a query"""
     query_words: Positive = 8

@@ -44,18 +44,12 @@ from data_shards.work import (
 )
 from data_shards.write import EventColumns, describe_file, write_shards
 
-PIPELINE_VERSION = 4  # change it when a stage writes something else: a restart then reuses nothing
+PIPELINE_VERSION = 5  # change it when a stage writes something else: a restart then reuses nothing
 SHUFFLE_SEED, NEGATIVE_SEED = 16, 17
 EVENT_COLUMNS = {
-    **encode.EVENT_DTYPES,
-    "split": "i1",
-    "history_start": "i8",
-    "history_count": "i4",
-    "history_item": "i4",
-    "history_task": "i1",
-    "shown_start": "i8",
-    "shown_count": "i4",
-}
+    **encode.EVENT_DTYPES, "split": "i1", "history_start": "i8", "history_count": "i4", "history_item": "i4", "history_task": "i1",
+    "history_query": "i4", "shown_start": "i8", "shown_count": "i4",
+}  # fmt: skip
 
 
 def prepare(
@@ -194,21 +188,23 @@ def _split(work: Work, settings: PrepareSettings) -> dict[str, Any]:
 
 
 def _histories(work: Work, settings: PrepareSettings) -> dict[str, Any]:
-    """Stage: columns history_start, history_count of each event and the flat history_item, history_task."""
+    """Stage: columns history_start, history_count of each event and the flat history_item, history_task,
+    history_query."""
     columns = {name: work.column(name, dtype) for name, dtype in encode.EVENT_DTYPES.items()}
     written = 0
 
     def ranges() -> Iterator[dict[str, np.ndarray]]:
         nonlocal written
         for start, stop in _user_chunks(work, "histories"):
-            user, time, item, task = (
-                np.asarray(columns[name][start:stop]) for name in ("user", "time", "item", "task")
+            user, time, item, task, query = (
+                np.asarray(columns[name][start:stop]) for name in ("user", "time", "item", "task", "query")
             )
             keep = in_histories(user, time, item, task)
             first, count = windows(user, time, keep, settings.history_max)
             flat = {
                 "history_item": item[keep],
                 "history_task": task[keep],
+                "history_query": query[keep],
                 "history_row": start + np.flatnonzero(keep),
             }
             yield {"history_start": first + written, "history_count": count, **flat}
@@ -221,6 +217,7 @@ def _histories(work: Work, settings: PrepareSettings) -> dict[str, Any]:
             "history_count": "i4",
             "history_item": "i4",
             "history_task": "i1",
+            "history_query": "i4",
             "history_row": "i8",
         },
     )
@@ -324,10 +321,8 @@ def _manifest(
         },
         "settings": with_effect,
         "counts": {
-            "users": kept["num_users"],
-            "items": kept["num_items"],
-            "queries": kept["num_queries"],
-            **split["counts"],
+            "users": kept["num_users"], "items": kept["num_items"], "queries": kept["num_queries"],
+            **catalog["categories"], **split["counts"],
             "raw": {name: raw[name] for name in ("users", "items", "queries", "rec", "src")},
         },
         "dropped": {reason: count for reason, count in dropped.items() if count},

@@ -6,6 +6,7 @@ would misread the new one.
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,14 @@ import pyarrow as pa
 from data_shards.errors import DataError
 
 # 2: catalogue matrices in parts, words as uint16 where they fit, searches of each block in the manifest
-FORMAT_VERSION = 2
-READABLE_VERSIONS = (1, 2)
+# 3: history_queries in blocks, categories of items
+FORMAT_VERSION = 3
+READABLE_VERSIONS = (1, 2, 3)
 SPLITS = ("train", "valid", "test")
 TASKS = ("rec", "src")  # the index is the code stored in shards: 0 = recommendation, 1 = search
 REC, SRC = 0, 1
 NO_QUERY = -1  # value of `query` in a recommendation event
-PAD = 0  # padding id in token and word arrays; real words start at 1
+PAD = 0  # padding id in token, word and category arrays; real words and categories start at 1
 
 _EVENT_FIELDS = [
     # position in (user, time, tie-break) order over all splits: unique, the same on every run
@@ -34,6 +36,7 @@ _EVENT_FIELDS = [
     # oldest first, at most settings.history_max, strictly earlier than `time`
     ("history_items", pa.list_(pa.int32())),
     ("history_tasks", pa.list_(pa.int8())),  # REC or SRC for each history item
+    ("history_queries", pa.list_(pa.int32())),  # the query of each search in the history, NO_QUERY otherwise
 ]
 # shown beside the click, not clicked (may be empty)
 TRAIN_SCHEMA = pa.schema([*_EVENT_FIELDS, ("impressions", pa.list_(pa.int32()))])
@@ -91,14 +94,40 @@ class Manifest:
         return self.raw["text"]["num_words"]
 
     @property
-    def num_categories(self) -> int:
-        """Ids of item_category are 1 … num_categories; 0 in a folder without categories."""
-        return int(self.raw["counts"].get("categories", 0))
+    def has_history_queries(self) -> bool:
+        """Whether blocks say which query led to each search of a history."""
+        return self.raw["format_version"] >= 3
 
     @property
-    def has_history_queries(self) -> bool:
-        """Whether blocks hold the queries of the history (from format 3 on)."""
-        return bool(self.raw["format_version"] >= 3)
+    def num_categories(self) -> int:
+        """Category ids are 1 … num_categories; 0 is none. 0 where the source or the format has none."""
+        return self.raw["counts"].get("categories", 0)
+
+    @property
+    def category_depth(self) -> int:
+        """Levels of the longest category path = columns of item_category."""
+        return self.raw["counts"].get("category_depth", 0)
+
+    def check_holds(self, needs: Iterable[str], folder: str | Path) -> None:
+        """Raises DataError naming what a model needs and this folder lacks. needs: names of which
+        history_queries and item_category are looked at."""
+        needs = set(needs)
+        lacking = []
+        if "history_queries" in needs and not self.has_history_queries:
+            lacking.append("the queries of histories (history_queries)")
+        if "item_category" in needs and not self.num_categories:
+            lacking.append("categories of items (item_category)")
+        if not lacking:
+            return
+        version = self.raw["format_version"]
+        if version < 3:
+            why = (
+                f"It has format {version}; format 3 holds them. Prepare it again with: gensr prepare SOURCE "
+                f"RAW {folder} overwrite=true"
+            )
+        else:
+            why = "Its source gives no item a category. Choose another model, or add categories to the logs."
+        raise DataError(f"{folder} lacks {' and '.join(lacking)}, which the model needs. {why}")
 
     @property
     def num_negatives(self) -> int:
@@ -155,7 +184,7 @@ def parse_manifest(content: bytes, where: str) -> Manifest:
     except ValueError as error:
         raise DataError(f"{where} is not valid JSON ({error}). Prepare the folder again.") from error
     if raw.get("format_version") not in READABLE_VERSIONS:
-        readable = " and ".join(map(str, READABLE_VERSIONS))
+        readable = ", ".join(map(str, READABLE_VERSIONS))
         raise DataError(
             f"{where} has format version {raw.get('format_version')}, this gensr reads {readable}. Prepare "
             "the folder again."

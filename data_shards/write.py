@@ -32,10 +32,11 @@ class EventColumns:
     task: np.ndarray
     query: np.ndarray
     split: np.ndarray
-    history_start: np.ndarray  # [events] int64 into history_item, history_task
+    history_start: np.ndarray  # [events] int64 into history_item, _task, _query
     history_count: np.ndarray
     history_item: np.ndarray
     history_task: np.ndarray
+    history_query: np.ndarray
     shown_start: np.ndarray  # [events] int64 into shown_item
     shown_count: np.ndarray
     shown_item: np.ndarray
@@ -46,13 +47,12 @@ class EventColumns:
         history_offsets = _offsets(self.history_count[event_id])
         columns: list[Any] = [
             pa.array(event_id.astype(np.int64)),
+            *(pa.array(np.asarray(values[event_id])) for values in (self.user, self.task, self.item, self.query, self.time)),
             *(
-                pa.array(np.asarray(values[event_id]))
-                for values in (self.user, self.task, self.item, self.query, self.time)
+                pa.ListArray.from_arrays(history_offsets, pa.array(flat[history]))
+                for flat in (self.history_item, self.history_task, self.history_query)
             ),
-            pa.ListArray.from_arrays(history_offsets, pa.array(self.history_item[history])),
-            pa.ListArray.from_arrays(history_offsets, pa.array(self.history_task[history])),
-        ]
+        ]  # fmt: skip
         if negatives is None:
             shown = ragged_rows(self.shown_start[event_id], self.shown_count[event_id])
             columns.append(

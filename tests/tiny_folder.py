@@ -7,6 +7,7 @@ import json
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +15,7 @@ import pyarrow.parquet as pq
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from data_shards.blocks import decode_blocks, tar_entries
 from data_shards.schema import FORMAT_VERSION, NO_QUERY, REC, SRC, TRAIN_SCHEMA, eval_schema, read_manifest
 from data_shards.write import describe_file
 from trainer.data.cf_table import CfTable, save_cf
@@ -69,7 +71,7 @@ def make_tiny_folder(
         pa.table({"user_id": [f"u{u}" for u in range(num_users)]}), folder / "catalog" / "users.parquet"
     )
 
-    shards: dict[str, list[dict[str, object]]] = {}
+    shards: dict[str, list[dict[str, Any]]] = {}
     counts: dict[str, dict[str, int]] = {}
     first_id = 0
     halves = {
@@ -137,6 +139,21 @@ def make_tiny_folder(
     return folder
 
 
+def to_format_2(folder: Path) -> None:
+    """Rewrites a prepared folder of either kind as format 2 had it: no history_queries, no categories."""
+    raw = json.loads((folder / "manifest.json").read_text())
+    for of_split in raw["shards"].values():
+        for shard in of_split:
+            blocks = list(decode_blocks(tar_entries(folder / shard["name"]), shard["blocks"]))
+            without = [block.drop_columns("history_queries") for block in blocks]
+            shard |= _write_shard(folder, shard["name"], without)
+    for path in (folder / "catalog").glob("*categor*"):
+        path.unlink()
+    raw["catalog"] = [file for file in raw["catalog"] if "categor" not in file["name"]]
+    counts = {name: value for name, value in raw["counts"].items() if "categor" not in name}
+    (folder / "manifest.json").write_text(json.dumps({**raw, "format_version": 2, "counts": counts}))
+
+
 def _block(
     rng: np.random.Generator,
     first_id: int,
@@ -151,7 +168,7 @@ def _block(
     candidates = np.array([rng.permutation(num_items)[:100] for _ in range(count)], np.int32).reshape(
         count, 100
     )
-    columns = {
+    columns: dict[str, Any] = {
         "event_id": np.arange(first_id, first_id + count),
         "user": rng.integers(0, num_users, count).astype(np.int32),
         "task": task,
@@ -161,6 +178,10 @@ def _block(
         "history_items": [rng.integers(0, num_items, n).tolist() for n in lengths],
         "history_tasks": [rng.integers(0, 2, n).tolist() for n in lengths],
     }
+    columns["history_queries"] = [  # no draw: the other columns stay what they are for a seed
+        [place % num_queries if task == SRC else NO_QUERY for place, task in enumerate(tasks)]
+        for tasks in columns["history_tasks"]
+    ]
     if split == "train":
         return pa.table({**columns, "impressions": [[] for _ in range(count)]}, schema=TRAIN_SCHEMA)
     return pa.table({**columns, "negatives": candidates[:, 1:].tolist()}, schema=eval_schema(99))

@@ -35,6 +35,9 @@ class Batch:
     # [B, N] int64, row of the query of a search; -1 for a recommendation, and where the folder does not say
     history_queries: Tensor
     history_mask: Tensor  # [B, N] bool, True = a real item
+    # [B, N] int64, row of the query of a search in the history; -1 for a recommendation, and everywhere in a
+    # folder of format 2 (Manifest.has_history_queries)
+    history_queries: Tensor
     candidates: Tensor  # [B, C] int64
     labels: Tensor  # [B, C] float32, 1 = the clicked item (anywhere in the row)
     groups: tuple[Group, ...] | None = None  # GenSR.prepare decides; None: not decided yet
@@ -92,6 +95,9 @@ class ItemTables:
     # with rows_of)
     item_tokens: Tensor
     item_words: Tensor  # [num_items, W] uint16 or int32, 0 = padding; W = 0 for natural text
+    # [num_items, depth] int32, 0 = none: the category of each level from the root; depth = 0 where the folder
+    # has none (data_shards/categories.py)
+    item_category: Tensor
     query_tokens: Tensor  # [num_queries, L] int, padded with 0 at the end
     query_words: Tensor  # [num_queries, W] int, 0 = padding
 

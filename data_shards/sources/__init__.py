@@ -6,7 +6,8 @@ events   user_id, item_id (both BIGINT or VARCHAR), time BIGINT (ms since 1970, 
          clicked BOOLEAN (false = shown and not clicked), problem VARCHAR (NULL = usable; otherwise the reason
          this row is dropped, counted under it in the manifest)
 items    item_id, text VARCHAR (natural text), words VARCHAR (anonymised words, in any writing of a list; NULL
-         = none), category VARCHAR
+         = none), category VARCHAR (to be read), path VARCHAR (the category's names from the root, joined by
+         categories.PATH_MARK; NULL = none)
 """
 
 from collections.abc import Callable
@@ -40,6 +41,7 @@ class ItemSql:
     text: str = "text"
     words: str = "NULL"
     category: str = "category"
+    path: str = "path"
     words_origin: str = ""  # FILE:COLUMN that the words come from, for errors
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_shards.categories import PATH_MARK
 from data_shards.errors import DataError
 from data_shards.options import PrepareSettings
 from data_shards.schema import REC, SRC
@@ -114,8 +115,10 @@ def _item_row(item_id: Any, title: Any, path: list[str], text_order: str) -> dic
         "item_id": item_id,
         "text": item_text(path, _clean(title), text_order),
         "category": " > ".join(path) or None,
-        # from the shortest to the whole path
-        "queries": [query for depth in range(1, len(path) + 1) if (query := category_query(path[:depth]))],
+        "path": PATH_MARK.join(path),
+        "queries": [
+            query for depth in range(1, len(path) + 1) if (query := category_query(path[:depth]))
+        ],  # from the shortest to the whole path
     }
 
 
@@ -268,6 +271,7 @@ def _item_table(rows: list[dict[str, Any]], integers: bool) -> pa.Table:
             ("item_id", pa.int64() if integers else pa.string()),
             ("text", pa.string()),
             ("category", pa.string()),
+            ("path", pa.string()),
             ("queries", pa.list_(pa.string())),
         ]
     )

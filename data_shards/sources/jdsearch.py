@@ -7,6 +7,7 @@ given as intervals between behaviours of one user, so there is no common clock: 
 split is leave-one-out. The last query of a user and its clicked candidates are the newest events; candidates
 that were not clicked are impressions. A user whose last query has no click keeps the last behaviour of the
 history as the test event.
+A category's names are its ids (cate_id_*) where the file has them: two ids may share a name.
 """
 
 from collections import Counter
@@ -18,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_shards.categories import PATH_MARK
 from data_shards.errors import DataError
 from data_shards.options import PrepareSettings
 from data_shards.schema import REC, SRC
@@ -37,6 +39,7 @@ USER_COLUMNS = (
     "history_time_list",
 )
 LEVELS = [f"cate_name_{level}" for level in (1, 2, 3, 4)]
+LEVEL_IDS = [f"cate_id_{level}" for level in (1, 2, 3, 4)]
 WORD_MARK = "\x18"
 SCHEMA = pa.schema(
     [
@@ -90,11 +93,13 @@ def _read(work: Work, behaviour: Path, products: Path) -> Tables:
         f"columns={{{columns}}})"
     )
     words = f"translate(concat_ws('{WORD_MARK}', {', '.join(LEVELS)}, name), '{WORD_MARK}', ' ')"
+    path = LEVEL_IDS if set(LEVEL_IDS) <= set(header) else LEVELS
     items = ItemSql(
         scan=f"(SELECT *, wid AS item_id FROM {scan})",
         text="''",
         words=words,
         category=f"concat_ws(' > ', {', '.join(LEVELS)})",
+        path=f"concat_ws({literal(PATH_MARK)}, {', '.join(path)})",
     )
     notes = {"users": "one for each line of the behaviour file: user_id is its number, from 1"}
     return Tables(

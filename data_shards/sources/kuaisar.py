@@ -11,6 +11,7 @@ from pathlib import Path
 
 import duckdb
 
+from data_shards.categories import PATH_MARK
 from data_shards.errors import DataError
 from data_shards.options import PrepareSettings
 from data_shards.schema import REC, SRC
@@ -97,6 +98,7 @@ def _items_sql(path: Path) -> ItemSql:
         text=f"concat_ws(' ', {names})",
         words="caption",
         category=category,
+        path=f"concat_ws({literal(PATH_MARK)}, {names})",
         words_origin=f"{path}:caption",
     )
 

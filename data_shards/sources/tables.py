@@ -3,7 +3,8 @@
 events  user_id, item_id, time (integer ms since 1970 or ISO 8601, UTC when no offset is given), optional:
         task (rec, src; rec where absent),
         query (text or list of integers), clicked (0/1, 1 where absent)
-items   item_id, text or words (list of integers) or both, optional: category
+items   item_id, text or words (list of integers) or both, optional: category (the names from the root: a
+        list, also as JSON, or text like "Home > Kitchen > Pans"; empty for none)
 Ids are strings or integers; numbers in CSV and JSON count as integers only if all of them are.
 """
 
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import duckdb
 
+from data_shards.categories import PATH_MARK
 from data_shards.errors import DataError
 from data_shards.options import PrepareSettings
 from data_shards.sources import EARLIEST_MS, LATEST_MS, TOO_EARLY, TOO_LATE, ItemSql, Source, Tables
@@ -158,11 +160,27 @@ def _words_text(file: File, column: str) -> str:
 def _items_sql(items: File, item_type: str) -> str:
     words = _words_text(items, "words") if "words" in items.types else "NULL::VARCHAR"
     text = "coalesce(CAST(file.text AS VARCHAR), '')" if "text" in items.types else "''"
-    category = "CAST(file.category AS VARCHAR)" if "category" in items.types else "NULL::VARCHAR"
+    category, path = _category(items)
     item_id = f"CAST({_plain_id(items, 'item_id')} AS {item_type})"
     return (
-        f"SELECT {item_id} AS item_id, {text} AS text, {words} AS words, {category} AS category "
-        f"FROM {items.scan} file"
+        f"SELECT {item_id} AS item_id, {text} AS text, {words} AS words, {category} AS category, "
+        f"{path} AS path FROM {items.scan} file"
+    )
+
+
+def _category(items: File) -> tuple[str, str]:
+    """SQL of an item's category as text and as a path."""
+    kind, mark = items.types.get("category"), literal(PATH_MARK)
+    if kind is None:
+        return "NULL::VARCHAR", "NULL::VARCHAR"
+    if kind.endswith("[]"):
+        return "array_to_string(file.category, ' > ')", f"array_to_string(file.category, {mark})"
+    text = "CAST(file.category AS VARCHAR)"
+    is_list = f"{text} LIKE '[%]' AND json_valid({text})"  # how JSON lines, read as text, show a list
+    names = f"""from_json({text}, '["VARCHAR"]')"""
+    return (
+        f"CASE WHEN {is_list} THEN array_to_string({names}, ' > ') ELSE {text} END",
+        f"CASE WHEN {is_list} THEN array_to_string({names}, {mark}) ELSE replace({text}, '>', {mark}) END",
     )
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 
 from data_shards.schema import read_manifest
@@ -28,8 +29,10 @@ class Handler(http.server.SimpleHTTPRequestHandler):
     """Files of a folder; counts requests, and fails those that the test wants to fail."""
 
     asked: ClassVar[list[str]] = []
-    # path → what happens to the next requests: "cut", "reset" or "flip" (of one bit)
-    failures: ClassVar[dict[str, list[str]]] = {}
+    failures: ClassVar[
+        dict[str, list[str]]
+    ] = {}  # path → what happens to the next requests: "cut", "reset" or "flip" (a bit of byte flip_at)
+    flip_at: ClassVar[int] = 0
 
     def do_GET(self) -> None:
         self.asked.append(self.path)
@@ -38,7 +41,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         what = self.failures[self.path].pop(0)
         content = bytearray(Path(self.translate_path(self.path)).read_bytes())
         sent = len(content) if what == "flip" else len(content) // 8
-        content[len(content) // 2] ^= 1
+        content[self.flip_at] ^= what == "flip"
         self.send_response(200)
         self.send_header("Content-Length", str(sent if what == "cut" else len(content)))
         self.end_headers()
@@ -176,6 +179,8 @@ def test_a_streamed_shard_with_another_bit_is_named(folder: Path, url: str) -> N
     shard = read_manifest(folder).shards("train")[0]
     here = local_folder(DataConfig(dir=url))
     Handler.failures = {f"/{shard.name}": ["flip"]}
+    ids = np.arange(shard.blocks[0]).tobytes()  # the column event_id of the first block
+    Handler.flip_at = (folder / shard.name).read_bytes().index(ids) + len(ids) // 2
     blocks = read_blocks(here, shard)
     sizes = [next(blocks).num_rows for _ in shard.blocks]
     assert sizes == list(shard.blocks)

@@ -5,8 +5,8 @@ import itertools
 import tarfile
 import time
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,37 +18,52 @@ from webdataset.tariterators import tar_file_iterator
 
 from data_shards.blocks import decode_blocks
 from data_shards.checksum import file_sha256, pieces
-from data_shards.schema import NO_QUERY, SRC, Shard
+from data_shards.schema import NO_QUERY, SRC, Manifest, Shard
 from trainer.batch import Batch
 from trainer.data.node_cache import READ_ATTEMPTS, RETRY_AFTER_S, check_stream, retried, shard_place
 from trainer.errors import DataError
 
 MAX_IMPRESSIONS = 16  # unclicked impressions of an event offered as negatives
+# with the value of padding; history_queries is there from format 3 on
+HISTORY_COLUMNS = {"history_items": 0, "history_tasks": 0, "history_queries": NO_QUERY}
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Columns of some events. History is padded at the end to the model's N, newest kept."""
+    """Columns of some events. History is padded at the end to the model's N, newest kept.
+
+    It keeps the stored types until to_batch: rows are moved several times, and wider numbers cost more.
+    """
 
     event_id: np.ndarray
     user: np.ndarray
     task: np.ndarray
     item: np.ndarray
     query: np.ndarray
-    history_items: np.ndarray  # [n, N]
-    history_tasks: np.ndarray
+    history_items: np.ndarray  # [n, N] int32
+    history_tasks: np.ndarray  # int8
     history_mask: np.ndarray
+    history_queries: (
+        np.ndarray | None
+    )  # int32, NO_QUERY for a recommendation and padding; None before format 3
     extra: np.ndarray  # [n, X]: stored negatives of valid and test; impressions of train, padded with -1
     epoch: np.ndarray  # how often the event has been trained on before
 
     def take(self, index: Any) -> "Rows":
-        return Rows(**{name: value[index] for name, value in vars(self).items()})
+        return self._each([self], lambda columns: columns[0][index])
 
     @staticmethod
     def concatenate(parts: list["Rows"]) -> "Rows":
-        if len(parts) == 1:
-            return parts[0]
-        return Rows(**{name: np.concatenate([vars(part)[name] for part in parts]) for name in vars(parts[0])})
+        return parts[0] if len(parts) == 1 else Rows._each(parts, np.concatenate)
+
+    @staticmethod
+    def _each(parts: list["Rows"], change: Callable[[list[np.ndarray]], np.ndarray]) -> "Rows":
+        """Rows of `change` of each column of the parts. A column that they lack stays None."""
+        made: dict[str, Any] = {}
+        for field in fields(Rows):
+            columns = [getattr(part, field.name) for part in parts]
+            made[field.name] = None if columns[0] is None else change(columns)
+        return Rows(**made)
 
 
 def read_blocks(
@@ -191,50 +206,61 @@ def decode(
         name: to_numpy(table[name])[index].astype(np.int64)
         for name in ("event_id", "user", "task", "item", "query")
     }
-    history_items, mask = _list_tail(table["history_items"], index, history_max, fill=0)
-    history_tasks, _ = _list_tail(table["history_tasks"], index, history_max, fill=0)
+    at, mask = _tails(table["history_items"], index, history_max)  # the lists of a history are parallel
+    history = {
+        name: _values(table[name], at, mask, fill)
+        for name, fill in HISTORY_COLUMNS.items()
+        if name in table.column_names
+    }
     extra = np.zeros((len(index), 0), np.int64)
     if "negatives" in table.column_names:
         extra = to_numpy(table["negatives"])[index]
     elif with_impressions and "impressions" in table.column_names:
-        extra, _ = _list_tail(table["impressions"], index, MAX_IMPRESSIONS, fill=-1)
+        where = _tails(table["impressions"], index, MAX_IMPRESSIONS)
+        extra = _values(table["impressions"], *where, fill=-1).astype(np.int64)
     return Rows(
         **plain,
-        history_items=history_items,
-        history_tasks=history_tasks,
+        history_items=history["history_items"],
+        history_tasks=history["history_tasks"],
         history_mask=mask,
+        history_queries=history.get("history_queries"),
         extra=extra,
         epoch=np.full(len(index), epoch),
     )
 
 
-def _list_tail(
-    column: pa.ChunkedArray, index: np.ndarray, width: int, fill: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """The last `width` entries of lists `index` → [n, width] int64 padded at the end with `fill`, and the
-    mask of real entries."""
-    lists = _single_chunk(column)
-    offsets = lists.offsets.to_numpy().astype(np.int64)
+def _tails(column: pa.ChunkedArray, index: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where the last `width` entries of lists `index` lie among a column's values, and which of them are
+    real, both [n, width]; the others point at value 0."""
+    offsets = _single_chunk(column).offsets.to_numpy().astype(np.int64)
     end = offsets[index + 1][:, None]
     at = np.maximum(offsets[index][:, None], end - width) + np.arange(width)
     mask = at < end
-    values = lists.values.to_numpy()
+    return np.where(mask, at, 0), mask
+
+
+def _values(column: pa.ChunkedArray, at: np.ndarray, mask: np.ndarray, fill: int) -> np.ndarray:
+    """Those entries, in the column's type, padded at the end with `fill`."""
+    values = _single_chunk(column).values.to_numpy()
     if len(values) == 0:
-        return np.full(mask.shape, fill, np.int64), mask
-    return np.where(mask, values[np.where(mask, at, 0)], fill).astype(np.int64), mask
+        return np.full(mask.shape, fill, values.dtype)
+    return np.where(mask, values[at], np.array(fill, values.dtype))
 
 
 def to_batch(rows: Rows, candidates: np.ndarray, labels: np.ndarray, fold: np.ndarray) -> Batch:
+    queries = rows.history_queries
+    if queries is None:
+        queries = np.full(rows.history_items.shape, NO_QUERY, np.int64)
     return Batch(
         event_id=torch.from_numpy(rows.event_id),
         user=torch.from_numpy(rows.user),
         task=torch.from_numpy(rows.task),
         query=torch.from_numpy(rows.query),
         fold=torch.from_numpy(fold.astype(np.int64)),
-        history_items=torch.from_numpy(rows.history_items),
-        history_tasks=torch.from_numpy(rows.history_tasks),
-        history_queries=torch.full(rows.history_items.shape, NO_QUERY),
+        history_items=torch.from_numpy(rows.history_items).long(),
+        history_tasks=torch.from_numpy(rows.history_tasks).long(),
         history_mask=torch.from_numpy(rows.history_mask),
+        history_queries=torch.from_numpy(queries).long(),
         candidates=torch.from_numpy(candidates),
         labels=torch.from_numpy(labels),
     )

@@ -12,6 +12,7 @@ import pytest
 from data_shards.errors import DataError
 from data_shards.prepare import prepare
 from data_shards.sources.amazon import PATH_COMMA, category_query, item_text
+from tests.unit.data_shards.test_categories import paths_by_item
 from tests.unit.data_shards.test_reference import read_back
 
 SETTINGS = ("num_negatives=2", "vocab_size=300")
@@ -170,6 +171,8 @@ def test_both_generations_of_the_release(tmp_path: Path, form: Any, names: tuple
     assert {row["text"] for row in texts} == {
         f"Books Kind & Co It's item {row['item_id'][1:]}" for row in texts
     }
+    path = ["Kindle Store", "Books", "Kind & Co"]
+    assert paths_by_item(tmp_path / "out") == {row["item_id"]: path for row in texts}
 
 
 def test_damaged_files_are_named(tmp_path: Path) -> None:

@@ -64,6 +64,22 @@ def test_a_leak_is_found_and_nothing_is_published(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_wrong_query_in_a_history_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def with_other_queries(work: Work) -> EventColumns:
+        columns = event_columns(work)
+        return dataclasses.replace(columns, history_query=columns.history_query[::-1].copy())
+
+    event_columns = module._event_columns
+    monkeypatch.setattr(module, "_event_columns", with_other_queries)
+    with pytest.raises(DataError, match=r"leak checks failed: {'history_queries': \d+}"):
+        prepare(
+            "tables",
+            write_tables(tmp_path / "raw", users=12, items=60, days=4),
+            tmp_path / "out",
+            ["num_negatives=20", "vocab_size=300"],
+        )
+
+
 def test_clicked_and_repeated_negatives_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         module,

@@ -1,10 +1,28 @@
 """The prepared folder as another program sees it."""
 
+import re
 from pathlib import Path
 
 import pyarrow as pa
+import pytest
 
 from data_shards.schema import TRAIN_SCHEMA, eval_schema, read_manifest
+
+README = Path(__file__).parents[3] / "data_shards" / "README.md"
+EXAMPLES = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=["tarfile", "webdataset"])
+def test_the_examples_of_the_readme_read_a_folder(
+    prepared: Path, example: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exec(example.replace("OUT", str(prepared)), {})
+    printed = capsys.readouterr().out
+    assert len(printed.splitlines()) > 10
+    if "tarfile" in example:
+        assert re.search(r"^  before: \d+ recommended$", printed, re.MULTILINE)
+        assert re.search(r"^  before: \d+ found by '\w+ \w+'$", printed, re.MULTILINE)
+        assert re.search(r"^item \d+ \['\w+'\]$", printed, re.MULTILINE)
 
 
 def test_ten_lines_of_webdataset_and_pyarrow_read_a_shard(prepared: Path) -> None:
@@ -15,10 +33,9 @@ def test_ten_lines_of_webdataset_and_pyarrow_read_a_shard(prepared: Path) -> Non
         block = pa.ipc.open_stream(entry["arrow"]).read_all()
         assert block.schema == TRAIN_SCHEMA
         rows += block.num_rows
-        for history, tasks in zip(
-            block["history_items"].to_pylist(), block["history_tasks"].to_pylist(), strict=True
-        ):
-            assert len(history) == len(tasks) <= 20
+        lists = (block[f"history_{name}"].to_pylist() for name in ("items", "tasks", "queries"))
+        for history, tasks, queries in zip(*lists, strict=True):
+            assert len(history) == len(tasks) == len(queries) <= 20
     assert rows == read_manifest(prepared).shards("train")[0].num_events
 
 

@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from data_shards.errors import DataError
@@ -48,6 +50,16 @@ def test_the_example_of_its_authors(tmp_path: Path) -> None:
     assert sorted(mine["train"]) == [(256, "rec", None, 12), (889, "src", "323 328 196", 0)]
     test = next(e for e in events["test"] if e["user"] == 1)
     assert test["history"] == [(889, "src"), (256, "rec"), (345, "src")]
+    assert test["history_queries"] == ["323 328 196", None, "12 54"]
+    catalog = tmp_path / "out" / "catalog"
+    ids = {row["id"]: row["name"] for row in pq.read_table(catalog / "categories.parquet").to_pylist()}
+    assert ids == {1: "7", 2: "8", 3: "9", 4: "10"}, "cate_id_1 … 4"
+    of_item = zip(
+        pq.read_table(catalog / "items.parquet")["item_id"].to_pylist(),
+        np.load(catalog / "item_category-000000.npy").tolist(),
+        strict=True,
+    )
+    assert {item: row for item, row in of_item if item in (456, 345)} == {456: [1, 2, 3, 4], 345: [0] * 4}
 
 
 def test_lists_that_do_not_fit_are_named(tmp_path: Path) -> None:

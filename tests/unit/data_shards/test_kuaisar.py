@@ -11,6 +11,7 @@ import pytest
 from data_shards.errors import DataError
 from data_shards.prepare import prepare
 from data_shards.schema import read_manifest
+from tests.unit.data_shards.test_categories import paths_by_item
 from tests.unit.data_shards.test_reference import read_back
 
 DAY = 86_400_000
@@ -133,6 +134,8 @@ def test_rows_that_cannot_be_used_are_counted_by_file_and_reason(tmp_path: Path)
     assert (texts[11]["text"], texts[11]["category"]) == ("Food Bread 5 7", "Food > Bread"), (
         "English category names, then the caption"
     )
+    paths = paths_by_item(tmp_path / "out")
+    assert (paths[99], paths[11]) == ([], ["Food", "Bread"])
 
 
 @pytest.mark.parametrize(

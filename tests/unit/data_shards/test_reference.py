@@ -15,6 +15,17 @@ from data_shards.prepare import prepare
 from data_shards.schema import SPLITS, TASKS, read_manifest
 
 HISTORY_MAX = 6
+# "new" and "x" are each several categories; text around and between > is trimmed and left out where empty
+CATEGORIES = (
+    "cars > new > x",
+    "bikes>new",
+    None,
+    "cars > old",
+    "bikes > new > x > y",
+    "",
+    "bikes",
+    " new >> x",
+)
 
 
 def read_back(out: Path) -> dict[str, list[dict[str, Any]]]:
@@ -34,18 +45,13 @@ def read_back(out: Path) -> dict[str, list[dict[str, Any]]]:
                             strict=True,
                         )
                     )
-                    events[split].append(
-                        {
-                            "user": users[row["user"]],
-                            "item": items[row["item"]],
-                            "task": TASKS[row["task"]],
-                            "time": row["time"],
-                            "query": queries[row["query"]] if row["query"] >= 0 else None,
-                            "history": history,
-                            "impressions": [items[i] for i in row.get("impressions", [])],
-                            "event_id": row["event_id"],
-                        }
-                    )
+                    history_queries = [queries[q] if q >= 0 else None for q in row["history_queries"]]
+                    events[split].append({
+                        "user": users[row["user"]], "item": items[row["item"]], "task": TASKS[row["task"]], "time": row["time"],
+                        "query": queries[row["query"]] if row["query"] >= 0 else None, "history": history,
+                        "history_queries": history_queries,
+                        "impressions": [items[i] for i in row.get("impressions", [])], "event_id": row["event_id"],
+                    })  # fmt: skip
     return events
 
 
@@ -55,7 +61,11 @@ def write_tied_log(folder: Path, seed: int) -> Path:
     folder.mkdir()
     day = 86_400_000
     (folder / "items.jsonl").write_text(
-        "".join(json.dumps({"item_id": i, "text": f"item {i}"}) + "\n" for i in range(40))
+        "".join(
+            json.dumps({"item_id": i, "text": f"item {i}", "category": CATEGORIES[i % len(CATEGORIES)]})
+            + "\n"
+            for i in range(40)
+        )
     )
     rows = []
     for user in range(12):
@@ -95,9 +105,11 @@ def expected_events(raw: Path, rule: str) -> dict[str, list[dict[str, Any]]]:
                     "train" if len(times) < 3 else {times[-1]: "test", times[-2]: "valid"}.get(time, "train")
                 )
             before: dict[tuple[int, int], str] = {}
-            for _, earlier, other, kind, _ in mine:
+            asked: dict[tuple[int, int], set[str]] = defaultdict(set)
+            for _, earlier, other, kind, words in mine:
                 if earlier < time:
                     before[earlier, other] = "src" if "src" in (kind, before.get((earlier, other))) else "rec"
+                    asked[earlier, other] |= {words} - {""}
             events[split].append(
                 {
                     "user": user,
@@ -106,6 +118,7 @@ def expected_events(raw: Path, rule: str) -> dict[str, list[dict[str, Any]]]:
                     "time": time,
                     "query": query or None,
                     "before": before,
+                    "asked": asked,
                 }
             )
     return events
@@ -130,9 +143,9 @@ def test_events_splits_and_histories_equal_the_slow_reading(tmp_path: Path, rule
 
     for split in SPLITS:
         assert sorted(map(key, got[split])) == sorted(map(key, expected[split]))
-        before_of = {key(event): event["before"] for event in expected[split]}
+        expected_of = {key(event): event for event in expected[split]}
         for event in got[split]:
-            before = before_of[key(event)]
+            before, asked = (expected_of[key(event)][name] for name in ("before", "asked"))
             assert len(event["history"]) == min(HISTORY_MAX, len(before))
             times = sorted(time for time, _ in before)[-len(event["history"]) :] if event["history"] else []
             assert all(
@@ -142,6 +155,45 @@ def test_events_splits_and_histories_equal_the_slow_reading(tmp_path: Path, rule
             assert len(set(zip(times, event["history"], strict=True))) == len(times), (
                 "an item of one moment is there once"
             )
+            for time, (item, task), query in zip(
+                times, event["history"], event["history_queries"], strict=True
+            ):
+                # an item found by two queries at one moment is there with one of them
+                assert query in asked[time, item] if task == "src" else query is None
+
+
+def test_categories_equal_the_slow_reading(tmp_path: Path) -> None:
+    raw = write_tied_log(tmp_path / "raw", 6)
+    settings = ["num_negatives=5", "vocab_size=300", "category_levels=3"]
+    manifest = prepare("tables", raw, tmp_path / "out", settings)
+    catalog = tmp_path / "out" / "catalog"
+    written = [json.loads(line) for line in (raw / "items.jsonl").read_text().splitlines()]
+    path_of = {
+        row["item_id"]: tuple(name.strip() for name in (row["category"] or "").split(">") if name.strip())[:3]
+        for row in written
+    }
+    items = pq.read_table(catalog / "items.parquet")["item_id"].to_pylist()
+    matrix = np.load(catalog / "item_category-000000.npy")
+    places = {path_of[item][: level + 1] for item in items for level in range(len(path_of[item]))}
+    assert (
+        (manifest.num_categories, manifest.category_depth)
+        == (len(places), 3)
+        == (len(places), matrix.shape[1])
+    )
+    assert matrix.dtype == np.int32 and len(matrix) == len(items)
+    rows = pq.read_table(catalog / "categories.parquet").to_pylist()
+    assert [row["id"] for row in rows] == list(range(1, len(places) + 1))
+    path_of_id: dict[int, tuple[str, ...]] = {0: ()}
+    for row in rows:  # a parent's id is smaller
+        path_of_id[row["id"]] = (*path_of_id[row["parent"]], row["name"])
+        assert row["level"] == len(path_of_id[row["id"]]) - 1
+    assert set(path_of_id.values()) == places | {()}
+    for item, ids in zip(items, matrix.tolist(), strict=True):
+        path = path_of[item]
+        assert [path_of_id[number] for number in ids[: len(path)]] == [
+            path[: level + 1] for level in range(len(path))
+        ]
+        assert ids[len(path) :] == [0] * (3 - len(path))
 
 
 def test_one_moment_has_one_order_in_all_histories(tmp_path: Path) -> None:
