@@ -172,13 +172,21 @@ def _example(folder: Path, manifest: Manifest) -> dict[str, Any]:
         queries = _rows(folder / "catalog" / "queries.parquet", ["text"], [event["query"], *asked])
         text_of = {NO_QUERY: None, **{row: query["text"] for row, query in queries.items()}}
         return {
-            "split": "test", "event_id": event["event_id"], "time": event["time"], "task": TASKS[event["task"]],
-            "user_id": _rows(folder / "catalog" / "users.parquet", ["user_id"], [event["user"]])[event["user"]]["user_id"],
-            "item_id": found[event["item"]]["item_id"], "item_text": found[event["item"]]["text"],
+            "split": "test",
+            "event_id": event["event_id"],
+            "time": event["time"],
+            "task": TASKS[event["task"]],
+            "user_id": _rows(folder / "catalog" / "users.parquet", ["user_id"], [event["user"]])[
+                event["user"]
+            ]["user_id"],
+            "item_id": found[event["item"]]["item_id"],
+            "item_text": found[event["item"]]["text"],
             "query": text_of[event["query"]],
             "history": [
                 {
-                    "item_id": found[item]["item_id"], "task": TASKS[task], "query": text_of[query],
+                    "item_id": found[item]["item_id"],
+                    "task": TASKS[task],
+                    "query": text_of[query],
                     "text": found[item]["text"],
                 }
                 for item, task, query in zip(

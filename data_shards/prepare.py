@@ -321,8 +321,11 @@ def _manifest(
         },
         "settings": with_effect,
         "counts": {
-            "users": kept["num_users"], "items": kept["num_items"], "queries": kept["num_queries"],
-            **catalog["categories"], **split["counts"],
+            "users": kept["num_users"],
+            "items": kept["num_items"],
+            "queries": kept["num_queries"],
+            **catalog["categories"],
+            **split["counts"],
             "raw": {name: raw[name] for name in ("users", "items", "queries", "rec", "src")},
         },
         "dropped": {reason: count for reason, count in dropped.items() if count},

@@ -32,8 +32,6 @@ class Batch:
     fold: Tensor
     history_items: Tensor  # [B, N] int64, oldest first, padded at the end with 0
     history_tasks: Tensor  # [B, N] int64
-    # [B, N] int64, row of the query of a search; -1 for a recommendation, and where the folder does not say
-    history_queries: Tensor
     history_mask: Tensor  # [B, N] bool, True = a real item
     # [B, N] int64, row of the query of a search in the history; -1 for a recommendation, and everywhere in a
     # folder of format 2 (Manifest.has_history_queries)
@@ -133,7 +131,8 @@ class ItemTables:
 
 def no_tables(num_items: int, num_queries: int, cf_dim: int = 0, num_users: int = 0) -> ItemTables:
     """Tables that hold nothing, in the right shapes: padding, zero vectors, no folds."""
-    nothing = {name: torch.zeros((num_items, 0), dtype=torch.int32) for name in ("item_tokens", "item_words")}
+    empty = torch.zeros((num_items, 0), dtype=torch.int32)
+    nothing = dict.fromkeys(("item_tokens", "item_words", "item_category"), empty)
     return ItemTables(
         cf=torch.zeros((num_items, cf_dim)),
         cf_folds=torch.zeros((0, num_items, cf_dim)),

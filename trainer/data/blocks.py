@@ -18,7 +18,7 @@ from webdataset.tariterators import tar_file_iterator
 
 from data_shards.blocks import decode_blocks
 from data_shards.checksum import file_sha256, pieces
-from data_shards.schema import NO_QUERY, SRC, Manifest, Shard
+from data_shards.schema import NO_QUERY, SRC, Shard
 from trainer.batch import Batch
 from trainer.data.node_cache import READ_ATTEMPTS, RETRY_AFTER_S, check_stream, retried, shard_place
 from trainer.errors import DataError

@@ -17,7 +17,6 @@ from trainer.data.blocks import read_blocks, to_numpy
 from trainer.data.cf_table import CfTable, cf_path, load_cf
 from trainer.data.item_tables import load_tables
 from trainer.data.node_cache import local_folder
-from trainer.errors import DataError
 from trainer.runtime.files import file_sha256
 
 
@@ -66,18 +65,9 @@ class PreparedFolder:
     def tables(self, needs: frozenset[str], with_folds: bool = False) -> ItemTables:
         """What a model's `needs` name, on the CPU; the rest is empty. Raises DataError, with the command that
         makes it, for something that the folder does not hold."""
-        self._check(needs)
+        self.manifest.check_holds(needs, self.name)
         cf = self.cf(users="cf_users" in needs, folds=with_folds) if needs & {"cf", "cf_users"} else None
         return load_tables(self.path, self.manifest, cf, with_folds)
-
-    def _check(self, needs: frozenset[str]) -> None:
-        again = "Prepare the folder again with this gensr: gensr prepare SOURCE RAW OUT"
-        if "history_queries" in needs and not self.manifest.has_history_queries:
-            raise DataError(f"{self.name} holds no queries of the history (format before 3). {again}")
-        if "item_category" in needs and not self.manifest.num_categories:
-            raise DataError(
-                f"{self.name} holds no categories of items. {again}, from logs that have categories"
-            )
 
     # ---- events --------------------------------------------------------------------------------------------
 

@@ -31,6 +31,9 @@ def load_tables(
         **_cf_tables(cf, num_items, with_folds),
         item_tokens=_mapped(folder, manifest, "item_tokens", num_items),
         item_words=_mapped(folder, manifest, "item_words", num_items) if words else _nothing(num_items),
+        item_category=_mapped(folder, manifest, "item_category", num_items)
+        if manifest.category_depth
+        else _nothing(num_items),
         query_tokens=_trimmed(_mapped(folder, manifest, "query_tokens", num_queries).int()),
         query_words=_trimmed(_mapped(folder, manifest, "query_words", num_queries).int())
         if words
@@ -45,22 +48,7 @@ def _cf_tables(cf: CfTable | None, num_items: int, with_folds: bool) -> dict[str
     clicked = cf.item.any(1)  # items without training clicks are zero rows
     scale = 1.0 / float(cf.item[clicked].square().mean().sqrt()) if bool(clicked.any()) else 1.0
     folds = cf.item_folds if with_folds else cf.item_folds[:0]
-    num_items, num_queries = manifest.num_items, manifest.num_queries
-    return ItemTables(
-        cf=cf.item * scale,
-        cf_folds=folds * scale,
-        item_tokens=_mapped(folder, manifest, "item_tokens", num_items),
-        item_words=_mapped(folder, manifest, "item_words", num_items)
-        if manifest.num_words
-        else _nothing(num_items),
-        item_category=_mapped(folder, manifest, "item_category", num_items)
-        if manifest.category_depth
-        else _nothing(num_items),
-        query_tokens=_trimmed(_mapped(folder, manifest, "query_tokens", num_queries).int()),
-        query_words=_trimmed(_mapped(folder, manifest, "query_words", num_queries).int())
-        if manifest.num_words
-        else _nothing(num_queries),
-    )
+    return {"cf": cf.item * scale, "cf_folds": folds * scale, "cf_users": cf.user * scale}
 
 
 def _nothing(rows: int) -> Tensor:

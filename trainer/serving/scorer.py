@@ -35,29 +35,6 @@ if TYPE_CHECKING:
     from data_shards.text import Words
 
 MAX_CANDIDATES = 2048  # scored at once: bounds memory, whatever a request asks for
-TABLE_NAMES = ("cf", "item_tokens", "item_words", "item_category")
-
-
-@dataclass(frozen=True)
-class QueryFormat:
-    """How a query becomes rows of ItemTables.query_*: the settings of the prepared folder that the model was
-    trained on."""
-
-    mode: str  # natural, words, digits or drop (data_shards/text.py)
-    query_tokens: int
-    query_words: int
-    lowercase: bool
-
-
-@dataclass(frozen=True)
-class ParsedRequest:
-    """Rows instead of ids."""
-
-    items: list[int]  # history, oldest first, all of it; the model reads the newest history_max
-    tasks: list[int]
-    task: int
-    query: str | None
-    candidates: list[int]
 
 
 class Scorer:
@@ -222,7 +199,6 @@ class Scorer:
             history_tasks=_padded(tasks),
             history_queries=self._history_queries(requests, queries, history_max, history.shape[1]),
             history_mask=torch.arange(history.shape[1]) < torch.tensor([len(row) for row in items])[:, None],
-            history_queries=torch.full(history.shape, NO_QUERY),
             candidates=candidate_rows,
             labels=torch.zeros(candidate_rows.shape),
         )
@@ -263,87 +239,8 @@ class Queries:
         return len(self.texts) - 1
 
 
-def read_words(path: Path, form: QueryFormat) -> "Words":
-    """The anonymised words of a catalogue, sorted; word id = position + 1."""
-    from data_shards.text import Words
-
-    return Words(np.load(path, allow_pickle=False) if form.mode == "words" else np.zeros(0, np.int64))
-
-
-def load_fast_tokenizer(model_dir: Path) -> "Tokenizer":
-    from tokenizers import Tokenizer
-
-    return Tokenizer.from_file(str(model_dir / "tokenizer" / "tokenizer.json"))
-
-
-def write_items(folder: Path, scorer: Scorer, items: pa.Table, facts: Mapping[str, Any]) -> None:
-    """What a registered version needs of the prepared folder: item tables (without the cross-fitting folds),
-    original ids and texts (the columns item_id and text of `items`), how to read queries, the precision.
-    `facts` are kept beside them in serving.json."""
-    folder.mkdir(parents=True)
-    save_file(
-        {name: getattr(scorer.model.tables, name).contiguous().cpu() for name in TABLE_NAMES},
-        folder / "tables.safetensors",
-    )
-    pq.write_table(items.select(["item_id", "text"]), folder / "items.parquet")
-    if scorer.query_format.mode == "words":
-        np.save(folder / "words.npy", scorer.words.vocabulary)
-    document = {
-        **facts,
-        "precision": scorer.precision,
-        "query_format": dataclasses.asdict(scorer.query_format),
-    }
-    (folder / "serving.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-
-
-def read_serving_facts(folder: Path) -> dict[str, Any]:
-    """serving.json of what write_items wrote. Raises RunError when FOLDER is something else."""
-    path = folder / "serving.json"
-    if not path.is_file():
-        raise RunError(f"{folder.parent} holds no registered model ({path} is missing)")
-    document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return document
-
-
-def read_tables(folder: Path) -> ItemTables:
-    tables = load_file(folder / "tables.safetensors")
-    num_items, width = tables["cf"].shape
-    no_query = torch.zeros((1, 1), dtype=torch.int32)
-    tables.setdefault("item_category", torch.zeros((num_items, 0), dtype=torch.int32))  # of older versions
-    return ItemTables(
-        **tables,
-        cf_folds=torch.zeros((0, num_items, width)),
-        query_tokens=no_query,
-        query_words=no_query[:, :0],
-    )
-
-
-def read_item_ids(path: Path) -> list[Any]:
-    ids: list[Any] = pq.read_table(path, columns=["item_id"])["item_id"].to_pylist()
-    return ids
-
-
-def _padded(rows: Sequence[Sequence[int]]) -> Tensor:
-    """Rows of different lengths → [len(rows), longest, at least 1] int64, padded at the end with 0."""
-    width = max(1, *(len(row) for row in rows)) if rows else 1
-    return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], dtype=torch.int64).view(
-        len(rows), width
-    )
-
-
-def is_absent(value: Any) -> bool:
-    """None, or NaN, which is how pandas writes None."""
-    return value is None or (isinstance(value, float) and math.isnan(value))
-
-
-def _missing(value: Any) -> bool:
-    """Absent, "" and []."""
-    return is_absent(value) or (isinstance(value, str | list | tuple | np.ndarray) and len(value) == 0)
-
-
-def _listed(value: Any, where: str) -> list[Any]:
-    if _missing(value):
-        return []
-    if isinstance(value, list | tuple | np.ndarray):
-        return list(value)
-    raise RequestError(f"{where} must be a list, got {value!r}")
+def _padded(rows: Sequence[Sequence[int]], fill: int = 0, width: int = 0) -> Tensor:
+    """Rows of different lengths → [len(rows), longest, at least 1] int64, padded at the end."""
+    width = max(1, width, *(len(row) for row in rows)) if rows else max(1, width)
+    padded = [[*row, *[fill] * (width - len(row))] for row in rows]
+    return torch.tensor(padded, dtype=torch.int64).view(len(rows), width)

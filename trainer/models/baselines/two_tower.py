@@ -18,7 +18,6 @@ unknown word, a cold item and an empty history are zero vectors beside what rema
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_shards import settings as s
@@ -69,7 +68,9 @@ class Towers(nn.Module):
 
     def asked(self, history_BND: Tensor, mask_BN: Tensor, query_BW: Tensor, task_B: Tensor) -> Tensor:
         """→ [B, dim + 1]; the last number is 1, for the bias."""
-        age_BN = (mask_BN.sum(1, keepdim=True) - 1 - torch.arange(mask_BN.shape[1], device=mask_BN.device)).clamp(0)
+        age_BN = (
+            mask_BN.sum(1, keepdim=True) - 1 - torch.arange(mask_BN.shape[1], device=mask_BN.device)
+        ).clamp(0)
         logits_BN = (self.attention(history_BND) + self.ages(age_BN))[..., 0]
         weights_BN = logits_BN.masked_fill(~mask_BN, -1e9).softmax(1) * mask_BN
         history_BD = (weights_BN[..., None] * history_BND).sum(1) * self.taste(task_B)
@@ -111,7 +112,9 @@ class TwoTower(Ranker):
         positive_B = (own_BC * batch.labels).sum(1) - correction * self.log_share[item_B]
         drawn_BC = own_BC + correction * torch.log(torch.tensor(self.world.num_items, dtype=torch.float32))
         others = others_BB.masked_fill(taken_BB, -torch.inf)
-        everything = torch.cat([positive_B[:, None], drawn_BC.masked_fill(batch.labels > 0, -torch.inf), others], 1)
+        everything = torch.cat(
+            [positive_B[:, None], drawn_BC.masked_fill(batch.labels > 0, -torch.inf), others], 1
+        )
         loss_B = everything.logsumexp(1) - positive_B
         data = self.world.data
         weights_B = torch.where(batch.task == SRC, data.weight_src, data.weight_rec).float()
@@ -124,7 +127,11 @@ class TwoTower(Ranker):
         def ask(batch: Batch, mean: Tensor) -> Tensor:
             return self._asked(batch).float()
 
-        return {"towers": View(self.settings.dim + 1, lambda rows: self._items(rows).float(), ask, {REC: 1.0, SRC: 1.0})}
+        return {
+            "towers": View(
+                self.settings.dim + 1, lambda rows: self._items(rows).float(), ask, {REC: 1.0, SRC: 1.0}
+            )
+        }
 
     def _items(self, items: Tensor) -> Tensor:
         """Rows of items […] → […, D + 1]."""
