@@ -83,7 +83,7 @@ class ModelConfig:
     """hub name, local folder, or scratch:SIZE with SIZE one of trainer/models/backbones/families.py's shapes
     """
     variant: Literal["paper", "extended"] = "extended"
-    """paper: method.md to the letter. extended: adds position and task embeddings and three product slots
+    """paper: the published equations. extended: adds position and task embeddings and three product slots
     (trainer/models/gensr/README.md)"""
     prompt: Literal["paper", "compact"] = "compact"
     """wording of the task prompts; compact has about 40 tokens"""
@@ -219,7 +219,7 @@ class CfConfig:
     """folds when holdout=crossfit"""
     shared_epochs: Fraction = 0.0
     """share of the epochs that the tables of two folds train as one, without the clicks of either; 0 = each
-    from nothing"""
+    from scratch"""
     seed: NonNegative = 0
     """seeds initial vectors, sampling and folds"""
 
@@ -230,7 +230,7 @@ class CfRoot:
     overwrite: bool = False
     """replace an existing table of other settings or of another split"""
     save_every_s: NonNegativeFloat = 300.0
-    """seconds between two saved states of a table in training, from which an interrupted `gensr cf` goes on
+    """seconds between two saved states of a table in training, from which an interrupted `gensr cf` resumes
     """
 
 

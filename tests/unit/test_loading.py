@@ -97,5 +97,5 @@ def test_another_collaborative_table_is_refused(folder: Path, tmp_path: Path) ->
 
 
 def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="no run folder"):
+    with pytest.raises(RunError, match="not a run folder"):
         load_run_model(tmp_path)

@@ -122,8 +122,8 @@ def trained_state(model: GenSR, full_state: dict[str, Tensor], adapter_only: boo
 
 
 def is_adapter_only(backbone: str, lora: LoraConfig | None) -> bool:
-    """Whether RUN/model leaves the frozen backbone out: with LoRA, unless the backbone was made from nothing
-    and exists nowhere else."""
+    """Whether RUN/model leaves the frozen backbone out: with LoRA, unless the backbone was trained from
+    scratch and exists nowhere else."""
     return lora is not None and lora.rank > 0 and not backbone.startswith("scratch:")
 
 
@@ -210,7 +210,7 @@ def load_model(path: str | Path, tables: ItemTables, device: str = "cpu") -> Gen
 def load_run_config(run_dir: str | Path) -> Config:
     path = Path(run_dir) / "config.yaml"
     if not path.is_file():
-        raise RunError(f"{run_dir} is no run folder: config.yaml is missing. Train one with: gensr train")
+        raise RunError(f"{run_dir} is not a run folder: config.yaml is missing. Train one with: gensr train")
     return config_from_dict(read_yaml(path))
 
 

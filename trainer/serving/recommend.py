@@ -45,7 +45,7 @@ NUM_CANDIDATES, MAX_NUM_CANDIDATES = 400, 2000
 CF_SHARE = {
     "rec": 0.75,
     "src": 0.25,
-}  # of the candidates, how many come from the CF side, if both have enough; measured: README.md
+}  # of the candidates, how many come from the CF side, if both have enough; measured: docs/RESULTS.md
 RETRIEVAL = "retrieval"  # folder of the indexes in a run folder and among a version's artifacts
 
 

@@ -1,7 +1,7 @@
 """The first of two steps from the whole catalogue to an answer: a few hundred candidates by vectors, which
 GenSR then ranks (serving/recommend.py).
 
-Two indexes of unit vectors, made from nothing but the model and its item tables:
+Two indexes of unit vectors, made of the model and its item tables alone:
     cf         LightGCN vectors; asked with the mean over a history. Items without training clicks have none.
     semantic   E_s of the item's text less the catalogue's mean; asked with the query, or with the mean over a
                history. Finds new items, too.
