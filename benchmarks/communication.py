@@ -25,9 +25,14 @@ import ds_configs
 STEPS, WARMUP = 4, 2
 # the argument whose size counts, and how often a ring of n ranks sends it, in units of (n − 1) / n
 COLLECTIVES = {
-    "all_reduce": (0, 2), "reduce": (0, 1), "broadcast": (0, 1), "all_gather_into_tensor": (0, 1), "_all_gather_base": (0, 1),
-    "reduce_scatter_tensor": (1, 1), "_reduce_scatter_base": (1, 1),
-}  # fmt: skip
+    "all_reduce": (0, 2),
+    "reduce": (0, 1),
+    "broadcast": (0, 1),
+    "all_gather_into_tensor": (0, 1),
+    "_all_gather_base": (0, 1),
+    "reduce_scatter_tensor": (1, 1),
+    "_reduce_scatter_base": (1, 1),
+}
 COUNTED: Counter[str] = Counter()
 COUNTING = [False]
 
@@ -68,7 +73,7 @@ def main(folder: str, stage: str, overrides: list[str]) -> None:
         path.write_text(json.dumps(document))
         os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(path)
     import trainer.training.loop as training
-    from trainer.config import load_config
+    from trainer.configs import load_config
     from trainer.training.costs import bytes_sent
     from trainer.training.plan import size_of
 
@@ -86,22 +91,39 @@ def main(folder: str, stage: str, overrides: list[str]) -> None:
     training.one_step = step  # type: ignore[assignment]
     config = load_config(
         None,
-        [f"data.dir={folder}", f"run.dir={_shared()}/run", f"run.max_steps={WARMUP + STEPS}",
-         "tracking.enabled=false", "run.valid_events=4", "run.eval_batch_size=2", "model.contrastive_weight=0.01", *overrides],
-    )  # fmt: skip
+        [
+            f"data.dir={folder}",
+            f"run.dir={_shared()}/run",
+            f"run.max_steps={WARMUP + STEPS}",
+            "tracking.enabled=false",
+            "run.valid_events=4",
+            "run.eval_batch_size=2",
+            "model.contrastive_weight=0.01",
+            *overrides,
+        ],
+    )
     training.train(config)
     if os.environ["RANK"] == "0":
         number = None if stage == "none" else int(stage)
         calculated = bytes_sent(config, facts["model"], number, int(os.environ["WORLD_SIZE"]), facts["accum"])
         measured = sum(COUNTED.values()) / STEPS
-        print(json.dumps({"stage": stage, "measured_bytes": measured, "calculated_bytes": calculated, "ratio": round(measured / calculated, 3),
-                          "by_collective": {k: v / STEPS for k, v in COUNTED.items()}, "parameters": facts["model"].total,
-                          "trainable": facts["model"].trainable, "grad_accum_steps": facts["accum"]}))  # fmt: skip
+        row = {
+            "stage": stage,
+            "measured_bytes": measured,
+            "calculated_bytes": calculated,
+            "ratio": round(measured / calculated, 3),
+            "by_collective": {k: v / STEPS for k, v in COUNTED.items()},
+            "parameters": facts["model"].total,
+            "trainable": facts["model"].trainable,
+            "grad_accum_steps": facts["accum"],
+        }
+        print(json.dumps(row))
 
 
 def _shared() -> str:
     """Rank 0's folder, on every rank: by the launcher's id."""
-    return f"{tempfile.gettempdir()}/gensr-bytes-{os.environ.get('TORCHELASTIC_RUN_ID', '0')}-{os.environ['MASTER_PORT']}"
+    launch_id = f"{os.environ.get('TORCHELASTIC_RUN_ID', '0')}-{os.environ['MASTER_PORT']}"
+    return f"{tempfile.gettempdir()}/gensr-bytes-{launch_id}"
 
 
 def _through_python(group: Any, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:

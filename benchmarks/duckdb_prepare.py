@@ -26,10 +26,12 @@ def prepare(raw: Path, out: Path, memory_limit: str, threads: int) -> dict[str, 
     )
     con.execute(
         f"""CREATE TABLE clicks AS
-        SELECT DISTINCT user_id::BIGINT AS user_id, item_id::BIGINT AS item_id, timestamp::BIGINT AS time, 0::TINYINT AS task, NULL::VARCHAR AS query
+        SELECT DISTINCT user_id::BIGINT AS user_id, item_id::BIGINT AS item_id, timestamp::BIGINT AS time,
+            0::TINYINT AS task, NULL::VARCHAR AS query
         FROM read_csv('{raw / "rec_inter.csv"}', header=true) WHERE click >= 1
         UNION ALL
-        SELECT DISTINCT user_id::BIGINT, item_id::BIGINT, search_session_timestamp::BIGINT, 1::TINYINT, keyword
+        SELECT DISTINCT user_id::BIGINT, item_id::BIGINT, search_session_timestamp::BIGINT, 1::TINYINT,
+            keyword
         FROM read_csv('{raw / "src_inter.csv"}', header=true, types={{'keyword': 'VARCHAR'}})
         WHERE click_cnt >= 1 AND item_type IN ('VIDEO', 'IMAGE_ATLAS') AND keyword NOT IN ('', '[]')"""
     )
@@ -37,11 +39,15 @@ def prepare(raw: Path, out: Path, memory_limit: str, threads: int) -> dict[str, 
     while size != (size := con.execute("SELECT count(*) FROM clicks").fetchall()[0][0]):
         con.execute(
             """CREATE OR REPLACE TABLE clicks AS SELECT * FROM clicks
-            WHERE user_id IN (SELECT user_id FROM clicks GROUP BY 1 HAVING count(*) >= 5 AND min(task) <> max(task))
+            WHERE user_id IN (SELECT user_id FROM clicks GROUP BY 1
+                              HAVING count(*) >= 5 AND min(task) <> max(task))
               AND item_id IN (SELECT item_id FROM clicks GROUP BY 1 HAVING count(*) >= 5)"""
         )
     counts = {}
-    days = f"SELECT *, (time + {BEIJING_MS}) // {DAY_MS} AS day, (SELECT (max(time) + {BEIJING_MS}) // {DAY_MS} FROM clicks) AS last FROM clicks"
+    days = (
+        f"SELECT *, (time + {BEIJING_MS}) // {DAY_MS} AS day, "
+        f"(SELECT (max(time) + {BEIJING_MS}) // {DAY_MS} FROM clicks) AS last FROM clicks"
+    )
     for split, rule in SPLITS.items():
         query = f"SELECT * EXCLUDE (day, last) FROM ({days}) WHERE {rule} ORDER BY user_id, time"
         counts[split] = con.execute(

@@ -10,10 +10,11 @@ import torch
 
 from data_shards.schema import Manifest, read_manifest
 from trainer.batch import Batch, ItemTables
-from trainer.config import Config, load_config
+from trainer.config import Config
+from trainer.configs import load_config
 from trainer.data import EvalStream
-from trainer.data.cf_table import load_cf
-from trainer.data.item_tables import load_tables
+from trainer.data.folder import PreparedFolder
+from trainer.models.gensr.model import GenSR
 from trainer.runs.weights import answer_tokens, load_tokenizer
 from trainer.runtime.device import default_device, wait_for
 from trainer.runtime.memory import peak_memory_bytes
@@ -29,7 +30,7 @@ def open_folder(
     config = load_config(request["preset"], request["overrides"])
     folder = Path(request["folder"])
     manifest = read_manifest(folder)
-    tables = load_tables(folder, manifest, load_cf(folder, manifest), with_folds=False).to(device)
+    tables = PreparedFolder.at(folder).tables(GenSR.needs).to(device)
     return config, manifest, tables, answer_tokens(load_tokenizer(folder / "tokenizer")), device
 
 

@@ -4,7 +4,8 @@ train --dry-run` calculates with.
 python -m benchmarks.plan_table
 """
 
-from trainer.config import Config, load_config
+from trainer.config import Config
+from trainer.configs import load_config
 from trainer.training.costs import (
     ASSUMED_FLOPS,
     GB,
@@ -20,10 +21,21 @@ from trainer.training.plan import GPU_MEMORY, data_size, model_size
 PRESET = "kuaisar_flan_t5_base"  # its data, prompt and batch; the backbone varies
 LORA = "model.lora.rank=16"
 BACKBONES = (
-    ("google/flan-t5-small", ""), ("google/flan-t5-base", ""), ("google/flan-t5-base", LORA), ("google/flan-t5-large", ""), ("google/flan-t5-xl", ""),
-    ("google/flan-t5-xl", LORA), ("google/flan-t5-xxl", ""), ("google/flan-t5-xxl", LORA), ("HuggingFaceTB/SmolLM2-360M", ""), ("Qwen/Qwen3-0.6B", ""),
-    ("Qwen/Qwen2.5-1.5B", ""), ("Qwen/Qwen2.5-1.5B", LORA), ("Qwen/Qwen3-4B", LORA), ("meta-llama/Llama-3.1-8B", LORA),
-)  # fmt: skip
+    ("google/flan-t5-small", ""),
+    ("google/flan-t5-base", ""),
+    ("google/flan-t5-base", LORA),
+    ("google/flan-t5-large", ""),
+    ("google/flan-t5-xl", ""),
+    ("google/flan-t5-xl", LORA),
+    ("google/flan-t5-xxl", ""),
+    ("google/flan-t5-xxl", LORA),
+    ("HuggingFaceTB/SmolLM2-360M", ""),
+    ("Qwen/Qwen3-0.6B", ""),
+    ("Qwen/Qwen2.5-1.5B", ""),
+    ("Qwen/Qwen2.5-1.5B", LORA),
+    ("Qwen/Qwen3-4B", LORA),
+    ("meta-llama/Llama-3.1-8B", LORA),
+)
 MEMORY_COLUMNS: tuple[tuple[int | None, int], ...] = ((None, 1), (1, 8), (2, 8), (3, 8), (3, 64))
 SCALING_COLUMNS = (8, 16, 64)
 

@@ -96,9 +96,15 @@ class Reference(nn.Module):
         vectors, _, _ = self.prompts(pairs)
         allowed = list(self.answers)
         out = self.t5.generate(
-            inputs_embeds=vectors, attention_mask=pairs["attention_mask"], max_new_tokens=1, do_sample=False, num_beams=1,
-            return_dict_in_generate=True, output_scores=True, prefix_allowed_tokens_fn=lambda *_: allowed,
-        )  # fmt: skip
+            inputs_embeds=vectors,
+            attention_mask=pairs["attention_mask"],
+            max_new_tokens=1,
+            do_sample=False,
+            num_beams=1,
+            return_dict_in_generate=True,
+            output_scores=True,
+            prefix_allowed_tokens_fn=lambda *_: allowed,
+        )
         return out.scores[0].softmax(-1)[:, self.answers[0]]
 
 
@@ -152,12 +158,18 @@ def pairs_of(batch: Batch) -> list[dict[str, Any]]:
     """Every candidate of every event, with the event's history."""
     return [
         {
-            "task": int(batch.task[b]), "query": int(batch.query[b]), "user": int(batch.user[b]), "item": int(batch.candidates[b, c]),
-            "label": float(batch.labels[b, c]), "history": batch.history_items[b], "history_tasks": batch.history_tasks[b],
+            "task": int(batch.task[b]),
+            "query": int(batch.query[b]),
+            "user": int(batch.user[b]),
+            "item": int(batch.candidates[b, c]),
+            "label": float(batch.labels[b, c]),
+            "history": batch.history_items[b],
+            "history_tasks": batch.history_tasks[b],
             "history_mask": batch.history_mask[b],
         }
-        for b in range(batch.num_events) for c in range(batch.candidates.shape[1])
-    ]  # fmt: skip
+        for b in range(batch.num_events)
+        for c in range(batch.candidates.shape[1])
+    ]
 
 
 def build(config: Config, tables: ItemTables, answers: tuple[int, int], vocab_size: int) -> Reference:

@@ -12,6 +12,7 @@ import torch
 
 from data_shards.schema import REC, TASKS
 from trainer.data import EvalStream
+from trainer.data.folder import PreparedFolder
 from trainer.data.node_cache import local_folder
 from trainer.evaluation.full import clicked_items, place_of
 from trainer.runs.weights import load_run_model
@@ -22,10 +23,12 @@ SHARES, CUTOFFS = (1 - 1e-6, 0.75, 0.5, 0.25, 1e-6), (100, 400)
 
 
 def main(run_dir: Path, num_events: int) -> None:
-    model, _, config, manifest = load_run_model(run_dir)
+    model, config, folder = load_run_model(run_dir)
     folder = local_folder(config.data)
     retrieval, clicks = run_retrieval(run_dir, model), read_clicks(folder, manifest)
-    batch = next(iter(EvalStream(folder, manifest, "test", config.data, num_events, max_events=num_events)))
+    batch = next(
+        iter(EvalStream(PreparedFolder.at(folder), "test", config.data, num_events, max_events=num_events))
+    )
     with torch.inference_mode():
         queries = model.query_parts(batch.query)[2].numpy()
     clicked = clicked_items(batch)

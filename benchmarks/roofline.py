@@ -6,7 +6,7 @@ without one.
 FOLDER is a prepared folder with natural text and a CF table; settings are those of `gensr train`, on top of
 flan-t5-base's shape. Every operation of a real step is seen with fake tensors (shapes, no values) and takes
 the longest of: its arithmetic, its bytes from and to memory, and a kernel's shortest time. All kernels of one
-process must also be launched, which goes on beside: a step takes the longer of the two. What is not there is
+process must also be launched, at the same time: a step takes the longer of the two. What is not there is
 the time of several GPUs for each other. Where a GPU is at hand, measure: gensr bench train.
 """
 
@@ -28,6 +28,7 @@ from torch.utils.flop_counter import flop_registry
 from benchmarks.measuring import open_folder
 from trainer.bench.data import commit
 from trainer.data import EvalStream, TrainStream
+from trainer.data.folder import PreparedFolder
 from trainer.models.backbones import t5_layers
 from trainer.models.gensr import grouping
 from trainer.models.layers import dropout, norm
@@ -83,12 +84,8 @@ class Kernels(TorchDispatchMode):
             if argument.alias_info is not None and argument.alias_info.is_write and not written:
                 written = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
         moved = sum(map(num_bytes, read + written))
-        if name in (
-            "embedding",
-            "index_select",
-            "index",
-            "gather",
-        ):  # reads what it writes, not the whole table
+        if name in ("embedding", "index_select", "index", "gather"):
+            # reads what it writes, not the whole table
             moved = 2 * sum(map(num_bytes, written))
         count_flops = flop_registry.get(func._overloadpacket)
         flops = count_flops(*args, **kwargs, out_val=out) if count_flops else 0
@@ -129,9 +126,8 @@ def as_on_a_gpu(kernels: Kernels) -> Iterator[None]:
                 query.numel() * key.shape[2],
                 query.shape[:3].numel() * key.shape[2] * query.element_size(),
             )
-            kernels.add(
-                "attention backward", 10 * products, 8 * num_bytes(query) + 2 * scores
-            )  # the bias is trained: its gradient is as large as the scores
+            # the bias is trained: its gradient is as large as the scores
+            kernels.add("attention backward", 10 * products, 8 * num_bytes(query) + 2 * scores)
             return tuple(torch.empty_like(tensor) for tensor in (query, key, value, bias))
 
     def one_kernel_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -168,11 +164,11 @@ def calculated(folder: str, settings: list[str], events: int, training: bool) ->
     config, manifest, tables, _, _ = open_folder(
         {"preset": None, "overrides": [*DEFAULTS, *settings], "folder": folder}, "cpu"
     )
-    model = build_model(config, manifest, tables, folder).train(training)
+    model = build_model(config, PreparedFolder.at(folder), tables).train(training)
     stream: Any = (
-        TrainStream(folder, manifest, config.data, 0, events, events)
+        TrainStream(PreparedFolder.at(folder), config.data, 0, events, events)
         if training
-        else EvalStream(folder, manifest, "test", config.data, events)
+        else EvalStream(PreparedFolder.at(folder), "test", config.data, events)
     )
     fake, kernels = FakeTensorMode(allow_non_fake_inputs=True), Kernels()
     kept: dict[int, int] = {}
@@ -187,7 +183,7 @@ def calculated(folder: str, settings: list[str], events: int, training: bool) ->
     }
     weights = {parameter.untyped_storage()._cdata for parameter in parameters.values()}
     with as_on_a_gpu(kernels):
-        batch = model.grouped(next(iter(stream)))  # needs values
+        batch = model.prepare(next(iter(stream)))  # needs values
     with as_on_a_gpu(kernels), fake:
         if not training:
             with autocast("cpu", config.run.precision), kernels, torch.no_grad():

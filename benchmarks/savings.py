@@ -30,6 +30,7 @@ from trainer.batch import Batch
 from trainer.bench.data import commit, hardware
 from trainer.config import Config
 from trainer.data import TrainStream
+from trainer.data.folder import PreparedFolder
 from trainer.models.backbones.backbone import Backbone
 from trainer.models.backbones.t5_layers import AbsorbedCrossAttention, EncoderSelfAttention, GatedFeedForward
 from trainer.models.gensr import grouping
@@ -106,7 +107,7 @@ def main() -> None:
         {"preset": None, "overrides": overrides, "folder": arguments.folder}, "cpu"
     )
     stream = TrainStream(
-        arguments.folder, manifest, config.data, config.run.seed, arguments.events, arguments.events
+        PreparedFolder.at(arguments.folder), config.data, config.run.seed, arguments.events, arguments.events
     )
     meter = Meter("cpu", warmup=0, laps=False)
     other = dataclasses.replace(

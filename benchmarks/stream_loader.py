@@ -17,6 +17,7 @@ import torch
 from data_shards.schema import read_manifest
 from trainer.config import DataConfig
 from trainer.data import TrainStream, prefetched
+from trainer.data.folder import PreparedFolder
 
 HISTORY, NEGATIVES, DISTINCT_BATCHES = 20, 4, 200
 
@@ -26,7 +27,7 @@ def main(folder: Path, seconds: float, batch_size: int) -> None:
     process, manifest = psutil.Process(), read_manifest(folder)
     config = DataConfig(history_max=HISTORY, num_negatives=NEGATIVES)
     before = highest = process.memory_info().rss
-    batches = prefetched(TrainStream(folder, manifest, config, 0, batch_size, batch_size))
+    batches = prefetched(TrainStream(PreparedFolder.at(folder), config, 0, batch_size, batch_size))
     next(batches)
     examples, number, cpu, wall = 0, 0, time.process_time(), time.perf_counter()
     while time.process_time() - cpu < seconds:

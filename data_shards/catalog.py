@@ -61,23 +61,24 @@ def name_ids(work: Work, read: dict[str, Any]) -> dict[str, Any]:
         "text FROM final_queries"
     )
     items = read["items"]
-    work.con.execute(
-        "SET disabled_optimizers='join_order,build_side_probe_side'"
-    )  # the file streams past the kept items, never the other way round
+    # the file streams past the kept items, never the other way round
+    work.con.execute("SET disabled_optimizers='join_order,build_side_probe_side'")
     try:
         work.execute(
             f"""CREATE OR REPLACE TABLE catalog_items AS
-            SELECT f.id, f.key, coalesce({items["text"]}, '') AS text, {_integers(items["words"])} AS words, {items["category"]} AS category
+            SELECT f.id, f.key, coalesce({items["text"]}, '') AS text, {_integers(items["words"])} AS words,
+                {items["category"]} AS category
             FROM {items["scan"]} JOIN final_items f ON item_id = f.key""",
             "items",
         )
     except duckdb.ConversionException as error:
         raise _locate_words(work, items) or readable(error) from error
     work.con.execute("RESET disabled_optimizers")
+    # clicked, but without features
     work.con.execute(
         "INSERT INTO catalog_items SELECT id, key, '', NULL, NULL FROM final_items WHERE id NOT IN (SELECT "
         "id FROM catalog_items)"
-    )  # clicked, but without features
+    )
     return {}
 
 
@@ -88,10 +89,12 @@ def _integers(words: str) -> str:
 
 def _locate_words(work: Work, items: dict[str, str]) -> DataError | None:
     """The first row of the items' file whose words are no list of integers."""
-    work.con.execute(
-        "SET threads=1; SET preserve_insertion_order=true"
-    )  # row numbers need the order of the file
-    numbered = f"SELECT CAST({items['words']} AS VARCHAR) AS words, row_number() OVER () + 1 AS row FROM {items['scan']}"
+    # row numbers need the order of the file
+    work.con.execute("SET threads=1; SET preserve_insertion_order=true")
+    numbered = (
+        f"SELECT CAST({items['words']} AS VARCHAR) AS words, row_number() OVER () + 1 AS row "
+        f"FROM {items['scan']}"
+    )
     found = work.con.execute(
         f"SELECT row, words FROM ({numbered}) WHERE {no_words('words')} ORDER BY row LIMIT 1"
     ).fetchall()
@@ -150,11 +153,15 @@ def write_catalog(
     _write_users(work, folder / "users.parquet")
     return {
         "text": {
-            "mode": mode, "tokenizer": (settings.tokenizer and Path(settings.tokenizer).name) or "trained", "vocab_size": tokenizer.get_vocab_size(),
-            "num_words": len(words) if words is not None else 0, "item_tokens": settings.item_tokens, "query_tokens": settings.query_tokens,
+            "mode": mode,
+            "tokenizer": (settings.tokenizer and Path(settings.tokenizer).name) or "trained",
+            "vocab_size": tokenizer.get_vocab_size(),
+            "num_words": len(words) if words is not None else 0,
+            "item_tokens": settings.item_tokens,
+            "query_tokens": settings.query_tokens,
         },
         "repeated_items": repeated,
-    }  # fmt: skip
+    }
 
 
 def _write_users(work: Work, path: Path) -> None:
@@ -193,10 +200,15 @@ def _write_items(
         if read["anonymised"]:
             joined = pc.binary_join(captions.cast(pa.list_(pa.string())), " ").fill_null("")
             full = pc.utf8_trim_whitespace(pc.binary_join_element_wise(texts, joined, " "))
-        table = pa.table({
-            "item_id": batch.column("key"), "text": full, "category": batch.column("category"),
-            "train_rec_clicks": clicks[0, rows], "train_src_clicks": clicks[1, rows],
-        })  # fmt: skip
+        table = pa.table(
+            {
+                "item_id": batch.column("key"),
+                "text": full,
+                "category": batch.column("category"),
+                "train_rec_clicks": clicks[0, rows],
+                "train_src_clicks": clicks[1, rows],
+            }
+        )
         writer.append(table, full if mode == "digits" else texts, (flat, counts))
         done += batch.num_rows
         work.progress("items", done, num_items)

@@ -94,7 +94,10 @@ def fetch(remote: RemoteFile, folder: Path, progress: Progress, backoff_s: float
     problem = _problem(remote, part)
     if problem:
         part.unlink()
-        advice = "The broken copy was deleted; run the same command again. If it happens twice, the file has changed upstream."
+        advice = (
+            "The broken copy was deleted; run the same command again. If it happens twice, the file has "
+            "changed upstream."
+        )
         raise DataError(f"{remote.url}: {problem}. {advice}")
     with open(part, "rb") as file:
         os.fsync(file.fileno())
@@ -198,9 +201,8 @@ def _append(remote: RemoteFile, part: Path, start: int, progress: Progress) -> b
     try:
         response = _open(remote.url, {"Range": f"bytes={start}-"} if start else {})
     except urllib.error.HTTPError as error:
-        if (
-            error.code == 416 and start
-        ):  # nothing after `start`: complete, or a part of another file; the check will tell
+        if error.code == 416 and start:
+            # nothing after `start`: complete, or a part of another file; the check will tell
             complete = _content_range_total(error.headers.get("Content-Range", "")) in (
                 start,
                 remote.num_bytes,
@@ -243,7 +245,10 @@ def _wait_or_give_up(url: str, error: Exception, failures: int, backoff_s: float
     hopeless = 400 <= code < 500 and code not in (408, 416, 425, 429)
     if hopeless or failures + 1 >= TRIES:
         tried = "" if hopeless else f" ({failures + 1} tries)"
-        advice = "Check the network or proxy (https_proxy), then run the same command again: it resumes where it stopped."
+        advice = (
+            "Check the network or proxy (https_proxy), then run the same command again: it resumes where it "
+            "stopped."
+        )
         raise DataError(f"{url}: {error}{tried}. {advice}") from error
     time.sleep(min(MAX_BACKOFF_S, backoff_s * 2**failures))
     return failures + 1

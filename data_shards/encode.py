@@ -32,9 +32,8 @@ def read_rows(work: Work, source: Source) -> dict[str, Any]:
     why."""
     try:
         tables = source.read(work)
-        path = literal(
-            work.folder / "rows.parquet"
-        )  # a table of the work database would cost twice as much and hold it all in memory
+        # a table of the work database would cost twice as much and hold it all in memory
+        path = literal(work.folder / "rows.parquet")
         work.execute(
             f"COPY ({tables.events}) TO {path} (FORMAT parquet, COMPRESSION uncompressed, "
             "DICTIONARY_SIZE_LIMIT 10000)",
@@ -63,10 +62,13 @@ def read_rows(work: Work, source: Source) -> dict[str, Any]:
             f"{', '.join(str(path) for path in source.files)}: no usable click. Dropped: {reasons}."
         )
     return {
-        "counts": {**sizes, "rec": rec, "src": src, "clicks": clicks}, "dropped": dropped, "anonymised": tables.anonymised, "notes": tables.notes,
+        "counts": {**sizes, "rec": rec, "src": src, "clicks": clicks},
+        "dropped": dropped,
+        "anonymised": tables.anonymised,
+        "notes": tables.notes,
         "duplicate_items": tables.duplicate_items,
         "items": dataclasses.asdict(tables.items),
-    }  # fmt: skip
+    }
 
 
 def _collect_keys(work: Work, name: str, column: str) -> int:
@@ -74,7 +76,8 @@ def _collect_keys(work: Work, name: str, column: str) -> int:
     Returns how many there are."""
     work.con.execute(
         f"""CREATE OR REPLACE TABLE {name}_keys AS
-        SELECT {column} AS key, bool_or(clicked AND problem IS NULL) AS clicked FROM rows WHERE {column} IS NOT NULL GROUP BY 1"""
+        SELECT {column} AS key, bool_or(clicked AND problem IS NULL) AS clicked FROM rows
+        WHERE {column} IS NOT NULL GROUP BY 1"""
     )
     return int(work.scalar(f"SELECT count(*) FROM {name}_keys"))
 
@@ -122,8 +125,10 @@ def sort_clicks(work: Work, total: int) -> dict[str, Any]:
     """Stage: all clicks as flat columns click_* of codes, by (user, time, item, task, query), exact
     duplicates removed. total: usable clicks."""
     sql = f"""
-        SELECT u.code AS user, i.code AS item, r.time AS time, r.task AS task, coalesce(q.code, {NO_QUERY}) AS query
-        FROM rows r JOIN users_codes u ON r.user_id = u.key JOIN items_codes i ON r.item_id = i.key LEFT JOIN queries_codes q ON r.query = q.key
+        SELECT u.code AS user, i.code AS item, r.time AS time, r.task AS task,
+            coalesce(q.code, {NO_QUERY}) AS query
+        FROM rows r JOIN users_codes u ON r.user_id = u.key JOIN items_codes i ON r.item_id = i.key
+            LEFT JOIN queries_codes q ON r.query = q.key
         WHERE r.problem IS NULL AND r.clicked ORDER BY 1, 3, 2, 4, 5"""
     kept = work.write_columns(
         _without_duplicates(work, sql, total),
@@ -155,9 +160,16 @@ def filter_clicks(work: Work, settings: PrepareSettings, sizes: dict[str, int]) 
     """
     clicks = {name: work.column(f"click_{name}", dtype) for name, dtype in EVENT_DTYPES.items()}
     keep_user, keep_item, rounds = keep_users_and_items(
-        clicks["user"], clicks["item"], clicks["task"], sizes["users"], sizes["items"],
-        settings.min_interactions, settings.both_behaviours, settings.kcore, work.threads,
-    )  # fmt: skip
+        clicks["user"],
+        clicks["item"],
+        clicks["task"],
+        sizes["users"],
+        sizes["items"],
+        settings.min_interactions,
+        settings.both_behaviours,
+        settings.kcore,
+        work.threads,
+    )
     keep_query = np.zeros(sizes["queries"], bool)
     num_events = 0
     for start in range(0, len(clicks["user"]), BATCH_ROWS):
@@ -178,9 +190,13 @@ def filter_clicks(work: Work, settings: PrepareSettings, sizes: dict[str, int]) 
     for name, keep in codes.items():
         work.write_columns([{name: np.flatnonzero(keep)}], {name: "i4"})
     return {
-        "num_events": num_events, "num_users": int(keep_user.sum()), "num_items": int(keep_item.sum()), "num_queries": int(keep_query.sum()),
-        "dropped_clicks": len(clicks["user"]) - num_events, "rounds": rounds,
-    }  # fmt: skip
+        "num_events": num_events,
+        "num_users": int(keep_user.sum()),
+        "num_items": int(keep_item.sum()),
+        "num_queries": int(keep_query.sum()),
+        "dropped_clicks": len(clicks["user"]) - num_events,
+        "rounds": rounds,
+    }
 
 
 def _new_ids(keep: np.ndarray) -> np.ndarray:

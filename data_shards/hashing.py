@@ -42,10 +42,9 @@ def derive_seed(seed: int, *parts: int) -> int:
 
 
 def permutation(size: int, seed: int) -> np.ndarray:
-    """A permutation of range(size) that depends on (size, seed) only, not on a library's generator version."""
-    return np.argsort(
-        mix64(np.arange(size), seed)
-    )  # mix64 is one-to-one: no ties, so every sort gives the same order
+    """A permutation of range(size) that depends on (size, seed) only, on no library's generator."""
+    # mix64 is one-to-one: no ties, so every sort gives the same order
+    return np.argsort(mix64(np.arange(size), seed))
 
 
 def click_fold(users: np.ndarray, items: np.ndarray, num_folds: int) -> np.ndarray:

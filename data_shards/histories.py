@@ -29,9 +29,8 @@ def in_histories(user: np.ndarray, time: np.ndarray, item: np.ndarray, task: np.
     starts = first_of_runs(user, time)
     group = np.cumsum(starts) - 1
     tied = np.flatnonzero(np.bincount(group)[group] > 1) if len(group) else np.zeros(0, np.int64)
-    order = tied[
-        np.lexsort((tied, task[tied] != SRC, item[tied], group[tied]))
-    ]  # within (user, time, item): searches first
+    # within (user, time, item): searches first
+    order = tied[np.lexsort((tied, task[tied] != SRC, item[tied], group[tied]))]
     keep[order[~first_of_runs(group[order], item[order])]] = False
     return keep
 
@@ -45,9 +44,8 @@ def windows(
     run_of_time = np.flatnonzero(first_of_runs(user, time))
     run_of_user = np.flatnonzero(first_of_runs(user))
     rows = np.arange(len(user))
-    end = before[
-        run_of_time[np.searchsorted(run_of_time, rows, side="right") - 1]
-    ]  # all rows of one moment end where the moment begins
+    # all rows of one moment end where the moment begins
+    end = before[run_of_time[np.searchsorted(run_of_time, rows, side="right") - 1]]
     user_start = before[run_of_user[np.searchsorted(run_of_user, rows, side="right") - 1]]
     start = np.maximum(user_start, end - history_max)
     return start, (end - start).astype(np.int32)

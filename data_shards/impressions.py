@@ -21,8 +21,10 @@ def sort_shown(work: Work) -> int:
     """Columns shown_*: unclicked rows of kept users, items and queries, by user. Needs the final_* tables."""
     sql = f"""
         SELECT u.id AS user, i.id AS item, r.time AS time, r.task AS task, coalesce(q.id, {NO_QUERY}) AS query
-        FROM rows r JOIN final_users u ON r.user_id = u.key JOIN final_items i ON r.item_id = i.key LEFT JOIN final_queries q ON r.query = q.key
-        WHERE r.problem IS NULL AND NOT r.clicked AND (r.query IS NULL OR q.id IS NOT NULL) ORDER BY 1, 3, 2, 4, 5"""
+        FROM rows r JOIN final_users u ON r.user_id = u.key JOIN final_items i ON r.item_id = i.key
+            LEFT JOIN final_queries q ON r.query = q.key
+        WHERE r.problem IS NULL AND NOT r.clicked AND (r.query IS NULL OR q.id IS NOT NULL)
+        ORDER BY 1, 3, 2, 4, 5"""
     parts = (
         {f"shown_{name}": batch.column(name).to_numpy() for name in EVENT_DTYPES}
         for batch in work.batches(sql)
@@ -66,9 +68,8 @@ def _chunks(work: Work, settings: PrepareSettings, num_users: int) -> Iterator[d
             np.searchsorted(moments, shown_moment[beside_training]),
             beside["item"][beside_training],
         )
-        at = np.full(
-            stop - start, len(moments)
-        )  # row of `moments` of each event; the extra one, without items, for other events
+        # row of `moments` of each event; the extra one, without items, for other events
+        at = np.full(stop - start, len(moments))
         at[training] = np.searchsorted(moments, event_moment[training])
         clicked = KeySet(sorted_unique(_moment_item(at, here["item"])))
         free = ~clicked.contains(_moment_item(moment, item))

@@ -29,16 +29,28 @@ def inspect(out: str | Path) -> dict[str, Any]:
         num_bytes = sum(shard.num_bytes for shard in of_split)
         events = manifest.num_events(split)
         shards[split] = {
-            "shards": len(of_split), "blocks": sum(len(shard.blocks) for shard in of_split), "events": events,
-            "num_bytes": num_bytes, "bytes_per_event": round(num_bytes / events, 1) if events else None,
-        }  # fmt: skip
+            "shards": len(of_split),
+            "blocks": sum(len(shard.blocks) for shard in of_split),
+            "events": events,
+            "num_bytes": num_bytes,
+            "bytes_per_event": round(num_bytes / events, 1) if events else None,
+        }
     return {
-        "folder": str(out), "source": raw["source"], "manifest_hash": manifest.hash, "fingerprint": manifest.fingerprint,
-        "counts": raw["counts"], "published": raw["published"], "dropped": raw["dropped"],
+        "folder": str(out),
+        "source": raw["source"],
+        "manifest_hash": manifest.hash,
+        "fingerprint": manifest.fingerprint,
+        "counts": raw["counts"],
+        "published": raw["published"],
+        "dropped": raw["dropped"],
         "splits": {**raw["split"], **{split: raw["counts"][split] for split in SPLITS}},
-        "shards": shards, "catalog": {file["name"]: file["num_bytes"] for file in raw["catalog"]}, "text": raw["text"],
-        "leak_checks": raw["leak_checks"], "settings": raw["settings"], "example": _example(folder, manifest),
-    }  # fmt: skip
+        "shards": shards,
+        "catalog": {file["name"]: file["num_bytes"] for file in raw["catalog"]},
+        "text": raw["text"],
+        "leak_checks": raw["leak_checks"],
+        "settings": raw["settings"],
+        "example": _example(folder, manifest),
+    }
 
 
 def describe(facts: dict[str, Any]) -> list[str]:
@@ -52,12 +64,15 @@ def describe(facts: dict[str, Any]) -> list[str]:
     lines += [f"  {name} {bound['utc']}" for name, bound in splits["boundaries"].items()]
     lines += [
         "",
-        f"  {'split':<8}{'recommendation':>16}{'search':>12}{'shards':>9}{'blocks':>9}{'bytes':>15}{'bytes/event':>13}",
+        f"  {'split':<8}{'recommendation':>16}{'search':>12}{'shards':>9}{'blocks':>9}{'bytes':>15}"
+        f"{'bytes/event':>13}",
     ]
     for split in SPLITS:
         shard = facts["shards"][split]
-        row = f"  {split:<8}{counts[split]['rec']:>16,}{counts[split]['src']:>12,}{shard['shards']:>9,}{shard['blocks']:>9,}{shard['num_bytes']:>15,}"
-        lines.append(f"{row}{shard['bytes_per_event'] or 0:>13}")
+        lines.append(
+            f"  {split:<8}{counts[split]['rec']:>16,}{counts[split]['src']:>12,}{shard['shards']:>9,}"
+            f"{shard['blocks']:>9,}{shard['num_bytes']:>15,}{shard['bytes_per_event'] or 0:>13}"
+        )
     lines += [
         "",
         f"  text: {text['mode']}, tokenizer {text['tokenizer']} ({text['vocab_size']:,} entries), "
@@ -134,9 +149,8 @@ def _example(folder: Path, manifest: Manifest) -> dict[str, Any]:
     for shard in manifest.shards("test"):
         block = next(decode_blocks(tar_entries(folder / shard.name), shard.blocks))
         events = block.slice(0, 512).to_pylist()
-        event = max(
-            events, key=lambda row: (row["task"] == SRC, len(row["history_items"]) > 0)
-        )  # max keeps the first of equals
+        # max keeps the first of equals
+        event = max(events, key=lambda row: (row["task"] == SRC, len(row["history_items"]) > 0))
         items = [event["item"], *event["history_items"], *event["negatives"]]
         found = _rows(folder / "catalog" / "items.parquet", ["item_id", "text"], items)
         query = (
@@ -147,15 +161,22 @@ def _example(folder: Path, manifest: Manifest) -> dict[str, Any]:
             ]
         )
         return {
-            "split": "test", "event_id": event["event_id"], "time": event["time"], "task": TASKS[event["task"]],
-            "user_id": _rows(folder / "catalog" / "users.parquet", ["user_id"], [event["user"]])[event["user"]]["user_id"],
-            "item_id": found[event["item"]]["item_id"], "item_text": found[event["item"]]["text"], "query": query,
+            "split": "test",
+            "event_id": event["event_id"],
+            "time": event["time"],
+            "task": TASKS[event["task"]],
+            "user_id": _rows(folder / "catalog" / "users.parquet", ["user_id"], [event["user"]])[
+                event["user"]
+            ]["user_id"],
+            "item_id": found[event["item"]]["item_id"],
+            "item_text": found[event["item"]]["text"],
+            "query": query,
             "history": [
                 {"item_id": found[item]["item_id"], "task": TASKS[task], "text": found[item]["text"]}
                 for item, task in zip(event["history_items"], event["history_tasks"], strict=True)
             ],
             "negatives": [found[item]["item_id"] for item in event["negatives"]],
-        }  # fmt: skip
+        }
     return {}
 
 

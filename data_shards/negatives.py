@@ -81,9 +81,8 @@ def draw_negatives(
 def _without_repeats(items: np.ndarray) -> np.ndarray:
     """[E, n] with every second appearance in a row replaced by -1 (the first position keeps the item)."""
     in_order = np.sort(items, axis=1)
-    rows = np.flatnonzero(
-        (in_order[:, 1:] == in_order[:, :-1]).any(axis=1)
-    )  # few, unless there are few items
+    # few, unless there are few items
+    rows = np.flatnonzero((in_order[:, 1:] == in_order[:, :-1]).any(axis=1))
     some = items[rows]
     order = np.argsort(some, axis=1, kind="stable")
     in_order = np.take_along_axis(some, order, axis=1)

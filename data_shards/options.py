@@ -79,11 +79,8 @@ class PrepareSettings:
 WITHOUT_EFFECT = ("memory_limit", "threads", "overwrite")
 
 SOURCE_DEFAULTS: dict[str, dict[str, Any]] = {
-    "kuaisar": {
-        "min_interactions": 5,
-        "both_behaviours": True,
-        "utc_offset_hours": 8,
-    },  # dates of the log are in Beijing time
+    # dates of the log are in Beijing time
+    "kuaisar": {"min_interactions": 5, "both_behaviours": True, "utc_offset_hours": 8},
     "amazon": {"split": "leave_one_out"},
     "jdsearch": {"split": "leave_one_out", "item_words": 32},
     "tables": {},

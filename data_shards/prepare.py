@@ -47,9 +47,15 @@ from data_shards.write import EventColumns, describe_file, write_shards
 PIPELINE_VERSION = 4  # change it when a stage writes something else: a restart then reuses nothing
 SHUFFLE_SEED, NEGATIVE_SEED = 16, 17
 EVENT_COLUMNS = {
-    **encode.EVENT_DTYPES, "split": "i1", "history_start": "i8", "history_count": "i4", "history_item": "i4", "history_task": "i1",
-    "shown_start": "i8", "shown_count": "i4",
-}  # fmt: skip
+    **encode.EVENT_DTYPES,
+    "split": "i1",
+    "history_start": "i8",
+    "history_count": "i4",
+    "history_item": "i4",
+    "history_task": "i1",
+    "shown_start": "i8",
+    "shown_count": "i4",
+}
 
 
 def prepare(
@@ -177,9 +183,14 @@ def _split(work: Work, settings: PrepareSettings) -> dict[str, Any]:
     work.write_columns(chunks(), {"split": "i1"})
     check_split({name: int(counts[code].sum()) for code, name in enumerate(SPLITS)}, settings.split)
     return {
-        "rule": settings.split, "boundaries": describe_boundaries(boundaries) if settings.split == "time" else {}, "fingerprint": digest.hexdigest(),
-        "counts": {name: {task: int(counts[code, i]) for i, task in enumerate(TASKS)} for code, name in enumerate(SPLITS)},
-    }  # fmt: skip
+        "rule": settings.split,
+        "boundaries": describe_boundaries(boundaries) if settings.split == "time" else {},
+        "fingerprint": digest.hexdigest(),
+        "counts": {
+            name: {task: int(counts[code, i]) for i, task in enumerate(TASKS)}
+            for code, name in enumerate(SPLITS)
+        },
+    }
 
 
 def _histories(work: Work, settings: PrepareSettings) -> dict[str, Any]:
@@ -258,9 +269,17 @@ def _shards(work: Work, columns: EventColumns, settings: PrepareSettings) -> dic
         else:
             negatives = work.column(f"negatives_{name}", "i4").reshape(-1, settings.num_negatives)
         return write_shards(
-            work.tree, name, event_ids, columns, negatives, settings.block_events, settings.shard_events, settings.compression, settings.threads,
+            work.tree,
+            name,
+            event_ids,
+            columns,
+            negatives,
+            settings.block_events,
+            settings.shard_events,
+            settings.compression,
+            settings.threads,
             lambda done: work.progress(f"shards {name}", done, len(event_ids)),
-        )  # fmt: skip
+        )
 
     return dict(
         zip(
@@ -272,9 +291,17 @@ def _shards(work: Work, columns: EventColumns, settings: PrepareSettings) -> dic
 
 
 def _manifest(
-    work: Work, source: Source, settings: PrepareSettings, read: dict[str, Any], clicks: dict[str, Any], kept: dict[str, Any],
-    split: dict[str, Any], catalog: dict[str, Any], shards: dict[str, Any], leak_checks: dict[str, Any],
-) -> dict[str, Any]:  # fmt: skip
+    work: Work,
+    source: Source,
+    settings: PrepareSettings,
+    read: dict[str, Any],
+    clicks: dict[str, Any],
+    kept: dict[str, Any],
+    split: dict[str, Any],
+    catalog: dict[str, Any],
+    shards: dict[str, Any],
+    leak_checks: dict[str, Any],
+) -> dict[str, Any]:
     """manifest.json: nothing in it depends on when, where or with how many threads it was made."""
     dropped = {
         **read["dropped"],
@@ -287,22 +314,31 @@ def _manifest(
     with_effect = settings_with_effect(settings)
     with_effect["tokenizer"] = os.path.basename(settings.tokenizer.rstrip("/"))
     return {
-        "format_version": FORMAT_VERSION, "gensr_version": _version(),
+        "format_version": FORMAT_VERSION,
+        "gensr_version": _version(),
         "source": {
-            "name": source.name, "files": [{"name": p.name, "num_bytes": p.stat().st_size} for p in source.files],
-            "license": source.license, **read["notes"],
+            "name": source.name,
+            "files": [{"name": p.name, "num_bytes": p.stat().st_size} for p in source.files],
+            "license": source.license,
+            **read["notes"],
         },
         "settings": with_effect,
         "counts": {
-            "users": kept["num_users"], "items": kept["num_items"], "queries": kept["num_queries"], **split["counts"],
+            "users": kept["num_users"],
+            "items": kept["num_items"],
+            "queries": kept["num_queries"],
+            **split["counts"],
             "raw": {name: raw[name] for name in ("users", "items", "queries", "rec", "src")},
         },
         "dropped": {reason: count for reason, count in dropped.items() if count},
         "published": source.published,
         "split": {key: split[key] for key in ("rule", "boundaries", "fingerprint")},
         "seeds": {"seed": settings.seed},
-        "text": catalog["text"], "shards": shards, "catalog": [describe_file(work.tree, path) for path in files], "leak_checks": leak_checks,
-    }  # fmt: skip
+        "text": catalog["text"],
+        "shards": shards,
+        "catalog": [describe_file(work.tree, path) for path in files],
+        "leak_checks": leak_checks,
+    }
 
 
 def _version() -> str:

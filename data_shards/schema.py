@@ -24,24 +24,19 @@ NO_QUERY = -1  # value of `query` in a recommendation event
 PAD = 0  # padding id in token and word arrays; real words start at 1
 
 _EVENT_FIELDS = [
-    (
-        "event_id",
-        pa.int64(),
-    ),  # position in (user, time, tie-break) order over all splits: unique, the same on every run
+    # position in (user, time, tie-break) order over all splits: unique, the same on every run
+    ("event_id", pa.int64()),
     ("user", pa.int32()),  # row of catalog/users.parquet
     ("task", pa.int8()),  # REC or SRC
     ("item", pa.int32()),  # the clicked item; row of catalog/items.parquet
     ("query", pa.int32()),  # row of catalog/queries.parquet, or NO_QUERY
     ("time", pa.int64()),  # ms since 1970 (sources without a clock: position in the user's list)
-    (
-        "history_items",
-        pa.list_(pa.int32()),
-    ),  # oldest first, at most settings.history_max, strictly earlier than `time`
+    # oldest first, at most settings.history_max, strictly earlier than `time`
+    ("history_items", pa.list_(pa.int32())),
     ("history_tasks", pa.list_(pa.int8())),  # REC or SRC for each history item
 ]
-TRAIN_SCHEMA = pa.schema(
-    [*_EVENT_FIELDS, ("impressions", pa.list_(pa.int32()))]
-)  # shown beside the click, not clicked (may be empty)
+# shown beside the click, not clicked (may be empty)
+TRAIN_SCHEMA = pa.schema([*_EVENT_FIELDS, ("impressions", pa.list_(pa.int32()))])
 
 
 def eval_schema(num_negatives: int) -> pa.Schema:
@@ -94,6 +89,16 @@ class Manifest:
         """Size of the anonymised-word vocabulary, 0 for natural text. Word ids are 1 … num_words; 0 is
         padding."""
         return self.raw["text"]["num_words"]
+
+    @property
+    def num_categories(self) -> int:
+        """Ids of item_category are 1 … num_categories; 0 in a folder without categories."""
+        return int(self.raw["counts"].get("categories", 0))
+
+    @property
+    def has_history_queries(self) -> bool:
+        """Whether blocks hold the queries of the history (from format 3 on)."""
+        return bool(self.raw["format_version"] >= 3)
 
     @property
     def num_negatives(self) -> int:

@@ -139,9 +139,8 @@ def _parse_value(text: str) -> Any:
     if text == "":
         return ""
     try:
-        return yaml.safe_load(
-            text
-        )  # "3e-4" stays text here; pydantic reads it as a number where a number is wanted
+        # "3e-4" stays text here; pydantic reads it as a number where a number is wanted
+        return yaml.safe_load(text)
     except yaml.YAMLError:
         return text
 

@@ -33,9 +33,8 @@ def get_tokenizer(settings: PrepareSettings, training_texts: Iterable[str]) -> "
 
     Raises ConfigError when it cannot be found, or when "Yes" and "No" are not one different token each.
     """
-    os.environ.setdefault(
-        "RAYON_NUM_THREADS", str(settings.threads)
-    )  # read once, by the library's thread pool
+    # read once, by the library's thread pool
+    os.environ.setdefault("RAYON_NUM_THREADS", str(settings.threads))
     tokenizer = (
         _load(settings.tokenizer)
         if settings.tokenizer
@@ -83,9 +82,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, lowercase: bool) -> "
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFKC(), *([normalizers.Lowercase()] if lowercase else [])]
     )
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(
-        add_prefix_space=True
-    )  # a word has one form, first in the text or not
+    # a word has one form, first in the text or not
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - len(ANSWERS),
@@ -110,9 +108,8 @@ def encode_texts(
     words = [text.lower() if lowercase else text for text in unique.dictionary.to_pylist()]
     matrix = np.full((len(words), width), PAD, np.int32)
     for row, encoding in enumerate(encode(words, add_special_tokens=False)):
-        ids = [token for token in encoding.ids[: width + 8] if token != PAD][
-            :width
-        ]  # 0 means padding here, whatever the tokenizer says
+        # 0 means padding here, whatever the tokenizer says
+        ids = [token for token in encoding.ids[: width + 8] if token != PAD][:width]
         matrix[row, : len(ids)] = ids
     return matrix[unique.indices.to_numpy()]
 
@@ -157,7 +154,8 @@ def collect_words(work: Work, min_count: int) -> Words:
     sql = f"""
         SELECT word FROM (
             SELECT unnest(words) AS word FROM catalog_items
-            UNION ALL SELECT unnest(CAST(string_split(f.text, ' ') AS BIGINT[])) FROM final_queries f JOIN train_queries USING (id))
+            UNION ALL SELECT unnest(CAST(string_split(f.text, ' ') AS BIGINT[]))
+            FROM final_queries f JOIN train_queries USING (id))
         WHERE word IS NOT NULL GROUP BY word HAVING count(*) >= {min_count} ORDER BY word"""
     parts = [batch.column("word").to_numpy() for batch in work.batches(sql)]
     return Words(np.concatenate([np.zeros(0, np.int64), *parts]).astype(np.int64))
@@ -167,7 +165,8 @@ def training_texts(work: Work, with_queries: bool) -> Iterator[str]:
     """Distinct item texts and (where they are natural text) training queries, at most TRAINING_TEXTS of each,
     in a fixed order."""
     items = f"""
-        SELECT text, min(id) AS id FROM catalog_items WHERE text <> '' GROUP BY 1 ORDER BY 2, 1 LIMIT {TRAINING_TEXTS}"""
+        SELECT text, min(id) AS id FROM catalog_items WHERE text <> ''
+        GROUP BY 1 ORDER BY 2, 1 LIMIT {TRAINING_TEXTS}"""
     queries = (
         f"SELECT f.text FROM final_queries f JOIN train_queries USING (id) ORDER BY id LIMIT {TRAINING_TEXTS}"
     )

@@ -21,9 +21,8 @@ from data_shards.errors import DataError
 Part = TypeVar("Part")
 Result = TypeVar("Result")
 Progress = Callable[[str, int, int], None]  # (stage, done, total); total = 0 where it is not known
-BATCH_ROWS = (
-    250_000  # rows handled at once: bounds the memory of every numpy step, and gives each thread its share
-)
+# rows handled at once: bounds the memory of every numpy step, and gives each thread its share
+BATCH_ROWS = 250_000
 
 
 class Work:
@@ -162,7 +161,7 @@ class Work:
         return self.columns_folder / f"{name}.{np.dtype(dtype).str[1:]}"
 
     def publish(self, out: Path) -> None:
-        """Give the finished tree its name; an old folder is moved aside first and comes back if that fails."""
+        """Give the finished tree its name. An old folder is moved aside and comes back if that fails."""
         old = self.folder / "old"
         if out.exists():
             os.rename(out, old)
@@ -212,9 +211,8 @@ def chunk_bounds(
         if start + rows >= num_rows:
             stop = num_rows
         else:
-            after = int(
-                np.searchsorted(group_starts, start + rows)
-            )  # first group that begins at or after the wanted end
+            # first group that begins at or after the wanted end
+            after = int(np.searchsorted(group_starts, start + rows))
             stop = int(group_starts[after]) if after < len(group_starts) else num_rows
         yield start, stop
         start = stop

@@ -46,10 +46,13 @@ class EventColumns:
         history_offsets = _offsets(self.history_count[event_id])
         columns: list[Any] = [
             pa.array(event_id.astype(np.int64)),
-            *(pa.array(np.asarray(values[event_id])) for values in (self.user, self.task, self.item, self.query, self.time)),
+            *(
+                pa.array(np.asarray(values[event_id]))
+                for values in (self.user, self.task, self.item, self.query, self.time)
+            ),
             pa.ListArray.from_arrays(history_offsets, pa.array(self.history_item[history])),
             pa.ListArray.from_arrays(history_offsets, pa.array(self.history_task[history])),
-        ]  # fmt: skip
+        ]
         if negatives is None:
             shown = ragged_rows(self.shown_start[event_id], self.shown_count[event_id])
             columns.append(

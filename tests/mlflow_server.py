@@ -50,10 +50,8 @@ class Server:
             "1",
             *store,
         ]
-        environment = {
-            **os.environ,
-            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-        }  # its job runners cost more than all the rest
+        # its job runners cost more than all the rest
+        environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
         with (self.folder / "server.log").open("a") as log:
             self.process = subprocess.Popen(
                 command,

@@ -9,9 +9,9 @@ import torch
 from data_shards.schema import read_manifest
 from data_shards.settings import to_yaml
 from trainer.cf.tables import train_cf
-from trainer.config import load_config
-from trainer.data.cf_table import load_cf
-from trainer.data.item_tables import load_tables
+from trainer.configs import load_config
+from trainer.data.folder import PreparedFolder
+from trainer.models.gensr.model import GenSR
 from trainer.runs.weights import build_model, save_model
 
 EVALUATION = {
@@ -48,8 +48,10 @@ def make_run(folder: Path, source: Path, *overrides: str) -> Path:
     )
     manifest = read_manifest(data)
     torch.manual_seed(0)
-    model = build_model(config, manifest, load_tables(data, manifest, load_cf(data, manifest)), data)
-    save_model(run_dir / "model", model, model.state_dict(), config, manifest, data)
+    model = build_model(
+        config, PreparedFolder.at(data), PreparedFolder.at(data).tables(GenSR.needs, with_folds=True)
+    )
+    save_model(run_dir / "model", model, model.state_dict(), config, PreparedFolder.at(data))
     (run_dir / "config.yaml").write_text(to_yaml(config))
     (run_dir / "environment.json").write_text(json.dumps({"git": {"commit": "0123abc", "dirty": False}}))
     (run_dir / "evaluation-test.json").write_text(json.dumps(EVALUATION))

@@ -24,9 +24,14 @@ ITEM_TOKENS, QUERY_TOKENS = 8, 4
 
 
 def make_tiny_folder(
-    folder: Path, num_train: int = 96, num_valid: int = 40, num_users: int = 24, num_items: int = 130, seed: int = 0,
+    folder: Path,
+    num_train: int = 96,
+    num_valid: int = 40,
+    num_users: int = 24,
+    num_items: int = 130,
+    seed: int = 0,
     train_blocks: Sequence[Sequence[int]] = (),
-) -> Path:  # fmt: skip
+) -> Path:
     """Write a prepared folder with random events (search and recommendation alternate) and a random CF table
     with two folds.
 

@@ -4,10 +4,9 @@ from pathlib import Path
 
 from data_shards.schema import read_manifest
 from trainer.batch import Batch
-from trainer.config import load_config
+from trainer.configs import load_config
 from trainer.data import TrainStream
-from trainer.data.cf_table import load_cf
-from trainer.data.item_tables import load_tables
+from trainer.data.folder import PreparedFolder
 from trainer.models.gensr.model import GenSR
 from trainer.runs.weights import build_model
 
@@ -21,9 +20,9 @@ def make_tiny_model(folder: Path, *overrides: str) -> Made:
     )
     manifest = read_manifest(folder)
     model = build_model(
-        config, manifest, load_tables(folder, manifest, load_cf(folder, manifest)), folder
+        config, PreparedFolder.at(folder), PreparedFolder.at(folder).tables(GenSR.needs, with_folds=True)
     ).train()
-    return model, next(iter(TrainStream(folder, manifest, config.data, 0, 16, 16, num_folds=2)))
+    return model, next(iter(TrainStream(PreparedFolder.at(folder), config.data, 0, 16, 16, num_folds=2)))
 
 
 def move(model: GenSR, batch: Batch, device: str) -> Batch:

@@ -32,10 +32,12 @@ class Batch:
     fold: Tensor
     history_items: Tensor  # [B, N] int64, oldest first, padded at the end with 0
     history_tasks: Tensor  # [B, N] int64
+    # [B, N] int64, row of the query of a search; -1 for a recommendation, and where the folder does not say
+    history_queries: Tensor
     history_mask: Tensor  # [B, N] bool, True = a real item
     candidates: Tensor  # [B, C] int64
     labels: Tensor  # [B, C] float32, 1 = the clicked item (anywhere in the row)
-    groups: tuple[Group, ...] | None = None  # None: not decided yet (GenSR.grouped)
+    groups: tuple[Group, ...] | None = None  # GenSR.prepare decides; None: not decided yet
 
     @property
     def num_events(self) -> int:
@@ -67,6 +69,17 @@ class Batch:
         return replace(self, candidates=candidates, labels=labels)
 
 
+@dataclass(frozen=True)
+class TrainClicks:
+    """The clicks of the training split, [n] int64 each, by user and time: what models that count are made of."""
+
+    user: Tensor
+    task: Tensor
+    item: Tensor
+    query: Tensor  # row of the queries table, -1 for a recommendation
+    time: Tensor  # ms
+
+
 @dataclass
 class ItemTables:
     """Frozen look-up tables of one prepared folder, on one device. Not parameters: never sharded,
@@ -82,19 +95,47 @@ class ItemTables:
     query_tokens: Tensor  # [num_queries, L] int, padded with 0 at the end
     query_words: Tensor  # [num_queries, W] int, 0 = padding
 
+    cf_users: Tensor  # [num_users, K] float32, LightGCN's user vectors (the full table)
+
     @property
     def num_items(self) -> int:
-        return self.cf.shape[0]
+        return self.item_tokens.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.query_tokens.device
+
+    @property
+    def item_terms(self) -> Tensor:
+        """[num_items, T] int, 0 = padding: anonymised words where the data has them, else tokens."""
+        return self.item_words if self.item_words.shape[1] else self.item_tokens
+
+    @property
+    def query_terms(self) -> Tensor:
+        """[num_queries, T] int, 0 = padding: words, or tokens of natural text."""
+        return self.query_words if self.query_words.shape[1] else self.query_tokens
 
     @cached_property
     def query_lengths(self) -> Tensor:
         """[num_queries] int64, on the CPU wherever the tables are: words of each query, or tokens where
         queries have no words."""
-        queries = self.query_words if self.query_words.shape[1] else self.query_tokens
-        return (queries != 0).sum(1).cpu()
+        return (self.query_terms != 0).sum(1).cpu()
 
     def to(self, device: torch.device | str) -> "ItemTables":
         return ItemTables(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+
+
+def no_tables(num_items: int, num_queries: int, cf_dim: int = 0, num_users: int = 0) -> ItemTables:
+    """Tables that hold nothing, in the right shapes: padding, zero vectors, no folds."""
+    nothing = {name: torch.zeros((num_items, 0), dtype=torch.int32) for name in ("item_tokens", "item_words")}
+    return ItemTables(
+        cf=torch.zeros((num_items, cf_dim)),
+        cf_folds=torch.zeros((0, num_items, cf_dim)),
+        query_tokens=torch.zeros((num_queries, 0), dtype=torch.int32),
+        query_words=torch.zeros((num_queries, 0), dtype=torch.int32),
+        cf_users=torch.zeros((num_users, cf_dim)),
+        **nothing,
+    )
 
 
 def rows_of(table: Tensor, index: Tensor) -> Tensor:

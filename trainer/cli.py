@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from inspect import cleandoc
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,8 +21,23 @@ from trainer.errors import ConfigError, GensrError, RequestError
 
 SPLITS = ("train", "valid", "test")
 RANK = int(os.environ.get("RANK", "0"))
+Verb = Callable[..., Any]
 
-app = typer.Typer(
+
+class Commands(typer.Typer):
+    """Verbs whose help is their docstring, less the line breaks of the source: a list of verbs would print
+    them."""
+
+    def command(self, name: str | None = None, **options: Any) -> Any:
+        def add(function: Verb) -> Verb:
+            paragraphs = cleandoc(function.__doc__ or "").split("\n\n")
+            text = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+            return super(Commands, self).command(name, help=text, **options)(function)
+
+        return add
+
+
+app = Commands(
     name="gensr",
     help="GenSR: one generative model for search and recommendation, from raw logs to a registered model.",
     epilog="Example: gensr demo",
@@ -29,15 +45,15 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-config_app = typer.Typer(
+config_app = Commands(
     help="Look at configurations.", epilog="Example: gensr config show demo", no_args_is_help=True
 )
 app.add_typer(config_app, name="config")
-runs_app = typer.Typer(
+runs_app = Commands(
     help="Several runs at once.", epilog="Example: gensr runs summarize runs/sweep", no_args_is_help=True
 )
 app.add_typer(runs_app, name="runs")
-bench_app = typer.Typer(
+bench_app = Commands(
     help="Measure speed and memory against fair baselines.",
     epilog="Example: gensr bench data",
     no_args_is_help=True,
@@ -52,11 +68,10 @@ MaybePreset = Annotated[
     str | None, typer.Argument(metavar="[PRESET|FILE]", help="nothing: the defaults", show_default=False)
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout")]
-Verb = Callable[..., Any]
 
 
 def main() -> None:
-    """Entry point of `gensr` and `python -m trainer`. --debug anywhere keeps the traceback of a user error."""
+    """Entry point of `gensr` and `python -m trainer`. --debug anywhere keeps a user error's traceback."""
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
         app(args=arguments, prog_name="gensr")
@@ -65,9 +80,8 @@ def main() -> None:
             raise
         if RANK == 0:
             typer.echo(f"gensr: {error}", err=True)
-        elif not isinstance(
-            error, ConfigError
-        ):  # every rank finds the same mistakes in a configuration; other errors may be one rank's own
+        elif not isinstance(error, ConfigError):
+            # every rank finds the same mistakes in a configuration; other errors may be one rank's own
             typer.echo(f"gensr: rank {RANK}: {error}", err=True)
         sys.exit(1)
     except SystemExit as stop:  # click says 2 for wrong usage; here every failure is 1
@@ -240,7 +254,7 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Train. Also as: accelerate launch --config_file ds_configs/… -m trainer train …"""
-    from trainer.config import load_config
+    from trainer.configs import load_config
 
     if resume not in ("never", "auto"):
         raise ConfigError(f"--resume must be never or auto, got {resume}")
@@ -440,7 +454,8 @@ def summarize(
     folder: Annotated[Path, typer.Argument(metavar="SWEEP", help="folder of a sweep's run folders")],
     as_json: AsJson = False,
 ) -> None:
-    """Put the runs of a sweep into one table, SWEEP/sweep.txt and .json, and below one parent run in MLflow."""
+    """Put the runs of a sweep into one table, SWEEP/sweep.txt and .json, and below one parent run in
+    MLflow."""
     from trainer.experiments.sweep import lines_of
     from trainer.experiments.sweep import summarize as run
 
@@ -513,7 +528,8 @@ def score(
     requests: Annotated[
         Path,
         typer.Argument(
-            help=".jsonl or .parquet: history, task, query, candidates; without candidates the whole catalogue"
+            help=".jsonl or .parquet: history, task, query, candidates; "
+            "without candidates the whole catalogue"
         ),
     ],
     out: Annotated[
@@ -594,7 +610,8 @@ def recommend(
     uri: Registry = "",
     as_json: AsJson = False,
 ) -> None:
-    """Find the best items of the whole catalogue for a user: candidates by vectors, then ranked by the model."""
+    """Find the best items of the whole catalogue for a user: candidates by vectors, then ranked by the
+    model."""
     if not user and history is None:
         raise RequestError("whose recommendations? Give --user ID or --history FILE")
     request = {"task": "rec", "k": k, "num_candidates": candidates, "include_seen": seen}
@@ -698,7 +715,8 @@ def data(
     rows: Annotated[
         str,
         typer.Option(
-            help="log rows of each row of the scaling table, comma-separated; the figures are those of the last"
+            help="log rows of each row of the scaling table, comma-separated; "
+            "the figures are those of the last"
         ),
     ] = "200000",
     turns: Annotated[int, typer.Option(help="measurements of each side; the sides alternate", min=1)] = 2,
@@ -726,7 +744,8 @@ def data(
 Pairs = Annotated[
     int | None,
     typer.Option(
-        help="(history, candidate) pairs of a step, on either side; else 20, or on a GPU what fills it and the paper's 200 for the reference",
+        help="(history, candidate) pairs of a step, on either side; else 20, or on a GPU what fills it and "
+        "the paper's 200 for the reference",
         min=1,
     ),
 ]
@@ -741,9 +760,14 @@ Profile = Annotated[
 
 @bench_app.command(name="train", epilog="Example: gensr bench train model.prompt=compact --json")
 def bench_train(
-    overrides: Overrides = None, pairs: Pairs = None, steps: Steps = 2, turns: Turns = 2, threads: Threads = 2, profile: Profile = None,
+    overrides: Overrides = None,
+    pairs: Pairs = None,
+    steps: Steps = 2,
+    turns: Turns = 2,
+    threads: Threads = 2,
+    profile: Profile = None,
     as_json: AsJson = False,
-) -> None:  # fmt: skip
+) -> None:
     """Training steps against a reference written straight from the paper; flan-t5-base's shape with random
     weights unless settings say otherwise."""
     from trainer.bench.model import bench_model, bench_model_lines
@@ -756,9 +780,14 @@ def bench_train(
 
 @bench_app.command(name="evaluate", epilog="Example: gensr bench evaluate data.dir=data/prepared --pairs 100")
 def bench_evaluate(
-    overrides: Overrides = None, pairs: Pairs = None, steps: Steps = 2, turns: Turns = 2, threads: Threads = 2, profile: Profile = None,
+    overrides: Overrides = None,
+    pairs: Pairs = None,
+    steps: Steps = 2,
+    turns: Turns = 2,
+    threads: Threads = 2,
+    profile: Profile = None,
     as_json: AsJson = False,
-) -> None:  # fmt: skip
+) -> None:
     """Scoring the candidates of events against the reference, which encodes every pair by itself and calls
     generate()."""
     from trainer.bench.model import bench_model, bench_model_lines
@@ -774,9 +803,11 @@ def bench_evaluate(
 )
 def bench_micro_batch(
     preset: MaybePreset = None,
-    overrides: Overrides = None, steps: Annotated[int, typer.Option(help="micro-batches that are timed, after one to warm up", min=1)] = 4,
-    threads: Threads = 2, as_json: AsJson = False,
-) -> None:  # fmt: skip
+    overrides: Overrides = None,
+    steps: Annotated[int, typer.Option(help="micro-batches that are timed, after one to warm up", min=1)] = 4,
+    threads: Threads = 2,
+    as_json: AsJson = False,
+) -> None:
     """The fastest optim.micro_batch_size on this device, found by training with each, and what each takes of
     its memory."""
     from trainer.bench import micro_batch as bench
@@ -812,7 +843,7 @@ def show(
 ) -> None:
     """Print the effective configuration as YAML."""
     from data_shards.settings import to_yaml
-    from trainer.config import load_config
+    from trainer.configs import load_config
 
     preset, settings = preset_and_settings(preset, overrides)
     say(to_yaml(load_config(preset, settings)).rstrip())
@@ -838,10 +869,10 @@ def keys(
     }
     lines = []
     for name, of_verb in document.items():
-        settings = [
-            f"{row['key']}={row['default'] if isinstance(row['default'], str) else json.dumps(row['default'])}"
-            for row in of_verb
-        ]
+        settings = []
+        for row in of_verb:
+            default = row["default"]
+            settings.append(f"{row['key']}={default if isinstance(default, str) else json.dumps(default)}")
         width = max(map(len, settings))
         lines += [
             f"gensr {name}",

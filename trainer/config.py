@@ -1,14 +1,11 @@
 """The configuration tree of a training run. One source for each number: DeepSpeed JSON keeps "auto" for
 everything named here."""
 
-from importlib import resources
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
 from data_shards import settings as s
-from trainer.errors import ConfigError
 
 Positive = Annotated[int, Gt(0)]
 NonNegative = Annotated[int, Ge(0)]
@@ -57,57 +54,23 @@ class DataConfig:
 
 
 @s.settings
-class LoraConfig:
-    rank: NonNegative = 0
-    """0 trains the whole backbone"""
-    alpha: Positive = 16
-    """LoRA scale is alpha / rank"""
-    dropout: Fraction = 0.05
-    """dropout on the adapter's input"""
-    target_modules: str = "auto"
-    """comma-separated module names, or auto: sound defaults for the backbone's family"""
-    rslora: bool = False
-    """scale by alpha / √rank instead of alpha / rank (rsLoRA)"""
-    dora: bool = False
-    """learn direction and magnitude apart (DoRA): a little better at small ranks, slower"""
-    four_bit: bool = False
-    """frozen weights in 4 bits (QLoRA); needs bitsandbytes and a CUDA device, and a ZeRO stage below 3"""
-    also_train: str = ""
-    """parts of the backbone trained whole beside the adapters, comma-separated: embeddings, head, or module
-    names"""
+class ModelSettings:
+    """Settings that every model has; each model's own class follows its file (trainer/models/zoo.py)."""
+
+    name: str = "gensr"
+    """which model of the house"""
+
+    def describe(self) -> str:
+        """What banners and model cards say."""
+        return self.name
 
 
 @s.settings
-class ModelConfig:
-    backbone: str = "scratch:mini"
-    """hub name, local folder, or scratch:SIZE with SIZE one of trainer/models/backbones/families.py's shapes
-    """
-    variant: Literal["paper", "extended"] = "extended"
-    """paper: the published equations. extended: adds position and task embeddings and three product slots
-    (trainer/models/gensr/README.md)"""
-    prompt: Literal["paper", "compact"] = "compact"
-    """wording of the task prompts; compact has about 40 tokens"""
+class CfSettings(ModelSettings):
+    """Settings of a model that reads CF vectors while it is trained."""
+
     cf_holdout: Literal["auto", "none", "last", "crossfit"] = "auto"
     """which table of cf/ training events read; auto takes what `gensr cf` made"""
-    num_heads: Positive = 2
-    """heads of the history encoders and of the soft filter (Eqs. 3–5)"""
-    dropout: Fraction = 0.1
-    """dropout of the history encoders and of a backbone from scratch"""
-    words_dim: Positive = 64
-    """width of the learned table of anonymised words"""
-    temperature: PositiveFloat = 0.07
-    """τ of the contrastive term (Eq. 10)"""
-    contrastive_weight: NonNegativeFloat = 0.01
-    """λ of Eq. 8"""
-    gather_negatives: bool = False
-    """contrastive negatives from all ranks instead of this rank's batch"""
-    listwise_weight: NonNegativeFloat = 0.0
-    """weight of a softmax cross-entropy over the candidates of an event, beside Eq. 9 (0 in the paper)"""
-    activation_checkpointing: bool = False
-    """recompute the backbone's activations in the backward pass: less memory, about a third more time"""
-    compile: bool = False
-    """torch.compile the backbone's layers, a minute at the start; gains nothing on a CPU; not under ZeRO-3"""
-    lora: LoraConfig = LoraConfig()
 
 
 @s.settings
@@ -190,7 +153,7 @@ class TrackingConfig:
 @s.settings
 class Config:
     data: DataConfig = DataConfig()
-    model: ModelConfig = ModelConfig()
+    model: ModelSettings = ModelSettings()
     optim: OptimConfig = OptimConfig()
     run: RunConfig = RunConfig()
     tracking: TrackingConfig = TrackingConfig()
@@ -232,78 +195,3 @@ class CfRoot:
     save_every_s: NonNegativeFloat = 300.0
     """seconds between two saved states of a table in training, from which an interrupted `gensr cf` resumes
     """
-
-
-def preset_names() -> list[str]:
-    return sorted(
-        p.name.removesuffix(".yaml")
-        for p in resources.files("trainer.configs").iterdir()
-        if p.name.endswith(".yaml")
-    )
-
-
-def preset_path(preset_or_file: str) -> Path:
-    """A preset's name or a YAML file's path → the file. Raises ConfigError that lists the presets."""
-    as_file = Path(preset_or_file)
-    if as_file.suffix in (".yaml", ".yml"):
-        if not as_file.is_file():
-            raise ConfigError(f"{preset_or_file}: no such file. Presets: {', '.join(preset_names())}")
-        return as_file
-    if preset_or_file not in preset_names():
-        raise ConfigError(
-            f"{preset_or_file}: no such preset. Presets: {', '.join(preset_names())}. A file's name must end "
-            "in .yaml"
-        )
-    return Path(str(resources.files("trainer.configs") / f"{preset_or_file}.yaml"))
-
-
-def load_config(preset_or_file: str | None, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """Preset or file, then `section.key=value` overrides → Config, checked as a whole.
-
-    Raises ConfigError with every problem at once.
-    """
-    path = preset_path(preset_or_file) if preset_or_file else None
-    config: Config = s.load(Config, path, overrides)
-    problems = cross_field_problems(config)
-    if problems:
-        raise ConfigError(s.format_problems(problems, str(path or "the settings")))
-    return config
-
-
-def cross_field_problems(config: Config) -> list[tuple[str, str]]:
-    """Checks that need more than one field; (dotted key, message) each."""
-    problems: list[tuple[str, str]] = []
-    optim, data = config.optim, config.data
-    if optim.global_batch_size % optim.micro_batch_size:
-        problems.append(
-            (
-                "optim.micro_batch_size",
-                f"must divide optim.global_batch_size={optim.global_batch_size}, got "
-                f"{optim.micro_batch_size}",
-            )
-        )
-    if data.weight_rec == 0 and data.weight_src == 0:
-        problems.append(
-            ("data.weight_rec", "data.weight_rec and data.weight_src are both 0: nothing to train on")
-        )
-    if data.mixture_popularity + data.mixture_impressions > 1:
-        both = f"{data.mixture_popularity} + {data.mixture_impressions}"
-        problems.append(
-            (
-                "data.mixture_popularity",
-                f"data.mixture_popularity + data.mixture_impressions must be at most 1, got {both}",
-            )
-        )
-    if data.history_tokens > data.item_tokens:
-        problems.append(
-            (
-                "data.history_tokens",
-                f"must be at most data.item_tokens={data.item_tokens}, got {data.history_tokens}",
-            )
-        )
-    return problems
-
-
-def config_from_dict(tree: dict[str, Any]) -> Config:
-    """A Config from what RUN/config.yaml or a registered model holds."""
-    return s.load(Config, base=tree)

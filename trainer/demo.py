@@ -27,17 +27,11 @@ from trainer.evaluation.summary import (
 )
 from trainer.runtime.progress import StageLines
 
-USERS, ITEMS, DAYS, SEED = (
-    1000,
-    4000,
-    14,
-    1,
-)  # of the planted world: small enough for ten minutes on two cores
+# of the planted world: small enough for ten minutes on two cores
+USERS, ITEMS, DAYS, SEED = 1000, 4000, 14, 1
 PREPARE: tuple[str, ...] = ()
-CF: tuple[str, ...] = (
-    "cf.num_folds=2",
-    "cf.patience=2",
-)  # fewer folds and less patience than the defaults: a minute less
+# fewer folds and less patience than the defaults: a minute less
+CF: tuple[str, ...] = ("cf.num_folds=2", "cf.patience=2")
 PRESET = "demo"
 MODEL_NAME = "gensr-demo"
 TABLE_WIDTH = 120  # columns; a narrower terminal wraps lines rather than numbers
@@ -71,7 +65,7 @@ class Demo:
             Step("prepare", (data_dir / "manifest.json").is_file, self.prepare),
             Step("cf", (data_dir / "cf" / "lightgcn.safetensors").is_file, self.cf),
             Step("train", self.is_trained, self.train),
-            Step("evaluate", lambda: is_newer(evaluation, run_dir / "model" / "gensr.json"), self.evaluate),
+            Step("evaluate", lambda: is_newer(evaluation, run_dir / "model" / "model.json"), self.evaluate),
             Step("register", lambda: is_newer(registered, evaluation), self.register),
         ]
 
@@ -104,14 +98,12 @@ class Demo:
         launch(processes, ["evaluate", str(self.run_dir)], quiet=True)
 
     def register(self) -> None:
-        from data_shards.schema import read_manifest
+        from trainer.data.folder import PreparedFolder
         from trainer.registry.versions import example_requests, register
         from trainer.runtime.files import atomic
 
         register(self.run_dir, MODEL_NAME)
-        lines = [
-            json.dumps(request) for request in example_requests(self.data_dir, read_manifest(self.data_dir))
-        ]
+        lines = [json.dumps(request) for request in example_requests(PreparedFolder.at(self.data_dir))]
         with atomic(self.run_dir / "requests.jsonl") as path:
             path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
@@ -160,7 +152,7 @@ def devices(preset: str, overrides: Sequence[str]) -> tuple[int, list[str]]:
     as divide the global batch."""
     import torch
 
-    from trainer.config import load_config
+    from trainer.configs import load_config
     from trainer.runtime.device import forced_cpu
 
     optim = load_config(preset, list(overrides)).optim
@@ -194,12 +186,10 @@ def launch(processes: int, arguments: Sequence[str], quiet: bool = False) -> Non
         *arguments,
     ]
     environment = dict(os.environ)
-    environment.setdefault(
-        "OMP_NUM_THREADS", str(max(1, num_cores() // processes))
-    )  # else the launcher warns and takes 1
-    environment.setdefault(
-        "PYTHONWARNINGS", "ignore::FutureWarning"
-    )  # torch's and DeepSpeed's, about each other
+    # else the launcher warns and takes 1
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // processes)))
+    # torch's and DeepSpeed's, about each other
+    environment.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")
     if on_cpu:
         environment["DS_ACCELERATOR"] = "cpu"
     process = subprocess.Popen(
@@ -274,7 +264,7 @@ def where_and_next(demo: Demo, registered: dict[str, object]) -> list[str]:
 
 
 def program(name: str) -> str:
-    """How to call a program of this environment from here: its bare name where PATH finds it, else its path."""
+    """How to call a program of this environment: its bare name where PATH finds it, else its path."""
     beside = Path(sys.executable).with_name(name)
     if not beside.is_file():
         return name

@@ -39,7 +39,8 @@ CPP_PROGRAM = "#include <vector>\nint main() { std::vector<int> v{1}; return v[0
 ALL_REDUCE_PROGRAM = """
 import sys, datetime, torch, torch.distributed as dist
 rank, path = int(sys.argv[1]), sys.argv[2]
-dist.init_process_group("gloo", init_method="file://" + path, rank=rank, world_size=2, timeout=datetime.timedelta(seconds=60))
+minute = datetime.timedelta(seconds=60)
+dist.init_process_group("gloo", init_method="file://" + path, rank=rank, world_size=2, timeout=minute)
 x = torch.tensor([rank + 1.0])
 dist.all_reduce(x)
 dist.destroy_process_group()
@@ -242,7 +243,10 @@ def check_gpus() -> list[Check]:
         return [Check("gpu", "MISS", f"torch cannot be imported: {type(error).__name__}: {error}", fix)]
     if not torch.cuda.is_available():
         if shutil.which("nvidia-smi"):
-            fix = "install the torch build for your driver (pytorch.org), and check nvidia-smi and CUDA_VISIBLE_DEVICES"
+            fix = (
+                "install the torch build for your driver (pytorch.org), and check nvidia-smi and "
+                "CUDA_VISIBLE_DEVICES"
+            )
             return [Check("gpu", "WARN", f"a driver is here, but torch {torch.__version__} sees no GPU", fix)]
         return [Check("gpu", "OK", "none: training runs on the CPU (two processes, gloo)")]
     count = torch.cuda.device_count()
@@ -270,7 +274,10 @@ def check_all_reduce(
     program: str = ALL_REDUCE_PROGRAM, timeout_s: float = ALL_REDUCE_TIMEOUT_S
 ) -> list[Check]:
     """Two processes add up a number over gloo, as every CPU run does."""
-    fix = "export GLOO_SOCKET_IFNAME=lo (several nodes: the name of the network interface), and check that the host name resolves"
+    fix = (
+        "export GLOO_SOCKET_IFNAME=lo (several nodes: the name of the network interface), and check that "
+        "the host name resolves"
+    )
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         environment.pop(name, None)

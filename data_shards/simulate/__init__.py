@@ -1,7 +1,7 @@
 """Logs in KuaiSAR's exact CSV schema from a planted preference model, in bounded memory.
 
     world.py      what items are, what users like         → 20 bytes an item stay in memory
-    behaviour.py  what a range of users does              → every draw is a hash: any range gives the same rows
+    behaviour.py  what a range of users does              → draws are hashes: any range gives the same rows
     tables.py     rows of the five CSV files
     oracle.py     the best possible scores, for checks; never written
 

@@ -29,9 +29,8 @@ REC_CANDIDATES = 18  # what the feed chooses from
 SEARCH_AFTER_REQUEST = 0.36
 MIN_RESULTS, MAX_RESULTS = 3, 9
 SEARCH_CANDIDATES = 40
-ROWS_OF_REQUEST = (
-    5.6 + SEARCH_AFTER_REQUEST * 5.6
-)  # mean rows that a request brings with its searches, less those that a user has seen (measured)
+# mean rows that a request brings with its searches, less those that a user has seen (measured)
+ROWS_OF_REQUEST = 5.6 + SEARCH_AFTER_REQUEST * 5.6
 
 FOCUS_KEPT = 0.86  # from slot to slot (a user opens the app in about half of them)
 FOCUS_IS_INTEREST = 0.55  # otherwise any topic: only recent history shows it
@@ -110,17 +109,15 @@ def _requests(world: World, users: Users, requests_per_day: float) -> Requests:
     slots_a_day = len(SLOT_HOURS)
     slot_keys = draws.keys_for(users.keys, P_SLOT, world.days * slots_a_day)  # [U, slots]
     mean = users.activity[:, None] * requests_per_day / slots_a_day
-    count = np.log(draws.uniform(slot_keys, P_REQUESTS)) / np.log(
-        mean / (1 + mean)
-    )  # geometric: bursts and quiet days
+    # geometric: bursts and quiet days
+    count = np.log(draws.uniform(slot_keys, P_REQUESTS)) / np.log(mean / (1 + mean))
     count = np.minimum(count.astype(np.int64), MAX_REQUESTS)
     focus = _focus(world, users, slot_keys)
     user, slot = np.nonzero(count)
     repeats = count[user, slot]
     row = np.repeat(np.arange(len(user)), repeats)
-    index = np.arange(len(row)) - np.repeat(
-        np.cumsum(repeats) - repeats, repeats
-    )  # 0, 1, … inside the session
+    # 0, 1, … inside the session
+    index = np.arange(len(row)) - np.repeat(np.cumsum(repeats) - repeats, repeats)
     key = draws.keys_for(slot_keys[user, slot][row] + index.astype(np.uint64), P_REQUEST)
     day, hour = slot[row] // slots_a_day, SLOT_HOURS[slot[row] % slots_a_day]
     session_start = hour * 3600 + 5400 * draws.uniform(slot_keys[user, slot], P_TIME)[row]
@@ -194,9 +191,8 @@ def _searches(world: World, users: Users, requests: Requests) -> tuple[Searches,
     words[:, ITEM_CONCEPTS] = np.where(
         u < QUERY_COMMON_WORD, world.public_word[np.minimum(rank, world.num_common_words - 1)], 0
     )
-    delay_ms = 60_000 + (60_000 * draws.uniform(key, P_TIME)).astype(
-        np.int64
-    )  # after this request, before the next
+    # after this request, before the next
+    delay_ms = 60_000 + (60_000 * draws.uniform(key, P_TIME)).astype(np.int64)
     return Searches(
         request, key, requests.time_ms[request] + delay_ms, topic, related, concepts, words
     ), intent
@@ -261,9 +257,8 @@ def _first_clicks_only(
     item = np.concatenate([feed.item, results.item])
     click = np.concatenate([feed.click, results.click])
     time_ms = np.concatenate([requests.time_ms[feed.group], searches.time_ms[results.group]])
-    pair = (
-        np.concatenate([feed.user, results.user]) * (world.num_items + 1) + item + 1
-    )  # NO_ITEM is a pair of its own
+    # NO_ITEM is a pair of its own
+    pair = np.concatenate([feed.user, results.user]) * (world.num_items + 1) + item + 1
     order = np.lexsort((time_ms, pair))
     pair, click = pair[order], click[order]
     clicks_before = np.cumsum(click) - click

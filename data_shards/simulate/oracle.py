@@ -41,7 +41,7 @@ def planted_clicks(world: World, rows_per_day: float) -> Clicks:
 
 
 def oracle_scores(world: World, users: b.Users, clicks: Clicks, candidates: np.ndarray) -> np.ndarray:
-    """About log P(click | user, hidden focus, query) of candidates [n, C]: float64, comparable inside a row."""
+    """About log P(click | user, hidden focus, query) of candidates [n, C]: float64, comparable in a row."""
     topic = world.topic_of(candidates)
     rank = candidates - world.topic_start[topic]
     log_popularity = -POPULARITY_EXPONENT * np.log(rank + POPULARITY_OFFSET)

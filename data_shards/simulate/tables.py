@@ -80,7 +80,7 @@ def write_header(file: BinaryIO, name: str) -> None:
 
 
 def write_rows(file: BinaryIO, columns: list[pa.Array]) -> None:
-    """Append rows to a CSV file; columns hold finished text or integers. Text is quoted by whoever makes it."""
+    """Append rows to a CSV file; columns hold finished text (quoted by whoever makes it) or integers."""
     if len(columns[0]) == 0:
         return
     text = [column if pa.types.is_string(column.type) else pc.cast(column, pa.string()) for column in columns]
@@ -180,9 +180,8 @@ def captions(world: World, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     concepts = world.concepts[items].astype(np.int64)
     meaning = world.word(world.topic_of(items)[:, None], concepts, world.item_forms(items))
     u = draws.uniform(draws.keys_for(keys, P_COMMON, MAX_COMMON_WORDS), P_COMMON)
-    common = world.public_word[
-        (u**2.5 * world.num_common_words).astype(np.int64)
-    ]  # the first are the most frequent
+    # the first are the most frequent
+    common = world.public_word[(u**2.5 * world.num_common_words).astype(np.int64)]
     words = np.concatenate([meaning, common], axis=1)
     used = np.ones(words.shape, bool)
     for column in range(1, ITEM_CONCEPTS):

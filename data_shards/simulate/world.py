@@ -18,25 +18,20 @@ from data_shards.simulate import draws
 STYLE_DIM = 8
 NUM_COMMUNITIES = 10  # of users by taste and of items by style
 COMMUNITY_SPREAD = 0.45  # noise of a member around its community, in units of a centre's coordinates (±1)
-STYLE_SCALE = (
-    16  # styles and tastes are int8: 16 = one unit, so affinities are exact integers on every machine
-)
-POPULARITY_EXPONENT = (
-    0.8  # the r-th most popular item of a topic is chosen ∝ (r + POPULARITY_OFFSET) ** -POPULARITY_EXPONENT
-)
+# styles and tastes are int8: 16 = one unit, so affinities are exact integers on every machine
+STYLE_SCALE = 16
+# the r-th most popular item of a topic is chosen ∝ (r + POPULARITY_OFFSET) ** -POPULARITY_EXPONENT
+POPULARITY_EXPONENT = 0.8
 # 1 / (1 - POPULARITY_EXPONENT): an integer, so drawing a rank needs products only, the same bits everywhere
 POPULARITY_ROOT = 5
 POPULARITY_OFFSET = 2.0
 TOPIC_EXPONENT = 0.6  # the same for topics, over all users
 ITEM_CONCEPTS = 3
 NUM_FORMS = 2  # a concept has an everyday and a formal word
-CAPTION_FORMAL, QUERY_FORMAL = (
-    0.3,
-    0.7,
-)  # who says it formally: words of queries and captions differ, so exact matching misses much
-SHARED_CONCEPTS = (
-    0.2  # of a topic's concepts use the words of their second-level category: a word may mean several topics
-)
+# who says it formally: words of queries and captions differ, so exact matching misses much
+CAPTION_FORMAL, QUERY_FORMAL = 0.3, 0.7
+# of a topic's concepts use the words of their second-level category: a word may mean several topics
+SHARED_CONCEPTS = 0.2
 INTERESTS_CUMULATIVE = np.cumsum([0.36, 0.25, 0.18, 0.12, 0.09])  # share of each long-term topic of a user
 NEW_ITEMS = 0.10  # of the items are uploaded while the log runs
 MISSING_FEATURES = 0.002  # of the items are in the logs but not in item_features.csv
@@ -58,9 +53,8 @@ class World:
     days: int
     topic_start: np.ndarray  # int64 [T + 1]: items topic_start[t] … topic_start[t+1]-1 belong to topic t
     topic_cumulative: np.ndarray  # float64 [T]
-    topic_mass: (
-        np.ndarray
-    )  # float32 [T], integral of the popularity law over the topic's items (times 1 - exponent)
+    # float32 [T], integral of the popularity law over the topic's items (times 1 - exponent)
+    topic_mass: np.ndarray
     num_firsts: int
     num_seconds: int
     num_concepts: int  # of each topic
@@ -150,9 +144,8 @@ def make_world(users: int, items: int, days: int, seed: int) -> World:
     concepts = int(np.clip(round(8 * (items / 4000) ** 0.28), 6, 250))
     common = round(150 * (items / 4000) ** 0.5)
     weight = np.arange(3, topics + 3) ** -TOPIC_EXPONENT
-    bounds = np.concatenate(
-        [[0], np.cumsum(weight**0.5)]
-    )  # popular topics hold more items, but fewer than their share of views
+    # popular topics hold more items, but fewer than their share of views
+    bounds = np.concatenate([[0], np.cumsum(weight**0.5)])
     start = np.round(bounds / bounds[-1] * (items - topics)).astype(np.int64) + np.arange(topics + 1)
     num_words = common + (topics + firsts * seconds) * concepts * NUM_FORMS
     world = World(
@@ -185,9 +178,8 @@ def _fill_items(world: World, items: np.ndarray) -> None:
     keys = world.item_keys(items)
     world.style[items] = _members(world, keys, draws.below(keys, P_COMMUNITY, NUM_COMMUNITIES))
     u = draws.uniform(draws.keys_for(keys, P_CONCEPT, ITEM_CONCEPTS), P_CONCEPT)
-    world.concepts[items] = (u**1.5 * world.num_concepts).astype(
-        np.uint8
-    )  # the first concepts of a topic are the common ones
+    # the first concepts of a topic are the common ones
+    world.concepts[items] = (u**1.5 * world.num_concepts).astype(np.uint8)
     v = draws.uniform(keys, P_UPLOAD)
     new = v < NEW_ITEMS
     world.upload_day[items] = np.where(new, v / NEW_ITEMS * world.days, -1 - (v - NEW_ITEMS) * 400).astype(
@@ -212,9 +204,8 @@ def make_users(world: World, start: int, stop: int) -> Users:
     activity = np.exp(0.55 * draws.normal(keys, P_ACTIVITY).astype(np.float64) - 0.55**2 / 2)
     slots = draws.keys_for(keys, P_INTEREST, len(INTERESTS_CUMULATIVE))
     anywhere = draws.pick(draws.uniform(slots, P_INTEREST), world.topic_cumulative)
-    home = world.first_of(
-        anywhere[:, :1]
-    )  # half of the other interests lie in the first-level category of the strongest
+    # half of the other interests lie in the first-level category of the strongest
+    home = world.first_of(anywhere[:, :1])
     in_home = -(-(world.num_topics - home) // world.num_firsts)
     near = home + world.num_firsts * draws.below(slots, P_NEAR, in_home)
     is_near = draws.uniform(slots, P_HOME) < 0.5

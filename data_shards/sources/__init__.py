@@ -26,9 +26,8 @@ class Source:
     files: tuple[Path, ...]  # everything read: a restart compares their sizes and times
     read: Callable[[Work], "Tables"]
     license: str = ""
-    published: dict[str, Any] = field(
-        default_factory=dict
-    )  # counts given by the data's authors, shown beside ours
+    # counts given by the data's authors, shown beside ours
+    published: dict[str, Any] = field(default_factory=dict)
     has_clock: bool = True
 
 
@@ -51,12 +50,10 @@ class Tables:
     events: str  # SELECT
     items: "ItemSql"
     anonymised: bool = False  # queries and captions are lists of integers
-    duplicate_items: bool = (
-        False  # several rows of one item are possible: the first (by text) is used and the others are counted
-    )
-    locate: Callable[[str, str], DataError] | None = (
-        None  # ("error: COLUMN", a wrong value or "") → the error that names its first row
-    )
+    # several rows of one item are possible: the first (by text) is used and the others are counted
+    duplicate_items: bool = False
+    # ("error: COLUMN", a wrong value or "") → the error that names its first row
+    locate: Callable[[str, str], DataError] | None = None
     dropped: dict[str, int] = field(default_factory=dict)  # rows dropped before `events`
     notes: dict[str, Any] = field(default_factory=dict)  # facts for the manifest's source section
 

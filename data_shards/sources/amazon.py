@@ -29,13 +29,12 @@ from data_shards.work import Work
 
 LICENSE = "Amazon review data (J. McAuley, UCSD): research use"
 STOP_WORDS = frozenset(
-    """a an and are as at be but by for from has if in into is it its no not of on or other our such than that the their then
-    there these they this to was we will with you your""".split()  # noqa: SIM905
+    """a an and are as at be but by for from has if in into is it its no not of on or other our such than that
+    the their then there these they this to was we will with you your""".split()  # noqa: SIM905
 )
 WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)?")
-PATH_COMMA = re.compile(
-    r",(?!\s)"
-)  # levels are separated by a comma that no space follows: names themselves contain ", "
+# levels are separated by a comma that no space follows: names themselves contain ", "
+PATH_COMMA = re.compile(r",(?!\s)")
 ROWS = 50_000
 
 
@@ -115,9 +114,8 @@ def _item_row(item_id: Any, title: Any, path: list[str], text_order: str) -> dic
         "item_id": item_id,
         "text": item_text(path, _clean(title), text_order),
         "category": " > ".join(path) or None,
-        "queries": [
-            query for depth in range(1, len(path) + 1) if (query := category_query(path[:depth]))
-        ],  # from the shortest to the whole path
+        # from the shortest to the whole path
+        "queries": [query for depth in range(1, len(path) + 1) if (query := category_query(path[:depth]))],
     }
 
 
@@ -296,7 +294,9 @@ def _tables(work: Work, min_query_items: int, dropped: dict[str, int]) -> Tables
         f"CREATE OR REPLACE TABLE meta AS SELECT * FROM read_parquet({literal(work.folder / 'meta.parquet')})"
     )
     events = f"""
-        SELECT user_id, item_id, time, {REC}::TINYINT AS task, NULL::VARCHAR AS query, true AS clicked, NULL::VARCHAR AS problem FROM purchases
+        SELECT user_id, item_id, time, {REC}::TINYINT AS task, NULL::VARCHAR AS query, true AS clicked,
+            NULL::VARCHAR AS problem
+        FROM purchases
         UNION ALL
         SELECT p.user_id, p.item_id, p.time, {SRC}::TINYINT, q.query, true,
             CASE WHEN q.whole IS NULL THEN 'search event of an item without a category path'
@@ -313,11 +313,15 @@ def _choose_queries(work: Work, min_query_items: int) -> dict[str, int]:
     """Table item_query (item_id, whole = the query of the whole path, query = the one used) of bought items.
     → counts for the manifest."""
     work.con.execute(
-        """CREATE OR REPLACE TABLE item_query AS SELECT item_id, min(queries) AS queries, len(min(queries)) AS depth
+        """CREATE OR REPLACE TABLE item_query AS
+        SELECT item_id, min(queries) AS queries, len(min(queries)) AS depth
         FROM meta WHERE item_id IN (SELECT item_id FROM purchases) AND len(queries) > 0 GROUP BY item_id"""
     )
     deepest: int | None = work.scalar("SELECT max(depth) FROM item_query")
-    rare = f"queries[depth] IN (SELECT queries[depth] FROM item_query WHERE depth > 0 GROUP BY 1 HAVING count(*) < {min_query_items})"
+    rare = (
+        "queries[depth] IN (SELECT queries[depth] FROM item_query WHERE depth > 0 GROUP BY 1 "
+        f"HAVING count(*) < {min_query_items})"
+    )
     while deepest:  # the deepest first: a shortened query may meet another that is just as rare
         work.con.execute(f"UPDATE item_query SET depth = depth - 1 WHERE depth = {deepest} AND {rare}")
         deepest = work.scalar(f"SELECT max(depth) FROM item_query WHERE depth > 0 AND {rare}")
@@ -327,7 +331,10 @@ def _choose_queries(work: Work, min_query_items: int) -> dict[str, int]:
     )
     names = ("paths", "paths_of_one_item", "items_with_shorter_query", "items_without_query")
     counts = work.con.execute(
-        """SELECT count(*), count(*) FILTER (n = 1), coalesce(sum(shorter), 0)::BIGINT, coalesce(sum(without), 0)::BIGINT
-        FROM (SELECT count(*) AS n, count(*) FILTER (query <> whole) AS shorter, count(*) FILTER (query IS NULL) AS without FROM item_query GROUP BY whole)"""
+        """SELECT count(*), count(*) FILTER (n = 1),
+            coalesce(sum(shorter), 0)::BIGINT, coalesce(sum(without), 0)::BIGINT
+        FROM (SELECT count(*) AS n, count(*) FILTER (query <> whole) AS shorter,
+                count(*) FILTER (query IS NULL) AS without
+              FROM item_query GROUP BY whole)"""
     ).fetchall()[0]
     return dict(zip(names, counts, strict=True))

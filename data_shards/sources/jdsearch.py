@@ -28,8 +28,14 @@ from data_shards.work import Work
 LICENSE = "CC BY-NC-SA 4.0"
 PUBLISHED = {"JDsearch": {"users": 173_831, "items": 12_872_636}}
 USER_COLUMNS = (
-    "query", "candidate_wid_list", "candidate_label_list", "history_qry_list", "history_wid_list", "history_type_list", "history_time_list",
-)  # fmt: skip
+    "query",
+    "candidate_wid_list",
+    "candidate_label_list",
+    "history_qry_list",
+    "history_wid_list",
+    "history_type_list",
+    "history_time_list",
+)
 LEVELS = [f"cate_name_{level}" for level in (1, 2, 3, 4)]
 WORD_MARK = "\x18"
 SCHEMA = pa.schema(
@@ -47,9 +53,13 @@ USERS_AT_ONCE = 2_000
 def open_source(raw: Path, settings: PrepareSettings) -> Source:
     behaviour, products = _find(raw, "user_behavior_data"), _find(raw, "product_meta_data")
     return Source(
-        name="jdsearch", files=(behaviour, products), read=lambda work: _read(work, behaviour, products),
-        license=LICENSE, published=PUBLISHED, has_clock=False,
-    )  # fmt: skip
+        name="jdsearch",
+        files=(behaviour, products),
+        read=lambda work: _read(work, behaviour, products),
+        license=LICENSE,
+        published=PUBLISHED,
+        has_clock=False,
+    )
 
 
 def _find(raw: Path, stem: str) -> Path:
@@ -67,14 +77,18 @@ def _read(work: Work, behaviour: Path, products: Path) -> Tables:
         for part in _behaviour(behaviour, work, dropped):
             writer.write_table(pa.table(part, schema=SCHEMA))
     events = f"""
-        SELECT user_id, item_id, time, (CASE WHEN query IS NULL THEN {REC} ELSE {SRC} END)::TINYINT AS task, query, clicked, NULL::VARCHAR AS problem
+        SELECT user_id, item_id, time, (CASE WHEN query IS NULL THEN {REC} ELSE {SRC} END)::TINYINT AS task,
+            query, clicked, NULL::VARCHAR AS problem
         FROM read_parquet({literal(work.folder / "behaviour.parquet")})"""
     header = products.open(encoding="utf-8").readline().rstrip("\r\n").split("\t")
     require_columns(products, header, ["wid", "name", *LEVELS])
     columns = ", ".join(
         f"{literal(name)}: {literal('BIGINT' if name == 'wid' else 'VARCHAR')}" for name in header
     )
-    scan = f"read_csv({literal(products)}, header=true, auto_detect=false, delim='\t', quote='', escape='', columns={{{columns}}})"
+    scan = (
+        f"read_csv({literal(products)}, header=true, auto_detect=false, delim='\t', quote='', escape='', "
+        f"columns={{{columns}}})"
+    )
     words = f"translate(concat_ws('{WORD_MARK}', {', '.join(LEVELS)}, name), '{WORD_MARK}', ' ')"
     items = ItemSql(
         scan=f"(SELECT *, wid AS item_id FROM {scan})",

@@ -33,9 +33,13 @@ PUBLISHED = {
 }
 REC_TYPES = {"user_id": "BIGINT", "item_id": "BIGINT", "timestamp": "BIGINT", "click": "BIGINT"}
 SRC_TYPES = {
-    "user_id": "BIGINT", "item_id": "BIGINT", "search_session_timestamp": "BIGINT",
-    "keyword": "VARCHAR", "click_cnt": "BIGINT", "item_type": "VARCHAR",
-}  # fmt: skip
+    "user_id": "BIGINT",
+    "item_id": "BIGINT",
+    "search_session_timestamp": "BIGINT",
+    "keyword": "VARCHAR",
+    "click_cnt": "BIGINT",
+    "item_type": "VARCHAR",
+}
 LEVELS = [f"{level}_level_category_name_en" for level in ("first", "second", "third", "fourth")]
 ITEM_TYPES = {"item_id": "BIGINT", "caption": "VARCHAR", **dict.fromkeys(LEVELS, "VARCHAR")}
 
@@ -53,17 +57,20 @@ def open_source(raw: Path, settings: PrepareSettings) -> Source:
 
 def _read(work: Work, rec: Path, src: Path, items: Path) -> Tables:
     events = f"""
-        SELECT user_id, item_id, timestamp AS time, {REC}::TINYINT AS task, NULL::VARCHAR AS query, click >= 1 AS clicked,
-            {_problem(rec.name, "timestamp", "click")} AS problem
+        SELECT user_id, item_id, timestamp AS time, {REC}::TINYINT AS task, NULL::VARCHAR AS query,
+            click >= 1 AS clicked, {_problem(rec.name, "timestamp", "click")} AS problem
         FROM {csv_scan(rec, REC_TYPES)}
         UNION ALL
         SELECT user_id, item_id, search_session_timestamp, {SRC}::TINYINT, keyword, click_cnt >= 1,
             {_problem(src.name, "search_session_timestamp", "click_cnt", search=True)}
         FROM {csv_scan(src, SRC_TYPES)}"""
     return Tables(
-        events=events, items=_items_sql(items), anonymised=True, duplicate_items=True,
+        events=events,
+        items=_items_sql(items),
+        anonymised=True,
+        duplicate_items=True,
         locate=lambda problem, value: _locate_keyword(work.con, src, value),
-    )  # fmt: skip
+    )
 
 
 def _problem(file: str, time: str, click: str, search: bool = False) -> str:

@@ -61,9 +61,8 @@ def csv_header(path: Path) -> list[str]:
         raise DataError(f"{path}: not UTF-8 text ({error}). Convert it, for example with iconv.") from error
     if not header:
         raise DataError(f"{path}: empty file; expected a header line and rows")
-    names = [
-        name.strip() or f"column{number}" for number, name in enumerate(header)
-    ]  # a saved row index has no name
+    # a saved row index has no name
+    names = [name.strip() or f"column{number}" for number, name in enumerate(header)]
     twice = [name for name in names if names.count(name) > 1]
     if twice:
         raise DataError(f"{path}: column {twice[0]} is there {len(twice)} times. Rename or remove one.")
@@ -79,10 +78,8 @@ def require_columns(path: Path, found: Sequence[str], required: Sequence[str]) -
         )
 
 
-MAX_LINE_BYTES, BUFFER_BYTES = (
-    1 << 24,
-    1 << 25,
-)  # unless told, duckdb holds buffers of 16 times the longest line: 268 MB each
+# unless told, duckdb holds buffers of 16 times the longest line: 268 MB each
+MAX_LINE_BYTES, BUFFER_BYTES = 1 << 24, 1 << 25
 
 
 def csv_scan(path: Path, types: Mapping[str, str], null_strings: Sequence[str] = NULL_STRINGS) -> str:
@@ -132,7 +129,10 @@ def readable(error: duckdb.Error, files: Sequence[Path] = ()) -> DataError:
     path = re.search(r"^\s*file = (.+)$", text, re.MULTILINE)
     column = re.search(r'Error when converting column "([^"]+)"\. (.+)', text)
     width = re.search(r"Expected Number of Columns: (\d+) Found: (\d+)", text)
-    where = f"{path.group(1).strip() if path else 'a raw file'}:{column.group(1) if column else ''}:row {line.group(1) if line else '?'}"
+    where = (
+        f"{path.group(1).strip() if path else 'a raw file'}:{column.group(1) if column else ''}:"
+        f"row {line.group(1) if line else '?'}"
+    )
     if column:
         return DataError(f"{where}: {column.group(2).strip()}. Correct or remove that row.")
     if width:

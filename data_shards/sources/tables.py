@@ -120,13 +120,16 @@ def _open(con: duckdb.DuckDBPyConnection, path: Path, required: list[str], optio
 
 
 def _plain_id(file: File, column: str) -> str:
-    """SQL of an id as text: NaN is NULL, and 12.0 (what a column with gaps becomes in many programs) is 12."""
+    """SQL of an id as text: NaN is NULL, and 12.0 (as many programs write a column with gaps) is 12."""
     text = f"trim(CAST(file.{column} AS VARCHAR))"
     if file.types[column] in INTEGER_TYPES:
         return text
     if file.types[column] == "VARCHAR" and file.path.suffix == ".parquet":
         return f"nullif({text}, '')"
-    return f"CASE WHEN {text} IN ('', 'nan', 'NaN') THEN NULL ELSE regexp_replace({text}, '^(-?[0-9]+)\\.0+$', '\\1') END"
+    return (
+        f"CASE WHEN {text} IN ('', 'nan', 'NaN') THEN NULL "
+        f"ELSE regexp_replace({text}, '^(-?[0-9]+)\\.0+$', '\\1') END"
+    )
 
 
 def _id_type(work: Work, columns: list[tuple[File, str]]) -> str:
@@ -157,7 +160,10 @@ def _items_sql(items: File, item_type: str) -> str:
     text = "coalesce(CAST(file.text AS VARCHAR), '')" if "text" in items.types else "''"
     category = "CAST(file.category AS VARCHAR)" if "category" in items.types else "NULL::VARCHAR"
     item_id = f"CAST({_plain_id(items, 'item_id')} AS {item_type})"
-    return f"SELECT {item_id} AS item_id, {text} AS text, {words} AS words, {category} AS category FROM {items.scan} file"
+    return (
+        f"SELECT {item_id} AS item_id, {text} AS text, {words} AS words, {category} AS category "
+        f"FROM {items.scan} file"
+    )
 
 
 def _check_items(work: Work, path: Path) -> None:
@@ -203,7 +209,10 @@ def _events_sql(events: File, user_type: str, item_type: str, anonymised: bool, 
             if anonymised or types["query"].endswith("[]")
             else "nullif(trim(CAST(file.query AS VARCHAR)), '')"
         )
-    clicked = "CASE WHEN clicked_text IN ('1', '1.0', 'true') THEN true WHEN clicked_text IN ('0', '0.0', 'false') THEN false END"
+    clicked = (
+        "CASE WHEN clicked_text IN ('1', '1.0', 'true') THEN true "
+        "WHEN clicked_text IN ('0', '0.0', 'false') THEN false END"
+    )
     clicked_text = "lower(trim(CAST(file.clicked AS VARCHAR)))" if "clicked" in types else "'1'"
     wrong_query = f"task = 1 AND NOT {is_words('query')}" if anonymised else "false"
     missing_time = "raw_time IS NULL OR lower(trim(raw_time)) IN ('', 'nan', 'nat')"
@@ -223,8 +232,10 @@ def _events_sql(events: File, user_type: str, item_type: str, anonymised: bool, 
             WHEN item_rows.item_id IS NULL THEN 'item not in items'
             END AS problem
         FROM (SELECT {f"{carried} AS carried, " if carried else ""}
-                CAST({_plain_id(events, "user_id")} AS {user_type}) AS user_id, CAST({_plain_id(events, "item_id")} AS {item_type}) AS item_id,
-                CAST(file.time AS VARCHAR) AS raw_time, {time} AS time, {task} AS task, {query} AS query, {clicked_text} AS clicked_text
+                CAST({_plain_id(events, "user_id")} AS {user_type}) AS user_id,
+                CAST({_plain_id(events, "item_id")} AS {item_type}) AS item_id,
+                CAST(file.time AS VARCHAR) AS raw_time, {time} AS time, {task} AS task, {query} AS query,
+                {clicked_text} AS clicked_text
               FROM {events.scan} file) row
         LEFT JOIN item_rows ON row.item_id = item_rows.item_id"""
 
@@ -240,9 +251,8 @@ EXPECTED = {
 def _locate(work: Work, events: File, id_types: tuple[str, str], anonymised: bool, problem: str) -> DataError:
     """The first row that made `problem` ("error: COLUMN")."""
     column = problem.removeprefix("error: ")
-    work.con.execute(
-        "SET threads=1; SET preserve_insertion_order=true"
-    )  # row numbers need the order of the file
+    # row numbers need the order of the file
+    work.con.execute("SET threads=1; SET preserve_insertion_order=true")
     work.con.execute(
         f"CREATE OR REPLACE TABLE numbered AS SELECT *, row_number() OVER () AS position FROM {events.scan}"
     )

@@ -15,7 +15,7 @@ import psutil
 
 import ds_configs
 from tests.distributed.launching import ROOT
-from trainer.config import load_config
+from trainer.configs import load_config
 
 
 class Launched:

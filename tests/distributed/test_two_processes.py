@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from data_shards.schema import read_manifest
 from tests.distributed.launching import ZERO3, launch, losses, records, results
 from tests.tiny_folder import make_tiny_folder
-from trainer.config import load_config
+from trainer.configs import load_config
 from trainer.training.loop import EXIT_RESUME_ME, train
 
 BASE = [
@@ -48,12 +48,8 @@ EXACT = [
 LORA = [*RANDOM, "model.lora.rank=2"]
 DECODERS = ("qwen3_nano", "llama_nano")
 
-STAGES = {
-    "0": "zero0.json",
-    "1": "zero1.json",
-    "2": "zero2.json",
-    "3": ZERO3,
-}  # stops in another step each; six steps are one epoch
+# stops in another step each; six steps are one epoch
+STAGES = {"0": "zero0.json", "1": "zero1.json", "2": "zero2.json", "3": ZERO3}
 SCENARIOS: list[dict[str, Any]] = [
     scenario
     for stop_at, (stage, file) in enumerate(STAGES.items(), start=1)
@@ -214,9 +210,8 @@ def test_two_processes_train_like_one(folder: Path, name: str) -> None:
     assert losses(folder / name) == pytest.approx(losses(folder / "single"), abs=1e-5)
     one, two = (load_file(folder / run / "model" / "model.safetensors") for run in ("single", name))
     assert {k: v.shape for k, v in one.items()} == {k: v.shape for k, v in two.items()}
-    assert (
-        max(float((one[k] - two[k]).abs().max()) for k in one) < 1e-3
-    )  # AdamW turns a rounding error in a gradient near 0 into a step of lr
+    # AdamW turns a rounding error in a gradient near 0 into a step of lr
+    assert max(float((one[k] - two[k]).abs().max()) for k in one) < 1e-3
 
 
 def test_bf16_stays_near_fp32(folder: Path) -> None:

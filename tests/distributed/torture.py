@@ -27,7 +27,7 @@ from data_shards.settings import to_yaml
 from tests.distributed.jobs import Launched, Preloaded
 from tests.distributed.launching import records
 from tests.tiny_folder import make_tiny_folder
-from trainer.config import load_config
+from trainer.configs import load_config
 
 SETTINGS = [
     "model.backbone=scratch:nano",
@@ -113,10 +113,8 @@ def await_moment(
         if job.returncode(chance.uniform(1, 15)) is not None:
             return "ended", 0.0
         return "starting" if last_step(run_dir) == first else "between", 0.0
-    attempts, made = (
-        started_attempts(run_dir),
-        -1,
-    )  # -1 until the log of the interrupted run has been cut back to its checkpoint
+    # -1 until the log of the interrupted run has been cut back to its checkpoint
+    attempts, made = started_attempts(run_dir), -1
     while time.monotonic() < begun_s + PATIENCE_S:
         if job.returncode() is not None:
             return "ended", back_s

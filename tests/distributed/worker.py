@@ -23,7 +23,9 @@ from safetensors.torch import load_file, save_file
 import trainer.runs.checkpoint_convert
 import trainer.runtime.distributed
 import trainer.training.loop
-from trainer.config import Config, load_config
+from trainer.config import Config
+from trainer.configs import load_config
+from trainer.data.folder import PreparedFolder
 from trainer.errors import GensrError
 from trainer.runs.checkpoint_writer import CheckpointWriter
 from trainer.runtime.stopping import StopSignal
@@ -48,9 +50,8 @@ def full_states(model: Any, optimizer: Any) -> dict[str, torch.Tensor]:
     states = {}
     inner = getattr(model, "basic_optimizer", None) or optimizer.optimizer
     sharded = hasattr(model, "zero_optimization") and model.zero_optimization()
-    if sharded and hasattr(
-        model.optimizer, "_lazy_init_hp_params_optimizer_state"
-    ):  # stages 1 and 2 link the first group's state only
+    # stages 1 and 2 link the first group's state only
+    if sharded and hasattr(model.optimizer, "_lazy_init_hp_params_optimizer_state"):
         model.optimizer._hp_optimizer_states_linked = False
         model.optimizer._lazy_init_hp_params_optimizer_state()
     for name, parameter in getattr(model, "module", model).named_parameters():
@@ -161,7 +162,9 @@ def gradients(config: Config) -> dict[str, Any]:
     manifest = read_manifest(folder)
     cf = load_cf(folder, manifest)
     size = config.optim.global_batch_size
-    batch = next(iter(TrainStream(folder, manifest, config.data, 0, size, size, num_folds=cf.num_folds)))
+    batch = next(
+        iter(TrainStream(PreparedFolder.at(folder), config.data, 0, size, size, num_folds=cf.num_folds))
+    )
     torch.manual_seed(0)
     model = build_model(config, manifest, load_tables(folder, manifest, cf), folder)
     model(batch)[0].backward()

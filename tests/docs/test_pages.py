@@ -73,6 +73,21 @@ def test_letters_of_tensor_names_are_explained() -> None:
     assert used <= explained
 
 
+def test_equations_name_functions_that_exist() -> None:
+    """The third column of the equations' tables: Class.function or function, defined in trainer/models."""
+    text = text_of(ROOT / "trainer" / "models" / "gensr" / "README.md")
+    rows = re.findall(r"^\| (?:Eq|E_).+\| (.+) \|$", text, flags=re.MULTILINE)
+    named = {name for row in rows for name in re.findall(r"`([A-Za-z_.]+)`", row)}
+    source = "\n".join(
+        path.read_text(encoding="utf-8") for path in (ROOT / "trainer" / "models").rglob("*.py")
+    )
+    assert len(named) > 10
+    for name in named:
+        owner, _, function = name.rpartition(".")
+        assert f"def {function}(" in source, name
+        assert not owner or f"class {owner}(" in source, name
+
+
 def test_every_page_of_docs_is_listed() -> None:
     pages = {path.name for path in (ROOT / "docs").glob("*.md")}
     site = yaml.safe_load(text_of(ROOT / "mkdocs.yml"))

@@ -14,9 +14,10 @@ from data_shards.settings import key_help
 from tests.docs.pages import PAGES, README, ROOT, fenced, text_of
 from tests.worlds import write_tables
 from trainer.cli import app, settings_trees
-from trainer.config import preset_names
+from trainer.configs import config_type, preset_names
 
 COMMAND = typer.main.get_command(app)
+TREES = {**settings_trees(), "train": config_type()}  # with the settings of GenSR
 SMALL = {
     "prepare": ["vocab_size=400", "history_max=10", "num_negatives=20"],
     "cf": ["cf.max_epochs=2", "cf.dim=16", "cf.holdout=none"],
@@ -69,8 +70,8 @@ def test_commands_exist(path: Path, arguments: list[str]) -> None:
         assert {word.split("=")[0] for word in rest if re.match(r"--?[a-z]", word)} <= options
     overrides = [word.partition("=")[0] for word in rest if re.match(r"[a-z_.]+=", word)]
     tree = "train" if verb == "submit" else verb
-    if tree in settings_trees():
-        keys = {key for key, _, _ in key_help(settings_trees()[tree])}
+    if tree in TREES:
+        keys = {key for key, _, _ in key_help(TREES[tree])}
         assert set(overrides) <= keys
     if tree == "train" and rest and re.fullmatch(r"[a-z][a-z0-9_]*", rest[0]):
         assert rest[0] in preset_names()
@@ -85,7 +86,7 @@ def test_every_verb_and_preset_is_described() -> None:
 
 
 def test_keys_in_the_text_exist() -> None:
-    known = {key for tree in settings_trees().values() for key, _, _ in key_help(tree)}
+    known = {key for tree in TREES.values() for key, _, _ in key_help(tree)}
     sections = {key.split(".")[0] for key in known if "." in key}
     for path in PAGES:
         for name in re.findall(r"`([a-z_]+\.[a-z_.]+)(?:=[^`]*)?`", text_of(path)):

@@ -26,8 +26,9 @@ from tests.tiny_model import Made, make_tiny_model, move
 from trainer.batch import Batch
 from trainer.bench.model import bench_model
 from trainer.cf.lightgcn import LightGCN, build_graph
-from trainer.config import load_config
+from trainer.configs import load_config
 from trainer.data import EvalStream, TrainStream, prefetched
+from trainer.data.folder import PreparedFolder
 from trainer.evaluation.sampled import evaluate_run
 from trainer.models.gensr.model import GenSR
 from trainer.serving.recommend import Recommender
@@ -53,7 +54,7 @@ def make(folder: Path) -> Callable[..., Made]:
     def made(*overrides: str) -> Made:
         torch.manual_seed(0)
         model, batch = make_tiny_model(folder, *overrides)
-        return model, model.grouped(batch)
+        return model, model.prepare(batch)
 
     return made
 
@@ -116,7 +117,7 @@ def test_a_step_waits_for_nothing(
     move(model, batch, DEVICE)
     model.train()
     optimizer = make_optimizer(model, config.optim)
-    stream = TrainStream(folder, read_manifest(folder), config.data, 0, 16, 16, num_folds=2)
+    stream = TrainStream(PreparedFolder.at(folder), config.data, 0, 16, 16, num_folds=2)
     for number, host_batch in zip(
         range(3), prefetched(iter(stream), prepare=model.grouped, device=DEVICE), strict=False
     ):
@@ -176,10 +177,23 @@ def test_a_training_that_is_killed_goes_on(folder: Path, tmp_path: Path, launch_
         else []
     )
     settings = [
-        f"data.dir={folder}", f"run.dir={run_dir}", "model.backbone=scratch:nano", "data.history_max=6", "data.item_tokens=8", "data.history_tokens=4",
-        "optim.global_batch_size=16", "optim.micro_batch_size=8", "optim.lr=0.002", "run.precision=bf16", "run.max_steps=400", "run.log_every_steps=1",
-        "run.checkpoint_every_steps=10", "run.validate_every_steps=200", "run.valid_events=16", "tracking.enabled=false",
-    ]  # fmt: skip
+        f"data.dir={folder}",
+        f"run.dir={run_dir}",
+        "model.backbone=scratch:nano",
+        "data.history_max=6",
+        "data.item_tokens=8",
+        "data.history_tokens=4",
+        "optim.global_batch_size=16",
+        "optim.micro_batch_size=8",
+        "optim.lr=0.002",
+        "run.precision=bf16",
+        "run.max_steps=400",
+        "run.log_every_steps=1",
+        "run.checkpoint_every_steps=10",
+        "run.validate_every_steps=200",
+        "run.valid_events=16",
+        "tracking.enabled=false",
+    ]
     command = [sys.executable, *launcher, "-m", "trainer", "train", "demo", *settings, "--resume", "auto"]
     with (tmp_path / "log").open("w") as log:
         first = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
@@ -217,17 +231,17 @@ def test_answers_are_those_of_the_cpu(
 
 
 def test_scoring_over_several_shapes_makes_no_plan_for_each(make: Callable[..., Made], folder: Path) -> None:
-    """cuDNN's attention would take half a second for each new shape (trainer/models/backbones/backbone.py)."""
+    """cuDNN's attention would take half a second for a new shape (trainer/models/backbones/backbone.py)."""
     model, batch = make("model.backbone=scratch:nano")
     move(model.eval(), batch, DEVICE)
     config, manifest = load_config(None, ["data.history_max=6"]), read_manifest(folder)
     seconds = []
     for num_events in range(1, 9):
-        host_batch = next(iter(EvalStream(folder, manifest, "valid", config.data, num_events)))
+        host_batch = next(iter(EvalStream(PreparedFolder.at(folder), "valid", config.data, num_events)))
         torch.cuda.synchronize()
         started_s = time.monotonic()
         with torch.inference_mode(), torch.autocast(DEVICE, dtype=torch.bfloat16):
-            model.score(model.grouped(host_batch).to(DEVICE))
+            model.score(model.prepare(host_batch).to(DEVICE))
         torch.cuda.synchronize()
         seconds.append(time.monotonic() - started_s)
     assert np.median(seconds[1:]) < 0.2, seconds

@@ -81,11 +81,8 @@ def test_a_failing_launch_is_reported(small: Path) -> None:
 def test_devices_follow_the_machine(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    for name in (
-        "DS_ACCELERATOR",
-        "ACCELERATE_TORCH_DEVICE",
-        "ACCELERATE_USE_CPU",
-    ):  # an earlier test of this process may have trained on CPU
+    # an earlier test of this process may have trained on CPU
+    for name in ("DS_ACCELERATOR", "ACCELERATE_TORCH_DEVICE", "ACCELERATE_USE_CPU"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert demo.devices(demo.PRESET, []) == (2, ["optim.micro_batch_size=8"])

@@ -11,8 +11,9 @@ import torch
 
 from data_shards.schema import SPLITS, read_manifest
 from tests.runs import make_run
-from trainer.data import EvalStream, split_columns
+from trainer.data import EvalStream
 from trainer.data.cf_table import load_cf
+from trainer.data.folder import PreparedFolder
 from trainer.errors import RunError
 from trainer.evaluation import full as module
 from trainer.evaluation.full import clicked_items, evaluate_full
@@ -35,17 +36,17 @@ def document(run_dir: Path) -> dict[str, Any]:
 def expected_ranks(run_dir: Path) -> pd.DataFrame:
     """event_id → rank by GenSR and by LightGCN among all items that the user had not clicked before, the
     clicked one always among them."""
-    model, _, config, manifest = load_run_model(run_dir)
+    model, config, folder = load_run_model(run_dir)
     folder = config.data.dir
     clicks = pd.concat(
         [
-            pd.DataFrame(split_columns(folder, manifest, split, ["event_id", "user", "item", "time"]))
+            pd.DataFrame(PreparedFolder.at(folder).columns(split, ["event_id", "user", "item", "time"]))
             for split in SPLITS
         ]
     )
     cf = load_cf(folder, manifest)
     rows = []
-    for batch in EvalStream(folder, manifest, "test", config.data, 1, max_events=NUM_EVENTS):
+    for batch in EvalStream(PreparedFolder.at(folder), "test", config.data, 1, max_events=NUM_EVENTS):
         event = clicks[clicks.event_id == int(batch.event_id)].iloc[0]
         earlier = set(clicks[(clicks.user == event.user) & (clicks.time < event.time)]["item"])
         items = torch.tensor(
@@ -115,10 +116,10 @@ def test_what_retrieval_misses_counts_nothing(
 
 
 def test_what_the_user_clicked_before_is_left_out(run_dir: Path) -> None:
-    _, _, config, manifest = load_run_model(run_dir)
+    _, config, folder = load_run_model(run_dir)
     clicks = module.read_clicks(config.data.dir, manifest)
     everything = pd.DataFrame({name: getattr(clicks, name) for name in ("event_id", "user", "item", "time")})
-    for batch in EvalStream(config.data.dir, manifest, "test", config.data, 4, max_events=8):
+    for batch in EvalStream(PreparedFolder.at(config.data.dir), "test", config.data, 4, max_events=8):
         for event_id, item in zip(batch.event_id.tolist(), clicked_items(batch).tolist(), strict=True):
             event = everything[everything.event_id == event_id].iloc[0]
             assert event["item"] == item

@@ -15,7 +15,7 @@ from tests.conftest import SMALL
 from tests.runs import make_run
 from tests.worlds import write_tables
 from trainer.cli import app
-from trainer.data import split_columns
+from trainer.data.folder import PreparedFolder
 from trainer.errors import DataError, GensrError, RequestError
 from trainer.serving.recommend import Recommender
 from trainer.serving.users import open_users, read_history
@@ -81,7 +81,7 @@ def test_user_id_stands_for_all_clicks_of_the_user(run_dir: Path, recommender: R
     manifest = read_manifest(folder)
     clicks = pd.concat(
         [
-            pd.DataFrame(split_columns(folder, manifest, split, ["user", "item", "task", "time"]))
+            pd.DataFrame(PreparedFolder.at(folder).columns(split, ["user", "item", "task", "time"]))
             for split in SPLITS
         ]
     )

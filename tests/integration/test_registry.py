@@ -1,4 +1,4 @@
-"""From a run folder to a registered version that scores on its own: same scores, no pickle, clear refusals."""
+"""From a run folder to a registered version that scores alone: same scores, no pickle, clear refusals."""
 
 import json
 import subprocess
@@ -13,6 +13,7 @@ import torch
 from data_shards.schema import read_manifest
 from tests.runs import make_run
 from trainer.data import EvalStream
+from trainer.data.folder import PreparedFolder
 from trainer.errors import RequestError, RunError
 from trainer.registry.versions import open_model, register, requirements
 from trainer.runs.weights import load_run_model
@@ -53,11 +54,11 @@ def requests() -> list[dict[str, Any]]:
 def test_stored_events_get_the_scores_of_evaluation(run_dir: Path, scorer: Scorer) -> None:
     """A request made from a test event by its original ids scores like the event itself, whichever way
     queries are encoded."""
-    model, _, config, manifest = load_run_model(run_dir)
+    model, config, folder = load_run_model(run_dir)
     catalog = Path(config.data.dir) / "catalog"
     item_ids = read_item_ids(catalog / "items.parquet")
     texts = pd.read_parquet(catalog / "queries.parquet")["text"]
-    batch = next(iter(EvalStream(config.data.dir, manifest, "test", config.data, 8)))
+    batch = next(iter(EvalStream(PreparedFolder.at(config.data.dir), "test", config.data, 8)))
     with torch.inference_mode():
         expected = model.score(batch).sigmoid()
     for row in range(batch.num_events):
@@ -279,8 +280,8 @@ def test_requirements_cover_what_serving_imports() -> None:
     code = (
         # None there: the package cannot be imported
         "import sys; sys.modules.update(dict.fromkeys(sys.argv[1:]))\n"
-        "import trainer.serving.recommend, data_shards.text, tokenizers, pandas; from trainer.models.backbones import "
-        "backbone; import transformers.models.t5.modeling_t5"
+        "import trainer.serving.recommend, data_shards.text, tokenizers, pandas\n"
+        "from trainer.models.backbones import backbone; import transformers.models.t5.modeling_t5"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, *only_training], capture_output=True, text=True, timeout=250

@@ -158,8 +158,13 @@ def mlflow_serves(folder: Path, server: Server, expected: dict[str, Any]) -> Non
     with (folder / "mlflow-serve.log").open("w") as log:
         service = subprocess.Popen(
             [*command, "--env-manager", "local", "--host", "127.0.0.1", "--port", str(port)],
-            cwd=folder, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=os.environ | {"MLFLOW_TRACKING_URI": server.uri}, start_new_session=True,
-        )  # fmt: skip
+            cwd=folder,
+            stdout=log,
+            stderr=log,
+            stdin=subprocess.DEVNULL,
+            env=os.environ | {"MLFLOW_TRACKING_URI": server.uri},
+            start_new_session=True,
+        )
     try:
         wait_until_up(f"{url}/ping", service, folder / "mlflow-serve.log")
         status, answer = ask(

@@ -13,7 +13,7 @@ from mlflow.tracking import MlflowClient
 
 from tests.mlflow_server import Server
 from tests.tiny_folder import make_tiny_folder
-from trainer.config import load_config
+from trainer.configs import load_config
 from trainer.errors import EnvironmentProblem, RunError
 from trainer.experiments.import_runs import import_runs
 from trainer.experiments.sweep import summarize
@@ -176,9 +176,8 @@ def test_runs_of_an_offline_node_are_imported_once(server: Server, offline: Path
     again = import_runs(str(offline / "mlflow.db"), server.uri)
     assert [(run.new, run.added) for run in again] == [(False, 0)] * 3
     assert {run.run: everything(server.client, run.run_id) for run in again} == before
-    folder_again = import_runs(
-        str(offline / "00-a"), server.uri
-    )  # the folder of a run that came with the database
+    # the folder of a run that came with the database
+    folder_again = import_runs(str(offline / "00-a"), server.uri)
     assert [(run.run_id, run.new) for run in folder_again] == [(done["00-a"].run_id, False)]
     assert (
         everything(server.client, done["00-a"].run_id)["points"]["train/loss"]

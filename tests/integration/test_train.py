@@ -20,8 +20,10 @@ import trainer.training.loop
 from data_shards.schema import read_manifest
 from data_shards.settings import read_yaml
 from tests.tiny_folder import WORDS, make_tiny_folder
-from trainer.config import Config, config_from_dict, load_config
+from trainer.config import Config
+from trainer.configs import config_from_dict, load_config
 from trainer.data import EvalStream
+from trainer.data.folder import PreparedFolder
 from trainer.errors import ConfigError, DataError, EnvironmentProblem, RunError
 from trainer.runs import checkpoint
 from trainer.runs.weights import load_run_model
@@ -114,9 +116,8 @@ def test_a_run_leaves_everything_the_interface_names(undisturbed: Path, data: Pa
     for picture in ("loss.png", "metrics.png"):
         assert (undisturbed / "report" / picture).read_bytes().startswith(b"\x89PNG")
     facts = json.loads((undisturbed / "environment.json").read_text())
-    assert (
-        torch.__version__.startswith(facts["packages"]["torch"]) and facts["parameters"]["trainable"] > 0
-    )  # wheels may add +cpu or +cu130
+    # wheels may add +cpu or +cu130
+    assert torch.__version__.startswith(facts["packages"]["torch"]) and facts["parameters"]["trainable"] > 0
     assert config_from_dict(read_yaml(undisturbed / "config.yaml")) == config_of(data, undisturbed)
     assert json.loads((undisturbed / "status.json").read_text())["status"] == "finished"
 
@@ -144,11 +145,11 @@ def test_the_log_tells_the_story(undisturbed: Path) -> None:
 
 
 def test_run_model_scores_as_the_best_validation_did(undisturbed: Path) -> None:
-    from trainer.evaluation.sampled import validate
+    from trainer.evaluation.ranking import validate
 
-    model, _, config, manifest = load_run_model(undisturbed)
+    model, config, folder = load_run_model(undisturbed)
     stream = EvalStream(
-        config.data.dir, manifest, "valid", config.data, 8, max_events=config.run.valid_events
+        PreparedFolder.at(config.data.dir), "valid", config.data, 8, max_events=config.run.valid_events
     )
     metrics = validate(model.score, stream)
     best = json.loads((undisturbed / "status.json").read_text())["progress"]
@@ -462,10 +463,8 @@ def test_patience_counts_only_after_the_first_gain_over_chance(
         5,
         {"mean/ndcg@10": 0.5},
     )
-    assert list(checkpoint.listed(tmp_path / "run")) == [
-        "step-00000007",
-        "step-00000005",
-    ]  # the newest and the best
+    # the newest and the best
+    assert list(checkpoint.listed(tmp_path / "run")) == ["step-00000007", "step-00000005"]
     assert json.loads((tmp_path / "run" / "status.json").read_text())["status"] == "finished"
 
 
@@ -522,7 +521,7 @@ def flan(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_pretrained_folder_trains_saves_and_loads(
     data: Path, flan: Path, tmp_path: Path, lora: int
 ) -> None:
-    from trainer.evaluation.sampled import validate
+    from trainer.evaluation.ranking import validate
 
     config = config_of(
         data,
@@ -542,8 +541,7 @@ def test_a_pretrained_folder_trains_saves_and_loads(
             "frozen weights stay out"
         )
     stream = EvalStream(
-        config.data.dir, manifest, "valid", config.data, 8, max_events=config.run.valid_events
+        PreparedFolder.at(config.data.dir), "valid", config.data, 8, max_events=config.run.valid_events
     )
-    assert validate(model.score, stream)["mean/mrr"] == pytest.approx(
-        result.metrics["mean/mrr"], abs=0.2
-    )  # fp32 now, bf16 there
+    # fp32 now, bf16 there
+    assert validate(model.score, stream)["mean/mrr"] == pytest.approx(result.metrics["mean/mrr"], abs=0.2)

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 from tests.integration.test_train import BASE
 from tests.tiny_folder import make_tiny_folder
-from trainer.config import Config, load_config
+from trainer.config import Config
+from trainer.configs import load_config
 from trainer.data import node_cache
 from trainer.evaluation.sampled import evaluate_run
 from trainer.serving.scorer import Scorer

@@ -18,9 +18,17 @@ from trainer.models.backbones.t5_layers import FeedForward, GatedFeedForward, ta
 from trainer.models.layers.norm import Norm, rms_norm
 
 CONFIG = T5Config(
-    vocab_size=50, d_model=32, d_ff=64, d_kv=8, num_heads=4, num_layers=3, num_decoder_layers=3, dropout_rate=0.0, feed_forward_proj="gated-gelu",
+    vocab_size=50,
+    d_model=32,
+    d_ff=64,
+    d_kv=8,
+    num_heads=4,
+    num_layers=3,
+    num_decoder_layers=3,
+    dropout_rate=0.0,
+    feed_forward_proj="gated-gelu",
     decoder_start_token_id=0,
-)  # fmt: skip
+)
 
 
 def plain_layer(kind: type[nn.Module]) -> nn.Module:
@@ -57,9 +65,8 @@ def test_layers_equal_those_of_transformers(
     layer = plain_layer(kind)
     expected = results(layer, bf16)
     layer.__class__ = faster
-    tolerance = (
-        1e-5 if not bf16 else 2**-7 if faster is Norm else 0.0
-    )  # a norm's result is rounded to bf16 here, in the map that reads it there
+    # a norm's result is rounded to bf16 here, in the map that reads it there
+    tolerance = 1e-5 if not bf16 else 2**-7 if faster is Norm else 0.0
     for ours, theirs in zip(results(layer, bf16), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance * float(theirs.abs().max()))
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from data_shards.schema import REC, SRC, read_manifest
 from tests.tiny_folder import make_tiny_folder
 from trainer.batch import Batch
-from trainer.config import Config, load_config
+from trainer.config import Config
+from trainer.configs import load_config
 from trainer.data import EvalStream
-from trainer.data.cf_table import load_cf
-from trainer.data.item_tables import load_tables
+from trainer.data.folder import PreparedFolder
 from trainer.models.backbones.backbone import Prompt
 from trainer.models.gensr.grouping import in_one_pass
 from trainer.models.gensr.history import HistoryEncoder, SoftFilter
@@ -43,9 +43,9 @@ def make(folder: Path, variant: str = "extended", *overrides: str) -> tuple[GenS
     torch.manual_seed(0)
     config = load_config(None, [*OVERRIDES, f"model.variant={variant}", *overrides])
     manifest = read_manifest(folder)
-    tables = load_tables(folder, manifest, load_cf(folder, manifest))
-    model = build_model(config, manifest, tables, folder).eval()
-    batch = next(iter(EvalStream(folder, manifest, "valid", config.data, batch_size=12)))
+    tables = PreparedFolder.at(folder).tables(GenSR.needs, with_folds=True)
+    model = build_model(config, PreparedFolder.at(folder), tables).eval()
+    batch = next(iter(EvalStream(PreparedFolder.at(folder), "valid", config.data, batch_size=12)))
     assert {REC, SRC} <= set(batch.task.tolist())
     return model, batch, config
 
@@ -86,9 +86,8 @@ def test_soft_filter_equals_a_double_loop() -> None:
                     own = query[part] @ soft_filter.key(history[b, j])[part] / half**0.5
                     weight += (own.exp() / torch.stack(logits).exp().sum()).item() / heads
                 expected = expected + weight * (soft_filter.value.weight @ history[b, j])
-            torch.testing.assert_close(
-                result[b, c], expected, rtol=0, atol=1e-6
-            )  # the weights are float32 by design
+            # the weights are float32 by design
+            torch.testing.assert_close(result[b, c], expected, rtol=0, atol=1e-6)
 
 
 def test_history_weights_sum_to_one_and_ignore_padding() -> None:
@@ -141,9 +140,8 @@ def test_batch_composition_and_padding_do_not_change_a_score(
             scores(model, batch.rows(row, row + 1))[0], together[row], rtol=0, atol=2e-5
         )
     tables = model.tables
-    model.set_tables(
-        replace(tables, query_tokens=torch.nn.functional.pad(tables.query_tokens, (0, 5)))
-    )  # longer padding behind every query
+    # longer padding behind every query
+    model.set_tables(replace(tables, query_tokens=torch.nn.functional.pad(tables.query_tokens, (0, 5))))
     torch.testing.assert_close(scores(model, batch), together, rtol=0, atol=2e-5)
 
 
@@ -212,9 +210,15 @@ def test_answer_probability_equals_generate(folder: Path, variant: str, backbone
         vectors, mask = prompt.whole(model.backbone.shared_first)
         mask = torch.ones(vectors.shape[:2]) if mask is None else mask
         out = model.backbone.base.generate(
-            inputs_embeds=vectors, attention_mask=mask.long(), max_new_tokens=1, do_sample=False, num_beams=1,
-            return_dict_in_generate=True, output_scores=True, prefix_allowed_tokens_fn=lambda *_: [yes, no],
-        )  # fmt: skip
+            inputs_embeds=vectors,
+            attention_mask=mask.long(),
+            max_new_tokens=1,
+            do_sample=False,
+            num_beams=1,
+            return_dict_in_generate=True,
+            output_scores=True,
+            prefix_allowed_tokens_fn=lambda *_: [yes, no],
+        )
         generated = out.scores[0].softmax(-1)[:, yes].view(-1, 3)
         torch.testing.assert_close(ours[few.task == task], generated, rtol=0, atol=1e-5)
 
@@ -283,9 +287,10 @@ def test_groups_by_query_length_leave_less_padding_and_the_same_scores(
 ) -> None:
     model, batch, _ = make(folder, "extended", f"model.backbone={backbone}")
     tokens = model.tables.query_tokens.clone()
+    # queries of 1 … L tokens
     tokens[:, 1:] *= (torch.arange(len(tokens)) % tokens.shape[1])[:, None] > torch.arange(
         tokens.shape[1] - 1
-    )  # queries of 1 … L tokens
+    )
     model.set_tables(replace(model.tables, query_tokens=torch.nn.functional.pad(tokens, (0, 8))))
     padding, original = [], model.fill_prompt
 

@@ -10,10 +10,10 @@ import torch
 from benchmarks.reference import Collator, Reference, pairs_of
 from data_shards.schema import read_manifest
 from trainer.cf.tables import train_cf
-from trainer.config import load_config
+from trainer.configs import load_config
 from trainer.data import EvalStream
-from trainer.data.cf_table import load_cf
-from trainer.data.item_tables import load_tables
+from trainer.data.folder import PreparedFolder
+from trainer.models.gensr.model import GenSR
 from trainer.runs.weights import build_model
 
 
@@ -32,13 +32,13 @@ def test_scores_are_the_models(prepared: Path, tmp_path: Path) -> None:
         ],
     )
     manifest = read_manifest(folder)
-    tables = load_tables(folder, manifest, load_cf(folder, manifest), with_folds=False)
+    tables = PreparedFolder.at(folder).tables(GenSR.needs)
     torch.manual_seed(0)
-    model = build_model(config, manifest, tables, folder).eval()
+    model = build_model(config, PreparedFolder.at(folder), tables).eval()
     reference = Reference(config, model.backbone.base, tables, model.answers).eval()
     missing, _ = reference.load_state_dict(model.state_dict(), strict=False)
     assert all(name.startswith("t5.") for name in missing), missing
-    batch = next(iter(EvalStream(folder, manifest, "test", config.data, 8))).rows(0, 8)
+    batch = next(iter(EvalStream(PreparedFolder.at(folder), "test", config.data, 8))).rows(0, 8)
     few = batch.with_candidates(batch.candidates[:, :3], batch.labels[:, :3])
     pairs = Collator(folder, "paper", model.answers, "cpu")(pairs_of(few))
     with torch.no_grad():

@@ -1,9 +1,13 @@
 """A real SLURM cluster of two nodes inside this machine, and nothing of it outside: `with cluster(folder) as
 slurm: slurm.run(["sinfo"])`.
 
-    pytest ─▶ unshare ─▶ controller: python cluster.py FOLDER     own PID, network, mount, UTS and IPC namespaces; munged, slurmctld, bridge
-                              ├─▶ node1: unshare ─▶ slurmd        own again, joined to the bridge: 10.83.0.1, a host name, /dev/shm, a disk at /mnt
+    pytest ─▶ unshare ─▶ controller: python cluster.py FOLDER
+                              ├─▶ node1: unshare ─▶ slurmd
                               └─▶ node2: unshare ─▶ slurmd
+
+The controller has its own PID, network, mount, UTS and IPC namespaces, and in them munged, slurmctld and a
+bridge. A node has its own again, joined to the bridge: an address (10.83.0.1, …), a host name, /dev/shm, a
+disk at /mnt.
 
 When the controller's namespace ends, however that comes about, the kernel ends every process and undoes every
 mount and device in it. Needs root, util-linux, iproute2 and SLURM with munge. Files outside FOLDER are shared
@@ -197,9 +201,8 @@ def cluster(folder: Path) -> Iterator[Slurm]:
         assert outer.stdin is not None
         yield Slurm(folder, _only_child(outer.pid), outer.stdin)
     finally:
-        with contextlib.suppress(
-            ProcessLookupError
-        ):  # --kill-child: the namespace's first process goes, and everything in it
+        # --kill-child: the namespace's first process goes, and everything in it
+        with contextlib.suppress(ProcessLookupError):
             outer.send_signal(signal.SIGKILL)
         outer.wait()
 
@@ -240,8 +243,8 @@ def controller(folder: Path) -> None:
     key.touch(mode=0o600)
     key.write_bytes(os.urandom(128))
     _sh(
-        f"munged --force --key-file={key} --socket={folder}/munge.socket --pid-file={folder}/munged.pid --log-file={folder}/munged.log \
-        --seed-file={folder}/munge.seed"
+        f"munged --force --key-file={key} --socket={folder}/munge.socket --pid-file={folder}/munged.pid "
+        f"--log-file={folder}/munged.log --seed-file={folder}/munge.seed"
     )
     _sh("slurmctld -c")
     running = {i: _node(i, folder) for i in range(1, NODES + 1)}
@@ -268,7 +271,8 @@ def _node(number: int, folder: Path) -> "subprocess.Popen[bytes]":
     boot = f"""
         until ip link show eth0 >/dev/null 2>&1; do sleep 0.02; done
         hostname node{number}; mount -t tmpfs tmpfs /dev/shm; mount --bind {folder}/disk-{number} /mnt
-        ip link set lo up; ip addr add {NET}.{number}/24 dev eth0; ip link set eth0 up; ip route add default via {CONTROLLER}
+        ip link set lo up; ip addr add {NET}.{number}/24 dev eth0; ip link set eth0 up
+        ip route add default via {CONTROLLER}
         exec slurmd -D"""
     (folder / f"disk-{number}").mkdir(exist_ok=True)
     with (folder / f"node{number}.log").open("a") as log:
@@ -277,9 +281,8 @@ def _node(number: int, folder: Path) -> "subprocess.Popen[bytes]":
         )
     while os.readlink(f"/proc/{node.pid}/ns/net") == os.readlink("/proc/self/ns/net"):
         time.sleep(0.01)
-    _sh(
-        f"while ip link show cable{number} 2>/dev/null; do sleep 0.02; done"
-    )  # the one of a node without power goes with its namespace
+    # the one of a node without power goes with its namespace
+    _sh(f"while ip link show cable{number} 2>/dev/null; do sleep 0.02; done")
     _sh(
         f"ip link add cable{number} type veth peer name eth0 netns {node.pid}; ip link set cable{number} "
         "master br0 up"

@@ -42,7 +42,8 @@ def test_a_controller_accepts_every_script(slurm: cluster.Slurm, script: Path) -
 # ---- what train.sbatch decides -----------------------------------------------------------------------------
 
 STAND_IN = """\
-# accelerate launch ...: node 0 does what the word of $PLAN for this attempt says; the other node waits to be ended
+# accelerate launch ...: node 0 does what the word of $PLAN for this attempt says;
+# the other node waits to be ended
 import os, signal, sys, time
 from pathlib import Path
 

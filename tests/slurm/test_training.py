@@ -16,7 +16,7 @@ import pytest
 
 from tests.slurm import cluster
 from tests.slurm.jobs import ROOT, losses, output, records, submit, wait, wait_until
-from trainer.config import load_config
+from trainer.configs import load_config
 from trainer.training.loop import train
 
 SETTINGS = [

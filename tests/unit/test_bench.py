@@ -169,9 +169,12 @@ def test_the_fastest_micro_batch_is_found_and_memory_is_not_exhausted_on_a_cpu(
         tried.append(size)
         memory = 1_000_000_000 + 500_000_000 * size
         answer = {
-            "events_per_s": speed[size], "peak_memory_bytes": memory, "calculated_memory_bytes": memory, "device_memory_bytes": 10_000_000_000,
+            "events_per_s": speed[size],
+            "peak_memory_bytes": memory,
+            "calculated_memory_bytes": memory,
+            "device_memory_bytes": 10_000_000_000,
             "device": "1 × CPU",
-        }  # fmt: skip
+        }
         return bench.Measured(1.0, 1.0, memory, answer)
 
     monkeypatch.setattr(micro_batch, "_measured", measured)

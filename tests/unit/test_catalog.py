@@ -16,8 +16,10 @@ from data_shards.matrices import MatrixWriter, compact_type, matrix_parts
 from data_shards.schema import Manifest, read_manifest
 from tests.tiny_folder import make_tiny_folder
 from trainer.batch import rows_of
-from trainer.data.cf_table import CfTable, load_cf
+from trainer.data.cf_table import CfTable
+from trainer.data.folder import PreparedFolder
 from trainer.data.item_tables import load_tables
+from trainer.models.gensr.model import GenSR
 
 
 @pytest.fixture(autouse=True)
@@ -51,14 +53,12 @@ def test_types_are_as_small_as_the_ids_allow() -> None:
 
 def test_the_parts_of_a_prepared_folder_give_the_same_tables_as_one(tmp_path: Path) -> None:
     folder = make_tiny_folder(tmp_path / "folder")
-    whole = load_tables(
-        folder, read_manifest(folder), load_cf(folder, read_manifest(folder))
-    ).item_tokens.clone()
+    whole = PreparedFolder.at(folder).tables(GenSR.needs, with_folds=True).item_tokens.clone()
     tokens = np.load(folder / "catalog" / "item_tokens-000000.npy")
     for number, part in enumerate(np.array_split(tokens, 3)):
         np.save(folder / "catalog" / f"item_tokens-{number:06d}.npy", part)
     for _ in range(2):  # joined, then found
-        tables = load_tables(folder, read_manifest(folder), load_cf(folder, read_manifest(folder)))
+        tables = PreparedFolder.at(folder).tables(GenSR.needs, with_folds=True)
         assert tables.item_tokens.dtype == torch.uint16 and torch.equal(tables.item_tokens, whole)
     assert len(list((tmp_path / "cache" / "gensr" / "joined").glob("*.npy"))) == 1
 
@@ -69,9 +69,7 @@ def test_folders_of_format_1_are_read(tmp_path: Path) -> None:
         path.rename(path.with_name(path.name.replace("-000000", "")))
     raw = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps({**raw, "format_version": 1}))
-    assert load_tables(
-        folder, read_manifest(folder), load_cf(folder, read_manifest(folder))
-    ).item_tokens.shape == (130, 8)
+    assert PreparedFolder.at(folder).tables(GenSR.needs, with_folds=True).item_tokens.shape == (130, 8)
     (folder / "manifest.json").write_text(json.dumps({**raw, "format_version": 99}))
     with pytest.raises(DataError, match="Prepare the folder again"):
         read_manifest(folder)

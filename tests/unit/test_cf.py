@@ -245,9 +245,8 @@ def test_negatives_avoid_the_users_clicks():
     items = np.concatenate([np.arange(NUM_ITEMS - 20), [0, 1, 2]])
     trainer = TableTrainer(unique_clicks(users, items, 2, NUM_ITEMS), CfConfig(dim=8), print)
     negative = trainer.draw_negatives(torch.zeros(4000, dtype=torch.int64))
-    assert (
-        negative < NUM_ITEMS - 20
-    ).double().mean() < 0.1  # half of the draws without rejection; 2^-4 after three further rounds
+    # half of the draws without rejection; 2^-4 after three further rounds
+    assert (negative < NUM_ITEMS - 20).double().mean() < 0.1
     assert trainer.draw_negatives(torch.ones(4000, dtype=torch.int64)).ge(3).double().mean() > 0.999
 
 
@@ -281,10 +280,8 @@ def test_train_cf_writes_a_table_that_load_cf_reads(folder):
     assert torch.equal(light.item, table.item)
     assert light.user.shape == (0, 8)
     assert light.item_folds.shape == (0, manifest.num_items, 8)
-    assert sorted(p.name for p in path.parent.iterdir()) == [
-        path.name,
-        "lightgcn.sha256",
-    ]  # no temporary file
+    # no temporary file
+    assert sorted(p.name for p in path.parent.iterdir()) == [path.name, "lightgcn.sha256"]
     assert path.with_suffix(".sha256").read_text().split() == [
         file_sha256(path),
         str(path.stat().st_size),

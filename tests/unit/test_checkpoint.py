@@ -1,4 +1,4 @@
-"""Checkpoints are whole or absent: order of writing, what is kept, what is found after every kind of damage."""
+"""Checkpoints are whole or absent: order of writing, what is kept, what is found after any damage."""
 
 import json
 import shutil
@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from data_shards.schema import Manifest
-from trainer.config import load_config
+from trainer.configs import load_config
 from trainer.errors import EnvironmentProblem, RunError
 from trainer.runs import checkpoint
 from trainer.runs.checkpoint import Progress

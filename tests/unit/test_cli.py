@@ -1,6 +1,7 @@
 """The command as people and scripts meet it: help, exit codes, messages, JSON, ranks, and what the wheel
 holds."""
 
+import inspect
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -16,7 +18,8 @@ from typer.testing import CliRunner
 
 from tests.tiny_folder import make_tiny_folder
 from trainer.cli import app
-from trainer.config import Config, load_config
+from trainer.config import Config
+from trainer.configs import load_config
 
 ROOT = Path(__file__).parents[2]
 VERBS = [
@@ -78,6 +81,17 @@ def test_help_has_an_example_that_parses(command: list[str]) -> None:
         line.strip() for line in result.output.splitlines() if line.strip().startswith("Example: gensr ")
     )
     assert example.split()[2 : 2 + len(command)] == command
+
+
+@pytest.mark.parametrize("group", ["", "bench", "config", "runs"])
+def test_lists_of_verbs_do_not_break_lines_where_the_source_does(group: str) -> None:
+    verbs: Any = typer.main.get_command(app)
+    if group:
+        verbs = verbs.commands[group]
+    listed = CliRunner().invoke(app, [*group.split(), "--help"], env={"COLUMNS": "300"}).output
+    for verb in verbs.commands.values():
+        about = inspect.cleandoc((verb.callback and verb.callback.__doc__) or verb.help).split("\n\n")[0]
+        assert " ".join(about.split()) in listed
 
 
 def test_one_error_without_a_traceback_and_its_traceback_with_debug() -> None:
@@ -186,7 +200,10 @@ def test_wheel_runs_outside_the_checkout(wheel: Path, tmp_path: Path) -> None:
         str(wheel),
     ]
     subprocess.run(command, check=True, timeout=100, stdin=subprocess.DEVNULL)
-    code = "import sys; sys.argv[0] = 'gensr'; from trainer.cli import main; import trainer; print(trainer.__file__); main()"
+    code = (
+        "import sys; sys.argv[0] = 'gensr'; from trainer.cli import main; import trainer; "
+        "print(trainer.__file__); main()"
+    )
     submit = [
         "submit",
         "demo",

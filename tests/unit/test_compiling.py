@@ -38,7 +38,10 @@ def test_ninja_beside_the_interpreter_is_found(tmp_path: Path, monkeypatch: pyte
     assert os.environ["PATH"] == before
 
 
-NO_HEADERS = "Error building extension 'deepspeed_shm_comm': [1/3] c++ …\nx.h:1:10: fatal error: Python.h: No such file or directory\n"
+NO_HEADERS = (
+    "Error building extension 'deepspeed_shm_comm': [1/3] c++ …\n"
+    "x.h:1:10: fatal error: Python.h: No such file or directory\n"
+)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from data_shards.schema import Manifest, read_manifest
 from tests.tiny_folder import make_tiny_folder
 from trainer.config import DataConfig
 from trainer.data import EvalStream, TrainStream, prefetched, train_clicks
+from trainer.data.folder import PreparedFolder
 from trainer.data.negatives import NegativeSampler
 from trainer.errors import ConfigError, DataError
 
@@ -32,7 +33,7 @@ def test_a_batch_does_not_depend_on_ranks(folder: Path) -> None:
         found = {}
         for rank in range(ranks):
             for batch in itertools.islice(
-                TrainStream(folder, manifest, CONFIG, 5, 24, 24 // ranks, rank, ranks), 4
+                TrainStream(PreparedFolder.at(folder), CONFIG, 5, 24, 24 // ranks, rank, ranks), 4
             ):
                 for row in range(batch.num_events):
                     found[int(batch.event_id[row])] = (
@@ -46,7 +47,7 @@ def test_a_batch_does_not_depend_on_ranks(folder: Path) -> None:
 
 def test_negatives_avoid_positive_history_and_each_other(folder: Path) -> None:
     manifest = read_manifest(folder)
-    for batch in itertools.islice(TrainStream(folder, manifest, CONFIG, 5, 48, 48), 6):
+    for batch in itertools.islice(TrainStream(PreparedFolder.at(folder), CONFIG, 5, 48, 48), 6):
         for row in range(48):
             candidates = batch.candidates[row].tolist()
             history = batch.history_items[row][batch.history_mask[row]].tolist()
@@ -70,9 +71,9 @@ def test_negatives_change_with_the_epoch_and_follow_popularity() -> None:
 
 def test_fold_is_that_of_the_click(folder: Path) -> None:
     manifest = read_manifest(folder)
-    batch = next(iter(TrainStream(folder, manifest, CONFIG, 5, 24, 24, num_folds=2)))
+    batch = next(iter(TrainStream(PreparedFolder.at(folder), CONFIG, 5, 24, 24, num_folds=2)))
     assert batch.fold.tolist() == click_fold(batch.user.numpy(), batch.candidates[:, 0].numpy(), 2).tolist()
-    assert next(iter(TrainStream(folder, manifest, CONFIG, 5, 24, 24))).fold.tolist() == [-1] * 24
+    assert next(iter(TrainStream(PreparedFolder.at(folder), CONFIG, 5, 24, 24))).fold.tolist() == [-1] * 24
 
 
 def test_held_out_clicks_alone_are_trained_on(folder: Path) -> None:
@@ -81,7 +82,7 @@ def test_held_out_clicks_alone_are_trained_on(folder: Path) -> None:
     heldout = np.full(manifest.num_users, -1)
     recommended = columns["task"] == 0
     heldout[columns["user"][recommended]] = columns["item"][recommended]  # the last one wins
-    stream = TrainStream(folder, manifest, CONFIG, 5, 4, 4, heldout_item=heldout)
+    stream = TrainStream(PreparedFolder.at(folder), CONFIG, 5, 4, 4, heldout_item=heldout)
     assert 0 < stream.num_events < 96
     seen = [
         event
@@ -102,7 +103,7 @@ def test_evaluation_sees_each_event_once_with_equal_batches(
     places = []
     lengths = set()
     for rank in range(ranks):
-        stream = EvalStream(folder, manifest, "test", CONFIG, 8, rank, ranks, max_events)
+        stream = EvalStream(PreparedFolder.at(folder), "test", CONFIG, 8, rank, ranks, max_events)
         lengths.add(len(stream))
         again = [batch.event_id.tolist() for batch in stream]
         for batch, ids in zip(stream, again, strict=True):
@@ -123,7 +124,7 @@ def test_evaluation_sees_each_event_once_with_equal_batches(
 
 def test_micro_batch_that_does_not_fit_is_refused(folder: Path) -> None:
     with pytest.raises(ConfigError, match="micro_batch_size"):
-        TrainStream(folder, read_manifest(folder), CONFIG, 5, 24, 7)
+        TrainStream(PreparedFolder.at(folder), CONFIG, 5, 24, 7)
 
 
 def _damaged(folder: Path, target: Path, change: str) -> tuple[Path, Manifest]:
@@ -148,7 +149,7 @@ def _damaged(folder: Path, target: Path, change: str) -> tuple[Path, Manifest]:
 def test_a_damaged_shard_is_named(folder: Path, tmp_path: Path, change: str, message: str) -> None:
     target, manifest = _damaged(folder, tmp_path / "copy", change)
     with pytest.raises(DataError, match=message) as error:
-        next(iter(prefetched(TrainStream(target, manifest, CONFIG, 5, 24, 24))))
+        next(iter(prefetched(TrainStream(PreparedFolder.at(target), CONFIG, 5, 24, 24))))
     assert "train-000000.tar" in str(error.value)
 
 
@@ -158,7 +159,7 @@ def test_a_damaged_shard_is_skipped_and_counted_when_asked(prepared: Path, tmp_p
     target, manifest = _damaged(prepared, tmp_path / "copy", "corrupt")
     config = DataConfig(history_max=6, on_bad_shard="skip")
     with pytest.warns(UserWarning, match="skipped"):
-        stream = TrainStream(target, manifest, config, 5, 8, 8)
+        stream = TrainStream(PreparedFolder.at(target), config, 5, 8, 8)
     assert stream.num_events == manifest.num_events("train") - manifest.shards("train")[0].num_events
     assert next(iter(stream)).num_events == 8
 
@@ -200,4 +201,6 @@ def test_tasks_are_mixed_by_share_whatever_the_manifest_says(folder: Path) -> No
     for batch, other in itertools.islice(zip(new_stream, old_stream, strict=False), 12):
         assert batch.event_id.tolist() == other.event_id.tolist() and int(batch.task.sum()) == 18
     with pytest.raises(DataError, match="no recommendation events"):  # none was held out of the CF table
-        TrainStream(folder, manifest, config, 5, 24, 24, heldout_item=np.full(manifest.num_users, -1))
+        TrainStream(
+            PreparedFolder.at(folder), config, 5, 24, 24, heldout_item=np.full(manifest.num_users, -1)
+        )

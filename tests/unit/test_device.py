@@ -60,7 +60,7 @@ def test_a_training_step_asks_its_device_for_nothing(
     make: Callable[..., Made], backbone: str, setting: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, batch = make(f"model.backbone={backbone}", setting)
-    batch = move(model, model.grouped(batch), "meta")
+    batch = move(model, model.prepare(batch), "meta")
     real_tensor = torch.tensor
 
     def only_empty_ones(data: Any, *arguments: Any, **settings: Any) -> Tensor:
@@ -78,7 +78,7 @@ def test_a_training_step_asks_its_device_for_nothing(
 @pytest.mark.parametrize("backbone", ["scratch:nano", "scratch:qwen3_nano"])
 def test_scoring_asks_its_device_for_nothing(make: Callable[..., Made], backbone: str) -> None:
     model, batch = make(f"model.backbone={backbone}")
-    batch = move(model.eval(), model.grouped(batch), "meta")
+    batch = move(model.eval(), model.prepare(batch), "meta")
     with NothingFromTheHost(), torch.inference_mode():
         assert model(batch, mode="score").shape == batch.candidates.shape
 
@@ -88,7 +88,7 @@ def test_the_test_device_cannot_be_read(make: Callable[..., Made]) -> None:
     """A batch whose groups were not decided on the CPU makes the model ask; a table left on the CPU is
     noticed."""
     model, batch = make("model.backbone=scratch:nano")
-    grouped = move(model, model.grouped(batch), "meta")
+    grouped = move(model, model.prepare(batch), "meta")
     with pytest.raises(NotImplementedError, match="no data"):
         model(replace(grouped, groups=None))
     model.set_tables(replace(model.tables, cf=torch.zeros(model.tables.cf.shape)))

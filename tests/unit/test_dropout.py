@@ -16,9 +16,10 @@ def test_a_share_of_p_is_dropped_and_the_rest_scaled(p: float, dtype: torch.dtyp
     y = dropout(x, p, True)
     assert y.dtype == dtype and y.shape == x.shape
     assert (y == 0).float().mean().item() == pytest.approx(p, abs=4 * (p * (1 - p) / x.numel()) ** 0.5)
+    # p to the next 1/65,536
     torch.testing.assert_close(
         y[y != 0].unique(), torch.tensor([1 / (1 - p)], dtype=dtype), rtol=1e-4, atol=0
-    )  # p to the next 1/65,536
+    )
 
 
 def test_neighbours_rows_and_draws_are_independent() -> None:

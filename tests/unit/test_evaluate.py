@@ -16,7 +16,8 @@ from data_shards.schema import REC, SRC, TASKS, read_manifest
 from tests.tiny_folder import make_tiny_folder
 from trainer.batch import Batch
 from trainer.config import Config, DataConfig, RunConfig
-from trainer.data import EvalStream, split_columns
+from trainer.data import EvalStream
+from trainer.data.folder import PreparedFolder
 from trainer.errors import RunError
 from trainer.evaluation.metrics import METRICS
 from trainer.evaluation.sampled import (
@@ -43,7 +44,9 @@ def manifest(folder):
 
 
 def stream_of(folder, manifest, batch_size=7, rank=0, world_size=1) -> EvalStream:
-    return EvalStream(folder, manifest, "test", DataConfig(history_max=4), batch_size, rank, world_size)
+    return EvalStream(
+        PreparedFolder.at(folder), "test", DataConfig(history_max=4), batch_size, rank, world_size
+    )
 
 
 def item_id_scorer(batch: Batch) -> torch.Tensor:
@@ -60,7 +63,7 @@ def test_every_event_is_ranked_once_and_rightly(folder, manifest):
     ranks = rank_events(
         item_id_scorer, stream_of(folder, manifest), progress=lambda done, total: seen.append((done, total))
     )
-    stored = split_columns(folder, manifest, "test", ["event_id", "task", "user", "item", "negatives"])
+    stored = PreparedFolder.at(folder).columns("test", ["event_id", "task", "user", "item", "negatives"])
     order = np.argsort(stored["event_id"])
     for name in ("event_id", "task", "user", "item"):
         assert np.array_equal(getattr(ranks, name), stored[name][order]), name
@@ -216,7 +219,7 @@ def test_evaluate_run_writes_the_files(folder, manifest, tmp_path, monkeypatch):
 
 def test_popularity_ranks_by_clicks(folder, manifest):
     clicks = np.array(pq.read_table(folder / "catalog" / "items.parquet")["train_rec_clicks"].to_pylist())
-    stored = split_columns(folder, manifest, "test", ["task", "item", "negatives"])
+    stored = PreparedFolder.at(folder).columns("test", ["task", "item", "negatives"])
     rec = stored["task"] == REC
     mine, others = clicks[stored["item"][rec]][:, None], clicks[stored["negatives"][rec]]
     expected = 1 + (others > mine).sum(1) + (others == mine).sum(1) / 2

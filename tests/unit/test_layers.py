@@ -29,7 +29,7 @@ BUILT_IN_PARTS = {"trainer", "data_shards", "ds_configs", "slurm", "tests"}
 
 
 def layers() -> list[set[str]]:
-    """The picture in trainer/README.md, top to bottom: names are separated by two spaces, a comment by more."""
+    """The picture in trainer/README.md, top to bottom: two spaces separate names, more a comment."""
     text = (ROOT / "trainer" / "README.md").read_text(encoding="utf-8")
     picture = text.split("## Who may import whom")[1].split("```")[1].strip().splitlines()
     return [{name.rstrip("/") for name in re.split(r" {3,}", line)[0].split()} for line in picture]
@@ -143,7 +143,11 @@ def test_mlflow_stays_in_its_files() -> None:
 
 @pytest.mark.parametrize("package", ["data_shards", "trainer.cli"])
 def test_nothing_heavy_before_it_is_needed(package: str) -> None:
-    code = f"import sys, {package}; print(sorted({{'torch', 'transformers', 'mlflow', 'duckdb', 'pandas', 'deepspeed'}} & set(sys.modules)))"
+    code = (
+        f"import sys, {package}\n"
+        "heavy = {'torch', 'transformers', 'mlflow', 'duckdb', 'pandas', 'deepspeed'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)
     assert done.stdout.strip() == "[]", done.stderr
 

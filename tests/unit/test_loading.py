@@ -10,10 +10,11 @@ from safetensors.torch import load_file
 from data_shards.schema import read_manifest
 from data_shards.settings import to_yaml
 from tests.tiny_folder import make_tiny_folder
-from trainer.config import Config, load_config
+from trainer.config import Config
+from trainer.configs import load_config
 from trainer.data import EvalStream
 from trainer.data.cf_table import cf_path, load_cf, save_cf
-from trainer.data.item_tables import load_tables
+from trainer.data.folder import PreparedFolder
 from trainer.errors import DataError, RunError
 from trainer.models.gensr.model import GenSR
 from trainer.runs.weights import build_model, load_run_model, save_model
@@ -35,13 +36,15 @@ def trained(folder: Path, run: Path, *overrides: str) -> tuple[GenSR, Config]:
     torch.manual_seed(3)
     config = load_config(None, [*OVERRIDES, *overrides, f"data.dir={folder}", f"run.dir={run}"])
     manifest = read_manifest(folder)
-    model = build_model(config, manifest, load_tables(folder, manifest, load_cf(folder, manifest)), folder)
+    model = build_model(
+        config, PreparedFolder.at(folder), PreparedFolder.at(folder).tables(GenSR.needs, with_folds=True)
+    )
     for parameter in model.parameters():  # "training": everything trainable moves
         if parameter.requires_grad:
             parameter.data.add_(0.05 * torch.randn_like(parameter))
     run.mkdir()
     (run / "config.yaml").write_text(to_yaml(config))
-    save_model(run / "model", model, model.state_dict(), config, manifest, folder)
+    save_model(run / "model", model, model.state_dict(), config, PreparedFolder.at(folder))
     return model.eval(), config
 
 
@@ -59,11 +62,10 @@ def test_the_loaded_model_scores_as_the_trained_one(
     folder: Path, tmp_path: Path, overrides: tuple[str, ...]
 ) -> None:
     model, config = trained(folder, tmp_path / "run", *overrides)
-    batch = next(iter(EvalStream(folder, read_manifest(folder), "test", config.data, 6)))
-    loaded, _, _, _ = load_run_model(tmp_path / "run")
-    torch.testing.assert_close(
-        loaded.score(batch), model.score(batch), rtol=0, atol=1e-5
-    )  # adapters are merged on loading
+    batch = next(iter(EvalStream(PreparedFolder.at(folder), "test", config.data, 6)))
+    loaded, _, _ = load_run_model(tmp_path / "run")
+    # adapters are merged on loading
+    torch.testing.assert_close(loaded.score(batch), model.score(batch), rtol=0, atol=1e-5)
     assert not any("lora_" in name for name, _ in loaded.named_parameters())
 
 
@@ -79,7 +81,7 @@ def test_lora_on_a_local_backbone_saves_adapter_and_heads_only(
     names = load_file(tmp_path / "run" / "model" / "model.safetensors").keys()
     assert any("lora_A" in name for name in names) and not any(f"{table}.weight" in name for name in names)
     assert any(name.startswith("cf_filter") for name in names)
-    batch = next(iter(EvalStream(folder, read_manifest(folder), "test", config.data, 6)))
+    batch = next(iter(EvalStream(PreparedFolder.at(folder), "test", config.data, 6)))
     torch.testing.assert_close(
         load_run_model(tmp_path / "run")[0].score(batch), model.score(batch), rtol=0, atol=1e-5
     )

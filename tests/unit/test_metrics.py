@@ -20,10 +20,8 @@ def ranks_of(scores: list[list[float]], positives: list[int]) -> tuple[list[floa
 
 def test_ties_count_their_expected_rank():
     assert ranks_of([[3.0, 3.0, 3.0, 1.0]], [0]) == ([2.0], [True])  # places 1, 2 and 3 are equally likely
-    assert ranks_of([[0.0] * 100], [7]) == (
-        [50.5],
-        [True],
-    )  # a constant model is at chance, wherever the positive stands
+    # a constant model is at chance, wherever the positive stands
+    assert ranks_of([[0.0] * 100], [7]) == ([50.5], [True])
     assert ranks_of([[5.0, 2.0, 2.0], [1.0, 2.0, 3.0]], [1, 0]) == ([2.5, 3.0], [True, False])
 
 

@@ -17,8 +17,9 @@ import pytest
 from data_shards.schema import read_manifest
 from tests.tiny_folder import make_tiny_folder
 from trainer.config import DataConfig
-from trainer.data import EvalStream, TrainStream, node_cache, read_blocks, split_columns
+from trainer.data import EvalStream, TrainStream, node_cache, read_blocks
 from trainer.data.cf_table import load_cf
+from trainer.data.folder import PreparedFolder
 from trainer.data.node_cache import local_folder, url_of
 from trainer.errors import DataError, EnvironmentProblem
 
@@ -27,9 +28,8 @@ class Handler(http.server.SimpleHTTPRequestHandler):
     """Files of a folder; counts requests, and fails those that the test wants to fail."""
 
     asked: ClassVar[list[str]] = []
-    failures: ClassVar[
-        dict[str, list[str]]
-    ] = {}  # path → what happens to the next requests: "cut", "reset" or "flip" (of one bit)
+    # path → what happens to the next requests: "cut", "reset" or "flip" (of one bit)
+    failures: ClassVar[dict[str, list[str]]] = {}
 
     def do_GET(self) -> None:
         self.asked.append(self.path)
@@ -76,7 +76,7 @@ def url(folder: Path) -> Iterator[str]:
 
 
 def events(folder: Path, config: DataConfig, batches: int = 9) -> list[list[int]]:
-    stream = iter(TrainStream(folder, read_manifest(folder), config, 5, 24, 24))
+    stream = iter(TrainStream(PreparedFolder.at(folder), config, 5, 24, 24))
     return [next(stream).event_id.tolist() for _ in range(batches)]
 
 
@@ -116,7 +116,7 @@ def test_a_folder_elsewhere_gives_the_same_data(
     manifest = read_manifest(here)
     assert manifest.hash == read_manifest(folder).hash and load_cf(here, manifest).holdout == "crossfit"
     assert events(here, config) == events(folder, config)
-    assert len(list(EvalStream(here, manifest, "valid", config, 4))) == 2
+    assert len(list(EvalStream(PreparedFolder.at(here), "valid", config, 4))) == 2
     if kind != "local":
         assert (here != folder) and sorted(p.name for p in here.glob("shards/*.tar")) == (
             ["train-000000.tar", "train-000001.tar", "train-000002.tar", "valid-000000.tar"] if keep else []
@@ -168,9 +168,7 @@ def test_a_shard_that_stays_bad_is_named_or_skipped_as_asked(
         events(local_folder(config), config)
     skipping = DataConfig(dir=url, history_max=6, cache_dir=config.cache_dir, on_bad_shard="skip")
     with pytest.warns(UserWarning, match="skipped 24 training events"):
-        assert (
-            TrainStream(local_folder(skipping), read_manifest(folder), skipping, 5, 24, 24).num_events == 72
-        )
+        assert TrainStream(PreparedFolder.at(local_folder(skipping)), skipping, 5, 24, 24).num_events == 72
 
 
 def test_a_streamed_shard_with_another_bit_is_named(folder: Path, url: str) -> None:
@@ -195,9 +193,8 @@ def test_another_cf_table_is_another_folder(folder: Path, tmp_path: Path) -> Non
     shutil.copytree(tmp_path / "other" / "cf", source / "cf", dirs_exist_ok=True)
     node_cache._cached_folder.cache_clear()
     second = local_folder(config)
-    assert (
-        first != second and (first / "cf" / "lightgcn.safetensors").read_bytes() == table
-    )  # a run that still reads it is not disturbed
+    # a run that still reads it is not disturbed
+    assert first != second and (first / "cf" / "lightgcn.safetensors").read_bytes() == table
     manifest = read_manifest(second)
     assert manifest.hash == read_manifest(first).hash
     with pytest.raises(DataError, match="another split"):  # the fingerprint check stays
@@ -227,7 +224,7 @@ def test_a_folder_without_a_cf_table_says_where_to_make_it(folder: Path, tmp_pat
     shutil.copytree(folder, source, ignore=shutil.ignore_patterns("cf"))
     with pytest.warns(UserWarning, match="no CF table"):
         here = local_folder(DataConfig(dir=f"pipe:cat {source}"))
-    assert len(split_columns(here, read_manifest(here), "train", ["item"])["item"]) == 96
+    assert len(PreparedFolder.at(here).columns("train", ["item"])["item"]) == 96
     with pytest.raises(DataError, match="gensr cf OUT"):
         load_cf(here, read_manifest(here))
 

@@ -36,7 +36,7 @@ def sequence(order: Order, start: int) -> Iterator[Event]:
             (stream, piece.cycle, piece.shard, piece.block, row)
             for stream, piece in order.pieces(unit)
             for row in range(piece.start, piece.stop)
-        ]  # fmt: skip
+        ]
         users = np.array([user_of(event) for event in events])
         arranged, late = order.arrange(
             unit, users, np.array([e[0] for e in events]), np.array([e[1] for e in events]), late

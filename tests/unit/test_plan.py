@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from trainer.config import load_config
+from trainer.configs import load_config
+from trainer.data.folder import PreparedFolder
 from trainer.errors import ConfigError
+from trainer.models.gensr.model import GenSR
 from trainer.training.costs import (
     GB,
     DataSize,
@@ -127,12 +129,8 @@ def test_bytes_between_gpus_by_zero_stage() -> None:
     sent = {
         stage: bytes_sent(config, BILLION, stage, 2, grad_accum_steps=2) / GB for stage in (None, 1, 2, 3)
     }
-    assert sent == {
-        None: 4.0,
-        1: 6.0,
-        2: 10.0,
-        3: 12.0,
-    }  # of 10⁹ float32 parameters, two micro-batches, half of everything on each of two ranks
+    # of 10⁹ float32 parameters, two micro-batches, half of everything on each of two ranks
+    assert sent == {None: 4.0, 1: 6.0, 2: 10.0, 3: 12.0}
     assert bytes_sent(config, BILLION, None, 1) == 0
     adapters = replace(BILLION, trainable=10**6)
     assert bytes_sent(config, adapters, 2, 8) / GB < 0.02 and bytes_sent(config, adapters, 3, 8) / GB > 6
@@ -203,8 +201,6 @@ def test_a_decoder_reads_what_candidates_share_once_an_event() -> None:
 def test_model_size_is_the_real_one(tmp_path: Path) -> None:
     from data_shards.schema import read_manifest
     from tests.tiny_folder import WORDS, make_tiny_folder
-    from trainer.data.cf_table import load_cf
-    from trainer.data.item_tables import load_tables
     from trainer.runs.weights import build_model
     from trainer.training.plan import size_of
 
@@ -217,7 +213,9 @@ def test_model_size_is_the_real_one(tmp_path: Path) -> None:
         ["model.backbone=scratch:llama_nano"],
     ):
         config = load_config(None, ["model.backbone=scratch:nano", *overrides])
-        real = build_model(config, manifest, load_tables(folder, manifest, load_cf(folder, manifest)), folder)
+        real = build_model(
+            config, PreparedFolder.at(folder), PreparedFolder.at(folder).tables(GenSR.needs, with_folds=True)
+        )
         assert model_size(config, 0, len(WORDS), cf_dim=16) == size_of(real)
 
 

@@ -11,7 +11,7 @@ import yaml
 
 import ds_configs
 from tests.tiny_folder import make_tiny_folder
-from trainer.config import load_config, preset_names, preset_path
+from trainer.configs import load_config, preset_names, preset_path
 from trainer.errors import ConfigError, EnvironmentProblem
 from trainer.runtime.launch import (
     Launch,

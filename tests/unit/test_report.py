@@ -35,9 +35,8 @@ def test_pictures_of_losses_and_metrics(tmp_path: Path) -> None:
 
 
 def test_a_picture_without_data_is_left_out(tmp_path: Path) -> None:
-    write(
-        tmp_path, {"kind": "train", "step": 1, "loss": 0.0, "contrastive_loss": -1.0}
-    )  # no logarithm of these
+    # no logarithm of these
+    write(tmp_path, {"kind": "train", "step": 1, "loss": 0.0, "contrastive_loss": -1.0})
     assert [path.name for path in plot_run(tmp_path)] == ["loss.png"]
 
 

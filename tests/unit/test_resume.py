@@ -15,6 +15,7 @@ from tests.tiny_folder import make_tiny_folder
 from trainer.config import DataConfig
 from trainer.data import TrainStream, prefetched
 from trainer.data import order as order_module
+from trainer.data.folder import PreparedFolder
 
 GLOBAL_BATCH, STEPS = 24, 14  # 24 = the least that 1, 2, 3, 4 and 8 ranks divide
 RANKS = st.sampled_from([1, 2, 3, 4, 8])
@@ -60,8 +61,7 @@ def steps(
     result: list[list[list[int]]] = [[[]] * (ranks * accumulation) for _ in range(num_steps)]
     for rank in range(ranks):
         stream = TrainStream(
-            folder,
-            manifest,
+            PreparedFolder.at(folder),
             config,
             5,
             GLOBAL_BATCH,
@@ -72,9 +72,8 @@ def steps(
         )
         source = prefetched(stream, workers) if workers else iter(stream)
         batches = list(itertools.islice(source, num_steps * accumulation))
-        assert all(
-            batch.num_events == micro for batch in batches
-        )  # every rank takes the same number of equal steps
+        # every rank takes the same number of equal steps
+        assert all(batch.num_events == micro for batch in batches)
         for number, batch in enumerate(batches):
             result[number // accumulation][number % accumulation * ranks + rank] = batch.event_id.tolist()
     return [list(itertools.chain(*step)) for step in result]

@@ -45,9 +45,8 @@ def test_large_catalogues_are_coded_and_their_recall_is_measured(
     """The figure that building reports is that of an independent search over all vectors."""
     monkeypatch.setattr(retrieval, "MAX_EXACT_FLOATS", 1000)
     monkeypatch.setattr(retrieval, "CHUNK_ITEMS", 3000)
-    table = unit(
-        vectors(8000, 12) @ vectors(12, width, seed=1)
-    )  # as learned vectors: fewer dimensions than columns
+    # as learned vectors: fewer dimensions than columns
+    table = unit(vectors(8000, 12) @ vectors(12, width, seed=1))
     table[5] = 0
     index = build_index(lambda rows: table[rows], 8000, width)
     assert index is not None
@@ -77,16 +76,8 @@ def test_union_shares_the_places() -> None:
     assert sorted(merge([(first, 0.5), (second, 0.5)], 6)) == [0, 1, 2, 100, 101, 102]
     three_to_one = merge([(first, 0.25), (second, 0.75)], 8)
     assert (three_to_one >= 100).sum() == 6
-    assert merge([(first, 0.5), (second[:1], 0.5)], 8).tolist() == [
-        0,
-        100,
-        1,
-        2,
-        3,
-        4,
-        5,
-        6,
-    ]  # where one side ends, the other goes on
+    # where one side ends, the other goes on
+    assert merge([(first, 0.5), (second[:1], 0.5)], 8).tolist() == [0, 100, 1, 2, 3, 4, 5, 6]
     assert merge([(np.array([3, 4]), 0.5), (np.array([4, 3]), 0.5)], 9, exclude=[4]).tolist() == [3]
     assert merge([], 5).tolist() == []
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from trainer.config import load_config
+from trainer.configs import load_config
 from trainer.data.negatives import NegativeSampler
 from trainer.errors import ConfigError
 
@@ -23,9 +23,13 @@ def events(impressions: int) -> dict[str, np.ndarray]:
     )
     shown[::2, 2:] = -1  # every other event has none of use
     return {
-        "event_ids": np.arange(EVENTS), "epochs": np.zeros(EVENTS, int), "positives": np.zeros(EVENTS, int),
-        "history": np.tile(np.arange(1, 5), (EVENTS, 1)), "history_mask": np.ones((EVENTS, 4), bool), "impressions": shown,
-    }  # fmt: skip
+        "event_ids": np.arange(EVENTS),
+        "epochs": np.zeros(EVENTS, int),
+        "positives": np.zeros(EVENTS, int),
+        "history": np.tile(np.arange(1, 5), (EVENTS, 1)),
+        "history_mask": np.ones((EVENTS, 4), bool),
+        "impressions": shown,
+    }
 
 
 def of_kind(kind: str, impressions: int = 8, mixture: tuple[float, float] = (0.0, 0.0)) -> np.ndarray:

@@ -15,7 +15,7 @@ from trainer.serving.app import Limits, make_app
 
 
 class StandIn:
-    """Answers every request with its own k; "slow" waits for `release`, "bad" is refused, "broken" is a bug."""
+    """Answers a request with its own k; "slow" waits for `release`, "bad" is refused, "broken" is a bug."""
 
     num_items, query_mode = 3, "natural"
 

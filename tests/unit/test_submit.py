@@ -11,7 +11,7 @@ import pytest
 
 from data_shards.settings import to_yaml
 from tests.tiny_folder import make_tiny_folder
-from trainer.config import load_config
+from trainer.configs import load_config
 from trainer.errors import ConfigError, EnvironmentProblem, GensrError, RunError
 from trainer.experiments import submit as jobs
 from trainer.experiments.submit import Machines, Submission
@@ -57,7 +57,8 @@ def sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list
     folder = tmp_path / "bin"
     folder.mkdir()
     scripts = {
-        "sbatch": f'echo "$*" >> {folder}/calls; [[ $* != *--qos=none* && ! -e {folder}/refuse ]] || {{ echo "Invalid qos" >&2; exit 1; }}\n'
+        "sbatch": f'echo "$*" >> {folder}/calls; [[ $* != *--qos=none* && ! -e {folder}/refuse ]] || '
+        '{ echo "Invalid qos" >&2; exit 1; }\n'
         f"echo $((100 + $(wc -l < {folder}/calls)))",
         "squeue": f"[[ $* == *101* && -e {folder}/queued ]] && echo PENDING",
     }
@@ -134,7 +135,7 @@ def test_a_folder_with_another_run_or_a_job_is_refused(
     )
     with pytest.raises(RunError, match=r"optim\.lr"):
         plan()
-    plan("optim.lr=7e-3")  # goes on with that run
+    plan("optim.lr=7e-3")  # continues that run
     (folder / "status.json").write_text('{"status": "finished"}')
     with pytest.raises(RunError, match="finished"):
         plan("optim.lr=7e-3")

@@ -14,7 +14,8 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from data_shards.schema import Manifest
-from trainer.config import Config, TrackingConfig, load_config
+from trainer.config import Config, TrackingConfig
+from trainer.configs import load_config
 from trainer.errors import EnvironmentProblem
 from trainer.tracking import delivery
 from trainer.tracking import tracker as tracking
@@ -110,9 +111,8 @@ def test_resume_continues_the_run_without_doubles(runs: Path) -> None:
     for step in (10, 20, 30):
         first.log_metrics({"train/loss": float(step)}, step)
     arrived(run_dir)
-    assert (
-        connect(tracking_uri(config_for(), run_dir)).get_run(first.run_id).info.status == "RUNNING"
-    )  # killed here, after a checkpoint at step 20
+    # killed here, after a checkpoint at step 20
+    assert connect(tracking_uri(config_for(), run_dir)).get_run(first.run_id).info.status == "RUNNING"
 
     second = Tracker.start(config_for(), run_dir, FACTS, resume_run_id=first.run_id)
     assert second.run_id == first.run_id
@@ -243,9 +243,8 @@ def test_a_spool_left_by_a_killed_process_is_sent_on_resume(
         spool.write(
             json.dumps({"metric": ["train/loss", 0.5, 1_700_000_000_000, 20]}) + '\n{"metric": ["train/lo'
         )
-    resumed = Tracker.start(
-        config_for(), run_dir, FACTS
-    )  # killed before the first checkpoint: the folder knows its run
+    # killed before the first checkpoint: the folder knows its run
+    resumed = Tracker.start(config_for(), run_dir, FACTS)
     assert resumed.run_id == tracker.run_id
     resumed.log_metrics({"train/loss": 0.5}, 20)
     resumed.log_metrics({"train/loss": 0.25}, 30)

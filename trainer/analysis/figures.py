@@ -3,36 +3,12 @@ on."""
 
 import json
 import os
-import platform
-import subprocess
-import sys
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from trainer.errors import RunError
 from trainer.runs.checkpoint import Progress
-from trainer.runtime.launch import num_cores
-from trainer.tracking.store import mask_secrets
-from trainer.training.console import clock
-
-PACKAGES = (
-    "gensr",
-    "torch",
-    "transformers",
-    "accelerate",
-    "deepspeed",
-    "peft",
-    "webdataset",
-    "mlflow",
-    "pyarrow",
-    "duckdb",
-    "numpy",
-    "safetensors",
-)
-MAX_DIFF_BYTES = 1_000_000
+from trainer.runtime.progress import clock
 
 
 def read_records(run_dir: str | Path) -> list[dict[str, Any]]:
@@ -152,51 +128,3 @@ def last_screen(run_dir: str | Path, progress: Progress, num_valid_events: int) 
         f"next      gensr evaluate {run_dir} --split test",
         f"          gensr register {run_dir} NAME",
     ]
-
-
-# ---- code and machine --------------------------------------------------------------------------------------
-
-
-def environment_facts() -> dict[str, Any]:
-    """Commit, packages and hardware, for RUN/environment.json and the tracker."""
-    facts: dict[str, Any] = {
-        "git": git_facts(),
-        "python": platform.python_version(),
-        "packages": {name: version for name in PACKAGES if (version := _version(name))},
-        "platform": platform.platform(),
-        "cpu_cores": num_cores(),
-        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "command": mask_secrets(" ".join(sys.argv)),
-    }
-    slurm = {
-        key: os.environ[key]
-        for key in ("SLURM_JOB_ID", "SLURM_JOB_NODELIST", "SLURM_RESTART_COUNT")
-        if key in os.environ
-    }
-    return {**facts, "slurm": slurm} if slurm else facts
-
-
-def git_facts() -> dict[str, Any]:
-    """commit, dirty and diff of the checkout this code lies in; {} outside a checkout."""
-    folder = Path(__file__).parent
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(
-            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=20, check=True
-        )
-        return done.stdout
-
-    try:
-        commit = git("rev-parse", "HEAD").strip()
-        diff = git("diff", "HEAD", "--", "*.py", "*.yaml", "*.json")
-    except (OSError, subprocess.SubprocessError):
-        return {}
-    return {"commit": commit, "dirty": bool(diff), "diff": diff[:MAX_DIFF_BYTES]}
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return ""

@@ -25,13 +25,8 @@ from data_shards.schema import SPLITS, read_manifest
 from trainer.errors import BenchError, ConfigError
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-ROWS, USERS, ITEMS, DAYS, ROWS_PER_DAY = (
-    19_664_885,
-    25_877,
-    6_890_707,
-    19,
-    40,
-)  # KuaiSAR; other sizes are in proportion to it
+# KuaiSAR; other sizes are in proportion to it
+ROWS, USERS, ITEMS, DAYS, ROWS_PER_DAY = 19_664_885, 25_877, 6_890_707, 19, 40
 
 Progress = Callable[[str, int, int], None]
 
@@ -78,9 +73,15 @@ def measure(command: Sequence[str], threads: int, cwd: Path | None = None) -> Me
 
 
 def bench_data(
-    rows: Sequence[int], turns: int = 2, seconds: float = 5.0, threads: int = 2, memory_limit: str = "1000MB", batch_size: int = 256,
-    folder: Path | None = None, progress: Progress | None = None,
-) -> dict[str, Any]:  # fmt: skip
+    rows: Sequence[int],
+    turns: int = 2,
+    seconds: float = 5.0,
+    threads: int = 2,
+    memory_limit: str = "1000MB",
+    batch_size: int = 256,
+    folder: Path | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
     """Preparation and loader on simulated logs of about rows[…] rows → the object that `gensr bench data
     --json` prints.
 
@@ -120,12 +121,16 @@ def bench_data(
         **loader,
         "scaling": scaling,
         "configuration": {
-            "rows": [entry["rows"] for entry in scaling], "turns": turns, "loader_cpu_s": seconds, "threads": threads, "memory_limit": memory_limit,
+            "rows": [entry["rows"] for entry in scaling],
+            "turns": turns,
+            "loader_cpu_s": seconds,
+            "threads": threads,
+            "memory_limit": memory_limit,
             "batch_size": batch_size,
         },
         "hardware": hardware(),
         "commit": commit(),
-    }  # fmt: skip
+    }
 
 
 def raw_logs(work: Path, rows: int, progress: Progress) -> tuple[Path, int]:
@@ -236,7 +241,10 @@ def bench_lines(document: dict[str, Any]) -> list[str]:
     ]
     for row in document["scaling"]:
         ours = f"{row['wall_s']:>8.1f}s {row['cpu_s']:>8.1f}s {row['peak_rss_bytes'] / 1e6:>6,.0f} MB"
-        bare = f"{row['duckdb_wall_s']:>8.1f}s {row['duckdb_cpu_s']:>8.1f}s {row['duckdb_peak_rss_bytes'] / 1e6:>6,.0f} MB"
+        bare = (
+            f"{row['duckdb_wall_s']:>8.1f}s {row['duckdb_cpu_s']:>8.1f}s "
+            f"{row['duckdb_peak_rss_bytes'] / 1e6:>6,.0f} MB"
+        )
         lines.append(
             f"  {row['rows']:>12,} {row['events']:>11,} {ours} {bare} {row['ratio_to_duckdb']:>6.2f} "
             f"{row['loader_rss_bytes'] / 1e6:>6,.0f} MB"
@@ -271,7 +279,7 @@ def machine_line(document: dict[str, Any], remark: str = "") -> str:
 
 
 def commit() -> str | None:
-    from trainer.analysis.figures import git_facts
+    from trainer.runs.provenance import git_facts
 
     facts = git_facts()
     return f"{facts['commit']}{'-dirty' if facts['dirty'] else ''}" if facts else None

@@ -15,20 +15,20 @@ from typing import Any
 import psutil
 import torch
 
-from data_shards.schema import read_manifest
 from trainer.batch import Batch
 from trainer.bench.data import Measured, Progress, commit, hardware, machine_line, measure
-from trainer.config import Config, load_config
-from trainer.data.node_cache import local_folder
+from trainer.config import Config
+from trainer.configs import load_config
+from trainer.data.folder import PreparedFolder
 from trainer.errors import BenchError, ConfigError
 from trainer.runtime.device import wait_for
 from trainer.runtime.launch import devices, make_accelerator, read_launch
 from trainer.runtime.memory import peak_memory_bytes
 from trainer.training.costs import GB, memory
-from trainer.training.loop import make_model, make_streams
 from trainer.training.optimizer import make_optimizer
 from trainer.training.plan import size_of, size_of_folder
 from trainer.training.schedule import grad_accum_steps
+from trainer.training.setup import make_model, make_streams
 
 MEMORY_SHARE = 0.9  # of what the device has (a CPU: has free) may be asked for by the next size
 GAIN = 1.02  # a larger size must be so much faster to be worth its memory
@@ -91,7 +91,7 @@ def _measured(request: dict[str, Any], threads: int) -> Measured:
 
 
 def expected_bytes(tried: Sequence[dict[str, Any]], size: int) -> float:
-    """Memory of a size, on a straight line through the last two that were measured; 0 where there are no two."""
+    """Memory of a size, on a straight line through the last two measured; 0 where there are no two."""
     if len(tried) < 2:
         return 0.0
     (x0, y0), (x1, y1) = ((row["micro_batch_size"], row["peak_memory_bytes"]) for row in tried[-2:])
@@ -131,18 +131,17 @@ def try_one(request: dict[str, Any]) -> dict[str, Any]:
     try:
         return _train_some(load_config(request["preset"], request["overrides"]), request["steps"])
     except torch.cuda.OutOfMemoryError:
-        return {
-            "stopped": f"out of memory: the device has {torch.cuda.get_device_properties(0).total_memory / GB:.0f} GB"
-        }
+        total = torch.cuda.get_device_properties(0).total_memory
+        return {"stopped": f"out of memory: the device has {total / GB:.0f} GB"}
 
 
 def _train_some(config: Config, steps: int) -> dict[str, Any]:
-    manifest = read_manifest(local_folder(config.data))
+    folder = PreparedFolder.open(config.data)
     num_passes = grad_accum_steps(config, 1)
     accelerator = make_accelerator(config, read_launch(), num_passes)
-    module, cf, holdout = make_model(config, manifest, accelerator.device)
+    module, cf, holdout = make_model(config, folder, accelerator)
     model, optimizer = accelerator.prepare(module, make_optimizer(module, config.optim))
-    stream, _ = make_streams(config, manifest, accelerator, cf, holdout, 0)
+    stream, _ = make_streams(config, folder, accelerator, module.tasks, cf, holdout, 0)
     on_gpu = accelerator.device.type == "cuda"
     has = (
         torch.cuda.get_device_properties(0).total_memory
@@ -159,7 +158,7 @@ def _train_some(config: Config, steps: int) -> dict[str, Any]:
 
     def learn(batches: Sequence[Batch]) -> None:
         for batch in batches:
-            accelerator.backward(model(module.grouped(batch).to(accelerator.device))[0])
+            accelerator.backward(model(module.prepare(batch).to(accelerator.device))[0])
 
     def update() -> None:
         torch.nn.utils.clip_grad_norm_(module.parameters(), config.optim.grad_clip)
@@ -171,7 +170,7 @@ def _train_some(config: Config, steps: int) -> dict[str, Any]:
     update()
     learning_s = seconds(lambda: learn(others)) / len(others)
     updating_s = seconds(update)
-    calculated = memory(config, size_of(module), size_of_folder(config.data.dir, manifest), None, 1)
+    calculated = memory(config, size_of(module), size_of_folder(folder), None, 1)
     return {
         "events_per_s": config.optim.global_batch_size / (num_passes * learning_s + updating_s),
         "peak_memory_bytes": peak_memory_bytes(),

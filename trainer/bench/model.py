@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trainer.bench.data import BENCHMARKS, Measured, Progress, commit, hardware, machine_line, measure
-from trainer.config import load_config
+from trainer.configs import load_config
 from trainer.errors import ConfigError
 from trainer.training.costs import measured_flops
 
@@ -36,9 +36,15 @@ Mode = Literal["train", "evaluate"]
 
 
 def bench_model(
-    mode: Mode, overrides: Sequence[str] = (), pairs: int | None = None, steps: int = 2, turns: int = 2, threads: int = 2, trace: Path | None = None,
+    mode: Mode,
+    overrides: Sequence[str] = (),
+    pairs: int | None = None,
+    steps: int = 2,
+    turns: int = 2,
+    threads: int = 2,
+    trace: Path | None = None,
     progress: Progress | None = None,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """→ the object that `gensr bench train --json` (evaluate) prints.
 
     overrides: settings as of `gensr train`; data.dir names a prepared folder with natural text and a CF table
@@ -58,9 +64,10 @@ def bench_model(
             f"--pairs must be a multiple of 1 + data.num_negatives = {1 + config.data.num_negatives}, got "
             f"{ours}"
         )
-    if config.model.backbone not in BACKBONES:
+    backbone = getattr(config.model, "backbone", config.model.name)
+    if backbone not in BACKBONES:
         raise ConfigError(
-            f"model.backbone={config.model.backbone}: the reference is a T5 with random weights. Choose "
+            f"model.backbone={backbone}: the reference is a T5 with random weights. Choose "
             f"among {', '.join(BACKBONES)}"
         )
     progress = progress or (lambda stage, done, total: None)

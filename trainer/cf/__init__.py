@@ -1,1 +1,1 @@
-"""The collaborative-filtering table of a prepared folder: LightGCN trained, held out, interrupted and read."""
+"""The collaborative-filtering table of a prepared folder: how LightGCN is trained, held out and read."""

@@ -2,7 +2,8 @@
 instead of it.
 
     training rec clicks ─▶ full table (user, item): inference, LightGCN baseline
-                       └─▶ without fold f's clicks (crossfit) or each user's last one (last) ─▶ rotated into the full table's space ─▶ item_folds
+                       └─▶ without fold f's clicks (crossfit) or each user's last one (last)
+                           ─▶ rotated into the full table's space ─▶ item_folds
 
 Why more than one: a table that has seen a training target gives it away (history · target is far larger than
 it will be in the future), so the model learns to trust a signal that is not there later. A training event
@@ -27,8 +28,8 @@ from data_shards.schema import REC, Manifest, read_manifest
 from trainer.cf.training import Clicks, TableTrainer, unique_clicks
 from trainer.cf.work import CfWork, Slot
 from trainer.config import CfConfig, CfRoot
-from trainer.data import split_columns, train_clicks
 from trainer.data.cf_table import CfTable, cf_path, load_cf, save_cf
+from trainer.data.folder import PreparedFolder
 from trainer.errors import DataError, RunError
 from trainer.runtime.device import default_device
 from trainer.runtime.memory import give_back_freed_memory, keep_freed_memory
@@ -59,7 +60,7 @@ def train_cf(folder: str | Path, overrides: Sequence[str] = (), progress: Progre
             "again)."
         )
         return path
-    columns = train_clicks(folder, manifest)
+    columns = PreparedFolder.at(folder).columns("train", ["user", "item", "task", "time", "event_id"])
     clicks = unique_rec_clicks(columns, manifest)
     if len(clicks.users) == 0:
         raise DataError(
@@ -87,10 +88,8 @@ def _check_existing(folder: str | Path, manifest: Manifest, config: CfConfig) ->
         existing = load_cf(folder, manifest, users=False, folds=False)
     except DataError as error:
         raise RunError(str(error)) from error
-    theirs, ours = (
-        {**asdict(CfConfig()), **existing.settings},
-        asdict(config),
-    )  # a setting that is younger than the table has its default there
+    # a setting that is younger than the table has its default there
+    theirs, ours = {**asdict(CfConfig()), **existing.settings}, asdict(config)
     changed = [f"cf.{key} {theirs[key]!r} → {ours[key]!r}" for key in ours if theirs[key] != ours[key]]
     if changed:
         raise RunError(
@@ -127,7 +126,7 @@ def last_clicks(columns: dict[str, np.ndarray], num_users: int) -> np.ndarray:
 def valid_candidates(folder: str | Path, manifest: Manifest, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Users [n] and candidates [n, 1 + num_negatives] (the positive first) of validation rec events, at most
     MAX_VALID_EVENTS by hash."""
-    columns = split_columns(folder, manifest, "valid", ["event_id", "user", "task", "item", "negatives"])
+    columns = PreparedFolder.at(folder).columns("valid", ["event_id", "user", "task", "item", "negatives"])
     rec = np.flatnonzero(columns["task"] == REC)
     if len(rec) > MAX_VALID_EVENTS:
         rec = rec[

@@ -30,9 +30,7 @@ class Clicks:
 
     users: np.ndarray  # [E] int64
     items: np.ndarray  # [E] int64, rows of item_ids
-    item_ids: (
-        np.ndarray
-    )  # [I] int64, catalogue rows in ascending order; a part (`keep`) has those of the whole
+    item_ids: np.ndarray  # [I] int64, ascending catalogue rows; a part (`keep`) has those of the whole
     num_users: int
     catalog_size: int
 

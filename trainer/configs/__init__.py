@@ -1,1 +1,108 @@
-"""Presets: one YAML file each, with a header that says launch line, memory and expected time."""
+"""Presets, one YAML file each with a header that says launch line, memory and expected time; and how a
+configuration is read: the section model.* has the keys of the model that model.name names."""
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from data_shards import settings as s
+from trainer.config import Config
+from trainer.errors import ConfigError
+from trainer.models.zoo import GENSR, settings_class
+
+
+def preset_names() -> list[str]:
+    return sorted(
+        p.name.removesuffix(".yaml")
+        for p in resources.files(__package__).iterdir()
+        if p.name.endswith(".yaml")
+    )
+
+
+def preset_path(preset_or_file: str) -> Path:
+    """A preset's name or a YAML file's path → the file. Raises ConfigError that lists the presets."""
+    as_file = Path(preset_or_file)
+    if as_file.suffix in (".yaml", ".yml"):
+        if not as_file.is_file():
+            raise ConfigError(f"{preset_or_file}: no such file. Presets: {', '.join(preset_names())}")
+        return as_file
+    if preset_or_file not in preset_names():
+        raise ConfigError(
+            f"{preset_or_file}: no such preset. Presets: {', '.join(preset_names())}. A file's name must end "
+            "in .yaml"
+        )
+    return Path(str(resources.files(__package__) / f"{preset_or_file}.yaml"))
+
+
+def load_config(preset_or_file: str | None, overrides: Sequence[str] = ()) -> Config:
+    """Preset or file, then `section.key=value` overrides → Config, checked as a whole.
+
+    Raises ConfigError with every problem at once.
+    """
+    path = preset_path(preset_or_file) if preset_or_file else None
+    given = s.read_yaml(path) if path is not None else {}
+    config: Config = s.load(config_type(_model_name(given, overrides)), path, overrides)
+    problems = cross_field_problems(config)
+    if problems:
+        raise ConfigError(s.format_problems(problems, str(path or "the settings")))
+    return config
+
+
+def config_from_dict(tree: Mapping[str, Any]) -> Config:
+    """A Config from what RUN/config.yaml or a registered model holds."""
+    return s.load(config_type(_model_name(tree)), base=tree)
+
+
+@cache
+def config_type(name: str = GENSR) -> type[Config]:
+    """Config with the settings of one model as its section `model`. Raises ConfigError for an unknown model."""
+    section = settings_class(name)
+    body = {"__module__": __name__, "__annotations__": {"model": section}, "model": section()}
+    made: type[Config] = s.settings(type("Config", (Config,), body))
+    return made
+
+
+def _model_name(tree: Mapping[str, Any], overrides: Sequence[str] = ()) -> str:
+    """model.name of a file's content or of an override (the last one counts); missing = gensr."""
+    section = tree.get("model")
+    name = section.get("name", GENSR) if isinstance(section, Mapping) else GENSR
+    for override in overrides:
+        key, _, text = override.partition("=")
+        name = text if key == "model.name" else name
+    return str(name)
+
+
+def cross_field_problems(config: Config) -> list[tuple[str, str]]:
+    """Checks that need more than one field; (dotted key, message) each."""
+    problems: list[tuple[str, str]] = []
+    optim, data = config.optim, config.data
+    if optim.global_batch_size % optim.micro_batch_size:
+        problems.append(
+            (
+                "optim.micro_batch_size",
+                f"must divide optim.global_batch_size={optim.global_batch_size}, got "
+                f"{optim.micro_batch_size}",
+            )
+        )
+    if data.weight_rec == 0 and data.weight_src == 0:
+        problems.append(
+            ("data.weight_rec", "data.weight_rec and data.weight_src are both 0: nothing to train on")
+        )
+    if data.mixture_popularity + data.mixture_impressions > 1:
+        both = f"{data.mixture_popularity} + {data.mixture_impressions}"
+        problems.append(
+            (
+                "data.mixture_popularity",
+                f"data.mixture_popularity + data.mixture_impressions must be at most 1, got {both}",
+            )
+        )
+    if data.history_tokens > data.item_tokens:
+        problems.append(
+            (
+                "data.history_tokens",
+                f"must be at most data.item_tokens={data.item_tokens}, got {data.history_tokens}",
+            )
+        )
+    return problems

@@ -18,7 +18,7 @@ from webdataset.tariterators import tar_file_iterator
 
 from data_shards.blocks import decode_blocks
 from data_shards.checksum import file_sha256, pieces
-from data_shards.schema import SRC, Manifest, Shard
+from data_shards.schema import NO_QUERY, SRC, Shard
 from trainer.batch import Batch
 from trainer.data.node_cache import READ_ATTEMPTS, RETRY_AFTER_S, check_stream, retried, shard_place
 from trainer.errors import DataError
@@ -154,20 +154,6 @@ def _check_file(path: Path, shard: Shard) -> None:
         _verified.add(key)
 
 
-def split_columns(
-    folder: str | Path, manifest: Manifest, split: str, names: list[str]
-) -> dict[str, np.ndarray]:
-    """Whole columns of a split, in stored order. Fixed-size lists come as [n, k]."""
-    parts: dict[str, list[np.ndarray]] = {name: [] for name in names}
-    for shard in manifest.shards(split):
-        for table in read_blocks(folder, shard, columns=names):
-            for name in names:
-                parts[name].append(to_numpy(table[name]))
-    return {
-        name: np.concatenate(arrays) if arrays else np.zeros(0, np.int64) for name, arrays in parts.items()
-    }
-
-
 def searches_of(folder: str | Path, shard: Shard) -> tuple[int, ...]:
     """How many events of each block are searches: from the manifest, or, in a folder of format 1, by reading
     the shard."""
@@ -176,11 +162,6 @@ def searches_of(folder: str | Path, shard: Shard) -> tuple[int, ...]:
     return tuple(
         int((to_numpy(table["task"]) == SRC).sum()) for table in read_blocks(folder, shard, columns=["task"])
     )
-
-
-def train_clicks(folder: str | Path, manifest: Manifest) -> dict[str, np.ndarray]:
-    """user, item, task, time and event_id of every training event."""
-    return split_columns(folder, manifest, "train", ["user", "item", "task", "time", "event_id"])
 
 
 def to_numpy(column: pa.ChunkedArray) -> np.ndarray:
@@ -252,6 +233,7 @@ def to_batch(rows: Rows, candidates: np.ndarray, labels: np.ndarray, fold: np.nd
         fold=torch.from_numpy(fold.astype(np.int64)),
         history_items=torch.from_numpy(rows.history_items),
         history_tasks=torch.from_numpy(rows.history_tasks),
+        history_queries=torch.full(rows.history_items.shape, NO_QUERY),
         history_mask=torch.from_numpy(rows.history_mask),
         candidates=torch.from_numpy(candidates),
         labels=torch.from_numpy(labels),

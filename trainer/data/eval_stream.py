@@ -1,15 +1,15 @@
 """Validation and test events → batches with their stored candidates."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 
 from data_shards.hashing import mix64, uniform_below
-from data_shards.schema import SRC, Manifest
+from data_shards.schema import REC, SRC, TASKS
 from trainer.batch import Batch
 from trainer.config import DataConfig
-from trainer.data.blocks import Rows, decode, read_blocks, searches_of, split_columns, to_batch
+from trainer.data.blocks import Rows, decode, read_blocks, searches_of, to_batch
+from trainer.data.folder import PreparedFolder
 from trainer.errors import DataError
 
 
@@ -24,28 +24,33 @@ class EvalStream:
 
     def __init__(
         self,
-        folder: str | Path,
-        manifest: Manifest,
+        folder: PreparedFolder,
         split: str,
         config: DataConfig,
         batch_size: int,
         rank: int = 0,
         world_size: int = 1,
         max_events: int = 0,
+        tasks: tuple[int, ...] = (REC, SRC),
     ) -> None:
-        """max_events > 0: a fixed sample, the events with the smallest hash."""
+        """max_events > 0: a fixed sample, the events with the smallest hash. tasks: whose events are there."""
         assert split in ("valid", "test"), split
-        self.folder, self.manifest, self.split, self.history_max = folder, manifest, split, config.history_max
-        self.shards = manifest.shards(split)
+        self.folder, self.split, self.history_max = folder, split, config.history_max
+        self.shards = folder.manifest.shards(split)
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
-        self.num_events = manifest.num_events(split)
+        self._chosen: np.ndarray | None = None  # positions in the split, ascending; None = all
+        self.num_events = folder.manifest.num_events(split)
+        if set(tasks) != {REC, SRC}:
+            self._chosen = np.flatnonzero(np.isin(self.column("task"), tasks))
+            self.num_events = len(self._chosen)
         if not self.num_events:
             raise DataError(
-                f"{folder}: the {split} split has no events. Look at it with: gensr inspect {folder}"
+                f"{folder.name}: the {split} split has no events of {_named(tasks)}. "
+                f"Look at it with: gensr inspect {folder.name}"
             )
-        self._chosen: np.ndarray | None = None  # positions in the split, ascending; None = all
         if 0 < max_events < self.num_events:
-            self._chosen = np.sort(np.argsort(mix64(self.column("event_id"), 31), kind="stable")[:max_events])
+            sample = np.sort(np.argsort(mix64(self.column("event_id"), 31), kind="stable")[:max_events])
+            self._chosen = sample if self._chosen is None else self._chosen[sample]
             self.num_events = max_events
         self._kept: Rows | None = None  # this rank's part of a sample, after the first pass
         self.num_batches = -(-self.num_events // (batch_size * world_size))  # on each rank
@@ -55,13 +60,14 @@ class EvalStream:
 
     def column(self, name: str) -> np.ndarray:
         """A column of the evaluated events of all ranks, in order."""
-        values = split_columns(self.folder, self.manifest, self.split, [name])[name]
+        values = self.folder.columns(self.split, [name])[name]
         return values if self._chosen is None else values[self._chosen]
 
-    def has_task(self, task: int) -> bool:
-        """Whether the split holds events of a task."""
-        searches = sum(sum(searches_of(self.folder, shard)) for shard in self.shards)
-        return searches > 0 if task == SRC else sum(shard.num_events for shard in self.shards) > searches
+    def tasks_present(self) -> set[int]:
+        """Tasks of which the split holds events."""
+        searches = sum(sum(searches_of(self.folder.path, shard)) for shard in self.shards)
+        others = sum(shard.num_events for shard in self.shards) - searches
+        return {task for task, number in ((REC, others), (SRC, searches)) if number}
 
     def __iter__(self) -> Iterator[Batch]:
         if self._chosen is not None and self._kept is None:
@@ -83,7 +89,7 @@ class EvalStream:
         """This rank's events of one block after the other (none of most blocks' in a small sample)."""
         start = 0
         for shard in self.shards:
-            for table in read_blocks(self.folder, shard):
+            for table in read_blocks(self.folder.path, shard):
                 stop = start + table.num_rows
                 first, last = (
                     (start, stop) if self._chosen is None else np.searchsorted(self._chosen, [start, stop])
@@ -100,11 +106,15 @@ class EvalStream:
     def _filler(self, count: int) -> Rows:
         """Copies of the split's first event with event_id −1."""
         table = next(
-            table for shard in self.shards for table in read_blocks(self.folder, shard) if table.num_rows
+            table for shard in self.shards for table in read_blocks(self.folder.path, shard) if table.num_rows
         )
         rows = decode(table, self.history_max, np.zeros(count, np.int64))
         rows.event_id[:] = -1
         return rows
+
+
+def _named(tasks: tuple[int, ...]) -> str:
+    return " and ".join(TASKS[task] for task in tasks)
 
 
 def eval_batch(rows: Rows) -> Batch:

@@ -15,29 +15,36 @@ from trainer.data.node_cache import cache_of, check_free_space, locked
 from trainer.runtime.files import atomic
 
 
-def load_tables(folder: str | Path, manifest: Manifest, cf: CfTable, with_folds: bool = True) -> ItemTables:
-    """All look-up tables of a prepared folder on the CPU. CF vectors are scaled by one number to unit RMS,
-    whatever LightGCN's regularisation made of them.
+def load_tables(
+    folder: str | Path, manifest: Manifest, cf: CfTable | None, with_folds: bool = True
+) -> ItemTables:
+    """All look-up tables of a prepared folder on the CPU. cf: None for a model that reads no CF vectors. CF
+    vectors are scaled by one number to unit RMS, whatever LightGCN's regularisation made of them.
 
     item_tokens and item_words keep the files' type (uint16 where ids fit) and lie in the page cache, once a
     node. Raises DataError when a file is missing or its rows do not match the manifest.
     """
+    num_items, num_queries = manifest.num_items, manifest.num_queries
+    words = manifest.num_words > 0
+    return ItemTables(
+        **_cf_tables(cf, num_items, with_folds),
+        item_tokens=_mapped(folder, manifest, "item_tokens", num_items),
+        item_words=_mapped(folder, manifest, "item_words", num_items) if words else _nothing(num_items),
+        query_tokens=_trimmed(_mapped(folder, manifest, "query_tokens", num_queries).int()),
+        query_words=_trimmed(_mapped(folder, manifest, "query_words", num_queries).int())
+        if words
+        else _nothing(num_queries),
+    )
+
+
+def _cf_tables(cf: CfTable | None, num_items: int, with_folds: bool) -> dict[str, Tensor]:
+    if cf is None:
+        empty = torch.zeros((num_items, 0))
+        return {"cf": empty, "cf_folds": empty[None, :, :][:0], "cf_users": torch.zeros((0, 0))}
     clicked = cf.item.any(1)  # items without training clicks are zero rows
     scale = 1.0 / float(cf.item[clicked].square().mean().sqrt()) if bool(clicked.any()) else 1.0
     folds = cf.item_folds if with_folds else cf.item_folds[:0]
-    num_items, num_queries = manifest.num_items, manifest.num_queries
-    return ItemTables(
-        cf=cf.item * scale,
-        cf_folds=folds * scale,
-        item_tokens=_mapped(folder, manifest, "item_tokens", num_items),
-        item_words=_mapped(folder, manifest, "item_words", num_items)
-        if manifest.num_words
-        else _nothing(num_items),
-        query_tokens=_trimmed(_mapped(folder, manifest, "query_tokens", num_queries).int()),
-        query_words=_trimmed(_mapped(folder, manifest, "query_words", num_queries).int())
-        if manifest.num_words
-        else _nothing(num_queries),
-    )
+    return {"cf": cf.item * scale, "cf_folds": folds * scale, "cf_users": cf.user * scale}
 
 
 def _nothing(rows: int) -> Tensor:

@@ -252,7 +252,7 @@ def cache_of(folder: str | Path) -> Path:
 
 
 def shard_place(folder: str | Path, shard: Shard) -> Path | str:
-    """The shard as a file of this node (fetched now if the cache keeps shards), or the URL to stream it from."""
+    """The shard as a file of this node (fetched now if the cache keeps shards), or the URL to stream."""
     path, origin = Path(folder) / shard.name, origin_of(folder)
     if origin is None:
         return path

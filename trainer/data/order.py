@@ -1,7 +1,8 @@
 """Position in the training stream → event, by arithmetic: no state but the position. Sees sizes and users,
 never files.
 
-    position p ─▶ epoch, unit (about UNIT_EVENTS positions) ─▶ which task (Mix) ─▶ the task's n-th event ─▶ (shard, block, row)
+    position p ─▶ epoch, unit (about UNIT_EVENTS positions) ─▶ which task (Mix)
+               ─▶ the task's n-th event ─▶ (shard, block, row)
 
 A unit's events are ordered together, so that one user's events lie far apart, also across the borders of
 units.

@@ -13,10 +13,11 @@ import pyarrow as pa
 import torch
 
 from data_shards.hashing import click_fold, derive_seed
-from data_shards.schema import REC, SRC, Manifest, Shard
+from data_shards.schema import REC, SRC, TASKS, Shard
 from trainer.batch import Batch
 from trainer.config import DataConfig
 from trainer.data.blocks import Rows, check_shard, decode, read_blocks, searches_of, to_batch, to_numpy
+from trainer.data.folder import PreparedFolder
 from trainer.data.negatives import NegativeSampler
 from trainer.data.order import Cycles, Mix, Order, Unit
 from trainer.errors import ConfigError, DataError
@@ -46,8 +47,7 @@ class TrainStream(torch.utils.data.IterableDataset):
 
     def __init__(
         self,
-        folder: str | Path,
-        manifest: Manifest,
+        folder: PreparedFolder,
         config: DataConfig,
         seed: int,
         global_batch_size: int,
@@ -58,10 +58,11 @@ class TrainStream(torch.utils.data.IterableDataset):
         num_folds: int = 0,
         heldout_item: np.ndarray | None = None,
         clicks: np.ndarray | None = None,
+        tasks: tuple[int, ...] = (REC, SRC),
     ) -> None:
         """num_folds: folds of the cross-fitted CF table, 0 = none. heldout_item [num_users]: recommendation
         events are trained on only where their click was held out of the table (cf.holdout=last). clicks
-        [num_items]: training clicks, for negatives=popularity."""
+        [num_items]: training clicks, for negatives=popularity. tasks: whose events are trained on."""
         super().__init__()
         if global_batch_size % (micro_batch_size * world_size):
             raise ConfigError(
@@ -69,21 +70,24 @@ class TrainStream(torch.utils.data.IterableDataset):
                 f"optim.micro_batch_size={micro_batch_size} × {world_size} processes. "
                 f"Choose a micro batch that divides global_batch_size / {world_size}."
             )
-        self.folder, self.config = folder, config
+        self.folder, self.config = folder.path, config
         self.micro_batch_size, self.rank, self.world_size = micro_batch_size, rank, world_size
         self.start_event = start_event
         self.num_folds, self.heldout_item = num_folds, heldout_item
-        self.shards = _readable(folder, manifest.shards("train"), skip_bad=config.on_bad_shard == "skip")
-        mix = Mix.of(config.search_share)
+        self.shards = _readable(
+            folder.path, folder.manifest.shards("train"), skip_bad=config.on_bad_shard == "skip"
+        )
+        both = set(tasks) == {REC, SRC}
+        mix = Mix.of(config.search_share if both else 0.0)
         # of each stream; None = both
-        self.tasks: list[int | None] = [REC, SRC] if mix.num_streams == 2 else [None]
+        self.tasks: list[int | None] = [REC, SRC] if mix.num_streams == 2 else [None if both else tasks[0]]
         streams = [Cycles(sizes, derive_seed(seed, 20, number)) for number, sizes in enumerate(self._sizes())]
         self._check_streams(streams)
         self.order = Order(streams, mix, seed)
         self.num_events = self.order.num_events  # in one epoch
         mixture = (config.mixture_impressions, config.mixture_popularity)
         self.sampler = NegativeSampler(
-            manifest.num_items,
+            folder.manifest.num_items,
             config.num_negatives,
             derive_seed(seed, 11),
             config.negatives,
@@ -97,13 +101,16 @@ class TrainStream(torch.utils.data.IterableDataset):
             return
         if len(streams) == 1:
             raise DataError(
-                f"{self.folder}: no training events. Look at it with: gensr inspect {self.folder}"
+                f"{self.folder}: no training events{self._of_task()}. Look at it with: gensr inspect {self.folder}"
             )
         lacking = "recommendation" if not streams[0].num_events else "search"
         raise DataError(
             f"{self.folder} has no {lacking} events to train on: "
             f"data.search_share={self.config.search_share} needs both. Set it to 0."
         )
+
+    def _of_task(self) -> str:
+        return "" if self.tasks[0] is None else f" of {TASKS[self.tasks[0]]}"
 
     def __iter__(self) -> Iterator[Batch]:
         worker = torch.utils.data.get_worker_info()
@@ -203,10 +210,10 @@ class TrainStream(torch.utils.data.IterableDataset):
             if self.tasks == [None]:
                 return [blocks]
             searches = [list(searches_of(self.folder, shard)) for shard in self.shards]
-            return [
-                [[n - s for n, s in zip(*both, strict=True)] for both in zip(blocks, searches, strict=True)],
-                searches,
+            others = [
+                [n - s for n, s in zip(*both, strict=True)] for both in zip(blocks, searches, strict=True)
             ]
+            return [searches if task == SRC else others for task in self.tasks]
         counted = [
             [
                 [len(self._usable(table, task)) for task in self.tasks]

@@ -1,9 +1,9 @@
-"""`gensr evaluate RUN --candidates full`: the whole way from all items of the catalogue to a ranking. Never
-mixed with the sampled metrics: files of its own.
+"""`gensr evaluate RUN --candidates full`: a ranking of the whole catalogue. Never mixed with the sampled metrics:
+files of its own.
 
-GenSR         retrieval finds NUM_CANDIDATES items, the model ranks them; a clicked item that retrieval misses
-              counts 0 in every metric
-baselines     score and rank every item
+models with views     retrieval finds NUM_CANDIDATES items, the model ranks them, as its service does; a clicked
+                      item that retrieval misses counts 0 in every metric
+others, baselines     score and rank every item
 Both leave out what the user had clicked strictly before the event (in either task, all of it), but never the
 clicked item itself.
 """
@@ -15,39 +15,31 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from data_shards.schema import NO_QUERY, TASKS
+from data_shards.schema import TASKS
 from trainer.batch import Batch
+from trainer.config import DataConfig
 from trainer.data import EvalStream
-from trainer.data.cf_table import cf_path
-from trainer.data.node_cache import local_folder
+from trainer.data.folder import PreparedFolder
 from trainer.errors import RunError
+from trainer.evaluation.baselines import each_baseline
 from trainer.evaluation.metrics import expected_ranks
-from trainer.evaluation.sampled import (
-    CountProgress,
-    EventRanks,
-    autocast_scorer,
-    rank_events,
-    report,
-    task_reports,
-    write_evaluation,
-)
-from trainer.models.baselines import BASELINES, Scorer
-from trainer.models.gensr.model import GenSR
+from trainer.evaluation.ranking import CountProgress, EventRanks, Scorer, autocast_scorer, rank_events
+from trainer.evaluation.sampled import report, task_reports, write_evaluation
+from trainer.models.contract import Ranker
 from trainer.runs.weights import load_run_config, load_run_model
-from trainer.runtime.device import default_device
+from trainer.runtime.device import autocast, default_device
 from trainer.runtime.launch import read_launch, set_up_cpu
-from trainer.serving.recommend import CF_SHARE, NUM_CANDIDATES, run_retrieval
+from trainer.serving.recommend import NUM_CANDIDATES, run_retrieval
 from trainer.serving.retrieval import Notify, Retrieval, describe, silent
 from trainer.serving.users import Clicks, read_clicks
 
 MAX_EVENTS = 2000
 RETRIEVAL_CUTOFFS = (100, 500)
 TOP = 10  # of each list, for coverage and popularity
-BATCH_SCORES = 2**18  # scores of baselines held at once: LightGCN gathers a vector for each
+BATCH_SCORES = 2**22  # scores of the whole catalogue held at once: 16 MiB
 
 
 @dataclass(frozen=True)
@@ -79,75 +71,89 @@ def evaluate_full(
         raise RunError("--candidates full runs in one process: start it without a launcher")
     set_up_cpu(load_run_config(run_dir), launch)
     device = default_device()
-    model, _, config, manifest = load_run_model(run_dir, device)
+    model, config, folder = load_run_model(run_dir, device)
     retrieval = run_retrieval(run_dir, model, notify)
-    folder = local_folder(config.data)
-    batch_size = max(
-        1, config.run.eval_batch_size * (1 + manifest.num_negatives) // NUM_CANDIDATES
-    )  # as many pairs at once as on sampled candidates
-    stream = EvalStream(folder, manifest, split, config.data, batch_size, max_events=max_events)
-    clicks = read_clicks(folder, manifest)
+    manifest = folder.manifest
+    # as many pairs at once as on sampled candidates
+    batch_size = max(1, config.run.eval_batch_size * (1 + manifest.num_negatives) // NUM_CANDIDATES)
+    stream = EvalStream(folder, split, config.data, batch_size, max_events=max_events, tasks=model.tasks)
+    clicks = read_clicks(folder)
     started = time.monotonic()
-    scorer = autocast_scorer(model, device, config.run.precision)
-    ours, found = rank_retrieved(scorer, model, retrieval, stream, clicks, progress)
+    places: np.ndarray | None = None
+    if retrieval is not None:
+        scorer = autocast_scorer(model, device, config.run.precision)
+        ours, places = rank_retrieved(scorer, model, retrieval, stream, clicks, progress)
+    else:
+        ours = rank_everything(model, stream, clicks, config.run.precision, progress)
     seconds = time.monotonic() - started
-    popularity = pq.read_table(Path(folder) / "catalog" / "items.parquet", columns=["train_rec_clicks"])[
-        "train_rec_clicks"
-    ].to_numpy()
-    baselines = {}
-    for name, (task, build) in BASELINES.items() if with_baselines else ():
-        num_events = int((stream.column("task") == task).sum())
-        if num_events and (name != "lightgcn" or cf_path(folder).is_file()):
-            notify(f"{name}: every item for {num_events:,} events")
-            baselines[name] = reports(
-                rank_everything(build(folder, manifest), stream, clicks, manifest.num_items, task), popularity
-            )
-    document = report(ours.ranks, manifest, split, config, baselines)
+    popularity = folder.items("train_rec_clicks")["train_rec_clicks"].to_numpy()
+    baselines = baseline_reports(folder, split, max_events, model.tasks, clicks, popularity, notify)
+    document = report(ours.ranks, folder, split, config, baselines if with_baselines else {})
     del document["protocol"]["num_negatives"]
+    seen_before = (
+        item in clicks.before(event)
+        for event, item in zip(stream.column("event_id"), stream.column("item"), strict=True)
+    )
     document["protocol"] |= {
         "candidates": "full",
         "num_items": manifest.num_items,
         "num_events": stream.num_events,
         "num_events_of_split": manifest.num_events(split),
-        "ranked_by_model": NUM_CANDIDATES,
-        "left_out": "all items clicked strictly before the event by its user, in either task; never the clicked item itself",
+        "ranked_by_model": NUM_CANDIDATES if retrieval is not None else manifest.num_items,
+        "left_out": "all items clicked strictly before the event by its user, in either task; "
+        "never the clicked item itself",
         "missed_by_retrieval": "counts 0",
-        "clicked_before": int(
-            sum(
-                item in clicks.before(event)
-                for event, item in zip(stream.column("event_id"), stream.column("item"), strict=True)
-            )
-        ),
-        "indexes": describe(retrieval),
+        "clicked_before": int(sum(seen_before)),
+        "indexes": describe(retrieval) if retrieval is not None else {},
         "events_per_s": round(stream.num_events / max(seconds, 1e-9), 2),
     }
     for title, facts in reports(ours, popularity).items():
-        document[title] = {**facts, "retrieval": retrieval_recall(found, ours.ranks, TASKS.index(title))}
+        document[title] = facts
+        if places is not None:
+            facts["retrieval"] = retrieval_recall(places, ours.ranks, TASKS.index(title))
     write_evaluation(run_dir, folder, f"{split}-full", ours.ranks, document)
     return document
 
 
-# ---- GenSR: retrieve, then rank ----------------------------------------------------------------------------
+def baseline_reports(
+    folder: PreparedFolder,
+    split: str,
+    max_events: int,
+    tasks: tuple[int, ...],
+    clicks: Clicks,
+    popularity: np.ndarray,
+    notify: Notify,
+) -> dict[str, dict[str, Any]]:
+    """The same events, every item scored, with histories as long as the folder holds them."""
+    data = DataConfig(history_max=folder.manifest.history_max)
+    stream = EvalStream(folder, split, data, batch_size=256, max_events=max_events, tasks=tasks)
+
+    def measure(name: str, baseline: Ranker) -> dict[str, Any]:
+        notify(f"{name}: every item")
+        return reports(rank_everything(baseline, stream, clicks), popularity)
+
+    present = set(np.unique(stream.column("task")).tolist())
+    return each_baseline(folder, present, measure)
+
+
+# ---- models with views: retrieve, then rank ----------------------------------------------------------------
 
 
 def rank_retrieved(
     scorer: Scorer,
-    model: GenSR,
+    model: Ranker,
     retrieval: Retrieval,
     stream: EvalStream,
     clicks: Clicks,
     progress: CountProgress | None = None,
 ) -> tuple[Ranked, np.ndarray]:
-    """→ what GenSR makes of the first NUM_CANDIDATES retrieved items; and the clicked item's place in
+    """→ what the model makes of the first NUM_CANDIDATES retrieved items; and the clicked item's place in
     retrieval, [n] float64, 1 = first, inf = missed."""
     parts, tops, places = [], [], []
     for number, batch in enumerate(stream, start=1):
         batch = batch.take(batch.event_id >= 0)
         clicked = clicked_items(batch)
-        lists = [
-            candidates_of(row, model, retrieval, batch, int(clicked[row]), clicks)
-            for row in range(batch.num_events)
-        ]
+        lists = retrieved(model, retrieval, batch, clicked, clicks)
         places += [place_of(int(item), rows) for item, rows in zip(clicked, lists, strict=True)]
         scores_BC, candidates_BC = score_lists(scorer, batch, [rows[:NUM_CANDIDATES] for rows in lists])
         parts.append(ranks_among(scores_BC, candidates_BC, batch, clicked))
@@ -157,29 +163,22 @@ def rank_retrieved(
     return Ranked(EventRanks.concatenate(parts), np.concatenate(tops)), np.array(places)
 
 
-def candidates_of(
-    row: int, model: GenSR, retrieval: Retrieval, batch: Batch, clicked: int, clicks: Clicks
-) -> np.ndarray:
-    """Rows of the items that retrieval finds for one event of a batch, as many as the deepest cutoff needs."""
-    query = None
-    if int(batch.query[row]) != NO_QUERY:
-        with torch.inference_mode():
-            query = (
-                model.query_parts(batch.query[row : row + 1].to(model.tables.cf.device))[2][0]
-                .float()
-                .cpu()
-                .numpy()
-            )
-        query = query if query.any() else None
-    history = batch.history_items[row][batch.history_mask[row]].tolist()
-    seen = np.setdiff1d(clicks.before(int(batch.event_id[row])), [clicked])
-    return retrieval.candidates(
-        history,
-        query,
-        max(*RETRIEVAL_CUTOFFS, NUM_CANDIDATES),
-        seen.tolist(),
-        CF_SHARE[TASKS[int(batch.task[row])]],
-    )
+def retrieved(
+    model: Ranker, retrieval: Retrieval, batch: Batch, clicked: np.ndarray, clicks: Clicks
+) -> list[np.ndarray]:
+    """Rows of the items that retrieval finds for each event, as many as the deepest cutoff needs."""
+    with torch.inference_mode():
+        on_device = batch.to(model.device)
+        asked = {
+            name: view.ask(on_device, retrieval.means[name].to(model.device)).float().cpu()
+            for name, view in retrieval.views.items()
+        }
+    lists, wanted = [], max(*RETRIEVAL_CUTOFFS, NUM_CANDIDATES)
+    for row in range(batch.num_events):
+        seen = np.setdiff1d(clicks.before(int(batch.event_id[row])), [int(clicked[row])])
+        questions = {name: vectors_BW[row] for name, vectors_BW in asked.items()}
+        lists.append(retrieval.candidates(questions, int(batch.task[row]), wanted, seen.tolist()))
+    return lists
 
 
 def place_of(item: int, rows: np.ndarray) -> float:
@@ -228,28 +227,37 @@ def top_items(scores_BC: Tensor, items_BC: np.ndarray) -> np.ndarray:
     return np.pad(items, ((0, 0), (0, TOP - items.shape[1])), constant_values=-1)
 
 
-# ---- baselines: every item ---------------------------------------------------------------------------------
+# ---- every item --------------------------------------------------------------------------------------------
 
 
-def rank_everything(scorer: Scorer, stream: EvalStream, clicks: Clicks, num_items: int, task: int) -> Ranked:
-    """Every item of the catalogue scored for every event of one task."""
+def rank_everything(
+    model: Ranker,
+    stream: EvalStream,
+    clicks: Clicks,
+    precision: str = "fp32",
+    progress: CountProgress | None = None,
+) -> Ranked:
+    """Every item of the catalogue scored for every event of the model's tasks."""
     tops: list[np.ndarray] = []
 
     def without_seen(batch: Batch) -> Tensor:
-        scores_BI = scorer(batch).float().cpu().clone()
+        with autocast(model.device, precision):
+            scores_BI = model.score_catalogue(model.prepare(batch).to(model.device)).float().cpu().clone()
         for row, (event, item) in enumerate(zip(batch.event_id.tolist(), clicked_items(batch), strict=True)):
             scores_BI[row, np.setdiff1d(clicks.before(event), [item])] = -torch.inf
         tops.append(top_items(scores_BI, batch.candidates.numpy()))
         return scores_BI
 
-    return Ranked(rank_events(without_seen, whole_catalogue(stream, num_items, task)), np.concatenate(tops))
+    events = whole_catalogue(stream, model.world.num_items, model.tasks)
+    return Ranked(rank_events(without_seen, events, progress=progress), np.concatenate(tops))
 
 
-def whole_catalogue(stream: EvalStream, num_items: int, task: int) -> Iterator[Batch]:
-    """The events of one task, few at a time, each with all items as candidates."""
+def whole_catalogue(stream: EvalStream, num_items: int, tasks: tuple[int, ...]) -> Iterator[Batch]:
+    """The events of some tasks, few at a time, each with all items as candidates."""
     at_once = max(1, BATCH_SCORES // num_items)
     for batch in stream:
-        batch = batch.take((batch.event_id >= 0) & (batch.task == task))
+        of_tasks = torch.isin(batch.task, torch.tensor(tasks))
+        batch = batch.take((batch.event_id >= 0) & of_tasks)
         for start in range(0, batch.num_events, at_once):
             part = batch.rows(start, start + at_once)
             labels_BI = torch.zeros(part.num_events, num_items)

@@ -1,7 +1,8 @@
 """Ranking metrics with expected rank on ties, and bootstrap intervals.
 
-Each event has one clicked item, so with rank r among the candidates:  recall@K = [r ≤ K],  ndcg@K = [r ≤ K] / log2(1 + r),  mrr = 1 / r,
-mrr@10 = [r ≤ 10] / r.
+Each event has one clicked item, so with rank r among the candidates:
+
+    recall@K = [r ≤ K],  ndcg@K = [r ≤ K] / log2(1 + r),  mrr = 1 / r,  mrr@10 = [r ≤ 10] / r
 """
 
 from typing import Any
@@ -50,9 +51,8 @@ def summarise(ranks: Tensor, tied: Tensor, seed: int = 0) -> dict[str, Any]:
     float64, n ≥ 1; tied [n] bool.
     """
     assert len(ranks) == len(tied) > 0
-    distinct, counts = torch.unique(
-        ranks.double().cpu(), return_counts=True
-    )  # the bootstrap needs the histogram alone
+    # the bootstrap needs the histogram alone
+    distinct, counts = torch.unique(ranks.double().cpu(), return_counts=True)
     values = metric_values(distinct)
     means = (counts.double() @ values) / len(ranks)
     resampled = _resampled_means(values, counts, seed)

@@ -10,9 +10,14 @@ from data_shards.settings import flatten, read_yaml
 from trainer.errors import RunError
 
 METRICS = ("recall@5", "recall@10", "ndcg@5", "ndcg@10")
-OURS = "GenSR"  # how tables name the run's own model
+OURS = "GenSR"  # the title of a model that was evaluated before there were others
 TASK_TITLES = {"rec": "Recommendation", "src": "Search"}
-BASELINE_TITLES = {"popularity": "popularity", "lightgcn": "LightGCN", "bm25": "BM25"}
+BASELINE_TITLES = {
+    "popularity": "popularity",
+    "lightgcn": "LightGCN",
+    "lightgcn_history": "LightGCN, history",
+    "bm25": "BM25",
+}
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,12 @@ def read_evaluation(run_dir: str | Path, split: str = "test") -> dict[str, Any]:
     return document
 
 
-def rows_of(evaluation: Mapping[str, Any], name: str = OURS, with_baselines: bool = True) -> list[Row]:
+def title_of(evaluation: Mapping[str, Any]) -> str:
+    """How tables name the run's own model."""
+    return evaluation["protocol"].get("model_title") or OURS
+
+
+def rows_of(evaluation: Mapping[str, Any], name: str = "", with_baselines: bool = True) -> list[Row]:
     """The model first, then the baselines, for each task that has events."""
     rows = [
         Row(name, task, evaluation[task])
@@ -55,11 +65,14 @@ def protocol_line(evaluation: Mapping[str, Any]) -> str:
     if protocol["candidates"] == "full":
         return (
             f"full: the clicked item among all {protocol['num_items']:,} items but those clicked before; "
-            f"GenSR ranks the {protocol['ranked_by_model']} that "
+            f"{title_of(evaluation)} ranks the {protocol['ranked_by_model']} that "
             f"retrieval finds; {protocol['num_events']:,} of {protocol['num_events_of_split']:,} events; 95 "
             "% bootstrap intervals"
         )
-    return f"{protocol['candidates']}: the clicked item among {protocol['num_negatives']} stored negatives; 95 % bootstrap intervals"
+    return (
+        f"{protocol['candidates']}: the clicked item among {protocol['num_negatives']} stored negatives; "
+        "95 % bootstrap intervals"
+    )
 
 
 def full_lines(evaluation: Mapping[str, Any]) -> list[str]:
@@ -67,7 +80,10 @@ def full_lines(evaluation: Mapping[str, Any]) -> list[str]:
     what is shown."""
     lines = ["Retrieval, coverage, popularity"]
     for row in rows_of(evaluation):
-        shown = f"shows {_short(row.metrics['coverage@10'])} of the catalogue, items of {row.metrics['mean_clicks@10']:.1f} clicks"
+        shown = (
+            f"shows {_short(row.metrics['coverage@10'])} of the catalogue, "
+            f"items of {row.metrics['mean_clicks@10']:.1f} clicks"
+        )
         found = row.metrics.get("retrieval")
         recall = (
             f"; retrieval finds {_short(found['recall@100'])} among 100, {_short(found['recall@500'])} among "

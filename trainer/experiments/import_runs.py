@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any
 from data_shards.errors import DataError
 from data_shards.schema import read_manifest
 from data_shards.settings import read_yaml
-from trainer.config import Config, config_from_dict
+from trainer.config import Config
+from trainer.configs import config_from_dict
 from trainer.errors import EnvironmentProblem, GensrError, RunError
 from trainer.registry.model_card import metrics_of
 from trainer.tracking.delivery import MACHINE_DIR, SPOOL_NAME, JsonLines, Record, machine_points, send
@@ -169,7 +170,7 @@ def _import(target: "MlflowClient", into: str, run: Source) -> Imported:
 
 
 def _beside(into: str) -> str:
-    """The folder beside which a local target keeps artifacts (open_experiment asks for a run folder in it)."""
+    """The folder beside which a local target keeps artifacts (open_experiment wants a run folder in it)."""
     return str(Path(into.removeprefix("sqlite:///")).parent / "run") if into.startswith("sqlite:///") else "."
 
 

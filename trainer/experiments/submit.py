@@ -1,6 +1,8 @@
 """`gensr submit`: a job for SLURM that is checked before it waits in a queue.
 
-    preset and settings ─▶ dry run for nodes × GPUs ─▶ RUN/train.sbatch (the package's slurm/train.sbatch with this run's words in it) ─▶ sbatch
+    preset and settings ─▶ dry run for nodes × GPUs ─▶ RUN/train.sbatch ─▶ sbatch
+                                                       (the package's slurm/train.sbatch
+                                                       with this run's words in it)
 
 The script in the run folder is complete: `sbatch RUN/train.sbatch` continues the run. A sweep is one array of
 such jobs, an array that evaluates each of them when it has ended well, and a job that writes the table when
@@ -21,7 +23,8 @@ from pathlib import Path
 import slurm
 from data_shards.settings import read_yaml
 from trainer import __version__
-from trainer.config import Config, config_from_dict, load_config
+from trainer.config import Config
+from trainer.configs import config_from_dict, load_config
 from trainer.errors import ConfigError, EnvironmentProblem, RunError
 from trainer.experiments.sweep import JOB_FILE, Point
 from trainer.runs.checkpoint import check_settings
@@ -30,15 +33,8 @@ from trainer.runtime.launch import Launch, deepspeed_path
 from trainer.training.plan import dry_run
 
 SITE_FILE = Path("slurm") / "env.sh"  # as the job scripts look for it
-SHARED_OPTIONS = (
-    "account",
-    "partition",
-    "qos",
-    "reservation",
-    "constraint",
-    "clusters",
-    "comment",
-)  # of a sweep's other jobs, too
+# of a sweep's other jobs, too
+SHARED_OPTIONS = ("account", "partition", "qos", "reservation", "constraint", "clusters", "comment")
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from typing import Any
 import yaml
 
 from data_shards.settings import flatten, read_yaml
-from trainer.config import Config, config_from_dict
+from trainer.config import Config
+from trainer.configs import config_from_dict
 from trainer.errors import ConfigError, RunError
 from trainer.evaluation.summary import compare, compare_lines
 from trainer.runtime.files import atomic

@@ -6,13 +6,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from data_shards.schema import Manifest
+from data_shards.schema import TASKS, Manifest
 from trainer.config import Config
 from trainer.data.node_cache import is_url
+from trainer.models.zoo import model_class
 from trainer.tracking.store import metric_name
 
 
-def run_facts(run_dir: Path, config: Config, manifest: Manifest) -> dict[str, Any]:
+def run_facts(run_dir: Path, config: Config, manifest: Manifest, tasks: tuple[int, ...]) -> dict[str, Any]:
     """Everything the model card and the tags say, read from the run folder and the manifest."""
     environment = _read_json(run_dir / "environment.json")
     git = environment.get("git") or {}
@@ -26,9 +27,12 @@ def run_facts(run_dir: Path, config: Config, manifest: Manifest) -> dict[str, An
         "counts": manifest.raw["counts"],
         "split": manifest.raw["split"],
         "history_max": config.data.history_max,
-        "backbone": config.model.backbone,
-        "variant": config.model.variant,
-        "lora_rank": config.model.lora.rank,
+        "model": config.model.name,
+        "title": model_class(config.model.name).title,
+        "described": config.model.describe(),
+        "backbone": getattr(config.model, "backbone", ""),
+        "variant": getattr(config.model, "variant", ""),
+        "tasks": [TASKS[task] for task in tasks],
         "seed": config.run.seed,
         "evaluation": _read_json(run_dir / "evaluation-test.json"),
         "full_evaluation": _read_json(run_dir / "evaluation-test-full.json"),
@@ -38,7 +42,7 @@ def run_facts(run_dir: Path, config: Config, manifest: Manifest) -> dict[str, An
 def version_tags(facts: Mapping[str, Any], run_id: str) -> dict[str, str]:
     tags = {
         key: str(facts[key])
-        for key in ("run", "commit", "manifest_hash", "split_fingerprint", "backbone", "variant")
+        for key in ("run", "commit", "manifest_hash", "split_fingerprint", "model", "backbone", "variant")
     }
     return {
         **tags,
@@ -62,15 +66,11 @@ def model_card(name: str, facts: Mapping[str, Any]) -> str:
     lines = [
         f"# {name}",
         "",
-        "GenSR: one generative model for recommendation and search. It ranks given items, or finds them in "
-        "its whole catalogue, from a user's history",
-        '(and a query): the score is the probability that the model answers "Yes".',
+        *_what_it_is(facts),
         "",
         "| | |",
         "|---|---|",
-        f"| backbone | {facts['backbone']}, variant {facts['variant']}"
-        + (f", LoRA rank {facts['lora_rank']}" if facts["lora_rank"] else "")
-        + " |",
+        f"| model | {facts['described']} |",
         f"| data | {source.get('name', 'unknown')}: {counts['users']:,} users, {counts['items']:,} items, "
         f"{counts['queries']:,} queries |",
         f"| licence of the data | {source.get('license') or 'not stated'} |",
@@ -94,6 +94,21 @@ def model_card(name: str, facts: Mapping[str, Any]) -> str:
         "- It has learned what the logs hold, their popularity and exposure biases included.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _what_it_is(facts: Mapping[str, Any]) -> list[str]:
+    """Of GenSR and of any other model of the house."""
+    answers = " and ".join({"rec": "recommendation", "src": "search"}[task] for task in facts["tasks"])
+    if facts["model"] != "gensr":
+        return [
+            f"{facts['title']}, for {answers}. It ranks given items, or finds them in its whole catalogue, from a "
+            "user's history (and a query). Scores order items; they are not calibrated.",
+        ]
+    return [
+        f"GenSR: one generative model for {answers}. It ranks given items, or finds them in "
+        "its whole catalogue, from a user's history",
+        '(and a query): the score is the probability that the model answers "Yes".',
+    ]
 
 
 def _metric_lines(evaluation: Mapping[str, Any]) -> list[str]:
@@ -120,7 +135,10 @@ def _full_lines(evaluation: Mapping[str, Any]) -> list[str]:
     if not evaluation:
         return []
     protocol = evaluation["protocol"]
-    how = f"full: of {protocol['num_items']:,} items {protocol['ranked_by_model']} are retrieved and ranked; 95 % bootstrap intervals"
+    how = (
+        f"full: of {protocol['num_items']:,} items {protocol['ranked_by_model']} are retrieved and ranked; "
+        "95 % bootstrap intervals"
+    )
     lines = ["", f"## Metrics, test split ({how})", ""]
     lines += [
         "| task | events | retrieval recall@100 | Recall@10 | NDCG@10 | MRR@10 |",

@@ -24,9 +24,8 @@ from trainer.registry.versions import ALIAS, default_uri, fetch, find_version, m
 from trainer.tracking.store import connect
 
 CHAMPION = "champion"
-PREVIOUS = (
-    "promote.previous_champion"  # tag of a champion: the version that was champion before, for rollback
-)
+# tag of a champion: the version that was champion before, for rollback
+PREVIOUS = "promote.previous_champion"
 ROLLED_BACK = "rolled back"
 METRIC = "ndcg@10"
 # two runs of one configuration differ by ± 0.007 on 8,000 events: equals pass, a loss that users could notice
@@ -43,9 +42,8 @@ class Decision:
     champion: int | None  # before
     promoted: bool  # or would be, in a dry run
     reason: str
-    figures: dict[str, dict[str, Any]] = field(
-        default_factory=dict
-    )  # {"rec": {"a": champion, "b": candidate, "difference", "ci95", …}, "src": …}
+    # {"rec": {"a": champion, "b": candidate, "difference", "ci95", …}, "src": …}
+    figures: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def lines(self) -> list[str]:
         rows = [
@@ -134,9 +132,8 @@ def rollback(name: str, uri: str = "", dry_run: bool = False) -> tuple[int, int]
 
 def _decide(name: str, candidate: int, champion: int | None, uri: str, margin: float) -> Decision:
     if champion is None:
-        read_ranks(
-            fetch(f"models:/{name}/{candidate}", uri), f"version {candidate} of {name}"
-        )  # a champion must be comparable to those after it
+        # a champion must be comparable to those after it
+        read_ranks(fetch(f"models:/{name}/{candidate}", uri), f"version {candidate} of {name}")
         return Decision(name, candidate, None, promoted=True, reason="first champion")
     stored = [
         read_ranks(fetch(f"models:/{name}/{number}", uri), f"version {number} of {name}")

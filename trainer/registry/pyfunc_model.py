@@ -26,7 +26,8 @@ class GenSRModel(PythonModel):
     ) -> pd.DataFrame:
         try:
             return pd.DataFrame(self.recommender.answer(model_input.to_dict("records")))
-        except RequestError as error:  # MLflow's server answers this one with 400 and the reason, anything else with a traceback
+        except RequestError as error:
+            # MLflow's server answers this one with 400 and the reason, anything else with a traceback
             raise MlflowException.invalid_parameter_value(str(error)) from error
 
 

@@ -1,9 +1,12 @@
 """Run folder → model version in the MLflow registry, and back. A version is self-contained: weights,
 configuration, tokenizer, item tables, code.
 
-artifacts/model        RUN/model as it is             artifacts/items       item tables, ids and texts, how queries are read (serve.write_items)
-artifacts/retrieval    indexes of the catalogue       artifacts/evaluation  the ranks of every test event, for `gensr promote`
-code/                  trainer and data_shards        model_card.md         what it is, from facts
+artifacts/model         RUN/model as it is
+artifacts/items         item tables, ids and texts, how queries are read (serving/scorer.py: write_items)
+artifacts/retrieval     indexes of the catalogue
+artifacts/evaluation    the ranks of every test event, for `gensr promote`
+code/                   trainer and data_shards
+model_card.md           what it is, from facts
 """
 
 import contextlib
@@ -16,34 +19,44 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-
 import data_shards
 import trainer
-from data_shards.schema import Manifest, read_manifest
+from data_shards.schema import REC, SRC
 from trainer.config import Config
-from trainer.data.node_cache import local_folder
+from trainer.data.folder import PreparedFolder
 from trainer.errors import EnvironmentProblem, RunError
+from trainer.models.contract import Ranker
 from trainer.registry.model_card import metrics_of, model_card, run_facts, version_tags
 from trainer.runs.weights import load_run_config
 from trainer.runtime.files import atomic
+from trainer.serving.artifacts import write_items
 from trainer.serving.recommend import RETRIEVAL, Recommender, run_retrieval
 from trainer.serving.retrieval import Notify, silent
-from trainer.serving.scorer import Scorer, read_item_ids, write_items
+from trainer.serving.scorer import Scorer
 from trainer.tracking.store import RUN_FILE, connect, log_figures, one_line, open_experiment, tracking_uri
 
 REGISTRY_FILE = "registry.json"  # where a run folder says which version it became
 ALIAS = "candidate"
 # what loading and scoring import; versions are those of the registering environment
-# fmt: off
 SERVING_PACKAGES = (
-    "mlflow", "torch", "transformers", "tokenizers", "peft", "safetensors", "numpy", "pandas",
-    "pyarrow", "faiss-cpu", "duckdb", "webdataset", "pydantic", "annotated-types", "PyYAML",
+    "mlflow",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "peft",
+    "safetensors",
+    "numpy",
+    "pandas",
+    "pyarrow",
+    "faiss-cpu",
+    "duckdb",
+    "webdataset",
+    "pydantic",
+    "annotated-types",
+    "PyYAML",
 )
-# fmt: on
-MAX_SCORE_DIFFERENCE = (
-    1e-4  # between the run's scores and the registered version's, after a float32 round trip
-)
+# between the run's scores and the registered version's, after a float32 round trip
+MAX_SCORE_DIFFERENCE = 1e-4
 EVALUATION_FILES = ("evaluation-test.json", "evaluation-test.parquet")
 
 
@@ -58,12 +71,12 @@ def register(run_dir: str | Path, name: str, alias: str = ALIAS, notify: Notify 
     """
     run_dir = Path(run_dir)
     config = load_run_config(run_dir)
-    folder = local_folder(config.data)
-    manifest = read_manifest(folder)
+    folder = PreparedFolder.open(config.data)
     scorer = Scorer.from_run(run_dir)
+    refuse_unservable(scorer.model, run_dir)
     run_retrieval(run_dir, scorer.model, notify)
-    facts = run_facts(run_dir, config, manifest)
-    example = example_requests(folder, manifest)
+    facts = run_facts(run_dir, config, folder.manifest, scorer.model.tasks)
+    example = example_requests(folder, scorer.model.tasks)
     expected = scorer.score_many(example)
     uri = tracking_uri(config, run_dir)
     with mlflow_errors(f"MLflow at {uri} does not register {run_dir}"):
@@ -83,6 +96,19 @@ def register(run_dir: str | Path, name: str, alias: str = ALIAS, notify: Notify 
             encoding="utf-8",
         )
     return number
+
+
+def refuse_unservable(model: Ranker, run_dir: Path) -> None:
+    """Raises RunError for a model that cannot answer without the prepared folder."""
+    reasons = {
+        "texts": "it reads the texts of the prepared folder",
+        "users": "it knows the users of the training data only, by their rows",
+    }
+    if lacking := [reason for need, reason in reasons.items() if need in model.needs]:
+        raise RunError(
+            f"{run_dir}: {model.settings.name} cannot be registered: {' and '.join(lacking)}, and a version has to "
+            "answer without them. Evaluate it where it is: gensr evaluate RUN"
+        )
 
 
 def open_model(
@@ -182,9 +208,7 @@ def _log_model(
         items, card, evaluation = (
             Path(temporary) / part for part in ("items", "model_card.md", "evaluation")
         )
-        catalog = pq.read_table(
-            local_folder(config.data) / "catalog" / "items.parquet", columns=["item_id", "text"]
-        )
+        catalog = PreparedFolder.open(config.data).items("item_id", "text")
         serving_facts = {
             key: facts[key] for key in ("manifest_hash", "split_fingerprint", "commit", "data_dir")
         }
@@ -293,15 +317,15 @@ def requirements() -> list[str]:
     return pinned
 
 
-def example_requests(folder: str | Path, manifest: Manifest) -> list[dict[str, Any]]:
-    """A recommendation and, where the data has queries, a search, over a few items of the catalogue."""
-    item_ids = read_item_ids(Path(folder) / "catalog" / "items.parquet")[:8]
+def example_requests(folder: PreparedFolder, tasks: tuple[int, ...] = (REC, SRC)) -> list[dict[str, Any]]:
+    """A recommendation and, where the data has queries, a search, over a few items of the catalogue; what the
+    model serves of them."""
+    item_ids = folder.item_ids()[:8]
     history = [{"item_id": item_id, "task": "rec"} for item_id in item_ids[:3]]
-    candidates = item_ids[3:] or item_ids
-    requests = [{"history": history, "task": "rec", "query": None, "candidates": candidates}]
-    if manifest.num_queries:
-        text = pq.read_table(Path(folder) / "catalog" / "queries.parquet", columns=["text"])["text"][
-            0
-        ].as_py()
-        requests.append({"history": history, "task": "src", "query": text, "candidates": candidates})
+    request = {"history": history, "candidates": item_ids[3:] or item_ids}
+    requests: list[dict[str, Any]] = []
+    if REC in tasks:
+        requests.append({**request, "task": "rec", "query": None})
+    if SRC in tasks and folder.manifest.num_queries:
+        requests.append({**request, "task": "src", "query": folder.query_texts()[0]})
     return requests

@@ -3,8 +3,10 @@
 Every layout is turned into DeepSpeed's universal one, which has a folder for each trained parameter, and read
 from there:
 
-    ZeRO 1–3, a share in each rank's file ──ds_to_universal──▶ zero/NAME/{fp32,exp_avg,exp_avg_sq,step}.pt ──load_universal──▶ ZeRO 1–3
-    ZeRO 0 and no DeepSpeed, all in one   ──_take_apart──────▶                                             ──_put_together──▶ ZeRO 0, no DeepSpeed
+    ZeRO 1–3, a share in each rank's file ──ds_to_universal──▶ U ──load_universal──▶ ZeRO 1–3
+    ZeRO 0 and no DeepSpeed, all in one   ──_take_apart──────▶ U ──_put_together───▶ ZeRO 0, no DeepSpeed
+
+    U = zero/NAME/{fp32,exp_avg,exp_avg_sq,step}.pt
 
 Weights, AdamW's moments and its step come over exactly. What else a checkpoint holds needs no conversion:
 data and schedule follow from the step. Only the random numbers of dropout are drawn anew, since there are
@@ -83,7 +85,8 @@ def load(
 def describe(identity: dict[str, Any]) -> str:
     """`2 processes, ZeRO-2`."""
     world_size, stage = identity["world_size"], identity["zero_stage"]
-    return f"{world_size} {'process' if world_size == 1 else 'processes'}, {'no DeepSpeed' if stage == 'none' else f'ZeRO-{stage}'}"
+    processes = "process" if world_size == 1 else "processes"
+    return f"{world_size} {processes}, {'no DeepSpeed' if stage == 'none' else f'ZeRO-{stage}'}"
 
 
 def _sharded(identity: dict[str, Any]) -> bool:
@@ -131,7 +134,7 @@ def _write_universal(found: Checkpoint, folder: Path, shapes: Shapes, num_groups
 
 
 def _convert(found: Checkpoint, folder: Path) -> None:
-    """DeepSpeed's own converter, in a process of its own: it forks workers, prints and reads nothing of ours."""
+    """DeepSpeed's own converter, in a process of its own: it forks, prints and reads nothing of ours."""
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
     command += ["--input_folder", str(found.path / TAG), "--output_folder", str(folder)]
     done = subprocess.run(

@@ -1,8 +1,9 @@
 """Checkpoints written beside training: a step waits for a copy in memory, not for the disk.
 
-    start()   all ranks: copy weights and optimizer to CPU memory ─▶ a thread on each rank writes its files, syncs and hashes them
-    poll()    at every step boundary: once all ranks have written, rank 0 publishes (runs/checkpoint.py says
-              how)
+    start()   all ranks: copy weights and optimizer to CPU memory
+              ─▶ a thread on each rank writes its files, syncs and hashes them
+    poll()    at every step boundary: once all ranks have written, rank 0 publishes (as runs/checkpoint.py
+              says)
     finish()  the same, and wait for it: before the next checkpoint, a stop, the end
 
 The ranks talk to each other on the main thread only. A checkpoint exists from its publication on; a run
@@ -41,7 +42,7 @@ Write = tuple[Callable[[Any, Path], None], Any, Path]  # write(content, path)
 
 
 class CheckpointWriter:
-    """One checkpoint at a time. All methods but is_writing are called on all ranks at the same step boundary."""
+    """One checkpoint at a time. All ranks call all methods but is_writing at the same step boundary."""
 
     def __init__(
         self, accelerator: "Accelerator", model: nn.Module, optimizer: Any, run_dir: str | Path, keep: int
@@ -137,7 +138,7 @@ class CheckpointWriter:
     # ---- on this rank --------------------------------------------------------------------------------------
 
     def _capture(self, writes: list[Write]) -> None:
-        """Append what is to be written, copied. The random numbers of this rank are small and written here."""
+        """Append what is to be written, copied. This rank's random numbers are small and written here."""
         from accelerate.checkpointing import save_accelerator_state
         from safetensors.torch import save_file
 

@@ -7,16 +7,15 @@ mend something. crashed, and running without a process: try again.
 
 import contextlib
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-import numpy as np
-
 from data_shards.settings import read_yaml, to_yaml
-from trainer.config import Config, config_from_dict
-from trainer.data.cf_table import CfTable
-from trainer.errors import ConfigError, RunError
+from trainer.config import Config
+from trainer.configs import config_from_dict
+from trainer.errors import RunError
 from trainer.runs.checkpoint import Progress, check_settings, remove_partial
 from trainer.runtime.distributed import on_main
 from trainer.runtime.files import atomic, remove_temporaries
@@ -46,6 +45,14 @@ class Claim:
     def close(self) -> None:
         if self.lock is not None:
             self.lock.close()
+
+    @contextlib.contextmanager
+    def undone_on_error(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self.undo()
+            raise
 
     def undo(self) -> None:
         """A run that failed before its first step leaves the folder as it was, so that the same command can
@@ -90,7 +97,7 @@ def _claim(config: Config, resume: str, lock: list[IO[str]]) -> tuple[bool, bool
 
 
 def _lock(folder: Path) -> IO[str]:
-    """An exclusive lock on train.log as long as the process lives. Where the file system has no locks, none."""
+    """An exclusive lock on train.log while the process lives. Where the file system has no locks, none."""
     import fcntl
 
     file = (folder / "train.log").open("a", encoding="utf-8")
@@ -135,32 +142,3 @@ def _status(folder: Path) -> dict[str, Any]:
 
 def read_status(folder: str | Path) -> Progress:
     return Progress(**_status(Path(folder)).get("progress", {}))
-
-
-# ---- what training reads of the prepared folder beside its events ------------------------------------------
-
-
-def training_holdout(config: Config, cf: CfTable) -> str:
-    """none, last or crossfit: which of the CF tables training events read. Raises ConfigError when `gensr cf`
-    did not make that one."""
-    wanted = config.model.cf_holdout
-    if wanted in ("auto", cf.holdout):
-        return cf.holdout
-    if wanted == "none":
-        return "none"
-    raise ConfigError(
-        f"model.cf_holdout={wanted}, but the folder's table was made with cf.holdout={cf.holdout}. "
-        f"Make it again: gensr cf {config.data.dir} cf.holdout={wanted} overwrite=true"
-    )
-
-
-def item_clicks(folder: str | Path) -> np.ndarray:
-    """Training clicks of each item [num_items], both tasks."""
-    import pyarrow.parquet as pq
-
-    table = pq.read_table(
-        Path(folder) / "catalog" / "items.parquet", columns=["train_rec_clicks", "train_src_clicks"]
-    )
-    return np.asarray(
-        table["train_rec_clicks"].to_numpy() + table["train_src_clicks"].to_numpy(), dtype=np.int64
-    )

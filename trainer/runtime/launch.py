@@ -148,12 +148,6 @@ def filled_deepspeed_config(
                 [f'DeepSpeed configuration {where} and the run disagree; write "auto" there:', *conflicts]
             )
         )
-    unsuited = {"model.compile": config.model.compile, "model.lora.four_bit": config.model.lora.four_bit}
-    if (
-        any(unsuited.values()) and filled["zero_optimization"]["stage"] == 3
-    ):  # weights are in pieces between two uses
-        names = " and ".join(f"{key}=true" for key, is_set in unsuited.items() if is_set)
-        raise ConfigError(f"{names} cannot be used under ZeRO-3 ({where}). Take zero2.json, or set false")
     return filled
 
 
@@ -185,9 +179,8 @@ def make_accelerator(config: Config, launch: Launch, grad_accum_steps: int) -> "
     from accelerate.state import AcceleratorState
     from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 
-    AcceleratorState._reset_state(
-        reset_partial_state=True
-    )  # an earlier run of this process (a notebook, a test) may have had another precision
+    # an earlier run of this process (a notebook, a test) may have had another precision
+    AcceleratorState._reset_state(reset_partial_state=True)
 
     group = InitProcessGroupKwargs(
         timeout=timedelta(seconds=config.run.timeout_s),

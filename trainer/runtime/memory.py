@@ -15,9 +15,8 @@ def peak_memory_bytes() -> int:
     """Peak of this process so far: device memory on a GPU, resident memory on a CPU."""
     if has_gpu():
         return torch.cuda.max_memory_allocated()
-    with contextlib.suppress(
-        OSError
-    ):  # getrusage would count what the process that started this one had, too
+    # getrusage would count what the process that started this one had, too
+    with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024

@@ -34,3 +34,9 @@ def stage_line(stage: str, done: int, total: int, seconds: float) -> str:
     speed = f"   {rate:,.0f}/s" if rate >= 1 else ""
     left = f"   {(total - done) / rate:,.0f} s left" if total and rate > 0 else ""
     return f"  {stage:<12} {count}{speed}{left}".rstrip()
+
+
+def clock(seconds: float) -> str:
+    """3751 → 1:02:31."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"

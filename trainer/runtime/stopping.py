@@ -28,10 +28,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-FORCE_AFTER_S = {
-    signal.SIGINT: 3.0,
-    signal.SIGTERM: 15.0,
-}  # from here on a repetition means: now (launchers and shells repeat the first at once)
+# from here on a repetition means: now (launchers and shells repeat the first at once)
+FORCE_AFTER_S = {signal.SIGINT: 3.0, signal.SIGTERM: 15.0}
 GRACE_S = 10.0  # a second signal, or a time-out, lets the main thread end by itself for so long
 LAST_WORDS_S = 5.0
 EXIT_FORCED = 70  # sysexits' EX_SOFTWARE
@@ -70,9 +68,8 @@ class StopSignal:
         os.set_blocking(self._pipe[1], False)
         self._last_beat_s = time.monotonic()
         self._thread.start()
-        with contextlib.suppress(
-            ValueError
-        ):  # not in the main thread (a test or a notebook): no signals to catch
+        # ValueError: not in the main thread (a test or a notebook), so no signals to catch
+        with contextlib.suppress(ValueError):
             for number in STOP_SIGNALS:
                 self._previous[number] = signal.signal(number, self._on_signal)
             self._previous_fd = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)

@@ -1,8 +1,11 @@
 """The web application: JSON questions about items, answered by a Recommender. `gensr serve MODEL` runs it,
 `gensr ui MODEL` opens its page.
 
-    POST /recommend  /search  /score     a request (Ask below) → {"items": [{"item_id", "score", …}], "scores": […], "model": {…}}
-    GET  /health  /ready  /model         200 while the process lives; 200 or 503 while it can take requests; what answers, and its limits
+    POST /recommend  /search  /score     a request (Ask below) → {"items": [{"item_id", "score", …}],
+                                         "scores": […], "model": {…}}
+    GET  /health                         200 while the process lives
+    GET  /ready                          200 while it can take requests, else 503
+    GET  /model                          what answers, and its limits
     GET  /users  /users/ID/history       whose histories are known (a prepared folder is there)
     GET  /                               the page
 

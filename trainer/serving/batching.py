@@ -63,9 +63,8 @@ class Batcher:
             batch = [await self._waiting.get()]
             while len(batch) < self._max_batch and not self._waiting.empty():
                 batch.append(self._waiting.get_nowait())
-            batch = [
-                (request, future) for request, future in batch if not future.done()
-            ]  # whoever asked has gone
+            # where a future is done already, whoever asked has gone
+            batch = [(request, future) for request, future in batch if not future.done()]
             if not batch:
                 continue
             answers = await loop.run_in_executor(

@@ -1,14 +1,16 @@
 """From a request to answers: the one class that `gensr recommend`, `search` and `score`, the registered model
 and a service call.
 
-A request as in serving/scorer.py, with these differences:
+A request as in serving/requests.py, with these differences:
     "candidates": [item ids]    they are scored; or leave it out, and the whole catalogue is searched: "k":
                                 how many items to answer (10)
     "user_id"                   instead of "history" where the users' clicks are known (a prepared folder is
                                 there)
-    "num_candidates": 400       what retrieval hands to the ranking          "include_seen": false     whether items of the history may be answered
-    "explain": false            adds to each item what the soft filters read  "with_text": false        adds each item's text
-The answer: {"items": [{"item_id", "score"}, …] best first, "scores": P("Yes") of each candidate in the order
+    "num_candidates": 400       what retrieval hands to the ranking
+    "include_seen": false       whether items of the history may be answered
+    "explain": false            adds to each item how much each history item counts (models that can say)
+    "with_text": false          adds each item's text
+The answer: {"items": [{"item_id", "score"}, …] best first, "scores": the probability of each candidate in the order
 given (or of `items`), "model": what answered}
 """
 
@@ -22,13 +24,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_shards.schema import TASKS, read_manifest
+from data_shards.schema import TASKS
 from data_shards.settings import read_yaml
-from trainer.data.node_cache import local_folder
+from trainer.data.folder import PreparedFolder
 from trainer.errors import RequestError
-from trainer.models.gensr.model import GenSR
-from trainer.runs.weights import load_run_config
+from trainer.models.contract import Ranker
+from trainer.runs.weights import document_path, load_run_config
 from trainer.runtime.files import file_sha256
+from trainer.serving.artifacts import read_serving_facts
+from trainer.serving.requests import ParsedRequest, is_absent
 from trainer.serving.retrieval import (
     Notify,
     Retrieval,
@@ -37,15 +41,11 @@ from trainer.serving.retrieval import (
     save_retrieval,
     silent,
 )
-from trainer.serving.scorer import ParsedRequest, Scorer, is_absent, read_serving_facts
+from trainer.serving.scorer import Scorer
 from trainer.serving.users import Users, open_users
 
 DEFAULT_K, MAX_K = 10, 1000
 NUM_CANDIDATES, MAX_NUM_CANDIDATES = 400, 2000
-CF_SHARE = {
-    "rec": 0.75,
-    "src": 0.25,
-}  # of the candidates, how many come from the CF side, if both have enough; measured: docs/RESULTS.md
 RETRIEVAL = "retrieval"  # folder of the indexes in a run folder and among a version's artifacts
 
 
@@ -56,12 +56,12 @@ class Recommender:
     def __init__(
         self,
         scorer: Scorer,
-        retrieval: Retrieval,
+        retrieval: Retrieval | None,
         facts: Mapping[str, Any],
         items_file: Path,
         users: Users | str,
     ) -> None:
-        """facts: what an answer says about the model. items_file: parquet with a column "text". users: whose
+        """retrieval: None for a model without views, which ranks the whole catalogue itself. facts: what an answer says about the model. items_file: parquet with a column "text". users: whose
         histories are known, or why they are not."""
         self.scorer, self.retrieval, self.facts, self.users = scorer, retrieval, dict(facts), users
         self._items_file = items_file
@@ -76,15 +76,9 @@ class Recommender:
         run_dir = Path(run_dir)
         scorer = Scorer.from_run(run_dir, device)
         retrieval = run_retrieval(run_dir, scorer.model, notify)
-        folder = local_folder(load_run_config(run_dir).data)
-        manifest_hash = read_manifest(folder).hash
-        return cls(
-            scorer,
-            retrieval,
-            {"run": str(run_dir), "manifest_hash": manifest_hash},
-            folder / "catalog" / "items.parquet",
-            Users(folder),
-        )
+        folder = PreparedFolder.open(load_run_config(run_dir).data)
+        facts = {"run": str(run_dir), "manifest_hash": folder.manifest.hash}
+        return cls(scorer, retrieval, facts, folder.catalog / "items.parquet", Users(folder))
 
     @classmethod
     def from_artifacts(
@@ -138,10 +132,9 @@ class Recommender:
         if is_absent(request.get("history")) and not is_absent(request.get("user_id")):
             if isinstance(self.users, str):
                 raise RequestError(f"{where}: {self.users}")
-            request = {
-                **request,
-                "history": self.users.history(request["user_id"], self.scorer.item_ids, where),
-            }
+            history = self.users.history(request["user_id"], self.scorer.item_ids, where)
+            parsed = self._parse({**request, "user_id": None, "history": history}, where)
+            return replace(parsed, user=self.users.row(request["user_id"], where))
         if is_absent(request.get("candidates")):
             return self.scorer.parse(request, where, needs_candidates=False)
         return self.scorer.parse(request, where)
@@ -149,39 +142,31 @@ class Recommender:
     def _retrieved(self, parsed: ParsedRequest, request: Mapping[str, Any], where: str) -> ParsedRequest:
         """The request with candidates from the whole catalogue."""
         k = _count(request, "k", DEFAULT_K, MAX_K, where)
-        num_candidates = max(k, _count(request, "num_candidates", NUM_CANDIDATES, MAX_NUM_CANDIDATES, where))
-        query = None if parsed.query is None else self.scorer.query_vectors([parsed.query])[0]
-        if not parsed.items and query is None:
-            raise RequestError(
-                f"{where}: history is empty: there is nothing to recommend from. Give at least one item, or "
-                "search with a query"
-            )
-        if not parsed.items and query is not None and not query.any():
-            raise RequestError(
-                f"{where}: the model knows no word of the query {parsed.query!r}, and history is empty"
-            )
+        wanted = max(k, _count(request, "num_candidates", NUM_CANDIDATES, MAX_NUM_CANDIDATES, where))
         seen = [] if _flag(request, "include_seen", where) else parsed.items
-        rows = self.candidates(parsed.items, query, TASKS[parsed.task], num_candidates, seen)
-        return replace(parsed, candidates=rows.tolist())
+        return replace(parsed, candidates=self.candidates(parsed, wanted, seen, where).tolist())
 
     def candidates(
-        self,
-        history: Sequence[int],
-        query: np.ndarray | None,
-        task: str,
-        num_candidates: int,
-        exclude: Sequence[int],
+        self, parsed: ParsedRequest, num_candidates: int, exclude: Sequence[int], where: str = "the request"
     ) -> np.ndarray:
-        """Rows of the items that retrieval finds, best first. A query without a known word counts as none."""
-        query = query if query is not None and query.any() else None
-        return self.retrieval.candidates(history, query, num_candidates, exclude, CF_SHARE[task])
+        """Rows of the items that retrieval finds, best first; of a model without views, its own best. Raises
+        RequestError when there is nothing to ask with."""
+        if self.retrieval is None:
+            scores_I = self.scorer.score_catalogue(parsed)
+            scores_I[list(exclude)] = -np.inf
+            best = scores_I.topk(min(num_candidates, len(scores_I)))
+            found: np.ndarray = best.indices[~best.values.isneginf()].numpy()
+            return found
+        questions = self.scorer.questions(parsed, self.retrieval.views, self.retrieval.means)
+        if not any(bool(question.any()) for question in questions.values()):
+            _nothing_to_ask(parsed, where)
+        return self.retrieval.candidates(questions, parsed.task, num_candidates, exclude)
 
     def _answer(
         self, request: Mapping[str, Any], parsed: ParsedRequest, scores: list[float], whole_catalogue: bool
     ) -> dict[str, Any]:
-        order = sorted(
-            range(len(scores)), key=lambda place: -scores[place]
-        )  # stable: ties keep the order of retrieval, or the one given
+        # stable: ties keep the order of retrieval, or the one given
+        order = sorted(range(len(scores)), key=lambda place: -scores[place])
         if whole_catalogue:
             order = order[: _count(request, "k", DEFAULT_K, MAX_K, "")]
             parsed, scores = (
@@ -197,12 +182,13 @@ class Recommender:
             for item, place in zip(items, order, strict=True):
                 item["text"] = self.text(parsed.candidates[place])
         if _flag(request, "explain", ""):
-            read = parsed.items[-self.scorer.model.settings.history_max :]
-            weights = self.scorer.filter_weights(parsed)
+            read = parsed.items[-self.scorer.model.world.data.history_max :]
+            weights = self.scorer.explain(parsed)
             for item, place in zip(items, order, strict=True):
-                pairs = zip(read, weights["cf"][place], weights["semantic"][place], strict=True)
+                of_views = {view: rows[place] for view, rows in weights.items()}
                 item["weights"] = [
-                    {"item_id": item_ids[row], "cf": cf, "semantic": semantic} for row, cf, semantic in pairs
+                    {"item_id": item_ids[row], **{view: values[n] for view, values in of_views.items()}}
+                    for n, row in enumerate(read)
                 ]
         return {"items": items, "scores": scores, "model": self.facts}
 
@@ -246,6 +232,19 @@ class Recommender:
         ]
 
 
+def _nothing_to_ask(parsed: ParsedRequest, where: str) -> None:
+    if parsed.items:
+        return  # items without vectors: retrieval finds nothing, which is an answer
+    if parsed.query is None:
+        raise RequestError(
+            f"{where}: history is empty: there is nothing to recommend from. Give at least one item, or "
+            "search with a query"
+        )
+    raise RequestError(
+        f"{where}: the model knows no word of the query {parsed.query!r}, and history is empty"
+    )
+
+
 def _names(requests: Sequence[Any]) -> list[str]:
     """What errors call the requests."""
     return (
@@ -284,17 +283,18 @@ def _flag(request: Mapping[str, Any], name: str, where: str) -> bool:
 
 
 def model_identity(model_dir: Path) -> str:
-    """Of the weights, and (by the hashes in gensr.json) of the tables they go with."""
-    return f"{file_sha256(model_dir / 'gensr.json')}-{file_sha256(model_dir / 'model.safetensors')}"
+    """Of the weights, and (by the hashes in model.json) of the tables they go with."""
+    return f"{file_sha256(document_path(model_dir))}-{file_sha256(model_dir / 'model.safetensors')}"
 
 
-def run_retrieval(run_dir: Path, model: GenSR, notify: Notify = silent) -> Retrieval:
-    """The indexes of RUN/retrieval; built and kept there when they are missing, or of other weights."""
+def run_retrieval(run_dir: Path, model: Ranker, notify: Notify = silent) -> Retrieval | None:
+    """The indexes of RUN/retrieval (None for a model without views); built and kept there when they are missing, or of other weights."""
     identity = model_identity(run_dir / "model")
     retrieval = load_retrieval(run_dir / RETRIEVAL, model, identity)
     if retrieval is None:
         retrieval = build_retrieval(model, notify)
-        save_retrieval(run_dir / RETRIEVAL, retrieval, identity)
+        if retrieval is not None:
+            save_retrieval(run_dir / RETRIEVAL, retrieval, identity)
     return retrieval
 
 

@@ -1,21 +1,13 @@
-"""The first of two steps from the whole catalogue to an answer: a few hundred candidates by vectors, which
-GenSR then ranks (serving/recommend.py).
+"""The first of two steps from the whole catalogue to an answer: a few hundred candidates by vectors, which the
+model then ranks (serving/recommend.py). One index for each view of the model (models/contract.py: View); a model
+without views is ranked exhaustively.
 
-Two indexes of unit vectors, made of the model and its item tables alone:
-    cf         LightGCN vectors; asked with the mean over a history. Items without training clicks have none.
-    semantic   E_s of the item's text less the catalogue's mean; asked with the query, or with the mean over a
-               history. Finds new items, too.
-
-FOLDER/cf.faiss  semantic.faiss  retrieval.safetensors (the mean)  retrieval.json (what was built, measured recall, sha256 of each file)
-
-An index is exact while a scan of all vectors takes milliseconds. Beyond that it holds 4 bits a dimension,
-which faiss scans in registers ("FastScan", André et al. 2017), and 8 bits a dimension to sort again what that
-scan finds: no lists to probe, so recall does not depend on how items cluster.
+FOLDER/NAME.faiss  retrieval.safetensors (the mean of each centred view)  retrieval.json (what was built, measured
+recall, sha256 of each file)
 """
 
 import json
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,26 +19,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from trainer.errors import RunError
-from trainer.models.gensr.model import GenSR
+from trainer.models.contract import Ranker, View
 from trainer.runtime.files import atomic, file_sha256
+from trainer.serving.index import TRAINING_VECTORS, Index, build_index, plan_index, unit
 
 FORMAT = 1
-MAX_EXACT_FLOATS = 2**24  # 64 MiB: one core scans that in about 10 ms
-MAX_CODED_WIDTH = 64  # wider vectors are rotated onto their first principal axes before they are coded
-GROWN = 1.1  # arrays that grew hold more room than they use: 5 to 10 % measured at 6.9 M items
-REFINE_FACTOR = 4  # the coarse scan finds 4 k, the finer codes choose k
-TRAINING_VECTORS = 65_536
-CHUNK_ITEMS = 65_536  # vectors made and added at once: 65,536 × 768 × 4 B = 200 MB
-PROBE_QUERIES, PROBE_MIX = (
-    64,
-    3,
-)  # recall is measured with means of 3 random items, as means over histories are what an index is asked with
-RECALL_CUTOFFS = (100, 500)
 DOCUMENT = "retrieval.json"
 
-Vectors = Callable[
-    [np.ndarray], np.ndarray
-]  # item rows [n] → their unit vectors [n, width] float32; a zero row has no vector
 Notify = Callable[[str], None]
 
 
@@ -54,169 +33,26 @@ def silent(line: str) -> None:
     """For callers that show nothing."""
 
 
-# ---- one index ---------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
-class IndexPlan:
-    """What will be built, before it is built."""
-
-    kind: str  # "exact" or "codes"
-    factory: str  # faiss's description
-    num_bytes: int  # of the finished index, in memory and on disk
-    build_bytes: int  # at the highest point while it is built
-
-    def line(self, name: str, num_items: int, width: int) -> str:
-        return (
-            f"index {name}: {num_items:,} items × {width}, {self.kind} ({self.factory}), "
-            f"{self.num_bytes / 1e6:,.1f} MB, {self.build_bytes / 1e6:,.1f} MB while it is built"
-        )
-
-
-def plan_index(num_items: int, width: int) -> IndexPlan:
-    """Exact up to MAX_EXACT_FLOATS numbers, codes beyond. Bytes: vectors or codes, and 8 for an item's row."""
-    if num_items * width <= MAX_EXACT_FLOATS:
-        num_bytes = num_items * (4 * width + 8)
-        return IndexPlan(
-            "exact", "IDMap,Flat", num_bytes, num_bytes + 4 * width * min(num_items, CHUNK_ITEMS)
-        )
-    coded = min(width, MAX_CODED_WIDTH)
-    rotation = f"PCA{coded}," if coded < width else ""
-    packed = 32 * math.ceil(num_items / 32)  # FastScan stores blocks of 32 items
-    num_bytes = int(GROWN * (packed * coded // 2 + num_items * (coded + 8)))
-    # arrays that grow are copied once: at worst the larger of the two code arrays is there twice; and a chunk
-    # of vectors, twice when it is rotated
-    build_bytes = num_bytes + num_items * coded + 4 * (width + coded) * max(TRAINING_VECTORS, CHUNK_ITEMS)
-    return IndexPlan("codes", f"IDMap,{rotation}PQ{coded}x4fs,Refine(SQ8)", num_bytes, build_bytes)
-
-
-@dataclass(frozen=True)
-class Index:
-    """Nearest items by cosine. Thread-safe to search."""
-
-    faiss_index: Any
-    facts: dict[str, Any]  # kind, factory, num_items, width, recall: goes into retrieval.json
-
-    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Unit vectors [Q, width] → item rows [Q, k] int64, best first, -1 where there are no more; and their
-        cosines [Q, k] (approximate for codes)."""
-        k = max(1, min(k, self.facts["num_items"]))
-        cosines, rows = self.faiss_index.search(np.ascontiguousarray(queries, dtype=np.float32), k)
-        return rows, cosines
-
-
-def build_index(
-    vectors: Vectors,
-    num_items: int,
-    width: int,
-    seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
-) -> Index | None:
-    """An index of all items that have a vector, made chunk by chunk; None when no item has one. Recall is
-    measured against exact search on the way."""
-    rng = np.random.default_rng(seed)
-    sample = vectors(np.sort(rng.choice(num_items, min(num_items, TRAINING_VECTORS), replace=False)))
-    sample = sample[sample.any(1)]
-    if len(sample) == 0:
-        return None
-    plan = plan_index(num_items, width)
-    index: Any = faiss.index_factory(width, plan.factory, faiss.METRIC_INNER_PRODUCT)
-    index.train(sample)
-    if plan.kind == "codes":
-        refine: Any = faiss.downcast_index(index.index)
-        refine.k_factor = REFINE_FACTOR
-    probes = unit(sample[rng.integers(len(sample), size=(PROBE_QUERIES, PROBE_MIX))].mean(1))
-    exact = _ExactSearch(probes, max(RECALL_CUTOFFS))
-    for start in range(0, num_items, CHUNK_ITEMS):
-        rows = np.arange(start, min(start + CHUNK_ITEMS, num_items))
-        chunk = vectors(rows)
-        has_vector = chunk.any(1)
-        index.add_with_ids(chunk[has_vector], rows[has_vector])
-        if plan.kind == "codes":
-            exact.add(chunk[has_vector], rows[has_vector])
-        if progress is not None:
-            progress(int(rows[-1]) + 1, num_items)
-    facts = {
-        "kind": plan.kind,
-        "factory": plan.factory,
-        "num_items": index.ntotal,
-        "width": width,
-        "recall": None,
-    }
-    found = Index(index, facts)
-    if plan.kind == "codes":
-        facts["recall"] = {
-            f"recall@{k}": recall(found.search(probes, k)[0], exact.rows[:, :k]) for k in RECALL_CUTOFFS
-        }
-    return found
-
-
-class _ExactSearch:
-    """The best rows of some queries over vectors that come in chunks."""
-
-    def __init__(self, queries: np.ndarray, k: int) -> None:
-        self.queries, self.k = queries, k
-        self.rows = np.zeros((len(queries), 0), np.int64)
-        self._scores = np.zeros((len(queries), 0), np.float32)
-
-    def add(self, vectors: np.ndarray, rows: np.ndarray) -> None:
-        best = torch.topk(torch.from_numpy(self.queries @ vectors.T), min(self.k, len(rows)), dim=1)
-        scores = np.concatenate([self._scores, best.values.numpy()], axis=1)
-        candidates = np.concatenate([self.rows, rows[best.indices.numpy()]], axis=1)
-        order = torch.topk(torch.from_numpy(scores), min(self.k, scores.shape[1]), dim=1).indices.numpy()
-        self._scores, self.rows = (
-            np.take_along_axis(scores, order, 1),
-            np.take_along_axis(candidates, order, 1),
-        )
-
-
-def recall(found: np.ndarray, exact: np.ndarray) -> float:
-    """Mean share of each row of `exact` that stands in the same row of `found`."""
-    return float(np.mean([np.isin(row, other).mean() for row, other in zip(exact, found, strict=True)]))
-
-
-def unit(vectors: np.ndarray) -> np.ndarray:
-    """Rows scaled to length 1; zero rows stay zero."""
-    length = np.linalg.norm(vectors, axis=-1, keepdims=True)
-    return np.divide(vectors, length, out=np.zeros_like(vectors), where=length > 1e-12)
-
-
-# ---- both of them, for a model -----------------------------------------------------------------------------
-
-
 class Retrieval:
-    """A model's catalogue, searchable from a history and a query vector."""
+    """A model's catalogue, searchable by its views."""
 
-    def __init__(self, model: GenSR, mean: Tensor, cf: Index | None, semantic: Index | None) -> None:
-        """mean [D]: E_s averaged over the catalogue; what all texts share says nothing about one of them."""
-        self.model, self.mean, self.cf, self.semantic = model, mean, cf, semantic
+    views: Mapping[str, View]
+    means: Mapping[str, Tensor]  # view → mean of its items' vectors [width]; zero where it is not centred
+    indexes: Mapping[str, Index | None]  # None: no item has a vector in this view
 
     def candidates(
-        self,
-        history: Sequence[int],
-        query: np.ndarray | None,
-        num_candidates: int,
-        exclude: Sequence[int] = (),
-        cf_share: float = 0.5,
+        self, questions: Mapping[str, Tensor], task: int, num_candidates: int, exclude: Sequence[int] = ()
     ) -> np.ndarray:
         """At most num_candidates rows of items, distinct, none of `exclude`, the most promising first.
 
-        history: rows, may be empty; query: [D] as GenSR.query_parts gives it, or None. The semantic side is
-        asked with the query if there is one, else with the history. cf_share: of the two sides, how much the
-        CF one is trusted; where one side has nothing the other fills in.
+        questions: what each view is asked with, [width]; a zero vector asks nothing, and the others fill in.
         """
-        history_rows = np.asarray(history, np.int64)
-        asked = []
-        if self.cf is not None and len(history_rows):
-            asked.append((self.cf, cf_vectors(self.model, history_rows).mean(0), cf_share))
-        if self.semantic is not None and query is not None:
-            asked.append(
-                (self.semantic, query, 1.0 - cf_share)
-            )  # as it is: a query lacks what all texts share
-        elif self.semantic is not None and len(history_rows):
-            asked.append(
-                (self.semantic, semantic_vectors(self.model, self.mean, history_rows).mean(0), 1.0 - cf_share)
-            )
+        asked = [
+            (index, questions[name].numpy(), self.views[name].share[task])
+            for name, index in self.indexes.items()
+            if index is not None
+        ]
         return union(asked, num_candidates, exclude)
 
 
@@ -248,31 +84,32 @@ def merge(
     return rows[~np.isin(rows, np.asarray(exclude, np.int64))][:num_rows]
 
 
-def cf_vectors(model: GenSR, rows: np.ndarray) -> np.ndarray:
-    """Unit CF vectors of items [n, K]; zero without training clicks."""
-    return unit(model.tables.cf[_on(model, rows)].float().cpu().numpy())
+# ---- vectors of a view -------------------------------------------------------------------------------------
 
 
-def semantic_vectors(model: GenSR, mean: Tensor, rows: np.ndarray) -> np.ndarray:
-    """Unit E_s of items [n, D], less the catalogue's mean; zero for items without any text."""
-    raw = raw_semantic_vectors(model, rows)
+def raw_vectors(model: Ranker, view: View, rows: np.ndarray) -> np.ndarray:
+    """[n, width] float32, as the model gives them."""
+    with torch.inference_mode():
+        on_device = torch.from_numpy(np.asarray(rows, np.int64)).to(model.device)
+        return view.items(on_device).float().cpu().numpy()
+
+
+def unit_vectors(model: Ranker, view: View, mean: Tensor, rows: np.ndarray) -> np.ndarray:
+    """Unit vectors of items, less the catalogue's mean in a centred view; zero for items without any."""
+    raw = raw_vectors(model, view, rows)
+    if not view.centred:
+        return unit(raw)
     return unit(np.where(raw.any(1, keepdims=True), raw - mean.numpy(), 0.0).astype(np.float32))
 
 
-def raw_semantic_vectors(model: GenSR, rows: np.ndarray) -> np.ndarray:
-    with torch.inference_mode():
-        return model.semantic_vectors(_on(model, rows), model.settings.item_tokens).float().cpu().numpy()
-
-
-def _on(model: GenSR, rows: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.asarray(rows, np.int64)).to(model.tables.cf.device)
-
-
-def semantic_mean(model: GenSR, num_items: int) -> Tensor:
-    """E_s averaged over (at most TRAINING_VECTORS evenly spaced) items with text, [D] float32."""
-    raw = raw_semantic_vectors(
-        model, np.unique(np.linspace(0, num_items - 1, min(num_items, TRAINING_VECTORS)).astype(np.int64))
-    )
+def mean_vector(model: Ranker, view: View) -> Tensor:
+    """Mean over (at most TRAINING_VECTORS evenly spaced) items that have a vector, [width] float32; zero for a
+    view that is not centred."""
+    if not view.centred:
+        return torch.zeros(view.width)
+    num_items = model.tables.num_items
+    evenly = np.linspace(0, num_items - 1, min(num_items, TRAINING_VECTORS)).astype(np.int64)
+    raw = raw_vectors(model, view, np.unique(evenly))
     raw = raw[raw.any(1)]
     return torch.from_numpy(raw.mean(0) if len(raw) else np.zeros(raw.shape[1], np.float32))
 
@@ -281,46 +118,50 @@ def semantic_mean(model: GenSR, num_items: int) -> Tensor:
 
 
 def build_retrieval(
-    model: GenSR, notify: Notify = silent, progress: Callable[[str, int, int], None] | None = None
-) -> Retrieval:
-    """Both indexes. The memory that each needs is said before it is built, its recall afterwards."""
+    model: Ranker, notify: Notify = silent, progress: Callable[[str, int, int], None] | None = None
+) -> Retrieval | None:
+    """An index for each view; None for a model without views. The memory that each needs is said before it is
+    built, its recall afterwards."""
+    views = model.views()
+    if not views:
+        return None
+    means = {name: mean_vector(model, view) for name, view in views.items()}
+    indexes = {name: _build(model, name, view, means[name], notify, progress) for name, view in views.items()}
+    return Retrieval(views, means, indexes)
+
+
+def _build(
+    model: Ranker,
+    name: str,
+    view: View,
+    mean: Tensor,
+    notify: Notify,
+    progress: Callable[[str, int, int], None] | None,
+) -> Index | None:
     num_items = model.tables.num_items
-    mean = semantic_mean(model, num_items)
-    views: dict[str, tuple[Vectors, int]] = {
-        "cf": (lambda rows: cf_vectors(model, rows), model.settings.cf_dim),
-        "semantic": (lambda rows: semantic_vectors(model, mean, rows), mean.shape[0]),
-    }
-    built: dict[str, Index | None] = {}
-    for name, (vectors, width) in views.items():
-        notify(plan_index(num_items, width).line(name, num_items, width))
-        report = (
-            None
-            if progress is None
-            else (lambda done, total, stage=name: progress(f"index {stage}", done, total))
-        )
-        index = build_index(vectors, num_items, width, progress=report)
-        if index is None:
-            notify(f"index {name}: no item has a vector, left out")
-        elif index.facts["recall"]:
-            notify(
-                f"index {name}: "
-                + ", ".join(f"{metric} {value:.3f}" for metric, value in index.facts["recall"].items())
-                + " against exact search"
-            )
-        built[name] = index
-    return Retrieval(model, mean, built["cf"], built["semantic"])
+    notify(plan_index(num_items, view.width).line(name, num_items, view.width))
+    report = None if progress is None else (lambda done, total: progress(f"index {name}", done, total))
+    index = build_index(
+        lambda rows: unit_vectors(model, view, mean, rows), num_items, view.width, progress=report
+    )
+    if index is None:
+        notify(f"index {name}: no item has a vector, left out")
+    elif index.facts["recall"]:
+        figures = ", ".join(f"{metric} {value:.3f}" for metric, value in index.facts["recall"].items())
+        notify(f"index {name}: {figures} against exact search")
+    return index
 
 
 def save_retrieval(folder: Path, retrieval: Retrieval, identity: str) -> None:
-    """Write FOLDER; the document last, so that a folder with one is whole. identity: of the weights and
-    tables it was built from."""
+    """Write FOLDER; the document last, so that a folder with one is whole. identity: of the weights and tables
+    it was built from."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / DOCUMENT).unlink(missing_ok=True)
     with atomic(folder / "retrieval.safetensors") as path:
-        save_file({"mean": retrieval.mean}, path)
+        save_file(dict(retrieval.means), path)
     document: dict[str, Any] = {"format": FORMAT, "identity": identity, "sha256": {}, "indexes": {}}
     names = ["retrieval.safetensors"]
-    for name, index in (("cf", retrieval.cf), ("semantic", retrieval.semantic)):
+    for name, index in retrieval.indexes.items():
         if index is not None:
             with atomic(folder / f"{name}.faiss") as path:
                 faiss.write_index(index.faiss_index, str(path))
@@ -331,7 +172,7 @@ def save_retrieval(folder: Path, retrieval: Retrieval, identity: str) -> None:
         path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
-def load_retrieval(folder: Path, model: GenSR, identity: str) -> Retrieval | None:
+def load_retrieval(folder: Path, model: Ranker, identity: str) -> Retrieval | None:
     """What save_retrieval wrote; None when there is nothing, or it was built from other weights or tables.
     Raises RunError for a damaged file."""
     path = folder / DOCUMENT
@@ -346,19 +187,20 @@ def load_retrieval(folder: Path, model: GenSR, identity: str) -> Retrieval | Non
                 f"{folder / name} is missing or damaged. Delete {folder}: it is built again (for a "
                 "registered version: register it again)"
             )
+    views, kept = model.views(), load_file(folder / "retrieval.safetensors")
+    # files of before there were other models hold one mean, the semantic view's
+    means = {
+        name: kept.get(name, kept["mean"] if view.centred and "mean" in kept else torch.zeros(view.width))
+        for name, view in views.items()
+    }
     indexes = {
         name: Index(faiss.read_index(str(folder / f"{name}.faiss")), facts)
         for name, facts in document["indexes"].items()
     }
-    mean = load_file(folder / "retrieval.safetensors")["mean"]
-    return Retrieval(model, mean, indexes.get("cf"), indexes.get("semantic"))
+    return Retrieval(views, means, indexes)
 
 
 def describe(retrieval: Retrieval) -> dict[str, Any]:
     """{"cf": {kind, num_items, …, recall}, "semantic": …}: what protocols and model cards say about the
     indexes."""
-    return {
-        name: dict(index.facts)
-        for name, index in (("cf", retrieval.cf), ("semantic", retrieval.semantic))
-        if index is not None
-    }
+    return {name: dict(index.facts) for name, index in retrieval.indexes.items() if index is not None}

@@ -3,7 +3,8 @@ that jobs can share.
 
 REQUESTS  .jsonl (an object a line) or .parquet (a row a request: history list<struct<item_id, task>>, task,
           query, candidates list, …; serving/recommend.py)
-OUT       .jsonl: {"scores": […], "items": […]} a line    .parquet: the columns of REQUESTS, scores list<double>, items list<struct<item_id, score>>, error
+OUT       .jsonl: {"scores": […], "items": […]} a line
+          .parquet: the columns of REQUESTS, scores list<double>, items list<struct<item_id, score>>, error
 """
 
 import itertools

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from data_shards.histories import in_histories
-from data_shards.schema import SPLITS, TASKS, Manifest, read_manifest
-from trainer.data import split_columns
+from data_shards.schema import NO_QUERY, SPLITS, TASKS, read_manifest
+from trainer.data.folder import PreparedFolder
 from trainer.errors import DataError, RequestError
 
 
@@ -26,6 +25,7 @@ class Clicks:
     user: np.ndarray
     item: np.ndarray
     task: np.ndarray
+    query: np.ndarray
     time: np.ndarray
 
     def before(self, event_id: int) -> np.ndarray:
@@ -36,9 +36,9 @@ class Clicks:
         return self.item[first : first + int(np.searchsorted(self.time[first : place + 1], self.time[place]))]
 
 
-def read_clicks(folder: str | Path, manifest: Manifest) -> Clicks:
+def read_clicks(folder: PreparedFolder) -> Clicks:
     names = list(Clicks.__dataclass_fields__)
-    parts = [split_columns(folder, manifest, split, names) for split in SPLITS]
+    parts = [folder.columns(split, names) for split in SPLITS]
     columns = {name: np.concatenate([part[name] for part in parts]).astype(np.int64) for name in names}
     order = np.argsort(columns["event_id"], kind="stable")  # by user, then time
     return Clicks(**{name: column[order] for name, column in columns.items()})
@@ -47,27 +47,36 @@ def read_clicks(folder: str | Path, manifest: Manifest) -> Clicks:
 class Users:
     """Every user's clicks in a prepared folder, all splits. Read when first asked for: 16 bytes a click."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: PreparedFolder) -> None:
         self.folder = folder
         self._row_of: dict[str, int] = {}
+        self._query_texts: list[str] = []
 
     def history(self, user_id: Any, item_ids: Sequence[Any], where: str = "user") -> list[dict[str, Any]]:
         """All of the user's clicks, oldest first, as a request's history. Raises RequestError for an unknown
         user."""
-        items, tasks = self.rows(user_id, where)
+        row = self.row(user_id, where)
+        items, tasks, queries = (column[self._clicks_of(row)].tolist() for column in self._columns)
         return [
             {"item_id": item_ids[item], "task": TASKS[task]}
-            for item, task in zip(items.tolist(), tasks.tolist(), strict=True)
+            | ({"query": self._query_text(query)} if query != NO_QUERY else {})
+            for item, task, query in zip(items, tasks, queries, strict=True)
         ]
 
-    def rows(self, user_id: Any, where: str = "user") -> tuple[np.ndarray, np.ndarray]:
-        """The same as rows of the catalogue and codes of tasks."""
+    def row(self, user_id: Any, where: str = "user") -> int:
+        """The user's row in the users table. Raises RequestError for an unknown user."""
         if not self._row_of:
             self._read()
         if str(user_id) not in self._row_of:
-            raise RequestError(f"{where}: {self.folder} knows no user {user_id!r}. Give a history instead")
-        start, stop = self._starts[self._row_of[str(user_id)] :][:2]
-        return self._items[start:stop], self._tasks[start:stop]
+            raise RequestError(
+                f"{where}: {self.folder.name} knows no user {user_id!r}. Give a history instead"
+            )
+        return self._row_of[str(user_id)]
+
+    def rows(self, user_id: Any, where: str = "user") -> tuple[np.ndarray, np.ndarray]:
+        """The user's clicks, oldest first, as rows of the catalogue and codes of tasks."""
+        clicks = self._clicks_of(self.row(user_id, where))
+        return self._columns[0][clicks], self._columns[1][clicks]
 
     def some(self, count: int) -> list[str]:
         """The first `count` users with at least one click."""
@@ -78,16 +87,23 @@ class Users:
         )
         return list(itertools.islice(clicked, count))
 
+    def _clicks_of(self, row: int) -> slice:
+        return slice(self._starts[row], self._starts[row + 1])
+
+    def _query_text(self, query: int) -> str:
+        if not self._query_texts:
+            self._query_texts = self.folder.query_texts()
+        return self._query_texts[query]
+
     def _read(self) -> None:
-        manifest = read_manifest(self.folder)
-        clicks = read_clicks(self.folder, manifest)
+        clicks = read_clicks(self.folder)
         keep = in_histories(clicks.user, clicks.time, clicks.item, clicks.task)
-        self._items, self._tasks = clicks.item[keep].astype(np.int32), clicks.task[keep].astype(np.int8)
-        self._starts = np.searchsorted(clicks.user[keep], np.arange(manifest.num_users + 1)).tolist()
-        ids = pq.read_table(self.folder / "catalog" / "users.parquet", columns=["user_id"])[
-            "user_id"
-        ].to_pylist()
-        self._row_of = {str(user_id): row for row, user_id in enumerate(ids)}
+        types = (np.int32, np.int8, np.int32)
+        columns = (clicks.item, clicks.task, clicks.query)
+        self._columns = [column[keep].astype(kind) for column, kind in zip(columns, types, strict=True)]
+        num_users = self.folder.manifest.num_users
+        self._starts = np.searchsorted(clicks.user[keep], np.arange(num_users + 1)).tolist()
+        self._row_of = {str(user_id): row for row, user_id in enumerate(self.folder.user_ids())}
 
 
 def open_users(folder: str | Path, manifest_hash: str, must_be_there: bool) -> "Users | str":
@@ -105,13 +121,16 @@ def open_users(folder: str | Path, manifest_hash: str, must_be_there: bool) -> "
             f"user_id cannot be looked up: {error} Give a history instead, or the folder of the training data"
         )
     if found == manifest_hash:
-        return Users(Path(folder))
+        return Users(PreparedFolder.at(folder))
     if must_be_there:
         raise DataError(
             f"{folder} is not the data this model was trained on (manifest {str(found)[:12]}, the model says "
             f"{manifest_hash[:12]})"
         )
-    return "user_id cannot be looked up: the prepared folder of the training data is not here. Give a history instead"
+    return (
+        "user_id cannot be looked up: the prepared folder of the training data is not here. "
+        "Give a history instead"
+    )
 
 
 def read_history(path: Path) -> list[Any]:

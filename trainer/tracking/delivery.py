@@ -1,8 +1,11 @@
 """Records on their way to MLflow: a file that training appends to, and a thread that sends what is in it.
 Nobody waits for a store.
 
-    log_metrics ─▶ RUN/tracking-spool.jsonl ─▶ Sender (a thread) ─▶ store          a store that is down or slow: the file grows, and is
-    tracking/machine.py  ─▶ RUN/machine/NODE.jsonl   ─┘                                      sent when it answers again, by this process or a later one
+    log_metrics         ─▶ RUN/tracking-spool.jsonl ─┬▶ Sender (a thread) ─▶ store
+    tracking/machine.py ─▶ RUN/machine/NODE.jsonl   ─┘
+
+While a store is down or slow the files grow; they are sent when it answers again, by this process or a later
+one.
 
 A record is written before it is sent, so a killed process loses none; what was sent twice is stored once (a
 metric's step counts).
@@ -92,7 +95,7 @@ class Spool(JsonLines):
 
 
 class Sender(threading.Thread):
-    """Sends a run's records until close(). `open_run` returns the run's id, and is tried again until it does."""
+    """Sends a run's records until close(). `open_run` returns the run's id; it is tried until it does."""
 
     def __init__(
         self, uri: str, run_dir: Path, open_run: Callable[["MlflowClient"], str], resumed: bool
@@ -109,7 +112,7 @@ class Sender(threading.Thread):
         self._close_by_s = 0.0
 
     def put(self, records: Sequence[Record]) -> None:
-        """Returns at once. A disk that does not take it costs the records and a warning, never the training."""
+        """Returns at once. A disk that does not take it costs the records and a warning, not the training."""
         try:
             self.spool.append(records)
         except OSError as error:
@@ -168,9 +171,8 @@ class Sender(threading.Thread):
             lines.position = position
 
     def _send(self, client: "MlflowClient", records: Sequence[Record]) -> None:
-        if (
-            self._last_step is None
-        ):  # after a resume the steps since the checkpoint are run, and reported, again
+        # after a resume the steps since the checkpoint are run, and reported, again
+        if self._last_step is None:
             self._last_step = logged_steps(client, self.run_id)
         fresh = []
         last = dict(self._last_step)
@@ -200,7 +202,8 @@ class Sender(threading.Thread):
 
 
 def machine_points(node: str, sample: Record) -> list[Record]:
-    """A line of RUN/machine/NODE.jsonl as metrics `system/NODE/…`, which MLflow shows on a page of their own."""
+    """A line of RUN/machine/NODE.jsonl as metrics `system/NODE/…`, which have a page of their own in
+    MLflow."""
     return [
         {"metric": [f"system/{node}/{name}", value, sample["time_ms"], sample["step"]]}
         for name, value in sample["values"].items()

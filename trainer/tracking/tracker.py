@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from data_shards.schema import Manifest
 from data_shards.settings import flatten, read_yaml, to_dict
-from trainer.config import Config, config_from_dict
+from trainer.config import Config
+from trainer.configs import config_from_dict
 from trainer.errors import EnvironmentProblem
 from trainer.tracking.delivery import Record, Sender
 from trainer.tracking.store import (

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from trainer.runtime.files import atomic
+from trainer.runtime.progress import clock
 
 
 class RunConsole:
@@ -87,7 +88,7 @@ class RunConsole:
             self._progress.add_task("training", total=self.num_steps, completed=self._first_step, line="")
 
     def step(self, step: int, record: Mapping[str, float]) -> None:
-        """A training record: metrics.jsonl, and one line. `record` holds loss, lr, events_per_s, memory_gb."""
+        """A training record: metrics.jsonl and one line. `record` has loss, lr, events_per_s, memory_gb."""
         if not self.enabled:
             return
         self.record({"kind": "train", "step": step, **record})
@@ -123,12 +124,6 @@ def step_line(step: int, num_steps: int, record: Mapping[str, float], eta_s: flo
         f"{record['lr']:.1e}  "
         f"{record['events_per_s']:,.0f} ev/s  {record['memory_gb']:.1f} GB  eta {clock(eta_s)}"
     )
-
-
-def clock(seconds: float) -> str:
-    """3751 → 1:02:31."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
 
 def keep_records(path: Path, last_step: int) -> None:

@@ -6,39 +6,36 @@ without the backbone's weights. Memory and time are estimates; where their const
 them.
 """
 
-import json
 import re
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from data_shards.schema import Manifest, read_manifest
-from data_shards.settings import read_yaml
-from trainer.config import Config, preset_path
-from trainer.data.node_cache import local_folder
+from trainer.config import Config
+from trainer.configs import preset_path
+from trainer.data.folder import PreparedFolder
 from trainer.errors import ConfigError
+from trainer.models.backbones.known import T5_TOKENS
+from trainer.models.contract import Cost
+from trainer.models.zoo import model_class
+from trainer.runs.world import load_tokenizer, sizes_only
 from trainer.runtime.launch import Launch, filled_deepspeed_config, read_deepspeed_json, read_launch
 from trainer.training.costs import (
     ASSUMED_FLOPS,
     CPU_EFFICIENCY,
     GB,
-    T5_TOKENS,
     DataSize,
     ModelSize,
     efficiency,
-    flops_per_event,
     largest_micro_batch,
     measured_flops,
     memory,
+    numel,
 )
 from trainer.training.schedule import Schedule, above_chance, chance, make_schedule
 
 WORLD_SIZES = (1, 2, 4, 8, 16)
 NAME_WIDTH = 12
-CROSS_KEYS = re.compile(r"(EncDecAttention|cross_attn)\.(k|v|k_proj|v_proj)\.")
 STAGES: dict[str, tuple[int | None, bool]] = {
     "no ZeRO": (None, False),
     "ZeRO-1": (1, False),
@@ -50,77 +47,6 @@ STAGES: dict[str, tuple[int | None, bool]] = {
 GPU_MEMORY = {"H200": 141e9, "A100": 80e9}
 MIN_GPU_S = 60.0  # below, a GPU waits for its host and the arithmetic says nothing
 MAX_CPU_S = 100 * 3600.0
-T5_FAMILY = {
-    "model_type": "t5",
-    "vocab_size": T5_TOKENS,
-    "feed_forward_proj": "gated-gelu",
-    "decoder_start_token_id": 0,
-    "tie_word_embeddings": False,
-}
-
-
-def _t5(width: int, ff: int, heads: int, layers: int) -> dict[str, Any]:
-    return {
-        **T5_FAMILY,
-        "d_model": width,
-        "d_ff": ff,
-        "d_kv": 64,
-        "num_heads": heads,
-        "num_layers": layers,
-        "num_decoder_layers": layers,
-    }
-
-
-def _decoder(
-    family: str,
-    vocab: int,
-    width: int,
-    ff: int,
-    layers: int,
-    heads: int,
-    kv_heads: int,
-    head_dim: int,
-    tied: bool = True,
-) -> dict[str, Any]:
-    shape = dict(
-        vocab_size=vocab,
-        hidden_size=width,
-        intermediate_size=ff,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-    )
-    return {
-        "model_type": family,
-        **shape,
-        "num_key_value_heads": kv_heads,
-        "head_dim": head_dim,
-        "tie_word_embeddings": tied,
-    }
-
-
-# config.json of published backbones, as far as sizes depend on it: no network and no weights are needed for a
-# plan
-KNOWN_BACKBONES: dict[str, dict[str, Any]] = {
-    "google/flan-t5-small": _t5(512, 1024, 6, 8),
-    "google/flan-t5-base": _t5(768, 2048, 12, 12),
-    "google/flan-t5-large": _t5(1024, 2816, 16, 24),
-    "google/flan-t5-xl": _t5(2048, 5120, 32, 24),
-    "google/flan-t5-xxl": _t5(4096, 10240, 64, 24),
-    "Qwen/Qwen2.5-0.5B": _decoder("qwen2", 151936, 896, 4864, 24, 14, 2, 64),
-    "Qwen/Qwen2.5-1.5B": _decoder("qwen2", 151936, 1536, 8960, 28, 12, 2, 128),
-    "Qwen/Qwen2.5-7B": _decoder("qwen2", 152064, 3584, 18944, 28, 28, 4, 128, tied=False),
-    "Qwen/Qwen3-0.6B": _decoder("qwen3", 151936, 1024, 3072, 28, 16, 8, 128),
-    "Qwen/Qwen3-1.7B": _decoder("qwen3", 151936, 2048, 6144, 28, 16, 8, 128),
-    "Qwen/Qwen3-4B": _decoder("qwen3", 151936, 2560, 9728, 36, 32, 8, 128),
-    "meta-llama/Llama-3.2-1B": _decoder("llama", 128256, 2048, 8192, 16, 32, 8, 64),
-    "meta-llama/Llama-3.2-3B": _decoder("llama", 128256, 3072, 8192, 28, 24, 8, 128),
-    "meta-llama/Llama-3.1-8B": _decoder("llama", 128256, 4096, 14336, 32, 32, 8, 128, tied=False),
-    "HuggingFaceTB/SmolLM2-135M": _decoder("llama", 49152, 576, 1536, 30, 9, 3, 64),
-    "HuggingFaceTB/SmolLM2-360M": _decoder("llama", 49152, 960, 2560, 32, 15, 5, 64),
-    "HuggingFaceTB/SmolLM2-1.7B": _decoder("llama", 49152, 2048, 8192, 24, 32, 32, 64),
-}
-
-
 # ---- sizes -------------------------------------------------------------------------------------------------
 
 
@@ -128,7 +54,7 @@ def data_size(config: Config, preset: str | None = None) -> DataSize:
     """From data.dir when it is given, else from the preset's `# sizes:` line. Raises ConfigError when neither
     says."""
     if config.data.dir:
-        return size_of_folder(config.data.dir, read_manifest(local_folder(config.data)))
+        return size_of_folder(PreparedFolder.open(config.data))
     if preset:
         documented = re.search(
             r"^# sizes: (.+)$", preset_path(preset).read_text(encoding="utf-8"), re.MULTILINE
@@ -145,109 +71,41 @@ def data_size(config: Config, preset: str | None = None) -> DataSize:
     )
 
 
-def size_of_folder(folder: str, manifest: Manifest) -> DataSize:
+def size_of_folder(folder: PreparedFolder) -> DataSize:
+    manifest = folder.manifest
     return DataSize(
         train_events=manifest.num_events("train"),
         valid_events=manifest.num_events("valid"),
+        users=manifest.num_users,
         items=manifest.num_items,
         queries=manifest.num_queries,
         words=manifest.num_words,
+        categories=manifest.num_categories,
         num_negatives=manifest.num_negatives,
         vocab_size=int(manifest.raw["text"].get("vocab_size", T5_TOKENS)),
-        source=folder,
+        source=folder.name,
     )
 
 
-def model_size(config: Config, num_words: int, vocab_size: int, cf_dim: int = 64) -> ModelSize:
+def model_size(config: Config, data: DataSize, cf_dim: int = 64) -> ModelSize:
     """Counts parameters on torch's meta device: exact, in a second, without memory or weights. Raises
     ConfigError for an unknown backbone."""
     import torch
 
-    from trainer.models.backbones.families import build_backbone
-    from trainer.models.gensr.model import GenSR
-    from trainer.runs.weights import model_settings
-
-    name, lora = config.model.backbone, config.model.lora
-    with _architecture(name) as config_only, torch.device("meta"):
-        lora_or_none = lora if lora.rank else None
-        own_head = not _is_tied(name)
-        backbone = build_backbone(
-            name,
-            vocab_size=vocab_size,
-            dropout=0.0,
-            lora=lora_or_none,
-            config_only=config_only,
-            own_head=own_head,
-        )
-        model = GenSR(model_settings(config, num_words, cf_dim), backbone, {}, (0, 1), None)  # type: ignore[arg-type]
-    return size_of(model)
-
-
-@contextmanager
-def _architecture(name: str) -> Iterator[Path | None]:
-    """A folder with the backbone's config.json, or None for one from scratch."""
-    if name.startswith("scratch:"):
-        yield None
-    elif (Path(name) / "config.json").is_file():
-        yield Path(name)
-    elif name in KNOWN_BACKBONES:
-        with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / "config.json").write_text(json.dumps(KNOWN_BACKBONES[name]), encoding="utf-8")
-            yield Path(folder)
-    else:
-        raise ConfigError(
-            f"model.backbone={name}: no local folder with a config.json, and no known name. Known: "
-            f"{', '.join(KNOWN_BACKBONES)}; or scratch:SIZE. "
-            f"Another hub model can be downloaded first, then named by its folder."
-        )
-
-
-def _is_tied(name: str) -> bool:
-    """Whether the output table is the input table, as the weights have it."""
-    if name.startswith("scratch:"):
-        return True
-    if name in KNOWN_BACKBONES:
-        return bool(KNOWN_BACKBONES[name]["tie_word_embeddings"])
-    weights, index = Path(name) / "model.safetensors", Path(name) / "model.safetensors.index.json"
-    if index.is_file():
-        return "lm_head.weight" not in json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    if not weights.is_file():
-        return True
-    from safetensors import safe_open
-
-    with safe_open(str(weights), framework="pt") as file:
-        return "lm_head.weight" not in set(file.keys())
+    kind = model_class(config.model.name)
+    with torch.device("meta"):
+        return size_of(kind(config.model, sizes_only(config, data, cf_dim)))
 
 
 def size_of(model: Any) -> ModelSize:
-    """Counts of a GenSR (on any device, meta included)."""
+    """Counts of a model (on any device, meta included)."""
     parameters = list(model.parameters())
-    every_token, once = model.backbone.stacks
     return ModelSize(
-        total=sum(_numel(p) for p in parameters),
-        trainable=sum(_numel(p) for p in parameters if p.requires_grad),
-        width=model.backbone.width,
-        layers=_num_layers(every_token),
-        encoder=_read_once_a_token(every_token),
-        decoder=_read_once_a_token(once) if once is not None else 0,
-        cross=sum(_numel(p) for name, p in once.named_parameters() if CROSS_KEYS.search(name))
-        if once is not None
-        else 0,
-        shared_first=model.backbone.shared_first,
+        total=sum(numel(p) for p in parameters),
+        trainable=sum(numel(p) for p in parameters if p.requires_grad),
+        cost=model.cost() or Cost(flops=6.0 * sum(numel(p) for p in parameters), activation_bytes=0.0),
+        needs=model.needs,
     )
-
-
-def _num_layers(stack: Any) -> int:
-    return len(stack.block if hasattr(stack, "block") else stack.layers)
-
-
-def _read_once_a_token(stack: Any) -> int:
-    return sum(_numel(p) for name, p in stack.named_parameters() if "embed_tokens" not in name)
-
-
-def _numel(parameter: Any) -> int:
-    """Also for a parameter that ZeRO-3 has partitioned."""
-    return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 # ---- the report --------------------------------------------------------------------------------------------
@@ -281,7 +139,7 @@ def run_rows(
             f"{data.source}: {data.train_events:,} training events, {data.items:,} items, {data.queries:,} "
             "queries",
         ),
-        ("model", f"{config.model.backbone}, {config.model.variant}, {config.model.prompt} prompt"),
+        ("model", config.model.describe()),
         ("parameters", f"{model.total:,}, of which {model.trainable:,} are trained"),
         ("batch", f"{batch_arithmetic(s)}; {1 + config.data.num_negatives} candidates an event"),
         (
@@ -321,30 +179,6 @@ def banner_rows(
     ]
 
 
-def launch_of_yaml(path: str | Path, num_processes: int = 0) -> Launch:
-    """The Launch that an accelerate YAML would make, to check a cluster's configuration on a laptop."""
-    import ds_configs
-
-    file = (
-        Path(path)
-        if Path(path).is_file() or Path(path).name not in ds_configs.names()
-        else ds_configs.path(Path(path).name)
-    )
-    document = read_yaml(file)
-    world_size = num_processes or int(document.get("num_processes", 1))
-    deepspeed = (
-        document.get("deepspeed_config", {}) if document.get("distributed_type") == "DEEPSPEED" else {}
-    )
-    named = str(deepspeed.get("deepspeed_config_file", f"zero{deepspeed.get('zero_stage', 2)}.json"))
-    json_file = named if Path(named).is_file() else str(ds_configs.path(Path(named).name))
-    return Launch(
-        world_size=world_size,
-        local_world_size=max(1, world_size // int(document.get("num_machines", 1))),
-        launched=True,
-        deepspeed_file=json_file if deepspeed else "",
-    )
-
-
 @dataclass(frozen=True)
 class DryRun:
     """`lines` for people, `facts` for --json."""
@@ -372,10 +206,11 @@ def dry_run(config: Config, preset: str | None = None, launch: Launch | None = N
         )
     if config.data.dir:
         _check_folder(config)
-    model = model_size(config, data.words, data.vocab_size)
+    check_stage(config, launch)
+    model = model_size(config, data)
     stage = launch.zero_stage
     here = memory(config, model, data, stage, launch.world_size, "offload" in launch.deepspeed_file)
-    flops = flops_per_event(config, model) * schedule.num_events
+    flops = model.cost.flops * schedule.num_events
     seconds = {
         f"{launch.world_size} × {name}": flops / rate / launch.world_size
         for name, rate in ASSUMED_FLOPS.items()
@@ -434,7 +269,10 @@ def _micro_batches(
 
 def _scaling(config: Config, model: ModelSize, schedule: Schedule, launch: Launch) -> str:
     worst, best = efficiency(config, model, launch.zero_stage, launch.world_size, schedule.grad_accum_steps)
-    return f"{worst:.0%} to {best:.0%} of {launch.world_size} H200s' speed is left after communication (calculated: nothing of it hidden, all that can be)"
+    return (
+        f"{worst:.0%} to {best:.0%} of {launch.world_size} H200s' speed is left after communication "
+        "(calculated: nothing of it hidden, all that can be)"
+    )
 
 
 def _memory_table(config: Config, model: ModelSize, data: DataSize) -> list[str]:
@@ -445,16 +283,23 @@ def _memory_table(config: Config, model: ModelSize, data: DataSize) -> list[str]
     return lines
 
 
+def check_stage(config: Config, launch: Launch) -> None:
+    """Raises ConfigError for settings of the model that the launcher's ZeRO stage does not allow."""
+    refused = model_class(config.model.name).refusals(config.model, launch.zero_stage)
+    if refused:
+        raise ConfigError(
+            f"{' and '.join(refused)} cannot be used under ZeRO-{launch.zero_stage} ({launch.deepspeed_file}). "
+            "Take zero2.json, or set false"
+        )
+
+
 def _check_folder(config: Config) -> None:
     """The parts of a prepared folder that training opens first. Raises DataError naming what is missing or
     does not fit."""
-    from trainer.data.cf_table import load_cf
-    from trainer.runs.weights import answer_tokens, load_tokenizer
-
-    folder = local_folder(config.data)
-    manifest = read_manifest(folder)
-    answer_tokens(load_tokenizer(folder / "tokenizer"))
-    load_cf(folder, manifest)
+    kind = model_class(config.model.name)
+    folder = PreparedFolder.open(config.data)
+    kind.check_tokenizer(load_tokenizer(folder.tokenizer))
+    folder.tables(kind.needs)
 
 
 def _hours(seconds: float) -> str:

@@ -63,11 +63,11 @@ def grad_accum_steps(config: Config, world_size: int) -> int:
     per_pass = optim.micro_batch_size * world_size
     if optim.global_batch_size % per_pass:
         share, rest = divmod(optim.global_batch_size, world_size)
-        fix = (
-            f"choose optim.micro_batch_size among {', '.join(map(str, _divisors(share)))}"
-            if rest == 0
-            else f"choose an optim.global_batch_size divisible by {per_pass}, such as {math.ceil(optim.global_batch_size / per_pass) * per_pass}"
-        )
+        if rest == 0:
+            fix = f"choose optim.micro_batch_size among {', '.join(map(str, _divisors(share)))}"
+        else:
+            divisible = math.ceil(optim.global_batch_size / per_pass) * per_pass
+            fix = f"choose an optim.global_batch_size divisible by {per_pass}, such as {divisible}"
         raise ConfigError(
             f"optim.global_batch_size={optim.global_batch_size} is no multiple of "
             f"optim.micro_batch_size={optim.micro_batch_size} × {world_size} processes: {fix}"
@@ -94,9 +94,8 @@ def make_schedule(config: Config, num_train_events: int, world_size: int) -> Sch
     return Schedule(
         num_steps=num_steps,
         steps_per_epoch=steps_per_epoch,
-        warmup_steps=min(
-            optim.warmup_steps, num_steps // 2
-        ),  # a run shorter than its warm-up would never reach the peak
+        # a run shorter than its warm-up would never reach the peak
+        warmup_steps=min(optim.warmup_steps, num_steps // 2),
         log_every_steps=run.log_every_steps,
         validate_every_steps=validate_every,
         checkpoint_every_steps=run.checkpoint_every_steps or validate_every,
@@ -131,6 +130,6 @@ def chance(metric: str, num_candidates: int) -> tuple[float, float]:
 
 
 def above_chance(metric: str, num_candidates: int, num_events: int) -> float:
-    """Value from which a validation is better than chance: mean + 3 standard errors over `num_events` events."""
+    """Value from which a validation beats chance: mean + 3 standard errors over `num_events` events."""
     mean, deviation = chance(metric, num_candidates)
     return mean + NUM_SIGMAS * deviation / math.sqrt(max(1, num_events))

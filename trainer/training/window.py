@@ -56,9 +56,8 @@ class Window:
         its events.
         """
         names = sorted(self._parts[0])
-        values = torch.stack(
-            [torch.stack([parts[name].float() for name in names]) for parts in self._parts]
-        )  # [micro-batches, names]
+        # [micro-batches, names]
+        values = torch.stack([torch.stack([parts[name].float() for name in names]) for parts in self._parts])
         wrong = ~torch.isfinite(values[:, names.index("loss")]) & ~torch.tensor(
             self._skipped, device=values.device
         )

@@ -69,8 +69,10 @@ def test_the_pair_gives_two_events_a_purchase_in_list_order(tmp_path: Path) -> N
     assert (manifest.raw["source"]["paths"], manifest.raw["source"]["paths_of_one_item"]) == (1, 0)
     events = read_back(tmp_path / "out")
     assert {(e["user"], e["item"], e["task"], e["query"]) for e in events["test"]} == {
-        (0, 3, "rec", None), (0, 3, "src", "root kind"), (1, 0, "rec", None),
-    }, "user 2 has two moments only and just trains; item 0 has no path"  # fmt: skip
+        (0, 3, "rec", None),
+        (0, 3, "src", "root kind"),
+        (1, 0, "rec", None),
+    }, "user 2 has two moments only and just trains; item 0 has no path"
     assert {e["item"] for e in events["valid"]} == {2, 4}
     assert all(
         e["history"] == [(0, "rec"), (1, "src"), (2, "src")] for e in events["test"] if e["user"] == 0
@@ -151,9 +153,12 @@ def test_both_generations_of_the_release(tmp_path: Path, form: Any, names: tuple
     )
     manifest = prepare("amazon", tmp_path, tmp_path / "out", SETTINGS)
     assert manifest.raw["dropped"] == {
-        "review without a time": 1, "review without a user or an item": 1, "metadata without an item": 1, "duplicate click": 2,
+        "review without a time": 1,
+        "review without a user or an item": 1,
+        "metadata without an item": 1,
+        "duplicate click": 2,
         "repeated item row": 1,
-    }  # fmt: skip
+    }
     assert manifest.num_items == 9, "items that nobody bought are not in the catalogue"
     test = read_back(tmp_path / "out")["test"]
     assert {(e["user"], e["item"]) for e in test} == {("A", "B3"), ("A", "B4"), ("B", "B6"), ("C", "B8")}, (

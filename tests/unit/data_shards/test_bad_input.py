@@ -106,16 +106,25 @@ def test_words_that_are_no_integers(tmp_path: Path) -> None:
 def test_rows_that_cannot_be_used_are_counted_by_reason(raw: Path) -> None:
     def spoil(number: int, row: dict[str, Any]) -> dict[str, Any]:
         changes: dict[int, dict[str, Any]] = {
-            0: {"user_id": None}, 1: {"item_id": "NaN"}, 2: {"time": None}, 3: {"time": 0}, 4: {"item_id": "i999"}, 5: {"task": "src", "query": ""},
-        }  # fmt: skip
+            0: {"user_id": None},
+            1: {"item_id": "NaN"},
+            2: {"time": None},
+            3: {"time": 0},
+            4: {"item_id": "i999"},
+            5: {"task": "src", "query": ""},
+        }
         return {**row, **changes.get(number, {})}
 
     change_lines(raw / "events.jsonl", spoil)
     dropped = prepare("tables", raw, raw.parent / "out", FAST).raw["dropped"]
     assert dropped == {
-        "no user_id": 1, "no item_id": 1, "no time": 1, "time before 1971 (in seconds? it must be ms)": 1, "item not in items": 1,
+        "no user_id": 1,
+        "no item_id": 1,
+        "no time": 1,
+        "time before 1971 (in seconds? it must be ms)": 1,
+        "item not in items": 1,
         "search without a query": 1,
-    }  # fmt: skip
+    }
 
 
 def test_an_empty_log(raw: Path) -> None:
@@ -155,8 +164,15 @@ def test_a_log_of_one_day_has_no_splits(raw: Path) -> None:
 
 
 def test_settings_are_all_checked_at_once(raw: Path) -> None:
-    refused(raw, r"(?s)3 problems.*num_negative .*Did you mean num_negatives.*split .*'time' or 'leave_one_out'.*test_days",
-            "num_negative=3", "split=random", "test_days=0", kind=ConfigError)  # fmt: skip
+    refused(
+        raw,
+        r"(?s)3 problems.*num_negative .*Did you mean num_negatives.*"
+        r"split .*'time' or 'leave_one_out'.*test_days",
+        "num_negative=3",
+        "split=random",
+        "test_days=0",
+        kind=ConfigError,
+    )
 
 
 def test_split_by_time_needs_a_clock(tmp_path: Path) -> None:

@@ -38,9 +38,8 @@ def later_than_its_history(values: np.ndarray, columns: EventColumns) -> None:
 
 
 def into_validation(values: np.ndarray, columns: EventColumns) -> None:
-    values[int(np.flatnonzero((columns.split == 0) & (columns.history_count == 0))[0])] = (
-        1  # a user's first click
-    )
+    first_click = np.flatnonzero((columns.split == 0) & (columns.history_count == 0))[0]
+    values[int(first_click)] = 1
 
 
 @pytest.mark.parametrize(

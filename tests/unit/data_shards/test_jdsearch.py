@@ -10,8 +10,14 @@ from data_shards.prepare import prepare
 from tests.unit.data_shards.test_reference import read_back
 
 SHARED = Path(os.environ.get("GENSR_SHARED_DATA", "../shared/data"))
-HEADER = "query\tcandidate_wid_list\tcandidate_label_list\thistory_qry_list\thistory_wid_list\thistory_type_list\thistory_time_list\n"
-PRODUCTS = "wid\tname\tbrand_id\tbrand_name\tcate_id_1\tcate_name_1\tcate_id_2\tcate_name_2\tcate_id_3\tcate_name_3\tcate_id_4\tcate_name_4\tshop_id\n"
+HEADER = (
+    "query\tcandidate_wid_list\tcandidate_label_list\thistory_qry_list\thistory_wid_list\thistory_type_list\t"
+    "history_time_list\n"
+)
+PRODUCTS = (
+    "wid\tname\tbrand_id\tbrand_name\tcate_id_1\tcate_name_1\tcate_id_2\tcate_name_2\tcate_id_3\tcate_name_3\t"
+    "cate_id_4\tcate_name_4\tshop_id\n"
+)
 SETTINGS = ("num_negatives=1", "vocab_size=300")
 
 
@@ -26,7 +32,10 @@ def write_example(folder: Path, line: str) -> Path:
 
 
 def test_the_example_of_its_authors(tmp_path: Path) -> None:
-    line = "12\x1832\x1856\t456_457_789\t3.0_0.0_0.0\t323\x18328\x18196_-1_12\x1854\t889_256_345\tORD_CLICK_CART\t0_12_4_5"
+    line = (
+        "12\x1832\x1856\t456_457_789\t3.0_0.0_0.0\t"
+        "323\x18328\x18196_-1_12\x1854\t889_256_345\tORD_CLICK_CART\t0_12_4_5"
+    )
     write_example(tmp_path, line + "\n" + "7\t457_789\t0.0_1.0\t-1_-1\t457_789\tCLICK_CLICK\t0_1_1")
     prepare("jdsearch", tmp_path, tmp_path / "out", SETTINGS)
     events = read_back(tmp_path / "out")

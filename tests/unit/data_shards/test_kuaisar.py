@@ -15,8 +15,14 @@ from tests.unit.data_shards.test_reference import read_back
 
 DAY = 86_400_000
 START = 1_684_684_800_000  # midnight in Beijing, 2023-05-22
-REC = "user_id,item_id,playing_time,duration_ms,time,timestamp,click,forward,like,follow,search,search_item_related"
-SRC = "user_id,search_session_id,search_session_time,search_session_timestamp,keyword,search_source,item_id,click_cnt,item_type"
+REC = (
+    "user_id,item_id,playing_time,duration_ms,time,timestamp,click,forward,like,follow,search,"
+    "search_item_related"
+)
+SRC = (
+    "user_id,search_session_id,search_session_time,search_session_timestamp,keyword,search_source,item_id,"
+    "click_cnt,item_type"
+)
 LEVELS = [
     f"{level}_level_category_{part}"
     for level in ("first", "second", "third", "fourth")
@@ -72,25 +78,43 @@ def write_world(
 
 def test_rows_that_cannot_be_used_are_counted_by_file_and_reason(tmp_path: Path) -> None:
     recs = [
-        rec(1, 10, f"{START + 5}.0"), rec("", 10, START), rec(1, "nan", START), rec(1, 10, "NaN"), rec(1, 10, START, ""), rec(1, 10, 0),
+        rec(1, 10, f"{START + 5}.0"),
+        rec("", 10, START),
+        rec(1, "nan", START),
+        rec(1, 10, "NaN"),
+        rec(1, 10, START, ""),
+        rec(1, 10, 0),
         rec(1, 10, 1684713600),
-        rec(2, 20, START + 7), rec(2, 20, START + 7), rec(2, 99, START + 7),
-    ]  # fmt: skip
+        rec(2, 20, START + 7),
+        rec(2, 20, START + 7),
+        rec(2, 99, START + 7),
+    ]
     srcs = [
-        src(1, 11, START + 9), src(1, 12, START + 9, clicks=0), src(1, 555, START, kind="USER"),
-        src(1, 556, START, kind="LIVE"), src(1, 557, START, kind="LIVE"),
-        src(1, 21, START + 10, keyword="[7]"), src(1, 21, START, keyword="[]"), src(1, 21, START, keyword=""),
+        src(1, 11, START + 9),
+        src(1, 12, START + 9, clicks=0),
+        src(1, 555, START, kind="USER"),
+        src(1, 556, START, kind="LIVE"),
+        src(1, 557, START, kind="LIVE"),
+        src(1, 21, START + 10, keyword="[7]"),
+        src(1, 21, START, keyword="[]"),
+        src(1, 21, START, keyword=""),
         src(1, 22, START + 11, kind="IMAGE_ATLAS"),
-    ]  # fmt: skip
+    ]
     raw = write_world(tmp_path / "raw", recs, srcs, [item(10, caption="[1]")], newline="\r\n", mark=True)
     manifest = prepare("kuaisar", raw, tmp_path / "out", SETTINGS)
     early = "time before 1971 (in seconds? it must be ms)"
     assert manifest.raw["dropped"] == {
-        "rec_inter.csv: no user_id": 1, "rec_inter.csv: no item_id": 1, "rec_inter.csv: no timestamp": 1, "rec_inter.csv: no click": 1,
-        f"rec_inter.csv: {early}": 2, "src_inter.csv: result of type USER": 1, "src_inter.csv: result of type LIVE": 2,
+        "rec_inter.csv: no user_id": 1,
+        "rec_inter.csv: no item_id": 1,
+        "rec_inter.csv: no timestamp": 1,
+        "rec_inter.csv: no click": 1,
+        f"rec_inter.csv: {early}": 2,
+        "src_inter.csv: result of type USER": 1,
+        "src_inter.csv: result of type LIVE": 2,
         "src_inter.csv: no keyword": 2,
-        "duplicate click": 1, "repeated item row": 1,
-    }  # fmt: skip
+        "duplicate click": 1,
+        "repeated item row": 1,
+    }
     assert manifest.raw["published"]["KuaiSAR"]["items"] == 6_890_707
     events = read_back(tmp_path / "out")["train"]
     searches = {(event["item"], event["query"]) for event in events if event["task"] == "src"}
@@ -352,9 +376,8 @@ def test_anonymised_words_have_three_ways(
 ) -> None:
     import numpy as np
 
-    later = src(
-        1, 10, START + 2 * DAY + 9, keyword='"[7, 1234]"'
-    )  # a test query: its words are in no vocabulary
+    # a test query: its words are in no vocabulary
+    later = src(1, 10, START + 2 * DAY + 9, keyword='"[7, 1234]"')
     raw = write_world(tmp_path / "raw", [], [src(1, 11, START + 9, keyword="[7]"), later], [])
     manifest = prepare("kuaisar", raw, tmp_path / "out", [*SETTINGS, f"words={mode}"])
     catalog = tmp_path / "out" / "catalog"

@@ -34,11 +34,18 @@ def read_back(out: Path) -> dict[str, list[dict[str, Any]]]:
                             strict=True,
                         )
                     )
-                    events[split].append({
-                        "user": users[row["user"]], "item": items[row["item"]], "task": TASKS[row["task"]], "time": row["time"],
-                        "query": queries[row["query"]] if row["query"] >= 0 else None, "history": history,
-                        "impressions": [items[i] for i in row.get("impressions", [])], "event_id": row["event_id"],
-                    })  # fmt: skip
+                    events[split].append(
+                        {
+                            "user": users[row["user"]],
+                            "item": items[row["item"]],
+                            "task": TASKS[row["task"]],
+                            "time": row["time"],
+                            "query": queries[row["query"]] if row["query"] >= 0 else None,
+                            "history": history,
+                            "impressions": [items[i] for i in row.get("impressions", [])],
+                            "event_id": row["event_id"],
+                        }
+                    )
     return events
 
 

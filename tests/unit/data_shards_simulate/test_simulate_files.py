@@ -45,11 +45,17 @@ def digests(folder: Path) -> dict[str, str]:
 def test_headers_and_types_are_kuaisars(logs: Path) -> None:
     integer, real, text = pa.int64(), pa.float64(), pa.string()
     rec = read(logs, "rec_inter.csv").schema
-    names = "user_id item_id playing_time duration_ms time timestamp click forward like follow search search_item_related"
+    names = (
+        "user_id item_id playing_time duration_ms time timestamp click forward like follow search "
+        "search_item_related"
+    )
     assert rec.names == names.split()
     assert rec.types == [integer, integer, real, real, pa.timestamp("s"), real] + [integer] * 6
     src = read(logs, "src_inter.csv").schema
-    names = "user_id search_session_id search_session_time search_session_timestamp keyword search_source item_id click_cnt item_type"
+    names = (
+        "user_id search_session_id search_session_time search_session_timestamp keyword search_source "
+        "item_id click_cnt item_type"
+    )
     assert src.names == names.split()
     assert src.types == [integer, integer, pa.timestamp("s"), integer, text, text, integer, integer, text]
     items = read(logs, "item_features.csv").schema
@@ -122,9 +128,8 @@ def test_clicks_and_sessions_look_like_the_published_ones(logs: Path) -> None:
     assert len(one_keyword) == len(np.unique(session))
     keywords = [json.loads(text) for text in src["keyword"].to_pylist()]
     assert all(1 <= len(words) <= 4 and min(words) >= 1 for words in keywords)
-    assert column(rec, "search").sum() > 0.6 * len(
-        np.unique(session)
-    )  # searches that follow a watched item say so
+    # searches that follow a watched item say so
+    assert column(rec, "search").sum() > 0.6 * len(np.unique(session))
     assert (column(rec, "search_item_related") <= column(rec, "search")).all()
 
 
@@ -251,8 +256,11 @@ def test_progress_ends_complete(tmp_path: Path) -> None:
 def test_memory_does_not_grow_with_the_log(tmp_path: Path) -> None:
     """Peak memory of ten times the rows stays within 60 MB: what is held is a chunk of users and 20 bytes an
     item."""
-    script = "import resource, sys; from data_shards.simulate import simulate; simulate(sys.argv[1], users=int(sys.argv[2]), items=2000, days=10)\n"
-    script += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    script = (
+        "import resource, sys; from data_shards.simulate import simulate\n"
+        "simulate(sys.argv[1], users=int(sys.argv[2]), items=2000, days=10)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
     peaks = []
     for users in (300, 3000):
         done = subprocess.run(

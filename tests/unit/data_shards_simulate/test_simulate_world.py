@@ -54,9 +54,8 @@ class Exam:
     def ndcg(self, search: bool, score: Callable[[Clicks, np.ndarray], np.ndarray]) -> float:
         scores = score(self.rows(search), self.test[search][1])
         above, equal = (scores[:, 1:] > scores[:, :1]).sum(1), (scores[:, 1:] == scores[:, :1]).sum(1)
-        ranks = [
-            np.arange(a, a + e + 1) for a, e in zip(above, equal, strict=True)
-        ]  # ties: mean over their places
+        # ties: mean over their places
+        ranks = [np.arange(a, a + e + 1) for a, e in zip(above, equal, strict=True)]
         return float(np.mean([np.where(r < 10, 1 / np.log2(r + 2), 0).mean() for r in ranks]))
 
     def knn(self, last: int) -> Callable[[Clicks, np.ndarray], np.ndarray]:
@@ -140,9 +139,8 @@ def test_clicks_of_a_query_match_it(exam: Exam) -> None:
     searched = exam.rows(True)
     match = b.matched_concepts(exam.world, searched.concepts, searched.item[:, None])[:, 0]
     stray = b.matched_concepts(exam.world, searched.concepts, np.roll(searched.item, 1)[:, None])[:, 0]
-    assert (
-        match.mean() > 1.7 * stray.mean()
-    )  # a stray item has the concept's number by chance, in another topic
+    # a stray item has the concept's number by chance, in another topic
+    assert match.mean() > 1.7 * stray.mean()
 
 
 def test_a_user_does_not_depend_on_the_range() -> None:

@@ -31,7 +31,7 @@ class Prompt:
     shared_mask_BP: Tensor | None  # bool, True = a real token; None: all are
 
     def whole(self, shared_first: bool) -> tuple[Tensor, Tensor | None]:
-        """One row a candidate, M = B·C: vectors [M, S + P, D], and a mask [M, S + P] where there is padding."""
+        """One row a candidate, M = B·C: vectors [M, S + P, D], and a mask [M, S + P] if there is padding."""
         num_candidates = self.own_BCSD.shape[1]
         vectors = [
             self.own_BCSD,
@@ -55,9 +55,8 @@ class Backbone(nn.Module):
 
     model_types: ClassVar[tuple[str, ...]]  # `model_type` of the config.json files it can load
     shared_first: ClassVar[bool]
-    lora_targets: ClassVar[
-        tuple[str, ...]
-    ]  # names of the linear maps that get an adapter by default: all of attention and feed-forward
+    # names of the linear maps that get an adapter by default: all of attention and feed-forward
+    lora_targets: ClassVar[tuple[str, ...]]
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -71,9 +70,8 @@ class Backbone(nn.Module):
     @property
     def width(self) -> int:
         """D, the width of token vectors."""
-        return int(
-            self.base.get_input_embeddings().embedding_dim
-        )  # not a weight's shape, which ZeRO-3 changes
+        # not a weight's shape, which ZeRO-3 changes
+        return int(self.base.get_input_embeddings().embedding_dim)
 
     @property
     def vocab_size(self) -> int:
@@ -119,9 +117,8 @@ class Backbone(nn.Module):
         """A rows of the output table instead of all V: [M, D], [A] → [M, A] float32."""
         head = self.base.get_output_embeddings().weight
         rows = self.embed(answers) if head is self.embedding_weight() else head[answers]
-        with torch.autocast(
-            hidden_MD.device.type, enabled=False
-        ):  # which would make bf16 of this product, and ties of near scores
+        # autocast would make bf16 of this product, and ties of near scores
+        with torch.autocast(hidden_MD.device.type, enabled=False):
             return hidden_MD.float() @ rows.float().T
 
     def compile_layers(self) -> None:

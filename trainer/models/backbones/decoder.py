@@ -28,9 +28,8 @@ class DecoderBackbone(Backbone):
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
-        for (
-            layer
-        ) in self.base.get_decoder().layers:  # not the last norm: answers are computed from it in float32
+        # not the last norm: answers are computed from it in float32
+        for layer in self.base.get_decoder().layers:
             layer.input_layernorm.__class__ = layer.post_attention_layernorm.__class__ = Norm
 
     @property
@@ -38,18 +37,17 @@ class DecoderBackbone(Backbone):
         return self.base.get_decoder(), None
 
     def answer_logits(self, prompt: Prompt, answers: Tensor) -> Tensor:
-        recompute = (
-            self.training and self.base.get_decoder().gradient_checkpointing
-        )  # which transformers cannot combine with a cache
+        # transformers cannot combine gradient checkpointing with a cache
+        recompute = self.training and self.base.get_decoder().gradient_checkpointing
         hidden_MD = self._whole(prompt) if recompute else self._shared_once(prompt)
         return self.answer_rows(hidden_MD, answers).unflatten(0, prompt.own_BCSD.shape[:2])
 
     def _whole(self, prompt: Prompt) -> Tensor:
         """The last position of every prompt [M, D], each prompt read from its start."""
         vectors_MSD, mask_MS = prompt.whole(shared_first=True)
-        if (
-            mask_MS is None
-        ):  # without a cache and a mask transformers would ask the device whether several texts are packed into one row
+        if mask_MS is None:
+            # without a cache and a mask transformers would ask the device whether several texts are packed
+            # into one row
             mask_MS = torch.ones(vectors_MSD.shape[:2], dtype=torch.bool, device=vectors_MSD.device)
         return self._last_position(vectors_MSD, mask_MS, use_cache=False)
 

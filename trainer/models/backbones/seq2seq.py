@@ -54,7 +54,7 @@ class Seq2SeqBackbone(Backbone):
 
 
 def padded_to_longest(wholes: Sequence[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor]:
-    """Prompt.whole() of several groups, (vectors [M, S, D], mask [M, S]) each, as one; padding stands behind."""
+    """Prompt.whole() of several groups, (vectors [M, S, D], mask [M, S]) each, as one, padded behind."""
     longest = max(vectors_MSD.shape[1] for vectors_MSD, _ in wholes)
     masks = [
         mask_MS if mask_MS is not None else torch.ones(v_MSD.shape[:2], dtype=torch.bool, device=v_MSD.device)

@@ -22,9 +22,8 @@ def take_faster_layers(t5: Any) -> None:
     """Replace the layers of a transformers T5 in place."""
     encoder, decoder = t5.get_encoder(), t5.get_decoder()
     for module in [*encoder.modules(), *decoder.modules()]:
-        if (
-            type(module) in REPLACEMENTS and module is not decoder.final_layer_norm
-        ):  # answers are computed from it in float32
+        # not the decoder's last norm: answers are computed from it in float32
+        if type(module) in REPLACEMENTS and module is not decoder.final_layer_norm:
             module.__class__ = REPLACEMENTS[type(module)]
         elif type(module) is T5Attention and not module.is_causal:
             module.__class__ = AbsorbedCrossAttention if module.is_decoder else EncoderSelfAttention

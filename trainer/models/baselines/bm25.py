@@ -1,85 +1,91 @@
 """BM25 (Robertson & Zaragoza 2009) of the query against the text of each candidate.
 
-Index: bm25s with its defaults, Lucene's variant, k1 = 1.5, b = 0.75. Terms: lower-cased words of
-catalog/items.parquet and queries.parquet, or the anonymised words of item_words and query_words. Only
-candidates are scored: the cost depends on their terms, not on the catalogue.
+Index: bm25s with its defaults, Lucene's variant, k1 = 1.5, b = 0.75. Terms: lower-cased words of the texts, or
+anonymised words where the data has them. Only candidates are scored: the cost depends on their terms, not on the
+catalogue. It reads the prepared folder's texts, so it is evaluated there and not registered.
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from functools import cached_property
 from itertools import chain
-from pathlib import Path
+from typing import Literal
 
 import bm25s
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 from bm25s.tokenization import Tokenized
 from scipy import sparse
 from torch import Tensor
 
-from data_shards.matrices import matrix_parts
-from data_shards.schema import PAD, Manifest
+from data_shards import settings as s
+from data_shards.schema import PAD, SRC
 from trainer.batch import Batch
+from trainer.config import ModelSettings
+from trainer.models.contract import Ranker
 
 K1, B = 1.5, 0.75
 _WORD = re.compile(r"\w+")
 
 
-class Bm25:
-    """Scorer of search events. item_terms, query_terms: for each item and query its term ids in [0,
-    num_terms), with repetitions."""
+@s.settings
+class Bm25Settings(ModelSettings):
+    name: Literal["bm25"] = "bm25"
+    """words of the query in the item's text"""
 
-    def __init__(self, item_terms: list[list[int]], query_terms: list[list[int]], num_terms: int) -> None:
-        self.item_weights = _term_weights(
-            item_terms, num_terms
-        )  # [I, V] CSR: what an item scores for one occurrence of a term in the query
-        self.query_counts = _count_matrix(query_terms, num_terms)  # [Q, V] CSR
 
-    def __call__(self, batch: Batch) -> Tensor:
-        """→ [B, C] float32. Events without a query score 0 everywhere."""
+class Bm25(Ranker):
+    """Counted, not trained. Search only."""
+
+    Settings = Bm25Settings
+    title = "BM25"
+    tasks = (SRC,)
+    needs = frozenset({"texts"})
+    trained = False
+
+    def score(self, batch: Batch) -> Tensor:
+        """Events without a query score 0 everywhere."""
         num_events, num_candidates = batch.candidates.shape
         query_B = batch.query.cpu().numpy()
-        items_R = self.item_weights[batch.candidates.reshape(-1).cpu().numpy()]  # R = B·C rows
-        queries_R = self.query_counts[np.repeat(np.maximum(query_B, 0), num_candidates)]
-        scores_BC = np.asarray(items_R.multiply(queries_R).sum(axis=1), dtype=np.float32).reshape(
-            num_events, num_candidates
-        )
+        item_weights, query_counts = self._index
+        items_R = item_weights[batch.candidates.reshape(-1).cpu().numpy()]  # R = B·C rows
+        queries_R = query_counts[np.repeat(np.maximum(query_B, 0), num_candidates)]
+        scores = np.asarray(items_R.multiply(queries_R).sum(axis=1), dtype=np.float32)
+        scores_BC = scores.reshape(num_events, num_candidates)
         scores_BC[query_B < 0] = 0.0
-        return torch.from_numpy(scores_BC)
+        return torch.from_numpy(scores_BC).to(batch.candidates.device)
+
+    def score_catalogue(self, batch: Batch) -> Tensor:
+        query_B = batch.query.cpu().numpy()
+        item_weights, query_counts = self._index
+        scores_BI = (query_counts[np.maximum(query_B, 0)] @ item_weights.T).toarray().astype(np.float32)
+        scores_BI[query_B < 0] = 0.0
+        return torch.from_numpy(scores_BI).to(batch.candidates.device)
+
+    @cached_property
+    def _index(self) -> tuple[sparse.csr_matrix, sparse.csr_matrix]:
+        """[I, V] what an item scores for one occurrence of a term in the query; [Q, V] occurrences."""
+        if self.world.num_words:
+            num_terms = self.world.num_words + 1
+            item_terms, query_terms = (
+                _word_ids(words) for words in (self.tables.item_words, self.tables.query_words)
+            )
+            return _term_weights(item_terms, num_terms), _count_matrix(query_terms, num_terms)
+        item_texts, query_texts = self.world.texts()
+        vocabulary: dict[str, int] = {}
+        item_terms = [
+            [vocabulary.setdefault(w, len(vocabulary)) for w in _words(text)] for text in item_texts
+        ]
+        query_terms = [[vocabulary[w] for w in _words(text) if w in vocabulary] for text in query_texts]
+        return _term_weights(item_terms, len(vocabulary)), _count_matrix(query_terms, len(vocabulary))
 
 
-def build_bm25(folder: str | Path, manifest: Manifest) -> Callable[[Batch], Tensor]:
-    catalog = Path(folder) / "catalog"
-    if manifest.num_words:
-        sizes = (("item", manifest.num_items), ("query", manifest.num_queries))
-        item_terms, query_terms = (
-            _word_ids(matrix_parts(catalog, f"{name}_words", rows)) for name, rows in sizes
-        )
-        return Bm25(item_terms, query_terms, manifest.num_words + 1)
-    vocabulary: dict[str, int] = {}
-    item_terms = [
-        [vocabulary.setdefault(word, len(vocabulary)) for word in _words(text)]
-        for text in _texts(catalog / "items.parquet")
-    ]
-    query_terms = [
-        [vocabulary[word] for word in _words(text) if word in vocabulary]
-        for text in _texts(catalog / "queries.parquet")
-    ]
-    return Bm25(item_terms, query_terms, len(vocabulary))
+def _words(text: str) -> list[str]:
+    return _WORD.findall(text.lower())
 
 
-def _texts(path: Path) -> Iterable[str]:
-    for batch in pq.ParquetFile(path).iter_batches(columns=["text"]):
-        yield from batch.column(0).to_pylist()
-
-
-def _words(text: str | None) -> list[str]:
-    return _WORD.findall((text or "").lower())
-
-
-def _word_ids(parts: list[np.ndarray]) -> list[list[int]]:
-    return [[word for word in row.tolist() if word != PAD] for words in parts for row in words]
+def _word_ids(words: Iterable[Tensor]) -> list[list[int]]:
+    return [[word for word in row.tolist() if word != PAD] for row in words]
 
 
 def _term_weights(item_terms: list[list[int]], num_terms: int) -> sparse.csr_matrix:
@@ -104,3 +110,6 @@ def _count_matrix(rows: list[list[int]], num_terms: int) -> sparse.csr_matrix:
     counts = sparse.csr_matrix((np.ones(len(terms), np.float32), terms, starts), shape=(len(rows), num_terms))
     counts.sum_duplicates()
     return counts
+
+
+MODEL = Bm25

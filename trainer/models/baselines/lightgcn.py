@@ -1,18 +1,52 @@
-"""LightGCN: e_u · e_i of the full table of `gensr cf`. Users and items without training clicks are zero
-vectors: their candidates tie."""
+"""LightGCN (He et al., SIGIR 2020) as `gensr cf` trains it: e_u · e_i of the full table.
 
-from collections.abc import Callable
-from pathlib import Path
+Two forms of the same table. user: the user's own vector. history (the stronger one): the mean of the vectors of
+the history, which also holds the clicks after the training split, and serves users that the table never saw.
+Users and items without training clicks are zero vectors: their candidates tie.
+"""
+
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from data_shards.schema import Manifest
+from data_shards import settings as s
+from data_shards.schema import REC
 from trainer.batch import Batch
-from trainer.data.cf_table import load_cf
+from trainer.config import ModelSettings
+from trainer.models.contract import Ranker
 
 
-def build_lightgcn(folder: str | Path, manifest: Manifest) -> Callable[[Batch], Tensor]:
-    """Raises DataError when the folder has no table, or one of another split."""
-    table = load_cf(folder, manifest, folds=False)
-    return lambda batch: torch.einsum("bk,bck->bc", table.user[batch.user], table.item[batch.candidates])
+@s.settings
+class LightGcnSettings(ModelSettings):
+    name: Literal["lightgcn"] = "lightgcn"
+    """the CF table alone"""
+    by: Literal["history", "user"] = "history"
+    """whose vector is multiplied with the item's: the mean of the history's, or the user's own"""
+
+
+class LightGcn(Ranker):
+    """Nothing is trained: the table is. Recommendation only."""
+
+    Settings = LightGcnSettings
+    title = "LightGCN"
+    settings: LightGcnSettings
+    tasks = (REC,)
+    needs = frozenset({"cf", "cf_users"})
+    trained = False
+
+    def score(self, batch: Batch) -> Tensor:
+        return torch.einsum("bk,bck->bc", self._taste(batch), self.tables.cf[batch.candidates])
+
+    def score_catalogue(self, batch: Batch) -> Tensor:
+        return self._taste(batch) @ self.tables.cf.T
+
+    def _taste(self, batch: Batch) -> Tensor:
+        if self.settings.by == "user":
+            self.check_history(batch, reads_users=True)
+            return self.tables.cf_users[batch.user]
+        mask_BN1 = batch.history_mask[..., None]
+        return (self.tables.cf[batch.history_items] * mask_BN1).sum(1) / mask_BN1.sum(1).clamp(min=1)
+
+
+MODEL = LightGcn

@@ -1,20 +1,49 @@
 """Popularity: an item's number of training recommendation clicks, the same for every user."""
 
-from collections.abc import Callable
-from pathlib import Path
+from typing import Literal
 
-import numpy as np
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from data_shards.schema import Manifest
+from data_shards import settings as s
+from data_shards.schema import REC
 from trainer.batch import Batch
+from trainer.config import ModelSettings
+from trainer.models.contract import Ranker, World
 
 
-def build_popularity(folder: str | Path, manifest: Manifest) -> Callable[[Batch], Tensor]:
-    column = pq.read_table(Path(folder) / "catalog" / "items.parquet", columns=["train_rec_clicks"])[
-        "train_rec_clicks"
-    ]
-    clicks = torch.from_numpy(column.to_numpy().astype(np.float32))  # exact up to 2^24 clicks
-    return lambda batch: clicks[batch.candidates]
+@s.settings
+class PopularitySettings(ModelSettings):
+    name: Literal["popularity"] = "popularity"
+    """training recommendation clicks of an item"""
+
+
+class Popularity(Ranker):
+    """Counted, not trained. Recommendation only."""
+
+    Settings = PopularitySettings
+    title = "popularity"
+    tasks = (REC,)
+    trained = False
+    clicks: Tensor
+
+    def __init__(self, settings: PopularitySettings, world: World) -> None:
+        super().__init__(settings, world)
+        self.register_buffer("clicks", torch.zeros(world.num_items))  # float32: exact up to 2^24 clicks
+
+    def fit(self) -> None:
+        clicks = self.world.clicks()
+        self.clicks += torch.bincount(clicks.item[clicks.task == REC], minlength=self.world.num_items)
+
+    def score(self, batch: Batch) -> Tensor:
+        return self.clicks[batch.candidates]
+
+    def score_catalogue(self, batch: Batch) -> Tensor:
+        return self.clicks.expand(batch.num_events, -1)
+
+    def probability(self, scores: Tensor) -> Tensor:
+        """Share of the most popular item's clicks."""
+        return scores / self.clicks.max().clamp(min=1)
+
+
+MODEL = Popularity

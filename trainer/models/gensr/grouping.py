@@ -66,17 +66,14 @@ def least_padding(lengths: Tensor, num_groups: int) -> list[int]:
     up_to = lengths.bincount().cumsum(0)  # [V] how many are at most so long
     longer_than = torch.cat([up_to.new_zeros(1), up_to[:-1]])  # [V] index of the first of each length
     value = torch.arange(len(up_to))
-    cost_VV = (
-        (up_to[None] - longer_than[:, None]) * value[None]
-    ).double()  # positions of a group that holds the lengths u … v
+    # positions of a group that holds the lengths u … v
+    cost_VV = ((up_to[None] - longer_than[:, None]) * value[None]).double()
     cost_VV[value[:, None] > value[None]] = torch.inf
+    # least_V[v]: positions of all groups so far, when the last ends with length v
     least_V, starts = cost_VV[0], []
-    for _ in range(
-        num_groups - 1
-    ):  # least_V[v]: positions of all groups so far, when the last ends with length v
-        with_one_more_VV = torch.cat(
-            [least_V[None], least_V[:-1, None] + cost_VV[1:]]
-        )  # row u: the next group begins with length u; 0: it is empty
+    for _ in range(num_groups - 1):
+        # row u: the next group begins with length u; 0: it is empty
+        with_one_more_VV = torch.cat([least_V[None], least_V[:-1, None] + cost_VV[1:]])
         least_V, start_V = with_one_more_VV.min(0)
         starts.append(start_V)
     cuts, end, last = [], len(lengths), len(up_to) - 1

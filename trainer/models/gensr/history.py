@@ -29,10 +29,8 @@ class HistoryEncoder(nn.Module):
         for table in (self.age, self.behaviour):
             if table is not None:
                 nn.init.normal_(table.weight, std=0.02)
-        for residual in (
-            self.layer.self_attn.out_proj,
-            self.layer.linear2,
-        ):  # starts as the (normalised) item vectors themselves
+        # so that the encoder starts as the (normalised) item vectors themselves
+        for residual in (self.layer.self_attn.out_proj, self.layer.linear2):
             nn.init.zeros_(residual.weight)
             nn.init.zeros_(residual.bias)
 

@@ -6,39 +6,25 @@ Letters: B events, N history, C candidates, L tokens, S prompt length, D backbon
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from data_shards.schema import SRC
-from trainer.batch import Batch, Group, ItemTables, rows_of
-from trainer.models.backbones.backbone import Backbone, Prompt
+from trainer.batch import Batch, Group, rows_of
+from trainer.models.backbones.adapters import merge_adapters
+from trainer.models.backbones.backbone import Prompt
+from trainer.models.contract import Cost, Ranker, View, World
+from trainer.models.gensr.cost import gensr_cost
 from trainer.models.gensr.grouping import group_events, in_one_pass
 from trainer.models.gensr.history import HistoryEncoder, SoftFilter
-from trainer.models.gensr.prompt import Template
-from trainer.models.losses import Gather, answer_loss, contrastive_loss, listwise_loss
-
-
-@dataclass(frozen=True)
-class GenSRSettings:
-    """All numbers that shape a GenSR, saved with its weights (RUN/model/gensr.json)."""
-
-    variant: str
-    prompt: str
-    cf_dim: int
-    num_heads: int
-    dropout: float
-    history_max: int
-    history_tokens: int
-    item_tokens: int
-    num_words: int
-    words_dim: int
-    temperature: float
-    contrastive_weight: float
-    listwise_weight: float
-    weight_rec: float
-    weight_src: float
+from trainer.models.gensr.language import backbone_of, keeps_adapters_only
+from trainer.models.gensr.prompt import NUM_EXTENDED_SLOTS, NUM_PAPER_SLOTS, answer_tokens, build_templates
+from trainer.models.gensr.settings import GenSRSettings
+from trainer.models.gensr.views import gensr_views
+from trainer.models.losses import answer_loss, contrastive_loss, listwise_loss
 
 
 def match_projection(view_width: int, width: int) -> nn.Linear:
@@ -62,43 +48,27 @@ class EncodedHistory:
         return EncodedHistory(self.cf_BNK[start:stop], self.sem_BND[start:stop], self.mask_BN[start:stop])
 
 
-class GenSR(nn.Module):
-    """score(batch) → log-odds of "Yes" for every candidate; forward(batch) → (loss, report).
+class GenSR(Ranker):
+    """score(batch) → log-odds of "Yes" for every candidate; loss(batch) → Eq. 8."""
 
-    `tables` are frozen and live outside the module tree: never trained, sharded or saved with the weights.
-    """
+    Settings = GenSRSettings
+    title = "GenSR"
+    needs = frozenset({"cf", "item_text"})
+    settings: GenSRSettings
 
-    def __init__(
-        self,
-        settings: GenSRSettings,
-        backbone: Backbone,
-        templates: dict[int, Template],
-        answers: tuple[int, int],
-        tables: ItemTables,
-    ) -> None:
-        super().__init__()
-        self.settings = settings
-        self.backbone = backbone
-        self.answers = answers  # token ids of ("Yes", "No")
-        self._tables = [tables]  # a list hides it from nn.Module
-        self.gather: Gather | None = None  # set by the trainer for contrastive negatives across ranks
-        # set by the trainer for several processes: under ZeRO-3 all must call the backbone equally often
-        self.same_calls_every_step = False
-        width, cf_width = backbone.width, settings.cf_dim
-        extended = settings.variant == "extended"
-        self.cf_encoder = HistoryEncoder(
-            cf_width, settings.num_heads, settings.dropout, settings.history_max, ordered=extended
-        )
-        self.sem_encoder = HistoryEncoder(
-            width, settings.num_heads, settings.dropout, settings.history_max, ordered=extended
-        )
+    def __init__(self, settings: GenSRSettings, world: World) -> None:
+        super().__init__(settings, world)
+        data, cf_width = world.data, world.tables.cf.shape[1]
+        self.backbone = backbone_of(settings, world)
+        width, extended = self.backbone.width, settings.variant == "extended"
+        encoder = (settings.num_heads, settings.dropout, data.history_max)
+        self.cf_encoder = HistoryEncoder(cf_width, *encoder, ordered=extended)
+        self.sem_encoder = HistoryEncoder(width, *encoder, ordered=extended)
         self.cf_filter = SoftFilter(cf_width, settings.num_heads)
         self.sem_filter = SoftFilter(width, settings.num_heads)
         self.cf_projection = nn.Linear(cf_width, width)  # d_c → d_m, for both CF slots
-        if settings.num_words:
-            self.words = nn.EmbeddingBag(
-                settings.num_words + 1, settings.words_dim, mode="mean", padding_idx=0
-            )
+        if world.num_words:
+            self.words = nn.EmbeddingBag(world.num_words + 1, settings.words_dim, mode="mean", padding_idx=0)
             self.words_projection = nn.Linear(settings.words_dim, width, bias=False)
             nn.init.normal_(self.words.weight, std=settings.words_dim**-0.5)
         if extended:
@@ -106,10 +76,23 @@ class GenSR(nn.Module):
             self.match_sem = match_projection(width, width)
             self.match_query = match_projection(width, width)
             self.no_query = nn.Parameter(torch.zeros(width))
-        self.template_length = max(
-            (len(template.token_ids) for template in templates.values()), default=0
-        )  # of encoders, without query
-        self._constant("answer_tokens", answers)
+        self._set_prompts()
+
+    def _set_prompts(self) -> None:
+        """Templates of both tasks and the answers as constants; none where only sizes are asked for."""
+        templates = {}
+        if self.world.tokenizer is not None:
+            tokenizer = self.world.tokenizer()
+            num_slots = NUM_EXTENDED_SLOTS if self.settings.variant == "extended" else NUM_PAPER_SLOTS
+            templates = build_templates(
+                lambda text: tokenizer(text, add_special_tokens=False)["input_ids"],
+                self.settings.prompt,
+                num_slots,
+                self.backbone.shared_first,
+            )
+            self._constant("answer_tokens", answer_tokens(tokenizer))
+        # tokens of the longest, of encoders without the query
+        self.template_length = max((len(template.token_ids) for template in templates.values()), default=0)
         for task, template in templates.items():
             self._constant(f"template_{task}", template.token_ids)
             self._constant(f"shared_{task}", template.shared_ids)
@@ -120,24 +103,14 @@ class GenSR(nn.Module):
         step."""
         self.register_buffer(name, torch.tensor(list(numbers), dtype=torch.int64), persistent=False)
 
-    @property
-    def tables(self) -> ItemTables:
-        return self._tables[0]
-
-    def set_tables(self, tables: ItemTables) -> None:
-        self._tables[0] = tables
-
     # ---- public --------------------------------------------------------------------------------------------
 
-    def forward(self, batch: Batch, mode: str = "loss") -> Any:
-        """mode "loss": (loss, report of detached scalars), Eq. 8. mode "score": scores_BC. One entry, because
-        wrappers (DDP, ZeRO) hook forward only."""
-        if mode == "score":
-            return self.score(batch)
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Eq. 8 and its terms."""
         history = self.encode_history(batch)
         scores_BC, cf_BCD, sem_BCD = self._score_encoded(batch, history)
-        settings = self.settings
-        weights_B = torch.where(batch.task == SRC, settings.weight_src, settings.weight_rec).float()
+        settings, data = self.settings, self.world.data
+        weights_B = torch.where(batch.task == SRC, data.weight_src, data.weight_rec).float()
         answer = answer_loss(scores_BC, batch.labels, weights_B)
         loss = answer
         report = {"answer_loss": answer.detach()}
@@ -152,11 +125,10 @@ class GenSR(nn.Module):
                 sem_BCD.gather(1, positive)[:, 0],
                 batch.user,
                 settings.temperature,
-                self.gather,
+                self.world.ranks.gather if settings.gather_negatives else None,
             )
             loss = loss + settings.contrastive_weight * contrast
             report["contrastive_loss"] = contrast.detach()
-        report["loss"] = loss.detach()
         return loss, report
 
     def score(self, batch: Batch) -> Tensor:
@@ -164,29 +136,28 @@ class GenSR(nn.Module):
         batch."""
         return self._score_encoded(batch, self.encode_history(batch))[0]
 
-    def grouped(self, batch: Batch) -> Batch:
+    def prepare(self, batch: Batch) -> Batch:
         """The batch with its groups. To be asked while the batch is on the CPU: later, the device is waited
         for."""
         if batch.groups is not None:
             return batch
         query = batch.query.cpu()
         lengths = torch.where(query >= 0, self.tables.query_lengths[query.clamp(min=0)], 0)
-        groups = group_events(
-            batch.task.cpu(), lengths, batch.candidates.shape[1], self._on_cpu, self.same_calls_every_step
-        )
+        # under ZeRO-3 all ranks must call the backbone equally often
+        same_calls = self.world.ranks.size > 1
+        groups = group_events(batch.task.cpu(), lengths, batch.candidates.shape[1], self._on_cpu, same_calls)
         return replace(
             batch, groups=tuple(replace(group, rows=group.rows.to(batch.query.device)) for group in groups)
         )
 
     @property
     def _on_cpu(self) -> bool:
-        """Where the model computes; a batch may still be on its way there."""
-        return self.tables.cf.device.type == "cpu"
+        return self.device.type == "cpu"
 
     def encode_history(self, batch: Batch) -> EncodedHistory:
         """Eqs. 3 and 4, once per event."""
         cf_BNK = self.cf_vectors(batch.history_items, batch.fold)
-        sem_BND = self.semantic_vectors(batch.history_items, self.settings.history_tokens)
+        sem_BND = self.semantic_vectors(batch.history_items, self.world.data.history_tokens)
         mask = batch.history_mask
         return EncodedHistory(
             self.cf_encoder(cf_BNK, batch.history_tasks, mask),
@@ -220,7 +191,7 @@ class GenSR(nn.Module):
         padding excluded, plus its words."""
         tables = self.tables
         vectors = self.backbone.embed_mean(rows_of(tables.item_tokens, items)[..., :num_tokens])
-        if self.settings.num_words:
+        if self.world.num_words:
             vectors = vectors + self._mean_words(rows_of(tables.item_words, items))
         return vectors
 
@@ -230,7 +201,7 @@ class GenSR(nn.Module):
         tables = self.tables
         rows = query_B.clamp(min=0)
         has_query = (query_B >= 0)[:, None]
-        if self.settings.num_words:
+        if self.world.num_words:
             words_BQ = tables.query_words[rows]
             mask_BQ = (words_BQ != 0) & has_query
             vectors_BQD = self.words_projection(nn.functional.embedding(words_BQ.long(), self.words.weight))
@@ -251,7 +222,7 @@ class GenSR(nn.Module):
     def _score_encoded(self, batch: Batch, history: EncodedHistory) -> tuple[Tensor, Tensor, Tensor]:
         """→ scores_BC, and the two filtered views in the backbone's space, [B, C, D] each (for Eq. 10)."""
         cand_cf_BCK = self.cf_vectors(batch.candidates, batch.fold)
-        cand_sem_BCD = self.semantic_vectors(batch.candidates, self.settings.item_tokens)
+        cand_sem_BCD = self.semantic_vectors(batch.candidates, self.world.data.item_tokens)
         f_c_BCK, f_s_BCD = self.soft_filter(history, cand_cf_BCK, cand_sem_BCD)
         f_c_BCD = self.cf_projection(f_c_BCK)
         slots = [f_c_BCD, f_s_BCD, self.cf_projection(cand_cf_BCK), cand_sem_BCD]
@@ -268,7 +239,7 @@ class GenSR(nn.Module):
             ]
         slots_BCXD = torch.stack(slots, 2)
         scores_BC = slots_BCXD.new_zeros(slots_BCXD.shape[:2], dtype=torch.float32)
-        groups = self.grouped(batch).groups or ()
+        groups = self.prepare(batch).groups or ()
         parts = (slots_BCXD, query_BQD, query_mask_BQ)
         prompts = (
             self.fill_prompt(group, *(part_B.index_select(0, group.rows) for part_B in parts))
@@ -308,3 +279,48 @@ class GenSR(nn.Module):
             torch.cat([shared_BPD, query_BQD[:, : group.longest].to(dtype)], 1),
             torch.cat([mask_BP, query_mask_BQ[:, : group.longest]], 1),
         )
+
+    # ---- what the rest of the house asks -------------------------------------------------------------------
+
+    def views(self) -> dict[str, View]:
+        return gensr_views(self)
+
+    def explain(self, batch: Batch) -> dict[str, Tensor]:
+        """Eq. 5's weights: what the two soft filters read of the history for each candidate."""
+        history = self.encode_history(batch)
+        cf_BCK = self.cf_vectors(batch.candidates, batch.fold)
+        sem_BCD = self.semantic_vectors(batch.candidates, self.world.data.item_tokens)
+        return {
+            "cf": self.cf_filter.weights(cf_BCK, history.cf_BNK, history.mask_BN),
+            "semantic": self.sem_filter.weights(sem_BCD, history.sem_BND, history.mask_BN),
+        }
+
+    def cost(self) -> Cost:
+        return gensr_cost(self)
+
+    def save_extra(self, folder: Path) -> None:
+        self.backbone.base.config.save_pretrained(folder / "backbone")
+
+    def saved_names(self) -> set[str]:
+        """Each tied tensor once; with LoRA no frozen weights, if they can be had again by name."""
+        adapters = keeps_adapters_only(self.settings)
+        return {name for name, p in self.named_parameters() if p.requires_grad or not adapters}
+
+    def ready_to_serve(self) -> None:
+        lora = self.settings.lora
+        if lora.rank and not lora.four_bit:
+            merge_adapters(self.backbone)
+
+    @classmethod
+    def check_tokenizer(cls, tokenizer: Any) -> None:
+        answer_tokens(tokenizer)
+
+    @classmethod
+    def refusals(cls, settings: GenSRSettings, zero_stage: int | None) -> list[str]:  # type: ignore[override]
+        if zero_stage != 3:  # there weights are in pieces between two uses
+            return []
+        unsuited = {"model.compile": settings.compile, "model.lora.four_bit": settings.lora.four_bit}
+        return [f"{key}=true" for key, is_set in unsuited.items() if is_set]
+
+
+MODEL = GenSR

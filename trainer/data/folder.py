@@ -1,0 +1,131 @@
+"""The prepared folder: the one object that is passed around, and the one way to its files."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from data_shards.schema import Manifest, read_manifest
+from trainer.batch import ItemTables, TrainClicks
+from trainer.config import DataConfig
+from trainer.data.blocks import read_blocks, to_numpy
+from trainer.data.cf_table import CfTable, cf_path, load_cf
+from trainer.data.item_tables import load_tables
+from trainer.data.node_cache import local_folder
+from trainer.errors import DataError
+from trainer.runtime.files import file_sha256
+
+
+@dataclass(frozen=True)
+class PreparedFolder:
+    """A prepared folder on this machine, or the node's copy of one behind a URL."""
+
+    path: Path
+    manifest: Manifest
+    name: str  # as the user gave it
+
+    @classmethod
+    def open(cls, data: DataConfig) -> "PreparedFolder":
+        """data.dir, fetched into the node's cache where it is a URL. Raises DataError when it is not a prepared
+        folder."""
+        path = local_folder(data)
+        return cls(Path(path), read_manifest(path), data.dir)
+
+    @classmethod
+    def at(cls, path: str | Path) -> "PreparedFolder":
+        return cls(Path(path), read_manifest(path), str(path))
+
+    @property
+    def catalog(self) -> Path:
+        return self.path / "catalog"
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.path / "tokenizer"
+
+    # ---- tables --------------------------------------------------------------------------------------------
+
+    @property
+    def has_cf(self) -> bool:
+        return cf_path(self.path).is_file()
+
+    def cf(self, users: bool = True, folds: bool = True) -> CfTable:
+        """Raises DataError when `gensr cf` has not made it, or made it for another split."""
+        return load_cf(self.path, self.manifest, users=users, folds=folds)
+
+    @cached_property
+    def cf_digest(self) -> str:
+        """sha256 of the CF table's file; "" where there is none."""
+        return file_sha256(cf_path(self.path)) if self.has_cf else ""
+
+    def tables(self, needs: frozenset[str], with_folds: bool = False) -> ItemTables:
+        """What a model's `needs` name, on the CPU; the rest is empty. Raises DataError, with the command that
+        makes it, for something that the folder does not hold."""
+        self._check(needs)
+        cf = self.cf(users="cf_users" in needs, folds=with_folds) if needs & {"cf", "cf_users"} else None
+        return load_tables(self.path, self.manifest, cf, with_folds)
+
+    def _check(self, needs: frozenset[str]) -> None:
+        again = "Prepare the folder again with this gensr: gensr prepare SOURCE RAW OUT"
+        if "history_queries" in needs and not self.manifest.has_history_queries:
+            raise DataError(f"{self.name} holds no queries of the history (format before 3). {again}")
+        if "item_category" in needs and not self.manifest.num_categories:
+            raise DataError(
+                f"{self.name} holds no categories of items. {again}, from logs that have categories"
+            )
+
+    # ---- events --------------------------------------------------------------------------------------------
+
+    def columns(self, split: str, names: list[str]) -> dict[str, np.ndarray]:
+        """Whole columns of a split, in stored order. Fixed-size lists come as [n, k]."""
+        parts: dict[str, list[np.ndarray]] = {name: [] for name in names}
+        for shard in self.manifest.shards(split):
+            for table in read_blocks(self.path, shard, columns=names):
+                for name in names:
+                    parts[name].append(to_numpy(table[name]))
+        empty = np.zeros(0, np.int64)
+        return {name: np.concatenate(arrays) if arrays else empty for name, arrays in parts.items()}
+
+    def clicks(self) -> TrainClicks:
+        """The clicks of the training split, by user and time."""
+        names = ["user", "task", "item", "query", "time", "event_id"]
+        columns = self.columns("train", names)
+        order = np.argsort(columns.pop("event_id"), kind="stable")
+        as_tensors = {n: torch.from_numpy(column[order].astype(np.int64)) for n, column in columns.items()}
+        return TrainClicks(**as_tensors)
+
+    def item_clicks(self) -> np.ndarray:
+        """Training clicks of each item [num_items], both tasks."""
+        table = self.items("train_rec_clicks", "train_src_clicks")
+        return np.asarray(
+            table["train_rec_clicks"].to_numpy() + table["train_src_clicks"].to_numpy(), dtype=np.int64
+        )
+
+    # ---- originals -----------------------------------------------------------------------------------------
+
+    def items(self, *columns: str) -> pa.Table:
+        """Columns of catalog/items.parquet: item_id, text, category, train_rec_clicks, train_src_clicks."""
+        return pq.read_table(self.catalog / "items.parquet", columns=list(columns))
+
+    def item_ids(self) -> list[Any]:
+        ids: list[Any] = self.items("item_id")["item_id"].to_pylist()
+        return ids
+
+    def texts(self) -> tuple[list[str], list[str]]:
+        """All text of each item, and of each query; "" for none."""
+        return [text or "" for text in self.items("text")["text"].to_pylist()], self.query_texts()
+
+    def query_texts(self) -> list[str]:
+        queries = pq.read_table(self.catalog / "queries.parquet", columns=["text"])
+        return [text or "" for text in queries["text"].to_pylist()]
+
+    def user_ids(self) -> list[Any]:
+        ids: list[Any] = pq.read_table(self.catalog / "users.parquet", columns=["user_id"])[
+            "user_id"
+        ].to_pylist()
+        return ids

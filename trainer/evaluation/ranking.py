@@ -1,0 +1,145 @@
+"""Scored events → ranks of the clicked items, gathered over all processes.
+
+EvalStream (this rank's events) ─scorer─▶ scores_BC ─expected_ranks─▶ EventRanks ─gather─▶ EventRanks of all
+"""
+
+from collections.abc import Callable, Iterable, Sized
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_shards.schema import TASKS
+from trainer.batch import Batch
+from trainer.data import prefetched
+from trainer.evaluation.metrics import METRICS, expected_ranks, metric_values
+from trainer.models.contract import Ranker
+from trainer.runtime.device import autocast
+
+Scorer = Callable[[Batch], Tensor]  # events → scores_BC float32
+# One value of this rank → the values of all ranks, in rank order, on every rank; for example
+# partial(gather_objects, accelerator).
+Gather = Callable[[Any], list[Any]]
+CountProgress = Callable[[int, int], None]  # (batches done, batches in all) of this rank
+
+
+@dataclass(frozen=True)
+class EventRanks:
+    """One row for each evaluated event, sorted by event_id; [n] each."""
+
+    event_id: np.ndarray  # int64
+    task: np.ndarray  # int64
+    user: np.ndarray  # int64, row of the users table
+    item: np.ndarray  # int64, the clicked item
+    rank: np.ndarray  # float64, expected rank among the candidates, 1 = first
+    tied: np.ndarray  # bool, another candidate has the clicked item's score
+    num_nan: np.ndarray  # int64, candidates scored NaN (they rank last)
+
+    def take(self, index: np.ndarray) -> "EventRanks":
+        return EventRanks(**{name: column[index] for name, column in vars(self).items()})
+
+    def of_task(self, task: int) -> "EventRanks":
+        return self.take(self.task == task)
+
+    @staticmethod
+    def concatenate(parts: "list[EventRanks]") -> "EventRanks":
+        return EventRanks(
+            **{
+                name: np.concatenate([getattr(part, name) for part in parts])
+                for name in EventRanks.__dataclass_fields__
+            }
+        )
+
+
+# ---- ranking -----------------------------------------------------------------------------------------------
+
+
+def rank_events(
+    scorer: Scorer,
+    stream: Iterable[Batch],
+    gather: Gather | None = None,
+    progress: CountProgress | None = None,
+    task: int | None = None,
+) -> EventRanks:
+    """Score and rank this rank's batches, then gather all ranks' rows. Filler rows (event_id −1) are dropped.
+
+    `task`: score the events of one task only. Every rank returns the same. Asserts that no event is lost or
+    seen twice.
+    """
+    parts: list[EventRanks] = []
+    num_skipped = 0
+    num_batches = len(stream) if isinstance(stream, Sized) else 0
+    with torch.no_grad():
+        for number, batch in enumerate(prefetched(stream), start=1):
+            if task is not None:
+                num_skipped += int(((batch.event_id >= 0) & (batch.task != task)).sum())
+                batch = batch.take(batch.task == task)
+            # fillers are scored too, without a shortcut: under ZeRO-3 every rank must call the model equally
+            # often
+            parts.append(_rank_batch(scorer, batch))
+            if progress is not None:
+                progress(number, num_batches)
+    assert parts, "every rank gets the same number of batches, at least one"
+    mine = EventRanks.concatenate(parts)
+    gathered = gather((mine, num_skipped)) if gather is not None else [(mine, num_skipped)]
+    ranks = EventRanks.concatenate([rows for rows, _ in gathered])
+    ranks = ranks.take(np.argsort(ranks.event_id, kind="stable"))
+    assert len(np.unique(ranks.event_id)) == len(ranks.event_id), "an event was evaluated twice"
+    expected = getattr(stream, "num_events", None)
+    num_seen = len(ranks.event_id) + sum(skipped for _, skipped in gathered)
+    assert expected is None or num_seen == expected, f"{num_seen} of {expected} events were evaluated"
+    return ranks
+
+
+def _rank_batch(scorer: Scorer, batch: Batch) -> EventRanks:
+    scores_BC = scorer(batch).float().cpu()
+    assert scores_BC.shape == batch.candidates.shape, (scores_BC.shape, batch.candidates.shape)
+    rank, tied = expected_ranks(scores_BC, batch.labels)
+    columns = {
+        "event_id": batch.event_id,
+        "task": batch.task,
+        "user": batch.user,
+        "item": batch.candidates.gather(1, batch.labels.argmax(1, keepdim=True))[:, 0],
+        "rank": rank,
+        "tied": tied,
+        "num_nan": scores_BC.isnan().sum(1),
+    }
+    real = (batch.event_id >= 0).numpy()
+    return EventRanks(**{name: column.numpy() for name, column in columns.items()}).take(real)
+
+
+def validate(scorer: Scorer, stream: Iterable[Batch], gather: Gather | None = None) -> dict[str, float]:
+    """Metrics during training, without intervals: {"rec/ndcg@10": …, "src/recall@5": …, "mean/mrr": …}.
+
+    A task without events is left out; mean is over the tasks present.
+    """
+    ranks = rank_events(scorer, stream, gather)
+    means = {
+        name: metric_values(torch.from_numpy(ranks.of_task(task).rank)).mean(0)
+        for task, name in enumerate(TASKS)
+        if (ranks.task == task).any()
+    }
+    means["mean"] = torch.stack(list(means.values())).mean(0)
+    return {
+        f"{name}/{metric}": float(values[i])
+        for name, values in means.items()
+        for i, metric in enumerate(METRICS)
+    }
+
+
+def autocast_scorer(model: Ranker, device: str, precision: str) -> Scorer:
+    """Batches to the device of a model, scoring under the run's precision. Scores come back as float32."""
+
+    def scorer(batch: Batch) -> Tensor:
+        with autocast(device, precision):
+            return model.score(model.prepare(batch).to(device))
+
+    return scorer
+
+
+def gather_over_group(value: Any) -> list[Any]:
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values

@@ -1,0 +1,222 @@
+"""The contract of every model in the house: what it is built from (`World`), and what the trainer, evaluation,
+registry and service ask of it (`Ranker`).
+
+A model is one file: trainer/models/baselines/NAME.py (or a folder, as gensr/) that ends with `MODEL = Name`.
+zoo.py finds it by the file's name, and `model.name=NAME` trains it. Letters of tensor names: trainer/README.md.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from data_shards.schema import REC, SRC, TASKS
+from trainer.batch import Batch, ItemTables, TrainClicks
+from trainer.config import DataConfig, ModelSettings
+from trainer.errors import RequestError
+
+GatherRows = Callable[[Tensor], tuple[Tensor, int]]
+"""Rows of this rank [n, …] → (rows of all ranks with gradient [R·n, …], index of this rank's first row)."""
+
+CATALOGUE_SLICE = 1024  # candidates that score_catalogue() has scored at once: bounds memory
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes that train one model, as far as a model may know: how many, and how rows are gathered."""
+
+    size: int = 1
+    gather: GatherRows | None = None
+
+
+@dataclass(frozen=True)
+class World:
+    """What any model is built from. The same for training, evaluation and serving; where the prepared folder is
+    not at hand (a registered version), `clicks` and `texts` raise."""
+
+    num_users: int
+    num_items: int
+    num_queries: int
+    num_words: int  # of the anonymised vocabulary; 0 for natural text
+    vocab_size: int  # of the tokenizer
+    num_categories: int  # ids of ItemTables.item_category are 1 … num_categories; 0: the folder has none
+    data: DataConfig
+    tables: ItemTables  # only what the model's `needs` names is filled
+    tokenizer: Callable[[], Any] | None  # None: only sizes are asked for (dry run)
+    clicks: Callable[[], TrainClicks]  # of the training split
+    texts: Callable[[], tuple[list[str], list[str]]]  # all text of each item, and of each query
+    precision: Literal["fp32", "bf16"] = "fp32"  # run.precision
+    ranks: Ranks = Ranks()
+    saved: Path | None = (
+        None  # what save_extra() wrote, when the weights are loaded afterwards; None: a new model
+    )
+
+    @property
+    def num_terms(self) -> int:
+        """Ids of ItemTables.item_terms and query_terms are 1 … num_terms, 0 is padding."""
+        return self.num_words or self.vocab_size - 1
+
+
+@dataclass(frozen=True)
+class View:
+    """Vectors for retrieval: one index over items, and what it is asked with. A zero row is in no index, and a
+    zero question finds nothing."""
+
+    width: int
+    items: Callable[[Tensor], Tensor]  # rows of items [n] → [n, width] float32
+    ask: Callable[
+        [Batch, Tensor], Tensor
+    ]  # (events, mean of the items' vectors [width]) → [B, width] float32
+    share: Mapping[int, float]  # task → share of the candidates that come from this view
+    centred: bool = (
+        False  # the index holds items less their mean: what all items share says nothing about one
+    )
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one training event costs beside parameters, gradients and optimizer state. Estimates: the model says
+    where its constants come from."""
+
+    flops: float  # forward and backward of one event, all its candidates
+    activation_bytes: float  # of one event, kept for the backward pass
+    cast_bytes: float = 0.0  # low-precision copies of weights that live until the backward pass
+    saved_bytes: float = 0.0  # frozen weights that are held in less than float32
+
+
+class Ranker(nn.Module):
+    """A model that ranks candidates for events: recommendations, searches, or both.
+
+    Must: `loss` and `score`. The rest has sound defaults. Wrappers (DDP, ZeRO) hook forward() only, so the trainer
+    always calls model(batch) and model(batch, mode="score"). Item tables are frozen and live outside the module
+    tree: never trained, sharded or saved with the weights.
+    """
+
+    Settings: ClassVar[type[ModelSettings]]
+    title: ClassVar[str] = ""  # how tables call it
+    tasks: ClassVar[tuple[int, ...]] = (REC, SRC)  # stream, validation and reports follow it
+    # of: cf, cf_users, item_text, history_queries, users, item_category, texts
+    needs: ClassVar[frozenset[str]] = frozenset()
+    trained: ClassVar[bool] = True  # False: fit() is all there is to learn, no step is made
+
+    def __init__(self, settings: ModelSettings, world: World) -> None:
+        super().__init__()
+        self.settings = settings
+        self._world = [world]  # a list hides tensors from nn.Module
+
+    # ---- must ----------------------------------------------------------------------------------------------
+
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """→ (mean loss of the events, detached scalars for the log; "loss" is added by forward). Micro-batches of
+        equal size must add up to the whole batch's gradient."""
+        raise NotImplementedError
+
+    def score(self, batch: Batch) -> Tensor:
+        """→ scores_BC, float32, higher is better, finite. A score depends neither on the other rows of the batch,
+        nor on the other candidates, nor on padding."""
+        raise NotImplementedError
+
+    # ---- may -----------------------------------------------------------------------------------------------
+
+    def fit(self) -> None:
+        """What is counted, not learned: called once for a new model, before the first step. Keep the result in
+        buffers, which are saved with the weights."""
+
+    def prepare(self, batch: Batch) -> Batch:
+        """Work on a batch that the loader's thread can do, while it is on the CPU."""
+        return batch
+
+    def score_catalogue(self, batch: Batch) -> Tensor:
+        """Scores of every item for every event, [B, num_items] float32. Two-tower-like models override it with one
+        product."""
+        parts = []
+        for start in range(0, self.world.num_items, CATALOGUE_SLICE):
+            items = torch.arange(start, min(start + CATALOGUE_SLICE, self.world.num_items))
+            candidates = items.expand(batch.num_events, -1).to(batch.candidates.device)
+            labels = torch.zeros(candidates.shape, device=batch.candidates.device)
+            parts.append(self.score(self.prepare(batch.with_candidates(candidates, labels))))
+        return torch.cat(parts, 1)
+
+    def views(self) -> dict[str, View]:
+        """Vectors for retrieval by name. {}: the whole catalogue is ranked by score_catalogue()."""
+        return {}
+
+    def probability(self, scores: Tensor) -> Tensor:
+        """What a request is answered with. The order is that of the scores."""
+        return scores.sigmoid()
+
+    def representations(self, batch: Batch) -> dict[str, Tensor]:
+        """What the analyses look at, [B, …] each: "input" (what the model knows of the event), "hidden" (the last
+        layer before the score of the clicked item)."""
+        raise NotImplementedError(f"{type(self).__name__} shows no representations")
+
+    def explain(self, batch: Batch) -> dict[str, Tensor]:
+        """Weights of history items for each candidate by view, [B, C, N] each, rows sum to 1 (0 without history).
+        {}: the model has none."""
+        return {}
+
+    def cost(self) -> Cost | None:
+        """None: the dry run counts parameters only."""
+        return None
+
+    def save_extra(self, folder: Path) -> None:
+        """Files beside the weights that World.saved needs to build the model again (backbone, tokenizer)."""
+
+    def saved_names(self) -> set[str]:
+        """Names of parameters and buffers that RUN/model holds. Frozen weights that can be had again by name may
+        stay out."""
+        return set(self.state_dict())
+
+    def ready_to_serve(self) -> None:
+        """Called once after the weights are loaded and before the first score: may fold or cast weights."""
+
+    @classmethod
+    def check_tokenizer(cls, tokenizer: Any) -> None:
+        """Raises DataError when the model cannot work with a folder's tokenizer."""
+
+    @classmethod
+    def refusals(cls, settings: ModelSettings, zero_stage: int | None) -> list[str]:
+        """Settings that cannot be used under a ZeRO stage, as `model.key=value` with the reason."""
+        return []
+
+    # ---- final ---------------------------------------------------------------------------------------------
+
+    def forward(self, batch: Batch, mode: str = "loss") -> Any:
+        """Not to be overridden. mode "loss": (loss, report of detached scalars). mode "score": scores_BC."""
+        if mode == "score":
+            return self.score(batch)
+        loss, report = self.loss(batch)
+        report["loss"] = loss.detach()
+        return loss, report
+
+    @property
+    def world(self) -> World:
+        return self._world[0]
+
+    @property
+    def tables(self) -> ItemTables:
+        return self._world[0].tables
+
+    def set_tables(self, tables: ItemTables) -> None:
+        self._world[0] = replace(self._world[0], tables=tables)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes: that of its tables; a batch may still be on its way there."""
+        return self.tables.device
+
+    def check_history(self, batch: Batch, reads_users: bool = False) -> None:
+        """Raises RequestError for a history given by hand to a model that only knows the users it was trained on."""
+        if (reads_users or "users" in self.needs) and bool((batch.user < 0).any()):
+            raise RequestError(
+                f"{self.settings.name} knows users by their rows, not by a history given by hand. "
+                "Name a user of the training data (user_id)"
+            )
+
+
+def task_names(model: Ranker) -> tuple[str, ...]:
+    """("rec", "src") or the one it serves."""
+    return tuple(TASKS[task] for task in model.tasks)

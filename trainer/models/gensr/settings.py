@@ -1,0 +1,64 @@
+"""The section model.* of a configuration whose model is GenSR."""
+
+from typing import Literal
+
+from data_shards import settings as s
+from trainer.config import CfSettings, Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat
+
+
+@s.settings
+class LoraConfig:
+    rank: NonNegative = 0
+    """0 trains the whole backbone"""
+    alpha: Positive = 16
+    """LoRA scale is alpha / rank"""
+    dropout: Fraction = 0.05
+    """dropout on the adapter's input"""
+    target_modules: str = "auto"
+    """comma-separated module names, or auto: sound defaults for the backbone's family"""
+    rslora: bool = False
+    """scale by alpha / √rank instead of alpha / rank (rsLoRA)"""
+    dora: bool = False
+    """learn direction and magnitude apart (DoRA): a little better at small ranks, slower"""
+    four_bit: bool = False
+    """frozen weights in 4 bits (QLoRA); needs bitsandbytes and a CUDA device, and a ZeRO stage below 3"""
+    also_train: str = ""
+    """parts of the backbone trained whole beside the adapters, comma-separated: embeddings, head, or module
+    names"""
+
+
+@s.settings
+class GenSRSettings(CfSettings):
+    name: Literal["gensr"] = "gensr"
+    """the published method and its extension"""
+    backbone: str = "scratch:mini"
+    """hub name, local folder, or scratch:SIZE with SIZE one of trainer/models/backbones/families.py's shapes
+    """
+    variant: Literal["paper", "extended"] = "extended"
+    """paper: the published equations. extended: adds position and task embeddings and three product slots
+    (trainer/models/gensr/README.md)"""
+    prompt: Literal["paper", "compact"] = "compact"
+    """wording of the task prompts; compact has about 40 tokens"""
+    num_heads: Positive = 2
+    """heads of the history encoders and of the soft filter (Eqs. 3–5)"""
+    dropout: Fraction = 0.1
+    """dropout of the history encoders and of a backbone from scratch"""
+    words_dim: Positive = 64
+    """width of the learned table of anonymised words"""
+    temperature: PositiveFloat = 0.07
+    """τ of the contrastive term (Eq. 10)"""
+    contrastive_weight: NonNegativeFloat = 0.01
+    """λ of Eq. 8"""
+    gather_negatives: bool = False
+    """contrastive negatives from all ranks instead of this rank's batch"""
+    listwise_weight: NonNegativeFloat = 0.0
+    """weight of a softmax cross-entropy over the candidates of an event, beside Eq. 9 (0 in the paper)"""
+    activation_checkpointing: bool = False
+    """recompute the backbone's activations in the backward pass: less memory, about a third more time"""
+    compile: bool = False
+    """torch.compile the backbone's layers, a minute at the start; gains nothing on a CPU; not under ZeRO-3"""
+    lora: LoraConfig = LoraConfig()
+
+    def describe(self) -> str:
+        adapters = f", LoRA rank {self.lora.rank}" if self.lora.rank else ""
+        return f"{self.name}: {self.backbone}, {self.variant}, {self.prompt} prompt{adapters}"

@@ -1,0 +1,45 @@
+"""Models by name: gensr, and each file of baselines/. Nothing is imported before it is asked for."""
+
+import importlib
+import pkgutil
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trainer.config import ModelSettings
+from trainer.errors import ConfigError
+
+if TYPE_CHECKING:
+    from trainer.models.contract import Ranker
+
+GENSR = "gensr"
+BASELINES = Path(__file__).with_name("baselines")
+
+
+def model_names() -> list[str]:
+    return [GENSR, *sorted(module.name for module in pkgutil.iter_modules([str(BASELINES)]))]
+
+
+def model_class(name: str) -> "type[Ranker]":
+    """Raises ConfigError that lists the names."""
+    _check(name)
+    module = "trainer.models.gensr.model" if name == GENSR else f"trainer.models.baselines.{name}"
+    found: type[Ranker] = importlib.import_module(module).MODEL
+    return found
+
+
+def settings_class(name: str) -> type[ModelSettings]:
+    """The section model.* of a configuration. GenSR's is read without importing torch."""
+    if name == GENSR:
+        from trainer.models.gensr.settings import GenSRSettings
+
+        return GenSRSettings
+    return model_class(name).Settings
+
+
+def _check(name: str) -> None:
+    names = model_names()
+    if name not in names:
+        close = get_close_matches(str(name), names, n=1)
+        hint = f"Did you mean {close[0]}?" if close else f"There are: {', '.join(names)}"
+        raise ConfigError(f"model.name={name}: no such model. {hint}")
