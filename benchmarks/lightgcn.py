@@ -1,5 +1,5 @@
-"""[--edges N --users N --items N --steps N --turns N]: one training step of our LightGCN beside
-torch_geometric's, in turns.
+"""[--edges N --users N --items N --steps N --turns N]: one training step of our LightGCN and
+one of torch_geometric's, alternately.
 
 Each turn is a process of its own, on a GPU where there is one.
 

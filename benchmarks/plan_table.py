@@ -1,4 +1,4 @@
-"""The table of trainer/README.md: memory, time and scaling of backbones on H200s, calculated by what `gensr
+"""The table of docs/RESULTS.md: memory, time and scaling of backbones on H200s, calculated by what `gensr
 train --dry-run` calculates with.
 
 python -m benchmarks.plan_table

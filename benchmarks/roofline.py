@@ -6,7 +6,7 @@ without one.
 FOLDER is a prepared folder with natural text and a CF table; settings are those of `gensr train`, on top of
 flan-t5-base's shape. Every operation of a real step is seen with fake tensors (shapes, no values) and takes
 the longest of: its arithmetic, its bytes from and to memory, and a kernel's shortest time. All kernels of one
-process must also be launched, which goes on beside: a step takes the longer of the two. What is not there is
+process must also be launched, at the same time: a step takes the longer of the two. What is not there is
 the time of several GPUs for each other. Where a GPU is at hand, measure: gensr bench train.
 """
 

@@ -58,7 +58,7 @@ def download(
 ) -> list[Path]:
     """Fetch the data set `name` into `folder` (made when missing) and unpack zips; returns the data files.
 
-    What is there and complete is not fetched again; a broken-off file goes on where it stopped. `base_url`
+    What is there and complete is not fetched again; a broken-off file resumes where it stopped. `base_url`
     replaces the public server (a mirror). Raises ConfigError for an unknown name, DataError when the server
     cannot be reached, answers nonsense, or a file fails its check.
     """
@@ -75,7 +75,7 @@ def download(
     except OSError as error:
         raise DataError(
             f"cannot write into {folder}: {error}. What was fetched stays there; run the same command again "
-            "to go on."
+            "to continue."
         ) from error
     return files
 
@@ -246,7 +246,7 @@ def _wait_or_give_up(url: str, error: Exception, failures: int, backoff_s: float
     if hopeless or failures + 1 >= TRIES:
         tried = "" if hopeless else f" ({failures + 1} tries)"
         advice = (
-            "Check the network or proxy (https_proxy), then run the same command again: it goes on where it "
+            "Check the network or proxy (https_proxy), then run the same command again: it resumes where it "
             "stopped."
         )
         raise DataError(f"{url}: {error}{tried}. {advice}") from error

@@ -62,7 +62,7 @@ def prepare(
     """Raw logs of `source` (kuaisar, amazon, jdsearch, tables) in `raw` → the prepared folder `out`.
     overrides: "key=value" of PrepareSettings.
 
-    An interrupted call leaves `out` as it was; the same call again goes on from the last finished stage (in
+    An interrupted call leaves `out` as it was; the same call again resumes after the last finished stage (in
     OUT.partial). Raises ConfigError for bad settings, DataError for input that cannot be used or a disk that
     is full.
     """

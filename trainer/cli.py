@@ -242,7 +242,8 @@ def train(
     ],
     overrides: Overrides = None,
     resume: Annotated[
-        str, typer.Option(help="never, or auto: go on from the newest checkpoint in run.dir, if there is one")
+        str,
+        typer.Option(help="never, or auto: resume from the newest checkpoint in run.dir, if there is one"),
     ] = "never",
     dry_run: Annotated[
         bool,
@@ -718,7 +719,7 @@ def data(
             "the figures are those of the last"
         ),
     ] = "200000",
-    turns: Annotated[int, typer.Option(help="measurements of each side, in turns", min=1)] = 2,
+    turns: Annotated[int, typer.Option(help="measurements of each side; the sides alternate", min=1)] = 2,
     seconds: Annotated[float, typer.Option(help="CPU seconds of one loader measurement")] = 5.0,
     threads: Annotated[int, typer.Option(help="threads of both preparations", min=1)] = 2,
     memory_limit: Annotated[str, typer.Option(help="duckdb's memory in both preparations")] = "1000MB",
@@ -749,7 +750,7 @@ Pairs = Annotated[
     ),
 ]
 Steps = Annotated[int, typer.Option(help="measured steps of a turn, after three to warm up", min=1)]
-Turns = Annotated[int, typer.Option(help="measurements of each side, in turns", min=1)]
+Turns = Annotated[int, typer.Option(help="measurements of each side; the sides alternate", min=1)]
 Threads = Annotated[int, typer.Option(help="CPU threads of both sides", min=1)]
 Profile = Annotated[
     Path | None,

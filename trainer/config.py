@@ -182,7 +182,7 @@ class CfConfig:
     """folds when holdout=crossfit"""
     shared_epochs: Fraction = 0.0
     """share of the epochs that the tables of two folds train as one, without the clicks of either; 0 = each
-    from nothing"""
+    from scratch"""
     seed: NonNegative = 0
     """seeds initial vectors, sampling and folds"""
 
@@ -193,5 +193,5 @@ class CfRoot:
     overwrite: bool = False
     """replace an existing table of other settings or of another split"""
     save_every_s: NonNegativeFloat = 300.0
-    """seconds between two saved states of a table in training, from which an interrupted `gensr cf` goes on
+    """seconds between two saved states of a table in training, from which an interrupted `gensr cf` resumes
     """

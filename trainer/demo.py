@@ -203,7 +203,7 @@ def launch(processes: int, arguments: Sequence[str], quiet: bool = False) -> Non
     if code:
         raise RunError(
             f"`gensr {' '.join(arguments)}` on {processes} processes ended with exit code {code}; see above. "
-            "gensr demo goes on from there."
+            "gensr demo resumes from there."
         )
 
 

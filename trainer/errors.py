@@ -15,7 +15,7 @@ __all__ = [
 
 
 class RunError(GensrError):
-    """A training run that cannot start or go on: a run folder in use, a checkpoint of other data, a loss that
+    """A training run that cannot start or continue: a run folder in use, a checkpoint of other data, a loss that
     is not finite."""
 
 

@@ -1,4 +1,4 @@
-"""A run goes on with another number of processes, under another ZeRO stage, with DeepSpeed or without: the
+"""A run resumes with another number of processes, under another ZeRO stage, with DeepSpeed or without: the
 same state, events and loss curve.
 
 Launches of one, two, four and one processes hand the same run folders on; the tests read what they left.

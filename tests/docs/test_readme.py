@@ -1,5 +1,5 @@
-"""The README is true: every verb, option, key, preset, file and make target it names exists, and its commands
-run."""
+"""The documentation is true: every verb, option, key, preset, file and make target it names exists, and the
+README's commands run."""
 
 import re
 import shlex
@@ -11,18 +11,13 @@ import typer
 from typer.testing import CliRunner
 
 from data_shards.settings import key_help
+from tests.docs.pages import PAGES, README, ROOT, fenced, text_of
 from tests.worlds import write_tables
 from trainer.cli import app, settings_trees
-from trainer.configs import preset_names
+from trainer.configs import config_type, preset_names
 
-ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = [
-    path
-    for path in ROOT.glob("*/README.md")
-    if path.parent.name in ("trainer", "data_shards", "ds_configs", "slurm")
-] + [ROOT / "README.md"]
 COMMAND = typer.main.get_command(app)
+TREES = {**settings_trees(), "train": config_type()}  # with the settings of GenSR
 SMALL = {
     "prepare": ["vocab_size=400", "history_max=10", "num_negatives=20"],
     "cf": ["cf.max_epochs=2", "cf.dim=16", "cf.holdout=none"],
@@ -35,12 +30,6 @@ SMALL = {
     ],
     "evaluate": ["--no-baselines"],
 }
-
-
-def fenced(text: str) -> list[str]:
-    """Lines of code blocks, continuation lines joined."""
-    blocks = re.findall(r"^```\w*\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
-    return [line.strip() for block in blocks for line in re.sub(r"\\\n\s*", "", block).splitlines()]
 
 
 def gensr_commands(text: str) -> list[list[str]]:
@@ -62,15 +51,13 @@ def click_command(arguments: list[str]) -> tuple[Any, list[str]]:
     return command, arguments
 
 
-ALL_COMMANDS = [
-    (path, arguments) for path in PAGES for arguments in gensr_commands(path.read_text(encoding="utf-8"))
-]
+ALL_COMMANDS = [(path, arguments) for path in PAGES for arguments in gensr_commands(text_of(path))]
 
 
 @pytest.mark.parametrize(
     ("path", "arguments"),
     ALL_COMMANDS,
-    ids=lambda value: " ".join(value) if isinstance(value, list) else value.parent.name,
+    ids=lambda value: " ".join(value) if isinstance(value, list) else str(value.relative_to(ROOT)),
 )
 def test_commands_exist(path: Path, arguments: list[str]) -> None:
     command, rest = click_command(arguments)
@@ -80,45 +67,40 @@ def test_commands_exist(path: Path, arguments: list[str]) -> None:
     } | {"--help"}
     verb = arguments[0]
     if verb != "submit":  # takes sbatch's options, too
-        assert {word.split("=")[0] for word in rest if word.startswith("--")} <= options
+        assert {word.split("=")[0] for word in rest if re.match(r"--?[a-z]", word)} <= options
     overrides = [word.partition("=")[0] for word in rest if re.match(r"[a-z_.]+=", word)]
     tree = "train" if verb == "submit" else verb
-    if tree in settings_trees():
-        keys = {key for key, _, _ in key_help(settings_trees()[tree])}
+    if tree in TREES:
+        keys = {key for key, _, _ in key_help(TREES[tree])}
         assert set(overrides) <= keys
     if tree == "train" and rest and re.fullmatch(r"[a-z][a-z0-9_]*", rest[0]):
         assert rest[0] in preset_names()
 
 
-def test_verbs_table_is_complete() -> None:
-    table = README.split("## Verbs")[1].split("\n## ")[0]
-    named = {words[0] for words in gensr_commands(table)}
-    assert named == set(COMMAND.commands)  # type: ignore[attr-defined]
+def test_every_verb_and_preset_is_described() -> None:
+    page = text_of(ROOT / "docs" / "verbs.md")
+    verbs = page.split("## All verbs")[1].split("\n## ")[0]
+    assert {words[0] for words in gensr_commands(verbs)} == set(COMMAND.commands)  # type: ignore[attr-defined]
+    presets = page.split("## Presets")[1].split("\n## ")[0]
+    assert set(preset_names()) <= set(re.findall(r"^\| `([a-z0-9_]+)`", presets, flags=re.MULTILINE))
 
 
 def test_keys_in_the_text_exist() -> None:
-    known = {key for tree in settings_trees().values() for key, _, _ in key_help(tree)}
+    known = {key for tree in TREES.values() for key, _, _ in key_help(tree)}
     sections = {key.split(".")[0] for key in known if "." in key}
-    for name in re.findall(r"`([a-z_]+\.[a-z_.]+)(?:=[^`]*)?`", README):
-        if name.split(".")[0] in sections:
-            assert name in known
+    for path in PAGES:
+        for name in re.findall(r"`([a-z_]+\.[a-z_.]+)(?:=[^`]*)?`", text_of(path)):
+            if name.split(".")[0] in sections and not name.endswith((".py", ".json", ".safetensors")):
+                assert any(key == name or key.startswith(f"{name}.") for key in known), f"{path}: {name}"
 
 
 def test_make_targets_exist() -> None:
-    targets = set(
-        re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
-    )
-    for page in (README, (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")):
-        assert {word for line in fenced(page) for word in re.findall(r"\bmake ([a-z]+)", line)} <= targets
-
-
-def test_named_files_exist() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", text_of(ROOT / "Makefile"), flags=re.MULTILINE))
     for path in PAGES:
-        text = path.read_text(encoding="utf-8")
-        for name in re.findall(r"ds_configs/[a-z0-9_]+\.(?:yaml|json)", text):
-            assert (ROOT / name).is_file(), name
-        for link in re.findall(r"\]\((?!http|#)([^)#]+)", text):
-            assert (path.parent / link).exists(), link
+        text = text_of(path)
+        code = [*fenced(text), *re.findall(r"`([^`\n]+)`", text)]
+        named = {word for line in code for word in re.findall(r"^make ([a-z-]+)", line)}
+        assert named <= targets, path
 
 
 @pytest.mark.slow
@@ -129,7 +111,7 @@ def test_bring_your_own_logs_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.chdir(tmp_path)
     commands = [
         shlex.split(line)[1:]
-        for line in fenced(README.split("<!-- run by tests/docs")[1].split("\n## ")[0])
+        for line in fenced(text_of(README).split("<!-- run by tests/docs")[1].split("\n## ")[0])
         if line.startswith("gensr ")
     ]
     assert len(commands) == 7

@@ -315,7 +315,7 @@ def test_anonymised_words(prepared_words: Path, tmp_path: Path) -> None:
 
 
 def test_missing_models_are_named(run_dir: Path, version: int, tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="no run folder"):
+    with pytest.raises(RunError, match="not a run folder"):
         open_model(tmp_path)
     with pytest.raises(RunError, match="no such model"):
         open_model("models:/nobody@candidate", f"sqlite:///{run_dir.parent / 'mlflow.db'}")

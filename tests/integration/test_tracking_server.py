@@ -218,7 +218,7 @@ def test_a_run_folder_alone_is_enough(server: Server, offline: Path, tmp_path: P
 
 
 def test_what_cannot_be_imported_says_why(server: Server, tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="no run folder"):
+    with pytest.raises(RunError, match="not a run folder"):
         import_runs(str(tmp_path), server.uri)
     with pytest.raises(RunError, match="should go into"):
         import_runs(str(tmp_path / "mlflow.db"), f"sqlite:///{tmp_path}/mlflow.db")

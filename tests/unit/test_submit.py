@@ -135,7 +135,7 @@ def test_a_folder_with_another_run_or_a_job_is_refused(
     )
     with pytest.raises(RunError, match=r"optim\.lr"):
         plan()
-    plan("optim.lr=7e-3")  # goes on with that run
+    plan("optim.lr=7e-3")  # continues that run
     (folder / "status.json").write_text('{"status": "finished"}')
     with pytest.raises(RunError, match="finished"):
         plan("optim.lr=7e-3")

@@ -15,7 +15,9 @@ def read_records(run_dir: str | Path) -> list[dict[str, Any]]:
     """All records of RUN/metrics.jsonl, oldest first. Raises RunError when there are none."""
     path = Path(run_dir) / "metrics.jsonl"
     if not path.is_file():
-        raise RunError(f"{run_dir} is no run folder: metrics.jsonl is missing. Train one with: gensr train")
+        raise RunError(
+            f"{run_dir} is not a run folder: metrics.jsonl is missing. Train one with: gensr train"
+        )
     records = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:

@@ -162,7 +162,7 @@ def raw_logs(work: Path, rows: int, progress: Progress) -> tuple[Path, int]:
 def _prepare(
     work: Path, rows: int, turns: int, threads: int, memory_limit: str, progress: Progress
 ) -> dict[str, Any]:
-    """Preparation and the duckdb script in turns → one row of the scaling table."""
+    """Preparation and the duckdb script, alternately → one row of the scaling table."""
     raw, num_rows = raw_logs(work, rows, progress)
     out, bare = work / "prepared", work / "duckdb"
     limits = [f"memory_limit={memory_limit}", f"threads={threads}", "overwrite=true"]
@@ -204,7 +204,7 @@ def _prepare(
 def _loader(
     prepared: Path, turns: int, seconds: float, batch_size: int, progress: Progress
 ) -> dict[str, Any]:
-    """The training stream and the per-example collator in turns. Rates are examples per second of CPU time:
+    """The training stream and the per-example collator, alternately. Rates are examples per second of CPU time:
     per core, whatever else runs."""
     rates: list[tuple[float, float]] = []
     answers = []

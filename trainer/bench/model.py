@@ -1,7 +1,7 @@
 """`gensr bench train|evaluate`: training steps and scoring against a reference written straight from the
 paper (benchmarks/reference.py).
 
-Each measurement is a process of its own, ours and the reference's in turns. Ratios of CPU time stand beside
+Each measurement is a process of its own; ours and the reference's alternate. Ratios of CPU time stand beside
 those of the clock: they hold on a busy machine, too.
 """
 

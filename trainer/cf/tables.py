@@ -45,7 +45,7 @@ def train_cf(folder: str | Path, overrides: Sequence[str] = (), progress: Progre
     """Train and write OUT/cf/lightgcn.safetensors; returns its path. overrides: "cf.holdout=last", …,
     "overwrite=true".
 
-    An existing table of the same split and settings is kept; an interrupted training goes on from
+    An existing table of the same split and settings is kept; an interrupted training resumes from
     OUT/cf/partial/. Deterministic on CPU for given settings. Raises DataError for a folder without training
     rec clicks, RunError for an existing table of other settings or split without overwrite=true.
     """
@@ -236,7 +236,7 @@ def fold_table(
 def _shared_start(
     first: int, clicks: Clicks, epochs: int, config: CfConfig, work: CfWork, say: Progress
 ) -> tuple[Tensors, dict[str, Any]]:
-    """State of a table that saw neither of two folds: where both of their tables go on from. It cannot tell
+    """State of a table that saw neither of two folds: where both of their tables start. It cannot tell
     either of them its held-out clicks."""
 
     def train_pair(slot: Slot) -> tuple[Tensors, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Shards → batches. The order of training data is a function of (seed, position) alone: trainer/README.md,
+"""Shards → batches. The order of training data is a function of (seed, position) alone: docs/checkpoints.md,
 "The order of training data".
 
 blocks.py                        tar entry → Arrow → numpy

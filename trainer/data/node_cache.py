@@ -119,7 +119,7 @@ def check_stream(url: str, num_bytes: int, sha256: str, write: Callable[[bytes],
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """One process of the node at a time for this path. On a file system without locks all go on: what they
+    """One process of the node at a time for this path. On a file system without locks all proceed: what they
     write is renamed, and the same."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_name(f".{path.name}.lock"), "a") as file:

@@ -37,7 +37,7 @@ class Part:
 
 
 class TrainStream(torch.utils.data.IterableDataset):
-    """This rank's micro-batches, for ever, from global position `start_event` on (README.md, "The order of
+    """This rank's micro-batches, for ever, from global position `start_event` on (docs/checkpoints.md, "The order of
     training data").
 
     Positions [s·G, (s+1)·G) are global step s; micro-step m of rank r holds positions s·G + (m·R + r)·micro …

@@ -223,7 +223,7 @@ def read_source(source: str) -> Iterator[Source]:
         yield from map(of_folder, folders)
     else:
         raise RunError(
-            f"{source} is no run folder, no folder of run folders, no sqlite file (mlflow.db) and no address "
+            f"{source} is not a run folder, a folder of run folders, a sqlite file (mlflow.db) or an address "
             "of a tracking server"
         )
 

@@ -164,7 +164,7 @@ def make_accelerator(config: Config, launch: Launch, grad_accum_steps: int) -> "
         raise EnvironmentProblem(
             f"Process {launch.local_rank} of this node has no GPU: {torch.cuda.device_count()} can be seen. "
             "Start as many processes as there are GPUs "
-            "(--num_processes), or go on without them: CUDA_VISIBLE_DEVICES= before the command"
+            "(--num_processes), or continue without them: CUDA_VISIBLE_DEVICES= before the command"
         )
     use_deepspeed = bool(launch.deepspeed_file)
     if on_cpu:

@@ -33,7 +33,7 @@ RETRY_AT_THE_END_S = 2.0  # in close()
 LOOK_EVERY_S = 10.0  # at what other nodes have written
 MAX_METRICS, MAX_TAGS = 1000, 100  # entries of one request, MLflow's limits
 MAX_BYTES = 4_000_000  # of the spool, read at once
-# What no later attempt could send either: the record is dropped, with a warning, and the others go on.
+# What no later attempt could send either: the record is dropped, with a warning, and the others are sent.
 HOPELESS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "MALFORMED_REQUEST")
 
 log = logging.getLogger(__name__)
@@ -193,7 +193,7 @@ class Sender(threading.Thread):
         if not self._warned:
             uri, spool = mask_secrets(self.uri), self.spool.path
             log.warning(
-                "MLflow at %s failed (%s). Training goes on; points are kept in %s",
+                "MLflow at %s failed (%s). Training continues; points are kept in %s",
                 uri,
                 one_line(error),
                 spool,

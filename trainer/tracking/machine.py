@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 @contextlib.contextmanager
 def measured(run_dir: str | Path, every_s: float, enabled: bool = True) -> Iterator[None]:
     """Measure this node every `every_s` seconds while the block runs; one process of each node does. A
-    resumed run goes on in the same file."""
+    resumed run appends to the same file."""
     if not (enabled and every_s):
         yield
         return

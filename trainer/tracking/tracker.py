@@ -61,7 +61,7 @@ class Tracker:
         enabled: bool = True,
         resume_run_id: str | None = None,
     ) -> "Tracker":
-        """Open a new MLflow run, or go on with `resume_run_id`, or with the one that RUN/tracking.json names
+        """Open a new MLflow run, or continue `resume_run_id`, or the one that RUN/tracking.json names
         for this store.
 
         `facts` describes data, code and machine as nested plain values. Known keys: "manifest" (a Manifest,

@@ -2,7 +2,7 @@
 arithmetic; training/plan.py prints it.
 
 Estimates. Where a constant comes from stands beside it; what was measured and what is calculated is said in
-trainer/README.md.
+docs/RESULTS.md.
 """
 
 import time

@@ -245,7 +245,7 @@ def write_model(run: Run) -> None:
 
 
 def save(run: Run) -> None:
-    """Begin a checkpoint; the thread that writes it goes on beside the next steps."""
+    """Begin a checkpoint; a thread writes it during the next steps."""
     run.writer.start(run.progress, run.identity, run.tracker.run_id)
     runfolder.write_status(run.dir, "running", run.progress, enabled=run.is_main)
 

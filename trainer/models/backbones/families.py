@@ -30,7 +30,7 @@ _NANO_DECODER = {
     "eos_token_id": 1,
     "tie_word_embeddings": True,
 }
-# Shapes made from nothing; the vocabulary is the prepared folder's, or a larger one that stands here.
+# Shapes for training from scratch; the vocabulary is the prepared folder's, or a larger one that stands here.
 # flan_t5_base has the shape of google/flan-t5-base (with tied tables).
 SCRATCH_SIZES: dict[str, dict[str, Any]] = {
     "nano": dict(
@@ -175,5 +175,5 @@ def _pretrained(name: str, lora: Any) -> Any:
     except OSError as error:
         raise ConfigError(
             f"model.backbone={name} cannot be loaded: {str(error).splitlines()[0]} "
-            "Give a local folder (config.json, model.safetensors), or scratch:SIZE to train from nothing."
+            "Give a local folder (config.json, model.safetensors), or scratch:SIZE to train from scratch."
         ) from error

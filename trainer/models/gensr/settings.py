@@ -35,7 +35,7 @@ class GenSRSettings(CfSettings):
     """hub name, local folder, or scratch:SIZE with SIZE one of trainer/models/backbones/families.py's shapes
     """
     variant: Literal["paper", "extended"] = "extended"
-    """paper: method.md to the letter. extended: adds position and task embeddings and three product slots
+    """paper: the published equations. extended: adds position and task embeddings and three product slots
     (trainer/models/gensr/README.md)"""
     prompt: Literal["paper", "compact"] = "compact"
     """wording of the task prompts; compact has about 40 tokens"""

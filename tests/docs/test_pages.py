@@ -1,0 +1,107 @@
+"""What the pages point at exists, and they read well in a terminal."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.docs.pages import PAGES, ROOT, anchors, fenced, prose, text_of
+
+SOURCES = ("trainer", "data_shards", "benchmarks", "ds_configs", "slurm", "tests", "docs", ".ci")
+SUFFIXES = r"(?:py|md|sh|sbatch|ya?ml|json|cfg|toml|png|html|css|js)"
+FILE = re.compile(rf"[a-z_.][\w.-]*(?:/[\w.-]+)+\.{SUFFIXES}")
+MADE_LATER = ("data/", "runs/", "slurm/env.sh")  # by the examples, and by the owner of a cluster account
+each_page = pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+
+
+def named_files(text: str) -> set[str]:
+    """Paths in inline code, and those in code blocks that begin with a folder of sources. Names in capitals
+    (RUN/…, NAME.py) stand for many."""
+    inline = " ".join(re.findall(r"`([^`]+)`", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)))
+    words = {word.strip(",;:()'\"") for word in inline.split()}
+    words |= {word for line in fenced(text) for word in line.split() if word.startswith(SOURCES)}
+    return {
+        word for word in words if FILE.fullmatch(word) and not re.search(r"\b[A-Z]{3,}\b", Path(word).stem)
+    }
+
+
+def exists(name: str, page: Path) -> bool:
+    return (ROOT / name).is_file() or (page.parent / name).is_file()
+
+
+@each_page
+def test_links_lead_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", text_of(path)):
+        if target.startswith(("http://", "https://")):
+            continue
+        name, _, anchor = target.partition("#")
+        linked = path.parent / name if name else path
+        assert linked.exists(), target
+        if anchor:
+            assert anchor in anchors(text_of(linked)), target
+
+
+@each_page
+def test_named_files_exist(path: Path) -> None:
+    missing = {name for name in named_files(text_of(path)) if not exists(name, path)}
+    assert not {name for name in missing if not name.startswith(MADE_LATER)}
+
+
+@each_page
+def test_prose_fits_in_110_columns(path: Path) -> None:
+    assert not [f"{number}: {line}" for number, line in prose(text_of(path)) if len(line) > 110]
+
+
+@each_page
+def test_no_puzzling_words(path: Path) -> None:
+    """Phrases of earlier pages that readers stumbled over, and a document that is not here."""
+    words = ("method.md", "hub or 0", "29, busy", "for want of", "from nothing", "no run folder", "in turns")
+    assert not [word for word in words if word in text_of(path)]
+
+
+def test_letters_of_tensor_names_are_explained() -> None:
+    """Every capital letter that ends a tensor's name in trainer/models stands in trainer/README.md."""
+    section = text_of(ROOT / "trainer" / "README.md").split("## Letters in tensor names")[1].split("\n## ")[0]
+    explained = set(re.findall(r"\| ([A-Z]) (?=\|)", section))
+    used = {
+        letter
+        for path in (ROOT / "trainer" / "models").rglob("*.py")
+        for letters in re.findall(r"\b[a-z]\w*_([A-Z]{1,5})\b", path.read_text(encoding="utf-8"))
+        for letter in letters
+    }
+    assert used <= explained
+
+
+def test_equations_name_functions_that_exist() -> None:
+    """The third column of the equations' tables: Class.function or function, defined in trainer/models."""
+    text = text_of(ROOT / "trainer" / "models" / "gensr" / "README.md")
+    rows = re.findall(r"^\| (?:Eq|E_).+\| (.+) \|$", text, flags=re.MULTILINE)
+    named = {name for row in rows for name in re.findall(r"`([A-Za-z_.]+)`", row)}
+    source = "\n".join(
+        path.read_text(encoding="utf-8") for path in (ROOT / "trainer" / "models").rglob("*.py")
+    )
+    assert len(named) > 10
+    for name in named:
+        owner, _, function = name.rpartition(".")
+        assert f"def {function}(" in source, name
+        assert not owner or f"class {owner}(" in source, name
+
+
+def test_every_page_of_docs_is_listed() -> None:
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")}
+    site = yaml.safe_load(text_of(ROOT / "mkdocs.yml"))
+    assert {page for entry in site["nav"] for page in entry.values()} == pages
+    index = text_of(ROOT / "docs" / "index.md")
+    assert pages - {"index.md"} <= set(re.findall(r"\]\(([\w.]+)\)", index))
+
+
+def test_citation_and_readme_agree() -> None:
+    citation = yaml.safe_load(text_of(ROOT / "CITATION.cff"))
+    paper = citation["preferred-citation"]
+    readme = " ".join(text_of(ROOT / "README.md").split())
+    assert paper["title"] in readme
+    assert paper["url"] in readme
+    for author in paper["authors"]:
+        assert f"{author['given-names']} {author['family-names']}" in readme
+        assert f"{author['family-names']}, {author['given-names']}" in readme
