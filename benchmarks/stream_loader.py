@@ -24,7 +24,7 @@ HISTORY, NEGATIVES, DISTINCT_BATCHES = 20, 4, 200
 
 def main(folder: Path, seconds: float, batch_size: int) -> None:
     torch.set_num_threads(1)
-    process, manifest = psutil.Process(), read_manifest(folder)
+    process, _manifest = psutil.Process(), read_manifest(folder)
     config = DataConfig(history_max=HISTORY, num_negatives=NEGATIVES)
     before = highest = process.memory_info().rss
     batches = prefetched(TrainStream(PreparedFolder.at(folder), config, 0, batch_size, batch_size))

@@ -47,7 +47,8 @@ from data_shards.write import EventColumns, describe_file, write_shards
 PIPELINE_VERSION = 5  # change it when a stage writes something else: a restart then reuses nothing
 SHUFFLE_SEED, NEGATIVE_SEED = 16, 17
 EVENT_COLUMNS = {
-    **encode.EVENT_DTYPES, "split": "i1", "history_start": "i8", "history_count": "i4", "history_item": "i4", "history_task": "i1",
+    **encode.EVENT_DTYPES, "split": "i1", "history_start": "i8", "history_count": "i4",
+            "history_item": "i4", "history_task": "i1",
     "history_query": "i4", "shown_start": "i8", "shown_count": "i4",
 }  # fmt: skip
 

@@ -47,7 +47,10 @@ class EventColumns:
         history_offsets = _offsets(self.history_count[event_id])
         columns: list[Any] = [
             pa.array(event_id.astype(np.int64)),
-            *(pa.array(np.asarray(values[event_id])) for values in (self.user, self.task, self.item, self.query, self.time)),
+            *(
+                pa.array(np.asarray(values[event_id]))
+                for values in (self.user, self.task, self.item, self.query, self.time)
+            ),
             *(
                 pa.ListArray.from_arrays(history_offsets, pa.array(flat[history]))
                 for flat in (self.history_item, self.history_task, self.history_query)

@@ -46,7 +46,7 @@ def make_run(folder: Path, source: Path, *overrides: str) -> Path:
             *overrides,
         ],
     )
-    manifest = read_manifest(data)
+    read_manifest(data)
     torch.manual_seed(0)
     model = build_model(
         config, PreparedFolder.at(data), PreparedFolder.at(data).tables(GenSR.needs, with_folds=True)

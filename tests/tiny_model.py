@@ -18,7 +18,7 @@ def make_tiny_model(folder: Path, *overrides: str) -> Made:
     config = load_config(
         None, ["data.history_max=6", "model.contrastive_weight=0.1", "model.listwise_weight=1", *overrides]
     )
-    manifest = read_manifest(folder)
+    read_manifest(folder)
     model = build_model(
         config, PreparedFolder.at(folder), PreparedFolder.at(folder).tables(GenSR.needs, with_folds=True)
     ).train()

@@ -15,8 +15,8 @@ __all__ = [
 
 
 class RunError(GensrError):
-    """A training run that cannot start or continue: a run folder in use, a checkpoint of other data, a loss that
-    is not finite."""
+    """A training run that cannot start or continue: a run folder in use, a checkpoint of other data, a loss
+    that is not finite."""
 
 
 class EnvironmentProblem(GensrError):

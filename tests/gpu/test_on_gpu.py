@@ -234,7 +234,7 @@ def test_scoring_over_several_shapes_makes_no_plan_for_each(make: Callable[..., 
     """cuDNN's attention would take half a second for a new shape (trainer/models/backbones/backbone.py)."""
     model, batch = make("model.backbone=scratch:nano")
     move(model.eval(), batch, DEVICE)
-    config, manifest = load_config(None, ["data.history_max=6"]), read_manifest(folder)
+    config, _manifest = load_config(None, ["data.history_max=6"]), read_manifest(folder)
     seconds = []
     for num_events in range(1, 9):
         host_batch = next(iter(EvalStream(PreparedFolder.at(folder), "valid", config.data, num_events)))

@@ -79,7 +79,7 @@ def test_new_items_are_found_by_their_text(recommender: Recommender) -> None:
 
 def test_user_id_stands_for_all_clicks_of_the_user(run_dir: Path, recommender: Recommender) -> None:
     folder = run_dir.parents[1] / "data"
-    manifest = read_manifest(folder)
+    read_manifest(folder)
     clicks = pd.concat(
         [
             pd.DataFrame(PreparedFolder.at(folder).columns(split, ["user", "item", "task", "time"]))

@@ -54,7 +54,7 @@ def requests() -> list[dict[str, Any]]:
 def test_stored_events_get_the_scores_of_evaluation(run_dir: Path, scorer: Scorer) -> None:
     """A request made from a test event by its original ids scores like the event itself, whichever way
     queries are encoded."""
-    model, config, folder = load_run_model(run_dir)
+    model, config, _folder = load_run_model(run_dir)
     catalog = Path(config.data.dir) / "catalog"
     item_ids = read_item_ids(catalog / "items.parquet")
     texts = pd.read_parquet(catalog / "queries.parquet")["text"]

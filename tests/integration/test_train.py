@@ -26,6 +26,7 @@ from trainer.configs import config_from_dict, load_config
 from trainer.data import EvalStream
 from trainer.data.folder import PreparedFolder
 from trainer.errors import ConfigError, DataError, EnvironmentProblem, RunError
+from trainer.models.gensr.model import GenSR
 from trainer.runs import checkpoint
 from trainer.runs.weights import load_run_model
 from trainer.runtime.stopping import StopSignal
@@ -148,7 +149,7 @@ def test_the_log_tells_the_story(undisturbed: Path) -> None:
 def test_run_model_scores_as_the_best_validation_did(undisturbed: Path) -> None:
     from trainer.evaluation.ranking import validate
 
-    model, config, folder = load_run_model(undisturbed)
+    model, config, _folder = load_run_model(undisturbed)
     stream = EvalStream(
         PreparedFolder.at(config.data.dir), "valid", config.data, 8, max_events=config.run.valid_events
     )

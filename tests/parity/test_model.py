@@ -44,7 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make(folder: Path, variant: str = "extended", *overrides: str) -> tuple[GenSR, Batch, Config]:
     torch.manual_seed(0)
     config = load_config(None, [*OVERRIDES, f"model.variant={variant}", *overrides])
-    manifest = read_manifest(folder)
+    read_manifest(folder)
     tables = PreparedFolder.at(folder).tables(GenSR.needs, with_folds=True)
     model = build_model(config, PreparedFolder.at(folder), tables).eval()
     batch = next(iter(EvalStream(PreparedFolder.at(folder), "valid", config.data, batch_size=12)))

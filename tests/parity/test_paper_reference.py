@@ -31,7 +31,7 @@ def test_scores_are_the_models(prepared: Path, tmp_path: Path) -> None:
             "model.dropout=0",
         ],
     )
-    manifest = read_manifest(folder)
+    read_manifest(folder)
     tables = PreparedFolder.at(folder).tables(GenSR.needs)
     torch.manual_seed(0)
     model = build_model(config, PreparedFolder.at(folder), tables).eval()

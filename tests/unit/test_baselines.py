@@ -40,7 +40,6 @@ def make_batch(candidates: list[list[int]], query: list[int], user: list[int] | 
         history_tasks=none,
         history_queries=none,
         history_mask=none.bool(),
-        history_queries=none,
         candidates=items,
         labels=labels,
     )

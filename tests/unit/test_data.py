@@ -27,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_batch_does_not_depend_on_ranks(folder: Path) -> None:
     """Negatives and histories of an event too, not only its id."""
-    manifest = read_manifest(folder)
+    read_manifest(folder)
 
     def by_event(ranks: int) -> dict[int, tuple[list[int], list[int]]]:
         found = {}
@@ -46,7 +46,7 @@ def test_a_batch_does_not_depend_on_ranks(folder: Path) -> None:
 
 
 def test_negatives_avoid_positive_history_and_each_other(folder: Path) -> None:
-    manifest = read_manifest(folder)
+    read_manifest(folder)
     for batch in itertools.islice(TrainStream(PreparedFolder.at(folder), CONFIG, 5, 48, 48), 6):
         for row in range(48):
             candidates = batch.candidates[row].tolist()
@@ -70,14 +70,13 @@ def test_negatives_change_with_the_epoch_and_follow_popularity() -> None:
 
 
 def test_fold_is_that_of_the_click(folder: Path) -> None:
-    manifest = read_manifest(folder)
+    read_manifest(folder)
     batch = next(iter(TrainStream(PreparedFolder.at(folder), CONFIG, 5, 24, 24, num_folds=2)))
     assert batch.fold.tolist() == click_fold(batch.user.numpy(), batch.candidates[:, 0].numpy(), 2).tolist()
     assert next(iter(TrainStream(PreparedFolder.at(folder), CONFIG, 5, 24, 24))).fold.tolist() == [-1] * 24
 
 
 def test_held_out_clicks_alone_are_trained_on(folder: Path) -> None:
-    manifest = read_manifest(folder)
     columns = PreparedFolder.at(folder).columns("train", ["user", "task", "item", "event_id"])
     heldout = np.full(manifest.num_users, -1)
     recommended = columns["task"] == 0
@@ -98,7 +97,6 @@ def test_held_out_clicks_alone_are_trained_on(folder: Path) -> None:
 def test_evaluation_sees_each_event_once_with_equal_batches(
     folder: Path, ranks: int, max_events: int
 ) -> None:
-    manifest = read_manifest(folder)
     seen: list[int] = []
     places = []
     lengths = set()
@@ -147,7 +145,7 @@ def _damaged(folder: Path, target: Path, change: str) -> tuple[Path, Manifest]:
     ("change", "message"), [("missing", "missing shard"), ("truncated", "truncated"), ("corrupt", "checksum")]
 )
 def test_a_damaged_shard_is_named(folder: Path, tmp_path: Path, change: str, message: str) -> None:
-    target, manifest = _damaged(folder, tmp_path / "copy", change)
+    target, _manifest = _damaged(folder, tmp_path / "copy", change)
     with pytest.raises(DataError, match=message) as error:
         next(iter(prefetched(TrainStream(PreparedFolder.at(target), CONFIG, 5, 24, 24))))
     assert "train-000000.tar" in str(error.value)
@@ -184,7 +182,6 @@ def test_words_reach_the_model(prepared_words: Path) -> None:
 
 def test_tasks_are_mixed_by_share_whatever_the_manifest_says(folder: Path) -> None:
     """Format 1 does not count the searches of a block: they are read."""
-    manifest = read_manifest(folder)
     config = DataConfig(history_max=6, search_share=0.75)
     old = Manifest(
         {

@@ -19,6 +19,7 @@ from trainer.batch import Batch
 from trainer.config import DataConfig
 from trainer.data.cf_table import CfTable, load_cf
 from trainer.data.eval_stream import EvalStream
+from trainer.data.folder import PreparedFolder
 from trainer.data.item_tables import load_tables
 from trainer.data.train_stream import TrainStream
 from trainer.errors import DataError
@@ -38,9 +39,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
 
 def batches(folder: Path) -> list[Batch]:
     """Training batches of two epochs, then validation batches."""
-    manifest = read_manifest(folder)
-    train = TrainStream(folder, manifest, CONFIG, seed=1, global_batch_size=24, micro_batch_size=24)
-    return [*itertools.islice(train, 8), *EvalStream(folder, manifest, "valid", CONFIG, batch_size=16)]
+    opened = PreparedFolder.at(folder)
+    train = TrainStream(opened, CONFIG, seed=1, global_batch_size=24, micro_batch_size=24)
+    return [*itertools.islice(train, 8), *EvalStream(opened, "valid", CONFIG, batch_size=16)]
 
 
 def stored(folder: Path) -> dict[int, dict[str, Any]]:

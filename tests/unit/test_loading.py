@@ -35,7 +35,7 @@ def folder(tmp_path: Path) -> Path:
 def trained(folder: Path, run: Path, *overrides: str) -> tuple[GenSR, Config]:
     torch.manual_seed(3)
     config = load_config(None, [*OVERRIDES, *overrides, f"data.dir={folder}", f"run.dir={run}"])
-    manifest = read_manifest(folder)
+    read_manifest(folder)
     model = build_model(
         config, PreparedFolder.at(folder), PreparedFolder.at(folder).tables(GenSR.needs, with_folds=True)
     )

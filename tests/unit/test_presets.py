@@ -10,6 +10,7 @@ import torch
 import yaml
 
 import ds_configs
+from data_shards.settings import read_yaml
 from tests.tiny_folder import make_tiny_folder
 from trainer.configs import load_config, preset_names, preset_path
 from trainer.errors import ConfigError, EnvironmentProblem

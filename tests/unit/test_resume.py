@@ -56,7 +56,7 @@ def steps(
 ) -> list[list[int]]:
     """Event ids of each global step, all ranks together, in position order."""
     folder = folder_of(layout)[1]
-    manifest, config = read_manifest(folder), DataConfig(history_max=4, num_negatives=2, search_share=share)
+    _manifest, config = read_manifest(folder), DataConfig(history_max=4, num_negatives=2, search_share=share)
     micro = GLOBAL_BATCH // (ranks * accumulation)
     result: list[list[list[int]]] = [[[]] * (ranks * accumulation) for _ in range(num_steps)]
     for rank in range(ranks):

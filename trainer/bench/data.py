@@ -204,8 +204,8 @@ def _prepare(
 def _loader(
     prepared: Path, turns: int, seconds: float, batch_size: int, progress: Progress
 ) -> dict[str, Any]:
-    """The training stream and the per-example collator, alternately. Rates are examples per second of CPU time:
-    per core, whatever else runs."""
+    """The training stream and the per-example collator, alternately. Rates are examples per second of CPU
+    time: per core, whatever else runs."""
     rates: list[tuple[float, float]] = []
     answers = []
     for turn in range(turns):

@@ -1,8 +1,8 @@
 """`gensr bench micro-batch`: the micro-batch that trains fastest on this device, found by training with each.
 
 Every size is a process of its own (`python -m trainer.bench.micro_batch REQUEST`), so that memory is measured
-from a fresh start and an exhausted device ends one process only. The steps are those of train(): its model, stream,
-precision, optimizer. One process, without DeepSpeed: ZeRO leaves room for more.
+from a fresh start and an exhausted device ends one process only. The steps are those of train(): its model,
+stream, precision, optimizer. One process, without DeepSpeed: ZeRO leaves room for more.
 """
 
 import itertools

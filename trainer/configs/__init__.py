@@ -57,7 +57,7 @@ def config_from_dict(tree: Mapping[str, Any]) -> Config:
 
 @cache
 def config_type(name: str = GENSR) -> type[Config]:
-    """Config with the settings of one model as its section `model`. Raises ConfigError for an unknown model."""
+    """Config whose section `model` has the settings of one model. Raises ConfigError for an unknown model."""
     section = settings_class(name)
     body = {"__module__": __name__, "__annotations__": {"model": section}, "model": section()}
     made: type[Config] = s.settings(type("Config", (Config,), body))

@@ -33,7 +33,7 @@ class EvalStream:
         max_events: int = 0,
         tasks: tuple[int, ...] = (REC, SRC),
     ) -> None:
-        """max_events > 0: a fixed sample, the events with the smallest hash. tasks: whose events are there."""
+        """max_events > 0: a fixed sample, the events with the smallest hash. tasks: whose events count."""
         assert split in ("valid", "test"), split
         self.folder, self.split, self.history_max = folder, split, config.history_max
         self.shards = folder.manifest.shards(split)

@@ -30,8 +30,8 @@ class PreparedFolder:
 
     @classmethod
     def open(cls, data: DataConfig) -> "PreparedFolder":
-        """data.dir, fetched into the node's cache where it is a URL. Raises DataError when it is not a prepared
-        folder."""
+        """data.dir, fetched into the node's cache where it is a URL. Raises DataError when it is not a
+        prepared folder."""
         path = local_folder(data)
         return cls(Path(path), read_manifest(path), data.dir)
 

@@ -37,8 +37,8 @@ class Part:
 
 
 class TrainStream(torch.utils.data.IterableDataset):
-    """This rank's micro-batches, for ever, from global position `start_event` on (docs/checkpoints.md, "The order of
-    training data").
+    """This rank's micro-batches, for ever, from global position `start_event` on (docs/checkpoints.md, "The
+    order of training data").
 
     Positions [s·G, (s+1)·G) are global step s; micro-step m of rank r holds positions s·G + (m·R + r)·micro …
     + micro. A step's events are therefore the same set on any number of ranks and workers, and events seen (=
@@ -101,7 +101,8 @@ class TrainStream(torch.utils.data.IterableDataset):
             return
         if len(streams) == 1:
             raise DataError(
-                f"{self.folder}: no training events{self._of_task()}. Look at it with: gensr inspect {self.folder}"
+                f"{self.folder}: no training events{self._of_task()}. Look at it with: gensr inspect "
+                f"{self.folder}"
             )
         lacking = "recommendation" if not streams[0].num_events else "search"
         raise DataError(

@@ -1,4 +1,5 @@
-"""The rows that stand beside every evaluation: models that are counted from the folder, on the same candidates."""
+"""The rows that stand beside every evaluation: models that are counted from the folder, on the same
+candidates."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -31,7 +32,8 @@ def available(folder: PreparedFolder, tasks: set[int]) -> list[str]:
 
 
 def build_baseline(name: str, folder: PreparedFolder) -> Ranker:
-    """Counted from the folder, ready to score on the CPU. It reads histories as long as the folder holds them."""
+    """Counted from the folder, ready to score on the CPU. It reads histories as long as the folder holds
+    them."""
     model, settings = BASELINES[name]
     section: ModelSettings = settings_class(model)(**settings)
     data = DataConfig(dir=folder.name, history_max=folder.manifest.history_max)

@@ -1,7 +1,8 @@
-"""`gensr evaluate RUN --candidates full`: a ranking of the whole catalogue. Never mixed with the sampled metrics:
-files of its own.
+"""`gensr evaluate RUN --candidates full`: a ranking of the whole catalogue. Never mixed with the sampled
+metrics: files of its own.
 
-models with views     retrieval finds NUM_CANDIDATES items, the model ranks them, as its service does; a clicked
+models with views     retrieval finds NUM_CANDIDATES items, the model ranks them, as its service does; a
+                      clicked
                       item that retrieval misses counts 0 in every metric
 others, baselines     score and rank every item
 Both leave out what the user had clicked strictly before the event (in either task, all of it), but never the

@@ -1,8 +1,9 @@
-"""The contract of every model in the house: what it is built from (`World`), and what the trainer, evaluation,
-registry and service ask of it (`Ranker`).
+"""The contract of every model in the house: what it is built from (`World`), and what the trainer,
+evaluation, registry and service ask of it (`Ranker`).
 
 A model is one file: trainer/models/baselines/NAME.py (or a folder, as gensr/) that ends with `MODEL = Name`.
-zoo.py finds it by the file's name, and `model.name=NAME` trains it. Letters of tensor names: trainer/README.md.
+zoo.py finds it by the file's name, and `model.name=NAME` trains it. Letters of tensor names:
+trainer/README.md.
 """
 
 from collections.abc import Callable, Mapping
@@ -34,8 +35,8 @@ class Ranks:
 
 @dataclass(frozen=True)
 class World:
-    """What any model is built from. The same for training, evaluation and serving; where the prepared folder is
-    not at hand (a registered version), `clicks` and `texts` raise."""
+    """What any model is built from. The same for training, evaluation and serving; where the prepared folder
+    is not at hand (a registered version), `clicks` and `texts` raise."""
 
     num_users: int
     num_items: int
@@ -62,8 +63,8 @@ class World:
 
 @dataclass(frozen=True)
 class View:
-    """Vectors for retrieval: one index over items, and what it is asked with. A zero row is in no index, and a
-    zero question finds nothing."""
+    """Vectors for retrieval: one index over items, and what it is asked with. A zero row is in no index, and
+    a zero question finds nothing."""
 
     width: int
     items: Callable[[Tensor], Tensor]  # rows of items [n] → [n, width] float32
@@ -78,8 +79,8 @@ class View:
 
 @dataclass(frozen=True)
 class Cost:
-    """What one training event costs beside parameters, gradients and optimizer state. Estimates: the model says
-    where its constants come from."""
+    """What one training event costs beside parameters, gradients and optimizer state. Estimates: the model
+    says where its constants come from."""
 
     flops: float  # forward and backward of one event, all its candidates
     activation_bytes: float  # of one event, kept for the backward pass
@@ -90,9 +91,9 @@ class Cost:
 class Ranker(nn.Module):
     """A model that ranks candidates for events: recommendations, searches, or both.
 
-    Must: `loss` and `score`. The rest has sound defaults. Wrappers (DDP, ZeRO) hook forward() only, so the trainer
-    always calls model(batch) and model(batch, mode="score"). Item tables are frozen and live outside the module
-    tree: never trained, sharded or saved with the weights.
+    Must: `loss` and `score`. The rest has sound defaults. Wrappers (DDP, ZeRO) hook forward() only, so the
+    trainer always calls model(batch) and model(batch, mode="score"). Item tables are frozen and live outside
+    the module tree: never trained, sharded or saved with the weights.
     """
 
     Settings: ClassVar[type[ModelSettings]]
@@ -110,28 +111,28 @@ class Ranker(nn.Module):
     # ---- must ----------------------------------------------------------------------------------------------
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """→ (mean loss of the events, detached scalars for the log; "loss" is added by forward). Micro-batches of
-        equal size must add up to the whole batch's gradient."""
+        """→ (mean loss of the events, detached scalars for the log; "loss" is added by forward).
+        Micro-batches of equal size must add up to the whole batch's gradient."""
         raise NotImplementedError
 
     def score(self, batch: Batch) -> Tensor:
-        """→ scores_BC, float32, higher is better, finite. A score depends neither on the other rows of the batch,
-        nor on the other candidates, nor on padding."""
+        """→ scores_BC, float32, higher is better, finite. A score depends neither on the other rows of the
+        batch, nor on the other candidates, nor on padding."""
         raise NotImplementedError
 
     # ---- may -----------------------------------------------------------------------------------------------
 
     def fit(self) -> None:
-        """What is counted, not learned: called once for a new model, before the first step. Keep the result in
-        buffers, which are saved with the weights."""
+        """What is counted, not learned: called once for a new model, before the first step. Keep the result
+        in buffers, which are saved with the weights."""
 
     def prepare(self, batch: Batch) -> Batch:
         """Work on a batch that the loader's thread can do, while it is on the CPU."""
         return batch
 
     def score_catalogue(self, batch: Batch) -> Tensor:
-        """Scores of every item for every event, [B, num_items] float32. Two-tower-like models override it with one
-        product."""
+        """Scores of every item for every event, [B, num_items] float32. Two-tower-like models override it
+        with one product."""
         parts = []
         for start in range(0, self.world.num_items, CATALOGUE_SLICE):
             items = torch.arange(start, min(start + CATALOGUE_SLICE, self.world.num_items))
@@ -149,13 +150,13 @@ class Ranker(nn.Module):
         return scores.sigmoid()
 
     def representations(self, batch: Batch) -> dict[str, Tensor]:
-        """What the analyses look at, [B, …] each: "input" (what the model knows of the event), "hidden" (the last
-        layer before the score of the clicked item)."""
+        """What the analyses look at, [B, …] each: "input" (what the model knows of the event), "hidden" (the
+        last layer before the score of the clicked item)."""
         raise NotImplementedError(f"{type(self).__name__} shows no representations")
 
     def explain(self, batch: Batch) -> dict[str, Tensor]:
-        """Weights of history items for each candidate by view, [B, C, N] each, rows sum to 1 (0 without history).
-        {}: the model has none."""
+        """Weights of history items for each candidate by view, [B, C, N] each, rows sum to 1 (0 without
+        history). {}: the model has none."""
         return {}
 
     def cost(self) -> Cost | None:
@@ -166,8 +167,8 @@ class Ranker(nn.Module):
         """Files beside the weights that World.saved needs to build the model again (backbone, tokenizer)."""
 
     def saved_names(self) -> set[str]:
-        """Names of parameters and buffers that RUN/model holds. Frozen weights that can be had again by name may
-        stay out."""
+        """Names of parameters and buffers that RUN/model holds. Frozen weights that can be had again by name
+        may stay out."""
         return set(self.state_dict())
 
     def ready_to_serve(self) -> None:
@@ -212,7 +213,8 @@ class Ranker(nn.Module):
         return self.tables.device
 
     def check_history(self, batch: Batch, reads_users: bool = False) -> None:
-        """Raises RequestError for a history given by hand to a model that only knows the users it was trained on."""
+        """Raises RequestError for a history given by hand to a model that only knows the users it was trained
+        on."""
         if (reads_users or "users" in self.needs) and bool((batch.user < 0).any()):
             raise RequestError(
                 f"{self.settings.name} knows users by their rows, not by a history given by hand. "

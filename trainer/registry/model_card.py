@@ -101,7 +101,8 @@ def _what_it_is(facts: Mapping[str, Any]) -> list[str]:
     answers = " and ".join({"rec": "recommendation", "src": "search"}[task] for task in facts["tasks"])
     if facts["model"] != "gensr":
         return [
-            f"{facts['title']}, for {answers}. It ranks given items, or finds them in its whole catalogue, from a "
+            f"{facts['title']}, for {answers}. It ranks given items, or finds them in its whole catalogue, "
+            "from a "
             "user's history (and a query). Scores order items; they are not calibrated.",
         ]
     return [

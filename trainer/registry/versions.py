@@ -106,7 +106,8 @@ def refuse_unservable(model: Ranker, run_dir: Path) -> None:
     }
     if lacking := [reason for need, reason in reasons.items() if need in model.needs]:
         raise RunError(
-            f"{run_dir}: {model.settings.name} cannot be registered: {' and '.join(lacking)}, and a version has to "
+            f"{run_dir}: {model.settings.name} cannot be registered: {' and '.join(lacking)}, and a version "
+            "has to "
             "answer without them. Evaluate it where it is: gensr evaluate RUN"
         )
 

@@ -86,8 +86,8 @@ def document_path(path: Path) -> Path:
 
 
 def read_model_document(path: str | Path) -> dict[str, Any]:
-    """model.json of a RUN/model folder; of an older one (gensr.json) the same content. Raises RunError when the
-    folder holds no model."""
+    """model.json of a RUN/model folder; of an older one (gensr.json) the same content. Raises RunError when
+    the folder holds no model."""
     path = Path(path)
     if not is_model(path):
         raise RunError(f"{path} holds no trained model ({DOCUMENT} is missing). Train one with: gensr train")
@@ -119,8 +119,8 @@ def _from_format_1(old: dict[str, Any]) -> dict[str, Any]:
 def load_model(
     path: str | Path, tables: ItemTables, device: str = "cpu", folder: PreparedFolder | None = None
 ) -> Ranker:
-    """The model of a RUN/model folder, in evaluation mode, ready to serve. Raises RunError when the folder is not
-    one."""
+    """The model of a RUN/model folder, in evaluation mode, ready to serve. Raises RunError when the folder is
+    not one."""
     path = Path(path)
     document = read_model_document(path)
     config = config_from_dict({"model": document["settings"]})
@@ -168,7 +168,7 @@ def load_run_model(run_dir: str | Path, device: str = "cpu") -> tuple[Ranker, Co
 
 
 def check_data(document: dict[str, Any], folder: PreparedFolder, run: str) -> None:
-    """Raises DataError when a prepared folder is not what a model was trained on: another split or CF table."""
+    """Raises DataError when a folder is not what a model was trained on: another split or CF table."""
     manifest = folder.manifest
     if document["split_fingerprint"] != manifest.fingerprint:
         raise DataError(

@@ -39,7 +39,7 @@ def saved_world(
     tables: ItemTables,
     folder: PreparedFolder | None,
 ) -> World:
-    """For the weights of RUN/model. counts: as model.json holds them. folder: None for a registered version."""
+    """For the weights of RUN/model. counts: as in model.json. folder: None for a registered version."""
     return World(
         **counts,
         data=data,

@@ -1,4 +1,5 @@
-"""What a registered version holds of the prepared folder: item tables, original ids and texts, how queries are
+"""What a registered version holds of the prepared folder: item tables, original ids and texts, how queries
+are
 read. FOLDER/tables.safetensors  items.parquet  words.npy  serving.json"""
 
 import dataclasses
@@ -58,9 +59,9 @@ def load_fast_tokenizer(model_dir: Path) -> "Tokenizer":
 
 
 def write_items(folder: Path, scorer: "Scorer", items: pa.Table, facts: Mapping[str, Any]) -> None:
-    """What a registered version needs of the prepared folder: the item tables that the model reads (without the
-    cross-fitting folds), original ids and texts (the columns item_id and text of `items`), how to read queries,
-    the precision. `facts` are kept beside them in serving.json."""
+    """What a registered version needs of the prepared folder: the item tables that the model reads (without
+    the cross-fitting folds), original ids and texts (the columns item_id and text of `items`), how to read
+    queries, the precision. `facts` are kept beside them in serving.json."""
     folder.mkdir(parents=True)
     tables = {name: getattr(scorer.model.tables, name) for name in TABLE_NAMES}
     held = {name: table.contiguous().cpu() for name, table in tables.items() if table.numel()}

@@ -10,8 +10,8 @@ A request as in serving/requests.py, with these differences:
     "include_seen": false       whether items of the history may be answered
     "explain": false            adds to each item how much each history item counts (models that can say)
     "with_text": false          adds each item's text
-The answer: {"items": [{"item_id", "score"}, …] best first, "scores": the probability of each candidate in the order
-given (or of `items`), "model": what answered}
+The answer: {"items": [{"item_id", "score"}, …] best first, "scores": the probability of each candidate in the
+order given (or of `items`), "model": what answered}
 """
 
 import math
@@ -61,8 +61,9 @@ class Recommender:
         items_file: Path,
         users: Users | str,
     ) -> None:
-        """retrieval: None for a model without views, which ranks the whole catalogue itself. facts: what an answer says about the model. items_file: parquet with a column "text". users: whose
-        histories are known, or why they are not."""
+        """retrieval: None for a model without views, which ranks the whole catalogue itself. facts: what an
+        answer says about the model. items_file: parquet with a column "text". users: whose histories are
+        known, or why they are not."""
         self.scorer, self.retrieval, self.facts, self.users = scorer, retrieval, dict(facts), users
         self._items_file = items_file
         self._texts: pa.ChunkedArray | None = None
@@ -288,7 +289,8 @@ def model_identity(model_dir: Path) -> str:
 
 
 def run_retrieval(run_dir: Path, model: Ranker, notify: Notify = silent) -> Retrieval | None:
-    """The indexes of RUN/retrieval (None for a model without views); built and kept there when they are missing, or of other weights."""
+    """The indexes of RUN/retrieval (None for a model without views); built and kept there when they are
+    missing, or of other weights."""
     identity = model_identity(run_dir / "model")
     retrieval = load_retrieval(run_dir / RETRIEVAL, model, identity)
     if retrieval is None:

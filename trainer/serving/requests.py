@@ -1,7 +1,8 @@
 """From requests to rows.
 
 A request:  {"user_id"?: …, "history": [{"item_id": …, "task": "rec" | "src", "query"?: …}, … oldest first],
-             "task": "rec" | "src", "query": text, list of anonymised words, or null, "candidates": [item ids]}
+             "task": "rec" | "src", "query": text, list of anonymised words, or null, "candidates": [item
+             ids]}
 Item ids are the original ones, as text or numbers. Every mistake is a RequestError that says where.
 """
 

@@ -1,9 +1,9 @@
-"""The first of two steps from the whole catalogue to an answer: a few hundred candidates by vectors, which the
-model then ranks (serving/recommend.py). One index for each view of the model (models/contract.py: View); a model
-without views is ranked exhaustively.
+"""The first of two steps from the whole catalogue to an answer: a few hundred candidates by vectors, which
+the model then ranks (serving/recommend.py). One index for each view of the model (models/contract.py: View);
+a model without views is ranked exhaustively.
 
-FOLDER/NAME.faiss  retrieval.safetensors (the mean of each centred view)  retrieval.json (what was built, measured
-recall, sha256 of each file)
+FOLDER/NAME.faiss  retrieval.safetensors (the mean of each centred view)  retrieval.json (what was built,
+measured recall, sha256 of each file)
 """
 
 import json
@@ -103,8 +103,8 @@ def unit_vectors(model: Ranker, view: View, mean: Tensor, rows: np.ndarray) -> n
 
 
 def mean_vector(model: Ranker, view: View) -> Tensor:
-    """Mean over (at most TRAINING_VECTORS evenly spaced) items that have a vector, [width] float32; zero for a
-    view that is not centred."""
+    """Mean over (at most TRAINING_VECTORS evenly spaced) items that have a vector, [width] float32; zero for
+    a view that is not centred."""
     if not view.centred:
         return torch.zeros(view.width)
     num_items = model.tables.num_items
@@ -153,8 +153,8 @@ def _build(
 
 
 def save_retrieval(folder: Path, retrieval: Retrieval, identity: str) -> None:
-    """Write FOLDER; the document last, so that a folder with one is whole. identity: of the weights and tables
-    it was built from."""
+    """Write FOLDER; the document last, so that a folder with one is whole. identity: of the weights and
+    tables it was built from."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / DOCUMENT).unlink(missing_ok=True)
     with atomic(folder / "retrieval.safetensors") as path:

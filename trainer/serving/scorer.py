@@ -1,6 +1,6 @@
-"""Scores of given candidates from a history, without the training data: what a registered model, `gensr score`
-and the demo answer with. serving/requests.py says how requests look; serving/recommend.py answers from the whole
-catalogue, and takes histories from a prepared folder where there is one.
+"""Scores of given candidates from a history, without the training data: what a registered model, `gensr
+score` and the demo answer with. serving/requests.py says how requests look; serving/recommend.py answers from
+the whole catalogue, and takes histories from a prepared folder where there is one.
 """
 
 import dataclasses
@@ -109,7 +109,7 @@ class Scorer:
         return scores
 
     def score_catalogue(self, parsed: ParsedRequest) -> Tensor:
-        """Scores of all items for one request, [num_items] float32 on the CPU: for the order, not for people."""
+        """Scores of all items for one request, [num_items] float32 on the CPU: for the order only."""
         with self._asking([parsed], [[]]) as batch:
             return self.model.score_catalogue(batch)[0].float().cpu()
 
@@ -126,8 +126,8 @@ class Scorer:
     def questions(
         self, parsed: ParsedRequest, views: Mapping[str, View], means: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """What each view's index is asked with for one request, [width] each; zero where it has nothing to ask.
-        The whole history counts."""
+        """What each view's index is asked with for one request, [width] each; zero where it has nothing to
+        ask. The whole history counts."""
         with self._asking([parsed], [[]], history_max=max(1, len(parsed.items))) as batch:
             return {
                 name: view.ask(batch, means[name].to(self.model.device))[0].float().cpu()
@@ -166,8 +166,8 @@ class Scorer:
         candidates: Sequence[Sequence[int]],
         history_max: int | None = None,
     ) -> Iterator[Batch]:
-        """Requests as a batch on the model's device, with their queries as rows 0, 1, … of its query tables, for
-        one caller at a time."""
+        """Requests as a batch on the model's device, with their queries as rows 0, 1, … of its query tables,
+        for one caller at a time."""
         queries = Queries()
         batch = self._batch(requests, candidates, queries, history_max or self.model.world.data.history_max)
         tokens, words = self._encode_queries(queries.texts)
@@ -213,8 +213,8 @@ class Scorer:
         return _padded(rows, NO_QUERY, width)
 
     def _encode_queries(self, queries: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """As preparation does it → query_tokens [Q, L] and query_words [Q, W], padded with 0; at least one row,
-        which recommendations look up."""
+        """As preparation does it → query_tokens [Q, L] and query_words [Q, W], padded with 0; at least one
+        row, which recommendations look up."""
         from data_shards.text import encode_texts, split_words
 
         form, texts = self.query_format, list(queries) or [""]

@@ -1,4 +1,5 @@
-"""A model without steps (popularity, item-kNN, BM25): counted once, measured on validation, saved as any other."""
+"""A model without steps (popularity, item-kNN, BM25): counted once, measured on validation, saved as any
+other."""
 
 import json
 import time
@@ -22,8 +23,8 @@ from trainer.tracking.tracker import Tracker
 
 
 def count(config: Config, folder: PreparedFolder, accelerator: Any) -> tuple[dict[str, float], float]:
-    """Writes RUN/model and what a trained run writes beside it → (validation metrics, seconds), on every process
-    of a launch. Raises a GensrError for anything the user can mend."""
+    """Writes RUN/model and what a trained run writes beside it → (validation metrics, seconds), on every
+    process of a launch. Raises a GensrError for anything the user can mend."""
     started = time.monotonic()
     kind = model_class(config.model.name)
     model = build_model(config, folder, folder.tables(kind.needs).to(accelerator.device))

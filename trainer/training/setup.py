@@ -1,5 +1,5 @@
-"""Everything up to the first step: model, optimizer and streams as a new run or the newest whole checkpoint has
-them."""
+"""Everything up to the first step: model, optimizer and streams as a new run or the newest whole checkpoint
+has them."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -207,8 +207,8 @@ def make_streams(
     holdout: str,
     start_event: int,
 ) -> tuple[TrainStream, EvalStream]:
-    """This rank's training stream from `start_event` on, and its share of the fixed validation sample, both of
-    the model's tasks."""
+    """This rank's training stream from `start_event` on, and its share of the fixed validation sample, both
+    of the model's tasks."""
     data, optim, run = config.data, config.optim, config.run
     rank, world_size = accelerator.process_index, accelerator.num_processes
     heldout = cf.heldout_item if cf is not None and holdout == "last" else None

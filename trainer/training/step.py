@@ -29,9 +29,9 @@ def micro_step(
     bad_batches: "BadBatches | None" = None,
     lap: Lap = no_lap,
 ) -> tuple[dict[str, Tensor], list[int]]:
-    """Forward, backward and, with the last micro-batch of a step, clipping and the update → (detached scalars of
-    the loss, event ids that are left out because a loss is not finite). batch: on the device, prepared. lap is
-    told the end of each part: forward, backward, optimiser."""
+    """Forward, backward and, with the last micro-batch of a step, clipping and the update → (detached scalars
+    of the loss, event ids that are left out because a loss is not finite). batch: on the device, prepared.
+    lap is told the end of each part: forward, backward, optimiser."""
     with accelerator.accumulate(model):
         loss, parts = model(batch)
         left_out: list[int] = []

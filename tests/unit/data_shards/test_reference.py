@@ -47,10 +47,12 @@ def read_back(out: Path) -> dict[str, list[dict[str, Any]]]:
                     )
                     history_queries = [queries[q] if q >= 0 else None for q in row["history_queries"]]
                     events[split].append({
-                        "user": users[row["user"]], "item": items[row["item"]], "task": TASKS[row["task"]], "time": row["time"],
+                        "user": users[row["user"]], "item": items[row["item"]], "task": TASKS[row["task"]],
+        "time": row["time"],
                         "query": queries[row["query"]] if row["query"] >= 0 else None, "history": history,
                         "history_queries": history_queries,
-                        "impressions": [items[i] for i in row.get("impressions", [])], "event_id": row["event_id"],
+                        "impressions": [items[i] for i in row.get("impressions", [])],
+        "event_id": row["event_id"],
                     })  # fmt: skip
     return events
 

@@ -1,10 +1,10 @@
 """Item-to-item nearest neighbours (Sarwar et al., WWW 2001): what the people who clicked this also clicked.
 
-    sim(i, j) = |U_i ∩ U_j| / (√(|U_i| |U_j|) + shrink)        U_i: the users who clicked i in the training split
+    sim(i, j) = |U_i ∩ U_j| / (√(|U_i| |U_j|) + shrink)      U_i: users who clicked i in the training split
     s(u, i)   = Σ_j decay^age(j) · sim(j, i)                    j over the history, age 0 = the newest
 
-Each item keeps its nearest neighbours only. Nothing is trained: it is counted once. An item nobody clicked has no
-neighbours, and an empty history scores 0 everywhere. Recommendation only.
+Each item keeps its nearest neighbours only. Nothing is trained: it is counted once. An item nobody clicked
+has no neighbours, and an empty history scores 0 everywhere. Recommendation only.
 """
 
 from typing import Literal

@@ -1,8 +1,8 @@
 """LightGCN (He et al., SIGIR 2020) as `gensr cf` trains it: e_u · e_i of the full table.
 
-Two forms of the same table. user: the user's own vector. history (the stronger one): the mean of the vectors of
-the history, which also holds the clicks after the training split, and serves users that the table never saw.
-Users and items without training clicks are zero vectors: their candidates tie.
+Two forms of the same table. user: the user's own vector. history (the stronger one): the mean of the vectors
+of the history, which also holds the clicks after the training split, and serves users that the table never
+saw. Users and items without training clicks are zero vectors: their candidates tie.
 """
 
 from typing import Literal

@@ -1,14 +1,15 @@
-"""A two-tower model for both tasks (after Yi et al., "Sampling-Bias-Corrected Neural Modeling for Large Corpus
-Item Recommendations", RecSys 2019).
+"""A two-tower model for both tasks (after Yi et al., "Sampling-Bias-Corrected Neural Modeling for Large
+Corpus Item Recommendations", RecSys 2019).
 
     item  v_i = E[i] + W_x mean(words of i)
     asked u   = W_q mean(words of the query) + g_t · Σ_j softmax_j(a·v_j + p_age(j)) v_j      over the history
     s(u, i)   = u · v_i + b_i
 
-One user tower for both tasks: a recommendation has no query, and g_t, learned for each task, says how much the
-history counts. Loss: softmax of the clicked item against the event's candidates and the clicked items of the other
-events of the batch, less the logarithm of how often each item is drawn (its correction for the batch's bias to
-popular items), at a temperature. An event's own item and the items of its history are no negatives.
+One user tower for both tasks: a recommendation has no query, and g_t, learned for each task, says how much
+the history counts. Loss: softmax of the clicked item against the event's candidates and the clicked items of
+the other events of the batch, less the logarithm of how often each item is drawn (its correction for the
+batch's bias to popular items), at a temperature. An event's own item and the items of its history are no
+negatives.
 
 Differs from the paper: item frequencies are counted once in the training split, not streamed; vectors are not
 normalised, a bias stands for popularity. Words are anonymised words where the data has them, else tokens. An

@@ -11,8 +11,8 @@ from trainer.models.gensr.settings import GenSRSettings
 
 
 def backbone_of(settings: GenSRSettings, world: World) -> Backbone:
-    """A new model: weights and tokenizer belong together, or DataError. World.saved: its architecture alone, the
-    weights are loaded afterwards (with LoRA on a pretrained backbone, its frozen weights by name)."""
+    """A new model: weights and tokenizer belong together, or DataError. World.saved: its architecture alone,
+    the weights are loaded afterwards (with LoRA on a pretrained backbone, its frozen weights by name)."""
     lora = settings.lora if settings.lora.rank else None
     if world.saved is not None:
         adapters_only = keeps_adapters_only(settings)
@@ -33,7 +33,8 @@ def backbone_of(settings: GenSRSettings, world: World) -> Backbone:
     )
     if world.vocab_size > backbone.vocab_size:
         raise DataError(
-            f"{world.data.dir}: its tokenizer has {world.vocab_size} tokens, backbone {settings.backbone} embeds "
+            f"{world.data.dir}: its tokenizer has {world.vocab_size} tokens, backbone {settings.backbone} "
+            "embeds "
             f"{backbone.vocab_size}. "
             f"Prepare the folder with the backbone's own tokenizer: tokenizer={settings.backbone}"
         )
@@ -45,14 +46,14 @@ def backbone_of(settings: GenSRSettings, world: World) -> Backbone:
 
 
 def keeps_adapters_only(settings: GenSRSettings) -> bool:
-    """Whether RUN/model leaves the frozen backbone out: with LoRA, unless the backbone was made from scratch and
-    exists nowhere else."""
+    """Whether RUN/model leaves the frozen backbone out: with LoRA, unless the backbone was made from scratch
+    and exists nowhere else."""
     return settings.lora.rank > 0 and not settings.backbone.startswith("scratch:")
 
 
 def _has_own_head(saved: Path) -> bool:
-    """Whether the output table is one of its own, as in flan-t5: transformers forgets it when it builds a T5 from
-    a configuration."""
+    """Whether the output table is one of its own, as in flan-t5: transformers forgets it when it builds a T5
+    from a configuration."""
     from safetensors import safe_open
 
     with safe_open(str(saved / "model.safetensors"), framework="pt") as file:

@@ -130,7 +130,7 @@ def _template(
 
 
 def answer_tokens(tokenizer: Any) -> tuple[int, int]:
-    """Token ids of "Yes" and "No". Raises DataError when the tokenizer cannot tell them apart by one token."""
+    """Token ids of "Yes" and "No". Raises DataError when the tokenizer has no single tokens for them."""
     yes, no = (tokenizer(word, add_special_tokens=False)["input_ids"] for word in ("Yes", "No"))
     if len(yes) != 1 or len(no) != 1 or yes == no:
         raise DataError(

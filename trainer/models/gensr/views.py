@@ -1,4 +1,5 @@
-"""What a GenSR offers to retrieval: its two views of the items, asked with a query or the mean over a history."""
+"""What a GenSR offers to retrieval: its two views of the items, asked with a query or the mean over a
+history."""
 
 from typing import TYPE_CHECKING
 
