@@ -72,7 +72,7 @@ def cluster_means(
 def mean_interval(
     values: ArrayLike, users: ArrayLike, num_resamples: int = NUM_RESAMPLES, seed: int = 0
 ) -> Interval:
-    """Mean of values [n] over events, with the percentile interval of the cluster bootstrap over users [n]."""
+    """Mean of values [n] over events, with the percentile interval of the bootstrap over users [n]."""
     low, high = np.quantile(cluster_means(values, users, num_resamples, seed), [0.025, 0.975])
     return Interval(float(np.mean(np.asarray(values, dtype=np.float64))), float(low), float(high))
 
