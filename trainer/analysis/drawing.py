@@ -129,8 +129,8 @@ def _draw_bars(axes: Any, bars: Sequence[Bar]) -> None:
     room = span * (0.25 if tasks == [""] else 0.42)  # for the values
     axes.set_xlim(left - room if left < 0 else 0.0, right + room)
     axes.spines.left.set_visible(False)  # the line at 0 is what bars start from
-    axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
-    axes.set_xticks([tick for tick in axes.get_xticks() if left - 0.1 * span <= tick <= right + 0.1 * span])
+    ticks = MaxNLocator(4 if left < 0 else 5, steps=[1, 2, 5, 10]).tick_values(left, right)
+    axes.set_xticks([tick for tick in ticks if left - 0.1 * span <= tick <= right + 0.1 * span])
     axes.set_yticks(range(len(labels)), labels)
     axes.set_ylim(len(labels) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)

@@ -13,7 +13,20 @@ critic beat T = 0: the information is too small to be seen in so few samples.
 With a label y the information is at most its entropy, log 2 = 0.693 nats for Yes and No. Divide by log 2 for
 bits.
 
-TABLE
+Error on Gaussians of known information, in nats: d pairs of columns with correlation ρ, 4,000 samples,
+default settings, mean ± deviation of three seeds. Few samples, many dimensions and much information make the
+estimates too small, never much too large:
+
+     d   ρ    truth             mine         info_nce              ksg
+     1  .1    0.005   −0.002 ± 0.001   −0.003 ± 0.004   +0.003 ± 0.011
+     1  .5    0.144   −0.005 ± 0.007   −0.011 ± 0.012   −0.007 ± 0.013
+     1  .9    0.830   −0.003 ± 0.004   −0.007 ± 0.007   +0.005 ± 0.018
+     5  .1    0.025   −0.018 ± 0.003   −0.028 ± 0.002   −0.007 ± 0.010
+     5  .5    0.719   −0.062 ± 0.057   −0.062 ± 0.047   −0.156 ± 0.012
+     5  .9    4.152   −0.408 ± 0.065   −0.255 ± 0.059   −1.072 ± 0.031
+    20  .1    0.101   −0.088 ± 0.004   −0.101 ± 0.000   −0.083 ± 0.003
+    20  .5    2.877   −1.139 ± 0.102   −0.654 ± 0.089   −2.180 ± 0.004
+    20  .9   16.607   −5.835 ± 1.019   −9.729 ± 0.023   −13.23 ± 0.016   (info_nce: ceiling 7.09)
 """
 
 import math

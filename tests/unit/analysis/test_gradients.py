@@ -24,8 +24,13 @@ class Shared(nn.Module):
 def losses(module, seed=0):
     generator = torch.Generator().manual_seed(seed)
     x, target = torch.randn(2, 6, 3, generator=generator, dtype=torch.float64)
-    search = lambda: (module.search_head(module.encoder(x)) - target[:, :1]).square().mean()  # noqa: E731
-    rec = lambda: (module.rec_head(module.encoder(x + 1)) + target[:, 1:2]).square().mean()  # noqa: E731
+
+    def search():
+        return (module.search_head(module.encoder(x)) - target[:, :1]).square().mean()
+
+    def rec():
+        return (module.rec_head(module.encoder(x + 1)) + target[:, 1:2]).square().mean()
+
     return search, rec
 
 
@@ -97,9 +102,9 @@ def test_a_gradient_of_zero_has_no_direction():
 
 def test_sparse_embedding_gradients_and_rows_that_one_task_touches():
     module = nn.Embedding(10, 2, sparse=True)
-    search = lambda: module(torch.tensor([1, 2])).sum()  # noqa: E731
-    rec = lambda: -module(torch.tensor([2, 3])).sum()  # noqa: E731
-    row = compare_gradients(module, search, rec)[0]
+    row = compare_gradients(
+        module, lambda: module(torch.tensor([1, 2])).sum(), lambda: -module(torch.tensor([2, 3])).sum()
+    )[0]
     assert row.cosine == pytest.approx(-0.5)
     assert row.conflicting_share == 1.0  # the one row that both touch
 
