@@ -24,7 +24,12 @@ MLFLOW_FILES = {
     )
 }
 # Distribution names of import names that differ from them.
-DISTRIBUTIONS = {"yaml": "PyYAML", "annotated_types": "annotated-types", "faiss": "faiss-cpu"}
+DISTRIBUTIONS = {
+    "yaml": "PyYAML",
+    "annotated_types": "annotated-types",
+    "faiss": "faiss-cpu",
+    "sklearn": "scikit-learn",
+}
 BUILT_IN_PARTS = {"trainer", "data_shards", "ds_configs", "slurm", "tests"}
 
 
