@@ -72,7 +72,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class TrainClicks:
-    """The clicks of the training split, [n] int64 each, by user and time: what counting models are made of."""
+    """The clicks of the training split, [n] int64 each, by user and time: what counting models use."""
 
     user: Tensor
     task: Tensor

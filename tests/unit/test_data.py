@@ -77,6 +77,7 @@ def test_fold_is_that_of_the_click(folder: Path) -> None:
 
 
 def test_held_out_clicks_alone_are_trained_on(folder: Path) -> None:
+    manifest = read_manifest(folder)
     columns = PreparedFolder.at(folder).columns("train", ["user", "task", "item", "event_id"])
     heldout = np.full(manifest.num_users, -1)
     recommended = columns["task"] == 0
@@ -97,6 +98,7 @@ def test_held_out_clicks_alone_are_trained_on(folder: Path) -> None:
 def test_evaluation_sees_each_event_once_with_equal_batches(
     folder: Path, ranks: int, max_events: int
 ) -> None:
+    manifest = read_manifest(folder)
     seen: list[int] = []
     places = []
     lengths = set()
@@ -182,6 +184,7 @@ def test_words_reach_the_model(prepared_words: Path) -> None:
 
 def test_tasks_are_mixed_by_share_whatever_the_manifest_says(folder: Path) -> None:
     """Format 1 does not count the searches of a block: they are read."""
+    manifest = read_manifest(folder)
     config = DataConfig(history_max=6, search_share=0.75)
     old = Manifest(
         {

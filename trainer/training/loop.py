@@ -149,7 +149,7 @@ def fit(run: Run, stop: StopSignal) -> Status:
 
 @contextmanager
 def training_batches(run: Run) -> Iterator[Iterator[Batch]]:
-    """This rank's micro-batches, ready to be copied to its device. The loader's thread ends with the block."""
+    """This rank's micro-batches, ready to copy to its device. The loader's thread ends with the block."""
     batches = prefetched(run.stream, run.config.data.num_workers, run.module.prepare, run.accelerator.device)
     try:
         yield batches
