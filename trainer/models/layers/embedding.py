@@ -54,7 +54,8 @@ class WordMean(nn.Module):
 
 
 class Positions(nn.Module):
-    """Adds a learned vector of each position, counted from the left: x [B, N, width] with N ≤ length."""
+    """Adds a learned vector of each position, counted from the left, to x [B, N, width]. Slots from
+    `length` on are left as they are: they can only be padding."""
 
     def __init__(self, length: int, width: int, std: float = 0.02) -> None:
         super().__init__()
@@ -62,7 +63,8 @@ class Positions(nn.Module):
         nn.init.normal_(self.weight, std=std)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.weight[: x.shape[1]]
+        weight = self.weight[: x.shape[1]]
+        return x + F.pad(weight, (0, 0, 0, x.shape[1] - len(weight)))
 
 
 def inner_products(vectors_BD: Tensor, candidates_BCD: Tensor) -> Tensor:
