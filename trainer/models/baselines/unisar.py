@@ -1,0 +1,340 @@
+"""UniSAR (Shi, Si, Xu, Zhang, Zang, Song, Leng, Xu, Chen, Wang, "UniSAR: Modeling User Transition Behaviors
+between Search and Recommendation", SIGIR 2024).
+
+    text = tanh(W mean(words));  item = tanh(W [id; caption; category]);  user = tanh(W id)
+    one list of a user's clicks: recommended items, and sessions = query + mean of the items clicked for it
+    transitions between the behaviours: a layer over the whole list in which only slots of the other kind
+    are seen (s2r at items, r2s at sessions); within one: a layer over the items (r2r), one over the
+    sessions (s2s) alignment: mean s2r and mean r2r of a user find each other among the batch's; the same
+    for r2s and s2s fusion: a decoder layer on r2r with memory s2r, on s2s with memory r2s; then attention
+    by the candidate PLE (layers/mixture.py): 4 experts a task and 4 shared of [x_rec, x_src, item, user,
+    query]; gate, tower and head a task L = L_rec + α L_src, each: click BCE + w_q query–item InfoNCE + w_h
+    (both alignments)
+
+Differs from the published code: one history of data.history_max clicks instead of 30 + 30 first records; a
+session is a run of clicks for one query. Attention to nothing gives 0, where a user without searches (or
+without recommendations) made NaN there, and such a row is left out of the alignments. Both tasks stand in
+one batch: an event of search weighs α, and contrastive negatives come from both. Categories are the mean
+over the levels; there are no user features; an unknown user, and a query that the folder does not know, is
+the zero vector. Shapes: history [B, N, D], candidates [B, C, D], scores [B, C] (log-odds).
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data_shards import settings as s
+from data_shards.schema import SRC
+from trainer.batch import Batch, rows_of
+from trainer.config import Fraction, ModelSettings, NonNegativeFloat, Positive, PositiveFloat
+from trainer.models.contract import CATALOGUE_SLICE, Ranker, World
+from trainer.models.layers.attention import TargetAttention, masked_mean
+from trainer.models.layers.contrast import QueryItemContrast, ViewContrast
+from trainer.models.layers.embedding import ItemTable, Positions, WordMean
+from trainer.models.layers.history import pack
+from trainer.models.layers.mixture import TaskMixture
+from trainer.models.layers.mlp import init_xavier
+from trainer.models.layers.sequence import torch_layer
+
+
+@s.settings
+class UniSarSettings(ModelSettings):
+    name: Literal["unisar"] = "unisar"
+    """transitions between search and recommendation"""
+    id_dim: Positive = 32
+    """width of the tables of users, items, categories and words"""
+    dim: Positive = 64
+    """width of item, user and query vectors and of the layers"""
+    num_layers: Positive = 1
+    """layers of each transformer"""
+    num_heads: Positive = 2
+    """attention heads"""
+    ffn_dim: Positive = 64
+    """inner width of the layers"""
+    dropout: Fraction = 0.1
+    """dropout of layers, experts, towers and heads"""
+    num_experts: Positive = 4
+    """experts of each task, and as many that both share"""
+    expert_dim: Positive = 64
+    """width of an expert"""
+    tower_dims: tuple[int, ...] = (128, 64)
+    """widths of a task's tower"""
+    head_dims: tuple[int, ...] = (200, 80)
+    """widths of a task's head before its score"""
+    query_item_weight: NonNegativeFloat = 1e-3
+    """w_q of the query–item InfoNCE (0.1 on Amazon)"""
+    query_item_temperature: PositiveFloat = 0.5
+    """τ of the query–item InfoNCE at the start (0.1 on Amazon)"""
+    num_contrast: Positive = 1024
+    """random items and queries a step that the query–item InfoNCE tells apart"""
+    history_weight: NonNegativeFloat = 0.1
+    """w_h of the alignments (0.01 on Amazon)"""
+    history_temperature: PositiveFloat = 0.1
+    """τ of the alignments at the start"""
+    search_weight: NonNegativeFloat = 0.1
+    """α, weight of a search beside a recommendation in the loss (0.01 on Amazon)"""
+
+
+@dataclass(frozen=True)
+class Histories:
+    """Both kinds of history at their own slots, padded at the end with 0: [B, N, D] and [B, N]."""
+
+    rec: Tensor  # fused
+    src: Tensor
+    rec_mask: Tensor
+    src_mask: Tensor
+    s2r: Tensor
+    r2r: Tensor
+    r2s: Tensor
+    s2s: Tensor
+
+
+class UniSarCore(nn.Module):
+    """Users and items by id (0 = unknown, padding), texts and categories by their ids (0 = padding)."""
+
+    def __init__(
+        self,
+        num_users: int,
+        num_items: int,
+        num_words: int,
+        lengths: tuple[int, ...],
+        settings: UniSarSettings,
+        num_categories: int = 0,
+        user_dim: int | None = None,
+        category_dim: int | None = None,
+    ) -> None:
+        """lengths: positions of the whole list, of items and of sessions."""
+        super().__init__()
+        width, dim = settings.id_dim, settings.dim
+        user_dim, category_dim = user_dim or width, category_dim or width
+        self.words = WordMean(num_words, width)
+        self.items, self.users = ItemTable(num_items, width), ItemTable(num_users, user_dim)
+        self.categories = WordMean(num_categories, category_dim) if num_categories else None
+        self.text_map, self.user_map = nn.Linear(width, dim), nn.Linear(user_dim, dim)
+        self.item_map = nn.Linear(width + dim + (category_dim if num_categories else 0), dim)
+        self.positions, self.rec_positions, self.src_positions = (Positions(n, dim) for n in lengths)
+        layer = (dim, settings.num_heads, settings.ffn_dim, settings.dropout)
+
+        def layers(cross: bool = False) -> nn.ModuleList:
+            return nn.ModuleList(torch_layer(*layer, cross=cross) for _ in range(settings.num_layers))
+
+        self.across, self.within_rec, self.within_src = layers(), layers(), layers()
+        self.rec_fusion, self.src_fusion = layers(cross=True), layers(cross=True)
+        self.rec_pooling, self.src_pooling = TargetAttention(dim), TargetAttention(dim)
+        self.mixture = TaskMixture(
+            5 * dim,
+            settings.num_experts,
+            settings.expert_dim,
+            settings.tower_dims,
+            settings.head_dims,
+            settings.dropout,
+        )
+        self.no_query = nn.Embedding(1, dim)  # stands for the query of a recommendation
+        self.query_item = QueryItemContrast(dim, settings.query_item_temperature)
+        self.rec_alignment = ViewContrast(dim, settings.history_temperature)
+        self.src_alignment = ViewContrast(dim, settings.history_temperature)
+        self._start()
+
+    def _start(self) -> None:
+        """Xavier normal for linear maps, tables and positions."""
+        self.apply(init_xavier)
+        positions = (self.positions, self.rec_positions, self.src_positions)
+        for table in (self.items, self.users, self.no_query, *positions):
+            nn.init.xavier_normal_(table.weight)
+        for bags in (self.words, self.categories):
+            if bags is not None:
+                nn.init.xavier_normal_(bags.words.weight)
+                with torch.no_grad():
+                    bags.words.weight[0].zero_()
+        self.items.zero_padding()
+        self.users.zero_padding()
+
+    # ---- vectors -------------------------------------------------------------------------------------------
+
+    def text_vectors(self, words: Tensor) -> Tensor:
+        """Words […, W] → […, D]."""
+        vectors: Tensor = self.text_map(self.words(words)).tanh()
+        return vectors
+
+    def item_vectors(self, ids: Tensor, words: Tensor, categories: Tensor) -> Tensor:
+        """ids […], words […, W], categories […, levels] → […, D]; 0 for padding."""
+        parts = [self.items(ids), self.text_vectors(words)]
+        if self.categories is not None:
+            parts.append(self.categories(categories))
+        vectors: Tensor = self.item_map(torch.cat(parts, -1)).tanh()
+        return vectors * (ids != 0)[..., None]
+
+    def user_vectors(self, ids_B: Tensor) -> Tensor:
+        vectors: Tensor = self.user_map(self.users(ids_B)).tanh()
+        return vectors * (ids_B != 0)[:, None]
+
+    def query_vectors(self, words_BW: Tensor, search_B: Tensor) -> Tensor:
+        """Of a recommendation, a learned vector stands for the query."""
+        none = self.no_query(torch.zeros_like(search_B, dtype=torch.int64))
+        return torch.where(search_B[:, None], self.text_vectors(words_BW), none)
+
+    # ---- history -------------------------------------------------------------------------------------------
+
+    def encode(self, slots_BND: Tensor, search_BN: Tensor, mask_BN: Tensor) -> Histories:
+        """One list of items and sessions (search = True), padded at the end."""
+        rec_BN, src_BN = mask_BN & ~search_BN, mask_BN & search_BN
+        other_BNN = (search_BN[:, :, None] != search_BN[:, None]) & mask_BN[:, None]
+        across = _through(self.across, self.positions(slots_BND), other_BNN)
+        both_B11 = (rec_BN.any(1) & src_BN.any(1))[:, None, None]
+        s2r, r2s = pack(across, rec_BN) * both_B11, pack(across, src_BN) * both_B11
+        rec_mask, src_mask = pack(rec_BN, rec_BN), pack(src_BN, src_BN)
+        r2r = self._within(self.within_rec, self.rec_positions, pack(slots_BND, rec_BN), rec_mask)
+        s2s = self._within(self.within_src, self.src_positions, pack(slots_BND, src_BN), src_mask)
+        rec = _through(self.rec_fusion, r2r, rec_mask[:, None], s2r, rec_mask[:, None] & both_B11)
+        src = _through(self.src_fusion, s2s, src_mask[:, None], r2s, src_mask[:, None] & both_B11)
+        return Histories(rec, src, rec_mask, src_mask, s2r, r2r, r2s, s2s)
+
+    def _within(self, layers: nn.ModuleList, positions: Positions, x_BND: Tensor, mask_BN: Tensor) -> Tensor:
+        return _through(layers, positions(x_BND), mask_BN[:, None]) * mask_BN[..., None]
+
+    # ---- score and loss ------------------------------------------------------------------------------------
+
+    def interests(self, histories: Histories, items_BCD: Tensor) -> tuple[Tensor, Tensor]:
+        """What of each kind of history matters to each candidate, [B, C, D] twice."""
+        rec = self.rec_pooling(histories.rec, histories.rec_mask, items_BCD)
+        return rec, self.src_pooling(histories.src, histories.src_mask, items_BCD)
+
+    def forward(
+        self, histories: Histories, items_BCD: Tensor, user_BD: Tensor, query_BD: Tensor, search_B: Tensor
+    ) -> Tensor:
+        """→ log-odds of a click [B, C], float32."""
+        event = [part[:, None].expand_as(items_BCD) for part in (user_BD, query_BD)]
+        parts = [*self.interests(histories, items_BCD), items_BCD, *event]
+        scores_BC: Tensor = self.mixture(torch.cat(parts, -1), search_B)
+        return scores_BC
+
+    def alignment(self, histories: Histories) -> Tensor:
+        """Both alignments, [B]; 0 for a row without one of the two kinds."""
+        h = histories
+        valid_B = h.rec_mask.any(1) & h.src_mask.any(1)
+        rec = self.rec_alignment(masked_mean(h.s2r, h.rec_mask), masked_mean(h.r2r, h.rec_mask), valid_B)
+        return rec + self.src_alignment(
+            masked_mean(h.r2s, h.src_mask), masked_mean(h.s2s, h.src_mask), valid_B
+        )
+
+
+def _through(layers: nn.ModuleList, x: Tensor, visible: Tensor, *memory: Tensor) -> Tensor:
+    for layer in layers:
+        x = layer(x, visible, *memory)
+    return x
+
+
+class UniSar(Ranker):
+    """Both tasks."""
+
+    Settings = UniSarSettings
+    title = "UniSAR"
+    needs = frozenset({"item_text", "history_queries"})
+    settings: UniSarSettings
+
+    def __init__(self, settings: UniSarSettings, world: World) -> None:
+        super().__init__(settings, world)
+        lengths = (world.data.history_max,) * 3
+        self.core = UniSarCore(
+            world.num_users, world.num_items, world.num_terms, lengths, settings, world.num_categories
+        )
+
+    def score(self, batch: Batch) -> Tensor:
+        histories, *_ = self._histories(batch)
+        return self._scores(batch, histories)
+
+    def score_catalogue(self, batch: Batch) -> Tensor:
+        histories, *_ = self._histories(batch)
+        items = torch.arange(self.world.num_items, device=batch.candidates.device)
+        parts = []
+        for slice_C in items.split(CATALOGUE_SLICE):
+            candidates_BC = slice_C.expand(batch.num_events, -1)
+            parts.append(self._scores(batch.with_candidates(candidates_BC, candidates_BC.float()), histories))
+        return torch.cat(parts, 1)
+
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Means over events, those of a search weighted with α and, as all models do, with data.weight_*."""
+        histories, queries_BND, items_BND, pairs_BN = self._histories(batch)
+        scores_BC, settings, data = self._scores(batch, histories), self.settings, self.world.data
+        search_B = batch.task == SRC
+        weights_B = torch.where(search_B, data.weight_src * settings.search_weight, data.weight_rec).float()
+        click_B = F.binary_cross_entropy_with_logits(scores_BC, batch.labels, reduction="none").mean(1)
+        history_B = self.core.alignment(histories)
+        aligned_B = histories.rec_mask.any(1) & histories.src_mask.any(1)
+        pair_BN = self._query_item_losses(queries_BND, items_BND)
+        terms = {
+            "click_loss": weighted(click_B, weights_B, torch.ones_like(search_B)),
+            "history_loss": weighted(history_B, weights_B, aligned_B),
+            "query_item_loss": weighted(pair_BN, weights_B[:, None].expand_as(pair_BN), pairs_BN),
+        }
+        loss = terms["click_loss"] + settings.history_weight * terms["history_loss"]
+        loss = loss + settings.query_item_weight * terms["query_item_loss"]
+        return loss, {name: term.detach() for name, term in terms.items()}
+
+    # ---- batch → core --------------------------------------------------------------------------------------
+
+    def _histories(self, batch: Batch) -> tuple[Histories, Tensor, Tensor, Tensor]:
+        """→ encoded histories; the query and the item of every slot [B, N, D], and which slots are such
+        pairs."""
+        items_BN, mask_BN = batch.history_items, batch.history_mask
+        src_BN = mask_BN & (batch.history_tasks == SRC)
+        known_BN = src_BN & (batch.history_queries >= 0)
+        items_BND = self._items(items_BN) * mask_BN[..., None]
+        queries_BND = self.core.text_vectors(self._query_words(batch.history_queries)) * known_BN[..., None]
+        first_BN, same_BNN = sessions(src_BN, batch.history_queries)
+        clicks_BND = same_BNN.to(items_BND.dtype) @ items_BND / same_BNN.sum(2, keepdim=True).clamp(min=1)
+        slots_BND = torch.where(src_BN[..., None], queries_BND + clicks_BND, items_BND)
+        kept_BN = mask_BN & (~src_BN | first_BN)
+        histories = self.core.encode(pack(slots_BND, kept_BN), pack(src_BN, kept_BN), pack(kept_BN, kept_BN))
+        return histories, queries_BND, items_BND, known_BN
+
+    def _scores(self, batch: Batch, histories: Histories) -> Tensor:
+        search_B = batch.task == SRC
+        query_BD = self.core.query_vectors(self._query_words(batch.query), search_B)
+        items_BCD, user_BD = self._items(batch.candidates), self.core.user_vectors(batch.user + 1)
+        scores_BC: Tensor = self.core(histories, items_BCD, user_BD, query_BD, search_B)
+        return scores_BC
+
+    def _query_item_losses(self, queries_BND: Tensor, items_BND: Tensor) -> Tensor:
+        """[B, N]; slots that are no pair have a loss, too, which nobody reads."""
+        draws, device = (self.settings.num_contrast,), items_BND.device
+        other_items = self._items(torch.randint(self.world.num_items, draws, device=device))
+        words = self._query_words(torch.randint(max(self.world.num_queries, 1), draws, device=device))
+        losses: Tensor = self.core.query_item(
+            queries_BND.flatten(0, 1), items_BND.flatten(0, 1), self.core.text_vectors(words), other_items
+        )
+        return losses.view(queries_BND.shape[:2])
+
+    def _items(self, rows: Tensor) -> Tensor:
+        """Vectors of rows of the item tables."""
+        categories = getattr(self.tables, "item_category", rows.new_zeros((self.world.num_items, 0)))
+        words = rows_of(self.tables.item_terms, rows)
+        return self.core.item_vectors(rows + 1, words, rows_of(categories, rows))
+
+    def _query_words(self, rows: Tensor) -> Tensor:
+        """Padding only where there is no query (row -1)."""
+        if self.world.num_queries == 0:
+            return rows.new_zeros((*rows.shape, 1))
+        return rows_of(self.tables.query_terms, rows.clamp(min=0)) * (rows >= 0)[..., None]
+
+
+def sessions(src_BN: Tensor, queries_BN: Tensor) -> tuple[Tensor, Tensor]:
+    """Runs of clicks for one known query: slots that begin one [B, N], and pairs in the same one [B, N,
+    N]."""
+    again_BN = src_BN[:, 1:] & src_BN[:, :-1] & (queries_BN[:, 1:] >= 0)
+    again_BN = again_BN & (queries_BN[:, 1:] == queries_BN[:, :-1])
+    first_BN = src_BN & ~F.pad(again_BN, (1, 0))
+    number_BN = first_BN.cumsum(1)
+    same_BNN = (number_BN[:, :, None] == number_BN[:, None]) & src_BN[:, :, None] & src_BN[:, None]
+    return first_BN, same_BNN
+
+
+def weighted(values: Tensor, weights: Tensor, counted: Tensor) -> Tensor:
+    """Σ w·v over the counted / their number; 0 where there is none."""
+    return (values * weights * counted).sum() / counted.sum().clamp(min=1)
+
+
+MODEL = UniSar

@@ -1,0 +1,60 @@
+"""A batch's history as models of sequences read it: ids (0 = padding, item r is r + 1), the kinds of clicks
+that they know, at the length that they have positions for."""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data_shards.schema import REC
+from trainer.batch import Batch
+
+HistoryKind = Literal["all", "rec"]
+
+
+def history_ids(batch: Batch, kind: HistoryKind, length: int) -> Tensor:
+    """Clicked items, oldest first, padded at the end, the newest `length` of them: [B, N] with 1 ≤ N ≤
+    length.
+
+    kind: all clicks, or those of recommendations.
+    """
+    ids_BN = (batch.history_items + 1) * batch.history_mask
+    kept_BN = batch.history_mask
+    if kind == "rec":
+        kept_BN = kept_BN & (batch.history_tasks == REC)
+    return newest(ids_BN, kept_BN, length)
+
+
+def newest(ids_BN: Tensor, kept_BN: Tensor, length: int) -> Tensor:
+    """The last `length` kept ids of each row, in their order, padded at the end with 0; at least one
+    column."""
+    packed = pack(ids_BN, kept_BN)
+    missing = max(1 - packed.shape[1], 0)
+    packed = F.pad(packed, (0, missing))
+    if packed.shape[1] <= length:
+        return packed
+    first_B1 = (kept_BN.sum(1, keepdim=True) - length).clamp(min=0)
+    return packed.gather(1, first_B1 + torch.arange(length, device=packed.device))
+
+
+def pack(values: Tensor, kept_BN: Tensor) -> Tensor:
+    """Kept slots first, in their order, then 0: values [B, N] or [B, N, D]."""
+    order_BN = (~kept_BN).to(torch.int8).argsort(dim=1, stable=True)
+    kept = kept_BN.gather(1, order_BN)
+    if values.dim() == 3:
+        return values.gather(1, order_BN[..., None].expand_as(values)) * kept[..., None]
+    return values.gather(1, order_BN) * kept
+
+
+def left_padded(ids_BN: Tensor, length: int) -> Tensor:
+    """Ids that are padded at the end → padded in front, [B, length]; N ≤ length."""
+    wide = F.pad(ids_BN, (0, length - ids_BN.shape[1]))
+    shift_B1 = (wide != 0).sum(1, keepdim=True) - length
+    return wide.gather(1, (torch.arange(length, device=wide.device) + shift_B1) % length)
+
+
+def clicked(batch: Batch) -> Tensor:
+    """Id of each event's clicked item [B], in a batch with labels."""
+    position_B1 = batch.labels.argmax(1, keepdim=True)
+    return batch.candidates.gather(1, position_B1)[:, 0] + 1

@@ -1,0 +1,27 @@
+"""Towers of linear maps."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from torch import nn
+
+from trainer.models.layers.dropout import Dropout
+
+
+def mlp(widths: Sequence[int], dropout: float, score: bool = False) -> nn.Sequential:
+    """Linear, relu, dropout for each step of `widths`, input first; score: one more linear map to one
+    number."""
+    layers: list[nn.Module] = []
+    for before, after in pairwise(widths):
+        layers += [nn.Linear(before, after), nn.ReLU(), Dropout(dropout)]
+    if score:
+        layers.append(nn.Linear(widths[-1], 1))
+    return nn.Sequential(*layers)
+
+
+def init_xavier(module: nn.Module) -> None:
+    """For module.apply: linear maps xavier normal, biases 0."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_normal_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
