@@ -6,6 +6,7 @@ from trainer.errors import DataError
 from trainer.models.backbones.adapters import keep_frozen_in_bf16
 from trainer.models.backbones.backbone import Backbone
 from trainer.models.backbones.families import build_backbone
+from trainer.models.backbones.known import architecture, is_tied
 from trainer.models.contract import World
 from trainer.models.gensr.settings import GenSRSettings
 
@@ -14,6 +15,16 @@ def backbone_of(settings: GenSRSettings, world: World) -> Backbone:
     """A new model: weights and tokenizer belong together, or DataError. World.saved: its architecture alone,
     the weights are loaded afterwards (with LoRA on a pretrained backbone, its frozen weights by name)."""
     lora = settings.lora if settings.lora.rank else None
+    if world.tokenizer is None:  # sizes only: no weights, no network
+        with architecture(settings.backbone) as config_only:
+            return build_backbone(
+                settings.backbone,
+                vocab_size=world.vocab_size,
+                dropout=0.0,
+                lora=lora,
+                config_only=config_only,
+                own_head=not is_tied(settings.backbone),
+            )
     if world.saved is not None:
         adapters_only = keeps_adapters_only(settings)
         return build_backbone(
