@@ -20,6 +20,7 @@ from data_shards.hashing import derive_seed, permutation
 from data_shards.histories import in_histories, windows
 from data_shards.negatives import draw_negatives, user_item_keys
 from data_shards.options import PrepareSettings, load_prepare_settings, settings_with_effect
+from data_shards.publish import finish_publishing, sync_folder
 from data_shards.schema import FORMAT_VERSION, SPLITS, TASKS, Manifest, read_manifest
 from data_shards.sources import SOURCES, Source, open_source
 from data_shards.sources.reading import readable
@@ -39,7 +40,6 @@ from data_shards.work import (
     Work,
     chunk_bounds,
     in_threads,
-    sync_folder,
     write_text_atomic,
 )
 from data_shards.write import EventColumns, describe_file, write_shards
@@ -71,6 +71,7 @@ def prepare(
     settings, raw, out = load_prepare_settings(source, overrides), Path(raw), Path(out)
     if not raw.exists():
         raise DataError(f"{raw}: no such file or folder. RAW holds the raw logs of source {source}.")
+    finish_publishing(out)
     if out.exists() and not settings.overwrite:
         raise DataError(
             f"{out} exists already. Choose another folder, or add overwrite=true to replace it once the new "

@@ -24,7 +24,7 @@ from data_shards.errors import DataError
 from data_shards.options import PrepareSettings
 from data_shards.schema import REC, SRC
 from data_shards.sources import ItemSql, Source, Tables
-from data_shards.sources.reading import literal
+from data_shards.sql import parquet_scan
 from data_shards.work import Work
 
 LICENSE = "Amazon review data (J. McAuley, UCSD): research use"
@@ -289,11 +289,10 @@ def _write_parquet(path: Path, rows: Iterator[dict[str, Any]], schema: pa.Schema
 
 def _tables(work: Work, min_query_items: int, dropped: dict[str, int]) -> Tables:
     work.con.execute(
-        "CREATE OR REPLACE TABLE purchases AS SELECT * FROM "
-        f"read_parquet({literal(work.folder / 'reviews.parquet')})"
+        f"CREATE OR REPLACE TABLE purchases AS SELECT * FROM {parquet_scan(work.folder / 'reviews.parquet')}"
     )
     work.con.execute(
-        f"CREATE OR REPLACE TABLE meta AS SELECT * FROM read_parquet({literal(work.folder / 'meta.parquet')})"
+        f"CREATE OR REPLACE TABLE meta AS SELECT * FROM {parquet_scan(work.folder / 'meta.parquet')}"
     )
     events = f"""
         SELECT user_id, item_id, time, {REC}::TINYINT AS task, NULL::VARCHAR AS query, true AS clicked, NULL::VARCHAR AS problem FROM purchases

@@ -22,7 +22,8 @@ from data_shards.errors import DataError
 from data_shards.options import PrepareSettings
 from data_shards.schema import REC, SRC
 from data_shards.sources import ItemSql, Source, Tables
-from data_shards.sources.reading import literal, require_columns
+from data_shards.sources.reading import require_columns
+from data_shards.sql import literal, parquet_scan
 from data_shards.work import Work
 
 LICENSE = "CC BY-NC-SA 4.0"
@@ -68,13 +69,13 @@ def _read(work: Work, behaviour: Path, products: Path) -> Tables:
             writer.write_table(pa.table(part, schema=SCHEMA))
     events = f"""
         SELECT user_id, item_id, time, (CASE WHEN query IS NULL THEN {REC} ELSE {SRC} END)::TINYINT AS task, query, clicked, NULL::VARCHAR AS problem
-        FROM read_parquet({literal(work.folder / "behaviour.parquet")})"""
+        FROM {parquet_scan(work.folder / "behaviour.parquet")}"""
     header = products.open(encoding="utf-8").readline().rstrip("\r\n").split("\t")
     require_columns(products, header, ["wid", "name", *LEVELS])
     columns = ", ".join(
         f"{literal(name)}: {literal('BIGINT' if name == 'wid' else 'VARCHAR')}" for name in header
     )
-    scan = f"read_csv({literal(products)}, header=true, auto_detect=false, delim='\t', quote='', escape='', columns={{{columns}}})"
+    scan = f"read_csv({literal(products)}, hive_partitioning=false, header=true, auto_detect=false, delim='\t', quote='', escape='', columns={{{columns}}})"
     words = f"translate(concat_ws('{WORD_MARK}', {', '.join(LEVELS)}, name), '{WORD_MARK}', ' ')"
     items = ItemSql(
         scan=f"(SELECT *, wid AS item_id FROM {scan})",

@@ -15,7 +15,8 @@ from data_shards.errors import DataError
 from data_shards.options import PrepareSettings
 from data_shards.schema import REC, SRC
 from data_shards.sources import EARLIEST_MS, LATEST_MS, TOO_EARLY, TOO_LATE, ItemSql, Source, Tables
-from data_shards.sources.reading import csv_scan, find_file, literal, readable
+from data_shards.sources.reading import csv_scan, find_file, readable
+from data_shards.sql import literal
 from data_shards.work import Work
 
 LICENSE = "CC BY-NC-SA 4.0"

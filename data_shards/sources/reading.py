@@ -6,15 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
 
+from data_shards.documents import first_bad_line
 from data_shards.errors import DataError
+from data_shards.sql import literal
 
 NULL_STRINGS = ["", "nan", "NaN", "null", "NULL", "None"]
-
-
-def literal(text: str | Path) -> str:
-    """A text as an SQL literal."""
-    return "'" + str(text).replace("'", "''") + "'"
 
 
 def find_file(raw: Path, name: str) -> Path:
@@ -92,7 +91,7 @@ def csv_scan(path: Path, types: Mapping[str, str], null_strings: Sequence[str] =
     columns = ", ".join(f"{literal(name)}: {literal(types.get(name, 'VARCHAR'))}" for name in header)
     nulls = ", ".join(literal(text) for text in null_strings)
     return (
-        f"read_csv({literal(path)}, header=true, auto_detect=false, delim=',', quote='\"', escape='\"', "
+        f"read_csv({literal(path)}, header=true, auto_detect=false, hive_partitioning=false, delim=',', quote='\"', escape='\"', "
         f"max_line_size={MAX_LINE_BYTES}, buffer_size={BUFFER_BYTES}, nullstr=[{nulls}], "
         f"columns={{{columns}}})"
     )
@@ -118,6 +117,31 @@ def mixed_line_ends(path: Path) -> int:
         )
 
 
+def first_undecodable(path: Path) -> tuple[str, int] | None:
+    """Column and row (from 1) of the first text of a parquet file that is not UTF-8; None when all is."""
+    file = pq.ParquetFile(path)
+    for field in file.schema_arrow:
+        row = 0
+        for batch in file.iter_batches(columns=[field.name]):
+            for value in _raw_texts(batch.column(0)):
+                row += 1
+                try:
+                    (value or b"").decode()
+                except UnicodeDecodeError:
+                    return field.name, row
+    return None
+
+
+def _raw_texts(column: pa.Array) -> list[bytes | None]:
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    kind = column.type
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_fixed_size_binary(kind):
+        column = column.cast(pa.large_binary())
+    is_bytes = pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type)
+    return column.to_pylist() if is_bytes else []
+
+
 def readable(error: duckdb.Error, files: Sequence[Path] = ()) -> DataError:
     """duckdb's report of an unusable file as one line: file:column:row, what is wrong. files: those that it
     may be about."""
@@ -128,6 +152,16 @@ def readable(error: duckdb.Error, files: Sequence[Path] = ()) -> DataError:
                 f"{file}:row {number}: ends with LF or CRLF, and row 1 with the other. Convert the file, for "
                 "example with dos2unix."
             )
+    if "JSON" in text:
+        for file in (file for file in files if file.suffix == ".jsonl"):
+            if bad := first_bad_line(file):
+                return DataError(f"{file}:row {bad[0]}: {bad[1]}. Correct or remove that row.")
+    if "Invalid string encoding" in text:
+        for file in (file for file in files if file.suffix == ".parquet"):
+            if undecodable := first_undecodable(file):
+                return DataError(
+                    f"{file}:{undecodable[0]}:row {undecodable[1]}: is not UTF-8 text. Convert the column."
+                )
     line = re.search(r"CSV Error on Line: (\d+)", text)
     path = re.search(r"^\s*file = (.+)$", text, re.MULTILINE)
     column = re.search(r'Error when converting column "([^"]+)"\. (.+)', text)
