@@ -107,6 +107,12 @@ def count_table(facts: dict[str, Any]) -> list[str]:
         lines.append(
             f"  {name:<{width}}" + "".join(f"{row[key]:>14,}" if key in row else f"{'':>14}" for key in names)
         )
+    if levels := facts["source"].get("category_levels"):
+        found = ", ".join(f"{count:,} of {depth}" for depth, count in levels.items())
+        lines += [
+            "",
+            f"  categories were split at {facts['source']['category_separator']!r}; levels: {found}",
+        ]
     return lines
 
 

@@ -25,12 +25,14 @@ from data_shards.schema import FORMAT_VERSION, SPLITS, TASKS, Manifest, read_man
 from data_shards.sources import SOURCES, Source, open_source
 from data_shards.sources.reading import readable
 from data_shards.split import (
+    DAY_MS,
     TEST,
     TRAIN,
     VALID,
     check_split,
     day_boundaries,
     describe_boundaries,
+    iso,
     split_by_time,
     split_leave_one_out,
 )
@@ -44,7 +46,8 @@ from data_shards.work import (
 )
 from data_shards.write import EventColumns, describe_file, write_shards
 
-PIPELINE_VERSION = 4  # change it when a stage writes something else: a restart then reuses nothing
+NO_ROOM = (duckdb.IOException, duckdb.OutOfMemoryException)  # not the input's fault
+PIPELINE_VERSION = 5  # change it when a stage writes something else: a restart then reuses nothing
 SHUFFLE_SEED, NEGATIVE_SEED = 16, 17
 EVENT_COLUMNS = {
     **encode.EVENT_DTYPES, "split": "i1", "history_start": "i8", "history_count": "i4", "history_item": "i4", "history_task": "i1",
@@ -100,13 +103,14 @@ def prepare(
         except GensrError:  # bad input or settings: nothing here is of use to another attempt
             work.discard()
             raise
+        except duckdb.Error as error:
+            if isinstance(error, NO_ROOM):
+                raise
+            work.discard()
+            raise readable(error, reader.files) from error
         finally:
             work.close()
-    except (OSError, duckdb.Error) as error:
-        if isinstance(error, duckdb.Error) and not isinstance(
-            error, duckdb.IOException | duckdb.OutOfMemoryException
-        ):
-            raise readable(error) from error
+    except (OSError, *NO_ROOM) as error:
         raise DataError(
             f"writing {out.name} failed: {error}. {out} is as it was. Free space or memory, then run the "
             "same command again: "
@@ -176,11 +180,25 @@ def _split(work: Work, settings: PrepareSettings) -> dict[str, Any]:
             yield {"split": split}
 
     work.write_columns(chunks(), {"split": "i1"})
-    check_split({name: int(counts[code].sum()) for code, name in enumerate(SPLITS)}, settings.split)
+    sizes = {name: int(counts[code].sum()) for code, name in enumerate(SPLITS)}
+    hint = _outlier_hint(work, settings) if settings.split == "time" and not all(sizes.values()) else ""
+    check_split(sizes, settings.split, hint)
     return {
         "rule": settings.split, "boundaries": describe_boundaries(boundaries) if settings.split == "time" else {}, "fingerprint": digest.hexdigest(),
         "counts": {name: {task: int(counts[code, i]) for i, task in enumerate(TASKS)} for code, name in enumerate(SPLITS)},
     }  # fmt: skip
+
+
+def _outlier_hint(work: Work, settings: PrepareSettings) -> str:
+    """The last two days of the log and how few clicks they have: one wrong date moves the whole split."""
+    offset = settings.utc_offset_hours * 3_600_000
+    days, clicks = np.unique((work.column("time", "i8") + offset) // DAY_MS, return_counts=True)
+    shown = [
+        f"{iso(int(day) * DAY_MS)[:10]} ({count:,} of {clicks.sum():,} clicks)"
+        for day, count in zip(days, clicks, strict=True)
+    ]
+    before = f", the one before it {shown[-2]}" if len(shown) > 1 else ""
+    return f"The last day of the log is {shown[-1]}{before}"
 
 
 def _histories(work: Work, settings: PrepareSettings) -> dict[str, Any]:

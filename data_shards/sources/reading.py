@@ -25,6 +25,50 @@ def find_file(raw: Path, name: str) -> Path:
     return found[0]
 
 
+NO_INTEGER = "no integer:"  # how the SQL below says it to `readable`
+
+
+def integer(path: Path, column: str) -> str:
+    """SQL of a text column as BIGINT: 12.0 is 12, and 3.5, 1E+18 or a word end the query (duckdb would round
+    them)."""
+    wrong = f"error({literal(f'{NO_INTEGER}{column}:{path}')} || {column})::BIGINT"
+    whole = f"TRY_CAST(regexp_extract({column}, '^\\s*(-?[0-9]+)\\.0*\\s*$', 1) AS BIGINT)"
+    suspect = " OR ".join(f"contains({column}, '{mark}')" for mark in ".eE")
+    return f"""CASE WHEN {column} IS NULL THEN NULL WHEN {suspect} THEN coalesce({whole}, {wrong})
+        ELSE coalesce(TRY_CAST({column} AS BIGINT), {wrong}) END"""
+
+
+def whole_number(path: Path, column: str) -> str:
+    """SQL of a column of small numbers, read as DOUBLE (which costs no more than BIGINT): 0.5 ends the
+    query."""
+    wrong = f"error({literal(f'{NO_INTEGER}{column}:{path}')} || {column})::DOUBLE"
+    return f"CASE WHEN {column} <> trunc({column}) OR abs({column}) > 1e15 THEN {wrong} ELSE {column} END"
+
+
+def _not_an_integer(text: str, files: Sequence[Path]) -> DataError | None:
+    """The first row that made `integer` or `whole_number` fail."""
+    column = text.partition(NO_INTEGER)[2].partition(":")[0]
+    for path in (file for file in files if f"{NO_INTEGER}{column}:{file}" in text):
+        delimiter = "," if path.suffix == ".csv" else "\t"
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            rows = csv.DictReader(
+                file, delimiter=delimiter, quoting=csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE
+            )
+            for number, row in enumerate(rows, start=2):
+                value = next((value for name, value in row.items() if name and name.strip() == column), None)
+                if (
+                    value is None
+                    or value in NULL_STRINGS
+                    or re.fullmatch(r"\s*[-+]?[0-9]{1,18}(\.0*)?\s*", value)
+                ):
+                    continue
+                return DataError(
+                    f"{path}:{column}:row {number}: must be an integer, got {value!r}. Correct or remove "
+                    "that row."
+                )
+    return None
+
+
 def is_words(text: str) -> str:
     """SQL: whether a text (from words_text) is integers separated by single spaces."""
     return f"regexp_full_match({text}, '[0-9]{{1,18}}( [0-9]{{1,18}})*')"
@@ -43,6 +87,14 @@ def estimated_rows(path: Path) -> int:
     with open(path, "rb") as file:
         start = file.read(1 << 20)
     return path.stat().st_size * start.count(b"\n") // max(len(start), 1)
+
+
+def words_list(column: str) -> str:
+    """SQL: a list of integers in any writing ("[1,2]", "1 2") as "[1, 2]", so that one query has one key;
+    anything else as it is."""
+    usual = f"regexp_full_match({column}, '\\[[0-9]+(, [0-9]+)*\\]')"
+    as_list = f"'[' || replace({words_text(column)}, ' ', ', ') || ']'"
+    return f"CASE WHEN {usual} OR {no_words(column)} THEN {column} ELSE {as_list} END"
 
 
 def words_text(column: str) -> str:
@@ -152,6 +204,8 @@ def readable(error: duckdb.Error, files: Sequence[Path] = ()) -> DataError:
                 f"{file}:row {number}: ends with LF or CRLF, and row 1 with the other. Convert the file, for "
                 "example with dos2unix."
             )
+    if NO_INTEGER in text and (found := _not_an_integer(text, files)):
+        return found
     if "JSON" in text:
         for file in (file for file in files if file.suffix == ".jsonl"):
             if bad := first_bad_line(file):

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_shards.errors import DataError
+from data_shards.inspect import describe, inspect
 from data_shards.prepare import prepare
 from tests.worlds import write_tables
 
@@ -297,3 +298,12 @@ def test_a_nested_id_column_is_named(world: Path, tmp_path: Path) -> None:
     raw = as_parquet(world, tmp_path, "user_id", lambda values: pa.array([[value] for value in values]))
     with pytest.raises(DataError, match=r"events\.parquet:user_id: must be a column of text or numbers"):
         prepare("tables", raw, tmp_path / "out", FAST)
+
+
+@pytest.mark.parametrize("task", ["rec", "src"])
+def test_logs_of_one_task_alone(world: Path, tmp_path: Path, task: str) -> None:
+    rows = [{**row, "task": task, "query": "a red lamp" if task == "src" else None} for row in rows_of(world)]
+    prepare("tables", with_events(world, tmp_path, rows), tmp_path / "out", FAST)
+    facts = inspect(tmp_path / "out")
+    assert facts["counts"]["queries"] == (task == "src") and describe(facts)
+    assert facts["example"]["query"] == ("a red lamp" if task == "src" else None)
