@@ -34,10 +34,11 @@ def inspect(out: str | Path) -> dict[str, Any]:
         }  # fmt: skip
     return {
         "folder": str(out), "source": raw["source"], "manifest_hash": manifest.hash, "fingerprint": manifest.fingerprint,
-        "counts": raw["counts"], "published": raw["published"], "dropped": raw["dropped"],
+        "counts": raw["counts"], "published": raw.get("published", {}), "dropped": raw.get("dropped", {}),
         "splits": {**raw["split"], **{split: raw["counts"][split] for split in SPLITS}},
         "shards": shards, "catalog": {file["name"]: file["num_bytes"] for file in raw["catalog"]}, "text": raw["text"],
-        "leak_checks": raw["leak_checks"], "settings": raw["settings"], "example": _example(folder, manifest),
+        "leak_checks": raw.get("leak_checks", {}), "settings": raw["settings"],
+        "example": _example(folder, manifest),
     }  # fmt: skip
 
 
@@ -60,7 +61,7 @@ def describe(facts: dict[str, Any]) -> list[str]:
         lines.append(f"{row}{shard['bytes_per_event'] or 0:>13}")
     lines += [
         "",
-        f"  text: {text['mode']}, tokenizer {text['tokenizer']} ({text['vocab_size']:,} entries), "
+        f"  text: {text['mode']}, tokenizer {text.get('tokenizer', '?')} ({text['vocab_size']:,} entries), "
         f"{text['num_words']:,} anonymised words",
     ]
     lines += ["", *count_table(facts)]
@@ -97,7 +98,7 @@ def count_table(facts: dict[str, Any]) -> list[str]:
         **{task: sum(counts[split][task] for split in SPLITS) for task in TASKS},
     }
     rows = {
-        "here, raw rows": counts["raw"],
+        "here, raw rows": counts.get("raw", {}),
         "here, clicks after filtering": kept,
         **{f"published: {name}": row for name, row in facts["published"].items()},
     }
