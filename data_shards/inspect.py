@@ -8,20 +8,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_shards.blocks import decode_blocks, tar_entries
-from data_shards.errors import DataError
 from data_shards.schema import NO_QUERY, SPLITS, SRC, TASKS, Manifest, read_manifest
+from data_shards.verify import verify
 
 
 def inspect(out: str | Path) -> dict[str, Any]:
     """Facts of a prepared folder: counts, published, dropped, splits, shards, catalog, text, leak_checks,
     example, manifest_hash.
 
-    Raises DataError when it is no prepared folder, or a file is missing or not of the size the manifest
-    gives.
+    All of it is read. Raises DataError when it is no prepared folder, a file is missing or not what the
+    manifest says, or holds a number out of range.
     """
     folder = Path(out)
     manifest = read_manifest(folder)
-    _check_sizes(folder, manifest)
+    verify(folder, manifest)
     raw = manifest.raw
     shards = {}
     for split in SPLITS:
@@ -120,20 +120,6 @@ def count_table(facts: dict[str, Any]) -> list[str]:
 def dropped_table(facts: dict[str, Any]) -> list[str]:
     """Rows that were dropped, by reason, as lines. facts: with the dropped of a manifest."""
     return ["  dropped", *(f"    {count:>12,}  {reason}" for reason, count in facts["dropped"].items())]
-
-
-def _check_sizes(folder: Path, manifest: Manifest) -> None:
-    files = [(shard.name, shard.num_bytes) for split in SPLITS for shard in manifest.shards(split)]
-    files += [(file["name"], file["num_bytes"]) for file in manifest.raw["catalog"]]
-    for name, num_bytes in files:
-        path = folder / name
-        if not path.is_file():
-            raise DataError(f"{path} is missing, though the manifest lists it. Prepare the folder again.")
-        if path.stat().st_size != num_bytes:
-            raise DataError(
-                f"{path} has {path.stat().st_size} bytes, the manifest says {num_bytes}: cut off or changed. "
-                "Prepare the folder again."
-            )
 
 
 def _example(folder: Path, manifest: Manifest) -> dict[str, Any]:
