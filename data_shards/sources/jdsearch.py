@@ -73,7 +73,10 @@ def _read(work: Work, behaviour: Path, products: Path) -> Tables:
     header = next(_lines(products), "").split("\t")
     require_columns(products, header, ["wid", "name", *LEVELS])
     columns = ", ".join(f"{literal(name)}: 'VARCHAR'" for name in header)
-    scan = f"read_csv({literal(products)}, hive_partitioning=false, header=true, auto_detect=false, delim='\t', quote='', escape='', columns={{{columns}}})"
+    scan = (
+        f"read_csv({literal(products)}, header=true, auto_detect=false, hive_partitioning=false, "
+        f"delim='\t', quote='', escape='', columns={{{columns}}})"
+    )
     words = f"translate(concat_ws('{WORD_MARK}', {', '.join(LEVELS)}, name), '{WORD_MARK}', ' ')"
     items = ItemSql(
         scan=f"(SELECT *, {integer(products, 'wid')} AS item_id FROM {scan})",

@@ -143,7 +143,8 @@ def csv_scan(path: Path, types: Mapping[str, str], null_strings: Sequence[str] =
     columns = ", ".join(f"{literal(name)}: {literal(types.get(name, 'VARCHAR'))}" for name in header)
     nulls = ", ".join(literal(text) for text in null_strings)
     return (
-        f"read_csv({literal(path)}, header=true, auto_detect=false, hive_partitioning=false, delim=',', quote='\"', escape='\"', "
+        f"read_csv({literal(path)}, header=true, auto_detect=false, hive_partitioning=false, "
+        "delim=',', quote='\"', escape='\"', "
         f"max_line_size={MAX_LINE_BYTES}, buffer_size={BUFFER_BYTES}, nullstr=[{nulls}], "
         f"columns={{{columns}}})"
     )

@@ -146,7 +146,8 @@ def _events_sql(events: File, user_type: str, item_type: str, anonymised: bool, 
             WHEN item_rows.item_id IS NULL THEN 'item not in items'
             END AS problem
         FROM (SELECT {f"{carried} AS carried, " if carried else ""}
-                CAST({plain_id(events, "user_id")} AS {user_type}) AS user_id, CAST({plain_id(events, "item_id")} AS {item_type}) AS item_id,
+                CAST({plain_id(events, "user_id")} AS {user_type}) AS user_id,
+                CAST({plain_id(events, "item_id")} AS {item_type}) AS item_id,
                 CAST(file.time AS VARCHAR) AS raw_time, {time} AS time, {task} AS task, {query} AS query, {clicked_text} AS clicked_text
               FROM {events.scan} file) row
         LEFT JOIN item_rows ON row.item_id = item_rows.item_id"""
