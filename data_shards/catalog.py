@@ -85,7 +85,8 @@ def name_ids(work: Work, read: dict[str, Any]) -> dict[str, Any]:
 
 def _integers(words: str) -> str:
     """SQL: a written list of integers as BIGINT[]; what is no such list ends the query."""
-    return f"CAST(string_split({words_text(f'CAST({words} AS VARCHAR)')}, ' ') AS BIGINT[])"
+    unrounded = f"translate({words_text(f'CAST({words} AS VARCHAR)')}, '.eE', 'xxx')"  # duckdb reads 1.5 as 2
+    return f"CAST(string_split({unrounded}, ' ') AS BIGINT[])"
 
 
 def _locate_words(work: Work, items: dict[str, str]) -> DataError | None:

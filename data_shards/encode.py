@@ -19,7 +19,8 @@ from data_shards.histories import first_of_runs, order_by_hash
 from data_shards.options import PrepareSettings
 from data_shards.schema import NO_QUERY, REC, SRC
 from data_shards.sources import Source, Tables
-from data_shards.sources.reading import estimated_rows, literal, no_words, readable
+from data_shards.sources.reading import estimated_rows, no_words, readable
+from data_shards.sql import literal, parquet_scan
 from data_shards.work import BATCH_ROWS, Work, chunk_bounds, in_threads
 
 EVENT_DTYPES = {"user": "i4", "item": "i4", "time": "i8", "task": "i1", "query": "i4"}
@@ -33,14 +34,14 @@ def read_rows(work: Work, source: Source) -> dict[str, Any]:
     try:
         tables = source.read(work)
         # a table of the work database would cost twice as much and hold it all in memory
-        path = literal(work.folder / "rows.parquet")
+        path = work.folder / "rows.parquet"
         work.execute(
-            f"COPY ({tables.events}) TO {path} (FORMAT parquet, COMPRESSION uncompressed, "
+            f"COPY ({tables.events}) TO {literal(path)} (FORMAT parquet, COMPRESSION uncompressed, "
             "DICTIONARY_SIZE_LIMIT 10000)",
             "read",
             sum(estimated_rows(path) for path in source.files),
         )
-        work.con.execute(f"CREATE OR REPLACE VIEW rows AS SELECT * FROM read_parquet({path})")
+        work.con.execute(f"CREATE OR REPLACE VIEW rows AS SELECT * FROM {parquet_scan(path)}")
     except duckdb.Error as error:
         raise readable(error, source.files) from error
     sizes = {name: _collect_keys(work, name, column) for name, column in KEY_COLUMNS.items()}

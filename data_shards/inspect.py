@@ -8,8 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_shards.blocks import decode_blocks, tar_entries
-from data_shards.errors import DataError
 from data_shards.schema import NO_QUERY, SPLITS, SRC, TASKS, Manifest, read_manifest
+from data_shards.verify import verify
 
 SHOWN_CLICKS = 5  # of the example's history
 
@@ -18,12 +18,12 @@ def inspect(out: str | Path) -> dict[str, Any]:
     """Facts of a prepared folder: counts, published, dropped, splits, shards, catalog, text, leak_checks,
     example, manifest_hash.
 
-    Raises DataError when it is no prepared folder, or a file is missing or not of the size the manifest
-    gives.
+    All of it is read. Raises DataError when it is no prepared folder, a file is missing or not what the
+    manifest says, or holds a number out of range.
     """
     folder = Path(out)
     manifest = read_manifest(folder)
-    _check_sizes(folder, manifest)
+    verify(folder, manifest)
     raw = manifest.raw
     shards = {}
     for split in SPLITS:
@@ -43,13 +43,13 @@ def inspect(out: str | Path) -> dict[str, Any]:
         "manifest_hash": manifest.hash,
         "fingerprint": manifest.fingerprint,
         "counts": raw["counts"],
-        "published": raw["published"],
-        "dropped": raw["dropped"],
+        "published": raw.get("published", {}),
+        "dropped": raw.get("dropped", {}),
         "splits": {**raw["split"], **{split: raw["counts"][split] for split in SPLITS}},
         "shards": shards,
         "catalog": {file["name"]: file["num_bytes"] for file in raw["catalog"]},
         "text": raw["text"],
-        "leak_checks": raw["leak_checks"],
+        "leak_checks": raw.get("leak_checks", {}),
         "settings": raw["settings"],
         "example": _example(folder, manifest),
     }
@@ -79,7 +79,7 @@ def describe(facts: dict[str, Any]) -> list[str]:
         )
     lines += [
         "",
-        f"  text: {text['mode']}, tokenizer {text['tokenizer']} ({text['vocab_size']:,} entries), "
+        f"  text: {text['mode']}, tokenizer {text.get('tokenizer', '?')} ({text['vocab_size']:,} entries), "
         f"{text['num_words']:,} anonymised words",
     ]
     lines += ["", *count_table(facts)]
@@ -119,7 +119,7 @@ def count_table(facts: dict[str, Any]) -> list[str]:
         **{task: sum(counts[split][task] for split in SPLITS) for task in TASKS},
     }
     rows = {
-        "here, raw rows": counts["raw"],
+        "here, raw rows": counts.get("raw", {}),
         "here, clicks after filtering": kept,
         **{f"published: {name}": row for name, row in facts["published"].items()},
     }
@@ -129,26 +129,18 @@ def count_table(facts: dict[str, Any]) -> list[str]:
         lines.append(
             f"  {name:<{width}}" + "".join(f"{row[key]:>14,}" if key in row else f"{'':>14}" for key in names)
         )
+    if levels := facts["source"].get("category_levels"):
+        found = ", ".join(f"{count:,} of {depth}" for depth, count in levels.items())
+        lines += [
+            "",
+            f"  categories were split at {facts['source']['category_separator']!r}; levels: {found}",
+        ]
     return lines
 
 
 def dropped_table(facts: dict[str, Any]) -> list[str]:
     """Rows that were dropped, by reason, as lines. facts: with the dropped of a manifest."""
     return ["  dropped", *(f"    {count:>12,}  {reason}" for reason, count in facts["dropped"].items())]
-
-
-def _check_sizes(folder: Path, manifest: Manifest) -> None:
-    files = [(shard.name, shard.num_bytes) for split in SPLITS for shard in manifest.shards(split)]
-    files += [(file["name"], file["num_bytes"]) for file in manifest.raw["catalog"]]
-    for name, num_bytes in files:
-        path = folder / name
-        if not path.is_file():
-            raise DataError(f"{path} is missing, though the manifest lists it. Prepare the folder again.")
-        if path.stat().st_size != num_bytes:
-            raise DataError(
-                f"{path} has {path.stat().st_size} bytes, the manifest says {num_bytes}: cut off or changed. "
-                "Prepare the folder again."
-            )
 
 
 def _example(folder: Path, manifest: Manifest) -> dict[str, Any]:

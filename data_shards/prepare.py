@@ -20,16 +20,19 @@ from data_shards.hashing import derive_seed, permutation
 from data_shards.histories import in_histories, windows
 from data_shards.negatives import draw_negatives, user_item_keys
 from data_shards.options import PrepareSettings, load_prepare_settings, settings_with_effect
+from data_shards.publish import finish_publishing, sync_folder
 from data_shards.schema import FORMAT_VERSION, SPLITS, TASKS, Manifest, read_manifest
 from data_shards.sources import SOURCES, Source, open_source
 from data_shards.sources.reading import readable
 from data_shards.split import (
+    DAY_MS,
     TEST,
     TRAIN,
     VALID,
     check_split,
     day_boundaries,
     describe_boundaries,
+    iso,
     split_by_time,
     split_leave_one_out,
 )
@@ -39,11 +42,11 @@ from data_shards.work import (
     Work,
     chunk_bounds,
     in_threads,
-    sync_folder,
     write_text_atomic,
 )
 from data_shards.write import EventColumns, describe_file, write_shards
 
+NO_ROOM = (duckdb.IOException, duckdb.OutOfMemoryException)  # not the input's fault
 PIPELINE_VERSION = 5  # change it when a stage writes something else: a restart then reuses nothing
 SHUFFLE_SEED, NEGATIVE_SEED = 16, 17
 EVENT_COLUMNS = {
@@ -72,6 +75,7 @@ def prepare(
     settings, raw, out = load_prepare_settings(source, overrides), Path(raw), Path(out)
     if not raw.exists():
         raise DataError(f"{raw}: no such file or folder. RAW holds the raw logs of source {source}.")
+    finish_publishing(out)
     if out.exists() and not settings.overwrite:
         raise DataError(
             f"{out} exists already. Choose another folder, or add overwrite=true to replace it once the new "
@@ -100,13 +104,14 @@ def prepare(
         except GensrError:  # bad input or settings: nothing here is of use to another attempt
             work.discard()
             raise
+        except duckdb.Error as error:
+            if isinstance(error, NO_ROOM):
+                raise
+            work.discard()
+            raise readable(error, reader.files) from error
         finally:
             work.close()
-    except (OSError, duckdb.Error) as error:
-        if isinstance(error, duckdb.Error) and not isinstance(
-            error, duckdb.IOException | duckdb.OutOfMemoryException
-        ):
-            raise readable(error) from error
+    except (OSError, *NO_ROOM) as error:
         raise DataError(
             f"writing {out.name} failed: {error}. {out} is as it was. Free space or memory, then run the "
             "same command again: "
@@ -176,7 +181,9 @@ def _split(work: Work, settings: PrepareSettings) -> dict[str, Any]:
             yield {"split": split}
 
     work.write_columns(chunks(), {"split": "i1"})
-    check_split({name: int(counts[code].sum()) for code, name in enumerate(SPLITS)}, settings.split)
+    sizes = {name: int(counts[code].sum()) for code, name in enumerate(SPLITS)}
+    hint = _outlier_hint(work, settings) if settings.split == "time" and not all(sizes.values()) else ""
+    check_split(sizes, settings.split, hint)
     return {
         "rule": settings.split,
         "boundaries": describe_boundaries(boundaries) if settings.split == "time" else {},
@@ -186,6 +193,18 @@ def _split(work: Work, settings: PrepareSettings) -> dict[str, Any]:
             for code, name in enumerate(SPLITS)
         },
     }
+
+
+def _outlier_hint(work: Work, settings: PrepareSettings) -> str:
+    """The last two days of the log and how few clicks they have: one wrong date moves the whole split."""
+    offset = settings.utc_offset_hours * 3_600_000
+    days, clicks = np.unique((work.column("time", "i8") + offset) // DAY_MS, return_counts=True)
+    shown = [
+        f"{iso(int(day) * DAY_MS)[:10]} ({count:,} of {clicks.sum():,} clicks)"
+        for day, count in zip(days, clicks, strict=True)
+    ]
+    before = f", the one before it {shown[-2]}" if len(shown) > 1 else ""
+    return f"The last day of the log is {shown[-1]}{before}"
 
 
 def _histories(work: Work, settings: PrepareSettings) -> dict[str, Any]:

@@ -13,7 +13,9 @@ from typing import Any
 
 import pyarrow as pa
 
+from data_shards.documents import parse_json
 from data_shards.errors import DataError
+from data_shards.manifest import manifest_problem
 
 # 2: catalogue matrices in parts, words as uint16 where they fit, searches of each block in the manifest
 # 3: history_queries in blocks, categories of items
@@ -178,15 +180,17 @@ def read_manifest(folder: str | Path) -> Manifest:
 
 
 def parse_manifest(content: bytes, where: str) -> Manifest:
-    """The content of a manifest.json. Raises DataError naming `where`."""
-    try:
-        raw = json.loads(content)
-    except ValueError as error:
-        raise DataError(f"{where} is not valid JSON ({error}). Prepare the folder again.") from error
-    if raw.get("format_version") not in READABLE_VERSIONS:
+    """The content of a manifest.json. Raises DataError naming `where`, and the key that is not what it should
+    be."""
+    fix = "Prepare the folder again."
+    raw = parse_json(content, where, fix)
+    version = raw.get("format_version") if isinstance(raw, dict) else None
+    if type(version) is not int or version not in READABLE_VERSIONS:
         readable = ", ".join(map(str, READABLE_VERSIONS))
-        raise DataError(
-            f"{where} has format version {raw.get('format_version')}, this gensr reads {readable}. Prepare "
-            "the folder again."
-        )
-    return Manifest(raw=raw, hash=manifest_hash(raw))
+        raise DataError(f"{where} has format version {version!r:.40}, this gensr reads {readable}. {fix}")
+    if problem := manifest_problem(raw):
+        raise DataError(f"{where}: {problem}. {fix}")
+    try:
+        return Manifest(raw=raw, hash=manifest_hash(raw))
+    except RecursionError as error:
+        raise DataError(f"{where}: nested too deeply. {fix}") from error

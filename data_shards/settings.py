@@ -19,6 +19,7 @@ from typing_extensions import dataclass_transform
 from data_shards.errors import ConfigError
 
 T = TypeVar("T")
+MAX_YAML_NODES, MAX_YAML_DEPTH = 100_000, 50  # of a settings file; ours have about 100 and 3
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
@@ -79,12 +80,14 @@ def format_problems(
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Read a YAML mapping. Raises ConfigError naming the file when it is missing, unreadable or not a
-    mapping."""
+    """Read a YAML mapping. Raises ConfigError naming the file when it is missing, unreadable, not a mapping,
+    or grows beyond all bounds."""
     try:
-        document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        document = parse_yaml(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: no such file") from error
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     if document is None:
@@ -92,6 +95,47 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise ConfigError(f"{path}: must hold sections and keys, found {type(document).__name__}")
     return document
+
+
+def parse_yaml(text: str) -> Any:
+    """YAML as plain values. Raises yaml.YAMLError, also for what makes PyYAML itself fall over: dates that do
+    not exist, nesting without end, aliases that unfold to more than MAX_YAML_NODES."""
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _unfolded_size(node, {}, 0)
+        return loader.construct_document(node)
+    except yaml.YAMLError:
+        raise
+    except (RecursionError, MemoryError) as error:
+        raise yaml.YAMLError("nested too deeply") from error
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        TypeError,
+        ValueError,
+    ) as error:  # of its constructors
+        raise yaml.YAMLError(f"a value that cannot be read ({error})") from error
+    finally:
+        loader.dispose()
+
+
+def _unfolded_size(node: yaml.Node, known: dict[int, int], depth: int) -> int:
+    """Nodes of a tree in which every alias is a copy. known: sizes by id of a node; 0 while it is counted."""
+    if id(node) not in known:
+        known[id(node)] = 0
+        inner = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else []
+        inner = node.value if isinstance(node, yaml.SequenceNode) else inner
+        known[id(node)] = 1 + sum(_unfolded_size(part, known, depth + 1) for part in inner)
+    size = known[id(node)]
+    if size == 0:
+        raise yaml.YAMLError("an alias that contains itself")
+    if size > MAX_YAML_NODES or depth > MAX_YAML_DEPTH:
+        raise yaml.YAMLError(f"unfolds to more than {MAX_YAML_NODES:,} values or {MAX_YAML_DEPTH} levels")
+    return size
 
 
 def to_dict(tree: Any) -> dict[str, Any]:
@@ -139,8 +183,7 @@ def _parse_value(text: str) -> Any:
     if text == "":
         return ""
     try:
-        # "3e-4" stays text here; pydantic reads it as a number where a number is wanted
-        return yaml.safe_load(text)
+        return parse_yaml(text)  # "3e-4" stays text; pydantic reads it as a number where one is wanted
     except yaml.YAMLError:
         return text
 

@@ -62,12 +62,15 @@ def iso(time_ms: int) -> str:
     return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def check_split(counts: dict[str, int], rule: str) -> None:
+def check_split(counts: dict[str, int], rule: str, hint: str = "") -> None:
+    """Raises DataError when a split is empty. hint: what may have caused it."""
     empty = [name for name, count in counts.items() if count == 0]
     if empty:
         fix = (
-            "the log must span more days than test_days + valid_days; or use split=leave_one_out"
+            "the log must span more days than test_days + valid_days. Remove clicks with a wrong date, or "
+            "use split=leave_one_out"
             if rule == "time"
             else "users need three clicks at different times"
         )
-        raise DataError(f"the {' and '.join(empty)} split has no event ({counts}): {fix}.")
+        told = f" {hint}:" if hint else ""
+        raise DataError(f"the {' and '.join(empty)} split has no event ({counts}).{told} {fix}.")

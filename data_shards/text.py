@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from data_shards.documents import storable
 from data_shards.errors import ConfigError
 from data_shards.options import PrepareSettings
 from data_shards.schema import PAD
@@ -103,7 +104,8 @@ def encode_texts(
 ) -> np.ndarray:
     """The first `width` tokens of each text, [len(texts), width] int32, padded with 0 at the end. Equal texts
     are tokenised once."""
-    unique = (pa.array(texts, pa.string()) if isinstance(texts, list) else texts).dictionary_encode()
+    array = pa.array([storable(text) for text in texts], pa.string()) if isinstance(texts, list) else texts
+    unique = array.dictionary_encode()
     encode = getattr(tokenizer, "encode_batch_fast", tokenizer.encode_batch)
     words = [text.lower() if lowercase else text for text in unique.dictionary.to_pylist()]
     matrix = np.full((len(words), width), PAD, np.int32)

@@ -1,10 +1,9 @@
 """The work folder OUT.partial: finished stages survive an interruption, the result appears under its name
 only when complete."""
 
-import fcntl
+import contextlib
 import json
 import os
-import shutil
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -17,6 +16,17 @@ import numpy as np
 import pyarrow as pa
 
 from data_shards.errors import DataError
+from data_shards.publish import (
+    LOCK,
+    STAGES,
+    TREE,
+    clear,
+    partial_folder,
+    publish,
+    recover,
+    take_lock,
+)
+from data_shards.sql import literal
 
 Part = TypeVar("Part")
 Result = TypeVar("Result")
@@ -30,35 +40,28 @@ class Work:
     finished steps."""
 
     def __init__(self, out: Path, key: str, memory_limit: str, threads: int, progress: Progress) -> None:
-        self.folder = out.parent / f"{out.name}.partial"
+        self.folder = partial_folder(out)
         self.columns_folder = self.folder / "columns"
-        self.tree = self.folder / "out"  # becomes OUT
+        self.tree = self.folder / TREE  # becomes OUT
         self.progress = progress
         self.memory_limit, self.threads = memory_limit, threads
         self._con: duckdb.DuckDBPyConnection | None = None
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.folder / "lock", "w")  # noqa: SIM115 - held until close()
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._lock.close()
-            raise DataError(
-                f"{self.folder} is in use by another gensr prepare. Wait for it or choose another OUT."
-            ) from error
+        if "?" in str(self.folder):
+            raise DataError(f"{out}: duckdb cannot write to a path with a question mark. Choose another OUT.")
+        self._lock = take_lock(self.folder)
+        recover(self.folder, out)
         self._stages = self._read_stages(key)
         self.columns_folder.mkdir(exist_ok=True)
 
     def _read_stages(self, key: str) -> dict[str, Any]:
-        path = self.folder / "stages.json"
+        path = self.folder / STAGES
         try:
             stages = json.loads(path.read_text())
-        except (FileNotFoundError, ValueError):
+        except (FileNotFoundError, ValueError, RecursionError):
             stages = {}
-        if stages.get("key") == key:
+        if isinstance(stages, dict) and stages.get("key") == key:
             return stages
-        for entry in self.folder.iterdir():  # left by other input or settings: of no use
-            if entry.name != "lock":
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        clear(self.folder)  # left by other input or settings: of no use
         return {"key": key, "done": {}}
 
     @property
@@ -70,7 +73,8 @@ class Work:
                 f"SET memory_limit='{self.memory_limit}'; SET threads={self.threads}; SET "
                 "preserve_insertion_order=false"
             )
-            self._con.execute(f"SET temp_directory='{self.folder / 'spill'}'")
+            self._con.execute(f"SET temp_directory={literal(self.folder / 'spill')}")
+            self._con.execute("SET TimeZone='UTC'")  # a time means the same on every machine
             self._con.execute("SET enable_progress_bar=true; SET enable_progress_bar_print=false")
         return self._con
 
@@ -88,7 +92,7 @@ class Work:
             if self._con is not None:
                 self._con.execute("CHECKPOINT")
             self._stages["done"][name] = json.loads(json.dumps(result))
-            write_text_atomic(self.folder / "stages.json", json.dumps(self._stages))
+            write_text_atomic(self.folder / STAGES, json.dumps(self._stages))
         return self._stages["done"][name]
 
     def execute(self, sql: str, stage: str = "", rows: int = 0) -> None:
@@ -156,23 +160,19 @@ class Work:
         return self.columns_folder / f"{name}.{np.dtype(dtype).str[1:]}"
 
     def publish(self, out: Path) -> None:
-        """Give the finished tree its name. An old folder is moved aside and comes back if that fails."""
-        old = self.folder / "old"
-        if out.exists():
-            os.rename(out, old)
-        try:
-            os.rename(self.tree, out)
-        except OSError:
-            if old.exists():
-                os.rename(old, out)
-            raise
-        sync_folder(out.parent)
+        """Give the finished tree its name, also where a folder has it already; remove the work folder."""
+        self.close_database()
+        publish(self.folder, out)
         self.discard()
 
     def discard(self) -> None:
-        """Remove the work folder."""
+        """Remove the work folder: its lock last, and only then let go of it."""
+        self.close_database()
+        with contextlib.suppress(OSError):
+            clear(self.folder)
+            (self.folder / LOCK).unlink()
+            self.folder.rmdir()
         self.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
 
     def close(self) -> None:
         self.close_database()
@@ -220,11 +220,3 @@ def write_text_atomic(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-
-
-def sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -12,8 +12,9 @@ import gzip
 import html
 import json
 import re
+import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_shards.categories import PATH_MARK
+from data_shards.documents import parse_json, storable
 from data_shards.errors import DataError
 from data_shards.options import PrepareSettings
 from data_shards.schema import REC, SRC
-from data_shards.sources import ItemSql, Source, Tables
-from data_shards.sources.reading import literal
+from data_shards.sources import LATEST_MS, ItemSql, Source, Tables
+from data_shards.sql import parquet_scan
 from data_shards.work import Work
 
 LICENSE = "Amazon review data (J. McAuley, UCSD): research use"
@@ -36,6 +38,7 @@ STOP_WORDS = frozenset(
 WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)?")
 # levels are separated by a comma that no space follows: names themselves contain ", "
 PATH_COMMA = re.compile(r",(?!\s)")
+BLANK_COMMA = re.compile(r",\s+")  # in a file where nothing is split by the comma above
 ROWS = 50_000
 
 
@@ -105,8 +108,12 @@ def item_text(path: list[str], title: str, text_order: str) -> str:
 
 
 def _clean(value: Any) -> str:
-    """Text of a metadata field: entities and tags resolved, one line."""
-    return " ".join(re.sub(r"<[^>]*>", " ", html.unescape(value)).split()) if isinstance(value, str) else ""
+    """Text of a metadata field: entities and tags resolved, one line. A title may be a number (1984)."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        value = str(value)
+    if not isinstance(value, str):
+        return ""
+    return storable(" ".join(re.sub(r"<[^>]*>", " ", html.unescape(value)).split()))
 
 
 def _item_row(item_id: Any, title: Any, path: list[str], text_order: str) -> dict[str, Any]:
@@ -128,53 +135,65 @@ def _item_row(item_id: Any, title: Any, path: list[str], text_order: str) -> dic
 def _read_pair(work: Work, inter_path: Path, item_path: Path, settings: PrepareSettings) -> Tables:
     histories, items = _json_object(inter_path), _json_object(item_path)
     to_id = _id_converter([*histories, *items])
+    levels = Levels(item_path, lambda: (_category_path(fields) for fields in items.values()))
     item_rows = []
-    for key, fields in items.items():
+    for number, (key, fields) in enumerate(items.items(), start=1):
+        where = f"{item_path}:row {number} ({key})"
         if not isinstance(fields, dict):
-            raise DataError(
-                f"{item_path}:{key}: must be an object with title and categories, got {fields!r:.60}"
-            )
-        item_rows.append(
-            _item_row(
-                to_id(key),
-                fields.get("title"),
-                PATH_COMMA.split(fields.get("categories") or ""),
-                settings.text_order,
-            )
-        )
-    events: dict[str, list[Any]] = {"user_id": [], "item_id": [], "time": []}
-    unknown = 0
-    for user, clicked in histories.items():
-        if not isinstance(clicked, list):
-            raise DataError(
-                f"{inter_path}:{user}: must be a list of items, oldest first, got {clicked!r:.60}"
-            )
-        for position, item in enumerate(clicked):
-            if str(item) not in items:
-                unknown += 1
-                continue
-            events["user_id"].append(to_id(user))
-            events["item_id"].append(to_id(item))
-            events["time"].append(position)
+            raise DataError(f"{where}: must be an object with title and categories, got {fields!r:.60}")
+        path = levels.split(_category_path(fields), where)
+        item_rows.append(_item_row(to_id(key), fields.get("title"), path, settings.text_order))
+    events, unknown = _pair_events(histories, items, inter_path, to_id)
     if not events["time"]:
         raise DataError(
             f"{inter_path}: no interaction with an item of {item_path.name} ({unknown} with unknown items)"
         )
     pq.write_table(pa.table(events), work.folder / "reviews.parquet")
     pq.write_table(_item_table(item_rows, to_id is int), work.folder / "meta.parquet")
-    return _tables(work, settings.min_query_items, {"item not in the metadata": unknown} if unknown else {})
+    dropped = {"item not in the metadata": unknown} if unknown else {}
+    return _tables(work, settings.min_query_items, dropped, levels.notes())
+
+
+def _pair_events(
+    histories: dict[str, Any], items: dict[str, Any], path: Path, to_id: type[int] | type[str]
+) -> tuple[dict[str, list[Any]], int]:
+    """→ columns of the purchases, and how many are of unknown items."""
+    events: dict[str, list[Any]] = {"user_id": [], "item_id": [], "time": []}
+    unknown = 0
+    for number, (user, clicked) in enumerate(histories.items(), start=1):
+        if not isinstance(clicked, list):
+            raise DataError(
+                f"{path}:row {number} ({user}): must be a list of items, oldest first, got {clicked!r:.60}"
+            )
+        for position, item in enumerate(clicked):
+            key = _id_text(item, f"{path}:row {number} ({user}): an item")
+            if key not in items:
+                unknown += 1
+                continue
+            events["user_id"].append(to_id(user))
+            events["item_id"].append(to_id(key))
+            events["time"].append(position)
+    return events, unknown
 
 
 def _json_object(path: Path) -> dict[str, Any]:
-    try:
-        document = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise DataError(f"{path}: not valid JSON ({error})") from error
+    """A file that is one JSON object; its keys are ids, as UTF-8 can hold them."""
+    document = parse_json(path.read_bytes().removeprefix(b"\xef\xbb\xbf"), str(path))
     if not isinstance(document, dict) or not document:
         raise DataError(
             f"{path}: must be a JSON object with at least one entry, got {type(document).__name__}"
         )
-    return document
+    return {storable(key): value for key, value in document.items()}
+
+
+def _id_text(value: Any, where: str) -> str:
+    """An id as text; whole numbers are what a table program makes of numeric ones. Raises DataError for any
+    other type."""
+    if isinstance(value, float) and value.is_integer() and abs(value) <= 2**53:
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise DataError(f"{where} must be text or an integer, got {value!r:.60}")
+    return storable(str(value))
 
 
 def _id_converter(keys: list[str]) -> type[int] | type[str]:
@@ -187,46 +206,111 @@ def _id_converter(keys: list[str]) -> type[int] | type[str]:
 
 def _read_release(work: Work, reviews: Path, meta: Path, settings: PrepareSettings) -> Tables:
     dropped: Counter[str] = Counter()
+    levels = Levels(meta, lambda: (_category_path(record) for _, record in read_records(meta)))
     _write_parquet(
         work.folder / "meta.parquet",
-        _meta_rows(meta, settings.text_order, dropped),
+        _meta_rows(meta, settings.text_order, dropped, levels),
         _item_table([], False).schema,
     )
     schema = pa.schema([("user_id", pa.string()), ("item_id", pa.string()), ("time", pa.int64())])
     _write_parquet(work.folder / "reviews.parquet", _review_rows(reviews, work, dropped), schema)
-    return _tables(work, settings.min_query_items, dict(dropped))
+    return _tables(work, settings.min_query_items, dict(dropped), levels.notes())
 
 
 def _review_rows(path: Path, work: Work, dropped: Counter[str]) -> Iterator[dict[str, Any]]:
     for number, record in read_records(path):
-        user, item, seconds = record.get("reviewerID"), record.get("asin"), record.get("unixReviewTime")
+        user, item = record.get("reviewerID"), record.get("asin")
         if number % ROWS == 0:
             work.progress("read", number, 0)
-        if not isinstance(seconds, int | float) or seconds != seconds or seconds <= 0:
+        where = f"{path}:row {number}"
+        time = _milliseconds(record.get("unixReviewTime"), where)
+        if time is None:
             dropped["review without a time"] += 1
-        elif not user or not item:
+        elif time >= LATEST_MS:
+            dropped["time after 2099 (in milliseconds? it must be seconds)"] += 1
+        elif user in (None, "") or item in (None, ""):
             dropped["review without a user or an item"] += 1
         else:
-            yield {"user_id": user, "item_id": item, "time": int(seconds) * 1000}
+            user, item = _id_text(user, f"{where}: reviewerID"), _id_text(item, f"{where}: asin")
+            yield {"user_id": user, "item_id": item, "time": time}
 
 
-def _meta_rows(path: Path, text_order: str, dropped: Counter[str]) -> Iterator[dict[str, Any]]:
-    for _, record in read_records(path):
-        if not record.get("asin"):
+def _milliseconds(seconds: Any, where: str) -> int | None:
+    """unixReviewTime (a number, or its text) in ms; None where there is none. Raises DataError for anything
+    else."""
+    try:
+        value = float("nan" if seconds is None else seconds)
+        if isinstance(seconds, bool) or value == float("inf"):
+            raise ValueError
+    except (ValueError, TypeError, OverflowError) as error:
+        raise DataError(f"{where}: unixReviewTime must be seconds since 1970, got {seconds!r:.60}") from error
+    return int(value) * 1000 if value > 0 else None
+
+
+def _meta_rows(
+    path: Path, text_order: str, dropped: Counter[str], levels: "Levels"
+) -> Iterator[dict[str, Any]]:
+    for number, record in read_records(path):
+        where = f"{path}:row {number}"
+        if record.get("asin") in (None, ""):
             dropped["metadata without an item"] += 1
             continue
-        yield _item_row(record["asin"], record.get("title"), _category_path(record), text_order)
+        item = _id_text(record["asin"], f"{where}: asin")
+        yield _item_row(item, record.get("title"), levels.split(_category_path(record), where), text_order)
 
 
-def _category_path(record: dict[str, Any]) -> list[str]:
+def _category_path(record: Any) -> Any:
     """2018: `category`, one path. 2014: `categories`, a list of paths, of which the longest says most (the
-    first of equals)."""
-    path = record.get("category") or record.get("categories") or []
-    if isinstance(path, str):
-        return PATH_COMMA.split(path)
-    if path and isinstance(path[0], list):
+    first of equals). A pair's `categories`: text."""
+    if not isinstance(record, dict):
+        return None
+    path = record.get("category") or record.get("categories")
+    if isinstance(path, list) and path and all(isinstance(level, list) for level in path):
         return max(path, key=len)
-    return [level for level in path if isinstance(level, str)]
+    return path
+
+
+class Levels:
+    """Splits category paths into levels, counting them.
+
+    A path written as text is split at commas that no space follows, because names themselves contain ", "; in
+    a file where no path has such a comma, at every ", ".
+
+    paths: the raw paths of the whole file, asked for only if a text has ", ".
+    """
+
+    def __init__(self, file: Path, paths: Callable[[], Iterable[Any]]) -> None:
+        self.file, self.paths = file, paths
+        self.separator: re.Pattern[str] | None = None
+        self.counts: Counter[int] = Counter()
+
+    def split(self, path: Any, where: str) -> list[str]:
+        """Raises DataError naming `where` when a path is neither text nor a list of texts."""
+        if path is None or path == "":
+            levels: list[str] = []
+        elif isinstance(path, str):
+            levels = self._separator(path).split(path)
+        elif isinstance(path, list) and all(isinstance(level, str) or level is None for level in path):
+            levels = [level for level in path if level is not None]
+        else:
+            raise DataError(f"{where}: categories must be text or a list of texts, got {path!r:.60}")
+        self.counts[len(levels)] += 1
+        return levels
+
+    def _separator(self, path: str) -> re.Pattern[str]:
+        if self.separator is None and ", " in path:
+            split = any(isinstance(other, str) and PATH_COMMA.search(other) for other in self.paths())
+            self.separator = PATH_COMMA if split else BLANK_COMMA
+        return self.separator or PATH_COMMA
+
+    def notes(self) -> dict[str, Any]:
+        """Facts for the manifest where the unusual rule was used."""
+        if self.separator is not BLANK_COMMA:
+            return {}
+        return {
+            "category_separator": ", ",
+            "category_levels": {str(depth): count for depth, count in sorted(self.counts.items())},
+        }
 
 
 def read_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -239,7 +323,7 @@ def read_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     yield number, _parse_line(line, path, number)
-    except (EOFError, gzip.BadGzipFile, UnicodeDecodeError) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError) as error:
         raise DataError(
             f"{path}:row {number + 1}: the file is damaged or cut off ({error}). Download it again."
         ) from error
@@ -250,10 +334,10 @@ def read_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 def _parse_line(line: str, path: Path, number: int) -> dict[str, Any]:
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         try:
             record = ast.literal_eval(line.strip())
-        except (ValueError, SyntaxError) as error:
+        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError) as error:
             raise DataError(
                 f"{path}:row {number}: neither JSON nor a Python literal: {line.strip()[:80]!r}"
             ) from error
@@ -289,13 +373,12 @@ def _write_parquet(path: Path, rows: Iterator[dict[str, Any]], schema: pa.Schema
         writer.write_table(pa.Table.from_pylist(part, schema=schema))
 
 
-def _tables(work: Work, min_query_items: int, dropped: dict[str, int]) -> Tables:
+def _tables(work: Work, min_query_items: int, dropped: dict[str, int], more_notes: dict[str, Any]) -> Tables:
     work.con.execute(
-        "CREATE OR REPLACE TABLE purchases AS SELECT * FROM "
-        f"read_parquet({literal(work.folder / 'reviews.parquet')})"
+        f"CREATE OR REPLACE TABLE purchases AS SELECT * FROM {parquet_scan(work.folder / 'reviews.parquet')}"
     )
     work.con.execute(
-        f"CREATE OR REPLACE TABLE meta AS SELECT * FROM read_parquet({literal(work.folder / 'meta.parquet')})"
+        f"CREATE OR REPLACE TABLE meta AS SELECT * FROM {parquet_scan(work.folder / 'meta.parquet')}"
     )
     events = f"""
         SELECT user_id, item_id, time, {REC}::TINYINT AS task, NULL::VARCHAR AS query, true AS clicked,
@@ -309,6 +392,7 @@ def _tables(work: Work, min_query_items: int, dropped: dict[str, int]) -> Tables
     notes = {
         "queries": "synthesised from category paths (Ai et al. 2017)",
         **_choose_queries(work, min_query_items),
+        **more_notes,
     }
     return Tables(events=events, items=ItemSql("meta"), duplicate_items=True, dropped=dropped, notes=notes)
 

@@ -24,7 +24,8 @@ from data_shards.errors import DataError
 from data_shards.options import PrepareSettings
 from data_shards.schema import REC, SRC
 from data_shards.sources import ItemSql, Source, Tables
-from data_shards.sources.reading import literal, require_columns
+from data_shards.sources.reading import integer, require_columns
+from data_shards.sql import literal, parquet_scan
 from data_shards.work import Work
 
 LICENSE = "CC BY-NC-SA 4.0"
@@ -82,51 +83,70 @@ def _read(work: Work, behaviour: Path, products: Path) -> Tables:
     events = f"""
         SELECT user_id, item_id, time, (CASE WHEN query IS NULL THEN {REC} ELSE {SRC} END)::TINYINT AS task,
             query, clicked, NULL::VARCHAR AS problem
-        FROM read_parquet({literal(work.folder / "behaviour.parquet")})"""
-    header = products.open(encoding="utf-8").readline().rstrip("\r\n").split("\t")
+        FROM {parquet_scan(work.folder / "behaviour.parquet")}"""
+    header = next(_lines(products), "").split("\t")
     require_columns(products, header, ["wid", "name", *LEVELS])
-    columns = ", ".join(
-        f"{literal(name)}: {literal('BIGINT' if name == 'wid' else 'VARCHAR')}" for name in header
-    )
+    columns = ", ".join(f"{literal(name)}: 'VARCHAR'" for name in header)
     scan = (
-        f"read_csv({literal(products)}, header=true, auto_detect=false, delim='\t', quote='', escape='', "
-        f"columns={{{columns}}})"
+        f"read_csv({literal(products)}, header=true, auto_detect=false, hive_partitioning=false, "
+        f"delim='\t', quote='', escape='', columns={{{columns}}})"
     )
     words = f"translate(concat_ws('{WORD_MARK}', {', '.join(LEVELS)}, name), '{WORD_MARK}', ' ')"
     path = LEVEL_IDS if set(LEVEL_IDS) <= set(header) else LEVELS
     items = ItemSql(
-        scan=f"(SELECT *, wid AS item_id FROM {scan})",
+        scan=f"(SELECT *, {integer(products, 'wid')} AS item_id FROM {scan})",
         text="''",
         words=words,
         category=f"concat_ws(' > ', {', '.join(LEVELS)})",
         path=f"concat_ws({literal(PATH_MARK)}, {', '.join(path)})",
+        words_origin=f"{products}:name",
     )
     notes = {"users": "one for each line of the behaviour file: user_id is its number, from 1"}
     return Tables(
-        events=events, items=items, anonymised=True, duplicate_items=True, dropped=dict(dropped), notes=notes
-    )
+        events=events, items=items, anonymised=True, duplicate_items=True, dropped=dict(dropped), notes=notes,
+        locate=lambda problem, value: _locate_query(behaviour, value),
+    )  # fmt: skip
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """The lines of a UTF-8 file, without their ends. Raises DataError naming the row that is not UTF-8."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                yield line.decode().rstrip("\r\n")
+            except UnicodeDecodeError as error:
+                raise DataError(
+                    f"{path}:row {number}: not UTF-8 text ({error}). Correct that row."
+                ) from error
+
+
+def _locate_query(path: Path, value: str) -> DataError:
+    """The first row that holds a query which is no list of integers."""
+    raw = value.replace(" ", WORD_MARK)
+    row = next((number for number, line in enumerate(_lines(path), start=1) if raw in line), "?")
+    return DataError(f"{path}:row {row}: a query must be integers, got {value!r}. Correct that row.")
 
 
 def _behaviour(path: Path, work: Work, dropped: Counter[str]) -> Iterator[dict[str, list[Any]]]:
     """Rows of all users, some thousand users at once."""
-    with open(path, encoding="utf-8", newline="\n") as file:
-        require_columns(path, file.readline().rstrip("\r\n").split("\t"), USER_COLUMNS)
-        part: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
-        for user, line in enumerate(file, start=1):
-            fields = line.rstrip("\r\n").split("\t")
-            if len(fields) != len(USER_COLUMNS):
-                raise DataError(
-                    f"{path}:row {user + 1}: {len(fields)} columns where the header has {len(USER_COLUMNS)}"
-                )
-            try:
-                _add_user(part, user, dict(zip(USER_COLUMNS, fields, strict=True)), dropped)
-            except ValueError as error:
-                raise DataError(f"{path}:row {user + 1}: {error}") from error
-            if user % USERS_AT_ONCE == 0:
-                work.progress("read", user, 0)
-                yield part
-                part = {name: [] for name in SCHEMA.names}
-        yield part
+    lines = _lines(path)
+    require_columns(path, next(lines, "").split("\t"), USER_COLUMNS)
+    part: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
+    for user, line in enumerate(lines, start=1):
+        fields = line.split("\t")
+        if len(fields) != len(USER_COLUMNS):
+            raise DataError(
+                f"{path}:row {user + 1}: {len(fields)} columns where the header has {len(USER_COLUMNS)}"
+            )
+        try:
+            _add_user(part, user, dict(zip(USER_COLUMNS, fields, strict=True)), dropped)
+        except (ValueError, OverflowError) as error:
+            raise DataError(f"{path}:row {user + 1}: {error}") from error
+        if user % USERS_AT_ONCE == 0:
+            work.progress("read", user, 0)
+            yield part
+            part = {name: [] for name in SCHEMA.names}
+    yield part
 
 
 def _add_user(part: dict[str, list[Any]], user: int, fields: dict[str, str], dropped: Counter[str]) -> None:
@@ -141,12 +161,20 @@ def _add_user(part: dict[str, list[Any]], user: int, fields: dict[str, str], dro
             "intervals (one more), "
             f"{len(candidates)} candidates, {len(labels)} labels"
         )
-    times = np.cumsum(np.array(intervals, dtype=np.float64)).astype(np.int64).tolist()
+    moments = np.cumsum(np.array(intervals, dtype=np.float64))
+    if not np.all(np.abs(moments) < 2**53):
+        raise ValueError(f"intervals must be numbers, got {fields['history_time_list']!r:.60}")
+    times = moments.astype(np.int64).tolist()
+    if fractions := [label for label in labels if not float(label).is_integer()]:
+        raise ValueError(f"a label must be an integer, got {fractions[0]!r}")
     clicked = [float(label) > 0 for label in labels]
     if not any(clicked):
         dropped["last query without a click"] += 1
+    numbers = [int(item) for item in (*items, *candidates)]
+    if wrong := [number for number in numbers if abs(number) >= 2**63]:
+        raise ValueError(f"an item id must fit 64 bits, got {wrong[0]}")
     part["user_id"] += [user] * (len(items) + len(candidates))
-    part["item_id"] += [int(item) for item in (*items, *candidates)]
+    part["item_id"] += numbers
     part["time"] += times[:-1] + [times[-1]] * len(candidates)
     part["query"] += [None if query == "-1" else _words(query) for query in queries] + [
         _words(fields["query"])

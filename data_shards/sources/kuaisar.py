@@ -4,7 +4,8 @@ Reads rec_inter.csv, src_inter.csv and item_features.csv; the user and social ta
 click ≥ 1 or click_cnt ≥ 1. `timestamp` of a recommendation is when the server sent a batch of items. Captions
 and keywords are lists of integers from one vocabulary; the English category names are the only natural text.
 Search results that are no posts (USER, LIVE, COMMODITY, MUSIC, ADVERT) have ids of their own kind and no
-features: they are dropped and counted. Clicked posts without a row in item_features stay, with an empty text.
+features: they are dropped and counted, and so are results without a type. Clicked posts without a row in
+item_features stay, with an empty text.
 """
 
 from pathlib import Path
@@ -16,7 +17,8 @@ from data_shards.errors import DataError
 from data_shards.options import PrepareSettings
 from data_shards.schema import REC, SRC
 from data_shards.sources import EARLIEST_MS, LATEST_MS, TOO_EARLY, TOO_LATE, ItemSql, Source, Tables
-from data_shards.sources.reading import csv_scan, find_file, literal, readable
+from data_shards.sources.reading import csv_scan, find_file, integer, readable, whole_number, words_list
+from data_shards.sql import literal
 from data_shards.work import Work
 
 LICENSE = "CC BY-NC-SA 4.0"
@@ -32,17 +34,18 @@ PUBLISHED = {
     },
     "KuaiSAR-small after UniSAR's filter": {"users": 22_700, "items": 673_415},
 }
-REC_TYPES = {"user_id": "BIGINT", "item_id": "BIGINT", "timestamp": "BIGINT", "click": "BIGINT"}
+# Ids are read as text and clicks as DOUBLE because duckdb would round 3.5 to 4; see reading.integer.
+REC_TYPES = {"user_id": "VARCHAR", "item_id": "VARCHAR", "timestamp": "BIGINT", "click": "DOUBLE"}
 SRC_TYPES = {
-    "user_id": "BIGINT",
-    "item_id": "BIGINT",
+    "user_id": "VARCHAR",
+    "item_id": "VARCHAR",
     "search_session_timestamp": "BIGINT",
     "keyword": "VARCHAR",
-    "click_cnt": "BIGINT",
+    "click_cnt": "DOUBLE",
     "item_type": "VARCHAR",
 }
 LEVELS = [f"{level}_level_category_name_en" for level in ("first", "second", "third", "fourth")]
-ITEM_TYPES = {"item_id": "BIGINT", "caption": "VARCHAR", **dict.fromkeys(LEVELS, "VARCHAR")}
+ITEM_TYPES = {"item_id": "VARCHAR", "caption": "VARCHAR", **dict.fromkeys(LEVELS, "VARCHAR")}
 
 
 def open_source(raw: Path, settings: PrepareSettings) -> Source:
@@ -58,11 +61,13 @@ def open_source(raw: Path, settings: PrepareSettings) -> Source:
 
 def _read(work: Work, rec: Path, src: Path, items: Path) -> Tables:
     events = f"""
-        SELECT user_id, item_id, timestamp AS time, {REC}::TINYINT AS task, NULL::VARCHAR AS query,
-            click >= 1 AS clicked, {_problem(rec.name, "timestamp", "click")} AS problem
+        SELECT {integer(rec, "user_id")} AS user_id, {integer(rec, "item_id")} AS item_id, timestamp AS time,
+            {REC}::TINYINT AS task, NULL::VARCHAR AS query, {whole_number(rec, "click")} >= 1 AS clicked,
+            {_problem(rec.name, "timestamp", "click")} AS problem
         FROM {csv_scan(rec, REC_TYPES)}
         UNION ALL
-        SELECT user_id, item_id, search_session_timestamp, {SRC}::TINYINT, keyword, click_cnt >= 1,
+        SELECT {integer(src, "user_id")}, {integer(src, "item_id")}, search_session_timestamp,
+            {SRC}::TINYINT, {words_list("keyword")}, {whole_number(src, "click_cnt")} >= 1,
             {_problem(src.name, "search_session_timestamp", "click_cnt", search=True)}
         FROM {csv_scan(src, SRC_TYPES)}"""
     return Tables(
@@ -85,6 +90,7 @@ def _problem(file: str, time: str, click: str, search: bool = False) -> str:
     ]
     if search:
         posts = ", ".join(literal(kind) for kind in POST_TYPES)
+        cases.append(f"WHEN item_type IS NULL THEN '{file}: no item_type'")
         cases.append(f"WHEN item_type NOT IN ({posts}) THEN '{file}: result of type ' || item_type")
         cases.append(f"WHEN keyword IS NULL OR trim(keyword, '[], ') = '' THEN '{file}: no keyword'")
     return f"CASE {' '.join(cases)} END"
@@ -94,7 +100,7 @@ def _items_sql(path: Path) -> ItemSql:
     names = ", ".join(f"nullif({level}, 'empty')" for level in LEVELS)
     category = f"nullif(concat_ws(' > ', {names}), '')"
     return ItemSql(
-        scan=csv_scan(path, ITEM_TYPES),
+        scan=f"(SELECT * REPLACE ({integer(path, 'item_id')} AS item_id) FROM {csv_scan(path, ITEM_TYPES)})",
         text=f"concat_ws(' ', {names})",
         words="caption",
         category=category,

@@ -6,15 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
 
+from data_shards.documents import first_bad_line
 from data_shards.errors import DataError
+from data_shards.sql import literal
 
 NULL_STRINGS = ["", "nan", "NaN", "null", "NULL", "None"]
-
-
-def literal(text: str | Path) -> str:
-    """A text as an SQL literal."""
-    return "'" + str(text).replace("'", "''") + "'"
 
 
 def find_file(raw: Path, name: str) -> Path:
@@ -24,6 +23,50 @@ def find_file(raw: Path, name: str) -> Path:
     if not found:
         raise DataError(f"{raw / name}: no such file. {raw} must hold the unpacked logs.")
     return found[0]
+
+
+NO_INTEGER = "no integer:"  # how the SQL below says it to `readable`
+
+
+def integer(path: Path, column: str) -> str:
+    """SQL of a text column as BIGINT: 12.0 is 12, and 3.5, 1E+18 or a word end the query (duckdb would round
+    them)."""
+    wrong = f"error({literal(f'{NO_INTEGER}{column}:{path}')} || {column})::BIGINT"
+    whole = f"TRY_CAST(regexp_extract({column}, '^\\s*(-?[0-9]+)\\.0*\\s*$', 1) AS BIGINT)"
+    suspect = " OR ".join(f"contains({column}, '{mark}')" for mark in ".eE")
+    return f"""CASE WHEN {column} IS NULL THEN NULL WHEN {suspect} THEN coalesce({whole}, {wrong})
+        ELSE coalesce(TRY_CAST({column} AS BIGINT), {wrong}) END"""
+
+
+def whole_number(path: Path, column: str) -> str:
+    """SQL of a column of small numbers, read as DOUBLE (which costs no more than BIGINT): 0.5 ends the
+    query."""
+    wrong = f"error({literal(f'{NO_INTEGER}{column}:{path}')} || {column})::DOUBLE"
+    return f"CASE WHEN {column} <> trunc({column}) OR abs({column}) > 1e15 THEN {wrong} ELSE {column} END"
+
+
+def _not_an_integer(text: str, files: Sequence[Path]) -> DataError | None:
+    """The first row that made `integer` or `whole_number` fail."""
+    column = text.partition(NO_INTEGER)[2].partition(":")[0]
+    for path in (file for file in files if f"{NO_INTEGER}{column}:{file}" in text):
+        delimiter = "," if path.suffix == ".csv" else "\t"
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            rows = csv.DictReader(
+                file, delimiter=delimiter, quoting=csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE
+            )
+            for number, row in enumerate(rows, start=2):
+                value = next((value for name, value in row.items() if name and name.strip() == column), None)
+                if (
+                    value is None
+                    or value in NULL_STRINGS
+                    or re.fullmatch(r"\s*[-+]?[0-9]{1,18}(\.0*)?\s*", value)
+                ):
+                    continue
+                return DataError(
+                    f"{path}:{column}:row {number}: must be an integer, got {value!r}. Correct or remove "
+                    "that row."
+                )
+    return None
 
 
 def is_words(text: str) -> str:
@@ -44,6 +87,14 @@ def estimated_rows(path: Path) -> int:
     with open(path, "rb") as file:
         start = file.read(1 << 20)
     return path.stat().st_size * start.count(b"\n") // max(len(start), 1)
+
+
+def words_list(column: str) -> str:
+    """SQL: a list of integers in any writing ("[1,2]", "1 2") as "[1, 2]", so that one query has one key;
+    anything else as it is."""
+    usual = f"regexp_full_match({column}, '\\[[0-9]+(, [0-9]+)*\\]')"
+    as_list = f"'[' || replace({words_text(column)}, ' ', ', ') || ']'"
+    return f"CASE WHEN {usual} OR {no_words(column)} THEN {column} ELSE {as_list} END"
 
 
 def words_text(column: str) -> str:
@@ -89,7 +140,8 @@ def csv_scan(path: Path, types: Mapping[str, str], null_strings: Sequence[str] =
     columns = ", ".join(f"{literal(name)}: {literal(types.get(name, 'VARCHAR'))}" for name in header)
     nulls = ", ".join(literal(text) for text in null_strings)
     return (
-        f"read_csv({literal(path)}, header=true, auto_detect=false, delim=',', quote='\"', escape='\"', "
+        f"read_csv({literal(path)}, header=true, auto_detect=false, hive_partitioning=false, "
+        "delim=',', quote='\"', escape='\"', "
         f"max_line_size={MAX_LINE_BYTES}, buffer_size={BUFFER_BYTES}, nullstr=[{nulls}], "
         f"columns={{{columns}}})"
     )
@@ -115,6 +167,31 @@ def mixed_line_ends(path: Path) -> int:
         )
 
 
+def first_undecodable(path: Path) -> tuple[str, int] | None:
+    """Column and row (from 1) of the first text of a parquet file that is not UTF-8; None when all is."""
+    file = pq.ParquetFile(path)
+    for field in file.schema_arrow:
+        row = 0
+        for batch in file.iter_batches(columns=[field.name]):
+            for value in _raw_texts(batch.column(0)):
+                row += 1
+                try:
+                    (value or b"").decode()
+                except UnicodeDecodeError:
+                    return field.name, row
+    return None
+
+
+def _raw_texts(column: pa.Array) -> list[bytes | None]:
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    kind = column.type
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_fixed_size_binary(kind):
+        column = column.cast(pa.large_binary())
+    is_bytes = pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type)
+    return column.to_pylist() if is_bytes else []
+
+
 def readable(error: duckdb.Error, files: Sequence[Path] = ()) -> DataError:
     """duckdb's report of an unusable file as one line: file:column:row, what is wrong. files: those that it
     may be about."""
@@ -125,6 +202,18 @@ def readable(error: duckdb.Error, files: Sequence[Path] = ()) -> DataError:
                 f"{file}:row {number}: ends with LF or CRLF, and row 1 with the other. Convert the file, for "
                 "example with dos2unix."
             )
+    if NO_INTEGER in text and (found := _not_an_integer(text, files)):
+        return found
+    if "JSON" in text:
+        for file in (file for file in files if file.suffix == ".jsonl"):
+            if bad := first_bad_line(file):
+                return DataError(f"{file}:row {bad[0]}: {bad[1]}. Correct or remove that row.")
+    if "Invalid string encoding" in text:
+        for file in (file for file in files if file.suffix == ".parquet"):
+            if undecodable := first_undecodable(file):
+                return DataError(
+                    f"{file}:{undecodable[0]}:row {undecodable[1]}: is not UTF-8 text. Convert the column."
+                )
     line = re.search(r"CSV Error on Line: (\d+)", text)
     path = re.search(r"^\s*file = (.+)$", text, re.MULTILINE)
     column = re.search(r'Error when converting column "([^"]+)"\. (.+)', text)

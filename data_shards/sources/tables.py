@@ -5,10 +5,10 @@ events  user_id, item_id, time (integer ms since 1970 or ISO 8601, UTC when no o
         query (text or list of integers), clicked (0/1, 1 where absent)
 items   item_id, text or words (list of integers) or both, optional: category (the names from the root: a
         list, also as JSON, or text like "Home > Kitchen > Pans"; empty for none)
-Ids are strings or integers; numbers in CSV and JSON count as integers only if all of them are.
+Ids are strings or integers; numbers in CSV and JSON count as integers only if all of them are, and must not
+have fractions or be rounded (7.0E+18). JSON is one object a line; a key that a row lacks is absent there.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import duckdb
@@ -17,44 +17,14 @@ from data_shards.categories import PATH_MARK
 from data_shards.errors import DataError
 from data_shards.options import PrepareSettings
 from data_shards.sources import EARLIEST_MS, LATEST_MS, TOO_EARLY, TOO_LATE, ItemSql, Source, Tables
-from data_shards.sources.reading import (
-    csv_header,
-    csv_scan,
-    describe,
-    is_words,
-    literal,
-    no_words,
-    readable,
-    require_columns,
-    words_text,
-)
+from data_shards.sources.columns import INTEGERS, File, id_type, open_file, plain_id, row_number
+from data_shards.sources.reading import is_words, no_words, readable, words_text
+from data_shards.sql import literal
 from data_shards.work import Work
 
 FORMATS = ("parquet", "csv", "jsonl")
-INTEGER_TYPES = (
-    "TINYINT",
-    "SMALLINT",
-    "INTEGER",
-    "BIGINT",
-    "UTINYINT",
-    "USMALLINT",
-    "UINTEGER",
-    "UBIGINT",
-    "HUGEINT",
-)
-
-
-@dataclass(frozen=True)
-class File:
-    """One input file as SQL: `scan` for FROM, and its columns' types."""
-
-    path: Path
-    scan: str
-    types: dict[str, str]
-
-    def text(self, column: str) -> str:
-        """SQL of a column as text; NULL when the column is absent."""
-        return f"CAST({column} AS VARCHAR)" if column in self.types else "NULL"
+EVENT_COLUMNS = ("user_id", "item_id", "time", "task", "query", "clicked")  # the first three are required
+OFFSET = r"(:[0-9]{2}(?:\.[0-9]+)?[-+][0-9]{2})([0-9]{2})$"  # +0800: not every version of duckdb reads it
 
 
 def open_source(raw: Path, settings: PrepareSettings) -> Source:
@@ -78,19 +48,22 @@ def _find(raw: Path, stem: str) -> Path:
 
 def _read(work: Work, events_path: Path, items_path: Path) -> Tables:
     try:
-        events = _open(work.con, events_path, ["user_id", "item_id", "time"], ["task", "query", "clicked"])
-        items = _open(work.con, items_path, ["item_id"], ["text", "words", "category"])
+        events = open_file(work, events_path, EVENT_COLUMNS[:3], EVENT_COLUMNS[3:])
+        items = open_file(work, items_path, ["item_id"], ["text", "words", "category"])
         if "text" not in items.types and "words" not in items.types:
             raise DataError(
                 f"{items_path}: column text (or words) is missing. Found: {', '.join(items.types)}."
             )
-        user_type, item_type = (
-            _id_type(work, [(events, "user_id")]),
-            _id_type(work, [(events, "item_id"), (items, "item_id")]),
-        )
+        if events.types["time"] == "FLOAT":
+            raise DataError(
+                f"{events_path}:time: is a 32-bit floating-point column: times have lost digits. Write "
+                "integer ms since 1970 or ISO 8601."
+            )
+        user_type = id_type(work, [(events, "user_id")])
+        item_type = id_type(work, [(events, "item_id"), (items, "item_id")])
         work.con.execute(f"CREATE OR REPLACE TABLE item_rows AS {_items_sql(items, item_type)}")
     except duckdb.Error as error:
-        raise readable(error) from error
+        raise readable(error, (events_path, items_path)) from error
     anonymised = "words" in items.types
     _check_items(work, items_path)
     sql = _events_sql(events, user_type, item_type, anonymised)
@@ -100,54 +73,6 @@ def _read(work: Work, events_path: Path, items_path: Path) -> Tables:
         anonymised=anonymised,
         locate=lambda problem, value: _locate(work, events, (user_type, item_type), anonymised, problem),
     )
-
-
-def _open(con: duckdb.DuckDBPyConnection, path: Path, required: list[str], optional: list[str]) -> File:
-    if path.suffix == ".csv":
-        header = csv_header(path)
-        require_columns(path, header, required)
-        return File(path, csv_scan(path, {}, null_strings=[""]), dict.fromkeys(header, "VARCHAR"))
-    if path.suffix == ".parquet":
-        scan = f"read_parquet({literal(path)})"
-        types = describe(con, scan)
-        require_columns(path, list(types), required)
-        return File(path, scan, types)
-    if path.stat().st_size == 0:
-        raise DataError(f"{path}: empty file; expected one JSON object a line")
-    found = describe(con, f"read_json_auto({literal(path)}, format='newline_delimited')")
-    require_columns(path, list(found), required)
-    types = {name: "VARCHAR" for name in [*required, *optional] if name in found}
-    columns = ", ".join(f"{literal(name)}: 'VARCHAR'" for name in types)
-    return File(path, f"read_json({literal(path)}, format='newline_delimited', columns={{{columns}}})", types)
-
-
-def _plain_id(file: File, column: str) -> str:
-    """SQL of an id as text: NaN is NULL, and 12.0 (as many programs write a column with gaps) is 12."""
-    text = f"trim(CAST(file.{column} AS VARCHAR))"
-    if file.types[column] in INTEGER_TYPES:
-        return text
-    if file.types[column] == "VARCHAR" and file.path.suffix == ".parquet":
-        return f"nullif({text}, '')"
-    return (
-        f"CASE WHEN {text} IN ('', 'nan', 'NaN') THEN NULL "
-        f"ELSE regexp_replace({text}, '^(-?[0-9]+)\\.0+$', '\\1') END"
-    )
-
-
-def _id_type(work: Work, columns: list[tuple[File, str]]) -> str:
-    """BIGINT when every id of the given columns is an integer (written the usual way), else VARCHAR."""
-    for file, column in columns:
-        if file.types[column] in INTEGER_TYPES:
-            continue
-        if file.types[column] == "VARCHAR" and file.path.suffix == ".parquet":
-            return "VARCHAR"
-        text = _plain_id(file, column)
-        if work.scalar(
-            f"SELECT count(*) FROM {file.scan} file WHERE CAST(TRY_CAST({text} AS BIGINT) AS VARCHAR) IS "
-            f"DISTINCT FROM {text} AND {text} IS NOT NULL"
-        ):
-            return "VARCHAR"
-    return "BIGINT"
 
 
 def _words_text(file: File, column: str) -> str:
@@ -161,7 +86,7 @@ def _items_sql(items: File, item_type: str) -> str:
     words = _words_text(items, "words") if "words" in items.types else "NULL::VARCHAR"
     text = "coalesce(CAST(file.text AS VARCHAR), '')" if "text" in items.types else "''"
     category, path = _category(items)
-    item_id = f"CAST({_plain_id(items, 'item_id')} AS {item_type})"
+    item_id = f"CAST({plain_id(items, 'item_id')} AS {item_type})"
     return (
         f"SELECT {item_id} AS item_id, {text} AS text, {words} AS words, {category} AS category, "
         f"{path} AS path FROM {items.scan} file"
@@ -207,19 +132,12 @@ def _check_items(work: Work, path: Path) -> None:
 
 def _events_sql(events: File, user_type: str, item_type: str, anonymised: bool, carried: str = "") -> str:
     """The canonical events; `carried` is a further column of the file, passed through as `carried`."""
-    types = events.types
-    if types["time"] in INTEGER_TYPES:
-        time = "CAST(file.time AS BIGINT)"
-    elif types["time"].startswith(("TIMESTAMP", "DATE")):
-        time = "epoch_ms(CAST(file.time AS TIMESTAMP))"
-    else:
-        raw_time = "nullif(trim(CAST(file.time AS VARCHAR)), '')"
-        time = f"coalesce(TRY_CAST({raw_time} AS BIGINT), epoch_ms(TRY_CAST({raw_time} AS TIMESTAMP)))"
-    task = (
-        "CASE lower(trim(CAST(file.task AS VARCHAR))) WHEN 'rec' THEN 0 WHEN 'src' THEN 1 ELSE -1 END"
-        if "task" in types
-        else "0"
-    )
+    types, time = events.types, _time_sql(events.types["time"])
+    task = "0"
+    if "task" in types:
+        absent = "WHEN file.task IS NULL THEN 0" if "task" in events.gaps else ""
+        task_text = "lower(trim(CAST(file.task AS VARCHAR)))"
+        task = f"CASE {absent} WHEN {task_text} = 'rec' THEN 0 WHEN {task_text} = 'src' THEN 1 ELSE -1 END"
     query = "NULL"
     if "query" in types:
         query = (
@@ -232,6 +150,8 @@ def _events_sql(events: File, user_type: str, item_type: str, anonymised: bool, 
         "WHEN clicked_text IN ('0', '0.0', 'false') THEN false END"
     )
     clicked_text = "lower(trim(CAST(file.clicked AS VARCHAR)))" if "clicked" in types else "'1'"
+    if "clicked" in events.gaps:
+        clicked_text = f"coalesce({clicked_text}, '1')"
     wrong_query = f"task = 1 AND NOT {is_words('query')}" if anonymised else "false"
     missing_time = "raw_time IS NULL OR lower(trim(raw_time)) IN ('', 'nan', 'nat')"
     return f"""
@@ -250,12 +170,29 @@ def _events_sql(events: File, user_type: str, item_type: str, anonymised: bool, 
             WHEN item_rows.item_id IS NULL THEN 'item not in items'
             END AS problem
         FROM (SELECT {f"{carried} AS carried, " if carried else ""}
-                CAST({_plain_id(events, "user_id")} AS {user_type}) AS user_id,
-                CAST({_plain_id(events, "item_id")} AS {item_type}) AS item_id,
+                CAST({plain_id(events, "user_id")} AS {user_type}) AS user_id,
+                CAST({plain_id(events, "item_id")} AS {item_type}) AS item_id,
                 CAST(file.time AS VARCHAR) AS raw_time, {time} AS time, {task} AS task, {query} AS query,
                 {clicked_text} AS clicked_text
               FROM {events.scan} file) row
         LEFT JOIN item_rows ON row.item_id = item_rows.item_id"""
+
+
+def _time_sql(kind: str) -> str:
+    """SQL of column `time` of a duckdb type as ms since 1970: an instant, whatever the machine's time zone.
+    The connection's zone is UTC, so text without an offset is in UTC."""
+    if kind in INTEGERS:
+        return "TRY_CAST(file.time AS BIGINT)"
+    if kind == "DOUBLE" or kind.startswith("DECIMAL"):
+        return "TRY_CAST(file.time AS BIGINT)"
+    if kind.startswith("TIMESTAMPTZ") or kind.endswith("WITH TIME ZONE"):
+        return "epoch_ms(CAST(file.time AS TIMESTAMPTZ))"
+    if kind.startswith(("TIMESTAMP", "DATE")):
+        return "epoch_ms(CAST(file.time AS TIMESTAMP))"
+    raw_time = "nullif(trim(CAST(file.time AS VARCHAR)), '')"
+    number = f"CASE WHEN NOT regexp_matches({raw_time}, '[eE]') THEN TRY_CAST({raw_time} AS BIGINT) END"
+    with_colon = f"regexp_replace({raw_time}, {literal(OFFSET)}, '\\1:\\2')"
+    return f"coalesce({number}, epoch_ms(TRY_CAST({with_colon} AS TIMESTAMPTZ)))"
 
 
 EXPECTED = {
@@ -271,10 +208,12 @@ def _locate(work: Work, events: File, id_types: tuple[str, str], anonymised: boo
     column = problem.removeprefix("error: ")
     # row numbers need the order of the file
     work.con.execute("SET threads=1; SET preserve_insertion_order=true")
+    columns = ", ".join(name for name in EVENT_COLUMNS if name in events.types)
     work.con.execute(
-        f"CREATE OR REPLACE TABLE numbered AS SELECT *, row_number() OVER () AS position FROM {events.scan}"
+        f"CREATE OR REPLACE TABLE numbered AS SELECT {columns}, row_number() OVER () AS position "
+        f"FROM {events.scan}"
     )
-    numbered = File(events.path, "numbered", events.types)
+    numbered = File(events.path, "numbered", events.types, events.gaps)
     sql = _events_sql(
         numbered,
         *id_types,
@@ -284,7 +223,7 @@ def _locate(work: Work, events: File, id_types: tuple[str, str], anonymised: boo
     found = work.con.execute(
         f"SELECT carried FROM ({sql}) WHERE problem = {literal(problem)} ORDER BY carried.position LIMIT 1"
     ).fetchall()[0]
-    row = found[0]["position"] + (1 if events.path.suffix == ".csv" else 0)  # a CSV's header is row 1
+    row = row_number(events.path, found[0]["position"])
     return DataError(
         f"{events.path}:{column}:row {row}: must be {EXPECTED[column]}, got {found[0]['shown']!r}"
     )

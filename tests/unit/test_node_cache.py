@@ -246,3 +246,42 @@ def test_a_file_that_changed_under_its_manifest_is_refused(folder: Path, tmp_pat
     assert json.loads((here / "origin.json").read_text())["keep_shards"] and not list(
         (tmp_path / "cache" / "blobs").glob("*.tmp")
     )
+
+
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"name": "../../../victim/precious"}, r"manifest\.json: catalog\.\d+\.name: .*victim/precious"),
+        ({"name": "/victim/precious"}, r"catalog\.\d+\.name: "),
+        ({"sha256": "../../../victim/precious"}, r"catalog\.\d+\.sha256: "),
+        ({"num_bytes": -1}, r"catalog\.\d+\.num_bytes: "),
+    ],
+)
+def test_a_manifest_names_nothing_outside_the_folder(
+    folder: Path, url: str, tmp_path: Path, change: dict[str, Any], message: str, cached: bool
+) -> None:
+    """Its catalogue lists a good file twice: once as it is, once with `change`, so that the content is there
+    already."""
+    evil = tmp_path / "evil"
+    shutil.copytree(folder, evil)
+    (tmp_path / "victim").mkdir()
+    (tmp_path / "victim" / "precious").write_text("mine")
+    raw = json.loads((evil / "manifest.json").read_text())
+    raw["catalog"].append({**raw["catalog"][0], **change})
+    (evil / "manifest.json").write_text(json.dumps(raw))
+    dir_, cache = (str(evil), str(tmp_path / "cache")) if cached else (f"pipe:cat {evil}", "")
+    with pytest.raises(DataError, match=message):
+        local_folder(DataConfig(dir=dir_, cache_dir=cache))
+    assert (tmp_path / "victim" / "precious").read_text() == "mine"
+    assert not (tmp_path / "victim" / "precious").is_symlink()
+    assert not list(tmp_path.glob("*/blobs/*")), "refused before anything is fetched"
+
+
+@pytest.mark.parametrize("line", ["../../victim 5 name", "nothing", f"{'0' * 64} many name", "\xff"])
+def test_the_digest_of_the_cf_table_is_a_digest(folder: Path, tmp_path: Path, line: str) -> None:
+    evil = tmp_path / "evil"
+    shutil.copytree(folder, evil)
+    (evil / "cf" / "lightgcn.sha256").write_bytes(line.encode("latin-1"))
+    with pytest.raises(DataError, match=r"lightgcn\.sha256: must be a sha256, a number of bytes and a name"):
+        local_folder(DataConfig(dir=str(evil), cache_dir=str(tmp_path / "cache")))

@@ -21,7 +21,7 @@ from trainer.runtime.launch import (
     read_deepspeed_json,
     read_launch,
 )
-from trainer.training.plan import dry_run
+from trainer.training.plan import check_stage, dry_run
 
 PRESETS = [
     "amazon_kindle_flan_t5_base",
@@ -257,5 +257,5 @@ def test_an_unknown_deepspeed_file_is_refused(monkeypatch: pytest.MonkeyPatch) -
 def test_what_zero3_cannot_do_is_refused(key: str) -> None:
     config = load_config(None, [f"{key}=true"])
     with pytest.raises(ConfigError, match=f"{key}=true cannot be used under ZeRO-3"):
-        filled_deepspeed_config({"zero_optimization": {"stage": 3}}, config, 1, "zero3.json")
-    filled_deepspeed_config({"zero_optimization": {"stage": 2}}, config, 1, "zero2.json")
+        check_stage(config, Launch(deepspeed_file=str(ds_configs.path("zero3.json"))))
+    check_stage(config, Launch(deepspeed_file=str(ds_configs.path("zero2.json"))))

@@ -38,6 +38,8 @@ READ_ATTEMPTS, RETRY_AFTER_S = 3, 1.0  # a read error of a disk or network is tr
 SPARE_BYTES = 64 << 20  # left free on the cache's disk
 ORIGIN, CF_TABLE, CF_DIGEST = "origin.json", "cf/lightgcn.safetensors", "cf/lightgcn.sha256"
 _SAFE_NAME = re.compile(r"(?!.*\.\.)[A-Za-z0-9_][A-Za-z0-9_./-]*")  # names become paths and parts of commands
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_DIGEST_LINE = re.compile(rf"({_SHA256.pattern}) +([0-9]{{1,18}}) +\S+\s*\Z")
 T = TypeVar("T")
 
 
@@ -142,6 +144,8 @@ def check_free_space(path: Path, num_bytes: int) -> None:
 def blob(cache: Path, origin: str, name: str, num_bytes: int, sha256: str) -> Path:
     """File `name` of a folder as CACHE/blobs/SHA256, fetched by the first process that asks while the others
     wait."""
+    if not _SHA256.fullmatch(sha256):  # it becomes a path
+        raise DataError(f"{origin}: {sha256!r:.80} is no sha256 of {name}. Prepare the folder again.")
     path = cache / "blobs" / sha256
     if path.is_file() and path.stat().st_size == num_bytes:
         return path
@@ -228,11 +232,17 @@ def _cf_table(origin: str) -> list[tuple[str, int, str]]:
     """The CF table, as cf/lightgcn.sha256 describes it: it is made later than the manifest. None is no error
     yet: evaluation of baselines needs none."""
     try:
-        sha256, num_bytes, _ = _read_small(origin, CF_DIGEST).decode().split()
+        content = _read_small(origin, CF_DIGEST)
     except DataError as error:
         warnings.warn(f"no CF table: {error}", stacklevel=2)
         return []
-    return [(CF_TABLE, int(num_bytes), sha256)]
+    found = _DIGEST_LINE.match(content.decode(errors="replace"))
+    if found is None:
+        raise DataError(
+            f"{url_of(origin, CF_DIGEST)}: must be a sha256, a number of bytes and a name, got "
+            f"{content[:80]!r}. Make the table again with: gensr cf"
+        )
+    return [(CF_TABLE, int(found[2]), found[1])]
 
 
 def default_cache() -> Path:

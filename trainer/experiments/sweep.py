@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from data_shards.settings import flatten, read_yaml
+from data_shards.settings import flatten, parse_yaml, read_yaml
 from trainer.config import Config
 from trainer.configs import config_from_dict
 from trainer.errors import ConfigError, RunError
@@ -53,7 +53,7 @@ class Point:
 def read_sweep(path: str | Path) -> list[Point]:
     """Raises ConfigError when the file does not hold a list of mappings, or lists a run twice."""
     try:
-        document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))  # JSON is YAML
+        document = parse_yaml(Path(path).read_text(encoding="utf-8"))  # JSON is YAML
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: not a readable YAML or JSON file: {error}") from error
     if (

@@ -9,7 +9,9 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from data_shards.documents import storable
 from data_shards.errors import DataError
+from data_shards.inspect import count_table
 from data_shards.prepare import prepare
 from data_shards.sources.amazon import PATH_COMMA, category_query, item_text
 from tests.unit.data_shards.test_categories import paths_by_item
@@ -185,6 +187,137 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "Kindle_5.json.gz").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DataError, match=r"Kindle_5\.json\.gz:row \d+: the file is damaged or cut off"):
         prepare("amazon", tmp_path, tmp_path / "out", SETTINGS)
+
+
+def write_pair(folder: Path, categories: list[Any], histories: dict[str, Any] | None = None) -> Path:
+    folder.mkdir()
+    bought = histories or {str(user): [(user + n) % len(categories) for n in range(4)] for user in range(4)}
+    items = {str(i): {"title": f"Title {i}", "categories": path} for i, path in enumerate(categories)}
+    (folder / "X.inter.json").write_text(json.dumps(bought))
+    (folder / "X.item.json").write_text(json.dumps(items))
+    return folder
+
+
+def categories_of(out: Path) -> list[Any]:
+    rows = pq.read_table(out / "catalog" / "items.parquet").to_pylist()
+    return [row["category"] for row in sorted(rows, key=lambda row: row["item_id"])]
+
+
+@pytest.mark.parametrize(
+    ("categories", "expected"),
+    [
+        (
+            [*["Office, Paper, Copy"] * 3, "Office, Pens", None],
+            [*["Office > Paper > Copy"] * 3, "Office > Pens", None],
+        ),
+        (["Tools,Nuts, Bolts"] * 4 + ["Nuts, Bolts"], ["Tools > Nuts, Bolts"] * 4 + ["Nuts, Bolts"]),
+        ([["Office", "Paper, Thin"]] * 4 + [[]], ["Office > Paper, Thin"] * 4 + [None]),
+        ([None, "", [None], "A", ["A"]], [None, None, None, "A", "A"]),
+    ],
+)  # fmt: skip
+def test_category_paths_of_a_pair(tmp_path: Path, categories: list[Any], expected: list[Any]) -> None:
+    manifest = prepare(
+        "amazon",
+        write_pair(tmp_path / "raw", categories),
+        tmp_path / "out",
+        ["num_negatives=1", "vocab_size=300"],
+    )
+    assert categories_of(tmp_path / "out") == expected
+    blank = categories[0] == "Office, Paper, Copy"
+    assert manifest.raw["source"].get("category_levels") == ({"0": 1, "2": 1, "3": 3} if blank else None)
+    assert (
+        any("split at ', '; levels: 1 of 0, 1 of 2, 3 of 3" in line for line in count_table(manifest.raw))
+        == blank
+    )
+
+
+@pytest.mark.parametrize("wrong", [7, {"a": 1}, [1, 2], True, [["a"], "b"]])
+def test_categories_of_a_wrong_type_are_named(tmp_path: Path, wrong: Any) -> None:
+    raw = write_pair(tmp_path / "raw", ["A", "B", wrong])
+    with pytest.raises(
+        DataError, match=r"X\.item\.json:row 3 \(2\): categories must be text or a list of texts"
+    ):
+        prepare("amazon", raw, tmp_path / "out", SETTINGS)
+
+
+def release(folder: Path, change: Any, change_meta: Any = None) -> Path:
+    """The release of 2018 with changed records."""
+    folder.mkdir()
+    write_lines(folder / "Kindle_5.json.gz", [json.dumps(change(row)) for row in reviews()])
+    metas = [(change_meta or change)(json.loads(meta_2018(number))) for number in range(12)]
+    write_lines(folder / "meta_Kindle.json.gz", [json.dumps(meta) for meta in metas])
+    return folder
+
+
+def test_ids_as_numbers_and_times_as_text_are_the_same_log(tmp_path: Path) -> None:
+    def numeric(row: dict[str, Any], kind: Any = int) -> dict[str, Any]:
+        row["asin"] = kind(row["asin"].replace("B", "10000"))
+        if "unixReviewTime" in row:
+            row["unixReviewTime"] = kind(row["unixReviewTime"])
+        return row
+
+    as_numbers = release(tmp_path / "numbers", lambda row: numeric(row, int))
+    as_text = release(tmp_path / "text", lambda row: numeric(row, str))
+    first = prepare("amazon", as_numbers, tmp_path / "out1", SETTINGS)
+    assert first.fingerprint == prepare("amazon", as_text, tmp_path / "out2", SETTINGS).fingerprint
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("asin", ["B1"], r"Kindle_5\.json\.gz:row 1: asin must be text or an integer, got \['B1'\]"),
+        ("asin", 1.5, r"asin must be text or an integer, got 1\.5"),
+        ("asin", True, r"asin must be text or an integer, got True"),
+        ("reviewerID", {"a": 1}, r"Kindle_5\.json\.gz:row 1: reviewerID must be text"),
+        ("unixReviewTime", "soon", r"row 1: unixReviewTime must be seconds since 1970, got 'soon'"),
+        ("unixReviewTime", [1], r"row 1: unixReviewTime must be seconds since 1970"),
+        ("unixReviewTime", float("inf"), r"row 1: unixReviewTime must be seconds since 1970, got inf"),
+        ("unixReviewTime", True, r"row 1: unixReviewTime must be seconds since 1970, got True"),
+        ("unixReviewTime", 10**400, r"row 1: unixReviewTime must be seconds since 1970"),
+    ],
+)
+def test_a_field_of_a_wrong_type_is_named(tmp_path: Path, field: str, value: Any, message: str) -> None:
+    raw = release(tmp_path / "raw", lambda row: {**row, field: value}, lambda row: row)
+    with pytest.raises(DataError, match=message):
+        prepare("amazon", raw, tmp_path / "out", SETTINGS)
+
+
+def test_a_time_in_milliseconds_is_counted(tmp_path: Path) -> None:
+    raw = release(tmp_path / "raw", lambda row: row)
+    rows = [*reviews(), {**reviews()[0], "unixReviewTime": 1_400_000_000_000}]
+    write_lines(raw / "Kindle_5.json.gz", [json.dumps(row) for row in rows])
+    dropped = prepare("amazon", raw, tmp_path / "out", SETTINGS).raw["dropped"]
+    assert dropped["time after 2099 (in milliseconds? it must be seconds)"] == 1
+
+
+def test_half_an_emoji_becomes_the_replacement_character(tmp_path: Path) -> None:
+    def spoil(row: dict[str, Any]) -> dict[str, Any]:
+        key = "reviewerID" if "reviewerID" in row else "title"
+        return {
+            **row,
+            key: f"{row[key]}\ud83d",
+            **({"category": ["Caf\ud83d", "x"]} if key == "title" else {}),
+        }
+
+    prepare("amazon", release(tmp_path / "raw", spoil), tmp_path / "out", SETTINGS)
+    catalog = tmp_path / "out" / "catalog"
+    assert all("\ufffd" in user for user in pq.read_table(catalog / "users.parquet")["user_id"].to_pylist())
+    items = pq.read_table(catalog / "items.parquet").to_pylist()
+    assert all(row["text"].endswith("\ufffd") and row["category"] == "Caf\ufffd > x" for row in items)
+
+
+def test_both_halves_of_an_emoji_are_one_character() -> None:
+    assert storable("a\ud83d\ude00b") == "a\U0001f600b"
+    assert storable("\ude00\ud83d") == "\ufffd\ufffd"
+    assert storable("é") == "é"
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, "{'a': " + "(" * 5000, "{{1}: 2}", "{[1]: 2}"])
+def test_a_line_that_cannot_be_parsed_is_no_crash(tmp_path: Path, line: str) -> None:
+    raw = release(tmp_path / "raw", lambda row: row)
+    write_lines(raw / "meta_Kindle.json.gz", [line])
+    with pytest.raises(DataError, match=r"meta_Kindle\.json\.gz:row 1: neither JSON nor a Python literal"):
+        prepare("amazon", raw, tmp_path / "out", SETTINGS)
 
 
 @pytest.mark.skipif(

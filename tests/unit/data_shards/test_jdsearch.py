@@ -78,3 +78,36 @@ def test_the_published_sample_is_read(tmp_path: Path) -> None:
     )
     assert manifest.num_users == 3
     assert manifest.num_words > 100
+
+
+GOOD = "12\x1832\t456_457\t1_0\t-1_12\t889_256\tORD_CLICK\t0_12_4"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("12\x1832", "red", r"user_behavior_data\.txt:row 2: a query must be integers, got 'red'"),
+        ("1_0", "0.5_0", r"user_behavior_data\.txt:row 2: a label must be an integer, got '0\.5'"),
+        ("0_12_4", "0_inf_4", r"user_behavior_data\.txt:row 2: intervals must be numbers"),
+        ("889_256", "889_2.5", r"user_behavior_data\.txt:row 2: invalid literal"),
+        ("889_256", f"889_{2**63}", r"user_behavior_data\.txt:row 2: an item id must fit 64 bits"),
+    ],
+)
+def test_wrong_values_are_named(tmp_path: Path, old: str, new: str, message: str) -> None:
+    write_example(tmp_path, GOOD.replace(old, new))
+    with pytest.raises(DataError, match=message):
+        prepare("jdsearch", tmp_path, tmp_path / "out", SETTINGS)
+
+
+def test_products_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    write_example(tmp_path, GOOD)
+    products = tmp_path / "product_meta_data.txt"
+    whole = products.read_bytes()
+    products.write_bytes(whole.replace(b"\n457\t", b"\n457.5\t"))
+    with pytest.raises(
+        DataError, match=r"product_meta_data\.txt:wid:row 3: must be an integer, got '457\.5'"
+    ):
+        prepare("jdsearch", tmp_path, tmp_path / "out", SETTINGS)
+    products.write_bytes(b"\xff" + whole)
+    with pytest.raises(DataError, match=r"product_meta_data\.txt:row 1: not UTF-8 text"):
+        prepare("jdsearch", tmp_path, tmp_path / "out", SETTINGS)

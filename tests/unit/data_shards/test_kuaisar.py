@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_shards.errors import DataError
+from data_shards.inspect import describe, inspect
 from data_shards.prepare import prepare
 from data_shards.schema import read_manifest
 from tests.unit.data_shards.test_categories import paths_by_item
@@ -100,6 +101,7 @@ def test_rows_that_cannot_be_used_are_counted_by_file_and_reason(tmp_path: Path)
         src(1, 21, START, keyword="[]"),
         src(1, 21, START, keyword=""),
         src(1, 22, START + 11, kind="IMAGE_ATLAS"),
+        src(1, 20, START + 11, kind=""),
     ]
     raw = write_world(tmp_path / "raw", recs, srcs, [item(10, caption="[1]")], newline="\r\n", mark=True)
     manifest = prepare("kuaisar", raw, tmp_path / "out", SETTINGS)
@@ -113,6 +115,7 @@ def test_rows_that_cannot_be_used_are_counted_by_file_and_reason(tmp_path: Path)
         "src_inter.csv: result of type USER": 1,
         "src_inter.csv: result of type LIVE": 2,
         "src_inter.csv: no keyword": 2,
+        "src_inter.csv: no item_type": 1,
         "duplicate click": 1,
         "repeated item row": 1,
     }
@@ -141,7 +144,7 @@ def test_rows_that_cannot_be_used_are_counted_by_file_and_reason(tmp_path: Path)
 @pytest.mark.parametrize(
     ("recs", "srcs", "items", "message"),
     [
-        ([rec(1, "abc", START)], [], [], r'rec_inter\.csv:item_id:row 20: Could not convert string "abc"'),
+        ([rec(1, "abc", START)], [], [], r"rec_inter\.csv:item_id:row 20: must be an integer, got 'abc'"),
         (["1,2,3"], [], [], r"rec_inter\.csv:row 20: 3 columns where the header has 12"),
         (
             [],
@@ -188,7 +191,29 @@ def test_rows_that_cannot_be_used_are_counted_by_file_and_reason(tmp_path: Path)
             [item(77, caption="red")],
             r"item_features\.csv:caption:row 8: must be a list of integers .* got 'red'",
         ),
-        ([], [], [item("x1")], r'item_features\.csv:item_id:row 8: Could not convert string "x1"'),
+        ([rec(1, 10.5, START)], [], [], r"rec_inter\.csv:item_id:row 20: must be an integer, got '10.5'"),
+        ([rec("3.5", 10, START)], [], [], r"rec_inter\.csv:user_id:row 20: must be an integer, got '3.5'"),
+        (
+            [rec(1, "1E+18", START)],
+            [],
+            [],
+            r"rec_inter\.csv:item_id:row 20: must be an integer, got '1E\+18'",
+        ),
+        ([rec(1, 10, START, 0.5)], [], [], r"rec_inter\.csv:click:row 20: must be an integer, got '0.5'"),
+        (
+            [],
+            [src(1, 10, START, clicks=1.5)],
+            [],
+            r"src_inter\.csv:click_cnt:row 2: must be an integer, got '1.5'",
+        ),
+        (
+            [rec(1, 77, START)],
+            [],
+            [item(77, caption='"[1.5, 2]"')],
+            r"item_features\.csv:caption:row 8: must be a list of integers .* got '\[1\.5, 2\]'",
+        ),
+        ([], [], [item("10.5")], r"item_features\.csv:item_id:row 8: must be an integer, got '10.5'"),
+        ([], [], [item("x1")], r"item_features\.csv:item_id:row 8: must be an integer, got 'x1'"),
     ],
 )
 def test_wrong_values_are_named(
@@ -425,3 +450,55 @@ def test_simulated_logs_are_read_and_counts_stand_beside_the_published_ones(tmp_
             assert re.search(line, shown.stdout), line
     checks = read_manifest(tmp_path / "out").raw["leak_checks"]
     assert all(check["violations"] == 0 and check["checked"] > 0 for check in checks.values()), checks
+
+
+def test_one_query_in_three_writings_is_one_query(tmp_path: Path) -> None:
+    writings = ['"[7, 9]"', '"[7,9]"', "7 9", '"[ 7 ,9 ]"', '"[7, 10]"']
+    srcs = [src(1, 11, START + number, keyword=text) for number, text in enumerate(writings)]
+    manifest = prepare("kuaisar", write_world(tmp_path / "raw", [], srcs, []), tmp_path / "out", SETTINGS)
+    assert manifest.num_queries == manifest.raw["counts"]["raw"]["queries"] == 2
+
+
+def test_whole_numbers_written_with_a_point_are_integers(tmp_path: Path) -> None:
+    def prepared(name: str, *number: Callable[[int], object]) -> str:
+        user, clicked = (number * 2)[:2]
+        recs = [rec(user(1), clicked(10), START + 5, clicked(1))]
+        srcs = [src(user(1), clicked(11), START + 9, clicks=clicked(1))]
+        raw = write_world(tmp_path / name, recs, srcs, [item(clicked(99))])
+        return prepare("kuaisar", raw, tmp_path / f"{name}-out", SETTINGS).fingerprint
+
+    assert prepared("plain", str) == prepared("points", lambda number: f"{number}.0")
+
+
+def test_ids_of_any_64_bits_are_kept(tmp_path: Path) -> None:
+    large = 2**63 - 5
+    raw = write_world(tmp_path / "raw", [rec(1, large + number, START) for number in range(3)], [], [])
+    prepare("kuaisar", raw, tmp_path / "out", SETTINGS)
+    found = pq.read_table(tmp_path / "out" / "catalog" / "items.parquet")["item_id"].to_pylist()
+    assert {large, large + 1, large + 2} <= set(found)
+
+
+@pytest.mark.parametrize("task", ["rec", "src"])
+def test_logs_of_one_task_alone(tmp_path: Path, task: str) -> None:
+    raw = write_world(tmp_path / "raw", [], [], [])
+    if task == "src":
+        searches = [
+            src(user, number, START + day * DAY + user)
+            for user in (1, 2)
+            for day in range(3)
+            for number in range(10 * user, 10 * user + 3)
+        ]
+        (raw / "src_inter.csv").write_text("\n".join([SRC, *searches]) + "\n")
+        (raw / "rec_inter.csv").write_text(REC + "\n")
+    prepare("kuaisar", raw, tmp_path / "out", SETTINGS)
+    facts = inspect(tmp_path / "out")
+    other = {"rec": "src", "src": "rec"}[task]
+    assert [facts["splits"][split][other] for split in ("train", "valid", "test")] == [0, 0, 0]
+    assert facts["splits"]["test"][task] == 6 and describe(facts)
+
+
+def test_one_click_in_a_far_year_is_named(tmp_path: Path) -> None:
+    raw = write_world(tmp_path / "raw", [rec(1, 10, START + 3000 * DAY)], [], [])
+    days = r"last day of the log is 2031-08-08 \(1 of 19 clicks\), the one before it 2023-05-24 \(6 of 19"
+    with pytest.raises(DataError, match=days):
+        prepare("kuaisar", raw, tmp_path / "out", SETTINGS)

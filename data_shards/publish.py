@@ -1,0 +1,164 @@
+"""Giving a finished folder its name, and the lock of whoever writes it, so that a kill at any moment loses
+nothing.
+
+A folder that is there already is exchanged with the new one in one step (Linux's renameat2). Where a file
+system cannot do that, two renames follow one another; the file `publishing` of the work folder says what was
+about to happen, and the next start completes it before it deletes anything.
+"""
+
+import ctypes
+import errno
+import fcntl
+import hashlib
+import os
+import shutil
+from pathlib import Path
+from typing import IO
+
+from data_shards.errors import DataError
+
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
+CANNOT_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTTY)
+TREE, OLD, JOURNAL, LOCK, STAGES = "out", "old", "publishing", "lock", "stages.json"
+
+
+def partial_folder(out: Path) -> Path:
+    """OUT.partial, as an absolute path: duckdb reads `md:x` or `:memory:x` as no path at all."""
+    return out.absolute().parent / f"{out.name}.partial"
+
+
+def take_lock(folder: Path) -> IO[str]:
+    """The open lock file of a work folder, which is made if need be. Raises DataError when another process
+    holds it.
+
+    Whoever held it last may have removed file and folder between open and flock: the lock of a removed file
+    keeps nobody out, so it is tried again.
+    """
+    path = folder / LOCK
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = open(path, "a")  # noqa: SIM115 - held by the caller
+        except (FileNotFoundError, FileExistsError):  # the folder was removed between two looks at it
+            if folder.exists() and not folder.is_dir():
+                raise
+            continue
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.close()
+            raise DataError(
+                f"{folder} is in use by another gensr prepare. Wait for it or choose another OUT."
+            ) from error
+        if _is_file_at(file, path):
+            return file
+        file.close()
+
+
+def _is_file_at(file: IO[str], path: Path) -> bool:
+    try:
+        there = path.stat()
+    except FileNotFoundError:
+        return False
+    return os.path.samestat(os.fstat(file.fileno()), there)
+
+
+def clear(folder: Path) -> None:
+    """Empty a work folder, except for its lock. The list of finished stages goes first: it must not promise
+    what is gone."""
+    (folder / STAGES).unlink(missing_ok=True)
+    for entry in folder.iterdir():
+        if entry.name != LOCK:
+            remove(entry)
+
+
+def remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def publish(folder: Path, out: Path) -> None:
+    """folder/out, complete and synced, becomes `out`; what had that name lies in `folder` afterwards.
+
+    Raises OSError; `out` is then as it was.
+    """
+    tree = folder / TREE
+    if not os.path.lexists(out):
+        os.rename(tree, out)
+    else:
+        with open(folder / JOURNAL, "w") as file:
+            file.write(_identity(tree))
+            file.flush()
+            os.fsync(file.fileno())
+        sync_folder(folder)
+        if not exchange(tree, out):
+            _swap_by_renames(folder, out)
+    sync_folder(out.absolute().parent)
+
+
+def _swap_by_renames(folder: Path, out: Path) -> None:
+    os.rename(out, folder / OLD)
+    try:
+        os.rename(folder / TREE, out)
+    except OSError:
+        os.rename(folder / OLD, out)
+        raise
+
+
+def finish_publishing(out: Path) -> None:
+    """What a killed process began to publish: completed if OUT has lost its name, forgotten otherwise. Call
+    it before anything asks whether OUT is there.
+
+    Raises DataError when another process is at it.
+    """
+    folder = partial_folder(out)
+    if not os.path.lexists(folder / JOURNAL) and not os.path.lexists(folder / OLD):
+        return
+    with take_lock(folder):
+        recover(folder, out)
+
+
+def recover(folder: Path, out: Path) -> None:
+    """The same for the holder of the lock."""
+    if not os.path.lexists(out):  # killed between the two renames
+        complete = (folder / TREE / "manifest.json").is_file()
+        if complete or os.path.lexists(folder / OLD):
+            os.rename(folder / (TREE if complete else OLD), out)
+            sync_folder(out.absolute().parent)
+        if complete:
+            clear(folder)
+    journal = folder / JOURNAL
+    if journal.is_file() and journal.read_text() == _identity(out):  # folder/out is the old one, if anything
+        clear(folder)
+    remove(folder / OLD)
+    journal.unlink(missing_ok=True)
+
+
+def _identity(folder: Path) -> str:
+    try:
+        return hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()
+    except OSError:
+        return "no manifest"
+
+
+def exchange(first: Path, second: Path) -> bool:
+    """Two names of one file system change places in one step; False where that is not possible."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    if rename(AT_FDCWD, os.fsencode(first), AT_FDCWD, os.fsencode(second), RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in CANNOT_EXCHANGE:
+        return False
+    raise OSError(code, os.strerror(code), str(second))
+
+
+def sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

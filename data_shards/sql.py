@@ -1,0 +1,17 @@
+"""Paths and values inside duckdb's SQL."""
+
+from pathlib import Path
+
+
+def literal(text: str | Path) -> str:
+    """A text as an SQL literal."""
+    return "'" + str(text).replace("'", "''") + "'"
+
+
+def parquet_scan(path: Path) -> str:
+    """SQL that scans a parquet file.
+
+    Without binary_as_string, bytes that an older writer means as text come out escaped (backslash, x, E, 7).
+    With hive partitioning, a folder named user_id=7 above the file replaces its column user_id.
+    """
+    return f"read_parquet({literal(path)}, hive_partitioning=false, binary_as_string=true)"

@@ -1,0 +1,70 @@
+"""Settings files and overrides: one ConfigError or a value, never a traceback or a full memory."""
+
+from pathlib import Path
+
+import pytest
+
+from data_shards.errors import ConfigError
+from data_shards.options import PrepareSettings, load_prepare_settings
+from data_shards.settings import load, read_yaml
+
+BOMB = "a0: &a0 [1, 2, 3]\n" + "".join(
+    f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12)
+)
+MERGE_BOMB = "a0: &a0 {k: 1}\n" + "".join(
+    f"a{n}: &a{n}\n  <<: [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (BOMB, "unfolds to more than 100,000 values"),
+        (MERGE_BOMB, "unfolds to more than 100,000 values"),
+        ("a: &a [*a]", "an alias that contains itself"),
+        ("a: &a {b: *a}", "an alias that contains itself"),
+        ("[" * 100_000, "nested too deeply"),
+        ("{a: " * 100_000, "nested too deeply"),
+        ("a: " + "[" * 60 + "]" * 60, "50 levels"),
+        ("a: 2023-99-99", "a value that cannot be read"),
+        ("a: 0x_", "a value that cannot be read"),
+        ("a: !!bool maybe", "a value that cannot be read"),
+        ("a: !!timestamp noon", "a value that cannot be read"),
+        ("a: !!int ''", "a value that cannot be read"),
+        ("a: " + "9" * 5000, "a value that cannot be read"),
+        ("a: !!python/object/apply:os.system [id]", "could not determine a constructor"),
+        ("? [a]\n: 1", "unhashable key"),
+        ("a: \x00", "not valid YAML"),
+        ("- 1", "must hold sections and keys, found list"),
+    ],
+)
+def test_yaml_that_cannot_be_settings_is_one_error(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=rf"(?s)mine\.yaml: .*{message}"):
+        read_yaml(path)
+
+
+def test_a_file_that_cannot_be_read_is_one_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
+        read_yaml(tmp_path)
+    (tmp_path / "latin.yaml").write_bytes(b"a: \xff")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        read_yaml(tmp_path / "latin.yaml")
+
+
+def test_aliases_of_a_usual_size_are_fine(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("base: &base {seed: 3}\nother:\n  <<: *base\n  split: time\nlast: *base\n")
+    assert read_yaml(path) == {
+        "base": {"seed": 3},
+        "other": {"seed": 3, "split": "time"},
+        "last": {"seed": 3},
+    }
+    path.write_bytes(b"\xef\xbb\xbfseed: 3\n")
+    assert load(PrepareSettings, path).seed == 3
+
+
+@pytest.mark.parametrize("text", ["2023-99-99", "0x_", "[" * 5000, "&a [*a]", "9" * 5000, "a: b: c", "\x00"])
+def test_an_override_that_is_no_yaml_is_text(text: str) -> None:
+    assert load_prepare_settings("tables", [f"tokenizer={text}"]).tokenizer == text
