@@ -21,7 +21,7 @@ LARGE_INTEGERS = ("UBIGINT", "HUGEINT", "UHUGEINT")  # may hold what BIGINT cann
 INTEGERS = SMALL_INTEGERS + LARGE_INTEGERS
 EXACT_UP_TO = {"FLOAT": 2**24, "DOUBLE": 2**53}  # whole numbers beyond it lose digits
 NUMBER = r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?"
-LISTS = ("words", "query")  # columns that may be lists
+LISTS = ("words", "category", "query")  # columns that may be lists
 
 
 @dataclass(frozen=True)

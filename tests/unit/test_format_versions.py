@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -96,6 +98,7 @@ def test_registered_versions_from_before_categories_are_read(tmp_path: Path) -> 
         {"cf": table.float(), "item_tokens": table, "item_words": table[:, :0]},
         tmp_path / "tables.safetensors",
     )
+    pq.write_table(pa.table({"item_id": list(range(5)), "text": [""] * 5}), tmp_path / "items.parquet")
     assert read_tables(tmp_path).item_category.shape == (5, 0)
 
 

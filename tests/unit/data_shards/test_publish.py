@@ -136,7 +136,7 @@ def test_one_preparation_at_a_time_holds_the_lock(tmp_path: Path) -> None:
     seen = sum((results.get(timeout=120) for _ in workers), Counter())
     for worker in workers:
         worker.join()
-    assert seen["written"] > 100 and set(seen) <= {"written", "in use"}, seen
+    assert seen["written"] > 10 and set(seen) <= {"written", "in use"}, seen
 
 
 NAMES = ["o'brien", "x'; COPY (SELECT 1) TO 'planted.csv'; --", "user_id=7", "pr[1]*", 'a "b" %20 #', "红"]
