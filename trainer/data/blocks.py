@@ -86,13 +86,9 @@ def read_blocks(
 def _entries(place: Path | str, shard: Shard) -> Iterator[bytes]:
     """The content of each entry of a shard. Raises DataError at the end of a stream that was not what the
     manifest says, EOFError where it was cut off."""
-    if isinstance(place, Path):
-        yield from (
-            entry["arrow"]
-            for entry in wds.WebDataset(
-                [str(place)], shardshuffle=False, nodesplitter=None, workersplitter=None, empty_check=False
-            )
-        )
+    if isinstance(place, Path):  # opened as a path: gopen would read "?", "#" and ":" in it as parts of a URL
+        with place.open("rb") as file:
+            yield from (entry["data"] for entry in tar_file_iterator(file))
         return
     with wds.gopen(place, "rb") as stream:
         hashed = _HashedStream(stream)

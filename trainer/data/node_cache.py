@@ -38,6 +38,7 @@ READ_ATTEMPTS, RETRY_AFTER_S = 3, 1.0  # a read error of a disk or network is tr
 SPARE_BYTES = 64 << 20  # left free on the cache's disk
 ORIGIN, CF_TABLE, CF_DIGEST = "origin.json", "cf/lightgcn.safetensors", "cf/lightgcn.sha256"
 _SAFE_NAME = re.compile(r"(?!.*\.\.)[A-Za-z0-9_][A-Za-z0-9_./-]*")  # names become paths and parts of commands
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|pipe:")
 T = TypeVar("T")
 
 
@@ -53,17 +54,20 @@ class Origin:
 
 
 def is_url(folder: str | Path) -> bool:
-    return "://" in str(folder) or str(folder).startswith("pipe:")
+    """Whether text is for webdataset's gopen. Everything else is a path, whatever characters it has."""
+    return _URL.match(str(folder)) is not None
 
 
 def url_of(origin: str, name: str) -> str:
-    """What webdataset's gopen opens for file `name` of a folder. Raises DataError for a name that could leave
-    the folder or its command."""
+    """File `name` of a folder: a path, or what webdataset's gopen opens. Raises DataError for a name that
+    could leave the folder or its command."""
     if not _SAFE_NAME.fullmatch(name):
         raise DataError(
             f"{origin}: its manifest lists {name!r}, which is no name of a file inside a prepared folder. "
             "Prepare the folder again."
         )
+    if not is_url(origin):
+        return str(Path(origin) / name)
     url = origin.replace("{}", name) if "{}" in origin else f"{origin.rstrip('/')}/{name}"
     return f"pipe:aws s3 cp --only-show-errors {shlex.quote(url)} -" if url.startswith("s3://") else url
 
@@ -85,12 +89,12 @@ def retried(what: str, read: Callable[[], T]) -> T:
 
 
 def read_pieces(url: str) -> Iterator[bytes]:
-    """The content of a URL. Raises EOFError when it cannot be opened or its command fails, also at the end;
-    EnvironmentProblem without its command."""
+    """The content of a URL or path. Raises EOFError when it cannot be opened or its command fails, also at
+    the end; EnvironmentProblem without its command."""
     import webdataset as wds
 
     try:
-        with wds.gopen(url, "rb") as stream:
+        with wds.gopen(url, "rb") if is_url(url) else open(url, "rb") as stream:
             yield from pieces(stream)
     except OSError as error:
         if isinstance(error, FileNotFoundError) and is_url(url):
@@ -178,7 +182,8 @@ def local_folder(data: DataConfig) -> Path:
     cache has no room.
     """
     if not is_url(data.dir) and not data.cache_dir:
-        return Path(data.dir)
+        # absolute, because Arrow reads a relative "a:b" as a URL
+        return Path(data.dir).absolute() if ":" in data.dir else Path(data.dir)
     origin = data.dir if is_url(data.dir) else str(Path(data.dir).resolve())
     return _cached_folder(origin, data.cache_dir)
 

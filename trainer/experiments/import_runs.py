@@ -34,7 +34,10 @@ from trainer.tracking.store import (
     metric_name,
     one_line,
     open_experiment,
+    path_of_file_uri,
     read_run_file,
+    sqlite_path,
+    sqlite_uri,
 )
 from trainer.tracking.tracker import describe
 
@@ -170,7 +173,8 @@ def _import(target: "MlflowClient", into: str, run: Source) -> Imported:
 
 def _beside(into: str) -> str:
     """The folder beside which a local target keeps artifacts (open_experiment asks for a run folder in it)."""
-    return str(Path(into.removeprefix("sqlite:///")).parent / "run") if into.startswith("sqlite:///") else "."
+    path = sqlite_path(into)
+    return str(path.parent / "run") if path is not None else "."
 
 
 def _find(target: "MlflowClient", experiment_id: str, source_id: str) -> str:
@@ -200,10 +204,8 @@ def _send_files(target: "MlflowClient", run_id: str, files: Iterable[tuple[Path,
 
 def is_same(source: str, into: str) -> bool:
     """Whether both name one store; an sqlite file may be given as a path."""
-    return source == into or (
-        into.startswith("sqlite:///")
-        and Path(into.removeprefix("sqlite:///")).resolve() == Path(source).resolve()
-    )
+    files = [sqlite_path(uri) or Path(uri) for uri in (source, into)]
+    return source == into or (sqlite_path(into) is not None and files[0].resolve() == files[1].resolve())
 
 
 # ---- reading -----------------------------------------------------------------------------------------------
@@ -215,7 +217,7 @@ def read_source(source: str) -> Iterator[Source]:
     if is_server(source) or source.startswith("sqlite:"):
         yield from _of_store(connect(source), None)
     elif path.is_file():
-        yield from _of_store(connect(f"sqlite:///{path.resolve()}"), path.resolve().parent)
+        yield from _of_store(connect(sqlite_uri(path.resolve())), path.resolve().parent)
     elif (path / "config.yaml").is_file():
         yield of_folder(path)
     elif folders := sorted(file.parent for file in path.glob("*/config.yaml")):
@@ -269,9 +271,9 @@ def _artifacts(client: "MlflowClient", run: Any, folder: Path | None) -> Iterato
     """Files of a run and their folders; where the store was copied here from another machine, its artifacts
     are beside it."""
     location = run.info.artifact_uri
-    root = Path(location.removeprefix("file://"))
+    root = path_of_file_uri(location)
     if folder is not None and not root.is_dir():
-        root = folder / "mlartifacts" / location.partition("/mlartifacts/")[2]
+        root = folder / "mlartifacts" / str(root).partition("/mlartifacts/")[2]
     if is_server(location) or location.startswith("mlflow-artifacts:"):
         root = Path(tempfile.mkdtemp(prefix="gensr-import-"))
         if client.list_artifacts(run.info.run_id):

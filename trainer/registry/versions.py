@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pyarrow.parquet as pq
 
@@ -30,7 +31,16 @@ from trainer.runtime.files import atomic
 from trainer.serving.recommend import RETRIEVAL, Recommender, run_retrieval
 from trainer.serving.retrieval import Notify, silent
 from trainer.serving.scorer import Scorer, read_item_ids, write_items
-from trainer.tracking.store import RUN_FILE, connect, log_figures, one_line, open_experiment, tracking_uri
+from trainer.tracking.store import (
+    RUN_FILE,
+    connect,
+    is_server,
+    log_figures,
+    one_line,
+    open_experiment,
+    sqlite_uri,
+    tracking_uri,
+)
 
 REGISTRY_FILE = "registry.json"  # where a run folder says which version it became
 ALIAS = "candidate"
@@ -58,6 +68,8 @@ def register(run_dir: str | Path, name: str, alias: str = ALIAS, notify: Notify 
     """
     run_dir = Path(run_dir)
     config = load_run_config(run_dir)
+    uri = tracking_uri(config, run_dir)
+    _check_place(uri, run_dir)
     folder = local_folder(config.data)
     manifest = read_manifest(folder)
     scorer = Scorer.from_run(run_dir)
@@ -65,7 +77,6 @@ def register(run_dir: str | Path, name: str, alias: str = ALIAS, notify: Notify 
     facts = run_facts(run_dir, config, manifest)
     example = example_requests(folder, manifest)
     expected = scorer.score_many(example)
-    uri = tracking_uri(config, run_dir)
     with mlflow_errors(f"MLflow at {uri} does not register {run_dir}"):
         number, run_id = _log_model(run_dir, name, config, scorer, facts, example, uri)
         client = connect(uri)
@@ -109,7 +120,7 @@ def default_uri() -> str:
         raise RunError(
             "which registry? Set MLFLOW_TRACKING_URI or --uri, for example sqlite:///runs/mlflow.db"
         )
-    return f"sqlite:///{path.resolve()}"
+    return sqlite_uri(path.resolve())
 
 
 def fetch(model: str, uri: str) -> Path:
@@ -201,7 +212,7 @@ def _log_model(
             logged = mlflow.pyfunc.log_model(
                 name="model",
                 python_model=str(Path(__file__).with_name("pyfunc_model.py")),
-                artifacts={key: str(path) for key, path in folders.items()},
+                artifacts={key: path.resolve().as_uri() for key, path in folders.items()},
                 code_paths=[str(Path(package.__path__[0])) for package in (trainer, data_shards)],
                 signature=signature(),
                 input_example=pd.DataFrame(example),
@@ -215,6 +226,16 @@ def _log_model(
     log_figures(client, run_id, metrics_of(facts["evaluation"]))
     client.set_terminated(run_id, "FINISHED" if status == "RUNNING" else status)
     return int(logged.registered_model_version), run_id
+
+
+def _check_place(uri: str, run_dir: Path) -> None:
+    """MLflow reads the path of a model on this machine as a URL when it loads the model: "x%20y" as "x y"."""
+    place = run_dir.resolve().parent
+    if not is_server(uri) and unquote(str(place)) != str(place):
+        raise EnvironmentProblem(
+            f"{place}: MLflow cannot load a model from a path with an escape such as %20 in it. Rename the "
+            "folder, or register with an MLflow server: tracking.uri=http://… in the run's config.yaml"
+        )
 
 
 def _run_id(run_dir: Path, client: Any) -> str:

@@ -14,11 +14,11 @@ __all__ = ["atomic", "file_sha256"]
 @contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`; when the block ends well its file is synced and renamed to
-    `path`, else removed.
+    `path`, else removed. The temporary path is absolute: Arrow reads a relative "a:b" as a URL.
 
     Raises EnvironmentProblem when the disk is full or the folder cannot be written.
     """
-    path = Path(path)
+    path = Path(path).absolute()
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -105,7 +105,7 @@ def open_users(folder: str | Path, manifest_hash: str, must_be_there: bool) -> "
             f"user_id cannot be looked up: {error} Give a history instead, or the folder of the training data"
         )
     if found == manifest_hash:
-        return Users(Path(folder))
+        return Users(Path(folder).absolute())  # Arrow reads a relative "a:b" as a URL
     if must_be_there:
         raise DataError(
             f"{folder} is not the data this model was trained on (manifest {str(found)[:12]}, the model says "

@@ -12,11 +12,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import yaml
 
 from data_shards.schema import Manifest
 from trainer.config import Config
+from trainer.errors import EnvironmentProblem
 from trainer.runtime.files import atomic
 
 if TYPE_CHECKING:
@@ -28,7 +30,37 @@ MAX_DIGEST = 36  # characters, MLflow's limit
 
 def tracking_uri(config: Config, run_dir: str | Path) -> str:
     """tracking.uri, or the sqlite file beside the run folder."""
-    return config.tracking.uri or f"sqlite:///{Path(run_dir).resolve().parent / 'mlflow.db'}"
+    return config.tracking.uri or sqlite_uri(Path(run_dir).resolve().parent / "mlflow.db")
+
+
+def sqlite_uri(path: Path) -> str:
+    """The URI of a database file, whatever characters its path has. Raises EnvironmentProblem where an old
+    SQLAlchemy cannot read them back.
+
+    Only what must be is quoted, because MLflow also makes a folder that is named as the URI spells it.
+    """
+    uri = "sqlite:///" + re.sub("[?%]", lambda match: f"%{ord(match[0]):02X}", str(path))
+    if sqlite_path(uri) != path:  # SQLAlchemy 2.0 reads quotes as they are
+        raise EnvironmentProblem(
+            f"{path}: SQLAlchemy older than 2.1 cannot open this path. Install a newer one, or choose a path "
+            'without "?" and "%"'
+        )
+    return uri
+
+
+def sqlite_path(uri: str) -> Path | None:
+    """The file that an sqlite URI names; None for any other URI, and for a database in memory."""
+    if not uri.startswith("sqlite:///"):
+        return None
+    from sqlalchemy.engine import make_url
+
+    path = make_url(uri).database
+    return Path(path) if path and path != ":memory:" else None
+
+
+def path_of_file_uri(uri: str) -> Path:
+    """file:///a%20b → /a b; a plain path as it is."""
+    return Path(url2pathname(urlsplit(uri).path) if uri.startswith("file:") else uri)
 
 
 def connect(uri: str) -> "MlflowClient":
@@ -41,9 +73,9 @@ def connect(uri: str) -> "MlflowClient":
 
     for name in ("alembic", "mlflow"):  # database migrations and hints
         logging.getLogger(name).setLevel(logging.WARNING)
-    if not uri.startswith("sqlite:///"):
+    path = sqlite_path(uri)
+    if path is None:
         return MlflowClient(tracking_uri=uri, registry_uri=uri)
-    path = Path(uri.removeprefix("sqlite:///"))
     path.parent.mkdir(parents=True, exist_ok=True)
     with _one_at_a_time(path.with_name(f".{path.name}.lock")):
         client = MlflowClient(tracking_uri=uri, registry_uri=uri)
