@@ -290,12 +290,13 @@ def submit(
     """Check a training run for these nodes, write its script into the run folder and submit it to SLURM."""
     import shlex
 
+    from data_shards.secrets import mask_secrets
     from trainer.experiments import submit as jobs
     from trainer.experiments.sweep import read_sweep
 
     options, settings = jobs.split_words(words or [])
     machines = jobs.Machines(nodes, gpus_per_node, processes_per_node, deepspeed)
-    command = shlex.join(["gensr", *sys.argv[1:]])
+    command = shlex.join(["gensr", *map(mask_secrets, sys.argv[1:])])
     if sweep is None:
         submission = jobs.plan_run(preset, settings, machines, options, command)
     else:
@@ -809,12 +810,13 @@ def show(
     preset: MaybePreset = None,
     overrides: Overrides = None,
 ) -> None:
-    """Print the effective configuration as YAML."""
+    """Print the effective configuration as YAML; secrets in URLs are hidden."""
+    from data_shards.secrets import mask_secrets
     from data_shards.settings import to_yaml
     from trainer.config import load_config
 
     preset, settings = preset_and_settings(preset, overrides)
-    say(to_yaml(load_config(preset, settings)).rstrip())
+    say(mask_secrets(to_yaml(load_config(preset, settings)).rstrip()))
 
 
 @config_app.command(epilog="Example: gensr config keys train")

@@ -20,7 +20,7 @@ from trainer.tracking import delivery
 from trainer.tracking import tracker as tracking
 from trainer.tracking.delivery import SPOOL_NAME, JsonLines, Spool
 from trainer.tracking.machine import measured, node_name
-from trainer.tracking.store import connect, mask_secrets, metric_name, read_run_file, tracking_uri
+from trainer.tracking.store import connect, metric_name, read_run_file, tracking_uri
 from trainer.tracking.tracker import NullTracker, Tracker, log_evaluation
 
 MANIFEST = Manifest(
@@ -301,18 +301,6 @@ def test_other_ranks_and_disabled_runs_record_nothing(tmp_path: Path) -> None:
         tracker.log_metrics({"x": 1.0}, 1)
         tracker.finish("FINISHED")
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("text", "hidden"),
-    [
-        ("postgresql://me:secret@db/x", "postgresql://***@db/x"),
-        ("s3://bucket/x?X-Amz-Signature=abc&part=1", "s3://bucket/x?X-Amz-Signature=***&part=1"),
-        ("sqlite:////runs/mlflow.db", "sqlite:////runs/mlflow.db"),
-    ],
-)
-def test_secrets_are_masked(text: str, hidden: str) -> None:
-    assert mask_secrets(text) == hidden
 
 
 def test_names() -> None:

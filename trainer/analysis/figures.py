@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
+from data_shards.secrets import mask_secrets
 from trainer.errors import RunError
 from trainer.runs.checkpoint import Progress
 from trainer.runtime.launch import num_cores
-from trainer.tracking.store import mask_secrets
 from trainer.training.console import clock
 
 PACKAGES = (
@@ -165,7 +165,7 @@ def environment_facts() -> dict[str, Any]:
         "cpu_cores": num_cores(),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "command": mask_secrets(" ".join(sys.argv)),
+        "command": " ".join(mask_secrets(word) for word in sys.argv),
     }
     slurm = {
         key: os.environ[key]

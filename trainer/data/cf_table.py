@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data_shards.schema import Manifest
+from data_shards.secrets import mask_secrets
 from trainer.data.node_cache import origin_of
 from trainer.errors import DataError
 from trainer.runtime.files import atomic, file_sha256
@@ -77,9 +78,9 @@ def load_cf(folder: str | Path, manifest: Manifest, users: bool = True, folds: b
     path = cf_path(folder)
     if not path.is_file():
         if origin := origin_of(folder):
-            where = f"{origin.url} has no collaborative-filtering table (cf/lightgcn.safetensors and .sha256)"
             raise DataError(
-                f"{where}. Make it where the folder was prepared, with gensr cf OUT, then copy OUT/cf there."
+                f"{mask_secrets(origin.url)} has no collaborative-filtering table (cf/lightgcn.safetensors and "
+                ".sha256). Make it where the folder was prepared, with gensr cf OUT, then copy OUT/cf there."
             )
         raise DataError(
             f"{path} is missing: the folder has no collaborative-filtering table yet. Make it with: gensr cf "

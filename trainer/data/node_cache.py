@@ -30,14 +30,16 @@ from typing import Any, TypeVar
 
 from data_shards.checksum import pieces
 from data_shards.schema import SPLITS, Manifest, Shard, parse_manifest
+from data_shards.secrets import mask_secrets
 from trainer.config import DataConfig
 from trainer.errors import DataError, EnvironmentProblem
-from trainer.runtime.files import atomic
+from trainer.runtime.files import SECRET_MODE, atomic
 
 READ_ATTEMPTS, RETRY_AFTER_S = 3, 1.0  # a read error of a disk or network is tried again after 1 s, then 2 s
 SPARE_BYTES = 64 << 20  # left free on the cache's disk
 ORIGIN, CF_TABLE, CF_DIGEST = "origin.json", "cf/lightgcn.safetensors", "cf/lightgcn.sha256"
 _SAFE_NAME = re.compile(r"(?!.*\.\.)[A-Za-z0-9_][A-Za-z0-9_./-]*")  # names become paths and parts of commands
+_S3 = "pipe:aws s3 cp --only-show-errors "
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|pipe:")
 T = TypeVar("T")
 
@@ -63,13 +65,28 @@ def url_of(origin: str, name: str) -> str:
     could leave the folder or its command."""
     if not _SAFE_NAME.fullmatch(name):
         raise DataError(
-            f"{origin}: its manifest lists {name!r}, which is no name of a file inside a prepared folder. "
+            f"{mask_secrets(origin)}: its manifest lists {name!r}, which is no name of a file inside a prepared folder. "
             "Prepare the folder again."
         )
     if not is_url(origin):
         return str(Path(origin) / name)
     url = origin.replace("{}", name) if "{}" in origin else f"{origin.rstrip('/')}/{name}"
-    return f"pipe:aws s3 cp --only-show-errors {shlex.quote(url)} -" if url.startswith("s3://") else url
+    return f"{_S3}{shlex.quote(url)} -" if url.startswith("s3://") else url
+
+
+def shown(url: str | Path, name: str) -> str:
+    """What messages call file `name` of a folder: its path or masked URL. Of a command only the program and
+    the file's name are shown."""
+    text = str(url)
+    if text.startswith(_S3):
+        return mask_secrets(text.removeprefix(_S3).removesuffix(" -").strip("'"))
+    return f"{mask_secrets(text)} {name}" if text.startswith("pipe:") else mask_secrets(text)
+
+
+def reason(error: BaseException) -> str:
+    """Why a URL cannot be read. webdataset's message repeats the whole command, with what is secret in it."""
+    ended = re.match(r"\(\(.*\}\): (exit -?\d+)", str(error), flags=re.DOTALL)
+    return f"its program ends with {ended[1]}" if ended else mask_secrets(str(error))
 
 
 def retried(what: str, read: Callable[[], T]) -> T:
@@ -99,9 +116,9 @@ def read_pieces(url: str) -> Iterator[bytes]:
     except OSError as error:
         if isinstance(error, FileNotFoundError) and is_url(url):
             raise EnvironmentProblem(
-                f"{url}: is read by the program {error.filename}, which is not installed here."
+                f"{shown(url, '')}: is read by the program {error.filename}, which is not installed here."
             ) from error
-        raise EOFError(str(error)) from error
+        raise EOFError(reason(error)) from error
 
 
 def check_stream(url: str, num_bytes: int, sha256: str, write: Callable[[bytes], Any] = len) -> None:
@@ -158,7 +175,7 @@ def blob(cache: Path, origin: str, name: str, num_bytes: int, sha256: str) -> Pa
                 with atomic(path) as temporary, open(temporary, "wb") as file:
                     check_stream(url, num_bytes, sha256, file.write)
 
-            retried(url, fetch)
+            retried(shown(url, name), fetch)
     return path
 
 
@@ -192,7 +209,7 @@ def local_folder(data: DataConfig) -> Path:
 def _cached_folder(origin: str, cache_dir: str) -> Path:
     cache = Path(cache_dir).expanduser().resolve() if cache_dir else default_cache()
     content = _read_small(origin, "manifest.json")
-    manifest = parse_manifest(content, url_of(origin, "manifest.json"))
+    manifest = parse_manifest(content, shown(url_of(origin, "manifest.json"), "manifest.json"))
     files = [(file["name"], file["num_bytes"], file["sha256"]) for file in manifest.raw["catalog"]]
     files += _cf_table(origin)
     key = hashlib.sha256(json.dumps([origin, bool(cache_dir), manifest.hash, files]).encode()).hexdigest()[
@@ -209,7 +226,7 @@ def _cached_folder(origin: str, cache_dir: str) -> Path:
         )
         for name, num_bytes, sha256 in files:
             _link(folder / name, blob(cache, origin, name, num_bytes, sha256))
-        with atomic(folder / ORIGIN) as temporary:
+        with atomic(folder / ORIGIN, SECRET_MODE) as temporary:  # the URL may hold a password
             temporary.write_text(
                 json.dumps({"url": origin, "keep_shards": bool(cache_dir)}) + "\n", encoding="utf-8"
             )
@@ -220,7 +237,7 @@ def _cached_folder(origin: str, cache_dir: str) -> Path:
 
 def _read_small(origin: str, name: str) -> bytes:
     url = url_of(origin, name)
-    return retried(url, lambda: b"".join(read_pieces(url)))
+    return retried(shown(url, name), lambda: b"".join(read_pieces(url)))
 
 
 def _shard_files(manifest: Manifest) -> list[tuple[str, int, str]]:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from data_shards.errors import DataError
 from data_shards.schema import read_manifest
+from data_shards.secrets import mask_secrets
 from data_shards.settings import read_yaml
 from trainer.config import Config, config_from_dict
 from trainer.errors import EnvironmentProblem, GensrError, RunError
@@ -30,7 +31,6 @@ from trainer.tracking.delivery import MACHINE_DIR, SPOOL_NAME, JsonLines, Record
 from trainer.tracking.store import (
     connect,
     is_server,
-    mask_secrets,
     metric_name,
     one_line,
     open_experiment,

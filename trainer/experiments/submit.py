@@ -14,6 +14,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +26,7 @@ from trainer.config import Config, config_from_dict, load_config
 from trainer.errors import ConfigError, EnvironmentProblem, RunError
 from trainer.experiments.sweep import JOB_FILE, Point
 from trainer.runs.checkpoint import check_settings
-from trainer.runtime.files import atomic
+from trainer.runtime.files import SECRET_MODE, atomic
 from trainer.runtime.launch import Launch, deepspeed_path
 from trainer.training.plan import dry_run
 
@@ -253,16 +254,35 @@ def job_script(
     merged = {_name(option): option for option in directives}
     merged |= {key: f"--{key}={value}" for key, value in {**own, "chdir": os.getcwd()}.items()}
     merged |= {_name(option): option for option in options}
+    environment = {**exports, **_site()}
+    _refuse_control_characters(
+        [
+            command,
+            *merged.values(),
+            *environment.values(),
+            *(word for words in words_of_tasks for word in words),
+        ]
+    )
     head = [
         "#!/usr/bin/env bash",
         f"# Written by gensr {__version__}: {command}",
         "# Complete as it is: sbatch of this file continues what it began.",
-        *(f"#SBATCH {option}" for option in merged.values()),
+        *(f"#SBATCH {shlex.quote(option)}" for option in merged.values()),
         "",
-        *(f"export {key}={shlex.quote(value)}" for key, value in {**exports, **_site()}.items()),
+        *(f"export {key}={shlex.quote(value)}" for key, value in environment.items()),
         *_arguments(words_of_tasks),
     ]
     return "\n".join([*head, *body]) + "\n"
+
+
+def _refuse_control_characters(texts: Sequence[str]) -> None:
+    """A line break in a comment or in an #SBATCH line would begin a line of the script. Raises ConfigError."""
+    for text in texts:
+        if any(unicodedata.category(character) in ("Cc", "Zl", "Zp") for character in text):
+            raise ConfigError(
+                f"{text!r} has a line break or another control character in it, which a job script cannot "
+                "take. Remove it"
+            )
 
 
 def _name(option: str) -> str:
@@ -317,7 +337,7 @@ def submit(submission: Submission) -> list[str]:
         )
     ids: list[str] = []
     for job in submission.jobs:
-        with atomic(job.path) as temporary:
+        with atomic(job.path, SECRET_MODE) as temporary:  # the settings of a run: URLs may hold passwords
             temporary.write_text(job.text, encoding="utf-8")
         done = subprocess.run(
             job.command(ids), capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL

@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 import data_shards
 import trainer
 from data_shards.schema import Manifest, read_manifest
+from data_shards.secrets import mask_secrets
 from trainer.config import Config
 from trainer.data.node_cache import local_folder
 from trainer.errors import EnvironmentProblem, RunError
@@ -88,7 +89,8 @@ def register(run_dir: str | Path, name: str, alias: str = ALIAS, notify: Notify 
     with atomic(run_dir / REGISTRY_FILE) as path:
         path.write_text(
             json.dumps(
-                {"name": name, "version": number, "alias": alias, "uri": uri, "run_id": run_id}, indent=2
+                {"name": name, "version": number, "alias": alias, "uri": mask_secrets(uri), "run_id": run_id},
+                indent=2,
             )
             + "\n",
             encoding="utf-8",

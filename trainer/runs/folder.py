@@ -13,13 +13,14 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
+from data_shards.secrets import mask_secrets, masked
 from data_shards.settings import read_yaml, to_yaml
 from trainer.config import Config, config_from_dict
 from trainer.data.cf_table import CfTable
 from trainer.errors import ConfigError, RunError
 from trainer.runs.checkpoint import Progress, check_settings, remove_partial
 from trainer.runtime.distributed import on_main
-from trainer.runtime.files import atomic, remove_temporaries
+from trainer.runtime.files import SECRET_MODE, atomic, remove_temporaries
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -110,10 +111,10 @@ def _lock(folder: Path) -> IO[str]:
 def write_facts(config: Config, facts: dict[str, Any]) -> None:
     """config.yaml (effective) and environment.json, as this part of the run sees them."""
     folder = Path(config.run.dir)
-    with atomic(folder / "config.yaml") as temporary:
+    with atomic(folder / "config.yaml", SECRET_MODE) as temporary:  # URLs in it may hold passwords
         temporary.write_text(to_yaml(config), encoding="utf-8")
     with atomic(folder / "environment.json") as temporary:
-        temporary.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(masked(facts), indent=2) + "\n", encoding="utf-8")
 
 
 def write_status(folder: Path, status: str, progress: Progress, enabled: bool = True) -> None:
@@ -150,7 +151,7 @@ def training_holdout(config: Config, cf: CfTable) -> str:
         return "none"
     raise ConfigError(
         f"model.cf_holdout={wanted}, but the folder's table was made with cf.holdout={cf.holdout}. "
-        f"Make it again: gensr cf {config.data.dir} cf.holdout={wanted} overwrite=true"
+        f"Make it again: gensr cf {mask_secrets(config.data.dir)} cf.holdout={wanted} overwrite=true"
     )
 
 

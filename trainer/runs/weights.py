@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from data_shards.schema import Manifest, read_manifest
+from data_shards.secrets import mask_secrets
 from data_shards.settings import read_yaml
 from trainer.batch import ItemTables
 from trainer.config import Config, LoraConfig, config_from_dict
@@ -225,7 +226,7 @@ def load_run_model(run_dir: str | Path, device: str = "cpu") -> tuple[GenSR, Ite
         trained_on = json.loads((path / "gensr.json").read_text(encoding="utf-8"))
         if trained_on["split_fingerprint"] != manifest.fingerprint:
             raise DataError(
-                f"{config.data.dir} has another split (fingerprint {manifest.fingerprint[:12]}) than "
+                f"{mask_secrets(config.data.dir)} has another split (fingerprint {manifest.fingerprint[:12]}) than "
                 f"{run_dir} was trained on "
                 f"({trained_on['split_fingerprint'][:12]}). Prepare the data as it was, or train again."
             )

@@ -8,13 +8,15 @@ from pathlib import Path
 from data_shards.checksum import file_sha256
 from trainer.errors import EnvironmentProblem
 
-__all__ = ["atomic", "file_sha256"]
+__all__ = ["SECRET_MODE", "atomic", "file_sha256"]
+
+SECRET_MODE = 0o600  # of a file that is needed whole, passwords included: only its owner reads it
 
 
 @contextmanager
-def atomic(path: str | Path) -> Iterator[Path]:
+def atomic(path: str | Path, mode: int | None = None) -> Iterator[Path]:
     """Yields a temporary path beside `path`; when the block ends well its file is synced and renamed to
-    `path`, else removed. The temporary path is absolute: Arrow reads a relative "a:b" as a URL.
+    `path`, else removed. mode: permissions from the first byte on; None = the process's. The temporary path is absolute: Arrow reads a relative "a:b" as a URL.
 
     Raises EnvironmentProblem when the disk is full or the folder cannot be written.
     """
@@ -22,6 +24,8 @@ def atomic(path: str | Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if mode is not None:
+            os.close(os.open(temporary, os.O_CREAT | os.O_WRONLY, mode))
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())

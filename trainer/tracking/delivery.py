@@ -17,7 +17,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.tracking.store import chunks, connect, dataset_input, is_server, mask_secrets, one_line
+from data_shards.secrets import mask_secrets
+from trainer.tracking.store import chunks, connect, dataset_input, is_server, one_line
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient

@@ -17,6 +17,7 @@ from urllib.request import url2pathname
 import yaml
 
 from data_shards.schema import Manifest
+from data_shards.secrets import mask_secrets
 from trainer.config import Config
 from trainer.errors import EnvironmentProblem
 from trainer.runtime.files import atomic
@@ -67,6 +68,7 @@ def connect(uri: str) -> "MlflowClient":
     """A client whose requests fail within seconds, not minutes, and which says nothing on its own."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # with the password in it
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     from mlflow.tracking import MlflowClient
@@ -129,7 +131,8 @@ def read_run_file(folder: str | Path, uri: str = "") -> str:
         document = json.loads((Path(folder) / RUN_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return ""
-    return str(document["run_id"]) if not uri or document.get("uri") == mask_secrets(uri) else ""
+    same = not uri or mask_secrets(str(document.get("uri"))) == mask_secrets(uri)
+    return str(document["run_id"]) if same else ""
 
 
 def log_figures(client: "MlflowClient", run_id: str, figures: Mapping[str, float]) -> None:
@@ -174,29 +177,6 @@ def dataset_input(record: Mapping[str, Any]) -> Any:
 def metric_name(name: str) -> str:
     """MLflow refuses "@": rec/recall@10 → rec/recall_at_10."""
     return name.replace("@", "_at_")
-
-
-def mask_secrets(text: str) -> str:
-    """Hide passwords in URLs: user:password@host and ?token=…"""
-    text = re.sub(r"://[^/@\s]+@", "://***@", text)
-    return re.sub(
-        r"(?i)([?&][^=&\s]*(?:key|token|secret|password|signature|credential)[^=&\s]*=)[^&\s]+",
-        r"\1***",
-        text,
-    )
-
-
-def masked(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of a nested mapping with mask_secrets applied to every text in it."""
-
-    def visit(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {key: visit(child) for key, child in value.items()}
-        if isinstance(value, list | tuple):
-            return [visit(child) for child in value]
-        return mask_secrets(value) if isinstance(value, str) else value
-
-    return {key: visit(value) for key, value in tree.items()}
 
 
 def dump(document: Mapping[str, Any], file_name: str) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from data_shards.schema import Manifest
+from data_shards.secrets import mask_secrets, masked
 from data_shards.settings import flatten, read_yaml, to_dict
 from trainer.config import Config, config_from_dict
 from trainer.errors import EnvironmentProblem
@@ -21,8 +22,6 @@ from trainer.tracking.store import (
     dataset_record,
     dump,
     log_figures,
-    mask_secrets,
-    masked,
     metric_name,
     one_line,
     open_experiment,

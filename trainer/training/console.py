@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from data_shards.secrets import mask_secrets
 from trainer.runtime.files import atomic
 
 
@@ -53,7 +54,7 @@ class RunConsole:
             return
         self._stop_bar()
         if error is not None:
-            self._write(f"stopped by {type(error).__name__}: {error}")
+            self._write(f"stopped by {type(error).__name__}: {mask_secrets(str(error))}")
         self._log.close()
         self._metrics.close()
 
@@ -61,7 +62,7 @@ class RunConsole:
         """Lines for terminal and log."""
         if not self.enabled:
             return
-        for line in lines:
+        for line in map(mask_secrets, lines):
             if self._progress is not None:
                 self._progress.console.print(line, markup=False)
             else:

@@ -19,6 +19,7 @@ from torch import nn
 
 from data_shards.hashing import derive_seed
 from data_shards.schema import Manifest, read_manifest
+from data_shards.secrets import mask_secrets
 from trainer.analysis import figures as report
 from trainer.batch import Batch
 from trainer.config import Config
@@ -306,7 +307,7 @@ def make_streams(
         and len(set(gather_objects(accelerator, tuple(shard.name for shard in stream.shards)))) > 1
     ):
         raise DataError(
-            f"{data.dir}: processes disagree about which training shards can be read. Mend the folder, or "
+            f"{mask_secrets(data.dir)}: processes disagree about which training shards can be read. Mend the folder, or "
             "keep it on the nodes: data.cache_dir"
         )
     return stream, EvalStream(

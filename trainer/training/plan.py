@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from data_shards.schema import Manifest, read_manifest
+from data_shards.secrets import mask_secrets
 from data_shards.settings import read_yaml
 from trainer.config import Config, preset_path
 from trainer.data.node_cache import local_folder
@@ -154,7 +155,7 @@ def size_of_folder(folder: str, manifest: Manifest) -> DataSize:
         words=manifest.num_words,
         num_negatives=manifest.num_negatives,
         vocab_size=int(manifest.raw["text"].get("vocab_size", T5_TOKENS)),
-        source=folder,
+        source=mask_secrets(folder),
     )
 
 
