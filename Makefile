@@ -41,8 +41,8 @@ test-gpu: export GENSR_TEST_GPU = 1
 test-gpu: install
 	$(BIN)/python -m pytest -rP tests/gpu
 
-# Known holes in the pinned versions; needs the vulnerability database of PyPI. pip-audit also succeeds where it
-# could look up nothing (an index without the packages, local versions): that is a failure here.
+# Known holes in the pinned versions; needs the vulnerability database of PyPI. pip-audit also succeeds where
+# it could look up nothing (an index without the packages, local versions): that is a failure here.
 define COUNT_AUDITED
 import json, sys
 packages = json.load(open(sys.argv[1]))["dependencies"]

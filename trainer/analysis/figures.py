@@ -15,6 +15,7 @@ import torch
 from data_shards.secrets import mask_secrets
 from trainer.errors import RunError
 from trainer.runs.checkpoint import Progress
+from trainer.runtime.files import atomic
 from trainer.runtime.launch import num_cores
 from trainer.training.console import clock
 
@@ -54,7 +55,6 @@ def plot_run(run_dir: str | Path) -> list[Path]:
     is left out."""
     records = read_records(run_dir)
     folder = Path(run_dir) / "report"
-    folder.mkdir(exist_ok=True)
     train = [r for r in records if r["kind"] == "train"]
     valid = [r for r in records if r["kind"] == "valid"]
     written = []
@@ -117,10 +117,9 @@ def _plot(
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))  # beside the lines, never on them
     figure.tight_layout()
-    temporary = path.with_name(f".{path.name}.tmp.png")
-    figure.savefig(temporary, bbox_inches="tight")
+    with atomic(path) as temporary:
+        figure.savefig(temporary, bbox_inches="tight", format="png")
     pyplot.close(figure)
-    os.replace(temporary, path)
     return path
 
 

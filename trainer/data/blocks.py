@@ -84,8 +84,8 @@ def read_blocks(
             lasting = isinstance(place, Path) and not isinstance(error, OSError)
             if lasting or attempt == READ_ATTEMPTS:
                 raise DataError(
-                    f"{where}: cannot be read at block {number}: {reason(error)}. Restore the file or prepare "
-                    "the folder again."
+                    f"{where}: cannot be read at block {number}: {reason(error)}. Restore the file or "
+                    "prepare the folder again."
                 ) from error
             warnings.warn(
                 f"{where}: reading block {number} failed ({reason(error)}), trying again", stacklevel=2

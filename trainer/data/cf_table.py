@@ -79,8 +79,8 @@ def load_cf(folder: str | Path, manifest: Manifest, users: bool = True, folds: b
     if not path.is_file():
         if origin := origin_of(folder):
             raise DataError(
-                f"{mask_secrets(origin.url)} has no collaborative-filtering table (cf/lightgcn.safetensors and "
-                ".sha256). Make it where the folder was prepared, with gensr cf OUT, then copy OUT/cf there."
+                f"{mask_secrets(origin.url)} has no collaborative-filtering table (cf/lightgcn.safetensors "
+                "and .sha256). Make it where the folder was prepared, with gensr cf OUT, then copy OUT/cf there."
             )
         raise DataError(
             f"{path} is missing: the folder has no collaborative-filtering table yet. Make it with: gensr cf "

@@ -33,7 +33,7 @@ from data_shards.schema import SPLITS, Manifest, Shard, parse_manifest
 from data_shards.secrets import mask_secrets
 from trainer.config import DataConfig
 from trainer.errors import DataError, EnvironmentProblem
-from trainer.runtime.files import SECRET_MODE, atomic
+from trainer.runtime.files import SECRET_MODE, atomic, writing
 
 READ_ATTEMPTS, RETRY_AFTER_S = 3, 1.0  # a read error of a disk or network is tried again after 1 s, then 2 s
 SPARE_BYTES = 64 << 20  # left free on the cache's disk
@@ -65,8 +65,8 @@ def url_of(origin: str, name: str) -> str:
     could leave the folder or its command."""
     if not _SAFE_NAME.fullmatch(name):
         raise DataError(
-            f"{mask_secrets(origin)}: its manifest lists {name!r}, which is no name of a file inside a prepared folder. "
-            "Prepare the folder again."
+            f"{mask_secrets(origin)}: its manifest lists {name!r}, which is no name of a file inside a prepared "
+            "folder. Prepare the folder again."
         )
     if not is_url(origin):
         return str(Path(origin) / name)
@@ -142,8 +142,10 @@ def check_stream(url: str, num_bytes: int, sha256: str, write: Callable[[bytes],
 def locked(path: Path) -> Iterator[None]:
     """One process of the node at a time for this path. On a file system without locks all go on: what they
     write is renamed, and the same."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_name(f".{path.name}.lock"), "a") as file:
+    with writing(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path.with_name(f".{path.name}.lock"), "a")  # noqa: SIM115 (closed below)
+    with file:
         with contextlib.suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -181,11 +183,12 @@ def blob(cache: Path, origin: str, name: str, num_bytes: int, sha256: str) -> Pa
 
 def _link(path: Path, target: Path) -> None:
     """path becomes a relative symbolic link to target; whoever comes second finds the same."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(os.path.relpath(target, path.parent))
-    os.replace(temporary, path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(os.path.relpath(target, path.parent))
+        os.replace(temporary, path)
 
 
 # ---- folders -----------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from trainer.config import Config, config_from_dict, load_config
 from trainer.errors import ConfigError, EnvironmentProblem, RunError
 from trainer.experiments.sweep import JOB_FILE, Point
 from trainer.runs.checkpoint import check_settings
+from trainer.runs.folder import holds_run, is_finished
 from trainer.runtime.files import SECRET_MODE, atomic
 from trainer.runtime.launch import Launch, deepspeed_path
 from trainer.training.plan import dry_run
@@ -199,16 +200,10 @@ def checked(preset: str, settings: Sequence[str], machines: Machines) -> tuple[C
 def check_folder(config: Config) -> None:
     """Raises RunError when run.dir holds another run, a finished one, or one whose job is still there."""
     folder = Path(config.run.dir)
-    if (folder / "config.yaml").is_file():
+    if holds_run(folder):
         check_settings(config_from_dict(read_yaml(folder / "config.yaml")), config, folder / "config.yaml")
-    try:
-        finished = (
-            json.loads((folder / "status.json").read_text(encoding="utf-8")).get("status") == "finished"
-        )
-    except (OSError, ValueError):
-        finished = False
-    if finished:
-        raise RunError(f"{folder} holds a run that has finished. Choose another run.dir.")
+        if is_finished(folder, config):
+            raise RunError(f"{folder} holds a run that has finished. Choose another run.dir.")
     if state := job_state(folder):
         raise RunError(
             f"{folder} has a job already: {state}. Wait for it, or end it with scancel; then submit again to "
@@ -276,7 +271,7 @@ def job_script(
 
 
 def _refuse_control_characters(texts: Sequence[str]) -> None:
-    """A line break in a comment or in an #SBATCH line would begin a line of the script. Raises ConfigError."""
+    """A line break in a comment or in an #SBATCH line would begin a line of the script → ConfigError."""
     for text in texts:
         if any(unicodedata.category(character) in ("Cc", "Zl", "Zp") for character in text):
             raise ConfigError(

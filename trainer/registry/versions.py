@@ -74,7 +74,7 @@ def register(run_dir: str | Path, name: str, alias: str = ALIAS, notify: Notify 
     folder = local_folder(config.data)
     manifest = read_manifest(folder)
     scorer = Scorer.from_run(run_dir)
-    run_retrieval(run_dir, scorer.model, notify)
+    run_retrieval(run_dir, scorer.model, notify, must_be_kept=True)
     facts = run_facts(run_dir, config, manifest)
     example = example_requests(folder, manifest)
     expected = scorer.score_many(example)

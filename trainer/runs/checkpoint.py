@@ -29,7 +29,7 @@ from data_shards.settings import flatten, to_dict
 from trainer.config import Config
 from trainer.errors import RunError
 from trainer.runtime.distributed import gather_objects, on_main, uses_deepspeed
-from trainer.runtime.files import atomic, file_sha256, remove_temporaries
+from trainer.runtime.files import atomic, file_sha256, remove_temporaries, writing
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -162,9 +162,10 @@ def _refuse(differences: list[tuple[str, Any, Any]], accepted: str, where: Path)
 
 def make_empty(folder: Path) -> None:
     """A new empty folder to write a checkpoint into; what an interrupted save left beside it is removed."""
-    for stale in folder.parent.glob(f"{PARTIAL}*"):
-        shutil.rmtree(stale)
-    folder.mkdir(parents=True)
+    with writing(folder):
+        for stale in folder.parent.glob(f"{PARTIAL}*"):
+            shutil.rmtree(stale)
+        folder.mkdir(parents=True)
 
 
 def publish(
@@ -175,10 +176,11 @@ def publish(
     with atomic(partial / "files.json") as temporary:
         temporary.write_text(json.dumps(checksums, indent=1) + "\n", encoding="utf-8")
     final = folder / name
-    # a damaged one of the same step, or one whose run was continued from an earlier checkpoint
-    if final.exists():
-        shutil.rmtree(final)
-    os.replace(partial, final)
+    with writing(final):
+        # a damaged one of the same step, or one whose run was continued from an earlier checkpoint
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(partial, final)
     with atomic(folder / "latest") as temporary:
         temporary.write_text(name + "\n", encoding="utf-8")
     steps = sorted((int(path.name[5:]) for path in _step_folders(folder)), reverse=True)

@@ -23,6 +23,7 @@ from torch import Tensor
 from trainer.errors import EnvironmentProblem, RunError
 from trainer.runs.checkpoint import PARTIAL, TAG, Checkpoint, Progress, whole_weights
 from trainer.runtime.distributed import on_main
+from trainer.runtime.files import writing
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -63,10 +64,12 @@ def load(
     EnvironmentProblem when it cannot be made.
     """
     folder = found.path.with_name(f"{PARTIAL}universal-{found.path.name}")
-    on_main(
-        accelerator,
-        lambda: _write_universal(found, folder / TAG, shapes, num_groups=len(optimizer.param_groups)),
-    )
+
+    def write() -> None:
+        with writing(folder):
+            _write_universal(found, folder / TAG, shapes, num_groups=len(optimizer.param_groups))
+
+    on_main(accelerator, write)
     # torch's AdamW inside DeepSpeed's engine or accelerate's wrapper
     inner = getattr(model, "basic_optimizer", None) or optimizer.optimizer
     if _sharded(now):

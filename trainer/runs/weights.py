@@ -226,8 +226,8 @@ def load_run_model(run_dir: str | Path, device: str = "cpu") -> tuple[GenSR, Ite
         trained_on = json.loads((path / "gensr.json").read_text(encoding="utf-8"))
         if trained_on["split_fingerprint"] != manifest.fingerprint:
             raise DataError(
-                f"{mask_secrets(config.data.dir)} has another split (fingerprint {manifest.fingerprint[:12]}) than "
-                f"{run_dir} was trained on "
+                f"{mask_secrets(config.data.dir)} has another split (fingerprint {manifest.fingerprint[:12]}) "
+                f"than {run_dir} was trained on "
                 f"({trained_on['split_fingerprint'][:12]}). Prepare the data as it was, or train again."
             )
         if trained_on["cf_sha256"] != file_sha256(cf_path(folder)):

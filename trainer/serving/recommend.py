@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from data_shards.schema import TASKS, read_manifest
 from data_shards.settings import read_yaml
 from trainer.data.node_cache import local_folder
-from trainer.errors import RequestError
+from trainer.errors import EnvironmentProblem, RequestError
 from trainer.models.gensr.model import GenSR
 from trainer.runs.weights import load_run_config
 from trainer.runtime.files import file_sha256
@@ -288,13 +288,21 @@ def model_identity(model_dir: Path) -> str:
     return f"{file_sha256(model_dir / 'gensr.json')}-{file_sha256(model_dir / 'model.safetensors')}"
 
 
-def run_retrieval(run_dir: Path, model: GenSR, notify: Notify = silent) -> Retrieval:
-    """The indexes of RUN/retrieval; built and kept there when they are missing, or of other weights."""
+def run_retrieval(
+    run_dir: Path, model: GenSR, notify: Notify = silent, must_be_kept: bool = False
+) -> Retrieval:
+    """The indexes of RUN/retrieval; built and kept there when they are missing, or of other weights. A folder
+    that cannot be written costs a note, unless they must be kept."""
     identity = model_identity(run_dir / "model")
     retrieval = load_retrieval(run_dir / RETRIEVAL, model, identity)
     if retrieval is None:
         retrieval = build_retrieval(model, notify)
-        save_retrieval(run_dir / RETRIEVAL, retrieval, identity)
+        try:
+            save_retrieval(run_dir / RETRIEVAL, retrieval, identity)
+        except EnvironmentProblem as error:
+            if must_be_kept:
+                raise
+            notify(f"the indexes are used but not kept: {error}")
     return retrieval
 
 

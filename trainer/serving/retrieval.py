@@ -28,7 +28,7 @@ from torch import Tensor
 
 from trainer.errors import RunError
 from trainer.models.gensr.model import GenSR
-from trainer.runtime.files import atomic, file_sha256
+from trainer.runtime.files import atomic, file_sha256, writing
 
 FORMAT = 1
 MAX_EXACT_FLOATS = 2**24  # 64 MiB: one core scans that in about 10 ms
@@ -314,8 +314,9 @@ def build_retrieval(
 def save_retrieval(folder: Path, retrieval: Retrieval, identity: str) -> None:
     """Write FOLDER; the document last, so that a folder with one is whole. identity: of the weights and
     tables it was built from."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / DOCUMENT).unlink(missing_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / DOCUMENT).unlink(missing_ok=True)
     with atomic(folder / "retrieval.safetensors") as path:
         save_file({"mean": retrieval.mean}, path)
     document: dict[str, Any] = {"format": FORMAT, "identity": identity, "sha256": {}, "indexes": {}}

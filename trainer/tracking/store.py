@@ -20,7 +20,7 @@ from data_shards.schema import Manifest
 from data_shards.secrets import mask_secrets
 from trainer.config import Config
 from trainer.errors import EnvironmentProblem
-from trainer.runtime.files import atomic
+from trainer.runtime.files import atomic, writing
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -78,7 +78,8 @@ def connect(uri: str) -> "MlflowClient":
     path = sqlite_path(uri)
     if path is None:
         return MlflowClient(tracking_uri=uri, registry_uri=uri)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
     with _one_at_a_time(path.with_name(f".{path.name}.lock")):
         client = MlflowClient(tracking_uri=uri, registry_uri=uri)
         client.search_experiments(max_results=1)  # makes the tables of a new database

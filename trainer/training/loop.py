@@ -45,6 +45,7 @@ from trainer.runtime.distributed import (
     process_group,
     uses_deepspeed,
 )
+from trainer.runtime.files import writing
 from trainer.runtime.launch import Launch, devices, make_accelerator, read_launch
 from trainer.runtime.memory import peak_memory_bytes
 from trainer.runtime.stopping import StopSignal
@@ -307,8 +308,8 @@ def make_streams(
         and len(set(gather_objects(accelerator, tuple(shard.name for shard in stream.shards)))) > 1
     ):
         raise DataError(
-            f"{mask_secrets(data.dir)}: processes disagree about which training shards can be read. Mend the folder, or "
-            "keep it on the nodes: data.cache_dir"
+            f"{mask_secrets(data.dir)}: processes disagree about which training shards can be read. Mend the "
+            "folder, or keep it on the nodes: data.cache_dir"
         )
     return stream, EvalStream(
         folder, manifest, "valid", data, run.eval_batch_size, rank, world_size, run.valid_events
@@ -477,12 +478,13 @@ def write_model(run: Run) -> None:
     """Consolidated weights → RUN/model, on all ranks (ZeRO-3 gathers). RUN/model is therefore the best so far
     at any time."""
     state = full_state_dict(run.accelerator, run.model, run.module)
-    on_main(
-        run.accelerator,
-        lambda: save_model(
-            run.folder / "model", run.module, state, run.config, run.manifest, local_folder(run.config.data)
-        ),
-    )
+    path = run.folder / "model"
+
+    def write() -> None:
+        with writing(path):
+            save_model(path, run.module, state, run.config, run.manifest, local_folder(run.config.data))
+
+    on_main(run.accelerator, write)
 
 
 def save(run: Run) -> None:
