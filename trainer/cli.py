@@ -255,6 +255,11 @@ def train(
     result = run(config, resume="auto" if resume == "auto" else "never")
     if as_json:
         answer(dataclasses.asdict(result), as_json)
+    if result.status == "already_finished":
+        note(
+            f"{result.run_dir}: already finished at step {result.step:,}, nothing was trained. Train on with "
+            "run.max_steps=N run.accept_changes=run.max_steps, or choose another run.dir."
+        )
     if result.exit_code:
         raise typer.Exit(result.exit_code)
 

@@ -8,6 +8,7 @@ its figures are tags of the candidate's version.
 """
 
 import json
+import math
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -150,6 +151,9 @@ def _decide(name: str, candidate: int, champion: int | None, uri: str, margin: f
 def judge(figures: dict[str, dict[str, Any]], margin: float) -> tuple[bool, str]:
     """{task: {"difference", "ci95": [low, high]}} of candidate − champion → whether to promote, and why or
     why not."""
+    unknown = [task for task, f in figures.items() if not all(map(math.isfinite, f["ci95"]))]
+    if unknown or not figures:
+        return False, f"no interval for {' and '.join(unknown) or 'any task'}: there is too little to compare"
     fallen = [task for task, f in figures.items() if f["ci95"][0] < -margin]
     gained = [task for task, f in figures.items() if f["ci95"][0] > 0]
     if fallen:
