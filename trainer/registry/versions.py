@@ -9,6 +9,7 @@ code/                  trainer and data_shards        model_card.md         what
 import contextlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ from data_shards.schema import Manifest, read_manifest
 from data_shards.secrets import mask_secrets
 from trainer.config import Config
 from trainer.data.node_cache import local_folder
-from trainer.errors import EnvironmentProblem, RunError
+from trainer.errors import ConfigError, EnvironmentProblem, RunError
 from trainer.registry.model_card import metrics_of, model_card, run_facts, version_tags
 from trainer.runs.weights import load_run_config
 from trainer.runtime.files import atomic
@@ -67,6 +68,7 @@ def register(run_dir: str | Path, name: str, alias: str = ALIAS, notify: Notify 
     RunError when the run has no model or the version scores differently, EnvironmentProblem when MLflow
     refuses.
     """
+    check_names(name, alias)
     run_dir = Path(run_dir)
     config = load_run_config(run_dir)
     uri = tracking_uri(config, run_dir)
@@ -80,13 +82,16 @@ def register(run_dir: str | Path, name: str, alias: str = ALIAS, notify: Notify 
     expected = scorer.score_many(example)
     with mlflow_errors(f"MLflow at {uri} does not register {run_dir}"):
         number, run_id = _log_model(run_dir, name, config, scorer, facts, example, uri)
+    done = f"models:/{name}/{number} is registered, but not checked: the alias {alias} was not moved"
+    with mlflow_errors(f"MLflow at {uri} does not complete it. {done}"):
         client = connect(uri)
         _compare(expected, _predict(f"models:/{name}/{number}", uri, example), name, number)
         for key, value in version_tags(facts, run_id).items():
             client.set_model_version_tag(name, str(number), key, value)
         client.update_model_version(name, str(number), description=model_card(name, facts))
         client.set_registered_model_alias(name, alias, str(number))
-    with atomic(run_dir / REGISTRY_FILE) as path:
+    kept = f"models:/{name}/{number} is registered, also as models:/{name}@{alias}"
+    with atomic(run_dir / REGISTRY_FILE, kept=kept) as path:
         path.write_text(
             json.dumps(
                 {"name": name, "version": number, "alias": alias, "uri": mask_secrets(uri), "run_id": run_id},
@@ -145,12 +150,27 @@ def find_version(client: Any, name: str, alias: str) -> Any | None:
         raise
 
 
+def check_names(name: str, alias: str) -> None:
+    """MLflow's rules for names, asked before anything is logged. Raises ConfigError."""
+    problem = ""
+    if not name.strip() or re.search("[/:]", name) or name == "." or name.startswith(".."):
+        problem = (
+            f"{name!r} cannot be the name of a registered model: it must not be empty or hold '/' or ':'"
+        )
+    elif not re.fullmatch(r"[\w-]{1,255}", alias):
+        problem = f"--alias {alias!r}: an alias has letters, digits, '_' and '-' only"
+    elif alias.lower() == "latest" or re.fullmatch(r"[vV]\d+", alias):
+        problem = f"--alias {alias}: MLflow keeps latest and v<number> for itself"
+    if problem:
+        raise ConfigError(f"{problem}. Nothing was registered.")
+
+
 @contextlib.contextmanager
 def mlflow_errors(what: str) -> Iterator[None]:
-    """MLflow's errors as EnvironmentProblem: `what` and the reason."""
+    """MLflow's errors, and those of files that it writes, as EnvironmentProblem: `what` and the reason."""
     try:
         yield
-    except _mlflow_exception() as error:
+    except (_mlflow_exception(), OSError) as error:
         raise EnvironmentProblem(f"{what}: {one_line(error)}") from error
 
 
@@ -210,23 +230,28 @@ def _log_model(
         folders = {"model": run_dir / "model", "items": items, "retrieval": run_dir / RETRIEVAL, "card": card}
         if any(evaluation.iterdir()):
             folders["evaluation"] = evaluation
-        with mlflow.start_run(run_id=run_id):
-            logged = mlflow.pyfunc.log_model(
-                name="model",
-                python_model=str(Path(__file__).with_name("pyfunc_model.py")),
-                artifacts={key: path.resolve().as_uri() for key, path in folders.items()},
-                code_paths=[str(Path(package.__path__[0])) for package in (trainer, data_shards)],
-                signature=signature(),
-                input_example=pd.DataFrame(example),
-                pip_requirements=requirements(),
-                registered_model_name=name,
-                metadata={
-                    "manifest_hash": facts["manifest_hash"],
-                    "split_fingerprint": facts["split_fingerprint"],
-                },
-            )
+        try:
+            with mlflow.start_run(run_id=run_id):
+                logged = mlflow.pyfunc.log_model(
+                    name="model",
+                    python_model=str(Path(__file__).with_name("pyfunc_model.py")),
+                    artifacts={key: path.resolve().as_uri() for key, path in folders.items()},
+                    code_paths=[str(Path(package.__path__[0])) for package in (trainer, data_shards)],
+                    signature=signature(),
+                    input_example=pd.DataFrame(example),
+                    pip_requirements=requirements(),
+                    registered_model_name=name,
+                    metadata={
+                        "manifest_hash": facts["manifest_hash"],
+                        "split_fingerprint": facts["split_fingerprint"],
+                    },
+                )
+        finally:  # a registration that fails does not make a finished run a failed one
+            with contextlib.suppress(_mlflow_exception()):
+                client.update_run(run_id, status=status)
+    if status == "RUNNING":
+        client.set_terminated(run_id, "FINISHED")
     log_figures(client, run_id, metrics_of(facts["evaluation"]))
-    client.set_terminated(run_id, "FINISHED" if status == "RUNNING" else status)
     return int(logged.registered_model_version), run_id
 
 

@@ -16,6 +16,7 @@ from trainer.errors import EnvironmentProblem
 __all__ = ["SECRET_MODE", "atomic", "create", "file_sha256", "writing"]
 
 SECRET_MODE = 0o600  # of a file that is needed whole, passwords included: only its owner reads it
+NOTHING_CHANGED = "Nothing earlier was changed"
 _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 _FIXES = {
     errno.ENOSPC: "Free space there, or choose another folder",
@@ -31,7 +32,7 @@ _FILE_TROUBLE = re.compile(
 
 
 @contextmanager
-def writing(what: str | Path, kept: str = "Nothing earlier was changed") -> Iterator[None]:
+def writing(what: str | Path, kept: str = NOTHING_CHANGED) -> Iterator[None]:
     """Every write happens in such a block: where the disk is full or the folder cannot be written, whichever
     library writes, it raises EnvironmentProblem that names `what`, the reason and the fix.
 
@@ -64,16 +65,16 @@ def _why_not_written(error: Exception) -> tuple[int, str] | None:
 
 
 @contextmanager
-def atomic(path: str | Path, mode: int | None = None) -> Iterator[Path]:
+def atomic(path: str | Path, mode: int | None = None, kept: str = NOTHING_CHANGED) -> Iterator[Path]:
     """Yields a temporary path beside `path`; when the block ends well its file is synced and renamed to
     `path`, else removed. mode: permissions from the first byte on; None = the process's. The temporary path
-    is absolute: Arrow reads a relative "a:b" as a URL.
+    is absolute: Arrow reads a relative "a:b" as a URL. kept: see writing().
 
     Raises EnvironmentProblem when the disk is full or the folder cannot be written.
     """
     path = Path(path).absolute()
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with writing(path):
+    with writing(path, kept):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if mode is not None:
