@@ -60,6 +60,18 @@ def is_url(folder: str | Path) -> bool:
     return _URL.match(str(folder)) is not None
 
 
+def refuse_command(data_dir: str, where: Path) -> None:
+    """A run folder may come from somebody else, and a pipe: in its data.dir would run a command: raises
+    DataError unless GENSR_ALLOW_PIPE=1 says that the folder is trusted. A command line is not asked."""
+    if data_dir.startswith("pipe:") and os.environ.get("GENSR_ALLOW_PIPE") != "1":
+        program = (data_dir.removeprefix("pipe:").split() or [""])[0]
+        raise DataError(
+            f"{where}: its data.dir runs the program {program!r}, which is not done for a "
+            "run folder that may come from elsewhere. Look at it; GENSR_ALLOW_PIPE=1 before the command allows "
+            "it."
+        )
+
+
 def url_of(origin: str, name: str) -> str:
     """File `name` of a folder: a path, or what webdataset's gopen opens. Raises DataError for a name that
     could leave the folder or its command."""
@@ -144,7 +156,7 @@ def locked(path: Path) -> Iterator[None]:
     write is renamed, and the same."""
     with writing(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path.with_name(f".{path.name}.lock"), "a")  # noqa: SIM115 (closed below)
+        file = open(path.with_name(f".{path.name}.lock"), "a")
     with file:
         with contextlib.suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)

@@ -7,8 +7,8 @@ a whole one or none.
                                      files.json (size and sha256 of every file)
     RUN/checkpoints/latest           text: step-00000400
 
-DeepSpeed's own files hold pickled tensors: a checkpoint is for the run that wrote it. What is passed on is
-RUN/model/ (safetensors).
+DeepSpeed's own files are pickles, of which nothing but tensors, plain values and a few known classes is read
+(runs/weights_only.py). What is passed on is RUN/model/ (safetensors).
 """
 
 import hashlib
@@ -28,6 +28,7 @@ from data_shards.schema import Manifest
 from data_shards.settings import flatten, to_dict
 from trainer.config import Config
 from trainer.errors import RunError
+from trainer.runs.weights_only import check_random_states, no_unpickling
 from trainer.runtime.distributed import gather_objects, on_main, uses_deepspeed
 from trainer.runtime.files import atomic, file_sha256, remove_temporaries, writing
 
@@ -289,17 +290,18 @@ def load(accelerator: "Accelerator", model: "nn.Module", optimizer: Any, found: 
     must have been prepared as before."""
     from accelerate.checkpointing import load_accelerator_state
 
-    if uses_deepspeed(accelerator):
-        engine: Any = model
-        engine.load_checkpoint(str(found.path), TAG, load_module_strict=not has_frozen(model))
-    else:
-        put_back(accelerator.unwrap_model(model), whole_weights(found.path), found.path)
-        optimizer.load_state_dict(
-            torch.load(found.path / "optimizer.bin", map_location=accelerator.device, weights_only=True)
-        )
-    accelerator.step = load_accelerator_state(str(found.path), [], [], [], [], accelerator.process_index).get(
-        "step", 0
-    )
+    rank = accelerator.process_index
+    with no_unpickling(found.path):
+        if uses_deepspeed(accelerator):
+            engine: Any = model
+            engine.load_checkpoint(str(found.path), TAG, load_module_strict=not has_frozen(model))
+        else:
+            put_back(accelerator.unwrap_model(model), whole_weights(found.path), found.path)
+            optimizer.load_state_dict(
+                torch.load(found.path / "optimizer.bin", map_location=accelerator.device, weights_only=True)
+            )
+        check_random_states(found.path / f"random_states_{rank}.pkl")
+        accelerator.step = load_accelerator_state(str(found.path), [], [], [], [], rank).get("step", 0)
     return found.progress
 
 

@@ -21,7 +21,7 @@ from trainer.batch import ItemTables
 from trainer.config import Config, LoraConfig, config_from_dict
 from trainer.data.cf_table import cf_path, load_cf
 from trainer.data.item_tables import load_tables
-from trainer.data.node_cache import local_folder
+from trainer.data.node_cache import local_folder, refuse_command
 from trainer.errors import DataError, RunError
 from trainer.models.backbones.adapters import keep_frozen_in_bf16, merge_adapters
 from trainer.models.backbones.backbone import Backbone
@@ -212,7 +212,9 @@ def load_run_config(run_dir: str | Path) -> Config:
     path = Path(run_dir) / "config.yaml"
     if not path.is_file():
         raise RunError(f"{run_dir} is no run folder: config.yaml is missing. Train one with: gensr train")
-    return config_from_dict(read_yaml(path))
+    config = config_from_dict(read_yaml(path))
+    refuse_command(config.data.dir, path)
+    return config
 
 
 def load_run_model(run_dir: str | Path, device: str = "cpu") -> tuple[GenSR, ItemTables, Config, Manifest]:
