@@ -426,7 +426,7 @@ def import_(
     into: Annotated[
         str,
         typer.Option(
-            help="tracking URI of the target; default: the server that a run folder's own configuration names"
+            help="tracking URI of the target; default: the store that a run folder's own run belongs in"
         ),
     ] = "",
     as_json: AsJson = False,

@@ -22,7 +22,7 @@ from data_shards.schema import TASKS
 from trainer.errors import RunError
 from trainer.evaluation.metrics import compare
 from trainer.registry.versions import ALIAS, default_uri, fetch, find_version, mlflow_errors
-from trainer.tracking.store import connect
+from trainer.tracking.store import connect, must_exist
 
 CHAMPION = "champion"
 PREVIOUS = (
@@ -74,7 +74,7 @@ def promote(name: str, uri: str = "", margin: float = MARGIN, dry_run: bool = Fa
     """
     if not margin >= 0:
         raise RunError(f"--margin must be 0 or more, got {margin}")
-    uri = uri or default_uri()
+    uri = must_exist(uri or default_uri())
     client = connect(uri)
     with mlflow_errors(f"MLflow at {uri} does not compare the versions of {name}"):
         candidate, champion = (find_version(client, name, alias) for alias in (ALIAS, CHAMPION))
@@ -114,7 +114,7 @@ def promote(name: str, uri: str = "", margin: float = MARGIN, dry_run: bool = Fa
 def rollback(name: str, uri: str = "", dry_run: bool = False) -> tuple[int, int]:
     """Give champion back to the version that had it before the present one. → (version it leaves, version it
     goes to). Raises RunError when there is none."""
-    uri = uri or default_uri()
+    uri = must_exist(uri or default_uri())
     client = connect(uri)
     with mlflow_errors(f"MLflow at {uri} does not roll {name} back"):
         champion = find_version(client, name, CHAMPION)

@@ -38,6 +38,7 @@ from trainer.tracking.store import (
     connect,
     is_server,
     log_figures,
+    must_exist,
     one_line,
     open_experiment,
     sqlite_uri,
@@ -133,7 +134,7 @@ def default_uri() -> str:
 def fetch(model: str, uri: str) -> Path:
     """The folder of a registered version (models:/…); of a store on this machine it is the store's own.
     Raises RunError when there is no such model."""
-    mlflow = _mlflow_at(uri)
+    mlflow = _mlflow_at(must_exist(uri))
     try:
         return Path(mlflow.artifacts.download_artifacts(model))
     except (_mlflow_exception(), OSError) as error:

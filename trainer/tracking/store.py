@@ -19,7 +19,7 @@ import yaml
 from data_shards.schema import Manifest
 from data_shards.secrets import mask_secrets
 from trainer.config import Config
-from trainer.errors import EnvironmentProblem
+from trainer.errors import EnvironmentProblem, RunError
 from trainer.runtime.files import atomic, writing
 
 if TYPE_CHECKING:
@@ -64,8 +64,25 @@ def path_of_file_uri(uri: str) -> Path:
     return Path(url2pathname(urlsplit(uri).path) if uri.startswith("file:") else uri)
 
 
+def must_exist(uri: str) -> str:
+    """`uri`, for verbs that only read: MLflow would make a folder or a database of any name. Raises RunError
+    when it names a place of this machine where nothing is."""
+    path = sqlite_path(uri)
+    if path is None and urlsplit(uri).scheme in ("", "file") and not uri.startswith("databricks"):
+        path = path_of_file_uri(uri)
+    if path is not None and not path.exists():
+        raise RunError(
+            f"{uri}: there is no {path}. Give the tracking URI of a store that exists, for example "
+            "sqlite:///runs/mlflow.db"
+        )
+    if path is not None and path.is_file() and sqlite_path(uri) is None:
+        raise RunError(f"{uri} is a file, not a tracking URI. Did you mean {sqlite_uri(path)}?")
+    return uri
+
+
 def connect(uri: str) -> "MlflowClient":
-    """A client whose requests fail within seconds, not minutes, and which says nothing on its own."""
+    """A client whose requests fail within seconds, not minutes, and which says nothing on its own. A new
+    sqlite file is made; see must_exist()."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # with the password in it
