@@ -41,10 +41,23 @@ test-gpu: export GENSR_TEST_GPU = 1
 test-gpu: install
 	$(BIN)/python -m pytest -rP tests/gpu
 
-# Known holes in the pinned versions; needs the vulnerability database of PyPI
+# Known holes in the pinned versions; needs the vulnerability database of PyPI. pip-audit also succeeds where
+# it could look up nothing (an index without the packages, local versions): that is a failure here.
+define COUNT_AUDITED
+import json, sys
+packages = json.load(open(sys.argv[1]))["dependencies"]
+skipped = [f"{package['name']}: {package['skip_reason']}" for package in packages if "skip_reason" in package]
+print(f"{len(packages) - len(skipped)} of {len(packages)} packages were audited", *skipped, sep="\n  ")
+sys.exit(not packages or bool(skipped))
+endef
+export COUNT_AUDITED
+
 audit: install
 	$(BIN)/python -m pip install -q 'pip-audit>=2.7'
-	$(BIN)/pip-audit --no-deps --disable-pip --progress-spinner off -r constraints.txt
+	rm -f $(VENV)/audit.json
+	$(BIN)/pip-audit --no-deps --disable-pip --progress-spinner off -f json -o $(VENV)/audit.json -r constraints.txt \
+		|| { cat $(VENV)/audit.json; exit 1; }
+	$(BIN)/python -c "$$COUNT_AUDITED" $(VENV)/audit.json
 
 format: install
 	$(BIN)/ruff check --fix .

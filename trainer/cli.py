@@ -270,6 +270,11 @@ def train(
     result = run(config, resume="auto" if resume == "auto" else "never")
     if as_json:
         answer(dataclasses.asdict(result), as_json)
+    if result.status == "already_finished":
+        note(
+            f"{result.run_dir}: already finished at step {result.step:,}, nothing was trained. Train on with "
+            "run.max_steps=N run.accept_changes=run.max_steps, or choose another run.dir."
+        )
     if result.exit_code:
         raise typer.Exit(result.exit_code)
 
@@ -305,12 +310,13 @@ def submit(
     """Check a training run for these nodes, write its script into the run folder and submit it to SLURM."""
     import shlex
 
+    from data_shards.secrets import mask_secrets
     from trainer.experiments import submit as jobs
     from trainer.experiments.sweep import read_sweep
 
     options, settings = jobs.split_words(words or [])
     machines = jobs.Machines(nodes, gpus_per_node, processes_per_node, deepspeed)
-    command = shlex.join(["gensr", *sys.argv[1:]])
+    command = shlex.join(["gensr", *map(mask_secrets, sys.argv[1:])])
     if sweep is None:
         submission = jobs.plan_run(preset, settings, machines, options, command)
     else:
@@ -435,7 +441,7 @@ def import_(
     into: Annotated[
         str,
         typer.Option(
-            help="tracking URI of the target; default: the server that a run folder's own configuration names"
+            help="tracking URI of the target; default: the store that a run folder's own run belongs in"
         ),
     ] = "",
     as_json: AsJson = False,
@@ -841,12 +847,13 @@ def show(
     preset: MaybePreset = None,
     overrides: Overrides = None,
 ) -> None:
-    """Print the effective configuration as YAML."""
+    """Print the effective configuration as YAML; secrets in URLs are hidden."""
+    from data_shards.secrets import mask_secrets
     from data_shards.settings import to_yaml
     from trainer.configs import load_config
 
     preset, settings = preset_and_settings(preset, overrides)
-    say(to_yaml(load_config(preset, settings)).rstrip())
+    say(mask_secrets(to_yaml(load_config(preset, settings)).rstrip()))
 
 
 @config_app.command(epilog="Example: gensr config keys train")

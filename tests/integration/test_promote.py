@@ -1,6 +1,7 @@
 """The gate to `champion`, in a real registry (sqlite): versions that hold nothing but an evaluation."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,10 @@ def test_figures_are_those_of_the_paired_bootstrap() -> None:
     assert not judge({"rec": compare(after, before)["ndcg@10"]}, 0.0)[0]
     assert not judge({**figures, "src": {"ci95": [-0.02, 0.03]}}, 0.01)[0]
     assert judge({**figures, "src": {"ci95": [-0.02, 0.03]}}, 0.03)[0]
+    for unknown in ([math.nan, math.nan], [-0.001, math.nan], [0.1, math.inf]):  # of too few events
+        promoted, reason = judge({**figures, "src": {"ci95": unknown}}, 0.01)
+        assert not promoted and "no interval for src" in reason
+    assert judge({}, 0.01) == (False, "no interval for any task: there is too little to compare")
 
 
 def test_command(registry: tuple[Any, str, Callable[..., int]]) -> None:

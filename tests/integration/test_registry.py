@@ -9,12 +9,13 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from mlflow.tracking import MlflowClient
 
 from data_shards.schema import read_manifest
 from tests.runs import make_run
 from trainer.data import EvalStream
 from trainer.data.folder import PreparedFolder
-from trainer.errors import RequestError, RunError
+from trainer.errors import ConfigError, EnvironmentProblem, RequestError, RunError
 from trainer.registry.versions import open_model, register, requirements
 from trainer.runs.weights import load_run_model
 from trainer.serving.scorer import Scorer, read_item_ids
@@ -270,6 +271,44 @@ def test_register_again_makes_the_next_version_and_keeps_the_run(run_dir: Path, 
     client = connect(first["uri"])
     assert int(client.get_model_version_by_alias("gensr-test", "candidate").version) == version
     assert json.loads((run_dir / "registry.json").read_text())["run_id"] == first["run_id"]
+
+
+@pytest.mark.parametrize("alias", ["latest", "LATEST", "v3", "bad alias", "", "a/b"])
+def test_an_alias_is_checked_before_anything_is_logged(tmp_path: Path, alias: str) -> None:
+    with pytest.raises(ConfigError, match="Nothing was registered"):
+        register(tmp_path / "no run", "gensr-test", alias=alias)
+
+
+@pytest.mark.parametrize("name", ["", " ", "a/b", "a:b", "..", "."])
+def test_so_is_the_name_of_the_model(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match="Nothing was registered"):
+        register(tmp_path / "no run", name)
+
+
+def test_a_failed_registration_leaves_the_run_as_it_was(
+    run_dir: Path, version: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the model is logged, and after it."""
+    import mlflow
+
+    client = connect(f"sqlite:///{run_dir.parent / 'mlflow.db'}")
+    run_id = client.get_model_version("gensr-test", str(version)).run_id
+    status = client.get_run(run_id).info.status
+
+    def full(*arguments: object, **options: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mlflow.pyfunc, "log_model", full)
+        with pytest.raises(EnvironmentProblem, match=r"does not register .*No space left"):
+            register(run_dir, "gensr-test")
+    assert client.get_run(run_id).info.status == status == "FINISHED"
+    monkeypatch.setattr(MlflowClient, "set_registered_model_alias", full)
+    with pytest.raises(
+        EnvironmentProblem, match=r"models:/gensr-test/\d+ is registered.*alias \w+ was not moved"
+    ):
+        register(run_dir, "gensr-test")
+    assert client.get_run(run_id).info.status == "FINISHED"
 
 
 def test_requirements_cover_what_serving_imports() -> None:

@@ -16,7 +16,7 @@ class Flaky:
     """webdataset's reader, failing `failures` times after its first entry."""
 
     def __init__(self, failures: int) -> None:
-        self.failures, self.real = failures, blocks.wds.WebDataset
+        self.failures, self.real = failures, blocks.tar_file_iterator
 
     def __call__(self, *arguments: Any, **options: Any) -> Iterator[Any]:
         for number, entry in enumerate(self.real(*arguments, **options)):
@@ -37,7 +37,7 @@ def test_a_transient_error_is_retried_and_nothing_is_lost_or_repeated(
     folder = make_tiny_folder(tmp_path)
     undisturbed = events(folder)
     monkeypatch.setattr(blocks, "RETRY_AFTER_S", 0.0)
-    monkeypatch.setattr(blocks.wds, "WebDataset", Flaky(2))
+    monkeypatch.setattr(blocks, "tar_file_iterator", Flaky(2))
     with pytest.warns(UserWarning, match="trying again"):
         assert events(folder) == undisturbed
 
@@ -45,7 +45,7 @@ def test_a_transient_error_is_retried_and_nothing_is_lost_or_repeated(
 def test_a_lasting_error_names_the_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make_tiny_folder(tmp_path)
     monkeypatch.setattr(blocks, "RETRY_AFTER_S", 0.0)
-    monkeypatch.setattr(blocks.wds, "WebDataset", Flaky(99))
+    monkeypatch.setattr(blocks, "tar_file_iterator", Flaky(99))
     with (
         pytest.warns(UserWarning, match="trying again"),
         pytest.raises(DataError, match=r"train-000000\.tar: cannot be read at block 1: the network is down"),

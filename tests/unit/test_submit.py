@@ -243,3 +243,31 @@ def test_the_table_of_a_sweep_names_every_run(tmp_path: Path) -> None:
     ]
     table = (tmp_path / "sweep.txt").read_text()
     assert table.index("01-b") < table.index("00-a") < table.index("02-c")
+
+
+@pytest.mark.parametrize(
+    ("settings", "options"),
+    [
+        (("tracking.run_name=a\ntouch broken",), ()),
+        ((), ("--comment=a\ntouch broken",)),
+        (("tracking.run_name=a\rb",), ()),
+        (("tracking.run_name=a\u2028b",), ()),
+    ],
+)
+def test_control_characters_never_reach_a_script(
+    plan: Callable[..., Submission], settings: tuple[str, ...], options: tuple[str, ...]
+) -> None:
+    with pytest.raises(ConfigError, match="control character"):
+        plan(*settings, options=options)
+
+
+def test_a_command_line_stays_in_its_comment() -> None:
+    with pytest.raises(ConfigError, match="control character"):
+        jobs.job_script("train.sbatch", [["demo"]], {}, [], {}, "gensr submit 'x\ntouch broken'")
+
+
+def test_options_with_spaces_stay_one_word(plan: Callable[..., Submission], tmp_path: Path) -> None:
+    text = plan(options=("--comment=two words # and more",)).jobs[0].text
+    assert "#SBATCH '--comment=two words # and more'" in text
+    assert f"#SBATCH '--output={tmp_path}/runs/a b/%x-%j.out'" in text
+    assert "#SBATCH --nodes=2" in text

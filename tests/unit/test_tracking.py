@@ -11,17 +11,21 @@ import time
 from pathlib import Path
 
 import pytest
+from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from data_shards.schema import Manifest
 from trainer.config import Config, TrackingConfig
 from trainer.configs import load_config
-from trainer.errors import EnvironmentProblem
+from trainer.errors import EnvironmentProblem, RunError
+from trainer.experiments.import_runs import import_runs, target_of
+from trainer.registry.promote import promote, rollback
+from trainer.registry.versions import open_model
 from trainer.tracking import delivery
 from trainer.tracking import tracker as tracking
 from trainer.tracking.delivery import SPOOL_NAME, JsonLines, Spool
 from trainer.tracking.machine import measured, node_name
-from trainer.tracking.store import connect, mask_secrets, metric_name, read_run_file, tracking_uri
+from trainer.tracking.store import connect, metric_name, must_exist, read_run_file, tracking_uri
 from trainer.tracking.tracker import NullTracker, Tracker, log_evaluation
 
 MANIFEST = Manifest(
@@ -187,6 +191,143 @@ def test_a_record_that_no_store_takes_does_not_hold_up_the_others(
     assert "does not take artifact" in caplog.text
 
 
+BAD_LINES = (
+    "[1, 2]",
+    "7",
+    "null",
+    "no json",
+    json.dumps({"metric": ["x", "high", 1, 2]}),
+    json.dumps({"metric": ["x", 1.0, 1]}),
+    json.dumps({"metric": "x"}),
+    json.dumps({"metric": ["a name; of *no* metric?", 1.0, 1, 2]}),
+    json.dumps({"metric": ["x", 1.0, 1, 2**70]}),
+    json.dumps({"params": 5}),
+    json.dumps({"text": "no file"}),
+)
+
+
+def spoil(run_dir: Path) -> int:
+    """A spool with records that nobody can send in front of a good one; how many they are."""
+    long_line = json.dumps({"text": "x" * (delivery.MAX_BYTES + 10), "file": "long.txt"})
+    good = {"metric": ["train/loss", 0.5, 1_700_000_000_000, 7]}
+    with (run_dir / SPOOL_NAME).open("a") as spool:
+        for line in (*BAD_LINES, long_line, json.dumps(good)):
+            spool.write(line + "\n")
+    return len(BAD_LINES) + 1
+
+
+def test_what_cannot_be_sent_blocks_nothing_and_is_counted(
+    runs: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(delivery, "MAX_BYTES", 10_000)
+    run_dir = run_folder(runs, "spoiled")
+    first = Tracker.start(config_for(), run_dir, FACTS)
+    arrived(run_dir)
+    number = spoil(run_dir)
+    again = Tracker.start(config_for(), run_dir, FACTS, resume_run_id=first.run_id)
+    again.log_metrics({"train/loss": 0.25}, 8)
+    again.finish("FINISHED")
+    client = connect(tracking_uri(config_for(), run_dir))
+    points = client.get_metric_history(first.run_id, "train/loss")
+    assert sorted((point.step, point.value) for point in points) == [(7, 0.5), (8, 0.25)]
+    assert not (run_dir / SPOOL_NAME).exists()
+    assert f"{number} records of this run were left out" in caplog.text
+    assert caplog.text.count("is left out, the rest is sent") == 1
+
+
+def test_an_import_is_not_blocked_either(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the advised command, without --into, into the database beside the run."""
+    monkeypatch.setattr(delivery, "MAX_BYTES", 10_000)
+    run_dir = run_folder(runs, "imported")
+    (run_dir / "config.yaml").write_text("{}")
+    (run_dir / "metrics.jsonl").write_text('{"kind": "train", "step": 1, "loss": 2.0}\n[]\n{"no": 1}\n')
+    number = spoil(run_dir) + 1
+    said: list[str] = []
+    into = target_of(str(run_dir))
+    assert into == tracking_uri(config_for(), run_dir)
+    (done,) = import_runs(str(run_dir), into, said.append)
+    assert (done.left_out, done.added) == (number, 2) and f"{number} records left out" in said[0]
+    points = connect(into).get_metric_history(done.run_id, "train/loss")
+    assert sorted((point.step, point.value) for point in points) == [(1, 2.0), (7, 0.5)]
+
+
+def test_a_long_line_that_is_still_written_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(delivery, "MAX_BYTES", 10)
+    lines = JsonLines(tmp_path / "file")
+    lines.path.write_text("x" * 25)
+    assert lines.read() == ([], 0)
+    lines.path.write_text("x" * 25 + '\n{"a": 1}\n')
+    assert lines.read() == ([], 26) == lines.read()
+    lines.position = 26
+    assert lines.read() == ([{"a": 1}], 35) and lines.num_skipped == 1
+
+
+def test_a_locked_database_neither_refuses_training_nor_turns_tracking_off(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking, "OPEN_WAIT_S", 0.2)
+    monkeypatch.setattr(delivery, "RETRY_EVERY_S", 0.05)
+    real, locked = delivery.connect, threading.Event()
+
+    def connect_when_free(uri: str) -> object:
+        if not locked.is_set():
+            raise MlflowException("(sqlite3.OperationalError) database is locked")
+        return real(uri)
+
+    monkeypatch.setattr(delivery, "connect", connect_when_free)
+    run_dir = run_folder(tmp_path, "locked")
+    tracker = Tracker.start(config_for(), run_dir, FACTS)
+    assert tracker.run_id == ""
+    tracker.log_metrics({"train/loss": 1.0}, 1)
+    assert "database is locked" in caplog.text and "points are kept in" in caplog.text
+    locked.set()
+    tracker.finish("FINISHED")
+    run = real(tracking_uri(config_for(), run_dir)).get_run(tracker.run_id)
+    assert (run.info.status, run.data.metrics) == ("FINISHED", {"train/loss": 1.0})
+
+
+def test_a_refusal_that_comes_late_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking, "OPEN_WAIT_S", 0.1)
+    late = threading.Event()
+
+    def slow(uri: str) -> object:
+        late.wait(30)
+        raise MlflowException("API request failed with error code 401 != 200")
+
+    monkeypatch.setattr(delivery, "connect", slow)
+    tracker = Tracker.start(config_for(uri="http://127.0.0.1:9"), run_folder(tmp_path, "late"), FACTS)
+    late.set()
+    tracker.finish("FINISHED")
+    assert "has not opened the run" in caplog.text and "error code 401" in caplog.text
+
+
+@pytest.mark.parametrize("uri", ["sqlite:///{}/typo/mlflow.db", "{}/typo", "file://{}/typo"])
+def test_a_typo_in_a_uri_makes_nothing(tmp_path: Path, uri: str) -> None:
+    uri = uri.format(tmp_path)
+    for verb in (
+        lambda: promote("name", uri),
+        lambda: rollback("name", uri),
+        lambda: open_model("models:/name@champion", uri),
+    ):
+        with pytest.raises(RunError, match=f"there is no {tmp_path}/typo"):
+            verb()
+    if uri.startswith("sqlite"):
+        with pytest.raises(RunError, match="there is no"):
+            import_runs(uri, f"sqlite:///{tmp_path}/target.db")
+    assert not (tmp_path / "typo").exists()
+
+
+def test_a_database_given_as_a_path_is_explained(tmp_path: Path) -> None:
+    connect(f"sqlite:///{tmp_path}/mlflow.db")
+    with pytest.raises(RunError, match=f"Did you mean sqlite:///{tmp_path}/mlflow.db"):
+        must_exist(f"{tmp_path}/mlflow.db")
+    assert must_exist(f"sqlite:///{tmp_path}/mlflow.db").endswith("mlflow.db")
+
+
 def test_a_spool_is_read_while_it_grows(tmp_path: Path) -> None:
     (tmp_path / "spool").write_text('{"a": 1}\n{"b": ')  # of a killed process
     spool = Spool(tmp_path / "spool")
@@ -300,18 +441,6 @@ def test_other_ranks_and_disabled_runs_record_nothing(tmp_path: Path) -> None:
         tracker.log_metrics({"x": 1.0}, 1)
         tracker.finish("FINISHED")
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("text", "hidden"),
-    [
-        ("postgresql://me:secret@db/x", "postgresql://***@db/x"),
-        ("s3://bucket/x?X-Amz-Signature=abc&part=1", "s3://bucket/x?X-Amz-Signature=***&part=1"),
-        ("sqlite:////runs/mlflow.db", "sqlite:////runs/mlflow.db"),
-    ],
-)
-def test_secrets_are_masked(text: str, hidden: str) -> None:
-    assert mask_secrets(text) == hidden
 
 
 def test_names() -> None:

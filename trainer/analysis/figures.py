@@ -2,12 +2,12 @@
 on."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from trainer.errors import RunError
 from trainer.runs.checkpoint import Progress
+from trainer.runtime.files import atomic
 from trainer.runtime.progress import clock
 
 
@@ -32,7 +32,6 @@ def plot_run(run_dir: str | Path) -> list[Path]:
     is left out."""
     records = read_records(run_dir)
     folder = Path(run_dir) / "report"
-    folder.mkdir(exist_ok=True)
     train = [r for r in records if r["kind"] == "train"]
     valid = [r for r in records if r["kind"] == "valid"]
     written = []
@@ -95,10 +94,9 @@ def _plot(
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))  # beside the lines, never on them
     figure.tight_layout()
-    temporary = path.with_name(f".{path.name}.tmp.png")
-    figure.savefig(temporary, bbox_inches="tight")
+    with atomic(path) as temporary:
+        figure.savefig(temporary, bbox_inches="tight", format="png")
     pyplot.close(figure)
-    os.replace(temporary, path)
     return path
 
 

@@ -23,6 +23,7 @@ import psutil
 
 from data_shards.schema import SPLITS, read_manifest
 from trainer.errors import BenchError, ConfigError
+from trainer.runtime.files import writing
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 # KuaiSAR; other sizes are in proportion to it
@@ -100,7 +101,8 @@ def bench_data(
     work = Path(tempfile.mkdtemp(prefix="gensr-bench-")) if folder is None else folder
     progress = progress or (lambda stage, done, total: None)
     try:
-        work.mkdir(parents=True, exist_ok=True)
+        with writing(work):
+            work.mkdir(parents=True, exist_ok=True)
         scaling = []
         for wanted in rows:
             prepared = _prepare(work, wanted, turns, threads, memory_limit, progress)

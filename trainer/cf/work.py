@@ -73,7 +73,8 @@ class Slot:
         if found.get("identity") != self.work.identity:
             return None
         with safe_open(str(self.path), framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(found["document"])  # noqa: SIM118 (no mapping)
+            names = file.keys()
+            return {name: file.get_tensor(name) for name in names}, json.loads(found["document"])
 
     def metadata(self) -> dict[str, str]:
         """Empty when there is no such file or something else in it."""

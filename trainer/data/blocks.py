@@ -20,7 +20,15 @@ from data_shards.blocks import decode_blocks
 from data_shards.checksum import file_sha256, pieces
 from data_shards.schema import NO_QUERY, SRC, Shard
 from trainer.batch import Batch
-from trainer.data.node_cache import READ_ATTEMPTS, RETRY_AFTER_S, check_stream, retried, shard_place
+from trainer.data.node_cache import (
+    READ_ATTEMPTS,
+    RETRY_AFTER_S,
+    check_stream,
+    reason,
+    retried,
+    shard_place,
+    shown,
+)
 from trainer.errors import DataError
 
 MAX_IMPRESSIONS = 16  # unclicked impressions of an event offered as negatives
@@ -79,7 +87,7 @@ def read_blocks(
     place = shard_place(folder, shard)
     if isinstance(place, Path):
         _check_file(place, shard)
-    number = first_block
+    number, where = first_block, shown(place, shard.name)
     for attempt in itertools.count(1):
         try:
             for table in decode_blocks(_entries(place, shard), shard.blocks, number):
@@ -91,23 +99,21 @@ def read_blocks(
             lasting = isinstance(place, Path) and not isinstance(error, OSError)
             if lasting or attempt == READ_ATTEMPTS:
                 raise DataError(
-                    f"{place}: cannot be read at block {number}: {error}. Restore the file or prepare the "
-                    "folder again."
+                    f"{where}: cannot be read at block {number}: {reason(error)}. Restore the file or "
+                    "prepare the folder again."
                 ) from error
-            warnings.warn(f"{place}: reading block {number} failed ({error}), trying again", stacklevel=2)
+            warnings.warn(
+                f"{where}: reading block {number} failed ({reason(error)}), trying again", stacklevel=2
+            )
             time.sleep(RETRY_AFTER_S * attempt)
 
 
 def _entries(place: Path | str, shard: Shard) -> Iterator[bytes]:
     """The content of each entry of a shard. Raises DataError at the end of a stream that was not what the
     manifest says, EOFError where it was cut off."""
-    if isinstance(place, Path):
-        yield from (
-            entry["arrow"]
-            for entry in wds.WebDataset(
-                [str(place)], shardshuffle=False, nodesplitter=None, workersplitter=None, empty_check=False
-            )
-        )
+    if isinstance(place, Path):  # opened as a path: gopen would read "?", "#" and ":" in it as parts of a URL
+        with place.open("rb") as file:
+            yield from (entry["data"] for entry in tar_file_iterator(file))
         return
     with wds.gopen(place, "rb") as stream:
         hashed = _HashedStream(stream)
@@ -118,8 +124,8 @@ def _entries(place: Path | str, shard: Shard) -> Iterator[bytes]:
         raise EOFError(f"{hashed.num_bytes} bytes, the manifest says {shard.num_bytes} (truncated?)")
     if hashed.sha256.hexdigest() != shard.sha256:
         raise DataError(
-            f"{place}: checksum differs from the manifest's (corrupt shard). Restore the file or prepare the "
-            "folder again."
+            f"{shown(place, shard.name)}: checksum differs from the manifest's (corrupt shard). Restore the "
+            "file or prepare the folder again."
         )
 
 
@@ -146,7 +152,7 @@ def check_shard(folder: str | Path, shard: Shard) -> None:
     if isinstance(place, Path):
         _check_file(place, shard)
     else:
-        retried(place, lambda: check_stream(place, shard.num_bytes, shard.sha256))
+        retried(shown(place, shard.name), lambda: check_stream(place, shard.num_bytes, shard.sha256))
 
 
 def _check_file(path: Path, shard: Shard) -> None:

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data_shards.schema import Manifest
+from data_shards.secrets import mask_secrets
 from trainer.data.node_cache import origin_of
 from trainer.errors import DataError
 from trainer.runtime.files import atomic, file_sha256
@@ -77,9 +78,10 @@ def load_cf(folder: str | Path, manifest: Manifest, users: bool = True, folds: b
     path = cf_path(folder)
     if not path.is_file():
         if origin := origin_of(folder):
-            where = f"{origin.url} has no collaborative-filtering table (cf/lightgcn.safetensors and .sha256)"
             raise DataError(
-                f"{where}. Make it where the folder was prepared, with gensr cf OUT, then copy OUT/cf there."
+                f"{mask_secrets(origin.url)} has no collaborative-filtering table (cf/lightgcn.safetensors "
+                "and .sha256). Make it where the folder was prepared, with gensr cf OUT, then copy OUT/cf "
+                "there."
             )
         raise DataError(
             f"{path} is missing: the folder has no collaborative-filtering table yet. Make it with: gensr cf "
@@ -89,13 +91,13 @@ def load_cf(folder: str | Path, manifest: Manifest, users: bool = True, folds: b
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
             _check_metadata(path, metadata, manifest, folder)
-            item = file.get_tensor("item")
+            item, names = file.get_tensor("item"), file.keys()
             empty = item.new_zeros(0, item.shape[1])
             table = CfTable(
                 user=file.get_tensor("user") if users else empty,
                 item=item,
                 item_folds=file.get_tensor("item_folds") if folds else empty.new_zeros(0, *item.shape),
-                heldout_item=file.get_tensor("heldout_item") if "heldout_item" in file.keys() else None,  # noqa: SIM118 (no mapping)
+                heldout_item=file.get_tensor("heldout_item") if "heldout_item" in names else None,
                 split_fingerprint=metadata["split_fingerprint"],
                 settings=json.loads(metadata["settings"]),
                 validation=json.loads(metadata["validation"]),

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import torch
 
 from data_shards.schema import Manifest, read_manifest
+from data_shards.secrets import mask_secrets
 from trainer.batch import ItemTables, TrainClicks
 from trainer.config import DataConfig
 from trainer.data.blocks import read_blocks, to_numpy
@@ -26,14 +27,14 @@ class PreparedFolder:
 
     path: Path
     manifest: Manifest
-    name: str  # as the user gave it
+    name: str  # as the user gave it, secrets masked
 
     @classmethod
     def open(cls, data: DataConfig) -> "PreparedFolder":
         """data.dir, fetched into the node's cache where it is a URL. Raises DataError when it is not a
         prepared folder."""
         path = local_folder(data)
-        return cls(Path(path), read_manifest(path), data.dir)
+        return cls(Path(path), read_manifest(path), mask_secrets(data.dir))
 
     @classmethod
     def at(cls, path: str | Path) -> "PreparedFolder":

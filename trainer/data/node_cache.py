@@ -30,9 +30,10 @@ from typing import Any, TypeVar
 
 from data_shards.checksum import pieces
 from data_shards.schema import SPLITS, Manifest, Shard, parse_manifest
+from data_shards.secrets import mask_secrets
 from trainer.config import DataConfig
 from trainer.errors import DataError, EnvironmentProblem
-from trainer.runtime.files import atomic
+from trainer.runtime.files import SECRET_MODE, atomic, writing
 
 READ_ATTEMPTS, RETRY_AFTER_S = 3, 1.0  # a read error of a disk or network is tried again after 1 s, then 2 s
 SPARE_BYTES = 64 << 20  # left free on the cache's disk
@@ -40,6 +41,8 @@ ORIGIN, CF_TABLE, CF_DIGEST = "origin.json", "cf/lightgcn.safetensors", "cf/ligh
 _SAFE_NAME = re.compile(r"(?!.*\.\.)[A-Za-z0-9_][A-Za-z0-9_./-]*")  # names become paths and parts of commands
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _DIGEST_LINE = re.compile(rf"({_SHA256.pattern}) +([0-9]{{1,18}}) +\S+\s*\Z")
+_S3 = "pipe:aws s3 cp --only-show-errors "
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|pipe:")
 T = TypeVar("T")
 
 
@@ -55,19 +58,51 @@ class Origin:
 
 
 def is_url(folder: str | Path) -> bool:
-    return "://" in str(folder) or str(folder).startswith("pipe:")
+    """Whether text is for webdataset's gopen. Everything else is a path, whatever characters it has."""
+    return _URL.match(str(folder)) is not None
+
+
+def refuse_command(data_dir: str, where: Path) -> None:
+    """A run folder may come from somebody else, and a pipe: in its data.dir would run a command: raises
+    DataError unless GENSR_ALLOW_PIPE=1 says that the folder is trusted. A command line is not asked."""
+    if data_dir.startswith("pipe:") and os.environ.get("GENSR_ALLOW_PIPE") != "1":
+        program = (data_dir.removeprefix("pipe:").split() or [""])[0]
+        raise DataError(
+            f"{where}: its data.dir runs the program {program!r}, which is not done for a "
+            "run folder that may come from elsewhere. Look at it; GENSR_ALLOW_PIPE=1 before the command "
+            "allows "
+            "it."
+        )
 
 
 def url_of(origin: str, name: str) -> str:
-    """What webdataset's gopen opens for file `name` of a folder. Raises DataError for a name that could leave
-    the folder or its command."""
+    """File `name` of a folder: a path, or what webdataset's gopen opens. Raises DataError for a name that
+    could leave the folder or its command."""
     if not _SAFE_NAME.fullmatch(name):
         raise DataError(
-            f"{origin}: its manifest lists {name!r}, which is no name of a file inside a prepared folder. "
-            "Prepare the folder again."
+            f"{mask_secrets(origin)}: its manifest lists {name!r}, which is no name of a file inside a "
+            "prepared "
+            "folder. Prepare the folder again."
         )
+    if not is_url(origin):
+        return str(Path(origin) / name)
     url = origin.replace("{}", name) if "{}" in origin else f"{origin.rstrip('/')}/{name}"
-    return f"pipe:aws s3 cp --only-show-errors {shlex.quote(url)} -" if url.startswith("s3://") else url
+    return f"{_S3}{shlex.quote(url)} -" if url.startswith("s3://") else url
+
+
+def shown(url: str | Path, name: str) -> str:
+    """What messages call file `name` of a folder: its path or masked URL. Of a command only the program and
+    the file's name are shown."""
+    text = str(url)
+    if text.startswith(_S3):
+        return mask_secrets(text.removeprefix(_S3).removesuffix(" -").strip("'"))
+    return f"{mask_secrets(text)} {name}" if text.startswith("pipe:") else mask_secrets(text)
+
+
+def reason(error: BaseException) -> str:
+    """Why a URL cannot be read. webdataset's message repeats the whole command, with what is secret in it."""
+    ended = re.match(r"\(\(.*\}\): (exit -?\d+)", str(error), flags=re.DOTALL)
+    return f"its program ends with {ended[1]}" if ended else mask_secrets(str(error))
 
 
 def retried(what: str, read: Callable[[], T]) -> T:
@@ -87,19 +122,19 @@ def retried(what: str, read: Callable[[], T]) -> T:
 
 
 def read_pieces(url: str) -> Iterator[bytes]:
-    """The content of a URL. Raises EOFError when it cannot be opened or its command fails, also at the end;
-    EnvironmentProblem without its command."""
+    """The content of a URL or path. Raises EOFError when it cannot be opened or its command fails, also at
+    the end; EnvironmentProblem without its command."""
     import webdataset as wds
 
     try:
-        with wds.gopen(url, "rb") as stream:
+        with wds.gopen(url, "rb") if is_url(url) else open(url, "rb") as stream:
             yield from pieces(stream)
     except OSError as error:
         if isinstance(error, FileNotFoundError) and is_url(url):
             raise EnvironmentProblem(
-                f"{url}: is read by the program {error.filename}, which is not installed here."
+                f"{shown(url, '')}: is read by the program {error.filename}, which is not installed here."
             ) from error
-        raise EOFError(str(error)) from error
+        raise EOFError(reason(error)) from error
 
 
 def check_stream(url: str, num_bytes: int, sha256: str, write: Callable[[bytes], Any] = len) -> None:
@@ -123,8 +158,10 @@ def check_stream(url: str, num_bytes: int, sha256: str, write: Callable[[bytes],
 def locked(path: Path) -> Iterator[None]:
     """One process of the node at a time for this path. On a file system without locks all proceed: what they
     write is renamed, and the same."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_name(f".{path.name}.lock"), "a") as file:
+    with writing(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.with_name(f".{path.name}.lock").open("a")
+    with file:
         with contextlib.suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -158,17 +195,18 @@ def blob(cache: Path, origin: str, name: str, num_bytes: int, sha256: str) -> Pa
                 with atomic(path) as temporary, open(temporary, "wb") as file:
                     check_stream(url, num_bytes, sha256, file.write)
 
-            retried(url, fetch)
+            retried(shown(url, name), fetch)
     return path
 
 
 def _link(path: Path, target: Path) -> None:
     """path becomes a relative symbolic link to target; whoever comes second finds the same."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(os.path.relpath(target, path.parent))
-    os.replace(temporary, path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(os.path.relpath(target, path.parent))
+        os.replace(temporary, path)
 
 
 # ---- folders -----------------------------------------------------------------------------------------------
@@ -182,7 +220,8 @@ def local_folder(data: DataConfig) -> Path:
     cache has no room.
     """
     if not is_url(data.dir) and not data.cache_dir:
-        return Path(data.dir)
+        # absolute, because Arrow reads a relative "a:b" as a URL
+        return Path(data.dir).absolute() if ":" in data.dir else Path(data.dir)
     origin = data.dir if is_url(data.dir) else str(Path(data.dir).resolve())
     return _cached_folder(origin, data.cache_dir)
 
@@ -191,7 +230,7 @@ def local_folder(data: DataConfig) -> Path:
 def _cached_folder(origin: str, cache_dir: str) -> Path:
     cache = Path(cache_dir).expanduser().resolve() if cache_dir else default_cache()
     content = _read_small(origin, "manifest.json")
-    manifest = parse_manifest(content, url_of(origin, "manifest.json"))
+    manifest = parse_manifest(content, shown(url_of(origin, "manifest.json"), "manifest.json"))
     files = [(file["name"], file["num_bytes"], file["sha256"]) for file in manifest.raw["catalog"]]
     files += _cf_table(origin)
     key = hashlib.sha256(json.dumps([origin, bool(cache_dir), manifest.hash, files]).encode()).hexdigest()[
@@ -208,7 +247,7 @@ def _cached_folder(origin: str, cache_dir: str) -> Path:
         )
         for name, num_bytes, sha256 in files:
             _link(folder / name, blob(cache, origin, name, num_bytes, sha256))
-        with atomic(folder / ORIGIN) as temporary:
+        with atomic(folder / ORIGIN, SECRET_MODE) as temporary:  # the URL may hold a password
             temporary.write_text(
                 json.dumps({"url": origin, "keep_shards": bool(cache_dir)}) + "\n", encoding="utf-8"
             )
@@ -219,7 +258,7 @@ def _cached_folder(origin: str, cache_dir: str) -> Path:
 
 def _read_small(origin: str, name: str) -> bytes:
     url = url_of(origin, name)
-    return retried(url, lambda: b"".join(read_pieces(url)))
+    return retried(shown(url, name), lambda: b"".join(read_pieces(url)))
 
 
 def _shard_files(manifest: Manifest) -> list[tuple[str, int, str]]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_shards.secrets import masked
 from data_shards.settings import flatten, read_yaml
 from trainer.errors import RunError
 
@@ -141,7 +142,7 @@ def compare(run_dirs: Iterable[str | Path], split: str = "test") -> dict[str, An
     if len(set(fingerprints.values())) > 1:
         named = ", ".join(f"{name}: {str(fingerprint)[:12]}" for name, fingerprint in fingerprints.items())
         raise RunError(f"these runs were evaluated on different splits and cannot be compared ({named})")
-    configs = {str(folder): flatten(read_yaml(folder / "config.yaml")) for folder in folders}
+    configs = {str(folder): flatten(masked(read_yaml(folder / "config.yaml"))) for folder in folders}
     keys = sorted({key for config in configs.values() for key in config})
     settings = {
         key: {name: config.get(key) for name, config in configs.items()} for key in keys if key != "run.dir"

@@ -22,20 +22,33 @@ from typing import TYPE_CHECKING, Any
 
 from data_shards.errors import DataError
 from data_shards.schema import read_manifest
+from data_shards.secrets import mask_secrets
 from data_shards.settings import read_yaml
 from trainer.config import Config
 from trainer.configs import config_from_dict
 from trainer.errors import EnvironmentProblem, GensrError, RunError
 from trainer.registry.model_card import metrics_of
-from trainer.tracking.delivery import MACHINE_DIR, SPOOL_NAME, JsonLines, Record, machine_points, send
+from trainer.tracking.delivery import (
+    MACHINE_DIR,
+    SPOOL_NAME,
+    JsonLines,
+    Record,
+    is_point,
+    machine_points,
+    send,
+)
 from trainer.tracking.store import (
     connect,
     is_server,
-    mask_secrets,
     metric_name,
+    must_exist,
     one_line,
     open_experiment,
+    path_of_file_uri,
     read_run_file,
+    sqlite_path,
+    sqlite_uri,
+    tracking_uri,
 )
 from trainer.tracking.tracker import describe
 
@@ -66,6 +79,7 @@ class Source:
     tags: dict[str, str] = field(default_factory=dict)
     records: list[Record] = field(default_factory=list)  # parameters, points, datasets, texts
     files: list[tuple[Path, str]] = field(default_factory=list)  # and the folder they go to
+    num_skipped: int = 0  # lines of its files that are no records
 
 
 @dataclass(frozen=True)
@@ -77,6 +91,7 @@ class Imported:
     new: bool
     added: int
     status: str
+    left_out: int = 0  # lines and records that cannot be read, or that no store takes
 
 
 def import_runs(
@@ -95,7 +110,8 @@ def import_runs(
         for run in read_source(source):
             imported = _import(target, into, run)
             done[run.id] = (run, imported)
-            progress(f"{imported.run}: {imported.added:,} points added, {imported.status}")
+            left_out = f", {imported.left_out:,} records left out" if imported.left_out else ""
+            progress(f"{imported.run}: {imported.added:,} points added, {imported.status}{left_out}")
         for run, imported in done.values():  # once all have an id
             parent = done.get(run.tags.get(PARENT_TAG, ""))
             if parent is not None:
@@ -111,14 +127,12 @@ def import_runs(
 
 
 def target_of(folder: str) -> str:
-    """The tracking server that a run folder's configuration names. Raises RunError where it names none."""
+    """The store that a run folder's run belongs in: the server that its configuration names, or the database
+    beside it. Raises RunError for anything but a run folder."""
     path = Path(folder) / "config.yaml"
-    uri = config_from_dict(read_yaml(path)).tracking.uri if path.is_file() else ""
-    if not is_server(uri):
-        raise RunError(
-            f"{folder} names no tracking server of its own. Say where its runs should go: --into URI"
-        )
-    return uri
+    if not path.is_file():
+        raise RunError(f"{folder} is no run folder. Say where its runs should go: --into URI")
+    return tracking_uri(config_from_dict(read_yaml(path)), folder)
 
 
 # ---- writing -----------------------------------------------------------------------------------------------
@@ -143,13 +157,13 @@ def _import(target: "MlflowClient", into: str, run: Source) -> Imported:
     }
     records, added = [], 0
     for record in run.records:
-        if "metric" in record:
+        if is_point(record):
             key, _, _, step = record["metric"]
             if (key, step) in known:
                 continue
             known.add((key, step))
             added += 1
-        elif "params" in record:
+        elif isinstance(record.get("params"), dict):
             record = {
                 "params": {
                     key: value for key, value in record["params"].items() if key not in there.data.params
@@ -162,16 +176,17 @@ def _import(target: "MlflowClient", into: str, run: Source) -> Imported:
         elif "dataset" in record and there.inputs and there.inputs.dataset_inputs:
             continue
         records.append(record)
-    send(target, run_id, records)
+    left_out = run.num_skipped + send(target, run_id, records)
     _send_files(target, run_id, run.files)
     if run.status != "RUNNING" and (there.info.status, there.info.end_time) != (run.status, run.end_ms):
         target.set_terminated(run_id, run.status, run.end_ms)
-    return Imported(run.name, run_id, new, added, run.status)
+    return Imported(run.name, run_id, new, added, run.status, left_out)
 
 
 def _beside(into: str) -> str:
-    """The folder beside which a local target keeps artifacts (open_experiment wants a run folder in it)."""
-    return str(Path(into.removeprefix("sqlite:///")).parent / "run") if into.startswith("sqlite:///") else "."
+    """Beside which folder a local target keeps artifacts (open_experiment wants a run folder in it)."""
+    path = sqlite_path(into)
+    return str(path.parent / "run") if path is not None else "."
 
 
 def _find(target: "MlflowClient", experiment_id: str, source_id: str) -> str:
@@ -201,10 +216,8 @@ def _send_files(target: "MlflowClient", run_id: str, files: Iterable[tuple[Path,
 
 def is_same(source: str, into: str) -> bool:
     """Whether both name one store; an sqlite file may be given as a path."""
-    return source == into or (
-        into.startswith("sqlite:///")
-        and Path(into.removeprefix("sqlite:///")).resolve() == Path(source).resolve()
-    )
+    files = [sqlite_path(uri) or Path(uri) for uri in (source, into)]
+    return source == into or (sqlite_path(into) is not None and files[0].resolve() == files[1].resolve())
 
 
 # ---- reading -----------------------------------------------------------------------------------------------
@@ -214,9 +227,9 @@ def read_source(source: str) -> Iterator[Source]:
     """The runs of a store or folder, one at a time. Raises RunError when there are none."""
     path = Path(source)
     if is_server(source) or source.startswith("sqlite:"):
-        yield from _of_store(connect(source), None)
+        yield from _of_store(connect(must_exist(source)), None)
     elif path.is_file():
-        yield from _of_store(connect(f"sqlite:///{path.resolve()}"), path.resolve().parent)
+        yield from _of_store(connect(sqlite_uri(path.resolve())), path.resolve().parent)
     elif (path / "config.yaml").is_file():
         yield of_folder(path)
     elif folders := sorted(file.parent for file in path.glob("*/config.yaml")):
@@ -270,9 +283,9 @@ def _artifacts(client: "MlflowClient", run: Any, folder: Path | None) -> Iterato
     """Files of a run and their folders; where the store was copied here from another machine, its artifacts
     are beside it."""
     location = run.info.artifact_uri
-    root = Path(location.removeprefix("file://"))
+    root = path_of_file_uri(location)
     if folder is not None and not root.is_dir():
-        root = folder / "mlartifacts" / location.partition("/mlartifacts/")[2]
+        root = folder / "mlartifacts" / str(root).partition("/mlartifacts/")[2]
     if is_server(location) or location.startswith("mlflow-artifacts:"):
         root = Path(tempfile.mkdtemp(prefix="gensr-import-"))
         if client.list_artifacts(run.info.run_id):
@@ -288,17 +301,19 @@ def of_folder(folder: Path) -> Source:
     facts = _json(folder / "environment.json")
     status = _json(folder / "status.json")
     start_ms = int((folder / "config.yaml").stat().st_ctime * 1000)
-    lines = list(_lines(folder / "metrics.jsonl"))
+    lines, num_skipped = _lines(folder / "metrics.jsonl")
+    spooled, skipped = _lines(folder / SPOOL_NAME)
+    num_skipped += skipped
     records: list[Record] = [
-        record
-        for record in _lines(folder / SPOOL_NAME)
-        if "artifact" not in record and "status" not in record
+        record for record in spooled if "artifact" not in record and "status" not in record
     ]
     records += describe(config, folder, facts, _manifest(config))
     records += list(_points(lines, start_ms))
     files = []
     for path in sorted((folder / MACHINE_DIR).glob("*.jsonl")):
-        records += [point for sample in _lines(path) for point in machine_points(path.stem, sample)]
+        samples, skipped = _lines(path)
+        num_skipped += skipped
+        records += [point for sample in samples for point in machine_points(path.stem, sample)]
     for split in ("valid", "test"):
         path = folder / f"evaluation-{split}.json"
         records += [
@@ -322,6 +337,7 @@ def of_folder(folder: Path) -> Source:
         {},
         records,
         files,
+        num_skipped,
     )
 
 
@@ -335,6 +351,8 @@ def _points(lines: Iterable[Mapping[str, Any]], start_ms: int) -> Iterator[Recor
     """metrics.jsonl as points, named as training names them."""
     seconds = 0.0
     for line in lines:
+        if not {"kind", "step"} <= line.keys():
+            continue
         seconds = line.get("train_s", seconds)
         for name, value in line.items():
             if name not in ("kind", "step") and isinstance(value, int | float):
@@ -363,9 +381,10 @@ def _json(path: Path) -> dict[str, Any]:
     return document
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
+def _lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The records of a file, and how many of its lines are none."""
     lines, records = JsonLines(path), []
     while (page := lines.read())[1] > lines.position:
         records += page[0]
         lines.position = page[1]
-    return records
+    return records, lines.num_skipped

@@ -16,6 +16,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +29,8 @@ from trainer.configs import config_from_dict, load_config
 from trainer.errors import ConfigError, EnvironmentProblem, RunError
 from trainer.experiments.sweep import JOB_FILE, Point
 from trainer.runs.checkpoint import check_settings
-from trainer.runtime.files import atomic
+from trainer.runs.folder import holds_run, is_finished
+from trainer.runtime.files import SECRET_MODE, atomic
 from trainer.runtime.launch import Launch, deepspeed_path
 from trainer.training.plan import dry_run
 
@@ -194,16 +196,10 @@ def checked(preset: str, settings: Sequence[str], machines: Machines) -> tuple[C
 def check_folder(config: Config) -> None:
     """Raises RunError when run.dir holds another run, a finished one, or one whose job is still there."""
     folder = Path(config.run.dir)
-    if (folder / "config.yaml").is_file():
+    if holds_run(folder):
         check_settings(config_from_dict(read_yaml(folder / "config.yaml")), config, folder / "config.yaml")
-    try:
-        finished = (
-            json.loads((folder / "status.json").read_text(encoding="utf-8")).get("status") == "finished"
-        )
-    except (OSError, ValueError):
-        finished = False
-    if finished:
-        raise RunError(f"{folder} holds a run that has finished. Choose another run.dir.")
+        if is_finished(folder, config):
+            raise RunError(f"{folder} holds a run that has finished. Choose another run.dir.")
     if state := job_state(folder):
         raise RunError(
             f"{folder} has a job already: {state}. Wait for it, or end it with scancel; then submit again to "
@@ -249,16 +245,35 @@ def job_script(
     merged = {_name(option): option for option in directives}
     merged |= {key: f"--{key}={value}" for key, value in {**own, "chdir": os.getcwd()}.items()}
     merged |= {_name(option): option for option in options}
+    environment = {**exports, **_site()}
+    _refuse_control_characters(
+        [
+            command,
+            *merged.values(),
+            *environment.values(),
+            *(word for words in words_of_tasks for word in words),
+        ]
+    )
     head = [
         "#!/usr/bin/env bash",
         f"# Written by gensr {__version__}: {command}",
         "# Complete as it is: sbatch of this file continues what it began.",
-        *(f"#SBATCH {option}" for option in merged.values()),
+        *(f"#SBATCH {shlex.quote(option)}" for option in merged.values()),
         "",
-        *(f"export {key}={shlex.quote(value)}" for key, value in {**exports, **_site()}.items()),
+        *(f"export {key}={shlex.quote(value)}" for key, value in environment.items()),
         *_arguments(words_of_tasks),
     ]
     return "\n".join([*head, *body]) + "\n"
+
+
+def _refuse_control_characters(texts: Sequence[str]) -> None:
+    """A line break in a comment or in an #SBATCH line would begin a line of the script → ConfigError."""
+    for text in texts:
+        if any(unicodedata.category(character) in ("Cc", "Zl", "Zp") for character in text):
+            raise ConfigError(
+                f"{text!r} has a line break or another control character in it, which a job script cannot "
+                "take. Remove it"
+            )
 
 
 def _name(option: str) -> str:
@@ -313,7 +328,7 @@ def submit(submission: Submission) -> list[str]:
         )
     ids: list[str] = []
     for job in submission.jobs:
-        with atomic(job.path) as temporary:
+        with atomic(job.path, SECRET_MODE) as temporary:  # the settings of a run: URLs may hold passwords
             temporary.write_text(job.text, encoding="utf-8")
         done = subprocess.run(
             job.command(ids), capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL

@@ -18,6 +18,7 @@ from typing import Any
 
 import yaml
 
+from data_shards.secrets import mask_secrets
 from data_shards.settings import flatten, parse_yaml, read_yaml
 from trainer.config import Config
 from trainer.configs import config_from_dict
@@ -26,7 +27,6 @@ from trainer.evaluation.summary import compare, compare_lines
 from trainer.runtime.files import atomic
 from trainer.tracking.store import (
     connect,
-    mask_secrets,
     one_line,
     open_experiment,
     read_run_file,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from data_shards.schema import TASKS, Manifest
+from data_shards.secrets import mask_secrets
 from trainer.config import Config
 from trainer.data.node_cache import is_url
 from trainer.models.zoo import model_class
@@ -19,7 +20,9 @@ def run_facts(run_dir: Path, config: Config, manifest: Manifest, tasks: tuple[in
     git = environment.get("git") or {}
     return {
         "run": str(run_dir),
-        "data_dir": config.data.dir if is_url(config.data.dir) else str(Path(config.data.dir).resolve()),
+        "data_dir": mask_secrets(config.data.dir)
+        if is_url(config.data.dir)
+        else str(Path(config.data.dir).resolve()),
         "commit": str(git.get("commit") or "unknown") + (" with local changes" if git.get("dirty") else ""),
         "manifest_hash": manifest.hash,
         "split_fingerprint": manifest.fingerprint,

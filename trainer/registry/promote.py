@@ -8,6 +8,7 @@ its figures are tags of the candidate's version.
 """
 
 import json
+import math
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -21,7 +22,7 @@ from data_shards.schema import TASKS
 from trainer.errors import RunError
 from trainer.evaluation.metrics import compare
 from trainer.registry.versions import ALIAS, default_uri, fetch, find_version, mlflow_errors
-from trainer.tracking.store import connect
+from trainer.tracking.store import connect, must_exist
 
 CHAMPION = "champion"
 # tag of a champion: the version that was champion before, for rollback
@@ -71,7 +72,7 @@ def promote(name: str, uri: str = "", margin: float = MARGIN, dry_run: bool = Fa
     """
     if not margin >= 0:
         raise RunError(f"--margin must be 0 or more, got {margin}")
-    uri = uri or default_uri()
+    uri = must_exist(uri or default_uri())
     client = connect(uri)
     with mlflow_errors(f"MLflow at {uri} does not compare the versions of {name}"):
         candidate, champion = (find_version(client, name, alias) for alias in (ALIAS, CHAMPION))
@@ -111,7 +112,7 @@ def promote(name: str, uri: str = "", margin: float = MARGIN, dry_run: bool = Fa
 def rollback(name: str, uri: str = "", dry_run: bool = False) -> tuple[int, int]:
     """Give champion back to the version that had it before the present one. → (version it leaves, version it
     goes to). Raises RunError when there is none."""
-    uri = uri or default_uri()
+    uri = must_exist(uri or default_uri())
     client = connect(uri)
     with mlflow_errors(f"MLflow at {uri} does not roll {name} back"):
         champion = find_version(client, name, CHAMPION)
@@ -147,6 +148,9 @@ def _decide(name: str, candidate: int, champion: int | None, uri: str, margin: f
 def judge(figures: dict[str, dict[str, Any]], margin: float) -> tuple[bool, str]:
     """{task: {"difference", "ci95": [low, high]}} of candidate − champion → whether to promote, and why or
     why not."""
+    unknown = [task for task, f in figures.items() if not all(map(math.isfinite, f["ci95"]))]
+    if unknown or not figures:
+        return False, f"no interval for {' and '.join(unknown) or 'any task'}: there is too little to compare"
     fallen = [task for task, f in figures.items() if f["ci95"][0] < -margin]
     gained = [task for task, f in figures.items() if f["ci95"][0] > 0]
     if fallen:

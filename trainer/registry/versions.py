@@ -12,19 +12,22 @@ model_card.md           what it is, from facts
 import contextlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import data_shards
 import trainer
 from data_shards.schema import REC, SRC
+from data_shards.secrets import mask_secrets
 from trainer.config import Config
 from trainer.data.folder import PreparedFolder
-from trainer.errors import EnvironmentProblem, RunError
+from trainer.errors import ConfigError, EnvironmentProblem, RunError
 from trainer.models.contract import Ranker
 from trainer.registry.model_card import metrics_of, model_card, run_facts, version_tags
 from trainer.runs.weights import load_run_config
@@ -33,7 +36,17 @@ from trainer.serving.artifacts import write_items
 from trainer.serving.recommend import RETRIEVAL, Recommender, run_retrieval
 from trainer.serving.retrieval import Notify, silent
 from trainer.serving.scorer import Scorer
-from trainer.tracking.store import RUN_FILE, connect, log_figures, one_line, open_experiment, tracking_uri
+from trainer.tracking.store import (
+    RUN_FILE,
+    connect,
+    is_server,
+    log_figures,
+    must_exist,
+    one_line,
+    open_experiment,
+    sqlite_uri,
+    tracking_uri,
+)
 
 REGISTRY_FILE = "registry.json"  # where a run folder says which version it became
 ALIAS = "candidate"
@@ -69,28 +82,34 @@ def register(run_dir: str | Path, name: str, alias: str = ALIAS, notify: Notify 
     RunError when the run has no model or the version scores differently, EnvironmentProblem when MLflow
     refuses.
     """
+    check_names(name, alias)
     run_dir = Path(run_dir)
     config = load_run_config(run_dir)
+    uri = tracking_uri(config, run_dir)
+    _check_place(uri, run_dir)
     folder = PreparedFolder.open(config.data)
     scorer = Scorer.from_run(run_dir)
     refuse_unservable(scorer.model, run_dir)
-    run_retrieval(run_dir, scorer.model, notify)
+    run_retrieval(run_dir, scorer.model, notify, must_be_kept=True)
     facts = run_facts(run_dir, config, folder.manifest, scorer.model.tasks)
     example = example_requests(folder, scorer.model.tasks)
     expected = scorer.score_many(example)
-    uri = tracking_uri(config, run_dir)
     with mlflow_errors(f"MLflow at {uri} does not register {run_dir}"):
         number, run_id = _log_model(run_dir, name, config, scorer, facts, example, uri)
+    done = f"models:/{name}/{number} is registered, but not checked: the alias {alias} was not moved"
+    with mlflow_errors(f"MLflow at {uri} does not complete it. {done}"):
         client = connect(uri)
         _compare(expected, _predict(f"models:/{name}/{number}", uri, example), name, number)
         for key, value in version_tags(facts, run_id).items():
             client.set_model_version_tag(name, str(number), key, value)
         client.update_model_version(name, str(number), description=model_card(name, facts))
         client.set_registered_model_alias(name, alias, str(number))
-    with atomic(run_dir / REGISTRY_FILE) as path:
+    kept = f"models:/{name}/{number} is registered, also as models:/{name}@{alias}"
+    with atomic(run_dir / REGISTRY_FILE, kept=kept) as path:
         path.write_text(
             json.dumps(
-                {"name": name, "version": number, "alias": alias, "uri": uri, "run_id": run_id}, indent=2
+                {"name": name, "version": number, "alias": alias, "uri": mask_secrets(uri), "run_id": run_id},
+                indent=2,
             )
             + "\n",
             encoding="utf-8",
@@ -136,13 +155,13 @@ def default_uri() -> str:
         raise RunError(
             "which registry? Set MLFLOW_TRACKING_URI or --uri, for example sqlite:///runs/mlflow.db"
         )
-    return f"sqlite:///{path.resolve()}"
+    return sqlite_uri(path.resolve())
 
 
 def fetch(model: str, uri: str) -> Path:
     """The folder of a registered version (models:/…); of a store on this machine it is the store's own.
     Raises RunError when there is no such model."""
-    mlflow = _mlflow_at(uri)
+    mlflow = _mlflow_at(must_exist(uri))
     try:
         return Path(mlflow.artifacts.download_artifacts(model))
     except (_mlflow_exception(), OSError) as error:
@@ -159,12 +178,27 @@ def find_version(client: Any, name: str, alias: str) -> Any | None:
         raise
 
 
+def check_names(name: str, alias: str) -> None:
+    """MLflow's rules for names, asked before anything is logged. Raises ConfigError."""
+    problem = ""
+    if not name.strip() or re.search("[/:]", name) or name == "." or name.startswith(".."):
+        problem = (
+            f"{name!r} cannot be the name of a registered model: it must not be empty or hold '/' or ':'"
+        )
+    elif not re.fullmatch(r"[\w-]{1,255}", alias):
+        problem = f"--alias {alias!r}: an alias has letters, digits, '_' and '-' only"
+    elif alias.lower() == "latest" or re.fullmatch(r"[vV]\d+", alias):
+        problem = f"--alias {alias}: MLflow keeps latest and v<number> for itself"
+    if problem:
+        raise ConfigError(f"{problem}. Nothing was registered.")
+
+
 @contextlib.contextmanager
 def mlflow_errors(what: str) -> Iterator[None]:
-    """MLflow's errors as EnvironmentProblem: `what` and the reason."""
+    """MLflow's errors, and those of files that it writes, as EnvironmentProblem: `what` and the reason."""
     try:
         yield
-    except _mlflow_exception() as error:
+    except (_mlflow_exception(), OSError) as error:
         raise EnvironmentProblem(f"{what}: {one_line(error)}") from error
 
 
@@ -222,24 +256,39 @@ def _log_model(
         folders = {"model": run_dir / "model", "items": items, "retrieval": run_dir / RETRIEVAL, "card": card}
         if any(evaluation.iterdir()):
             folders["evaluation"] = evaluation
-        with mlflow.start_run(run_id=run_id):
-            logged = mlflow.pyfunc.log_model(
-                name="model",
-                python_model=str(Path(__file__).with_name("pyfunc_model.py")),
-                artifacts={key: str(path) for key, path in folders.items()},
-                code_paths=[str(Path(package.__path__[0])) for package in (trainer, data_shards)],
-                signature=signature(),
-                input_example=pd.DataFrame(example),
-                pip_requirements=requirements(),
-                registered_model_name=name,
-                metadata={
-                    "manifest_hash": facts["manifest_hash"],
-                    "split_fingerprint": facts["split_fingerprint"],
-                },
-            )
+        try:
+            with mlflow.start_run(run_id=run_id):
+                logged = mlflow.pyfunc.log_model(
+                    name="model",
+                    python_model=str(Path(__file__).with_name("pyfunc_model.py")),
+                    artifacts={key: path.resolve().as_uri() for key, path in folders.items()},
+                    code_paths=[str(Path(package.__path__[0])) for package in (trainer, data_shards)],
+                    signature=signature(),
+                    input_example=pd.DataFrame(example),
+                    pip_requirements=requirements(),
+                    registered_model_name=name,
+                    metadata={
+                        "manifest_hash": facts["manifest_hash"],
+                        "split_fingerprint": facts["split_fingerprint"],
+                    },
+                )
+        finally:  # a registration that fails does not make a finished run a failed one
+            with contextlib.suppress(_mlflow_exception()):
+                client.update_run(run_id, status=status)
+    if status == "RUNNING":
+        client.set_terminated(run_id, "FINISHED")
     log_figures(client, run_id, metrics_of(facts["evaluation"]))
-    client.set_terminated(run_id, "FINISHED" if status == "RUNNING" else status)
     return int(logged.registered_model_version), run_id
+
+
+def _check_place(uri: str, run_dir: Path) -> None:
+    """MLflow reads the path of a model on this machine as a URL when it loads the model: "x%20y" as "x y"."""
+    place = run_dir.resolve().parent
+    if not is_server(uri) and unquote(str(place)) != str(place):
+        raise EnvironmentProblem(
+            f"{place}: MLflow cannot load a model from a path with an escape such as %20 in it. Rename the "
+            "folder, or register with an MLflow server: tracking.uri=http://… in the run's config.yaml"
+        )
 
 
 def _run_id(run_dir: Path, client: Any) -> str:

@@ -7,8 +7,8 @@ a whole one or none.
                                      files.json (size and sha256 of every file)
     RUN/checkpoints/latest           text: step-00000400
 
-DeepSpeed's own files hold pickled tensors: a checkpoint is for the run that wrote it. What is passed on is
-RUN/model/ (safetensors).
+DeepSpeed's own files are pickles, of which nothing but tensors, plain values and a few known classes is read
+(runs/weights_only.py). What is passed on is RUN/model/ (safetensors).
 """
 
 import hashlib
@@ -28,8 +28,9 @@ from data_shards.schema import Manifest
 from data_shards.settings import flatten, to_dict
 from trainer.config import Config
 from trainer.errors import RunError
+from trainer.runs.weights_only import check_random_states, no_unpickling
 from trainer.runtime.distributed import gather_objects, on_main, uses_deepspeed
-from trainer.runtime.files import atomic, file_sha256, remove_temporaries
+from trainer.runtime.files import atomic, file_sha256, remove_temporaries, writing
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -162,9 +163,10 @@ def _refuse(differences: list[tuple[str, Any, Any]], accepted: str, where: Path)
 
 def make_empty(folder: Path) -> None:
     """A new empty folder to write a checkpoint into; what an interrupted save left beside it is removed."""
-    for stale in folder.parent.glob(f"{PARTIAL}*"):
-        shutil.rmtree(stale)
-    folder.mkdir(parents=True)
+    with writing(folder):
+        for stale in folder.parent.glob(f"{PARTIAL}*"):
+            shutil.rmtree(stale)
+        folder.mkdir(parents=True)
 
 
 def publish(
@@ -175,10 +177,11 @@ def publish(
     with atomic(partial / "files.json") as temporary:
         temporary.write_text(json.dumps(checksums, indent=1) + "\n", encoding="utf-8")
     final = folder / name
-    # a damaged one of the same step, or one whose run was continued from an earlier checkpoint
-    if final.exists():
-        shutil.rmtree(final)
-    os.replace(partial, final)
+    with writing(final):
+        # a damaged one of the same step, or one whose run was continued from an earlier checkpoint
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(partial, final)
     with atomic(folder / "latest") as temporary:
         temporary.write_text(name + "\n", encoding="utf-8")
     steps = sorted((int(path.name[5:]) for path in _step_folders(folder)), reverse=True)
@@ -287,17 +290,18 @@ def load(accelerator: "Accelerator", model: "nn.Module", optimizer: Any, found: 
     must have been prepared as before."""
     from accelerate.checkpointing import load_accelerator_state
 
-    if uses_deepspeed(accelerator):
-        engine: Any = model
-        engine.load_checkpoint(str(found.path), TAG, load_module_strict=not has_frozen(model))
-    else:
-        put_back(accelerator.unwrap_model(model), whole_weights(found.path), found.path)
-        optimizer.load_state_dict(
-            torch.load(found.path / "optimizer.bin", map_location=accelerator.device, weights_only=True)
-        )
-    accelerator.step = load_accelerator_state(str(found.path), [], [], [], [], accelerator.process_index).get(
-        "step", 0
-    )
+    rank = accelerator.process_index
+    with no_unpickling(found.path):
+        if uses_deepspeed(accelerator):
+            engine: Any = model
+            engine.load_checkpoint(str(found.path), TAG, load_module_strict=not has_frozen(model))
+        else:
+            put_back(accelerator.unwrap_model(model), whole_weights(found.path), found.path)
+            optimizer.load_state_dict(
+                torch.load(found.path / "optimizer.bin", map_location=accelerator.device, weights_only=True)
+            )
+        check_random_states(found.path / f"random_states_{rank}.pkl")
+        accelerator.step = load_accelerator_state(str(found.path), [], [], [], [], rank).get("step", 0)
     return found.progress
 
 
@@ -345,3 +349,8 @@ def remove_partial(run_dir: str | Path) -> None:
     for stale in folder.glob(f"{PARTIAL}*"):
         shutil.rmtree(stale, ignore_errors=True)
     remove_temporaries(folder, "latest")
+
+
+def listed(run_dir: str | Path) -> list[str]:
+    """Names of the checkpoints of a run, newest first."""
+    return _candidates(Path(run_dir) / "checkpoints")

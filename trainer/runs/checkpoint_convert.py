@@ -24,7 +24,9 @@ from torch import Tensor
 
 from trainer.errors import EnvironmentProblem, RunError
 from trainer.runs.checkpoint import PARTIAL, TAG, Checkpoint, Progress, whole_weights
+from trainer.runs.weights_only import no_unpickling
 from trainer.runtime.distributed import on_main
+from trainer.runtime.files import writing
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -65,14 +67,17 @@ def load(
     EnvironmentProblem when it cannot be made.
     """
     folder = found.path.with_name(f"{PARTIAL}universal-{found.path.name}")
-    on_main(
-        accelerator,
-        lambda: _write_universal(found, folder / TAG, shapes, num_groups=len(optimizer.param_groups)),
-    )
+
+    def write() -> None:
+        with writing(folder), no_unpickling(found.path):
+            _write_universal(found, folder / TAG, shapes, num_groups=len(optimizer.param_groups))
+
+    on_main(accelerator, write)
     # torch's AdamW inside DeepSpeed's engine or accelerate's wrapper
     inner = getattr(model, "basic_optimizer", None) or optimizer.optimizer
     if _sharded(now):
-        model.load_checkpoint(str(folder), TAG)  # type: ignore[operator]
+        with no_unpickling(folder):
+            model.load_checkpoint(str(folder), TAG)  # type: ignore[operator]
     else:
         _put_together(folder / TAG / "zero", inner, shapes)
     for state in inner.state.values():  # DeepSpeed gives all groups one tensor to count in, on the CPU
@@ -135,7 +140,7 @@ def _write_universal(found: Checkpoint, folder: Path, shapes: Shapes, num_groups
 
 def _convert(found: Checkpoint, folder: Path) -> None:
     """DeepSpeed's own converter, in a process of its own: it forks, prints and reads nothing of ours."""
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    command = [sys.executable, "-m", "trainer.runs.weights_only", "--inject_missing_state"]
     command += ["--input_folder", str(found.path / TAG), "--output_folder", str(folder)]
     done = subprocess.run(
         command,

@@ -7,22 +7,26 @@ mend something. crashed, and running without a process: try again.
 
 import contextlib
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from data_shards.secrets import masked
 from data_shards.settings import read_yaml, to_yaml
 from trainer.config import Config
 from trainer.configs import config_from_dict
-from trainer.errors import RunError
-from trainer.runs.checkpoint import Progress, check_settings, remove_partial
+from trainer.errors import EnvironmentProblem, RunError
+from trainer.runs.checkpoint import Progress, check_settings, fixed_settings, listed, remove_partial
 from trainer.runtime.distributed import on_main
-from trainer.runtime.files import atomic, remove_temporaries
+from trainer.runtime.files import SECRET_MODE, atomic, create, remove_temporaries, writing
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+
+log = logging.getLogger(__name__)
 
 MADE_BEFORE_THE_FIRST_STEP = (
     "config.yaml",
@@ -58,9 +62,11 @@ class Claim:
         """A run that failed before its first step leaves the folder as it was, so that the same command can
         be given again."""
         if self.lock is not None and not self.continuing:
-            for name in MADE_BEFORE_THE_FIRST_STEP:
-                (self.folder / name).unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # it held something before
+            with contextlib.suppress(
+                OSError
+            ):  # a disk that has become read-only; or it held something before
+                for name in MADE_BEFORE_THE_FIRST_STEP:
+                    (self.folder / name).unlink(missing_ok=True)
                 self.folder.rmdir()
 
 
@@ -74,33 +80,63 @@ def claim(accelerator: "Accelerator", config: Config, resume: str) -> Claim:
 
 def _claim(config: Config, resume: str, lock: list[IO[str]]) -> tuple[bool, bool]:
     folder = Path(config.run.dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     path = folder / "config.yaml"
-    holds_run = path.exists()
-    if any(folder.iterdir()) and resume != "auto":
+    found = holds_run(folder)
+    if resume != "auto" and any(not _is_left_by_a_full_disk(entry) for entry in folder.iterdir()):
         raise RunError(
             f"{folder} is not empty. Choose another run.dir, or continue that run with --resume auto."
         )
-    if holds_run:
+    if found:
         check_settings(config_from_dict(read_yaml(path)), config, path)
+        finished = is_finished(folder, config)
+    elif create(path, to_yaml(config), SECRET_MODE):
+        finished = False
     else:
-        try:
-            with path.open("x", encoding="utf-8") as file:  # fails if another run was faster
-                file.write(to_yaml(config))
-        except FileExistsError:
-            raise RunError(f"{folder} was claimed by another run just now. Choose another run.dir.") from None
+        raise RunError(f"{folder} was claimed by another run just now. Choose another run.dir.")
     lock.append(_lock(folder))
     remove_partial(folder)
     remove_temporaries(folder, *MADE_BEFORE_THE_FIRST_STEP, "status.json")
-    finished = holds_run and _status(folder).get("status") == "finished"
-    return holds_run, finished
+    return found, finished
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a folder is claimed. An empty config.yaml claims nothing: a full disk has left it."""
+    path = folder / "config.yaml"
+    return path.is_file() and path.stat().st_size > 0
+
+
+def _is_left_by_a_full_disk(entry: Path) -> bool:
+    name = entry.name
+    return (name == "config.yaml" and entry.stat().st_size == 0) or (
+        name.startswith(".config.yaml.") and name.endswith(".tmp")
+    )
+
+
+def is_finished(folder: Path, config: Config) -> bool:
+    """Whether a run folder's run has ended well, and `config` does not ask for more (a setting that was
+    changed and accepted by run.accept_changes, such as run.max_steps).
+
+    Raises RunError when more is asked for of a run that kept no checkpoint.
+    """
+    if _status(folder).get("status") != "finished":
+        return False
+    if fixed_settings(config_from_dict(read_yaml(folder / "config.yaml"))) == fixed_settings(config):
+        return True
+    if not listed(folder):
+        raise RunError(
+            f"{folder} has finished and holds no checkpoint: it cannot be trained on. Choose another run.dir."
+        )
+    return False
 
 
 def _lock(folder: Path) -> IO[str]:
     """An exclusive lock on train.log while the process lives. Where the file system has no locks, none."""
     import fcntl
 
-    file = (folder / "train.log").open("a", encoding="utf-8")
+    with writing(folder):
+        file = (folder / "train.log").open("a", encoding="utf-8")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -117,19 +153,24 @@ def _lock(folder: Path) -> IO[str]:
 def write_facts(config: Config, facts: dict[str, Any]) -> None:
     """config.yaml (effective) and environment.json, as this part of the run sees them."""
     folder = Path(config.run.dir)
-    with atomic(folder / "config.yaml") as temporary:
+    with atomic(folder / "config.yaml", SECRET_MODE) as temporary:  # URLs in it may hold passwords
         temporary.write_text(to_yaml(config), encoding="utf-8")
     with atomic(folder / "environment.json") as temporary:
-        temporary.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(masked(facts), indent=2) + "\n", encoding="utf-8")
 
 
 def write_status(folder: Path, status: str, progress: Progress, enabled: bool = True) -> None:
-    if enabled:
-        with contextlib.suppress(OSError), atomic(folder / "status.json") as temporary:
+    """A disk that does not take it costs a warning: what ends a run is told by the error that ended it."""
+    if not enabled:
+        return
+    try:
+        with atomic(folder / "status.json") as temporary:
             temporary.write_text(
                 json.dumps({"status": status, "progress": asdict(progress)}, indent=2) + "\n",
                 encoding="utf-8",
             )
+    except EnvironmentProblem as error:
+        log.warning("%s", error)
 
 
 def _status(folder: Path) -> dict[str, Any]:

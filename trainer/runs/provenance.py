@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
+from data_shards.secrets import mask_secrets
 from trainer.runtime.device import has_gpu
 from trainer.runtime.launch import num_cores
-from trainer.tracking.store import mask_secrets
 
 PACKAGES = (
     "gensr",
@@ -41,7 +41,7 @@ def environment_facts() -> dict[str, Any]:
         "cpu_cores": num_cores(),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "command": mask_secrets(" ".join(sys.argv)),
+        "command": " ".join(mask_secrets(word) for word in sys.argv),
     }
     slurm = {
         key: os.environ[key]

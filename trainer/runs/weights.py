@@ -19,6 +19,7 @@ from trainer.batch import ItemTables
 from trainer.config import Config, DataConfig
 from trainer.configs import config_from_dict
 from trainer.data.folder import PreparedFolder
+from trainer.data.node_cache import refuse_command
 from trainer.errors import DataError, RunError
 from trainer.models.contract import Ranker, Ranks
 from trainer.models.zoo import model_class
@@ -152,7 +153,9 @@ def load_run_config(run_dir: str | Path) -> Config:
     path = Path(run_dir) / "config.yaml"
     if not path.is_file():
         raise RunError(f"{run_dir} is not a run folder: config.yaml is missing. Train one with: gensr train")
-    return config_from_dict(read_yaml(path))
+    config = config_from_dict(read_yaml(path))
+    refuse_command(config.data.dir, path)
+    return config
 
 
 def load_run_model(run_dir: str | Path, device: str = "cpu") -> tuple[Ranker, Config, PreparedFolder]:

@@ -1,43 +1,137 @@
 """Writing files so that a reader sees the old one or the new one, never half of one."""
 
+import contextlib
+import errno
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from data_shards.checksum import file_sha256
 from trainer.errors import EnvironmentProblem
 
-__all__ = ["atomic", "file_sha256"]
+__all__ = ["SECRET_MODE", "atomic", "create", "file_sha256", "writing"]
+
+SECRET_MODE = 0o600  # of a file that is needed whole, passwords included: only its owner reads it
+NOTHING_CHANGED = "Nothing earlier was changed"
+_READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
+_FIXES = {
+    errno.ENOSPC: "Free space there, or choose another folder",
+    errno.EDQUOT: "Free space within your quota, or choose another folder",
+    **dict.fromkeys(_READ_ONLY, "Make the folder writable, or choose another one"),
+}
+# How torch, faiss and other libraries in C++ or Rust, which know no OSError, say that a file cannot be
+# written.
+_FILE_TROUBLE = re.compile(
+    r"PytorchStreamWriter|inline_container|Parent directory|os error \d+|write error|for writing"
+    r"|No space left|Read-only file system|Permission denied|Disk quota|Input/output error",
+)
 
 
 @contextmanager
-def atomic(path: str | Path) -> Iterator[Path]:
+def writing(what: str | Path, kept: str = NOTHING_CHANGED) -> Iterator[None]:
+    """Every write happens in such a block: where the disk is full or the folder cannot be written, whichever
+    library writes, it raises EnvironmentProblem that names `what`, the reason and the fix.
+
+    kept: what is intact all the same.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = _why_not_written(error)
+        if reason is None:
+            raise
+        number, text = reason
+        fix = _FIXES.get(number, "Free space or fix permissions")
+        raise EnvironmentProblem(f"{what}: cannot be written: {text}. {kept}. {fix}.") from error
+
+
+def _why_not_written(error: Exception) -> tuple[int, str] | None:
+    """(errno, in words) of an error of a file; None for any other error."""
+    if isinstance(error, OSError):
+        return error.errno or 0, error.strerror or str(error)
+    of_a_library = isinstance(error, RuntimeError | SafetensorError) or type(error) is Exception  # tokenizers
+    if not of_a_library or not _FILE_TROUBLE.search(str(error)):
+        return None
+    named = re.search(r"os error (\d+)", str(error))
+    number = int(named[1]) if named else 0
+    for code in (*_FIXES, errno.EIO):
+        if os.strerror(code) in str(error):
+            number = code
+    return number, os.strerror(number) if number else str(error).strip().splitlines()[0]
+
+
+@contextmanager
+def atomic(path: str | Path, mode: int | None = None, kept: str = NOTHING_CHANGED) -> Iterator[Path]:
     """Yields a temporary path beside `path`; when the block ends well its file is synced and renamed to
-    `path`, else removed.
+    `path`, else removed. mode: permissions from the first byte on; None = the process's. The temporary path
+    is absolute: Arrow reads a relative "a:b" as a URL. kept: see writing().
 
     Raises EnvironmentProblem when the disk is full or the folder cannot be written.
     """
-    path = Path(path)
+    path = Path(path).absolute()
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
+    with writing(path, kept):
         try:
-            os.fsync(folder)  # the rename itself
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if mode is not None:
+                os.close(os.open(temporary, os.O_CREAT | os.O_WRONLY, mode))
+            yield temporary
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            sync_folder(path.parent)  # the rename itself
         finally:
-            os.close(folder)
-    except OSError as error:
-        raise EnvironmentProblem(
-            f"{path}: cannot be written: {error.strerror or error}. Nothing earlier was changed; free space "
-            "or fix permissions."
-        ) from error
+            with contextlib.suppress(OSError):  # a read-only file system refuses even this
+                temporary.unlink(missing_ok=True)
+
+
+def create(path: Path, text: str, mode: int) -> bool:
+    """Write a new file that is whole from the moment it can be seen. False when it is there already; an empty
+    one, which a full disk has left, does not count."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with writing(path):
+        try:
+            with open(
+                os.open(temporary, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, mode), "w", encoding="utf-8"
+            ) as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            return _appear(temporary, path)
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
+def _appear(temporary: Path, path: Path) -> bool:
+    """Give a file its name, unless a file with something in it has it."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        if path.stat().st_size:
+            return False
+        os.replace(temporary, path)
+    except OSError:  # a file system without hard links
+        try:
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            if path.stat().st_size:
+                return False
+        os.replace(temporary, path)
+    return True
+
+
+def sync_folder(folder: Path) -> None:
+    """Names of files in it are on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
     finally:
-        temporary.unlink(missing_ok=True)
+        os.close(descriptor)
 
 
 def remove_temporaries(folder: Path, *names: str) -> None:

@@ -172,6 +172,7 @@ def make_accelerator(config: Config, launch: Launch, grad_accum_steps: int) -> "
         os.environ["DS_ACCELERATOR"] = os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
         if use_deepspeed:
             os.environ.pop("ACCELERATE_USE_CPU", None)
+    _refuse_other_engines()
     set_up_cpu(config, launch)
     _quiet_libraries()
 
@@ -226,7 +227,68 @@ def make_accelerator(config: Config, launch: Launch, grad_accum_steps: int) -> "
             f"{accelerator.num_processes}. "
             "Start with accelerate launch or torchrun."
         )
+    _refuse_environment(accelerator, config, grad_accum_steps, "cpu" if on_cpu else "cuda")
     return accelerator
+
+
+# Of another launch or a site's script: each makes Accelerator() train in another way than the run says.
+OTHER_ENGINES = tuple(
+    f"ACCELERATE_USE_{name}" for name in ("FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG", "SAGEMAKER")
+)
+
+
+def _refuse_other_engines() -> None:
+    set_ones = [
+        name for name in OTHER_ENGINES if os.environ.get(name, "").lower() in ("1", "true", "yes", "on")
+    ]
+    if set_ones:
+        named = " and ".join(f"{name}={os.environ[name]}" for name in set_ones)
+        raise ConfigError(
+            f"The environment says {named}, but runs are made for one process, DDP and DeepSpeed. Unset it, "
+            "or "
+            "remove it from the launch configuration"
+        )
+
+
+def _refuse_environment(
+    accelerator: "Accelerator", config: Config, grad_accum_steps: int, device: str
+) -> None:
+    """accelerate lets its environment variables outrank arguments. Raises ConfigError with both values of
+    whatever it took from there."""
+    deepspeed = accelerator.state.deepspeed_plugin is not None  # its own JSON wins; accelerate launch sets 1
+    precision = "bf16" if config.run.precision == "bf16" and not deepspeed else "no"
+    accumulated = grad_accum_steps if deepspeed else accelerator.gradient_accumulation_steps
+    dynamo = accelerator.state.dynamo_plugin.backend.value
+    found = (
+        (
+            "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
+            accumulated,
+            grad_accum_steps,
+            "accumulation steps, derived from the batch sizes and the number of processes",
+        ),
+        (
+            "ACCELERATE_MIXED_PRECISION",
+            accelerator.mixed_precision,
+            precision,
+            "mixed precision of run.precision",
+        ),
+        ("ACCELERATE_TORCH_DEVICE", accelerator.device.type, device, "the device"),
+        ("ACCELERATE_DYNAMO_BACKEND", dynamo, "NO", "compiling backend (model.compile is the run's own)"),
+    )
+    conflicts = [
+        f"  {name}={os.environ.get(name, theirs)}: {theirs} there, {ours} in the run ({meaning})"
+        for name, theirs, ours, meaning in found
+        if theirs != ours
+    ]
+    if conflicts:
+        raise ConfigError(
+            "\n".join(
+                [
+                    "The environment and the run disagree; unset these variables (of another launch?):",
+                    *conflicts,
+                ]
+            )
+        )
 
 
 def _refuse_launcher_precision(config: Config) -> None:

@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 from data_shards.schema import TASKS
 from data_shards.settings import read_yaml
 from trainer.data.folder import PreparedFolder
-from trainer.errors import RequestError
+from trainer.errors import EnvironmentProblem, RequestError
 from trainer.models.contract import Ranker
 from trainer.runs.weights import document_path, load_run_config
 from trainer.runtime.files import file_sha256
@@ -288,15 +288,22 @@ def model_identity(model_dir: Path) -> str:
     return f"{file_sha256(document_path(model_dir))}-{file_sha256(model_dir / 'model.safetensors')}"
 
 
-def run_retrieval(run_dir: Path, model: Ranker, notify: Notify = silent) -> Retrieval | None:
+def run_retrieval(
+    run_dir: Path, model: Ranker, notify: Notify = silent, must_be_kept: bool = False
+) -> Retrieval | None:
     """The indexes of RUN/retrieval (None for a model without views); built and kept there when they are
-    missing, or of other weights."""
+    missing, or of other weights. A folder that cannot be written costs a note, unless they must be kept."""
     identity = model_identity(run_dir / "model")
     retrieval = load_retrieval(run_dir / RETRIEVAL, model, identity)
     if retrieval is None:
         retrieval = build_retrieval(model, notify)
-        if retrieval is not None:
-            save_retrieval(run_dir / RETRIEVAL, retrieval, identity)
+        try:
+            if retrieval is not None:
+                save_retrieval(run_dir / RETRIEVAL, retrieval, identity)
+        except EnvironmentProblem as error:
+            if must_be_kept:
+                raise
+            notify(f"the indexes are used but not kept: {error}")
     return retrieval
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from trainer.errors import RunError
 from trainer.models.contract import Ranker, View
-from trainer.runtime.files import atomic, file_sha256
+from trainer.runtime.files import atomic, file_sha256, writing
 from trainer.serving.index import TRAINING_VECTORS, Index, build_index, plan_index, unit
 
 FORMAT = 1
@@ -155,8 +155,9 @@ def _build(
 def save_retrieval(folder: Path, retrieval: Retrieval, identity: str) -> None:
     """Write FOLDER; the document last, so that a folder with one is whole. identity: of the weights and
     tables it was built from."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / DOCUMENT).unlink(missing_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / DOCUMENT).unlink(missing_ok=True)
     with atomic(folder / "retrieval.safetensors") as path:
         save_file(dict(retrieval.means), path)
     document: dict[str, Any] = {"format": FORMAT, "identity": identity, "sha256": {}, "indexes": {}}

@@ -18,9 +18,10 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-from trainer.tracking.store import chunks, connect, dataset_input, is_server, mask_secrets, one_line
+from data_shards.secrets import mask_secrets
+from trainer.tracking.store import chunks, connect, dataset_input, is_server, one_line
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -33,35 +34,57 @@ RETRY_AT_THE_END_S = 2.0  # in close()
 LOOK_EVERY_S = 10.0  # at what other nodes have written
 MAX_METRICS, MAX_TAGS = 1000, 100  # entries of one request, MLflow's limits
 MAX_BYTES = 4_000_000  # of the spool, read at once
-# What no later attempt could send either: the record is dropped, with a warning, and the others are sent.
+METRIC_NAME = re.compile(r"[/\w.\- :]{1,250}")  # MLflow's rule
+# Answers of a store to what it will never take: the record is left out, and the others go on.
 HOPELESS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "MALFORMED_REQUEST")
 
 log = logging.getLogger(__name__)
 
 
 class JsonLines:
-    """The complete lines of a growing file, each once."""
+    """The complete lines of a growing file, each once. What is no JSON object (of a killed process, of a
+    damaged file) or longer than MAX_BYTES is passed over and counted in `num_skipped`, once."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.position = path, 0
+        self.path, self.position, self.num_skipped = path, 0, 0
+        self._counted_to = 0  # a part that could not be sent is read again
 
     def read(self) -> tuple[list[dict[str, Any]], int]:
-        """(records after `position`, the position after them). Lines that are no JSON (of a killed process)
-        are left out."""
+        """(records after `position`, the position after them)."""
         try:
             with self.path.open("rb") as file:
                 file.seek(self.position)
                 content = file.read(MAX_BYTES)
+                if len(content) == MAX_BYTES and b"\n" not in content:
+                    return [], self._after_long_line(file)
         except OSError:
             return [], self.position
         end = content.rfind(b"\n") + 1
-        records = []
+        records, skipped = [], 0
         for line in content[:end].splitlines():
             try:
-                records.append(json.loads(line))
+                record = json.loads(line)
             except ValueError:
-                continue
+                record = None
+            if isinstance(record, dict):
+                records.append(record)
+            else:
+                skipped += bool(line.strip())
+        self._count(skipped, self.position + end)
         return records, self.position + end
+
+    def _count(self, skipped: int, end: int) -> None:
+        if end > self._counted_to:
+            self.num_skipped, self._counted_to = self.num_skipped + skipped, end
+
+    def _after_long_line(self, file: BinaryIO) -> int:
+        """The position after a line that is too long; the old one while the line is not complete."""
+        while content := file.read(MAX_BYTES):
+            if (found := content.find(b"\n")) >= 0:
+                end = file.tell() - len(content) + found + 1
+                self._count(1, end)
+                return end
+        return self.position
 
 
 class Spool(JsonLines):
@@ -88,7 +111,7 @@ class Spool(JsonLines):
             self.position = position
             if self.path.is_file() and self.path.stat().st_size == position:
                 self.path.unlink()
-                self.position = 0
+                self.position = self._counted_to = 0
 
     def is_empty(self) -> bool:
         return not self.path.is_file() or self.path.stat().st_size == self.position
@@ -103,13 +126,15 @@ class Sender(threading.Thread):
         super().__init__(name="tracking", daemon=True)
         self.uri, self.run_id = uri, ""
         self.refused: Exception | None = None  # why the run cannot be opened, ever
+        self.unattended = False  # nobody waits for `opened` any more: a refusal must be said by this thread
+        self.num_left_out = 0  # records that no store takes
         self.opened = threading.Event()  # or refused
         self._open_run, self._run_dir = open_run, run_dir
         self.spool = Spool(run_dir / SPOOL_NAME)
         self._machines: dict[Path, JsonLines] = {}
         self._last_step: dict[str, int] | None = None if resumed else {}
         self._news, self._closing, self._warned = threading.Event(), threading.Event(), False
-        self._close_by_s = 0.0
+        self._close_by_s, self._said_left_out = 0.0, False
 
     def put(self, records: Sequence[Record]) -> None:
         """Returns at once. A disk that does not take it costs the records and a warning, not the training."""
@@ -143,6 +168,8 @@ class Sender(threading.Thread):
                 if not self.opened.is_set() and not is_outage(error, self.uri):
                     self.refused = error
                     self.opened.set()
+                    if self.unattended:
+                        self._warn(error)
                     return
                 self._warn(error)
                 if not closing:
@@ -164,11 +191,13 @@ class Sender(threading.Thread):
                 break
             self._send(client, records)
             self.spool.sent(position)
+            self._say_left_out()
         for path in sorted((self._run_dir / MACHINE_DIR).glob("*.jsonl")):
             lines = self._machines.setdefault(path, JsonLines(path))
             samples, position = lines.read()
             self._send(client, [point for sample in samples for point in machine_points(path.stem, sample)])
             lines.position = position
+            self._say_left_out()
 
     def _send(self, client: "MlflowClient", records: Sequence[Record]) -> None:
         # after a resume the steps since the checkpoint are run, and reported, again
@@ -177,17 +206,28 @@ class Sender(threading.Thread):
         fresh = []
         last = dict(self._last_step)
         for record in records:
-            if "metric" in record:
+            if is_point(record):
                 key, _, _, step = record["metric"]
                 if step <= last.get(key, -1):
                     continue
                 last[key] = step
             fresh.append(record)
-        send(client, self.run_id, fresh)
+        self.num_left_out += send(client, self.run_id, fresh)
         self._last_step = last
         if self._warned and fresh:
             log.warning("MLflow at %s answers again", mask_secrets(self.uri))
             self._warned = False
+
+    @property
+    def num_lost(self) -> int:
+        """Records and lines that were passed over so far."""
+        files = (self.spool, *self._machines.values())
+        return self.num_left_out + sum(lines.num_skipped for lines in files)
+
+    def _say_left_out(self) -> None:
+        if self.num_lost and not self._said_left_out:
+            log.warning("%s: what MLflow cannot take is left out, the rest is sent", self.spool.path)
+            self._said_left_out = True
 
     def _warn(self, error: Exception) -> None:
         if not self._warned:
@@ -202,12 +242,23 @@ class Sender(threading.Thread):
 
 
 def machine_points(node: str, sample: Record) -> list[Record]:
-    """A line of RUN/machine/NODE.jsonl as metrics `system/NODE/…`, which have a page of their own in
-    MLflow."""
+    """A line of RUN/machine/NODE.jsonl as metrics `system/NODE/…`, which MLflow shows on their own page."""
+    values = sample.get("values")
     return [
-        {"metric": [f"system/{node}/{name}", value, sample["time_ms"], sample["step"]]}
-        for name, value in sample["values"].items()
+        {"metric": [f"system/{node}/{name}", value, sample.get("time_ms"), sample.get("step")]}
+        for name, value in (values.items() if isinstance(values, dict) else ())
     ]
+
+
+def is_point(record: Record) -> bool:
+    """Whether a record is a metric that can be compared and sent: [name, value, time in ms, step]."""
+    metric = record.get("metric")
+    if not isinstance(metric, list) or len(metric) != 4:
+        return False
+    name, value, time_ms, step = metric
+    whole = all(type(number) is int and abs(number) < 2**63 for number in (time_ms, step))
+    named = isinstance(name, str) and METRIC_NAME.fullmatch(name) is not None
+    return whole and named and isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def logged_steps(client: "MlflowClient", run_id: str) -> dict[str, int]:
@@ -218,43 +269,77 @@ def logged_steps(client: "MlflowClient", run_id: str) -> dict[str, int]:
     }
 
 
-def send(client: "MlflowClient", run_id: str, records: Sequence[Record]) -> None:
-    """Records → the store, metrics in large requests. Sending them again changes nothing. Raises what the
-    store does, but for hopeless records."""
-    from mlflow.entities import Metric, Param, RunTag
+def send(client: "MlflowClient", run_id: str, records: Sequence[Record]) -> int:
+    """Records → the store, metrics in large requests; returns how many were left out because no store takes
+    them. Sending them again changes nothing. Raises what the store does, but for hopeless records."""
+    from mlflow.entities import Metric
 
-    points = [Metric(*record["metric"]) for record in records if "metric" in record]
+    points = [Metric(*record["metric"]) for record in records if is_point(record)]
+    left_out = sum("metric" in record for record in records) - len(points)
     for chunk in chunks(points, MAX_METRICS):
-        client.log_batch(run_id, metrics=chunk)
+        left_out += _send_points(client, run_id, chunk)
     for record in records:
+        if "metric" in record:
+            continue
         try:
-            if "params" in record:
-                for chunk in chunks([Param(key, value) for key, value in record["params"].items()], MAX_TAGS):
-                    client.log_batch(run_id, params=chunk)
-            elif "tags" in record:
-                for chunk in chunks([RunTag(key, value) for key, value in record["tags"].items()], MAX_TAGS):
-                    client.log_batch(run_id, tags=chunk)
-            elif "dataset" in record:
-                client.log_inputs(run_id, datasets=[dataset_input(record["dataset"])])
-            elif "text" in record:
-                client.log_text(run_id, record["text"], record["file"])
-            elif "artifact" in record:
-                client.log_artifact(run_id, record["artifact"], record["folder"] or None)
-            elif record.get("status") == "RUNNING":
-                client.update_run(run_id, status="RUNNING")
-            elif "status" in record:
-                client.set_terminated(run_id, record["status"], record["end_ms"])
+            _send_one(client, run_id, record)
         except Exception as error:
-            if not (isinstance(error, FileNotFoundError) or getattr(error, "error_code", "") in HOPELESS):
+            if not is_hopeless(error):
                 raise
-            log.warning("MLflow does not take %s of run %s (%s)", next(iter(record)), run_id, one_line(error))
+            left_out += 1
+            log.warning(
+                "MLflow does not take %s of run %s (%s)", next(iter(record), ""), run_id, one_line(error)
+            )
+    return left_out
+
+
+def _send_points(client: "MlflowClient", run_id: str, points: Sequence[Any]) -> int:
+    """One request, and after a refusal halves of it, down to the points that are refused; → how many."""
+    try:
+        client.log_batch(run_id, metrics=points)
+    except Exception as error:
+        if not is_hopeless(error):
+            raise
+        if len(points) == 1:
+            return 1
+        half = len(points) // 2
+        return sum(_send_points(client, run_id, part) for part in (points[:half], points[half:]))
+    return 0
+
+
+def _send_one(client: "MlflowClient", run_id: str, record: Record) -> None:
+    from mlflow.entities import Param, RunTag
+
+    if "params" in record:
+        for chunk in chunks([Param(key, value) for key, value in record["params"].items()], MAX_TAGS):
+            client.log_batch(run_id, params=chunk)
+    elif "tags" in record:
+        for chunk in chunks([RunTag(key, value) for key, value in record["tags"].items()], MAX_TAGS):
+            client.log_batch(run_id, tags=chunk)
+    elif "dataset" in record:
+        client.log_inputs(run_id, datasets=[dataset_input(record["dataset"])])
+    elif "text" in record:
+        client.log_text(run_id, record["text"], record["file"])
+    elif "artifact" in record:
+        client.log_artifact(run_id, record["artifact"], record["folder"] or None)
+    elif record.get("status") == "RUNNING":
+        client.update_run(run_id, status="RUNNING")
+    elif "status" in record:
+        client.set_terminated(run_id, record["status"], record["end_ms"])
+
+
+def is_hopeless(error: Exception) -> bool:
+    """What no later attempt could send either: a file that is gone, a record that is not made as it should
+    be."""
+    of_the_record = isinstance(error, FileNotFoundError | AttributeError | KeyError | TypeError)
+    return of_the_record or getattr(error, "error_code", "") in HOPELESS
 
 
 def is_outage(error: Exception, uri: str) -> bool:
-    """A server that may answer later. What the user must mend (a wrong address or token, a local file that
-    cannot be opened) is none."""
+    """A store that may answer later: a server, or a database that another program has locked. What the user
+    must mend (a wrong address or token, a local file that cannot be opened) is none."""
     if not is_server(uri):
-        return False
+        return bool(re.search(r"database( table)? is locked", str(error)))
     code = re.search(r"failed with error code (\d+)", str(error))
     status = int(code[1]) if code else _http_status(error)
     return not 400 <= status < 500 or status in (408, 429)

@@ -12,12 +12,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import yaml
 
 from data_shards.schema import Manifest
+from data_shards.secrets import mask_secrets
 from trainer.config import Config
-from trainer.runtime.files import atomic
+from trainer.errors import EnvironmentProblem, RunError
+from trainer.runtime.files import atomic, writing
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -28,23 +31,72 @@ MAX_DIGEST = 36  # characters, MLflow's limit
 
 def tracking_uri(config: Config, run_dir: str | Path) -> str:
     """tracking.uri, or the sqlite file beside the run folder."""
-    return config.tracking.uri or f"sqlite:///{Path(run_dir).resolve().parent / 'mlflow.db'}"
+    return config.tracking.uri or sqlite_uri(Path(run_dir).resolve().parent / "mlflow.db")
+
+
+def sqlite_uri(path: Path) -> str:
+    """The URI of a database file, whatever characters its path has. Raises EnvironmentProblem where an old
+    SQLAlchemy cannot read them back.
+
+    Only what must be is quoted, because MLflow also makes a folder that is named as the URI spells it.
+    """
+    uri = "sqlite:///" + re.sub("[?%]", lambda match: f"%{ord(match[0]):02X}", str(path))
+    if sqlite_path(uri) != path:  # SQLAlchemy 2.0 reads quotes as they are
+        raise EnvironmentProblem(
+            f"{path}: SQLAlchemy older than 2.1 cannot open this path. Install a newer one, or choose a path "
+            'without "?" and "%"'
+        )
+    return uri
+
+
+def sqlite_path(uri: str) -> Path | None:
+    """The file that an sqlite URI names; None for any other URI, and for a database in memory."""
+    if not uri.startswith("sqlite:///"):
+        return None
+    from sqlalchemy.engine import make_url
+
+    path = make_url(uri).database
+    return Path(path) if path and path != ":memory:" else None
+
+
+def path_of_file_uri(uri: str) -> Path:
+    """file:///a%20b → /a b; a plain path as it is."""
+    return Path(url2pathname(urlsplit(uri).path) if uri.startswith("file:") else uri)
+
+
+def must_exist(uri: str) -> str:
+    """`uri`, for verbs that only read: MLflow would make a folder or a database of any name. Raises RunError
+    when it names a place of this machine where nothing is."""
+    path = sqlite_path(uri)
+    if path is None and urlsplit(uri).scheme in ("", "file") and not uri.startswith("databricks"):
+        path = path_of_file_uri(uri)
+    if path is not None and not path.exists():
+        raise RunError(
+            f"{uri}: there is no {path}. Give the tracking URI of a store that exists, for example "
+            "sqlite:///runs/mlflow.db"
+        )
+    if path is not None and path.is_file() and sqlite_path(uri) is None:
+        raise RunError(f"{uri} is a file, not a tracking URI. Did you mean {sqlite_uri(path)}?")
+    return uri
 
 
 def connect(uri: str) -> "MlflowClient":
-    """A client whose requests fail within seconds, not minutes, and which says nothing on its own."""
+    """A client whose requests fail within seconds, not minutes, and which says nothing on its own. A new
+    sqlite file is made; see must_exist()."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # with the password in it
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     from mlflow.tracking import MlflowClient
 
     for name in ("alembic", "mlflow"):  # database migrations and hints
         logging.getLogger(name).setLevel(logging.WARNING)
-    if not uri.startswith("sqlite:///"):
+    path = sqlite_path(uri)
+    if path is None:
         return MlflowClient(tracking_uri=uri, registry_uri=uri)
-    path = Path(uri.removeprefix("sqlite:///"))
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
     with _one_at_a_time(path.with_name(f".{path.name}.lock")):
         client = MlflowClient(tracking_uri=uri, registry_uri=uri)
         client.search_experiments(max_results=1)  # makes the tables of a new database
@@ -97,7 +149,8 @@ def read_run_file(folder: str | Path, uri: str = "") -> str:
         document = json.loads((Path(folder) / RUN_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return ""
-    return str(document["run_id"]) if not uri or document.get("uri") == mask_secrets(uri) else ""
+    same = not uri or mask_secrets(str(document.get("uri"))) == mask_secrets(uri)
+    return str(document["run_id"]) if same else ""
 
 
 def log_figures(client: "MlflowClient", run_id: str, figures: Mapping[str, float]) -> None:
@@ -142,29 +195,6 @@ def dataset_input(record: Mapping[str, Any]) -> Any:
 def metric_name(name: str) -> str:
     """MLflow refuses "@": rec/recall@10 → rec/recall_at_10."""
     return name.replace("@", "_at_")
-
-
-def mask_secrets(text: str) -> str:
-    """Hide passwords in URLs: user:password@host and ?token=…"""
-    text = re.sub(r"://[^/@\s]+@", "://***@", text)
-    return re.sub(
-        r"(?i)([?&][^=&\s]*(?:key|token|secret|password|signature|credential)[^=&\s]*=)[^&\s]+",
-        r"\1***",
-        text,
-    )
-
-
-def masked(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of a nested mapping with mask_secrets applied to every text in it."""
-
-    def visit(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {key: visit(child) for key, child in value.items()}
-        if isinstance(value, list | tuple):
-            return [visit(child) for child in value]
-        return mask_secrets(value) if isinstance(value, str) else value
-
-    return {key: visit(value) for key, value in tree.items()}
 
 
 def dump(document: Mapping[str, Any], file_name: str) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from data_shards.schema import Manifest
+from data_shards.secrets import mask_secrets, masked
 from data_shards.settings import flatten, read_yaml, to_dict
 from trainer.config import Config
 from trainer.configs import config_from_dict
@@ -22,8 +23,6 @@ from trainer.tracking.store import (
     dataset_record,
     dump,
     log_figures,
-    mask_secrets,
-    masked,
     metric_name,
     one_line,
     open_experiment,
@@ -108,9 +107,17 @@ class MlflowTracker(Tracker):
         self._sender.put(
             [{"status": "RUNNING"}] if known else describe(config, run_dir, facts, facts.get("manifest"))
         )
+        self._sender.unattended = bool(known)
         self._sender.start()
-        if not known:
-            self._sender.opened.wait(OPEN_WAIT_S)
+        if not known and not self._sender.opened.wait(OPEN_WAIT_S):
+            self._sender.unattended = True
+            log.warning(
+                "MLflow at %s has not opened the run in %.0f s (slow, or locked by another program). "
+                "Training goes on; points are kept in %s",
+                mask_secrets(self.uri),
+                OPEN_WAIT_S,
+                self._sender.spool.path,
+            )
         if error := self._sender.refused:
             self._sender.spool.path.unlink(missing_ok=True)
             raise EnvironmentProblem(
@@ -137,7 +144,12 @@ class MlflowTracker(Tracker):
 
     def finish(self, status: Status) -> None:
         self._sender.put([{"status": status, "end_ms": int(time.time() * 1000)}])
-        if not self._sender.close(STOP_WAIT_S if status == "KILLED" else FINISH_WAIT_S):
+        complete = self._sender.close(STOP_WAIT_S if status == "KILLED" else FINISH_WAIT_S)
+        if self._sender.num_lost:
+            log.warning(
+                "%d records of this run were left out: MLflow cannot take them", self._sender.num_lost
+            )
+        if not complete:
             spool = self._sender.spool.path
             log.warning(
                 "MLflow at %s has not taken everything: gensr runs import %s sends it later",

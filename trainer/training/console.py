@@ -1,6 +1,7 @@
 """What a run says: a banner, one line every few steps (a live bar on a terminal), train.log and
 metrics.jsonl. Only rank 0 speaks."""
 
+import contextlib
 import json
 import os
 import time
@@ -12,7 +13,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from trainer.runtime.files import atomic
+from data_shards.secrets import mask_secrets
+from trainer.errors import EnvironmentProblem
+from trainer.runtime.files import atomic, writing
 from trainer.runtime.progress import clock
 
 
@@ -39,10 +42,10 @@ class RunConsole:
         metrics = folder / "metrics.jsonl"
         if resume_step is not None and metrics.exists():
             keep_records(metrics, resume_step)
-        self._log = (folder / "train.log").open(
-            "w" if resume_step is None else "a", encoding="utf-8", buffering=1
-        )
-        self._metrics = metrics.open("w" if resume_step is None else "a", encoding="utf-8", buffering=1)
+        self._folder, mode = folder, "w" if resume_step is None else "a"
+        with writing(folder):
+            self._log = (folder / "train.log").open(mode, encoding="utf-8", buffering=1)
+            self._metrics = metrics.open(mode, encoding="utf-8", buffering=1)
 
     def __enter__(self) -> "RunConsole":
         return self
@@ -54,15 +57,17 @@ class RunConsole:
             return
         self._stop_bar()
         if error is not None:
-            self._write(f"stopped by {type(error).__name__}: {error}")
-        self._log.close()
-        self._metrics.close()
+            with contextlib.suppress(EnvironmentProblem):  # the disk may be what ended the run
+                self._write(f"stopped by {type(error).__name__}: {mask_secrets(str(error))}")
+        for file in (self._log, self._metrics):
+            with contextlib.suppress(OSError):  # what a full disk did not take is tried once more
+                file.close()
 
     def say(self, *lines: str) -> None:
         """Lines for terminal and log."""
         if not self.enabled:
             return
-        for line in lines:
+        for line in map(mask_secrets, lines):
             if self._progress is not None:
                 self._progress.console.print(line, markup=False)
             else:
@@ -106,10 +111,12 @@ class RunConsole:
     def record(self, document: Mapping[str, Any]) -> None:
         """One JSON line in metrics.jsonl."""
         if self.enabled:
-            self._metrics.write(json.dumps(document) + "\n")
+            with writing(self._folder / "metrics.jsonl"):
+                self._metrics.write(json.dumps(document) + "\n")
 
     def _write(self, line: str) -> None:
-        self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+        with writing(self._folder / "train.log"):
+            self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
 
     def _stop_bar(self) -> None:
         if self._progress is not None:

@@ -31,6 +31,7 @@ from trainer.runtime.distributed import (
     on_main,
     process_group,
 )
+from trainer.runtime.files import writing
 from trainer.runtime.launch import make_accelerator, read_launch
 from trainer.runtime.memory import peak_memory_bytes
 from trainer.runtime.stopping import StopSignal
@@ -241,7 +242,13 @@ def write_model(run: Run) -> None:
     """Consolidated weights → RUN/model, on all ranks (ZeRO-3 gathers). RUN/model is therefore the best so far
     at any time."""
     state = full_state_dict(run.accelerator, run.model, run.module)
-    on_main(run.accelerator, lambda: save_model(run.dir / "model", run.module, state, run.config, run.folder))
+    path = run.dir / "model"
+
+    def write() -> None:
+        with writing(path):
+            save_model(path, run.module, state, run.config, run.folder)
+
+    on_main(run.accelerator, write)
 
 
 def save(run: Run) -> None:
