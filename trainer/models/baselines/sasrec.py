@@ -20,14 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_shards import settings as s
-from data_shards.schema import REC
 from trainer.batch import Batch
 from trainer.config import Fraction, ModelSettings, Positive
-from trainer.models.contract import Ranker, World
+from trainer.models.contract import World
 from trainer.models.layers.dropout import Dropout
-from trainer.models.layers.embedding import ItemTable, Positions, inner_products
+from trainer.models.layers.embedding import ItemTable, Positions
 from trainer.models.layers.history import HistoryKind, clicked, history_ids
 from trainer.models.layers.sequence import causal, init_normal, last_step, recbole_layer
+from trainer.models.next_item import NextItemRanker, next_item_loss
 
 EPS = 1e-12  # of every LayerNorm
 
@@ -79,12 +79,11 @@ class SasRecCore(nn.Module):
         return x
 
 
-class SasRec(Ranker):
+class SasRec(NextItemRanker):
     """Recommendation only."""
 
     Settings = SasRecSettings
     title = "SASRec"
-    tasks = (REC,)
     settings: SasRecSettings
 
     def __init__(self, settings: SasRecSettings, world: World) -> None:
@@ -98,11 +97,9 @@ class SasRec(Ranker):
             return self.every_step(ids_BN, steps_BND, target_B), {}
         return self.next_item(last_step(steps_BND, (ids_BN != 0).sum(1)), target_B), {}
 
-    def next_item(self, h_BD: Tensor, target_B: Tensor) -> Tensor:
+    def next_item(self, hidden_BD: Tensor, target_B: Tensor) -> Tensor:
         """Mean cross-entropy over all items."""
-        with_padding = self.settings.softmax_over_padding
-        logits = self.core.items(scores_of=h_BD, with_padding=with_padding)
-        return F.cross_entropy(logits, target_B if with_padding else target_B - 1)
+        return next_item_loss(self.core.items, hidden_BD, target_B, self.settings.softmax_over_padding)
 
     def every_step(self, ids_BN: Tensor, steps_BND: Tensor, target_B: Tensor) -> Tensor:
         """Eq. 7: −log σ(s⁺) − log(1 − σ(s⁻)), mean over the steps of an event, then over events."""
@@ -119,14 +116,7 @@ class SasRec(Ranker):
         counted_BN = next_BN != 0
         return ((losses_BN * counted_BN).sum(1) / counted_BN.sum(1)).mean()
 
-    def score(self, batch: Batch) -> Tensor:
-        return inner_products(self._hidden(batch), self.core.items(batch.candidates + 1))
-
-    def score_catalogue(self, batch: Batch) -> Tensor:
-        scores_BI: Tensor = self.core.items(scores_of=self._hidden(batch))
-        return scores_BI
-
-    def _hidden(self, batch: Batch) -> Tensor:
+    def hidden(self, batch: Batch) -> Tensor:
         ids_BN = self._ids(batch)
         return last_step(self.core(ids_BN), (ids_BN != 0).sum(1))
 
