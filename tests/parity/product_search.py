@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tests.parity.oracles import Oracle, renamed
-from trainer.models.layers.nce import sampled_bce
+from trainer.models.layers.nce import nce, sampled_bce
 
 NAMES = {
     "word_embeddings.weight": "words.vectors.weight",
@@ -58,3 +58,42 @@ def check(oracle: Oracle, core: Any, question_BD: Tensor) -> None:
     oracle.check("loss_ps", ranking)
     oracle.check("loss_words", text)
     oracle.check("loss", ranking + text)
+
+
+# ---- the oracles whose negatives are shared by the batch (HEM, AEM, ZAM): padding is row 0 -----------------
+
+SHARED_NAMES = {
+    "word_embedding_layer": "words.vectors",
+    "word_bias": "words.bias",
+    "item_embedding_layer": "items",
+    "attention_layer.query_projection": "attention.projection",
+    "attention_layer.reduce_projection": "attention.heads",
+    "query_projection": "query.projection",
+}
+
+
+def check_shared(
+    oracle: Oracle,
+    core: Any,
+    question_BD: Tensor,
+    candidates_BC: Tensor,
+    items_BX: Tensor,
+    users_loss: Any = None,
+) -> None:
+    """M, scores of candidates, and the losses: items [B, 1 + K] are the clicked item and the negatives."""
+    given = oracle.inputs
+    oracle.check("M", question_BD)
+    oracle.check("scores", core.scores(question_BD, candidates_BC))
+    words_BW = given["review_words"][:, None]
+    noise_BWK = given["neg_words"].expand(len(words_BW), 1, -1)
+    scores_BX = core.scores(question_BD, items_BX)
+    loss_B = nce(scores_BX[:, 0], scores_BX[:, 1:]) + core.text_loss(items_BX[:, 0], words_BW, noise_BWK)
+    if users_loss is not None:
+        loss_B = loss_B + users_loss(words_BW, noise_BWK)
+    oracle.check("loss_without_l2", loss_B.mean())
+    oracle.check("loss", loss_B.mean() + oracle.hyper["l2"] * torch.stack(core.norms()).sum())
+
+
+def with_shared_negatives(items_B: Tensor, negatives_K: Tensor) -> Tensor:
+    """[B, 1 + K]"""
+    return torch.cat([items_B[:, None], negatives_K.expand(len(items_B), -1)], 1)

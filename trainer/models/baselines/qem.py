@@ -1,6 +1,6 @@
 """QEM, the query embedding model: what product search reaches without the user. A baseline of Ai et al. ("A
-Zero Attention Model for Personalized Product Search", CIKM 2019), here in the form of the public code of Bi et
-al. ("A Transformer-based Embedding Model for Personalized Product Search", SIGIR 2020).
+Zero Attention Model for Personalized Product Search", CIKM 2019), in the form of the public code of Bi et al.
+("A Transformer-based Embedding Model for Personalized Product Search", SIGIR 2020).
 
     q = tanh(W · mean of the query's word vectors + b);  s = q · e
     L = L_rank + L_text (layers/product_search.py)

@@ -39,8 +39,8 @@ class ProductSearchSettings(ModelSettings):
     noise_words: Positive = 5
     """noise words for each of them"""
     init_std: PositiveFloat = 0.1
-    """standard deviation of word and item vectors at the start; 1 in public code, where inner products begin
-    at √dim and the first epochs unlearn them"""
+    """standard deviation of word and item vectors at the start; 1 in public code of TEM, where inner products
+    begin at √dim and the first epochs unlearn them; next to 0 in public code of HEM, for SGD"""
     count_query_padding: bool = False
     """the mean of a query's words divides by the padded length, as in public code of HEM, AEM and ZAM"""
 
@@ -62,6 +62,11 @@ class WithTableNorms(ProductSearchSettings):
     l2: NonNegativeFloat = 0.0
     """weight of the norms (not squared) of whole tables in the loss, .005 in public code; optim.weight_decay
     does the same work"""
+
+
+def norm_of(*tensors: Tensor) -> Tensor:
+    """Frobenius norm of all of them together; its gradient at 0 is 0."""
+    return torch.linalg.vector_norm(torch.cat([tensor.flatten() for tensor in tensors]))
 
 
 class ProductSearchCore(nn.Module):
@@ -157,3 +162,19 @@ class ProductSearch(Ranker):
             kept_BN = kept_BN & (batch.history_tasks == SRC)
         length = min(self.settings.history_length, self.world.data.history_max)
         return newest(batch.history_items + 1, kept_BN, length)
+
+
+class WithNorms(ProductSearch):
+    """L + l2 · Σ ‖table‖. Subclasses' cores have `norms()`."""
+
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, report = super().loss(batch)
+        if not self.settings.l2:
+            return loss, report
+        norms = torch.stack(self.core.norms()).sum()
+        return loss + self.settings.l2 * norms, {**report, "norms": norms.detach()}
+
+    @classmethod
+    def refusals(cls, settings: Any, zero_stage: int | None) -> list[str]:
+        """Under ZeRO-3 no rank holds a whole table outside the table's own forward."""
+        return [f"model.l2={settings.l2}"] if settings.l2 and zero_stage == 3 else []
