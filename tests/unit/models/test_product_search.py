@@ -1,11 +1,16 @@
 """What the oracles of the search models do not say: drawn words, missing queries, kinds of history."""
 
+import pytest
 import torch
 
 from data_shards.schema import SRC
 from tests.tiny_world import make_batch, make_world
+from trainer.errors import ConfigError
+from trainer.models.baselines.aem import Aem, AemSettings
+from trainer.models.baselines.hem import Hem, HemSettings
 from trainer.models.baselines.qem import Qem, QemSettings
 from trainer.models.baselines.tem import Tem, TemSettings
+from trainer.models.baselines.zam import Zam, ZamSettings
 from trainer.models.layers.nce import NoiseWords, nce, sampled_bce
 from trainer.models.layers.text import draw_words
 
@@ -85,3 +90,45 @@ def test_history_may_be_that_of_searches_only():
     batch = make_batch([[4, 5, 6, 7]], torch.tensor([[1, 2]]), tasks=[[SRC, SRC, 0, SRC]])
 
     assert model.history(batch).tolist() == [[6, 8]]
+
+
+def test_a_user_given_by_hand_is_half_a_query_to_hem():
+    model = Hem(HemSettings(dim=8), make_world(num_words=NUM_WORDS)).eval()
+    torch.nn.init.ones_(model.core.users.weight[1:])
+    batch = make_batch(
+        [[], []], torch.tensor([[3, 1]] * 2), query=torch.tensor([1, 1]), user=torch.tensor([-1, 2])
+    )
+
+    unknown, known = model.question(batch)
+
+    torch.testing.assert_close(unknown, model.core.encode_query(model.query_words(batch))[0] / 2)
+    torch.testing.assert_close(known, unknown + 0.5)
+
+
+@pytest.mark.parametrize(("kind", "settings"), [(Aem, AemSettings), (Zam, ZamSettings)])
+@pytest.mark.parametrize("form", ["projected", "multihead"])
+def test_attention_needs_no_history_and_reads_no_padding(kind, settings, form):
+    model = kind(settings(dim=8, num_heads=2, form=form), make_world(num_words=NUM_WORDS)).eval()
+    candidates, query = torch.tensor([[3, 1, 2], [4, 5, 6]]), torch.tensor([-1, 1])
+    narrow, wide = (model.score(make_batch([[], [7]], candidates, query=query, width=w)) for w in (1, 6))
+
+    assert narrow.isfinite().all()
+    torch.testing.assert_close(narrow, wide, atol=1e-6, rtol=0)
+
+
+def test_norms_are_in_the_loss_if_asked_and_refused_where_no_rank_has_a_table():
+    world = make_world(num_words=NUM_WORDS)
+    batch = make_batch([[4]], torch.tensor([[3, 1]]), query=torch.tensor([1]), user=torch.tensor([2]))
+    settings = HemSettings(dim=8, l2=0.005)
+
+    _, report = Hem(settings, world)(batch)
+
+    assert float(report["norms"]) > 0
+    assert "norms" not in Hem(HemSettings(dim=8), world)(batch)[1]
+    assert Hem.refusals(settings, 3) == ["model.l2=0.005"]
+    assert Hem.refusals(settings, 2) == Hem.refusals(HemSettings(), 3) == []
+
+
+def test_heads_that_do_not_divide_the_width_are_refused():
+    with pytest.raises(ConfigError, match=r"model\.num_heads=5"):
+        Aem(AemSettings(dim=8, form="multihead"), make_world(num_words=NUM_WORDS))
