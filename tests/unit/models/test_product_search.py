@@ -101,7 +101,7 @@ def test_a_user_given_by_hand_is_half_a_query_to_hem():
 
     unknown, known = model.question(batch)
 
-    torch.testing.assert_close(unknown, model.core.encode_query(model.query_words(batch))[0] / 2)
+    torch.testing.assert_close(unknown, model.core.encode_query(model.query_words(batch.query))[0] / 2)
     torch.testing.assert_close(known, unknown + 0.5)
 
 

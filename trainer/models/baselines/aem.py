@@ -131,7 +131,7 @@ class Aem(WithNorms):
     title = "AEM"
 
     def question(self, batch: Batch) -> Tensor:
-        question_BD: Tensor = self.core(self.query_words(batch), self.history(batch))
+        question_BD: Tensor = self.core(self.query_words(batch.query), self.history(batch))
         return question_BD
 
 

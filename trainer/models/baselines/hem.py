@@ -62,7 +62,7 @@ class Hem(WithNorms):
     title = "HEM"
 
     def question(self, batch: Batch) -> Tensor:
-        question_BD: Tensor = self.core(self.query_words(batch), batch.user + 1)
+        question_BD: Tensor = self.core(self.query_words(batch.query), batch.user + 1)
         return question_BD
 
     def text_loss(self, batch: Batch) -> Tensor:

@@ -42,7 +42,7 @@ class Qem(ProductSearch):
     title = "QEM"
 
     def question(self, batch: Batch) -> Tensor:
-        question_BD: Tensor = self.core(self.query_words(batch))
+        question_BD: Tensor = self.core(self.query_words(batch.query))
         return question_BD
 
 

@@ -10,7 +10,7 @@ something else), and in what layers/product_search.py says.
 Shapes: query words [B, Q], history ids [B, N] padded at the end with 0, M [B, D].
 """
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -62,12 +62,12 @@ class TemCore(ProductSearchCore):
 class Tem(ProductSearch):
     """Search only."""
 
-    Settings = TemSettings
+    Settings: ClassVar[type[TemSettings]] = TemSettings
     Core = TemCore
     title = "TEM"
 
     def question(self, batch: Batch) -> Tensor:
-        question_BD: Tensor = self.core(self.query_words(batch), self.history(batch))
+        question_BD: Tensor = self.core(self.query_words(batch.query), self.history(batch))
         return question_BD
 
 

@@ -150,10 +150,9 @@ class ProductSearch(Ranker):
         scores_BI: Tensor = self.core.catalogue_scores(self.question(batch))
         return scores_BI
 
-    def query_words(self, batch: Batch) -> Tensor:
-        """[B, Q], padding where there is no query."""
-        words_BQ = rows_of(self.tables.query_terms, batch.query.clamp(min=0))
-        return words_BQ * (batch.query >= 0)[:, None]
+    def query_words(self, query_B: Tensor) -> Tensor:
+        """Words of queries [B, Q], padding where there is no query (−1)."""
+        return rows_of(self.tables.query_terms, query_B.clamp(min=0)) * (query_B >= 0)[:, None]
 
     def history(self, batch: Batch) -> Tensor:
         """Ids of the newest clicks, oldest first, padded at the end, [B, N] with N ≥ 1."""
