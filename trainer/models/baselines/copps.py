@@ -1,0 +1,158 @@
+"""CoPPS (Dai et al., "Contrastive Learning for User Sequence Representation in Personalized Product Search",
+KDD 2023): contrastive tasks on top of a model of product search. [?] There is no public code, and we know the
+abstract only: three augmentations, "using an external knowledge graph and the correlations within and between
+user sequences". What follows is ours.
+
+    L = L of TEM + λ Σ_3 InfoNCE(z, z⁺),  z = M of an event, cosine / τ, negatives: other events of the batch
+
+    1 graph     history items replaced with probability ρ by neighbours: items of the same leaf category, or,
+                where the folder has no categories, items clicked for a query that the item was clicked for
+    2 within    two of {crop, mask, reorder} of the same history
+    3 between   another user's search with the same query, else with the same clicked item, with the history
+                that came before it; events without such a search take no part
+
+Scoring is TEM's (tem.py). While it trains, the clicks of the training split lie on the device, 48 bytes each.
+Shapes: query words [B, Q], history ids [B, N] padded at the end with 0, z [B, D].
+"""
+
+from dataclasses import replace
+from functools import cached_property
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data_shards import settings as s
+from data_shards.schema import SRC
+from trainer.batch import Batch, TrainClicks
+from trainer.config import Fraction, NonNegativeFloat, PositiveFloat
+from trainer.models.baselines.tem import Tem, TemSettings
+from trainer.models.layers.augment import augmented
+from trainer.models.layers.groups import Groups
+from trainer.models.layers.history import clicked, newest
+
+
+@s.settings
+class CoppsSettings(TemSettings):
+    name: Literal["copps"] = "copps"  # type: ignore[assignment]
+    """TEM with contrastive tasks over user sequences"""
+    contrastive_weight: NonNegativeFloat = 0.1
+    """λ of the three contrastive terms"""
+    temperature: PositiveFloat = 0.5
+    """τ of the three"""
+    replace: Fraction = 0.3
+    """ρ: probability that a history item is replaced by a neighbour in the graph's view"""
+
+
+class Copps(Tem):
+    """Search only."""
+
+    Settings = CoppsSettings
+    title = "CoPPS"
+
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, report = super().loss(batch)
+        if not self.settings.contrastive_weight:
+            return loss, report
+        contrast = self.contrastive_loss(batch)
+        loss = loss + self.settings.contrastive_weight * contrast
+        return loss, {**report, "contrastive_loss": contrast.detach()}
+
+    def contrastive_loss(self, batch: Batch) -> Tensor:
+        """The three terms, each a mean over events. All views pass the model in one call."""
+        ids_BN, words_BQ = self.history(batch), self.query_words(batch.query)
+        partner_B = self.partners(batch)
+        has_partner_B = partner_B >= 0
+        partner_BN, partner_words_BQ = self.row_of_click(partner_B, ids_BN.shape[1])
+        histories = [ids_BN, self.neighbours(ids_BN), augmented(ids_BN), augmented(ids_BN), partner_BN]
+        words = torch.cat([words_BQ.repeat(4, 1), partner_words_BQ])
+        z, graph, first, second, partner = self.core(words, torch.cat(histories)).chunk(5)
+        everyone_B = torch.ones_like(has_partner_B)
+        same_query_BB = batch.query[:, None] == batch.query[None, :]  # positives of each other in view 3
+        return (
+            self.info_nce(z, graph, everyone_B).mean()
+            + self.info_nce(first, second, everyone_B).mean()
+            + self.info_nce(z, partner, has_partner_B, same_query_BB).mean()
+        )
+
+    def info_nce(
+        self, z_BD: Tensor, other_BD: Tensor, valid_B: Tensor, alike_BB: Tensor | None = None
+    ) -> Tensor:
+        """[B] float32; 0 for rows that are not valid, which are nobody's negatives. alike: pairs of rows that
+        are not negatives of each other."""
+        with torch.autocast(z_BD.device.type, enabled=False):
+            cosine_BB = F.normalize(z_BD.float(), dim=1) @ F.normalize(other_BD.float(), dim=1).T
+        own_BB = torch.eye(len(z_BD), dtype=torch.bool, device=z_BD.device)
+        hidden_BB = ~valid_B[None, :] if alike_BB is None else ~valid_B[None, :] | alike_BB
+        logits_BB = (cosine_BB / self.settings.temperature).masked_fill(hidden_BB & ~own_BB, -torch.inf)
+        own_B = torch.arange(len(z_BD), device=z_BD.device)
+        return F.cross_entropy(logits_BB, own_B, reduction="none") * valid_B
+
+    # ---- views ---------------------------------------------------------------------------------------------
+
+    def neighbours(self, ids_BN: Tensor) -> Tensor:
+        """View 1 of histories: some items replaced by a neighbour, where they have one."""
+        items_BN = ids_BN - 1  # −1 for padding: no key
+        if self._categories is not None:
+            leaves, groups = self._categories
+            found_BN = groups.draw(leaves[items_BN.clamp(min=0)])
+        else:
+            clicks, by_query, by_item = self._clicks
+            queries_BN = _looked_up(clicks.query, by_item.draw(items_BN))
+            found_BN = _looked_up(clicks.item, by_query.draw(queries_BN))
+        chosen_BN = torch.rand(ids_BN.shape, device=ids_BN.device) < self.settings.replace
+        return torch.where(chosen_BN & (found_BN >= 0) & (ids_BN > 0), found_BN + 1, ids_BN)
+
+    def partners(self, batch: Batch) -> Tensor:
+        """Another user's search with the same query, else with the same item: rows of the clicks [B], −1 for
+        none. One draw of each: a user who stands alone in it finds only himself."""
+        clicks, by_query, by_item = self._clicks
+        found = [by_query.draw(batch.query), by_item.draw(clicked(batch) - 1)]
+        of_query, of_item = (
+            rows.masked_fill(_looked_up(clicks.user, rows) == batch.user, -1) for rows in found
+        )
+        return torch.where(of_query >= 0, of_query, of_item)
+
+    def row_of_click(self, rows_B: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """History ids [B, length] and query words [B, Q] of training clicks; padding for row −1."""
+        clicks = self._clicks[0]
+        before_BN = rows_B[:, None] + torch.arange(-length, 0, device=rows_B.device)
+        place_BN = before_BN.clamp(min=0)
+        kept_BN = (before_BN >= 0) & (clicks.user[place_BN] == _looked_up(clicks.user, rows_B)[:, None])
+        if self.settings.history == "src":
+            kept_BN = kept_BN & (clicks.task[place_BN] == SRC)
+        ids_BN = newest(clicks.item[place_BN] + 1, kept_BN, length)
+        return ids_BN, self.query_words(_looked_up(clicks.query, rows_B))
+
+    # ---- what they are drawn from --------------------------------------------------------------------------
+
+    @cached_property
+    def _clicks(self) -> tuple[TrainClicks, Groups, Groups]:
+        """Training clicks by user and time, and their searches by query and by item."""
+        clicks = self.world.clicks()
+        on_device = {
+            name: getattr(clicks, name).to(self.device) for name in ("user", "task", "item", "query")
+        }
+        clicks = replace(clicks, **on_device)
+        searches = clicks.task == SRC
+        return clicks, Groups(clicks.query), Groups(clicks.item.masked_fill(~searches, -1))
+
+    @cached_property
+    def _categories(self) -> tuple[Tensor, Groups] | None:
+        """Leaf category of each item, −1 for none; None where the folder has none."""
+        levels_IL = self.tables.item_category
+        if not levels_IL.shape[1]:
+            return None
+        depth_I1 = (levels_IL != 0).sum(1, keepdim=True)
+        leaves = levels_IL.long().gather(1, (depth_I1 - 1).clamp(min=0))[:, 0]
+        leaves = leaves.masked_fill(depth_I1[:, 0] == 0, -1)
+        return leaves, Groups(leaves)
+
+
+def _looked_up(values: Tensor, rows: Tensor) -> Tensor:
+    """values[rows]; −1 for row −1."""
+    return values[rows.clamp(min=0)].masked_fill(rows < 0, -1)
+
+
+MODEL = Copps
