@@ -1,8 +1,8 @@
-"""NRHUB (Wu, Wu, An, Huang, Xie, "Neural News Recommendation with Heterogeneous User Behavior", EMNLP-IJCNLP
-2019), in the form of Si et al., "A Model-Agnostic Causal Learning Framework for Recommendation using Search
-Data" (WWW 2022), which works without texts.
+"""NRHUB (Wu et al., "Neural News Recommendation with Heterogeneous User Behavior", EMNLP-IJCNLP 2019), in the
+form of Si et al., "A Model-Agnostic Causal Learning Framework for Recommendation using Search Data" (WWW
+2022), which works without texts.
 
-    pool(X) = Σ_j softmax_j(v · tanh(U x_j + b)) x_j                          (Eqs. 3–4)
+    pool(X) = Σ_j softmax_j(v · tanh(U x_j + b)) x_j
     three views of a user: queries, items clicked in search, items clicked in recommendation, a pool each
     y = tanh(W pool + b), the same map for the three;  user = pool(y_1, y_2, y_3)
     item = tanh(W' e + b');  s = item · user
