@@ -4,6 +4,7 @@ import torch
 
 from tests.tiny_world import make_batch
 from trainer.models.layers.attention import masked_mean, masked_softmax
+from trainer.models.layers.embedding import WordMean
 from trainer.models.layers.history import clicked, history_ids, left_padded, pack
 
 
@@ -52,3 +53,7 @@ def test_attention_to_nothing_is_zero():
 
     assert masked_softmax(torch.zeros(2, 2), visible).tolist() == [[1, 0], [0, 0]]
     assert masked_mean(torch.ones(2, 2, 3), visible)[:, 0].tolist() == [1, 0]
+
+
+def test_no_texts_have_no_means():
+    assert WordMean(5, 4)(torch.zeros(2, 0, 3, dtype=torch.int64)).shape == (2, 0, 4)

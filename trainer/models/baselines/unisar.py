@@ -34,7 +34,7 @@ from trainer.models.contract import CATALOGUE_SLICE, Ranker, World
 from trainer.models.layers.attention import TargetAttention, masked_mean
 from trainer.models.layers.contrast import QueryItemContrast, ViewContrast
 from trainer.models.layers.embedding import ItemTable, Positions, WordMean
-from trainer.models.layers.history import pack
+from trainer.models.layers.history import pack, sessions
 from trainer.models.layers.mixture import TaskMixture
 from trainer.models.layers.mlp import init_xavier
 from trainer.models.layers.sequence import torch_layer
@@ -319,17 +319,6 @@ class UniSar(Ranker):
         if self.world.num_queries == 0:
             return rows.new_zeros((*rows.shape, 1))
         return rows_of(self.tables.query_terms, rows.clamp(min=0)) * (rows >= 0)[..., None]
-
-
-def sessions(src_BN: Tensor, queries_BN: Tensor) -> tuple[Tensor, Tensor]:
-    """Runs of clicks for one known query: slots that begin one [B, N], and pairs in the same one [B, N,
-    N]."""
-    again_BN = src_BN[:, 1:] & src_BN[:, :-1] & (queries_BN[:, 1:] >= 0)
-    again_BN = again_BN & (queries_BN[:, 1:] == queries_BN[:, :-1])
-    first_BN = src_BN & ~F.pad(again_BN, (1, 0))
-    number_BN = first_BN.cumsum(1)
-    same_BNN = (number_BN[:, :, None] == number_BN[:, None]) & src_BN[:, :, None] & src_BN[:, None]
-    return first_BN, same_BNN
 
 
 def weighted(values: Tensor, weights: Tensor, counted: Tensor) -> Tensor:

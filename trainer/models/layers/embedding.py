@@ -50,7 +50,7 @@ class WordMean(nn.Module):
         if words.shape[-1] == 0:
             words = F.pad(words, (0, 1))
         means: Tensor = self.words(words.reshape(-1, words.shape[-1]).long())
-        return means.view(*words.shape[:-1], -1)
+        return means.view(*words.shape[:-1], means.shape[-1])
 
 
 class Positions(nn.Module):

@@ -47,6 +47,17 @@ def pack(values: Tensor, kept_BN: Tensor) -> Tensor:
     return values.gather(1, order_BN) * kept
 
 
+def sessions(src_BN: Tensor, queries_BN: Tensor) -> tuple[Tensor, Tensor]:
+    """Runs of clicks for one known query: slots that begin one [B, N], and pairs in the same run
+    [B, N, N]."""
+    again_BN = src_BN[:, 1:] & src_BN[:, :-1] & (queries_BN[:, 1:] >= 0)
+    again_BN = again_BN & (queries_BN[:, 1:] == queries_BN[:, :-1])
+    first_BN = src_BN & ~F.pad(again_BN, (1, 0))
+    number_BN = first_BN.cumsum(1)
+    same_BNN = (number_BN[:, :, None] == number_BN[:, None]) & src_BN[:, :, None] & src_BN[:, None]
+    return first_BN, same_BNN
+
+
 def left_padded(ids_BN: Tensor, length: int) -> Tensor:
     """Ids that are padded at the end → padded in front, [B, length]; N ≤ length."""
     wide = F.pad(ids_BN, (0, length - ids_BN.shape[1]))

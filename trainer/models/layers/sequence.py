@@ -1,5 +1,6 @@
 """Post-norm transformer layers over lists that are padded at the end, and who sees whom in them."""
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -21,7 +22,7 @@ class PostNormLayer(nn.Module):
         dropout: float,
         attention_dropout: float,
         inner_dropout: float,
-        activation: Literal["gelu", "relu"],
+        activation: Literal["gelu", "relu", "leaky_relu"],
         eps: float,
         cross: bool = False,
     ) -> None:
@@ -32,7 +33,10 @@ class PostNormLayer(nn.Module):
         self.cross_norm = nn.LayerNorm(width, eps=eps) if cross else None
         self.inner, self.outer = nn.Linear(width, ffn), nn.Linear(ffn, width)
         self.inner_dropout, self.dropout = Dropout(inner_dropout), Dropout(dropout)
-        self.activation = F.gelu if activation == "gelu" else F.relu  # the exact gelu, by erf
+        # the exact gelu, by erf; the slope of leaky_relu is .01
+        activations: dict[str, Callable[[Tensor], Tensor]]
+        activations = {"gelu": F.gelu, "relu": F.relu, "leaky_relu": F.leaky_relu}
+        self.activation = activations[activation]
         self.norm = nn.LayerNorm(width, eps=eps)
 
     def forward(
