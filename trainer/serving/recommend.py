@@ -262,8 +262,7 @@ def _count(request: Mapping[str, Any], name: str, default: int, largest: int, wh
     if (
         isinstance(value, bool)
         or not isinstance(value, int | float | np.integer)
-        or not math.isfinite(value)
-        or value != int(value)
+        or (isinstance(value, float) and (not math.isfinite(value) or value != int(value)))
     ):
         raise RequestError(f"{where}: {name} must be a whole number, got {value!r}")
     if not 1 <= value <= largest:

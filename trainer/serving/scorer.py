@@ -179,7 +179,7 @@ class Scorer:
 
     @staticmethod
     def _task(task: Any, where: str) -> int:
-        if task not in TASKS:
+        if not isinstance(task, str) or task not in TASKS:
             raise RequestError(f"{where}: task must be 'rec' or 'src', got {task!r}")
         return TASKS.index(task)
 
@@ -189,7 +189,9 @@ class Scorer:
             query = " ".join(str(word) for word in query)
         if not isinstance(query, str):
             raise RequestError(f"{where}: query must be text or a list of word numbers, got {query!r}")
-        if self.query_format.mode == "words" and not all(word.isdigit() for word in query.split()):
+        if any("\ud800" <= letter <= "\udfff" for letter in query):  # no tokenizer takes one
+            raise RequestError(f"{where}: query holds half of a surrogate pair, which is not text: {query!r}")
+        if self.query_format.mode == "words" and not all(_is_word_number(word) for word in query.split()):
             raise RequestError(
                 f"{where}: this model reads queries of anonymised words: a list of word numbers, got "
                 f"{query!r}"
@@ -392,6 +394,11 @@ def _padded(rows: Sequence[Sequence[int]]) -> Tensor:
     return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], dtype=torch.int64).view(
         len(rows), width
     )
+
+
+def _is_word_number(word: str) -> bool:
+    """Digits that int64 holds: Python also counts ² and ٣ among them."""
+    return word.isascii() and word.isdigit() and len(word) < 19
 
 
 def is_absent(value: Any) -> bool:

@@ -12,9 +12,11 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from data_shards.histories import in_histories
-from data_shards.schema import SPLITS, TASKS, Manifest, read_manifest
+from data_shards.schema import NO_QUERY, SPLITS, TASKS, Manifest, read_manifest
 from trainer.data import split_columns
 from trainer.errors import DataError, RequestError
+
+MAX_EXAMPLES = 100  # queries
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Users:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._row_of: dict[str, int] = {}
+        self._frequent_queries: list[str] | None = None
 
     def history(self, user_id: Any, item_ids: Sequence[Any], where: str = "user") -> list[dict[str, Any]]:
         """All of the user's clicks, oldest first, as a request's history. Raises RequestError for an unknown
@@ -65,7 +68,9 @@ class Users:
         if not self._row_of:
             self._read()
         if str(user_id) not in self._row_of:
-            raise RequestError(f"{where}: {self.folder} knows no user {user_id!r}. Give a history instead")
+            raise RequestError(
+                f"{where}: the training data knows no user {user_id!r}. Give a history instead"
+            )
         start, stop = self._starts[self._row_of[str(user_id)] :][:2]
         return self._items[start:stop], self._tasks[start:stop]
 
@@ -77,6 +82,18 @@ class Users:
             user_id for user_id, row in self._row_of.items() if self._starts[row] < self._starts[row + 1]
         )
         return list(itertools.islice(clicked, count))
+
+    def frequent_queries(self, count: int) -> list[str]:
+        """The `count` most frequent queries of the training split, as a request's query; the most frequent
+        first."""
+        if self._frequent_queries is None:
+            manifest = read_manifest(self.folder)
+            rows = split_columns(self.folder, manifest, "train", ["query"])["query"]
+            counts = np.bincount(rows[rows != NO_QUERY], minlength=manifest.num_queries)
+            order = np.argsort(-counts, kind="stable")[:MAX_EXAMPLES]
+            texts = pq.read_table(self.folder / "catalog" / "queries.parquet", columns=["text"])["text"]
+            self._frequent_queries = [texts[int(row)].as_py() for row in order if counts[row]]
+        return self._frequent_queries[:count]
 
     def _read(self) -> None:
         manifest = read_manifest(self.folder)
@@ -92,18 +109,16 @@ class Users:
 
 def open_users(folder: str | Path, manifest_hash: str, must_be_there: bool) -> "Users | str":
     """Users of a prepared folder, if it is the one the model was trained on; else the reason why their
-    histories are not known.
+    histories are not known. Clients of a service read the reason: it names no folder.
 
     Raises DataError instead when must_be_there.
     """
     try:
         found = read_manifest(folder).hash if folder else None
-    except DataError as error:
+    except DataError:
         if must_be_there:
             raise
-        return (
-            f"user_id cannot be looked up: {error} Give a history instead, or the folder of the training data"
-        )
+        found = None
     if found == manifest_hash:
         return Users(Path(folder))
     if must_be_there:
@@ -111,7 +126,10 @@ def open_users(folder: str | Path, manifest_hash: str, must_be_there: bool) -> "
             f"{folder} is not the data this model was trained on (manifest {str(found)[:12]}, the model says "
             f"{manifest_hash[:12]})"
         )
-    return "user_id cannot be looked up: the prepared folder of the training data is not here. Give a history instead"
+    return (
+        "user_id cannot be looked up: the prepared folder of the training data is not here. Give a history "
+        "instead, or start with --data FOLDER"
+    )
 
 
 def read_history(path: Path) -> list[Any]:
@@ -126,7 +144,7 @@ def read_history(path: Path) -> list[Any]:
             entries: list[Any] = json.loads(text)
             return entries
         return [json.loads(line) for line in text.splitlines() if line.strip()]
-    except ValueError as error:
+    except (ValueError, RecursionError, MemoryError) as error:
         raise RequestError(
             f'{path}: not a JSON list of {{"item_id": …, "task": "rec"}}, nor one such object a line: {error}'
         ) from error
