@@ -8,6 +8,7 @@ A request as in serving/scorer.py, with these differences:
                                 there)
     "num_candidates": 400       what retrieval hands to the ranking          "include_seen": false     whether items of the history may be answered
     "explain": false            adds to each item what the soft filters read  "with_text": false        adds each item's text
+Without a history and a query the k most clicked items of the training data are ranked, where it is there.
 The answer: {"items": [{"item_id", "score"}, …] best first, "scores": P("Yes") of each candidate in the order
 given (or of `items`), "model": what answered}
 """
@@ -151,6 +152,8 @@ class Recommender:
         k = _count(request, "k", DEFAULT_K, MAX_K, where)
         num_candidates = max(k, _count(request, "num_candidates", NUM_CANDIDATES, MAX_NUM_CANDIDATES, where))
         query = None if parsed.query is None else self.scorer.query_vectors([parsed.query])[0]
+        if not parsed.items and query is None and not isinstance(self.users, str):
+            return replace(parsed, candidates=self.users.popular(k).tolist())
         if not parsed.items and query is None:
             raise RequestError(
                 f"{where}: history is empty: there is nothing to recommend from. Give at least one item, or "

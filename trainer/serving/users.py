@@ -83,6 +83,14 @@ class Users:
         )
         return list(itertools.islice(clicked, count))
 
+    def popular(self, count: int) -> np.ndarray:
+        """Rows of the `count` items with the most clicks in all histories, the most clicked first."""
+        if not self._row_of:
+            self._read()
+        counts = np.bincount(self._items)
+        order = np.argsort(-counts, kind="stable")[:count]
+        return order[counts[order] > 0]
+
     def frequent_queries(self, count: int) -> list[str]:
         """The `count` most frequent queries of the training split, as a request's query; the most frequent
         first."""
