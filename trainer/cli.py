@@ -670,7 +670,7 @@ def answer_request(
 Host = Annotated[
     str, typer.Option(help="address to listen on; the default cannot be reached from other machines")
 ]
-Port = Annotated[int, typer.Option(help="port to listen on")]
+Port = Annotated[int, typer.Option(min=0, max=65535, help="port to listen on; 0 takes a free one")]
 
 
 @verb("gensr serve models:/gensr-demo@candidate --port 8000")
@@ -681,18 +681,21 @@ def serve(
     max_batch: Annotated[int, typer.Option(help="requests ranked together")] = 16,
     max_waiting: Annotated[int, typer.Option(help="requests in the queue; more are refused with 503")] = 256,
     timeout: Annotated[float, typer.Option(help="seconds until a request is answered with 504")] = 30.0,
+    expose_users: Annotated[
+        bool, typer.Option("--expose-users", help="show users' histories to other machines, too (see --host)")
+    ] = False,
+    docs: Annotated[bool, typer.Option("--docs", help="describe the service at /docs")] = False,
+    access_log: Annotated[
+        str, typer.Option(help="file that gets a JSON line for each request; - is stderr, '' none")
+    ] = "-",
     data: Prepared = "",
     uri: Registry = "",
 ) -> None:
     """Answer /recommend, /search and /score over HTTP, several requests at once; shows a page to look at,
     too."""
-    from trainer.registry.versions import open_model
-    from trainer.serving.app import Limits, run
-
-    limits = Limits(max_batch=max_batch, max_waiting=max_waiting, timeout_s=timeout)
-    recommender = open_model(model, uri, data, notify=note)
-    note(f"serving {model} at http://{host}:{port}/ (Ctrl-C ends it)")
-    run(recommender, host, port, limits)
+    limits = {"max_batch": max_batch, "max_waiting": max_waiting, "timeout_s": timeout}
+    options = {"host": host, "expose_users": expose_users, "docs": docs}
+    serve_model(model, port, data, uri, limits, options, access_log)
 
 
 @verb("gensr ui runs/demo")
@@ -705,12 +708,40 @@ def ui(
 ) -> None:
     """Look at a model: a user's two histories, a query, ranked items and the soft-filter weights that explain
     them."""
-    import threading
     import webbrowser
 
-    if browser:
-        threading.Timer(2.0, webbrowser.open, [f"http://127.0.0.1:{port}/"]).start()
-    serve(model, port=port, data=data, uri=uri)
+    serve_model(model, port, data, uri, open_page=webbrowser.open if browser else None)
+
+
+def serve_model(
+    model: str,
+    port: int,
+    data: str,
+    uri: str,
+    limits: dict[str, Any] | None = None,
+    options: dict[str, Any] | None = None,
+    access_log: str = "",
+    open_page: Callable[[str], Any] | None = None,
+) -> None:
+    """Bind first: a port in use is noticed before a model is loaded."""
+    from trainer.serving.server import bind
+
+    bound = bind((options or {}).get("host", "127.0.0.1"), port)
+    from trainer.registry.versions import open_model
+    from trainer.serving.app import Limits, Options, open_access_log, run
+
+    shown = Options(**(options or {}), access_log=open_access_log(access_log))
+    if shown.warning:
+        note(shown.warning)
+    recommender = open_model(model, uri, data, notify=note)
+    url = f"http://{f'[{shown.host}]' if ':' in shown.host else shown.host}:{bound.getsockname()[1]}/"
+
+    def is_up() -> None:
+        note(f"serving {model} at {url} (Ctrl-C ends it)")
+        if open_page is not None:
+            open_page(url)
+
+    run(recommender, bound, Limits(**(limits or {})), shown, is_up)
 
 
 # ---- measurements ------------------------------------------------------------------------------------------

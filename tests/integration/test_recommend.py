@@ -1,6 +1,7 @@
 """Answers from the whole catalogue: who is asked, what is found, what is left out, and what is refused."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,6 @@ def test_weights_explain_each_item(recommender: Recommender) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"history": []}, "history is empty: there is nothing to recommend from"),
         ({"k": 0}, "k must be between 1 and 1000, got 0"),
         ({"k": 2.5}, "k must be a whole number, got 2.5"),
         ({"k": True}, "k must be a whole number"),
@@ -132,6 +132,22 @@ def test_bad_requests_are_named(recommender: Recommender, change: dict[str, Any]
     with pytest.raises(RequestError, match=message) as caught:
         recommender.answer([good, {**good, **change}])
     assert "request 2" in str(caught.value)
+
+
+def test_without_a_history_the_most_clicked_items_are_answered(
+    recommender: Recommender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not isinstance(recommender.users, str)
+    clicks: Counter[str] = Counter()
+    for user_id in recommender.users.some(1000):
+        clicks.update(str(click["item_id"]) for click in recommender.history_of(user_id))
+    answer = recommender.recommend({"history": [], "task": "rec", "k": 5, "explain": True})
+    items = [str(item["item_id"]) for item in answer["items"]]
+    assert sorted(clicks[item] for item in items) == sorted(clicks.values())[-5:]
+    assert answer["scores"] == sorted(answer["scores"], reverse=True)
+    monkeypatch.setattr(recommender, "users", "the training data is not here")
+    with pytest.raises(RequestError, match="history is empty: there is nothing to recommend from"):
+        recommender.recommend({"history": [], "task": "rec"})
 
 
 def test_users_are_those_of_the_training_data(run_dir: Path, tmp_path: Path) -> None:

@@ -136,3 +136,27 @@ def test_bad_request_files_are_named(tmp_path: Path, text: str | None, message: 
         path.write_text(text)
     with pytest.raises(RequestError, match=message):
         [*range(count_requests(path)), *read_requests(path)]
+
+
+@pytest.mark.parametrize("line", ['{"a": ' + "[" * 100_000, '{"task": "src", "query": "\\ud800"}'])
+def test_odd_lines_are_named_without_a_traceback(recommender: Recommender, tmp_path: Path, line: str) -> None:
+    source = tmp_path / "requests.jsonl"
+    source.write_text(line + "\n")
+    with pytest.raises(RequestError, match=r"requests\.jsonl, (line 1: not valid JSON|rows 1 to 1: .*pair)"):
+        score_file(recommender, source, tmp_path / "out.jsonl")
+
+
+def test_a_column_that_the_answer_would_replace_is_named(recommender: Recommender, tmp_path: Path) -> None:
+    rows = [{**row, "scores": "mine"} for row in requests()[:2]]
+    source = parquet(tmp_path / "requests.parquet", rows)
+    with pytest.raises(RequestError, match="scores"):
+        score_file(recommender, source, tmp_path / "out.parquet")
+
+
+def test_a_parquet_file_that_is_cut_off_inside_is_named(recommender: Recommender, tmp_path: Path) -> None:
+    source = parquet(tmp_path / "requests.parquet", requests())
+    data = bytearray(source.read_bytes())
+    data[4:400] = b"\0" * 396
+    source.write_bytes(bytes(data))
+    with pytest.raises(RequestError, match=r"requests\.parquet: cannot be read"):
+        score_file(recommender, source, tmp_path / "out.parquet")

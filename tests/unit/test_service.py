@@ -1,52 +1,38 @@
 """The web application around a model: statuses, limits, batches. The model is a stand-in;
-tests/integration/test_service.py has a real one."""
+tests/integration/test_page.py and test_registry_to_user.py have a real one, and
+tests/integration/test_slow_clients.py a real server."""
 
-import threading
+import contextlib
+import io
+import json
+import os
+import re
+import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
+from typer.testing import CliRunner
 
-from trainer.errors import RequestError
-from trainer.serving.app import Limits, make_app
+from tests.stand_in import StandIn
+from trainer.cli import app as cli
+from trainer.errors import EnvironmentProblem
+from trainer.serving.app import USERS_OFF, Limits, Options, make_app, open_access_log
+from trainer.serving.metrics import Metrics
+from trainer.serving.payloads import Answer
+from trainer.serving.server import bind, connection_budget
+
+URL = "http://127.0.0.1"
 
 
-class StandIn:
-    """Answers a request with its own k; "slow" waits for `release`, "bad" is refused, "broken" is a bug."""
+class Queries:
+    """Of trainer/serving/users.py, what the service asks for."""
 
-    num_items, query_mode = 3, "natural"
-
-    def __init__(self) -> None:
-        self.facts = {"name": "stand-in", "version": "1"}
-        self.batches: list[int] = []
-        self.release = threading.Event()
-
-    def answer(self, requests: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        self.batches.append(len(requests))
-        queries = [request.get("query") for request in requests]
-        if "slow" in queries:
-            self.release.wait(10)
-        if "broken" in queries:
-            raise KeyError("/etc/secret")
-        if "bad" in queries:
-            raise RequestError("the request: no such thing")
-        return [
-            {
-                "items": [{"item_id": "i1", "score": request.get("k") or 0}],
-                "scores": [0.5],
-                "model": self.facts,
-            }
-            for request in requests
-        ]
-
-    def some_users(self, count: int) -> dict[str, Any]:
-        return {"users": [], "reason": "none"}
-
-    def history_of(self, user_id: str) -> list[dict[str, Any]]:
-        raise RequestError(f"no user {user_id!r}")
+    def frequent_queries(self, count: int) -> list[str]:
+        return ["red lamp"]
 
 
 @pytest.fixture
@@ -57,7 +43,7 @@ def stand_in() -> StandIn:
 @pytest.fixture
 def client(stand_in: StandIn) -> Iterator[TestClient]:
     app = make_app(stand_in, Limits(max_body_bytes=2000, max_batch=4, max_waiting=8, timeout_s=5.0))  # type: ignore[arg-type]
-    with TestClient(app, raise_server_exceptions=False) as client:
+    with TestClient(app, URL, raise_server_exceptions=False) as client:
         yield client
         stand_in.release.set()
 
@@ -71,7 +57,7 @@ def wait_for(condition: Any) -> None:
 
 def test_answers_health_and_the_page(client: TestClient) -> None:
     assert client.post("/recommend", json={"user_id": 3, "k": 7}).json()["items"] == [
-        {"item_id": "i1", "score": 7}
+        {"item_id": "i1", "score": 7, "text": "a lamp"}
     ]
     assert client.post("/search", json={"query": "lamp"}).status_code == 200
     assert client.post("/score", json={"task": "rec", "candidates": [1]}).status_code == 200
@@ -112,6 +98,53 @@ def test_no_json_is_400(client: TestClient) -> None:
     assert "JSON decode error" in answer.json()["error"]
 
 
+@pytest.mark.parametrize("declared", ["text/plain", "application/x-www-form-urlencoded", "", None])
+def test_a_body_that_is_not_declared_as_json_is_415(client: TestClient, declared: str | None) -> None:
+    headers = {} if declared is None else {"Content-Type": declared}
+    answer = client.post("/recommend", content=b"{}", headers=headers)
+    assert (answer.status_code, "Content-Type: application/json" in answer.json()["error"]) == (415, True)
+    declared = "Application/JSON; charset=utf-8"
+    assert client.post("/recommend", content=b"{}", headers={"Content-Type": declared}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"[" * 1900,
+        b'{"query": ' + b"[" * 900 + b"]" * 900 + b"}",
+        b'{"k": NaN}',
+        b'{"query": "\\ud800"}',
+        b'{"\\ud800": 1}',
+        b'{"user_id": "\\udfff\\udfff"}',
+        b'{"query": {"a": []}}',
+        b'{"history": [{"item_id": [1], "task": ["rec"]}]}',
+        b'{"history": {"item_id": 1}}',
+        b'{"candidates": [[1]]}',
+        b"\xff\xfe\x00",
+        b"null",
+        b"",
+    ],
+)
+def test_odd_json_is_400_with_a_reason(client: TestClient, body: bytes, capsys: Any) -> None:
+    answer = client.post("/search", content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [RecursionError, MemoryError])
+def test_a_body_that_exhausts_the_parser_is_400(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    def exhausted(text: bytes) -> Any:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr("starlette.requests.json.loads", exhausted)
+        answer = client.post("/search", content=b"{}", headers={"Content-Type": "application/json"})
+    assert answer.status_code == 400
+
+
 def test_an_unknown_user_is_400_and_an_unknown_page_404(client: TestClient) -> None:
     assert client.get("/users/nobody/history").json() == {"error": "no user 'nobody'"}
     for path in ("/nothing", "/../app.py", "/%2e%2e/app.py", "/..%2fapp.py"):
@@ -139,9 +172,140 @@ def test_a_large_body_is_413_whatever_its_header_says(client: TestClient) -> Non
     assert (answer.status_code, answer.json()["error"]) == (413, "the request is larger than 2,000 bytes")
 
 
-def test_other_host_names_are_refused_on_loopback(client: TestClient) -> None:
-    assert client.get("/model", headers={"Host": "evil.example"}).status_code == 400
-    assert client.get("/model", headers={"Host": "localhost:8000"}).status_code == 200
+def test_other_host_names_are_refused_on_loopback(client: TestClient, stand_in: StandIn) -> None:
+    for host in ("evil.example", "testserver", "localhost.evil.example", "", "[::2]"):
+        answer = client.get("/model", headers={"Host": host})
+        assert (answer.status_code, "host name" in answer.json()["error"]) == (400, True), host
+    for host in ("localhost:8000", "LOCALHOST", "127.0.0.1", "[::1]:8000"):
+        assert client.get("/model", headers={"Host": host}).status_code == 200, host
+    with TestClient(make_app(stand_in, options=Options(host="0.0.0.0")), URL) as client:  # type: ignore[arg-type]
+        assert client.get("/model", headers={"Host": "gensr.example"}).status_code == 200
+
+
+def test_users_are_shown_on_loopback_only_unless_they_are_exposed(stand_in: StandIn) -> None:
+    shown = ({"users": ["u1"], "reason": ""}, 200, ["red lamp"], 200)
+    hidden: tuple[Any, ...] = ({"users": [], "reason": USERS_OFF}, 403, [], 403)
+    for options, expected in (
+        (Options(), shown),
+        (Options(host="::1"), shown),
+        (Options(host="0.0.0.0", expose_users=True), shown),
+        (Options(host="0.0.0.0"), hidden),
+        (Options(host="gensr.example"), hidden),
+        (Options(host="::"), hidden),
+    ):
+        stand_in.users = Queries()
+        with TestClient(make_app(stand_in, options=options), URL) as client:  # type: ignore[arg-type]
+            answers = (
+                client.get("/users").json(),
+                client.get("/users/u1/history").status_code,
+                client.get("/queries").json()["queries"],
+                client.post("/recommend", json={"user_id": "u1", "explain": True}).status_code,
+            )
+            assert answers == expected, options
+            assert client.post("/recommend", json={"user_id": "u1"}).status_code == 200
+            assert client.post("/recommend", json={"history": [], "explain": True}).status_code == 200
+    assert Options().warning == ""
+    assert "are off" in Options(host="0.0.0.0").warning
+    assert "everyone there can read" in Options(host="0.0.0.0", expose_users=True).warning
+
+
+def test_no_folder_of_this_machine_is_shown(stand_in: StandIn) -> None:
+    stand_in.facts = {"run": "/home/ann/runs/one", "manifest_hash": "12"}
+    with TestClient(make_app(stand_in), URL) as client:  # type: ignore[arg-type]
+        texts = [
+            client.get("/model").text,
+            client.get("/metrics").text,
+            client.post("/recommend", json={}).text,
+        ]
+    assert all("ann" not in text and "one" in text for text in texts), texts
+
+
+def test_answers_fit_their_models_and_docs_are_shown_when_asked_for(
+    client: TestClient, stand_in: StandIn
+) -> None:
+    Answer.model_validate(client.post("/recommend", json={}).json())
+    assert {client.get(path).status_code for path in ("/docs", "/openapi.json", "/redoc")} == {404}
+    with TestClient(make_app(stand_in, options=Options(docs=True)), URL) as client:  # type: ignore[arg-type]
+        document = client.get("/openapi.json").json()
+        page = client.get("/docs").text
+    schemas = document["components"]["schemas"]
+    assert {"Ask", "AskScores", "Answer", "Error", "Facts", "KnownUsers", "History"} <= set(schemas)
+    for text in (*document["paths"], "The best items of the whole catalogue", 'href="#Answer"'):
+        assert text in page
+
+
+def test_metrics_and_the_access_log(stand_in: StandIn) -> None:
+    log = io.StringIO()
+    options = Options(access_log=log)
+    with TestClient(make_app(stand_in, options=options), URL) as client:  # type: ignore[arg-type]
+        client.post("/search", json={"query": "a", "user_id": "ann"})
+        client.post("/search", json={"query": "bad", "user_id": "ann"})
+        client.get("/users/ann/history")
+        client.get("/ann.html")
+        metrics = client.get("/metrics")
+    assert metrics.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+    lines = metrics.text.splitlines()
+    for line in (
+        'gensr_requests_total{path="/search",status="200"} 1',
+        'gensr_requests_total{path="/search",status="400"} 1',
+        'gensr_requests_total{path="/users/{user_id}/history",status="200"} 1',
+        'gensr_request_seconds_bucket{path="/search",le="+Inf"} 2',
+        'gensr_request_seconds_count{path="/search"} 2',
+        "gensr_queue_length 0",
+        'gensr_batch_size_bucket{le="1"} 2',
+        "gensr_batch_size_count 2",
+        'gensr_model_info{name="stand-in",version="1"} 1',
+    ):
+        assert line in lines, metrics.text
+    samples = re.compile(r'[a-z_]+(\{([a-z_]+="[^"]*",?)+\})? [0-9.]+')
+    assert all(line.startswith(("# HELP ", "# TYPE ")) or samples.fullmatch(line) for line in lines)
+    records = [json.loads(line) for line in log.getvalue().splitlines()]
+    assert [(record["method"], record["path"], record["status"]) for record in records] == [
+        ("POST", "/search", 200),
+        ("POST", "/search", 400),
+        ("GET", "/users/{user_id}/history", 200),
+        ("GET", "other", 404),
+        ("GET", "/metrics", 200),
+    ]
+    assert records[0].keys() == {"time", "method", "path", "status", "ms", "request_bytes", "response_bytes"}
+    assert records[0]["request_bytes"] == len('{"query":"a","user_id":"ann"}')
+    assert "ann" not in log.getvalue() + metrics.text
+
+
+def test_a_log_that_cannot_be_written_costs_no_answer(stand_in: StandIn) -> None:
+    with open("/dev/full", "w") as full:
+        options = Options(access_log=full)
+        with TestClient(make_app(stand_in, options=options), URL) as client:  # type: ignore[arg-type]
+            assert [client.get("/health").status_code for _ in range(3)] == [200] * 3
+        with contextlib.suppress(OSError):
+            full.close()
+
+
+def test_a_label_of_prometheus_is_escaped() -> None:
+    assert 'name="a\\\\b\\"c\\nd"' in Metrics({"name": 'a\\b"c\nd'}).text(0)
+
+
+def test_a_port_in_use_is_told_before_a_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.registry.versions.open_model", lambda *_, **__: pytest.fail("loaded"))
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        for arguments in (["serve", "runs/one", "--port", port], ["ui", "runs/one", "--port", port]):
+            result = CliRunner().invoke(cli, arguments)
+            assert isinstance(result.exception, EnvironmentProblem), result.output
+            assert f"port {port}: Address already in use" in str(result.exception)
+    with pytest.raises(EnvironmentProblem, match="no such address"):
+        bind("no.such.host.invalid", 0)
+    with pytest.raises(EnvironmentProblem, match="--access-log"):
+        open_access_log("/nowhere/at/all.log")
+
+
+def test_few_files_are_few_connections(monkeypatch: pytest.MonkeyPatch) -> None:
+    open_now = len(os.listdir("/proc/self/fd"))
+    for allowed, (least, most) in ((128, (4, 100)), (open_now, (1, 4)), (10**6, (512, 512))):
+        monkeypatch.setattr("resource.getrlimit", lambda _, allowed=allowed: (allowed, allowed))
+        connections, backlog = connection_budget(512)
+        assert least <= connections <= most and backlog >= 1
+        assert connections + backlog <= max(allowed - open_now, 4)
 
 
 def test_what_arrives_meanwhile_is_one_batch_and_a_bad_one_fails_alone(
@@ -182,7 +346,7 @@ def test_a_full_queue_is_503_and_readiness_says_so(client: TestClient, stand_in:
 
 
 def test_an_answer_that_takes_too_long_is_504_and_the_next_one_is_served(stand_in: StandIn) -> None:
-    with TestClient(make_app(stand_in, Limits(timeout_s=0.2))) as client:  # type: ignore[arg-type]
+    with TestClient(make_app(stand_in, Limits(timeout_s=0.2)), URL) as client:  # type: ignore[arg-type]
         assert client.post("/search", json={"query": "slow"}).status_code == 504
         stand_in.release.set()
         assert client.post("/search", json={"query": "a"}).status_code == 200

@@ -1,50 +1,68 @@
 """The web application: JSON questions about items, answered by a Recommender. `gensr serve MODEL` runs it,
 `gensr ui MODEL` opens its page.
 
-    POST /recommend  /search  /score     a request (Ask below) → {"items": [{"item_id", "score", …}],
-                                         "scores": […], "model": {…}}
-    GET  /health                         200 while the process lives
-    GET  /ready                          200 while it can take requests, else 503
-    GET  /model                          what answers, and its limits
+    POST /recommend  /search  /score     Ask → Answer (payloads.py)
+    GET  /health  /ready  /model         the process lives; it takes requests (200 or 503); what answers
     GET  /users  /users/ID/history       whose histories are known (a prepared folder is there)
+    GET  /queries                        examples of queries, from the same folder
+    GET  /metrics                        for Prometheus (metrics.py)
+    GET  /docs  /openapi.json            with --docs
     GET  /                               the page
 
-Errors are {"error": reason}: 400 a request that cannot be answered, 413 a body that is too large, 503 too
-many are waiting, 504 it took too long, and 500 with nothing but a number that the log repeats.
+Errors are {"error": reason}: 400 a request that cannot be answered, 403 users that are not shown here, 413 a
+body that is too large, 415 a body that is not JSON, 503 too many are waiting or the service is about to end,
+504 it took too long, and 500 with nothing but a number that the log repeats. No answer names a folder of this
+machine.
 """
 
 import asyncio
-import logging
-import secrets
-from collections.abc import AsyncIterator
+import ipaddress
+import socket
+import sys
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, TextIO
 
-from fastapi import FastAPI, HTTPException, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi.responses import HTMLResponse, JSONResponse
 from fastapi.staticfiles import StaticFiles
-from pydantic import BaseModel, ConfigDict, Field
-from starlette.exceptions import HTTPException as StarletteHTTPException
-from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Receive
 
-from trainer.errors import RequestError
-from trainer.serving.batching import Batcher, Overloaded
-from trainer.serving.recommend import Recommender
+from trainer.errors import EnvironmentProblem
+from trainer.serving.api_docs import docs_page
+from trainer.serving.batching import Batcher
+from trainer.serving.metrics import CONTENT_TYPE, Metrics
+from trainer.serving.middleware import (
+    CatchAll,
+    ClientLeft,
+    JsonOnly,
+    KnownHosts,
+    Observe,
+    SizeLimit,
+    add_error_handlers,
+)
+from trainer.serving.payloads import (
+    MAX_CANDIDATES,
+    Answer,
+    Ask,
+    AskScores,
+    Error,
+    ExampleQueries,
+    Facts,
+    Health,
+    History,
+    KnownUsers,
+    Ready,
+)
+from trainer.serving.recommend import DEFAULT_K, NUM_CANDIDATES, Recommender
+from trainer.serving.server import ConnectionLimits, serve
 
 PAGE = Path(__file__).parent / "page"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-MAX_HISTORY, MAX_CANDIDATES, MAX_QUERY_WORDS, MAX_QUERY_CHARS, MAX_ID_CHARS = 2000, 2000, 256, 2000, 256
-SAMPLE_USERS = 200
-HEADERS = {
-    "Content-Security-Policy": "default-src 'self'; frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-}
-log = logging.getLogger("gensr.service")
+SAMPLE_USERS, SAMPLE_QUERIES = 200, 20
+USERS_OFF = "histories of users are not shown here (gensr serve --expose-users)"
 
 
 @dataclass(frozen=True)
@@ -53,51 +71,69 @@ class Limits:
 
     max_body_bytes: int = 1 << 20
     max_batch: int = 16  # requests ranked together
+    max_batch_candidates: int = (
+        4096  # that these hold together: under a second for the demo's model on 2 cores
+    )
     max_waiting: int = 256  # requests in the queue; more are refused with 503
     timeout_s: float = 30.0  # from arrival to answer; longer is 504
 
 
-ItemId = int | Annotated[str, Field(max_length=MAX_ID_CHARS)]
+@dataclass(frozen=True)
+class Options:
+    """What one service shows. host: the address it listens on; on loopback, requests for other host names are
+    refused, and users' histories are shown."""
+
+    host: str = "127.0.0.1"
+    expose_users: bool = False  # to other machines, too
+    docs: bool = False
+    access_log: TextIO | None = None
+
+    @property
+    def shows_users(self) -> bool:
+        return self.expose_users or is_loopback(self.host)
+
+    @property
+    def warning(self) -> str:
+        """What whoever starts it should know about the address; empty on loopback."""
+        if is_loopback(self.host):
+            return ""
+        return f"--host {self.host} can be reached from other machines: " + (
+            "everyone there can read the histories of all users (--expose-users)"
+            if self.expose_users
+            else "/users, histories and example queries are off (--expose-users shows them)"
+        )
 
 
-class Click(BaseModel):
-    """One entry of a history."""
-
-    model_config = ConfigDict(extra="forbid")
-    item_id: ItemId
-    task: Literal["rec", "src"] = "rec"
-
-
-class Ask(BaseModel):
-    """A request. trainer/serving/recommend.py has the meaning of each field."""
-
-    model_config = ConfigDict(extra="forbid")
-    user_id: ItemId | None = None
-    history: Annotated[list[Click], Field(max_length=MAX_HISTORY)] | None = None
-    query: (
-        Annotated[str, Field(max_length=MAX_QUERY_CHARS)]
-        | Annotated[list[int], Field(max_length=MAX_QUERY_WORDS)]
-        | None
-    ) = None
-    candidates: Annotated[list[ItemId], Field(max_length=MAX_CANDIDATES)] | None = None
-    k: int | None = None
-    num_candidates: int | None = None
-    include_seen: bool = False
-    explain: bool = False
-    with_text: bool = False
+def open_access_log(name: str) -> TextIO | None:
+    """ "-" is stderr, "" none, else a file to append to. Raises EnvironmentProblem."""
+    if name in ("", "-"):
+        return sys.stderr if name else None
+    try:
+        return open(name, "a", encoding="utf-8")
+    except OSError as error:
+        raise EnvironmentProblem(f"--access-log {name}: cannot be written: {error.strerror}") from error
 
 
-class AskScores(Ask):
-    """A request for the scores of given candidates."""
+def is_loopback(host: str) -> bool:
+    """Whether an address can only be reached from this machine."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
-    task: Literal["rec", "src"]
-    candidates: Annotated[list[ItemId], Field(min_length=1, max_length=MAX_CANDIDATES)]
 
-
-def make_app(recommender: Recommender, limits: Limits = Limits(), host: str = "127.0.0.1") -> FastAPI:
-    """The application around one model. `host`: the address it will listen on; on loopback, requests for
-    other host names are refused."""
-    batcher = Batcher(recommender.answer, limits.max_batch, limits.max_waiting)
+def make_app(recommender: Recommender, limits: Limits = Limits(), options: Options = Options()) -> FastAPI:
+    """The application around one model; `app.state` holds its `batcher` and its `metrics`."""
+    facts = public(recommender.facts)
+    metrics = Metrics(facts)
+    batcher = Batcher(
+        recommender.answer,
+        limits.max_batch,
+        limits.max_waiting,
+        limits.max_batch_candidates,
+        num_candidates,
+        metrics.batch,
+    )
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -105,137 +141,167 @@ def make_app(recommender: Recommender, limits: Limits = Limits(), host: str = "1
         yield
         await batcher.stop()
 
-    app = FastAPI(title="gensr", lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.add_middleware(_SizeLimit, max_bytes=limits.max_body_bytes)
-    if host in LOOPBACK:  # a page elsewhere may not reach it through a name of its own (DNS rebinding)
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, "[::1]", "testserver"])
-    _add_error_handlers(app)
-
-    async def reply(task: str, ask: Ask) -> dict[str, Any]:
-        return await asyncio.wait_for(
-            batcher.answer({"task": task, **ask.model_dump(exclude_none=True)}), limits.timeout_s
-        )
-
-    @app.post("/recommend")
-    async def recommend(ask: Ask) -> dict[str, Any]:
-        return await reply("rec", ask)
-
-    @app.post("/search")
-    async def search(ask: Ask) -> dict[str, Any]:
-        return await reply("src", ask)
-
-    @app.post("/score")
-    async def score(ask: AskScores) -> dict[str, Any]:
-        return await reply(ask.task, ask)
-
-    @app.get("/health")
-    async def health() -> dict[str, str]:
-        return {"status": "ok"}
-
-    @app.get("/ready")
-    async def ready() -> JSONResponse:
-        can = batcher.is_running and batcher.num_waiting < limits.max_waiting
-        return JSONResponse({"ready": can, "waiting": batcher.num_waiting}, 200 if can else 503)
-
-    @app.get("/model")
-    async def model() -> dict[str, Any]:
-        return {
-            "model": recommender.facts,
-            "num_items": recommender.num_items,
-            "queries": recommender.query_mode,
-            "limits": asdict(limits),
-        }
-
-    @app.get("/users")
-    def users() -> dict[str, Any]:
-        return recommender.some_users(SAMPLE_USERS)
-
-    @app.get("/users/{user_id}/history")
-    def history(user_id: str) -> dict[str, Any]:
-        return {"user_id": user_id, "history": recommender.history_of(user_id)}
-
+    app = FastAPI(title="gensr", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app.state.batcher, app.state.metrics = batcher, metrics
+    app.add_middleware(SizeLimit, max_bytes=limits.max_body_bytes)  # innermost first
+    app.add_middleware(JsonOnly)
+    if is_loopback(options.host):
+        app.add_middleware(KnownHosts, hosts={*LOOPBACK, options.host})
+    app.add_middleware(CatchAll)
+    app.add_middleware(Observe, metrics=metrics, access_log=options.access_log)
+    add_error_handlers(app)
+    _add_questions(app, batcher, facts, limits, options)
+    _add_state(app, recommender, facts, limits)
+    _add_examples(app, recommender, options)
+    if options.docs:
+        _add_docs(app)
     app.mount("/", StaticFiles(directory=PAGE, html=True))
     return app
 
 
-def run(recommender: Recommender, host: str, port: int, limits: Limits = Limits()) -> None:
-    """Serve until a signal; requests in work are finished."""
-    import uvicorn
-
-    uvicorn.run(
-        make_app(recommender, limits, host),
-        host=host,
-        port=port,
-        log_level="warning",
-        server_header=False,
-        timeout_graceful_shutdown=10,
-    )
-
-
-# ---- errors and limits -------------------------------------------------------------------------------------
+def run(
+    recommender: Recommender,
+    bound: socket.socket,
+    limits: Limits = Limits(),
+    options: Options = Options(),
+    on_ready: Callable[[], None] = lambda: None,
+    connections: ConnectionLimits | None = None,
+) -> None:
+    """Serve on a socket of bind() until a signal; what was taken is answered."""
+    app = make_app(recommender, limits, options)
+    batcher, metrics = app.state.batcher, app.state.metrics
+    serve(app, bound, batcher, connections or ConnectionLimits(), limits.timeout_s, metrics.closed, on_ready)
 
 
-def _add_error_handlers(app: FastAPI) -> None:
-    def fail(status: int, reason: str, headers: dict[str, str] | None = None) -> JSONResponse:
-        return JSONResponse({"error": reason}, status, {**HEADERS, **(headers or {})})
-
-    @app.exception_handler(RequestError)
-    async def bad_request(request: Request, error: RequestError) -> JSONResponse:
-        return fail(400, str(error))
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        return fail(400, "; ".join(dict.fromkeys(_problem(problem) for problem in error.errors()[:5])))
-
-    @app.exception_handler(StarletteHTTPException)
-    async def http(request: Request, error: StarletteHTTPException) -> JSONResponse:
-        return fail(error.status_code, str(error.detail))
-
-    @app.exception_handler(Overloaded)
-    async def overloaded(request: Request, error: Overloaded) -> JSONResponse:
-        return fail(503, "too many requests are waiting; try again", {"Retry-After": "1"})
-
-    @app.exception_handler(asyncio.TimeoutError)  # TimeoutError itself from Python 3.11 on
-    async def too_slow(request: Request, error: asyncio.TimeoutError) -> JSONResponse:
-        return fail(504, "the answer took too long; ask for fewer candidates, or try again")
-
-    @app.middleware("http")
-    async def unexpected(request: Request, call_next: Any) -> Any:
-        try:
-            response = await call_next(request)
-        except Exception:
-            number = secrets.token_hex(4)
-            log.exception("error %s in %s %s", number, request.method, request.url.path)
-            return fail(500, f"internal error {number}; the service's log has the details")
-        response.headers.update(HEADERS)
-        return response
+def public(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What clients read of the model: a run folder by its name, not by its place."""
+    return {name: Path(value).name if name == "run" else value for name, value in facts.items()}
 
 
-def _problem(problem: Any) -> str:
-    """`history.0.item_id: Field required`, without the names of the types that were tried."""
-    place = ".".join(
-        str(part)
-        for part in problem["loc"][1:]
-        if not (isinstance(part, str) and ("[" in part or part in ("int", "str")))
-    )
-    return f"{place or 'the request'}: {problem['msg']}"
+def num_candidates(request: Mapping[str, Any]) -> int:
+    """How many candidates the model ranks for a request; the Recommender refuses more than MAX_CANDIDATES."""
+    given = request.get("candidates")
+    found = max(request.get("k", DEFAULT_K), request.get("num_candidates", NUM_CANDIDATES))
+    return min(len(given) if given else found, MAX_CANDIDATES)
 
 
-class _SizeLimit:
-    """Stops reading a body beyond the limit, whatever its Content-Length says."""
+# ---- routes ------------------------------------------------------------------------------------------------
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
-        self.app, self.max_bytes = app, max_bytes
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        seen = 0
+def _add_questions(
+    app: FastAPI, batcher: Batcher, facts: dict[str, Any], limits: Limits, options: Options
+) -> None:
+    # the model is documented, not applied: large answers need not be checked twice
+    described: dict[int | str, dict[str, Any]] = {
+        200: {"model": Answer},
+        **{status: {"model": Error} for status in (400, 403, 413, 415, 503, 504)},
+    }
 
-        async def counted() -> Message:
-            nonlocal seen
-            message = await receive()
-            seen += len(message.get("body", b""))
-            if seen > self.max_bytes:
-                raise HTTPException(413, f"the request is larger than {self.max_bytes:,} bytes")
-            return message
+    async def reply(task: str, ask: Ask, request: Request) -> JSONResponse:
+        if ask.explain and ask.user_id is not None and ask.history is None and not options.shows_users:
+            raise HTTPException(403, f"explain names what the user clicked: {USERS_OFF}")
+        work = batcher.answer({"task": task, **ask.model_dump(exclude_none=True)})
+        answer = await while_connected(work, request.receive, limits.timeout_s)
+        return JSONResponse({**answer, "model": facts})
 
-        await self.app(scope, counted, send)
+    @app.post("/recommend", responses=described)
+    async def recommend(ask: Ask, request: Request) -> Response:
+        """The best items of the whole catalogue for a history, or scores of the given candidates."""
+        return await reply("rec", ask, request)
+
+    @app.post("/search", responses=described)
+    async def search(ask: Ask, request: Request) -> Response:
+        """The same for a query, and for a history if one is given."""
+        return await reply("src", ask, request)
+
+    @app.post("/score", responses=described)
+    async def score(ask: AskScores, request: Request) -> Response:
+        """Scores of given candidates, in the order given."""
+        return await reply(ask.task, ask, request)
+
+
+async def while_connected(
+    work: Coroutine[Any, Any, dict[str, Any]], receive: Receive, timeout_s: float
+) -> dict[str, Any]:
+    """The result of `work`, which is cancelled when the client leaves (ClientLeft) or when it takes longer
+    than timeout_s (TimeoutError). The request's body has been read."""
+
+    async def until_left() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    answer, left = asyncio.ensure_future(work), asyncio.ensure_future(until_left())
+    try:
+        await asyncio.wait({answer, left}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        if answer.done():
+            return answer.result()
+        raise ClientLeft if left.done() else asyncio.TimeoutError
+    finally:
+        answer.cancel()
+        left.cancel()
+
+
+def _add_state(app: FastAPI, recommender: Recommender, facts: dict[str, Any], limits: Limits) -> None:
+    batcher: Batcher = app.state.batcher
+    metrics: Metrics = app.state.metrics
+
+    @app.get("/health")
+    async def health() -> Health:
+        """200 while the process lives."""
+        return Health()
+
+    @app.get("/ready", responses={200: {"model": Ready}, 503: {"model": Ready}})
+    async def ready() -> Response:
+        """200 while requests are taken, else 503."""
+        can = batcher.is_ready
+        return JSONResponse({"ready": can, "waiting": batcher.num_waiting}, 200 if can else 503)
+
+    @app.get("/model")
+    async def model() -> Facts:
+        """What answers, and its limits."""
+        return Facts(
+            model=facts,
+            num_items=recommender.num_items,
+            queries=recommender.query_mode,
+            limits=asdict(limits),
+        )
+
+    @app.get("/metrics", response_class=Response)
+    async def metrics_text() -> Response:
+        """Counters in the text format of Prometheus."""
+        return Response(metrics.text(batcher.num_waiting), media_type=CONTENT_TYPE)
+
+
+def _add_examples(app: FastAPI, recommender: Recommender, options: Options) -> None:
+    @app.get("/users")
+    def users() -> KnownUsers:
+        """Some users whose histories are known."""
+        if not options.shows_users:
+            return KnownUsers(users=[], reason=USERS_OFF)
+        return KnownUsers(**recommender.some_users(SAMPLE_USERS))
+
+    @app.get("/users/{user_id}/history", responses={400: {"model": Error}, 403: {"model": Error}})
+    def history(user_id: str) -> History:
+        """A user's clicks, oldest first."""
+        if not options.shows_users:
+            raise HTTPException(403, USERS_OFF)
+        return History(user_id=user_id, history=recommender.history_of(user_id))
+
+    @app.get("/queries")
+    def queries() -> ExampleQueries:
+        """Some queries that users wrote."""
+        if not options.shows_users:
+            return ExampleQueries(queries=[], reason=USERS_OFF)
+        if isinstance(recommender.users, str):
+            return ExampleQueries(queries=[], reason=recommender.users)
+        return ExampleQueries(queries=recommender.users.frequent_queries(SAMPLE_QUERIES), reason="")
+
+
+def _add_docs(app: FastAPI) -> None:
+    @app.get("/openapi.json", include_in_schema=False)
+    async def openapi() -> dict[str, Any]:
+        return app.openapi()
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> HTMLResponse:
+        return HTMLResponse(docs_page(app.openapi()))

@@ -10,6 +10,7 @@ A request as in serving/requests.py, with these differences:
     "include_seen": false       whether items of the history may be answered
     "explain": false            adds to each item how much each history item counts (models that can say)
     "with_text": false          adds each item's text
+Without a history and a query the k most clicked items of the training data are ranked, where it is there.
 The answer: {"items": [{"item_id", "score"}, …] best first, "scores": the probability of each candidate in the
 order given (or of `items`), "model": what answered}
 """
@@ -144,6 +145,8 @@ class Recommender:
         """The request with candidates from the whole catalogue."""
         k = _count(request, "k", DEFAULT_K, MAX_K, where)
         wanted = max(k, _count(request, "num_candidates", NUM_CANDIDATES, MAX_NUM_CANDIDATES, where))
+        if not parsed.items and parsed.query is None and not isinstance(self.users, str):
+            return replace(parsed, candidates=self.users.popular(k).tolist())
         seen = [] if _flag(request, "include_seen", where) else parsed.items
         return replace(parsed, candidates=self.candidates(parsed, wanted, seen, where).tolist())
 
@@ -262,8 +265,7 @@ def _count(request: Mapping[str, Any], name: str, default: int, largest: int, wh
     if (
         isinstance(value, bool)
         or not isinstance(value, int | float | np.integer)
-        or not math.isfinite(value)
-        or value != int(value)
+        or (isinstance(value, float) and (not math.isfinite(value) or value != int(value)))
     ):
         raise RequestError(f"{where}: {name} must be a whole number, got {value!r}")
     if not 1 <= value <= largest:

@@ -86,11 +86,9 @@ class RequestReader:
             query = " ".join(str(word) for word in query)
         if not isinstance(query, str):
             raise RequestError(f"{where}: query must be text or a list of word numbers, got {query!r}")
-        try:
-            query.encode("utf-8")
-        except UnicodeEncodeError:
-            raise RequestError(f"{where}: query is not valid text (half of a surrogate pair)") from None
-        if self._query_mode == "words" and not all(word.isdigit() for word in query.split()):
+        if any("\ud800" <= letter <= "\udfff" for letter in query):  # no tokenizer takes one
+            raise RequestError(f"{where}: query holds half of a surrogate pair, which is not text: {query!r}")
+        if self._query_mode == "words" and not all(_is_word_number(word) for word in query.split()):
             raise RequestError(
                 f"{where}: this model reads queries of anonymised words: a list of word numbers, got "
                 f"{query!r}"
@@ -107,8 +105,13 @@ class RequestReader:
         return [self._row_of[str(item_id)] for item_id in item_ids]
 
 
+def _is_word_number(word: str) -> bool:
+    """Digits that int64 holds: Python also counts ² and ٣ among them."""
+    return word.isascii() and word.isdigit() and len(word) < 19
+
+
 def _task(task: Any, where: str) -> int:
-    if task not in TASKS:
+    if not isinstance(task, str) or task not in TASKS:
         raise RequestError(f"{where}: task must be 'rec' or 'src', got {task!r}")
     return TASKS.index(task)
 

@@ -56,6 +56,8 @@ def score_file(
             f".jsonl{' or .parquet' if requests.suffix == '.parquet' else ''}"
         )
     first, last = part_of(count_requests(requests), part)
+    if out.suffix == ".parquet":
+        _check_columns(requests)
     rows = itertools.islice(read_requests(requests), first, last)
     answered = _answered(recommender, rows, requests, first, last, keep_going, progress)
     with atomic(out) as temporary:
@@ -66,6 +68,15 @@ def score_file(
                 for _, answers in answered:
                     file.writelines(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
     return last - first
+
+
+def _check_columns(requests: Path) -> None:
+    taken = [name for name in RESULTS.names if name in pq.read_schema(requests).names]
+    if taken:
+        raise RequestError(
+            f"{requests}: its columns {', '.join(taken)} are those of the answers: rename them, or write "
+            ".jsonl"
+        )
 
 
 def part_of(count: int, part: tuple[int, int]) -> tuple[int, int]:
@@ -87,13 +98,14 @@ def count_requests(path: Path) -> int:
 def read_requests(path: Path) -> Iterator[dict[str, Any]]:
     """The requests of a file, in order. Raises RequestError naming the line of a bad one."""
     if path.suffix == ".parquet":
-        for batch in _parquet(path).iter_batches(CHUNK):
+        batches = _parquet(path).iter_batches(CHUNK)
+        while (batch := _next_batch(path, batches)) is not None:
             yield from batch.to_pylist()
         return
     for number, line in _lines(path):
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError, MemoryError) as error:
             raise RequestError(f"{path}, line {number}: not valid JSON: {error}") from error
         if not isinstance(record, dict):
             raise RequestError(
@@ -114,6 +126,13 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 def _parquet(path: Path) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(path)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise RequestError(f"{path}: cannot be read: {error}") from error
+
+
+def _next_batch(path: Path, batches: Iterator[pa.RecordBatch]) -> pa.RecordBatch | None:
+    try:
+        return next(batches, None)
     except (OSError, pa.ArrowInvalid) as error:
         raise RequestError(f"{path}: cannot be read: {error}") from error
 

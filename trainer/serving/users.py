@@ -15,6 +15,8 @@ from data_shards.schema import NO_QUERY, SPLITS, TASKS, read_manifest
 from trainer.data.folder import PreparedFolder
 from trainer.errors import DataError, RequestError
 
+MAX_EXAMPLES = 100  # queries
+
 
 @dataclass(frozen=True)
 class Clicks:
@@ -51,6 +53,7 @@ class Users:
         self.folder = folder
         self._row_of: dict[str, int] = {}
         self._query_texts: list[str] = []
+        self._frequent_queries: list[str] | None = None
 
     def history(self, user_id: Any, item_ids: Sequence[Any], where: str = "user") -> list[dict[str, Any]]:
         """All of the user's clicks, oldest first, as a request's history. Raises RequestError for an unknown
@@ -69,7 +72,7 @@ class Users:
             self._read()
         if str(user_id) not in self._row_of:
             raise RequestError(
-                f"{where}: {self.folder.name} knows no user {user_id!r}. Give a history instead"
+                f"{where}: the training data knows no user {user_id!r}. Give a history instead"
             )
         return self._row_of[str(user_id)]
 
@@ -95,6 +98,25 @@ class Users:
             self._query_texts = self.folder.query_texts()
         return self._query_texts[query]
 
+    def popular(self, count: int) -> np.ndarray:
+        """Rows of the `count` items with the most clicks in all histories, the most clicked first."""
+        if not self._row_of:
+            self._read()
+        counts = np.bincount(self._columns[0])
+        order = np.argsort(-counts, kind="stable")[:count]
+        return order[counts[order] > 0]
+
+    def frequent_queries(self, count: int) -> list[str]:
+        """The `count` most frequent queries of the training split, as a request's query; the most frequent
+        first."""
+        if self._frequent_queries is None:
+            rows = self.folder.columns("train", ["query"])["query"]
+            counts = np.bincount(rows[rows != NO_QUERY], minlength=self.folder.manifest.num_queries)
+            order = np.argsort(-counts, kind="stable")[:MAX_EXAMPLES]
+            texts = self.folder.query_texts()
+            self._frequent_queries = [texts[int(row)] for row in order if counts[row]]
+        return self._frequent_queries[:count]
+
     def _read(self) -> None:
         clicks = read_clicks(self.folder)
         keep = in_histories(clicks.user, clicks.time, clicks.item, clicks.task)
@@ -108,18 +130,16 @@ class Users:
 
 def open_users(folder: str | Path, manifest_hash: str, must_be_there: bool) -> "Users | str":
     """Users of a prepared folder, if it is the one the model was trained on; else the reason why their
-    histories are not known.
+    histories are not known. Clients of a service read the reason: it names no folder.
 
     Raises DataError instead when must_be_there.
     """
     try:
         found = read_manifest(folder).hash if folder else None
-    except DataError as error:
+    except DataError:
         if must_be_there:
             raise
-        return (
-            f"user_id cannot be looked up: {error} Give a history instead, or the folder of the training data"
-        )
+        found = None
     if found == manifest_hash:
         return Users(PreparedFolder.at(folder))
     if must_be_there:
@@ -128,8 +148,8 @@ def open_users(folder: str | Path, manifest_hash: str, must_be_there: bool) -> "
             f"{manifest_hash[:12]})"
         )
     return (
-        "user_id cannot be looked up: the prepared folder of the training data is not here. "
-        "Give a history instead"
+        "user_id cannot be looked up: the prepared folder of the training data is not here. Give a history "
+        "instead, or start with --data FOLDER"
     )
 
 
@@ -145,7 +165,7 @@ def read_history(path: Path) -> list[Any]:
             entries: list[Any] = json.loads(text)
             return entries
         return [json.loads(line) for line in text.splitlines() if line.strip()]
-    except ValueError as error:
+    except (ValueError, RecursionError, MemoryError) as error:
         raise RequestError(
             f'{path}: not a JSON list of {{"item_id": …, "task": "rec"}}, nor one such object a line: {error}'
         ) from error

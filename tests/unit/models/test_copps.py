@@ -25,8 +25,8 @@ CLICKS = [
 
 
 def make_model(**settings):
-    columns = [torch.tensor(column) for column in zip(*CLICKS, strict=True)]
-    clicks = TrainClicks(*columns, time=torch.arange(len(CLICKS)))
+    user, task, item, query = (torch.tensor(column) for column in zip(*CLICKS, strict=True))
+    clicks = TrainClicks(user=user, task=task, item=item, query=query, time=torch.arange(len(CLICKS)))
     world = replace(make_world(num_words=9), clicks=lambda: clicks)
     return Copps(CoppsSettings(dim=8, num_heads=2, dropout=0.0, **settings), world)
 

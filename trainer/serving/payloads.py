@@ -1,0 +1,139 @@
+"""The JSON of the service: what a request may hold, and what an answer holds. The answers' models describe
+them for /docs and for tests; what is sent is what the Recommender answered."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+MAX_HISTORY, MAX_CANDIDATES, MAX_QUERY_WORDS, MAX_QUERY_CHARS, MAX_ID_CHARS = 2000, 2000, 256, 2000, 256
+
+ItemId = int | Annotated[str, Field(max_length=MAX_ID_CHARS)]
+Task = Literal["rec", "src"]
+
+
+class Strict(BaseModel):
+    """Unknown fields are errors."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+# ---- requests ----------------------------------------------------------------------------------------------
+
+
+class Click(Strict):
+    """One entry of a history."""
+
+    item_id: ItemId
+    task: Task = "rec"
+
+
+class Ask(Strict):
+    """A request. trainer/serving/recommend.py has the meaning of each field."""
+
+    user_id: ItemId | None = None
+    history: Annotated[list[Click], Field(max_length=MAX_HISTORY)] | None = None
+    query: (
+        Annotated[str, Field(max_length=MAX_QUERY_CHARS)]
+        | Annotated[list[int], Field(max_length=MAX_QUERY_WORDS)]
+        | None
+    ) = None
+    candidates: Annotated[list[ItemId], Field(max_length=MAX_CANDIDATES)] | None = None
+    k: int | None = None
+    num_candidates: int | None = None
+    include_seen: bool = False
+    explain: bool = False
+    with_text: bool = False
+
+
+class AskScores(Ask):
+    """A request for the scores of given candidates."""
+
+    task: Task
+    candidates: Annotated[list[ItemId], Field(min_length=1, max_length=MAX_CANDIDATES)]
+
+
+# ---- answers -----------------------------------------------------------------------------------------------
+
+
+class Weight(BaseModel):
+    """How much one history item counts, a number for each view of the model (GenSR: cf, semantic)."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, float]
+
+    item_id: int | str
+
+
+class Item(Strict):
+    """text: with_text was asked. weights: explain was asked; the newest history items that the model
+    reads."""
+
+    item_id: int | str
+    score: float
+    text: str = ""
+    weights: list[Weight] = []
+
+
+class Answer(Strict):
+    """items: best first. scores: P("Yes") of the candidates in the order given, or of `items`."""
+
+    items: list[Item]
+    scores: list[float]
+    model: dict[str, Any]
+
+
+class Error(Strict):
+    """Every status of 400 and above."""
+
+    error: str
+
+
+class Health(Strict):
+    """The process lives."""
+
+    status: Literal["ok"] = "ok"
+
+
+class Ready(Strict):
+    """Whether requests are taken, and how many wait."""
+
+    ready: bool
+    waiting: int
+
+
+class Facts(Strict):
+    """What answers, and its limits. queries: how they are written: natural, words, digits or drop."""
+
+    model: dict[str, Any]
+    num_items: int
+    queries: str
+    limits: dict[str, int | float]
+
+
+class KnownUsers(Strict):
+    """reason: why there are none."""
+
+    users: list[int | str]
+    reason: str
+
+
+class ExampleQueries(Strict):
+    """Queries of the training data, the most frequent first. reason: why there are none."""
+
+    queries: list[str]
+    reason: str
+
+
+class HistoryItem(Strict):
+    """One click, with the text of its item."""
+
+    item_id: int | str
+    task: Task
+    text: str
+
+
+class History(Strict):
+    """A user's clicks, oldest first."""
+
+    user_id: str
+    history: list[HistoryItem]
