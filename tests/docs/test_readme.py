@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 from data_shards.settings import key_help
 from tests.docs.pages import PAGES, README, ROOT, fenced, text_of
 from tests.worlds import write_tables
-from trainer.cli import app, settings_trees
+from trainer.cli import app
+from trainer.cli.help import settings_trees
 from trainer.configs import config_type, preset_names
 
 COMMAND = typer.main.get_command(app)

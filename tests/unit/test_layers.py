@@ -69,7 +69,7 @@ def relative(path: Path) -> str:
 
 
 def module_of(path: Path) -> str:
-    """trainer/models/gensr/model.py → model, trainer/cli.py → cli."""
+    """trainer/models/gensr/model.py → model, trainer/demo.py → demo."""
     return path.relative_to(ROOT / "trainer").parts[0].removesuffix(".py")
 
 

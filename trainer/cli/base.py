@@ -1,0 +1,141 @@
+"""The command `gensr`. Verbs are plain functions elsewhere; here are their arguments, their help and what is
+printed.
+
+Exit code 0, or 1 with what, where and the fix on stderr (75: training was stopped by a signal and saved, run
+it again with --resume auto). Nothing heavy is imported before a verb needs it. Under a launcher only rank 0
+prints.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from inspect import cleandoc
+from typing import Annotated, Any
+
+import typer
+
+from trainer.errors import ConfigError, GensrError
+
+SPLITS = ("train", "valid", "test")
+RANK = int(os.environ.get("RANK", "0"))
+Verb = Callable[..., Any]
+
+
+class Commands(typer.Typer):
+    """Verbs whose help is their docstring, less the line breaks of the source: a list of verbs would print
+    them."""
+
+    def command(self, name: str | None = None, **options: Any) -> Any:
+        def add(function: Verb) -> Verb:
+            paragraphs = cleandoc(function.__doc__ or "").split("\n\n")
+            text = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+            return super(Commands, self).command(name, help=text, **options)(function)
+
+        return add
+
+
+app = Commands(
+    name="gensr",
+    help="GenSR: one generative model for search and recommendation, from raw logs to a registered model.",
+    epilog="Example: gensr demo",
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False,
+)
+config_app = Commands(
+    help="Look at configurations.", epilog="Example: gensr config show demo", no_args_is_help=True
+)
+app.add_typer(config_app, name="config")
+runs_app = Commands(
+    help="Several runs at once.", epilog="Example: gensr runs summarize runs/sweep", no_args_is_help=True
+)
+app.add_typer(runs_app, name="runs")
+bench_app = Commands(
+    help="Measure speed and memory against fair baselines.",
+    epilog="Example: gensr bench data",
+    no_args_is_help=True,
+)
+app.add_typer(bench_app, name="bench")
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="settings; all of them: gensr config keys", show_default=False),
+]
+MaybePreset = Annotated[
+    str | None, typer.Argument(metavar="[PRESET|FILE]", help="nothing: the defaults", show_default=False)
+]
+AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout")]
+
+
+def main() -> None:
+    """Entry point of `gensr` and `python -m trainer`. --debug anywhere keeps a user error's traceback."""
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    try:
+        app(args=arguments, prog_name="gensr")
+    except GensrError as error:
+        if len(arguments) < len(sys.argv) - 1:
+            raise
+        if RANK == 0:
+            typer.echo(f"gensr: {error}", err=True)
+        elif not isinstance(error, ConfigError):
+            # every rank finds the same mistakes in a configuration; other errors may be one rank's own
+            typer.echo(f"gensr: rank {RANK}: {error}", err=True)
+        sys.exit(1)
+    except SystemExit as stop:  # click says 2 for wrong usage; here every failure is 1
+        sys.exit(1 if stop.code == 2 else stop.code)
+
+
+def show_version(asked: bool) -> None:
+    if asked:
+        from trainer import __version__
+
+        typer.echo(f"gensr {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="show the version", callback=show_version, is_eager=True)
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="show the traceback of errors; may stand anywhere")
+    ] = False,
+) -> None:
+    """Read by main(), before the verb."""
+
+
+def verb(example: str) -> Callable[[Verb], Verb]:
+    return app.command(epilog=f"Example: {example}")
+
+
+def say(*lines: str) -> None:
+    """Progress and answers for people."""
+    if RANK == 0:
+        for line in lines:
+            typer.echo(line)
+
+
+def note(line: str) -> None:
+    """What a person may want to know on the way; stdout is for answers."""
+    if RANK == 0:
+        typer.echo(line, err=True)
+
+
+def answer(document: Any, as_json: bool, *lines: str) -> None:
+    """One JSON object for scripts, or lines for people."""
+    if RANK == 0:
+        typer.echo(json.dumps(document, ensure_ascii=False) if as_json else "\n".join(lines))
+
+
+def preset_and_settings(preset: str | None, overrides: list[str] | None) -> tuple[str | None, list[str]]:
+    """Where the preset may be left out, the first word may be a setting."""
+    settings = overrides or []
+    return (None, [preset, *settings]) if preset is not None and "=" in preset else (preset, settings)
+
+
+def stage_lines() -> Callable[[str, int, int], None]:
+    from trainer.runtime.progress import StageLines
+
+    return StageLines(enabled=RANK == 0)

@@ -1,0 +1,102 @@
+"""Verbs about data: simulate, download, prepare, inspect, cf."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from trainer.cli.base import RANK, SPLITS, AsJson, Overrides, answer, stage_lines, verb
+
+
+@verb("gensr simulate data/raw --users 2000 --items 5000 --seed 1")
+def simulate(
+    out: Annotated[Path, typer.Argument(help="new folder for the five CSV files")],
+    users: Annotated[int, typer.Option(help="users")] = 1000,
+    items: Annotated[int, typer.Option(help="items in the catalogue")] = 4000,
+    days: Annotated[int, typer.Option(help="days of logs")] = 14,
+    seed: Annotated[int, typer.Option(help="the same seed gives the same bytes")] = 0,
+    rows_per_day: Annotated[float, typer.Option(help="interactions of a user on a day, on average")] = 24.0,
+    as_json: AsJson = False,
+) -> None:
+    """Write raw logs in KuaiSAR's CSV schema from a planted preference model.
+
+    KuaiSAR's own size: --users 25877 --items 6890707 --days 19 --rows-per-day 40 (19.6 M rows, under 400 MB
+    of memory).
+    """
+    from data_shards.simulate import simulate as run
+
+    rows = run(
+        out, users=users, items=items, days=days, seed=seed, progress=stage_lines(), rows_per_day=rows_per_day
+    )
+    answer(
+        {"out": str(out), "rows": rows},
+        as_json,
+        *(f"  {name:<22} {count:>12,} rows" for name, count in rows.items()),
+        f"wrote {out}",
+    )
+
+
+@verb("gensr download kuaisar-small data/kuaisar")
+def download(
+    name: Annotated[str, typer.Argument(help="kuaisar, kuaisar-small or amazon-kindle")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="folder for the files")],
+    as_json: AsJson = False,
+) -> None:
+    """Fetch a public data set, resumed where it broke off, with size and checksum checks."""
+    from data_shards.download import download as run
+
+    files = run(name, folder, progress=stage_lines())
+    answer({"files": [str(path) for path in files]}, as_json, *(f"  {path}" for path in files))
+
+
+@verb("gensr prepare kuaisar data/raw data/prepared history_max=20")
+def prepare(
+    source: Annotated[str, typer.Argument(help="kuaisar, amazon, jdsearch, or tables (your own logs)")],
+    raw: Annotated[Path, typer.Argument(help="folder of raw files")],
+    out: Annotated[Path, typer.Argument(help="prepared folder to write")],
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Turn raw logs into a prepared folder: splits, histories, negatives, text, shards, leak checks."""
+    from data_shards.inspect import count_table, dropped_table
+    from data_shards.prepare import prepare as run
+
+    facts = run(source, raw, out, overrides or [], progress=stage_lines()).raw
+    counts = facts["counts"]
+    lines = [
+        f"  {split:<6} {counts[split]['rec']:>12,} recommendation {counts[split]['src']:>12,} search"
+        for split in SPLITS
+    ]
+    lines += ["", *count_table(facts), "", *(dropped_table(facts) if facts["dropped"] else [])]
+    document = {
+        "out": str(out),
+        "counts": counts,
+        "published": facts["published"],
+        "dropped": facts["dropped"],
+    }
+    answer(document, as_json, *lines, f"wrote {out}; look at it: gensr inspect {out}")
+
+
+@verb("gensr inspect data/prepared")
+def inspect(out: Annotated[Path, typer.Argument(help="prepared folder")], as_json: AsJson = False) -> None:
+    """Show counts, splits, shard sizes, leak checks and one decoded example."""
+    from data_shards.inspect import describe
+    from data_shards.inspect import inspect as run
+
+    facts = run(out)
+    answer(facts, as_json, *describe(facts))
+
+
+@verb("gensr cf data/prepared cf.holdout=crossfit")
+def cf(
+    out: Annotated[Path, typer.Argument(help="prepared folder")],
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train the LightGCN table on the training split's recommendation clicks, into the prepared folder."""
+    from trainer.cf.tables import train_cf
+
+    path = train_cf(
+        out, overrides or [], progress=lambda line: typer.echo(line, err=True) if RANK == 0 else None
+    )
+    answer({"path": str(path)}, as_json, f"CF table: {path}")

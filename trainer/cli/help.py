@@ -1,0 +1,126 @@
+"""Help for people: doctor, config, demo."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from trainer.cli.base import (
+    AsJson,
+    MaybePreset,
+    Overrides,
+    answer,
+    config_app,
+    preset_and_settings,
+    say,
+    verb,
+)
+from trainer.errors import ConfigError
+
+
+@verb("gensr doctor")
+def doctor(as_json: AsJson = False) -> None:
+    """Check this machine: packages, compiler, GPUs, processes, disk, MLflow's database, SLURM. Exit code 1
+    when something is missing."""
+    from trainer.doctor import run_checks
+
+    checks = run_checks()
+    lines = []
+    for check in checks:
+        lines.append(f"{check.status:<4}  {check.name:<20} {check.detail}")
+        lines += [f"      fix: {check.fix}"] if check.fix and check.status != "OK" else []
+    answer([dataclasses.asdict(check) for check in checks], as_json, *lines)
+    if any(check.status == "MISS" for check in checks):
+        raise typer.Exit(1)
+
+
+@config_app.command(epilog="Example: gensr config show demo optim.lr=3e-4")
+def show(
+    preset: MaybePreset = None,
+    overrides: Overrides = None,
+) -> None:
+    """Print the effective configuration as YAML; secrets in URLs are hidden."""
+    from data_shards.secrets import mask_secrets
+    from data_shards.settings import to_yaml
+    from trainer.configs import load_config
+
+    preset, settings = preset_and_settings(preset, overrides)
+    say(mask_secrets(to_yaml(load_config(preset, settings)).rstrip()))
+
+
+@config_app.command(epilog="Example: gensr config keys train")
+def keys(
+    of: Annotated[
+        str | None,
+        typer.Argument(metavar="[train|cf|prepare|MODEL]", help="nothing: all", show_default=False),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List every key with its default and meaning. A model's name (sasrec) lists its section model.*."""
+    from data_shards.settings import key_help
+    from trainer.models.zoo import model_names, settings_class
+
+    trees = settings_trees()
+    if of in model_names():
+        trees = {of: settings_class(of)}
+    elif of is not None and of not in trees:
+        known = ", ".join([*trees, *model_names()])
+        raise ConfigError(f"no keys of {of!r}. There are: {known}")
+    prefix = "model." if of in model_names() else ""
+    rows = {name: list(key_help(tree, prefix)) for name, tree in trees.items() if of in (None, name)}
+    document = {
+        name: [{"key": key, "default": default, "help": text} for key, default, text in of_verb]
+        for name, of_verb in rows.items()
+    }
+    lines = []
+    for name, of_verb in document.items():
+        settings = [f"{row['key']}={_written(row['default'])}" for row in of_verb]
+        width = max(map(len, settings))
+        described = zip(settings, of_verb, strict=True)
+        lines += [
+            f"gensr {name}",
+            *(f"  {setting:<{width}}  {row['help']}" for setting, row in described),
+            "",
+        ]
+    answer(document, as_json, *lines)
+
+
+def _written(default: Any) -> str:
+    return default if isinstance(default, str) else json.dumps(default)
+
+
+@config_app.command(epilog="Example: gensr config schema > gensr.schema.json")
+def schema(
+    model: Annotated[str, typer.Argument(help="model.name whose section the schema has")] = "gensr",
+) -> None:
+    """Print the JSON schema of a training configuration, for editors."""
+    from pydantic import TypeAdapter
+
+    from trainer.configs import config_type
+
+    say(json.dumps(TypeAdapter(config_type(model)).json_schema(), indent=2))
+
+
+def settings_trees() -> dict[str, Any]:
+    from data_shards.options import PrepareSettings
+    from trainer.config import CfRoot
+    from trainer.configs import config_type
+
+    return {"train": config_type(), "cf": CfRoot, "prepare": PrepareSettings}
+
+
+@verb("gensr demo")
+def demo(
+    data_dir: Annotated[Path, typer.Option(help="prepared folder; raw logs go to DATA_DIR-raw")] = Path(
+        "data/demo"
+    ),
+    run_dir: Annotated[Path, typer.Option(help="run folder; MLflow's database goes beside it")] = Path(
+        "runs/demo"
+    ),
+) -> None:
+    """The whole way, offline: simulate, prepare, cf, train, evaluate, register, and a summary."""
+    from trainer.demo import run_demo
+
+    run_demo(data_dir, run_dir)

@@ -1,0 +1,284 @@
+"""Verbs about models: register, promote, score, recommend, search, serve, ui."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from trainer.cli.base import AsJson, answer, note, say, stage_lines, verb
+from trainer.errors import ConfigError, RequestError
+
+
+@verb("gensr register runs/mine gensr-mine")
+def register(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="run folder")],
+    name: Annotated[str, typer.Argument(help="registered model")],
+    alias: Annotated[str, typer.Option(help="alias that moves to the new version")] = "candidate",
+    as_json: AsJson = False,
+) -> None:
+    """Make a version of a registered model from a run, self-contained and checked."""
+    from trainer.registry.versions import register as run
+
+    version = run(run_dir, name, alias, notify=note)
+    answer(
+        {"name": name, "version": version, "alias": alias},
+        as_json,
+        f"registered models:/{name}/{version}, also models:/{name}@{alias}",
+    )
+
+
+@verb("gensr promote gensr-mine --dry-run")
+def promote(
+    name: Annotated[str, typer.Argument(help="registered model")],
+    margin: Annotated[
+        float, typer.Option(help="NDCG@10 that no task may lose, at the low end of its 95 % interval")
+    ] = 0.01,
+    back: Annotated[
+        bool, typer.Option("--rollback", help="give the alias back to the champion before; compares nothing")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="say what would be done, change nothing")
+    ] = False,
+    uri: Annotated[
+        str, typer.Option(help="MLflow registry; default: MLFLOW_TRACKING_URI, else runs/mlflow.db")
+    ] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Move the alias champion to the candidate if, on the same test events, one task gains and none falls by
+    more than a margin.
+
+    The decision and its figures become tags of the candidate's version. Exit code 0 also when it is refused:
+    read "promoted".
+    """
+    from trainer.registry.promote import promote as run
+    from trainer.registry.promote import rollback
+
+    if back:
+        left, now = rollback(name, uri, dry_run)
+        line = (
+            f"{name}: champion {'would go' if dry_run else 'went'} back from version {left} to version {now}"
+        )
+        answer({"name": name, "from": left, "champion": now, "dry_run": dry_run}, as_json, line)
+        return
+    decision = run(name, uri, margin, dry_run)
+    dry_line = ["dry run: nothing was changed"] if dry_run else []
+    answer({**dataclasses.asdict(decision), "dry_run": dry_run}, as_json, *decision.lines(), *dry_line)
+
+
+@verb("gensr score models:/gensr-demo@candidate requests.jsonl")
+def score(
+    model: Annotated[str, typer.Argument(help="run folder, or models:/NAME@alias")],
+    requests: Annotated[
+        Path,
+        typer.Argument(
+            help=".jsonl or .parquet: history, task, query, candidates; "
+            "without candidates the whole catalogue"
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(help='new .jsonl or .parquet file; default: {"scores": […]} lines on stdout'),
+    ] = None,
+    part: Annotated[
+        str, typer.Option(metavar="I/N", help="only part I of N of the requests: for several jobs")
+    ] = "1/1",
+    keep_going: Annotated[
+        bool, typer.Option(help="a bad request becomes an error in its row instead of ending the job")
+    ] = False,
+    uri: Annotated[
+        str, typer.Option(help="MLflow registry; default: MLFLOW_TRACKING_URI, else runs/mlflow.db")
+    ] = "",
+) -> None:
+    """Score given candidates from histories, one request or millions."""
+    from trainer.serving.score_file import count_requests, read_requests, score_file
+
+    try:
+        number, of = (int(text) for text in part.split("/"))
+    except ValueError:
+        raise ConfigError(f"--part must be I/N, got {part}") from None
+    count_requests(requests)  # says what is wrong with the file before a model is loaded
+    from trainer.registry.versions import open_model
+
+    recommender = open_model(model, uri)
+    if out is None:
+        for scores in recommender.score(list(read_requests(requests))):
+            say(json.dumps({"scores": scores}))
+        return
+    progress = stage_lines()
+    answered = score_file(
+        recommender,
+        requests,
+        out,
+        (number, of),
+        keep_going,
+        progress=lambda done, total: progress("score", done, total),
+    )
+    say(f"wrote {out}: {answered:,} requests")
+
+
+User = Annotated[
+    str,
+    typer.Option("--user", help="user id: the history is all of the user's clicks in the prepared folder"),
+]
+History = Annotated[
+    Path | None,
+    typer.Option(
+        "--history",
+        help='JSON file: [{"item_id": …, "task": "rec"}, …] oldest first, or one such object a line',
+    ),
+]
+HowMany = Annotated[int, typer.Option("-k", help="items to answer")]
+Candidates = Annotated[int, typer.Option("--candidates", help="items that retrieval hands to the ranking")]
+Seen = Annotated[bool, typer.Option("--seen", help="also answer items of the history")]
+Registry = Annotated[
+    str, typer.Option(help="MLflow registry; default: MLFLOW_TRACKING_URI, else runs/mlflow.db")
+]
+Prepared = Annotated[
+    str,
+    typer.Option(
+        "--data", help="prepared folder for --user; default: where the model says it was trained from"
+    ),
+]
+
+
+@verb("gensr recommend runs/mine --user u17 -k 10")
+def recommend(
+    model: Annotated[str, typer.Argument(help="run folder, or models:/NAME@alias")],
+    user: User = "",
+    history: History = None,
+    k: HowMany = 10,
+    candidates: Candidates = 400,
+    seen: Seen = False,
+    data: Prepared = "",
+    uri: Registry = "",
+    as_json: AsJson = False,
+) -> None:
+    """Find the best items of the whole catalogue for a user: candidates by vectors, then ranked by the
+    model."""
+    if not user and history is None:
+        raise RequestError("whose recommendations? Give --user ID or --history FILE")
+    request = {"task": "rec", "k": k, "num_candidates": candidates, "include_seen": seen}
+    answer_request(model, request, user, history, data, uri, as_json)
+
+
+@verb("gensr search runs/mine --query 'red lamp' --user u17")
+def search(
+    model: Annotated[str, typer.Argument(help="run folder, or models:/NAME@alias")],
+    query: Annotated[str, typer.Option(help="text; for anonymised data word numbers separated by spaces")],
+    user: User = "",
+    history: History = None,
+    k: HowMany = 10,
+    candidates: Candidates = 400,
+    seen: Seen = False,
+    data: Prepared = "",
+    uri: Registry = "",
+    as_json: AsJson = False,
+) -> None:
+    """Find the best items of the whole catalogue for a query, and for a user if one is given."""
+    if not query.strip():
+        raise RequestError("--query is empty: give text, or word numbers for anonymised data")
+    request = {"task": "src", "query": query, "k": k, "num_candidates": candidates, "include_seen": seen}
+    answer_request(model, request, user, history, data, uri, as_json)
+
+
+def answer_request(
+    model: str, request: dict[str, Any], user: str, history: Path | None, data: str, uri: str, as_json: bool
+) -> None:
+    """Complete a request for the whole catalogue by its history, and print the answer."""
+    if user and history is not None:
+        raise RequestError("--user and --history both say whose history it is: give one of them")
+    from trainer.registry.versions import open_model
+    from trainer.serving.users import read_history
+
+    given = {"user_id": user} if user else {"history": read_history(history) if history is not None else []}
+    document = open_model(model, uri, data, notify=note).recommend({**request, **given, "with_text": True})
+    width = max((len(str(item["item_id"])) for item in document["items"]), default=0)
+    lines = [
+        f"{place:>4}  {item['item_id']!s:<{width}}  {item['score']:.4f}  {item['text'][:100]}"
+        for place, item in enumerate(document["items"], start=1)
+    ]
+    answer(
+        document,
+        as_json,
+        *(lines or ["nothing that the history does not hold already: --seen shows that, too"]),
+    )
+
+
+Host = Annotated[
+    str, typer.Option(help="address to listen on; the default cannot be reached from other machines")
+]
+Port = Annotated[int, typer.Option(min=0, max=65535, help="port to listen on; 0 takes a free one")]
+
+
+@verb("gensr serve models:/gensr-demo@candidate --port 8000")
+def serve(
+    model: Annotated[str, typer.Argument(help="run folder, or models:/NAME@alias")],
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    max_batch: Annotated[int, typer.Option(help="requests ranked together")] = 16,
+    max_waiting: Annotated[int, typer.Option(help="requests in the queue; more are refused with 503")] = 256,
+    timeout: Annotated[float, typer.Option(help="seconds until a request is answered with 504")] = 30.0,
+    expose_users: Annotated[
+        bool, typer.Option("--expose-users", help="show users' histories to other machines, too (see --host)")
+    ] = False,
+    docs: Annotated[bool, typer.Option("--docs", help="describe the service at /docs")] = False,
+    access_log: Annotated[
+        str, typer.Option(help="file that gets a JSON line for each request; - is stderr, '' none")
+    ] = "-",
+    data: Prepared = "",
+    uri: Registry = "",
+) -> None:
+    """Answer /recommend, /search and /score over HTTP, several requests at once; shows a page to look at,
+    too."""
+    limits = {"max_batch": max_batch, "max_waiting": max_waiting, "timeout_s": timeout}
+    options = {"host": host, "expose_users": expose_users, "docs": docs}
+    serve_model(model, port, data, uri, limits, options, access_log)
+
+
+@verb("gensr ui runs/demo")
+def ui(
+    model: Annotated[str, typer.Argument(help="run folder, or models:/NAME@alias")],
+    port: Port = 8000,
+    data: Prepared = "",
+    uri: Registry = "",
+    browser: Annotated[bool, typer.Option(help="open the page in a browser")] = True,
+) -> None:
+    """Look at a model: a user's two histories, a query, ranked items and the soft-filter weights that explain
+    them."""
+    import webbrowser
+
+    serve_model(model, port, data, uri, open_page=webbrowser.open if browser else None)
+
+
+def serve_model(
+    model: str,
+    port: int,
+    data: str,
+    uri: str,
+    limits: dict[str, Any] | None = None,
+    options: dict[str, Any] | None = None,
+    access_log: str = "",
+    open_page: Callable[[str], Any] | None = None,
+) -> None:
+    """Bind first: a port in use is noticed before a model is loaded."""
+    from trainer.serving.server import bind
+
+    bound = bind((options or {}).get("host", "127.0.0.1"), port)
+    from trainer.registry.versions import open_model
+    from trainer.serving.app import Limits, Options, open_access_log, run
+
+    shown = Options(**(options or {}), access_log=open_access_log(access_log))
+    if shown.warning:
+        note(shown.warning)
+    recommender = open_model(model, uri, data, notify=note)
+    url = f"http://{f'[{shown.host}]' if ':' in shown.host else shown.host}:{bound.getsockname()[1]}/"
+
+    def is_up() -> None:
+        note(f"serving {model} at {url} (Ctrl-C ends it)")
+        if open_page is not None:
+            open_page(url)
+
+    run(recommender, bound, Limits(**(limits or {})), shown, is_up)

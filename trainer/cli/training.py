@@ -1,0 +1,248 @@
+"""Verbs about runs: train, submit, evaluate, report, compare, runs."""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from trainer.cli.base import RANK, AsJson, Overrides, answer, app, note, runs_app, say, stage_lines, verb
+from trainer.errors import ConfigError
+
+
+@verb("gensr train demo data.dir=data/demo run.dir=runs/mine optim.lr=3e-4")
+def train(
+    preset: Annotated[
+        str,
+        typer.Argument(
+            metavar="PRESET|FILE", help="a preset's name, or a YAML file (RUN/config.yaml repeats a run)"
+        ),
+    ],
+    overrides: Overrides = None,
+    resume: Annotated[
+        str,
+        typer.Option(help="never, or auto: resume from the newest checkpoint in run.dir, if there is one"),
+    ] = "never",
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="check everything, print batch arithmetic, memory and time, train nothing"
+        ),
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train. Also as: accelerate launch --config_file ds_configs/… -m trainer train …"""
+    from trainer.configs import load_config
+
+    if resume not in ("never", "auto"):
+        raise ConfigError(f"--resume must be never or auto, got {resume}")
+    config = load_config(preset, overrides or [])
+    if dry_run:
+        from trainer.training.plan import dry_run as check
+
+        plan = check(config, preset)
+        answer(plan.facts, as_json, *plan.lines)
+        return
+    from trainer.training.loop import train as run
+
+    result = run(config, resume="auto" if resume == "auto" else "never")
+    if as_json:
+        answer(dataclasses.asdict(result), as_json)
+    if result.status == "already_finished":
+        note(
+            f"{result.run_dir}: already finished at step {result.step:,}, nothing was trained. Train on with "
+            "run.max_steps=N run.accept_changes=run.max_steps, or choose another run.dir."
+        )
+    if result.exit_code:
+        raise typer.Exit(result.exit_code)
+
+
+@app.command(
+    epilog="Example: gensr submit demo --nodes 2 --gpus-per-node 8 data.dir=OUT run.dir=RUN",
+    context_settings={"ignore_unknown_options": True},
+)
+def submit(
+    preset: Annotated[str, typer.Argument(metavar="PRESET|FILE", help="a preset's name, or a YAML file")],
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=VALUE | --SBATCH-OPTION=VALUE",
+            help="settings, and options of sbatch: --account=A --time=12:00:00",
+            show_default=False,
+        ),
+    ] = None,
+    nodes: Annotated[int, typer.Option(help="nodes", min=1)] = 1,
+    gpus_per_node: Annotated[int, typer.Option(help="GPUs of each node; 0 trains on CPU", min=0)] = 1,
+    processes_per_node: Annotated[int, typer.Option(help="0 = one a GPU (one on CPU)", min=0)] = 0,
+    deepspeed: Annotated[str, typer.Option(help="one of ds_configs/, or a path")] = "zero2.json",
+    sweep: Annotated[
+        Path | None,
+        typer.Option(
+            help="YAML or JSON list of settings: an array of runs below run.dir, their evaluation and a table"
+        ),
+    ] = None,
+    parallel: Annotated[int, typer.Option(help="runs of a sweep at once; 0 = all", min=0)] = 0,
+    show: Annotated[bool, typer.Option("--print", help="print the script, write and submit nothing")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Check a training run for these nodes, write its script into the run folder and submit it to SLURM."""
+    import shlex
+
+    from data_shards.secrets import mask_secrets
+    from trainer.experiments import submit as jobs
+    from trainer.experiments.sweep import read_sweep
+
+    options, settings = jobs.split_words(words or [])
+    machines = jobs.Machines(nodes, gpus_per_node, processes_per_node, deepspeed)
+    command = shlex.join(["gensr", *map(mask_secrets, sys.argv[1:])])
+    if sweep is None:
+        submission = jobs.plan_run(preset, settings, machines, options, command)
+    else:
+        submission = jobs.plan_sweep(
+            preset, settings, read_sweep(sweep), machines, options, command, parallel
+        )
+    ids = [] if show else jobs.submit(submission)
+    paths = [str(job.path) for job in submission.jobs]
+    scripts = (
+        {"scripts": {str(job.path): job.text for job in submission.jobs}} if show else {"scripts": paths}
+    )
+    if show:
+        lines = [
+            line
+            for job in submission.jobs
+            for line in (f"# ---- {job.path}: {shlex.join(job.command(['JOB', 'JOB']))}", job.text)
+        ]
+    else:
+        lines = [
+            *submission.plan_lines,
+            "",
+            *(f"job {job_id}  {path}" for job_id, path in zip(ids, paths, strict=True)),
+        ]
+    answer({"job_ids": ids, "runs": [str(path) for path in submission.run_dirs], **scripts}, as_json, *lines)
+
+
+@verb("gensr evaluate runs/mine --split test")
+def evaluate(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="run folder")],
+    split: Annotated[str, typer.Option(help="valid or test")] = "test",
+    baselines: Annotated[
+        bool, typer.Option(help="rank the same candidates with popularity, LightGCN and BM25")
+    ] = True,
+    candidates: Annotated[
+        str, typer.Option(help="sampled: the stored ones; full: the whole catalogue")
+    ] = "sampled",
+    events: Annotated[int, typer.Option(help="with full: events in a fixed sample, 0 = all", min=0)] = 2000,
+    as_json: AsJson = False,
+) -> None:
+    """Rank the stored candidates of every event; writes RUN/evaluation-SPLIT.json and .parquet.
+
+    With --candidates full: retrieve from the whole catalogue, then rank; writes
+    RUN/evaluation-SPLIT-full.json and .parquet.
+    """
+    from trainer.evaluation.summary import full_lines, protocol_line, rows_of, table
+    from trainer.registry.model_card import metrics_of
+    from trainer.tracking.tracker import log_evaluation
+
+    progress = stage_lines()
+    if candidates == "full":
+        from trainer.evaluation.full import evaluate_full
+
+        document = evaluate_full(
+            run_dir,
+            split,
+            events,
+            baselines,
+            progress=lambda done, total: progress("rank", done, total),
+            notify=note,
+        )
+    elif candidates == "sampled":
+        from trainer.evaluation.sampled import evaluate_run
+
+        document = evaluate_run(
+            run_dir,
+            split,
+            with_baselines=baselines,
+            progress=lambda done, total: progress("score", done, total),
+        )
+    else:
+        raise ConfigError(f"--candidates must be sampled or full, got {candidates}")
+    name = f"{split}-full" if candidates == "full" else split
+    path = run_dir / f"evaluation-{name}.json"
+    lines = [
+        *table(rows_of(document)),
+        *(full_lines(document) if candidates == "full" else []),
+        protocol_line(document),
+    ]
+    if RANK == 0:
+        log_evaluation(run_dir, name, metrics_of(document, name), lines)
+    answer(document, as_json, *lines, f"wrote {path} and {path.with_suffix('.parquet').name}")
+
+
+@verb("gensr report runs/mine")
+def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="run folder")]) -> None:
+    """Draw RUN/report/*.png and print the results of a run."""
+    from trainer.analysis.figures import plot_run
+    from trainer.evaluation.summary import protocol_line, read_evaluation, rows_of, table
+
+    say(*(f"wrote {path}" for path in plot_run(run_dir)))
+    for split in ("valid", "test"):
+        if (run_dir / f"evaluation-{split}.json").is_file():
+            document = read_evaluation(run_dir, split)
+            say("", f"{split} split", *table(rows_of(document)), protocol_line(document))
+
+
+@verb("gensr compare runs/a runs/b")
+def compare(
+    run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="evaluated run folders")],
+    split: Annotated[str, typer.Option(help="valid or test")] = "test",
+    as_json: AsJson = False,
+) -> None:
+    """Put the results of runs side by side, with the settings that differ."""
+    from trainer.evaluation.summary import compare as run
+    from trainer.evaluation.summary import compare_lines
+
+    comparison = run(run_dirs, split)
+    answer(comparison, as_json, *compare_lines(comparison))
+
+
+@runs_app.command(
+    "import", epilog="Example: gensr runs import runs/mlflow.db --into http://mlflow.example.org"
+)
+def import_(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="FROM",
+            help="mlflow.db of an offline node, a tracking URI, a run folder, or a folder of them",
+        ),
+    ],
+    into: Annotated[
+        str,
+        typer.Option(
+            help="tracking URI of the target; default: the store that a run folder's own run belongs in"
+        ),
+    ] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Bring runs that were tracked without a server into one. Repeated, it adds only what is new."""
+    from trainer.experiments.import_runs import import_runs, target_of
+
+    done = import_runs(source, into or target_of(source), progress=lambda line: typer.echo(line, err=True))
+    new = sum(run.new for run in done)
+    summary = f"{len(done)} runs, {new} of them new, {sum(run.added for run in done):,} points added"
+    answer({"runs": [dataclasses.asdict(run) for run in done]}, as_json, summary)
+
+
+@runs_app.command(epilog="Example: gensr runs summarize runs/sweep")
+def summarize(
+    folder: Annotated[Path, typer.Argument(metavar="SWEEP", help="folder of a sweep's run folders")],
+    as_json: AsJson = False,
+) -> None:
+    """Put the runs of a sweep into one table, SWEEP/sweep.txt and .json, and below one parent run in
+    MLflow."""
+    from trainer.experiments.sweep import lines_of
+    from trainer.experiments.sweep import summarize as run
+
+    document = run(folder)
+    answer(document, as_json, *lines_of(document))
