@@ -105,3 +105,14 @@ def test_the_words_loss_is_a_mean_over_searches_and_the_published_one_is_not():
     torch.testing.assert_close(core.word_losses(words, items), by_hand)
     matrix = torch.stack([-log_p[0, :3].sum(), -log_p[1, 3]]) / torch.tensor([[3.0], [1.0]])
     torch.testing.assert_close(core.word_losses(words, items, published=True), matrix.mean().expand(3))
+
+
+@pytest.mark.parametrize("settings", FORMS)
+def test_scores_under_autocast_are_finer_than_bf16(settings):
+    model, batch = make_model(**settings).eval(), events()
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        scores = model.score(batch)
+
+    torch.testing.assert_close(scores, model.score(batch), atol=0.02, rtol=0.02)
+    assert (scores.bfloat16().float() != scores).float().mean() > 0.5

@@ -1,5 +1,6 @@
 """Scores of a product of two vectors a ⊙ b."""
 
+import torch
 from torch import Tensor, nn
 
 from trainer.models.layers.dropout import Dropout
@@ -19,6 +20,8 @@ class HadamardScorer(nn.Module):
         x = left * right
         if not len(self.layers):
             return x.float().sum(-1)
-        for number, layer in enumerate(self.layers):
-            x = layer(x if number == 0 else self.dropout(x.relu()))
-        return x[..., 0].float()
+        for layer in self.layers[:-1]:
+            x = self.dropout(layer(x).relu())
+        with torch.autocast(x.device.type, enabled=False):  # in bf16 near scores would tie
+            scores: Tensor = self.layers[-1](x.float())[..., 0]
+        return scores

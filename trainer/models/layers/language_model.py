@@ -38,7 +38,8 @@ class ItemLanguageModel(nn.Module):
         """Mean over the query's words of log((1 − b) p(w|i) + b p(w|C) + EPS), b the background: [B, C], 0
         for a query without words. The items' first dimension may be 1."""
         projected_BCK = self.projection(items_BCD).float()
-        logits_BCQ = projected_BCK @ self.words(words_BQ).float().transpose(1, 2)
+        with torch.autocast(projected_BCK.device.type, enabled=False):  # as the normaliser's: p stays below 1
+            logits_BCQ = projected_BCK @ self.words(words_BQ).float().transpose(1, 2)
         p_BCQ = (logits_BCQ - self._log_normaliser(projected_BCK)[..., None]).exp()
         if self.background:
             of_catalogue_BQ = self.of_catalogue(catalogue)[words_BQ]
