@@ -25,7 +25,7 @@ from trainer.config import Positive
 from trainer.errors import ConfigError
 from trainer.models.contract import World
 from trainer.models.layers.attention import Attention, masked_softmax
-from trainer.models.layers.prenorm import init_xavier
+from trainer.models.layers.mlp import init_xavier
 from trainer.models.layers.product_search import (
     ProductSearchCore,
     WithHistory,

@@ -19,7 +19,8 @@ from data_shards import settings as s
 from trainer.batch import Batch
 from trainer.config import Positive
 from trainer.models.contract import World
-from trainer.models.layers.prenorm import PreNormLayer, init_xavier, sinusoids
+from trainer.models.layers.mlp import init_xavier
+from trainer.models.layers.prenorm import PreNormLayer, sinusoids
 from trainer.models.layers.product_search import ProductSearch, ProductSearchCore, WithHistory
 
 EPS = 1e-6  # of every LayerNorm

@@ -39,11 +39,3 @@ def sinusoids(length: int, width: int, device: torch.device) -> Tensor:
     rates = torch.exp(torch.arange(0, width, 2, device=device) * (-math.log(10_000.0) / width))
     angles = position_L1 * rates
     return torch.stack([angles.sin(), angles.cos()], 2).flatten(1)[:, :width]
-
-
-def init_xavier(module: nn.Module) -> None:
-    """For module.apply: linear maps xavier normal, biases 0."""
-    if isinstance(module, nn.Linear):
-        nn.init.xavier_normal_(module.weight)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
