@@ -25,6 +25,7 @@ from trainer.evaluation.summary import (
     read_evaluation,
     rows_of,
 )
+from trainer.runs.run_folder import RunFolder
 from trainer.runtime.progress import StageLines
 
 # of the planted world: small enough for ten minutes on two cores
@@ -59,13 +60,17 @@ class Demo:
 
     def steps(self) -> list[Step]:
         run_dir, data_dir = self.run_dir, self.data_dir
-        evaluation, registered = run_dir / "evaluation-test.json", run_dir / "registry.json"
+        evaluation, registered = RunFolder(run_dir).evaluation("test"), RunFolder(run_dir).registry
         return [
             Step("simulate", self.raw_dir.is_dir, self.simulate),
             Step("prepare", (data_dir / "manifest.json").is_file, self.prepare),
             Step("cf", (data_dir / "cf" / "lightgcn.safetensors").is_file, self.cf),
             Step("train", self.is_trained, self.train),
-            Step("evaluate", lambda: is_newer(evaluation, run_dir / "model" / "model.json"), self.evaluate),
+            Step(
+                "evaluate",
+                lambda: is_newer(evaluation, RunFolder(run_dir).model / "model.json"),
+                self.evaluate,
+            ),
             Step("register", lambda: is_newer(registered, evaluation), self.register),
         ]
 
@@ -85,8 +90,7 @@ class Demo:
         train_cf(self.data_dir, CF, progress=lambda line: say(f"  {line}"))
 
     def is_trained(self) -> bool:
-        path = self.run_dir / "status.json"
-        return path.is_file() and json.loads(path.read_text(encoding="utf-8"))["status"] == "finished"
+        return RunFolder(self.run_dir).has_ended_well
 
     def train(self) -> None:
         overrides = [f"data.dir={self.data_dir}", f"run.dir={self.run_dir}", *self.train_overrides]
@@ -218,7 +222,7 @@ def free_port() -> int:
 
 def show_summary(demo: Demo, seconds: float) -> None:
     evaluation = read_evaluation(demo.run_dir)
-    registered = json.loads((demo.run_dir / "registry.json").read_text(encoding="utf-8"))
+    registered = json.loads(RunFolder(demo.run_dir).registry.read_text(encoding="utf-8"))
     grid = Table(title=protocol_line(evaluation), title_justify="left", title_style="dim", box=box.SIMPLE)
     grid.add_column("", no_wrap=True)
     for metric in METRICS:

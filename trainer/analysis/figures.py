@@ -7,13 +7,14 @@ from typing import Any
 
 from trainer.errors import RunError
 from trainer.runs.checkpoint import Progress
+from trainer.runs.run_folder import RunFolder
 from trainer.runtime.files import atomic
 from trainer.runtime.progress import clock
 
 
 def read_records(run_dir: str | Path) -> list[dict[str, Any]]:
     """All records of RUN/metrics.jsonl, oldest first. Raises RunError when there are none."""
-    path = Path(run_dir) / "metrics.jsonl"
+    path = RunFolder(run_dir).metrics
     if not path.is_file():
         raise RunError(
             f"{run_dir} is not a run folder: metrics.jsonl is missing. Train one with: gensr train"
@@ -31,7 +32,7 @@ def plot_run(run_dir: str | Path) -> list[Path]:
     """Write RUN/report/loss.png and metrics.png from metrics.jsonl; returns the files. A picture without data
     is left out."""
     records = read_records(run_dir)
-    folder = Path(run_dir) / "report"
+    folder = RunFolder(run_dir).report
     train = [r for r in records if r["kind"] == "train"]
     valid = [r for r in records if r["kind"] == "valid"]
     written = []

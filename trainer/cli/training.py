@@ -9,6 +9,7 @@ import typer
 
 from trainer.cli.base import RANK, AsJson, Overrides, answer, app, note, runs_app, say, stage_lines, verb
 from trainer.errors import ConfigError
+from trainer.runs.run_folder import RunFolder
 
 
 @verb("gensr train demo data.dir=data/demo run.dir=runs/mine optim.lr=3e-4")
@@ -168,7 +169,7 @@ def evaluate(
     else:
         raise ConfigError(f"--candidates must be sampled or full, got {candidates}")
     name = f"{split}-full" if candidates == "full" else split
-    path = run_dir / f"evaluation-{name}.json"
+    path = RunFolder(run_dir).evaluation(name)
     lines = [
         *table(rows_of(document)),
         *(full_lines(document) if candidates == "full" else []),
@@ -187,7 +188,7 @@ def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="run fold
 
     say(*(f"wrote {path}" for path in plot_run(run_dir)))
     for split in ("valid", "test"):
-        if (run_dir / f"evaluation-{split}.json").is_file():
+        if RunFolder(run_dir).evaluation(split).is_file():
             document = read_evaluation(run_dir, split)
             say("", f"{split} split", *table(rows_of(document)), protocol_line(document))
 

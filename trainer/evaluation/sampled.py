@@ -33,6 +33,7 @@ from trainer.evaluation.ranking import (
 from trainer.models.contract import Ranker
 from trainer.models.zoo import model_class
 from trainer.runs.provenance import git_commit, hardware
+from trainer.runs.run_folder import RunFolder
 from trainer.runtime.device import has_gpu
 from trainer.runtime.files import atomic
 from trainer.runtime.launch import read_launch, set_up_cpu
@@ -111,9 +112,9 @@ def write_evaluation(
             "event_id": ranks.event_id,
         }
     )
-    with atomic(Path(run_dir) / f"evaluation-{split}.parquet") as temporary:
+    with atomic(RunFolder(run_dir).ranks(split)) as temporary:
         pq.write_table(table, temporary)
-    path = Path(run_dir) / f"evaluation-{split}.json"
+    path = RunFolder(run_dir).evaluation(split)
     with atomic(path) as temporary:
         temporary.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     return path

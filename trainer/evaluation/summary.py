@@ -9,6 +9,7 @@ from typing import Any
 from data_shards.secrets import masked
 from data_shards.settings import flatten, read_yaml
 from trainer.errors import RunError
+from trainer.runs.run_folder import RunFolder
 
 METRICS = ("recall@5", "recall@10", "ndcg@5", "ndcg@10")
 OURS = "GenSR"  # the title of a model that was evaluated before there were others
@@ -32,7 +33,7 @@ class Row:
 
 def read_evaluation(run_dir: str | Path, split: str = "test") -> dict[str, Any]:
     """RUN/evaluation-SPLIT.json. Raises RunError when the run has not been evaluated."""
-    path = Path(run_dir) / f"evaluation-{split}.json"
+    path = RunFolder(run_dir).evaluation(split)
     if not path.is_file():
         raise RunError(f"{path} is missing. Make it with: gensr evaluate {run_dir} --split {split}")
     document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -142,7 +143,7 @@ def compare(run_dirs: Iterable[str | Path], split: str = "test") -> dict[str, An
     if len(set(fingerprints.values())) > 1:
         named = ", ".join(f"{name}: {str(fingerprint)[:12]}" for name, fingerprint in fingerprints.items())
         raise RunError(f"these runs were evaluated on different splits and cannot be compared ({named})")
-    configs = {str(folder): flatten(masked(read_yaml(folder / "config.yaml"))) for folder in folders}
+    configs = {str(folder): flatten(masked(read_yaml(RunFolder(folder).config))) for folder in folders}
     keys = sorted({key for config in configs.values() for key in config})
     settings = {
         key: {name: config.get(key) for name, config in configs.items()} for key in keys if key != "run.dir"

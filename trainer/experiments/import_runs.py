@@ -28,6 +28,7 @@ from trainer.config import Config
 from trainer.configs import config_from_dict
 from trainer.errors import EnvironmentProblem, GensrError, RunError
 from trainer.registry.model_card import metrics_of
+from trainer.runs.run_folder import RunFolder, read_json
 from trainer.tracking.delivery import (
     MACHINE_DIR,
     SPOOL_NAME,
@@ -129,7 +130,7 @@ def import_runs(
 def target_of(folder: str) -> str:
     """The store that a run folder's run belongs in: the server that its configuration names, or the database
     beside it. Raises RunError for anything but a run folder."""
-    path = Path(folder) / "config.yaml"
+    path = RunFolder(folder).config
     if not path.is_file():
         raise RunError(f"{folder} is no run folder. Say where its runs should go: --into URI")
     return tracking_uri(config_from_dict(read_yaml(path)), folder)
@@ -230,7 +231,7 @@ def read_source(source: str) -> Iterator[Source]:
         yield from _of_store(connect(must_exist(source)), None)
     elif path.is_file():
         yield from _of_store(connect(sqlite_uri(path.resolve())), path.resolve().parent)
-    elif (path / "config.yaml").is_file():
+    elif RunFolder(path).config.is_file():
         yield of_folder(path)
     elif folders := sorted(file.parent for file in path.glob("*/config.yaml")):
         yield from map(of_folder, folders)
@@ -297,11 +298,11 @@ def _artifacts(client: "MlflowClient", run: Any, folder: Path | None) -> Iterato
 
 def of_folder(folder: Path) -> Source:
     """A run folder as a run: what its tracker would have recorded, with times counted from its beginning."""
-    config = config_from_dict(read_yaml(folder / "config.yaml"))
-    facts = _json(folder / "environment.json")
-    status = _json(folder / "status.json")
-    start_ms = int((folder / "config.yaml").stat().st_ctime * 1000)
-    lines, num_skipped = _lines(folder / "metrics.jsonl")
+    config = RunFolder(folder).read_config()
+    facts = RunFolder(folder).read_environment()
+    status = RunFolder(folder).read_status()
+    start_ms = int(RunFolder(folder).config.stat().st_ctime * 1000)
+    lines, num_skipped = _lines(RunFolder(folder).metrics)
     spooled, skipped = _lines(folder / SPOOL_NAME)
     num_skipped += skipped
     records: list[Record] = [
@@ -315,9 +316,10 @@ def of_folder(folder: Path) -> Source:
         num_skipped += skipped
         records += [point for sample in samples for point in machine_points(path.stem, sample)]
     for split in ("valid", "test"):
-        path = folder / f"evaluation-{split}.json"
+        path = RunFolder(folder).evaluation(split)
         records += [
-            {"metric": [name, value, start_ms, 0]} for name, value in metrics_of(_json(path), split).items()
+            {"metric": [name, value, start_ms, 0]}
+            for name, value in metrics_of(read_json(path), split).items()
         ]
         files += [(path, "")] if path.is_file() else []
     files += [(path, "report") for path in sorted((folder / "report").glob("*.png"))]
@@ -343,7 +345,7 @@ def of_folder(folder: Path) -> Source:
 
 def _identity(folder: Path, lines: list[dict[str, Any]]) -> str:
     """Of a folder that never had a run: its settings and its first measurement."""
-    content = (folder / "config.yaml").read_text(encoding="utf-8") + json.dumps(lines[:1])
+    content = RunFolder(folder).config.read_text(encoding="utf-8") + json.dumps(lines[:1])
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
@@ -371,14 +373,6 @@ def _manifest(config: Config) -> Any:
         return read_manifest(config.data.dir)
     except DataError:  # the prepared folder is not here
         return None
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return document
 
 
 def _lines(path: Path) -> tuple[list[dict[str, Any]], int]:

@@ -22,14 +22,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import slurm
-from data_shards.settings import read_yaml
 from trainer import __version__
 from trainer.config import Config
-from trainer.configs import config_from_dict, load_config
+from trainer.configs import load_config
 from trainer.errors import ConfigError, EnvironmentProblem, RunError
 from trainer.experiments.sweep import JOB_FILE, Point
 from trainer.runs.checkpoint import check_settings
 from trainer.runs.folder import holds_run, is_finished
+from trainer.runs.run_folder import RunFolder
 from trainer.runtime.files import SECRET_MODE, atomic
 from trainer.runtime.launch import Launch, deepspeed_path
 from trainer.training.plan import dry_run
@@ -197,7 +197,7 @@ def check_folder(config: Config) -> None:
     """Raises RunError when run.dir holds another run, a finished one, or one whose job is still there."""
     folder = Path(config.run.dir)
     if holds_run(folder):
-        check_settings(config_from_dict(read_yaml(folder / "config.yaml")), config, folder / "config.yaml")
+        check_settings(RunFolder(folder).read_config(), config, RunFolder(folder).config)
         if is_finished(folder, config):
             raise RunError(f"{folder} holds a run that has finished. Choose another run.dir.")
     if state := job_state(folder):

@@ -19,11 +19,11 @@ from typing import Any
 import yaml
 
 from data_shards.secrets import mask_secrets
-from data_shards.settings import flatten, parse_yaml, read_yaml
+from data_shards.settings import flatten, parse_yaml
 from trainer.config import Config
-from trainer.configs import config_from_dict
 from trainer.errors import ConfigError, RunError
 from trainer.evaluation.summary import compare, compare_lines
+from trainer.runs.run_folder import RunFolder
 from trainer.runtime.files import atomic
 from trainer.tracking.store import (
     connect,
@@ -101,14 +101,14 @@ def summarize(folder: str | Path) -> dict[str, Any]:
         {path.parent for name in ("config.yaml", JOB_FILE) for path in folder.glob(f"*/{name}")}
     )
     configs = {
-        run_dir: config_from_dict(read_yaml(run_dir / "config.yaml"))
+        run_dir: RunFolder(run_dir).read_config()
         for run_dir in run_dirs
-        if (run_dir / "config.yaml").is_file()
+        if RunFolder(run_dir).config.is_file()
     }
     if not configs:
         raise RunError(f"{folder} holds no run that has started. Its jobs' output: {folder}/*.out")
     rows = sorted((_row(run_dir, configs.get(run_dir)) for run_dir in run_dirs), key=lambda row: -row["best"])
-    evaluated = [run_dir for run_dir in run_dirs if (run_dir / "evaluation-test.json").is_file()]
+    evaluated = [run_dir for run_dir in run_dirs if RunFolder(run_dir).evaluation("test").is_file()]
     comparison = compare(evaluated) if evaluated else {}
     document = {"runs": rows, "comparison": comparison, "mlflow_run_id": ""}
     for name, text in ((TABLE, "\n".join(lines_of(document))), (DOCUMENT, json.dumps(document, indent=2))):
@@ -119,10 +119,7 @@ def summarize(folder: str | Path) -> dict[str, Any]:
 
 
 def _row(run_dir: Path, config: Config | None) -> dict[str, Any]:
-    try:
-        status = json.loads((run_dir / "status.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        status = {"status": "not started", "progress": {}}
+    status = RunFolder(run_dir).read_status() or {"status": "not started", "progress": {}}
     progress = status["progress"]
     return {
         "run": run_dir.name,

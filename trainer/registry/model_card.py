@@ -1,7 +1,6 @@
 """What a registered version says about itself: facts of the run folder and the manifest → tags and a model
 card."""
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,13 @@ from data_shards.secrets import mask_secrets
 from trainer.config import Config
 from trainer.data.node_cache import is_url
 from trainer.models.zoo import model_class
+from trainer.runs.run_folder import RunFolder, read_json
 from trainer.tracking.store import metric_name
 
 
 def run_facts(run_dir: Path, config: Config, manifest: Manifest, tasks: tuple[int, ...]) -> dict[str, Any]:
     """Everything the model card and the tags say, read from the run folder and the manifest."""
-    environment = _read_json(run_dir / "environment.json")
+    environment = read_json(RunFolder(run_dir).environment)
     git = environment.get("git") or {}
     return {
         "run": str(run_dir),
@@ -37,8 +37,8 @@ def run_facts(run_dir: Path, config: Config, manifest: Manifest, tasks: tuple[in
         "variant": getattr(config.model, "variant", ""),
         "tasks": [TASKS[task] for task in tasks],
         "seed": config.run.seed,
-        "evaluation": _read_json(run_dir / "evaluation-test.json"),
-        "full_evaluation": _read_json(run_dir / "evaluation-test-full.json"),
+        "evaluation": read_json(RunFolder(run_dir).evaluation("test")),
+        "full_evaluation": read_json(RunFolder(run_dir).evaluation("test-full")),
     }
 
 
@@ -176,8 +176,3 @@ def _with_interval(result: Mapping[str, Any], metric: str) -> str:
     if interval := result.get("ci95", {}).get(metric):
         text += f" [{interval[0]:.4f}, {interval[1]:.4f}]"
     return text
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return document

@@ -22,6 +22,7 @@ from data_shards.schema import TASKS
 from trainer.errors import RunError
 from trainer.evaluation.metrics import compare
 from trainer.registry.versions import ALIAS, default_uri, fetch, find_version, mlflow_errors
+from trainer.runs.run_folder import RunFolder
 from trainer.tracking.store import connect, must_exist
 
 CHAMPION = "champion"
@@ -174,12 +175,12 @@ class StoredRanks:
 def read_ranks(version_dir: Path, where: str) -> StoredRanks:
     """Raises RunError when the version was registered without an evaluation."""
     folder = version_dir / "artifacts" / "evaluation"
-    if not (folder / "evaluation-test.parquet").is_file() or not (folder / "evaluation-test.json").is_file():
+    if not RunFolder(folder).ranks("test").is_file() or not RunFolder(folder).evaluation("test").is_file():
         raise RunError(
             f"{where} holds no evaluation. Run gensr evaluate RUN, then gensr register RUN NAME again"
         )
-    protocol = json.loads((folder / "evaluation-test.json").read_text(encoding="utf-8"))["protocol"]
-    table = pq.read_table(folder / "evaluation-test.parquet", columns=["event_id", "task", "rank"])
+    protocol = json.loads(RunFolder(folder).evaluation("test").read_text(encoding="utf-8"))["protocol"]
+    table = pq.read_table(RunFolder(folder).ranks("test"), columns=["event_id", "task", "rank"])
     return StoredRanks(where, protocol, *(table[name].to_numpy() for name in ("event_id", "task", "rank")))
 
 

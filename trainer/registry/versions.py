@@ -30,10 +30,11 @@ from trainer.data.folder import PreparedFolder
 from trainer.errors import ConfigError, EnvironmentProblem, RunError
 from trainer.models.contract import Ranker
 from trainer.registry.model_card import metrics_of, model_card, run_facts, version_tags
+from trainer.runs.run_folder import RunFolder, read_json
 from trainer.runs.weights import load_run_config
 from trainer.runtime.files import atomic
 from trainer.serving.artifacts import write_items
-from trainer.serving.recommend import RETRIEVAL, Recommender, run_retrieval
+from trainer.serving.recommend import Recommender, run_retrieval
 from trainer.serving.retrieval import Notify, silent
 from trainer.serving.scorer import Scorer
 from trainer.tracking.store import (
@@ -253,7 +254,12 @@ def _log_model(
         for file in EVALUATION_FILES:
             if (run_dir / file).is_file():
                 shutil.copy2(run_dir / file, evaluation)
-        folders = {"model": run_dir / "model", "items": items, "retrieval": run_dir / RETRIEVAL, "card": card}
+        folders = {
+            "model": RunFolder(run_dir).model,
+            "items": items,
+            "retrieval": RunFolder(run_dir).retrieval,
+            "card": card,
+        }
         if any(evaluation.iterdir()):
             folders["evaluation"] = evaluation
         try:
@@ -294,16 +300,11 @@ def _check_place(uri: str, run_dir: Path) -> None:
 def _run_id(run_dir: Path, client: Any) -> str:
     """The MLflow run of training, else of an earlier registration; "" when the store does not have it."""
     for name in (RUN_FILE, REGISTRY_FILE):
-        run_id = _read(run_dir / name).get("run_id", "")
+        run_id = read_json(run_dir / name).get("run_id", "")
         if run_id:
             with contextlib.suppress(_mlflow_exception()):
                 return str(client.get_run(run_id).info.run_id)
     return ""
-
-
-def _read(path: Path) -> dict[str, Any]:
-    document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return document
 
 
 def _compare(expected: list[list[float]], got: list[list[float]], name: str, number: int) -> None:

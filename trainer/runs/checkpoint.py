@@ -28,6 +28,7 @@ from data_shards.schema import Manifest
 from data_shards.settings import flatten, to_dict
 from trainer.config import Config
 from trainer.errors import RunError
+from trainer.runs.run_folder import RunFolder
 from trainer.runs.weights_only import check_random_states, no_unpickling
 from trainer.runtime.distributed import gather_objects, on_main, uses_deepspeed
 from trainer.runtime.files import atomic, file_sha256, remove_temporaries, writing
@@ -218,7 +219,7 @@ def checksum(path: Path, sync: bool = False) -> list[Any]:
 def newest_whole(accelerator: "Accelerator", run_dir: str | Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint that is whole, and a message for each newer one that was skipped. The same answer
     on every rank."""
-    folder = Path(run_dir) / "checkpoints"
+    folder = RunFolder(run_dir).checkpoints
     skipped: list[str] = []
     for name in on_main(accelerator, lambda: _candidates(folder)):
         path = folder / name
@@ -345,7 +346,7 @@ def has_frozen(model: "nn.Module") -> bool:
 
 def remove_partial(run_dir: str | Path) -> None:
     """Remove what an interrupted save left."""
-    folder = Path(run_dir) / "checkpoints"
+    folder = RunFolder(run_dir).checkpoints
     for stale in folder.glob(f"{PARTIAL}*"):
         shutil.rmtree(stale, ignore_errors=True)
     remove_temporaries(folder, "latest")
@@ -353,4 +354,4 @@ def remove_partial(run_dir: str | Path) -> None:
 
 def listed(run_dir: str | Path) -> list[str]:
     """Names of the checkpoints of a run, newest first."""
-    return _candidates(Path(run_dir) / "checkpoints")
+    return _candidates(RunFolder(run_dir).checkpoints)

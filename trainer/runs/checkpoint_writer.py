@@ -33,6 +33,7 @@ from trainer.runs.checkpoint import (
     make_empty,
     publish,
 )
+from trainer.runs.run_folder import RunFolder
 from trainer.runtime.distributed import gather_objects, on_main, uses_deepspeed
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ class CheckpointWriter:
     ) -> None:
         """keep: newest checkpoints kept, beside the best."""
         self._accelerator, self._model, self._optimizer, self._keep = accelerator, model, optimizer, keep
-        self._folder = Path(run_dir) / "checkpoints"
+        self._folder = RunFolder(run_dir).checkpoints
         self._thread: threading.Thread | None = None
         self._progress = Progress()
         self._files: dict[str, list[Any]] = {}  # this rank's: relative path → [bytes, sha256]

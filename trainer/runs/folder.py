@@ -19,6 +19,7 @@ from trainer.config import Config
 from trainer.configs import config_from_dict
 from trainer.errors import EnvironmentProblem, RunError
 from trainer.runs.checkpoint import Progress, check_settings, fixed_settings, listed, remove_partial
+from trainer.runs.run_folder import RunFolder
 from trainer.runtime.distributed import on_main
 from trainer.runtime.files import SECRET_MODE, atomic, create, remove_temporaries, writing
 
@@ -82,7 +83,7 @@ def _claim(config: Config, resume: str, lock: list[IO[str]]) -> tuple[bool, bool
     folder = Path(config.run.dir)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "config.yaml"
+    path = RunFolder(folder).config
     found = holds_run(folder)
     if resume != "auto" and any(not _is_left_by_a_full_disk(entry) for entry in folder.iterdir()):
         raise RunError(
@@ -103,7 +104,7 @@ def _claim(config: Config, resume: str, lock: list[IO[str]]) -> tuple[bool, bool
 
 def holds_run(folder: Path) -> bool:
     """Whether a folder is claimed. An empty config.yaml claims nothing: a full disk has left it."""
-    path = folder / "config.yaml"
+    path = RunFolder(folder).config
     return path.is_file() and path.stat().st_size > 0
 
 
@@ -120,9 +121,9 @@ def is_finished(folder: Path, config: Config) -> bool:
 
     Raises RunError when more is asked for of a run that kept no checkpoint.
     """
-    if _status(folder).get("status") != "finished":
+    if not RunFolder(folder).has_ended_well:
         return False
-    if fixed_settings(config_from_dict(read_yaml(folder / "config.yaml"))) == fixed_settings(config):
+    if fixed_settings(RunFolder(folder).read_config()) == fixed_settings(config):
         return True
     if not listed(folder):
         raise RunError(
@@ -136,7 +137,7 @@ def _lock(folder: Path) -> IO[str]:
     import fcntl
 
     with writing(folder):
-        file = (folder / "train.log").open("a", encoding="utf-8")
+        file = RunFolder(folder).log.open("a", encoding="utf-8")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -153,9 +154,9 @@ def _lock(folder: Path) -> IO[str]:
 def write_facts(config: Config, facts: dict[str, Any]) -> None:
     """config.yaml (effective) and environment.json, as this part of the run sees them."""
     folder = Path(config.run.dir)
-    with atomic(folder / "config.yaml", SECRET_MODE) as temporary:  # URLs in it may hold passwords
+    with atomic(RunFolder(folder).config, SECRET_MODE) as temporary:  # URLs in it may hold passwords
         temporary.write_text(to_yaml(config), encoding="utf-8")
-    with atomic(folder / "environment.json") as temporary:
+    with atomic(RunFolder(folder).environment) as temporary:
         temporary.write_text(json.dumps(masked(facts), indent=2) + "\n", encoding="utf-8")
 
 
@@ -164,7 +165,7 @@ def write_status(folder: Path, status: str, progress: Progress, enabled: bool = 
     if not enabled:
         return
     try:
-        with atomic(folder / "status.json") as temporary:
+        with atomic(RunFolder(folder).status) as temporary:
             temporary.write_text(
                 json.dumps({"status": status, "progress": asdict(progress)}, indent=2) + "\n",
                 encoding="utf-8",
@@ -173,13 +174,5 @@ def write_status(folder: Path, status: str, progress: Progress, enabled: bool = 
         log.warning("%s", error)
 
 
-def _status(folder: Path) -> dict[str, Any]:
-    try:
-        document: dict[str, Any] = json.loads((folder / "status.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return document
-
-
 def read_status(folder: str | Path) -> Progress:
-    return Progress(**_status(Path(folder)).get("progress", {}))
+    return Progress(**RunFolder(folder).read_status().get("progress", {}))

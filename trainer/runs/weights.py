@@ -23,6 +23,7 @@ from trainer.data.node_cache import refuse_command
 from trainer.errors import DataError, RunError
 from trainer.models.contract import Ranker, Ranks
 from trainer.models.zoo import model_class
+from trainer.runs.run_folder import RunFolder
 from trainer.runs.world import counts_of, new_world, saved_world
 
 MODEL_FORMAT = 2  # 1: gensr.json, GenSR only
@@ -148,13 +149,9 @@ def load_model(
 
 
 def load_run_config(run_dir: str | Path) -> Config:
-    from data_shards.settings import read_yaml
-
-    path = Path(run_dir) / "config.yaml"
-    if not path.is_file():
-        raise RunError(f"{run_dir} is not a run folder: config.yaml is missing. Train one with: gensr train")
-    config = config_from_dict(read_yaml(path))
-    refuse_command(config.data.dir, path)
+    """RUN/config.yaml. Raises RunError when the folder holds no run, or its data.dir is a command."""
+    config = RunFolder(run_dir).read_config()
+    refuse_command(config.data.dir, RunFolder(run_dir).config)
     return config
 
 
@@ -163,7 +160,7 @@ def load_run_model(run_dir: str | Path, device: str = "cpu") -> tuple[Ranker, Co
     folder has changed since."""
     config = load_run_config(run_dir)
     folder = PreparedFolder.open(config.data)
-    path = Path(run_dir) / "model"
+    path = RunFolder(run_dir).model
     document = read_model_document(path)
     check_data(document, folder, str(run_dir))
     tables = folder.tables(model_class(document["name"]).needs)

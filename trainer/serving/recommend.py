@@ -30,6 +30,7 @@ from data_shards.settings import read_yaml
 from trainer.data.folder import PreparedFolder
 from trainer.errors import EnvironmentProblem, RequestError
 from trainer.models.contract import Ranker
+from trainer.runs.run_folder import RunFolder
 from trainer.runs.weights import document_path, load_run_config
 from trainer.runtime.files import file_sha256
 from trainer.serving.artifacts import read_serving_facts
@@ -295,13 +296,13 @@ def run_retrieval(
 ) -> Retrieval | None:
     """The indexes of RUN/retrieval (None for a model without views); built and kept there when they are
     missing, or of other weights. A folder that cannot be written costs a note, unless they must be kept."""
-    identity = model_identity(run_dir / "model")
-    retrieval = load_retrieval(run_dir / RETRIEVAL, model, identity)
+    identity = model_identity(RunFolder(run_dir).model)
+    retrieval = load_retrieval(RunFolder(run_dir).retrieval, model, identity)
     if retrieval is None:
         retrieval = build_retrieval(model, notify)
         try:
             if retrieval is not None:
-                save_retrieval(run_dir / RETRIEVAL, retrieval, identity)
+                save_retrieval(RunFolder(run_dir).retrieval, retrieval, identity)
         except EnvironmentProblem as error:
             if must_be_kept:
                 raise

@@ -16,6 +16,7 @@ from torch import Tensor
 from data_shards.schema import NO_QUERY
 from trainer.batch import Batch
 from trainer.models.contract import Ranker, View
+from trainer.runs.run_folder import RunFolder
 from trainer.runs.weights import load_model, load_run_model
 from trainer.runtime.device import autocast, default_device
 from trainer.serving.artifacts import (
@@ -69,7 +70,7 @@ class Scorer:
         model, config, folder = load_run_model(run_dir, device or default_device())
         form = query_format(folder.manifest)
         tokenizer, words = (
-            load_fast_tokenizer(Path(run_dir) / "model"),
+            load_fast_tokenizer(RunFolder(run_dir).model),
             read_words(folder.catalog / "words.npy", form),
         )
         return cls(model, folder.item_ids(), tokenizer, form, words, config.run.precision)

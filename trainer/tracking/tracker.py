@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from data_shards.schema import Manifest
 from data_shards.secrets import mask_secrets, masked
-from data_shards.settings import flatten, read_yaml, to_dict
+from data_shards.settings import flatten, to_dict
 from trainer.config import Config
-from trainer.configs import config_from_dict
 from trainer.errors import EnvironmentProblem
+from trainer.runs.run_folder import RunFolder
 from trainer.tracking.delivery import Record, Sender
 from trainer.tracking.store import (
     connect,
@@ -184,15 +184,15 @@ def describe(
         records.append({"dataset": dataset_record(manifest, config.data.dir)})
     records.append({"tags": {key: str(value)[:MAX_TAG] for key, value in tags.items()}})
     records.append({"text": dump(tree, "config.yaml"), "file": "config.yaml"})
-    if (run_dir / "environment.json").is_file():
-        records.append({"artifact": str(run_dir / "environment.json"), "folder": ""})
+    if RunFolder(run_dir).environment.is_file():
+        records.append({"artifact": str(RunFolder(run_dir).environment), "folder": ""})
     return records
 
 
 def log_evaluation(run_dir: Path, split: str, figures: Mapping[str, float], table: Sequence[str]) -> None:
     """The results of an evaluation → the run's figures, its table and evaluation-SPLIT.json. A store that
     fails costs a warning: repeat the evaluation, or import the folder."""
-    config = config_from_dict(read_yaml(run_dir / "config.yaml"))
+    config = RunFolder(run_dir).read_config()
     uri = tracking_uri(config, run_dir)
     run_id = read_run_file(run_dir, uri)
     if not (config.tracking.enabled and run_id):
@@ -201,7 +201,7 @@ def log_evaluation(run_dir: Path, split: str, figures: Mapping[str, float], tabl
         client = connect(uri)
         log_figures(client, run_id, figures)
         client.log_text(run_id, "\n".join(table) + "\n", f"evaluation-{split}.txt")
-        client.log_artifact(run_id, str(run_dir / f"evaluation-{split}.json"))
+        client.log_artifact(run_id, str(RunFolder(run_dir).evaluation(split)))
     except Exception as error:
         log.warning(
             "MLflow at %s has not taken the evaluation (%s): gensr runs import %s sends it later",

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from data_shards.secrets import mask_secrets
 from trainer.errors import EnvironmentProblem
+from trainer.runs.run_folder import RunFolder
 from trainer.runtime.files import atomic, writing
 from trainer.runtime.progress import clock
 
@@ -39,12 +40,12 @@ class RunConsole:
             return
         folder = Path(run_dir)
         self._terminal = Console(stderr=True, highlight=False, soft_wrap=True)
-        metrics = folder / "metrics.jsonl"
+        metrics = RunFolder(folder).metrics
         if resume_step is not None and metrics.exists():
             keep_records(metrics, resume_step)
         self._folder, mode = folder, "w" if resume_step is None else "a"
         with writing(folder):
-            self._log = (folder / "train.log").open(mode, encoding="utf-8", buffering=1)
+            self._log = RunFolder(folder).log.open(mode, encoding="utf-8", buffering=1)
             self._metrics = metrics.open(mode, encoding="utf-8", buffering=1)
 
     def __enter__(self) -> "RunConsole":
@@ -111,11 +112,11 @@ class RunConsole:
     def record(self, document: Mapping[str, Any]) -> None:
         """One JSON line in metrics.jsonl."""
         if self.enabled:
-            with writing(self._folder / "metrics.jsonl"):
+            with writing(RunFolder(self._folder).metrics):
                 self._metrics.write(json.dumps(document) + "\n")
 
     def _write(self, line: str) -> None:
-        with writing(self._folder / "train.log"):
+        with writing(RunFolder(self._folder).log):
             self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
 
     def _stop_bar(self) -> None:

@@ -16,6 +16,7 @@ from trainer.models.zoo import model_class
 from trainer.runs import folder as runfolder
 from trainer.runs.checkpoint import Progress
 from trainer.runs.provenance import environment_facts
+from trainer.runs.run_folder import RunFolder
 from trainer.runs.weights import build_model, save_model
 from trainer.runtime.distributed import gather_objects, on_main
 from trainer.runtime.launch import devices
@@ -62,9 +63,9 @@ def _write(
     run_dir = runfolder.Path(config.run.dir)
     facts = {**environment_facts(), "parameters": {"total": 0, "trainable": 0}, "devices": machine}
     runfolder.write_facts(config, facts)
-    save_model(run_dir / "model", model, model.state_dict(), config, folder)
+    save_model(RunFolder(run_dir).model, model, model.state_dict(), config, folder)
     record = {"kind": "valid", "step": 0, **metrics}
-    (run_dir / "metrics.jsonl").write_text(json.dumps(record) + "\n", encoding="utf-8")
+    RunFolder(run_dir).metrics.write_text(json.dumps(record) + "\n", encoding="utf-8")
     tracker = Tracker.start(config, run_dir, {**facts, "manifest": folder.manifest})
     tracker.log_metrics({f"valid/{name}": value for name, value in metrics.items()}, 0)
     tracker.finish("FINISHED")

@@ -24,6 +24,7 @@ from trainer.errors import ConfigError, GensrError, RunError
 from trainer.evaluation.ranking import validate
 from trainer.models.zoo import model_class
 from trainer.runs import folder as runfolder
+from trainer.runs.run_folder import RunFolder
 from trainer.runs.weights import save_model
 from trainer.runtime.distributed import (
     full_state_dict,
@@ -242,7 +243,7 @@ def write_model(run: Run) -> None:
     """Consolidated weights → RUN/model, on all ranks (ZeRO-3 gathers). RUN/model is therefore the best so far
     at any time."""
     state = full_state_dict(run.accelerator, run.model, run.module)
-    path = run.dir / "model"
+    path = RunFolder(run.dir).model
 
     def write() -> None:
         with writing(path):

@@ -3,9 +3,18 @@
 from collections.abc import Sequence
 from itertools import pairwise
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from trainer.models.layers.dropout import Dropout
+
+
+class ScoreLinear(nn.Linear):
+    """A linear map to scores, in float32 whatever autocast says: bf16 would tie near scores."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        with torch.autocast(input.device.type, enabled=False):
+            return super().forward(input.float())
 
 
 def mlp(widths: Sequence[int], dropout: float, score: bool = False) -> nn.Sequential:
@@ -15,7 +24,7 @@ def mlp(widths: Sequence[int], dropout: float, score: bool = False) -> nn.Sequen
     for before, after in pairwise(widths):
         layers += [nn.Linear(before, after), nn.ReLU(), Dropout(dropout)]
     if score:
-        layers.append(nn.Linear(widths[-1], 1))
+        layers.append(ScoreLinear(widths[-1], 1))
     return nn.Sequential(*layers)
 
 

@@ -1,0 +1,121 @@
+"""The files of a run folder: the one place that names them, and the readers of what others need of them."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_shards.settings import read_yaml
+from trainer.config import Config
+from trainer.configs import config_from_dict
+from trainer.errors import RunError
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """RUN. Nothing is read before it is asked for."""
+
+    path: Path
+
+    def __init__(self, path: "str | Path") -> None:
+        object.__setattr__(self, "path", Path(path))
+
+    # ---- what a run is and where it stands -----------------------------------------------------------------
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def environment(self) -> Path:
+        """Commit, packages, hardware."""
+        return self.path / "environment.json"
+
+    @property
+    def status(self) -> Path:
+        """{"status": running | stopped | finished | failed | crashed, "progress": {…}}."""
+        return self.path / "status.json"
+
+    @property
+    def log(self) -> Path:
+        return self.path / "train.log"
+
+    @property
+    def metrics(self) -> Path:
+        """A record a line."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    # ---- what came of it -----------------------------------------------------------------------------------
+
+    @property
+    def model(self) -> Path:
+        """The best weights so far (runs/weights.py)."""
+        return self.path / "model"
+
+    @property
+    def retrieval(self) -> Path:
+        """Indexes of the catalogue."""
+        return self.path / "retrieval"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report"
+
+    def evaluation(self, name: str) -> Path:
+        """name: SPLIT, SPLIT-full, SPLIT-hard."""
+        return self.path / f"evaluation-{name}.json"
+
+    def ranks(self, name: str) -> Path:
+        """One row an event, beside evaluation(name)."""
+        return self.path / f"evaluation-{name}.parquet"
+
+    # ---- where else it is known ----------------------------------------------------------------------------
+
+    @property
+    def tracking(self) -> Path:
+        """Which MLflow run is its own."""
+        return self.path / "tracking.json"
+
+    @property
+    def spool(self) -> Path:
+        """What the tracker has not sent yet."""
+        return self.path / "tracking-spool.jsonl"
+
+    @property
+    def registry(self) -> Path:
+        """Which version it became."""
+        return self.path / "registry.json"
+
+    # ---- readers -------------------------------------------------------------------------------------------
+
+    def read_config(self) -> Config:
+        """Raises RunError when the folder holds no run."""
+        if not self.config.is_file():
+            raise RunError(
+                f"{self.path} is not a run folder: config.yaml is missing. Train one with: gensr train"
+            )
+        return config_from_dict(read_yaml(self.config))
+
+    def read_status(self) -> dict[str, Any]:
+        """status.json; {} where there is none, or half a one."""
+        return read_json(self.status)
+
+    def read_environment(self) -> dict[str, Any]:
+        return read_json(self.environment)
+
+    @property
+    def has_ended_well(self) -> bool:
+        return self.read_status().get("status") == "finished"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object of a JSON file; {} where it is missing or not whole."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return document if isinstance(document, dict) else {}
