@@ -105,3 +105,10 @@ def test_citation_and_readme_agree() -> None:
     for author in paper["authors"]:
         assert f"{author['given-names']} {author['family-names']}" in readme
         assert f"{author['family-names']}, {author['given-names']}" in readme
+
+
+def test_the_model_in_contributing_is_the_file() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    shown = re.search(r"<!-- is (\S+), checked by tests/docs -->\n```python\n(.*?)```", text, re.DOTALL)
+    assert shown is not None
+    assert shown[2] == (ROOT / shown[1]).read_text(encoding="utf-8")

@@ -1,5 +1,7 @@
 """JSR of 2020 beside a public re-implementation: scores of all items, language models, and the losses."""
 
+from typing import Any
+
 import torch
 
 from tests.parity.oracles import load, renamed
@@ -27,7 +29,7 @@ def test_oracle_jsr():
         num_layers=hyper["layers"],
         background=1 - hyper["lm_weight"],
     )
-    core = Jsr(settings, make_world(num_items, num_users, num_words=num_words)).eval().core
+    core: Any = Jsr(settings, make_world(num_items, num_users, num_words=num_words)).eval().core
     for name in TABLES:
         weights[name] = torch.nn.functional.pad(weights[name], (0, 0, 1, 0))  # they have no row for padding
     core.load_state_dict(weights)
