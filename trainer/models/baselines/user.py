@@ -1,0 +1,291 @@
+"""USER (Yao, Dou, Xie, Lu, Wang, Wen, "USER: A Unified Information Search and Recommendation Model based on
+Integrated Behavior Sequence", CIKM 2021).
+
+    text = additive attention over a transformer layer of its words
+    an entry of the history: the clicked item's text, and for a search the co-attention of query and text
+    q_s = the question after its session [earlier entries, question] passed one layer twice; the question of a
+    search is its query's text, that of a recommendation the user's vector
+    q_l, d_l = q_s and a candidate's text d, each after the older entries, which passed the layer of sessions
+    s = tanh(Linear[cos(q_s, d), cos(q_s, d_l), cos(q_l, d), cos(q_l, d_l)]);  softmax over the candidates
+
+Layers are post-norm, without positions, with heads of `head_dim`. Only the last output of [older entries, d]
+is read, so a layer computes just that: d looks at the older entries and at itself.
+
+Differs from the published code: its 122 hand-made features are left out; each candidate meets its own user's
+history; W of the co-attention is learned, and padding words have no weight there
+(padding_in_co_attention=true gives them one); texts and sessions of padding only are 0, not NaN. [?] Our logs
+have no sessions: the newest `session_length` clicks are the current one, and older ones are cut alike. An
+unknown user and an item without text are zero vectors. Texts are cut at `text_words`.
+Shapes: texts […, W] with 0 = padding, sessions [B, S, K, D], candidates [B, C, D], scores [B, C] in (−1, 1).
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data_shards import settings as s
+from data_shards.schema import SRC
+from trainer.batch import Batch, rows_of
+from trainer.config import Fraction, ModelSettings, Positive
+from trainer.models.contract import CATALOGUE_SLICE, Ranker, World
+from trainer.models.layers.attention import AdditivePooling, masked_softmax
+from trainer.models.layers.dropout import Dropout
+from trainer.models.layers.embedding import ItemTable
+from trainer.models.losses import listwise_loss
+
+
+@s.settings
+class UserSettings(ModelSettings):
+    name: Literal["user"] = "user"
+    """searches and recommendations as one sequence of texts"""
+    dim: Positive = 100
+    """width of words, users and layers"""
+    num_heads: Positive = 8
+    """attention heads"""
+    head_dim: Positive = 64
+    """width of a head"""
+    ffn_dim: Positive = 2048
+    """inner width of the feed-forward layers"""
+    dropout: Fraction = 0.1
+    """dropout of attention weights and of both halves of a layer"""
+    text_words: Positive = 16
+    """words of an item or a query that are read"""
+    session_length: Positive = 5
+    """clicks of a session"""
+    padding_in_co_attention: bool = False
+    """padding words take a share of the weights of the co-attention, as published"""
+
+
+class Layer(nn.Module):
+    """LN(x + attention), LN(· + feed-forward); 0 at padding."""
+
+    def __init__(self, settings: UserSettings) -> None:
+        super().__init__()
+        width, self.heads, inner = settings.dim, settings.num_heads, settings.num_heads * settings.head_dim
+        self.query, self.key, self.value = (nn.Linear(width, inner) for _ in range(3))
+        self.output = nn.Linear(inner, width)
+        self.inner, self.outer = nn.Linear(width, settings.ffn_dim), nn.Linear(settings.ffn_dim, width)
+        self.attention_norm, self.norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.dropout = Dropout(settings.dropout)
+        for projection in (self.query, self.key, self.value):
+            nn.init.normal_(projection.weight, std=(2 / (width + settings.head_dim)) ** 0.5)
+        nn.init.xavier_normal_(self.output.weight)
+
+    def forward(
+        self,
+        x_BND: Tensor,
+        mask_BN: Tensor,
+        memory_BMD: Tensor | None = None,
+        memory_mask_BM: Tensor | None = None,
+    ) -> Tensor:
+        """Every x looks at all real x; with a memory, at the memory and at itself alone."""
+        if memory_BMD is None or memory_mask_BM is None:
+            attended = self._among(x_BND, mask_BN)
+        else:
+            attended = self._to(x_BND, memory_BMD, memory_mask_BM)
+        attended = self.dropout(self.output(attended.transpose(1, 2).flatten(2)))
+        x = self.attention_norm(x_BND + attended) * mask_BN[..., None]
+        inner = self.dropout(self.outer(self.inner(x).relu()))
+        out: Tensor = self.norm(x + inner) * mask_BN[..., None]
+        return out
+
+    def _among(self, x_BND: Tensor, mask_BN: Tensor) -> Tensor:
+        query, key, value = self._heads(x_BND)
+        weights = self.dropout(masked_softmax(query @ key.transpose(2, 3), mask_BN[:, None, None]))
+        return weights.to(value.dtype) @ value
+
+    def _to(self, x_BND: Tensor, memory_BMD: Tensor, memory_mask_BM: Tensor) -> Tensor:
+        (query, own_key, own_value), (_, key, value) = self._heads(x_BND), self._heads(memory_BMD)
+        own_BHN1 = (query * own_key).sum(-1, keepdim=True)
+        scores_BHNM = torch.cat([own_BHN1, query @ key.transpose(2, 3)], -1)
+        visible_BM = F.pad(memory_mask_BM, (1, 0), value=True)
+        weights = self.dropout(masked_softmax(scores_BHNM, visible_BM[:, None, None])).to(value.dtype)
+        return weights[..., :1] * own_value + weights[..., 1:] @ value
+
+    def _heads(self, x_BND: Tensor) -> list[Tensor]:
+        """Queries, divided by √head_dim, keys and values, [B, H, N, head_dim] each."""
+        parts = [
+            projection(x_BND)
+            .unflatten(-1, (self.heads, projection.out_features // self.heads))
+            .transpose(1, 2)
+            for projection in (self.query, self.key, self.value)
+        ]
+        return [parts[0] / parts[0].shape[-1] ** 0.5, *parts[1:]]
+
+
+class CoAttention(nn.Module):
+    """A query and the text clicked for it → one vector: A = tanh(Q W Dᵀ), each side's words weighted by the
+    softmax of their sums in A."""
+
+    def __init__(self, width: int, padding_counts: bool) -> None:
+        super().__init__()
+        self.padding_counts = padding_counts
+        self.weight = nn.Parameter(torch.empty(width, width))
+        nn.init.xavier_normal_(self.weight)
+        self.map = nn.Linear(2 * width, width)
+
+    def forward(self, query_PQD: Tensor, query_mask: Tensor, text_PWD: Tensor, text_mask: Tensor) -> Tensor:
+        """Words, 0 at padding → [P, D]."""
+        affinity_PQW = (query_PQD @ self.weight @ text_PWD.transpose(1, 2)).tanh()
+        if self.padding_counts:
+            query_mask, text_mask = torch.ones_like(query_mask), torch.ones_like(text_mask)
+        of_query = masked_softmax(affinity_PQW.sum(2), query_mask).to(query_PQD.dtype)
+        of_text = masked_softmax(affinity_PQW.sum(1), text_mask).to(text_PWD.dtype)
+        sums = [(of_query[..., None] * query_PQD).sum(1), (of_text[..., None] * text_PWD).sum(1)]
+        vectors: Tensor = self.map(torch.cat(sums, -1))
+        return vectors
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a candidate is compared with."""
+
+    in_session: Tensor  # q_s [B, D]
+    in_history: Tensor  # q_l [B, D]
+    older: Tensor  # [B, M, D] entries of older sessions
+    older_mask: Tensor  # [B, M] bool
+
+
+class UserCore(nn.Module):
+    """Texts, histories and scores. Ids of words and users, 0 = padding, unknown."""
+
+    def __init__(self, num_users: int, num_words: int, settings: UserSettings) -> None:
+        super().__init__()
+        dim = settings.dim
+        self.words = ItemTable(num_words, dim, std=0.1)
+        self.users = ItemTable(num_users, dim, std=0.1)
+        self.word_layer, self.session_layer, self.history_layer = (Layer(settings) for _ in range(3))
+        self.word_pool = AdditivePooling(dim, dim)
+        self.co_attention = CoAttention(dim, settings.padding_in_co_attention)
+        self.scorer = nn.Linear(4, 1)
+
+    def encode_words(self, texts: Tensor) -> Tensor:
+        """[…, W] → […, W, D]; 0 at padding. Texts of padding only cost nothing."""
+        real = (texts != 0).any(-1)
+        encoded_TWD = self.word_layer(self.words(texts[real]), texts[real] != 0)
+        nothing = encoded_TWD.new_zeros((*texts.shape, encoded_TWD.shape[-1]))
+        return nothing.masked_scatter(real[..., None, None], encoded_TWD)
+
+    def text_vectors(self, texts: Tensor) -> Tensor:
+        """[…, W] → […, D]"""
+        vectors: Tensor = self.word_pool(self.encode_words(texts), texts != 0)
+        return vectors
+
+    def entries(self, texts: Tensor, queries: Tensor, searched: Tensor) -> Tensor:
+        """Of clicks: the item's text […, W], the query [P, Q] of those that were searched […] → […, D]."""
+        encoded = self.encode_words(texts)
+        clicks = self.co_attention(
+            self.encode_words(queries), queries != 0, encoded[searched], texts[searched] != 0
+        )
+        entries = self.word_pool(encoded, texts != 0)
+        return entries.masked_scatter(searched[..., None], clicks.to(entries.dtype))
+
+    def question(
+        self,
+        asked_BD: Tensor,
+        older_BSKD: Tensor,
+        older_mask: Tensor,
+        recent_BKD: Tensor,
+        recent_mask: Tensor,
+    ) -> Question:
+        """asked: the text of a query, or a user. Older sessions and the current one's earlier entries."""
+        current, mask = torch.cat([recent_BKD, asked_BD[:, None]], 1), F.pad(recent_mask, (0, 1), value=True)
+        for _ in range(2):
+            current = self.session_layer(current, mask)
+        older = self.session_layer(older_BSKD.flatten(0, 1), older_mask.flatten(0, 1))
+        older = older.reshape(older_BSKD.shape).flatten(1, 2)
+        last, one = current[:, -1:], mask[:, -1:]
+        in_history = self.history_layer(last, one, older, older_mask.flatten(1))
+        return Question(last[:, 0], in_history[:, 0], older, older_mask.flatten(1))
+
+    def cosines(self, question: Question, items_BCD: Tensor) -> Tensor:
+        """[B, C, 4]: q_s and q_l, each with d and d_l."""
+        real_BC = torch.ones_like(items_BCD[..., 0], dtype=torch.bool)
+        in_history = self.history_layer(items_BCD, real_BC, question.older, question.older_mask)
+        pairs = [
+            F.cosine_similarity(asked[:, None].float(), items.float(), dim=2)
+            for asked in (question.in_session, question.in_history)
+            for items in (items_BCD, in_history)
+        ]
+        return torch.stack(pairs, 2)
+
+    def forward(self, question: Question, items_BCD: Tensor) -> Tensor:
+        """→ scores [B, C] float32."""
+        scores_BC: Tensor = self.scorer(self.cosines(question, items_BCD))[..., 0].float().tanh()
+        return scores_BC
+
+
+class User(Ranker):
+    """Both tasks."""
+
+    Settings = UserSettings
+    title = "USER"
+    needs = frozenset({"item_text", "history_queries"})
+    settings: UserSettings
+
+    def __init__(self, settings: UserSettings, world: World) -> None:
+        super().__init__(settings, world)
+        self.core = UserCore(world.num_users, world.num_terms, settings)
+
+    def score(self, batch: Batch) -> Tensor:
+        question = self._question(batch)
+        scores_BC: Tensor = self.core(question, self.core.text_vectors(self._items(batch.candidates)))
+        return scores_BC
+
+    def score_catalogue(self, batch: Batch) -> Tensor:
+        question, parts = self._question(batch), []
+        for rows in torch.arange(self.world.num_items, device=batch.candidates.device).split(CATALOGUE_SLICE):
+            items_CD = self.core.text_vectors(self._items(rows))
+            parts.append(self.core(question, items_CD.expand(batch.num_events, -1, -1)))
+        return torch.cat(parts, 1)
+
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        data = self.world.data
+        weights_B = torch.where(batch.task == SRC, data.weight_src, data.weight_rec).float()
+        return listwise_loss(self.score(batch), batch.labels, weights_B), {}
+
+    # ---- batch → core --------------------------------------------------------------------------------------
+
+    def _question(self, batch: Batch) -> Question:
+        searched_BN = batch.history_mask & (batch.history_tasks == SRC) & (batch.history_queries >= 0)
+        texts_BNW = self._items(batch.history_items) * batch.history_mask[..., None]
+        queries_PQ = self._queries(batch.history_queries[searched_BN])
+        entries_BND = self.core.entries(texts_BNW, queries_PQ, searched_BN)
+        sessions = cut(entries_BND, batch.history_mask, self.settings.session_length)
+        search_B1 = (batch.task == SRC)[:, None]
+        query_BD = self.core.text_vectors(self._queries(batch.query))
+        asked_BD = torch.where(search_B1, query_BD, self.core.users(batch.user + 1))
+        return self.core.question(asked_BD, *sessions)
+
+    def _items(self, rows: Tensor) -> Tensor:
+        """Words of items […, W]."""
+        return self._cut(rows_of(self.tables.item_terms, rows))
+
+    def _queries(self, rows: Tensor) -> Tensor:
+        """Words of queries […, Q], padding for row -1."""
+        if self.world.num_queries == 0:
+            return rows.new_zeros((*rows.shape, 1))
+        return self._cut(rows_of(self.tables.query_terms, rows.clamp(min=0))) * (rows >= 0)[..., None]
+
+    def _cut(self, words: Tensor) -> Tensor:
+        """At least one word, at most text_words."""
+        return F.pad(words, (0, max(1 - words.shape[-1], 0)))[..., : self.settings.text_words]
+
+
+def cut(entries_BND: Tensor, mask_BN: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Entries, padded at the end, in sessions of `length`, the newest full: older sessions [B, S, K, D] and
+    their mask, the newest one [B, K, D] and its mask. Padding stands in front of the oldest entry."""
+    num_sessions = max(-(-mask_BN.shape[1] // length), 1)
+    missing = num_sessions * length - mask_BN.shape[1]
+    entries, mask = F.pad(entries_BND, (0, 0, 0, missing)), F.pad(mask_BN, (0, missing))
+    places = torch.arange(mask.shape[1], device=mask.device)
+    at_BT = (places + mask.sum(1, keepdim=True)) % mask.shape[1]
+    entries = entries.gather(1, at_BT[..., None].expand_as(entries)).unflatten(1, (num_sessions, length))
+    mask = mask.gather(1, at_BT).unflatten(1, (num_sessions, length))
+    return entries[:, :-1], mask[:, :-1], entries[:, -1], mask[:, -1]
+
+
+MODEL = User
