@@ -170,7 +170,8 @@ class UnifiedSsrCore(nn.Module):
         self.words = WordMean(num_words, settings.dim)
         self.layers = nn.ModuleList(SiameseLayer(settings) for _ in range(settings.num_layers))
         self.norm, self.dropout = StdNorm(settings.dim), Dropout(settings.dropout)
-        self.windows = Windows(settings.dim, settings.num_sessions)
+        # hard windows have no gradient
+        self.windows = Windows(settings.dim, settings.num_sessions).requires_grad_(settings.windows == "soft")
         self.mix = Mix()
         self._start()
 
