@@ -102,7 +102,9 @@ class Nrhub(Ranker):
     def score_catalogue(self, batch: Batch) -> Tensor:
         user_BU, parts = self._users(batch).float(), []
         for ids in torch.arange(1, 1 + self.world.num_items, device=user_BU.device).split(CATALOGUE_SLICE):
-            parts.append(user_BU @ self.core.item_vectors(ids).float().T)
+            items_IU = self.core.item_vectors(ids).float()
+            with torch.autocast(items_IU.device.type, enabled=False):
+                parts.append(user_BU @ items_IU.T)
         return torch.cat(parts, 1)
 
     def _users(self, batch: Batch) -> Tensor:
