@@ -219,7 +219,9 @@ def _log_model(
         for file in EVALUATION_FILES:
             if (run_dir / file).is_file():
                 shutil.copy2(run_dir / file, evaluation)
-        folders = {"model": run_dir / "model", "items": items, "retrieval": run_dir / RETRIEVAL, "card": card}
+        folders = {"model": run_dir / "model", "items": items, "card": card}
+        if scorer.model.views():  # else there are no indexes
+            folders["retrieval"] = run_dir / RETRIEVAL
         if any(evaluation.iterdir()):
             folders["evaluation"] = evaluation
         with mlflow.start_run(run_id=run_id):
