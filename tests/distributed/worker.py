@@ -152,6 +152,7 @@ def poisoned(rank: int | None) -> Iterator[None]:
 def gradients(config: Config) -> dict[str, Any]:
     """Largest difference between the gradients of two ranks with half a batch each and of one process with
     the whole batch."""
+    from tests.contract.draws import RepeatingDraws
     from trainer.data import TrainStream
     from trainer.models.contract import Ranks
     from trainer.models.zoo import model_class
@@ -161,15 +162,22 @@ def gradients(config: Config) -> dict[str, Any]:
     kind = model_class(config.model.name)
     size = config.optim.global_batch_size
     batch = next(iter(TrainStream(folder, config.data, 0, size, size, num_folds=2, tasks=kind.tasks)))
-    torch.manual_seed(0)
-    model = build_model(config, folder, folder.tables(kind.needs, with_folds=True))
-    model(batch)[0].backward()
-    whole = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    model.set_ranks(Ranks(2, trainer.runtime.distributed.gather_rows))
-    wrapped = torch.nn.parallel.DistributedDataParallel(model)
-    wrapped(batch.rows(rank * size // 2, (rank + 1) * size // 2))[0].backward()
-    halves = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    tables = folder.tables(kind.needs, with_folds=True)
+    found = []
+    for ranks in (Ranks(), Ranks(2, trainer.runtime.distributed.gather_rows)):
+        torch.manual_seed(0)
+        model = build_model(config, folder, tables, ranks)
+        model.fit()
+        wrapped: torch.nn.Module = model
+        events = batch
+        if ranks.size > 1:
+            wrapped = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+            events = batch.rows(rank * size // 2, (rank + 1) * size // 2)
+        with RepeatingDraws():
+            loss, _ = wrapped(model.prepare(events))
+        loss.backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    whole, halves = found
     worst = max(float((whole[name] - halves[name]).abs().max()) for name in whole)
     return {
         "same_names": set(whole) == set(halves),

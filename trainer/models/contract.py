@@ -32,6 +32,13 @@ class Ranks:
     size: int = 1
     gather: GatherRows | None = None
 
+    def gathered(self, rows: Tensor) -> tuple[Tensor, int]:
+        """Rows of all ranks, with gradient, and the index of this rank's first; one process's are its own."""
+        return self.gather(rows) if self.gather is not None else (rows, 0)
+
+
+ONE_PROCESS = Ranks()
+
 
 @dataclass(frozen=True)
 class World:
@@ -50,7 +57,7 @@ class World:
     clicks: Callable[[], TrainClicks]  # of the training split
     texts: Callable[[], tuple[list[str], list[str]]]  # all text of each item, and of each query
     precision: Literal["fp32", "bf16"] = "fp32"  # run.precision
-    ranks: Ranks = Ranks()
+    ranks: Ranks = ONE_PROCESS
     saved: Path | None = (
         None  # what save_extra() wrote, when the weights are loaded afterwards; None: a new model
     )
@@ -102,6 +109,8 @@ class Ranker(nn.Module):
     # of: cf, cf_users, item_text, history_queries, users, item_category, texts
     needs: ClassVar[frozenset[str]] = frozenset()
     trained: ClassVar[bool] = True  # False: fit() is all there is to learn, no step is made
+    # True: the loss compares events of a batch with each other (in-batch negatives, batch statistics)
+    in_batch: ClassVar[bool] = False
 
     def __init__(self, settings: ModelSettings, world: World) -> None:
         super().__init__()
@@ -112,7 +121,10 @@ class Ranker(nn.Module):
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """→ (mean loss of the events, detached scalars for the log; "loss" is added by forward).
-        Micro-batches of equal size must add up to the whole batch's gradient."""
+
+        Micro-batches of equal size must add up to the whole batch's gradient, and so must the ranks' batches.
+        With `in_batch` only the latter: what is compared is gathered by world.ranks. Every trained weight has
+        a gradient, if only 0, whatever the events are: DDP and ZeRO wait for it on all ranks."""
         raise NotImplementedError
 
     def score(self, batch: Batch) -> Tensor:

@@ -139,19 +139,18 @@ def _full_lines(evaluation: Mapping[str, Any]) -> list[str]:
     if not evaluation:
         return []
     protocol = evaluation["protocol"]
-    how = (
-        f"full: of {protocol['num_items']:,} items {protocol['ranked_by_model']} are retrieved and ranked; "
-        "95 % bootstrap intervals"
-    )
+    # a model without views ranks the whole catalogue itself
+    retrieves = any("retrieval" in (evaluation.get(task) or {}) for task in TASKS)
+    ranked = f"{protocol['ranked_by_model']:,} are retrieved and" if retrieves else "all are"
+    how = f"full: of {protocol['num_items']:,} items {ranked} ranked; 95 % bootstrap intervals"
+    found = ["retrieval recall@100"] if retrieves else []
+    columns = ["task", "events", *found, "Recall@10", "NDCG@10", "MRR@10"]
     lines = ["", f"## Metrics, test split ({how})", ""]
-    lines += [
-        "| task | events | retrieval recall@100 | Recall@10 | NDCG@10 | MRR@10 |",
-        "|---|---|---|---|---|---|",
-    ]
+    lines += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     return lines + _task_rows(
         evaluation,
         lambda result: [
-            f"{result['retrieval']['recall@100']:.4f}",
+            *([f"{result['retrieval']['recall@100']:.4f}"] if retrieves else []),
             *_with_intervals(result, "recall@10", "ndcg@10", "mrr@10"),
         ],
     )

@@ -254,12 +254,9 @@ def _log_model(
         for file in EVALUATION_FILES:
             if (run_dir / file).is_file():
                 shutil.copy2(run_dir / file, evaluation)
-        folders = {
-            "model": RunFolder(run_dir).model,
-            "items": items,
-            "retrieval": RunFolder(run_dir).retrieval,
-            "card": card,
-        }
+        folders = {"model": RunFolder(run_dir).model, "items": items, "card": card}
+        if scorer.model.views():  # else there are no indexes
+            folders["retrieval"] = RunFolder(run_dir).retrieval
         if any(evaluation.iterdir()):
             folders["evaluation"] = evaluation
         try:

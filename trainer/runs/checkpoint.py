@@ -90,12 +90,15 @@ class Checkpoint:
 
 
 def fixed_settings(config: Config) -> dict[str, Any]:
-    """Dotted key → value of every setting that a continuation must share."""
-    return {
+    """Dotted key → value of every setting that a continuation must share, as a checkpoint's JSON gives it
+    back: lists, no tuples."""
+    fixed = {
         key: value
         for key, value in flatten(to_dict(config)).items()
         if key not in FREE_KEYS and not key.startswith("tracking.")
     }
+    as_json: dict[str, Any] = json.loads(json.dumps(fixed))
+    return as_json
 
 
 def identity_of(

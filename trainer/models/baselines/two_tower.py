@@ -7,9 +7,9 @@ Corpus Item Recommendations", RecSys 2019).
 
 One user tower for both tasks: a recommendation has no query, and g_t, learned for each task, says how much
 the history counts. Loss: softmax of the clicked item against the event's candidates and the clicked items of
-the other events of the batch, less the logarithm of how often each item is drawn (its correction for the
-batch's bias to popular items), at a temperature. An event's own item and the items of its history are no
-negatives.
+the other events of the batch, on all ranks, less the logarithm of how often each item is drawn (its
+correction for the batch's bias to popular items), at a temperature. An event's own item and the items of its
+history are no negatives.
 
 Differs from the paper: item frequencies are counted once in the training split, not streamed; vectors are not
 normalised, a bias stands for popularity. Words are anonymised words where the data has them, else tokens. An
@@ -85,6 +85,7 @@ class TwoTower(Ranker):
     Settings = TwoTowerSettings
     title = "two-tower"
     needs = frozenset({"item_text"})
+    in_batch = True
     settings: TwoTowerSettings
     log_share: Tensor  # [I] log of an item's share of the training clicks, counted with one click more each
 
@@ -107,12 +108,14 @@ class TwoTower(Ranker):
         with torch.autocast(asked_BD.device.type, enabled=False):
             asked_BD, clicked_BD = asked_BD.float(), clicked_BD.float()
             own_BC = (asked_BD[:, None] * own_BCD.float()).sum(-1) / tau
-            others_BB = asked_BD @ clicked_BD.T / tau - correction * self.log_share[item_B]
+            all_clicked_AD, _ = self.world.ranks.gathered(clicked_BD)  # A: events of all ranks
+            all_items_A, _ = self.world.ranks.gathered(item_B)
+            others_BA = asked_BD @ all_clicked_AD.T / tau - correction * self.log_share[all_items_A]
         known_BN = torch.where(batch.history_mask, batch.history_items, -1)
-        taken_BB = (item_B[None] == item_B[:, None]) | (known_BN[:, :, None] == item_B).any(1)
+        taken_BA = (all_items_A == item_B[:, None]) | (known_BN[:, :, None] == all_items_A).any(1)
         positive_B = (own_BC * batch.labels).sum(1) - correction * self.log_share[item_B]
         drawn_BC = own_BC + correction * torch.log(torch.tensor(self.world.num_items, dtype=torch.float32))
-        others = others_BB.masked_fill(taken_BB, -torch.inf)
+        others = others_BA.masked_fill(taken_BA, -torch.inf)
         everything = torch.cat(
             [positive_B[:, None], drawn_BC.masked_fill(batch.labels > 0, -torch.inf), others], 1
         )

@@ -30,7 +30,7 @@ from data_shards import settings as s
 from data_shards.schema import SRC
 from trainer.batch import Batch, rows_of
 from trainer.config import Fraction, ModelSettings, NonNegativeFloat, Positive, PositiveFloat
-from trainer.models.contract import CATALOGUE_SLICE, Ranker, World
+from trainer.models.contract import CATALOGUE_SLICE, ONE_PROCESS, Ranker, Ranks, World
 from trainer.models.layers.attention import TargetAttention, masked_mean
 from trainer.models.layers.contrast import QueryItemContrast, ViewContrast
 from trainer.models.layers.embedding import ItemTable, Positions, WordMean
@@ -211,13 +211,16 @@ class UniSarCore(nn.Module):
         scores_BC: Tensor = self.mixture(torch.cat(parts, -1), search_B)
         return scores_BC
 
-    def alignment(self, histories: Histories) -> Tensor:
-        """Both alignments, [B]; 0 for a row without one of the two kinds."""
+    def alignment(self, histories: Histories, ranks: Ranks = ONE_PROCESS) -> Tensor:
+        """Both alignments, [B]; 0 for a row without one of the two kinds. Rows of all ranks are told
+        apart."""
         h = histories
         valid_B = h.rec_mask.any(1) & h.src_mask.any(1)
-        rec = self.rec_alignment(masked_mean(h.s2r, h.rec_mask), masked_mean(h.r2r, h.rec_mask), valid_B)
+        rec = self.rec_alignment(
+            masked_mean(h.s2r, h.rec_mask), masked_mean(h.r2r, h.rec_mask), valid_B, ranks
+        )
         return rec + self.src_alignment(
-            masked_mean(h.r2s, h.src_mask), masked_mean(h.s2s, h.src_mask), valid_B
+            masked_mean(h.r2s, h.src_mask), masked_mean(h.s2s, h.src_mask), valid_B, ranks
         )
 
 
@@ -233,6 +236,7 @@ class UniSar(Ranker):
     Settings = UniSarSettings
     title = "UniSAR"
     needs = frozenset({"item_text", "history_queries"})
+    in_batch = True  # the alignments
     settings: UniSarSettings
 
     def __init__(self, settings: UniSarSettings, world: World) -> None:
@@ -262,13 +266,14 @@ class UniSar(Ranker):
         search_B = batch.task == SRC
         weights_B = torch.where(search_B, data.weight_src * settings.search_weight, data.weight_rec).float()
         click_B = F.binary_cross_entropy_with_logits(scores_BC, batch.labels, reduction="none").mean(1)
-        history_B = self.core.alignment(histories)
+        ranks = self.world.ranks
+        history_B = self.core.alignment(histories, ranks)
         aligned_B = histories.rec_mask.any(1) & histories.src_mask.any(1)
         pair_BN = self._query_item_losses(queries_BND, items_BND)
         terms = {
-            "click_loss": weighted(click_B, weights_B, torch.ones_like(search_B)),
-            "history_loss": weighted(history_B, weights_B, aligned_B),
-            "query_item_loss": weighted(pair_BN, weights_B[:, None].expand_as(pair_BN), pairs_BN),
+            "click_loss": (click_B * weights_B).mean(),
+            "history_loss": weighted(history_B, weights_B, aligned_B, ranks),
+            "query_item_loss": weighted(pair_BN, weights_B[:, None], pairs_BN, ranks),
         }
         loss = terms["click_loss"] + settings.history_weight * terms["history_loss"]
         loss = loss + settings.query_item_weight * terms["query_item_loss"]
@@ -321,9 +326,11 @@ class UniSar(Ranker):
         return rows_of(self.tables.query_terms, rows.clamp(min=0)) * (rows >= 0)[..., None]
 
 
-def weighted(values: Tensor, weights: Tensor, counted: Tensor) -> Tensor:
-    """Σ w·v over the counted / their number; 0 where there is none."""
-    return (values * weights * counted).sum() / counted.sum().clamp(min=1)
+def weighted(values: Tensor, weights: Tensor, counted: Tensor, ranks: Ranks) -> Tensor:
+    """Σ w·v over the counted / their number; 0 where there is none. Of several ranks, the number that each
+    has on average: the mean of their losses is then that over all counted."""
+    numbers_R, _ = ranks.gathered(counted.sum()[None].float())
+    return (values * weights * counted).sum() / (numbers_R.sum().clamp(min=1) / ranks.size)
 
 
 MODEL = UniSar

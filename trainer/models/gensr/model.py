@@ -54,6 +54,7 @@ class GenSR(Ranker):
     Settings = GenSRSettings
     title = "GenSR"
     needs = frozenset({"cf", "item_text"})
+    in_batch = True  # Eq. 10; among ranks with model.gather_negatives
     settings: GenSRSettings
 
     def __init__(self, settings: GenSRSettings, world: World) -> None:
@@ -288,13 +289,15 @@ class GenSR(Ranker):
         return gensr_views(self)
 
     def explain(self, batch: Batch) -> dict[str, Tensor]:
-        """Eq. 5's weights: what the two soft filters read of the history for each candidate."""
+        """Eq. 5's weights: what the two soft filters read of the history for each candidate; 0 without
+        one."""
         history = self.encode_history(batch)
+        real_B1N = batch.history_mask[:, None]
         cf_BCK = self.cf_vectors(batch.candidates, batch.fold)
         sem_BCD = self.semantic_vectors(batch.candidates, self.world.data.item_tokens)
         return {
-            "cf": self.cf_filter.weights(cf_BCK, history.cf_BNK, history.mask_BN),
-            "semantic": self.sem_filter.weights(sem_BCD, history.sem_BND, history.mask_BN),
+            "cf": self.cf_filter.weights(cf_BCK, history.cf_BNK, history.mask_BN) * real_B1N,
+            "semantic": self.sem_filter.weights(sem_BCD, history.sem_BND, history.mask_BN) * real_B1N,
         }
 
     def cost(self) -> Cost:

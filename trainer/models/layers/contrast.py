@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trainer.models.contract import ONE_PROCESS, Ranks
+
 MIN_TEMPERATURE = 1e-2  # τ is learned: it must not reach 0
 
 
@@ -46,15 +48,23 @@ class QueryItemContrast(_Similarity):
 
 
 class ViewContrast(_Similarity):
-    """InfoNCE between two views of a row: each view must find the other among the 2B − 2 views of other
-    rows."""
+    """InfoNCE between two views of a row: each view must find the other among the 2A − 2 views of other
+    rows, A of all ranks."""
 
-    def forward(self, first_BD: Tensor, second_BD: Tensor, valid_B: Tensor) -> Tensor:
+    def forward(
+        self, first_BD: Tensor, second_BD: Tensor, valid_B: Tensor, ranks: Ranks = ONE_PROCESS
+    ) -> Tensor:
         """→ losses [B], mean of both directions. Rows that are not valid are nobody's negatives; their own
         loss is 0."""
-        rows, size = torch.cat([first_BD, second_BD]), len(first_BD)
-        hidden = torch.eye(2 * size, dtype=torch.bool, device=rows.device) | ~valid_B.repeat(2)
-        partner = torch.arange(2 * size, device=rows.device).roll(size)
-        logits = self.matrix(rows, rows).masked_fill(hidden, torch.finfo(torch.float32).min)
-        losses = F.cross_entropy(logits, partner, reduction="none").view(2, size).mean(0)
+        (all_first, start), (all_second, _) = ranks.gathered(first_BD), ranks.gathered(second_BD)
+        all_valid, _ = ranks.gathered(valid_B.long())
+        rows, others = torch.cat([first_BD, second_BD]), torch.cat([all_first, all_second])
+        place_B = torch.arange(start, start + len(first_BD), device=rows.device)
+        own, partner = (
+            torch.cat([place_B, place_B + len(all_first)]),
+            torch.cat([place_B + len(all_first), place_B]),
+        )
+        hidden = (own[:, None] == torch.arange(len(others), device=rows.device)) | (all_valid == 0).repeat(2)
+        logits = self.matrix(rows, others).masked_fill(hidden, torch.finfo(torch.float32).min)
+        losses = F.cross_entropy(logits, partner, reduction="none").view(2, -1).mean(0)
         return losses.masked_fill(~valid_B, 0.0)
