@@ -14,7 +14,9 @@ import torch
 from safetensors.torch import save_file
 
 from data_shards.blocks import decode_blocks, tar_entries
+from data_shards.categories import CategoryWriter
 from data_shards.inspect import describe, inspect
+from data_shards.matrices import matrix_parts
 from data_shards.schema import NO_QUERY, SRC, read_manifest
 from tests.tiny_folder import make_tiny_folder, to_format_2
 from trainer.batch import Batch
@@ -90,6 +92,24 @@ def test_format_2_has_tables_without_categories_and_says_what_it_lacks(folders: 
         DataError, match=r"history_queries.* and .*item_category.*gensr prepare .*overwrite=true"
     ):
         manifest.check_holds({"item_category", "history_queries"}, folders[2])
+
+
+def test_paths_of_categories_are_those_that_were_written(folders: dict[int, Path], tmp_path: Path) -> None:
+    (tmp_path / "catalog").mkdir()
+    texts = ["Cars\x1fAccessories", "Phones", "Phones\x1fAccessories\x1fCases", None, "Cars"]
+    writer = CategoryWriter(tmp_path / "catalog", len(texts), max_levels=8)
+    writer.append(pa.array(texts))
+    writer.close()
+    [matrix] = matrix_parts(tmp_path / "catalog", "item_category", len(texts))
+    manifest = read_manifest(folders[3])
+    raw = {**manifest.raw, "counts": {**manifest.raw["counts"], "categories": int(matrix.max())}}
+    folder = PreparedFolder(tmp_path, dataclasses.replace(manifest, raw=raw), "hand-made")
+
+    paths = folder.category_paths()
+
+    assert ["\x1f".join(paths[row.max()]) or None for row in matrix] == texts  # ids ascend by level
+    assert len(paths) == 1 + folder.manifest.num_categories
+    assert PreparedFolder.at(folders[2]).category_paths() == [()]
 
 
 def test_registered_versions_from_before_categories_are_read(tmp_path: Path) -> None:

@@ -115,6 +115,15 @@ class PreparedFolder:
         queries = pq.read_table(self.catalog / "queries.parquet", columns=["text"])
         return [text or "" for text in queries["text"].to_pylist()]
 
+    def category_paths(self) -> list[tuple[str, ...]]:
+        """Names from the root down of categories 0 (none), 1, … num_categories."""
+        paths: list[tuple[str, ...]] = [()]
+        if self.manifest.num_categories:
+            table = pq.read_table(self.catalog / "categories.parquet", columns=["name", "parent"])
+            for name, parent in zip(*(column.to_pylist() for column in table.columns), strict=True):
+                paths.append((*paths[parent], name))  # parents come first
+        return paths
+
     def user_ids(self) -> list[Any]:
         ids: list[Any] = pq.read_table(self.catalog / "users.parquet", columns=["user_id"])[
             "user_id"

@@ -62,6 +62,9 @@ class World:
         None  # what save_extra() wrote, when the weights are loaded afterwards; None: a new model
     )
 
+    # names from the root down of category 0 (none: no names), 1, … num_categories; raises as `clicks` does
+    categories: Callable[[], list[tuple[str, ...]]] = lambda: [()]
+
     @property
     def num_terms(self) -> int:
         """Ids of ItemTables.item_terms and query_terms are 1 … num_terms, 0 is padding."""

@@ -26,6 +26,7 @@ def new_world(
         tokenizer=lambda: load_tokenizer(folder.tokenizer),
         clicks=folder.clicks,
         texts=folder.texts,
+        categories=folder.category_paths,
         precision=config.run.precision,
         ranks=ranks or Ranks(),
     )
@@ -47,6 +48,7 @@ def saved_world(
         tokenizer=lambda: load_tokenizer(path / "tokenizer"),
         clicks=folder.clicks if folder is not None else _not_here,
         texts=folder.texts if folder is not None else _not_here,
+        categories=folder.category_paths if folder is not None else _not_here,
         precision="bf16" if precision == "bf16" else "fp32",
         saved=path,
     )
@@ -66,6 +68,7 @@ def sizes_only(config: Config, data: "DataSize", cf_dim: int) -> World:
         tokenizer=None,
         clicks=_not_here,
         texts=_not_here,
+        categories=_not_here,
         precision=config.run.precision,
     )
 

@@ -27,7 +27,7 @@ ROWS_AT_ONCE = 4096  # items whose neighbours are counted together
 class ItemKnnSettings(ModelSettings):
     name: Literal["item_knn"] = "item_knn"
     """neighbours by common users"""
-    shrink: NonNegativeFloat = 10.0
+    shrink: NonNegativeFloat = 30.0
     """added to the denominator: how much a similarity of few users is distrusted"""
     decay: Share = 0.8
     """weight of a history item for each newer one"""

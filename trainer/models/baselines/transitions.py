@@ -1,0 +1,72 @@
+"""Directed neighbours: what was clicked soon after this item (a Markov chain with skips; cf. Rendle et al.,
+"Factorizing Personalized Markov Chains", WWW 2010, without the factors).
+
+    n(a → b) = Σ decay_step^(k − 1) over the times that b is the k-th click after a, k ≤ steps
+    T(a → b) = n(a → b) / √(clicks of a · clicks of b)
+    s(u, b)  = Σ_a decay^age(a) · T(a → b)           a over the history, age 0 = the newest
+
+A search and a recommendation of one item at one time are one click. Each item keeps its nearest followers
+only. Counted, not trained; an empty history scores 0 everywhere. Recommendation only.
+"""
+
+from typing import Literal
+
+import numpy as np
+from scipy import sparse
+
+from data_shards import settings as s
+from data_shards.schema import REC
+from trainer.batch import TrainClicks
+from trainer.config import ModelSettings, Positive, Share
+from trainer.models.baselines.item_knn import ItemKnn
+
+
+@s.settings
+class TransitionsSettings(ModelSettings):
+    name: Literal["transitions"] = "transitions"
+    """followers by order of clicks"""
+    steps: Positive = 3
+    """how far behind an item another still follows it"""
+    step_decay: Share = 0.5
+    """weight of a follower for each step between"""
+    decay: Share = 0.8
+    """weight of a history item for each newer one"""
+    num_neighbours: Positive = 200
+    """followers that each item keeps"""
+    clicks: Literal["rec", "all"] = "all"
+    """clicks that are counted: of recommendations only, or of searches, too"""
+
+
+class Transitions(ItemKnn):
+    """item-kNN with another, directed, similarity: `neighbours` are followers."""
+
+    Settings = TransitionsSettings  # type: ignore[assignment]
+    title = "transitions"
+    settings: TransitionsSettings  # type: ignore[assignment]
+
+    def fit(self) -> None:
+        user, item = click_sequences(self.world.clicks(), self.settings.clicks)
+        num_items = self.world.num_items
+        counts = sparse.csr_matrix((num_items, num_items), dtype=np.float64)
+        for step in range(1, self.settings.steps + 1):
+            same = user[:-step] == user[step:]
+            pairs = (item[:-step][same], item[step:][same])
+            weights = np.full(len(pairs[0]), self.settings.step_decay ** (step - 1))
+            counts += sparse.csr_matrix((weights, pairs), shape=counts.shape)
+        clicks_I = np.bincount(item, minlength=num_items)
+        found = counts.tocoo()
+        other = (found.row != found.col) & (found.data > 0)
+        row, col = found.row[other], found.col[other]
+        self._keep_nearest(row, col, found.data[other] / np.sqrt(clicks_I[row] * clicks_I[col]))
+
+
+def click_sequences(clicks: TrainClicks, which: str) -> tuple[np.ndarray, np.ndarray]:
+    """(user, item) by user and time, an item that follows itself at the same time counted once."""
+    counted = (clicks.task == REC) if which == "rec" else clicks.task >= 0
+    user, item, time = (column[counted].numpy() for column in (clicks.user, clicks.item, clicks.time))
+    new = np.ones(len(user), dtype=bool)
+    new[1:] = (user[1:] != user[:-1]) | (item[1:] != item[:-1]) | (time[1:] != time[:-1])
+    return user[new], item[new]
+
+
+MODEL = Transitions
