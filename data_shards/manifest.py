@@ -18,7 +18,7 @@ ShardName = Annotated[str, StringConstraints(pattern=rf"^shards/{_FILE}\.tar$")]
 CatalogName = Annotated[str, StringConstraints(pattern=rf"^(catalog|tokenizer)/{_FILE}$")]
 
 
-class Clicks(TypedDict):
+class ClickCounts(TypedDict):
     rec: Size
     src: Size
 
@@ -27,9 +27,9 @@ class Counts(TypedDict):
     users: Rows
     items: Rows
     queries: Rows
-    train: Clicks
-    valid: Clicks
-    test: Clicks
+    train: ClickCounts
+    valid: ClickCounts
+    test: ClickCounts
     raw: NotRequired[dict[str, Size]]
 
 

@@ -8,7 +8,7 @@ import torch
 
 from data_shards.schema import read_manifest
 from data_shards.settings import to_yaml
-from trainer.cf.tables import train_cf
+from trainer.cf.build import train_cf
 from trainer.configs import load_config
 from trainer.data.folder import PreparedFolder
 from trainer.models.gensr.model import GenSR

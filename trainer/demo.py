@@ -17,8 +17,8 @@ from rich.table import Table
 
 from trainer.errors import RunError
 from trainer.evaluation.summary import (
-    METRICS,
     OURS,
+    SHOWN_METRICS,
     TASK_TITLES,
     cell,
     protocol_line,
@@ -85,7 +85,7 @@ class Demo:
         prepare("kuaisar", self.raw_dir, self.data_dir, PREPARE, progress=StageLines())
 
     def cf(self) -> None:
-        from trainer.cf.tables import train_cf
+        from trainer.cf.build import train_cf
 
         train_cf(self.data_dir, CF, progress=lambda line: say(f"  {line}"))
 
@@ -225,7 +225,7 @@ def show_summary(demo: Demo, seconds: float) -> None:
     registered = json.loads(RunFolder(demo.run_dir).registry.read_text(encoding="utf-8"))
     grid = Table(title=protocol_line(evaluation), title_justify="left", title_style="dim", box=box.SIMPLE)
     grid.add_column("", no_wrap=True)
-    for metric in METRICS:
+    for metric in SHOWN_METRICS:
         grid.add_column(metric, no_wrap=True)
     rows = rows_of(evaluation)
     for task, title in TASK_TITLES.items():
@@ -236,7 +236,7 @@ def show_summary(demo: Demo, seconds: float) -> None:
             for row in of_task:
                 grid.add_row(
                     f"  {row.model}",
-                    *(cell(row.metrics, metric) for metric in METRICS),
+                    *(cell(row.metrics, metric) for metric in SHOWN_METRICS),
                     style="green" if row.model == OURS else "",
                 )
     Console(width=TABLE_WIDTH).print(grid)

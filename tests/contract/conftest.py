@@ -12,7 +12,7 @@ from data_shards.prepare import prepare
 from tests.conftest import SMALL
 from tests.contract.models import config_of
 from tests.worlds import write_tables
-from trainer.cf.tables import train_cf
+from trainer.cf.build import train_cf
 from trainer.config import Config
 from trainer.data.folder import PreparedFolder
 from trainer.evaluation.full import evaluate_full

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from tests.mlflow_server import Server, free_port, wait_until_up
-from trainer.cf.tables import train_cf
+from trainer.cf.build import train_cf
 from trainer.evaluation.full import evaluate_full
 from trainer.evaluation.sampled import evaluate_run
 from trainer.registry.promote import promote

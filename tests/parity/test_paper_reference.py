@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.reference import Collator, Reference, pairs_of
 from data_shards.schema import read_manifest
-from trainer.cf.tables import train_cf
+from trainer.cf.build import train_cf
 from trainer.configs import load_config
 from trainer.data import EvalStream
 from trainer.data.folder import PreparedFolder

@@ -10,7 +10,7 @@ import torch
 from data_shards.hashing import click_fold
 from data_shards.schema import REC, SRC, Manifest, read_manifest
 from tests.tiny_folder import make_tiny_folder
-from trainer.cf.tables import (
+from trainer.cf.build import (
     fold_table,
     held_in,
     last_clicks,
@@ -19,8 +19,8 @@ from trainer.cf.tables import (
     train_tables,
     unique_rec_clicks,
 )
+from trainer.cf.partial import CfWork, Slot
 from trainer.cf.training import TableTrainer, choose_batch_size, sampled_ndcg, unique_clicks
-from trainer.cf.work import CfWork, Slot
 from trainer.config import CfConfig
 from trainer.data.cf_table import cf_path, load_cf
 from trainer.errors import ConfigError, DataError, RunError

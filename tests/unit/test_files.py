@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from tests.tiny_folder import make_tiny_folder
 from trainer.analysis.figures import plot_run
-from trainer.cf.tables import train_cf
+from trainer.cf.build import train_cf
 from trainer.config import DataConfig
 from trainer.data import node_cache
 from trainer.data.node_cache import local_folder

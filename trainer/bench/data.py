@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,11 @@ import psutil
 from data_shards.schema import SPLITS, read_manifest
 from trainer.errors import BenchError, ConfigError
 from trainer.runtime.files import writing
+from trainer.runtime.progress import StageProgress
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 # KuaiSAR; other sizes are in proportion to it
 ROWS, USERS, ITEMS, DAYS, ROWS_PER_DAY = 19_664_885, 25_877, 6_890_707, 19, 40
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ def bench_data(
     memory_limit: str = "1000MB",
     batch_size: int = 256,
     folder: Path | None = None,
-    progress: Progress | None = None,
+    progress: StageProgress | None = None,
 ) -> dict[str, Any]:
     """Preparation and loader on simulated logs of about rows[…] rows → the object that `gensr bench data
     --json` prints.
@@ -135,7 +134,7 @@ def bench_data(
     }
 
 
-def raw_logs(work: Path, rows: int, progress: Progress) -> tuple[Path, int]:
+def raw_logs(work: Path, rows: int, progress: StageProgress) -> tuple[Path, int]:
     """A folder of about `rows` log rows in KuaiSAR's schema, simulated unless it is there, and how many there
     are."""
     raw, part = work / f"raw-{rows}", rows / ROWS
@@ -162,7 +161,7 @@ def raw_logs(work: Path, rows: int, progress: Progress) -> tuple[Path, int]:
 
 
 def _prepare(
-    work: Path, rows: int, turns: int, threads: int, memory_limit: str, progress: Progress
+    work: Path, rows: int, turns: int, threads: int, memory_limit: str, progress: StageProgress
 ) -> dict[str, Any]:
     """Preparation and the duckdb script, alternately → one row of the scaling table."""
     raw, num_rows = raw_logs(work, rows, progress)
@@ -204,7 +203,7 @@ def _prepare(
 
 
 def _loader(
-    prepared: Path, turns: int, seconds: float, batch_size: int, progress: Progress
+    prepared: Path, turns: int, seconds: float, batch_size: int, progress: StageProgress
 ) -> dict[str, Any]:
     """The training stream and the per-example collator, alternately. Rates are examples per second of CPU
     time: per core, whatever else runs."""

@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import torch
 
-from trainer.bench.data import Measured, Progress, commit, hardware, machine_line, measure
+from trainer.bench.data import Measured, StageProgress, commit, hardware, machine_line, measure
 from trainer.config import Config
 from trainer.configs import load_config
 from trainer.data.folder import PreparedFolder
@@ -41,7 +41,7 @@ def bench_micro_batch(
     overrides: Sequence[str] = (),
     steps: int = 4,
     threads: int = 2,
-    progress: Progress | None = None,
+    progress: StageProgress | None = None,
 ) -> dict[str, Any]:
     """→ the object that `gensr bench micro-batch --json` prints: `tried`, a row for each size that divides
     the global batch, and `best`.

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from trainer.bench.data import BENCHMARKS, Measured, Progress, commit, hardware, machine_line, measure
+from trainer.bench.data import BENCHMARKS, Measured, StageProgress, commit, hardware, machine_line, measure
 from trainer.configs import load_config
 from trainer.errors import ConfigError
 from trainer.training.costs import measured_flops
@@ -43,7 +43,7 @@ def bench_model(
     turns: int = 2,
     threads: int = 2,
     trace: Path | None = None,
-    progress: Progress | None = None,
+    progress: StageProgress | None = None,
 ) -> dict[str, Any]:
     """→ the object that `gensr bench train --json` (evaluate) prints.
 
@@ -144,7 +144,7 @@ def faster_precision() -> str:
     return "bf16" if measured_flops(dtype=torch.bfloat16) > measured_flops(dtype=torch.float32) else "fp32"
 
 
-def synthetic_folder(work: Path, threads: int, progress: Progress) -> Path:
+def synthetic_folder(work: Path, threads: int, progress: StageProgress) -> Path:
     """A prepared folder of random texts with a CF table, made in some seconds by the verbs themselves."""
     raw, out = work / "raw", work / "prepared"
     gensr = [sys.executable, "-m", "trainer"]

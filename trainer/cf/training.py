@@ -12,7 +12,7 @@ from torch import Tensor
 
 from data_shards.hashing import derive_seed
 from trainer.cf.lightgcn import Graph, LightGCN, build_graph
-from trainer.cf.work import Slot
+from trainer.cf.partial import Slot
 from trainer.config import CfConfig
 from trainer.errors import RunError
 from trainer.evaluation.metrics import expected_ranks, metric_values
@@ -24,7 +24,7 @@ VALID_CHUNK = 2048  # events scored at once: 2048 × 100 candidates × 64 floats
 
 
 @dataclass(frozen=True)
-class Clicks:
+class Edges:
     """Unique training rec clicks, sorted by (user, item). Tables are trained for the items that anyone
     clicked: often the smaller part of a catalogue."""
 
@@ -43,7 +43,7 @@ class Clicks:
         """[E] int64, catalogue rows."""
         return self.item_ids[self.items]
 
-    def keep(self, mask: np.ndarray) -> "Clicks":
+    def keep(self, mask: np.ndarray) -> "Edges":
         return replace(self, users=self.users[mask], items=self.items[mask])
 
     def rows_of(self, catalog_rows: np.ndarray) -> np.ndarray:
@@ -59,11 +59,11 @@ class Clicks:
         return table
 
 
-def unique_clicks(users: np.ndarray, catalog_rows: np.ndarray, num_users: int, catalog_size: int) -> Clicks:
+def unique_clicks(users: np.ndarray, catalog_rows: np.ndarray, num_users: int, catalog_size: int) -> Edges:
     """Edges of the graph: each pair (user, item of the catalogue) once."""
     keys = np.unique(users.astype(np.int64) * catalog_size + catalog_rows)
     item_ids, items = np.unique(keys % catalog_size, return_inverse=True)
-    return Clicks(keys // catalog_size, items, item_ids, num_users, catalog_size)
+    return Edges(keys // catalog_size, items, item_ids, num_users, catalog_size)
 
 
 def choose_batch_size(num_clicks: int) -> int:
@@ -80,7 +80,7 @@ class TableTrainer:
     it.
     """
 
-    def __init__(self, clicks: Clicks, config: CfConfig, say: Callable[[str], None]) -> None:
+    def __init__(self, clicks: Edges, config: CfConfig, say: Callable[[str], None]) -> None:
         self.clicks, self.config, self.say = clicks, config, say
         self.device = torch.device(default_device())
         self.graph: Graph = build_graph(clicks.users, clicks.items, clicks.num_users, clicks.num_items).to(

@@ -94,7 +94,7 @@ def cf(
     as_json: AsJson = False,
 ) -> None:
     """Train the LightGCN table on the training split's recommendation clicks, into the prepared folder."""
-    from trainer.cf.tables import train_cf
+    from trainer.cf.build import train_cf
 
     path = train_cf(
         out, overrides or [], progress=lambda line: typer.echo(line, err=True) if RANK == 0 else None

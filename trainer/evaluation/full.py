@@ -35,7 +35,7 @@ from trainer.runtime.device import autocast, default_device
 from trainer.runtime.launch import read_launch, set_up_cpu
 from trainer.serving.recommend import NUM_CANDIDATES, run_retrieval
 from trainer.serving.retrieval import Notify, Retrieval, describe, silent
-from trainer.serving.users import Clicks, read_clicks
+from trainer.serving.users import ClickLog, read_clicks
 
 MAX_EVENTS = 2000
 RETRIEVAL_CUTOFFS = (100, 500)
@@ -121,7 +121,7 @@ def baseline_reports(
     split: str,
     max_events: int,
     tasks: tuple[int, ...],
-    clicks: Clicks,
+    clicks: ClickLog,
     popularity: np.ndarray,
     notify: Notify,
 ) -> dict[str, dict[str, Any]]:
@@ -145,7 +145,7 @@ def rank_retrieved(
     model: Ranker,
     retrieval: Retrieval,
     stream: EvalStream,
-    clicks: Clicks,
+    clicks: ClickLog,
     progress: CountProgress | None = None,
 ) -> tuple[Ranked, np.ndarray]:
     """→ what the model makes of the first NUM_CANDIDATES retrieved items; and the clicked item's place in
@@ -165,7 +165,7 @@ def rank_retrieved(
 
 
 def retrieved(
-    model: Ranker, retrieval: Retrieval, batch: Batch, clicked: np.ndarray, clicks: Clicks
+    model: Ranker, retrieval: Retrieval, batch: Batch, clicked: np.ndarray, clicks: ClickLog
 ) -> list[np.ndarray]:
     """Rows of the items that retrieval finds for each event, as many as the deepest cutoff needs."""
     with torch.inference_mode():
@@ -234,7 +234,7 @@ def top_items(scores_BC: Tensor, items_BC: np.ndarray) -> np.ndarray:
 def rank_everything(
     model: Ranker,
     stream: EvalStream,
-    clicks: Clicks,
+    clicks: ClickLog,
     precision: str = "fp32",
     progress: CountProgress | None = None,
 ) -> Ranked:

@@ -17,12 +17,12 @@ from trainer.data import prefetched
 from trainer.evaluation.metrics import METRICS, expected_ranks, metric_values
 from trainer.models.contract import Ranker
 from trainer.runtime.device import autocast
+from trainer.runtime.progress import CountProgress
 
 Scorer = Callable[[Batch], Tensor]  # events → scores_BC float32
 # One value of this rank → the values of all ranks, in rank order, on every rank; for example
 # partial(gather_objects, accelerator).
 Gather = Callable[[Any], list[Any]]
-CountProgress = Callable[[int, int], None]  # (batches done, batches in all) of this rank
 
 
 @dataclass(frozen=True)

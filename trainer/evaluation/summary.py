@@ -11,7 +11,7 @@ from data_shards.settings import flatten, read_yaml
 from trainer.errors import RunError
 from trainer.runs.run_folder import RunFolder
 
-METRICS = ("recall@5", "recall@10", "ndcg@5", "ndcg@10")
+SHOWN_METRICS = ("recall@5", "recall@10", "ndcg@5", "ndcg@10")
 OURS = "GenSR"  # the title of a model that was evaluated before there were others
 TASK_TITLES = {"rec": "Recommendation", "src": "Search"}
 BASELINE_TITLES = {
@@ -111,7 +111,7 @@ def _short(value: float) -> str:
     return f"{value:.3f}".replace("0.", ".", 1) if value < 1 else f"{value:.2f}"
 
 
-def table(rows: Sequence[Row], metrics: Sequence[str] = METRICS) -> list[str]:
+def table(rows: Sequence[Row], metrics: Sequence[str] = SHOWN_METRICS) -> list[str]:
     """Plain lines, one block a task."""
     width = max((len(row.model) for row in rows), default=0)
     lines: list[str] = []

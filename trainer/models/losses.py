@@ -1,13 +1,10 @@
 """The loss of Eq. 8 and its terms. All in float32, whatever the compute precision."""
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Gather = Callable[[Tensor], tuple[Tensor, int]]
-"""rows of this rank → (rows of all ranks, with gradient, index of this rank's first row among them)"""
+from trainer.models.contract import GatherRows
 
 
 def answer_loss(scores_BC: Tensor, labels_BC: Tensor, weights_B: Tensor) -> Tensor:
@@ -27,7 +24,7 @@ def listwise_loss(scores_BC: Tensor, labels_BC: Tensor, weights_B: Tensor) -> Te
 
 
 def contrastive_loss(
-    cf_BD: Tensor, sem_BD: Tensor, users_B: Tensor, temperature: float, gather: Gather | None = None
+    cf_BD: Tensor, sem_BD: Tensor, users_B: Tensor, temperature: float, gather: GatherRows | None = None
 ) -> Tensor:
     """Eq. 10: symmetric InfoNCE between the two views of each user, ½[CE(cos(F_c, F_s)/τ) + CE(cos(F_s,
     F_c)/τ)].

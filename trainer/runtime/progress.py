@@ -2,9 +2,17 @@
 
 import sys
 import time
+from collections.abc import Callable
 from typing import TextIO
 
 EVERY_S = 3.0
+
+Notify = Callable[[str], None]
+"""A line for whoever waits."""
+CountProgress = Callable[[int, int], None]
+"""(done, in all)."""
+StageProgress = Callable[[str, int, int], None]
+"""(stage, done, in all), as StageLines takes them."""
 
 
 class StageLines:

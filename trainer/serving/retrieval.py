@@ -21,12 +21,11 @@ from torch import Tensor
 from trainer.errors import RunError
 from trainer.models.contract import Ranker, View
 from trainer.runtime.files import atomic, file_sha256, writing
+from trainer.runtime.progress import Notify
 from trainer.serving.index import TRAINING_VECTORS, Index, build_index, plan_index, unit
 
 FORMAT = 1
 DOCUMENT = "retrieval.json"
-
-Notify = Callable[[str], None]
 
 
 def silent(line: str) -> None:

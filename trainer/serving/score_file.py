@@ -9,7 +9,7 @@ OUT       .jsonl: {"scores": […], "items": […]} a line
 
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from trainer.errors import RequestError, RunError
 from trainer.runtime.files import atomic
+from trainer.runtime.progress import CountProgress
 from trainer.serving.recommend import Recommender
 
 CHUNK = 256  # requests answered at once
@@ -28,7 +29,6 @@ RESULTS = pa.schema(
         ("error", pa.string()),
     ]
 )
-Progress = Callable[[int, int], None]
 Answered = tuple[Sequence[dict[str, Any]], Sequence[dict[str, Any]]]  # requests, answers
 
 
@@ -38,7 +38,7 @@ def score_file(
     out: Path,
     part: tuple[int, int] = (1, 1),
     keep_going: bool = False,
-    progress: Progress | None = None,
+    progress: CountProgress | None = None,
 ) -> int:
     """Answer the requests of part i of n (by position in the file) into `out`, which appears when it is
     whole. → how many were answered.
@@ -144,7 +144,7 @@ def _answered(
     first: int,
     last: int,
     keep_going: bool,
-    progress: Progress | None,
+    progress: CountProgress | None,
 ) -> Iterator[Answered]:
     rows = iter(rows)
     done = 0

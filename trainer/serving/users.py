@@ -19,7 +19,7 @@ MAX_EXAMPLES = 100  # queries
 
 
 @dataclass(frozen=True)
-class Clicks:
+class ClickLog:
     """Every event of a prepared folder, all splits, by user and time; [n] int64 each, rows of the catalogue
     tables."""
 
@@ -38,12 +38,12 @@ class Clicks:
         return self.item[first : first + int(np.searchsorted(self.time[first : place + 1], self.time[place]))]
 
 
-def read_clicks(folder: PreparedFolder) -> Clicks:
-    names = list(Clicks.__dataclass_fields__)
+def read_clicks(folder: PreparedFolder) -> ClickLog:
+    names = list(ClickLog.__dataclass_fields__)
     parts = [folder.columns(split, names) for split in SPLITS]
     columns = {name: np.concatenate([part[name] for part in parts]).astype(np.int64) for name in names}
     order = np.argsort(columns["event_id"], kind="stable")  # by user, then time
-    return Clicks(**{name: column[order] for name, column in columns.items()})
+    return ClickLog(**{name: column[order] for name, column in columns.items()})
 
 
 class Users:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,14 +31,15 @@ def clicks_of(*rows: tuple[int, int, int, int]) -> TrainClicks:
 def test_bpr_loss_is_the_mean_over_pairs_plus_the_norms():
     model = BprMf(BprMfSettings(dim=4, reg=0.1), make_world(num_items=9))
     for table in (model.factors.users, model.factors.items, model.factors.biases):
-        torch.nn.init.normal_(table.weight)
+        torch.nn.init.normal_(table.weight)  # type: ignore[union-attr]
     candidates = torch.tensor([[2, 5, 7], [1, 0, 3]])
     labels = torch.tensor([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
     batch = make_batch([[], []], candidates, user=torch.tensor([3, 0]), labels=labels)
 
     loss, _ = model.loss(batch)
 
-    p, q, b = (t.weight for t in (model.factors.users, model.factors.items, model.factors.biases))
+    factors: Any = model.factors
+    p, q, b = (t.weight for t in (factors.users, factors.items, factors.biases))
     expected = torch.zeros(())
     for user, clicked, others in ((4, 6, (3, 8)), (1, 2, (1, 4))):
         score = {i: p[user] @ q[i] + b[i, 0] for i in (clicked, *others)}
@@ -105,7 +107,7 @@ def category_model(by: str, queries: list[str]) -> Category:
         texts=lambda: ([], queries),
         categories=lambda: PATHS,
     )
-    model = Category(CategorySettings(by=by), world)
+    model = Category(CategorySettings(by=by), world)  # type: ignore[arg-type]
     model.fit()
     return model.eval()
 
@@ -158,7 +160,8 @@ def test_transitions_count_followers_within_the_steps():
     ]
     clicks = clicks_of(*sequence, (1, REC, 4, 0), (1, REC, 6, 1))
     world = replace(make_world(num_items=9), clicks=lambda: clicks)
-    model = Transitions(TransitionsSettings(steps=2, step_decay=0.25, decay=0.5), world)
+    settings: Any = TransitionsSettings(steps=2, step_decay=0.25, decay=0.5)
+    model = Transitions(settings, world)
     model.fit()
 
     counts = torch.zeros(9, 9)

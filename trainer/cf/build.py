@@ -24,24 +24,24 @@ from torch import Tensor
 import trainer
 from data_shards import settings as s
 from data_shards.hashing import click_fold, derive_seed, mix64
-from data_shards.schema import REC, Manifest, read_manifest
-from trainer.cf.training import Clicks, TableTrainer, unique_clicks
-from trainer.cf.work import CfWork, Slot
+from data_shards.schema import REC, Manifest
+from trainer.cf.partial import CfWork, Slot
+from trainer.cf.training import Edges, TableTrainer, unique_clicks
 from trainer.config import CfConfig, CfRoot
-from trainer.data.cf_table import CfTable, cf_path, load_cf, save_cf
+from trainer.data.cf_table import CfTable, cf_path, save_cf
 from trainer.data.folder import PreparedFolder
 from trainer.errors import DataError, RunError
 from trainer.runtime.device import default_device
 from trainer.runtime.memory import give_back_freed_memory, keep_freed_memory
+from trainer.runtime.progress import Notify
 
 WORK_LAYOUT = 2  # of the tensors in the work folder; raised when they change
 MAX_VALID_EVENTS = 20_000  # of early stopping: a fixed hashed sample; NDCG@10 is then known to ± .005
 
 Tensors = dict[str, Tensor]
-Progress = Callable[[str], None]
 
 
-def train_cf(folder: str | Path, overrides: Sequence[str] = (), progress: Progress | None = None) -> Path:
+def train_cf(out: str | Path, overrides: Sequence[str] = (), progress: Notify | None = None) -> Path:
     """Train and write OUT/cf/lightgcn.safetensors; returns its path. overrides: "cf.holdout=last", …,
     "overwrite=true".
 
@@ -51,41 +51,40 @@ def train_cf(folder: str | Path, overrides: Sequence[str] = (), progress: Progre
     """
     say = progress or (lambda message: None)
     root: CfRoot = s.load(CfRoot, overrides=overrides)
-    config, manifest = root.cf, read_manifest(folder)
-    path = cf_path(folder)
+    folder = PreparedFolder.at(out)
+    config, manifest = root.cf, folder.manifest
+    path = cf_path(folder.path)
     if path.is_file() and not root.overwrite:
-        _check_existing(folder, manifest, config)
+        _check_existing(folder, config)
         say(
             f"{path} is up to date: same split, same settings. Nothing to do (overwrite=true trains it "
             "again)."
         )
         return path
-    columns = PreparedFolder.at(folder).columns("train", ["user", "item", "task", "time", "event_id"])
+    columns = folder.columns("train", ["user", "item", "task", "time", "event_id"])
     clicks = unique_rec_clicks(columns, manifest)
     if len(clicks.users) == 0:
         raise DataError(
-            f"{folder}: no recommendation click in the training split, LightGCN has nothing to learn from. "
-            f"Look at: gensr inspect {folder}"
+            f"{out}: no recommendation click in the training split, LightGCN has nothing to learn from. "
+            f"Look at: gensr inspect {out}"
         )
-    work = cf_work(folder, manifest, root)
+    work = cf_work(folder, root)
     if others := work.of_others():
         say(
             f"{work.folder} holds {', '.join(others)} of a training with other settings, split or version: "
             "not continued, soon replaced. Stop now to keep it."
         )
     keep_freed_memory()
-    table = train_tables(
-        clicks, columns, valid_candidates(folder, manifest, config.seed), manifest, config, work, say
-    )
-    save_cf(folder, table)
+    table = train_tables(clicks, columns, valid_candidates(folder, config.seed), manifest, config, work, say)
+    save_cf(out, table)
     work.remove()
     say(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
     return path
 
 
-def _check_existing(folder: str | Path, manifest: Manifest, config: CfConfig) -> None:
+def _check_existing(folder: PreparedFolder, config: CfConfig) -> None:
     try:
-        existing = load_cf(folder, manifest, users=False, folds=False)
+        existing = folder.cf(users=False, folds=False)
     except DataError as error:
         raise RunError(str(error)) from error
     # a setting that is younger than the table has its default there
@@ -93,21 +92,22 @@ def _check_existing(folder: str | Path, manifest: Manifest, config: CfConfig) ->
     changed = [f"cf.{key} {theirs[key]!r} → {ours[key]!r}" for key in ours if theirs[key] != ours[key]]
     if changed:
         raise RunError(
-            f"{cf_path(folder)} was trained with other settings ({', '.join(changed)}). Add overwrite=true "
-            "to replace it."
+            f"{cf_path(folder.path)} was trained with other settings ({', '.join(changed)}). "
+            "Add overwrite=true to replace it."
         )
 
 
-def cf_work(folder: str | Path, manifest: Manifest, root: CfRoot) -> CfWork:
+def cf_work(folder: PreparedFolder, root: CfRoot) -> CfWork:
     """The work folder of this split, these settings, this version and kind of device (whose random numbers
     are others)."""
     identity = json.dumps(
-        [trainer.__version__, WORK_LAYOUT, default_device(), manifest.hash, asdict(root.cf)], sort_keys=True
+        [trainer.__version__, WORK_LAYOUT, default_device(), folder.manifest.hash, asdict(root.cf)],
+        sort_keys=True,
     )
-    return CfWork(cf_path(folder).parent / "partial", identity, root.save_every_s)
+    return CfWork(cf_path(folder.path).parent / "partial", identity, root.save_every_s)
 
 
-def unique_rec_clicks(columns: dict[str, np.ndarray], manifest: Manifest) -> Clicks:
+def unique_rec_clicks(columns: dict[str, np.ndarray], manifest: Manifest) -> Edges:
     """Edges of the graph: each (user, item) of a training rec event once."""
     rec = columns["task"] == REC
     return unique_clicks(columns["user"][rec], columns["item"][rec], manifest.num_users, manifest.num_items)
@@ -123,10 +123,10 @@ def last_clicks(columns: dict[str, np.ndarray], num_users: int) -> np.ndarray:
     return heldout
 
 
-def valid_candidates(folder: str | Path, manifest: Manifest, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def valid_candidates(folder: PreparedFolder, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Users [n] and candidates [n, 1 + num_negatives] (the positive first) of validation rec events, at most
     MAX_VALID_EVENTS by hash."""
-    columns = PreparedFolder.at(folder).columns("valid", ["event_id", "user", "task", "item", "negatives"])
+    columns = folder.columns("valid", ["event_id", "user", "task", "item", "negatives"])
     rec = np.flatnonzero(columns["task"] == REC)
     if len(rec) > MAX_VALID_EVENTS:
         rec = rec[
@@ -135,7 +135,7 @@ def valid_candidates(folder: str | Path, manifest: Manifest, seed: int) -> tuple
             ]
         ]
     if len(rec) == 0:
-        return np.zeros(0, np.int64), np.zeros((0, 1 + manifest.num_negatives), np.int64)
+        return np.zeros(0, np.int64), np.zeros((0, 1 + folder.manifest.num_negatives), np.int64)
     candidates = np.concatenate([columns["item"][rec, None], columns["negatives"][rec]], axis=1)
     return columns["user"][rec].astype(np.int64), candidates.astype(np.int64)
 
@@ -144,13 +144,13 @@ def valid_candidates(folder: str | Path, manifest: Manifest, seed: int) -> tuple
 
 
 def train_tables(
-    clicks: Clicks,
+    clicks: Edges,
     columns: dict[str, np.ndarray],
     valid: tuple[np.ndarray, np.ndarray],
     manifest: Manifest,
     config: CfConfig,
     work: CfWork,
-    say: Progress,
+    say: Notify,
 ) -> CfTable:
     """The full table, then those of cf.holdout for as many epochs as the full one took (validation is asked
     once)."""
@@ -207,14 +207,14 @@ def finished_or(
 
 def fold_table(
     fold: int,
-    clicks: Clicks,
+    clicks: Edges,
     mask: np.ndarray,
     keep: list[np.ndarray],
     target: Tensor,
     epochs: int,
     config: CfConfig,
     work: CfWork,
-    say: Progress,
+    say: Notify,
 ) -> Tensor:
     """Item vectors [I, K] (of clicks.item_ids) that never saw the clicks outside `mask`, rotated into
     `target`'s space."""
@@ -234,7 +234,7 @@ def fold_table(
 
 
 def _shared_start(
-    first: int, clicks: Clicks, epochs: int, config: CfConfig, work: CfWork, say: Progress
+    first: int, clicks: Edges, epochs: int, config: CfConfig, work: CfWork, say: Notify
 ) -> tuple[Tensors, dict[str, Any]]:
     """State of a table that saw neither of two folds: where both of their tables start. It cannot tell
     either of them its held-out clicks."""
@@ -247,7 +247,7 @@ def _shared_start(
     return finished_or(work, f"folds-{first}-{first + 1}", train_pair)
 
 
-def held_in(clicks: Clicks, config: CfConfig, heldout: np.ndarray | None) -> list[np.ndarray]:
+def held_in(clicks: Edges, config: CfConfig, heldout: np.ndarray | None) -> list[np.ndarray]:
     """For each further table the mask [E] of the clicks it may see."""
     if config.holdout == "crossfit":
         fold = click_fold(clicks.users, clicks.items_in_catalog, config.num_folds)
@@ -268,7 +268,7 @@ def rotate_onto(source: Tensor, target: Tensor) -> Tensor:
     return source @ (left @ right).to(source.dtype)
 
 
-def describe_cost(clicks: Clicks, config: CfConfig, num_tables: int, batch_size: int, step_s: float) -> str:
+def describe_cost(clicks: Edges, config: CfConfig, num_tables: int, batch_size: int, step_s: float) -> str:
     """What is about to be trained, its memory, and the longest it can take (from one measured step of
     `step_s` seconds)."""
     nodes, edges = clicks.num_users + clicks.num_items, len(clicks.users)
