@@ -21,7 +21,12 @@ from trainer.models.zoo import model_class, model_names, settings_class
 from trainer.runs.weights import build_model
 
 # what makes a model small; a model that is not named here is small by default, or should be
-TINY = {"gensr": ("model.backbone=scratch:nano", "model.gather_negatives=true")}
+TINY = {
+    "gensr": ("model.backbone=scratch:nano", "model.gather_negatives=true"),
+    "user": ("model.dim=16", "model.ffn_dim=32", "model.head_dim=8"),
+    # each token draws its own replacement: two halves of a batch cannot repeat what the whole one drew
+    "query_seqrec": ("model.item_replace=0", "model.query_replace=0"),
+}
 BASE = (
     "data.history_max=6",
     "data.history_tokens=4",

@@ -2,8 +2,7 @@
 
 NAME.json holds what commit `commit` gave. On the same torch and the same kind of CPU every bit is the same;
 elsewhere sums are added up in another order, and the numbers are near. A change that means to move them
-records them anew (measured()), and says why: before c6b8e4e the paper variant differed in the last digits,
-because groups of prompts were made in another order, which is the order in which gradients are added up.
+records them anew (measured()), and says why.
 """
 
 import hashlib
@@ -15,10 +14,10 @@ from typing import Any
 
 import pytest
 import torch
+from trainer.cf.build import train_cf
 
 from data_shards.prepare import prepare
 from data_shards.simulate import simulate
-from trainer.cf.tables import train_cf
 from trainer.configs import load_config
 from trainer.data import EvalStream
 from trainer.runs.weights import load_run_model

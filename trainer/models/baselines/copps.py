@@ -50,6 +50,7 @@ class Copps(Tem):
 
     Settings = CoppsSettings
     title = "CoPPS"
+    in_batch = True  # the other events are the negatives
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         loss, report = super().loss(batch)
@@ -69,25 +70,31 @@ class Copps(Tem):
         words = torch.cat([words_BQ.repeat(4, 1), partner_words_BQ])
         z, graph, first, second, partner = self.core(words, torch.cat(histories)).chunk(5)
         everyone_B = torch.ones_like(has_partner_B)
-        same_query_BB = batch.query[:, None] == batch.query[None, :]  # positives of each other in view 3
+        all_queries_A, _ = self.world.ranks.gathered(batch.query)
+        same_query_BA = batch.query[:, None] == all_queries_A[None, :]  # positives of each other in view 3
         return (
             self.info_nce(z, graph, everyone_B).mean()
             + self.info_nce(first, second, everyone_B).mean()
-            + self.info_nce(z, partner, has_partner_B, same_query_BB).mean()
+            + self.info_nce(z, partner, has_partner_B, same_query_BA).mean()
         )
 
     def info_nce(
-        self, z_BD: Tensor, other_BD: Tensor, valid_B: Tensor, alike_BB: Tensor | None = None
+        self, z_BD: Tensor, other_BD: Tensor, valid_B: Tensor, alike_BA: Tensor | None = None
     ) -> Tensor:
-        """[B] float32; 0 for rows that are not valid, which are nobody's negatives. alike: pairs of rows that
-        are not negatives of each other."""
+        """Losses [B] float32 among the A events of all ranks; 0 for rows that are not valid, which are
+        nobody's negatives. alike: pairs of rows that are not negatives of each other."""
+        ranks = self.world.ranks
+        all_others_AD, start = ranks.gathered(other_BD)
+        all_valid_A, _ = ranks.gathered(valid_B.long())
         with torch.autocast(z_BD.device.type, enabled=False):
-            cosine_BB = F.normalize(z_BD.float(), dim=1) @ F.normalize(other_BD.float(), dim=1).T
-        own_BB = torch.eye(len(z_BD), dtype=torch.bool, device=z_BD.device)
-        hidden_BB = ~valid_B[None, :] if alike_BB is None else ~valid_B[None, :] | alike_BB
-        logits_BB = (cosine_BB / self.settings.temperature).masked_fill(hidden_BB & ~own_BB, -torch.inf)
-        own_B = torch.arange(len(z_BD), device=z_BD.device)
-        return F.cross_entropy(logits_BB, own_B, reduction="none") * valid_B
+            cosine_BA = F.normalize(z_BD.float(), dim=1) @ F.normalize(all_others_AD.float(), dim=1).T
+        own_B = torch.arange(start, start + len(z_BD), device=z_BD.device)
+        own_BA = own_B[:, None] == torch.arange(len(all_valid_A), device=z_BD.device)
+        hidden_BA = (all_valid_A == 0)[None, :]
+        if alike_BA is not None:
+            hidden_BA = hidden_BA | alike_BA
+        logits_BA = (cosine_BA / self.settings.temperature).masked_fill(hidden_BA & ~own_BA, -torch.inf)
+        return F.cross_entropy(logits_BA, own_B, reduction="none") * valid_B
 
     # ---- views ---------------------------------------------------------------------------------------------
 

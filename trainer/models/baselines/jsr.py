@@ -186,6 +186,7 @@ class Jsr(Ranker):
         return torch.cat([self._scores(batch, part[None]) for part in items_I.split(CATALOGUE_SLICE)], 1)
 
     def _scores(self, batch: Batch, items_BC: Tensor) -> Tensor:
+        self.check_history(batch)
         terms_BCT = rows_of(self.tables.item_terms, items_BC)
         rec_BC, src_BC = self.core(batch.user + 1, self._query_words(batch), items_BC + 1, terms_BCT)
         return torch.where((batch.task == SRC)[:, None], src_BC, rec_BC)

@@ -244,10 +244,12 @@ class GenSR(Ranker):
         scores_BC = slots_BCXD.new_zeros(slots_BCXD.shape[:2], dtype=torch.float32)
         groups = self.prepare(batch).groups or ()
         parts = (slots_BCXD, query_BQD, query_mask_BQ)
-        prompts = (
+        prompts: Iterable[Prompt] = (
             self.fill_prompt(group, *(part_B.index_select(0, group.rows) for part_B in parts))
             for group in groups
         )
+        if torch.is_grad_enabled():  # kept anyway; gradients add up in the order in which they are made
+            prompts = list(prompts)
         one_pass = in_one_pass(batch.candidates.numel(), self.template_length, self._on_cpu)
         answered = self.backbone.answer_groups(prompts, self.get_buffer("answer_tokens"), one_pass)
         for group, logits_GCA in zip(groups, answered, strict=True):
