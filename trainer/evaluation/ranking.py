@@ -33,8 +33,8 @@ class EventRanks:
     task: np.ndarray  # int64
     user: np.ndarray  # int64, row of the users table
     item: np.ndarray  # int64, the clicked item
-    rank: np.ndarray  # float64, expected rank among the candidates, 1 = first
-    tied: np.ndarray  # bool, another candidate has the clicked item's score
+    rank: np.ndarray  # float64, expected rank among the candidates, 1 = first, inf = not among them
+    num_tied: np.ndarray  # int64, candidates with the clicked item's score, itself among them: 1 = no tie
     num_nan: np.ndarray  # int64, candidates scored NaN (they rank last)
 
     def take(self, index: np.ndarray) -> "EventRanks":
@@ -42,6 +42,10 @@ class EventRanks:
 
     def of_task(self, task: int) -> "EventRanks":
         return self.take(self.task == task)
+
+    def metric_values(self) -> Tensor:
+        """[n, len(METRICS)] float64."""
+        return metric_values(torch.from_numpy(self.rank), torch.from_numpy(self.num_tied))
 
     @staticmethod
     def concatenate(parts: "list[EventRanks]") -> "EventRanks":
@@ -96,14 +100,14 @@ def rank_events(
 def _rank_batch(scorer: Scorer, batch: Batch) -> EventRanks:
     scores_BC = scorer(batch).float().cpu()
     assert scores_BC.shape == batch.candidates.shape, (scores_BC.shape, batch.candidates.shape)
-    rank, tied = expected_ranks(scores_BC, batch.labels)
+    rank, num_tied = expected_ranks(scores_BC, batch.labels)
     columns = {
         "event_id": batch.event_id,
         "task": batch.task,
         "user": batch.user,
         "item": batch.candidates.gather(1, batch.labels.argmax(1, keepdim=True))[:, 0],
         "rank": rank,
-        "tied": tied,
+        "num_tied": num_tied,
         "num_nan": scores_BC.isnan().sum(1),
     }
     real = (batch.event_id >= 0).numpy()
@@ -117,7 +121,7 @@ def validate(scorer: Scorer, stream: Iterable[Batch], gather: Gather | None = No
     """
     ranks = rank_events(scorer, stream, gather)
     means = {
-        name: metric_values(torch.from_numpy(ranks.of_task(task).rank)).mean(0)
+        name: ranks.of_task(task).metric_values().mean(0)
         for task, name in enumerate(TASKS)
         if (ranks.task == task).any()
     }
