@@ -8,10 +8,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from typer.testing import CliRunner
 
+from trainer.cli import app
 from trainer.errors import RunError
 from trainer.evaluation.compare import compare, compare_lines
 from trainer.evaluation.paired import check_same, paired, paired_segments, read_stored
+from trainer.registry.model_card import _segment_lines
 
 EVENTS, USERS = 400, 50  # of each task
 
@@ -135,3 +138,19 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
     (run / "evaluation-test.parquet").unlink()
     with pytest.raises(RunError, match=r"evaluation-test\.parquet is missing"):
         compare([run])
+
+
+def test_command_compare(tmp_path: Path) -> None:
+    runs = [str(write_run(tmp_path / "a")), str(write_run(tmp_path / "b", 0.2))]
+    done = CliRunner().invoke(app, ["compare", *runs, "--segments"])
+    assert done.exit_code == 0, done.exception
+    assert f"Difference from {runs[0]}" in done.stdout
+    assert "NDCG@10" not in done.stdout and "ndcg@10 by history length" in done.stdout
+    assert isinstance(CliRunner().invoke(app, ["compare", *runs, "--candidates", "hard"]).exception, RunError)
+
+
+def test_model_card_shows_segments(tmp_path: Path) -> None:
+    evaluation = json.loads((write_run(tmp_path / "a") / "evaluation-test.json").read_text())
+    lines = _segment_lines(evaluation)
+    assert "| rec | history length | 1–4 | 200 | 0.1000 [0.0500, 0.1500] |" in lines
+    assert _segment_lines({"protocol": {}}) == []

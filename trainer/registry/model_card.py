@@ -174,7 +174,7 @@ def _full_lines(evaluation: Mapping[str, Any]) -> list[str]:
     return lines + _task_rows(
         evaluation,
         lambda result: [
-            f"{result['retrieval']['recall@100']:.4f}",
+            f"{result['retrieval']['recall@100']:.4f}" if "retrieval" in result else "–",
             *_with_intervals(result, "recall@10", "ndcg@10", "mrr@10"),
         ],
     )
