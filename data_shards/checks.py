@@ -37,9 +37,10 @@ def check_prepared(
     columns: EventColumns,
     shards: dict[str, list[dict[str, Any]]],
     num_items: int,
-    num_negatives: int,
+    widths: dict[str, int],
 ) -> dict[str, dict[str, int]]:
-    """Stage: {check: {checked, violations}}. shards: as the manifest has them.
+    """Stage: {check: {checked, violations}}. shards: as the manifest has them. widths: of each column of
+    negatives (negatives, hard_negatives).
 
     Raises DataError when anything was violated: the folder is then not published.
 
@@ -52,6 +53,7 @@ def check_prepared(
     train_counts            the catalogue's click counts are those of the training shards
     negatives_unique        no stored negative twice in a row, nor the positive
     negatives_unseen        no stored negative was clicked by the user, in any split or task
+    hard_negatives_…        the same of the mined ones, where the folder has them
     """
     names = (
         "event_once",
@@ -60,8 +62,7 @@ def check_prepared(
         "history_queries",
         "history_train_only",
         "train_counts",
-        "negatives_unique",
-        "negatives_unseen",
+        *(f"{name}_{what}" for name in widths for what in ("unique", "unseen")),
     )
     tallies = {name: Tally() for name in names}
     history_row = work.column("history_row", "i8")
@@ -76,7 +77,8 @@ def check_prepared(
             rows = _check_events(block, columns, code, tallies["event_once"])
             _check_histories(block, rows, columns, history_row, code, tallies)
             if code != TRAIN:
-                _check_negatives(block, columns, num_items, num_negatives, tallies)
+                for name, width in widths.items():
+                    _check_negatives(block, columns, num_items, name, width, tallies)
             with lock:
                 np.add.at(seen, rows, 1)
                 if code == TRAIN:
@@ -147,21 +149,22 @@ def _check_negatives(
     block: pa.RecordBatch,
     columns: EventColumns,
     num_items: int,
-    num_negatives: int,
+    name: str,
+    width: int,
     tallies: dict[str, Tally],
 ) -> None:
-    negatives = block.column("negatives").flatten().to_numpy().reshape(-1, num_negatives)
+    negatives = block.column(name).flatten().to_numpy().reshape(-1, width)
     user, item = block.column("user").to_numpy(), block.column("item").to_numpy()
     in_order = np.sort(negatives, axis=1)
     twice = (in_order[:, 1:] == in_order[:, :-1]).sum() + (negatives == item[:, None]).sum()
     outside = ((negatives < 0) | (negatives >= num_items)).sum()
-    tallies["negatives_unique"].add(negatives.size, twice + outside)
+    tallies[f"{name}_unique"].add(negatives.size, twice + outside)
     nearby = slice(
         int(np.searchsorted(columns.user, user.min())),
         int(np.searchsorted(columns.user, user.max(), side="right")),
     )
     clicked = KeySet(user_item_keys(columns.user[nearby], columns.item[nearby], num_items))
-    tallies["negatives_unseen"].add(
+    tallies[f"{name}_unseen"].add(
         negatives.size, clicked.contains(user[:, None].astype(np.int64) * num_items + negatives).sum()
     )
 

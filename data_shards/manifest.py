@@ -36,6 +36,7 @@ class Counts(TypedDict):
 class Settings(TypedDict):
     num_negatives: Width
     history_max: Width
+    hard_negatives: NotRequired[Width]
     lowercase: NotRequired[bool]
     query_words: NotRequired[Width]
 

@@ -46,15 +46,22 @@ class KeySet:
 
 
 def draw_negatives(
-    event_id: np.ndarray, user: np.ndarray, taken: np.ndarray, num_items: int, num_negatives: int, seed: int
+    event_id: np.ndarray,
+    user: np.ndarray,
+    taken: np.ndarray,
+    num_items: int,
+    num_negatives: int,
+    seed: int,
+    setting: str = "num_negatives",
 ) -> np.ndarray:
     """event_id, user: [E]; taken: sorted keys (user_item_keys) of every click of these users → items [E,
     num_negatives] int32.
 
     Uniform over the items the user never clicked; a hash of (seed, event_id, position) draws, so any subset
-    of events gives the same rows. Raises DataError when a user leaves fewer than num_negatives items.
+    of events gives the same rows. Raises DataError, naming the setting, when a user leaves fewer than
+    num_negatives items.
     """
-    _check_possible(user, taken, num_items, num_negatives)
+    _check_possible(user, taken, num_items, num_negatives, setting)
     clicked = KeySet(taken)
     slots = np.arange(num_negatives, dtype=np.int64)
     row_seed = mix64(event_id, seed)
@@ -92,7 +99,9 @@ def _without_repeats(items: np.ndarray) -> np.ndarray:
     return items
 
 
-def _check_possible(user: np.ndarray, taken: np.ndarray, num_items: int, num_negatives: int) -> None:
+def _check_possible(
+    user: np.ndarray, taken: np.ndarray, num_items: int, num_negatives: int, setting: str
+) -> None:
     users = sorted_unique(user).astype(np.int64)
     clicked = np.searchsorted(taken, (users + 1) * num_items) - np.searchsorted(taken, users * num_items)
     free = num_items - int(clicked.max(initial=0))
@@ -100,5 +109,5 @@ def _check_possible(user: np.ndarray, taken: np.ndarray, num_items: int, num_neg
         raise DataError(
             f"a user has interacted with all but {free} of {num_items} items: {num_negatives} negatives "
             "cannot be drawn. "
-            + (f"Use num_negatives={free} or fewer." if free > 0 else "The log needs more items.")
+            + (f"Use {setting}={free} or fewer." if free > 0 else "The log needs more items.")
         )

@@ -33,6 +33,9 @@ class PrepareSettings:
     """history items stored with an event, newest kept"""
     num_negatives: Positive = 99
     """stored negatives of a validation or test event"""
+    hard_negatives: NonNegative = 0
+    """further ones that are mined: by BM25 for a search, by co-clicks with the history for a recommendation;
+    gensr evaluate --candidates hard ranks among them"""
     num_impressions: NonNegative = 8
     """stored items shown beside a training click and not clicked, at most"""
     seed: NonNegative = 0
@@ -100,4 +103,7 @@ def load_prepare_settings(source: str, overrides: Sequence[str] = ()) -> Prepare
 
 
 def settings_with_effect(settings: PrepareSettings) -> dict[str, Any]:
-    return {key: value for key, value in s.to_dict(settings).items() if key not in WITHOUT_EFFECT}
+    kept = {key: value for key, value in s.to_dict(settings).items() if key not in WITHOUT_EFFECT}
+    if not settings.hard_negatives:  # as in folders from before there were any
+        del kept["hard_negatives"]
+    return kept

@@ -18,7 +18,7 @@ from data_shards.checks import check_prepared
 from data_shards.errors import ConfigError, DataError, GensrError
 from data_shards.hashing import derive_seed, permutation
 from data_shards.histories import in_histories, windows
-from data_shards.negatives import draw_negatives, user_item_keys
+from data_shards.negatives import KeySet, draw_negatives, user_item_keys
 from data_shards.options import PrepareSettings, load_prepare_settings, settings_with_effect
 from data_shards.publish import finish_publishing, sync_folder
 from data_shards.schema import FORMAT_VERSION, SPLITS, TASKS, Manifest, read_manifest
@@ -48,7 +48,8 @@ from data_shards.write import EventColumns, describe_file, write_shards
 
 NO_ROOM = (duckdb.IOException, duckdb.OutOfMemoryException)  # not the input's fault
 PIPELINE_VERSION = 5  # change it when a stage writes something else: a restart then reuses nothing
-SHUFFLE_SEED, NEGATIVE_SEED = 16, 17
+SHUFFLE_SEED, NEGATIVE_SEED, HARD_SEED = 16, 17, 18
+NEGATIVE_ROWS = 16_384  # events drawn for at once: x 99 x 8 B is about 13 MB an array
 EVENT_COLUMNS = {
     **encode.EVENT_DTYPES, "split": "i1", "history_start": "i8", "history_count": "i4",
             "history_item": "i4", "history_task": "i1",
@@ -133,11 +134,17 @@ def _run(work: Work, source: Source, settings: PrepareSettings) -> None:
     catalog = work.stage("catalog", lambda: write_catalog(work, settings, columns, read, kept))
     work.close_database()
     work.stage("negatives", lambda: _negatives(work, columns, kept["num_items"], settings))
+    widths, hard = {"negatives": settings.num_negatives}, {}
+    if settings.hard_negatives:
+        widths["hard_negatives"] = settings.hard_negatives
+        hard = work.stage("hard negatives", lambda: _hard(work, columns, kept["num_items"], settings))
     shards = work.stage("shards", lambda: _shards(work, columns, settings))
     leak_checks = work.stage(
-        "checks", lambda: check_prepared(work, columns, shards, kept["num_items"], settings.num_negatives)
+        "checks", lambda: check_prepared(work, columns, shards, kept["num_items"], widths)
     )
     manifest = _manifest(work, source, settings, read, clicks, kept, split, catalog, shards, leak_checks)
+    if hard:
+        manifest["hard_negatives"] = hard
     write_text_atomic(work.tree / "manifest.json", json.dumps(manifest, indent=1, sort_keys=True) + "\n")
     for folder in (work.tree / "shards", work.tree / "catalog", work.tree):
         sync_folder(folder)
@@ -261,8 +268,8 @@ def _negatives(
         for start, stop in _user_chunks(work, "negatives"):
             rows = np.flatnonzero(columns.split[start:stop] == code) + start
             taken = user_item_keys(columns.user[start:stop], columns.item[start:stop], num_items)
-            for at in range(0, len(rows), 16_384):  # x 99 x 8 B: about 13 MB an array
-                yield rows[at : at + 16_384], taken
+            for at in range(0, len(rows), NEGATIVE_ROWS):
+                yield rows[at : at + NEGATIVE_ROWS], taken
 
     def draw(part: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
         rows, taken = part
@@ -274,17 +281,50 @@ def _negatives(
     return {}
 
 
+def _hard(work: Work, columns: EventColumns, num_items: int, settings: PrepareSettings) -> dict[str, Any]:
+    """Stage: columns hard_valid and hard_test, hard_negatives items for each event of the split, in event
+    order. → rules, seed, and how many were mined (the others are uniform)."""
+    from data_shards.hard_negatives import RULES, Miner, fill
+
+    seed, width = derive_seed(settings.seed, HARD_SEED), settings.hard_negatives
+    miner = Miner(columns, work.tree / "catalog", num_items, width)
+    counts = {name: dict.fromkeys(TASKS, 0) for name in ("valid", "test")}
+
+    def parts(name: str, code: int) -> Iterator[dict[str, np.ndarray]]:
+        for start, stop in _user_chunks(work, "hard negatives"):
+            every = np.flatnonzero(columns.split[start:stop] == code) + start
+            taken = user_item_keys(columns.user[start:stop], columns.item[start:stop], num_items)
+            clicked = KeySet(taken)
+            for at in range(0, len(every), NEGATIVE_ROWS):
+                rows = every[at : at + NEGATIVE_ROWS]
+                mined = np.full((len(rows), width), -1, np.int32)
+                for number, task in enumerate(TASKS):
+                    mine = np.flatnonzero(columns.task[rows] == number)
+                    mined[mine] = miner.mine(rows[mine], number, clicked)
+                    counts[name][task] += int((mined[mine] >= 0).sum())
+                uniform = draw_negatives(
+                    rows, columns.user[rows], taken, num_items, width, seed, setting="hard_negatives"
+                )
+                yield {f"hard_{name}": fill(mined, uniform).reshape(-1)}
+
+    for name, code in (("valid", VALID), ("test", TEST)):
+        work.write_columns(parts(name, code), {f"hard_{name}": "i4"})
+    return {"seed": seed, "rules": RULES, "mined": counts}
+
+
 def _shards(work: Work, columns: EventColumns, settings: PrepareSettings) -> dict[str, Any]:
     """Stage: shards/ of the tree; training events in a hashed order, validation and test events in event
     order."""
 
     def write(split: tuple[str, int]) -> list[dict[str, Any]]:
         name, code = split
-        event_ids, negatives = np.flatnonzero(columns.split == code), None
+        event_ids, negatives, hard = np.flatnonzero(columns.split == code), None, None
         if code == TRAIN:
             event_ids = event_ids[permutation(len(event_ids), derive_seed(settings.seed, SHUFFLE_SEED))]
         else:
             negatives = work.column(f"negatives_{name}", "i4").reshape(-1, settings.num_negatives)
+            if settings.hard_negatives:
+                hard = work.column(f"hard_{name}", "i4").reshape(-1, settings.hard_negatives)
         return write_shards(
             work.tree,
             name,
@@ -296,6 +336,7 @@ def _shards(work: Work, columns: EventColumns, settings: PrepareSettings) -> dic
             settings.compression,
             settings.threads,
             lambda done: work.progress(f"shards {name}", done, len(event_ids)),
+            hard,
         )
 
     return dict(

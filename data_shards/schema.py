@@ -44,9 +44,12 @@ _EVENT_FIELDS = [
 TRAIN_SCHEMA = pa.schema([*_EVENT_FIELDS, ("impressions", pa.list_(pa.int32()))])
 
 
-def eval_schema(num_negatives: int) -> pa.Schema:
-    """Schema of valid and test blocks: the stored negatives make every model rank the same candidates."""
-    return pa.schema([*_EVENT_FIELDS, ("negatives", pa.list_(pa.int32(), num_negatives))])
+def eval_schema(num_negatives: int, num_hard_negatives: int = 0) -> pa.Schema:
+    """Schema of valid and test blocks: the stored negatives make every model rank the same candidates.
+    Without hard negatives there is no column for them."""
+    widths = {"negatives": num_negatives, "hard_negatives": num_hard_negatives}
+    fields = [(name, pa.list_(pa.int32(), width)) for name, width in widths.items()]
+    return pa.schema([*_EVENT_FIELDS, *(fields if num_hard_negatives else fields[:1])])
 
 
 @dataclass(frozen=True)
@@ -134,6 +137,11 @@ class Manifest:
     @property
     def num_negatives(self) -> int:
         return self.raw["settings"]["num_negatives"]
+
+    @property
+    def num_hard_negatives(self) -> int:
+        """0 in a folder that was prepared without them."""
+        return self.raw["settings"].get("hard_negatives", 0)
 
     @property
     def history_max(self) -> int:

@@ -36,11 +36,11 @@ def verify(folder: Path, manifest: Manifest) -> None:
         if file_sha256(folder / name) != sha256:
             raise DataError(f"{folder / name} differs from the checksum in the manifest: changed. {FIX}")
     _check_catalog(folder / "catalog", manifest)
+    negatives = ("negatives", "hard_negatives") if manifest.num_hard_negatives else ("negatives",)
     for split in SPLITS:
         for shard in manifest.shards(split):
-            _check_shard(
-                folder / shard.name, shard, manifest, "impressions" if split == "train" else "negatives"
-            )
+            others = ("impressions",) if split == "train" else negatives
+            _check_shard(folder / shard.name, shard, manifest, others)
     _check_cf(folder)
 
 
@@ -111,7 +111,7 @@ def _check_range(
 # ---- shards ------------------------------------------------------------------------------------------------
 
 
-def _check_shard(path: Path, shard: Shard, manifest: Manifest, others: str) -> None:
+def _check_shard(path: Path, shard: Shard, manifest: Manifest, others: tuple[str, ...]) -> None:
     try:
         for number, block in enumerate(decode_blocks(tar_entries(path), shard.blocks)):
             _check_block(f"{path}: block {number}", block.combine_chunks(), manifest, others)
@@ -125,8 +125,8 @@ def _check_shard(path: Path, shard: Shard, manifest: Manifest, others: str) -> N
         raise DataError(f"{path}: cannot be read: {error}. {FIX}") from error
 
 
-def _check_block(where: str, block: pa.Table, manifest: Manifest, others: str) -> None:
-    """Ids of one block. others: the column of further items of the split."""
+def _check_block(where: str, block: pa.Table, manifest: Manifest, others: tuple[str, ...]) -> None:
+    """Ids of one block. others: the columns of further items of the split."""
     items = (0, manifest.num_items - 1)
     bounds = {
         "user": (0, manifest.num_users - 1),
@@ -136,7 +136,8 @@ def _check_block(where: str, block: pa.Table, manifest: Manifest, others: str) -
     }
     for name, bound in bounds.items():
         _check_range(f"{where}: {name}", "event", _numbers(block[name], name), bound)
-    for name, bound in (("history_items", items), ("history_tasks", (0, 1)), (others, items)):
+    lists = {"history_items": items, "history_tasks": (0, 1), **dict.fromkeys(others, items)}
+    for name, bound in lists.items():
         _check_range(f"{where}: {name}", "entry", _numbers(_flat(block[name]), name), bound)
     lengths = _lengths(block["history_items"])
     if not np.array_equal(lengths, _lengths(block["history_tasks"])):

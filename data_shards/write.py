@@ -41,8 +41,11 @@ class EventColumns:
     shown_count: np.ndarray
     shown_item: np.ndarray
 
-    def block(self, event_id: np.ndarray, negatives: np.ndarray | None) -> pa.RecordBatch:
-        """Rows event_id [E] as one record batch; negatives [E, n] makes it a validation or test block."""
+    def block(
+        self, event_id: np.ndarray, negatives: np.ndarray | None, hard: np.ndarray | None = None
+    ) -> pa.RecordBatch:
+        """Rows event_id [E] as one record batch; negatives [E, n] makes it a validation or test block, in
+        which hard [E, m] are further ones."""
         history = ragged_rows(self.history_start[event_id], self.history_count[event_id])
         history_offsets = _offsets(self.history_count[event_id])
         columns: list[Any] = [
@@ -64,8 +67,11 @@ class EventColumns:
                 )
             )
             return pa.record_batch(columns, schema=TRAIN_SCHEMA)
-        columns.append(pa.FixedSizeListArray.from_arrays(pa.array(negatives.reshape(-1)), negatives.shape[1]))
-        return pa.record_batch(columns, schema=eval_schema(negatives.shape[1]))
+        stored = [negatives] if hard is None else [negatives, hard]
+        columns += [
+            pa.FixedSizeListArray.from_arrays(pa.array(items.reshape(-1)), items.shape[1]) for items in stored
+        ]
+        return pa.record_batch(columns, schema=eval_schema(*(items.shape[1] for items in stored)))
 
 
 def _offsets(counts: np.ndarray) -> pa.Array:
@@ -98,12 +104,13 @@ def write_shards(
     compression: str,
     threads: int,
     report: Callable[[int], None],
+    hard: np.ndarray | None = None,
 ) -> list[dict[str, Any]]:
     """Write event_ids, in this order, as folder/shards/SPLIT-NNNNNN.tar. → the manifest's description of each
     shard.
 
-    negatives: row k belongs to event_ids[k]. threads: shards written at once. `report` gets the number of
-    events written so far.
+    negatives, hard: row k belongs to event_ids[k]. threads: shards written at once. `report` gets the number
+    of events written so far.
     """
     blocks_per_shard = max(1, shard_events // block_events)
     starts = range(0, len(event_ids), block_events)
@@ -116,15 +123,12 @@ def write_shards(
 
         def payloads() -> Iterator[bytes]:
             for start in starts[number * blocks_per_shard : (number + 1) * blocks_per_shard]:
-                rows = event_ids[start : start + block_events]
+                of_block = slice(start, start + block_events)
+                rows = event_ids[of_block]
+                stored = (None if items is None else items[of_block] for items in (negatives, hard))
                 sizes.append(len(rows))
                 searches.append(int((columns.task[rows] == SRC).sum()))
-                yield _ipc_bytes(
-                    columns.block(
-                        rows, None if negatives is None else negatives[start : start + block_events]
-                    ),
-                    compression,
-                )
+                yield _ipc_bytes(columns.block(rows, *stored), compression)
                 report(min(next(written) * block_events, len(event_ids)))
 
         num_bytes, sha256 = _write_tar(folder / name, payloads())

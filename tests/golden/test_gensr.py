@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 import torch
-from trainer.cf.build import train_cf
 
 from data_shards.prepare import prepare
 from data_shards.simulate import simulate
+from trainer.cf.build import train_cf
 from trainer.configs import load_config
 from trainer.data import EvalStream
 from trainer.runs.weights import load_run_model

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from trainer.cli import app
 from trainer.errors import RunError
-from trainer.evaluation.metrics import compare
+from trainer.evaluation.bootstrap import paired_difference
 from trainer.registry.promote import judge, promote, rollback
 from trainer.tracking.store import connect
 
@@ -32,7 +32,19 @@ def write_evaluation(folder: Path, quality: dict[str, float], seed: int = 0, **p
     evaluation = folder / "artifacts" / "evaluation"
     evaluation.mkdir(parents=True)
     event_id = np.arange(2 * EVENTS) + protocol.pop("first_event", 0)
-    table = pa.table({"event_id": event_id[order], "task": task[order], "rank": rank[order]})
+    columns = {
+        "event_id": event_id,
+        "task": task,
+        "user_id": event_id // 4,
+        "rank": rank,
+        "num_tied": np.ones(2 * EVENTS, np.int64),
+        "history_length": np.where(np.arange(2 * EVENTS) % 10 == 0, "0", "1–4"),
+    }
+    for bucket, value in protocol.pop("by_history", {}).items():
+        columns["rank"] = np.where(columns["history_length"] == bucket, value, columns["rank"])
+    for name in protocol.pop("without", ()):
+        del columns[name]
+    table = pa.table(columns).take(order)
     pq.write_table(table, evaluation / "evaluation-test.parquet")
     facts = {"candidates": "sampled", "num_negatives": 99, "manifest_hash": "abc", **protocol}
     (evaluation / "evaluation-test.json").write_text(json.dumps({"protocol": facts}))
@@ -155,21 +167,49 @@ def test_missing_names_are_errors(registry: tuple[Any, str, Callable[..., int]])
             rollback(name)
 
 
-def test_figures_are_those_of_the_paired_bootstrap() -> None:
-    import torch
-
+def test_the_rule() -> None:
     rng = np.random.default_rng(0)
-    before = torch.from_numpy(rng.integers(1, 50, size=400).astype(float))
-    after = (before - 1).clamp(min=1)
-    figures = {"rec": compare(before, after)["ndcg@10"]}
+    before = rng.integers(1, 50, size=400).astype(float)
+    gain = paired_difference(1 / before, 1 / np.maximum(before - 1, 1), np.arange(400) // 4)
+    figures: dict[str, dict[str, Any]] = {"rec": {"ci95": [gain.low, gain.high]}}
     assert judge(figures, 0.0)[0]
-    assert not judge({"rec": compare(after, before)["ndcg@10"]}, 0.0)[0]
+    assert not judge({"rec": {"ci95": [-gain.high, -gain.low]}}, 0.0)[0]
     assert not judge({**figures, "src": {"ci95": [-0.02, 0.03]}}, 0.01)[0]
     assert judge({**figures, "src": {"ci95": [-0.02, 0.03]}}, 0.03)[0]
     for unknown in ([math.nan, math.nan], [-0.001, math.nan], [0.1, math.inf]):  # of too few events
         promoted, reason = judge({**figures, "src": {"ci95": unknown}}, 0.01)
         assert not promoted and "no interval for src" in reason
+    assert not judge({"rec": {"ci95": [0.2, 0.2], "num_users": 1}}, 0.01)[0]  # one user shows no spread
     assert judge({}, 0.01) == (False, "no interval for any task: there is too little to compare")
+
+
+def test_a_segment_may_refuse(registry: tuple[Any, str, Callable[..., int]]) -> None:
+    client, name, add = registry
+    add(by_history={"0": 1.0})
+    promote(name)
+    better = add(rec=0.6, src=0.6, by_history={"0": 40.0})  # new users are forgotten
+    refused = promote(name, segment_margin=0.05)
+    assert not refused.promoted
+    assert "rec history length 0" in refused.reason
+    assert set(refused.segments["rec"]["history_length"]) == {"0", "1–4"}
+    assert client.get_model_version(name, str(better)).tags["promote.segment_margin"] == "0.05"
+    assert promote(name, margin=0.2).promoted
+    with pytest.raises(RunError, match="--segment-margin"):
+        promote(name, segment_margin=-1)
+
+
+def test_a_champion_of_before_num_tied_is_compared(registry: tuple[Any, str, Callable[..., int]]) -> None:
+    _, name, add = registry
+    add(without=("num_tied", "history_length"))
+    promote(name)
+    old = add(rec=0.6, without=("num_tied", "history_length"))
+    assert promote(name, dry_run=True).promoted
+    with pytest.raises(RunError, match="without segments"):
+        promote(name, segment_margin=0.1)
+    assert add(rec=0.6) == old + 1
+    decision = promote(name, segment_margin=0.1)
+    assert decision.promoted
+    assert set(decision.segments["src"]["history_length"]) == {"0", "1–4"}
 
 
 def test_command(registry: tuple[Any, str, Callable[..., int]]) -> None:

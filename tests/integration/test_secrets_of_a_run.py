@@ -18,7 +18,7 @@ from tests.integration.test_urls import Quiet
 from tests.mlflow_server import Server, free_port
 from tests.tiny_folder import make_tiny_folder
 from trainer.data import node_cache
-from trainer.evaluation.summary import compare, compare_lines
+from trainer.evaluation.compare import compare, compare_lines
 from trainer.runs.weights import load_run_config
 from trainer.training.plan import dry_run
 

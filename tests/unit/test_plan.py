@@ -42,6 +42,23 @@ def test_steps_follow_from_epochs_or_are_given() -> None:
     assert schedule_of("run.validate_every_steps=30").checkpoint_every_steps == 30
 
 
+@pytest.mark.parametrize(
+    ("num_steps", "every", "steps"),
+    [
+        (3873, 645, [645, 1290, 1935, 2580, 3225, 3873]),  # not at 3,870, too
+        (12, 4, [4, 8, 12]),
+        (14, 4, [4, 8, 12, 14]),  # half an interval is far enough
+        (13, 4, [4, 8, 13]),
+        (3, 1, [1, 2, 3]),
+        (3, 100, [3]),
+        (1, 1, [1]),
+    ],
+)
+def test_the_last_validation_is_not_preceded_by_another(num_steps: int, every: int, steps: list[int]) -> None:
+    s = schedule_of(f"run.max_steps={num_steps}", f"run.validate_every_steps={every}")
+    assert [step for step in range(1, num_steps + 1) if s.is_validation_step(step)] == steps
+
+
 def test_the_global_batch_does_not_depend_on_the_number_of_processes() -> None:
     for world_size, steps in ((1, 8), (2, 4), (8, 1)):
         s = schedule_of("optim.micro_batch_size=8", world_size=world_size)

@@ -1,102 +1,31 @@
-"""Is a difference more than chance? Paired bootstrap over users, Holm's correction, t intervals over seeds.
-
-Events of one user are alike, so they carry less information than as many independent events. Resampling
-events hides that and gives intervals that are too narrow. The cluster bootstrap resamples whole users with
-all their events (Davison & Hinkley 1997, section 3.8; Field & Welsh 2007).
-"""
+"""Is a difference more than chance? Holm's correction and t intervals over seeds, beside the bootstrap over
+users (trainer/evaluation/bootstrap.py)."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 from trainer.errors import DataError
+from trainer.evaluation.bootstrap import (
+    NUM_RESAMPLES,
+    Difference,
+    Interval,
+    cluster_means,
+    mean_interval,
+    paired_difference,
+)
 
-NUM_RESAMPLES = 1000
-_MAX_DRAWS_AT_ONCE = 4_000_000  # int64 held at once: 32 MB
-
-Floats = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A value and the ends of its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Mean of b − a over events, with a 95 % interval and a two-sided p-value over users."""
-
-    value: float
-    low: float
-    high: float
-    p_value: float  # never below 1 / (NUM_RESAMPLES + 1)
-    num_users: int
-    num_events: int
-
-
-def cluster_means(
-    values: ArrayLike, users: ArrayLike, num_resamples: int = NUM_RESAMPLES, seed: int = 0
-) -> Floats:
-    """Means over the events of bootstrap samples of users. values [n] or [n, M], users [n] → [R] or [R, M].
-
-    A sample draws as many users as there are, with replacement. A user drawn twice brings all its events
-    twice, so samples differ in their number of events and the mean is a ratio of two sums. Raises DataError
-    when there are no events or the lengths differ.
-    """
-    values = np.asarray(values, dtype=np.float64)
-    users = np.asarray(users)
-    if len(values) == 0 or len(values) != len(users):
-        raise DataError(f"{len(values)} values and {len(users)} users: give one user an event, at least one")
-    _, place = np.unique(users, return_inverse=True)
-    num_users = int(place.max()) + 1
-    columns = np.column_stack([values, np.ones(len(values))])
-    sums = np.zeros((num_users, columns.shape[1]))  # per user: sum of each metric, number of events
-    np.add.at(sums, place, columns)
-    generator = np.random.default_rng(seed)
-    at_once = max(1, _MAX_DRAWS_AT_ONCE // num_users)
-    parts = []
-    for start in range(0, num_resamples, at_once):
-        parts.append(_times_drawn(generator, min(at_once, num_resamples - start), num_users) @ sums)
-    totals = np.concatenate(parts)
-    means = totals[:, :-1] / totals[:, -1:]
-    return means[:, 0] if values.ndim == 1 else means
-
-
-def mean_interval(
-    values: ArrayLike, users: ArrayLike, num_resamples: int = NUM_RESAMPLES, seed: int = 0
-) -> Interval:
-    """Mean of values [n] over events, with the percentile interval of the bootstrap over users [n]."""
-    low, high = np.quantile(cluster_means(values, users, num_resamples, seed), [0.025, 0.975])
-    return Interval(float(np.mean(np.asarray(values, dtype=np.float64))), float(low), float(high))
-
-
-def paired_difference(
-    a: ArrayLike, b: ArrayLike, users: ArrayLike, num_resamples: int = NUM_RESAMPLES, seed: int = 0
-) -> Difference:
-    """Does b differ from a on the same events? a, b and users [n], in the same order of events.
-
-    The p-value is twice the smaller share of resamples on either side of 0, where both shares count the
-    observed sample once (Davison & Hinkley 1997, section 4.2), so it is never 0.
-    """
-    gain = np.asarray(b, dtype=np.float64) - np.asarray(a, dtype=np.float64)
-    means = cluster_means(gain, users, num_resamples, seed)
-    low, high = np.quantile(means, [0.025, 0.975])
-    smaller = min(int((means <= 0).sum()), int((means >= 0).sum()))
-    return Difference(
-        value=float(gain.mean()),
-        low=float(low),
-        high=float(high),
-        p_value=min(1.0, 2 * (smaller + 1) / (num_resamples + 1)),
-        num_users=len(np.unique(np.asarray(users))),
-        num_events=len(gain),
-    )
+__all__ = [
+    "NUM_RESAMPLES",
+    "Difference",
+    "Interval",
+    "cluster_means",
+    "holm",
+    "mean_interval",
+    "paired_difference",
+    "seed_interval",
+]
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
@@ -126,11 +55,3 @@ def seed_interval(values: Sequence[float]) -> Interval:
     runs = np.asarray(values, dtype=np.float64)
     half = float(stats.t.ppf(0.975, len(runs) - 1) * runs.std(ddof=1) / np.sqrt(len(runs)))
     return Interval(float(runs.mean()), float(runs.mean()) - half, float(runs.mean()) + half)
-
-
-def _times_drawn(generator: np.random.Generator, num_resamples: int, num_users: int) -> Floats:
-    """How often each resample draws each user, [R, num_users]."""
-    draws = generator.integers(num_users, size=(num_resamples, num_users))
-    draws += num_users * np.arange(num_resamples)[:, None]  # a range of cells of its own for every resample
-    counts = np.bincount(draws.ravel(), minlength=num_resamples * num_users)
-    return counts.reshape(num_resamples, num_users).astype(np.float64)

@@ -15,7 +15,7 @@ from trainer.cf.lightgcn import Graph, LightGCN, build_graph
 from trainer.cf.partial import Slot
 from trainer.config import CfConfig
 from trainer.errors import RunError
-from trainer.evaluation.metrics import expected_ranks, metric_values
+from trainer.evaluation.metrics import METRICS, expected_ranks, metric_values
 from trainer.runtime.device import default_device, wait_for
 from trainer.runtime.memory import give_back_freed_memory
 
@@ -245,7 +245,7 @@ class TableTrainer:
 def sampled_ndcg(user: Tensor, item: Tensor, valid_users: np.ndarray, valid_candidates: np.ndarray) -> float:
     """NDCG@10 of e_u · e_i over the stored candidates, positive in column 0. Candidates are rows of `item`;
     beyond its end, of items that score 0."""
-    ranks = []
+    values = []
     for start in range(0, len(valid_users), VALID_CHUNK):
         users_B = torch.from_numpy(valid_users[start : start + VALID_CHUNK])
         candidates_BC = torch.from_numpy(valid_candidates[start : start + VALID_CHUNK])
@@ -254,5 +254,5 @@ def sampled_ndcg(user: Tensor, item: Tensor, valid_users: np.ndarray, valid_cand
         ) * (candidates_BC < len(item))
         labels_BC = torch.zeros_like(scores_BC)
         labels_BC[:, 0] = 1
-        ranks.append(expected_ranks(scores_BC, labels_BC)[0])
-    return float(metric_values(torch.cat(ranks))[:, 4].mean())
+        values.append(metric_values(*expected_ranks(scores_BC, labels_BC)))
+    return float(torch.cat(values)[:, METRICS.index("ndcg@10")].mean())

@@ -36,6 +36,12 @@ def promote(
     margin: Annotated[
         float, typer.Option(help="NDCG@10 that no task may lose, at the low end of its 95 % interval")
     ] = 0.01,
+    segment_margin: Annotated[
+        float | None,
+        typer.Option(
+            help="NDCG@10 that no segment may lose, at the high end of its 95 % interval; default: not asked"
+        ),
+    ] = None,
     back: Annotated[
         bool, typer.Option("--rollback", help="give the alias back to the champion before; compares nothing")
     ] = False,
@@ -63,7 +69,7 @@ def promote(
         )
         answer({"name": name, "from": left, "champion": now, "dry_run": dry_run}, as_json, line)
         return
-    decision = run(name, uri, margin, dry_run)
+    decision = run(name, uri, margin, dry_run, segment_margin)
     dry_line = ["dry run: nothing was changed"] if dry_run else []
     answer({**dataclasses.asdict(decision), "dry_run": dry_run}, as_json, *decision.lines(), *dry_line)
 

@@ -131,17 +131,22 @@ def evaluate(
         bool, typer.Option(help="rank the same candidates with popularity, LightGCN and BM25")
     ] = True,
     candidates: Annotated[
-        str, typer.Option(help="sampled: the stored ones; full: the whole catalogue")
+        str,
+        typer.Option(
+            help="sampled: the stored ones; hard: the mined ones, where the folder has them; "
+            "full: the whole catalogue"
+        ),
     ] = "sampled",
     events: Annotated[int, typer.Option(help="with full: events in a fixed sample, 0 = all", min=0)] = 2000,
     as_json: AsJson = False,
 ) -> None:
     """Rank the stored candidates of every event; writes RUN/evaluation-SPLIT.json and .parquet.
 
-    With --candidates full: retrieve from the whole catalogue, then rank; writes
-    RUN/evaluation-SPLIT-full.json and .parquet.
+    With --candidates hard: among mined negatives (gensr prepare … hard_negatives=99); writes
+    RUN/evaluation-SPLIT-hard.json and .parquet. With --candidates full: retrieve from the whole catalogue,
+    then rank; writes RUN/evaluation-SPLIT-full.json and .parquet.
     """
-    from trainer.evaluation.summary import full_lines, protocol_line, rows_of, table
+    from trainer.evaluation.summary import evaluation_name, full_lines, protocol_line, rows_of, table
     from trainer.registry.model_card import metrics_of
     from trainer.tracking.tracker import log_evaluation
 
@@ -157,7 +162,7 @@ def evaluate(
             progress=lambda done, total: progress("rank", done, total),
             notify=note,
         )
-    elif candidates == "sampled":
+    elif candidates in ("sampled", "hard"):
         from trainer.evaluation.sampled import evaluate_run
 
         document = evaluate_run(
@@ -165,10 +170,11 @@ def evaluate(
             split,
             with_baselines=baselines,
             progress=lambda done, total: progress("score", done, total),
+            candidates=candidates,
         )
     else:
-        raise ConfigError(f"--candidates must be sampled or full, got {candidates}")
-    name = f"{split}-full" if candidates == "full" else split
+        raise ConfigError(f"--candidates must be sampled, hard or full, got {candidates}")
+    name = evaluation_name(split, candidates)
     path = RunFolder(run_dir).evaluation(name)
     lines = [
         *table(rows_of(document)),
@@ -184,27 +190,33 @@ def evaluate(
 def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="run folder")]) -> None:
     """Draw RUN/report/*.png and print the results of a run."""
     from trainer.analysis.figures import plot_run
-    from trainer.evaluation.summary import protocol_line, read_evaluation, rows_of, table
+    from trainer.evaluation.summary import evaluation_name, protocol_line, read_evaluation, rows_of, table
 
     say(*(f"wrote {path}" for path in plot_run(run_dir)))
     for split in ("valid", "test"):
-        if RunFolder(run_dir).evaluation(split).is_file():
-            document = read_evaluation(run_dir, split)
-            say("", f"{split} split", *table(rows_of(document)), protocol_line(document))
+        for candidates in ("sampled", "hard"):
+            if RunFolder(run_dir).evaluation(evaluation_name(split, candidates)).is_file():
+                document = read_evaluation(run_dir, split, candidates)
+                say("", f"{split} split", *table(rows_of(document)), protocol_line(document))
 
 
 @verb("gensr compare runs/a runs/b")
 def compare(
     run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="evaluated run folders")],
     split: Annotated[str, typer.Option(help="valid or test")] = "test",
+    candidates: Annotated[str, typer.Option(help="which evaluation: sampled, hard or full")] = "sampled",
+    segments: Annotated[
+        bool, typer.Option("--segments", help="NDCG@10 by history, popularity, query and time of day, too")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Put the results of runs side by side, with the settings that differ."""
-    from trainer.evaluation.summary import compare as run
-    from trainer.evaluation.summary import compare_lines
+    """Put the results of runs side by side, with their difference from the first run, event by event, and the
+    settings that differ. Runs that did not rank the same candidates are refused."""
+    from trainer.evaluation.compare import compare as run
+    from trainer.evaluation.compare import compare_lines
 
-    comparison = run(run_dirs, split)
-    answer(comparison, as_json, *compare_lines(comparison))
+    comparison = run(run_dirs, split, candidates)
+    answer(comparison, as_json, *compare_lines(comparison, segments))
 
 
 @runs_app.command(

@@ -203,9 +203,10 @@ def decode(
     index: np.ndarray | None = None,
     epoch: int = 0,
     with_impressions: bool = True,
+    negatives: str = "negatives",
 ) -> Rows:
     """Rows `index` of one Arrow block. Histories are cut to their newest `history_max` items by index
-    arithmetic, without a Python loop."""
+    arithmetic, without a Python loop. negatives: the column of stored negatives in a valid or test block."""
     if index is None:
         index = np.arange(table.num_rows)
     plain = {
@@ -219,8 +220,8 @@ def decode(
         if name in table.column_names
     }
     extra = np.zeros((len(index), 0), np.int64)
-    if "negatives" in table.column_names:
-        extra = to_numpy(table["negatives"])[index]
+    if negatives in table.column_names:
+        extra = to_numpy(table[negatives])[index]
     elif with_impressions and "impressions" in table.column_names:
         where = _tails(table["impressions"], index, MAX_IMPRESSIONS)
         extra = _values(table["impressions"], *where, fill=-1).astype(np.int64)

@@ -12,6 +12,8 @@ from trainer.data.blocks import Rows, decode, read_blocks, searches_of, to_batch
 from trainer.data.folder import PreparedFolder
 from trainer.errors import DataError
 
+NEGATIVES = {"stored": "negatives", "hard": "hard_negatives"}  # kind of candidates → column of blocks
+
 
 class EvalStream:
     """Every event of valid or test exactly once over all ranks, each with its stored candidates; the clicked
@@ -32,9 +34,19 @@ class EvalStream:
         world_size: int = 1,
         max_events: int = 0,
         tasks: tuple[int, ...] = (REC, SRC),
+        candidates: str = "stored",
     ) -> None:
-        """max_events > 0: a fixed sample, the events with the smallest hash. tasks: whose events count."""
+        """max_events > 0: a fixed sample, the events with the smallest hash. tasks: whose events count.
+        candidates: stored, the uniform negatives; hard, the mined ones. Raises DataError where the folder
+        has none."""
         assert split in ("valid", "test"), split
+        assert candidates in NEGATIVES, candidates
+        if candidates == "hard" and not folder.manifest.num_hard_negatives:
+            raise DataError(
+                f"{folder.name} holds no hard candidates. Prepare it again with: gensr prepare SOURCE RAW "
+                f"{folder.name} hard_negatives=99 overwrite=true"
+            )
+        self.negatives = NEGATIVES[candidates]
         self.folder, self.split, self.history_max = folder, split, config.history_max
         self.shards = folder.manifest.shards(split)
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
@@ -100,6 +112,7 @@ class EvalStream:
                     table,
                     self.history_max,
                     (number if self._chosen is None else self._chosen[number]) - start,
+                    negatives=self.negatives,
                 )
                 start = stop
 
@@ -108,7 +121,7 @@ class EvalStream:
         table = next(
             table for shard in self.shards for table in read_blocks(self.folder.path, shard) if table.num_rows
         )
-        rows = decode(table, self.history_max, np.zeros(count, np.int64))
+        rows = decode(table, self.history_max, np.zeros(count, np.int64), negatives=self.negatives)
         rows.event_id[:] = -1
         return rows
 

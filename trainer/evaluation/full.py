@@ -27,8 +27,9 @@ from trainer.data.folder import PreparedFolder
 from trainer.errors import RunError
 from trainer.evaluation.baselines import each_baseline
 from trainer.evaluation.metrics import expected_ranks
-from trainer.evaluation.ranking import CountProgress, EventRanks, Scorer, autocast_scorer, rank_events
+from trainer.evaluation.ranking import CountProgress, EventRanks, ScoreFunction, autocast_scorer, rank_events
 from trainer.evaluation.sampled import report, task_reports, write_evaluation
+from trainer.evaluation.segments import segments_of
 from trainer.models.contract import Ranker
 from trainer.runs.weights import load_run_config, load_run_model
 from trainer.runtime.device import autocast, default_device
@@ -89,14 +90,16 @@ def evaluate_full(
     seconds = time.monotonic() - started
     popularity = folder.items("train_rec_clicks")["train_rec_clicks"].to_numpy()
     baselines = baseline_reports(folder, split, max_events, model.tasks, clicks, popularity, notify)
-    document = report(ours.ranks, folder, split, config, baselines if with_baselines else {})
+    segments = segments_of(folder, split, ours.ranks)
+    document = report(
+        ours.ranks, folder, split, config, baselines if with_baselines else {}, segments, candidates="full"
+    )
     del document["protocol"]["num_negatives"]
     seen_before = (
         item in clicks.before(event)
         for event, item in zip(stream.column("event_id"), stream.column("item"), strict=True)
     )
     document["protocol"] |= {
-        "candidates": "full",
         "num_items": manifest.num_items,
         "num_events": stream.num_events,
         "num_events_of_split": manifest.num_events(split),
@@ -112,7 +115,7 @@ def evaluate_full(
         document[title] = facts
         if places is not None:
             facts["retrieval"] = retrieval_recall(places, ours.ranks, TASKS.index(title))
-    write_evaluation(run_dir, folder, f"{split}-full", ours.ranks, document)
+    write_evaluation(run_dir, folder, f"{split}-full", ours.ranks, document, segments)
     return document
 
 
@@ -141,7 +144,7 @@ def baseline_reports(
 
 
 def rank_retrieved(
-    scorer: Scorer,
+    scorer: ScoreFunction,
     model: Ranker,
     retrieval: Retrieval,
     stream: EvalStream,
@@ -187,7 +190,7 @@ def place_of(item: int, rows: np.ndarray) -> float:
     return float(at[0] + 1) if len(at) else np.inf
 
 
-def score_lists(scorer: Scorer, batch: Batch, lists: list[np.ndarray]) -> tuple[Tensor, np.ndarray]:
+def score_lists(scorer: ScoreFunction, batch: Batch, lists: list[np.ndarray]) -> tuple[Tensor, np.ndarray]:
     """Lists of items of different lengths, one an event → scores [B, C] (−inf for padding) and items [B, C]
     (−1 for padding)."""
     items_BC = np.full((len(lists), max(1, *map(len, lists))), -1, np.int64)
@@ -202,14 +205,14 @@ def ranks_among(scores_BC: Tensor, items_BC: np.ndarray, batch: Batch, clicked: 
     """Expected rank of the clicked item among the scored ones; infinite where it is not among them."""
     labels_BC = torch.from_numpy((items_BC == clicked[:, None]).astype(np.float32))
     there = labels_BC.any(1)
-    rank, tied = expected_ranks(scores_BC, labels_BC)
+    rank, num_tied = expected_ranks(scores_BC, labels_BC)
     return EventRanks(
         event_id=batch.event_id.numpy(),
         task=batch.task.numpy(),
         user=batch.user.numpy(),
         item=clicked,
         rank=torch.where(there, rank, torch.inf).numpy(),
-        tied=(tied & there).numpy(),
+        num_tied=torch.where(there, num_tied, 1).numpy(),
         num_nan=scores_BC.isnan().sum(1).numpy(),
     )
 

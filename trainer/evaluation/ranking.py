@@ -19,10 +19,10 @@ from trainer.models.contract import Ranker
 from trainer.runtime.device import autocast
 from trainer.runtime.progress import CountProgress
 
-Scorer = Callable[[Batch], Tensor]  # events → scores_BC float32
+ScoreFunction = Callable[[Batch], Tensor]  # events → scores_BC float32
 # One value of this rank → the values of all ranks, in rank order, on every rank; for example
 # partial(gather_objects, accelerator).
-Gather = Callable[[Any], list[Any]]
+GatherObjects = Callable[[Any], list[Any]]
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class EventRanks:
     task: np.ndarray  # int64
     user: np.ndarray  # int64, row of the users table
     item: np.ndarray  # int64, the clicked item
-    rank: np.ndarray  # float64, expected rank among the candidates, 1 = first
-    tied: np.ndarray  # bool, another candidate has the clicked item's score
+    rank: np.ndarray  # float64, expected rank among the candidates, 1 = first, inf = not among them
+    num_tied: np.ndarray  # int64, candidates with the clicked item's score, itself among them: 1 = no tie
     num_nan: np.ndarray  # int64, candidates scored NaN (they rank last)
 
     def take(self, index: np.ndarray) -> "EventRanks":
@@ -42,6 +42,10 @@ class EventRanks:
 
     def of_task(self, task: int) -> "EventRanks":
         return self.take(self.task == task)
+
+    def metric_values(self) -> Tensor:
+        """[n, len(METRICS)] float64."""
+        return metric_values(torch.from_numpy(self.rank), torch.from_numpy(self.num_tied))
 
     @staticmethod
     def concatenate(parts: "list[EventRanks]") -> "EventRanks":
@@ -57,9 +61,9 @@ class EventRanks:
 
 
 def rank_events(
-    scorer: Scorer,
+    scorer: ScoreFunction,
     stream: Iterable[Batch],
-    gather: Gather | None = None,
+    gather: GatherObjects | None = None,
     progress: CountProgress | None = None,
     task: int | None = None,
 ) -> EventRanks:
@@ -93,31 +97,33 @@ def rank_events(
     return ranks
 
 
-def _rank_batch(scorer: Scorer, batch: Batch) -> EventRanks:
+def _rank_batch(scorer: ScoreFunction, batch: Batch) -> EventRanks:
     scores_BC = scorer(batch).float().cpu()
     assert scores_BC.shape == batch.candidates.shape, (scores_BC.shape, batch.candidates.shape)
-    rank, tied = expected_ranks(scores_BC, batch.labels)
+    rank, num_tied = expected_ranks(scores_BC, batch.labels)
     columns = {
         "event_id": batch.event_id,
         "task": batch.task,
         "user": batch.user,
         "item": batch.candidates.gather(1, batch.labels.argmax(1, keepdim=True))[:, 0],
         "rank": rank,
-        "tied": tied,
+        "num_tied": num_tied,
         "num_nan": scores_BC.isnan().sum(1),
     }
     real = (batch.event_id >= 0).numpy()
     return EventRanks(**{name: column.numpy() for name, column in columns.items()}).take(real)
 
 
-def validate(scorer: Scorer, stream: Iterable[Batch], gather: Gather | None = None) -> dict[str, float]:
+def validate(
+    scorer: ScoreFunction, stream: Iterable[Batch], gather: GatherObjects | None = None
+) -> dict[str, float]:
     """Metrics during training, without intervals: {"rec/ndcg@10": …, "src/recall@5": …, "mean/mrr": …}.
 
     A task without events is left out; mean is over the tasks present.
     """
     ranks = rank_events(scorer, stream, gather)
     means = {
-        name: metric_values(torch.from_numpy(ranks.of_task(task).rank)).mean(0)
+        name: ranks.of_task(task).metric_values().mean(0)
         for task, name in enumerate(TASKS)
         if (ranks.task == task).any()
     }
@@ -129,7 +135,7 @@ def validate(scorer: Scorer, stream: Iterable[Batch], gather: Gather | None = No
     }
 
 
-def autocast_scorer(model: Ranker, device: str, precision: str) -> Scorer:
+def autocast_scorer(model: Ranker, device: str, precision: str) -> ScoreFunction:
     """Batches to the device of a model, scoring under the run's precision. Scores come back as float32."""
 
     def scorer(batch: Batch) -> Tensor:

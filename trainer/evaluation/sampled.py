@@ -1,5 +1,8 @@
 """`gensr evaluate`: rank every event's stored candidates once, over all processes, and write what came of it:
-evaluation-SPLIT.parquet, evaluation-SPLIT.json."""
+evaluation-SPLIT.parquet, evaluation-SPLIT.json.
+
+With --candidates hard: among the folder's hard_negatives, into evaluation-SPLIT-hard.*.
+"""
 
 import hashlib
 import json
@@ -14,22 +17,23 @@ import pyarrow.parquet as pq
 import torch
 
 import trainer
-from data_shards.schema import TASKS
+from data_shards.schema import TASKS, Manifest
 from data_shards.settings import to_dict
 from trainer.config import Config, DataConfig
 from trainer.data import EvalStream
 from trainer.data.folder import PreparedFolder
 from trainer.errors import RunError
 from trainer.evaluation.baselines import each_baseline
-from trainer.evaluation.metrics import NUM_RESAMPLES, summarise
+from trainer.evaluation.metrics import INTERVALS, summarise
 from trainer.evaluation.ranking import (
     CountProgress,
     EventRanks,
-    Gather,
+    GatherObjects,
     autocast_scorer,
     gather_over_group,
     rank_events,
 )
+from trainer.evaluation.segments import Segments, segment_reports, segments_of
 from trainer.models.contract import Ranker
 from trainer.models.zoo import model_class
 from trainer.runs.provenance import git_commit, hardware
@@ -40,6 +44,7 @@ from trainer.runtime.launch import read_launch, set_up_cpu
 
 BASELINE_BATCH = 1024  # events; baselines need no accelerator memory
 BOOTSTRAP_SEED = 0
+STORED = {"sampled": "stored", "hard": "hard"}  # candidates of the protocol → of EvalStream
 
 
 # ---- the report --------------------------------------------------------------------------------------------
@@ -51,7 +56,9 @@ def task_reports(ranks: EventRanks, seed: int = BOOTSTRAP_SEED) -> dict[str, dic
     for task, name in enumerate(TASKS):
         chosen = ranks.of_task(task)
         if len(chosen.rank):
-            reports[name] = summarise(torch.from_numpy(chosen.rank), torch.from_numpy(chosen.tied), seed)
+            reports[name] = summarise(
+                torch.from_numpy(chosen.rank), torch.from_numpy(chosen.num_tied), chosen.user, seed
+            )
             reports[name]["num_nan_scores"] = int(chosen.num_nan.sum())
     return reports
 
@@ -62,19 +69,21 @@ def report(
     split: str,
     config: Config | None = None,
     baselines: dict[str, Any] | None = None,
+    segments: Segments | None = None,
+    candidates: str = "sampled",
 ) -> dict[str, Any]:
-    """The content of evaluation-SPLIT.json."""
+    """The content of evaluation-SPLIT.json. candidates: sampled, hard or full."""
     protocol = {
         "model": config.model.name if config is not None else None,
         "model_title": model_class(config.model.name).title if config is not None else None,
-        "candidates": "sampled",
-        "num_negatives": folder.manifest.num_negatives,
+        "candidates": candidates,
+        "num_negatives": num_negatives(folder.manifest, candidates),
         "ties": "expected",
         "scores": "fp32",
         "split": split,
         "split_fingerprint": folder.manifest.fingerprint,
         "manifest_hash": folder.manifest.hash,
-        "intervals": f"95 % bootstrap over events, {NUM_RESAMPLES} resamples",
+        "intervals": INTERVALS,
         "seed": BOOTSTRAP_SEED,
         "config_hash": config_hash(config) if config is not None else None,
         "precision": config.run.precision if config is not None else None,
@@ -86,8 +95,14 @@ def report(
     return {
         "protocol": protocol,
         **task_reports(ranks),
+        **({"segments": segment_reports(ranks, segments)} if segments is not None else {}),
         **({"baselines": baselines} if baselines is not None else {}),
     }
+
+
+def num_negatives(manifest: Manifest, candidates: str) -> int:
+    """Stored negatives of an event, of that kind of candidates."""
+    return manifest.num_hard_negatives if candidates == "hard" else manifest.num_negatives
 
 
 def config_hash(config: Config) -> str:
@@ -98,10 +113,15 @@ def config_hash(config: Config) -> str:
 
 
 def write_evaluation(
-    run_dir: str | Path, folder: PreparedFolder, split: str, ranks: EventRanks, document: dict[str, Any]
+    run_dir: str | Path,
+    folder: PreparedFolder,
+    name: str,
+    ranks: EventRanks,
+    document: dict[str, Any],
+    segments: Segments | None = None,
 ) -> Path:
-    """RUN/evaluation-SPLIT.parquet (one row an event, original ids), then RUN/evaluation-SPLIT.json; returns
-    the latter's path."""
+    """RUN/evaluation-NAME.parquet (one row an event: original ids, rank, num_tied, its bucket in each
+    segment), then RUN/evaluation-NAME.json; returns the latter's path."""
     users = pq.read_table(folder.catalog / "users.parquet", columns=["user_id"])["user_id"]
     table = pa.table(
         {
@@ -109,12 +129,14 @@ def write_evaluation(
             "user_id": users.take(pa.array(ranks.user)),
             "item_id": folder.items("item_id")["item_id"].take(pa.array(ranks.item)),
             "rank": ranks.rank,
+            "num_tied": ranks.num_tied,
             "event_id": ranks.event_id,
+            **{segment: pa.array(buckets, pa.string()) for segment, buckets in (segments or {}).items()},
         }
     )
-    with atomic(RunFolder(run_dir).ranks(split)) as temporary:
+    with atomic(RunFolder(run_dir).ranks(name)) as temporary:
         pq.write_table(table, temporary)
-    path = RunFolder(run_dir).evaluation(split)
+    path = RunFolder(run_dir).evaluation(name)
     with atomic(path) as temporary:
         temporary.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     return path
@@ -125,14 +147,15 @@ def baseline_reports(
     split: str,
     rank: int = 0,
     world_size: int = 1,
-    gather: Gather | None = None,
+    gather: GatherObjects | None = None,
+    candidates: str = "sampled",
 ) -> dict[str, dict[str, Any]]:
     """{"popularity": {"rec": {…}}, "lightgcn": {"rec": {…}}, "bm25": {"src": {…}}} on the stored candidates.
 
     Left out: a baseline whose task has no events, and LightGCN in a folder without a CF table.
     """
     data = DataConfig(history_max=folder.manifest.history_max)
-    stream = EvalStream(folder, split, data, BASELINE_BATCH, rank, world_size)
+    stream = EvalStream(folder, split, data, BASELINE_BATCH, rank, world_size, candidates=STORED[candidates])
 
     def measure(name: str, baseline: Ranker) -> dict[str, Any]:
         return task_reports(rank_events(baseline.score, stream, gather, task=baseline.tasks[0]))
@@ -148,12 +171,14 @@ def evaluate_run(
     split: str = "test",
     with_baselines: bool = True,
     progress: CountProgress | None = None,
+    candidates: str = "sampled",
 ) -> dict[str, Any]:
     """Evaluate RUN/model on a split of its prepared folder; rank 0 writes
-    RUN/evaluation-SPLIT.{json,parquet}. → the document, on every rank.
+    RUN/evaluation-SPLIT.{json,parquet} (candidates="hard": evaluation-SPLIT-hard.*). → the document, on every
+    rank.
 
     Runs alone, or on every process of accelerate launch or torchrun. Raises RunError for an unknown split or
-    a run without a model.
+    a run without a model, DataError for a folder without hard candidates.
     """
     from trainer.runs.weights import load_run_config, load_run_model  # transformers: seconds to import
 
@@ -172,18 +197,29 @@ def evaluate_run(
     try:
         model, config, folder = load_run_model(run_dir, device)
         place = (launch.rank, launch.world_size)
-        stream = EvalStream(folder, split, config.data, config.run.eval_batch_size, *place, tasks=model.tasks)
+        stream = EvalStream(
+            folder,
+            split,
+            config.data,
+            config.run.eval_batch_size,
+            *place,
+            tasks=model.tasks,
+            candidates=STORED[candidates],
+        )
         gather = gather_over_group if launch.world_size > 1 else None
         started = time.monotonic()
         ranks = rank_events(autocast_scorer(model, device, config.run.precision), stream, gather, progress)
         seconds = time.monotonic() - started
-        baselines = baseline_reports(folder, split, *place, gather) if with_baselines else None
-        document = report(ranks, folder, split, config, baselines)
-        num_pairs = len(ranks.rank) * (1 + folder.manifest.num_negatives)
+        baselines = baseline_reports(folder, split, *place, gather, candidates) if with_baselines else None
+        segments = segments_of(folder, split, ranks) if launch.rank == 0 else {}  # it reads the split again
+        segments = gather(segments)[0] if gather is not None else segments
+        document = report(ranks, folder, split, config, baselines, segments, candidates)
+        num_pairs = len(ranks.rank) * (1 + document["protocol"]["num_negatives"])
         document["protocol"]["num_processes"] = launch.world_size
         document["protocol"]["candidates_per_s"] = round(num_pairs / max(seconds, 1e-9), 1)
         if launch.rank == 0:
-            write_evaluation(run_dir, folder, split, ranks, document)
+            name = split if candidates == "sampled" else f"{split}-{candidates}"
+            write_evaluation(run_dir, folder, name, ranks, document, segments)
     finally:
         if started_group:
             torch.distributed.destroy_process_group()

@@ -1,13 +1,11 @@
-"""Evaluation documents → tables: the demo's last screen, `gensr report`, `gensr compare`."""
+"""Evaluation documents → tables: the demo's last screen, `gensr report`."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_shards.secrets import masked
-from data_shards.settings import flatten, read_yaml
 from trainer.errors import RunError
 from trainer.runs.run_folder import RunFolder
 
@@ -31,11 +29,17 @@ class Row:
     metrics: Mapping[str, Any]  # as in evaluation-SPLIT.json: {"ndcg@10": …, "ci95": {…}, "num_events": …}
 
 
-def read_evaluation(run_dir: str | Path, split: str = "test") -> dict[str, Any]:
-    """RUN/evaluation-SPLIT.json. Raises RunError when the run has not been evaluated."""
-    path = RunFolder(run_dir).evaluation(split)
+def evaluation_name(split: str, candidates: str) -> str:
+    """Of the files RUN/evaluation-NAME.*."""
+    return split if candidates == "sampled" else f"{split}-{candidates}"
+
+
+def read_evaluation(run_dir: str | Path, split: str = "test", candidates: str = "sampled") -> dict[str, Any]:
+    """RUN/evaluation-NAME.json. Raises RunError when the run has not been evaluated."""
+    path = RunFolder(run_dir).evaluation(evaluation_name(split, candidates))
     if not path.is_file():
-        raise RunError(f"{path} is missing. Make it with: gensr evaluate {run_dir} --split {split}")
+        option = "" if candidates == "sampled" else f" --candidates {candidates}"
+        raise RunError(f"{path} is missing. Make it with: gensr evaluate {run_dir} --split {split}{option}")
     document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return document
 
@@ -71,8 +75,9 @@ def protocol_line(evaluation: Mapping[str, Any]) -> str:
             f"retrieval finds; {protocol['num_events']:,} of {protocol['num_events_of_split']:,} events; 95 "
             "% bootstrap intervals"
         )
+    kind = "mined" if protocol["candidates"] == "hard" else "stored"
     return (
-        f"{protocol['candidates']}: the clicked item among {protocol['num_negatives']} stored negatives; "
+        f"{protocol['candidates']}: the clicked item among {protocol['num_negatives']} {kind} negatives; "
         "95 % bootstrap intervals"
     )
 
@@ -83,12 +88,12 @@ def full_lines(evaluation: Mapping[str, Any]) -> list[str]:
     lines = ["Retrieval, coverage, popularity"]
     for row in rows_of(evaluation):
         shown = (
-            f"shows {_short(row.metrics['coverage@10'])} of the catalogue, "
+            f"shows {short(row.metrics['coverage@10'])} of the catalogue, "
             f"items of {row.metrics['mean_clicks@10']:.1f} clicks"
         )
         found = row.metrics.get("retrieval")
         recall = (
-            f"; retrieval finds {_short(found['recall@100'])} among 100, {_short(found['recall@500'])} among "
+            f"; retrieval finds {short(found['recall@100'])} among 100, {short(found['recall@500'])} among "
             "500"
             if found
             else ""
@@ -102,12 +107,12 @@ def full_lines(evaluation: Mapping[str, Any]) -> list[str]:
 
 def cell(metrics: Mapping[str, Any], metric: str) -> str:
     """`.512 [.498, .526]`."""
-    text = _short(metrics[metric])
+    text = short(metrics[metric])
     interval = metrics.get("ci95", {}).get(metric)
-    return f"{text} [{_short(interval[0])}, {_short(interval[1])}]" if interval else text
+    return f"{text} [{short(interval[0])}, {short(interval[1])}]" if interval else text
 
 
-def _short(value: float) -> str:
+def short(value: float) -> str:
     return f"{value:.3f}".replace("0.", ".", 1) if value < 1 else f"{value:.2f}"
 
 
@@ -127,48 +132,4 @@ def table(rows: Sequence[Row], metrics: Sequence[str] = SHOWN_METRICS) -> list[s
             f"  {row.model:<{width}}" + "".join(f"  {cell(row.metrics, name):<17}" for name in metrics)
             for row in of_task
         ]
-    return lines
-
-
-def compare(run_dirs: Iterable[str | Path], split: str = "test") -> dict[str, Any]:
-    """{"runs": {RUN: {task: metrics}}, "settings": {key: {RUN: value}} of the keys that differ}.
-
-    Raises RunError for a run without an evaluation, and for runs evaluated on different splits.
-    """
-    folders = [Path(run_dir) for run_dir in run_dirs]
-    evaluations = {str(folder): read_evaluation(folder, split) for folder in folders}
-    fingerprints = {
-        name: document["protocol"].get("split_fingerprint") for name, document in evaluations.items()
-    }
-    if len(set(fingerprints.values())) > 1:
-        named = ", ".join(f"{name}: {str(fingerprint)[:12]}" for name, fingerprint in fingerprints.items())
-        raise RunError(f"these runs were evaluated on different splits and cannot be compared ({named})")
-    configs = {str(folder): flatten(masked(read_yaml(RunFolder(folder).config))) for folder in folders}
-    keys = sorted({key for config in configs.values() for key in config})
-    settings = {
-        key: {name: config.get(key) for name, config in configs.items()} for key in keys if key != "run.dir"
-    }
-    differing = {
-        key: values for key, values in settings.items() if len({str(value) for value in values.values()}) > 1
-    }
-    runs = {
-        name: {row.task: row.metrics for row in rows_of(document, with_baselines=False)}
-        for name, document in evaluations.items()
-    }
-    return {"runs": runs, "settings": differing}
-
-
-def compare_lines(comparison: Mapping[str, Any]) -> list[str]:
-    rows = [
-        Row(name, task, metrics)
-        for name, tasks in comparison["runs"].items()
-        for task, metrics in tasks.items()
-    ]
-    lines = table(rows)
-    if comparison["settings"]:
-        lines.append("Settings that differ")
-        for key, values in comparison["settings"].items():
-            lines.append(
-                f"  {key}: " + ", ".join(f"{Path(name).name} {value}" for name, value in values.items())
-            )
     return lines

@@ -22,7 +22,6 @@ from data_shards.secrets import mask_secrets
 from data_shards.settings import flatten, parse_yaml
 from trainer.config import Config
 from trainer.errors import ConfigError, RunError
-from trainer.evaluation.summary import compare, compare_lines
 from trainer.runs.run_folder import RunFolder
 from trainer.runtime.files import atomic
 from trainer.tracking.store import (
@@ -96,6 +95,8 @@ def summarize(folder: str | Path) -> dict[str, Any]:
     Returns {"runs": [{"run", "status", "step", "best_step", "metric", "best"}] best first, "comparison": as
     `gensr compare`, or {}, "mlflow_run_id": the parent or ""}. Raises RunError when no run has started.
     """
+    from trainer.evaluation.compare import compare  # torch: seconds to import
+
     folder = Path(folder)
     run_dirs = sorted(
         {path.parent for name in ("config.yaml", JOB_FILE) for path in folder.glob(f"*/{name}")}
@@ -134,6 +135,8 @@ def _row(run_dir: Path, config: Config | None) -> dict[str, Any]:
 def lines_of(document: Mapping[str, Any]) -> list[str]:
     """The table for people: runs by their best validation, then the test results of those that were
     evaluated."""
+    from trainer.evaluation.compare import compare_lines
+
     rows: Sequence[Mapping[str, Any]] = document["runs"]
     width = max(len(row["run"]) for row in rows)
     metrics = sorted({row["metric"] for row in rows} - {""})

@@ -38,6 +38,7 @@ def run_facts(run_dir: Path, config: Config, manifest: Manifest, tasks: tuple[in
         "tasks": [TASKS[task] for task in tasks],
         "seed": config.run.seed,
         "evaluation": read_json(RunFolder(run_dir).evaluation("test")),
+        "hard_evaluation": read_json(RunFolder(run_dir).evaluation("test-hard")),
         "full_evaluation": read_json(RunFolder(run_dir).evaluation("test-full")),
     }
 
@@ -86,6 +87,8 @@ def model_card(name: str, facts: Mapping[str, Any]) -> str:
         f"| run, commit, seed | {facts['run']}, `{facts['commit']}`, {facts['seed']} |",
         "",
         *_metric_lines(facts["evaluation"]),
+        *(["", *_metric_lines(facts["hard_evaluation"])] if facts["hard_evaluation"] else []),
+        *_segment_lines(facts["evaluation"]),
         *_full_lines(facts["full_evaluation"]),
         "",
         "## Limits",
@@ -132,6 +135,26 @@ def _metric_lines(evaluation: Mapping[str, Any]) -> list[str]:
         evaluation,
         lambda result: _with_intervals(result, "recall@5", "recall@10", "ndcg@5", "ndcg@10", "mrr"),
     )
+
+
+def _segment_lines(evaluation: Mapping[str, Any]) -> list[str]:
+    """NDCG@10 of parts of the events, where the evaluation holds them."""
+    if not evaluation.get("segments"):
+        return []
+    lines = [
+        "",
+        "## Segments, test split (NDCG@10)",
+        "",
+        "| task | by | bucket | events | NDCG@10 |",
+        "|---|---|---|---|---|",
+    ]
+    return lines + [
+        f"| {task} | {name.replace('_', ' ')} | {bucket} | {result['num_events']:,} | "
+        f"{_with_interval(result, 'ndcg@10')} |"
+        for task, names in evaluation["segments"].items()
+        for name, buckets in names.items()
+        for bucket, result in buckets.items()
+    ]
 
 
 def _full_lines(evaluation: Mapping[str, Any]) -> list[str]:

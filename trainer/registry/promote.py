@@ -1,26 +1,22 @@
 """`gensr promote NAME`: the gate to the alias `champion`. Candidate and champion are compared on the same
-stored test events, by a paired bootstrap a task.
+stored test events, by a paired bootstrap over users for each task (evaluation/paired.py).
 
 The candidate becomes champion when no task falls by more than the margin (the whole 95 % interval of the
-difference lies above −margin) and at least one task gains (the whole interval lies above 0). Without a
-champion the candidate becomes the first; a version that was rolled back does not come again. The decision and
-its figures are tags of the candidate's version.
+difference lies above −margin) and at least one task gains (the whole interval lies above 0). A segment margin
+also refuses a candidate of which a segment surely falls by more than it: the whole interval lies below
+−segment margin. (Segments are small: the rule for tasks would refuse nearly everything.) Without a champion
+the candidate becomes the first; a version that was rolled back does not come again. The decision and its
+figures are tags of the candidate's version.
 """
 
-import json
 import math
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow.parquet as pq
-import torch
-
-from data_shards.schema import TASKS
 from trainer.errors import RunError
-from trainer.evaluation.metrics import compare
+from trainer.evaluation.paired import StoredRanks, check_same, paired, paired_segments, read_stored
 from trainer.registry.versions import ALIAS, default_uri, fetch, find_version, mlflow_errors
 from trainer.runs.run_folder import RunFolder
 from trainer.tracking.store import connect, must_exist
@@ -46,6 +42,8 @@ class Decision:
     reason: str
     # {"rec": {"a": champion, "b": candidate, "difference", "ci95", …}, "src": …}
     figures: dict[str, dict[str, Any]] = field(default_factory=dict)
+    # {"rec": {"history_length": {"1–4": as above, …}, …}, …}, where a segment margin is given
+    segments: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
 
     def lines(self) -> list[str]:
         rows = [
@@ -64,15 +62,24 @@ class Decision:
         ]
 
 
-def promote(name: str, uri: str = "", margin: float = MARGIN, dry_run: bool = False) -> Decision:
+def promote(
+    name: str,
+    uri: str = "",
+    margin: float = MARGIN,
+    dry_run: bool = False,
+    segment_margin: float | None = None,
+) -> Decision:
     """Compare the versions that the aliases candidate and champion name; move champion if the rule above says
     so, and tag the candidate either way.
 
-    margin: NDCG@10, ≥ 0. dry_run: changes nothing. Raises RunError when there is no candidate, a version
-    holds no evaluation, or the two were not evaluated on the same events and candidates.
+    margin, segment_margin: NDCG@10, ≥ 0; segment_margin=None asks for no segment. dry_run: changes nothing.
+    Raises RunError when there is no candidate, a version holds no evaluation, or the two were not evaluated
+    on the same events and candidates.
     """
     if not margin >= 0:
         raise RunError(f"--margin must be 0 or more, got {margin}")
+    if segment_margin is not None and not segment_margin >= 0:
+        raise RunError(f"--segment-margin must be 0 or more, got {segment_margin}")
     uri = must_exist(uri or default_uri())
     client = connect(uri)
     with mlflow_errors(f"MLflow at {uri} does not compare the versions of {name}"):
@@ -95,11 +102,11 @@ def promote(name: str, uri: str = "", margin: float = MARGIN, dry_run: bool = Fa
                 promoted=False,
                 reason=f"version {number} was rolled back; to try it again, register its run again",
             )
-        decision = _decide(name, number, before, uri, margin)
+        decision = _decide(name, number, before, uri, margin, segment_margin)
         if not dry_run:
             tags = {
                 "promote.decision": "promoted" if decision.promoted else "refused",
-                **decision_tags(decision, margin),
+                **decision_tags(decision, margin, segment_margin),
             }
             if decision.promoted and champion is not None:
                 tags[PREVIOUS] = str(decision.champion)
@@ -132,24 +139,36 @@ def rollback(name: str, uri: str = "", dry_run: bool = False) -> tuple[int, int]
     return int(champion.version), int(previous)
 
 
-def _decide(name: str, candidate: int, champion: int | None, uri: str, margin: float) -> Decision:
+def _decide(
+    name: str, candidate: int, champion: int | None, uri: str, margin: float, segment_margin: float | None
+) -> Decision:
     if champion is None:
         # a champion must be comparable to those after it
         read_ranks(fetch(f"models:/{name}/{candidate}", uri), f"version {candidate} of {name}")
         return Decision(name, candidate, None, promoted=True, reason="first champion")
-    stored = [
+    before, after = (
         read_ranks(fetch(f"models:/{name}/{number}", uri), f"version {number} of {name}")
         for number in (champion, candidate)
-    ]
-    figures = compare_ranks(*stored)
+    )
+    check_same(before, after)
+    figures = {task: of_task[METRIC] for task, of_task in paired(before, after).items()}
     promoted, reason = judge(figures, margin)
-    return Decision(name, candidate, champion, promoted, reason, figures)
+    segments = {}
+    if segment_margin is not None:
+        segments = paired_segments(before, after)
+        if promoted and (fallen := fallen_segments(segments, segment_margin)):
+            promoted, reason = False, f"{'; '.join(fallen)} falls by more than {segment_margin:g}"
+    return Decision(name, candidate, champion, promoted, reason, figures, segments)
 
 
 def judge(figures: dict[str, dict[str, Any]], margin: float) -> tuple[bool, str]:
     """{task: {"difference", "ci95": [low, high]}} of candidate − champion → whether to promote, and why or
     why not."""
-    unknown = [task for task, f in figures.items() if not all(map(math.isfinite, f["ci95"]))]
+    unknown = [
+        task
+        for task, f in figures.items()
+        if f.get("num_users", 2) < 2 or not all(map(math.isfinite, f["ci95"]))  # one user: no spread
+    ]
     if unknown or not figures:
         return False, f"no interval for {' and '.join(unknown) or 'any task'}: there is too little to compare"
     fallen = [task for task, f in figures.items() if f["ci95"][0] < -margin]
@@ -161,15 +180,15 @@ def judge(figures: dict[str, dict[str, Any]], margin: float) -> tuple[bool, str]
     return True, f"{' and '.join(gained)} gains, no task falls by more than the margin of {margin:g}"
 
 
-@dataclass(frozen=True)
-class StoredRanks:
-    """The evaluation that a version holds."""
-
-    where: str
-    protocol: dict[str, Any]
-    event_id: np.ndarray
-    task: np.ndarray  # "rec", "src"
-    rank: np.ndarray
+def fallen_segments(segments: dict[str, dict[str, dict[str, Any]]], margin: float) -> list[str]:
+    """Those of paired_segments() whose whole interval lies below −margin, as "src query ambiguity 0"."""
+    return [
+        f"{task} {name.replace('_', ' ')} {bucket}"
+        for task, names in segments.items()
+        for name, buckets in names.items()
+        for bucket, f in buckets.items()
+        if f["num_users"] > 1 and f["ci95"][1] < -margin
+    ]
 
 
 def read_ranks(version_dir: Path, where: str) -> StoredRanks:
@@ -179,47 +198,10 @@ def read_ranks(version_dir: Path, where: str) -> StoredRanks:
         raise RunError(
             f"{where} holds no evaluation. Run gensr evaluate RUN, then gensr register RUN NAME again"
         )
-    protocol = json.loads(RunFolder(folder).evaluation("test").read_text(encoding="utf-8"))["protocol"]
-    table = pq.read_table(RunFolder(folder).ranks("test"), columns=["event_id", "task", "rank"])
-    return StoredRanks(where, protocol, *(table[name].to_numpy() for name in ("event_id", "task", "rank")))
+    return read_stored(folder, "test", where)
 
 
-def compare_ranks(champion: StoredRanks, candidate: StoredRanks) -> dict[str, dict[str, Any]]:
-    """Paired bootstrap of candidate − champion for each task: metrics.compare of METRIC, and num_events.
-
-    Raises RunError unless both ranked the same candidates of the same events: same prepared folder (manifest
-    hash), kind of candidates, event ids.
-    """
-    for key, meaning in (
-        ("manifest_hash", "data"),
-        ("candidates", "candidates"),
-        ("num_negatives", "candidates"),
-    ):
-        if champion.protocol.get(key) != candidate.protocol.get(key):
-            raise RunError(
-                f"{champion.where} and {candidate.where} were evaluated on different {meaning} ({key} "
-                f"{str(champion.protocol.get(key))[:12]} and "
-                f"{str(candidate.protocol.get(key))[:12]}) and cannot be compared. Evaluate and register one "
-                "of them on the other's prepared folder"
-            )
-    order = [np.argsort(one.event_id, kind="stable") for one in (champion, candidate)]
-    if not np.array_equal(champion.event_id[order[0]], candidate.event_id[order[1]]):
-        raise RunError(
-            f"{champion.where} and {candidate.where} were evaluated on different events and cannot be "
-            "compared. Evaluate both on the whole test split"
-        )
-    figures = {}
-    for task in TASKS:
-        before, after = (
-            torch.from_numpy(one.rank[index][one.task[index] == task])
-            for one, index in zip((champion, candidate), order, strict=True)
-        )
-        if len(before):
-            figures[task] = {**compare(before, after)[METRIC], "num_events": len(before)}
-    return figures
-
-
-def decision_tags(decision: Decision, margin: float) -> dict[str, str]:
+def decision_tags(decision: Decision, margin: float, segment_margin: float | None = None) -> dict[str, str]:
     tags = {
         "promote.reason": decision.reason,
         "promote.champion": str(decision.champion or "none"),
@@ -227,6 +209,8 @@ def decision_tags(decision: Decision, margin: float) -> dict[str, str]:
         "promote.metric": f"{METRIC}, sampled",
         "promote.decided_at": _now(),
     }
+    if segment_margin is not None:
+        tags["promote.segment_margin"] = f"{segment_margin:g}"
     for task, f in decision.figures.items():
         tags |= {
             f"promote.{task}.difference": f"{f['difference']:.6g}",

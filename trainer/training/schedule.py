@@ -50,7 +50,10 @@ class Schedule:
         return done % self.log_every_steps == 0 or done == self.num_steps
 
     def is_validation_step(self, done: int) -> bool:
-        return done % self.validate_every_steps == 0 or done == self.num_steps
+        """Every validate_every_steps, and after the last step. Less than half an interval before the last
+        there is none: two validations of nearly the same weights would say the same twice."""
+        left = self.num_steps - done
+        return left == 0 or (done % self.validate_every_steps == 0 and 2 * left >= self.validate_every_steps)
 
     def is_checkpoint_step(self, done: int) -> bool:
         return done % self.checkpoint_every_steps == 0 or done == self.num_steps

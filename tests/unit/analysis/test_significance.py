@@ -46,7 +46,7 @@ def test_cluster_means_equal_the_obvious_loop():
 def test_draws_do_not_depend_on_how_many_fit_in_memory(monkeypatch):
     values, users = clustered(num_users=20)
     whole = cluster_means(values, users, num_resamples=30)
-    monkeypatch.setattr("trainer.analysis.significance._MAX_DRAWS_AT_ONCE", 100)
+    monkeypatch.setattr("trainer.evaluation.bootstrap._MAX_DRAWS_AT_ONCE", 100)
     np.testing.assert_allclose(cluster_means(values, users, num_resamples=30), whole, rtol=1e-12)
 
 
