@@ -92,7 +92,8 @@ class Oracle:
 
     def __init__(self, raw: Path, user_ids_of_rows: Sequence[Any], item_ids_of_rows: Sequence[Any]) -> None:
         """The world of raw/simulated.json; original ids of the folder's users and items. Raises DataError for
-        ids that the world does not have."""
+        ids that the world does not have; so a KuaiSAR folder must not keep the rare results that are image
+        atlases (the filter of five clicks drops them)."""
         arguments = Simulated.read(raw)
         self.raw, self.world = raw, arguments.world()
         self.users = make_users(self.world, 0, self.world.num_users)
