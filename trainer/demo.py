@@ -20,13 +20,13 @@ from rich.table import Table
 from trainer.errors import RunError
 from trainer.evaluation.summary import (
     METRICS,
-    OURS,
     TASK_TITLES,
     Row,
     cell,
     protocol_line,
     read_evaluation,
     rows_of,
+    title_of,
 )
 from trainer.runtime.progress import StageLines
 
@@ -255,7 +255,7 @@ def show_summary(demo: Demo, seconds: float) -> None:
                 grid.add_row(
                     f"  {row.model}",
                     *(cell(row.metrics, metric) for metric in METRICS),
-                    style="green" if row.model == OURS else "",
+                    style="green" if row.model == title_of(evaluation) else "",
                 )
     Console(width=TABLE_WIDTH).print(grid)
     for line in where_and_next(demo, registered):

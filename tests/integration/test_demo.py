@@ -39,7 +39,7 @@ def test_demo_end_to_end_and_again(small: Path, capfd: pytest.CaptureFixture[str
     demo.run_demo(data_dir, run_dir)
     screen = capfd.readouterr().out
     for text in (
-        "GenSR",
+        "  GenSR  ",
         "popularity",
         "LightGCN",
         "BM25",
