@@ -176,7 +176,14 @@ def key_help(cls: Any, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
             yield from key_help(field.type, f"{prefix}{field.name}.")
         else:
             info = cls.__pydantic_fields__[field.name]
-            yield f"{prefix}{field.name}", info.get_default(call_default_factory=True), info.description or ""
+            default = info.get_default(call_default_factory=True)
+            yield f"{prefix}{field.name}", default, _description(cls, field.name)
+
+
+def _description(cls: Any, name: str) -> str:
+    """pydantic knows the docstrings of a class's own fields, not those of its bases."""
+    fields = (vars(base).get("__pydantic_fields__", {}).get(name) for base in cls.__mro__)
+    return next((field.description for field in fields if field and field.description), "")
 
 
 def _parse_value(text: str) -> Any:

@@ -3,6 +3,7 @@ Finished steps are skipped."""
 
 import json
 import os
+import shlex
 import socket
 import subprocess
 import sys
@@ -11,26 +12,29 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from trainer.errors import RunError
 from trainer.evaluation.summary import (
-    OURS,
     SHOWN_METRICS,
     TASK_TITLES,
+    Row,
     cell,
     protocol_line,
     read_evaluation,
     rows_of,
+    title_of,
 )
 from trainer.runs.run_folder import RunFolder
 from trainer.runtime.progress import StageLines
 
 # of the planted world: small enough for ten minutes on two cores
 USERS, ITEMS, DAYS, SEED = 1000, 4000, 14, 1
-PREPARE: tuple[str, ...] = ()
+# as for KuaiSAR: its filter, and days of Beijing
+PREPARE: tuple[str, ...] = ("min_interactions=5", "both_behaviours=true", "utc_offset_hours=8")
 # fewer folds and less patience than the defaults: a minute less
 CF: tuple[str, ...] = ("cf.num_folds=2", "cf.patience=2")
 PRESET = "demo"
@@ -58,12 +62,18 @@ class Demo:
     def raw_dir(self) -> Path:
         return self.data_dir.with_name(f"{self.data_dir.name}-raw")
 
+    @property
+    def optimum_file(self) -> Path:
+        """The metrics of the planted preferences themselves, beside what they are computed from."""
+        return self.data_dir / "optimum.json"
+
     def steps(self) -> list[Step]:
         run_dir, data_dir = self.run_dir, self.data_dir
         evaluation, registered = RunFolder(run_dir).evaluation("test"), RunFolder(run_dir).registry
         return [
-            Step("simulate", self.raw_dir.is_dir, self.simulate),
+            Step("simulate", (self.raw_dir / "simulated.json").is_file, self.simulate),
             Step("prepare", (data_dir / "manifest.json").is_file, self.prepare),
+            Step("optimum", lambda: is_newer(self.optimum_file, data_dir / "manifest.json"), self.optimum),
             Step("cf", (data_dir / "cf" / "lightgcn.safetensors").is_file, self.cf),
             Step("train", self.is_trained, self.train),
             Step(
@@ -77,12 +87,22 @@ class Demo:
     def simulate(self) -> None:
         from data_shards.simulate import simulate
 
-        simulate(self.raw_dir, users=USERS, items=ITEMS, days=DAYS, seed=SEED, progress=StageLines())
+        sizes = {"users": USERS, "items": ITEMS, "days": DAYS, "seed": SEED}
+        simulate(self.raw_dir, **sizes, text="natural", progress=StageLines())
 
     def prepare(self) -> None:
         from data_shards.prepare import prepare
 
-        prepare("kuaisar", self.raw_dir, self.data_dir, PREPARE, progress=StageLines())
+        prepare("tables", self.raw_dir, self.data_dir, PREPARE, progress=StageLines())
+
+    def optimum(self) -> None:
+        from trainer.data.folder import PreparedFolder
+        from trainer.evaluation.optimum import optimum_report
+        from trainer.runtime.files import atomic
+
+        report = optimum_report(PreparedFolder.at(self.data_dir), self.raw_dir)
+        with atomic(self.optimum_file) as path:
+            path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
     def cf(self) -> None:
         from trainer.cf.build import train_cf
@@ -115,8 +135,8 @@ class Demo:
 def run_demo(
     data_dir: str | Path = "data/demo", run_dir: str | Path = "runs/demo", train_overrides: Sequence[str] = ()
 ) -> None:
-    """simulate → prepare → cf → train → evaluate → register, then one screen of results. Call it again after
-    an interruption.
+    """simulate → prepare → optimum → cf → train → evaluate → register, then one screen of results. Call it
+    again after an interruption.
 
     Raises the GensrError of the step that fails; what the steps before it made stays.
     """
@@ -227,7 +247,9 @@ def show_summary(demo: Demo, seconds: float) -> None:
     grid.add_column("", no_wrap=True)
     for metric in SHOWN_METRICS:
         grid.add_column(metric, no_wrap=True)
+    optimum = json.loads(demo.optimum_file.read_text(encoding="utf-8"))
     rows = rows_of(evaluation)
+    rows += [Row("planted optimum", task, optimum[task]) for task in TASK_TITLES if task in optimum]
     for task, title in TASK_TITLES.items():
         of_task = [row for row in rows if row.task == task]
         if of_task:
@@ -237,7 +259,7 @@ def show_summary(demo: Demo, seconds: float) -> None:
                 grid.add_row(
                     f"  {row.model}",
                     *(cell(row.metrics, metric) for metric in SHOWN_METRICS),
-                    style="green" if row.model == OURS else "",
+                    style="green" if row.model == title_of(evaluation) else "",
                 )
     Console(width=TABLE_WIDTH).print(grid)
     for line in where_and_next(demo, registered):
@@ -248,23 +270,38 @@ def show_summary(demo: Demo, seconds: float) -> None:
 def where_and_next(demo: Demo, registered: dict[str, object]) -> list[str]:
     run_dir, data_dir = demo.run_dir, demo.data_dir
     mlflow, gensr = program("mlflow"), program("gensr")
+    model = f"models:/{registered['name']}@{registered['alias']}"
+    of_registry = f"--uri {registered['uri']}"
+    user, query = a_search(data_dir)
     return [
         f"run folder   {run_dir}",
         f"plots        {run_dir / 'report'}",
-        f"registered   models:/{registered['name']}/{registered['version']}, also "
-        f"models:/{registered['name']}@{registered['alias']}",
+        f"registered   models:/{registered['name']}/{registered['version']}, also {model}",
         f"MLflow page  {mlflow} ui --backend-store-uri {registered['uri']} --port 5000, then "
         "http://127.0.0.1:5000",
         "",
         "Next",
+        f"  {gensr} search {model} --query {shlex.quote(query)} --user {user} {of_registry}",
+        f"  {gensr} recommend {model} --user {user} -k 10 {of_registry}",
+        f"  {gensr} score {model} {run_dir / 'requests.jsonl'} {of_registry}",
+        f"  {gensr} ui {run_dir}",
         f"  {gensr} inspect {data_dir}",
-        f"  {gensr} score models:/{registered['name']}@{registered['alias']} {run_dir / 'requests.jsonl'} "
-        f"--uri {registered['uri']}",
         f"  {gensr} train {PRESET} data.dir={data_dir} run.dir={run_dir.with_name('paper')} "
         "model.variant=paper",
-        f"  {gensr} ui {run_dir}",
         f"  {gensr} config keys train",
     ]
+
+
+def a_search(data_dir: Path) -> tuple[object, str]:
+    """→ (original id of a user, text of a query): of the test split's first search."""
+    from data_shards.schema import SRC
+    from trainer.data.folder import PreparedFolder
+
+    folder = PreparedFolder.at(data_dir)
+    events = folder.columns("test", ["event_id", "task", "user", "query"])
+    searches = np.flatnonzero(events["task"] == SRC)
+    first = searches[events["event_id"][searches].argmin()]
+    return folder.user_ids()[events["user"][first]], folder.query_texts()[events["query"][first]]
 
 
 def program(name: str) -> str:

@@ -181,9 +181,7 @@ def _searches(world: World, users: Users, requests: Requests) -> tuple[Searches,
     length = 1 + draws.pick(draws.uniform(key, P_LENGTH), QUERY_CONCEPTS_CUMULATIVE)
     used = np.arange(ITEM_CONCEPTS) < length[:, None]
     concepts = np.where(used, world.concepts[intent].astype(np.int64), -1)
-    forms = (draws.uniform(draws.keys_for(key, P_FORMS, ITEM_CONCEPTS), P_FORMS) < QUERY_FORMAL).astype(
-        np.int64
-    )
+    forms = query_forms(key)
     words = np.zeros((len(key), ITEM_CONCEPTS + 1), np.int32)
     words[:, :ITEM_CONCEPTS] = np.where(used, world.word(topic[:, None], np.maximum(concepts, 0), forms), 0)
     u = draws.uniform(key, P_COMMON)
@@ -196,6 +194,12 @@ def _searches(world: World, users: Users, requests: Requests) -> tuple[Searches,
     return Searches(
         request, key, requests.time_ms[request] + delay_ms, topic, related, concepts, words
     ), intent
+
+
+def query_forms(search_keys: np.ndarray) -> np.ndarray:
+    """Which synonym a query uses for each of its concepts: int64 [n, ITEM_CONCEPTS]."""
+    u = draws.uniform(draws.keys_for(search_keys, P_FORMS, ITEM_CONCEPTS), P_FORMS)
+    return (u < QUERY_FORMAL).astype(np.int64)
 
 
 def _results(

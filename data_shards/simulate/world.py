@@ -73,6 +73,11 @@ class World:
     def num_words(self) -> int:
         return len(self.public_word)
 
+    @property
+    def num_shared_concepts(self) -> int:
+        """Concepts 0 … n - 1 of a topic use the words of its second-level category."""
+        return int(SHARED_CONCEPTS * self.num_concepts)
+
     def topic_of(self, items: np.ndarray) -> np.ndarray:
         return np.searchsorted(self.topic_start, items, side="right") - 1
 
@@ -104,7 +109,7 @@ class World:
 
     def word(self, topics: np.ndarray, concepts: np.ndarray, forms: np.ndarray) -> np.ndarray:
         """Public word ids (1 … V) of concepts in one of their forms; all arguments broadcast."""
-        shared = concepts < int(SHARED_CONCEPTS * self.num_concepts)
+        shared = concepts < self.num_shared_concepts
         owner = np.where(shared, self.num_topics + self.second_of(topics), topics)
         return self.public_word[
             self.num_common_words + (owner * self.num_concepts + concepts) * NUM_FORMS + forms

@@ -1,7 +1,8 @@
-"""The demo's six steps at a hundredth of its size: two processes, ZeRO-2, evaluation, registry; and that it
+"""The demo's steps at a hundredth of its size: two processes, ZeRO-2, evaluation, registry; and that it
 can be called again."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -38,10 +39,11 @@ def test_demo_end_to_end_and_again(small: Path, capfd: pytest.CaptureFixture[str
     demo.run_demo(data_dir, run_dir)
     screen = capfd.readouterr().out
     for text in (
-        "GenSR",
+        "  GenSR  ",
         "popularity",
         "LightGCN",
         "BM25",
+        "planted optimum",
         "recall@10",
         "ndcg@5",
         str(run_dir / "report"),
@@ -49,6 +51,13 @@ def test_demo_end_to_end_and_again(small: Path, capfd: pytest.CaptureFixture[str
         "mlflow ui --backend-store-uri",
     ):
         assert text in screen
+    user, query = demo.a_search(data_dir)
+    assert (
+        f"gensr search models:/gensr-demo-test@candidate --query {shlex.quote(query)} --user {user}" in screen
+    )
+    assert f"gensr recommend models:/gensr-demo-test@candidate --user {user}" in screen
+    assert query[0].isalpha() and len(query.split()) > 1  # words, as a user would type them
+    assert json.loads((data_dir / "optimum.json").read_text())["rec"]["num_events"] > 0
     assert len(list((run_dir / "report").glob("*.png"))) == 2
     evaluation = read_evaluation(run_dir)
     assert evaluation["protocol"]["num_processes"] == 2
@@ -69,7 +78,7 @@ def test_demo_end_to_end_and_again(small: Path, capfd: pytest.CaptureFixture[str
     (run_dir / "registry.json").unlink()  # as if interrupted before the last step
     demo.run_demo(data_dir, run_dir)
     again = capfd.readouterr().out
-    assert again.count("done before") == 5
+    assert again.count("done before") == 6
     assert "models:/gensr-demo-test/2" in again
 
 

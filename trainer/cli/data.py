@@ -1,7 +1,7 @@
 """Verbs about data: simulate, download, prepare, inspect, cf."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -10,24 +10,27 @@ from trainer.cli.base import RANK, SPLITS, AsJson, Overrides, answer, stage_line
 
 @verb("gensr simulate data/raw --users 2000 --items 5000 --seed 1")
 def simulate(
-    out: Annotated[Path, typer.Argument(help="new folder for the five CSV files")],
+    out: Annotated[Path, typer.Argument(help="new folder for the CSV files")],
     users: Annotated[int, typer.Option(help="users")] = 1000,
     items: Annotated[int, typer.Option(help="items in the catalogue")] = 4000,
     days: Annotated[int, typer.Option(help="days of logs")] = 14,
     seed: Annotated[int, typer.Option(help="the same seed gives the same bytes")] = 0,
     rows_per_day: Annotated[float, typer.Option(help="interactions of a user on a day, on average")] = 24.0,
+    text: Annotated[
+        str, typer.Option(help="anonymised (KuaiSAR's CSV schema) or natural (titles and queries in words)")
+    ] = "anonymised",
     as_json: AsJson = False,
 ) -> None:
-    """Write raw logs in KuaiSAR's CSV schema from a planted preference model.
+    """Write raw logs from a planted preference model, for gensr prepare kuaisar; those of --text natural for
+    gensr prepare tables.
 
     KuaiSAR's own size: --users 25877 --items 6890707 --days 19 --rows-per-day 40 (19.6 M rows, under 400 MB
     of memory).
     """
     from data_shards.simulate import simulate as run
 
-    rows = run(
-        out, users=users, items=items, days=days, seed=seed, progress=stage_lines(), rows_per_day=rows_per_day
-    )
+    sizes: dict[str, Any] = {"users": users, "items": items, "days": days, "rows_per_day": rows_per_day}
+    rows = run(out, **sizes, seed=seed, text=text, progress=stage_lines())
     answer(
         {"out": str(out), "rows": rows},
         as_json,

@@ -50,9 +50,10 @@ def title_of(evaluation: Mapping[str, Any]) -> str:
 
 
 def rows_of(evaluation: Mapping[str, Any], name: str = "", with_baselines: bool = True) -> list[Row]:
-    """The model first, then the baselines, for each task that has events."""
+    """The model first, by its title or under another name, then the baselines, for each task that has
+    events."""
     rows = [
-        Row(name, task, evaluation[task])
+        Row(name or title_of(evaluation), task, evaluation[task])
         for task in TASK_TITLES
         if evaluation.get(task, {}).get("num_events")
     ]

@@ -76,7 +76,7 @@ def test_headers_and_types_are_kuaisars(logs: Path) -> None:
     names = "user_id search_active_level rec_active_level onehot_feat1 onehot_feat2"
     assert read(logs, "user_features.csv").schema.names == names.split()
     assert read(logs, "social_network.csv").schema.names == ["user_id", "user_follow_id"]
-    assert sorted(p.name for p in logs.iterdir()) == sorted(FILES)
+    assert sorted(p.name for p in logs.iterdir()) == sorted([*FILES, "simulated.json"])
 
 
 def test_counts_are_returned_and_seen_by_another_reader(tmp_path: Path) -> None:

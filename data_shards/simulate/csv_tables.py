@@ -47,6 +47,7 @@ ITEM_FIELDS = (
     *("item_id", "caption", "author_id", "item_type", "upload_time", "upload_type"),
     *(f"{level}_level_category_{part}" for level in LEVELS for part in ("id", "name", "name_en")),
 )
+ITEMS_FILE = "item_features.csv"
 HEADERS = {
     "rec_inter.csv": REC_FIELDS,
     "src_inter.csv": SRC_FIELDS,
@@ -58,7 +59,7 @@ HEADERS = {
         "onehot_feat1",
         "onehot_feat2",
     ),
-    "item_features.csv": ITEM_FIELDS,
+    ITEMS_FILE: ITEM_FIELDS,
 }
 
 # Purposes: the second argument of every draw (see world.py).
@@ -75,8 +76,8 @@ def user_ids(world: World) -> np.ndarray:
     return hashing.permutation(world.num_users, hashing.derive_seed(world.seed, P_USERID)) + 1
 
 
-def write_header(file: BinaryIO, name: str) -> None:
-    file.write((",".join(HEADERS[name]) + "\n").encode())
+def write_header(file: BinaryIO, fields: tuple[str, ...]) -> None:
+    file.write((",".join(fields) + "\n").encode())
 
 
 def write_rows(file: BinaryIO, columns: list[pa.Array]) -> None:
@@ -89,6 +90,18 @@ def write_rows(file: BinaryIO, columns: list[pa.Array]) -> None:
         first, last = chunk.offset, chunk.offset + len(chunk)
         offsets = np.frombuffer(chunk.buffers()[1], np.int32)
         file.write(memoryview(chunk.buffers()[2])[offsets[first] : offsets[last]])
+
+
+def log_columns(
+    world: World, log: Log, ids: np.ndarray, all_ids: np.ndarray, first_session: int
+) -> dict[str, list[pa.Array]]:
+    """Rows of the four files about users; `ids` are the public ids of the log's users."""
+    return {
+        "rec_inter.csv": rec_columns(world, log, ids),
+        "src_inter.csv": src_columns(world, log, ids, first_session),
+        "social_network.csv": social_columns(log.users, ids, all_ids),
+        "user_features.csv": user_columns(world, log.users, ids),
+    }
 
 
 def rec_columns(world: World, log: Log, ids: np.ndarray) -> list[pa.Array]:

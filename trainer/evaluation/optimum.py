@@ -1,0 +1,36 @@
+"""The planted optimum: how well a simulated world's own preferences rank the stored candidates of a split. No
+model can be expected to do better: it knows what is in no log, such as what the user has in mind."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_shards.simulate.oracle import Oracle
+from trainer.batch import Batch
+from trainer.config import DataConfig
+from trainer.data import EvalStream
+from trainer.data.folder import PreparedFolder
+from trainer.evaluation.ranking import rank_events
+from trainer.evaluation.sampled import BASELINE_BATCH, task_reports
+
+
+def optimum_report(folder: PreparedFolder, raw: str | Path, split: str = "test") -> dict[str, Any]:
+    """{"split": …, "split_fingerprint": …, "rec": {"ndcg@10": …}, "src": {…}}, as in evaluation-SPLIT.json.
+
+    raw: the logs that `gensr simulate` wrote and the folder was prepared from. Raises DataError when they are
+    others.
+    """
+    oracle = Oracle(Path(raw), folder.user_ids(), folder.item_ids())
+
+    def score(batch: Batch) -> Tensor:
+        clicked = batch.candidates.gather(1, batch.labels.argmax(1, keepdim=True))[:, 0]
+        rows = (batch.user, clicked, batch.task, batch.candidates)
+        scores: np.ndarray = oracle.scores(*(row.numpy() for row in rows))
+        return torch.from_numpy(scores)
+
+    data = DataConfig(history_max=folder.manifest.history_max)
+    ranks = rank_events(score, EvalStream(folder, split, data, BASELINE_BATCH))
+    return {"split": split, "split_fingerprint": folder.manifest.fingerprint, **task_reports(ranks)}
