@@ -1,4 +1,4 @@
-"""Verbs about runs: train, submit, evaluate, report, compare, runs."""
+"""Verbs about runs: train, submit, evaluate, report, compare, table, runs."""
 
 import dataclasses
 import sys
@@ -205,6 +205,61 @@ def compare(
 
     comparison = run(run_dirs, split)
     answer(comparison, as_json, *compare_lines(comparison))
+
+
+@app.command(
+    "table", epilog="Example: gensr table data/mine runs/table --models popularity,sasrec,gensr --seeds 3"
+)
+def table_of_systems(
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="prepared folder")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="folder of the table and its runs")],
+    overrides: Overrides = None,
+    models: Annotated[str, typer.Option(help="comma-separated; empty = every model")] = "",
+    seeds: Annotated[int, typer.Option(help="runs of each trained system", min=1)] = 3,
+    trials: Annotated[int, typer.Option(help="tuning runs of each trained system", min=0)] = 0,
+    epochs: Annotated[float, typer.Option(help="of every run; 0 = as its preset says", min=0)] = 0.0,
+    max_steps: Annotated[int, typer.Option(help="of every run; 0 = as its preset says", min=0)] = 0,
+    candidates: Annotated[str, typer.Option(help="sampled, full, or both")] = "sampled,full",
+    events: Annotated[int, typer.Option(help="with full: events in a fixed sample, 0 = all", min=0)] = 2000,
+    preset: Annotated[
+        list[str] | None,
+        typer.Option(metavar="MODEL=PRESET|FILE", help="other settings than the preset of the model's name"),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train, tune, evaluate and compare systems on one prepared folder; writes OUT/table.{html,md,csv,json}.
+
+    Interrupted, the same command goes on. A run that fails is named in the table; the others go on.
+    """
+    from trainer.experiments.table import Request, make_table
+    from trainer.experiments.table.render import markdown
+
+    presets = dict(word.partition("=")[::2] for word in preset or [])
+    if wrong := [word for word in preset or [] if "=" not in word]:
+        raise ConfigError(f"--preset is written MODEL=PRESET, got {', '.join(wrong)}")
+    request = Request(
+        folder=folder,
+        out=out,
+        models=_names(models),
+        seeds=seeds,
+        trials=trials,
+        epochs=epochs,
+        max_steps=max_steps,
+        candidates=_names(candidates),
+        events=events,
+        presets=presets,
+        settings=tuple(overrides or []),
+    )
+    try:
+        document = make_table(request, notify=note)
+    except KeyboardInterrupt:
+        note("stopped; what is done stays, and the same command goes on")
+        raise typer.Exit(75) from None
+    answer(document, as_json, *markdown(document), "", f"wrote {out / 'table.html'}, .md, .csv and .json")
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 @runs_app.command(
