@@ -176,6 +176,6 @@ def _csv_line(document: Mapping[str, Any], row: Row, kind: str, task: str, metri
 
 def html(document: Mapping[str, Any]) -> str:
     """The page with the document in it. No "<" of the data can end the script that holds it."""
-    page = resources.files(__package__).joinpath("page", "table.html").read_text(encoding="utf-8")
+    page = resources.files(__package__).joinpath("page/table.html").read_text(encoding="utf-8")
     text = json.dumps(document, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
     return page.replace("__DOCUMENT__", text)

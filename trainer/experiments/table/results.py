@@ -217,7 +217,7 @@ def against_best(values: Mapping[str, np.ndarray], users: np.ndarray) -> dict[st
     best, second = order[0], order[1]
     found = {name: paired_difference(values[best], values[name], users) for name in order[1:]}
     adjusted = holm({name: difference.p_value for name, difference in found.items()})
-    report = {
+    report: dict[str, dict[str, Any]] = {
         name: {
             "model": best,
             "difference": difference.value,
@@ -228,9 +228,9 @@ def against_best(values: Mapping[str, np.ndarray], users: np.ndarray) -> dict[st
         }
         for name, difference in found.items()
     }
-    mirror = report[second]
-    turned = {"difference": -mirror["difference"], "low": -mirror["high"], "high": -mirror["low"]}
-    return {**report, best: {**mirror, **turned, "model": second}}
+    ends = {"low": -found[second].high, "high": -found[second].low}
+    turned = {**report[second], **ends, "model": second, "difference": -found[second].value}
+    return {**report, best: turned}
 
 
 # ---- published numbers -------------------------------------------------------------------------------------

@@ -53,24 +53,26 @@ def tune(path: Path, config: Config, num_trials: int, run_trial: RunTrial) -> di
         return dict(found["settings"])
     space = space_of(config)
     published = {key: flatten(to_dict(config))[key] for key in space}
-    errors = _search(path.with_suffix(".journal"), space, published, num_trials, run_trial)
-    study = _open(path.with_suffix(".journal"))
-    good = [trial for trial in study.trials if trial.value is not None]
+    journal = path.with_suffix(".journal")
+    errors = _search(journal, space, published, num_trials, run_trial)
+    study = _open(journal)
+    values = {trial.number: trial.value for trial in study.trials}
+    good = {number: value for number, value in values.items() if value is not None}
     if not good:  # most likely a mistake that the user mends: the same command tries all of them again
-        path.with_suffix(".journal").unlink()
+        journal.unlink()
         raise RunError(
             f"all {num_trials} trials failed; the last: {errors[-1] if errors else 'see the logs'}"
         )
-    best = max(good, key=lambda trial: trial.value)
+    best = study.trials[max(good, key=lambda number: good[number])]
     document = {
         "trials": num_trials,
-        "failed": len(study.trials) - len(good),
+        "failed": len(values) - len(good),
         "best_trial": best.number,
         "metric": config.run.select_metric,
         "value": best.value,
         "settings": best.params,
         "space": space,
-        "values": {str(trial.number): trial.value for trial in study.trials},
+        "values": values,
     }
     with atomic(path) as temporary:
         temporary.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
