@@ -17,10 +17,12 @@ from tests.tiny_folder import make_tiny_folder
 from trainer.analysis.significance import paired_difference
 from trainer.configs import config_type, load_config
 from trainer.errors import ConfigError, RunError
+from trainer.experiments import submit as jobs
 from trainer.experiments.table import cells, results, run, tuning
 from trainer.experiments.table.cells import Cell, CellFailed
 from trainer.experiments.table.plan import Request, make_plan
 from trainer.experiments.table.render import csv_text, html, markdown
+from trainer.experiments.table.submission import plan_submission
 from trainer.models.zoo import model_class, model_names
 
 SPACES = parse_yaml((Path(tuning.__file__).parent / "spaces.yaml").read_text())
@@ -54,7 +56,7 @@ def test_what_cannot_be_is_refused(data: Path, tmp_path: Path, options: dict[str
 
 
 def test_other_settings_are_refused_and_more_cells_are_not(data: Path, tmp_path: Path) -> None:
-    first = {"folder": str(data), "out": tmp_path, "models": ("sasrec",), "max_steps": 2}
+    first: dict[str, Any] = {"folder": str(data), "out": tmp_path, "models": ("sasrec",), "max_steps": 2}
     plan = make_plan(Request(**first))
     assert plan.configs["sasrec"].run.max_steps == 2 and plan.configs["sasrec"].model.name == "sasrec"
     make_plan(Request(**{**first, "models": ("sasrec", "popularity"), "seeds": 5}))
@@ -88,8 +90,8 @@ def test_spaces_name_keys_that_exist_and_hold_the_published_values(name: str) ->
 
 def test_words_of_a_trial_are_read_back() -> None:
     settings = {"optim.lr": 3.2e-05, "model.num_layers": 3}
-    config = load_config("sasrec", list(tuning.words_of(settings)))
-    assert (config.optim.lr, config.model.num_layers) == (3.2e-05, 3)
+    values = flatten(to_dict(load_config("sasrec", list(tuning.words_of(settings)))))
+    assert {key: values[key] for key in settings} == settings
 
 
 def lr_of(words: tuple[str, ...]) -> float:
@@ -166,10 +168,14 @@ def test_a_failed_cell_is_named_and_the_rest_goes_on(
     def evaluate_cell(cell: Cell, candidates: tuple[str, ...], events: int) -> None:
         (cell.run_dir / "evaluation-test.json").write_text("{}")
 
+    def read_results(plan: Any, cells: Any, errors: dict[str, str]) -> dict[str, Any]:
+        errors_seen.append(errors)
+        return {}
+
     errors_seen: list[dict[str, str]] = []
     monkeypatch.setattr(run, "train_cell", train_cell)
     monkeypatch.setattr(run, "evaluate_cell", evaluate_cell)
-    monkeypatch.setattr(run, "read_results", lambda plan, cells, errors: errors_seen.append(errors) or {})
+    monkeypatch.setattr(run, "read_results", read_results)
     monkeypatch.setattr(run, "write_table", lambda document, out: [])
     lines: list[str] = []
     request = Request(str(data), tmp_path, models=("popularity", "sasrec"), seeds=2, candidates=("sampled",))
@@ -331,3 +337,42 @@ def test_the_page_is_one_file_that_no_data_can_break_out_of() -> None:
     text = page.split('type="application/json">')[1].split("</script>")[0]
     assert json.loads(text) == made_up()
     assert not any(word in page for word in ("src=", "href=", "@import", "fetch("))
+
+
+# ---- SLURM -------------------------------------------------------------------------------------------------
+
+
+def test_missing_cells_become_arrays(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checked: list[str] = []
+
+    def check(preset: str, words: list[str], machines: Any) -> tuple[None, list[str]]:
+        checked.append(preset)
+        return None, []
+
+    monkeypatch.setattr(jobs, "checked", check)
+    monkeypatch.setattr(jobs, "job_state", lambda folder: "")
+    request = Request(str(data), tmp_path, models=("popularity", "sasrec"), seeds=2, max_steps=2)
+    run_dir = tmp_path / "runs" / "popularity" / "seed-0"
+    run_dir.mkdir(parents=True)
+    (run_dir / "status.json").write_text('{"status": "finished"}')
+    for kind in ("test", "test-full"):
+        (run_dir / f"evaluation-{kind}.json").write_text("{}")
+    plan = make_plan(request)
+    made = plan_submission(plan, jobs.Machines(gpus_per_node=0), "gensr table")
+    train, *evaluations = made.jobs
+    assert [job.path.name for job in evaluations] == ["evaluate-sampled.sbatch", "evaluate-full.sbatch"]
+    assert "#SBATCH --array=0-1" in train.text and "popularity" not in train.text
+    settings = tmp_path / "settings" / "sasrec.yaml"
+    assert f"  1) set -- {settings} run.dir={tmp_path}/runs/sasrec/seed-1 run.seed=1 ;;" in train.text
+    assert "--candidates full --events 2000 --no-baselines" in evaluations[1].text
+    assert all("--dependency=aftercorr:7" in job.command(["7"]) for job in evaluations)
+    assert checked == [str(settings)] and (tmp_path / "logs").is_dir()
+    monkeypatch.setattr(jobs, "job_state", lambda folder: "12 is PENDING")
+    with pytest.raises(RunError, match="has a job already: 12 is PENDING"):
+        plan_submission(plan, jobs.Machines(), "gensr table")
+
+
+def test_systems_are_tuned_before_they_are_submitted(data: Path, tmp_path: Path) -> None:
+    plan = make_plan(Request(str(data), tmp_path, models=("sasrec",), trials=2))
+    with pytest.raises(ConfigError, match="sasrec is still to be tuned"):
+        plan_submission(plan, jobs.Machines(), "gensr table")

@@ -53,6 +53,10 @@ class Request:
     def runs_of(self, model: str) -> Path:
         return self.out / "runs" / model
 
+    def tuning_file(self, model: str) -> Path:
+        """What came of its trials."""
+        return self.out / "tuning" / f"{model}.json"
+
     def settings_file(self, model: str) -> Path:
         return self.out / "settings" / f"{model}.yaml"
 

@@ -108,7 +108,7 @@ def _row(plan: Plan, name: str, cells: Sequence[Cell], errors: Mapping[str, str]
     """What a system is and what it took, apart from its metrics."""
     kind, facts = model_class(name), [_cell(cell, plan.request.candidates) for cell in cells]
     config = plan.configs[name]
-    tuned = read_json(plan.request.out / "tuning" / f"{name}.json") if plan.request.trials_of(name) else {}
+    tuned = read_json(plan.request.tuning_file(name)) if plan.request.trials_of(name) else {}
     environments = [RunFolder(cell.run_dir).read_environment() for cell in cells]
     return {
         "model": name,

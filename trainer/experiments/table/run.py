@@ -3,7 +3,7 @@
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -80,10 +80,7 @@ def _model(plan: Plan, model: str, steps: Steps, errors: dict[str, str]) -> list
             steps.skip(len(request.seeds_of(model)))
             steps.notify(f"  {model} failed: {errors[model]}")
             return []
-    cells = [
-        _cell(request, model, f"seed-{s}", (f"run.seed={s}", *words_of(tuned)))
-        for s in request.seeds_of(model)
-    ]
+    cells = cells_of(request, model, tuned)
     for cell in cells:
         if is_done(cell, request.candidates):
             steps.skip()
@@ -96,6 +93,12 @@ def _model(plan: Plan, model: str, steps: Steps, errors: dict[str, str]) -> list
             errors[cell.title] = f"{first_line(error)} ({cell.log})"
             steps.notify(f"  {cell.title} failed: {errors[cell.title]}")
     return cells
+
+
+def cells_of(request: Request, model: str, tuned: Mapping[str, Any]) -> list[Cell]:
+    """One cell a seed. tuned: settings on top of the file's."""
+    words = words_of(tuned)
+    return [_cell(request, model, f"seed-{s}", (f"run.seed={s}", *words)) for s in request.seeds_of(model)]
 
 
 def _tuned(plan: Plan, model: str, steps: Steps) -> dict[str, Any]:
@@ -111,7 +114,7 @@ def _tuned(plan: Plan, model: str, steps: Steps) -> dict[str, Any]:
         return float(RunFolder(cell.run_dir).read_status()["progress"]["best_value"])
 
     try:
-        return tune(request.out / "tuning" / f"{model}.json", plan.configs[model], request.trials, run_trial)
+        return tune(request.tuning_file(model), plan.configs[model], request.trials, run_trial)
     finally:
         steps.number = before + request.trials
 
