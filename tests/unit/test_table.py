@@ -363,7 +363,8 @@ def test_missing_cells_become_arrays(data: Path, tmp_path: Path, monkeypatch: py
     assert [job.path.name for job in evaluations] == ["evaluate-sampled.sbatch", "evaluate-full.sbatch"]
     assert "#SBATCH --array=0-1" in train.text and "popularity" not in train.text
     settings = tmp_path / "settings" / "sasrec.yaml"
-    assert f"  1) set -- {settings} run.dir={tmp_path}/runs/sasrec/seed-1 run.seed=1 ;;" in train.text
+    words = f"run.dir={tmp_path}/runs/sasrec/seed-1 tracking.run_name=sasrec-seed-1 run.seed=1"
+    assert f"  1) set -- {settings} {words} ;;" in train.text
     assert "--candidates full --events 2000 --no-baselines" in evaluations[1].text
     assert all("--dependency=aftercorr:7" in job.command(["7"]) for job in evaluations)
     assert checked == [str(settings)] and (tmp_path / "logs").is_dir()

@@ -97,8 +97,12 @@ def _model(plan: Plan, model: str, steps: Steps, errors: dict[str, str]) -> list
 
 def cells_of(request: Request, model: str, tuned: Mapping[str, Any]) -> list[Cell]:
     """One cell a seed. tuned: settings on top of the file's."""
-    words = words_of(tuned)
-    return [_cell(request, model, f"seed-{s}", (f"run.seed={s}", *words)) for s in request.seeds_of(model)]
+    cells = []
+    for seed in request.seeds_of(model):
+        name = f"seed-{seed}"
+        own = (f"tracking.run_name={model}-{name}", f"run.seed={seed}")  # a folder's name alone says no model
+        cells.append(_cell(request, model, name, (*own, *words_of(tuned))))
+    return cells
 
 
 def _tuned(plan: Plan, model: str, steps: Steps) -> dict[str, Any]:
