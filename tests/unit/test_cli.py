@@ -33,6 +33,7 @@ VERBS = [
     "evaluate",
     "report",
     "compare",
+    "table",
     "register",
     "promote",
     "score",

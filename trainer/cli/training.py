@@ -1,15 +1,18 @@
-"""Verbs about runs: train, submit, evaluate, report, compare, runs."""
+"""Verbs about runs: train, submit, evaluate, report, compare, table, runs."""
 
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from trainer.cli.base import RANK, AsJson, Overrides, answer, app, note, runs_app, say, stage_lines, verb
 from trainer.errors import ConfigError
 from trainer.runs.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from trainer.experiments.table import Request
 
 
 @verb("gensr train demo data.dir=data/demo run.dir=runs/mine optim.lr=3e-4")
@@ -217,6 +220,86 @@ def compare(
 
     comparison = run(run_dirs, split, candidates)
     answer(comparison, as_json, *compare_lines(comparison, segments))
+
+
+@app.command(
+    "table", epilog="Example: gensr table data/mine runs/table --models popularity,sasrec,gensr --seeds 3"
+)
+def table_of_systems(
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="prepared folder")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="folder of the table and its runs")],
+    overrides: Overrides = None,
+    models: Annotated[str, typer.Option(help="comma-separated; empty = every model")] = "",
+    seeds: Annotated[int, typer.Option(help="runs of each trained system", min=1)] = 3,
+    trials: Annotated[int, typer.Option(help="tuning runs of each trained system", min=0)] = 0,
+    epochs: Annotated[float, typer.Option(help="of every run; 0 = as its preset says", min=0)] = 0.0,
+    max_steps: Annotated[int, typer.Option(help="of every run; 0 = as its preset says", min=0)] = 0,
+    candidates: Annotated[str, typer.Option(help="sampled, full, or both")] = "sampled,full",
+    events: Annotated[int, typer.Option(help="with full: events in a fixed sample, 0 = all", min=0)] = 2000,
+    preset: Annotated[
+        list[str] | None,
+        typer.Option(metavar="MODEL=PRESET|FILE", help="other settings than the preset of the model's name"),
+    ] = None,
+    submit: Annotated[
+        bool, typer.Option("--submit", help="the missing runs as SLURM arrays; write no table yet")
+    ] = False,
+    gpus_per_node: Annotated[int, typer.Option(help="with --submit; 0 trains on CPU", min=0)] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Train, tune, evaluate and compare systems on one prepared folder; writes OUT/table.{html,md,csv,json}.
+
+    Interrupted, the same command goes on. A run that fails is named in the table; the others go on.
+    """
+    from trainer.experiments.table import Request, make_table
+    from trainer.experiments.table.render import markdown
+
+    presets = dict(word.partition("=")[::2] for word in preset or [])
+    if wrong := [word for word in preset or [] if "=" not in word]:
+        raise ConfigError(f"--preset is written MODEL=PRESET, got {', '.join(wrong)}")
+    request = Request(
+        folder=folder,
+        out=out,
+        models=_names(models),
+        seeds=seeds,
+        trials=trials,
+        epochs=epochs,
+        max_steps=max_steps,
+        candidates=_names(candidates),
+        events=events,
+        presets=presets,
+        settings=tuple(overrides or []),
+    )
+    if submit:
+        _submit_table(request, gpus_per_node, as_json)
+        return
+    try:
+        document = make_table(request, notify=note)
+    except KeyboardInterrupt:
+        note("stopped; what is done stays, and the same command goes on")
+        raise typer.Exit(75) from None
+    answer(document, as_json, *markdown(document), "", f"wrote {out / 'table.html'}, .md, .csv and .json")
+
+
+def _submit_table(request: "Request", gpus_per_node: int, as_json: bool) -> None:
+    import shlex
+
+    from data_shards.secrets import mask_secrets
+    from trainer.experiments import submit as jobs
+    from trainer.experiments.table.plan import make_plan
+    from trainer.experiments.table.submission import plan_submission
+
+    command = shlex.join(["gensr", *map(mask_secrets, sys.argv[1:])])
+    submission = plan_submission(make_plan(request), jobs.Machines(gpus_per_node=gpus_per_node), command)
+    ids = jobs.submit(submission)
+    scripts = [str(job.path) for job in submission.jobs]
+    lines = [f"job {job_id}  {path}" for job_id, path in zip(ids, scripts, strict=True)]
+    lines.append("when all have ended, the same command without --submit writes the table")
+    runs = [str(path) for path in submission.run_dirs]
+    answer({"job_ids": ids, "runs": runs, "scripts": scripts}, as_json, *submission.plan_lines, "", *lines)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 @runs_app.command(

@@ -150,8 +150,27 @@ def lines_of(document: Mapping[str, Any]) -> list[str]:
 
 
 def _parent(folder: Path, configs: Mapping[Path, Config], rows: Sequence[Mapping[str, Any]]) -> str:
-    """The id of the parent run, new or that of an earlier call; "" where nothing is tracked. A store that
-    fails costs a warning, not the table."""
+    return adopt_runs(
+        folder,
+        configs,
+        [folder / TABLE, folder / DOCUMENT],
+        tags={"sweep": str(folder), "best_run": rows[0]["run"]},
+        finished=all(row["status"] == "finished" for row in rows),
+        again=f"gensr runs summarize {folder}",
+    )
+
+
+def adopt_runs(
+    folder: Path,
+    configs: Mapping[Path, Config],
+    files: Sequence[Path],
+    tags: Mapping[str, str],
+    finished: bool,
+    again: str,
+) -> str:
+    """The id of the parent run of the tracked ones among `configs` (run folder → its configuration), new or
+    that of an earlier call, with `files` and `tags`; "" where nothing is tracked. A store that fails costs a
+    warning, not the table; `again`: what repeats it."""
     tracked = {run_dir: run_id for run_dir in configs if (run_id := read_run_file(run_dir))}
     if not tracked:
         return ""
@@ -162,26 +181,22 @@ def _parent(folder: Path, configs: Mapping[Path, Config], rows: Sequence[Mapping
         parent = read_run_file(folder, uri)
         if not parent:
             experiment_id = open_experiment(client, uri, configs[first].tracking.experiment, first)
-            parent = str(
-                client.create_run(
-                    experiment_id, run_name=folder.name, tags={"sweep": str(folder)}
-                ).info.run_id
-            )
+            parent = str(client.create_run(experiment_id, run_name=folder.name).info.run_id)
             write_run_file(folder, uri, experiment_id, parent)
         for run_id in tracked.values():
             client.set_tag(run_id, PARENT_TAG, parent)
-        for name in (TABLE, DOCUMENT):
-            client.log_artifact(parent, str(folder / name))
-        client.set_tag(parent, "best_run", rows[0]["run"])
-        client.set_terminated(
-            parent, "FINISHED" if all(row["status"] == "finished" for row in rows) else "FAILED"
-        )
+        for file in files:
+            client.log_artifact(parent, str(file))
+        for key, value in tags.items():
+            client.set_tag(parent, key, value)
+        client.set_terminated(parent, "FINISHED" if finished else "FAILED")
     except Exception as error:
         log.warning(
-            "MLflow at %s has not taken the sweep's parent run: %s. Again: gensr runs summarize %s",
+            "MLflow at %s has not taken the parent run of %s: %s. Again: %s",
             mask_secrets(uri),
-            one_line(error),
             folder,
+            one_line(error),
+            again,
         )
         return ""
     return parent

@@ -10,7 +10,7 @@ import pytest
 from data_shards.errors import DataError
 from data_shards.prepare import prepare
 from data_shards.schema import SRC
-from data_shards.simulate import simulate, tables
+from data_shards.simulate import csv_tables, simulate
 from data_shards.simulate.oracle import Oracle, oracle_scores, planted_clicks
 from data_shards.simulate.simulated import Simulated
 from data_shards.simulate.world import make_users
@@ -38,7 +38,7 @@ def test_scores_are_those_of_the_world_whatever_the_ids(folders: tuple[Path, Pat
     user_of_row = rng.permutation(world.num_users)[:100]
     item_of_row = rng.permutation(world.num_items)
     oracle = Oracle(
-        folders[0], tables.user_ids(world)[user_of_row].tolist(), world.public_item[item_of_row].tolist()
+        folders[0], csv_tables.user_ids(world)[user_of_row].tolist(), world.public_item[item_of_row].tolist()
     )
     known = clicks.take(np.flatnonzero(np.isin(clicks.user, user_of_row))[::7])
     candidates = rng.integers(0, world.num_items, (len(known.user), 20))  # rows of the folder

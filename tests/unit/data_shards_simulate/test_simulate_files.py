@@ -17,7 +17,7 @@ import pytest
 
 from data_shards import simulate as package
 from data_shards.errors import ConfigError, DataError
-from data_shards.simulate import simulate, tables
+from data_shards.simulate import csv_tables, simulate
 
 SMALL: dict[str, Any] = {"users": 60, "items": 500, "days": 5}
 FILES = ("rec_inter.csv", "src_inter.csv", "social_network.csv", "user_features.csv", "item_features.csv")
@@ -85,7 +85,7 @@ def test_counts_are_returned_and_seen_by_another_reader(tmp_path: Path) -> None:
         with open(tmp_path / "raw" / name, newline="", encoding="utf-8") as file:
             rows = list(csv.reader(file))
         assert len(rows) - 1 == counts[name]
-        assert {len(row) for row in rows} == {len(tables.HEADERS[name])}
+        assert {len(row) for row in rows} == {len(csv_tables.HEADERS[name])}
 
 
 @pytest.mark.parametrize("chunk_users", [1, 17])
@@ -233,7 +233,7 @@ def test_a_failure_leaves_nothing(
     def fail(*_: object) -> None:
         raise failure
 
-    monkeypatch.setattr(package.tables, "user_columns", fail)
+    monkeypatch.setattr(package.csv_tables, "user_columns", fail)
     with pytest.raises((DataError, KeyboardInterrupt)) as caught:
         simulate(tmp_path / "raw", **SMALL)
     if isinstance(failure, OSError):

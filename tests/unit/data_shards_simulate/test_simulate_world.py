@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from data_shards.simulate import behaviour as b
-from data_shards.simulate import tables
+from data_shards.simulate import csv_tables
 from data_shards.simulate.oracle import Clicks, oracle_scores, planted_clicks
 from data_shards.simulate.world import World, make_users, make_world
 
@@ -77,7 +77,7 @@ class Exam:
 
     def overlap(self, rows: Clicks, candidates: np.ndarray) -> np.ndarray:
         """Words that query and caption share, rare ones counting more: BM25 without its constants."""
-        words, used = tables.captions(self.world, np.arange(ITEMS))
+        words, used = csv_tables.captions(self.world, np.arange(ITEMS))
         words = np.where(used, words, -1)
         frequency = np.bincount(words[used], minlength=self.world.num_words + 1)
         weight = np.log(1 + ITEMS / (1 + frequency))

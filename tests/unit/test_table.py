@@ -1,0 +1,379 @@
+"""gensr table without training: plan, spaces, trials, comparison, published numbers, rendering."""
+
+import csv
+import io
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from data_shards.settings import flatten, key_help, parse_yaml, to_dict
+from tests.tiny_folder import make_tiny_folder
+from trainer.analysis.significance import paired_difference
+from trainer.configs import config_type, load_config
+from trainer.errors import ConfigError, RunError
+from trainer.experiments import submit as jobs
+from trainer.experiments.table import cells, results, run, tuning
+from trainer.experiments.table.cells import Cell, CellFailed
+from trainer.experiments.table.plan import Request, make_plan
+from trainer.experiments.table.render import csv_text, html, markdown
+from trainer.experiments.table.submission import plan_submission
+from trainer.models.zoo import model_class, model_names
+
+SPACES = parse_yaml((Path(tuning.__file__).parent / "spaces.yaml").read_text())
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_folder(tmp_path_factory.mktemp("prepared") / "data")
+
+
+# ---- plan --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"models": ("sasrek",)}, "Did you mean sasrec"),
+        ({"models": ("sasrec", "sasrec")}, "twice"),
+        ({"candidates": ("ful",)}, "neither sampled nor full"),
+        ({"epochs": 1.0, "max_steps": 2}, "one of them"),
+        ({"presets": {"gensr": "demo"}}, "not among the models"),
+        ({"presets": {"sasrec": "gru4rec"}}, "one of gru4rec"),
+        ({"settings": ("run.seed=3",)}, "sets run.seed itself"),
+    ],
+)
+def test_what_cannot_be_is_refused(data: Path, tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    request = Request(str(data), tmp_path / "out", **{"models": ("sasrec",), **options})
+    with pytest.raises(ConfigError, match=message):
+        make_plan(request)
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_settings_are_refused_and_more_cells_are_not(data: Path, tmp_path: Path) -> None:
+    first: dict[str, Any] = {"folder": str(data), "out": tmp_path, "models": ("sasrec",), "max_steps": 2}
+    plan = make_plan(Request(**first))
+    assert plan.configs["sasrec"].run.max_steps == 2 and plan.configs["sasrec"].model.name == "sasrec"
+    make_plan(Request(**{**first, "models": ("sasrec", "popularity"), "seeds": 5}))
+    with pytest.raises(ConfigError, match=r"sasrec's run\.max_steps was 2, is 3"):
+        make_plan(Request(**{**first, "max_steps": 3}))
+    with pytest.raises(ConfigError, match="trials was 0, is 4"):
+        make_plan(Request(**{**first, "trials": 4}))
+
+
+def test_counted_systems_have_one_seed_and_no_trials(data: Path, tmp_path: Path) -> None:
+    request = Request(str(data), tmp_path, seeds=3, trials=4)
+    assert [len(request.seeds_of(name)) for name in ("popularity", "sasrec", "gensr")] == [1, 3, 3]
+    assert [request.trials_of(name) for name in ("popularity", "sasrec", "gensr")] == [0, 4, 4]
+
+
+# ---- tuning ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name in model_names() if model_class(name).trained])
+def test_spaces_name_keys_that_exist_and_hold_the_published_values(name: str) -> None:
+    keys = {key for key, _, _ in key_help(config_type(name))}
+    assert set(SPACES["models"].get(name, {})) <= keys
+    config = load_config(None, [f"model.name={name}", "optim.lr=0.5"])
+    space = tuning.space_of(config)
+    assert space["optim.lr"]["high"] == 0.5
+    values = flatten(to_dict(config))
+    for key, domain in space.items():
+        inside = domain if isinstance(domain, list) else [values[key]]
+        assert values[key] in inside
+
+
+def test_words_of_a_trial_are_read_back() -> None:
+    settings = {"optim.lr": 3.2e-05, "model.num_layers": 3}
+    values = flatten(to_dict(load_config("sasrec", list(tuning.words_of(settings)))))
+    assert {key: values[key] for key in settings} == settings
+
+
+def lr_of(words: tuple[str, ...]) -> float:
+    return float(dict(word.split("=") for word in words)["optim.lr"])
+
+
+def test_an_interrupted_search_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
+    config = load_config("sasrec")
+
+    def objective(number: int, words: tuple[str, ...]) -> float:
+        seen.append((number, words))
+        if number == 2:
+            raise RunError("no memory")
+        return -abs(lr_of(words) - 2e-3)
+
+    seen: list[tuple[int, tuple[str, ...]]] = []
+    best = tuning.tune(tmp_path / "a" / "sasrec.json", config, 5, objective)
+    whole, seen = seen, []
+
+    def interrupted(number: int, words: tuple[str, ...]) -> float:
+        if number == 3:
+            raise KeyboardInterrupt
+        return objective(number, words)
+
+    with pytest.raises(KeyboardInterrupt):
+        tuning.tune(tmp_path / "b" / "sasrec.json", config, 5, interrupted)
+    assert tuning.tune(tmp_path / "b" / "sasrec.json", config, 5, objective) == best
+    assert seen == whole and [number for number, _ in seen] == list(range(5))
+    assert lr_of(whole[0][1]) == config.optim.lr, "trial 0 has the published settings"
+    document = json.loads((tmp_path / "b" / "sasrec.json").read_text())
+    assert document["failed"] == 1 and document["values"]["2"] is None
+    tuning.tune(tmp_path / "b" / "sasrec.json", config, 5, lambda number, words: pytest.fail("ran again"))
+
+
+def test_a_search_whose_trials_all_fail_begins_again(tmp_path: Path) -> None:
+    def failing(number: int, words: tuple[str, ...]) -> float:
+        raise RunError("no memory")
+
+    with pytest.raises(RunError, match="all 2 trials failed; the last: no memory"):
+        tuning.tune(tmp_path / "sasrec.json", load_config("sasrec"), 2, failing)
+    assert tuning.tune(tmp_path / "sasrec.json", load_config("sasrec"), 2, lambda number, words: 1.0)
+
+
+# ---- cells -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "line"),
+    [
+        ("step 1\ngensr: 1 problem in x\n  optim.lr  must be\n", 1, "1 problem in x"),
+        ("Traceback (most recent call last):\n  File\nValueError: no\n\n", 1, "ValueError: no"),
+        ("step 1\n", -9, "ended by signal 9"),
+        ("", 3, "exit code 3"),
+    ],
+)
+def test_the_line_that_names_an_error(tmp_path: Path, text: str, code: int, line: str) -> None:
+    (tmp_path / "log").write_text(text)
+    assert cells.error_line(tmp_path / "log", code) == line
+
+
+def test_a_failed_cell_is_named_and_the_rest_goes_on(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[str] = []
+    failing = {"sasrec seed-0"}
+
+    def train_cell(cell: Cell) -> None:
+        trained.append(cell.title)
+        if cell.title in failing:
+            raise CellFailed("gensr train: ended by signal 9")
+        (cell.run_dir).mkdir(parents=True)
+        (cell.run_dir / "status.json").write_text('{"status": "finished"}')
+
+    def evaluate_cell(cell: Cell, candidates: tuple[str, ...], events: int) -> None:
+        (cell.run_dir / "evaluation-test.json").write_text("{}")
+
+    def read_results(plan: Any, cells: Any, errors: dict[str, str]) -> dict[str, Any]:
+        errors_seen.append(errors)
+        return {}
+
+    errors_seen: list[dict[str, str]] = []
+    monkeypatch.setattr(run, "train_cell", train_cell)
+    monkeypatch.setattr(run, "evaluate_cell", evaluate_cell)
+    monkeypatch.setattr(run, "read_results", read_results)
+    monkeypatch.setattr(run, "write_table", lambda document, out: [])
+    lines: list[str] = []
+    request = Request(str(data), tmp_path, models=("popularity", "sasrec"), seeds=2, candidates=("sampled",))
+    run.make_table(request, lines.append)
+    assert trained == ["popularity seed-0", "sasrec seed-0", "sasrec seed-1"]
+    assert errors_seen[0]["sasrec seed-0"].startswith("gensr train: ended by signal 9 (")
+    assert lines[0] == "[1/3] popularity seed-0" and "left" in lines[1]
+    trained.clear()
+    failing.clear()
+    run.make_table(request, lines.append)
+    assert trained == ["sasrec seed-0"] and errors_seen[1] == {}
+
+
+# ---- results -----------------------------------------------------------------------------------------------
+
+
+def test_each_system_against_the_best_other_one() -> None:
+    rng = np.random.default_rng(0)
+    users = np.repeat(np.arange(40), 3)
+    base = rng.random(120)
+    values = {"b": base + 0.05, "a": base, "c": base - 0.2 + 0.3 * rng.random(120)}
+    found = results.against_best(values, users)
+    assert (found["a"]["model"], found["c"]["model"], found["b"]["model"]) == ("b", "b", "a")
+    assert found["b"]["difference"] == pytest.approx(0.05) and found["a"]["difference"] == pytest.approx(
+        -0.05
+    )
+    p = {name: paired_difference(values["b"], values[name], users).p_value for name in ("a", "c")}
+    smallest = min(p.values())
+    assert found["a"]["p_holm"] == pytest.approx(2 * smallest) and found["b"]["p"] == p["a"]
+    assert results.against_best({"a": base}, users) == {}
+
+
+def write_ranks(run_dir: Path, ranks: dict[int, float]) -> Cell:
+    """event → rank, stored in another order than that of the events; user = event // 2."""
+    run_dir.mkdir(parents=True)
+    events = sorted(ranks, reverse=True)
+    table = {
+        "task": ["rec"] * len(events),
+        "user_id": [f"u{event // 2}" for event in events],
+        "rank": [float(ranks[event]) for event in events],
+        "event_id": events,
+    }
+    pq.write_table(pa.table(table), run_dir / "evaluation-test.parquet")
+    return Cell(run_dir.parent.name, run_dir.name, run_dir, run_dir, (), run_dir)
+
+
+def test_values_are_those_of_the_events_that_every_run_ranked(tmp_path: Path) -> None:
+    done = {
+        "sasrec": [
+            write_ranks(tmp_path / "sasrec" / "seed-0", {0: 1, 1: 1, 2: 30}),
+            write_ranks(tmp_path / "sasrec" / "seed-1", {0: 1, 1: 7, 2: 30}),
+        ],
+        "popularity": [write_ranks(tmp_path / "popularity" / "seed-0", {1: 7, 2: 7, 5: 1})],
+        "gru4rec": [],
+        "bm25": [write_ranks(tmp_path / "bm25" / "seed-0", {0: 1})],  # does not recommend
+    }
+    num_events, found = results.compare_task(done, "sampled", "rec")
+    assert num_events == 2 and set(found) == {"sasrec", "popularity"}
+    recall = found["sasrec"]["recall@5"]
+    assert recall["seeds"] == [0.5, 0.0] and recall["value"] == 0.25 and recall["low"] < 0 < recall["high"]
+    assert found["popularity"]["recall@10"] == {"value": 1.0, "low": None, "high": None, "seeds": [1.0]}
+    assert found["popularity"]["ndcg@10"]["value"] == pytest.approx(1 / 3)
+    assert found["sasrec"]["against"]["model"] == "popularity"
+
+
+def manifest(source: str, users: int, items: int) -> Any:
+    return SimpleNamespace(num_users=users, num_items=items, raw={"source": {"name": source}})
+
+
+def test_published_numbers_where_the_data_set_is_the_papers() -> None:
+    kindle = results.published_numbers(manifest("amazon", 68_000, 61_900))
+    assert kindle["models"]["sasrec"]["rec"] == {
+        "recall@5": 0.5295, "recall@10": 0.6772, "ndcg@5": 0.3747, "ndcg@10": 0.4225,
+    }  # fmt: skip
+    search = kindle["models"]["gensr"]["src"]
+    assert search["recall@5"] < search["recall@10"] == 0.9853 and search["ndcg@5"] == 0.9664
+    assert "recall@10 and ndcg@5 are swapped in the paper" in kindle["notes"][0]
+    for title in ("Amazon Kindle Store", "KuaiSAR"):
+        source, users, items = {"A": ("amazon", 68223, 61934), "K": ("kuaisar", 25877, 6890707)}[title[0]]
+        for name, tasks in results.published_numbers(manifest(source, users, items))["models"].items():
+            for task, numbers in tasks.items():
+                assert numbers["recall@5"] < numbers["recall@10"], (title, name, task)
+                assert numbers["ndcg@5"] < numbers["ndcg@10"], (title, name, task)
+    assert results.published_numbers(manifest("amazon", 8_317, 4_344))["models"] == {}
+    assert results.published_numbers(manifest("kuaisar", 1_000, 4_000))["title"] == ""
+
+
+# ---- rendering ---------------------------------------------------------------------------------------------
+
+
+def metrics_of(value: float, seeds: int) -> dict[str, Any]:
+    ends = {"low": value - 0.02, "high": value + 0.02} if seeds > 1 else {"low": None, "high": None}
+    return {name: {"value": value, **ends, "seeds": [value] * seeds} for name in results.SHOWN}
+
+
+def row_of(model: str, title: str, value: float, seeds: int, **more: Any) -> dict[str, Any]:
+    against = {"model": "sasrec", "difference": value - 0.4, "low": -0.1, "high": 0.1, "p": 0.01}
+    tested = {**metrics_of(value, seeds), "against": {**against, "p_holm": 0.02}}
+    took = {"train_s": 12.0, "score_s": {"sampled": 1.0}}
+    cell = {
+        "name": "seed-0",
+        "run_dir": f"runs/{model}/seed-0",
+        "step": 30,
+        "best_step": 20,
+        "best_value": value,
+        "settings": {"optim.lr": 1e-3},
+        "curve": [[10, value - 0.1], [20, value], [30, value - 0.02]],
+        **took,
+    }
+    row = {"model": model, "title": title, "tasks": ["rec"], "trained": seeds > 1, "parameters": 1234, **took}
+    row |= {"select_metric": "mean/ndcg@10", "tuning": {}, "cells": [cell] * seeds, "errors": {}}
+    return {**row, "published": {}, "results": {"sampled": {"rec": tested}}, **more}
+
+
+def made_up() -> dict[str, Any]:
+    data = {"folder": "data/x", "source": "amazon", "users": 68_223, "items": 61_934, "num_negatives": 99}
+    tuned = {"settings": {"optim.lr": 0.00123456}, "best_trial": 3, "trials": 5, "value": 0.4}
+    failed = {"errors": {"gru4rec seed-0": "</script><b>| no memory"}, "cells": [], "results": {}}
+    return {
+        "data": data,
+        "published": {"title": "Amazon Kindle Store", "notes": ["gensr, src: swapped"]},
+        "seeds": 3,
+        "trials": 5,
+        "candidates": ["sampled"],
+        "num_events": {"sampled": {"rec": 1000, "src": 0}},
+        "metrics": list(results.SHOWN),
+        "tested": "ndcg@10",
+        "rows": [
+            row_of("popularity", "popularity", 0.1234, 1),
+            row_of("sasrec", "SASRec", 0.4, 3, tuning=tuned, published={"rec": {"ndcg@10": 0.4226}}),
+            row_of("gru4rec", "GRU4Rec", 0.2, 3, **failed),
+        ],
+    }
+
+
+def test_markdown_has_intervals_failures_tuned_settings_and_notes() -> None:
+    lines = markdown(made_up())
+    first, second = (line for line in lines if line.startswith(("| SASRec", "| popularity")))
+    assert first.startswith("| SASRec | .400 ± .020 |") and "| .423 |" in first
+    assert second.startswith("| popularity | .123 | .123 |") and "-.277 (p .020)" in second
+    assert "- gru4rec seed-0: &lt;/script>&lt;b>\\| no memory" in lines
+    assert "- SASRec: optim.lr 0.00123" in lines and "Published numbers: gensr, src: swapped." in lines
+
+
+def test_csv_has_a_line_for_each_metric() -> None:
+    lines = list(csv.DictReader(io.StringIO(csv_text(made_up()))))
+    assert len(lines) == 2 * len(results.SHOWN)
+    tested = [line for line in lines if line["metric"] == "ndcg@10"]
+    assert [line["model"] for line in tested] == ["sasrec", "popularity"] and tested[1]["low"] == ""
+    assert (
+        tested[0]["published"] == "0.4226" and tested[0]["p_holm"] == "0.02" and tested[0]["num_seeds"] == "3"
+    )
+    assert all(line["p_holm"] == "" for line in lines if line["metric"] != "ndcg@10")
+
+
+def test_the_page_is_one_file_that_no_data_can_break_out_of() -> None:
+    page = html(made_up())
+    assert "__DOCUMENT__" not in page and page.count("</script>") == 2
+    text = page.split('type="application/json">')[1].split("</script>")[0]
+    assert json.loads(text) == made_up()
+    assert not any(word in page for word in ("src=", "href=", "@import", "fetch("))
+
+
+# ---- SLURM -------------------------------------------------------------------------------------------------
+
+
+def test_missing_cells_become_arrays(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checked: list[str] = []
+
+    def check(preset: str, words: list[str], machines: Any) -> tuple[None, list[str]]:
+        checked.append(preset)
+        return None, []
+
+    monkeypatch.setattr(jobs, "checked", check)
+    monkeypatch.setattr(jobs, "job_state", lambda folder: "")
+    request = Request(str(data), tmp_path, models=("popularity", "sasrec"), seeds=2, max_steps=2)
+    run_dir = tmp_path / "runs" / "popularity" / "seed-0"
+    run_dir.mkdir(parents=True)
+    (run_dir / "status.json").write_text('{"status": "finished"}')
+    for kind in ("test", "test-full"):
+        (run_dir / f"evaluation-{kind}.json").write_text("{}")
+    plan = make_plan(request)
+    made = plan_submission(plan, jobs.Machines(gpus_per_node=0), "gensr table")
+    train, *evaluations = made.jobs
+    assert [job.path.name for job in evaluations] == ["evaluate-sampled.sbatch", "evaluate-full.sbatch"]
+    assert "#SBATCH --array=0-1" in train.text and "popularity" not in train.text
+    settings = tmp_path / "settings" / "sasrec.yaml"
+    words = f"run.dir={tmp_path}/runs/sasrec/seed-1 tracking.run_name=sasrec-seed-1 run.seed=1"
+    assert f"  1) set -- {settings} {words} ;;" in train.text
+    assert "--candidates full --events 2000 --no-baselines" in evaluations[1].text
+    assert all("--dependency=aftercorr:7" in job.command(["7"]) for job in evaluations)
+    assert checked == [str(settings)] and (tmp_path / "logs").is_dir()
+    monkeypatch.setattr(jobs, "job_state", lambda folder: "12 is PENDING")
+    with pytest.raises(RunError, match="has a job already: 12 is PENDING"):
+        plan_submission(plan, jobs.Machines(), "gensr table")
+
+
+def test_systems_are_tuned_before_they_are_submitted(data: Path, tmp_path: Path) -> None:
+    plan = make_plan(Request(str(data), tmp_path, models=("sasrec",), trials=2))
+    with pytest.raises(ConfigError, match="sasrec is still to be tuned"):
+        plan_submission(plan, jobs.Machines(), "gensr table")

@@ -1,0 +1,98 @@
+"""One cell of the table: a run folder that `gensr train` and `gensr evaluate` make, each in a process of its
+own, so that a crash of one leaves the others alone. What they print goes to OUT/logs/."""
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from trainer.errors import GensrError
+from trainer.runs.run_folder import RunFolder
+from trainer.runtime.files import writing
+
+STOPPED = 75  # of gensr train: a signal stopped it, and it has saved
+SPLIT = "test"
+STOP_WAIT_S = 120.0  # for a process that was told to stop: it saves first
+
+
+class CellFailed(GensrError):
+    """A process of a cell ended badly; the text is the first line of its error."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: a model's seed or trial."""
+
+    model: str
+    name: str  # seed-0, trial-3
+    run_dir: Path
+    settings_file: Path
+    words: tuple[str, ...]  # settings on top of the file
+    log: Path
+
+    @property
+    def title(self) -> str:
+        return f"{self.model} {self.name}"
+
+
+def evaluation_name(candidates: str) -> str:
+    return SPLIT if candidates == "sampled" else f"{SPLIT}-{candidates}"
+
+
+def is_evaluated(cell: Cell, candidates: str) -> bool:
+    return RunFolder(cell.run_dir).evaluation(evaluation_name(candidates)).is_file()
+
+
+def is_done(cell: Cell, candidates: Sequence[str]) -> bool:
+    """candidates: what it must be evaluated on; nothing for a trial."""
+    return RunFolder(cell.run_dir).has_ended_well and all(is_evaluated(cell, kind) for kind in candidates)
+
+
+def train_cell(cell: Cell) -> None:
+    """Train, or go on where it was interrupted. Raises CellFailed, and KeyboardInterrupt when stopped."""
+    if not RunFolder(cell.run_dir).has_ended_well:
+        words = [f"run.dir={cell.run_dir}", *cell.words]
+        _run(["train", str(cell.settings_file), *words, "--resume", "auto"], cell.log, "w")
+
+
+def evaluate_cell(cell: Cell, candidates: Sequence[str], events: int) -> None:
+    for kind in candidates:
+        if not is_evaluated(cell, kind):
+            sample = ["--events", str(events)] if kind == "full" else []
+            command = ["evaluate", str(cell.run_dir), "--split", SPLIT, "--candidates", kind, *sample]
+            _run([*command, "--no-baselines"], cell.log, "a")
+
+
+def _run(arguments: Sequence[str], log: Path, mode: str) -> None:
+    with writing(log):
+        log.parent.mkdir(parents=True, exist_ok=True)
+        file = log.open(mode, encoding="utf-8")
+    with file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "trainer", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C reaches this process alone, which passes it on once
+        )
+        try:
+            code = process.wait()
+        except BaseException:
+            process.terminate()
+            process.wait(STOP_WAIT_S)
+            raise
+    if code == STOPPED:
+        raise KeyboardInterrupt
+    if code:
+        raise CellFailed(f"gensr {arguments[0]}: {error_line(log, code)}")
+
+
+def error_line(log: Path, code: int) -> str:
+    """The first line of the error that ended a process: what `gensr:` says, else a traceback's last line."""
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
+    if said := [line for line in lines if line.startswith("gensr: ")]:
+        return said[-1].removeprefix("gensr: ")
+    if code < 0:
+        return f"ended by signal {-code}"
+    return next((line for line in reversed(lines) if line), f"exit code {code}")

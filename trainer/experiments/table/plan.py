@@ -1,0 +1,152 @@
+"""What was asked for, checked as a whole, and each system's settings: OUT/settings/MODEL.yaml.
+
+A second call with other settings would mix two experiments in one table, so it is refused. More models, more
+seeds or another kind of candidates only add cells.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from data_shards.settings import flatten, read_yaml, to_dict, to_yaml
+from trainer.config import Config
+from trainer.configs import load_config, preset_names
+from trainer.data.folder import PreparedFolder
+from trainer.errors import ConfigError
+from trainer.models.zoo import model_class, model_names
+from trainer.runs.run_folder import read_json
+from trainer.runtime.files import SECRET_MODE, atomic
+from trainer.tracking.store import sqlite_uri
+
+CANDIDATES = ("sampled", "full")
+OWNED = ("data.dir", "run.dir", "run.seed", "model.name")  # settings that the table decides
+
+
+@dataclass(frozen=True)
+class Request:
+    """The arguments of the command. models empty = all; epochs and max_steps 0 = as each preset says."""
+
+    folder: str
+    out: Path
+    models: tuple[str, ...] = ()
+    seeds: int = 3
+    trials: int = 0
+    epochs: float = 0.0
+    max_steps: int = 0
+    candidates: tuple[str, ...] = CANDIDATES
+    events: int = 2000  # of the whole-catalogue ranking, 0 = all
+    presets: Mapping[str, str] = field(default_factory=dict)
+    settings: tuple[str, ...] = ()  # KEY=VALUE, for every system
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.models or tuple(model_names())
+
+    def seeds_of(self, model: str) -> range:
+        """Counting has no random numbers: every seed would give the same model."""
+        return range(self.seeds if model_class(model).trained else 1)
+
+    def trials_of(self, model: str) -> int:
+        return self.trials if model_class(model).trained else 0
+
+    def runs_of(self, model: str) -> Path:
+        return self.out / "runs" / model
+
+    def tuning_file(self, model: str) -> Path:
+        """What came of its trials."""
+        return self.out / "tuning" / f"{model}.json"
+
+    def settings_file(self, model: str) -> Path:
+        return self.out / "settings" / f"{model}.yaml"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A request that can be carried out."""
+
+    request: Request
+    folder: PreparedFolder
+    configs: Mapping[str, Config]  # model → its settings, without run.dir
+
+
+def make_plan(request: Request) -> Plan:
+    """Writes OUT/plan.json and OUT/settings/. Raises ConfigError for what cannot be, or differs from what OUT
+    was begun with; DataError when FOLDER is not a prepared folder."""
+    _check(request)
+    configs = {name: _config(request, name) for name in request.names}
+    folder = PreparedFolder.open(next(iter(configs.values())).data)
+    begun = {
+        "manifest_hash": folder.manifest.hash,
+        "trials": request.trials,
+        "events": request.events,
+    }
+    path = request.out / "plan.json"
+    known = read_json(path)
+    changed = [
+        f"{key} was {known[key]}, is {begun[key]}" for key in begun if known and known[key] != begun[key]
+    ]
+    for name, config in configs.items():
+        changed += _differences(name, request.settings_file(name), config)
+    if changed:
+        raise ConfigError(
+            f"{request.out} was begun with other settings: {'; '.join(changed)}. Give the same ones, or "
+            "choose another OUT"
+        )
+    for name, config in configs.items():
+        with atomic(
+            request.settings_file(name), SECRET_MODE
+        ) as temporary:  # a tracking URI may hold a password
+            temporary.write_text(to_yaml(config), encoding="utf-8")
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(begun, indent=2) + "\n", encoding="utf-8")
+    return Plan(request, folder, configs)
+
+
+def _check(request: Request) -> None:
+    problems = []
+    if unknown := [kind for kind in request.candidates if kind not in CANDIDATES]:
+        problems.append(f"--candidates: {', '.join(unknown)} is neither sampled nor full")
+    if not request.candidates:
+        problems.append("--candidates: name sampled, full or both")
+    if request.epochs and request.max_steps:
+        problems.append("--epochs and --max-steps: give one of them")
+    if len(set(request.names)) < len(request.names):
+        problems.append("--models: a name stands there twice")
+    if strangers := [name for name in request.presets if name not in request.names]:
+        problems.append(f"--preset: {', '.join(strangers)} is not among the models")
+    owned = [word for word in request.settings if word.partition("=")[0] in OWNED]
+    problems += [f"{word}: the table sets {word.partition('=')[0]} itself" for word in owned]
+    if problems:
+        raise ConfigError("; ".join(problems))
+    for name in request.names:
+        model_class(name)  # raises ConfigError that lists the names
+
+
+def _config(request: Request, name: str) -> Config:
+    """The named preset, else the preset of the model's own name, else the defaults."""
+    preset = request.presets.get(name) or (name if name in preset_names() else None)
+    config = load_config(preset, [] if preset else [f"model.name={name}"])
+    if config.model.name != name:
+        raise ConfigError(f"--preset {name}={preset}: that preset is one of {config.model.name}")
+    words = [f"data.dir={request.folder}", *([] if preset else [f"model.name={name}"])]
+    if not config.tracking.uri:
+        words.append(f"tracking.uri={sqlite_uri((request.out / 'mlflow.db').resolve())}")
+    if request.epochs:
+        words += [f"run.max_epochs={request.epochs}", "run.max_steps=0"]
+    if request.max_steps:
+        words.append(f"run.max_steps={request.max_steps}")
+    return load_config(preset, [*words, *request.settings])
+
+
+def _differences(name: str, path: Path, config: Config) -> Sequence[str]:
+    if not path.is_file():
+        return []
+    before, now = flatten(read_yaml(path)), flatten(json.loads(json.dumps(to_dict(config))))
+    hidden = [key for key in {*before, *now} if before.get(key) != now.get(key)]
+    return [
+        f"{name}'s {key} was {before.get(key)}, is {now.get(key)}"
+        if key != "tracking.uri"
+        else f"{name}'s {key}"
+        for key in sorted(hidden)
+    ]

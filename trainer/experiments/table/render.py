@@ -1,0 +1,181 @@
+"""table.json → table.md, table.csv and table.html, one file that needs no network."""
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from trainer.evaluation.summary import TASK_TITLES
+from trainer.runtime.files import atomic
+
+Row = Mapping[str, Any]
+CANDIDATE_TITLES = {"sampled": "sampled candidates", "full": "whole catalogue"}
+CSV_COLUMNS = (
+    "model", "title", "candidates", "task", "metric", "value", "low", "high", "num_seeds", "num_events",
+    "published", "best_other", "difference", "difference_low", "difference_high", "p", "p_holm",
+    "parameters", "train_s", "score_s",
+)  # fmt: skip
+
+
+def write_table(document: Mapping[str, Any], out: Path) -> list[Path]:
+    """OUT/table.{json,md,csv,html} → their paths."""
+    texts = {
+        "table.json": json.dumps(document, indent=2, allow_nan=False) + "\n",
+        "table.md": "\n".join(markdown(document)) + "\n",
+        "table.csv": csv_text(document),
+        "table.html": html(document),
+    }
+    for name, text in texts.items():
+        with atomic(out / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    return [out / name for name in texts]
+
+
+def blocks(document: Mapping[str, Any]) -> Iterator[tuple[str, str, list[Row]]]:
+    """(candidates, task, its rows, best NDCG@10 first)."""
+    for kind in document["candidates"]:
+        for task in TASK_TITLES:
+            rows = [row for row in document["rows"] if task in row["results"].get(kind, {})]
+            rows.sort(key=lambda row: -row["results"][kind][task][document["tested"]]["value"])
+            if rows:
+                yield kind, task, rows
+
+
+# ---- Markdown ----------------------------------------------------------------------------------------------
+
+
+def markdown(document: Mapping[str, Any]) -> list[str]:
+    data = document["data"]
+    lines = [
+        f"# {data['source'] or data['folder']}: {data['users']:,} users, {data['items']:,} items",
+        "",
+        f"Mean over seeds ± half of the 95 % t interval. vs best: {document['tested']} minus that of the "
+        "best other system, and its p-value: paired bootstrap over users, Holm's correction in each table.",
+    ]
+    for kind, task, rows in blocks(document):
+        lines += ["", *_markdown_block(document, kind, task, rows)]
+    errors = {title: text for row in document["rows"] for title, text in row["errors"].items()}
+    if errors:
+        lines += ["", "## Failed", ""]
+        lines += [f"- {title}: {_plain(text)}" for title, text in errors.items()]
+    if tuned := [row for row in document["rows"] if row["tuning"]]:
+        lines += ["", f"## Tuned settings ({document['trials']} trials for each trained system)", ""]
+        lines += [f"- {row['title']}: {_settings(row['tuning']['settings'])}" for row in tuned]
+    if document["published"]["notes"]:
+        lines += ["", *(f"Published numbers: {note}." for note in document["published"]["notes"])]
+    return lines
+
+
+def _markdown_block(document: Mapping[str, Any], kind: str, task: str, rows: Sequence[Row]) -> list[str]:
+    metrics = document["metrics"]
+    published = kind == "sampled" and any(task in row["published"] for row in rows)
+    head = ["system", *(_title(name) for name in metrics), *(["published NDCG@10"] if published else [])]
+    head += ["vs best", "parameters", "training s", "scoring s"]
+    lines = [
+        f"## {TASK_TITLES[task]}, {CANDIDATE_TITLES[kind]} ({document['num_events'][kind][task]:,} events)",
+        "",
+        f"| {' | '.join(head)} |",
+        f"|{'---|' * len(head)}",
+    ]
+    for row in rows:
+        result = row["results"][kind][task]
+        cells = [row["title"], *(_value(result[name]) for name in metrics)]
+        if published:
+            number = row["published"].get(task, {}).get("ndcg@10")
+            cells.append(_short(number) if number is not None else "")
+        cells += [
+            _against(result.get("against")),
+            f"{row['parameters']:,}",
+            f"{row['train_s']:,.1f}",
+            f"{row['score_s'][kind]:,.1f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _title(metric: str) -> str:
+    return metric.replace("ndcg", "NDCG").replace("recall", "Recall").replace("mrr", "MRR")
+
+
+def _value(result: Mapping[str, Any]) -> str:
+    half = f" ± {_short((result['high'] - result['low']) / 2)}" if result["high"] is not None else ""
+    return _short(result["value"]) + half
+
+
+def _short(value: float) -> str:
+    """.512, 1.000, -.020."""
+    return f"{value:.3f}".replace("0.", ".", 1) if abs(value) < 0.9995 else f"{value:.3f}"
+
+
+def _against(difference: Mapping[str, Any] | None) -> str:
+    if not difference:
+        return ""
+    sign = "+" if difference["difference"] > 0 else ""
+    return f"{sign}{_short(difference['difference'])} (p {_p(difference)})"
+
+
+def _p(difference: Mapping[str, Any]) -> str:
+    return f"{difference['p_holm']:.3f}".replace("0.", ".", 1)
+
+
+def _settings(settings: Mapping[str, Any]) -> str:
+    return ", ".join(
+        f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}"
+        for key, value in settings.items()
+    )
+
+
+def _plain(text: str) -> str:
+    return text.replace("|", "\\|").replace("<", "&lt;")
+
+
+# ---- CSV ---------------------------------------------------------------------------------------------------
+
+
+def csv_text(document: Mapping[str, Any]) -> str:
+    """One line a system, kind of candidates, task and metric. The difference belongs to the tested metric."""
+    file = io.StringIO()
+    writer = csv.DictWriter(file, CSV_COLUMNS, restval="", lineterminator="\n")
+    writer.writeheader()
+    for kind, task, rows in blocks(document):
+        for row in rows:
+            writer.writerows(_csv_line(document, row, kind, task, metric) for metric in document["metrics"])
+    return file.getvalue()
+
+
+def _csv_line(document: Mapping[str, Any], row: Row, kind: str, task: str, metric: str) -> dict[str, Any]:
+    result = row["results"][kind][task]
+    against = result.get("against") if metric == document["tested"] else None
+    published = row["published"].get(task, {}).get(metric) if kind == "sampled" else None
+    line = {
+        "model": row["model"],
+        "title": row["title"],
+        "candidates": kind,
+        "task": task,
+        "metric": metric,
+        **{key: result[metric][key] for key in ("value", "low", "high")},
+        "num_seeds": len(result[metric]["seeds"]),
+        "num_events": document["num_events"][kind][task],
+        "published": published,
+        "parameters": row["parameters"],
+        "train_s": row["train_s"],
+        "score_s": row["score_s"][kind],
+    }
+    if against:
+        line |= {"best_other": against["model"], "difference": against["difference"]}
+        line |= {"difference_low": against["low"], "difference_high": against["high"]}
+        line |= {"p": against["p"], "p_holm": against["p_holm"]}
+    return line
+
+
+# ---- HTML --------------------------------------------------------------------------------------------------
+
+
+def html(document: Mapping[str, Any]) -> str:
+    """The page with the document in it. No "<" of the data can end the script that holds it."""
+    page = resources.files(__package__).joinpath("page/table.html").read_text(encoding="utf-8")
+    text = json.dumps(document, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
+    return page.replace("__DOCUMENT__", text)

@@ -1,0 +1,268 @@
+"""Run folders → the document that table.json holds.
+
+Every number of a task comes from the ranks of the same events: where two runs ranked different samples, those
+that all of them ranked. A system's value is its mean over seeds, with a t interval; a system against the best
+other one is a paired bootstrap over users of NDCG@10, averaged over seeds event by event.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+
+import trainer
+from data_shards.schema import TASKS, Manifest
+from data_shards.secrets import masked
+from data_shards.settings import flatten, parse_yaml, read_yaml
+from trainer.analysis.figures import read_records
+from trainer.analysis.significance import holm, paired_difference, seed_interval
+from trainer.evaluation.metrics import METRICS, metric_values
+from trainer.evaluation.summary import read_evaluation
+from trainer.experiments.table.cells import Cell, evaluation_name, is_done
+from trainer.experiments.table.plan import Plan
+from trainer.models.zoo import model_class
+from trainer.runs.run_folder import RunFolder, read_json
+
+SHOWN = ("recall@5", "recall@10", "ndcg@5", "ndcg@10", "mrr")
+TESTED = "ndcg@10"  # one hypothesis a system, task and kind of candidates
+PUBLISHED_WITHIN = 0.1  # of the paper's numbers of users and items: the same data set, filtered again
+
+
+@dataclass(frozen=True)
+class Values:
+    """One run's metrics of one task's n events, sorted by event."""
+
+    events: np.ndarray  # [n]
+    users: np.ndarray  # [n]
+    metrics: np.ndarray  # [n, len(SHOWN)]
+
+    def of(self, events: np.ndarray) -> "Values":
+        """events: sorted, all of them here."""
+        rows = np.searchsorted(self.events, events)
+        return Values(events, self.users[rows], self.metrics[rows])
+
+
+def event_values(run_dir: Path, candidates: str, task: str) -> Values:
+    """From RUN/evaluation-test*.parquet. n = 0 for a task that the model does not do."""
+    path = RunFolder(run_dir).ranks(evaluation_name(candidates))
+    table = pq.read_table(path, columns=["task", "user_id", "rank", "event_id"])
+    table = table.filter(pc.equal(table["task"], task)).sort_by("event_id")
+    ranks = torch.from_numpy(table["rank"].to_numpy().astype(np.float64))
+    chosen = [METRICS.index(name) for name in SHOWN]
+    users = np.asarray(table["user_id"].to_pylist())
+    return Values(table["event_id"].to_numpy(), users, metric_values(ranks)[:, chosen].numpy())
+
+
+# ---- the document ------------------------------------------------------------------------------------------
+
+
+def read_results(plan: Plan, cells: Sequence[Cell], errors: Mapping[str, str]) -> dict[str, Any]:
+    """errors: cell's or model's title → first line of what went wrong."""
+    kinds = plan.request.candidates
+    done = {name: [c for c in cells if c.model == name and is_done(c, kinds)] for name in plan.configs}
+    published = published_numbers(plan.folder.manifest)
+    rows = []
+    for name, of_model in done.items():
+        failed = {title: text for title, text in errors.items() if title.split(" ")[0] == name}
+        rows.append(_row(plan, name, of_model, failed) | {"published": published["models"].get(name, {})})
+    num_events: dict[str, dict[str, int]] = {}
+    for kind in kinds:
+        for task in TASKS:
+            numbers, results = compare_task(done, kind, task)
+            num_events.setdefault(kind, {})[task] = numbers
+            for row in rows:
+                if row["model"] in results:
+                    row["results"].setdefault(kind, {})[task] = results[row["model"]]
+    manifest, request = plan.folder.manifest, plan.request
+    return {
+        "data": {
+            "folder": plan.folder.name,
+            "source": manifest.raw.get("source", {}).get("name", ""),
+            "manifest_hash": manifest.hash,
+            "split_fingerprint": manifest.fingerprint,
+            "users": manifest.num_users,
+            "items": manifest.num_items,
+            "queries": manifest.num_queries,
+            "num_negatives": manifest.num_negatives,
+        },
+        "published": {key: published[key] for key in ("title", "notes")},
+        "seeds": request.seeds,
+        "trials": request.trials,
+        "candidates": list(kinds),
+        "num_events": num_events,
+        "metrics": list(SHOWN),
+        "tested": TESTED,
+        "gensr_version": trainer.__version__,
+        "rows": rows,
+    }
+
+
+def _row(plan: Plan, name: str, cells: Sequence[Cell], errors: Mapping[str, str]) -> dict[str, Any]:
+    """What a system is and what it took, apart from its metrics."""
+    kind, facts = model_class(name), [_cell(cell, plan.request.candidates) for cell in cells]
+    config = plan.configs[name]
+    tuned = read_json(plan.request.tuning_file(name)) if plan.request.trials_of(name) else {}
+    environments = [RunFolder(cell.run_dir).read_environment() for cell in cells]
+    return {
+        "model": name,
+        "title": kind.title,
+        "tasks": [TASKS[task] for task in kind.tasks],
+        "trained": kind.trained,
+        "parameters": environments[0].get("parameters", {}).get("trainable", 0) if cells else None,
+        "train_s": _mean([fact["train_s"] for fact in facts]),
+        "score_s": {
+            which: _mean([fact["score_s"][which] for fact in facts]) for which in plan.request.candidates
+        },
+        "select_metric": config.run.select_metric,
+        "tuning": tuned,
+        "cells": facts,
+        "errors": dict(errors),
+        "results": {},
+    }
+
+
+def _cell(cell: Cell, candidates: Sequence[str]) -> dict[str, Any]:
+    run = RunFolder(cell.run_dir)
+    progress = run.read_status()["progress"]
+    settings = flatten(masked(read_yaml(run.config)))
+    metric = str(settings["run.select_metric"])
+    return {
+        "name": cell.name,
+        "run_dir": str(cell.run_dir),
+        "step": progress.get("step", 0),
+        "best_step": progress.get("best_step", 0),
+        "best_value": progress.get("best_value", 0.0),
+        "train_s": progress.get("train_s", 0.0),
+        "score_s": {kind: _score_s(cell.run_dir, kind) for kind in candidates},
+        "settings": settings,
+        "curve": [
+            [record["step"], record[metric]]
+            for record in read_records(cell.run_dir)
+            if record.get("kind") == "valid" and metric in record
+        ],
+    }
+
+
+def _score_s(run_dir: Path, candidates: str) -> float:
+    """From the speed that the evaluation wrote down: events a second, or (event, candidate) pairs."""
+    document = read_evaluation(run_dir, evaluation_name(candidates))
+    protocol = document["protocol"]
+    events = sum(document[task]["num_events"] for task in TASKS if task in document)
+    if candidates == "full":
+        return events / max(float(protocol["events_per_s"]), 1e-9)
+    return events * (1 + int(protocol["num_negatives"])) / max(float(protocol["candidates_per_s"]), 1e-9)
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return float(np.mean(values)) if values else None
+
+
+# ---- one task ----------------------------------------------------------------------------------------------
+
+
+def compare_task(
+    done: Mapping[str, Sequence[Cell]], candidates: str, task: str
+) -> tuple[int, dict[str, dict[str, Any]]]:
+    """(events that every run ranked, model → {metric: {value, low, high, seeds}, "against": {…}})."""
+    runs = {
+        name: [event_values(cell.run_dir, candidates, task) for cell in cells]
+        for name, cells in done.items()
+        if cells and TASKS.index(task) in model_class(name).tasks
+    }
+    runs = {name: seeds for name, seeds in runs.items() if all(len(values.events) for values in seeds)}
+    if not runs:
+        return 0, {}
+    common = reduce(np.intersect1d, [values.events for seeds in runs.values() for values in seeds])
+    if not len(common):
+        return 0, {}
+    runs = {name: [values.of(common) for values in seeds] for name, seeds in runs.items()}
+    results: dict[str, dict[str, Any]] = {name: _over_seeds(seeds) for name, seeds in runs.items()}
+    tested = SHOWN.index(TESTED)
+    gains = {name: np.mean([v.metrics[:, tested] for v in seeds], axis=0) for name, seeds in runs.items()}
+    users = next(iter(runs.values()))[0].users
+    for name, difference in against_best(gains, users).items():
+        results[name]["against"] = difference
+    return len(common), results
+
+
+def _over_seeds(seeds: Sequence[Values]) -> dict[str, Any]:
+    means = np.stack([values.metrics.mean(axis=0) for values in seeds])
+    summary: dict[str, Any] = {}
+    for column, metric in enumerate(SHOWN):
+        values = [float(value) for value in means[:, column]]
+        summary[metric] = {"value": float(np.mean(values)), "low": None, "high": None, "seeds": values}
+        if len(values) > 1:
+            interval = seed_interval(values)
+            summary[metric] |= {"low": interval.low, "high": interval.high}
+    return summary
+
+
+def against_best(values: Mapping[str, np.ndarray], users: np.ndarray) -> dict[str, dict[str, Any]]:
+    """Each system − the best other one, by the mean of values [n]: {"model", "difference", "low", "high",
+    "p", "p_holm"}. {} for fewer than two systems.
+
+    The best is compared with the second, which is the second's own comparison turned round, so m systems make
+    m − 1 hypotheses for Holm's correction.
+    """
+    order = sorted(values, key=lambda name: -float(values[name].mean()))
+    if len(order) < 2:
+        return {}
+    best, second = order[0], order[1]
+    found = {name: paired_difference(values[best], values[name], users) for name in order[1:]}
+    adjusted = holm({name: difference.p_value for name, difference in found.items()})
+    report: dict[str, dict[str, Any]] = {
+        name: {
+            "model": best,
+            "difference": difference.value,
+            "low": difference.low,
+            "high": difference.high,
+            "p": difference.p_value,
+            "p_holm": adjusted[name],
+        }
+        for name, difference in found.items()
+    }
+    ends = {"low": -found[second].high, "high": -found[second].low}
+    turned = {**report[second], **ends, "model": second, "difference": -found[second].value}
+    return {**report, best: turned}
+
+
+# ---- published numbers -------------------------------------------------------------------------------------
+
+
+def published_numbers(manifest: Manifest) -> dict[str, Any]:
+    """{"title", "notes", "models": {model: {task: {metric: number}}}}; empty where the folder is no data set
+    of the paper."""
+    document = parse_yaml(resources.files(__package__).joinpath("published.yaml").read_text(encoding="utf-8"))
+    for data_set in document["data_sets"]:
+        if _is_same(manifest, data_set):
+            return _numbers(data_set, document["metrics"])
+    return {"title": "", "notes": [], "models": {}}
+
+
+def _is_same(manifest: Manifest, data_set: Mapping[str, Any]) -> bool:
+    ours = {"users": manifest.num_users, "items": manifest.num_items}
+    near = all(abs(ours[key] / data_set[key] - 1) <= PUBLISHED_WITHIN for key in ours)
+    return near and manifest.raw.get("source", {}).get("name") == data_set["source"]
+
+
+def _numbers(data_set: Mapping[str, Any], metrics: Sequence[str]) -> dict[str, Any]:
+    models: dict[str, dict[str, dict[str, float]]] = {}
+    for task in TASKS:
+        for name, numbers in data_set[task].items():
+            models.setdefault(name, {})[task] = dict(zip(metrics, numbers, strict=True))
+    notes = []
+    for swap in data_set.get("swapped", []):
+        numbers, (a, b) = models[swap["model"]][swap["task"]], swap["metrics"]
+        numbers[a], numbers[b] = numbers[b], numbers[a]
+        notes.append(
+            f"{swap['model']}, {swap['task']}: {a} and {b} are swapped in the paper (it prints "
+            f"{numbers[b]} and {numbers[a]}); here they are read the other way round"
+        )
+    return {"title": data_set["title"], "notes": notes, "models": models}

@@ -1,0 +1,135 @@
+"""Tuning: the same number of trials for every trained system, from a declared space (spaces.yaml).
+
+Trial 0 has the published settings. Later ones are those of optuna's TPE (Bergstra et al. 2011), whose seed is
+a function of the trial's number, so an interrupted search goes on as if it had not been. The objective is the
+best value of run.select_metric on validation; the test split is never looked at.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from data_shards.settings import flatten, parse_yaml, to_dict
+from trainer.config import Config
+from trainer.errors import GensrError, RunError
+from trainer.runs.run_folder import read_json
+from trainer.runtime.files import atomic
+
+if TYPE_CHECKING:
+    from optuna.study import Study
+
+SEED = 0
+Space = dict[str, Any]  # key → list of choices, or {low, high, log}
+RunTrial = Callable[[int, tuple[str, ...]], float]
+"""(number, settings as words) → the objective; raises a GensrError when the trial failed."""
+
+
+def space_of(config: Config) -> Space:
+    """The declared space of the configuration's model: the default's keys that the model has, then its own.
+    The configuration's own values belong to it."""
+    text = resources.files(__package__).joinpath("spaces.yaml").read_text(encoding="utf-8")
+    declared = parse_yaml(text)
+    values = flatten(to_dict(config))
+    merged = {**declared["default"], **declared["models"].get(config.model.name, {})}
+    return {key: _with_value(domain, values[key]) for key, domain in merged.items() if key in values}
+
+
+def _with_value(domain: Any, value: Any) -> Any:
+    if isinstance(domain, list):
+        return domain if value in domain else sorted([*domain, value])
+    return {**domain, "low": min(domain["low"], value), "high": max(domain["high"], value)}
+
+
+def words_of(settings: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(f"{key}={json.dumps(value)}" for key, value in settings.items())
+
+
+def tune(path: Path, config: Config, num_trials: int, run_trial: RunTrial) -> dict[str, Any]:
+    """The best trial's settings, also written to `path` (MODEL.json), beside the journal from which an
+    interrupted search goes on. Raises RunError when every trial failed."""
+    if found := read_json(path):
+        return dict(found["settings"])
+    space = space_of(config)
+    published = {key: flatten(to_dict(config))[key] for key in space}
+    journal = path.with_suffix(".journal")
+    errors = _search(journal, space, published, num_trials, run_trial)
+    study = _open(journal)
+    values = {trial.number: trial.value for trial in study.trials}
+    good = {number: value for number, value in values.items() if value is not None}
+    if not good:  # most likely a mistake that the user mends: the same command tries all of them again
+        journal.unlink()
+        raise RunError(
+            f"all {num_trials} trials failed; the last: {errors[-1] if errors else 'see the logs'}"
+        )
+    best = study.trials[max(good, key=lambda number: good[number])]
+    document = {
+        "trials": num_trials,
+        "failed": len(values) - len(good),
+        "best_trial": best.number,
+        "metric": config.run.select_metric,
+        "value": best.value,
+        "settings": best.params,
+        "space": space,
+        "values": values,
+    }
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    return dict(best.params)
+
+
+def _search(
+    journal: Path, space: Space, published: Mapping[str, Any], num_trials: int, run_trial: RunTrial
+) -> list[str]:
+    """Runs what is missing of the trials → errors of those that failed."""
+    from optuna.samplers import TPESampler
+    from optuna.trial import TrialState
+
+    study = _open(journal)
+    if not study.trials:
+        study.enqueue_trial(dict(published))
+    unfinished = [t.number for t in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))]
+    errors: list[str] = []
+    ended = (TrialState.COMPLETE, TrialState.FAIL)
+    while unfinished or len(study.get_trials(deepcopy=False, states=ended)) < num_trials:
+        if unfinished:
+            number = unfinished.pop(0)
+        else:
+            number = len(study.get_trials(deepcopy=False, states=ended))
+            study.sampler = TPESampler(seed=SEED + number)
+            number = study.ask(_distributions(space)).number
+        settings = study.trials[number].params
+        if set(settings) != set(space):  # interrupted while it was drawn
+            study.tell(number, state=TrialState.FAIL)
+            continue
+        try:
+            study.tell(number, run_trial(number, words_of({key: settings[key] for key in space})))
+        except GensrError as error:
+            errors.append(str(error))
+            study.tell(number, state=TrialState.FAIL)
+    return errors
+
+
+def _open(journal: Path) -> "Study":
+    import optuna
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    journal.parent.mkdir(parents=True, exist_ok=True)
+    storage = JournalStorage(JournalFileBackend(str(journal)))
+    return optuna.create_study(
+        storage=storage, study_name=journal.stem, direction="maximize", load_if_exists=True
+    )
+
+
+def _distributions(space: Space) -> dict[str, Any]:
+    from optuna.distributions import CategoricalDistribution, FloatDistribution
+
+    return {
+        key: CategoricalDistribution(domain)
+        if isinstance(domain, list)
+        else FloatDistribution(domain["low"], domain["high"], log=bool(domain.get("log")))
+        for key, domain in space.items()
+    }
