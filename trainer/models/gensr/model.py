@@ -129,6 +129,7 @@ class GenSR(Ranker):
                 batch.user,
                 settings.temperature,
                 self.world.ranks.gather if settings.gather_negatives else None,
+                batch.history_mask.any(1),
             )
             loss = loss + settings.contrastive_weight * contrast
             report["contrastive_loss"] = contrast.detach()
