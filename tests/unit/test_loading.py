@@ -1,11 +1,13 @@
 """RUN/model holds a whole model: what was trained is what is loaded, also with LoRA; other tables are
 refused."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from data_shards.schema import read_manifest
 from data_shards.settings import to_yaml
@@ -13,11 +15,12 @@ from tests.tiny_folder import make_tiny_folder
 from trainer.config import Config
 from trainer.configs import load_config
 from trainer.data import EvalStream
-from trainer.data.cf_table import cf_path, load_cf, save_cf
+from trainer.data.cf_table import cf_digest, cf_path, load_cf, save_cf
 from trainer.data.folder import PreparedFolder
 from trainer.errors import DataError, RunError
 from trainer.models.gensr.model import GenSR
 from trainer.runs.weights import build_model, load_run_model, save_model
+from trainer.runtime.files import file_sha256
 
 OVERRIDES = [
     "model.backbone=scratch:nano",
@@ -97,6 +100,35 @@ def test_another_collaborative_table_is_refused(folder: Path, tmp_path: Path) ->
     save_cf(folder, table)
     with pytest.raises(DataError, match="not the one"):
         load_run_model(tmp_path / "run")
+
+
+def test_a_table_made_again_is_the_same_table(folder: Path, tmp_path: Path) -> None:
+    """Also where the file has its metadata in another order, and for a run that recorded the file's hash."""
+    trained(folder, tmp_path / "run")
+    path, table = cf_path(folder), load_cf(folder, read_manifest(folder))
+    files, digest = {path.read_bytes()}, cf_digest(path)
+    for _ in range(6):
+        save_cf(folder, table)
+        files.add(path.read_bytes())
+    assert len(files) == 1
+    tensors = load_file(path)
+    with safe_open(str(path), "pt") as file:
+        metadata = file.metadata()
+    assert list(metadata) and cf_digest(path) == digest
+    document_path = tmp_path / "run" / "model" / "model.json"
+    document = json.loads(document_path.read_text())
+    assert document["cf_sha256"] == digest
+    document_path.write_text(json.dumps({**document, "cf_sha256": file_sha256(path)}))
+    load_run_model(tmp_path / "run")
+    document_path.write_text(json.dumps(document))
+    while path.read_bytes() in files:  # in any other order
+        save_file(tensors, path, metadata)
+    path.with_suffix(".sha256").unlink()
+    assert cf_digest(path) == digest
+    load_run_model(tmp_path / "run")
+    tensors["item"][0, 0] += 1
+    save_file(tensors, path, metadata)
+    assert cf_digest(path) != digest
 
 
 def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:

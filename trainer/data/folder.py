@@ -15,10 +15,9 @@ from data_shards.secrets import mask_secrets
 from trainer.batch import ItemTables, TrainClicks
 from trainer.config import DataConfig
 from trainer.data.blocks import read_blocks, to_numpy
-from trainer.data.cf_table import CfTable, cf_path, load_cf
+from trainer.data.cf_table import CfTable, cf_digest, cf_path, load_cf, same_cf
 from trainer.data.item_tables import load_tables
 from trainer.data.node_cache import local_folder
-from trainer.runtime.files import file_sha256
 
 
 @dataclass(frozen=True)
@@ -60,8 +59,12 @@ class PreparedFolder:
 
     @cached_property
     def cf_digest(self) -> str:
-        """sha256 of the CF table's file; "" where there is none."""
-        return file_sha256(cf_path(self.path)) if self.has_cf else ""
+        """Identity of the CF table; "" where there is none."""
+        return cf_digest(cf_path(self.path)) if self.has_cf else ""
+
+    def cf_digest_as(self, recorded: str) -> str:
+        """`recorded` where it names this table, also in the way of an older run; else cf_digest."""
+        return recorded if recorded and same_cf(recorded, cf_path(self.path)) else self.cf_digest
 
     def tables(self, needs: frozenset[str], with_folds: bool = False) -> ItemTables:
         """What a model's `needs` name, on the CPU; the rest is empty. Raises DataError, with the command that

@@ -175,7 +175,8 @@ def check_data(document: dict[str, Any], folder: PreparedFolder, run: str) -> No
             f"{folder.name} has another split (fingerprint {manifest.fingerprint[:12]}) than {run} was "
             f"trained on ({document['split_fingerprint'][:12]}). Prepare the data as it was, or train again."
         )
-    if document.get("cf_sha256", folder.cf_digest) != folder.cf_digest:
+    recorded = document.get("cf_sha256", "")
+    if recorded and folder.cf_digest_as(recorded) != recorded:
         raise DataError(
             f"{folder.name}: its CF table is not the one {run} was trained on: the model would read "
             "other vectors. Restore it, or train again."

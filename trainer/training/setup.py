@@ -72,7 +72,7 @@ def set_up(config: Config, folder: PreparedFolder, launch: Launch, accelerator: 
 
     found, skipped = checkpoint.newest_whole(accelerator, config.run.dir) if continuing else (None, [])
     kind = model_class(config.model.name)
-    identity = run_identity(config, folder, accelerator, launch.zero_stage, kind)
+    identity = run_identity(config, folder, accelerator, launch.zero_stage, kind, found)
     if found is not None:
         checkpoint.check_identity(found, identity, config.run.accept_changes)
 
@@ -136,11 +136,18 @@ def continuing_line(
 
 
 def run_identity(
-    config: Config, folder: PreparedFolder, accelerator: Any, zero_stage: int | None, kind: type[Ranker]
+    config: Config,
+    folder: PreparedFolder,
+    accelerator: Any,
+    zero_stage: int | None,
+    kind: type[Ranker],
+    found: Checkpoint | None = None,
 ) -> dict[str, Any]:
-    """What a continuation must share with this run; the CF table counts for models that read it."""
+    """What a continuation must share with this run; the CF table counts for models that read it. found: the
+    checkpoint to continue, which may name the table in an older way."""
     reads_cf = bool(kind.needs & {"cf", "cf_users"})
-    cf_digest = on_main(accelerator, lambda: folder.cf_digest) if reads_cf else ""
+    recorded = found.identity.get("cf_digest", "") if found is not None else ""
+    cf_digest = on_main(accelerator, lambda: folder.cf_digest_as(recorded)) if reads_cf else ""
     world_size = accelerator.num_processes
     return checkpoint.identity_of(config, folder.manifest, world_size, zero_stage, cf_digest)
 
