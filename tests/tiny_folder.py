@@ -139,6 +139,17 @@ def make_tiny_folder(
     return folder
 
 
+def relist(folder: Path) -> None:
+    """The manifest lists the files of catalog/ and tokenizer/ as they now are."""
+    raw = json.loads((folder / "manifest.json").read_text())
+    raw["catalog"] = [
+        describe_file(folder, path)
+        for part in ("catalog", "tokenizer")
+        for path in sorted((folder / part).iterdir())
+    ]
+    (folder / "manifest.json").write_text(json.dumps(raw))
+
+
 def to_format_2(folder: Path) -> None:
     """Rewrites a prepared folder of either kind as format 2 had it: no history_queries, no categories."""
     raw = json.loads((folder / "manifest.json").read_text())

@@ -17,7 +17,8 @@ from trainer.config import DataConfig
 from trainer.data.blocks import read_blocks, to_numpy
 from trainer.data.cf_table import CfTable, cf_digest, cf_path, load_cf, same_cf
 from trainer.data.item_tables import load_tables
-from trainer.data.node_cache import local_folder
+from trainer.data.node_cache import CF_DIGEST, local_folder, parse_cf_digest
+from trainer.data.verified import Known, check_files
 
 
 @dataclass(frozen=True)
@@ -66,11 +67,24 @@ class PreparedFolder:
         """`recorded` where it names this table, also in the way of an older run; else cf_digest."""
         return recorded if recorded and same_cf(recorded, cf_path(self.path)) else self.cf_digest
 
+    def catalogue_files(self) -> list[Known]:
+        """What the manifest lists of catalog/ and tokenizer/."""
+        return [(file["name"], file["num_bytes"], file["sha256"]) for file in self.manifest.raw["catalog"]]
+
+    def _cf_file(self) -> list[Known]:
+        """The CF table as its .sha256 describes it; none where that is missing (tables of before there was
+        one)."""
+        path = self.path / CF_DIGEST
+        return [parse_cf_digest(path.read_bytes(), str(path))] if path.is_file() else []
+
     def tables(self, needs: frozenset[str], with_folds: bool = False) -> ItemTables:
         """What a model's `needs` name, on the CPU; the rest is empty. Raises DataError, with the command that
-        makes it, for something that the folder does not hold."""
+        makes it, for something that the folder does not hold, and for files that are not what the manifest
+        says."""
         self.manifest.check_holds(needs, self.name)
-        cf = self.cf(users="cf_users" in needs, folds=with_folds) if needs & {"cf", "cf_users"} else None
+        reads_cf = bool(needs & {"cf", "cf_users"})
+        check_files(self.path, self.catalogue_files() + (self._cf_file() if reads_cf else []))
+        cf = self.cf(users="cf_users" in needs, folds=with_folds) if reads_cf else None
         return load_tables(self.path, self.manifest, cf, with_folds)
 
     # ---- events --------------------------------------------------------------------------------------------
