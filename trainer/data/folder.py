@@ -93,7 +93,7 @@ class PreparedFolder:
         """Whole columns of a split, in stored order. Fixed-size lists come as [n, k]."""
         parts: dict[str, list[np.ndarray]] = {name: [] for name in names}
         for shard in self.manifest.shards(split):
-            for table in read_blocks(self.path, shard, columns=names):
+            for table in read_blocks(self.path, shard, columns=names, manifest=self.manifest):
                 for name in names:
                     parts[name].append(to_numpy(table[name]))
         empty = np.zeros(0, np.int64)
