@@ -19,6 +19,7 @@ from trainer.data.cf_table import CfTable, cf_digest, cf_path, load_cf, same_cf
 from trainer.data.item_tables import load_tables
 from trainer.data.node_cache import CF_DIGEST, local_folder, parse_cf_digest
 from trainer.data.verified import Known, check_files
+from trainer.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,16 @@ class PreparedFolder:
     @property
     def tokenizer(self) -> Path:
         return self.path / "tokenizer"
+
+    def check_settings(self, data: DataConfig) -> None:
+        """Raises ConfigError for settings that ask for more than the folder holds."""
+        if data.history_max > self.manifest.history_max:
+            raise ConfigError(
+                f"data.history_max={data.history_max}, but {self.name} was prepared with history_max="
+                f"{self.manifest.history_max}: longer histories are not in it. Set data.history_max="
+                f"{self.manifest.history_max} or less, or prepare it again with "
+                f"history_max={data.history_max}"
+            )
 
     # ---- tables --------------------------------------------------------------------------------------------
 

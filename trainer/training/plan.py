@@ -299,6 +299,7 @@ def _check_folder(config: Config) -> None:
     does not fit."""
     kind = model_class(config.model.name)
     folder = PreparedFolder.open(config.data)
+    folder.check_settings(config.data)
     kind.check_tokenizer(load_tokenizer(folder.tokenizer))
     folder.tables(kind.needs)
 

@@ -70,6 +70,7 @@ def set_up(config: Config, folder: PreparedFolder, launch: Launch, accelerator: 
     """Raises a GensrError for anything the user can mend; nothing has been trained then."""
     from accelerate.utils import set_seed
 
+    folder.check_settings(config.data)
     found, skipped = checkpoint.newest_whole(accelerator, config.run.dir) if continuing else (None, [])
     kind = model_class(config.model.name)
     identity = run_identity(config, folder, accelerator, launch.zero_stage, kind, found)
