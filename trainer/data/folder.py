@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from data_shards.schema import Manifest, read_manifest
+from data_shards.schema import TASKS, Manifest, read_manifest
 from data_shards.secrets import mask_secrets
 from trainer.batch import ItemTables, TrainClicks
 from trainer.config import DataConfig
@@ -99,6 +99,11 @@ class PreparedFolder:
         return load_tables(self.path, self.manifest, cf, with_folds)
 
     # ---- events --------------------------------------------------------------------------------------------
+
+    def tasks(self, split: str) -> tuple[int, ...]:
+        """Tasks of which a split has events."""
+        counts = self.manifest.raw["counts"][split]
+        return tuple(task for task, name in enumerate(TASKS) if counts[name])
 
     def columns(self, split: str, names: list[str]) -> dict[str, np.ndarray]:
         """Whole columns of a split, in stored order. Fixed-size lists come as [n, k]."""

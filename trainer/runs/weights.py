@@ -15,13 +15,14 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from data_shards.schema import TASKS
 from trainer.batch import ItemTables
 from trainer.config import Config, DataConfig
 from trainer.configs import config_from_dict
 from trainer.data.folder import PreparedFolder
 from trainer.data.node_cache import refuse_command
 from trainer.errors import DataError, RunError
-from trainer.models.contract import Ranker, Ranks
+from trainer.models.contract import Ranker, Ranks, task_names
 from trainer.models.zoo import model_class
 from trainer.runs.run_folder import RunFolder
 from trainer.runs.world import counts_of, new_world, saved_world
@@ -35,7 +36,21 @@ def build_model(
 ) -> Ranker:
     """A new model of the configured kind for a prepared folder."""
     kind = model_class(config.model.name)
-    return kind(config.model, new_world(folder, config, tables, ranks))
+    model = kind(config.model, new_world(folder, config, tables, ranks))
+    model.set_tasks(learnable_tasks(kind, folder))
+    return model
+
+
+def learnable_tasks(kind: type[Ranker], folder: PreparedFolder) -> tuple[int, ...]:
+    """Those of a model's tasks that the training split has events of. Raises DataError for none."""
+    present = folder.tasks("train")
+    tasks = tuple(task for task in kind.tasks if task in present)
+    if not tasks:
+        raise DataError(
+            f"{folder.name}: no training events of {' and '.join(TASKS[task] for task in kind.tasks)}, the "
+            f"task of {kind.title or kind.__name__}. Look at it with: gensr inspect {folder.name}"
+        )
+    return tasks
 
 
 def save_model(
@@ -68,6 +83,7 @@ def describe_model(model: Ranker, config: Config, folder: PreparedFolder) -> dic
     return {
         "format": MODEL_FORMAT,
         "name": config.model.name,
+        "tasks": list(task_names(model)),
         "settings": dataclasses.asdict(config.model),
         "data": data,
         "counts": {**counts_of(folder.manifest), "vocab_size": model.world.vocab_size},
@@ -135,6 +151,8 @@ def load_model(
     }
     world = saved_world(path, counts, DataConfig(**document["data"]), document["precision"], tables, folder)
     model = model_class(document["name"])(config.model, world)
+    if "tasks" in document:  # models of before it was noted serve all tasks of their kind
+        model.set_tasks(tuple(TASKS.index(name) for name in document["tasks"]))
     state = load_file(path / "model.safetensors")
     missing, unexpected = model.saved_names() - set(state), set(state) - set(model.state_dict())
     if missing or unexpected:

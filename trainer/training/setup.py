@@ -21,7 +21,7 @@ from trainer.runs import folder as runfolder
 from trainer.runs.checkpoint import Checkpoint, Progress
 from trainer.runs.checkpoint_writer import CheckpointWriter
 from trainer.runs.provenance import environment_facts
-from trainer.runs.weights import build_model
+from trainer.runs.weights import build_model, learnable_tasks
 from trainer.runtime import compiling
 from trainer.runtime.distributed import gather_objects, gather_rows, on_main
 from trainer.runtime.launch import Launch, devices
@@ -73,6 +73,7 @@ def set_up(config: Config, folder: PreparedFolder, launch: Launch, accelerator: 
     folder.check_settings(config.data)
     found, skipped = checkpoint.newest_whole(accelerator, config.run.dir) if continuing else (None, [])
     kind = model_class(config.model.name)
+    plan.check_metric(config, learnable_tasks(kind, folder))
     identity = run_identity(config, folder, accelerator, launch.zero_stage, kind, found)
     if found is not None:
         checkpoint.check_identity(found, identity, config.run.accept_changes)
