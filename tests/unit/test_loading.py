@@ -2,8 +2,12 @@
 refused."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors import safe_open
@@ -11,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from data_shards.schema import read_manifest
 from data_shards.settings import to_yaml
-from tests.tiny_folder import make_tiny_folder
+from tests.tiny_folder import make_tiny_folder, relist
 from trainer.config import Config
 from trainer.configs import load_config
 from trainer.data import EvalStream
@@ -89,6 +93,81 @@ def test_lora_on_a_local_backbone_saves_adapter_and_heads_only(
     torch.testing.assert_close(
         load_run_model(tmp_path / "run")[0].score(batch), model.score(batch), rtol=0, atol=1e-5
     )
+    for parameter in plain.parameters():  # another backbone of the same shape, in the same place
+        parameter.add_(0.1)
+    plain.backbone.base.save_pretrained(backbone)
+    with pytest.raises(DataError, match=r"is not the one that .* was trained on: model\.safetensors"):
+        load_run_model(tmp_path / "run")
+    (tmp_path / "run" / "model" / "backbone" / "weights.json").unlink()  # as older runs are
+    load_run_model(tmp_path / "run")
+
+
+def change_tokenizer(folder: Path) -> None:
+    path = folder / "tokenizer" / "tokenizer.json"
+    path.write_text(path.read_text().replace("red", "tan"))
+
+
+def change_tokens(folder: Path) -> None:
+    path = folder / "catalog" / "item_tokens-000000.npy"
+    np.save(path, np.load(path)[::-1])
+
+
+def change_settings(folder: Path) -> None:
+    path = folder / "manifest.json"
+    raw = json.loads(path.read_text())
+    raw["text"]["item_tokens"] = 16
+    path.write_text(json.dumps(raw))
+
+
+def add_vocabulary(folder: Path) -> None:
+    np.save(folder / "catalog" / "words.npy", np.arange(3))
+
+
+def change_users(folder: Path) -> None:
+    pq.write_table(pa.table({"user_id": ["other"] * 24}), folder / "catalog" / "users.parquet")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (change_tokenizer, r": tokenizer/tokenizer\.json\. "),
+        (change_tokens, r": catalog/item_tokens-000000\.npy\. "),
+        (change_settings, r": item_tokens=16 \(was 8\)\. "),
+        (add_vocabulary, r": catalog/words\.npy\. "),
+        (change_users, ""),
+    ],
+)
+def test_a_folder_of_the_same_split_with_other_text_is_refused(
+    folder: Path, tmp_path: Path, change: Callable[[Path], None], named: str
+) -> None:
+    trained(folder, tmp_path / "run")
+    change(folder)
+    relist(folder)
+    if not named:  # GenSR does not read it
+        load_run_model(tmp_path / "run")
+        return
+    with pytest.raises(DataError, match=named):
+        load_run_model(tmp_path / "run")
+
+
+def test_a_model_that_noted_nothing_is_compared_by_its_tokenizer_and_warned_of(
+    folder: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    trained(folder, tmp_path / "run")
+    path = tmp_path / "run" / "model" / "model.json"
+    document = json.loads(path.read_text())
+    del document["reads"]
+    path.write_text(json.dumps(document))
+    load_run_model(tmp_path / "run")
+    assert not [warning for warning in recwarn if "was not noted" in str(warning.message)]
+    change_tokens(folder)
+    relist(folder)
+    with pytest.warns(UserWarning, match="was not noted"):
+        load_run_model(tmp_path / "run")
+    change_tokenizer(folder)
+    relist(folder)
+    with pytest.raises(DataError, match=r"tokenizer/tokenizer\.json"):
+        load_run_model(tmp_path / "run")
 
 
 def test_another_collaborative_table_is_refused(folder: Path, tmp_path: Path) -> None:

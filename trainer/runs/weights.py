@@ -24,6 +24,7 @@ from trainer.data.node_cache import refuse_command
 from trainer.errors import DataError, RunError
 from trainer.models.contract import Ranker, Ranks, task_names
 from trainer.models.zoo import model_class
+from trainer.runs.data_identity import check_data, what_is_read
 from trainer.runs.run_folder import RunFolder
 from trainer.runs.world import counts_of, new_world, saved_world
 
@@ -90,6 +91,7 @@ def describe_model(model: Ranker, config: Config, folder: PreparedFolder) -> dic
         "precision": config.run.precision,
         "manifest_hash": folder.manifest.hash,
         "split_fingerprint": folder.manifest.fingerprint,
+        "reads": what_is_read(model.needs, folder),
         **({"cf_sha256": folder.cf_digest} if model.needs & {"cf", "cf_users"} else {}),
     }
 
@@ -180,22 +182,7 @@ def load_run_model(run_dir: str | Path, device: str = "cpu") -> tuple[Ranker, Co
     folder = PreparedFolder.open(config.data)
     path = RunFolder(run_dir).model
     document = read_model_document(path)
-    check_data(document, folder, str(run_dir))
-    tables = folder.tables(model_class(document["name"]).needs)
+    needs = model_class(document["name"]).needs
+    check_data(document, needs, folder, path, str(run_dir))
+    tables = folder.tables(needs)
     return load_model(path, tables, device, folder), config, folder
-
-
-def check_data(document: dict[str, Any], folder: PreparedFolder, run: str) -> None:
-    """Raises DataError when a folder is not what a model was trained on: another split or CF table."""
-    manifest = folder.manifest
-    if document["split_fingerprint"] != manifest.fingerprint:
-        raise DataError(
-            f"{folder.name} has another split (fingerprint {manifest.fingerprint[:12]}) than {run} was "
-            f"trained on ({document['split_fingerprint'][:12]}). Prepare the data as it was, or train again."
-        )
-    recorded = document.get("cf_sha256", "")
-    if recorded and folder.cf_digest_as(recorded) != recorded:
-        raise DataError(
-            f"{folder.name}: its CF table is not the one {run} was trained on: the model would read "
-            "other vectors. Restore it, or train again."
-        )
