@@ -96,7 +96,7 @@ def make_tiny_folder(
         "format_version": FORMAT_VERSION,
         "gensr_version": "0",
         "source": {"name": "tiny"},
-        "settings": {"num_negatives": 99, "history_max": 8},
+        "settings": {"num_negatives": 99, "history_max": 20},
         "counts": {"users": num_users, "items": num_items, "queries": num_queries, **counts},
         "split": {
             "rule": "time",

@@ -556,9 +556,9 @@ def test_a_pretrained_folder_trains_saves_and_loads(
 
 
 def test_a_longer_history_than_the_folders_is_refused(data: Path, tmp_path: Path) -> None:
-    config = config_of(data, tmp_path / "run", "data.history_max=9")
+    config = config_of(data, tmp_path / "run", "data.history_max=21")
     for start in (train, dry_run):
-        with pytest.raises(ConfigError, match=r"data\.history_max=9.*history_max=8"):
+        with pytest.raises(ConfigError, match=r"data\.history_max=21.*history_max=20"):
             start(config)
     assert not (tmp_path / "run").exists()
 

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -23,8 +24,10 @@ from trainer.data.cf_table import cf_digest, cf_path, load_cf, save_cf
 from trainer.data.folder import PreparedFolder
 from trainer.errors import DataError, RunError
 from trainer.models.gensr.model import GenSR
+from trainer.runs.checkpoint import Checkpoint, Progress, check_identity
 from trainer.runs.weights import build_model, load_run_model, save_model
 from trainer.runtime.files import file_sha256
+from trainer.training.setup import run_identity
 
 OVERRIDES = [
     "model.backbone=scratch:nano",
@@ -208,6 +211,23 @@ def test_a_table_made_again_is_the_same_table(folder: Path, tmp_path: Path) -> N
     tensors["item"][0, 0] += 1
     save_file(tensors, path, metadata)
     assert cf_digest(path) != digest
+
+
+def test_a_checkpoint_that_names_the_file_of_its_cf_table_is_continued(folder: Path) -> None:
+    config = load_config(None, [*OVERRIDES, f"data.dir={folder}"])
+    opened, accelerator = PreparedFolder.at(folder), Accelerator(cpu=True)
+
+    def named(recorded: str) -> str:
+        identity = {**run_identity(config, opened, accelerator, None, GenSR), "cf_digest": recorded}
+        found = Checkpoint(folder, Progress(), identity, "")
+        now = run_identity(config, opened, accelerator, None, GenSR, found)
+        check_identity(found, now)
+        return str(now["cf_digest"])
+
+    of_file = file_sha256(cf_path(folder))
+    assert named(of_file) == of_file and named(opened.cf_digest) == opened.cf_digest != of_file
+    with pytest.raises(RunError, match="cf"):
+        named("0" * 64)
 
 
 def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
