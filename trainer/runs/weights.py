@@ -43,7 +43,10 @@ def build_model(
 
 
 def learnable_tasks(kind: type[Ranker], folder: PreparedFolder) -> tuple[int, ...]:
-    """Those of a model's tasks that the training split has events of. Raises DataError for none."""
+    """Those of a model's tasks that the training split has events of; all of a model that is not trained,
+    such as BM25. Raises DataError for none."""
+    if not kind.trained:
+        return kind.tasks
     present = folder.tasks("train")
     tasks = tuple(task for task in kind.tasks if task in present)
     if not tasks:
