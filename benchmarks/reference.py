@@ -89,7 +89,11 @@ class Reference(nn.Module):
             inputs_embeds=vectors, attention_mask=pairs["attention_mask"], labels=pairs["labels"]
         ).loss
         return loss + self.settings.contrastive_weight * contrastive_loss(
-            f_c, f_s, pairs["user"], self.settings.temperature
+            f_c,
+            f_s,
+            pairs["user"],
+            self.settings.temperature,
+            has_history_B=pairs["history_mask"].any(1),
         )
 
     @torch.no_grad()

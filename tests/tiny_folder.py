@@ -5,7 +5,7 @@ import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,7 @@ def make_tiny_folder(
         "format_version": FORMAT_VERSION,
         "gensr_version": "0",
         "source": {"name": "tiny"},
-        "settings": {"num_negatives": 99, "history_max": 8},
+        "settings": {"num_negatives": 99, "history_max": 20},
         "counts": {"users": num_users, "items": num_items, "queries": num_queries, **counts},
         "split": {
             "rule": "time",
@@ -137,6 +137,26 @@ def make_tiny_folder(
         ),
     )
     return folder
+
+
+def relist(folder: Path) -> None:
+    """The manifest lists the files of catalog/ and tokenizer/ as they now are."""
+    raw = json.loads((folder / "manifest.json").read_text())
+    raw["catalog"] = [
+        describe_file(folder, path)
+        for part in ("catalog", "tokenizer")
+        for path in sorted((folder / part).iterdir())
+    ]
+    (folder / "manifest.json").write_text(json.dumps(raw))
+
+
+def change_events(folder: Path, split: str, change: Callable[[pa.Table], pa.Table]) -> None:
+    """Rewrites every block of a split; the manifest goes with it."""
+    raw = json.loads((folder / "manifest.json").read_text())
+    for shard in raw["shards"][split]:
+        blocks = list(decode_blocks(tar_entries(folder / shard["name"]), shard["blocks"]))
+        shard |= _write_shard(folder, shard["name"], [change(block) for block in blocks])
+    (folder / "manifest.json").write_text(json.dumps(raw))
 
 
 def to_format_2(folder: Path) -> None:

@@ -26,11 +26,13 @@ from trainer.configs import config_from_dict, load_config
 from trainer.data import EvalStream
 from trainer.data.folder import PreparedFolder
 from trainer.errors import ConfigError, DataError, EnvironmentProblem, RunError
+from trainer.evaluation.sampled import config_hash
 from trainer.models.gensr.model import GenSR
 from trainer.runs import checkpoint
 from trainer.runs.weights import load_run_model
 from trainer.runtime.stopping import StopSignal
 from trainer.training.loop import EXIT_RESUME_ME, train
+from trainer.training.plan import dry_run
 
 ROOT = Path(__file__).parents[2]
 BASE = [
@@ -548,3 +550,27 @@ def test_a_pretrained_folder_trains_saves_and_loads(
     )
     # fp32 now, bf16 there
     assert validate(model.score, stream)["mean/mrr"] == pytest.approx(result.metrics["mean/mrr"], abs=0.2)
+
+
+# ---- what the folder holds ---------------------------------------------------------------------------------
+
+
+def test_a_longer_history_than_the_folders_is_refused(data: Path, tmp_path: Path) -> None:
+    config = config_of(data, tmp_path / "run", "data.history_max=21")
+    for start in (train, dry_run):
+        with pytest.raises(ConfigError, match=r"data\.history_max=21.*history_max=20"):
+            start(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_of_a_relative_folder_is_used_from_elsewhere(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(data.parent)
+    config = config_of(Path(data.name), tmp_path / "run", "run.max_steps=1")
+    train(config)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    _, stored, folder = load_run_model(tmp_path / "run")
+    assert stored.data.dir == str(folder.path) == str(data.resolve())
+    assert config_hash(stored) == config_hash(config)

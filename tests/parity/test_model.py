@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from data_shards.schema import REC, SRC, read_manifest
@@ -254,6 +255,63 @@ def test_contrastive_loss_equals_a_double_loop_without_same_user_negatives() -> 
             own = torch.cosine_similarity(first[i], second[i], dim=0) / tau
             total += float(torch.stack(similar).logsumexp(0) - own) / 10
     assert contrastive_loss(cf, sem, users, tau).item() == pytest.approx(total, abs=1e-5)
+
+
+def test_contrastive_loss_leaves_out_rows_without_history_as_a_double_loop_does() -> None:
+    """Row 1 has no history and row 4 a view of length 0: neither counts, nor is it a negative."""
+    torch.manual_seed(0)
+    cf, sem, users = torch.randn(6, 6), torch.randn(6, 6), torch.tensor([3, 7, 3, 1, 2, 4])
+    sem[4] = 0.0
+    has_history = torch.tensor([True, False, True, True, True, True])
+    tau, total, counted = 0.5, 0.0, (0, 2, 3, 5)
+    for first, second in ((cf, sem), (sem, cf)):
+        for i in counted:
+            keys = [j for j in counted if i == j or users[i] != users[j]]
+            similar = [torch.cosine_similarity(first[i], second[j], dim=0) / tau for j in keys]
+            own = torch.cosine_similarity(first[i], second[i], dim=0) / tau
+            total += float(torch.stack(similar).logsumexp(0) - own) / 12  # of six rows, both directions
+    loss = contrastive_loss(cf, sem, users, tau, has_history_B=has_history)
+    assert loss.item() == pytest.approx(total, abs=1e-5)
+    nobody = torch.zeros(6, dtype=torch.bool)
+    assert contrastive_loss(cf, sem, users, tau, has_history_B=nobody).item() == 0.0
+
+
+def test_contrastive_loss_gathers_who_has_a_history() -> None:
+    """Two ranks' losses average to that of the union when each sees the other's rows and who is counted."""
+    torch.manual_seed(0)
+    cf, sem, users = torch.randn(6, 4), torch.randn(6, 4), torch.arange(6)
+    has_history = torch.tensor([True, False, True, True, True, False])
+    parts = []
+    for start in (0, 3):
+        asked = iter([F.normalize(cf, dim=1), F.normalize(sem, dim=1), users, has_history.long()])
+        mine = slice(start, start + 3)
+        parts.append(
+            contrastive_loss(
+                cf[mine],
+                sem[mine],
+                users[mine],
+                0.5,
+                lambda rows, asked=asked, start=start: (next(asked), start),
+                has_history[mine],
+            )
+        )
+    whole = contrastive_loss(cf, sem, users, 0.5, has_history_B=has_history)
+    torch.testing.assert_close(sum(parts) / 2, whole)
+
+
+@pytest.mark.parametrize("variant", ["paper", "extended"])
+def test_events_without_history_give_a_first_gradient_of_ordinary_size(folder: Path, variant: str) -> None:
+    """Eq. 10 normalises f_s, which starts as 0 for them: 1e10 and more where they take part in it."""
+    model, batch, _ = make(folder, variant, "model.contrastive_weight=0.1")
+    mask = batch.history_mask.clone()
+    mask[::2] = False
+    batch = replace(batch, history_mask=mask)
+    model.train()
+    model(batch)[0].backward()
+    norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
+    assert torch.isfinite(norm) and norm < 1e3
+    missing = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert not [name for name in missing if "no_history" in name]
 
 
 def test_contrastive_loss_starts_near_log_of_the_batch(folder: Path) -> None:

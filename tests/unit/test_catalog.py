@@ -14,7 +14,7 @@ from data_shards import matrices
 from data_shards.errors import DataError
 from data_shards.matrices import MatrixWriter, compact_type, matrix_parts
 from data_shards.schema import Manifest, read_manifest
-from tests.tiny_folder import make_tiny_folder
+from tests.tiny_folder import make_tiny_folder, relist
 from trainer.batch import rows_of
 from trainer.data.cf_table import CfTable
 from trainer.data.folder import PreparedFolder
@@ -57,6 +57,7 @@ def test_the_parts_of_a_prepared_folder_give_the_same_tables_as_one(tmp_path: Pa
     tokens = np.load(folder / "catalog" / "item_tokens-000000.npy")
     for number, part in enumerate(np.array_split(tokens, 3)):
         np.save(folder / "catalog" / f"item_tokens-{number:06d}.npy", part)
+    relist(folder)
     for _ in range(2):  # joined, then found
         tables = PreparedFolder.at(folder).tables(GenSR.needs, with_folds=True)
         assert tables.item_tokens.dtype == torch.uint16 and torch.equal(tables.item_tokens, whole)
@@ -67,6 +68,7 @@ def test_folders_of_format_1_are_read(tmp_path: Path) -> None:
     folder = make_tiny_folder(tmp_path)
     for path in (folder / "catalog").glob("*-000000.npy"):
         path.rename(path.with_name(path.name.replace("-000000", "")))
+    relist(folder)
     raw = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps({**raw, "format_version": 1}))
     assert PreparedFolder.at(folder).tables(GenSR.needs, with_folds=True).item_tokens.shape == (130, 8)

@@ -5,13 +5,15 @@ import itertools
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
 from data_shards.hashing import click_fold
 from data_shards.schema import Manifest, read_manifest
-from tests.tiny_folder import make_tiny_folder
-from trainer.config import DataConfig
+from tests.tiny_folder import change_events, make_tiny_folder
+from trainer.cf.build import held_in, last_clicks, unique_rec_clicks
+from trainer.config import CfConfig, DataConfig
 from trainer.data import EvalStream, TrainStream, prefetched
 from trainer.data.folder import PreparedFolder
 from trainer.data.negatives import NegativeSampler
@@ -91,6 +93,61 @@ def test_held_out_clicks_alone_are_trained_on(folder: Path) -> None:
     ]
     usable = columns["event_id"][(columns["task"] == 1) | (heldout[columns["user"]] == columns["item"])]
     assert len(set(seen)) == len(seen) and set(seen) <= set(usable.tolist())
+
+
+@pytest.mark.parametrize("holdout", ["last", "crossfit"])
+def test_no_event_reads_a_cf_table_that_has_seen_its_click(tmp_path: Path, holdout: str) -> None:
+    """Slowly, click by click, in a log where users search for what they were recommended."""
+    folder = PreparedFolder.at(make_tiny_folder(tmp_path, num_train=600, num_users=2, num_items=100))
+    config = CfConfig(holdout=holdout, num_folds=3)
+    columns = folder.columns("train", ["user", "item", "task", "time", "event_id"])
+    clicks = unique_rec_clicks(columns, folder.manifest)
+    last = last_clicks(columns, folder.manifest.num_users) if holdout == "last" else None
+    pairs = list(zip(clicks.users.tolist(), clicks.items_in_catalog.tolist(), strict=True))
+    tables = [
+        {pair for pair, is_in in zip(pairs, mask, strict=True) if is_in}
+        for mask in held_in(clicks, config, last)
+    ]
+    num_folds = 3 if holdout == "crossfit" else 0
+    stream = TrainStream(folder, CONFIG, 5, 4, 4, num_folds=num_folds, heldout_item=last)
+    tasks = set()
+    for batch in itertools.islice(stream, -(-stream.num_events // 4)):
+        clicked = batch.candidates[:, 0].tolist()
+        for user, item, fold in zip(batch.user.tolist(), clicked, batch.fold.tolist(), strict=True):
+            assert (user, item) not in tables[fold]
+        tasks |= set(batch.task.tolist())
+    assert tasks == {0, 1}
+    if holdout == "crossfit":
+        assert stream.num_events == 600
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("item", -5), ("item", 130), ("user", 24), ("query", 12), ("history_items", 130)]
+)
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_ids_that_the_folder_does_not_have_are_named(
+    tmp_path: Path, name: str, value: int, split: str
+) -> None:
+    folder = make_tiny_folder(tmp_path)
+    blocks = itertools.count()
+
+    def spoil(block: pa.Table) -> pa.Table:
+        column = block[name].to_pylist()
+        if next(blocks) == 1:
+            column[7] = [value] if isinstance(column[7], list) else value
+        place = block.column_names.index(name)
+        return block.set_column(place, name, pa.array(column, block.schema.field(name).type))
+
+    change_events(folder, split, spoil)
+    opened = PreparedFolder.at(folder)
+    stream = (
+        TrainStream(opened, CONFIG, 5, 24, 24) if split == "train" else EvalStream(opened, split, CONFIG, 8)
+    )
+    where = rf"{split}-000000\.tar: block 1: {name} {value} is not among the folder's ids"
+    with pytest.raises(DataError, match=where):
+        list(itertools.islice(stream, 8))
+    with pytest.raises(DataError, match=where):
+        opened.columns(split, [name])
 
 
 @pytest.mark.parametrize("ranks", [1, 3, 8])

@@ -1,23 +1,33 @@
 """RUN/model holds a whole model: what was trained is what is loaded, also with LoRA; other tables are
 refused."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
-from safetensors.torch import load_file
+from accelerate import Accelerator
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from data_shards.schema import read_manifest
 from data_shards.settings import to_yaml
-from tests.tiny_folder import make_tiny_folder
+from tests.tiny_folder import make_tiny_folder, relist
 from trainer.config import Config
 from trainer.configs import load_config
 from trainer.data import EvalStream
-from trainer.data.cf_table import cf_path, load_cf, save_cf
+from trainer.data.cf_table import cf_digest, cf_path, load_cf, save_cf
 from trainer.data.folder import PreparedFolder
 from trainer.errors import DataError, RunError
 from trainer.models.gensr.model import GenSR
+from trainer.runs.checkpoint import Checkpoint, Progress, check_identity
 from trainer.runs.weights import build_model, load_run_model, save_model
+from trainer.runtime.files import file_sha256
+from trainer.training.setup import run_identity
 
 OVERRIDES = [
     "model.backbone=scratch:nano",
@@ -86,6 +96,81 @@ def test_lora_on_a_local_backbone_saves_adapter_and_heads_only(
     torch.testing.assert_close(
         load_run_model(tmp_path / "run")[0].score(batch), model.score(batch), rtol=0, atol=1e-5
     )
+    for parameter in plain.parameters():  # another backbone of the same shape, in the same place
+        parameter.add_(0.1)
+    plain.backbone.base.save_pretrained(backbone)
+    with pytest.raises(DataError, match=r"is not the one that .* was trained on: model\.safetensors"):
+        load_run_model(tmp_path / "run")
+    (tmp_path / "run" / "model" / "backbone" / "weights.json").unlink()  # as older runs are
+    load_run_model(tmp_path / "run")
+
+
+def change_tokenizer(folder: Path) -> None:
+    path = folder / "tokenizer" / "tokenizer.json"
+    path.write_text(path.read_text().replace("red", "tan"))
+
+
+def change_tokens(folder: Path) -> None:
+    path = folder / "catalog" / "item_tokens-000000.npy"
+    np.save(path, np.load(path)[::-1])
+
+
+def change_settings(folder: Path) -> None:
+    path = folder / "manifest.json"
+    raw = json.loads(path.read_text())
+    raw["text"]["item_tokens"] = 16
+    path.write_text(json.dumps(raw))
+
+
+def add_vocabulary(folder: Path) -> None:
+    np.save(folder / "catalog" / "words.npy", np.arange(3))
+
+
+def change_users(folder: Path) -> None:
+    pq.write_table(pa.table({"user_id": ["other"] * 24}), folder / "catalog" / "users.parquet")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (change_tokenizer, r": tokenizer/tokenizer\.json\. "),
+        (change_tokens, r": catalog/item_tokens-000000\.npy\. "),
+        (change_settings, r": item_tokens=16 \(was 8\)\. "),
+        (add_vocabulary, r": catalog/words\.npy\. "),
+        (change_users, ""),
+    ],
+)
+def test_a_folder_of_the_same_split_with_other_text_is_refused(
+    folder: Path, tmp_path: Path, change: Callable[[Path], None], named: str
+) -> None:
+    trained(folder, tmp_path / "run")
+    change(folder)
+    relist(folder)
+    if not named:  # GenSR does not read it
+        load_run_model(tmp_path / "run")
+        return
+    with pytest.raises(DataError, match=named):
+        load_run_model(tmp_path / "run")
+
+
+def test_a_model_that_noted_nothing_is_compared_by_its_tokenizer_and_warned_of(
+    folder: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    trained(folder, tmp_path / "run")
+    path = tmp_path / "run" / "model" / "model.json"
+    document = json.loads(path.read_text())
+    del document["reads"]
+    path.write_text(json.dumps(document))
+    load_run_model(tmp_path / "run")
+    assert not [warning for warning in recwarn if "was not noted" in str(warning.message)]
+    change_tokens(folder)
+    relist(folder)
+    with pytest.warns(UserWarning, match="was not noted"):
+        load_run_model(tmp_path / "run")
+    change_tokenizer(folder)
+    relist(folder)
+    with pytest.raises(DataError, match=r"tokenizer/tokenizer\.json"):
+        load_run_model(tmp_path / "run")
 
 
 def test_another_collaborative_table_is_refused(folder: Path, tmp_path: Path) -> None:
@@ -97,6 +182,52 @@ def test_another_collaborative_table_is_refused(folder: Path, tmp_path: Path) ->
     save_cf(folder, table)
     with pytest.raises(DataError, match="not the one"):
         load_run_model(tmp_path / "run")
+
+
+def test_a_table_made_again_is_the_same_table(folder: Path, tmp_path: Path) -> None:
+    """Also where the file has its metadata in another order, and for a run that recorded the file's hash."""
+    trained(folder, tmp_path / "run")
+    path, table = cf_path(folder), load_cf(folder, read_manifest(folder))
+    files, digest = {path.read_bytes()}, cf_digest(path)
+    for _ in range(6):
+        save_cf(folder, table)
+        files.add(path.read_bytes())
+    assert len(files) == 1
+    tensors = load_file(path)
+    with safe_open(str(path), "pt") as file:
+        metadata = file.metadata()
+    assert list(metadata) and cf_digest(path) == digest
+    document_path = tmp_path / "run" / "model" / "model.json"
+    document = json.loads(document_path.read_text())
+    assert document["cf_sha256"] == digest
+    document_path.write_text(json.dumps({**document, "cf_sha256": file_sha256(path)}))
+    load_run_model(tmp_path / "run")
+    document_path.write_text(json.dumps(document))
+    while path.read_bytes() in files:  # in any other order
+        save_file(tensors, path, metadata)
+    path.with_suffix(".sha256").unlink()
+    assert cf_digest(path) == digest
+    load_run_model(tmp_path / "run")
+    tensors["item"][0, 0] += 1
+    save_file(tensors, path, metadata)
+    assert cf_digest(path) != digest
+
+
+def test_a_checkpoint_that_names_the_file_of_its_cf_table_is_continued(folder: Path) -> None:
+    config = load_config(None, [*OVERRIDES, f"data.dir={folder}"])
+    opened, accelerator = PreparedFolder.at(folder), Accelerator(cpu=True)
+
+    def named(recorded: str) -> str:
+        identity = {**run_identity(config, opened, accelerator, None, GenSR), "cf_digest": recorded}
+        found = Checkpoint(folder, Progress(), identity, "")
+        now = run_identity(config, opened, accelerator, None, GenSR, found)
+        check_identity(found, now)
+        return str(now["cf_digest"])
+
+    of_file = file_sha256(cf_path(folder))
+    assert named(of_file) == of_file and named(opened.cf_digest) == opened.cf_digest != of_file
+    with pytest.raises(RunError, match="cf"):
+        named("0" * 64)
 
 
 def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:

@@ -46,8 +46,9 @@ def train_cf(out: str | Path, overrides: Sequence[str] = (), progress: Notify | 
     "overwrite=true".
 
     An existing table of the same split and settings is kept; an interrupted training resumes from
-    OUT/cf/partial/. Deterministic on CPU for given settings. Raises DataError for a folder without training
-    rec clicks, RunError for an existing table of other settings or split without overwrite=true.
+    OUT/cf/partial/. Deterministic on CPU for given settings. A log of searches alone gives a table of
+    zeros, as items without clicks have. Raises RunError for an existing table of other settings or split
+    without overwrite=true.
     """
     say = progress or (lambda message: None)
     root: CfRoot = s.load(CfRoot, overrides=overrides)
@@ -64,10 +65,10 @@ def train_cf(out: str | Path, overrides: Sequence[str] = (), progress: Notify | 
     columns = folder.columns("train", ["user", "item", "task", "time", "event_id"])
     clicks = unique_rec_clicks(columns, manifest)
     if len(clicks.users) == 0:
-        raise DataError(
-            f"{out}: no recommendation click in the training split, LightGCN has nothing to learn from. "
-            f"Look at: gensr inspect {out}"
-        )
+        say(f"{out} has no recommendation click in its training split: the table holds zeros")
+        path = save_cf(out, empty_table(manifest, config))
+        say(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
+        return path
     work = cf_work(folder, root)
     if others := work.of_others():
         say(
@@ -80,6 +81,21 @@ def train_cf(out: str | Path, overrides: Sequence[str] = (), progress: Notify | 
     work.remove()
     say(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
     return path
+
+
+def empty_table(manifest: Manifest, config: CfConfig) -> CfTable:
+    """Of a split without recommendation clicks."""
+    num_folds = {"none": 0, "last": 1, "crossfit": config.num_folds}[config.holdout]
+    return CfTable(
+        user=torch.zeros(manifest.num_users, config.dim),
+        item=torch.zeros(manifest.num_items, config.dim),
+        item_folds=torch.zeros(num_folds, manifest.num_items, config.dim),
+        heldout_item=torch.full((manifest.num_users,), -1) if config.holdout == "last" else None,
+        split_fingerprint=manifest.fingerprint,
+        settings=asdict(config),
+        validation={"epochs": 0, "ndcg@10": None, "num_events": 0, "curve": []},
+        gensr_version=trainer.__version__,
+    )
 
 
 def _check_existing(folder: PreparedFolder, config: CfConfig) -> None:

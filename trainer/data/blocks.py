@@ -12,13 +12,14 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 import webdataset as wds
 from webdataset.tariterators import tar_file_iterator
 
 from data_shards.blocks import decode_blocks
 from data_shards.checksum import file_sha256, pieces
-from data_shards.schema import NO_QUERY, SRC, Shard
+from data_shards.schema import NO_QUERY, SRC, TASKS, Manifest, Shard
 from trainer.batch import Batch
 from trainer.data.node_cache import (
     READ_ATTEMPTS,
@@ -75,10 +76,14 @@ class Rows:
 
 
 def read_blocks(
-    folder: str | Path, shard: Shard, first_block: int = 0, columns: list[str] | None = None
+    folder: str | Path,
+    shard: Shard,
+    first_block: int = 0,
+    columns: list[str] | None = None,
+    manifest: Manifest | None = None,
 ) -> Iterator[pa.Table]:
     """The Arrow blocks of one shard, in order, from block `first_block` on. folder: a prepared folder, or one
-    of the node's cache (data/node_cache.py).
+    of the node's cache (data/node_cache.py). manifest: whose counts all ids must respect; None = any ids.
 
     A failing disk or network is tried again, from the block where it failed. Raises DataError naming the
     shard when it is missing, truncated, or not what the manifest says, or cannot be read after READ_ATTEMPTS
@@ -91,8 +96,11 @@ def read_blocks(
     for attempt in itertools.count(1):
         try:
             for table in decode_blocks(_entries(place, shard), shard.blocks, number):
+                table = table if columns is None else table.select(columns)
+                if manifest is not None:
+                    check_ids(table, manifest, f"{where}: block {number}")
                 number += 1
-                yield table if columns is None else table.select(columns)
+                yield table
             return
         except (OSError, KeyError, EOFError, tarfile.TarError, pa.ArrowException, ValueError) as error:
             # of a stream, a cut-off end may be the network's fault
@@ -140,6 +148,36 @@ class _HashedStream:
         self.sha256.update(piece)
         self.num_bytes += len(piece)
         return piece
+
+
+def check_ids(table: pa.Table, manifest: Manifest, where: str) -> None:
+    """Raises DataError naming `where` for an id of a block that the folder does not have: one pass over each
+    column for its least and greatest value."""
+    most = {
+        "user": manifest.num_users,
+        "item": manifest.num_items,
+        "query": manifest.num_queries,
+        "task": len(TASKS),
+    }
+    of_column = {
+        "history_items": "item", "history_queries": "query", "history_tasks": "task",
+        "impressions": "item", "negatives": "item",
+    }  # fmt: skip
+    for name in table.column_names:
+        kind = of_column.get(name, name)
+        if kind not in most:
+            continue
+        least = NO_QUERY if kind == "query" else 0
+        values = table[name]
+        if name in of_column:
+            values = pc.list_flatten(values)
+        found = pc.min_max(values).as_py()
+        if found["min"] is not None and (found["min"] < least or found["max"] >= most[kind]):
+            wrong = found["min"] if found["min"] < least else found["max"]
+            raise DataError(
+                f"{where}: {name} {wrong} is not among the folder's ids {least} … {most[kind] - 1}. Restore "
+                "the file or prepare the folder again."
+            )
 
 
 _verified: set[tuple[str, str]] = set()

@@ -1,9 +1,11 @@
 """cf/lightgcn.safetensors of a prepared folder: what `gensr cf` writes and everything else reads."""
 
+import hashlib
 import json
+import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -16,6 +18,9 @@ from trainer.errors import DataError
 from trainer.runtime.files import atomic, file_sha256
 
 CF_FORMAT = "gensr-cf-1"
+DIGEST_KIND = "tensors:"  # starts what cf_digest() gives; a bare sha256 is an older record, of the file
+HASHED_BYTES = 1 << 22  # read at once
+MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 
 
 @dataclass(frozen=True)
@@ -64,10 +69,63 @@ def save_cf(folder: str | Path, table: CfTable) -> Path:
     path = cf_path(folder)
     with atomic(path) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(temporary), metadata)
+        _sort_metadata(temporary)
     # so that a node's cache can tell whether its copy is this table
     with atomic(path.with_suffix(".sha256")) as temporary:
         temporary.write_text(f"{file_sha256(path)} {path.stat().st_size} {path.name}\n", encoding="utf-8")
     return path
+
+
+def cf_digest(path: str | Path) -> str:
+    """Identity of a CF table: sha256 of its tensors (names, types, shapes, bytes) and metadata, whatever
+    order the file has them in. Raises DataError when it is not a safetensors file."""
+    with open(path, "rb") as file:
+        try:
+            header, start = _header(file.read(8), file)
+            names = sorted(set(header) - {"__metadata__"})
+            facts = [[name, header[name]["dtype"], header[name]["shape"]] for name in names]
+            places = [header[name]["data_offsets"] for name in names]
+        except (KeyError, TypeError, ValueError, struct.error) as error:
+            raise DataError(
+                f"{path} cannot be read: {error}. Make it again with: gensr cf OUT overwrite=true"
+            ) from error
+        digest = hashlib.sha256(json.dumps([facts, header.get("__metadata__")], sort_keys=True).encode())
+        for begin, end in places:
+            file.seek(start + begin)
+            while begin < end and (piece := file.read(min(end - begin, HASHED_BYTES))):
+                digest.update(piece)
+                begin += len(piece)
+    return DIGEST_KIND + digest.hexdigest()
+
+
+def same_cf(recorded: str, path: str | Path) -> bool:
+    """Whether what a run recorded names the table at `path`: by cf_digest(), or, in a run of before there was
+    one, by the sha256 of the file."""
+    digest = cf_digest if recorded.startswith(DIGEST_KIND) else file_sha256
+    return Path(path).is_file() and digest(path) == recorded
+
+
+def _header(length: bytes, file: IO[bytes]) -> tuple[dict[str, Any], int]:
+    """The header of a safetensors file, and where its tensors begin."""
+    (size,) = struct.unpack("<Q", length)
+    if size > MAX_HEADER_BYTES:
+        raise ValueError("it does not begin with the length of a header")
+    header = json.loads(file.read(size))
+    if not isinstance(header, dict):
+        raise ValueError("its header is no table of tensors")
+    return header, 8 + size
+
+
+def _sort_metadata(path: Path) -> None:
+    """safetensors writes metadata in an order that differs from process to process: the same table would be
+    another file each time. The sorted header takes no more room."""
+    with open(path, "rb+") as file:
+        header, start = _header(file.read(8), file)
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= start - 8, "a header grew"
+        file.seek(8)
+        file.write(text.ljust(start - 8))
 
 
 def load_cf(folder: str | Path, manifest: Manifest, users: bool = True, folds: bool = True) -> CfTable:

@@ -101,7 +101,7 @@ class EvalStream:
         """This rank's events of one block after the other (none of most blocks' in a small sample)."""
         start = 0
         for shard in self.shards:
-            for table in read_blocks(self.folder.path, shard):
+            for table in read_blocks(self.folder.path, shard, manifest=self.folder.manifest):
                 stop = start + table.num_rows
                 first, last = (
                     (start, stop) if self._chosen is None else np.searchsorted(self._chosen, [start, stop])

@@ -10,15 +10,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from data_shards.schema import Manifest, read_manifest
+from data_shards.schema import TASKS, Manifest, read_manifest
 from data_shards.secrets import mask_secrets
 from trainer.batch import ItemTables, TrainClicks
 from trainer.config import DataConfig
 from trainer.data.blocks import read_blocks, to_numpy
-from trainer.data.cf_table import CfTable, cf_path, load_cf
+from trainer.data.cf_table import CfTable, cf_digest, cf_path, load_cf, same_cf
 from trainer.data.item_tables import load_tables
-from trainer.data.node_cache import local_folder
-from trainer.runtime.files import file_sha256
+from trainer.data.node_cache import CF_DIGEST, local_folder, parse_cf_digest
+from trainer.data.verified import Known, check_files
+from trainer.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,16 @@ class PreparedFolder:
     def tokenizer(self) -> Path:
         return self.path / "tokenizer"
 
+    def check_settings(self, data: DataConfig) -> None:
+        """Raises ConfigError for settings that ask for more than the folder holds."""
+        if data.history_max > self.manifest.history_max:
+            raise ConfigError(
+                f"data.history_max={data.history_max}, but {self.name} was prepared with history_max="
+                f"{self.manifest.history_max}: longer histories are not in it. Set data.history_max="
+                f"{self.manifest.history_max} or less, or prepare it again with "
+                f"history_max={data.history_max}"
+            )
+
     # ---- tables --------------------------------------------------------------------------------------------
 
     @property
@@ -60,23 +71,45 @@ class PreparedFolder:
 
     @cached_property
     def cf_digest(self) -> str:
-        """sha256 of the CF table's file; "" where there is none."""
-        return file_sha256(cf_path(self.path)) if self.has_cf else ""
+        """Identity of the CF table; "" where there is none."""
+        return cf_digest(cf_path(self.path)) if self.has_cf else ""
+
+    def cf_digest_as(self, recorded: str) -> str:
+        """`recorded` where it names this table, also in the way of an older run; else cf_digest."""
+        return recorded if recorded and same_cf(recorded, cf_path(self.path)) else self.cf_digest
+
+    def catalogue_files(self) -> list[Known]:
+        """What the manifest lists of catalog/ and tokenizer/."""
+        return [(file["name"], file["num_bytes"], file["sha256"]) for file in self.manifest.raw["catalog"]]
+
+    def _cf_file(self) -> list[Known]:
+        """The CF table as its .sha256 describes it; none where that is missing (tables of before there was
+        one)."""
+        path = self.path / CF_DIGEST
+        return [parse_cf_digest(path.read_bytes(), str(path))] if path.is_file() else []
 
     def tables(self, needs: frozenset[str], with_folds: bool = False) -> ItemTables:
         """What a model's `needs` name, on the CPU; the rest is empty. Raises DataError, with the command that
-        makes it, for something that the folder does not hold."""
+        makes it, for something that the folder does not hold, and for files that are not what the manifest
+        says."""
         self.manifest.check_holds(needs, self.name)
-        cf = self.cf(users="cf_users" in needs, folds=with_folds) if needs & {"cf", "cf_users"} else None
+        reads_cf = bool(needs & {"cf", "cf_users"})
+        check_files(self.path, self.catalogue_files() + (self._cf_file() if reads_cf else []))
+        cf = self.cf(users="cf_users" in needs, folds=with_folds) if reads_cf else None
         return load_tables(self.path, self.manifest, cf, with_folds)
 
     # ---- events --------------------------------------------------------------------------------------------
+
+    def tasks(self, split: str) -> tuple[int, ...]:
+        """Tasks of which a split has events."""
+        counts = self.manifest.raw["counts"][split]
+        return tuple(task for task, name in enumerate(TASKS) if counts[name])
 
     def columns(self, split: str, names: list[str]) -> dict[str, np.ndarray]:
         """Whole columns of a split, in stored order. Fixed-size lists come as [n, k]."""
         parts: dict[str, list[np.ndarray]] = {name: [] for name in names}
         for shard in self.manifest.shards(split):
-            for table in read_blocks(self.path, shard, columns=names):
+            for table in read_blocks(self.path, shard, columns=names, manifest=self.manifest):
                 for name in names:
                     parts[name].append(to_numpy(table[name]))
         empty = np.zeros(0, np.int64)

@@ -34,10 +34,14 @@ def load_tables(
         item_category=_mapped(folder, manifest, "item_category", num_items)
         if manifest.category_depth
         else _nothing(num_items),
-        query_tokens=_trimmed(_mapped(folder, manifest, "query_tokens", num_queries).int()),
-        query_words=_trimmed(_mapped(folder, manifest, "query_words", num_queries).int())
-        if words
-        else _nothing(num_queries),
+        query_tokens=_at_least_one_row(
+            _trimmed(_mapped(folder, manifest, "query_tokens", num_queries).int())
+        ),
+        query_words=_at_least_one_row(
+            _trimmed(_mapped(folder, manifest, "query_words", num_queries).int())
+            if words
+            else _nothing(num_queries)
+        ),
     )
 
 
@@ -80,3 +84,8 @@ def _trimmed(tokens: Tensor) -> Tensor:
     used = (tokens != 0).any(0)
     longest = int(used.nonzero().max()) + 1 if bool(used.any()) else 1
     return tokens[:, :longest] if tokens.shape[1] else tokens
+
+
+def _at_least_one_row(tokens: Tensor) -> Tensor:
+    """Of a log without searches: a query of padding, so that what stands for "no query" can be looked up."""
+    return tokens if len(tokens) else tokens.new_zeros(1, tokens.shape[1])

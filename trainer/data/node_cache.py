@@ -275,13 +275,18 @@ def _cf_table(origin: str) -> list[tuple[str, int, str]]:
     except DataError as error:
         warnings.warn(f"no CF table: {error}", stacklevel=2)
         return []
+    return [parse_cf_digest(content, url_of(origin, CF_DIGEST))]
+
+
+def parse_cf_digest(content: bytes, where: str) -> tuple[str, int, str]:
+    """cf/lightgcn.sha256 → name, bytes and sha256 of the table's file. Raises DataError naming `where`."""
     found = _DIGEST_LINE.match(content.decode(errors="replace"))
     if found is None:
         raise DataError(
-            f"{url_of(origin, CF_DIGEST)}: must be a sha256, a number of bytes and a name, got "
-            f"{content[:80]!r}. Make the table again with: gensr cf"
+            f"{where}: must be a sha256, a number of bytes and a name, got {content[:80]!r}. Make the table "
+            "again with: gensr cf"
         )
-    return [(CF_TABLE, int(found[2]), found[1])]
+    return CF_TABLE, int(found[2]), found[1]
 
 
 def default_cache() -> Path:

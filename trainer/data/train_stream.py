@@ -13,7 +13,7 @@ import pyarrow as pa
 import torch
 
 from data_shards.hashing import click_fold, derive_seed
-from data_shards.schema import REC, SRC, TASKS, Shard
+from data_shards.schema import REC, SRC, TASKS, Manifest, Shard
 from trainer.batch import Batch
 from trainer.config import DataConfig
 from trainer.data.blocks import Rows, check_shard, decode, read_blocks, searches_of, to_batch, to_numpy
@@ -60,9 +60,10 @@ class TrainStream(torch.utils.data.IterableDataset):
         clicks: np.ndarray | None = None,
         tasks: tuple[int, ...] = (REC, SRC),
     ) -> None:
-        """num_folds: folds of the cross-fitted CF table, 0 = none. heldout_item [num_users]: recommendation
-        events are trained on only where their click was held out of the table (cf.holdout=last). clicks
-        [num_items]: training clicks, for negatives=popularity. tasks: whose events are trained on."""
+        """num_folds: folds of the cross-fitted CF table, 0 = none. heldout_item [num_users]: the click that
+        the table of cf.holdout=last has not seen; events of either task whose user and item are a click that
+        it has seen are left out. clicks [num_items]: training clicks, for
+        negatives=popularity. tasks: whose events are trained on."""
         super().__init__()
         if global_batch_size % (micro_batch_size * world_size):
             raise ConfigError(
@@ -70,13 +71,15 @@ class TrainStream(torch.utils.data.IterableDataset):
                 f"optim.micro_batch_size={micro_batch_size} × {world_size} processes. "
                 f"Choose a micro batch that divides global_batch_size / {world_size}."
             )
-        self.folder, self.config = folder.path, config
+        self.folder, self.manifest, self.config = folder.path, folder.manifest, config
         self.micro_batch_size, self.rank, self.world_size = micro_batch_size, rank, world_size
         self.start_event = start_event
-        self.num_folds, self.heldout_item = num_folds, heldout_item
+        self.num_folds = num_folds
         self.shards = _readable(
             folder.path, folder.manifest.shards("train"), skip_bad=config.on_bad_shard == "skip"
         )
+        # sorted keys of the clicks that the table of cf.holdout=last has seen; None with other tables
+        self.seen = self._seen(heldout_item) if heldout_item is not None else None
         both = set(tasks) == {REC, SRC}
         mix = Mix.of(config.search_share if both else 0.0)
         # of each stream; None = both
@@ -145,7 +148,7 @@ class TrainStream(torch.utils.data.IterableDataset):
         fold = (
             click_fold(rows.user, rows.item, self.num_folds)
             if self.num_folds
-            else np.full(len(rows.item), 0 if self.heldout_item is not None else -1)
+            else np.full(len(rows.item), 0 if self.seen is not None else -1)
         )
         return to_batch(rows, candidates, labels, fold)
 
@@ -154,7 +157,7 @@ class TrainStream(torch.utils.data.IterableDataset):
     def _units(self) -> Iterator[tuple[Unit, list[Part], np.ndarray]]:
         """(unit, its parts, order of their rows one after the other) from the unit that holds start_event on.
         Earlier shards are not opened."""
-        readers = [BlockReader(self.folder, self.shards) for _ in self.tasks]
+        readers = [BlockReader(self.folder, self.shards, self.manifest) for _ in self.tasks]
         late = np.zeros(0, np.int64)
         for unit in self.order.units_from(self.start_event):
             parts = []
@@ -195,18 +198,35 @@ class TrainStream(torch.utils.data.IterableDataset):
 
     def _usable(self, table: pa.Table, task: int | None) -> np.ndarray:
         """Rows of a block that a stream trains on."""
-        if self.heldout_item is None and task is None:
+        if self.seen is None and task is None:
             return np.arange(table.num_rows)
-        tasks = to_numpy(table["task"])
-        usable = np.ones(table.num_rows, bool) if task is None else tasks == task
-        if self.heldout_item is not None:
-            usable &= (tasks == SRC) | (self.heldout_item[to_numpy(table["user"])] == to_numpy(table["item"]))
+        usable = np.ones(table.num_rows, bool) if task is None else to_numpy(table["task"]) == task
+        if self.seen is not None:
+            usable &= ~np.isin(self._keys(table), self.seen)
         return np.flatnonzero(usable)
+
+    def _seen(self, heldout_item: np.ndarray) -> np.ndarray:
+        """The recommendation clicks of training but each user's held-out one, as keys: what `gensr cf` gave
+        that table to learn from. A search can be for an item that its user was recommended, too."""
+        found = []
+        for shard in self.shards:
+            for table in self._blocks(shard, ["user", "item", "task"]):
+                seen = to_numpy(table["task"]) == REC
+                seen &= heldout_item[to_numpy(table["user"])] != to_numpy(table["item"])
+                found.append(self._keys(table)[seen])
+        return np.unique(np.concatenate(found)) if found else np.zeros(0, np.int64)
+
+    def _keys(self, table: pa.Table) -> np.ndarray:
+        """User and item of each event as one number."""
+        return to_numpy(table["user"]).astype(np.int64) * self.manifest.num_items + to_numpy(table["item"])
+
+    def _blocks(self, shard: Shard, columns: list[str]) -> Iterator[pa.Table]:
+        return read_blocks(self.folder, shard, columns=columns, manifest=self.manifest)
 
     def _sizes(self) -> list[list[list[int]]]:
         """Usable rows of each stream, shard and block: from the manifest, or by reading the shards once where
         it does not say."""
-        if self.heldout_item is None:
+        if self.seen is None:
             blocks = [list(shard.blocks) for shard in self.shards]
             if self.tasks == [None]:
                 return [blocks]
@@ -218,7 +238,7 @@ class TrainStream(torch.utils.data.IterableDataset):
         counted = [
             [
                 [len(self._usable(table, task)) for task in self.tasks]
-                for table in read_blocks(self.folder, shard, columns=["user", "item", "task"])
+                for table in self._blocks(shard, ["user", "item", "task"])
             ]
             for shard in self.shards
         ]
@@ -231,15 +251,15 @@ class BlockReader:
     """Blocks of some shards, one after the other: a shard is read on from where it stands, and opened anew
     only to go back."""
 
-    def __init__(self, folder: str | Path, shards: tuple[Shard, ...]) -> None:
-        self.folder, self.shards = folder, shards
+    def __init__(self, folder: str | Path, shards: tuple[Shard, ...], manifest: Manifest) -> None:
+        self.folder, self.shards, self.manifest = folder, shards, manifest
         self._shard = self._block = -1
         self._tables: Iterator[pa.Table] = iter(())
         self._table: pa.Table | None = None
 
     def block(self, shard: int, block: int) -> pa.Table:
         if shard != self._shard or block < self._block:
-            self._tables = read_blocks(self.folder, self.shards[shard], block)
+            self._tables = read_blocks(self.folder, self.shards[shard], block, manifest=self.manifest)
             self._shard, self._block = shard, block - 1
         while self._block < block:
             self._table, self._block = next(self._tables), self._block + 1

@@ -215,6 +215,11 @@ class Ranker(nn.Module):
     def set_ranks(self, ranks: Ranks) -> None:
         self._world[0] = replace(self._world[0], ranks=ranks)
 
+    def set_tasks(self, tasks: tuple[int, ...]) -> None:
+        """Those of the model's tasks that its training data has: of a log without searches there is nothing
+        to learn about them."""
+        self.__dict__["tasks"] = tasks
+
     @property
     def tables(self) -> ItemTables:
         return self._world[0].tables

@@ -104,8 +104,8 @@ def fixed_settings(config: Config) -> dict[str, Any]:
 def identity_of(
     config: Config, manifest: Manifest, world_size: int, zero_stage: int | None, cf_digest: str
 ) -> dict[str, Any]:
-    """What a continuation must share with the run that wrote the checkpoint. cf_digest: sha256 of the CF
-    table's file."""
+    """What a continuation must share with the run that wrote the checkpoint. cf_digest: the
+    CF table's."""
     return {
         "format": FORMAT,
         "manifest_hash": manifest.hash,

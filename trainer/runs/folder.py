@@ -8,8 +8,9 @@ mend something. crashed, and running without a process: try again.
 import contextlib
 import json
 import logging
+import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from data_shards.secrets import masked
 from data_shards.settings import read_yaml, to_yaml
 from trainer.config import Config
 from trainer.configs import config_from_dict
+from trainer.data.node_cache import is_url
 from trainer.errors import EnvironmentProblem, RunError
 from trainer.runs.checkpoint import Progress, check_settings, fixed_settings, listed, remove_partial
 from trainer.runs.run_folder import RunFolder
@@ -92,7 +94,7 @@ def _claim(config: Config, resume: str, lock: list[IO[str]]) -> tuple[bool, bool
     if found:
         check_settings(config_from_dict(read_yaml(path)), config, path)
         finished = is_finished(folder, config)
-    elif create(path, to_yaml(config), SECRET_MODE):
+    elif create(path, effective_yaml(config), SECRET_MODE):
         finished = False
     else:
         raise RunError(f"{folder} was claimed by another run just now. Choose another run.dir.")
@@ -151,11 +153,20 @@ def _lock(folder: Path) -> IO[str]:
     return file
 
 
+def effective_yaml(config: Config) -> str:
+    """What config.yaml holds: a relative data.dir is made absolute, so that the run can be used from another
+    folder."""
+    place = config.data.dir
+    if place and not is_url(place):
+        config = replace(config, data=replace(config.data, dir=os.path.abspath(place)))
+    return to_yaml(config)
+
+
 def write_facts(config: Config, facts: dict[str, Any]) -> None:
     """config.yaml (effective) and environment.json, as this part of the run sees them."""
     folder = Path(config.run.dir)
     with atomic(RunFolder(folder).config, SECRET_MODE) as temporary:  # URLs in it may hold passwords
-        temporary.write_text(to_yaml(config), encoding="utf-8")
+        temporary.write_text(effective_yaml(config), encoding="utf-8")
     with atomic(RunFolder(folder).environment) as temporary:
         temporary.write_text(json.dumps(masked(facts), indent=2) + "\n", encoding="utf-8")
 

@@ -15,14 +15,16 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from data_shards.schema import TASKS
 from trainer.batch import ItemTables
 from trainer.config import Config, DataConfig
 from trainer.configs import config_from_dict
 from trainer.data.folder import PreparedFolder
 from trainer.data.node_cache import refuse_command
 from trainer.errors import DataError, RunError
-from trainer.models.contract import Ranker, Ranks
+from trainer.models.contract import Ranker, Ranks, task_names
 from trainer.models.zoo import model_class
+from trainer.runs.data_identity import check_data, what_is_read
 from trainer.runs.run_folder import RunFolder
 from trainer.runs.world import counts_of, new_world, saved_world
 
@@ -35,7 +37,24 @@ def build_model(
 ) -> Ranker:
     """A new model of the configured kind for a prepared folder."""
     kind = model_class(config.model.name)
-    return kind(config.model, new_world(folder, config, tables, ranks))
+    model = kind(config.model, new_world(folder, config, tables, ranks))
+    model.set_tasks(learnable_tasks(kind, folder))
+    return model
+
+
+def learnable_tasks(kind: type[Ranker], folder: PreparedFolder) -> tuple[int, ...]:
+    """Those of a model's tasks that the training split has events of; all of a model that is not trained,
+    such as BM25. Raises DataError for none."""
+    if not kind.trained:
+        return kind.tasks
+    present = folder.tasks("train")
+    tasks = tuple(task for task in kind.tasks if task in present)
+    if not tasks:
+        raise DataError(
+            f"{folder.name}: no training events of {' and '.join(TASKS[task] for task in kind.tasks)}, the "
+            f"task of {kind.title or kind.__name__}. Look at it with: gensr inspect {folder.name}"
+        )
+    return tasks
 
 
 def save_model(
@@ -68,12 +87,14 @@ def describe_model(model: Ranker, config: Config, folder: PreparedFolder) -> dic
     return {
         "format": MODEL_FORMAT,
         "name": config.model.name,
+        "tasks": list(task_names(model)),
         "settings": dataclasses.asdict(config.model),
         "data": data,
         "counts": {**counts_of(folder.manifest), "vocab_size": model.world.vocab_size},
         "precision": config.run.precision,
         "manifest_hash": folder.manifest.hash,
         "split_fingerprint": folder.manifest.fingerprint,
+        "reads": what_is_read(model.needs, folder),
         **({"cf_sha256": folder.cf_digest} if model.needs & {"cf", "cf_users"} else {}),
     }
 
@@ -135,6 +156,8 @@ def load_model(
     }
     world = saved_world(path, counts, DataConfig(**document["data"]), document["precision"], tables, folder)
     model = model_class(document["name"])(config.model, world)
+    if "tasks" in document:  # models of before it was noted serve all tasks of their kind
+        model.set_tasks(tuple(TASKS.index(name) for name in document["tasks"]))
     state = load_file(path / "model.safetensors")
     missing, unexpected = model.saved_names() - set(state), set(state) - set(model.state_dict())
     if missing or unexpected:
@@ -162,21 +185,7 @@ def load_run_model(run_dir: str | Path, device: str = "cpu") -> tuple[Ranker, Co
     folder = PreparedFolder.open(config.data)
     path = RunFolder(run_dir).model
     document = read_model_document(path)
-    check_data(document, folder, str(run_dir))
-    tables = folder.tables(model_class(document["name"]).needs)
+    needs = model_class(document["name"]).needs
+    check_data(document, needs, folder, path, str(run_dir))
+    tables = folder.tables(needs)
     return load_model(path, tables, device, folder), config, folder
-
-
-def check_data(document: dict[str, Any], folder: PreparedFolder, run: str) -> None:
-    """Raises DataError when a folder is not what a model was trained on: another split or CF table."""
-    manifest = folder.manifest
-    if document["split_fingerprint"] != manifest.fingerprint:
-        raise DataError(
-            f"{folder.name} has another split (fingerprint {manifest.fingerprint[:12]}) than {run} was "
-            f"trained on ({document['split_fingerprint'][:12]}). Prepare the data as it was, or train again."
-        )
-    if document.get("cf_sha256", folder.cf_digest) != folder.cf_digest:
-        raise DataError(
-            f"{folder.name}: its CF table is not the one {run} was trained on: the model would read "
-            "other vectors. Restore it, or train again."
-        )

@@ -27,6 +27,7 @@ def count(config: Config, folder: PreparedFolder, accelerator: Any) -> tuple[dic
     """Writes RUN/model and what a trained run writes beside it → (validation metrics, seconds), on every
     process of a launch. Raises a GensrError for anything the user can mend."""
     started = time.monotonic()
+    folder.check_settings(config.data)
     kind = model_class(config.model.name)
     model = build_model(config, folder, folder.tables(kind.needs).to(accelerator.device))
     model.fit()

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from data_shards.schema import TASKS
 from trainer.config import Config
 from trainer.configs import preset_path
 from trainer.data.folder import PreparedFolder
@@ -18,6 +19,7 @@ from trainer.errors import ConfigError
 from trainer.models.backbones.known import T5_TOKENS
 from trainer.models.contract import Cost
 from trainer.models.zoo import model_class
+from trainer.runs.weights import learnable_tasks
 from trainer.runs.world import load_tokenizer, sizes_only
 from trainer.runtime.launch import Launch, filled_deepspeed_config, read_deepspeed_json, read_launch
 from trainer.training.costs import (
@@ -294,11 +296,24 @@ def check_stage(config: Config, launch: Launch) -> None:
         )
 
 
+def check_metric(config: Config, tasks: tuple[int, ...]) -> None:
+    """Raises ConfigError when run.select_metric is of a task that the model has not, or that there are no
+    training events of."""
+    part, names = config.run.select_metric.partition("/")[0], [TASKS[task] for task in tasks]
+    if part in TASKS and part not in names:
+        raise ConfigError(
+            f"run.select_metric={config.run.select_metric}, but only {names[0]} is learned here. Set it to "
+            f"mean/ndcg@10 or {names[0]}/ndcg@10"
+        )
+
+
 def _check_folder(config: Config) -> None:
     """The parts of a prepared folder that training opens first. Raises DataError naming what is missing or
     does not fit."""
     kind = model_class(config.model.name)
     folder = PreparedFolder.open(config.data)
+    folder.check_settings(config.data)
+    check_metric(config, learnable_tasks(kind, folder))
     kind.check_tokenizer(load_tokenizer(folder.tokenizer))
     folder.tables(kind.needs)
 

@@ -21,7 +21,7 @@ from trainer.runs import folder as runfolder
 from trainer.runs.checkpoint import Checkpoint, Progress
 from trainer.runs.checkpoint_writer import CheckpointWriter
 from trainer.runs.provenance import environment_facts
-from trainer.runs.weights import build_model
+from trainer.runs.weights import build_model, learnable_tasks
 from trainer.runtime import compiling
 from trainer.runtime.distributed import gather_objects, gather_rows, on_main
 from trainer.runtime.launch import Launch, devices
@@ -70,9 +70,11 @@ def set_up(config: Config, folder: PreparedFolder, launch: Launch, accelerator: 
     """Raises a GensrError for anything the user can mend; nothing has been trained then."""
     from accelerate.utils import set_seed
 
+    folder.check_settings(config.data)
     found, skipped = checkpoint.newest_whole(accelerator, config.run.dir) if continuing else (None, [])
     kind = model_class(config.model.name)
-    identity = run_identity(config, folder, accelerator, launch.zero_stage, kind)
+    plan.check_metric(config, learnable_tasks(kind, folder))
+    identity = run_identity(config, folder, accelerator, launch.zero_stage, kind, found)
     if found is not None:
         checkpoint.check_identity(found, identity, config.run.accept_changes)
 
@@ -136,11 +138,18 @@ def continuing_line(
 
 
 def run_identity(
-    config: Config, folder: PreparedFolder, accelerator: Any, zero_stage: int | None, kind: type[Ranker]
+    config: Config,
+    folder: PreparedFolder,
+    accelerator: Any,
+    zero_stage: int | None,
+    kind: type[Ranker],
+    found: Checkpoint | None = None,
 ) -> dict[str, Any]:
-    """What a continuation must share with this run; the CF table counts for models that read it."""
+    """What a continuation must share with this run; the CF table counts for models that read it. found: the
+    checkpoint to continue, which may name the table in an older way."""
     reads_cf = bool(kind.needs & {"cf", "cf_users"})
-    cf_digest = on_main(accelerator, lambda: folder.cf_digest) if reads_cf else ""
+    recorded = found.identity.get("cf_digest", "") if found is not None else ""
+    cf_digest = on_main(accelerator, lambda: folder.cf_digest_as(recorded)) if reads_cf else ""
     world_size = accelerator.num_processes
     return checkpoint.identity_of(config, folder.manifest, world_size, zero_stage, cf_digest)
 

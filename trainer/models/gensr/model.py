@@ -20,7 +20,7 @@ from trainer.models.contract import Cost, Ranker, View, World
 from trainer.models.gensr.cost import gensr_cost
 from trainer.models.gensr.grouping import group_events, in_one_pass
 from trainer.models.gensr.history import HistoryEncoder, SoftFilter
-from trainer.models.gensr.language import backbone_of, keeps_adapters_only
+from trainer.models.gensr.language import backbone_of, keeps_adapters_only, save_frozen_identity
 from trainer.models.gensr.prompt import NUM_EXTENDED_SLOTS, NUM_PAPER_SLOTS, answer_tokens, build_templates
 from trainer.models.gensr.settings import GenSRSettings
 from trainer.models.gensr.views import gensr_views
@@ -129,6 +129,7 @@ class GenSR(Ranker):
                 batch.user,
                 settings.temperature,
                 self.world.ranks.gather if settings.gather_negatives else None,
+                batch.history_mask.any(1),
             )
             loss = loss + settings.contrastive_weight * contrast
             report["contrastive_loss"] = contrast.detach()
@@ -307,6 +308,8 @@ class GenSR(Ranker):
 
     def save_extra(self, folder: Path) -> None:
         self.backbone.base.config.save_pretrained(folder / "backbone")
+        if keeps_adapters_only(self.settings):
+            save_frozen_identity(self.settings.backbone, self.backbone, folder)
 
     def saved_names(self) -> set[str]:
         """Each tied tensor once; with LoRA no frozen weights, if they can be had again by name."""
