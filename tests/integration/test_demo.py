@@ -61,7 +61,7 @@ def test_demo_end_to_end_and_again(small: Path, capfd: pytest.CaptureFixture[str
     assert len(list((run_dir / "report").glob("*.png"))) == 2
     evaluation = read_evaluation(run_dir)
     assert evaluation["protocol"]["num_processes"] == 2
-    assert set(evaluation["baselines"]) == {"popularity", "lightgcn", "bm25"}
+    assert set(evaluation["baselines"]) == {"popularity", "lightgcn", "lightgcn_history", "bm25"}
 
     registered = json.loads((run_dir / "registry.json").read_text())
     client = connect(registered["uri"])
