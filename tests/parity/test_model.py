@@ -18,7 +18,7 @@ from trainer.configs import load_config
 from trainer.data import EvalStream
 from trainer.data.folder import PreparedFolder
 from trainer.models.backbones.backbone import Prompt
-from trainer.models.contract import Ranks
+from trainer.models.contract import GatherRows, Ranks
 from trainer.models.gensr.grouping import in_one_pass
 from trainer.models.gensr.history import HistoryEncoder, SoftFilter
 from trainer.models.gensr.model import GenSR
@@ -282,8 +282,12 @@ def test_contrastive_loss_gathers_who_has_a_history() -> None:
     cf, sem, users = torch.randn(6, 4), torch.randn(6, 4), torch.arange(6)
     has_history = torch.tensor([True, False, True, True, True, False])
     parts = []
-    for start in (0, 3):
+
+    def gathered_from(start: int) -> GatherRows:
         asked = iter([F.normalize(cf, dim=1), F.normalize(sem, dim=1), users, has_history.long()])
+        return lambda rows: (next(asked), start)
+
+    for start in (0, 3):
         mine = slice(start, start + 3)
         parts.append(
             contrastive_loss(
@@ -291,7 +295,7 @@ def test_contrastive_loss_gathers_who_has_a_history() -> None:
                 sem[mine],
                 users[mine],
                 0.5,
-                lambda rows, asked=asked, start=start: (next(asked), start),
+                gathered_from(start),
                 has_history[mine],
             )
         )

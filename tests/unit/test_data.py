@@ -3,6 +3,7 @@ test_order.py, test_resume.py.)"""
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -96,7 +97,7 @@ def test_held_out_clicks_alone_are_trained_on(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("holdout", ["last", "crossfit"])
-def test_no_event_reads_a_cf_table_that_has_seen_its_click(tmp_path: Path, holdout: str) -> None:
+def test_no_event_reads_a_cf_table_that_has_seen_its_click(tmp_path: Path, holdout: Any) -> None:
     """Slowly, click by click, in a log where users search for what they were recommended."""
     folder = PreparedFolder.at(make_tiny_folder(tmp_path, num_train=600, num_users=2, num_items=100))
     config = CfConfig(holdout=holdout, num_folds=3)

@@ -60,7 +60,12 @@ def test_a_file_is_read_again_only_after_a_change(
 ) -> None:
     read: list[str] = []
     original = verified.file_sha256
-    monkeypatch.setattr(verified, "file_sha256", lambda path: read.append(path.name) or original(path))
+
+    def recorded(path: Path) -> str:
+        read.append(path.name)
+        return original(path)
+
+    monkeypatch.setattr(verified, "file_sha256", recorded)
     tables(folder)
     assert "item_tokens-000000.npy" in read and "lightgcn.safetensors" in read
     read.clear()

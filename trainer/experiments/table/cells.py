@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trainer.errors import GensrError
+from trainer.evaluation.summary import evaluation_name
 from trainer.runs.run_folder import RunFolder
 from trainer.runtime.files import writing
 
@@ -36,12 +37,8 @@ class Cell:
         return f"{self.model} {self.name}"
 
 
-def evaluation_name(candidates: str) -> str:
-    return SPLIT if candidates == "sampled" else f"{SPLIT}-{candidates}"
-
-
 def is_evaluated(cell: Cell, candidates: str) -> bool:
-    return RunFolder(cell.run_dir).evaluation(evaluation_name(candidates)).is_file()
+    return RunFolder(cell.run_dir).evaluation(evaluation_name(SPLIT, candidates)).is_file()
 
 
 def is_done(cell: Cell, candidates: Sequence[str]) -> bool:

@@ -24,8 +24,8 @@ from data_shards.settings import flatten, parse_yaml, read_yaml
 from trainer.analysis.figures import read_records
 from trainer.analysis.significance import holm, paired_difference, seed_interval
 from trainer.evaluation.metrics import METRICS, metric_values
-from trainer.evaluation.summary import read_evaluation
-from trainer.experiments.table.cells import Cell, evaluation_name, is_done
+from trainer.evaluation.summary import evaluation_name, read_evaluation
+from trainer.experiments.table.cells import SPLIT, Cell, is_done
 from trainer.experiments.table.plan import Plan
 from trainer.models.zoo import model_class
 from trainer.runs.run_folder import RunFolder, read_json
@@ -51,13 +51,13 @@ class Values:
 
 def event_values(run_dir: Path, candidates: str, task: str) -> Values:
     """From RUN/evaluation-test*.parquet. n = 0 for a task that the model does not do."""
-    path = RunFolder(run_dir).ranks(evaluation_name(candidates))
-    table = pq.read_table(path, columns=["task", "user_id", "rank", "event_id"])
+    path = RunFolder(run_dir).ranks(evaluation_name(SPLIT, candidates))
+    table = pq.read_table(path, columns=["task", "user_id", "rank", "num_tied", "event_id"])
     table = table.filter(pc.equal(table["task"], task)).sort_by("event_id")
-    ranks = torch.from_numpy(table["rank"].to_numpy().astype(np.float64))
+    ranks, num_tied = (torch.from_numpy(table[name].to_numpy()) for name in ("rank", "num_tied"))
     chosen = [METRICS.index(name) for name in SHOWN]
     users = np.asarray(table["user_id"].to_pylist())
-    return Values(table["event_id"].to_numpy(), users, metric_values(ranks)[:, chosen].numpy())
+    return Values(table["event_id"].to_numpy(), users, metric_values(ranks, num_tied)[:, chosen].numpy())
 
 
 # ---- the document ------------------------------------------------------------------------------------------
@@ -152,7 +152,7 @@ def _cell(cell: Cell, candidates: Sequence[str]) -> dict[str, Any]:
 
 def _score_s(run_dir: Path, candidates: str) -> float:
     """From the speed that the evaluation wrote down: events a second, or (event, candidate) pairs."""
-    document = read_evaluation(run_dir, evaluation_name(candidates))
+    document = read_evaluation(run_dir, SPLIT, candidates)
     protocol = document["protocol"]
     events = sum(document[task]["num_events"] for task in TASKS if task in document)
     if candidates == "full":
