@@ -5,12 +5,10 @@
 
 Two forms are in use, `variant`:
     recbole (default)   a: Linear, σ for each width, Linear; divided by √D. Head on [u, v, u ⊙ v]: Linear,
-    norm,
-                        x·σ(x) for each width, Linear. RecBole's Dice has α = 0 and no norm of its own.
-    group               of the authors of SESRec and UniSAR: a: Linear, Dice, Linear, Linear, not scaled.
-    Head on
-                        [v, u]: Linear, Dice, Linear, Dice, Linear. Dice(x) = α(1 − p)x + px, p = σ(BN(x))
-                        (Eq. 3).
+                        norm, x·σ(x) for each width, Linear. RecBole's Dice has α = 0 and no norm of its own.
+    group               of the authors of SESRec and UniSAR: a: Linear, Dice, Linear, Linear, not scaled. Head
+                        on [v, u]: Linear, Dice, Linear, Dice, Linear. Dice(x) = α(1 − p)x + px,
+                        p = σ(BN(x)) (Eq. 3).
 din_search.py is the group's form with a history of search.
 
 The norms are of the batch: gradients of micro-batches do not add up to exactly those of a whole batch.
@@ -31,8 +29,8 @@ from data_shards import settings as s
 from data_shards.schema import REC
 from trainer.batch import Batch
 from trainer.config import Fraction, ModelSettings, Positive
-from trainer.models.contract import Ranker, World
-from trainer.models.layers.batch_norm import BatchNorm, Gather
+from trainer.models.contract import GatherRows, Ranker, World
+from trainer.models.layers.batch_norm import BatchNorm
 from trainer.models.layers.dropout import Dropout
 from trainer.models.layers.embedding import ItemTable
 from trainer.models.layers.history import HistoryKind, history_ids
@@ -67,7 +65,7 @@ class DinSettings(ModelSettings):
 class Dice(nn.Module):
     """α(1 − p)x + px with p = σ(BN(x)); α is learned from 0."""
 
-    def __init__(self, width: int, gather: Gather | None) -> None:
+    def __init__(self, width: int, gather: GatherRows | None) -> None:
         super().__init__()
         self.alpha = nn.Parameter(torch.zeros(width))
         self.norm = BatchNorm(width, DICE_EPS, gather)
@@ -85,7 +83,7 @@ class InterestUnit(nn.Module):
         dim: int,
         widths: Sequence[int],
         variant: DinVariant,
-        gather: Gather | None = None,
+        gather: GatherRows | None = None,
         norm_over_padding: bool = False,
     ) -> None:
         super().__init__()
@@ -118,7 +116,7 @@ class Head(nn.Module):
         width: int,
         widths: Sequence[int],
         variant: DinVariant,
-        gather: Gather | None = None,
+        gather: GatherRows | None = None,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
@@ -144,7 +142,7 @@ class Head(nn.Module):
 class DinCore(nn.Module):
     """History ids [B, N] and candidate ids [B, C] → log-odds [B, C]."""
 
-    def __init__(self, num_items: int, settings: DinSettings, gather: Gather | None = None) -> None:
+    def __init__(self, num_items: int, settings: DinSettings, gather: GatherRows | None = None) -> None:
         super().__init__()
         dim, variant = settings.dim, settings.variant
         self.variant = variant
@@ -175,6 +173,7 @@ class Din(Ranker):
     Settings = DinSettings
     title = "DIN"
     tasks = (REC,)
+    in_batch = True  # its norms
     settings: DinSettings
 
     def __init__(self, settings: DinSettings, world: World) -> None:

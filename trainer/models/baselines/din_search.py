@@ -22,8 +22,7 @@ from data_shards.schema import REC, SRC
 from trainer.batch import Batch, rows_of
 from trainer.config import ModelSettings, Positive
 from trainer.models.baselines.din import Head, InterestUnit
-from trainer.models.contract import Ranker, World
-from trainer.models.layers.batch_norm import Gather
+from trainer.models.contract import GatherRows, Ranker, World
 from trainer.models.layers.embedding import ItemTable, WordMean
 from trainer.models.layers.history import pack
 from trainer.models.layers.mlp import init_xavier
@@ -47,7 +46,7 @@ class DinSearchCore(nn.Module):
     """Three histories and candidate ids [B, C] → log-odds [B, C]."""
 
     def __init__(
-        self, num_items: int, num_words: int, settings: DinSearchSettings, gather: Gather | None = None
+        self, num_items: int, num_words: int, settings: DinSearchSettings, gather: GatherRows | None = None
     ) -> None:
         super().__init__()
         dim = settings.dim
@@ -85,6 +84,7 @@ class DinSearch(Ranker):
     Settings = DinSearchSettings
     title = "DIN + search history"
     tasks = (REC,)
+    in_batch = True  # its norms
     needs = frozenset({"history_queries"})
     settings: DinSearchSettings
 

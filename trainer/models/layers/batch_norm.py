@@ -1,11 +1,10 @@
 """Batch normalisation over any number of leading dimensions, without padding, and over all ranks."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
-Gather = Callable[[Tensor], tuple[Tensor, int]]
+from trainer.models.contract import GatherRows
+
 MOMENTUM = 0.1  # of the running statistics
 
 
@@ -17,7 +16,7 @@ class BatchNorm(nn.Module):
     running_mean: Tensor
     running_var: Tensor
 
-    def __init__(self, width: int, eps: float = 1e-5, gather: Gather | None = None) -> None:
+    def __init__(self, width: int, eps: float = 1e-5, gather: GatherRows | None = None) -> None:
         super().__init__()
         self.eps, self.gather = eps, gather
         self.weight, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
