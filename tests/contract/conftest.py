@@ -1,6 +1,6 @@
 """Prepared folders with items that nobody clicked, and one run of each model."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -73,9 +73,7 @@ def run_config(name: str, folder: PreparedFolder, run_dir: Path, *overrides: str
     return config_of(name, *places, f"run.max_steps={NUM_STEPS}", "run.validate_every_steps=4", *overrides)
 
 
-@pytest.fixture(autouse=True, scope="session")
-def no_pictures() -> Iterator[None]:
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Curves of a run take longer than the run."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer.training.loop.figures, "plot_run", lambda run_dir: [])
-        yield
+    monkeypatch.setattr(trainer.training.loop.figures, "plot_run", lambda run_dir: [])

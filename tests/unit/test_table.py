@@ -216,6 +216,7 @@ def write_ranks(run_dir: Path, ranks: dict[int, float]) -> Cell:
         "task": ["rec"] * len(events),
         "user_id": [f"u{event // 2}" for event in events],
         "rank": [float(ranks[event]) for event in events],
+        "num_tied": [1] * len(events),
         "event_id": events,
     }
     pq.write_table(pa.table(table), run_dir / "evaluation-test.parquet")
