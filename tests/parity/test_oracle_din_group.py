@@ -1,6 +1,8 @@
 """DIN beside the form of the authors of SESRec and UniSAR, with items alone and with a history of search:
 scores with running and with batch statistics, loss."""
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -40,7 +42,7 @@ def check(oracle: Oracle, core: nn.Module, given: list[Tensor], atol: float) -> 
     oracle.check("loss", F.binary_cross_entropy_with_logits(logits, oracle.inputs["labels"]), atol)
 
 
-def sizes(oracle: Oracle, table: str) -> dict[str, object]:
+def sizes(oracle: Oracle, table: str) -> dict[str, Any]:
     return {
         "dim": oracle.weights[table].shape[1],
         "attention_dims": tuple(oracle.hyper["attention_mlp"]),

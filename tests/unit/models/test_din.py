@@ -1,15 +1,18 @@
 """Norms of DIN, and what its oracles do not say: batches with empty histories and with queries."""
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tests.tiny_world import make_batch, make_world
 from trainer.models.baselines.din import Din, DinSettings
 from trainer.models.baselines.din_search import DinSearch, DinSearchSettings
 from trainer.models.layers.batch_norm import BatchNorm
 
-SIZES = {"dim": 8, "attention_dims": (6, 4), "head_dims": (6, 4)}
+SIZES: dict[str, Any] = {"dim": 8, "attention_dims": (6, 4), "head_dims": (6, 4)}
 
 
 def test_batch_norm_is_torchs():
@@ -37,7 +40,7 @@ def test_what_does_not_count_does_not_move_the_statistics():
 
 def test_ranks_share_their_statistics():
     x = torch.randn(8, 5)
-    others = iter([])
+    others: Iterator[Tensor] = iter([])
 
     def gather(row):  # the other rank's totals, which it computes in the same order
         return torch.cat([row, next(others)[None]]), 0
