@@ -28,7 +28,7 @@ def clicks_of(*rows: tuple[int, int, int, int]) -> TrainClicks:
 
 
 def test_bpr_loss_is_the_mean_over_pairs_plus_the_norms():
-    model = BprMf(BprMfSettings(dim=4, reg=0.1), make_world(num_items=9))
+    model = BprMf(BprMfSettings(dim=4, reg=0.1, item_bias=True), make_world(num_items=9))
     for table in (model.factors.users, model.factors.items, model.factors.biases):
         torch.nn.init.normal_(table.weight)
     candidates = torch.tensor([[2, 5, 7], [1, 0, 3]])

@@ -43,8 +43,9 @@ def beam_search(
 
     next_logits: beginnings [B, K, l] → logits of the next token [B, K, V], float32. ids_BCL: the candidates'
     ids. nodes_BCX: trie_nodes() of the candidates, X = L + 1. Of the beginnings that are longer by one token
-    the best `num_beams` of each event go on, finished ids among them. A token is taken with its probability
-    among all tokens, legal or not: what no trie allows costs what is left.
+    the best `num_beams` of each event go on, finished ids among them. Always L steps: under ZeRO-3 every rank
+    must call the model equally often. A token is taken with its probability among all tokens, legal or not:
+    what no trie allows costs what is left.
     """
     num_events, num_candidates, length = ids_BCL.shape
     log_p_BC = torch.zeros((num_events, num_candidates), device=ids_BCL.device)
@@ -58,8 +59,6 @@ def beam_search(
         flat_BC = beam_BC.clamp(max=num_kept - 1) * log_BKV.shape[2] + token_BC
         log_p_BC = log_p_BC + log_BKV.flatten(1).gather(1, flat_BC) * (step < done_BC)
         alive_BC = alive_BC & _best(nodes_BCX[..., step + 1], alive_BC, log_p_BC, num_beams)
-        if bool((~alive_BC | (done_BC <= step + 1)).all()):
-            break
     return log_p_BC.masked_fill(~alive_BC, UNREACHED)
 
 
