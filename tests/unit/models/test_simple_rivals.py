@@ -68,8 +68,8 @@ def test_bm25_popularity_adds_the_logarithm_of_clicks():
     world = replace(
         make_world(num_items=4, num_queries=1), texts=lambda: (texts, ["steel"]), clicks=lambda: clicks
     )
-    plain = Bm25(Bm25Settings(), world)
-    model = Bm25Popularity(Bm25PopularitySettings(weight=2.0), world)
+    plain = Bm25(Bm25Settings(k1=0.9, b=0.4), world)
+    model = Bm25Popularity(Bm25PopularitySettings(weight=2.0, k1=0.9, b=0.4), world)
     model.fit()
     batch = make_batch([[], []], torch.tensor([[0, 1, 2, 3]] * 2), query=torch.tensor([0, -1]))
     popular = 2 * torch.tensor([math.log(2), 0.0, 0.0, math.log(3)])
