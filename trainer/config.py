@@ -97,6 +97,9 @@ class RunConfig:
     """run folder; created, never overwritten"""
     seed: NonNegative = 0
     """seeds weights, dropout, data order and negatives"""
+    init_from: str = ""
+    """run folder whose weights a new run begins with, where name and shape are equal: the second stage of a
+    method, or another data set"""
     max_epochs: PositiveFloat = 1.0
     """passes over the training events"""
     max_steps: NonNegative = 0

@@ -18,14 +18,14 @@ from data_shards.schema import read_manifest
 from data_shards.settings import to_yaml
 from tests.tiny_folder import make_tiny_folder, relist
 from trainer.config import Config
-from trainer.configs import load_config
+from trainer.configs import config_from_dict, load_config
 from trainer.data import EvalStream
 from trainer.data.cf_table import cf_digest, cf_path, load_cf, save_cf
 from trainer.data.folder import PreparedFolder
 from trainer.errors import DataError, RunError
 from trainer.models.gensr.model import GenSR
 from trainer.runs.checkpoint import Checkpoint, Progress, check_identity
-from trainer.runs.weights import build_model, load_run_model, save_model
+from trainer.runs.weights import build_model, init_from, load_run_model, save_model
 from trainer.runtime.files import file_sha256
 from trainer.training.setup import run_identity
 
@@ -233,3 +233,40 @@ def test_a_checkpoint_that_names_the_file_of_its_cf_table_is_continued(folder: P
 def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="not a run folder"):
         load_run_model(tmp_path)
+
+
+def test_a_run_begins_with_the_weights_of_another_where_they_fit(folder: Path, tmp_path: Path) -> None:
+    first, _ = trained(folder, tmp_path / "first")
+    torch.manual_seed(4)
+    overrides = [*OVERRIDES, "model.words_dim=3", "data.history_max=5", f"data.dir={folder}"]
+    config = load_config(None, overrides)
+    prepared = PreparedFolder.at(folder)
+    second = build_model(config, prepared, prepared.tables(GenSR.needs, with_folds=True))
+    new = {name: parameter.clone() for name, parameter in second.named_parameters()}
+
+    taken = init_from(second, tmp_path / "first")
+
+    theirs, same, others = dict(first.named_parameters()), 0, []
+    for name, parameter in second.named_parameters():
+        if theirs[name].shape == parameter.shape:
+            assert parameter.equal(theirs[name]), name
+            same += 1
+        else:
+            assert parameter.equal(new[name]), name
+            others.append(name)
+    assert others and taken.startswith(f"{same} of {len(new)} weights from ")
+    assert all(name in taken for name in others) and "another shape" in taken
+
+
+def test_a_run_does_not_begin_with_what_fits_nowhere(folder: Path, tmp_path: Path) -> None:
+    trained(folder, tmp_path / "first")
+    prepared = PreparedFolder.at(folder)
+    other = build_model(
+        config_from_dict({"model": {"name": "bpr_mf"}, "data": {"dir": str(folder)}}),
+        prepared,
+        prepared.tables(frozenset()),
+    )
+    with pytest.raises(RunError, match=r"run\.init_from=.*model\.name=bpr_mf.*gensr"):
+        init_from(other, tmp_path / "first")
+    with pytest.raises(RunError, match="no trained model"):
+        init_from(other, tmp_path / "nothing")

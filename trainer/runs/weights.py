@@ -12,6 +12,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -169,6 +170,38 @@ def load_model(
     model.ready_to_serve()
     model.set_tables(tables.to(device))
     return model.to(device).eval()
+
+
+def init_from(model: Ranker, run_dir: str | Path) -> str:
+    """Copies the weights of RUN/model into a new model's parameters of the same name and shape; the others
+    stay as they are → what was taken, for the log.
+
+    Raises RunError when the run holds no model, or none of its weights fits.
+    """
+    path = Path(run_dir) / "model"
+    document = read_model_document(path)
+    found = load_file(path / "model.safetensors")
+    parameters = dict(model.named_parameters())
+    taken = [name for name, p in parameters.items() if name in found and found[name].shape == p.shape]
+    if not taken:
+        raise RunError(
+            f"run.init_from={run_dir}: none of its weights has a name and shape of model.name="
+            f"{model.settings.name}. It holds {document['name']}."
+        )
+    with torch.no_grad():
+        for name in taken:
+            parameters[name].copy_(found[name])
+    other_shape = sorted(set(parameters) & set(found) - set(taken))
+    new = sorted(set(parameters) - set(found))
+    parts = [f"{len(taken)} of {len(parameters)} weights from {run_dir} ({document['name']})"]
+    parts += [f"another shape, new: {_named(other_shape)}"] if other_shape else []
+    parts += [f"not in it, new: {_named(new)}"] if new else []
+    return "; ".join(parts)
+
+
+def _named(names: list[str], shown: int = 8) -> str:
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
 
 
 def load_run_config(run_dir: str | Path) -> Config:

@@ -21,7 +21,7 @@ from trainer.runs import folder as runfolder
 from trainer.runs.checkpoint import Checkpoint, Progress
 from trainer.runs.checkpoint_writer import CheckpointWriter
 from trainer.runs.provenance import environment_facts
-from trainer.runs.weights import build_model, learnable_tasks
+from trainer.runs.weights import build_model, init_from, learnable_tasks
 from trainer.runtime import compiling
 from trainer.runtime.distributed import gather_objects, gather_rows, on_main
 from trainer.runtime.launch import Launch, devices
@@ -80,7 +80,9 @@ def set_up(config: Config, folder: PreparedFolder, launch: Launch, accelerator: 
 
     set_seed(config.run.seed)  # the same weights on every rank
     module, cf, holdout = make_model(config, folder, accelerator)
+    taken = ""
     if found is None:
+        taken = init_from(module, config.run.init_from) if config.run.init_from else ""
         module.fit()
     size = plan.size_of(module)
     facts = {
@@ -102,7 +104,7 @@ def set_up(config: Config, folder: PreparedFolder, launch: Launch, accelerator: 
     console = RunConsole(config.run.dir, schedule.num_steps, accelerator.is_main_process, first_step)
     banner = (plan.size_of_folder(folder), size, schedule, launch, valid.num_events, facts["devices"])
     console.banner(plan.banner_rows(config, *banner, tracker.run_id))
-    console.say(*skipped)
+    console.say(*skipped, *([f"init_from: {taken}"] if taken else []))
     if found is not None:
         console.say(continuing_line(found, identity, progress, schedule))
     writer = CheckpointWriter(accelerator, model, optimizer, config.run.dir, config.run.keep_checkpoints)

@@ -29,7 +29,7 @@ def clicks_of(*rows: tuple[int, int, int, int]) -> TrainClicks:
 
 
 def test_bpr_loss_is_the_mean_over_pairs_plus_the_norms():
-    model = BprMf(BprMfSettings(dim=4, reg=0.1), make_world(num_items=9))
+    model = BprMf(BprMfSettings(dim=4, reg=0.1, item_bias=True), make_world(num_items=9))
     for table in (model.factors.users, model.factors.items, model.factors.biases):
         torch.nn.init.normal_(table.weight)  # type: ignore[union-attr]
     candidates = torch.tensor([[2, 5, 7], [1, 0, 3]])
@@ -70,8 +70,8 @@ def test_bm25_popularity_adds_the_logarithm_of_clicks():
     world = replace(
         make_world(num_items=4, num_queries=1), texts=lambda: (texts, ["steel"]), clicks=lambda: clicks
     )
-    plain = Bm25(Bm25Settings(), world)
-    model = Bm25Popularity(Bm25PopularitySettings(weight=2.0), world)
+    plain = Bm25(Bm25Settings(k1=0.9, b=0.4), world)
+    model = Bm25Popularity(Bm25PopularitySettings(weight=2.0, k1=0.9, b=0.4), world)
     model.fit()
     batch = make_batch([[], []], torch.tensor([[0, 1, 2, 3]] * 2), query=torch.tensor([0, -1]))
     popular = 2 * torch.tensor([math.log(2), 0.0, 0.0, math.log(3)])

@@ -6,13 +6,15 @@ the shared part (the query) last, where its padding shifts no position; decoders
 first, so that its keys and values are computed once an event.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from trainer.models.layers.history import pack
 
 COMPILED_KINDS = 64
 # cuDNN's attention, which torch prefers on Hopper, makes a plan of its own for every new shape, half a second
@@ -23,30 +25,42 @@ torch.backends.cuda.enable_cudnn_sdp(False)
 
 @dataclass(frozen=True)
 class Prompt:
-    """Prompts of B events with C candidates each. P and S are lengths in tokens; only the shared part has
-    padding."""
+    """Prompts of B events with C candidates each. P and S are lengths in tokens. The last position of the own
+    part is a real token."""
 
     own_BCSD: Tensor
     shared_BPD: Tensor
     shared_mask_BP: Tensor | None  # bool, True = a real token; None: all are
+    own_mask_BCS: Tensor | None = None
 
     def whole(self, shared_first: bool) -> tuple[Tensor, Tensor | None]:
-        """One row a candidate, M = B·C: vectors [M, S + P, D], and a mask [M, S + P] if there is padding."""
+        """One row a candidate, M = B·C: vectors [M, S + P, D], and a mask [M, S + P] if there is padding.
+
+        For encoders, whose relative positions count padding, too, padding of the own part is moved to the
+        end.
+        """
         num_candidates = self.own_BCSD.shape[1]
         vectors = [
             self.own_BCSD,
             self.shared_BPD[:, None].expand(-1, num_candidates, -1, -1).to(self.own_BCSD.dtype),
         ]
         vectors_MSD = torch.cat(vectors[::-1] if shared_first else vectors, 2).flatten(0, 1)
-        if self.shared_mask_BP is None:
-            return vectors_MSD, None
-        masks = [
-            self.shared_mask_BP.new_ones(self.own_BCSD.shape[0], self.own_BCSD.shape[2]),
-            self.shared_mask_BP,
-        ]
-        return vectors_MSD, torch.cat(masks[::-1] if shared_first else masks, 1).repeat_interleave(
-            num_candidates, 0
-        )
+        mask_MS = self.whole_mask(shared_first)
+        if self.own_mask_BCS is None or shared_first:
+            return vectors_MSD, mask_MS
+        assert mask_MS is not None
+        return pack(vectors_MSD, mask_MS), pack(mask_MS, mask_MS)
+
+    def whole_mask(self, shared_first: bool) -> Tensor | None:
+        """[M, S + P]; None: no padding."""
+        if self.shared_mask_BP is None and self.own_mask_BCS is None:
+            return None
+        own, shared, device = self.own_BCSD.shape, self.shared_BPD.shape, self.own_BCSD.device
+        everything = [torch.ones(shape, dtype=torch.bool, device=device) for shape in (own[:3], shared[:2])]
+        own_BCS = everything[0] if self.own_mask_BCS is None else self.own_mask_BCS
+        shared_BP = everything[1] if self.shared_mask_BP is None else self.shared_mask_BP
+        masks = [own_BCS, shared_BP[:, None].expand(-1, own[1], -1)]
+        return torch.cat(masks[::-1] if shared_first else masks, 2).flatten(0, 1)
 
 
 class Backbone(nn.Module):
@@ -88,13 +102,14 @@ class Backbone(nn.Module):
         weight: Tensor = self.base.get_input_embeddings().weight
         return weight
 
-    def embed(self, tokens: Tensor) -> Tensor:
+    def embed(self, tokens: Tensor, sparse: bool = True) -> Tensor:
         """Vectors of tokens, [...] → [..., D].
 
-        Their gradient holds the rows that occur, not the whole table; autograd adds it to the dense one of
-        embed_mean(), without which training does not go (an optimizer and DDP take dense gradients only).
+        sparse: their gradient holds the rows that occur, not the whole table; autograd adds it to a dense one
+        (of embed_mean(), token_logits(), or embed(sparse=False)), without which training does not go: an
+        optimizer and DDP take dense gradients only.
         """
-        return F.embedding(tokens.long(), self.embedding_weight(), sparse=True)
+        return F.embedding(tokens.long(), self.embedding_weight(), sparse=sparse)
 
     def embed_mean(self, tokens: Tensor) -> Tensor:
         """Mean of the vectors of an item's tokens, padding (0) excluded: [..., L] → [..., D]; 0 where there
@@ -113,13 +128,28 @@ class Backbone(nn.Module):
         be called once for all of them."""
         return [self.answer_logits(prompt, answers) for prompt in prompts]
 
+    def reader(self, prompt: Prompt) -> Callable[[Tensor], Tensor]:
+        """Reads B prompts (C = 1) → a function of K continuations of each, tokens [B, K, L]: what the model
+        knows behind the prompt and behind each of the L tokens, [B, K, L + 1, D]. L may be 0."""
+        raise NotImplementedError
+
+    def token_logits(self, hidden: Tensor) -> Tensor:
+        """Logits of every token, [..., D] → [..., V] float32."""
+        head = self.base.get_output_embeddings().weight
+        with torch.autocast(hidden.device.type, enabled=False):
+            return F.linear(self.before_head(hidden).float(), head.float())
+
+    def before_head(self, hidden: Tensor) -> Tensor:
+        """What the output table is multiplied with."""
+        return hidden
+
     def answer_rows(self, hidden_MD: Tensor, answers: Tensor) -> Tensor:
         """A rows of the output table instead of all V: [M, D], [A] → [M, A] float32."""
         head = self.base.get_output_embeddings().weight
         rows = self.embed(answers) if head is self.embedding_weight() else head[answers]
         # autocast would make bf16 of this product, and ties of near scores
         with torch.autocast(hidden_MD.device.type, enabled=False):
-            return hidden_MD.float() @ rows.float().T
+            return self.before_head(hidden_MD).float() @ rows.float().T
 
     def compile_layers(self) -> None:
         """torch.compile, in place: names of weights stay as they are.

@@ -1,6 +1,7 @@
 """Decoder-only backbones: the answer stands behind the prompt's last token. What the candidates of an event
 share is read once."""
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -37,45 +38,59 @@ class DecoderBackbone(Backbone):
         return self.base.get_decoder(), None
 
     def answer_logits(self, prompt: Prompt, answers: Tensor) -> Tensor:
-        # transformers cannot combine gradient checkpointing with a cache
-        recompute = self.training and self.base.get_decoder().gradient_checkpointing
-        hidden_MD = self._whole(prompt) if recompute else self._shared_once(prompt)
+        hidden_MD = self._behind(prompt, 1)[:, 0]
         return self.answer_rows(hidden_MD, answers).unflatten(0, prompt.own_BCSD.shape[:2])
 
-    def _whole(self, prompt: Prompt) -> Tensor:
-        """The last position of every prompt [M, D], each prompt read from its start."""
+    def reader(self, prompt: Prompt) -> Callable[[Tensor], Tensor]:
+        def read(tokens_BKL: Tensor) -> Tensor:
+            num_continuations, length = tokens_BKL.shape[1:]
+            text_BKSD = prompt.own_BCSD.expand(-1, num_continuations, -1, -1)
+            own_BKSD = torch.cat([text_BKSD, self.embed(tokens_BKL).to(text_BKSD.dtype)], 2)
+            continued = Prompt(own_BKSD, prompt.shared_BPD, prompt.shared_mask_BP)
+            return self._behind(continued, length + 1).unflatten(0, tokens_BKL.shape[:2])
+
+        return read
+
+    def _behind(self, prompt: Prompt, length: int) -> Tensor:
+        """The decoder's output at the last `length` positions of every prompt [M, length, D]."""
+        # transformers cannot combine gradient checkpointing with a cache
+        recompute = self.training and self.base.get_decoder().gradient_checkpointing
+        return self._whole(prompt, length) if recompute else self._shared_once(prompt, length)
+
+    def _whole(self, prompt: Prompt, length: int) -> Tensor:
+        """The last positions of every prompt, each prompt read from its start."""
         vectors_MSD, mask_MS = prompt.whole(shared_first=True)
         if mask_MS is None:
             # without a cache and a mask transformers would ask the device whether several texts are packed
             # into one row
             mask_MS = torch.ones(vectors_MSD.shape[:2], dtype=torch.bool, device=vectors_MSD.device)
-        return self._last_position(vectors_MSD, mask_MS, use_cache=False)
+        return self._last_positions(vectors_MSD, mask_MS, length, use_cache=False)
 
-    def _shared_once(self, prompt: Prompt) -> Tensor:
+    def _shared_once(self, prompt: Prompt, length: int) -> Tensor:
         """The same: the shared part's keys and values are computed once an event, then repeated for its
         candidates."""
         own_MSD, mask_BP, mask_MS = prompt.own_BCSD.flatten(0, 1), prompt.shared_mask_BP, None
         num_candidates = prompt.own_BCSD.shape[1]
         cache = DynamicCache(config=self.base.config)
-        self._last_position(prompt.shared_BPD, mask_BP, past_key_values=cache, use_cache=True)
+        self._last_positions(prompt.shared_BPD, mask_BP, 1, past_key_values=cache, use_cache=True)
         cache.batch_repeat_interleave(num_candidates)
-        if mask_BP is not None:
-            mask_MS = torch.cat(
-                [mask_BP.repeat_interleave(num_candidates, 0), mask_BP.new_ones(own_MSD.shape[:2])], 1
-            )
-        return self._last_position(own_MSD, mask_MS, past_key_values=cache, use_cache=True)
+        if mask_BP is not None or prompt.own_mask_BCS is not None:
+            mask_MS = prompt.whole_mask(shared_first=True)
+        return self._last_positions(own_MSD, mask_MS, length, past_key_values=cache, use_cache=True)
 
-    def _last_position(self, vectors_MSD: Tensor, mask_MX: Tensor | None, **cache: Any) -> Tensor:
-        """The decoder's output at the last of S new positions [M, D]; mask_MX: which of all X, the cached
-        ones and the new, are real tokens."""
+    def _last_positions(
+        self, vectors_MSD: Tensor, mask_MX: Tensor | None, length: int, **cache: Any
+    ) -> Tensor:
+        """The decoder's output at the last `length` of S new positions [M, length, D]; mask_MX: which of all
+        X, the cached ones and the new, are real tokens."""
         masked: dict[str, Tensor] = {}
         if mask_MX is not None:
-            length = vectors_MSD.shape[1]
-            masked["position_ids"] = (mask_MX.cumsum(1) - 1).clamp(min=0)[:, -length:]
-            masked["attention_mask"] = causal_mask(mask_MX, length)
+            num_new = vectors_MSD.shape[1]
+            masked["position_ids"] = (mask_MX.cumsum(1) - 1).clamp(min=0)[:, -num_new:]
+            masked["attention_mask"] = causal_mask(mask_MX, num_new)
         last: Tensor = self.base.get_decoder()(
             inputs_embeds=vectors_MSD, **masked, **cache
-        ).last_hidden_state[:, -1]
+        ).last_hidden_state[:, -length:]
         return last
 
 

@@ -1,6 +1,6 @@
 """Encoder-decoders: the prompt goes through the encoder, one decoder position gives the answer."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -37,20 +37,43 @@ class Seq2SeqBackbone(Backbone):
 
     def _answer(self, prompt_MSD: Tensor, mask_MS: Tensor | None, answers: Tensor) -> Tensor:
         """→ [M, A]"""
-        mask = self.layer_mask(mask_MS) if mask_MS is not None else None
-        encoded_MSD = self.base.get_encoder()(inputs_embeds=prompt_MSD, attention_mask=mask).last_hidden_state
-        start_M1 = torch.full(
-            (len(prompt_MSD), 1), self.base.config.decoder_start_token_id, device=prompt_MSD.device
-        )
-        read = dict(encoder_hidden_states=encoded_MSD, encoder_attention_mask=mask, use_cache=False)
-        hidden_M1D = self.base.get_decoder()(**self.decoder_input(start_M1), **read).last_hidden_state
+        start_M0 = torch.zeros((len(prompt_MSD), 0), dtype=torch.int64, device=prompt_MSD.device)
+        hidden_M1D = self._decode(*self._encode(prompt_MSD, mask_MS), start_M0)
         return self.answer_rows(hidden_M1D[:, 0], answers)
+
+    def reader(self, prompt: Prompt) -> Callable[[Tensor], Tensor]:
+        encoded_BSD, mask = self._encode(*prompt.whole(shared_first=False))
+
+        def read(tokens_BKL: Tensor) -> Tensor:
+            number = tokens_BKL.shape[1]
+            encoded_MSD = encoded_BSD.repeat_interleave(number, 0)
+            of_all = mask.repeat_interleave(number, 0) if mask is not None else None
+            hidden = self._decode(encoded_MSD, of_all, tokens_BKL.flatten(0, 1))
+            return hidden.unflatten(0, tokens_BKL.shape[:2])
+
+        return read
+
+    def _encode(self, prompt_MSD: Tensor, mask_MS: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """→ the encoder's output [M, S, D] and the mask as layers take it."""
+        mask = self.layer_mask(mask_MS) if mask_MS is not None else None
+        encoded: Tensor = self.base.get_encoder()(
+            inputs_embeds=prompt_MSD, attention_mask=mask
+        ).last_hidden_state
+        return encoded, mask
+
+    def _decode(self, encoded_MSD: Tensor, mask: Tensor | None, tokens_ML: Tensor) -> Tensor:
+        """The decoder's output at its start token and at each of L tokens, [M, L + 1, D]."""
+        start = self.base.config.decoder_start_token_id
+        read = dict(encoder_hidden_states=encoded_MSD, encoder_attention_mask=mask, use_cache=False)
+        tokens = F.pad(tokens_ML, (1, 0), value=start)
+        hidden: Tensor = self.base.get_decoder()(**self.decoder_input(tokens), **read).last_hidden_state
+        return hidden
 
     def layer_mask(self, mask_MS: Tensor) -> Tensor:
         return mask_MS
 
-    def decoder_input(self, tokens_M1: Tensor) -> dict[str, Tensor]:
-        return {"input_ids": tokens_M1}
+    def decoder_input(self, tokens_ML: Tensor) -> dict[str, Tensor]:
+        return {"input_ids": tokens_ML}
 
 
 def padded_to_longest(wholes: Sequence[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor]:
@@ -79,15 +102,13 @@ class T5Backbone(Seq2SeqBackbone):
         masks anything."""
         return mask_MS[:, None, None]
 
-    def decoder_input(self, tokens_M1: Tensor) -> dict[str, Tensor]:
+    def decoder_input(self, tokens_ML: Tensor) -> dict[str, Tensor]:
         """Encoder and decoder read one table; embed() spares a gradient of its size."""
-        return {"inputs_embeds": self.embed(tokens_M1)}
+        return {"inputs_embeds": self.embed(tokens_ML)}
 
-    def answer_rows(self, hidden_MD: Tensor, answers: Tensor) -> Tensor:
+    def before_head(self, hidden: Tensor) -> Tensor:
         config = self.base.config
-        return super().answer_rows(
-            hidden_MD * config.d_model**-0.5 if config.scale_decoder_outputs else hidden_MD, answers
-        )
+        return hidden * config.d_model**-0.5 if config.scale_decoder_outputs else hidden
 
 
 class T5GemmaBackbone(Seq2SeqBackbone):
@@ -105,8 +126,11 @@ class T5GemmaBackbone(Seq2SeqBackbone):
     )
 
     def answer_rows(self, hidden_MD: Tensor, answers: Tensor) -> Tensor:
-        logits_MA, cap = (
-            super().answer_rows(hidden_MD, answers),
-            self.base.config.decoder.final_logit_softcapping,
-        )
-        return logits_MA if cap is None else cap * torch.tanh(logits_MA / cap)
+        return self._capped(super().answer_rows(hidden_MD, answers))
+
+    def token_logits(self, hidden: Tensor) -> Tensor:
+        return self._capped(super().token_logits(hidden))
+
+    def _capped(self, logits: Tensor) -> Tensor:
+        cap = self.base.config.decoder.final_logit_softcapping
+        return logits if cap is None else cap * torch.tanh(logits / cap)

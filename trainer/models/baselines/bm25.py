@@ -1,8 +1,9 @@
 """BM25 (Robertson & Zaragoza 2009) of the query against the text of each candidate.
 
-Index: bm25s with its defaults, Lucene's variant, k1 = 1.5, b = 0.75. Terms: lower-cased words of the texts,
-or anonymised words where the data has them. Only candidates are scored: the cost depends on their terms, not
-on the catalogue. It reads the prepared folder's texts, so it is evaluated there and not registered.
+Index: bm25s, Lucene's variant, by default with its k1 = 1.5 and b = 0.75. Terms: lower-cased words of the
+texts, or anonymised words where the data has them. Only candidates are scored: the cost depends on their
+terms, not on the catalogue. It reads the prepared folder's texts, so it is evaluated there and not
+registered.
 """
 
 import re
@@ -21,10 +22,9 @@ from torch import Tensor
 from data_shards import settings as s
 from data_shards.schema import PAD, SRC
 from trainer.batch import Batch
-from trainer.config import ModelSettings
+from trainer.config import ModelSettings, NonNegativeFloat, Share
 from trainer.models.contract import Ranker
 
-K1, B = 1.5, 0.75
 _WORD = re.compile(r"\w+")
 
 
@@ -32,6 +32,10 @@ _WORD = re.compile(r"\w+")
 class Bm25Settings(ModelSettings):
     name: Literal["bm25"] = "bm25"
     """words of the query in the item's text"""
+    k1: NonNegativeFloat = 1.5
+    """how far a repeated word still counts"""
+    b: Share = 0.75
+    """how much a long text is discounted: 0 not at all, 1 in proportion"""
 
 
 class Bm25(Ranker):
@@ -42,6 +46,7 @@ class Bm25(Ranker):
     tasks = (SRC,)
     needs = frozenset({"texts"})
     trained = False
+    settings: Bm25Settings
 
     def score(self, batch: Batch) -> Tensor:
         """Events without a query score 0 everywhere."""
@@ -70,14 +75,17 @@ class Bm25(Ranker):
             item_terms, query_terms = (
                 _word_ids(words) for words in (self.tables.item_words, self.tables.query_words)
             )
-            return _term_weights(item_terms, num_terms), _count_matrix(query_terms, num_terms)
+            return self._weights(item_terms, num_terms), _count_matrix(query_terms, num_terms)
         item_texts, query_texts = self.world.texts()
         vocabulary: dict[str, int] = {}
         item_terms = [
             [vocabulary.setdefault(w, len(vocabulary)) for w in _words(text)] for text in item_texts
         ]
         query_terms = [[vocabulary[w] for w in _words(text) if w in vocabulary] for text in query_texts]
-        return _term_weights(item_terms, len(vocabulary)), _count_matrix(query_terms, len(vocabulary))
+        return self._weights(item_terms, len(vocabulary)), _count_matrix(query_terms, len(vocabulary))
+
+    def _weights(self, item_terms: list[list[int]], num_terms: int) -> sparse.csr_matrix:
+        return _term_weights(item_terms, num_terms, self.settings.k1, self.settings.b)
 
 
 def _words(text: str) -> list[str]:
@@ -88,10 +96,10 @@ def _word_ids(words: Iterable[Tensor]) -> list[list[int]]:
     return [[word for word in row.tolist() if word != PAD] for row in words]
 
 
-def _term_weights(item_terms: list[list[int]], num_terms: int) -> sparse.csr_matrix:
+def _term_weights(item_terms: list[list[int]], num_terms: int, k1: float, b: float) -> sparse.csr_matrix:
     if num_terms == 0 or not any(item_terms):
         return sparse.csr_matrix((len(item_terms), num_terms), dtype=np.float32)
-    index = bm25s.BM25(k1=K1, b=B, method="lucene")
+    index = bm25s.BM25(k1=k1, b=b, method="lucene")
     index.index(
         Tokenized(ids=item_terms, vocab={str(term): term for term in range(num_terms)}),
         create_empty_token=False,

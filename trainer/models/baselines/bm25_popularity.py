@@ -11,16 +11,21 @@ from torch import Tensor
 
 from data_shards import settings as s
 from trainer.batch import Batch
-from trainer.config import ModelSettings, NonNegativeFloat
-from trainer.models.baselines.bm25 import Bm25
+from trainer.config import NonNegativeFloat, Share
+from trainer.models.baselines.bm25 import Bm25, Bm25Settings
 from trainer.models.contract import World
 
 
 @s.settings
-class Bm25PopularitySettings(ModelSettings):
-    name: Literal["bm25_popularity"] = "bm25_popularity"
+class Bm25PopularitySettings(Bm25Settings):
+    name: Literal["bm25_popularity"] = "bm25_popularity"  # type: ignore[assignment]
     """words of the query in the item's text, and clicks of the item"""
-    weight: NonNegativeFloat = 0.5
+    k1: NonNegativeFloat = 0.5
+    """how far a repeated word still counts; with b tuned on validation of Scientific, where item texts are
+    short and lengths say little"""
+    b: Share = 0.25
+    """how much a long text is discounted: 0 not at all, 1 in proportion"""
+    weight: NonNegativeFloat = 0.75
     """weight of log(1 + clicks) beside BM25; clicks of both tasks count"""
 
 

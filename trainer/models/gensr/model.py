@@ -16,11 +16,12 @@ from data_shards.schema import SRC
 from trainer.batch import Batch, Group, rows_of
 from trainer.models.backbones.adapters import merge_adapters
 from trainer.models.backbones.backbone import Prompt
+from trainer.models.backbones.frozen import save_frozen_identity
 from trainer.models.contract import Cost, Ranker, View, World
 from trainer.models.gensr.cost import gensr_cost
 from trainer.models.gensr.grouping import group_events, in_one_pass
 from trainer.models.gensr.history import HistoryEncoder, SoftFilter
-from trainer.models.gensr.language import backbone_of, keeps_adapters_only, save_frozen_identity
+from trainer.models.gensr.language import backbone_of, keeps_adapters_only
 from trainer.models.gensr.prompt import NUM_EXTENDED_SLOTS, NUM_PAPER_SLOTS, answer_tokens, build_templates
 from trainer.models.gensr.settings import GenSRSettings
 from trainer.models.gensr.views import gensr_views

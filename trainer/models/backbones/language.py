@@ -1,0 +1,80 @@
+"""The language model of a ranker: a new one by name, or the one whose weights a saved model holds."""
+
+from pathlib import Path
+from typing import Any
+
+from trainer.errors import DataError
+from trainer.models.backbones.backbone import Backbone
+from trainer.models.backbones.families import build_backbone
+from trainer.models.backbones.frozen import check_frozen
+from trainer.models.backbones.known import architecture, is_tied
+from trainer.models.contract import World
+
+
+def language_model(
+    name: str,
+    world: World,
+    dropout: float,
+    lora: Any = None,
+    activation_checkpointing: bool = False,
+    part: str = "backbone",
+) -> Backbone:
+    """A new model: weights and tokenizer belong together, or DataError. World.saved: its architecture alone,
+    the weights are loaded afterwards (with LoRA on a pretrained backbone, its frozen weights by name).
+
+    lora: None, or settings of adapters (gensr/settings.py: LoraConfig). part: what the model calls it, also
+    the folder of its configuration (save_extra).
+    """
+    lora = lora if lora is not None and lora.rank else None
+    if world.tokenizer is None:  # sizes only: no weights, no network
+        with architecture(name) as config_only:
+            return build_backbone(
+                name,
+                vocab_size=world.vocab_size,
+                dropout=0.0,
+                lora=lora,
+                config_only=config_only,
+                own_head=not is_tied(name),
+            )
+    if world.saved is not None:
+        only_adapters = adapters_only(name, lora)
+        backbone = build_backbone(
+            name,
+            vocab_size=world.vocab_size,
+            dropout=dropout,
+            lora=lora,
+            config_only=None if only_adapters else world.saved / part,
+            own_head=_has_own_head(world.saved, part),
+        )
+        if only_adapters:
+            check_frozen(name, backbone, world.saved, part)
+        return backbone
+    backbone = build_backbone(
+        name,
+        vocab_size=world.vocab_size,
+        dropout=dropout,
+        lora=lora,
+        activation_checkpointing=activation_checkpointing,
+    )
+    if world.vocab_size > backbone.vocab_size:
+        raise DataError(
+            f"{world.data.dir}: its tokenizer has {world.vocab_size} tokens, backbone {name} embeds "
+            f"{backbone.vocab_size}. Prepare the folder with the backbone's own tokenizer: tokenizer={name}"
+        )
+    return backbone
+
+
+def adapters_only(name: str, lora: Any) -> bool:
+    """Whether RUN/model leaves the frozen backbone out: with LoRA, unless the backbone was made from scratch
+    and exists nowhere else."""
+    return lora is not None and lora.rank > 0 and not name.startswith("scratch:")
+
+
+def _has_own_head(saved: Path, part: str) -> bool:
+    """Whether the output table is one of its own, as in flan-t5: transformers forgets it when it builds a T5
+    from a configuration."""
+    from safetensors import safe_open
+
+    with safe_open(str(saved / "model.safetensors"), framework="pt") as file:
+        names = list(file.keys())
+    return any(name.startswith(f"{part}.") and name.endswith("lm_head.weight") for name in names)

@@ -1,0 +1,196 @@
+"""CoLLM: collaborative vectors as tokens of a language model (Zhang et al., "CoLLM: Integrating Collaborative
+Embeddings into Large Language Models for Recommendation", TKDE 2025; arXiv 2310.19488).
+
+    prompt  titles of the user's liked items, ⟨user⟩; the candidate's title, ⟨item⟩; answer with Yes or No
+    token   W₂ relu(W₁ e), K → 10 K → D, one map for the vectors of users and of items (its Eq. 3)
+    s = logit of "Yes" at the answer (of it alone),   loss = binary cross-entropy of s over the candidates
+
+Two stages, two runs: model.stage=text trains the language model (its adapters, where model.lora.rank > 0) on
+prompts without the two tokens; model.stage=map, begun with run.init_from=RUN of the first, trains the map
+alone. The CF model is never trained: LightGCN's table. Seq2seq backbones answer at the first decoder step.
+
+Differs from the published code: our backbones for Vicuna-7B; titles are cut at data.history_tokens and
+data.item_tokens; training events read the CF table without their own click (cf_holdout); the user's vector is
+the mean of the history's by default, which such a table has for every event (user=table: LightGCN's own,
+which has seen the click that is asked for in training); the newest clicks of data.history_max are "liked", of
+both tasks. Items without text are their token alone. Recommendation only. Shapes: B events, C candidates, N
+history, K CF width, D backbone width.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data_shards import settings as s
+from data_shards.schema import REC
+from trainer.batch import Batch, rows_of
+from trainer.config import CfSettings, Fraction
+from trainer.models.backbones.adapters import merge_adapters
+from trainer.models.backbones.backbone import Prompt
+from trainer.models.backbones.frozen import save_frozen_identity
+from trainer.models.backbones.language import adapters_only, language_model
+from trainer.models.contract import Ranker, World
+from trainer.models.gensr.prompt import answer_tokens
+from trainer.models.gensr.settings import LoraConfig
+from trainer.models.layers.history import HistoryKind, pack
+
+TEXTS = {
+    "liked": "A user has liked these items:",
+    "user": ". The user's taste:",
+    "candidate": ". Will the user like the item",
+    "item": "with the feature",
+    "question": "? Answer with Yes or No.",
+}
+WIDER = 10  # the map's inner width, in widths of a CF vector
+
+
+@s.settings
+class CollmSettings(CfSettings):
+    name: Literal["collm"] = "collm"
+    """collaborative vectors as soft tokens"""
+    stage: Literal["text", "map"] = "text"
+    """text: train the language model on titles. map: train the map of CF vectors, all else frozen; begin it
+    with run.init_from"""
+    backbone: str = "scratch:mini"
+    """hub name, local folder, or scratch:SIZE (trainer/models/backbones/families.py)"""
+    dropout: Fraction = 0.1
+    """dropout of a backbone from scratch"""
+    activation_checkpointing: bool = False
+    """recompute the backbone's activations in the backward pass: less memory, about a third more time"""
+    user: Literal["history", "table"] = "history"
+    """the user's vector: mean of the history's items, or the CF table's own"""
+    history: HistoryKind = "all"
+    """clicks that are read: all, or those of recommendations only"""
+    lora: LoraConfig = LoraConfig()
+
+
+class Collm(Ranker):
+    Settings = CollmSettings
+    title = "CoLLM"
+    tasks = (REC,)
+    needs = frozenset({"cf", "cf_users", "item_text"})
+    settings: CollmSettings
+
+    def __init__(self, settings: CollmSettings, world: World) -> None:
+        super().__init__(settings, world)
+        self.backbone = language_model(
+            settings.backbone, world, settings.dropout, settings.lora, settings.activation_checkpointing
+        )
+        cf_width = world.tables.cf.shape[1]
+        self.map = nn.Sequential(
+            nn.Linear(cf_width, WIDER * cf_width),
+            nn.ReLU(),
+            nn.Linear(WIDER * cf_width, self.backbone.width),
+        )
+        # a frozen backbone that can be had by name stays out of RUN/model, its adapters do not
+        out = adapters_only(settings.backbone, settings.lora)
+        self._saved = {name for name, p in self.named_parameters() if p.requires_grad or not out}
+        (self.backbone if settings.stage == "map" else self.map).requires_grad_(False)
+        if world.tokenizer is not None:
+            tokenizer = world.tokenizer()
+            for name, text in TEXTS.items():
+                self._constant(name, tokenizer(text, add_special_tokens=False)["input_ids"])
+            self._constant("yes", answer_tokens(tokenizer)[:1])
+
+    def _constant(self, name: str, tokens: list[int] | tuple[int, ...]) -> None:
+        self.register_buffer(f"text_{name}", torch.tensor(tokens), persistent=False)
+
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        losses_BC = F.binary_cross_entropy_with_logits(self.score(batch), batch.labels, reduction="none")
+        return losses_BC.mean(), {}
+
+    def score(self, batch: Batch) -> Tensor:
+        self.check_history(batch, reads_users=self.settings.user == "table" and self._reads_cf)
+        logits_BC1 = self.backbone.answer_logits(self._prompt(batch), self.get_buffer("text_yes"))
+        return logits_BC1[..., 0]
+
+    @property
+    def _reads_cf(self) -> bool:
+        return self.settings.stage == "map"
+
+    # ---- prompt --------------------------------------------------------------------------------------------
+
+    def _prompt(self, batch: Batch) -> Prompt:
+        """What candidates share: the history's titles and the user's token. A candidate's own: its title and
+        token, the question."""
+        kept_BN = batch.history_mask
+        if self.settings.history == "rec":
+            kept_BN = kept_BN & (batch.history_tasks == REC)
+        num_events, num_candidates = batch.candidates.shape
+        tokens_BNL = rows_of(self.tables.item_tokens, batch.history_items)
+        tokens_BNL = tokens_BNL[..., : self.world.data.history_tokens] * kept_BN[..., None]
+        titles_BS = tokens_BNL.flatten(1)
+        shared = [self._text("liked", num_events), (self._embed(titles_BS), titles_BS != 0)]
+        own_BCL = rows_of(self.tables.item_tokens, batch.candidates)[..., : self.world.data.item_tokens]
+        own_ML = own_BCL.flatten(0, 1)
+        num_prompts = len(own_ML)
+        own = [self._text("candidate", num_prompts), (self._embed(own_ML), own_ML != 0)]
+        if self._reads_cf:
+            item_BCD = self.map(self._cf(batch.candidates, batch.fold))
+            shared += [self._text("user", num_events), _soft(self.map(self._user(batch, kept_BN)))]
+            own += [self._text("item", num_prompts), _soft(item_BCD.flatten(0, 1))]
+        shared_BPD, shared_mask_BP = _packed(shared)
+        # its padding stands before the question: the answer is read behind a real token
+        own_MSD, own_mask_MS = _packed(own)
+        question_MSD, question_mask_MS = self._text("question", num_prompts)
+        own_MSD = torch.cat([own_MSD, question_MSD.to(own_MSD.dtype)], 1)
+        own_mask_MS = torch.cat([own_mask_MS, question_mask_MS], 1)
+        shape = (num_events, num_candidates)
+        return Prompt(
+            own_MSD.unflatten(0, shape), shared_BPD, shared_mask_BP, own_mask_MS.unflatten(0, shape)
+        )
+
+    def _text(self, name: str, rows: int) -> tuple[Tensor, Tensor]:
+        tokens = self.get_buffer(f"text_{name}").expand(rows, -1)
+        return self._embed(tokens), torch.ones_like(tokens, dtype=torch.bool)
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        return self.backbone.embed(tokens, sparse=False)
+
+    def _cf(self, items: Tensor, fold_B: Tensor) -> Tensor:
+        """CF vectors of items [B, X] → [B, X, K]; in training from the table without the event's click."""
+        tables = self.tables
+        if tables.cf_folds.shape[0] == 0 or not self.training:
+            return tables.cf[items]
+        held_out = tables.cf_folds[fold_B.clamp(min=0)[:, None], items]
+        return torch.where((fold_B >= 0)[:, None, None], held_out, tables.cf[items])
+
+    def _user(self, batch: Batch, kept_BN: Tensor) -> Tensor:
+        """[B, K]; 0 without a history."""
+        if self.settings.user == "table":
+            return self.tables.cf_users[batch.user]
+        vectors_BNK = self._cf(batch.history_items, batch.fold) * kept_BN[..., None]
+        return vectors_BNK.sum(1) / kept_BN.sum(1, keepdim=True).clamp(min=1)
+
+    # ---- what the rest of the house asks -------------------------------------------------------------------
+
+    def save_extra(self, folder: Path) -> None:
+        self.backbone.base.config.save_pretrained(folder / "backbone")
+        if adapters_only(self.settings.backbone, self.settings.lora):
+            save_frozen_identity(self.settings.backbone, self.backbone, folder)
+
+    def saved_names(self) -> set[str]:
+        return self._saved
+
+    def ready_to_serve(self) -> None:
+        if self.settings.lora.rank and not self.settings.lora.four_bit:
+            merge_adapters(self.backbone)
+
+
+def _soft(vectors_MD: Tensor) -> tuple[Tensor, Tensor]:
+    """One token a row."""
+    return vectors_MD[:, None], vectors_MD.new_ones((len(vectors_MD), 1), dtype=torch.bool)
+
+
+def _packed(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Parts in their order without the padding between them: [M, S, D], [M, S] bool."""
+    vectors_MSD = torch.cat([vectors.to(parts[0][0].dtype) for vectors, _ in parts], 1)
+    mask_MS = torch.cat([mask for _, mask in parts], 1)
+    longest = int(mask_MS.sum(1).max())
+    return pack(vectors_MSD, mask_MS)[:, :longest], pack(mask_MS, mask_MS)[:, :longest]
+
+
+MODEL = Collm
