@@ -23,6 +23,10 @@ from trainer.runs.weights import build_model
 # what makes a model small; a model that is not named here is small by default, or should be
 TINY = {
     "gensr": ("model.backbone=scratch:nano", "model.gather_negatives=true"),
+    # a beam spells some items of the catalogue; 0 spells all of them, as sampled candidates are
+    "idgenrec": ("model.catalogue_beams=0",),
+    "collm": ("model.backbone=scratch:qwen3_nano", "model.dropout=0"),
+    "bsr": ("model.backbone=scratch:nano",),
     "user": ("model.dim=16", "model.ffn_dim=32", "model.head_dim=8"),
     # each token draws its own replacement: two halves of a batch cannot repeat what the whole one drew
     "query_seqrec": ("model.item_replace=0", "model.query_replace=0"),

@@ -79,8 +79,8 @@ class IdGenRecSettings(ModelSettings):
     """tokens of an id with ids=words, more where it is taken"""
     num_beams: NonNegative = 0
     """beams among an event's candidates; 0 spells all of them. Published: 20"""
-    catalogue_beams: Positive = 50
-    """beams in the trie of all items"""
+    catalogue_beams: NonNegative = 50
+    """beams in the trie of all items; 0 spells all of them"""
     length_penalty: NonNegativeFloat = 1.0
     """log P is divided by the id's length to this power"""
     dropout: Fraction = 0.1
