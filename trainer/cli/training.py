@@ -63,7 +63,7 @@ def train(
 
 
 @app.command(
-    epilog="Example: gensr submit demo --nodes 2 --gpus-per-node 8 data.dir=OUT run.dir=RUN",
+    epilog="Example: gensr submit kuaisar_flan_t5_base --nodes 2 --gpus-per-node 8 data.dir=OUT run.dir=RUN",
     context_settings={"ignore_unknown_options": True},
 )
 def submit(

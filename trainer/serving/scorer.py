@@ -178,6 +178,7 @@ class Scorer:
             tables = self.model.tables
             asked = dataclasses.replace(tables, query_tokens=tokens.to(device), query_words=words.to(device))
             self.model.set_tables(asked)
+            self.model.set_asked(queries.texts)
             yield self.model.prepare(batch).to(device)
 
     def _batch(
