@@ -19,6 +19,8 @@ from trainer.runs.run_folder import RunFolder
 from trainer.runtime.files import atomic, writing
 from trainer.runtime.progress import clock
 
+DOING_WIDTH = len("validating")
+
 
 class RunConsole:
     """Terminal, RUN/train.log and RUN/metrics.jsonl of one run. With `enabled=False` (ranks above 0) every
@@ -34,6 +36,7 @@ class RunConsole:
         dropped."""
         self.enabled, self.num_steps = enabled, num_steps
         self._progress: Progress | None = None
+        self._record: dict[str, float] = {}  # the last one, for the bar
         self._started_s = time.monotonic()
         self._first_step = resume_step or 0
         if not enabled:
@@ -86,12 +89,26 @@ class RunConsole:
         if self.enabled and self._terminal.is_terminal and not os.environ.get("GENSR_NO_BAR"):
             columns = (
                 TextColumn("{task.description}"),
-                BarColumn(bar_width=30),
-                TextColumn("{task.fields[line]}"),
+                BarColumn(bar_width=bar_width(self._terminal.width)),
+                TextColumn("{task.fields[line]}", markup=False),
             )
             self._progress = Progress(*columns, console=self._terminal, transient=True)
             self._progress.start()
-            self._progress.add_task("training", total=self.num_steps, completed=self._first_step, line="")
+            self._progress.add_task("", total=self.num_steps, completed=self._first_step, line="first step …")
+            self.doing("training")
+
+    def doing(self, what: str) -> None:
+        """What the bar says it waits for: training, validating, saving."""
+        if self._progress is not None:
+            self._progress.update(self._progress.task_ids[0], description=f"{what:<{DOING_WIDTH}}")
+
+    def advance(self, step: int) -> None:
+        """Move the bar; the numbers beside it are those of the last record."""
+        if self._progress is not None:
+            width = self._terminal.width
+            room = width - DOING_WIDTH - bar_width(width) - 2  # a space between two columns
+            line = bar_line(step, self.num_steps, self._record, self.eta_s(step), room)
+            self._progress.update(self._progress.task_ids[0], completed=step, line=line)
 
     def step(self, step: int, record: Mapping[str, float]) -> None:
         """A training record: metrics.jsonl and one line. `record` has loss, lr, events_per_s, memory_gb."""
@@ -100,8 +117,9 @@ class RunConsole:
         self.record({"kind": "train", "step": step, **record})
         line = step_line(step, self.num_steps, record, self.eta_s(step))
         self._write(line)
+        self._record = dict(record)
         if self._progress is not None:
-            self._progress.update(self._progress.task_ids[0], completed=step, line=line)
+            self.advance(step)
         else:
             self._terminal.print(line, markup=False)
 
@@ -132,6 +150,30 @@ def step_line(step: int, num_steps: int, record: Mapping[str, float], eta_s: flo
         f"{record['lr']:.1e}  "
         f"{record['events_per_s']:,.0f} ev/s  {record['memory_gb']:.1f} GB  eta {clock(eta_s)}"
     )
+
+
+def bar_width(terminal_width: int) -> int:
+    return 30 if terminal_width >= 110 else 16 if terminal_width >= 70 else 6
+
+
+def bar_line(step: int, num_steps: int, record: Mapping[str, float], eta_s: float, room: int) -> str:
+    """`1,200/5,000  0:12:31 left  loss 0.4321  lr 8.1e-04  1,234 ev/s  1.2 GB`, less what does not fit into
+    `room` characters: lr goes first, then memory, speed and loss. record: empty before the first one."""
+    fields = [f"{step:,}/{num_steps:,}", f"{clock(eta_s)} left"]
+    if record:
+        fields += [
+            f"loss {record['loss']:.4f}",
+            f"lr {record['lr']:.1e}",
+            f"{record['events_per_s']:,.0f} ev/s",
+            f"{record['memory_gb']:.1f} GB",
+        ]
+    for least_wanted in (3, 5, 4, 2, 1):
+        kept = [field for field in fields if field]
+        if len("  ".join(kept)) <= room:
+            break
+        if least_wanted < len(fields):
+            fields[least_wanted] = ""
+    return "  ".join(field for field in fields if field)
 
 
 def keep_records(path: Path, last_step: int) -> None:
