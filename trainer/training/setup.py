@@ -26,6 +26,7 @@ from trainer.runs.weights import build_model, init_from, learnable_tasks
 from trainer.runtime import compiling
 from trainer.runtime.distributed import gather_objects, gather_rows, on_main
 from trainer.runtime.launch import Launch, devices
+from trainer.runtime.progress import waiting_for
 from trainer.tracking.tracker import NullTracker, Tracker
 from trainer.training import plan
 from trainer.training.callbacks import Callback, Listeners, Shown, Tracked
@@ -88,6 +89,8 @@ def set_up(
     if found is not None:
         checkpoint.check_identity(found, identity, config.run.accept_changes)
 
+    if accelerator.is_main_process:
+        waiting_for("building the model")
     set_seed(config.run.seed)  # the same weights on every rank
     module, cf, holdout = make_model(config, folder, accelerator)
     taken = ""
