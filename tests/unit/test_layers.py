@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("trainer", "data_shards", "ds_configs", "slurm")
+PACKAGES = ("gensr", "trainer", "data_shards", "ds_configs", "slurm")
 MLFLOW_FILES = {
     f"trainer/{name}.py"
     for name in (
@@ -30,7 +30,7 @@ DISTRIBUTIONS = {
     "faiss": "faiss-cpu",
     "sklearn": "scikit-learn",
 }
-BUILT_IN_PARTS = {"trainer", "data_shards", "ds_configs", "slurm", "tests"}
+BUILT_IN_PARTS = {"gensr", "trainer", "data_shards", "ds_configs", "slurm", "tests"}
 
 
 def layers() -> list[set[str]]:
@@ -94,7 +94,15 @@ def trainer_graph() -> dict[str, set[str]]:
 def test_every_module_stands_in_the_picture() -> None:
     drawn = [name for layer in layers() for name in layer]
     assert len(drawn) == len(set(drawn))
-    assert set(drawn) - {"data_shards"} == set(trainer_graph())
+    assert set(drawn) - {"gensr", "data_shards"} == set(trainer_graph())
+
+
+def test_nothing_imports_the_front_door() -> None:
+    users = {
+        relative(path) for path in sources() for name, _ in imports(path) if name.split(".")[0] == "gensr"
+    }
+    assert {name for name in users if not name.startswith("gensr/")} == set()
+    assert layers()[0] == {"gensr"}
 
 
 def test_imports_point_down() -> None:
@@ -146,7 +154,7 @@ def test_mlflow_stays_in_its_files() -> None:
     assert users <= MLFLOW_FILES
 
 
-@pytest.mark.parametrize("package", ["data_shards", "trainer.cli"])
+@pytest.mark.parametrize("package", ["gensr", "data_shards", "trainer.cli"])
 def test_nothing_heavy_before_it_is_needed(package: str) -> None:
     code = (
         f"import sys, {package}\n"

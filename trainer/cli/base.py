@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from trainer.errors import ConfigError, GensrError
+from trainer.runtime.progress import StageProgress, clear_bar, show_stages
 
 SPLITS = ("train", "valid", "test")
 RANK = int(os.environ.get("RANK", "0"))
@@ -74,6 +75,7 @@ def main() -> None:
     try:
         app(args=arguments, prog_name="gensr")
     except GensrError as error:
+        clear_bar()
         if len(arguments) < len(sys.argv) - 1:
             raise
         if RANK == 0:
@@ -113,6 +115,7 @@ def verb(example: str) -> Callable[[Verb], Verb]:
 def say(*lines: str) -> None:
     """Progress and answers for people."""
     if RANK == 0:
+        clear_bar()
         for line in lines:
             typer.echo(line)
 
@@ -120,12 +123,14 @@ def say(*lines: str) -> None:
 def note(line: str) -> None:
     """What a person may want to know on the way; stdout is for answers."""
     if RANK == 0:
+        clear_bar()
         typer.echo(line, err=True)
 
 
 def answer(document: Any, as_json: bool, *lines: str) -> None:
     """One JSON object for scripts, or lines for people."""
     if RANK == 0:
+        clear_bar()
         typer.echo(json.dumps(document, ensure_ascii=False) if as_json else "\n".join(lines))
 
 
@@ -135,7 +140,5 @@ def preset_and_settings(preset: str | None, overrides: list[str] | None) -> tupl
     return (None, [preset, *settings]) if preset is not None and "=" in preset else (preset, settings)
 
 
-def stage_lines() -> Callable[[str, int, int], None]:
-    from trainer.runtime.progress import StageLines
-
-    return StageLines(enabled=RANK == 0)
+def stage_lines() -> StageProgress:
+    return show_stages(enabled=RANK == 0)
