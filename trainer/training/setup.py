@@ -116,7 +116,7 @@ def set_up(
     first_step = progress.step if found is not None else None
     console = RunConsole(config.run.dir, schedule.num_steps, accelerator.is_main_process, first_step)
     banner = (plan.size_of_folder(folder), size, schedule, launch, valid.num_events, facts["devices"])
-    console.banner(plan.banner_rows(config, *banner, tracker.run_id))
+    console.banner(plan.banner_rows(config, *banner, tracker.run_id, tracker.page))
     console.say(*skipped, *([f"init_from: {taken}"] if taken else []))
     if found is not None:
         console.say(continuing_line(found, identity, progress, schedule))
