@@ -43,6 +43,8 @@ from trainer.models.contract import Ranker
 from trainer.models.zoo import model_class, settings_class
 from trainer.runs.weights import load_model, load_run_model, save_model
 from trainer.runtime.stopping import StopSignal
+from trainer.serving.recommend import Recommender
+from trainer.serving.retrieval import build_retrieval
 from trainer.training.loop import train
 from trainer.training.plan import model_size, size_of_folder
 
@@ -386,6 +388,23 @@ def test_a_query_is_known_by_its_text(request: pytest.FixtureRequest, name: str,
     ]
     assert len({query["query"] for query in requests}) > 3
     assert_same(torch.tensor(scorer.score_many(requests[::-1])[::-1]), expected)
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if "users" not in model_class(name).needs])
+def test_a_request_is_answered_from_the_whole_catalogue(name: str, texts: PreparedFolder) -> None:
+    """By a history longer than the model reads, whose items are left out; of a model with views by
+    retrieval."""
+    model, item_ids = new_model(name, texts).eval(), texts.item_ids()
+    items = texts.catalog / "items.parquet"
+    recommender = Recommender(scorer_of(model, texts), build_retrieval(model), {}, items, users="unknown")
+    length = model.world.data.history_max + 3
+    history = [{"item_id": item_id, "task": "rec"} for item_id in item_ids[:length]]
+    asked = {REC: {"task": "rec"}, SRC: {"task": "src", "query": texts.query_texts()[0]}}
+    for task in model.tasks:
+        answer = recommender.recommend({**asked[task], "history": history, "k": 5})
+        found = [item["item_id"] for item in answer["items"]]
+        assert len(set(found)) == 5 and not set(found) & set(item_ids[:length])
+        assert answer["scores"] == sorted(answer["scores"], reverse=True)
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if model_class(name).needs & {"texts", "users"}])

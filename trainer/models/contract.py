@@ -86,6 +86,8 @@ class View:
     centred: bool = (
         False  # the index holds items less their mean: what all items share says nothing about one
     )
+    # a request asks with all of its history, not only with the newest data.history_max that score() reads
+    whole_history: bool = False
 
 
 @dataclass(frozen=True)

@@ -73,12 +73,12 @@ class Seq2SeqBackbone(Backbone):
             mask_MS = F.pad(mask_MS, (len(begin), 0), value=True) if mask_MS is not None else None
         if not num_end:
             return prompt_MSD, mask_MS
-        end_MED = self.embed(end).to(prompt_MSD.dtype).expand(rows, -1, -1)  # E: the tokens at the end
+        end_MXD = self.embed(end).to(prompt_MSD.dtype).expand(rows, -1, -1)  # X: the tokens at the end
         if mask_MS is None:
-            return torch.cat([prompt_MSD, end_MED], 1), None
-        place_ME = mask_MS.sum(1, keepdim=True) + torch.arange(num_end, device=mask_MS.device)
+            return torch.cat([prompt_MSD, end_MXD], 1), None
+        place_MX = mask_MS.sum(1, keepdim=True) + torch.arange(num_end, device=mask_MS.device)
         longer = F.pad(prompt_MSD, (0, 0, 0, num_end))
-        framed = longer.scatter(1, place_ME[..., None].expand_as(end_MED), end_MED)
+        framed = longer.scatter(1, place_MX[..., None].expand_as(end_MXD), end_MXD)
         return framed, F.pad(mask_MS, (num_end, 0), value=True)
 
     def _decode(self, encoded_MSD: Tensor, mask: Tensor | None, tokens_ML: Tensor) -> Tensor:
