@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from trainer.analysis.pages import Fold, Picture, Section, Table, Text, page, write_page
+from trainer.analysis.pages import Fold, Part, Picture, Section, Table, Text, page, write_page
 
 
 def test_text_is_escaped_and_nothing_is_loaded(tmp_path: Path) -> None:
     (tmp_path / "a.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg'/>")
     evil = "<script>alert(1)</script>"
-    parts = [
+    parts: list[Part] = [
         Text(evil),
         Table([evil], [[evil, f"!{evil}"]], evil),
         Picture(tmp_path / "a.svg", f'"{evil}', evil),

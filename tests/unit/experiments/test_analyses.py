@@ -24,6 +24,7 @@ from trainer.experiments.analyses.ablations import label
 from trainer.experiments.analyses.gradients import block_of
 from trainer.experiments.analyses.mutual_information import answer_information
 from trainer.models.contract import clicked_only
+from trainer.models.gensr.model import GenSR
 from trainer.runs.weights import load_run_model
 
 NUM_EVENTS = 60
@@ -40,6 +41,7 @@ def run_dir(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_hidden_states_give_the_scores(run_dir: Path) -> None:
     """What representations() calls hidden is what the answer is read from."""
     model, config, folder = load_run_model(run_dir)
+    assert isinstance(model, GenSR)
     batch = next(iter(EvalStream(folder, "test", config.data, 16)))
     with torch.no_grad():
         hidden = model.representations(batch)["hidden"]
@@ -50,6 +52,7 @@ def test_hidden_states_give_the_scores(run_dir: Path) -> None:
 
 def test_each_event_comes_with_its_item_and_a_negative(run_dir: Path) -> None:
     model, config, folder = load_run_model(run_dir)
+    assert isinstance(model, GenSR)
     found = vectors_of(model, folder, config.data, num_events=NUM_EVENTS)
     assert found.recorded == "" and found.tasks == ["rec", "src"]
     for task in found.tasks:

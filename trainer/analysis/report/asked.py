@@ -122,8 +122,8 @@ def _reliability(
     order = labels.argsort(dim=1, descending=True, stable=True)[
         :, : 1 + num_negatives
     ]  # the clicked item first
-    chosen = [values.gather(1, order).numpy().ravel() for values in (probabilities, labels)]
-    return reliability(*chosen, np.repeat(users.numpy(), 1 + num_negatives))
+    p, y = (values.gather(1, order).numpy().ravel() for values in (probabilities, labels))
+    return reliability(p, y, np.repeat(users.numpy(), 1 + num_negatives))
 
 
 class _Texts:

@@ -169,12 +169,12 @@ def calibration(run: RunFolder, asked: Mapping[str, Asked]) -> list[Section]:
         found = asked[task].reliability
         if found is None:
             continue
-        columns = [
+        p, y, low, high = (
             [getattr(one, name) for one in found.bins] for name in ("probability", "share", "low", "high")
-        ]
-        end = max(max(columns[0]), max(columns[1]))
+        )
+        end = max(*p, *y)
         metrics[f"{TASK_TITLES[task]}: share clicked"] = [
-            Curve("this run", *columns, task=task),
+            Curve("this run", p, y, low, high, task),
             Curve("calibrated", [0.0, end], [0.0, end]),
         ]
         constant = found.base_rate * (1 - found.base_rate)

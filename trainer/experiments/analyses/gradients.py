@@ -84,8 +84,8 @@ def _point(model: Ranker, batches: dict[int, list[Batch]], step: int, is_best: b
     layers = compare_gradients(model, _loss(model, batches[SRC]), _loss(model, batches[REC]), layer=block_of)
     itself = {}
     for task, name in ((SRC, "src"), (REC, "rec")):
-        halves = [_loss(model, batches[task][half::2]) for half in (0, 1)]
-        itself[name] = compare_gradients(model, *halves, layer=block_of)[-1].cosine
+        one, other = (_loss(model, batches[task][half::2]) for half in (0, 1))
+        itself[name] = compare_gradients(model, one, other, layer=block_of)[-1].cosine
     return {"step": step, "best": is_best, "layers": [asdict(row) for row in layers], "itself": itself}
 
 
@@ -125,7 +125,7 @@ def section(document: dict[str, Any], folder: Path) -> Section:
         totals = [(point["step"], _total(point)) for point in run["points"]]
         shown = [(step, total["cosine"]) for step, total in totals if total["cosine"] is not None]
         if len(shown) > 1:
-            curves.append(Curve(name, *zip(*shown, strict=True)))
+            curves.append(Curve(name, [step for step, _ in shown], [cosine for _, cosine in shown]))
         for point in run["points"]:
             total = _total(point)
             numbers = [total["cosine"], point["itself"]["src"], point["itself"]["rec"]]

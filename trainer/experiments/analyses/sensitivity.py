@@ -85,8 +85,8 @@ def _line(
     if len(chosen) < 2:
         return None
     found = [row["tasks"][task][metric] for row in chosen]
-    columns = [[value[end] for value in found] for end in ("value", "low", "high")]
-    return Curve("", [row["settings"][key] for row in chosen], *columns, task=task)
+    y, low, high = ([value[end] for value in found] for end in ("value", "low", "high"))
+    return Curve("", [row["settings"][key] for row in chosen], y, low, high, task)
 
 
 def _grid(

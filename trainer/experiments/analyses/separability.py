@@ -64,5 +64,5 @@ def _paradigms(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 def _curve(rows: Sequence[dict[str, Any]], world: str, paradigm: str, kind: str) -> Curve:
     mine = [row for row in rows if row["world"] == world and row["paradigm"] == paradigm]
-    columns = [[row[key] for row in mine] for key in (kind, f"{kind}_low", f"{kind}_high")]
-    return Curve(paradigm, [row["num_samples"] for row in mine], *columns)
+    y, low, high = ([row[key] for row in mine] for key in (kind, f"{kind}_low", f"{kind}_high"))
+    return Curve(paradigm, [row["num_samples"] for row in mine], y, low, high)

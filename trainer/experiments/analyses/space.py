@@ -57,10 +57,8 @@ def measure(runs: Sequence[Path], options: Options, notify: Notify) -> dict[str,
 def _compare(vectors: Vectors, kind: str, seed: int) -> dict[str, Any]:
     groups = [vectors.of(task, label=1) for task in ("src", "rec")]
     first, second = (getattr(group, kind) for group in groups)
-    users = [group.user for group in groups]
-    tests = [
-        two_sample_test(first, second, *users, classifier=name, seed=seed) for name in ("logistic", "knn")
-    ]
+    users, others = (group.user for group in groups)
+    tests = [two_sample_test(first, second, users, others, name, seed) for name in ("logistic", "knn")]
     projected = (tsne_projection if kind == "history" else pca_projection)(first, second, seed=seed)
     arrays: dict[str, Any] = {"points": projected}
     overlap = None
