@@ -20,6 +20,7 @@ from trainer.runtime.progress import StageProgress, clear_bar, show_stages
 
 SPLITS = ("train", "valid", "test")
 RANK = int(os.environ.get("RANK", "0"))
+OURS = ("gensr", "trainer", "data_shards", "ds_configs", "slurm")
 Verb = Callable[..., Any]
 
 
@@ -84,8 +85,21 @@ def main() -> None:
             # every rank finds the same mistakes in a configuration; other errors may be one rank's own
             typer.echo(f"gensr: rank {RANK}: {error}", err=True)
         sys.exit(1)
+    except ModuleNotFoundError as error:
+        if len(arguments) < len(sys.argv) - 1 or (error.name or "").split(".")[0] in OURS:
+            raise
+        typer.echo(f"gensr: {lacking(error.name or '')}", err=True)
+        sys.exit(1)
     except SystemExit as stop:  # click says 2 for wrong usage; here every failure is 1
         sys.exit(1 if stop.code == 2 else stop.code)
+
+
+def lacking(package: str) -> str:
+    """What to install where a package is missing: gensr's extras leave out what a machine does not need."""
+    return (
+        f"this installation lacks the package {package}. Training and evaluation need "
+        "pip install 'gensr[train]', the HTTP service pip install 'gensr[serve]'; make install brings both."
+    )
 
 
 def show_version(asked: bool) -> None:
