@@ -35,6 +35,7 @@ VERBS = [
     "report",
     "compare",
     "table",
+    "analyse",
     "register",
     "promote",
     "score",
