@@ -7,6 +7,9 @@ from annotated_types import Ge, Gt, Le, Lt
 
 from data_shards import settings as s
 
+# tracking.also → the packages of which one has to be there
+ALSO = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}
+
 Positive = Annotated[int, Gt(0)]
 NonNegative = Annotated[int, Ge(0)]
 PositiveFloat = Annotated[float, Gt(0)]
@@ -143,6 +146,9 @@ class RunConfig:
 class TrackingConfig:
     enabled: bool = True
     """write runs to MLflow"""
+    also: str = ""
+    """where else: tensorboard (RUN/tensorboard), wandb, or both with a comma between; each is a package of
+    its own"""
     uri: str = ""
     """MLflow tracking URI; empty = sqlite file mlflow.db beside the run folders"""
     experiment: str = "gensr"

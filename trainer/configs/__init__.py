@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data_shards import settings as s
-from trainer.config import Config
+from trainer.config import ALSO, Config
 from trainer.errors import ConfigError
 from trainer.models.zoo import GENSR, settings_class
 
@@ -100,6 +100,9 @@ def cross_field_problems(config: Config) -> list[tuple[str, str]]:
                 f"{optim.micro_batch_size}",
             )
         )
+    if unknown := [name for name in config.tracking.also.split(",") if name and name not in ALSO]:
+        known = ", ".join(ALSO)
+        problems.append(("tracking.also", f"must be of {known}, with commas between, got {unknown[0]!r}"))
     if data.weight_rec == 0 and data.weight_src == 0:
         problems.append(
             ("data.weight_rec", "data.weight_rec and data.weight_src are both 0: nothing to train on")

@@ -175,9 +175,10 @@ class Ranker(nn.Module):
         return scores.sigmoid()
 
     def representations(self, batch: Batch) -> dict[str, Tensor]:
-        """What the analyses look at, [B, …] each: "input" (what the model knows of the event), "hidden" (the
-        last layer before the score of the clicked item)."""
-        raise NotImplementedError(f"{type(self).__name__} shows no representations")
+        """What the analyses look at, [B, D] each, for the clicked item: "history" (what of the history is
+        read), "input" (that, the item and the query), "hidden" (the last layer before the score). {}: the
+        analyses record the layers of score() and say so."""
+        return {}
 
     def explain(self, batch: Batch) -> dict[str, Tensor]:
         """Weights of history items for each candidate by view, [B, C, N] each, rows sum to 1 (0 without
@@ -264,6 +265,13 @@ class Ranker(nn.Module):
                 f"{self.settings.name} knows users by their rows, not by a history given by hand. "
                 "Name a user of the training data (user_id)"
             )
+
+
+def clicked_only(batch: Batch) -> Batch:
+    """The events with one candidate each: the clicked item."""
+    clicked_B1 = batch.labels.argmax(1, keepdim=True)
+    item_B1 = batch.candidates.gather(1, clicked_B1)
+    return replace(batch, groups=None).with_candidates(item_B1, torch.ones_like(item_B1, dtype=torch.float32))
 
 
 def task_names(model: Ranker) -> tuple[str, ...]:

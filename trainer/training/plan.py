@@ -168,6 +168,7 @@ def banner_rows(
     num_valid_events: int,
     devices: str,
     mlflow_run_id: str,
+    mlflow_page: str = "",
 ) -> list[tuple[str, str]]:
     """The block before training."""
     import torch
@@ -178,6 +179,7 @@ def banner_rows(
         ("devices", f"{devices}, {torch.get_num_threads()} CPU threads a process"),
         ("run", config.run.dir),
         ("MLflow", f"run {mlflow_run_id}" if mlflow_run_id else "off"),
+        *([("page", mlflow_page)] if mlflow_page else []),
     ]
 
 

@@ -18,15 +18,17 @@ from trainer.models.backbones.adapters import merge_adapters
 from trainer.models.backbones.backbone import Prompt
 from trainer.models.backbones.frozen import save_frozen_identity
 from trainer.models.backbones.language import is_pretrained
-from trainer.models.contract import Cost, Ranker, View, World
+from trainer.models.contract import Cost, Ranker, View, World, clicked_only
 from trainer.models.gensr.cost import gensr_cost
 from trainer.models.gensr.grouping import group_events, in_one_pass
-from trainer.models.gensr.history import HistoryEncoder, SoftFilter
+from trainer.models.gensr.history import HistoryEncoder, MeanFilter, SoftFilter
 from trainer.models.gensr.language import backbone_of, keeps_adapters_only
 from trainer.models.gensr.prompt import NUM_EXTENDED_SLOTS, NUM_PAPER_SLOTS, answer_tokens, build_templates
 from trainer.models.gensr.settings import GenSRSettings
 from trainer.models.gensr.views import gensr_views
 from trainer.models.losses import answer_loss, contrastive_loss, listwise_loss
+
+SLOT_VIEWS = ("cf", "semantic", "cf", "semantic", "cf", "semantic", "semantic")  # what each slot holds
 
 
 def match_projection(view_width: int, width: int) -> nn.Linear:
@@ -50,6 +52,24 @@ class EncodedHistory:
         return EncodedHistory(self.cf_BNK[start:stop], self.sem_BND[start:stop], self.mask_BN[start:stop])
 
 
+@dataclass(frozen=True)
+class PromptParts:
+    """What goes into the prompts of all candidates."""
+
+    slots_BCXD: Tensor  # both filtered views and both views of the item first
+    cf_BCD: Tensor  # f_c and f_s in the backbone's space, for Eq. 10
+    sem_BCD: Tensor
+    query_BQD: Tensor  # query_parts()
+    query_mask_BQ: Tensor
+    query_BD: Tensor
+
+    def of(self, rows_G: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What fill_prompt() takes of the events of a group."""
+        parts = (self.slots_BCXD, self.query_BQD, self.query_mask_BQ)
+        slots, query, mask = (part_B.index_select(0, rows_G) for part_B in parts)
+        return slots, query, mask
+
+
 class GenSR(Ranker):
     """score(batch) → log-odds of "Yes" for every candidate; loss(batch) → Eq. 8."""
 
@@ -70,8 +90,10 @@ class GenSR(Ranker):
         encoder = (settings.num_heads, settings.dropout, data.history_max)
         self.cf_encoder = HistoryEncoder(cf_width, *encoder, ordered=extended)
         self.sem_encoder = HistoryEncoder(width, *encoder, ordered=extended)
-        self.cf_filter = SoftFilter(cf_width, settings.num_heads)
-        self.sem_filter = SoftFilter(width, settings.num_heads)
+        self.cf_filter, self.sem_filter = (
+            SoftFilter(size, settings.num_heads) if settings.soft_filter else MeanFilter(size)
+            for size in (cf_width, width)
+        )
         self.cf_projection = nn.Linear(cf_width, width)  # d_c → d_m, for both CF slots
         if world.num_words:
             self.words = nn.EmbeddingBag(world.num_words + 1, settings.words_dim, mode="mean", padding_idx=0)
@@ -136,7 +158,7 @@ class GenSR(Ranker):
             listwise = listwise_loss(scores_BC, batch.labels, weights_B)
             loss = loss + settings.listwise_weight * listwise
             report["listwise_loss"] = listwise.detach()
-        if settings.contrastive_weight:
+        if settings.contrastive_weight and settings.views == "both":
             positive = batch.labels.argmax(1)[:, None, None].expand(-1, 1, cf_BCD.shape[2])
             contrast = contrastive_loss(
                 cf_BCD.gather(1, positive)[:, 0],
@@ -249,13 +271,29 @@ class GenSR(Ranker):
 
     def _score_encoded(self, batch: Batch, history: EncodedHistory) -> tuple[Tensor, Tensor, Tensor]:
         """→ scores_BC, and the two filtered views in the backbone's space, [B, C, D] each (for Eq. 10)."""
+        parts = self._prompt_parts(batch, history)
+        scores_BC = parts.slots_BCXD.new_zeros(parts.slots_BCXD.shape[:2], dtype=torch.float32)
+        groups = self.prepare(batch).groups or ()
+        prompts: Iterable[Prompt] = (self.fill_prompt(group, *parts.of(group.rows)) for group in groups)
+        if torch.is_grad_enabled():  # kept anyway; gradients add up in the order in which they are made
+            prompts = list(prompts)
+        one_pass = in_one_pass(batch.candidates.numel(), self.template_length, self._on_cpu)
+        answered = self.backbone.answer_groups(prompts, self.get_buffer("answer_tokens"), one_pass)
+        for group, logits_GCA in zip(groups, answered, strict=True):
+            scores_BC = scores_BC.index_add(
+                0, group.rows, (logits_GCA[..., 0] - logits_GCA[..., 1]) * group.counts
+            )
+        return scores_BC, parts.cf_BCD, parts.sem_BCD
+
+    def _prompt_parts(self, batch: Batch, history: EncodedHistory) -> PromptParts:
+        settings = self.settings
         cand_cf_BCK = self.cf_vectors(batch.candidates, batch.fold)
         cand_sem_BCD = self.semantic_vectors(batch.candidates, self.world.data.item_tokens)
         f_c_BCK, f_s_BCD = self.soft_filter(history, cand_cf_BCK, cand_sem_BCD)
         f_c_BCD = self.cf_projection(f_c_BCK)
         slots = [f_c_BCD, f_s_BCD, self.cf_projection(cand_cf_BCK), cand_sem_BCD]
         query_BQD, query_mask_BQ, query_BD = self.query_parts(batch.query)
-        if self.settings.variant == "extended":
+        if settings.variant == "extended":
             match_query = self.match_query(query_BD[:, None] * cand_sem_BCD)
             match_query = torch.where(
                 (batch.query >= 0)[:, None, None], match_query, self.no_query.to(match_query.dtype)
@@ -265,23 +303,10 @@ class GenSR(Ranker):
                 self.match_sem(f_s_BCD * cand_sem_BCD),
                 match_query,
             ]
+        if settings.views != "both":  # times 0: every weight keeps a gradient
+            slots = [slot * (view == settings.views) for slot, view in zip(slots, SLOT_VIEWS, strict=False)]
         slots_BCXD = self._to_read(torch.stack(slots, 2))
-        scores_BC = slots_BCXD.new_zeros(slots_BCXD.shape[:2], dtype=torch.float32)
-        groups = self.prepare(batch).groups or ()
-        parts = (slots_BCXD, self._to_read(query_BQD), query_mask_BQ)
-        prompts: Iterable[Prompt] = (
-            self.fill_prompt(group, *(part_B.index_select(0, group.rows) for part_B in parts))
-            for group in groups
-        )
-        if torch.is_grad_enabled():  # kept anyway; gradients add up in the order in which they are made
-            prompts = list(prompts)
-        one_pass = in_one_pass(batch.candidates.numel(), self.template_length, self._on_cpu)
-        answered = self.backbone.answer_groups(prompts, self.get_buffer("answer_tokens"), one_pass)
-        for group, logits_GCA in zip(groups, answered, strict=True):
-            scores_BC = scores_BC.index_add(
-                0, group.rows, (logits_GCA[..., 0] - logits_GCA[..., 1]) * group.counts
-            )
-        return scores_BC, f_c_BCD, f_s_BCD
+        return PromptParts(slots_BCXD, f_c_BCD, f_s_BCD, self._to_read(query_BQD), query_mask_BQ, query_BD)
 
     def fill_prompt(
         self, group: Group, slots_BCXD: Tensor, query_BQD: Tensor, query_mask_BQ: Tensor
@@ -325,6 +350,23 @@ class GenSR(Ranker):
         return {
             "cf": self.cf_filter.weights(cf_BCK, history.cf_BNK, history.mask_BN) * real_B1N,
             "semantic": self.sem_filter.weights(sem_BCD, history.sem_BND, history.mask_BN) * real_B1N,
+        }
+
+    def representations(self, batch: Batch) -> dict[str, Tensor]:
+        """history: the filtered views [f_c; f_s]. input: those, both views of the item, and the query.
+        hidden: the backbone's output at the position that answers."""
+        batch = clicked_only(batch)
+        parts = self._prompt_parts(batch, self.encode_history(batch))
+        hidden_BD = torch.zeros((batch.num_events, self.backbone.width), device=parts.slots_BCXD.device)
+        for group in self.prepare(batch).groups or ():
+            read = self.backbone.reader(self.fill_prompt(group, *parts.of(group.rows)))
+            no_tokens = torch.zeros((len(group.rows), 1, 0), dtype=torch.int64, device=hidden_BD.device)
+            hidden_BD = hidden_BD.index_add(0, group.rows, read(no_tokens)[:, 0, 0] * group.counts)
+        paper_BXD = parts.slots_BCXD[:, 0, :NUM_PAPER_SLOTS]
+        return {
+            "history": paper_BXD[:, :2].flatten(1),
+            "input": torch.cat([paper_BXD.flatten(1), parts.query_BD], 1),
+            "hidden": hidden_BD,
         }
 
     def cost(self) -> Cost:

@@ -39,6 +39,11 @@ class GenSRSettings(CfSettings):
     (trainer/models/gensr/README.md)"""
     prompt: Literal["paper", "compact"] = "compact"
     """wording of the task prompts; compact has about 40 tokens"""
+    views: Literal["both", "cf", "semantic"] = "both"
+    """for ablations: cf or semantic leaves the other view's slots at 0, and the contrastive term out"""
+    soft_filter: bool = True
+    """for ablations: false reads the mean of the encoded history whatever the candidate, instead of Eqs. 5
+    and 6"""
     num_heads: Positive = 2
     """heads of the history encoders and of the soft filter (Eqs. 3–5)"""
     dropout: Fraction = 0.1
