@@ -47,7 +47,7 @@ ADAPTERS = [
 ]
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.long,
     pytest.mark.timeout(1800),
     pytest.mark.skipif(
         not all(map(importlib.util.find_spec, (PACKAGE, "gguf"))),

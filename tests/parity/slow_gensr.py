@@ -91,6 +91,8 @@ class Settings:
     weight_src: float
     words: bool  # queries are anonymised words, not tokens
     decoder: bool  # the backbone reads task text and query first
+    views: str = "both"  # both, cf, semantic: the slots of the other view are empty, without Eq. 10
+    soft_filter: bool = True  # False: every history item counts alike, and W is left out
     scale: float = 1.0  # RMS of the token vectors of a pretrained backbone, the unit of its slots
     before: list[int] = field(default_factory=list)  # special tokens in front of every text
     behind: list[int] = field(default_factory=list)  # and behind it
@@ -198,6 +200,8 @@ class SlowGenSR:
         """Eq. 6: f = Σ_j a_j · W h_j."""
         if not history:
             return self.w[f"{side}_filter.no_history"]
+        if not self.s.soft_filter:
+            return weighted([1 / len(history)] * len(history), history)
         shares = self.weights(side, candidate, history)
         return weighted(shares, [self.w[f"{side}_filter.value.weight"] @ vector for vector in history])
 
@@ -208,7 +212,9 @@ class SlowGenSR:
         backbone reads them → [S, D]."""
         wording = (DECODER_WORDING if self.s.decoder else ENCODER_WORDING)[self.s.prompt][task]
         first, *segments = [[self.token_vectors[t] for t in self.encode(text)] for text in wording]
-        slots = [self.s.scale * slot for slot in slots]
+        views = ["cf" if place in (0, 2, 4) else "semantic" for place in range(len(slots))]
+        kept = [float(self.s.views in ("both", view)) for view in views]
+        slots = [self.s.scale * keep * slot for keep, slot in zip(kept, slots, strict=True)]
         asked = [self.s.scale * vector for vector in query]
         own = [*segments[0], slots[0], *segments[1], slots[1], *segments[2], slots[2], *segments[3], slots[3]]
         if self.s.decoder:
@@ -275,7 +281,8 @@ class SlowGenSR:
             odds = [yes - no for yes, no in given]
             listwise = listwise - of_task[event.task] * log_softmax(odds)[event.clicked] / len(events)
         contrast = self.contrast(events, [(f_c, f_s) for _, f_c, f_s in answered])
-        loss = answer + self.s.contrastive_weight * contrast + self.s.listwise_weight * listwise
+        weight = self.s.contrastive_weight if self.s.views == "both" else 0.0
+        loss = answer + weight * contrast + self.s.listwise_weight * listwise
         return {"loss": loss, "answer": answer, "listwise": listwise, "contrast": contrast}
 
     def contrast(self, events: Sequence[Event], views: list[tuple[Tensor, Tensor]]) -> Tensor:
