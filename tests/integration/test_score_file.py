@@ -98,6 +98,17 @@ def test_a_bad_row_is_named_and_leaves_no_file(recommender: Recommender, tmp_pat
     assert "'nothing'" in rows[-1]["error"]
 
 
+def test_bad_lines_keep_their_places(recommender: Recommender, tmp_path: Path) -> None:
+    good = json.dumps(requests()[0])
+    source, out = tmp_path / "requests.jsonl", tmp_path / "out.jsonl"
+    source.write_text("\n".join([good, "{oops", "[1]", good]) + "\n")
+    score_file(recommender, source, out, keep_going=True)
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    errors = [row.get("error") or "" for row in rows]
+    assert not errors[0] and not errors[3] and rows[0]["scores"] == rows[3]["scores"]
+    assert "line 2: not valid JSON" in errors[1] and "line 3: a request is an object" in errors[2]
+
+
 def test_nothing_is_overwritten_and_formats_are_checked(recommender: Recommender, tmp_path: Path) -> None:
     source, out = parquet(tmp_path / "requests.parquet", requests()), tmp_path / "out.parquet"
     out.write_text("mine")

@@ -61,6 +61,11 @@ def train(
             f"{result.run_dir}: already finished at step {result.step:,}, nothing was trained. Train on with "
             "run.max_steps=N run.accept_changes=run.max_steps, or choose another run.dir."
         )
+    elif result.status == "finished" and not result.step:  # counted, in one go
+        note(
+            f"{result.run_dir}: counted in {result.train_s:.0f} s. Next: gensr evaluate {result.run_dir} "
+            "--split test"
+        )
     if result.exit_code:
         raise typer.Exit(result.exit_code)
 

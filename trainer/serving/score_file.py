@@ -58,7 +58,9 @@ def score_file(
     first, last = part_of(count_requests(requests), part)
     if out.suffix == ".parquet":
         _check_columns(requests)
-    rows = itertools.islice(read_requests(requests), first, last)
+    rows = itertools.islice(
+        _requests_or_errors(requests) if keep_going else read_requests(requests), first, last
+    )
     answered = _answered(recommender, rows, requests, first, last, keep_going, progress)
     with atomic(out) as temporary:
         if out.suffix == ".parquet":
@@ -103,15 +105,31 @@ def read_requests(path: Path) -> Iterator[dict[str, Any]]:
             yield from batch.to_pylist()
         return
     for number, line in _lines(path):
+        yield _request(path, number, line)
+
+
+def _requests_or_errors(path: Path) -> Iterator[dict[str, Any] | RequestError]:
+    """The same, with the error of a bad line in its place."""
+    if path.suffix == ".parquet":
+        yield from read_requests(path)
+        return
+    for number, line in _lines(path):
         try:
-            record = json.loads(line)
-        except (ValueError, RecursionError, MemoryError) as error:
-            raise RequestError(f"{path}, line {number}: not valid JSON: {error}") from error
-        if not isinstance(record, dict):
-            raise RequestError(
-                f'{path}, line {number}: a request is an object with "history", "task" and "candidates"'
-            )
-        yield record
+            yield _request(path, number, line)
+        except RequestError as error:
+            yield error
+
+
+def _request(path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError, MemoryError) as error:
+        raise RequestError(f"{path}, line {number}: not valid JSON: {error}") from error
+    if not isinstance(record, dict):
+        raise RequestError(
+            f'{path}, line {number}: a request is an object with "history", "task" and "candidates"'
+        )
+    return record
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -139,7 +157,7 @@ def _next_batch(path: Path, batches: Iterator[pa.RecordBatch]) -> pa.RecordBatch
 
 def _answered(
     recommender: Recommender,
-    rows: Iterable[dict[str, Any]],
+    rows: Iterable[dict[str, Any] | RequestError],
     path: Path,
     first: int,
     last: int,
@@ -149,22 +167,27 @@ def _answered(
     rows = iter(rows)
     done = 0
     while chunk := list(itertools.islice(rows, CHUNK)):
+        requests = [row if isinstance(row, dict) else {} for row in chunk]
         try:
-            answers = recommender.answer(chunk)
+            if bad := next((row for row in chunk if isinstance(row, RequestError)), None):
+                raise bad
+            answers = recommender.answer(requests)
         except RequestError as error:
             if not keep_going:
                 raise RequestError(
                     f"{path}, rows {first + done + 1} to {first + done + len(chunk)}: {error}"
                 ) from error
-            answers = [_answer_or_error(recommender, request) for request in chunk]
+            answers = [_answer_or_error(recommender, row) for row in chunk]
         done += len(chunk)
         if progress is not None:
             progress(done, last - first)
-        yield chunk, answers
+        yield requests, answers
 
 
-def _answer_or_error(recommender: Recommender, request: dict[str, Any]) -> dict[str, Any]:
+def _answer_or_error(recommender: Recommender, request: dict[str, Any] | RequestError) -> dict[str, Any]:
     try:
+        if isinstance(request, RequestError):
+            raise request
         return recommender.recommend(request)
     except RequestError as error:
         return {"scores": None, "items": None, "error": str(error)}
