@@ -83,6 +83,8 @@ class RequestReader:
     def query_text(self, query: Any, where: str) -> str:
         """A query as preparation writes it: text, or anonymised words separated by spaces."""
         if isinstance(query, list | tuple | np.ndarray):
+            if not all(isinstance(word, str | int | np.integer) for word in query):
+                raise RequestError(f"{where}: query must be text or a list of word numbers, got {query!r}")
             query = " ".join(str(word) for word in query)
         if not isinstance(query, str):
             raise RequestError(f"{where}: query must be text or a list of word numbers, got {query!r}")
