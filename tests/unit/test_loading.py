@@ -25,6 +25,7 @@ from trainer.data.folder import PreparedFolder
 from trainer.errors import DataError, RunError
 from trainer.models.gensr.model import GenSR
 from trainer.runs.checkpoint import Checkpoint, Progress, check_identity
+from trainer.runs.data_identity import check_data, what_is_read
 from trainer.runs.weights import build_model, init_from, load_run_model, save_model
 from trainer.runtime.files import file_sha256
 from trainer.training.setup import run_identity
@@ -171,6 +172,24 @@ def test_a_model_that_noted_nothing_is_compared_by_its_tokenizer_and_warned_of(
     relist(folder)
     with pytest.raises(DataError, match=r"tokenizer/tokenizer\.json"):
         load_run_model(tmp_path / "run")
+
+
+def test_what_a_model_may_read_is_compared_where_it_was_noted(folder: Path, tmp_path: Path) -> None:
+    path = folder / "catalog" / "item_category-000000.npy"
+    np.save(path, np.zeros((130, 2), np.int32))
+    relist(folder)
+    before = PreparedFolder.at(folder)
+    document = {
+        "split_fingerprint": before.manifest.fingerprint,
+        "reads": what_is_read({"item_category"}, before),
+    }
+    older = {**document, "reads": what_is_read(set(), before)}
+    np.save(path, np.ones((130, 2), np.int32))
+    relist(folder)
+    now = PreparedFolder.at(folder)
+    check_data(older, set(), now, tmp_path, "run", {"item_category"})
+    with pytest.raises(DataError, match=r"item_category-000000\.npy"):
+        check_data(document, set(), now, tmp_path, "run", {"item_category"})
 
 
 def test_another_collaborative_table_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -33,11 +33,18 @@ def what_is_read(needs: Iterable[str], folder: PreparedFolder) -> dict[str, Any]
 
 
 def check_data(
-    document: dict[str, Any], needs: Iterable[str], folder: PreparedFolder, model_dir: Path, run: str
+    document: dict[str, Any],
+    needs: Iterable[str],
+    folder: PreparedFolder,
+    model_dir: Path,
+    run: str,
+    may_read: Iterable[str] = (),
 ) -> None:
     """Raises DataError when a folder is not what a model was trained on: another split, text, tokenizer,
-    categories or CF table. document: its model.json."""
-    manifest, needs = folder.manifest, frozenset(needs)
+    categories or CF table. document: its model.json. may_read: compared where it was noted."""
+    manifest, noted = folder.manifest, document.get("reads", {}).get("files", {})
+    had = {need for need in may_read if any(name.startswith(FILES_OF[need]) for name in noted)}
+    needs = frozenset(needs) | had
     if document["split_fingerprint"] != manifest.fingerprint:
         raise DataError(
             f"{folder.name} has another split (fingerprint {manifest.fingerprint[:12]}) than {run} was "

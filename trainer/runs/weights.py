@@ -220,6 +220,6 @@ def load_run_model(run_dir: str | Path, device: str = "cpu") -> tuple[Ranker, Co
     document = read_model_document(path)
     kind = model_class(document["name"])
     needs = kind.reads(config.model)
-    check_data(document, needs | kind.may_read, folder, path, str(run_dir))
+    check_data(document, needs, folder, path, str(run_dir), kind.may_read)
     tables = folder.tables(needs)
     return load_model(path, tables, device, folder), config, folder
