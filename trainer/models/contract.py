@@ -6,7 +6,7 @@ zoo.py finds it by the file's name, and `model.name=NAME` trains it. Letters of 
 trainer/README.md.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -64,6 +64,14 @@ class World:
 
     # names from the root down of category 0 (none: no names), 1, … num_categories; raises as `clicks` does
     categories: Callable[[], list[tuple[str, ...]]] = lambda: [()]
+
+    # while requests are answered: texts of the queries that are now the rows of the query tables; None: they
+    # are the folder's
+    asked: tuple[str, ...] | None = None
+
+    def query_texts(self) -> Sequence[str]:
+        """All text of each row of the query tables."""
+        return self.asked if self.asked is not None else self.texts()[1]
 
     @property
     def num_terms(self) -> int:
@@ -224,8 +232,10 @@ class Ranker(nn.Module):
     def tables(self) -> ItemTables:
         return self._world[0].tables
 
-    def set_tables(self, tables: ItemTables) -> None:
-        self._world[0] = replace(self._world[0], tables=tables)
+    def set_tables(self, tables: ItemTables, asked: Sequence[str] | None = None) -> None:
+        """asked: see World."""
+        texts = None if asked is None else tuple(asked)
+        self._world[0] = replace(self._world[0], tables=tables, asked=texts)
 
     @property
     def device(self) -> torch.device:

@@ -112,7 +112,8 @@ class Scorer:
     def score_catalogue(self, parsed: ParsedRequest) -> Tensor:
         """Scores of all items for one request, [num_items] float32 on the CPU: for the order only."""
         with self._asking([parsed], [[]]) as batch:
-            return self.model.score_catalogue(batch)[0].float().cpu()
+            scores_I = self.model.score_catalogue(batch)[0].float().cpu()
+        return scores_I.clone()  # the caller writes into it, which inference mode's own tensors refuse
 
     def explain(self, parsed: ParsedRequest) -> dict[str, list[list[float]]]:
         """What the model reads of the history for each candidate, by view: [candidates][newest history_max
@@ -177,7 +178,7 @@ class Scorer:
         with self._lock, torch.inference_mode(), autocast(device, precision):
             tables = self.model.tables
             asked = dataclasses.replace(tables, query_tokens=tokens.to(device), query_words=words.to(device))
-            self.model.set_tables(asked)
+            self.model.set_tables(asked, queries.texts or [""])
             yield self.model.prepare(batch).to(device)
 
     def _batch(

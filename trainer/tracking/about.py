@@ -1,7 +1,6 @@
 """What MLflow's pages show of a run beside its figures: who started it, how, what it is (the columns User,
 Source and Description), and the datasets it read."""
 
-import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -10,7 +9,6 @@ from data_shards.secrets import mask_secrets
 from trainer.config import Config
 from trainer.models.zoo import model_class
 
-MAX_DIGEST = 36  # characters, MLflow's limit
 CONTEXTS = {"train": "training", "valid": "validation", "test": "test"}
 
 
@@ -59,18 +57,3 @@ def dataset_records(manifest: Manifest, data_dir: str) -> Iterator[dict[str, Any
                 "manifest_hash": manifest.hash,
             },
         }
-
-
-def dataset_input(record: Mapping[str, Any]) -> Any:
-    """MLflow's DatasetInput of one of dataset_records(); of an older spool, which has no context, too."""
-    from mlflow.entities import Dataset, DatasetInput, InputTag
-
-    dataset = Dataset(
-        name=record["name"],
-        digest=record["digest"][:MAX_DIGEST],
-        source_type="local",
-        source=json.dumps({"uri": record["uri"]}),
-        profile=json.dumps(record["profile"]),
-    )
-    context = record.get("context", CONTEXTS["train"])
-    return DatasetInput(dataset=dataset, tags=[InputTag("mlflow.data.context", context)])

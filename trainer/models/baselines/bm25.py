@@ -23,7 +23,7 @@ from data_shards import settings as s
 from data_shards.schema import PAD, SRC
 from trainer.batch import Batch
 from trainer.config import ModelSettings, NonNegativeFloat, Share
-from trainer.models.contract import Ranker
+from trainer.models.contract import Ranker, World
 
 _WORD = re.compile(r"\w+")
 
@@ -47,6 +47,8 @@ class Bm25(Ranker):
     needs = frozenset({"texts"})
     trained = False
     settings: Bm25Settings
+    _counted_for: World | None = None
+    _query_counts: sparse.csr_matrix
 
     def score(self, batch: Batch) -> Tensor:
         """Events without a query score 0 everywhere."""
@@ -67,22 +69,36 @@ class Bm25(Ranker):
         scores_BI[query_B < 0] = 0.0
         return torch.from_numpy(scores_BI).to(batch.candidates.device)
 
-    @cached_property
+    @property
     def _index(self) -> tuple[sparse.csr_matrix, sparse.csr_matrix]:
-        """[I, V] what an item scores for one occurrence of a term in the query; [Q, V] occurrences."""
+        """[I, V] what an item scores for one occurrence of a term in the query; [Q, V] occurrences. Queries
+        are counted again when their tables are others: of a folder once, of a service for each batch."""
+        item_weights, vocabulary = self._items
+        if self._counted_for is not self.world:
+            if self.world.num_words:
+                query_terms = _word_ids(self.tables.query_words)
+            else:
+                texts = self.world.query_texts()
+                query_terms = [[vocabulary[w] for w in _words(text) if w in vocabulary] for text in texts]
+            self._query_counts = _count_matrix(query_terms, item_weights.shape[1])
+            self._counted_for = self.world
+        return item_weights, self._query_counts
+
+    @cached_property
+    def _items(self) -> tuple[sparse.csr_matrix, dict[str, int]]:
+        """[I, V], and the number of each term; {} where words are numbers."""
         if self.world.num_words:
-            num_terms = self.world.num_words + 1
-            item_terms, query_terms = (
-                _word_ids(words) for words in (self.tables.item_words, self.tables.query_words)
-            )
-            return self._weights(item_terms, num_terms), _count_matrix(query_terms, num_terms)
-        item_texts, query_texts = self.world.texts()
+            return self._weights(_word_ids(self.tables.item_words), self.world.num_words + 1), {}
         vocabulary: dict[str, int] = {}
         item_terms = [
-            [vocabulary.setdefault(w, len(vocabulary)) for w in _words(text)] for text in item_texts
+            [vocabulary.setdefault(w, len(vocabulary)) for w in _words(text)]
+            for text in self.world.texts()[0]
         ]
-        query_terms = [[vocabulary[w] for w in _words(text) if w in vocabulary] for text in query_texts]
-        return self._weights(item_terms, len(vocabulary)), _count_matrix(query_terms, len(vocabulary))
+        return self._weights(item_terms, len(vocabulary)), vocabulary
+
+    def probability(self, scores: Tensor) -> Tensor:
+        """Not one: score / (1 + score), so that answers lie in [0, 1)."""
+        return scores / (1 + scores)
 
     def _weights(self, item_terms: list[list[int]], num_terms: int) -> sparse.csr_matrix:
         return _term_weights(item_terms, num_terms, self.settings.k1, self.settings.b)

@@ -15,6 +15,7 @@ log of anonymised words, the order alone remains. Counted, not trained. Search o
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -59,11 +60,19 @@ class Category(Ranker):
         clicks = torch.bincount(self.world.clicks().item, minlength=self.world.num_items).float().log1p()
         self.share.copy_(clicks / (1 + clicks.max()))
         words = [category_query(list(path)) for path in self.world.categories()]
-        first = {text: number for number, text in reversed(list(enumerate(words))) if text}
+        first = first_of(words)
         self.same_words.copy_(torch.tensor([first.get(text, 0) for text in words], dtype=torch.int32))
-        paths = Paths([(number, text.split()) for text, number in first.items()])
-        queries = [category_query([text]).split() for text in self.world.texts()[1]]
-        self.of_query.copy_(torch.tensor([paths.find(query) for query in queries], dtype=torch.int32))
+        self.of_query.copy_(self._find(self.world.texts()[1]))
+
+    @cached_property
+    def _paths(self) -> "Paths":
+        words = [category_query(list(path)) for path in self.world.categories()]
+        return Paths([(number, text.split()) for text, number in first_of(words).items()])
+
+    def _find(self, texts: Sequence[str]) -> Tensor:
+        """The category of each query, 0 for none."""
+        queries = [category_query([text]).split() for text in texts]
+        return torch.tensor([self._paths.find(query) for query in queries], dtype=torch.int32)
 
     def score(self, batch: Batch) -> Tensor:
         levels_BCT = self._categories(batch.candidates)
@@ -83,9 +92,11 @@ class Category(Ranker):
     def _wanted(self, batch: Batch) -> Tensor:
         """The category of each event [B]; −1, which no item has, for none."""
         known_B = batch.query >= 0
-        if not len(self.of_query):
+        asked = self.world.asked
+        of_query = self.of_query if asked is None else self._find(asked).to(batch.query.device)
+        if not len(of_query):
             return torch.full_like(batch.query, -1)
-        found_B = self.of_query[batch.query.clamp(min=0)].long()
+        found_B = of_query[batch.query.clamp(min=0)].long()
         return torch.where(known_B & (found_B > 0), found_B, -1)
 
     def _place(self, levels: Tensor, wanted: Tensor) -> Tensor:
@@ -109,6 +120,11 @@ class Category(Ranker):
     def probability(self, scores: Tensor) -> Tensor:
         """Not one: the score as a share of the largest."""
         return scores / 4
+
+
+def first_of(words: Sequence[str]) -> dict[str, int]:
+    """Words of each category → the first category that has them; without words: none."""
+    return {text: number for number, text in reversed(list(enumerate(words))) if text}
 
 
 class Paths:
