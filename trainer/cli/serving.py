@@ -267,8 +267,9 @@ def ui(
     systems answer: popularity, item-kNN, BM25, or another model."""
     import webbrowser
 
+    limits = {"timeout_s": 300.0}  # the first request to item-kNN or BM25 counts it
     open_page = webbrowser.open if browser else None
-    serve_model(model, port, data, uri, open_page=open_page, compare=compare or (), with_counted=True)
+    serve_model(model, port, data, uri, limits, open_page=open_page, compare=compare or (), with_counted=True)
 
 
 def serve_model(

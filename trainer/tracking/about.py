@@ -1,7 +1,9 @@
 """What MLflow's pages show of a run beside its figures: who started it, how, what it is (the columns User,
 Source and Description), and the datasets it read."""
 
+import itertools
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from data_shards.schema import SPLITS, Manifest
@@ -16,12 +18,19 @@ def about_run(config: Config, facts: Mapping[str, Any], manifest: Manifest | Non
     """MLflow's own tags. facts: as in RUN/environment.json; what they lack is left out."""
     tags = {
         "mlflow.user": str(facts.get("user", "")),
-        "mlflow.source.name": str(facts.get("command", "")),
+        "mlflow.source.name": source_name(str(facts.get("command", ""))),
         "mlflow.source.type": "JOB" if "slurm" in facts else "LOCAL",
         "mlflow.source.git.commit": str((facts.get("git") or {}).get("commit", "")),
         "mlflow.note.content": described(config, manifest),
     }
     return {name: value for name, value in tags.items() if value}
+
+
+def source_name(command: str) -> str:
+    """`gensr train demo` of a whole command, which is a tag of its own: MLflow's pages show no more than what
+    follows the last slash."""
+    words = itertools.takewhile(lambda word: "=" not in word and word[0] != "-", command.split()[1:])
+    return " ".join(["gensr", *(Path(word).name for word in words)]) if command else ""
 
 
 def described(config: Config, manifest: Manifest | None) -> str:

@@ -186,7 +186,8 @@ def log_figures(client: "MlflowClient", run_id: str, figures: Mapping[str, float
 
 
 def dataset_input(record: Mapping[str, Any]) -> Any:
-    """MLflow's DatasetInput of one of about.py's dataset_records(); of an older spool, which has no context, too."""
+    """MLflow's DatasetInput of one of about.py's dataset_records(); a spool of an older gensr has no
+    context."""
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
     dataset = Dataset(
