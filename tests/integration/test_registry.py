@@ -198,6 +198,12 @@ def test_registered_version_answers_both_kinds_of_requests(pyfunc: Any, scorer: 
     assert {answers["model"][1][key] for key in ("name", "version")} == {"gensr-test", "1"}
 
 
+def test_a_frame_without_requests_is_answered_without_rows(pyfunc: Any) -> None:
+    """Spark hands over partitions that are empty."""
+    answers = pyfunc.predict(pd.DataFrame([requests()[0]]).iloc[:0])
+    assert (len(answers), list(answers.columns)) == (0, ["items", "scores", "model"])
+
+
 def test_settings_of_a_whole_table_are_params_and_a_rows_own_go_first(pyfunc: Any) -> None:
     history = requests()[0]["history"]
     rows = [{"task": "rec", "history": history, "k": 2}, {"task": "rec", "history": history}]

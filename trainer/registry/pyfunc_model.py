@@ -11,6 +11,8 @@ from mlflow.pyfunc import PythonModel, PythonModelContext
 
 from trainer.errors import RequestError
 
+ANSWER = ["items", "scores", "model"]
+
 
 class GenSRModel(PythonModel):
     """predict: one request a row (trainer/serving/recommend.py says how they look) → columns "items",
@@ -32,7 +34,8 @@ class GenSRModel(PythonModel):
             for row in model_input.to_dict("records")
         ]
         try:
-            return pd.DataFrame(self.recommender.answer(rows))
+            answers = self.recommender.answer(rows)
+            return pd.DataFrame(answers, columns=ANSWER)  # named, so that a frame without rows has them, too
         except RequestError as error:
             # MLflow's server answers this one with 400 and the reason, anything else with a traceback
             raise MlflowException.invalid_parameter_value(str(error)) from error

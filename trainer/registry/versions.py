@@ -135,7 +135,7 @@ def refuse_unservable(model: Ranker, run_dir: Path) -> None:
         "texts": "it reads the texts of the prepared folder",
         "users": "it knows the users of the training data only, by their rows",
     }
-    if lacking := [reason for need, reason in reasons.items() if need in model.needs]:
+    if lacking := [reason for need, reason in reasons.items() if need in model.reads(model.settings)]:
         raise RunError(
             f"{run_dir}: {model.settings.name} cannot be registered: {' and '.join(lacking)}, and a version "
             "has to "

@@ -48,7 +48,7 @@ def counted_model(name: str, settings: dict[str, Any], folder: PreparedFolder) -
     histories as long as the folder holds them."""
     data = DataConfig(dir=folder.name, history_max=folder.manifest.history_max)
     config = dataclasses.replace(Config(data=data), model=settings_class(name)(**settings))
-    model = build_model(config, folder, folder.tables(model_class(name).needs))
+    model = build_model(config, folder, folder.tables(model_class(name).reads(config.model)))
     model.fit()
     return model.eval()
 
@@ -93,7 +93,7 @@ def save_model(
 
 def describe_model(model: Ranker, config: Config, folder: PreparedFolder) -> dict[str, Any]:
     """model.json: all that is needed to build the model again, and what it belongs to."""
-    data = dataclasses.asdict(config.data)
+    needs, data = model.reads(model.settings), dataclasses.asdict(config.data)
     del data["dir"], data["cache_dir"]
     return {
         "format": MODEL_FORMAT,
@@ -105,8 +105,8 @@ def describe_model(model: Ranker, config: Config, folder: PreparedFolder) -> dic
         "precision": config.run.precision,
         "manifest_hash": folder.manifest.hash,
         "split_fingerprint": folder.manifest.fingerprint,
-        "reads": what_is_read(model.needs, folder),
-        **({"cf_sha256": folder.cf_digest} if model.needs & {"cf", "cf_users"} else {}),
+        "reads": what_is_read(needs | model.may_read, folder),
+        **({"cf_sha256": folder.cf_digest} if needs & {"cf", "cf_users"} else {}),
     }
 
 
@@ -228,7 +228,8 @@ def load_run_model(run_dir: str | Path, device: str = "cpu") -> tuple[Ranker, Co
     folder = PreparedFolder.open(config.data)
     path = RunFolder(run_dir).model
     document = read_model_document(path)
-    needs = model_class(document["name"]).needs
-    check_data(document, needs, folder, path, str(run_dir))
+    kind = model_class(document["name"])
+    needs = kind.reads(config.model)
+    check_data(document, needs | kind.may_read, folder, path, str(run_dir))
     tables = folder.tables(needs)
     return load_model(path, tables, device, folder), config, folder

@@ -273,11 +273,9 @@ def _nothing_to_ask(parsed: ParsedRequest, where: str) -> None:
 
 def _names(requests: Sequence[Any]) -> list[str]:
     """What errors call the requests."""
-    return (
-        [f"request {number}" for number in range(1, len(requests) + 1)]
-        if len(requests) > 1
-        else ["the request"]
-    )
+    if len(requests) == 1:
+        return ["the request"]
+    return [f"request {number}" for number in range(1, len(requests) + 1)]
 
 
 def _count(request: Mapping[str, Any], name: str, default: int, largest: int, where: str) -> int:

@@ -5,8 +5,10 @@ To compare with: another model, and what is counted from the model's prepared fo
 BM25), which is counted at its first request.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, count
 from pathlib import Path
 from typing import Any, Protocol
@@ -109,13 +111,15 @@ def compared_systems(models: Sequence[tuple[str, Recommender]], users: Users | s
         name = next(one for one in numbered if one not in names)
         names.append(name)
         named.append(system_of(recommender, name))
-    return named + ([] if isinstance(users, str) else [_counted_system(name, users) for name in COUNTED])
+    return named + ([] if isinstance(users, str) else list(_counted_systems(users)))
 
 
-def _counted_system(name: str, users: Users) -> System:
-    kind = model_class(name)
-    tasks = tuple(TASKS[task] for task in kind.tasks)
-    return System(name, kind.title, tasks, False, True, lambda: counted(name, users))
+def _counted_systems(users: Users) -> Iterator[System]:
+    for name in COUNTED:
+        with contextlib.suppress(ImportError):  # an install for serving lacks what some are counted with
+            kind = model_class(name)
+            tasks = tuple(TASKS[task] for task in kind.tasks)
+            yield System(name, kind.title, tasks, False, True, partial(counted, name, users))
 
 
 def counted(name: str, users: Users) -> Recommender:

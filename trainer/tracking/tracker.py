@@ -76,9 +76,13 @@ class Tracker:
         EnvironmentProblem when a new run is refused (a wrong address or token, a file that cannot be opened);
         a server that does not answer gets the run when it does.
         """
-        if not (enabled and config.tracking.enabled):
+        if not enabled:
             return NullTracker()
-        return MlflowTracker(config, Path(run_dir), facts, resume_run_id)
+        from trainer.tracking.also import beside
+
+        in_mlflow = config.tracking.enabled
+        main = MlflowTracker(config, Path(run_dir), facts, resume_run_id) if in_mlflow else NullTracker()
+        return beside(main, config, Path(run_dir))
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """All of `metrics` at one step. "@" in names becomes "_at_": rec/recall@10 → rec/recall_at_10."""

@@ -43,36 +43,37 @@ class Category(Ranker):
     Settings = CategorySettings
     title = "category"
     tasks = (SRC,)
-    needs = frozenset({"item_category", "texts", "cf"})
+    needs = frozenset({"item_category", "texts"})  # by=cf: cf, too
     trained = False
     settings: CategorySettings
     share: Tensor  # [I] log clicks as a share of the largest, below 1
     same_words: Tensor  # [1 + num_categories] the first category with the same words; 0: none
-    of_query: Tensor  # [num_queries] the query's category, 0: none
 
     def __init__(self, settings: CategorySettings, world: World) -> None:
         super().__init__(settings, world)
         self.register_buffer("share", torch.zeros(world.num_items))
         self.register_buffer("same_words", torch.zeros(1 + world.num_categories, dtype=torch.int32))
-        self.register_buffer("of_query", torch.zeros(world.num_queries, dtype=torch.int32))
+
+    @classmethod
+    def reads(cls, settings: ModelSettings) -> frozenset[str]:
+        by_cf = isinstance(settings, CategorySettings) and settings.by == "cf"
+        return cls.needs | {"cf"} if by_cf else cls.needs
 
     def fit(self) -> None:
         clicks = torch.bincount(self.world.clicks().item, minlength=self.world.num_items).float().log1p()
         self.share.copy_(clicks / (1 + clicks.max()))
-        words = [category_query(list(path)) for path in self.world.categories()]
-        first = first_of(words)
+        words, first = self._first
         self.same_words.copy_(torch.tensor([first.get(text, 0) for text in words], dtype=torch.int32))
-        self.of_query.copy_(self._find(self.world.texts()[1]))
+
+    @cached_property
+    def _first(self) -> tuple[list[str], dict[str, int]]:
+        """Words of each category, and the first category with each."""
+        words = [category_query(list(path)) for path in self.world.categories()]
+        return words, {text: number for number, text in reversed(list(enumerate(words))) if text}
 
     @cached_property
     def _paths(self) -> "Paths":
-        words = [category_query(list(path)) for path in self.world.categories()]
-        return Paths([(number, text.split()) for text, number in first_of(words).items()])
-
-    def _find(self, texts: Sequence[str]) -> Tensor:
-        """The category of each query, 0 for none."""
-        queries = [category_query([text]).split() for text in texts]
-        return torch.tensor([self._paths.find(query) for query in queries], dtype=torch.int32)
+        return Paths([(number, text.split()) for text, number in self._first[1].items()])
 
     def score(self, batch: Batch) -> Tensor:
         levels_BCT = self._categories(batch.candidates)
@@ -91,13 +92,9 @@ class Category(Ranker):
 
     def _wanted(self, batch: Batch) -> Tensor:
         """The category of each event [B]; −1, which no item has, for none."""
-        known_B = batch.query >= 0
-        asked = self.world.asked
-        of_query = self.of_query if asked is None else self._find(asked).to(batch.query.device)
-        if not len(of_query):
-            return torch.full_like(batch.query, -1)
-        found_B = of_query[batch.query.clamp(min=0)].long()
-        return torch.where(known_B & (found_B > 0), found_B, -1)
+        texts = [self.query_text(row) for row in batch.query.tolist()]
+        found = {text: self._paths.find(category_query([text]).split()) for text in set(texts)}
+        return torch.tensor([found[text] or -1 for text in texts], device=batch.query.device)
 
     def _place(self, levels: Tensor, wanted: Tensor) -> Tensor:
         """Levels […, T] → 0 elsewhere, 2 below the category, 3 in it: […] float32."""
@@ -120,11 +117,6 @@ class Category(Ranker):
     def probability(self, scores: Tensor) -> Tensor:
         """Not one: the score as a share of the largest."""
         return scores / 4
-
-
-def first_of(words: Sequence[str]) -> dict[str, int]:
-    """Words of each category → the first category that has them; without words: none."""
-    return {text: number for number, text in reversed(list(enumerate(words))) if text}
 
 
 class Paths:
