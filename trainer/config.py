@@ -7,8 +7,9 @@ from annotated_types import Ge, Gt, Le, Lt
 
 from data_shards import settings as s
 
-Positive = Annotated[int, Gt(0)]
-NonNegative = Annotated[int, Ge(0)]
+Positive = Annotated[int, Gt(0), Lt(1 << 31)]  # sizes and counts; larger ones overflow in torch
+NonNegative = Annotated[int, Ge(0), Lt(1 << 31)]
+Seed = Annotated[int, Ge(0), Lt(1 << 63)]
 PositiveFloat = Annotated[float, Gt(0)]
 NonNegativeFloat = Annotated[float, Ge(0)]
 Fraction = Annotated[float, Ge(0), Lt(1)]
@@ -95,7 +96,7 @@ class OptimConfig:
 class RunConfig:
     dir: str = ""
     """run folder; created, never overwritten"""
-    seed: NonNegative = 0
+    seed: Seed = 0
     """seeds weights, dropout, data order and negatives"""
     init_from: str = ""
     """run folder whose weights a new run begins with, where name and shape are equal: the second stage of a
@@ -186,7 +187,7 @@ class CfConfig:
     shared_epochs: Fraction = 0.0
     """share of the epochs that the tables of two folds train as one, without the clicks of either; 0 = each
     from scratch"""
-    seed: NonNegative = 0
+    seed: Seed = 0
     """seeds initial vectors, sampling and folds"""
 
 

@@ -31,6 +31,7 @@ from trainer.errors import ConfigError, EnvironmentProblem, RunError
 from trainer.models.contract import Ranker
 from trainer.registry.model_card import metrics_of, model_card, run_facts, version_tags
 from trainer.runs.run_folder import RunFolder, read_json
+from trainer.runs.sealed import seal
 from trainer.runs.weights import load_run_config
 from trainer.runtime.files import atomic
 from trainer.serving.artifacts import write_items
@@ -258,6 +259,7 @@ def _log_model(
         if scorer.model.views():  # else there are no indexes
             folders["retrieval"] = RunFolder(run_dir).retrieval
         if any(evaluation.iterdir()):
+            seal(evaluation)
             folders["evaluation"] = evaluation
         try:
             with mlflow.start_run(run_id=run_id):

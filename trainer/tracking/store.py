@@ -20,6 +20,7 @@ from data_shards.schema import Manifest
 from data_shards.secrets import mask_secrets
 from trainer.config import Config
 from trainer.errors import EnvironmentProblem, RunError
+from trainer.runs.run_folder import read_json
 from trainer.runtime.files import atomic, writing
 
 if TYPE_CHECKING:
@@ -145,12 +146,9 @@ def write_run_file(folder: Path, uri: str, experiment_id: str, run_id: str) -> N
 
 def read_run_file(folder: str | Path, uri: str = "") -> str:
     """The id of the folder's MLflow run, "" when it has none (in the store at `uri`, if one is given)."""
-    try:
-        document = json.loads((Path(folder) / RUN_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return ""
+    document = read_json(Path(folder) / RUN_FILE)
     same = not uri or mask_secrets(str(document.get("uri"))) == mask_secrets(uri)
-    return str(document["run_id"]) if same else ""
+    return str(document.get("run_id") or "") if same else ""
 
 
 def log_figures(client: "MlflowClient", run_id: str, figures: Mapping[str, float]) -> None:
