@@ -172,9 +172,9 @@ def write_facts(config: Config, facts: dict[str, Any]) -> None:
 
 
 def write_status(folder: Path, status: str, progress: Progress, enabled: bool = True) -> None:
-    """A disk that does not take it costs a warning: what ends a run is told by the error that ended it. A full
-    one still takes the new status in the blocks of the old: a job script must not start again what the user
-    has to mend."""
+    """A disk that does not take it costs a warning: what ends a run is told by the error that ended it. A
+    full one still takes the new status in the blocks of the old: a job script must not start again what a
+    user has to mend."""
     if not enabled:
         return
     path = RunFolder(folder).status
