@@ -2,6 +2,7 @@
 training runs with the optimizer's groups, clipping and learning rate."""
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,18 +10,21 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 
 import trainer.training.loop
 from data_shards.schema import REC, SRC, read_manifest
 from tests.parity.slow_gensr import Event, Settings, SlowAdamW, SlowGenSR, Tables, answers_of, learning_rate
-from tests.tiny_folder import make_tiny_folder
+from tests.tiny_folder import make_tiny_folder, relist
 from trainer.batch import Batch
 from trainer.config import Config
 from trainer.configs import load_config
 from trainer.data import TrainStream
 from trainer.data.cf_table import CfTable, cf_path, save_cf
 from trainer.data.folder import PreparedFolder
+from trainer.models.backbones.families import build_backbone
 from trainer.models.gensr.model import GenSR
 from trainer.runs.weights import build_model
 from trainer.training.loop import train
@@ -94,7 +98,9 @@ class Slow:
         return terms
 
 
-def slow(model: GenSR, folder: Path) -> Slow:
+def slow(
+    model: GenSR, folder: Path, scale: float = 1.0, before: Sequence[int] = (), behind: Sequence[int] = ()
+) -> Slow:
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     backbone_config = model.backbone.base.config
@@ -127,6 +133,9 @@ def slow(model: GenSR, folder: Path) -> Slow:
                 weight_src=data.weight_src,
                 words=model.world.num_words > 0,
                 decoder=not backbone_config.is_encoder_decoder,
+                scale=scale,
+                before=list(before),
+                behind=list(behind),
             ),
             weights,
             tables_of(folder, model),
@@ -198,31 +207,78 @@ def test_scores_losses_and_gradients(
     model = build_model(config, prepared, prepared.tables(GenSR.needs, with_folds=True)).train()
     assert isinstance(model, GenSR)
     disturb(model)
-    reference = slow(model, folder)
-    stream = TrainStream(prepared, config.data, 0, 64, 64, num_folds=NUM_FOLDS)
-    batch = telling(next(iter(stream)))
+    compare(model, slow(model, folder), telling_batch(prepared, config))
 
+
+@pytest.mark.parametrize(
+    ("world", "size", "frame", "before", "behind"),
+    [
+        ("prepared_words", "nano", "$A </s>", [], [1]),  # as T5's tokenizer does it
+        ("prepared", "llama_nano", "</s> $A </s>", [1], []),  # a decoder answers behind its prompt
+    ],
+)
+def test_a_pretrained_backbone_reads_what_it_was_pretrained_on(
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    world: str,
+    size: str,
+    frame: str,
+    before: list[int],
+    behind: list[int],
+) -> None:
+    """Prompts between its tokenizer's special tokens, and slots of the size of its token vectors."""
+    folder = with_cf(request.getfixturevalue(world), tmp_path / "data")
+    path = str(folder / "tokenizer" / "tokenizer.json")
+    tokenizer = Tokenizer.from_file(path)
+    tokenizer.post_processor = TemplateProcessing(single=frame, special_tokens=[("</s>", 1)])
+    tokenizer.save(path)
+    relist(folder)
+    torch.manual_seed(3)
+    trained = build_backbone(f"scratch:{size}", vocab_size=tokenizer.get_vocab_size(), dropout=0.0)
+    vectors = trained.base.get_input_embeddings().weight
+    with torch.no_grad():
+        vectors.mul_(20)
+    trained.base.save_pretrained(tmp_path / "backbone")
+
+    chosen = [f"model.backbone={tmp_path / 'backbone'}", "model.words_dim=32"]
+    config = load_config(None, [*SETTINGS, *chosen])
+    prepared = PreparedFolder.at(folder)
+    model = build_model(config, prepared, prepared.tables(GenSR.needs, with_folds=True)).train()
+    assert isinstance(model, GenSR)
+    scale = float(vectors.detach().double().square().mean().sqrt())
+    batch = telling_batch(prepared, config)
+    with torch.no_grad():  # the CF slots: as large as tokens, as far as a new linear map keeps the size
+        slots = scale * model.cf_projection(model.cf_vectors(batch.candidates, batch.fold))
+        assert scale / 2 < float(slots.square().mean().sqrt()) < scale * 2
+    disturb(model)
+    compare(model, slow(model, folder, scale, before, behind), batch)
+
+
+def compare(model: GenSR, reference: Slow, batch: Batch) -> None:
+    """Terms of the loss and gradients in training, scores in evaluation, which reads the full CF table."""
     ours, report = model.loss(batch)
     ours.backward()
-    terms = reference.backward(batch)
-    for name, value in (("answer_loss", "answer"), ("listwise_loss", "listwise")):
-        assert float(report[name]) == pytest.approx(float(terms[value].detach()), rel=1e-5)
-    assert float(report["contrastive_loss"]) == pytest.approx(float(terms["contrast"].detach()), rel=1e-5)
-    assert float(ours.detach()) == pytest.approx(float(terms["loss"].detach()), rel=1e-5)
-    grads = dict(model.named_parameters())
-    assert set(grads) == set(reference.weights)
+    terms = {name: float(value.detach()) for name, value in reference.backward(batch).items()}
+    assert float(ours.detach()) == pytest.approx(terms["loss"], rel=1e-5)
+    assert float(report["answer_loss"]) == pytest.approx(terms["answer"], rel=1e-5)
+    assert float(report["listwise_loss"]) == pytest.approx(terms["listwise"], rel=1e-5)
+    assert float(report["contrastive_loss"]) == pytest.approx(terms["contrast"], rel=1e-5)
+    parameters = dict(model.named_parameters())
+    assert set(parameters) == set(reference.weights)
     for name, weight in reference.weights.items():
         theirs = weight.grad if weight.grad is not None else torch.zeros_like(weight)
-        grad = grads[name].grad
+        grad = parameters[name].grad
         assert close(grad if grad is not None else torch.zeros_like(theirs), theirs, 1e-4), name
 
-    model.eval()  # scoring reads the full CF table
+    model.eval()
+    events = [Event(**{**vars(event), "fold": -1}) for event in events_of(batch)]
     with torch.no_grad():
-        scores_BC = model.score(batch)
-        expected = [
-            reference.gensr.scores(Event(**{**vars(event), "fold": -1})) for event in events_of(batch)
-        ]
+        scores_BC, expected = model.score(batch), [reference.gensr.scores(event) for event in events]
     torch.testing.assert_close(scores_BC, torch.tensor(expected), rtol=0, atol=2e-5)
+
+
+def telling_batch(folder: PreparedFolder, config: Config) -> Batch:
+    return telling(next(iter(TrainStream(folder, config.data, 0, 64, 64, num_folds=NUM_FOLDS))))
 
 
 def telling(batch: Batch) -> Batch:

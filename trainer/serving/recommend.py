@@ -48,6 +48,14 @@ from trainer.serving.users import Users, open_users
 
 DEFAULT_K, MAX_K = 10, 1000
 NUM_CANDIDATES, MAX_NUM_CANDIDATES = 400, 2000
+# how a request is answered, beside what it asks → the default
+SETTINGS: Mapping[str, int | bool] = {
+    "k": DEFAULT_K,
+    "num_candidates": NUM_CANDIDATES,
+    "include_seen": False,
+    "explain": False,
+    "with_text": False,
+}
 RETRIEVAL = "retrieval"  # folder of the indexes in a run folder and among a version's artifacts
 
 

@@ -8,7 +8,7 @@ measured recall, sha256 of each file)
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from trainer.errors import RunError
 from trainer.models.contract import Ranker, View
 from trainer.runs.run_folder import read_json
 from trainer.runtime.files import atomic, file_sha256, writing
-from trainer.runtime.progress import Notify
+from trainer.runtime.progress import Notify, StageProgress, report
 from trainer.serving.index import TRAINING_VECTORS, Index, build_index, plan_index, unit
 
 FORMAT = 1
@@ -119,7 +119,7 @@ def mean_vector(model: Ranker, view: View) -> Tensor:
 
 
 def build_retrieval(
-    model: Ranker, notify: Notify = silent, progress: Callable[[str, int, int], None] | None = None
+    model: Ranker, notify: Notify = silent, progress: StageProgress = report
 ) -> Retrieval | None:
     """An index for each view; None for a model without views. The memory that each needs is said before it is
     built, its recall afterwards."""
@@ -137,13 +137,15 @@ def _build(
     view: View,
     mean: Tensor,
     notify: Notify,
-    progress: Callable[[str, int, int], None] | None,
+    progress: StageProgress,
 ) -> Index | None:
     num_items = model.tables.num_items
     notify(plan_index(num_items, view.width).line(name, num_items, view.width))
-    report = None if progress is None else (lambda done, total: progress(f"index {name}", done, total))
     index = build_index(
-        lambda rows: unit_vectors(model, view, mean, rows), num_items, view.width, progress=report
+        lambda rows: unit_vectors(model, view, mean, rows),
+        num_items,
+        view.width,
+        progress=lambda done, total: progress(f"index {name}", done, total),
     )
     if index is None:
         notify(f"index {name}: no item has a vector, left out")
