@@ -1,4 +1,4 @@
-# make install | demo | test | test-long | test-slurm | test-gpu | lint | audit | build. Everything lives in .venv; PYTHON picks the interpreter that makes it (3.10 or newer).
+# make install | demo | test | test-long | test-slurm | test-torture | test-mutants | test-gpu | lint | audit | build. Everything lives in .venv; PYTHON picks the interpreter that makes it (3.10 or newer).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,7 +11,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export MLFLOW_DISABLE_TELEMETRY ?= true
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: install demo test test-long test-slurm test-gpu lint audit format build clean
+.PHONY: install demo test test-long test-slurm test-torture test-mutants test-gpu lint audit format build clean
 
 install: $(STAMP)
 
@@ -36,6 +36,18 @@ test-long: install
 test-slurm: export OMP_NUM_THREADS ?= 1
 test-slurm: install
 	$(BIN)/python -m pytest -m slurm -rP tests/slurm
+
+# Two thousand damaged files, read-only folders, full disks, little memory (root for those that mount), and
+# clients that stall: a share of it is in `make test`. A quarter of an hour on a free core
+test-torture: export OMP_NUM_THREADS ?= 1
+test-torture: install
+	$(BIN)/python -m tests.torture.run
+	$(BIN)/python -m pytest tests/integration/test_slow_clients.py tests/torture
+
+# Bugs put in on purpose: each must fail the tests that know of it. Twenty minutes on a free core
+test-mutants: export OMP_NUM_THREADS ?= 1
+test-mutants: install
+	$(BIN)/python -m tests.mutants.run
 
 lint: install
 	$(BIN)/ruff check .

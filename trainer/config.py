@@ -10,8 +10,9 @@ from data_shards import settings as s
 # tracking.also → the packages of which one has to be there
 ALSO = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}
 
-Positive = Annotated[int, Gt(0)]
-NonNegative = Annotated[int, Ge(0)]
+Positive = Annotated[int, Gt(0), Lt(1 << 31)]  # sizes and counts; larger ones overflow in torch
+NonNegative = Annotated[int, Ge(0), Lt(1 << 31)]
+Seed = Annotated[int, Ge(0), Lt(1 << 63)]
 PositiveFloat = Annotated[float, Gt(0)]
 NonNegativeFloat = Annotated[float, Ge(0)]
 Fraction = Annotated[float, Ge(0), Lt(1)]
@@ -99,7 +100,7 @@ class OptimConfig:
 class RunConfig:
     dir: str = ""
     """run folder; created, never overwritten"""
-    seed: NonNegative = 0
+    seed: Seed = 0
     """seeds weights, dropout, data order and negatives"""
     init_from: str = ""
     """run folder whose weights a new run begins with, where name and shape are equal: the second stage of a
@@ -193,7 +194,7 @@ class CfConfig:
     shared_epochs: Fraction = 0.0
     """share of the epochs that the tables of two folds train as one, without the clicks of either; 0 = each
     from scratch"""
-    seed: NonNegative = 0
+    seed: Seed = 0
     """seeds initial vectors, sampling and folds"""
 
 

@@ -3,12 +3,10 @@
 import base64
 import functools
 import http.server
-import os
 import stat
-import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +15,7 @@ from tests.integration.test_train import BASE
 from tests.integration.test_urls import Quiet
 from tests.mlflow_server import Server, free_port
 from tests.tiny_folder import make_tiny_folder
+from trainer.cli import main
 from trainer.data import node_cache
 from trainer.evaluation.compare import compare, compare_lines
 from trainer.runs.weights import load_run_config
@@ -52,14 +51,32 @@ def data_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     server.shutdown()
 
 
-def gensr(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "trainer", *words],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env={**os.environ, "XDG_CACHE_HOME": str(folder / "cache"), "OMP_NUM_THREADS": "1"},
-    )
+class Said:
+    """How a command ended, and everything that it wrote to the console."""
+
+    def __init__(self, code: int, stdout: str, stderr: str) -> None:
+        self.returncode, self.stdout, self.stderr = code, stdout, stderr
+
+
+@pytest.fixture
+def gensr(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., Said]:
+    """The command in this process: its libraries take seconds to import, and it is given seven times."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    node_cache._cached_folder.cache_clear()
+
+    def run(*words: str) -> Said:
+        capfd.readouterr()
+        monkeypatch.setattr(sys, "argv", ["gensr", *words])
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        return Said(code, *capfd.readouterr())
+
+    return run
 
 
 def nothing_leaks(folder: Path, *outputs: str) -> None:
@@ -73,11 +90,7 @@ def nothing_leaks(folder: Path, *outputs: str) -> None:
         assert not [secret for secret in SECRETS if secret.encode() in content], path
 
 
-def test_a_run_with_secrets_in_both_urls(
-    data_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    node_cache._cached_folder.cache_clear()
+def test_a_run_with_secrets_in_both_urls(data_url: str, tmp_path: Path, gensr: Callable[..., Said]) -> None:
     (tmp_path / "server").mkdir()
     server = Server(tmp_path / "server")
     server.start()
@@ -91,12 +104,12 @@ def test_a_run_with_secrets_in_both_urls(
     ]
     run_dir = tmp_path / "runs" / "one"
     try:
-        done = gensr(tmp_path, "train", "demo", *settings, f"run.dir={run_dir}")
+        done = gensr("train", "demo", *settings, f"run.dir={run_dir}")
         assert done.returncode == 0, done.stderr
         assert (run_dir / "tracking.json").is_file() and not (run_dir / "tracking-spool.jsonl").exists()
         verbs = (
-            gensr(tmp_path, "evaluate", str(run_dir)),
-            gensr(tmp_path, "register", str(run_dir), "secretive"),
+            gensr("evaluate", str(run_dir)),
+            gensr("register", str(run_dir), "secretive"),
         )
         assert [verb.returncode for verb in verbs] == [0] * 2, [verb.stderr for verb in verbs]
         comparison = compare([run_dir, run_dir])
@@ -106,21 +119,19 @@ def test_a_run_with_secrets_in_both_urls(
     nothing_leaks(tmp_path, *(text for verb in (done, *verbs) for text in (verb.stdout, verb.stderr)), *shown)
 
 
-def test_errors_of_urls_with_secrets(data_url: str, tmp_path: Path) -> None:
+def test_errors_of_urls_with_secrets(data_url: str, tmp_path: Path, gensr: Callable[..., Said]) -> None:
     """A folder that is not there, and a tracking server that is not."""
     run_dir = tmp_path / "runs" / "two"
-    wrong = gensr(
-        tmp_path, "train", "demo", f"data.dir={data_url.replace('{}', 'nothing/{}')}", f"run.dir={run_dir}"
-    )
+    wrong = gensr("train", "demo", f"data.dir={data_url.replace('{}', 'nothing/{}')}", f"run.dir={run_dir}")
     assert wrong.returncode == 1 and "manifest.json" in wrong.stderr and "exit 22" in wrong.stderr
     pipe = f"pipe:curl -sf -u me:PwOfData 'http://127.0.0.1:{free_port()}/{{}}?sig=SigOfData'"
-    refused = gensr(tmp_path, "train", "demo", f"data.dir={pipe}", f"run.dir={run_dir}")
+    refused = gensr("train", "demo", f"data.dir={pipe}", f"run.dir={run_dir}")
     assert refused.returncode == 1 and "manifest.json" in refused.stderr
     down = f"tracking.uri=http://boss:PwOfMlflow@127.0.0.1:{free_port()}/?token=TokenOfMlflow"
     settings = [*BASE, "tracking.enabled=true", down, f"data.dir={data_url}", "run.max_steps=1"]
-    trained = gensr(tmp_path, "train", "demo", *settings, f"run.dir={run_dir}", "run.timeout_s=60")
+    trained = gensr("train", "demo", *settings, f"run.dir={run_dir}", "run.timeout_s=60")
     assert trained.returncode == 0 and (run_dir / "tracking-spool.jsonl").is_file(), trained.stderr
-    imported = gensr(tmp_path, "runs", "import", str(run_dir))
+    imported = gensr("runs", "import", str(run_dir))
     assert imported.returncode == 1
     nothing_leaks(
         tmp_path,

@@ -106,6 +106,8 @@ def test_history_weights_sum_to_one_and_ignore_padding() -> None:
 def test_history_encoder_masks_padding() -> None:
     torch.manual_seed(3)
     encoder = HistoryEncoder(8, 2, 0.0, 6, ordered=True).eval()
+    for parameter in encoder.parameters():  # it starts as the identity
+        torch.nn.init.normal_(parameter)
     items, tasks, mask = (
         torch.randn(1, 6, 8),
         torch.zeros(1, 6, dtype=torch.long),
@@ -445,3 +447,18 @@ def test_ranks_call_the_backbone_equally_often_whatever_their_batches_hold(
         model(one)[0].backward()
         model.eval()
         assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_explained_weights_are_those_of_the_soft_filter(folder: Path) -> None:
+    """They sum to 1 over real items, and are 0 on padding and without a history."""
+    model, batch, _ = make(folder)
+    mask = batch.history_mask.clone()
+    mask[0], mask[1, 1:] = False, False
+    batch = replace(batch, history_mask=mask)
+    with torch.no_grad():
+        explained = model.explain(batch)
+    for weights_BCN in explained.values():
+        assert (weights_BCN.transpose(1, 2)[~mask] == 0).all()
+        expected_BC = mask.any(1).float()[:, None].expand(weights_BCN.shape[:2])
+        torch.testing.assert_close(weights_BCN.sum(-1), expected_BC)
+    assert not torch.equal(explained["cf"], explained["semantic"])

@@ -2,6 +2,7 @@
 library writes."""
 
 import errno
+import os
 import shutil
 import stat
 import subprocess
@@ -25,7 +26,8 @@ from trainer.data import node_cache
 from trainer.data.node_cache import local_folder
 from trainer.errors import EnvironmentProblem
 from trainer.runs.checkpoint import Progress, make_empty
-from trainer.runs.folder import write_status
+from trainer.runs.folder import read_status, write_status
+from trainer.runs.run_folder import RunFolder
 from trainer.runtime.files import SECRET_MODE, atomic, writing
 from trainer.training.console import RunConsole
 
@@ -170,3 +172,21 @@ def test_cf_on_a_full_disk(tmp_path: Path, small_disk: Path) -> None:
     (small_disk / "filler").write_bytes(b"x" * 150_000)
     with pytest.raises(EnvironmentProblem, match=r"cannot be written: No space left"):
         train_cf(data, ["cf.dim=16", "cf.max_epochs=1", "overwrite=true", "save_every_s=0"])
+
+
+def test_a_full_disk_takes_a_status_in_place_of_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    write_status(run, "running", Progress(step=1_000_000))
+    size = (run / "status.json").stat().st_size
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("trainer.runtime.files.os.fsync", full)
+    write_status(run, "failed", Progress(step=7))
+    assert (run / "status.json").stat().st_size == size
+    assert RunFolder(run).read_status()["status"] == "failed"
+    assert read_status(run).step == 7 and [path.name for path in run.iterdir()] == ["status.json"]

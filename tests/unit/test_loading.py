@@ -2,6 +2,7 @@
 refused."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -102,7 +103,8 @@ def test_lora_on_a_local_backbone_saves_adapter_and_heads_only(
     plain.backbone.base.save_pretrained(backbone)
     with pytest.raises(DataError, match=r"is not the one that .* was trained on: model\.safetensors"):
         load_run_model(tmp_path / "run")
-    (tmp_path / "run" / "model" / "backbone" / "weights.json").unlink()  # as older runs are
+    for name in ("backbone/weights.json", "files.json"):  # as older runs are
+        (tmp_path / "run" / "model" / name).unlink()
     load_run_model(tmp_path / "run")
 
 
@@ -159,6 +161,7 @@ def test_a_model_that_noted_nothing_is_compared_by_its_tokenizer_and_warned_of(
 ) -> None:
     trained(folder, tmp_path / "run")
     path = tmp_path / "run" / "model" / "model.json"
+    path.with_name("files.json").unlink()
     document = json.loads(path.read_text())
     del document["reads"]
     path.write_text(json.dumps(document))
@@ -217,6 +220,7 @@ def test_a_table_made_again_is_the_same_table(folder: Path, tmp_path: Path) -> N
         metadata = file.metadata()
     assert list(metadata) and cf_digest(path) == digest
     document_path = tmp_path / "run" / "model" / "model.json"
+    document_path.with_name("files.json").unlink()  # older ones, in which it is changed here
     document = json.loads(document_path.read_text())
     assert document["cf_sha256"] == digest
     document_path.write_text(json.dumps({**document, "cf_sha256": file_sha256(path)}))
@@ -289,3 +293,57 @@ def test_a_run_does_not_begin_with_what_fits_nowhere(folder: Path, tmp_path: Pat
         init_from(other, tmp_path / "first")
     with pytest.raises(RunError, match="no trained model"):
         init_from(other, tmp_path / "nothing")
+
+
+def flip_weight(model: Path) -> None:
+    path = model / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def change_heads(model: Path) -> None:
+    path = model / "model.json"
+    path.write_text(path.read_text().replace('"num_heads": 2', '"num_heads": 1'))
+
+
+def cut_tokenizer(model: Path) -> None:
+    path = model / "tokenizer" / "tokenizer.json"
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def remove_backbone(model: Path) -> None:
+    (model / "backbone" / "config.json").unlink()
+
+
+def spoil_the_list(model: Path) -> None:
+    (model / "files.json").write_text('{"model.json": 3}')
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (flip_weight, r"model\.safetensors: checksum differs"),
+        (change_heads, r"model\.json: checksum differs"),
+        (cut_tokenizer, r"tokenizer\.json: \d+ bytes, expected"),
+        (remove_backbone, r"backbone/config\.json: missing"),
+        (spoil_the_list, r"files\.json: damaged"),
+    ],
+)
+def test_a_saved_model_is_read_as_it_was_written_or_not_at_all(
+    folder: Path, tmp_path: Path, damage: Callable[[Path], None], named: str
+) -> None:
+    trained(folder, tmp_path / "run")
+    load_run_model(tmp_path / "run")
+    damage(tmp_path / "run" / "model")
+    with pytest.raises(DataError, match=named):
+        load_run_model(tmp_path / "run")
+
+
+@pytest.mark.parametrize("line", ["history_max: 3", "num_heads: 1"])
+def test_a_configuration_that_is_not_the_models_is_refused(folder: Path, tmp_path: Path, line: str) -> None:
+    trained(folder, tmp_path / "run")
+    path, key = tmp_path / "run" / "config.yaml", line.partition(":")[0]
+    path.write_text(re.sub(rf"\b{key}: \d+", line, path.read_text()))
+    with pytest.raises(RunError, match=rf"config\.yaml has changed .*{key}="):
+        load_run_model(tmp_path / "run")

@@ -20,12 +20,19 @@ def read_records(run_dir: str | Path) -> list[dict[str, Any]]:
             f"{run_dir} is not a run folder: metrics.jsonl is missing. Train one with: gensr train"
         )
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            records.append(json.loads(line))
-        except ValueError:  # a killed process's last line
+            record = json.loads(line)
+        except (ValueError, RecursionError):  # a killed process's last line
             continue
+        if isinstance(record, dict) and "kind" in record and _is_number(record.get("step")):
+            numbers = {key: value for key, value in record.items() if _is_number(value)}
+            records.append({"kind": record["kind"], **numbers})
     return records
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def plot_run(run_dir: str | Path) -> list[Path]:

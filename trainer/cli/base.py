@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from trainer.errors import ConfigError, GensrError
+from trainer.errors import ConfigError, GensrError, out_of_memory
 from trainer.runtime.progress import StageProgress, clear_bar, show_stages
 
 SPLITS = ("train", "valid", "test")
@@ -74,7 +74,12 @@ def main() -> None:
     """Entry point of `gensr` and `python -m trainer`. --debug anywhere keeps a user error's traceback."""
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
-        app(args=arguments, prog_name="gensr")
+        try:
+            app(args=arguments, prog_name="gensr")
+        except Exception as error:
+            if problem := out_of_memory(error):
+                raise problem from error
+            raise
     except GensrError as error:
         clear_bar()
         if len(arguments) < len(sys.argv) - 1:

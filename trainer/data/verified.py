@@ -1,4 +1,4 @@
-"""Files of a prepared folder against the sizes and checksums that are known of them. A file is read for it
+"""Files of a folder against the sizes and checksums that are known of them. A file is read for it
 once on a node, and again only after it has changed: CACHE/verified/ remembers size and time of change."""
 
 import contextlib
@@ -14,9 +14,9 @@ from trainer.runtime.files import atomic, file_sha256
 Known = tuple[str, int, str]  # name inside the folder, bytes, sha256
 
 
-def check_files(folder: str | Path, files: Iterable[Known]) -> None:
+def check_files(folder: str | Path, files: Iterable[Known], fix: str = "") -> None:
     """Raises DataError naming the first file that is missing or is not what is known of it. A cache that
-    cannot be written only costs time."""
+    cannot be written only costs time. fix: what helps; default: what makes a file of a prepared folder."""
     folder, files = Path(folder).resolve(), list(files)
     key = hashlib.sha256(str(folder).encode()).hexdigest()[:32]
     record = cache_of(folder) / "verified" / f"{key}.json"
@@ -25,7 +25,7 @@ def check_files(folder: str | Path, files: Iterable[Known]) -> None:
             with contextlib.suppress(EnvironmentProblem):  # other processes of this node wait, then find it
                 stack.enter_context(locked(record))
             known = _read(record)
-            found = {name: _check(folder, name, size, sha256) for name, size, sha256 in
+            found = {name: _check(folder, name, size, sha256, fix) for name, size, sha256 in
                      _stale(folder, files, known)}  # fmt: skip
             with contextlib.suppress(EnvironmentProblem):
                 _forget_folders_that_are_gone(record.parent)
@@ -47,9 +47,9 @@ def _state(path: Path) -> tuple[int, int]:
     return stat.st_size, stat.st_mtime_ns
 
 
-def _check(folder: Path, name: str, num_bytes: int, sha256: str) -> list[object]:
+def _check(folder: Path, name: str, num_bytes: int, sha256: str, fix: str) -> list[object]:
     path, again = folder / name, "Restore the file, or make it again"
-    fix = (
+    fix = fix or (
         f"{again}: gensr cf {folder} overwrite=true" if name.startswith("cf/") else f"{again}: gensr prepare"
     )
     state = _state(path)  # before it is read: what is written meanwhile is looked at again
@@ -65,7 +65,7 @@ def _check(folder: Path, name: str, num_bytes: int, sha256: str) -> list[object]
 def _read(record: Path) -> dict[str, list[object]]:
     try:
         files = json.loads(record.read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}
     return files if isinstance(files, dict) else {}
 

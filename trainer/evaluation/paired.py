@@ -3,13 +3,11 @@
 RUN/evaluation-NAME.{json,parquet} ─read_stored─▶ StoredRanks ─check_same─▶ paired bootstrap over users
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 
 from data_shards.schema import TASKS
@@ -17,6 +15,7 @@ from trainer.errors import RunError
 from trainer.evaluation.bootstrap import Difference, paired_differences
 from trainer.evaluation.metrics import METRICS, fewest_tied, metric_values
 from trainer.evaluation.segments import BUCKETS, METRIC
+from trainer.evaluation.stored import read_evaluation_file, read_ranks_file
 from trainer.runs.run_folder import RunFolder
 
 # of a protocol: what differs, in words, when the values do
@@ -56,12 +55,12 @@ class StoredRanks:
 
 def read_stored(folder: Path, name: str, where: str) -> StoredRanks:
     """folder/evaluation-NAME.json and .parquet; name: test, valid-hard, … Raises RunError when one is
-    missing."""
+    missing or damaged."""
     document, rows = (RunFolder(folder).evaluation(name), RunFolder(folder).ranks(name))
     if lacking := next((path for path in (document, rows) if not path.is_file()), None):
         raise RunError(f"{where}: {lacking.name} is missing. Make it with: gensr evaluate")
-    protocol = json.loads(document.read_text(encoding="utf-8"))["protocol"]
-    table = pq.read_table(rows)
+    protocol = read_evaluation_file(document)["protocol"]
+    table = read_ranks_file(rows)
     rank = table["rank"].to_numpy()
     with_ties = "num_tied" in table.column_names
     stored = StoredRanks(

@@ -1,12 +1,12 @@
 """Evaluation documents → tables: the demo's last screen, `gensr report`."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trainer.errors import RunError
+from trainer.evaluation.stored import read_evaluation_file
 from trainer.runs.run_folder import RunFolder
 
 SHOWN_METRICS = ("recall@5", "recall@10", "ndcg@5", "ndcg@10")
@@ -35,13 +35,13 @@ def evaluation_name(split: str, candidates: str) -> str:
 
 
 def read_evaluation(run_dir: str | Path, split: str = "test", candidates: str = "sampled") -> dict[str, Any]:
-    """RUN/evaluation-NAME.json. Raises RunError when the run has not been evaluated."""
+    """RUN/evaluation-NAME.json. Raises RunError when the run has not been evaluated,
+    or the file is damaged."""
     path = RunFolder(run_dir).evaluation(evaluation_name(split, candidates))
     if not path.is_file():
         option = "" if candidates == "sampled" else f" --candidates {candidates}"
         raise RunError(f"{path} is missing. Make it with: gensr evaluate {run_dir} --split {split}{option}")
-    document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return document
+    return read_evaluation_file(path)
 
 
 def title_of(evaluation: Mapping[str, Any]) -> str:

@@ -19,6 +19,7 @@ from trainer.errors import RunError
 from trainer.evaluation.paired import StoredRanks, check_same, paired, paired_segments, read_stored
 from trainer.registry.versions import ALIAS, default_uri, fetch, find_version, mlflow_errors
 from trainer.runs.run_folder import RunFolder
+from trainer.runs.sealed import check_sealed
 from trainer.tracking.store import connect, must_exist
 
 CHAMPION = "champion"
@@ -198,6 +199,7 @@ def read_ranks(version_dir: Path, where: str) -> StoredRanks:
         raise RunError(
             f"{where} holds no evaluation. Run gensr evaluate RUN, then gensr register RUN NAME again"
         )
+    check_sealed(folder)
     return read_stored(folder, "test", where)
 
 

@@ -40,6 +40,7 @@ from trainer.registry.model_card import (
     version_tags,
 )
 from trainer.runs.run_folder import RunFolder, read_json
+from trainer.runs.sealed import seal
 from trainer.runs.weights import load_run_config
 from trainer.runtime.files import atomic
 from trainer.serving.artifacts import write_items
@@ -272,6 +273,7 @@ def _log_model(
         if scorer.model.views():  # else there are no indexes
             folders["retrieval"] = RunFolder(run_dir).retrieval
         if any(evaluation.iterdir()):
+            seal(evaluation)
             folders["evaluation"] = evaluation
         try:
             with mlflow.start_run(run_id=run_id):

@@ -28,7 +28,7 @@ from data_shards.schema import Manifest
 from data_shards.settings import flatten, to_dict
 from trainer.config import Config
 from trainer.errors import RunError
-from trainer.runs.run_folder import RunFolder
+from trainer.runs.run_folder import RunFolder, read_json
 from trainer.runs.weights_only import check_random_states, no_unpickling
 from trainer.runtime.distributed import gather_objects, on_main, uses_deepspeed
 from trainer.runtime.files import atomic, file_sha256, remove_temporaries, writing
@@ -260,10 +260,9 @@ def _candidates(folder: Path) -> list[str]:
 
 def _expected_files(path: Path) -> tuple[dict[str, list[Any]], str]:
     """files.json and what is wrong with it ("" = nothing)."""
-    try:
-        expected: dict[str, list[Any]] = json.loads((path / "files.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        return {}, f"files.json: {error}"
+    expected: dict[str, list[Any]] = read_json(path / "files.json")
+    if not all(isinstance(entry, list) and len(entry) == 2 for entry in expected.values()):
+        return {}, "files.json is no list of files"
     return expected, "" if "state.json" in expected else "state.json is not in files.json"
 
 

@@ -172,17 +172,20 @@ def write_facts(config: Config, facts: dict[str, Any]) -> None:
 
 
 def write_status(folder: Path, status: str, progress: Progress, enabled: bool = True) -> None:
-    """A disk that does not take it costs a warning: what ends a run is told by the error that ended it."""
+    """A disk that does not take it costs a warning: what ends a run is told by the error that ended it. A
+    full one still takes the new status in the blocks of the old: a job script must not start again what a
+    user has to mend."""
     if not enabled:
         return
+    path = RunFolder(folder).status
+    text = json.dumps({"status": status, "progress": asdict(progress)}, indent=2) + "\n"
     try:
-        with atomic(RunFolder(folder).status) as temporary:
-            temporary.write_text(
-                json.dumps({"status": status, "progress": asdict(progress)}, indent=2) + "\n",
-                encoding="utf-8",
-            )
+        with atomic(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
     except EnvironmentProblem as error:
         log.warning("%s", error)
+        with contextlib.suppress(OSError), path.open("r+b") as file:
+            file.write(text.encode().ljust(path.stat().st_size, b"\n"))
 
 
 def read_status(folder: str | Path) -> Progress:

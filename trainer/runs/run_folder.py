@@ -116,6 +116,6 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object of a JSON file; {} where it is missing or not whole."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return document if isinstance(document, dict) else {}

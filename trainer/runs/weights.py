@@ -2,6 +2,7 @@
 file.
 
 model/  model.safetensors  model.json (name, settings, what it was trained on)  tokenizer/tokenizer.json
+        files.json (sealed.py)
         and what the model adds (GenSR: backbone/config.json; with LoRA its frozen weights stay out)
 """
 
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from data_shards.schema import TASKS
+from data_shards.settings import flatten
 from trainer.batch import ItemTables
 from trainer.config import Config, DataConfig
 from trainer.configs import config_from_dict
@@ -25,8 +27,10 @@ from trainer.data.node_cache import refuse_command
 from trainer.errors import DataError, RunError
 from trainer.models.contract import Ranker, Ranks, task_names
 from trainer.models.zoo import model_class, settings_class
+from trainer.runs.checkpoint import FREE_KEYS
 from trainer.runs.data_identity import check_data, what_is_read
-from trainer.runs.run_folder import RunFolder
+from trainer.runs.run_folder import RunFolder, read_json
+from trainer.runs.sealed import check_sealed, seal
 from trainer.runs.world import counts_of, new_world, saved_world
 
 MODEL_FORMAT = 2  # 1: gensr.json, GenSR only
@@ -83,6 +87,7 @@ def save_model(
     model.save_extra(partial)
     text = json.dumps(describe_model(model, config, folder), indent=2) + "\n"
     (partial / DOCUMENT).write_text(text, encoding="utf-8")
+    seal(partial)
     previous = path.with_name(path.name + ".previous")
     shutil.rmtree(previous, ignore_errors=True)
     if path.exists():
@@ -121,15 +126,19 @@ def document_path(path: Path) -> Path:
 
 def read_model_document(path: str | Path) -> dict[str, Any]:
     """model.json of a RUN/model folder; of an older one (gensr.json) the same content. Raises RunError when
-    the folder holds no model."""
+    the folder holds no model, DataError when a file of it is not the one that was written."""
     path = Path(path)
     if not is_model(path):
         raise RunError(f"{path} holds no trained model ({DOCUMENT} is missing). Train one with: gensr train")
-    document: dict[str, Any] = json.loads(document_path(path).read_text(encoding="utf-8"))
-    if document["format"] == 1:
+    check_sealed(path)
+    document = read_json(document_path(path))
+    if document.get("format") == 1:
         return _from_format_1(document)
-    if document["format"] != MODEL_FORMAT:
-        raise RunError(f"{path}: model format {document['format']}, this gensr reads 1 and {MODEL_FORMAT}")
+    if document.get("format") != MODEL_FORMAT:
+        raise RunError(
+            f"{document_path(path)}: model format {document.get('format')}, this gensr reads 1 and "
+            f"{MODEL_FORMAT}"
+        )
     return document
 
 
@@ -214,6 +223,21 @@ def _named(names: list[str], shown: int = 8) -> str:
     return ", ".join(names[:shown]) + more
 
 
+def check_config(document: dict[str, Any], config: Config, where: Path) -> None:
+    """Raises RunError when RUN/config.yaml, which says how events are read, is not that of the model beside
+    it. document: its model.json; what an older one does not say is not compared."""
+    now = {"model": dataclasses.asdict(config.model), "data": dataclasses.asdict(config.data)}
+    then = {"model": document["settings"], "data": document["data"]}
+    was, is_now = (flatten(json.loads(json.dumps(tree))) for tree in (then, now))
+    wrong = [key for key in was if key not in FREE_KEYS and key in is_now and is_now[key] != was[key]]
+    if wrong:
+        shown = ", ".join(f"{key}={is_now[key]} (was {was[key]})" for key in wrong[:4])
+        raise RunError(
+            f"{where} has changed since the model was trained: {shown}. Restore it, or train again with the "
+            "other settings"
+        )
+
+
 def load_run_config(run_dir: str | Path) -> Config:
     """RUN/config.yaml. Raises RunError when the folder holds no run, or its data.dir is a command."""
     config = RunFolder(run_dir).read_config()
@@ -228,6 +252,7 @@ def load_run_model(run_dir: str | Path, device: str = "cpu") -> tuple[Ranker, Co
     folder = PreparedFolder.open(config.data)
     path = RunFolder(run_dir).model
     document = read_model_document(path)
+    check_config(document, config, RunFolder(run_dir).config)
     kind = model_class(document["name"])
     needs = kind.reads(config.model)
     check_data(document, needs, folder, path, str(run_dir), kind.may_read)

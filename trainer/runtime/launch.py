@@ -100,9 +100,10 @@ def read_deepspeed_json(path: str | Path) -> dict[str, Any]:
     """A DeepSpeed JSON with a zero_optimization.stage. Raises ConfigError naming the file."""
     try:
         document: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"DeepSpeed configuration {path}: {error}") from error
-    if "stage" not in document.get("zero_optimization", {}):
+    zero = document.get("zero_optimization") if isinstance(document, dict) else None
+    if not isinstance(zero, dict) or "stage" not in zero:
         raise ConfigError(
             f"DeepSpeed configuration {path}: zero_optimization.stage is missing. Start from one of "
             f"{ds_configs.path('zero2.json').parent}"

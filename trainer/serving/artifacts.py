@@ -1,6 +1,6 @@
 """What a registered version holds of the prepared folder: item tables, original ids and texts, how queries
 are
-read. FOLDER/tables.safetensors  items.parquet  words.npy  serving.json"""
+read. FOLDER/tables.safetensors  items.parquet  words.npy  serving.json  files.json (runs/sealed.py)"""
 
 import dataclasses
 import json
@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from data_shards.schema import Manifest
 from trainer.batch import ItemTables, no_tables
 from trainer.errors import RunError
+from trainer.runs.sealed import check_sealed, seal
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -72,13 +73,16 @@ def write_items(folder: Path, scorer: "Scorer", items: pa.Table, facts: Mapping[
     form = dataclasses.asdict(scorer.query_format)
     document = {**facts, "precision": scorer.precision, "query_format": form}
     (folder / "serving.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    seal(folder)
 
 
 def read_serving_facts(folder: Path) -> dict[str, Any]:
-    """serving.json of what write_items wrote. Raises RunError when FOLDER is something else."""
+    """serving.json of what write_items wrote. Raises RunError when FOLDER is something else, DataError when
+    a file of it is not the one that was written."""
     path = folder / "serving.json"
     if not path.is_file():
         raise RunError(f"{folder.parent} holds no registered model ({path} is missing)")
+    check_sealed(folder)
     document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return document
 

@@ -6,6 +6,7 @@ FOLDER/NAME.faiss  retrieval.safetensors (the mean of each centred view)  retrie
 measured recall, sha256 of each file)
 """
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from trainer.errors import RunError
 from trainer.models.contract import Ranker, View
+from trainer.runs.run_folder import read_json
 from trainer.runtime.files import atomic, file_sha256, writing
 from trainer.runtime.progress import Notify, StageProgress, report
 from trainer.serving.index import TRAINING_VECTORS, Index, build_index, plan_index, unit
@@ -170,6 +172,7 @@ def save_retrieval(folder: Path, retrieval: Retrieval, identity: str) -> None:
             document["indexes"][name] = index.facts
             names.append(f"{name}.faiss")
     document["sha256"] = {name: file_sha256(folder / name) for name in names}
+    document["digest"] = _digest(document)
     with atomic(folder / DOCUMENT) as path:
         path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
@@ -180,15 +183,14 @@ def load_retrieval(folder: Path, model: Ranker, identity: str) -> Retrieval | No
     path = folder / DOCUMENT
     if not path.is_file():
         return None
-    document = json.loads(path.read_text(encoding="utf-8"))
-    if (document["format"], document["identity"]) != (FORMAT, identity):
+    document = read_json(path)
+    if (document.get("format"), document.get("identity")) != (FORMAT, identity):
         return None
+    if document.get("digest", _digest(document)) != _digest(document):  # older files have none
+        raise _damaged(path)
     for name, sha256 in document["sha256"].items():
         if not (folder / name).is_file() or file_sha256(folder / name) != sha256:
-            raise RunError(
-                f"{folder / name} is missing or damaged. Delete {folder}: it is built again (for a "
-                "registered version: register it again)"
-            )
+            raise _damaged(folder / name)
     views, kept = model.views(), load_file(folder / "retrieval.safetensors")
     # files of before there were other models hold one mean, the semantic view's
     means = {
@@ -200,6 +202,19 @@ def load_retrieval(folder: Path, model: Ranker, identity: str) -> Retrieval | No
         for name, facts in document["indexes"].items()
     }
     return Retrieval(views, means, indexes)
+
+
+def _digest(document: dict[str, Any]) -> str:
+    """sha256 of retrieval.json without its own digest."""
+    rest = {key: value for key, value in document.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _damaged(path: Path) -> RunError:
+    return RunError(
+        f"{path} is missing or damaged. Delete {path.parent}: it is built again (for a registered version: "
+        "register it again)"
+    )
 
 
 def describe(retrieval: Retrieval) -> dict[str, Any]:

@@ -64,7 +64,7 @@ class JsonLines:
         for line in content[:end].splitlines():
             try:
                 record = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 record = None
             if isinstance(record, dict):
                 records.append(record)

@@ -19,6 +19,7 @@ import yaml
 from data_shards.secrets import mask_secrets
 from trainer.config import Config
 from trainer.errors import EnvironmentProblem, RunError
+from trainer.runs.run_folder import read_json
 from trainer.runtime.files import atomic, writing
 
 if TYPE_CHECKING:
@@ -167,12 +168,9 @@ def read_experiment_id(folder: str | Path) -> str:
 
 def read_run_file(folder: str | Path, uri: str = "") -> str:
     """The id of the folder's MLflow run, "" when it has none (in the store at `uri`, if one is given)."""
-    try:
-        document = json.loads((Path(folder) / RUN_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return ""
+    document = read_json(Path(folder) / RUN_FILE)
     same = not uri or mask_secrets(str(document.get("uri"))) == mask_secrets(uri)
-    return str(document["run_id"]) if same else ""
+    return str(document.get("run_id") or "") if same else ""
 
 
 def log_figures(client: "MlflowClient", run_id: str, figures: Mapping[str, float]) -> None:

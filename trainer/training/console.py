@@ -181,7 +181,7 @@ def keep_records(path: Path, last_step: int) -> None:
         try:
             if json.loads(line)["step"] <= last_step:
                 kept.append(line)
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue
     with atomic(path) as temporary:
         temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")

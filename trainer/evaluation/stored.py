@@ -1,0 +1,61 @@
+"""RUN/evaluation-NAME.json and .parquet as files that may be damaged."""
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data_shards.schema import TASKS
+from trainer.errors import RunError
+from trainer.runs.run_folder import read_json
+
+AGAIN = "Make it again with: gensr evaluate"
+
+
+def read_evaluation_file(path: Path) -> dict[str, Any]:
+    """The document, with what tables read of it: a protocol, and numbers for each task and baseline. Raises
+    RunError for anything else."""
+    document = read_json(path)
+    baselines = document.get("baselines", {})
+    reports = [report for entry in _values(baselines) for report in _values(entry)]
+    reports += [document[task] for task in TASKS if task in document]
+    whole = isinstance(document.get("protocol"), dict) and isinstance(baselines, dict)
+    if not whole or not all(map(_is_report, reports)):
+        raise RunError(f"{path} is damaged. {AGAIN}")
+    return document
+
+
+def _values(tree: Any) -> list[Any]:
+    return list(tree.values()) if isinstance(tree, dict) else [tree]
+
+
+def _is_report(report: Any) -> bool:
+    """{"num_events": n, metric: number, "ci95": {metric: [low, high]}}."""
+    if not isinstance(report, dict) or not _is_number(report.get("num_events")):
+        return False
+    rest = {key: value for key, value in report.items() if key != "ci95"}
+    intervals = report.get("ci95", {})
+    return (
+        all(map(_is_number, rest.values()))
+        and isinstance(intervals, dict)
+        and all(
+            isinstance(ends, list) and len(ends) == 2 and all(map(_is_number, ends))
+            for ends in intervals.values()
+        )
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def read_ranks_file(path: Path) -> pa.Table:
+    """The rows of evaluation-NAME.parquet. Raises RunError for a file that is none."""
+    try:
+        table = pq.read_table(path)
+    except (OSError, pa.ArrowException) as error:
+        raise RunError(f"{path}: cannot be read: {error}. {AGAIN}") from error
+    if lacking := {"event_id", "task", "user_id", "rank"} - set(table.column_names):
+        raise RunError(f"{path} has no column {', '.join(sorted(lacking))}. {AGAIN}")
+    return table
