@@ -14,6 +14,7 @@ from inspect import cleandoc
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from trainer.errors import ConfigError, GensrError
 from trainer.runtime.progress import StageProgress, clear_bar, show_stages
@@ -24,11 +25,34 @@ OURS = ("gensr", "trainer", "data_shards", "ds_configs", "slurm")
 Verb = Callable[..., Any]
 
 
+def without_types_of_flags(parameters: list[Any]) -> list[Any]:
+    """typer writes <bool> behind each --flag."""
+    for parameter in parameters:
+        if getattr(parameter, "is_flag", False) and parameter.metavar is None:
+            parameter.metavar = ""
+    return parameters
+
+
+class Command(TyperCommand):
+    def get_params(self, ctx: Any) -> Any:
+        return without_types_of_flags(super().get_params(ctx))
+
+
+class Group(TyperGroup):
+    def get_params(self, ctx: Any) -> Any:
+        return without_types_of_flags(super().get_params(ctx))
+
+
 class Commands(typer.Typer):
     """Verbs whose help is their docstring, less the line breaks of the source: a list of verbs would print
     them."""
 
+    def __init__(self, **options: Any) -> None:
+        super().__init__(cls=Group, **options)
+
     def command(self, name: str | None = None, **options: Any) -> Any:
+        options.setdefault("cls", Command)
+
         def add(function: Verb) -> Verb:
             paragraphs = cleandoc(function.__doc__ or "").split("\n\n")
             text = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
@@ -122,8 +146,9 @@ def options(
     """Read by main(), before the verb."""
 
 
-def verb(example: str) -> Callable[[Verb], Verb]:
-    return app.command(epilog=f"Example: {example}")
+def verb(example: str, **options: Any) -> Callable[[Verb], Verb]:
+    added: Callable[[Verb], Verb] = app.command(epilog=f"Example: {example}", **options)
+    return added
 
 
 def say(*lines: str) -> None:

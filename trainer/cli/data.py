@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from trainer.cli.base import SPLITS, AsJson, Overrides, answer, note, stage_lines, verb
+from trainer.cli.base import SPLITS, AsJson, Command, Overrides, answer, note, stage_lines, verb
 from trainer.runtime.progress import waiting_for
 
 
@@ -53,7 +53,25 @@ def download(
     answer({"files": [str(path) for path in files]}, as_json, *(f"  {path}" for path in files))
 
 
-@verb("gensr prepare kuaisar data/raw data/prepared history_max=20")
+class PrepareCommand(Command):
+    """`gensr prepare SOURCE --help` adds the settings of that source."""
+
+    def parse_args(self, ctx: Any, args: Any) -> Any:
+        ctx.meta["words"] = list(args)
+        return super().parse_args(ctx, args)
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        from data_shards.options import SOURCE_DEFAULTS, source_keys
+        from trainer.cli.help import key_lines
+
+        super().format_help(ctx, formatter)
+        for source in SOURCE_DEFAULTS:
+            if source in ctx.meta.get("words", []):
+                typer.echo(f"Settings of {source} (KEY=VALUE)")
+                typer.echo("\n".join(key_lines(source_keys(source))))
+
+
+@verb("gensr prepare kuaisar data/raw data/prepared history_max=20", cls=PrepareCommand)
 def prepare(
     source: Annotated[str, typer.Argument(help="kuaisar, amazon, jdsearch, or tables (your own logs)")],
     raw: Annotated[Path, typer.Argument(help="folder of raw files")],
@@ -61,7 +79,10 @@ def prepare(
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """Turn raw logs into a prepared folder: splits, histories, negatives, text, shards, leak checks."""
+    """Turn raw logs into a prepared folder: splits, histories, negatives, text, shards, leak checks.
+
+    gensr prepare SOURCE --help lists the settings of a source.
+    """
     from data_shards.inspect import count_table, dropped_table
     from data_shards.prepare import prepare as run
 
