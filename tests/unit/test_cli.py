@@ -36,6 +36,7 @@ VERBS = [
     "report",
     "compare",
     "table",
+    "sweep",
     "register",
     "promote",
     "score",

@@ -173,6 +173,12 @@ def answer(document: Any, as_json: bool, *lines: str) -> None:
         typer.echo(json.dumps(document, ensure_ascii=False) if as_json else "\n".join(lines))
 
 
+def next_steps(*commands: str) -> list[str]:
+    """What people do after a verb; commands that are "" are left out."""
+    kept = [command for command in commands if command]
+    return [f"{'next' if number == 0 else '':<8}{command}" for number, command in enumerate(kept)]
+
+
 def preset_and_settings(preset: str | None, overrides: list[str] | None) -> tuple[str | None, list[str]]:
     """Where the preset may be left out, the first word may be a setting."""
     settings = overrides or []
