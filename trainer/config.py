@@ -89,7 +89,8 @@ class OptimConfig:
     grad_clip: PositiveFloat = 1.0
     """maximum gradient norm"""
     global_batch_size: Positive = 64
-    """events of one optimizer step over all ranks; each brings 1 + num_negatives candidates"""
+    """events of one optimizer step over all ranks; each brings 1 + num_negatives candidates. A loss that
+    compares events (GenSR's Eq. 10) sees those of one micro-batch, or of one on each rank"""
     micro_batch_size: Positive = 32
     """events of one forward pass on one rank; accumulation steps are derived and printed"""
 

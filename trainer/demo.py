@@ -269,6 +269,8 @@ def show_summary(demo: Demo, seconds: float) -> None:
 
 
 def where_and_next(demo: Demo, registered: dict[str, object]) -> list[str]:
+    from trainer.tracking.store import read_experiment_id, training_page
+
     run_dir, data_dir = demo.run_dir, demo.data_dir
     mlflow, gensr = program("mlflow"), program("gensr")
     model = f"models:/{registered['name']}@{registered['alias']}"
@@ -278,8 +280,8 @@ def where_and_next(demo: Demo, registered: dict[str, object]) -> list[str]:
         f"run folder   {run_dir}",
         f"plots        {run_dir / 'report'}",
         f"registered   models:/{registered['name']}/{registered['version']}, also {model}",
-        f"MLflow page  {mlflow} ui --backend-store-uri {registered['uri']} --port 5000, then "
-        "http://127.0.0.1:5000",
+        f"MLflow page  {mlflow} ui --backend-store-uri {registered['uri']} --port 5000, then",
+        f"             {training_page(str(registered['uri']), read_experiment_id(run_dir))}",
         "",
         "Next",
         f"  {gensr} search {model} --query {shlex.quote(query)} --user {user} {of_registry}",

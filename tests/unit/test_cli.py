@@ -37,6 +37,7 @@ VERBS = [
     "compare",
     "table",
     "sweep",
+    "analyse",
     "register",
     "promote",
     "score",

@@ -16,6 +16,7 @@ PACKAGES = ("gensr", "trainer", "data_shards", "ds_configs", "slurm")
 MLFLOW_FILES = {
     f"trainer/{name}.py"
     for name in (
+        "tracking/about",
         "tracking/store",
         "tracking/delivery",
         "tracking/machine",

@@ -80,7 +80,7 @@ def train(
 
 
 @app.command(
-    epilog="Example: gensr submit demo --nodes 2 --gpus-per-node 8 data.dir=OUT run.dir=RUN",
+    epilog="Example: gensr submit kuaisar_flan_t5_base --nodes 2 --gpus-per-node 8 data.dir=OUT run.dir=RUN",
     context_settings={"ignore_unknown_options": True},
 )
 def submit(
@@ -211,12 +211,19 @@ def evaluate(
 
 
 @verb("gensr report runs/mine")
-def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="run folder")]) -> None:
-    """Draw RUN/report/*.png and print the results of a run."""
-    from trainer.analysis.figures import plot_run
+def report(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="run folder")],
+    events: Annotated[
+        int,
+        typer.Option(help="of each task, for calibration and examples, which ask the model; 0 = none", min=0),
+    ] = 200,
+) -> None:
+    """Write RUN/report/report.html, one page that needs no network, with its pictures as PNG and SVG, and
+    print the results of a run."""
+    from trainer.analysis.report import write_report
     from trainer.evaluation.summary import evaluation_name, protocol_line, read_evaluation, rows_of, table
 
-    say(*(f"wrote {path}" for path in plot_run(run_dir)))
+    say(f"wrote {write_report(run_dir, events)} and pictures beside it")
     for split in ("valid", "test"):
         for candidates in ("sampled", "hard"):
             if RunFolder(run_dir).evaluation(evaluation_name(split, candidates)).is_file():

@@ -1,7 +1,9 @@
 """Presets, one YAML file each with a header that says launch line, memory and expected time; and how a
 configuration is read: the section model.* has the keys of the model that model.name names."""
 
+import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -47,12 +49,24 @@ def load_config(preset_or_file: str | None, overrides: Sequence[str] = ()) -> Co
     problems = cross_field_problems(config)
     if problems:
         raise ConfigError(s.format_problems(problems, s.where_of(problems, path, overrides)))
-    return config
+    return with_absolute_folders(config)
 
 
 def config_from_dict(tree: Mapping[str, Any]) -> Config:
     """A Config from what RUN/config.yaml or a registered model holds."""
     return s.load(config_type(_model_name(tree)), base=tree)
+
+
+def with_absolute_folders(config: Config) -> Config:
+    """Backbones that are folders are named absolutely, so that the run, whose frozen weights may lie there,
+    can be used from another folder."""
+    names = {
+        field: name
+        for field in ("backbone", "generator")
+        if (name := getattr(config.model, field, "")) and Path(name).is_dir()
+    }
+    named = {field: os.path.abspath(name) for field, name in names.items()}
+    return replace(config, model=replace(config.model, **named)) if named else config
 
 
 @cache

@@ -107,7 +107,7 @@ def size_of(model: Any) -> ModelSize:
         total=sum(numel(p) for p in parameters),
         trainable=sum(numel(p) for p in parameters if p.requires_grad),
         cost=model.cost() or Cost(flops=6.0 * sum(numel(p) for p in parameters), activation_bytes=0.0),
-        needs=model.needs,
+        needs=model.reads(model.settings),
     )
 
 
@@ -169,6 +169,7 @@ def banner_rows(
     num_valid_events: int,
     devices: str,
     mlflow_run_id: str,
+    mlflow_page: str = "",
 ) -> list[tuple[str, str]]:
     """The block before training."""
     import torch
@@ -179,6 +180,7 @@ def banner_rows(
         ("devices", f"{devices}, {torch.get_num_threads()} CPU threads a process"),
         ("run", config.run.dir),
         ("MLflow", f"run {mlflow_run_id}" if mlflow_run_id else "off"),
+        *([("page", mlflow_page)] if mlflow_page else []),
     ]
 
 
@@ -327,7 +329,7 @@ def _check_folder(config: Config) -> None:
     folder.check_settings(config.data)
     check_metric(config, learnable_tasks(kind, folder))
     kind.check_tokenizer(load_tokenizer(folder.tokenizer))
-    folder.tables(kind.needs)
+    folder.tables(kind.reads(config.model))
 
 
 def _hours(seconds: float) -> str:

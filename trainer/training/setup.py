@@ -116,7 +116,7 @@ def set_up(
     first_step = progress.step if found is not None else None
     console = RunConsole(config.run.dir, schedule.num_steps, accelerator.is_main_process, first_step)
     banner = (plan.size_of_folder(folder), size, schedule, launch, valid.num_events, facts["devices"])
-    console.banner(plan.banner_rows(config, *banner, tracker.run_id))
+    console.banner(plan.banner_rows(config, *banner, tracker.run_id, tracker.page))
     console.say(*skipped, *([f"init_from: {taken}"] if taken else []))
     if found is not None:
         console.say(continuing_line(found, identity, progress, schedule))
@@ -172,7 +172,7 @@ def run_identity(
 ) -> dict[str, Any]:
     """What a continuation must share with this run; the CF table counts for models that read it. found: the
     checkpoint to continue, which may name the table in an older way."""
-    reads_cf = bool(kind.needs & {"cf", "cf_users"})
+    reads_cf = bool(kind.reads(config.model) & {"cf", "cf_users"})
     recorded = found.identity.get("cf_digest", "") if found is not None else ""
     cf_digest = on_main(accelerator, lambda: folder.cf_digest_as(recorded)) if reads_cf else ""
     world_size = accelerator.num_processes
@@ -185,9 +185,10 @@ def make_model(
     """The model of a new run with its tables on the device, the CF table if the model reads one, and how
     training events are kept from their own clicks."""
     kind = model_class(config.model.name)
-    cf = folder.cf(users=False) if "cf" in kind.needs else None
+    needs = kind.reads(config.model)
+    cf = folder.cf(users=False) if "cf" in needs else None
     holdout = training_holdout(config, cf) if cf is not None else "none"
-    tables = folder.tables(kind.needs, with_folds=holdout != "none").to(accelerator.device)
+    tables = folder.tables(needs, with_folds=holdout != "none").to(accelerator.device)
     size = accelerator.num_processes
     ranks = Ranks(size, gather_rows if size > 1 else None)
     return build_model(config, folder, tables, ranks), cf, holdout

@@ -39,6 +39,11 @@ class GenSRSettings(CfSettings):
     (trainer/models/gensr/README.md)"""
     prompt: Literal["paper", "compact"] = "compact"
     """wording of the task prompts; compact has about 40 tokens"""
+    views: Literal["both", "cf", "semantic"] = "both"
+    """for ablations: cf or semantic leaves the other view's slots at 0, and the contrastive term out"""
+    soft_filter: bool = True
+    """for ablations: false reads the mean of the encoded history whatever the candidate, instead of Eqs. 5
+    and 6"""
     num_heads: Positive = 2
     """heads of the history encoders and of the soft filter (Eqs. 3–5)"""
     dropout: Fraction = 0.1
@@ -50,7 +55,8 @@ class GenSRSettings(CfSettings):
     contrastive_weight: NonNegativeFloat = 0.01
     """λ of Eq. 8"""
     gather_negatives: bool = False
-    """contrastive negatives from all ranks instead of this rank's batch"""
+    """contrastive negatives from the micro-batches of all ranks instead of this rank's; accumulation adds
+    none"""
     listwise_weight: NonNegativeFloat = 0.0
     """weight of a softmax cross-entropy over the candidates of an event, beside Eq. 9 (0 in the paper)"""
     activation_checkpointing: bool = False
