@@ -1,7 +1,7 @@
 """The reference of the documentation's site, from the code: verbs and their options, keys and what they
 take. docs/hooks.py puts it into the site."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import typer
@@ -77,7 +77,7 @@ def _keys(tree: Any, prefix: str = "") -> list[str]:
     return _table(["key", "default", "takes", "meaning"], rows)
 
 
-def _table(head: list[str], rows: list[tuple[str, ...]]) -> list[str]:
+def _table(head: list[str], rows: Sequence[tuple[str, ...]]) -> list[str]:
     if not rows:
         return []
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]

@@ -276,7 +276,8 @@ def table_of_systems(
 ) -> None:
     """Train, tune, evaluate and compare systems on one prepared folder; writes OUT/table.{html,md,csv,json}.
 
-    Interrupted, the same command goes on. A run that fails is named in the table; the others go on.
+    The same command resumes after an interruption. A run that fails is named in the table; the others
+    continue.
     """
     from trainer.experiments.table import Request, make_table
     from trainer.experiments.table.render import markdown
@@ -303,7 +304,7 @@ def table_of_systems(
     try:
         document = make_table(request, notify=note)
     except KeyboardInterrupt:
-        note("stopped; what is done stays, and the same command goes on")
+        note("stopped; what is done stays, and the same command resumes")
         raise typer.Exit(75) from None
     answer(document, as_json, *markdown(document), "", f"wrote {out / 'table.html'}, .md, .csv and .json")
 
@@ -350,8 +351,8 @@ def sweep(
     """Train several settings on this machine, one after the other, and compare them by validation; writes
     SWEEP/sweep.txt and .json.
 
-    Interrupted, the same command goes on. A run that fails is named; the others are trained. On a cluster:
-    gensr submit --sweep. docs/table.md shows a file.
+    The same command resumes after an interruption. A run that fails is named; the others are trained. On a
+    cluster: gensr submit --sweep. docs/table.md shows a file.
     """
     from trainer.experiments import local_sweep
     from trainer.experiments.sweep import lines_of
@@ -364,7 +365,7 @@ def sweep(
     try:
         document = local_sweep.run(planned, evaluate, notify=note)
     except KeyboardInterrupt:
-        note("stopped; what is done stays, and the same command goes on")
+        note("stopped; what is done stays, and the same command resumes")
         raise typer.Exit(75) from None
     best = planned.folder / document["runs"][0]["run"]
     after = next_steps(f"gensr report {best}", f"gensr register {best} NAME")

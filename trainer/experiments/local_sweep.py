@@ -101,7 +101,7 @@ def read(file: str | Path, preset: str | None = None, words: Sequence[str] = ())
 
 def run(sweep: Sweep, evaluate: str = "best", notify: Notify = lambda line: None) -> dict[str, Any]:
     """Train every run, evaluate (none, best or all of them) and summarize → as experiments/sweep.py's
-    summarize. A run that fails is named; the others go on. Raises RunError when all failed,
+    summarize. A run that fails is named; the others continue. Raises RunError when all failed,
     KeyboardInterrupt when it is stopped: what is done stays."""
     failed: dict[str, str] = {}
     number_of_runs = sweep.num_runs
