@@ -1,4 +1,4 @@
-# make install | demo | test | test-long | test-slurm | test-torture | test-mutants | test-gpu | lint | audit | build. Everything lives in .venv; PYTHON picks the interpreter that makes it (3.10 or newer).
+# make install | demo | test | test-long | test-slurm | test-torture | test-mutants | test-gpu | lint | audit | build | docs. Everything lives in .venv; PYTHON picks the interpreter that makes it (3.10 or newer).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,7 +11,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export MLFLOW_DISABLE_TELEMETRY ?= true
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: install demo test test-long test-slurm test-torture test-mutants test-gpu lint audit format build clean
+.PHONY: install demo test test-long test-slurm test-torture test-mutants test-gpu lint audit format build clean docs
 
 install: $(STAMP)
 
@@ -76,6 +76,11 @@ audit: install
 	$(BIN)/pip-audit --no-deps --disable-pip --progress-spinner off -f json -o $(VENV)/audit.json -r constraints.txt \
 		|| { cat $(VENV)/audit.json; exit 1; }
 	$(BIN)/python -c "$$COUNT_AUDITED" $(VENV)/audit.json
+
+# The site of docs/ in site/, with the reference made from the code
+docs: install
+	$(BIN)/python -m pip install -q -c constraints.txt -e .[docs]
+	$(BIN)/mkdocs build --strict
 
 format: install
 	$(BIN)/ruff check --fix .

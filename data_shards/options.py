@@ -1,5 +1,6 @@
 """Settings of `gensr prepare`, and what each source changes in them."""
 
+import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -105,6 +106,22 @@ def load_prepare_settings(source: str, overrides: Sequence[str] = ()) -> Prepare
         base=SOURCE_DEFAULTS[source],
         keys_command="gensr config keys prepare",
     )
+
+
+def source_keys(source: str) -> list[dict[str, Any]]:
+    """The settings that a source reads, as `gensr config keys` lists them, with its own defaults. One whose
+    help names other sources in parentheses is not among them."""
+    others = set(SOURCE_DEFAULTS) - {source}
+    return [
+        {
+            "key": key,
+            "default": SOURCE_DEFAULTS[source].get(key, default),
+            "help": text,
+            "allowed": s.allowed(PrepareSettings, key),
+        }
+        for key, default, text in s.key_help(PrepareSettings)
+        if not others & set(re.findall(r"\(([a-z]+)\)", text))
+    ]
 
 
 def settings_with_effect(settings: PrepareSettings) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import dataclasses
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -63,10 +63,21 @@ def load(
             if e["type"] not in ("unexpected_keyword_argument", "extra_forbidden")
         ]
     if problems:
-        where = str(yaml_file) if yaml_file is not None else "the settings"
-        raise ConfigError(format_problems(problems, where, keys_command))
+        raise ConfigError(format_problems(problems, where_of(problems, yaml_file, overrides), keys_command))
     assert value is not None
     return value
+
+
+def where_of(
+    problems: Sequence[tuple[str, str]], yaml_file: str | Path | None, overrides: Sequence[str]
+) -> str:
+    """Where the reader has to look: the file, the command line, or both."""
+    if yaml_file is None:
+        return "the settings"
+    given = {override.partition("=")[0] for override in overrides} | set(overrides)
+    on_line = [any(f"{key}.".startswith(f"{word}.") for word in given) for key, _ in problems]
+    line = "the settings on the command line"
+    return line if all(on_line) else f"{yaml_file} and {line}" if any(on_line) else str(yaml_file)
 
 
 def format_problems(
@@ -178,6 +189,27 @@ def key_help(cls: Any, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
             info = cls.__pydantic_fields__[field.name]
             default = info.get_default(call_default_factory=True)
             yield f"{prefix}{field.name}", default, _description(cls, field.name)
+
+
+def allowed(cls: Any, key: str) -> str:
+    """What a key takes, for people: `true or false`, `uniform, popularity`, `≥ 0 and < 1`; "" for free
+    text."""
+    section, _, name = key.rpartition(".")
+    for part in section.split(".") if section else []:
+        cls = next(field.type for field in dataclasses.fields(cls) if field.name == part)
+    info = cls.__pydantic_fields__[name]
+    if get_origin(info.annotation) is Literal:
+        return ", ".join(map(str, get_args(info.annotation)))
+    if info.annotation is bool:
+        return "true or false"
+    whole = "whole number" if info.annotation is int else ""
+    bounds = [
+        f"{sign} {getattr(part, attribute)}"
+        for attribute, sign in (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<"))
+        for part in info.metadata
+        if getattr(part, attribute, None) is not None
+    ]
+    return " ".join(filter(None, [whole, " and ".join(bounds)]))
 
 
 def _description(cls: Any, name: str) -> str:

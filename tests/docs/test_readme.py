@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import typer
+import yaml
 from typer.testing import CliRunner
 
 from data_shards.settings import key_help
@@ -15,7 +16,8 @@ from tests.docs.pages import PAGES, README, ROOT, fenced, text_of
 from tests.worlds import write_tables
 from trainer.cli import app
 from trainer.cli.help import settings_trees
-from trainer.configs import config_type, preset_names
+from trainer.configs import config_type, load_config, preset_names
+from trainer.training.schedule import grad_accum_steps
 
 COMMAND = typer.main.get_command(app)
 TREES = {**settings_trees(), "train": config_type()}  # with the settings of GenSR
@@ -122,3 +124,26 @@ def test_bring_your_own_logs_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert (tmp_path / "runs" / "mine" / "evaluation-test.json").is_file()
     assert (tmp_path / "runs" / "mine" / "registry.json").is_file()
     assert (tmp_path / "runs" / "mlflow.db").is_file()
+
+
+LAUNCH_LINES = [
+    (path, line)
+    for path in [*PAGES, *sorted((ROOT / "trainer" / "configs").glob("*.yaml"))]
+    for line in re.sub(r" \\\n(#? *)", " ", text_of(path)).splitlines()
+    if "accelerate launch --config_file ds_configs/" in line
+    and re.search(r"-m (trainer|gensr) train \w+ ", line)
+]
+
+
+@pytest.mark.parametrize(("path", "line"), LAUNCH_LINES, ids=lambda value: str(value)[-60:])
+def test_the_batch_of_a_documented_launch_line_is_shared_out(path: Path, line: str) -> None:
+    """The micro-batches of all processes make up the global batch, for the preset as the line starts it."""
+    words = line.split("accelerate launch ")[1].split("`")[0].split()
+    preset, *overrides = words[words.index("train") + 1 :]
+    if preset not in preset_names():
+        pytest.skip(f"{preset} stands for any preset")
+    file = ROOT / words[words.index("--config_file") + 1]
+    processes = yaml.safe_load(file.read_text())["num_processes"]
+    if "--num_processes" in words:
+        processes = int(words[words.index("--num_processes") + 1])
+    grad_accum_steps(load_config(preset, [word for word in overrides if "=" in word]), processes)

@@ -17,9 +17,10 @@ import yaml
 from typer.testing import CliRunner
 
 from tests.tiny_folder import make_tiny_folder
-from trainer.cli import app
+from trainer.cli import app, main
 from trainer.config import Config
 from trainer.configs import load_config
+from trainer.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = (".py", ".typed", ".yaml", ".json", ".md", ".sbatch", ".sh")
@@ -35,6 +36,7 @@ VERBS = [
     "report",
     "compare",
     "table",
+    "sweep",
     "analyse",
     "register",
     "promote",
@@ -144,6 +146,66 @@ def test_config_keys_explains_every_key() -> None:
     assert defaults["optim.lr"] == Config().optim.lr
     assert "optim.lr=0.001" in gensr("config", "keys", "train").stdout
     assert gensr("config", "keys", "nothing").returncode == 1
+
+
+def test_config_keys_says_what_a_key_takes() -> None:
+    result = CliRunner().invoke(app, ["config", "keys", "--json"])
+    takes = {row["key"]: row["allowed"] for row in json.loads(result.stdout)["train"]}
+    assert takes["data.negatives"] == "uniform, popularity, impressions, mixture"
+    assert takes["optim.beta2"] == "> 0 and < 1"
+    assert takes["optim.micro_batch_size"] == "whole number > 0"
+    assert takes["tracking.enabled"] == "true or false"
+    assert takes["data.dir"] == ""
+    lines = CliRunner().invoke(app, ["config", "keys", "train"], env={"COLUMNS": "80"}).stdout.splitlines()
+    assert max(map(len, lines[: lines.index("Presets")])) <= 80
+    assert "scientific_small" in " ".join(lines[lines.index("Presets") :])
+
+
+@pytest.mark.parametrize("source", ["amazon", "tables"])
+def test_help_of_prepare_lists_the_settings_of_a_source(source: str) -> None:
+    listed = CliRunner().invoke(app, ["prepare", source, "--help"]).output
+    rule = "leave_one_out" if source == "amazon" else "time"
+    assert f"  split={rule} " in listed
+    assert ("  text_order=" in listed) == (source == "amazon")
+    assert "Settings of" not in CliRunner().invoke(app, ["prepare", "--help"]).output
+
+
+def test_flags_have_no_type_and_there_is_completion() -> None:
+    text = CliRunner().invoke(app, ["-h"]).output + CliRunner().invoke(app, ["evaluate", "--help"]).output
+    assert "<bool>" not in text and "--show-completion" in text and "--no-baselines" in text
+    assert CliRunner().invoke(app, ["--version"]).output.startswith("gensr 0.")
+
+
+def test_typos_are_blamed_on_where_they_stand(tmp_path: Path) -> None:
+    def first_line(*words: str) -> str:
+        with pytest.raises(ConfigError) as caught:
+            load_config(words[0], words[1:])
+        return str(caught.value).splitlines()[0]
+
+    assert first_line("demo", "optim.lrr=3") == "1 problem in the settings on the command line"
+    assert first_line("demo", "optim.micro_batch_size=7") == "1 problem in the settings on the command line"
+    file = tmp_path / "mine.yaml"
+    file.write_text("optim: {lrr: 3}")
+    assert first_line(str(file), "optim.lr=3e-4") == f"1 problem in {file}"
+    assert first_line(str(file), "run.x=1") == f"2 problems in {file} and the settings on the command line"
+
+
+def test_a_missing_package_names_its_extra(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of an installation of [serve], for example; a missing module of gensr itself is a fault."""
+
+    def fail(name: str) -> Any:
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    monkeypatch.setattr("trainer.doctor.run_checks", lambda: fail("deepspeed.ops"))
+    monkeypatch.setattr(sys, "argv", ["gensr", "doctor"])
+    with pytest.raises(SystemExit, match="1"):
+        main()
+    assert "lacks the package deepspeed.ops" in (said := capsys.readouterr().err) and "gensr[train]" in said
+    monkeypatch.setattr("trainer.doctor.run_checks", lambda: fail("trainer.nothing"))
+    with pytest.raises(ModuleNotFoundError):
+        main()
 
 
 def test_config_schema_is_a_schema() -> None:

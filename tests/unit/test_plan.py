@@ -17,6 +17,7 @@ from trainer.models.gensr.cost import BackboneSize, backbone_size, tokens_per_ev
 from trainer.models.gensr.model import GenSR
 from trainer.models.zoo import model_class
 from trainer.runs.world import sizes_only
+from trainer.training import plan
 from trainer.training.costs import (
     GB,
     DataSize,
@@ -26,12 +27,33 @@ from trainer.training.costs import (
     largest_micro_batch,
     memory,
 )
-from trainer.training.plan import batch_arithmetic, data_size, dry_run, model_size, size_of, size_of_folder
+from trainer.training.plan import (
+    batch_arithmetic,
+    data_size,
+    dry_run,
+    in_bytes,
+    model_size,
+    size_of,
+    size_of_folder,
+)
 from trainer.training.schedule import above_chance, chance, grad_accum_steps, make_schedule
 
 
 def schedule_of(*overrides: str, events: int = 6400, world_size: int = 1):
     return make_schedule(load_config(None, list(overrides)), events, world_size)
+
+
+def test_a_small_model_is_told_in_megabytes_and_a_tiny_one_without_the_table(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    small = dry_run(load_config("demo", ["model.backbone=scratch:nano"]), "demo").lines
+    large = dry_run(load_config("kuaisar_flan_t5_base"), "kuaisar_flan_t5_base").lines
+    memory_of = [next(line for line in lines if line.startswith("memory")) for lines in (small, large)]
+    assert " MB a process" in memory_of[0] and " GB a process" in memory_of[1]
+    assert any("MB a GPU" in line for line in small) and any("GB a GPU" in line for line in large)
+    monkeypatch.setattr(plan, "SMALL", 1e9)
+    assert not any("ZeRO-3" in line for line in dry_run(load_config("demo"), "demo").lines)
+    assert (in_bytes(12e6), in_bytes(0.96e9), in_bytes(3.4e9)) == ("12 MB", "1.0 GB", "3.4 GB")
 
 
 def test_steps_follow_from_epochs_or_are_given() -> None:

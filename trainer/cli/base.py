@@ -14,6 +14,7 @@ from inspect import cleandoc
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from trainer.errors import ConfigError, GensrError, out_of_memory
 from trainer.runtime.progress import StageProgress, clear_bar, show_stages
@@ -24,11 +25,34 @@ OURS = ("gensr", "trainer", "data_shards", "ds_configs", "slurm")
 Verb = Callable[..., Any]
 
 
+def without_types_of_flags(parameters: list[Any]) -> list[Any]:
+    """typer writes <bool> behind each --flag."""
+    for parameter in parameters:
+        if getattr(parameter, "is_flag", False) and parameter.metavar is None:
+            parameter.metavar = ""
+    return parameters
+
+
+class Command(TyperCommand):
+    def get_params(self, ctx: Any) -> Any:
+        return without_types_of_flags(super().get_params(ctx))
+
+
+class Group(TyperGroup):
+    def get_params(self, ctx: Any) -> Any:
+        return without_types_of_flags(super().get_params(ctx))
+
+
 class Commands(typer.Typer):
     """Verbs whose help is their docstring, less the line breaks of the source: a list of verbs would print
     them."""
 
+    def __init__(self, **options: Any) -> None:
+        super().__init__(cls=Group, **options)
+
     def command(self, name: str | None = None, **options: Any) -> Any:
+        options.setdefault("cls", Command)
+
         def add(function: Verb) -> Verb:
             paragraphs = cleandoc(function.__doc__ or "").split("\n\n")
             text = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
@@ -127,8 +151,9 @@ def options(
     """Read by main(), before the verb."""
 
 
-def verb(example: str) -> Callable[[Verb], Verb]:
-    return app.command(epilog=f"Example: {example}")
+def verb(example: str, **options: Any) -> Callable[[Verb], Verb]:
+    added: Callable[[Verb], Verb] = app.command(epilog=f"Example: {example}", **options)
+    return added
 
 
 def say(*lines: str) -> None:
@@ -151,6 +176,12 @@ def answer(document: Any, as_json: bool, *lines: str) -> None:
     if RANK == 0:
         clear_bar()
         typer.echo(json.dumps(document, ensure_ascii=False) if as_json else "\n".join(lines))
+
+
+def next_steps(*commands: str) -> list[str]:
+    """What people do after a verb; commands that are "" are left out."""
+    kept = [command for command in commands if command]
+    return [f"{'next' if number == 0 else '':<8}{command}" for number, command in enumerate(kept)]
 
 
 def preset_and_settings(preset: str | None, overrides: list[str] | None) -> tuple[str | None, list[str]]:

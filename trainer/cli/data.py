@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from trainer.cli.base import SPLITS, AsJson, Overrides, answer, note, stage_lines, verb
+from trainer.cli.base import SPLITS, AsJson, Command, Overrides, answer, next_steps, note, stage_lines, verb
 from trainer.runtime.progress import waiting_for
 
 
@@ -37,6 +37,7 @@ def simulate(
         as_json,
         *(f"  {name:<22} {count:>12,} rows" for name, count in rows.items()),
         f"wrote {out}",
+        *next_steps(f"gensr prepare {'tables' if text == 'natural' else 'kuaisar'} {out} data/prepared"),
     )
 
 
@@ -50,10 +51,31 @@ def download(
     from data_shards.download import download as run
 
     files = run(name, folder, progress=stage_lines())
-    answer({"files": [str(path) for path in files]}, as_json, *(f"  {path}" for path in files))
+    lines = [f"  {path}" for path in files]
+    source = "amazon" if name.startswith("amazon") else "kuaisar"
+    lines += next_steps(f"gensr prepare {source} {folder} data/prepared")
+    answer({"files": [str(path) for path in files]}, as_json, *lines)
 
 
-@verb("gensr prepare kuaisar data/raw data/prepared history_max=20")
+class PrepareCommand(Command):
+    """`gensr prepare SOURCE --help` adds the settings of that source."""
+
+    def parse_args(self, ctx: Any, args: Any) -> Any:
+        ctx.meta["words"] = list(args)
+        return super().parse_args(ctx, args)
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        from data_shards.options import SOURCE_DEFAULTS, source_keys
+        from trainer.cli.help import key_lines
+
+        super().format_help(ctx, formatter)
+        for source in SOURCE_DEFAULTS:
+            if source in ctx.meta.get("words", []):
+                typer.echo(f"Settings of {source} (KEY=VALUE)")
+                typer.echo("\n".join(key_lines(source_keys(source))))
+
+
+@verb("gensr prepare kuaisar data/raw data/prepared history_max=20", cls=PrepareCommand)
 def prepare(
     source: Annotated[str, typer.Argument(help="kuaisar, amazon, jdsearch, or tables (your own logs)")],
     raw: Annotated[Path, typer.Argument(help="folder of raw files")],
@@ -61,7 +83,10 @@ def prepare(
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """Turn raw logs into a prepared folder: splits, histories, negatives, text, shards, leak checks."""
+    """Turn raw logs into a prepared folder: splits, histories, negatives, text, shards, leak checks.
+
+    gensr prepare SOURCE --help lists the settings of a source.
+    """
     from data_shards.inspect import count_table, dropped_table
     from data_shards.prepare import prepare as run
 
@@ -78,7 +103,8 @@ def prepare(
         "published": facts["published"],
         "dropped": facts["dropped"],
     }
-    answer(document, as_json, *lines, f"wrote {out}; look at it: gensr inspect {out}")
+    after = next_steps(f"gensr inspect {out}", f"gensr cf {out}")
+    answer(document, as_json, *lines, f"wrote {out}", *after)
 
 
 @verb("gensr inspect data/prepared")
@@ -88,7 +114,11 @@ def inspect(out: Annotated[Path, typer.Argument(help="prepared folder")], as_jso
     from data_shards.inspect import inspect as run
 
     facts = run(out)
-    answer(facts, as_json, *describe(facts))
+    has_table = (out / "cf" / "lightgcn.safetensors").is_file()
+    after = next_steps(
+        "" if has_table else f"gensr cf {out}", f"gensr train demo data.dir={out} run.dir=runs/mine"
+    )
+    answer(facts, as_json, *describe(facts), "", *after)
 
 
 @verb("gensr cf data/prepared cf.holdout=crossfit")
@@ -103,4 +133,5 @@ def cf(
 
     stage_lines()
     path = train_cf(out, overrides or [], progress=note)
-    answer({"path": str(path)}, as_json, f"CF table: {path}")
+    after = next_steps(f"gensr train demo data.dir={out} run.dir=runs/mine")
+    answer({"path": str(path)}, as_json, f"CF table: {path}", *after)

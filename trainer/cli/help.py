@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import shutil
+import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +21,8 @@ from trainer.cli.base import (
     verb,
 )
 from trainer.errors import ConfigError
+
+MAX_KEY_WIDTH = 38  # characters; a longer one pushes its text to the right
 
 
 @verb("gensr doctor data/mine")
@@ -63,8 +68,10 @@ def keys(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List every key with its default and meaning. A model's name (sasrec) lists its section model.*."""
-    from data_shards.settings import key_help
+    """List every key with its default, its meaning and, in brackets, what it takes. A model's name (sasrec)
+    lists its section model.*."""
+    from data_shards.settings import allowed, key_help
+    from trainer.configs import preset_names
     from trainer.models.zoo import model_names, settings_class
 
     trees = settings_trees()
@@ -76,20 +83,39 @@ def keys(
     prefix = "model." if of in model_names() else ""
     rows = {name: list(key_help(tree, prefix)) for name, tree in trees.items() if of in (None, name)}
     document = {
-        name: [{"key": key, "default": default, "help": text} for key, default, text in of_verb]
+        name: [
+            {
+                "key": key,
+                "default": default,
+                "help": text,
+                "allowed": allowed(trees[name], key.removeprefix(prefix)),
+            }
+            for key, default, text in of_verb
+        ]
         for name, of_verb in rows.items()
     }
     lines = []
     for name, of_verb in document.items():
-        settings = [f"{row['key']}={_written(row['default'])}" for row in of_verb]
-        width = max(map(len, settings))
-        described = zip(settings, of_verb, strict=True)
+        lines += [f"gensr {name}", *key_lines(of_verb), ""]
+    if "train" in document:
         lines += [
-            f"gensr {name}",
-            *(f"  {setting:<{width}}  {row['help']}" for setting, row in described),
-            "",
+            "Presets",
+            *textwrap.wrap(", ".join(preset_names()), 108, initial_indent="  ", subsequent_indent="  "),
         ]
     answer(document, as_json, *lines)
+
+
+def key_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """`key=default  meaning [allowed]`, wrapped to the terminal."""
+    settings = [f"{row['key']}={_written(row['default'])}" for row in rows]
+    width = min(max(map(len, settings)), MAX_KEY_WIDTH)
+    columns = max(shutil.get_terminal_size((120, 24)).columns, 80)
+    lines = []
+    for setting, row in zip(settings, rows, strict=True):
+        text = f"{row['help']} [{row['allowed']}]" if row["allowed"] else row["help"]
+        parts = textwrap.wrap(" ".join(text.split()), columns - width - 4) or [""]
+        lines += [f"  {setting:<{width}}  {parts[0]}", *(f"  {'':<{width}}  {part}" for part in parts[1:])]
+    return lines
 
 
 def _written(default: Any) -> str:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from trainer.cli.base import AsJson, answer, note, say, stage_lines, verb
+from trainer.cli.base import AsJson, answer, next_steps, note, say, stage_lines, verb
 from trainer.errors import ConfigError, RequestError
 from trainer.runtime.progress import waiting_for
 
@@ -21,13 +21,22 @@ def register(
     as_json: AsJson = False,
 ) -> None:
     """Make a version of a registered model from a run, self-contained and checked."""
+    stage_lines()
+    waiting_for("loading PyTorch, MLflow and the model")
     from trainer.registry.versions import register as run
+    from trainer.registry.versions import registry_of, uri_option
 
     version = run(run_dir, name, alias, notify=note)
+    model, option = f"models:/{name}@{alias}", uri_option(registry_of(run_dir))
     answer(
         {"name": name, "version": version, "alias": alias},
         as_json,
-        f"registered models:/{name}/{version}, also models:/{name}@{alias}",
+        f"registered models:/{name}/{version}, also {model}",
+        *next_steps(
+            f"gensr recommend {model} --user ID{option}",
+            f"gensr promote {name}{option}" if alias == "candidate" else "",
+            f"gensr serve {model}{option}",
+        ),
     )
 
 
@@ -72,7 +81,9 @@ def promote(
         return
     decision = run(name, uri, margin, dry_run, segment_margin)
     dry_line = ["dry run: nothing was changed"] if dry_run else []
-    answer({**dataclasses.asdict(decision), "dry_run": dry_run}, as_json, *decision.lines(), *dry_line)
+    after = next_steps(f"gensr serve models:/{name}@champion{f' --uri {uri}' if uri else ''}")
+    lines = [*decision.lines(), *dry_line, *(after if decision.promoted and not dry_run else [])]
+    answer({**dataclasses.asdict(decision), "dry_run": dry_run}, as_json, *lines)
 
 
 @verb("gensr score models:/gensr-demo@candidate requests.jsonl")

@@ -7,7 +7,21 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trainer.cli.base import RANK, AsJson, Overrides, answer, app, note, runs_app, say, stage_lines, verb
+from trainer.cli.base import (
+    RANK,
+    AsJson,
+    MaybePreset,
+    Overrides,
+    answer,
+    app,
+    next_steps,
+    note,
+    preset_and_settings,
+    runs_app,
+    say,
+    stage_lines,
+    verb,
+)
 from trainer.errors import ConfigError
 from trainer.runs.run_folder import RunFolder
 from trainer.runtime.progress import waiting_for
@@ -195,7 +209,10 @@ def evaluate(
     ]
     if RANK == 0:
         log_evaluation(run_dir, name, metrics_of(document, name), lines)
-    answer(document, as_json, *lines, f"wrote {path} and {path.with_suffix('.parquet').name}")
+    after = next_steps(
+        f"gensr report {run_dir}", f"gensr register {run_dir} NAME", f"gensr compare {run_dir} OTHER_RUN"
+    )
+    answer(document, as_json, *lines, f"wrote {path} and {path.with_suffix('.parquet').name}", *after)
 
 
 @verb("gensr report runs/mine")
@@ -264,7 +281,8 @@ def table_of_systems(
 ) -> None:
     """Train, tune, evaluate and compare systems on one prepared folder; writes OUT/table.{html,md,csv,json}.
 
-    Interrupted, the same command goes on. A run that fails is named in the table; the others go on.
+    The same command resumes after an interruption. A run that fails is named in the table; the others
+    continue.
     """
     from trainer.experiments.table import Request, make_table
     from trainer.experiments.table.render import markdown
@@ -291,7 +309,7 @@ def table_of_systems(
     try:
         document = make_table(request, notify=note)
     except KeyboardInterrupt:
-        note("stopped; what is done stays, and the same command goes on")
+        note("stopped; what is done stays, and the same command resumes")
         raise typer.Exit(75) from None
     answer(document, as_json, *markdown(document), "", f"wrote {out / 'table.html'}, .md, .csv and .json")
 
@@ -316,6 +334,47 @@ def _submit_table(request: "Request", gpus_per_node: int, as_json: bool) -> None
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+@verb("gensr sweep sweep.yaml data.dir=data/mine run.dir=runs/sweep")
+def sweep(
+    file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE",
+            help="YAML: preset, settings, space, search (grid, random or tpe), trials, seed; or a list of "
+            "settings, then say PRESET",
+        ),
+    ],
+    preset: MaybePreset = None,
+    overrides: Overrides = None,
+    evaluate: Annotated[
+        str, typer.Option(help="best, all or none: which runs are evaluated on the test split at the end")
+    ] = "best",
+    as_json: AsJson = False,
+) -> None:
+    """Train several settings on this machine, one after the other, and compare them by validation; writes
+    SWEEP/sweep.txt and .json.
+
+    The same command resumes after an interruption. A run that fails is named; the others are trained. On a
+    cluster: gensr submit --sweep. docs/table.md shows a file.
+    """
+    from trainer.experiments import local_sweep
+    from trainer.experiments.sweep import lines_of
+
+    if evaluate not in ("best", "all", "none"):
+        raise ConfigError(f"--evaluate must be best, all or none, got {evaluate}")
+    name, settings = preset_and_settings(preset, overrides)
+    planned = local_sweep.read(file, name, settings)
+    note(f"{planned.num_runs} runs below {planned.folder}; what each prints: {planned.folder}/RUN.out")
+    try:
+        document = local_sweep.run(planned, evaluate, notify=note)
+    except KeyboardInterrupt:
+        note("stopped; what is done stays, and the same command resumes")
+        raise typer.Exit(75) from None
+    best = planned.folder / document["runs"][0]["run"]
+    after = next_steps(f"gensr report {best}", f"gensr register {best} NAME")
+    answer(document, as_json, *lines_of(document), "", *after)
 
 
 @runs_app.command(

@@ -48,7 +48,7 @@ def load_config(preset_or_file: str | None, overrides: Sequence[str] = ()) -> Co
     config: Config = s.load(config_type(_model_name(given, overrides)), path, overrides)
     problems = cross_field_problems(config)
     if problems:
-        raise ConfigError(s.format_problems(problems, str(path or "the settings")))
+        raise ConfigError(s.format_problems(problems, s.where_of(problems, path, overrides)))
     return with_absolute_folders(config)
 
 

@@ -64,7 +64,7 @@ def read_sweep(path: str | Path) -> list[Point]:
             f"{path}: must be a list with one mapping for each run, for example\n- {{optim.lr: 3e-4}}\n- "
             f"{{optim.lr: 1e-3}}"
         )
-    points = [_point(number, flatten(entry)) for number, entry in enumerate(document)]
+    points = [point_of(number, flatten(entry)) for number, entry in enumerate(document)]
     if len({point.overrides for point in points}) < len(points):
         raise ConfigError(f"{path}: two runs have the same settings")
     if any(override.startswith("run.dir=") for point in points for override in point.overrides):
@@ -75,7 +75,7 @@ def read_sweep(path: str | Path) -> list[Point]:
     return points
 
 
-def _point(number: int, settings: Mapping[str, Any]) -> Point:
+def point_of(number: int, settings: Mapping[str, Any]) -> Point:
     """`03-lr-3e-4-dropout-0.2`: the number keeps names apart, the rest is for people."""
     texts = {
         str(key): json.dumps(value) if isinstance(value, bool | list) or value is None else str(value)

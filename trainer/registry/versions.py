@@ -14,6 +14,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -157,6 +158,20 @@ def open_model(
     return Recommender.from_artifacts(
         fetch(str(model), uri or default_uri()) / "artifacts", data_dir=data_dir, notify=notify
     )
+
+
+def registry_of(run_dir: str | Path) -> str:
+    """Where `register` registers a run."""
+    return tracking_uri(load_run_config(Path(run_dir)), Path(run_dir))
+
+
+def uri_option(uri: str) -> str:
+    """ " --uri …" for a command that should find the registry from here; "" where it does without."""
+    try:
+        found = default_uri() == uri
+    except RunError:
+        found = False
+    return "" if found else f" --uri {shlex.quote(mask_secrets(uri))}"
 
 
 def default_uri() -> str:

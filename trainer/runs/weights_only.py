@@ -84,7 +84,7 @@ def check_random_states(path: Path) -> None:
         reason = (str(error) or repr(error)).splitlines()[0][:200]
         raise RunError(
             f"{path}: the random numbers of this process cannot be read ({reason}). The "
-            "run would go on with another dropout. Take another checkpoint, or start a new run.dir."
+            "run would continue with another dropout. Take another checkpoint, or start a new run.dir."
         ) from error
 
 

@@ -125,7 +125,7 @@ class MlflowTracker(Tracker):
             self._sender.unattended = True
             log.warning(
                 "MLflow at %s has not opened the run in %.0f s (slow, or locked by another program). "
-                "Training goes on; points are kept in %s",
+                "Training continues; points are kept in %s",
                 mask_secrets(self.uri),
                 OPEN_WAIT_S,
                 self._sender.spool.path,

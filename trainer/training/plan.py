@@ -38,6 +38,7 @@ from trainer.training.schedule import Schedule, above_chance, chance, make_sched
 
 WORLD_SIZES = (1, 2, 4, 8, 16)
 NAME_WIDTH = 12
+SMALL = 0.05 * GB  # a model that takes less in training fits anywhere: no table of GPUs
 STAGES: dict[str, tuple[int | None, bool]] = {
     "no ZeRO": (None, False),
     "ZeRO-1": (1, False),
@@ -232,9 +233,9 @@ def dry_run(config: Config, preset: str | None = None, launch: Launch | None = N
         ),
         (
             "memory",
-            f"≈ {here.total / GB:.1f} GB a process: "
+            f"≈ {in_bytes(here.total)} a process: "
             + ", ".join(
-                f"{name} {value / GB:.1f}"
+                f"{name} {in_bytes(value)}"
                 for name, value in {**asdict(here), "AdamW": here.optimizer}.items()
                 if name != "optimizer"
             ),
@@ -279,11 +280,22 @@ def _scaling(config: Config, model: ModelSize, schedule: Schedule, launch: Launc
     )
 
 
+def in_bytes(value: float) -> str:
+    """`12 MB`, `3.4 GB`."""
+    return f"{value / GB:.1f} GB" if value >= 0.95 * GB else f"{value / 1e6:,.0f} MB"
+
+
 def _memory_table(config: Config, model: ModelSize, data: DataSize) -> list[str]:
-    lines = [f"{'GB a GPU, by number of GPUs':<28}" + "".join(f"{n:>8}" for n in WORLD_SIZES)]
+    """By ZeRO stage and number of GPUs, in MB where one GPU takes less than a GB; nothing for a model that
+    fits anywhere."""
+    whole = memory(config, model, data, None, 1, False).total
+    if whole < SMALL:
+        return []
+    unit, size, places = ("GB", GB, 1) if whole >= GB else ("MB", 1e6, 0)
+    lines = [f"{f'{unit} a GPU, by number of GPUs':<28}" + "".join(f"{n:>8}" for n in WORLD_SIZES)]
     for name, (stage, offload) in STAGES.items():
-        cells = [memory(config, model, data, stage, n, offload).total / GB for n in WORLD_SIZES]
-        lines.append(f"{name:<28}" + "".join(f"{cell:>8.1f}" for cell in cells))
+        cells = [memory(config, model, data, stage, n, offload).total / size for n in WORLD_SIZES]
+        lines.append(f"{name:<28}" + "".join(f"{cell:>8.{places}f}" for cell in cells))
     return lines
 
 

@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from data_shards.settings import flatten, parse_yaml, to_dict
 from trainer.config import Config
@@ -54,8 +54,8 @@ def tune(path: Path, config: Config, num_trials: int, run_trial: RunTrial) -> di
     space = space_of(config)
     published = {key: flatten(to_dict(config))[key] for key in space}
     journal = path.with_suffix(".journal")
-    errors = _search(journal, space, published, num_trials, run_trial)
-    study = _open(journal)
+    errors = search(journal, space, num_trials, run_trial, first=published)
+    study = open_study(journal)
     values = {trial.number: trial.value for trial in study.trials}
     good = {number: value for number, value in values.items() if value is not None}
     if not good:  # most likely a mistake that the user mends: the same command tries all of them again
@@ -79,16 +79,22 @@ def tune(path: Path, config: Config, num_trials: int, run_trial: RunTrial) -> di
     return dict(best.params)
 
 
-def _search(
-    journal: Path, space: Space, published: Mapping[str, Any], num_trials: int, run_trial: RunTrial
+def search(
+    journal: Path,
+    space: Space,
+    num_trials: int,
+    run_trial: RunTrial,
+    first: Mapping[str, Any] | None = None,
+    sampler: Literal["tpe", "random"] = "tpe",
+    seed: int = SEED,
 ) -> list[str]:
-    """Runs what is missing of the trials → errors of those that failed."""
-    from optuna.samplers import TPESampler
+    """Runs what is missing of the trials → errors of those that failed. first: settings of trial 0."""
+    from optuna.samplers import RandomSampler, TPESampler
     from optuna.trial import TrialState
 
-    study = _open(journal)
-    if not study.trials:
-        study.enqueue_trial(dict(published))
+    study = open_study(journal)
+    if not study.trials and first is not None:
+        study.enqueue_trial(dict(first))
     unfinished = [t.number for t in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))]
     errors: list[str] = []
     ended = (TrialState.COMPLETE, TrialState.FAIL)
@@ -97,7 +103,8 @@ def _search(
             number = unfinished.pop(0)
         else:
             number = len(study.get_trials(deepcopy=False, states=ended))
-            study.sampler = TPESampler(seed=SEED + number)
+            make = TPESampler if sampler == "tpe" else RandomSampler
+            study.sampler = make(seed=seed + number)
             number = study.ask(_distributions(space)).number
         settings = study.trials[number].params
         if set(settings) != set(space):  # interrupted while it was drawn
@@ -111,7 +118,7 @@ def _search(
     return errors
 
 
-def _open(journal: Path) -> "Study":
+def open_study(journal: Path) -> "Study":
     import optuna
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend

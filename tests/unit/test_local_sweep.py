@@ -1,0 +1,130 @@
+"""gensr sweep: what the file may say, which runs it makes, that it resumes; with a formula for training."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_shards.settings import to_yaml
+from trainer.configs import load_config
+from trainer.errors import ConfigError, RunError
+from trainer.experiments import local_sweep
+from trainer.experiments.table.cells import Cell, CellFailed
+
+TPE = """
+preset: demo
+search: {search}
+trials: 6
+seed: 3
+settings: {{data.dir: data/x, run.max_steps: 20}}
+space:
+  optim.lr: {{low: 1e-4, high: 1e-2, log: true}}
+  optim.beta2: [0.9, 0.99]
+"""
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Cell]:
+    """Cells in the order in which they are trained; best near lr = 1e-3, and lr below 2e-4 fails."""
+    cells: list[Cell] = []
+
+    def train(cell: Cell) -> None:
+        if (cell.run_dir / "status.json").is_file():
+            return
+        cells.append(cell)
+        config = load_config(str(cell.settings_file), [f"run.dir={cell.run_dir}", *cell.words])
+        if config.optim.lr < 2e-4:
+            raise CellFailed("gensr train: too low")
+        cell.run_dir.mkdir(parents=True)
+        (cell.run_dir / "config.yaml").write_text(to_yaml(config))
+        value = 1 - abs(config.optim.lr - 1e-3)
+        status = {"status": "finished", "progress": {"step": 20, "best_step": 20, "best_value": value}}
+        (cell.run_dir / "status.json").write_text(json.dumps(status))
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(local_sweep, "train_cell", train)
+    return cells
+
+
+def sweep_of(text: str, *words: str, preset: str | None = None) -> local_sweep.Sweep:
+    Path("sweep.yaml").write_text(text)
+    return local_sweep.read("sweep.yaml", preset, ["run.dir=runs/s", *words])
+
+
+def test_a_grid_takes_every_combination_and_resumes(trained: list[Cell]) -> None:
+    space = "{optim.lr: [1e-4, 3e-4, 9e-4], optim.beta2: [0.9, 0.99]}"
+    sweep = sweep_of(f"preset: demo\nsettings: {{data.dir: x}}\nspace: {space}", "run.seed=7")
+    document = local_sweep.run(sweep, "none")
+    assert len(trained) == 6 == sweep.num_runs
+    assert len({cell.run_dir for cell in trained}) == 6
+    assert "run.seed=7" in trained[0].words and "data.dir=x" in trained[0].words
+    assert not [word for word in trained[0].words if word.startswith("run.dir=")]
+    assert document["runs"][0]["run"] == "04-lr-9e-4-beta2-0.9"
+    assert len(document["runs"]) == 4  # two failed before they began
+    assert "04-lr-9e-4-beta2-0.9" in Path("runs/s/sweep.txt").read_text()
+    lines: list[str] = []
+    local_sweep.run(sweep, "none", lines.append)
+    assert len(trained) == 8  # the failed ones, once more
+    assert sum("done before" in line for line in lines) == 4 and any("too low" in line for line in lines)
+
+
+@pytest.mark.parametrize("search", ["random", "tpe"])
+def test_drawn_settings_stay_in_the_space_and_resume(trained: list[Cell], search: str) -> None:
+    sweep = sweep_of(TPE.format(search=search))
+    local_sweep.run(sweep, "none")
+    configs = [load_config("demo", cell.words) for cell in trained]
+    assert len(configs) == 6
+    assert all(1e-4 <= config.optim.lr <= 1e-2 and config.optim.beta2 in (0.9, 0.99) for config in configs)
+    assert len({config.optim.lr for config in configs}) == 6
+    local_sweep.run(sweep, "none")
+    assert len(trained) == 6  # its journal knows what was drawn, and what failed
+
+
+def test_the_best_run_or_all_are_evaluated(trained: list[Cell], monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluated: list[str] = []
+    monkeypatch.setattr(local_sweep, "evaluate_cell", lambda cell, kinds, events: evaluated.append(cell.name))
+    sweep = sweep_of("preset: demo\nsettings: {data.dir: x}\nspace: {optim.lr: [3e-4, 9e-4]}")
+    local_sweep.run(sweep, "best")
+    assert evaluated == ["01-lr-9e-4"]
+    local_sweep.run(sweep, "all")
+    assert evaluated[1:] == ["01-lr-9e-4", "00-lr-3e-4"]
+
+
+def test_the_list_of_a_cluster_sweep_is_read_too(trained: list[Cell]) -> None:
+    points = "- {optim.lr: 3e-4}\n- {optim.lr: 9e-4, model.dropout: 0.2}"
+    sweep = sweep_of(points, "data.dir=x", preset="demo")
+    local_sweep.run(sweep, "none")
+    assert [cell.words[-1] for cell in trained] == ["optim.lr=3e-4", "model.dropout=0.2"]
+    with pytest.raises(ConfigError, match="which preset"):
+        sweep_of(points, "data.dir=x")
+
+
+def test_all_failed(trained: list[Cell]) -> None:
+    sweep = sweep_of("preset: demo\nsettings: {data.dir: x}\nspace: {optim.lr: [1e-4]}")
+    with pytest.raises(RunError, match="all 1 runs failed; the last: gensr train: too low"):
+        local_sweep.run(sweep, "none")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("preset: demo\nspace: {optim.lr: [1e-4]}", "data.dir=… must be given"),
+        ("preset: demo\nsettings: {data.dir: x}\nspace: {optim.lrr: [1e-4]}", "Did you mean optim.lr"),
+        ("preset: demo\nsettings: {data.dir: x}\nspace: {optim.lr: [1e-4, -1]}", "greater than 0"),
+        (
+            "preset: demo\nsettings: {data.dir: x}\nspace: {optim.lr: {low: 1, high: 2}}",
+            "a range has no grid",
+        ),
+        ("preset: demo\nsearch: tpe\nspace: {optim.lr: {low: 2, high: 1}}", "low must be below high"),
+        ("preset: demo\nsearch: tpe\nspace: {optim.lr: {low: a, high: 1}}", "must be numbers"),
+        ("preset: demo\nsearch: tpe\nspace: {optim.lr: 3}", "must be a list of choices"),
+        ("preset: demo\nspace: {}", "name at least one key"),
+        ("preset: demo\nserach: tpe\nspace: {optim.lr: [1]}", "Did you mean search"),
+        ("space: {optim.lr: [1]}", "preset.*is required"),
+        ("a: [", "not a readable YAML"),
+    ],
+)
+def test_mistakes_do_not_start_a_run(trained: list[Any], text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        sweep_of(text)

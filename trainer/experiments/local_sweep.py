@@ -1,0 +1,211 @@
+"""`gensr sweep FILE`: a sweep on this machine, one process after the other. FILE:
+
+    preset: demo                                   # or a YAML file
+    settings: {data.dir: data/mine, run.dir: runs/sweep, run.max_steps: 200}     # of every run
+    search: tpe                                    # grid, random or tpe (Bergstra et al. 2011)
+    trials: 12                                     # of random and tpe
+    space:
+      optim.lr: {low: 1.0e-4, high: 3.0e-3, log: true}
+      model.dropout: [0.0, 0.1, 0.2]
+
+or a list of settings, the file of `gensr submit --sweep` (experiments/sweep.py), with PRESET and the settings
+of every run on the command line. The objective is the best value of run.select_metric on validation. Each run
+has a folder below run.dir; the same command again runs what is missing.
+"""
+
+import contextlib
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Gt
+from pydantic import Field
+
+from data_shards import settings as s
+from data_shards.settings import flatten, parse_yaml
+from trainer.configs import load_config
+from trainer.errors import ConfigError, GensrError, RunError
+from trainer.experiments.sweep import Point, point_of, read_sweep, summarize
+from trainer.experiments.table.cells import Cell, evaluate_cell, train_cell
+from trainer.experiments.table.tuning import search
+from trainer.runs.run_folder import RunFolder
+
+JOURNAL = "sweep.journal"
+MAX_GRID = 10_000
+
+Notify = Callable[[str], None]
+
+
+@s.settings
+class SweepSettings:
+    preset: str
+    """a preset's name, or a YAML file"""
+    space: dict[str, Any]
+    """key → list of choices, or {low, high, log}"""
+    settings: dict[str, Any] = Field(default_factory=dict)
+    """of every run"""
+    search: Literal["grid", "random", "tpe"] = "grid"
+    """every combination of the choices; settings drawn at random; or by what the runs before have shown"""
+    trials: Annotated[int, Gt(0)] = 12
+    """runs of search=random and tpe"""
+    seed: Annotated[int, Ge(0)] = 0
+    """of the search"""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What FILE and the command line say, checked."""
+
+    folder: Path
+    preset: str
+    words: tuple[str, ...]  # settings of every run
+    points: tuple[Point, ...]  # of a list or a grid
+    drawn: SweepSettings | None  # random, tpe
+
+    @property
+    def num_runs(self) -> int:
+        return self.drawn.trials if self.drawn is not None else len(self.points)
+
+
+def read(file: str | Path, preset: str | None = None, words: Sequence[str] = ()) -> Sweep:
+    """Raises ConfigError for whatever would stop a run at its start."""
+    drawn: SweepSettings | None = None
+    points: tuple[Point, ...] = ()
+    if isinstance(_document(file), list):
+        if preset is None:
+            raise ConfigError(f"{file} is a list of runs: say which preset, gensr sweep {file} PRESET …")
+        points = tuple(read_sweep(file))
+    else:
+        given = s.load(SweepSettings, file, keys_command="gensr sweep --help")
+        given = replace(given, space={key: _as_numbers(domain) for key, domain in given.space.items()})
+        preset = preset or given.preset
+        words = [*_words(given.settings), *words]
+        _check_space(file, given)
+        if given.search == "grid":
+            points = _grid(file, given.space)
+        else:
+            drawn = given
+    probe = points[0].overrides if points else tuple(_words(_some(drawn.space))) if drawn else ()
+    config = load_config(preset, [*words, *probe])
+    needed = {"data.dir": config.data.dir, "run.dir": config.run.dir}
+    if missing := " and ".join(f"{key}=…" for key, value in needed.items() if not value):
+        raise ConfigError(f"{file}: {missing} must be given, under settings or on the command line")
+    for point in points:
+        load_config(preset, [*words, *point.overrides])
+    every = tuple(word for word in words if not word.startswith("run.dir="))
+    return Sweep(Path(config.run.dir), preset, every, points, drawn)
+
+
+def run(sweep: Sweep, evaluate: str = "best", notify: Notify = lambda line: None) -> dict[str, Any]:
+    """Train every run, evaluate (none, best or all of them) and summarize → as experiments/sweep.py's
+    summarize. A run that fails is named; the others continue. Raises RunError when all failed,
+    KeyboardInterrupt when it is stopped: what is done stays."""
+    failed: dict[str, str] = {}
+    number_of_runs = sweep.num_runs
+
+    def train(number: int, point: Point) -> float:
+        cell = _cell(sweep, point)
+        done = RunFolder(cell.run_dir).has_ended_well
+        notify(f"[{number + 1}/{number_of_runs}] {point.name}{': done before' if done else ''}")
+        train_cell(cell)
+        value = float(RunFolder(cell.run_dir).read_status()["progress"]["best_value"])
+        notify(f"[{number + 1}/{number_of_runs}] {point.name}: {value:.4f}")
+        return value
+
+    def trial(number: int, words: tuple[str, ...]) -> float:
+        settings = {key: parse_yaml(text) for key, _, text in (word.partition("=") for word in words)}
+        return train(number, point_of(number, settings))
+
+    if sweep.drawn is not None:
+        drawn = sweep.drawn
+        kind: Literal["tpe", "random"] = "tpe" if drawn.search == "tpe" else "random"
+        errors = search(
+            sweep.folder / JOURNAL, drawn.space, drawn.trials, trial, sampler=kind, seed=drawn.seed
+        )
+        failed = {str(place): error for place, error in enumerate(errors)}
+    else:
+        for number, point in enumerate(sweep.points):
+            try:
+                train(number, point)
+            except GensrError as error:
+                notify(f"[{number + 1}/{number_of_runs}] {point.name} failed: {error}")
+                failed[point.name] = str(error)
+    if len(failed) >= number_of_runs:
+        raise RunError(f"all {number_of_runs} runs failed; the last: {list(failed.values())[-1]}")
+    ranking = [row for row in summarize(sweep.folder)["runs"] if row["status"] == "finished"]
+    for row in ranking if evaluate == "all" else ranking[:1] if evaluate == "best" else []:
+        notify(f"evaluating {row['run']}")
+        evaluate_cell(_cell(sweep, Point(row["run"], ())), ["sampled"], 0)
+    return summarize(sweep.folder)
+
+
+def _cell(sweep: Sweep, point: Point) -> Cell:
+    run_dir = sweep.folder / point.name
+    words = (*sweep.words, *point.overrides)
+    return Cell("sweep", point.name, run_dir, Path(sweep.preset), words, sweep.folder / f"{point.name}.out")
+
+
+# ---- the file ----------------------------------------------------------------------------------------------
+
+
+def _document(file: str | Path) -> Any:
+    try:
+        return parse_yaml(Path(file).read_text(encoding="utf-8"))
+    except Exception as error:
+        raise ConfigError(f"{file}: not a readable YAML or JSON file: {error}") from error
+
+
+def _words(settings: Mapping[str, Any]) -> list[str]:
+    return list(point_of(0, flatten(settings)).overrides) if settings else []
+
+
+def _as_numbers(domain: Any) -> Any:
+    """YAML reads 1e-4 as text."""
+    if not isinstance(domain, Mapping):
+        return domain
+    numbers = dict(domain)
+    for end in ("low", "high"):
+        with contextlib.suppress(KeyError, TypeError, ValueError):
+            numbers[end] = float(numbers[end])
+    return numbers
+
+
+def _check_space(file: str | Path, given: SweepSettings) -> None:
+    problems = []
+    for key, domain in given.space.items():
+        if isinstance(domain, list) and domain:
+            continue
+        if not isinstance(domain, Mapping) or not {"low", "high"} <= set(domain) <= {"low", "high", "log"}:
+            problems.append((key, "must be a list of choices, or {low: …, high: …, log: true}"))
+        elif given.search == "grid":
+            problems.append((key, "a range has no grid: list the choices, or set search: random or tpe"))
+        elif not all(_is_number(domain[end]) for end in ("low", "high")):
+            problems.append((key, f"low and high must be numbers, got {domain}"))
+        elif not domain["low"] < domain["high"] or (domain.get("log") and domain["low"] <= 0):
+            problems.append((key, f"low must be below high, and above 0 with log, got {domain}"))
+    if not given.space:
+        problems.append(("space", "is empty: name at least one key"))
+    if problems:
+        raise ConfigError(s.format_problems(problems, str(file), "gensr config keys"))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _grid(file: str | Path, space: Mapping[str, Any]) -> tuple[Point, ...]:
+    size = math.prod(len(choices) for choices in space.values())
+    if size > MAX_GRID:
+        raise ConfigError(f"{file}: the grid has {size:,} runs, more than {MAX_GRID:,}. Take search: random")
+    combinations = itertools.product(*space.values())
+    return tuple(
+        point_of(number, dict(zip(space, values, strict=True))) for number, values in enumerate(combinations)
+    )
+
+
+def _some(space: Mapping[str, Any]) -> dict[str, Any]:
+    """Some settings of the space, to check its keys with."""
+    return {key: domain[0] if isinstance(domain, list) else domain["low"] for key, domain in space.items()}
