@@ -183,6 +183,7 @@ def stand_in(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     return made
 
 
+@pytest.mark.slow
 def test_an_interrupted_evaluation_goes_on(stand_in: StandIn, tmp_path: Path) -> None:
     asked = request(tmp_path / "out", data=tmp_path / "data", budget="25")
     plan = make_plan(asked, paper_run.size_of_data(asked))
