@@ -32,7 +32,8 @@ MIN_MEMORY_GB = 4.0
 MIN_DISK_GB = 5.0
 COMMAND_TIMEOUT_S = 20.0
 ALL_REDUCE_TIMEOUT_S = 90.0  # importing torch twice on a cold disk takes most of it
-DISTRIBUTION = "gensr"
+DISTRIBUTION, TRAIN = "gensr", "train"  # setup.cfg's name, and its extra for training
+TRAINS_WITH = ("deepspeed", "optuna")  # no package of another extra
 SLURM_COMMANDS = ("sbatch", "srun", "scontrol", "squeue")
 
 CPP_PROGRAM = "#include <vector>\nint main() { std::vector<int> v{1}; return v[0] - 1; }\n"
@@ -97,7 +98,8 @@ def check_python() -> list[Check]:
 
 
 def check_packages(distribution: str = DISTRIBUTION) -> list[Check]:
-    """One check a requirement of the installed distribution, against its version range."""
+    """One check a requirement of the installed distribution and of what training adds, against its version
+    range."""
     try:
         requirements = importlib.metadata.requires(distribution) or []
     except importlib.metadata.PackageNotFoundError:
@@ -109,11 +111,27 @@ def check_packages(distribution: str = DISTRIBUTION) -> list[Check]:
     from packaging.requirements import Requirement
 
     needed = [Requirement(text) for text in requirements]
-    return [
-        _check_package(need.name, need.specifier)
+    everywhere = [need for need in needed if need.marker is None or need.marker.evaluate({"extra": ""})]
+    training = [
+        need
         for need in needed
-        if need.marker is None or need.marker.evaluate({"extra": ""})
+        if need.marker is not None and need not in everywhere and need.marker.evaluate({"extra": TRAIN})
     ]
+    if training and not any(map(_is_installed, TRAINS_WITH)):
+        detail = "not installed: this environment answers, but does not train"
+        fix = f"{sys.executable} -m pip install '{distribution}[{TRAIN}]'"
+        return [_check_package(need.name, need.specifier) for need in everywhere] + [
+            Check("training", "WARN", detail, fix)
+        ]
+    return [_check_package(need.name, need.specifier) for need in [*everywhere, *training]]
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def _check_package(name: str, wanted: "SpecifierSet") -> Check:

@@ -70,6 +70,7 @@ def test_the_demo(tmp_path: Path) -> None:
     check(trained(tmp_path, "demo", tmp_path / "data", *ANONYMISED_DEMO), "demo")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "overrides"),
     [("scientific", ()), ("scientific-paper", ("model.variant=paper", "model.prompt=paper"))],

@@ -92,6 +92,20 @@ def test_packages_missing_and_out_of_range(monkeypatch: pytest.MonkeyPatch) -> N
     assert "pip install 'torch>=99'" in checks[2].fix
 
 
+def test_packages_of_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checked like the others where training is installed; one line where it is not."""
+    texts = ["numpy>=1,<99", "scipy-that-is-not>=1; extra == 'train'", "x>=1; extra == 'serve'"]
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: texts)
+    assert [(check.name, check.status) for check in doctor.check_packages()] == [
+        ("numpy", "OK"),
+        ("scipy-that-is-not", "MISS"),
+    ]
+    monkeypatch.setattr(doctor, "TRAINS_WITH", ("a-distribution-that-is-not-here",))
+    found, training = doctor.check_packages()
+    assert (found.name, training.name, training.status) == ("numpy", "training", "WARN")
+    assert "pip install 'gensr[train]'" in training.fix
+
+
 def test_not_installed_at_all() -> None:
     (found,) = doctor.check_packages("a-distribution-that-is-not-here")
     assert found.status == "MISS"

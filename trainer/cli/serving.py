@@ -10,6 +10,7 @@ import typer
 
 from trainer.cli.base import AsJson, answer, note, say, stage_lines, verb
 from trainer.errors import ConfigError, RequestError
+from trainer.runtime.progress import waiting_for
 
 
 @verb("gensr register runs/mine gensr-mine")
@@ -106,6 +107,8 @@ def score(
     except ValueError:
         raise ConfigError(f"--part must be I/N, got {part}") from None
     count_requests(requests)  # says what is wrong with the file before a model is loaded
+    progress = stage_lines()
+    waiting_for("loading PyTorch and the model")
     from trainer.registry.versions import open_model
 
     recommender = open_model(model, uri)
@@ -113,7 +116,6 @@ def score(
         for scores in recommender.score(list(read_requests(requests))):
             say(json.dumps({"scores": scores}))
         return
-    progress = stage_lines()
     answered = score_file(
         recommender,
         requests,
@@ -196,6 +198,8 @@ def answer_request(
     """Complete a request for the whole catalogue by its history, and print the answer."""
     if user and history is not None:
         raise RequestError("--user and --history both say whose history it is: give one of them")
+    stage_lines()
+    waiting_for("loading PyTorch and the model")
     from trainer.registry.versions import open_model
     from trainer.serving.users import read_history
 
@@ -273,6 +277,8 @@ def serve_model(
     from trainer.serving.server import bind
 
     bound = bind((options or {}).get("host", "127.0.0.1"), port)
+    stage_lines()
+    waiting_for("loading PyTorch and the model")
     from trainer.registry.versions import open_model
     from trainer.serving.app import Limits, Options, open_access_log, run
 

@@ -38,7 +38,7 @@ def build_baseline(name: str, folder: PreparedFolder) -> Ranker:
     section: ModelSettings = settings_class(model)(**settings)
     data = DataConfig(dir=folder.name, history_max=folder.manifest.history_max)
     config = replace(Config(data=data), model=section)
-    built = build_model(config, folder, folder.tables(model_class(model).needs))
+    built = build_model(config, folder, folder.tables(model_class(model).reads(config.model)))
     built.fit()
     return built.eval()
 

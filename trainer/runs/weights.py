@@ -83,7 +83,7 @@ def save_model(
 
 def describe_model(model: Ranker, config: Config, folder: PreparedFolder) -> dict[str, Any]:
     """model.json: all that is needed to build the model again, and what it belongs to."""
-    data = dataclasses.asdict(config.data)
+    needs, data = model.reads(model.settings), dataclasses.asdict(config.data)
     del data["dir"], data["cache_dir"]
     return {
         "format": MODEL_FORMAT,
@@ -95,8 +95,8 @@ def describe_model(model: Ranker, config: Config, folder: PreparedFolder) -> dic
         "precision": config.run.precision,
         "manifest_hash": folder.manifest.hash,
         "split_fingerprint": folder.manifest.fingerprint,
-        "reads": what_is_read(model.needs, folder),
-        **({"cf_sha256": folder.cf_digest} if model.needs & {"cf", "cf_users"} else {}),
+        "reads": what_is_read(needs | model.may_read, folder),
+        **({"cf_sha256": folder.cf_digest} if needs & {"cf", "cf_users"} else {}),
     }
 
 
@@ -218,7 +218,8 @@ def load_run_model(run_dir: str | Path, device: str = "cpu") -> tuple[Ranker, Co
     folder = PreparedFolder.open(config.data)
     path = RunFolder(run_dir).model
     document = read_model_document(path)
-    needs = model_class(document["name"]).needs
-    check_data(document, needs, folder, path, str(run_dir))
+    kind = model_class(document["name"])
+    needs = kind.reads(config.model)
+    check_data(document, needs | kind.may_read, folder, path, str(run_dir))
     tables = folder.tables(needs)
     return load_model(path, tables, device, folder), config, folder

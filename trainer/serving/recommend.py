@@ -48,6 +48,14 @@ from trainer.serving.users import Users, open_users
 
 DEFAULT_K, MAX_K = 10, 1000
 NUM_CANDIDATES, MAX_NUM_CANDIDATES = 400, 2000
+# how a request is answered, beside what it asks → the default
+SETTINGS: Mapping[str, int | bool] = {
+    "k": DEFAULT_K,
+    "num_candidates": NUM_CANDIDATES,
+    "include_seen": False,
+    "explain": False,
+    "with_text": False,
+}
 RETRIEVAL = "retrieval"  # folder of the indexes in a run folder and among a version's artifacts
 
 
@@ -252,11 +260,9 @@ def _nothing_to_ask(parsed: ParsedRequest, where: str) -> None:
 
 def _names(requests: Sequence[Any]) -> list[str]:
     """What errors call the requests."""
-    return (
-        [f"request {number}" for number in range(1, len(requests) + 1)]
-        if len(requests) > 1
-        else ["the request"]
-    )
+    if len(requests) == 1:
+        return ["the request"]
+    return [f"request {number}" for number in range(1, len(requests) + 1)]
 
 
 def _count(request: Mapping[str, Any], name: str, default: int, largest: int, where: str) -> int:

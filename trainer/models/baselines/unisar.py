@@ -246,6 +246,7 @@ class UniSar(Ranker):
     Settings = UniSarSettings
     title = "UniSAR"
     needs = frozenset({"item_text", "history_queries"})
+    may_read = frozenset({"item_category"})
     in_batch = True  # the alignments
     settings: UniSarSettings
 
@@ -344,9 +345,8 @@ class UniSar(Ranker):
 
     def _items(self, rows: Tensor) -> Tensor:
         """Vectors of rows of the item tables."""
-        categories = getattr(self.tables, "item_category", rows.new_zeros((self.world.num_items, 0)))
         words = rows_of(self.tables.item_terms, rows)
-        return self.core.item_vectors(rows + 1, words, rows_of(categories, rows))
+        return self.core.item_vectors(rows + 1, words, rows_of(self.tables.item_category, rows))
 
     def _query_words(self, rows: Tensor) -> Tensor:
         """Padding only where there is no query (row -1)."""

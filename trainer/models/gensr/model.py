@@ -17,6 +17,7 @@ from trainer.batch import Batch, Group, rows_of
 from trainer.models.backbones.adapters import merge_adapters
 from trainer.models.backbones.backbone import Prompt
 from trainer.models.backbones.frozen import save_frozen_identity
+from trainer.models.backbones.language import is_pretrained
 from trainer.models.contract import Cost, Ranker, View, World, clicked_only
 from trainer.models.gensr.cost import gensr_cost
 from trainer.models.gensr.grouping import group_events, in_one_pass
@@ -83,6 +84,9 @@ class GenSR(Ranker):
         data, cf_width = world.data, world.tables.cf.shape[1]
         self.backbone = backbone_of(settings, world)
         width, extended = self.backbone.width, settings.variant == "extended"
+        self.scaled = is_pretrained(settings.backbone)
+        if self.scaled:
+            self.register_buffer("token_scale", self._token_scale())
         encoder = (settings.num_heads, settings.dropout, data.history_max)
         self.cf_encoder = HistoryEncoder(cf_width, *encoder, ordered=extended)
         self.sem_encoder = HistoryEncoder(width, *encoder, ordered=extended)
@@ -94,7 +98,8 @@ class GenSR(Ranker):
         if world.num_words:
             self.words = nn.EmbeddingBag(world.num_words + 1, settings.words_dim, mode="mean", padding_idx=0)
             self.words_projection = nn.Linear(settings.words_dim, width, bias=False)
-            nn.init.normal_(self.words.weight, std=settings.words_dim**-0.5)
+            # a pretrained backbone reads words beside its own tokens: of like size, in units of token_scale
+            nn.init.normal_(self.words.weight, std=1.0 if self.scaled else settings.words_dim**-0.5)
         if extended:
             self.match_cf = match_projection(cf_width, width)
             self.match_sem = match_projection(width, width)
@@ -102,6 +107,15 @@ class GenSR(Ranker):
             self.no_query = nn.Parameter(torch.zeros(width))
         self.answers: tuple[int, int] = (-1, -1)
         self._set_prompts()
+
+    def _token_scale(self) -> Tensor:
+        """RMS of the backbone's token vectors as pretrained (flan-t5-base's is about 12, SmolLM2's 0.1).
+
+        GenSR computes in units of it, and its slots are multiplied with it: each backbone reads vectors of a
+        size of its own. From scratch the unit is 1. Saved with the weights."""
+        if self.world.tokenizer is None or self.world.saved is not None:  # sizes only, or loaded afterwards
+            return torch.ones(())
+        return self.backbone.embedding_weight().detach().float().square().mean().sqrt()
 
     def _set_prompts(self) -> None:
         """Templates of both tasks and the answers as constants; none where only sizes are asked for."""
@@ -214,17 +228,19 @@ class GenSR(Ranker):
         return vectors.to(self.cf_projection.weight.dtype)
 
     def semantic_vectors(self, items: Tensor, num_tokens: int) -> Tensor:
-        """E_s of items (any shape) → [..., D]: mean of the backbone's token embeddings over the item's text,
-        padding excluded, plus its words."""
+        """E_s of items (any shape) → [..., D], in units of the backbone's token vectors: mean of its token
+        embeddings over the item's text, padding excluded, plus the item's words."""
         tables = self.tables
-        vectors = self.backbone.embed_mean(rows_of(tables.item_tokens, items)[..., :num_tokens])
+        vectors = self._in_units(
+            self.backbone.embed_mean(rows_of(tables.item_tokens, items)[..., :num_tokens])
+        )
         if self.world.num_words:
             vectors = vectors + self._mean_words(rows_of(tables.item_words, items))
         return vectors
 
     def query_parts(self, query_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Query vectors as they stand in the prompt [B, Q, D], their mask [B, Q], and the query as one vector
-        [B, D] (mean; 0 without query)."""
+        """Vectors of the query [B, Q, D], in units of the backbone's token vectors, their mask [B, Q], and
+        the query as one vector [B, D] (mean; 0 without query)."""
         tables = self.tables
         rows = query_B.clamp(min=0)
         has_query = (query_B >= 0)[:, None]
@@ -235,9 +251,16 @@ class GenSR(Ranker):
         else:
             tokens_BQ = tables.query_tokens[rows]
             mask_BQ = (tokens_BQ != 0) & has_query
-            vectors_BQD = self.backbone.embed(tokens_BQ)
+            vectors_BQD = self._in_units(self.backbone.embed(tokens_BQ))
         masked_BQD = vectors_BQD * mask_BQ[..., None]
         return masked_BQD, mask_BQ, masked_BQD.sum(1) / mask_BQ.sum(1, keepdim=True).clamp(min=1)
+
+    def _in_units(self, token_vectors: Tensor) -> Tensor:
+        return token_vectors / self.get_buffer("token_scale") if self.scaled else token_vectors
+
+    def _to_read(self, vectors: Tensor) -> Tensor:
+        """In the size of the backbone's token vectors."""
+        return vectors * self.get_buffer("token_scale") if self.scaled else vectors
 
     def _mean_words(self, words: Tensor) -> Tensor:
         return self.words_projection(self.words(words.reshape(-1, words.shape[-1]).long())).view(
@@ -282,8 +305,8 @@ class GenSR(Ranker):
             ]
         if settings.views != "both":  # times 0: every weight keeps a gradient
             slots = [slot * (view == settings.views) for slot, view in zip(slots, SLOT_VIEWS, strict=False)]
-        slots_BCXD = torch.stack(slots, 2)
-        return PromptParts(slots_BCXD, f_c_BCD, f_s_BCD, query_BQD, query_mask_BQ, query_BD)
+        slots_BCXD = self._to_read(torch.stack(slots, 2))
+        return PromptParts(slots_BCXD, f_c_BCD, f_s_BCD, self._to_read(query_BQD), query_mask_BQ, query_BD)
 
     def fill_prompt(
         self, group: Group, slots_BCXD: Tensor, query_BQD: Tensor, query_mask_BQ: Tensor
@@ -357,7 +380,8 @@ class GenSR(Ranker):
     def saved_names(self) -> set[str]:
         """Each tied tensor once; with LoRA no frozen weights, if they can be had again by name."""
         adapters = keeps_adapters_only(self.settings)
-        return {name for name, p in self.named_parameters() if p.requires_grad or not adapters}
+        names = {name for name, p in self.named_parameters() if p.requires_grad or not adapters}
+        return names | {"token_scale"} if self.scaled else names
 
     def ready_to_serve(self) -> None:
         lora = self.settings.lora

@@ -55,7 +55,8 @@ class GenSRSettings(CfSettings):
     contrastive_weight: NonNegativeFloat = 0.01
     """λ of Eq. 8"""
     gather_negatives: bool = False
-    """contrastive negatives from all ranks instead of this rank's batch"""
+    """contrastive negatives from the micro-batches of all ranks instead of this rank's; accumulation adds
+    none"""
     listwise_weight: NonNegativeFloat = 0.0
     """weight of a softmax cross-entropy over the candidates of an event, beside Eq. 9 (0 in the paper)"""
     activation_checkpointing: bool = False
