@@ -36,6 +36,7 @@ VERBS = [
     "compare",
     "table",
     "analyse",
+    "paper",
     "register",
     "promote",
     "score",
