@@ -31,7 +31,7 @@ class DataConfig:
     history_tokens: Positive = 10
     """text tokens of a history item"""
     item_tokens: Positive = 32
-    """text tokens of a candidate; at most what the folder holds"""
+    """text tokens of a candidate; a folder that stores fewer of them gives those"""
     num_negatives: Positive = 4
     """sampled negatives for each training event"""
     negatives: Literal["uniform", "popularity", "impressions", "mixture"] = "uniform"

@@ -15,11 +15,13 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from trainer.errors import DataError
 from trainer.runtime.compiling import find_ninja
 
 if TYPE_CHECKING:
@@ -57,9 +59,9 @@ class Check:
     fix: str = ""
 
 
-def run_checks(folder: str | Path = ".") -> list[Check]:
+def run_checks(folder: str | Path = ".", prepared: Sequence[str | Path] = ()) -> list[Check]:
     """All checks, in the order of an installation; `folder` is where data and runs will lie. Takes about ten
-    seconds; never raises."""
+    seconds; never raises. prepared: folders that are read whole, which takes longer."""
     checks: list[Check] = []
     steps: list[Callable[[], list[Check]]] = [
         check_python,
@@ -73,6 +75,7 @@ def run_checks(folder: str | Path = ".") -> list[Check]:
         check_extensions_folder,
         lambda: check_sqlite(Path(folder)),
         check_slurm,
+        *(partial(check_prepared, Path(place)) for place in prepared),
     ]
     for step in steps:
         try:
@@ -396,6 +399,19 @@ def check_slurm() -> list[Check]:
             )
         ]
     return [Check("slurm", "OK", _first_line(["sbatch", "--version"]) or ", ".join(found))]
+
+
+def check_prepared(folder: Path) -> list[Check]:
+    """Every file of a prepared folder against its manifest: size, checksum, numbers in range."""
+    from data_shards.schema import read_manifest
+    from data_shards.verify import verify
+
+    started_s = time.monotonic()
+    try:
+        verify(folder, read_manifest(folder))
+    except DataError as error:
+        return [Check("prepared folder", "MISS", str(error), f"restore {folder}, or prepare it again")]
+    return [Check("prepared folder", "OK", f"{folder} read whole in {time.monotonic() - started_s:.0f} s")]
 
 
 def existing_parent(folder: Path) -> Path:

@@ -25,7 +25,13 @@ from trainer.serving.scorer import Scorer
 
 # what makes a model small; a model that is not named here is small by default, or should be
 TINY = {
-    "gensr": ("model.backbone=scratch:nano", "model.gather_negatives=true"),
+    "gensr": (
+        "model.backbone=scratch:nano",
+        "model.gather_negatives=true",
+        "model.evidence=true",
+        "model.mined_negatives=2",
+        "model.listwise_weight=1",
+    ),
     # a beam spells some items of the catalogue; 0 spells all of them, as sampled candidates are
     "idgenrec": ("model.catalogue_beams=0",),
     "collm": ("model.backbone=scratch:qwen3_nano", "model.dropout=0"),

@@ -14,16 +14,25 @@ from torch import Tensor, nn
 
 from data_shards.schema import SRC
 from trainer.batch import Batch, Group, rows_of
+from trainer.errors import ConfigError
 from trainer.models.backbones.adapters import merge_adapters
 from trainer.models.backbones.backbone import Prompt
 from trainer.models.backbones.frozen import save_frozen_identity
 from trainer.models.backbones.language import is_pretrained
 from trainer.models.contract import Cost, Ranker, View, World, clicked_only
 from trainer.models.gensr.cost import gensr_cost
+from trainer.models.gensr.evidence import Evidence, EvidenceHead, Seen
 from trainer.models.gensr.grouping import group_events, in_one_pass
 from trainer.models.gensr.history import HistoryEncoder, MeanFilter, SoftFilter
 from trainer.models.gensr.language import backbone_of, keeps_adapters_only
-from trainer.models.gensr.prompt import NUM_EXTENDED_SLOTS, NUM_PAPER_SLOTS, answer_tokens, build_templates
+from trainer.models.gensr.mining import Mine, log_proposal, mined, open_mine
+from trainer.models.gensr.prompt import (
+    NUM_EVIDENCE_SLOTS,
+    NUM_EXTENDED_SLOTS,
+    NUM_PAPER_SLOTS,
+    answer_tokens,
+    build_templates,
+)
 from trainer.models.gensr.settings import GenSRSettings
 from trainer.models.gensr.views import gensr_views
 from trainer.models.losses import answer_loss, contrastive_loss, listwise_loss
@@ -62,6 +71,7 @@ class PromptParts:
     query_BQD: Tensor  # query_parts()
     query_mask_BQ: Tensor
     query_BD: Tensor
+    beside_BC: Tensor | float = 0.0  # what evidence adds to the scores
 
     def of(self, rows_G: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What fill_prompt() takes of the events of a group."""
@@ -105,6 +115,18 @@ class GenSR(Ranker):
             self.match_sem = match_projection(width, width)
             self.match_query = match_projection(width, width)
             self.no_query = nn.Parameter(torch.zeros(width))
+        self.reads_evidence = extended and settings.evidence
+        self.evidence: Evidence | None = None
+        if settings.mined_negatives >= data.num_negatives:
+            raise ConfigError(
+                f"model.mined_negatives={settings.mined_negatives} must be less than data.num_negatives="
+                f"{data.num_negatives}: the others are uniform. Raise data.num_negatives"
+            )
+        if self.reads_evidence or settings.mined_negatives:
+            self.evidence = Evidence(settings.num_neighbours, world)
+        if self.reads_evidence:
+            self.evidence_head = EvidenceHead(width)
+        self._mine: list[Mine] = []  # opened by the first training step; a list hides tensors from nn.Module
         self.answers: tuple[int, int] = (-1, -1)
         self._set_prompts()
 
@@ -123,6 +145,7 @@ class GenSR(Ranker):
         if self.world.tokenizer is not None:
             tokenizer = self.world.tokenizer()
             num_slots = NUM_EXTENDED_SLOTS if self.settings.variant == "extended" else NUM_PAPER_SLOTS
+            num_slots = NUM_EVIDENCE_SLOTS if self.reads_evidence else num_slots
             templates = build_templates(
                 lambda text: tokenizer(text, add_special_tokens=False)["input_ids"],
                 self.settings.prompt,
@@ -147,8 +170,11 @@ class GenSR(Ranker):
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Eq. 8 and its terms."""
+        batch = self._with_mined(batch)
         history = self.encode_history(batch)
-        scores_BC, cf_BCD, sem_BCD = self._score_encoded(batch, history)
+        seen = self._seen(batch, own=True)
+        scores_BC, cf_BCD, sem_BCD = self._score_encoded(batch, history, seen)
+        scores_BC = scores_BC - self._drawn_more_often(batch, seen)
         settings, data = self.settings, self.world.data
         weights_B = torch.where(batch.task == SRC, data.weight_src, data.weight_rec).float()
         answer = answer_loss(scores_BC, batch.labels, weights_B)
@@ -175,7 +201,8 @@ class GenSR(Ranker):
     def score(self, batch: Batch) -> Tensor:
         """Log-odds of "Yes", [B, C] float32. Independent of the other candidates and of the other rows of the
         batch."""
-        return self._score_encoded(batch, self.encode_history(batch))[0]
+        seen = self._seen(batch, own=False) if self.reads_evidence else None
+        return self._score_encoded(batch, self.encode_history(batch), seen)[0]
 
     def prepare(self, batch: Batch) -> Batch:
         """The batch with its groups. To be asked while the batch is on the CPU: later, the device is waited
@@ -212,6 +239,40 @@ class GenSR(Ranker):
         """Eqs. 5 and 6 on both sides → f_c [B, C, K] and f_s [B, C, D]."""
         return self.cf_filter(cand_cf_BCK, history.cf_BNK, history.mask_BN), self.sem_filter(
             cand_sem_BCD, history.sem_BND, history.mask_BN
+        )
+
+    # ---- evidence and mined negatives ----------------------------------------------------------------------
+
+    def fit(self) -> None:
+        if self.evidence is not None:
+            self.evidence.fit(self.world)
+
+    def _seen(self, batch: Batch, own: bool) -> Seen | None:
+        """own: the batch is of training events, whose clicks have been counted."""
+        if self.evidence is None:
+            return None
+        cf_BNK, cf_BCK = (
+            self.cf_vectors(items, batch.fold) for items in (batch.history_items, batch.candidates)
+        )
+        seen: Seen = self.evidence(batch, self.tables, cf_BNK, cf_BCK, own)
+        return seen
+
+    def _with_mined(self, batch: Batch) -> Batch:
+        """Groups stay: they do not depend on the candidates."""
+        count = self.settings.mined_negatives
+        if not count or self.evidence is None:
+            return batch
+        if not self._mine:
+            self._mine.append(open_mine(self.world, self.evidence))
+        return mined(batch, count, self.evidence, self._mine[0], self.tables, self.world.num_items)
+
+    def _drawn_more_often(self, batch: Batch, seen: Seen | None) -> Tensor | float:
+        """What is taken off the scores of candidates that mining brings more often than chance, [B, C]."""
+        if not self._mine or self.evidence is None or seen is None:
+            return 0.0
+        share = self.settings.mined_negatives / max(batch.candidates.shape[1] - 1, 1)
+        return log_proposal(
+            batch, seen, share, self.evidence, self._mine[0], self.tables, self.world.num_items
         )
 
     # ---- item and query vectors ----------------------------------------------------------------------------
@@ -269,9 +330,11 @@ class GenSR(Ranker):
 
     # ---- prompt --------------------------------------------------------------------------------------------
 
-    def _score_encoded(self, batch: Batch, history: EncodedHistory) -> tuple[Tensor, Tensor, Tensor]:
+    def _score_encoded(
+        self, batch: Batch, history: EncodedHistory, seen: Seen | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """→ scores_BC, and the two filtered views in the backbone's space, [B, C, D] each (for Eq. 10)."""
-        parts = self._prompt_parts(batch, history)
+        parts = self._prompt_parts(batch, history, seen)
         scores_BC = parts.slots_BCXD.new_zeros(parts.slots_BCXD.shape[:2], dtype=torch.float32)
         groups = self.prepare(batch).groups or ()
         prompts: Iterable[Prompt] = (self.fill_prompt(group, *parts.of(group.rows)) for group in groups)
@@ -283,9 +346,9 @@ class GenSR(Ranker):
             scores_BC = scores_BC.index_add(
                 0, group.rows, (logits_GCA[..., 0] - logits_GCA[..., 1]) * group.counts
             )
-        return scores_BC, parts.cf_BCD, parts.sem_BCD
+        return scores_BC + parts.beside_BC, parts.cf_BCD, parts.sem_BCD
 
-    def _prompt_parts(self, batch: Batch, history: EncodedHistory) -> PromptParts:
+    def _prompt_parts(self, batch: Batch, history: EncodedHistory, seen: Seen | None) -> PromptParts:
         settings = self.settings
         cand_cf_BCK = self.cf_vectors(batch.candidates, batch.fold)
         cand_sem_BCD = self.semantic_vectors(batch.candidates, self.world.data.item_tokens)
@@ -305,8 +368,19 @@ class GenSR(Ranker):
             ]
         if settings.views != "both":  # times 0: every weight keeps a gradient
             slots = [slot * (view == settings.views) for slot, view in zip(slots, SLOT_VIEWS, strict=False)]
-        slots_BCXD = self._to_read(torch.stack(slots, 2))
-        return PromptParts(slots_BCXD, f_c_BCD, f_s_BCD, self._to_read(query_BQD), query_mask_BQ, query_BD)
+        beside_BC: Tensor | float = 0.0
+        if self.reads_evidence and seen is not None:
+            evidence_BCD, beside_BC = self.evidence_head(seen.features_BCF, batch.task)
+            slots.append(evidence_BCD.to(cand_sem_BCD.dtype))
+        return PromptParts(
+            self._to_read(torch.stack(slots, 2)),
+            f_c_BCD,
+            f_s_BCD,
+            self._to_read(query_BQD),
+            query_mask_BQ,
+            query_BD,
+            beside_BC,
+        )
 
     def fill_prompt(
         self, group: Group, slots_BCXD: Tensor, query_BQD: Tensor, query_mask_BQ: Tensor
@@ -356,7 +430,8 @@ class GenSR(Ranker):
         """history: the filtered views [f_c; f_s]. input: those, both views of the item, and the query.
         hidden: the backbone's output at the position that answers."""
         batch = clicked_only(batch)
-        parts = self._prompt_parts(batch, self.encode_history(batch))
+        seen = self._seen(batch, own=False) if self.reads_evidence else None
+        parts = self._prompt_parts(batch, self.encode_history(batch), seen)
         hidden_BD = torch.zeros((batch.num_events, self.backbone.width), device=parts.slots_BCXD.device)
         for group in self.prepare(batch).groups or ():
             read = self.backbone.reader(self.fill_prompt(group, *parts.of(group.rows)))
@@ -380,8 +455,9 @@ class GenSR(Ranker):
     def saved_names(self) -> set[str]:
         """Each tied tensor once; with LoRA no frozen weights, if they can be had again by name."""
         adapters = keeps_adapters_only(self.settings)
+        counted = {name for name, _ in self.named_buffers() if name.startswith("evidence.")}
         names = {name for name, p in self.named_parameters() if p.requires_grad or not adapters}
-        return names | {"token_scale"} if self.scaled else names
+        return names | counted | ({"token_scale"} if self.scaled else set())
 
     def ready_to_serve(self) -> None:
         lora = self.settings.lora

@@ -59,6 +59,14 @@ class GenSRSettings(CfSettings):
     none"""
     listwise_weight: NonNegativeFloat = 0.0
     """weight of a softmax cross-entropy over the candidates of an event, beside Eq. 9 (0 in the paper)"""
+    evidence: bool = False
+    """what counting knows of history, query and candidate (neighbours, followers, popularity, words,
+    category) as an eighth slot and beside the answer; only with variant=extended (evidence.py)"""
+    num_neighbours: Positive = 100
+    """neighbours and followers that each item keeps for it"""
+    mined_negatives: NonNegative = 0
+    """how many of data.num_negatives are neighbours of the history, or items of the query's category; scores
+    are corrected for it (mining.py)"""
     activation_checkpointing: bool = False
     """recompute the backbone's activations in the backward pass: less memory, about a third more time"""
     compile: bool = False
