@@ -18,6 +18,8 @@ KNOWN: dict[str, dict[str, str]] = {
     "model.contrastive_weight": {"0.0": "without contrastive term"},
     "model.variant": {"paper": "without product slots, position, task"},
     "model.cf_holdout": {"none": "without hold-out of the CF table"},
+    "model.evidence": {"False": "without evidence"},
+    "model.mined_negatives": {"0": "without mined negatives"},
     "model.prompt": {"paper": "the paper's wording", "compact": "compact wording"},
     "data.weight_rec": {"0.0": "search only"},
     "data.weight_src": {"0.0": "recommendation only"},

@@ -187,7 +187,13 @@ def _plan(request: PaperRequest, budget: Budget) -> PaperPlan:
     kept = {
         variant.words: variant for variant in reversed(variants)
     }  # a run that two analyses share is made once
-    return PaperPlan(request, budget, tuple(v for v in variants if v.words and kept[v.words] is v))
+    return PaperPlan(request, budget, tuple(v for v in variants if _changes(v, own) and kept[v.words] is v))
+
+
+def _changes(variant: Variant, own: Mapping[str, Any]) -> bool:
+    """Whether a variant is another model than the preset's own."""
+    pairs = [word.split("=", 1) for word in variant.words]
+    return any(str(own.get(key)).lower() != value.lower() for key, value in pairs)
 
 
 @cache
