@@ -60,7 +60,7 @@ def section(document: dict[str, Any], folder: Path) -> Section:
         "Ablations (Figure 4)",
         [
             Text(
-                f"{document['candidates']} candidates. {seeds_note(rows)} Differences are from the first "
+                f"Candidates: {document['candidates']}. {seeds_note(rows)} Differences are from the first "
                 "system, event by event, with a bootstrap over users; p-values carry Holm's correction. "
                 "Marked: a difference whose p-value is below .05."
             ),

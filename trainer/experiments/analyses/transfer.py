@@ -74,7 +74,7 @@ def section(document: dict[str, Any], folder: Path) -> Section:
         [
             Text(
                 "Runs of one task read the same batches as the joint run, in the same steps; events of the "
-                f"other task have weight 0. {document['candidates']} candidates. {seeds_note(rows)}"
+                f"other task have weight 0. Candidates: {document['candidates']}. {seeds_note(rows)}"
             ),
             Picture(path, "Bars of the joint and the single-task runs, a panel a task, with intervals."),
             Table(head, table),
