@@ -40,6 +40,16 @@ WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)?")
 PATH_COMMA = re.compile(r",(?!\s)")
 BLANK_COMMA = re.compile(r",\s+")  # in a file where nothing is split by the comma above
 ROWS = 50_000
+# Section 6.1.1 of the GenSR paper (arXiv:2504.06714)
+KINDLE = {
+    "Kindle Store, 5-core": {
+        "users": 68_223,
+        "items": 61_934,
+        "queries": 4_298,
+        "rec": 989_618,
+        "src": 934_664,
+    }
+}
 
 
 def open_source(raw: Path, settings: PrepareSettings) -> Source:
@@ -60,6 +70,7 @@ def open_source(raw: Path, settings: PrepareSettings) -> Source:
     release = _find_release(raw)
     return Source(
         name="amazon",
+        published=KINDLE if release[0].name.startswith("Kindle_Store") else {},
         files=release,
         read=lambda work: _read_release(work, *release, settings),
         license=LICENSE,

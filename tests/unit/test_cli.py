@@ -38,6 +38,7 @@ VERBS = [
     "table",
     "sweep",
     "analyse",
+    "paper",
     "register",
     "promote",
     "score",

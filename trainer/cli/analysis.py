@@ -1,12 +1,16 @@
 """Verbs that look at runs: analyse, paper."""
 
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trainer.cli.base import AsJson, answer, app, note
+from trainer.cli.base import AsJson, Overrides, answer, app, note
 from trainer.errors import ConfigError
+
+if TYPE_CHECKING:
+    from trainer.experiments.paper import PaperRequest
 
 
 @app.command(epilog="Example: gensr analyse mutual-information runs/gensr runs/unisar analyses/")
@@ -51,3 +55,75 @@ def analyse(
     options = Options(split=split, candidates=candidates, num_events=events, seed=seed, metric=metric)
     document = run(what, runs, out, options, note)
     answer(document, as_json, f"wrote {out / what}.html, .json and pictures")
+
+
+@app.command(epilog="Example: gensr paper demo --out runs/paper --dry-run")
+def paper(
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="demo, scientific, kindle, kuaisar or kuaisar-small")
+    ],
+    overrides: Overrides = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="folder of data, runs, analyses and report.html")
+    ] = None,
+    raw: Annotated[
+        Path | None, typer.Option(metavar="RAW", help="folder of raw files that is there; else DIR/raw")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(metavar="OUT", help="prepared folder that is there; else DIR/data")
+    ] = None,
+    budget: Annotated[
+        str, typer.Option(help="minutes, or paper: everything; empty: what the data set's recipe says")
+    ] = "",
+    submit: Annotated[
+        bool, typer.Option("--submit", help="the missing runs as SLURM arrays; make no page yet")
+    ] = False,
+    gpus_per_node: Annotated[int, typer.Option(help="with --submit; 0 trains on CPU", min=0)] = 1,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="print runs, hours and GB; write nothing")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """The paper's whole evaluation: data, every run, Tables 1 to 3, Figures 3 to 5, in DIR/report.html.
+
+    Interrupted, the same command goes on. A smaller budget takes fewer seeds, systems, variants and epochs,
+    and the report says what that costs in trust.
+    """
+    from trainer.experiments.paper import PaperRequest, make_paper
+    from trainer.experiments.paper import dry_run as estimate
+
+    if out is None:
+        raise ConfigError("--out is missing: the folder that data, runs and the report go to")
+    request = PaperRequest(name, out, raw, data, budget, tuple(overrides or []))
+    if dry_run:
+        found = estimate(request)
+        answer({key: value for key, value in found.items() if key != "lines"}, as_json, *found["lines"])
+        return
+    if submit:
+        _submit_paper(request, gpus_per_node, as_json)
+        return
+    try:
+        page = make_paper(request, notify=note)
+    except KeyboardInterrupt:
+        note("stopped; what is done stays, and the same command goes on")
+        raise typer.Exit(75) from None
+    answer({"page": str(page)}, as_json, f"wrote {page}")
+
+
+def _submit_paper(request: "PaperRequest", gpus_per_node: int, as_json: bool) -> None:
+    import shlex
+
+    from data_shards.secrets import mask_secrets
+    from trainer.experiments import submit as jobs
+    from trainer.experiments.paper.run import submit_paper
+
+    command = shlex.join(["gensr", *map(mask_secrets, sys.argv[1:])])
+    ids: list[str] = []
+    lines: list[str] = []
+    for submission in submit_paper(request, gpus_per_node, command, note):
+        made = jobs.submit(submission)
+        ids += made
+        scripts = [str(job.path) for job in submission.jobs]
+        lines += [f"job {job_id}  {path}" for job_id, path in zip(made, scripts, strict=True)]
+    lines.append("when all have ended, the same command without --submit makes analyses and report")
+    answer({"job_ids": ids}, as_json, *lines)

@@ -18,6 +18,8 @@ KNOWN: dict[str, dict[str, str]] = {
     "model.contrastive_weight": {"0.0": "without contrastive term"},
     "model.variant": {"paper": "without product slots, position, task"},
     "model.cf_holdout": {"none": "without hold-out of the CF table"},
+    "model.evidence": {"False": "without evidence"},
+    "model.mined_negatives": {"0": "without mined negatives"},
     "model.prompt": {"paper": "the paper's wording", "compact": "compact wording"},
     "data.weight_rec": {"0.0": "search only"},
     "data.weight_src": {"0.0": "recommendation only"},
@@ -58,7 +60,7 @@ def section(document: dict[str, Any], folder: Path) -> Section:
         "Ablations (Figure 4)",
         [
             Text(
-                f"{document['candidates']} candidates. {seeds_note(rows)} Differences are from the first "
+                f"Candidates: {document['candidates']}. {seeds_note(rows)} Differences are from the first "
                 "system, event by event, with a bootstrap over users; p-values carry Holm's correction. "
                 "Marked: a difference whose p-value is below .05."
             ),

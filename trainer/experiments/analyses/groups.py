@@ -11,7 +11,7 @@ import numpy as np
 
 from data_shards.schema import TASKS
 from data_shards.secrets import masked
-from data_shards.settings import flatten, read_yaml
+from data_shards.settings import flatten, to_dict
 from trainer.analysis.significance import holm, mean_interval, paired_difference, seed_interval
 from trainer.errors import RunError
 from trainer.evaluation.paired import check_same, read_stored
@@ -38,7 +38,8 @@ def grouped(runs: Sequence[Path], candidates: str = "sampled") -> list[Group]:
     stored = [read_stored(run, name, str(run)) for run in runs]
     for other in stored[1:]:
         check_same(stored[0], other, same_tasks=False)
-    settings = [flatten(masked(read_yaml(RunFolder(run).config))) for run in runs]
+    # read with defaults: a run of before a setting was made is alike one that leaves it as it is
+    settings = [flatten(masked(to_dict(RunFolder(run).read_config()))) for run in runs]
     keys = sorted({key for of_run in settings for key in of_run if not _is_apart(key)})
     differing = [key for key in keys if len({str(of_run.get(key)) for of_run in settings}) > 1]
     found: dict[str, list[int]] = {}

@@ -36,7 +36,7 @@ def section(document: dict[str, Any], folder: Path) -> Section:
     base = rows[0]["settings"]
     parts: list[Part] = [
         Text(
-            f"{document['candidates']} candidates, {metric}. {seeds_note(rows)} A curve varies one setting "
+            f"Candidates: {document['candidates']}. {seeds_note(rows)} A curve varies one setting "
             "and keeps the others of the first RUN."
         )
     ]

@@ -18,6 +18,8 @@ from trainer.experiments.analyses.options import TASK_TITLES, Notify, Options, n
 WHAT = "transfer"
 JOINT, ONLY = "both tasks", {"src": "search only", "rec": "recommendation only"}
 OTHER = {"src": "rec", "rec": "src"}
+# a run of one task picks its best step by that task
+OWN = ("data.weight_rec", "data.weight_src", "run.select_metric")
 
 
 def measure(runs: Sequence[Path], options: Options, notify: Notify) -> dict[str, Any]:
@@ -28,7 +30,7 @@ def measure(runs: Sequence[Path], options: Options, notify: Notify) -> dict[str,
     need_runs(runs, WHAT, 2)
     groups = grouped(runs, options.candidates)
     kinds = [_kind(group.settings) for group in groups]
-    others = [key for key in groups[0].settings if key not in ("data.weight_rec", "data.weight_src")]
+    others = [key for key in groups[0].settings if key not in OWN]
     if others or sorted(kinds) != sorted(set(kinds)) or JOINT not in kinds or len(kinds) < 2:
         raise RunError(
             "transfer compares runs that differ in data.weight_rec and data.weight_src alone: both tasks, "
@@ -72,7 +74,7 @@ def section(document: dict[str, Any], folder: Path) -> Section:
         [
             Text(
                 "Runs of one task read the same batches as the joint run, in the same steps; events of the "
-                f"other task have weight 0. {document['candidates']} candidates. {seeds_note(rows)}"
+                f"other task have weight 0. Candidates: {document['candidates']}. {seeds_note(rows)}"
             ),
             Picture(path, "Bars of the joint and the single-task runs, a panel a task, with intervals."),
             Table(head, table),

@@ -2,6 +2,7 @@
 each as soon as it has ended well. When all have ended, the same command without --submit writes the table."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from trainer.errors import ConfigError, RunError
 from trainer.experiments import submit as jobs
@@ -26,23 +27,35 @@ def plan_submission(plan: Plan, machines: Machines, command: str) -> Submission:
     ]
     if not cells:
         raise RunError(f"{request.out}: every run is done. Without --submit the command writes the table")
+    return plan_cells(cells, request.out, request.candidates, request.events, machines, command)
+
+
+def plan_cells(
+    cells: Sequence[Cell],
+    out: Path,
+    candidates: Sequence[str],
+    events: int,
+    machines: Machines,
+    command: str,
+) -> Submission:
+    """The arrays of any cells, with their scripts and output below `out`."""
     lines = _check(cells, machines)
     array, gpu = {"array": f"0-{len(cells) - 1}"}, {"gpus-per-node": "1"} if machines.gpus_per_node else {}
-    output = {"output": f"{request.out.resolve()}/logs/%x-%A_%a.out"}
+    output = {"output": f"{out.resolve()}/logs/%x-%A_%a.out"}
     words = [[str(cell.settings_file), f"run.dir={cell.run_dir}", *cell.words] for cell in cells]
     train = {**machines.options, **array, **output}
-    made = [_job(request, "train", "train.sbatch", words, train, machines, command)]
-    for kind in request.candidates:
-        ranked = ["--split", SPLIT, "--candidates", kind, "--events", str(request.events), "--no-baselines"]
+    made = [_job(out, "train", "train.sbatch", words, train, machines, command)]
+    for kind in candidates:
+        ranked = ["--split", SPLIT, "--candidates", kind, "--events", str(events), "--no-baselines"]
         own = {**gpu, **array, **output}
         runs = [[str(cell.run_dir), *ranked] for cell in cells]
-        made.append(_job(request, f"evaluate-{kind}", "evaluate.sbatch", runs, own, machines, command))
-    request.out.joinpath("logs").mkdir(exist_ok=True)  # SLURM makes no folders
+        made.append(_job(out, f"evaluate-{kind}", "evaluate.sbatch", runs, own, machines, command))
+    out.joinpath("logs").mkdir(parents=True, exist_ok=True)  # SLURM makes no folders
     return Submission(made, [f"{len(cells)} runs", *lines], [cell.run_dir for cell in cells])
 
 
 def _job(
-    request: Request,
+    out: Path,
     name: str,
     script: str,
     words: Sequence[Sequence[str]],
@@ -50,7 +63,7 @@ def _job(
     machines: Machines,
     command: str,
 ) -> Job:
-    path = request.out / f"{name}.sbatch"
+    path = out / f"{name}.sbatch"
     text = job_script(script, words, own, [], machines.exports, command)
     return Job(path, text) if name == "train" else Job(path, text, "aftercorr:{0}", (INVALID_ENDS,))
 

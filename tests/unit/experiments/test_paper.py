@@ -1,0 +1,234 @@
+"""gensr paper: its plan by hand, its resume, its page. Runs are made by a stand-in, so nothing is trained."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import trainer.experiments.analyses.separability as separability_experiment
+import trainer.experiments.paper.run as paper_run
+import trainer.experiments.table.run as table_run
+from data_shards.settings import read_yaml
+from trainer.data.folder import PreparedFolder
+from trainer.errors import ConfigError
+from trainer.experiments.paper.budget import LEVELS, WHOLE, Machine, Size, run_seconds
+from trainer.experiments.paper.page import paper_cell
+from trainer.experiments.paper.plan import PaperRequest, dry_run, keep, make_plan, parts_of, seconds_of
+from trainer.experiments.table.cells import Cell
+
+SIZE = Size(54_000, 3_900)
+
+
+def request(out: Path, **changes: Any) -> PaperRequest:
+    return replace(PaperRequest("demo", out), **changes)
+
+
+# ---- budget and plan ---------------------------------------------------------------------------------------
+
+
+def test_a_run_costs_training_ranking_and_two_starts() -> None:
+    rates = {"gensr": 100.0, "default": 100.0}
+    found = run_seconds("gensr", 2, Size(1000, 300), rates, Machine(cores=1, gpus=0), trained=True)
+    assert found == pytest.approx(2 * 25 + 2 * 1000 / 100 + 300 * 100 / (100 * 15))
+    assert run_seconds("bm25", 2, SIZE, rates, Machine(1, 0), trained=False) == 50
+
+
+def test_more_minutes_buy_more_and_fit(tmp_path: Path) -> None:
+    before = 0
+    for minutes in (1, 30, 80, 600):
+        plan = make_plan(request(tmp_path, budget=str(minutes)), SIZE)
+        number = sum(count for _, count, _ in parts_of(plan, SIZE))
+        assert number >= before and (minutes == 1 or seconds_of(plan, SIZE) <= 60 * minutes)
+        before = number
+    assert plan.budget in LEVELS and plan.budget.trust
+    assert make_plan(request(tmp_path, budget="paper")).budget == WHOLE
+    assert {"bsr", "copps", "gensr"} <= set(make_plan(request(tmp_path, budget="paper")).systems)
+
+
+def test_the_demo_fits_ninety_minutes_on_two_cores(tmp_path: Path) -> None:
+    plan = make_plan(request(tmp_path), SIZE)
+    seconds = sum(found for *_, found in parts_of(plan, SIZE, Machine(cores=2, gpus=0)))
+    assert seconds <= 80 * 60
+    assert {variant.analysis for variant in plan.variants} == {"ablations", "transfer", "sensitivity"}
+
+
+def test_variants_differ_from_the_preset_and_none_is_made_twice(tmp_path: Path) -> None:
+    plan = make_plan(request(tmp_path, budget="paper"))
+    words = [variant.words for variant in plan.variants]
+    assert len(set(words)) == len(words) == 7 + 2 + 4 * 3 - 1 - 1  # λ = 0 is an ablation, too
+    assert ("model.prompt=paper",) in words and ("model.temperature=0.05",) in words
+    assert not any("model.temperature=0.07" in one for one in words)  # the preset's own
+    names = [cell.run_dir for cell in plan.cells()]
+    assert len(set(names)) == len(names) == WHOLE.variant_seeds * len(words)
+
+
+def test_wrong_arguments_are_named(tmp_path: Path) -> None:
+    for wrong, said in (({"budget": "much"}, "minutes or paper"), ({"name": "mars"}, "there is no mars")):
+        with pytest.raises(ConfigError, match=said):
+            make_plan(request(tmp_path, **wrong), SIZE)
+    with pytest.raises(ConfigError, match="give the folder of raw files with --raw"):
+        paper_run.prepare_data(PaperRequest("scientific", tmp_path), lambda line: None)
+
+
+def test_a_begun_evaluation_keeps_its_plan(tmp_path: Path) -> None:
+    begun = keep(make_plan(request(tmp_path, budget="30"), SIZE))
+    # the machine or the data's size seems other now: the same command goes on with the same plan
+    again = keep(make_plan(request(tmp_path, budget="30"), Size(10, 10)))
+    assert again == begun
+    with pytest.raises(ConfigError, match="was begun with"):
+        keep(make_plan(request(tmp_path, budget="60"), SIZE))
+
+
+def test_the_dry_run_writes_nothing(tmp_path: Path) -> None:
+    found = dry_run(request(tmp_path / "out"))
+    assert found["runs"] == sum(part["runs"] for part in found["parts"]) and found["disk_gb"] > 0
+    assert not (tmp_path / "out").exists()
+
+
+def test_published_numbers_are_marked_beyond_the_interval() -> None:
+    with_interval = {"value": 0.5, "low": 0.45, "high": 0.55}
+    assert paper_cell(with_interval, 0.54) == ".540" and paper_cell(with_interval, 0.56) == "!.560"
+    one_seed = {"value": 0.5, "low": None, "high": None}
+    assert paper_cell(one_seed, 0.505) == ".505" and paper_cell(one_seed, 0.52) == "!.520"
+    assert paper_cell(one_seed, None) == ""
+
+
+# ---- the story ---------------------------------------------------------------------------------------------
+
+
+class StandIn:
+    """Makes run folders as gensr train and gensr evaluate would, with ranks that follow from the name."""
+
+    def __init__(self, folder: PreparedFolder) -> None:
+        self.folder = folder
+        self.made: list[str] = []
+        self.stop_at = ""
+        self.fail_at = ""
+
+    def train(self, cell: Cell) -> None:
+        if cell.title == self.stop_at:
+            raise KeyboardInterrupt
+        if self.fail_at and self.fail_at in cell.title:
+            raise ConfigError("out of luck")
+        self.made.append(cell.title)
+        cell.run_dir.mkdir(parents=True, exist_ok=True)
+        text = read_yaml(cell.settings_file)
+        for word in (f"run.dir={cell.run_dir}", *cell.words):
+            key, _, value = word.partition("=")
+            section, _, name = key.partition(".")
+            text[section][name] = json.loads(value) if value[:1].isdigit() or value == "false" else value
+        (cell.run_dir / "config.yaml").write_text(json.dumps(text))
+        status = {"status": "finished", "progress": {"step": 5, "train_s": 2.0}}
+        (cell.run_dir / "status.json").write_text(json.dumps(status))
+        (cell.run_dir / "metrics.jsonl").write_text('{"kind": "valid", "step": 5, "mean/ndcg@10": 0.1}\n')
+
+    def evaluate(self, cell: Cell, candidates: Sequence[str], events: int) -> None:
+        columns = self.folder.columns("test", ["event_id", "task", "user"])
+        generator = np.random.default_rng(len(cell.title))
+        number = len(columns["task"])
+        table = pa.table(
+            {
+                "task": np.array(["rec", "src"])[columns["task"]],
+                "user_id": [f"u{user}" for user in columns["user"]],
+                "item_id": ["i1"] * number,
+                "rank": 1.0 + generator.integers(0, 20, number),
+                "num_tied": np.ones(number, np.int64),
+                "event_id": columns["event_id"],
+            }
+        )
+        protocol = {
+            "candidates": "sampled",
+            "num_negatives": 99,
+            "split": "test",
+            "manifest_hash": self.folder.manifest.hash,
+            "split_fingerprint": self.folder.manifest.fingerprint,
+            "candidates_per_s": 100.0,
+        }
+        counts = {
+            task: {"num_events": int((columns["task"] == n).sum())} for n, task in ((0, "rec"), (1, "src"))
+        }
+        pq.write_table(table, cell.run_dir / "evaluation-test.parquet")
+        document = {"protocol": protocol, **counts}
+        (cell.run_dir / "evaluation-test.json").write_text(json.dumps(document))
+
+
+@pytest.fixture
+def stand_in(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StandIn:
+    shutil.copytree(prepared, tmp_path / "data")
+    (tmp_path / "data" / "cf").mkdir(exist_ok=True)
+    (tmp_path / "data" / "cf" / "lightgcn.safetensors").touch()
+    made = StandIn(PreparedFolder.at(tmp_path / "data"))
+    for module in (table_run, paper_run):
+        monkeypatch.setattr(module, "train_cell", made.train)
+        monkeypatch.setattr(module, "evaluate_cell", made.evaluate)
+    monkeypatch.setattr(table_run, "_parent_run", lambda *arguments: "")
+    real = paper_run.analyse
+
+    def analyse(what: str, *arguments: Any) -> Any:  # no model is at hand to be asked
+        if what in ("mutual-information", "space", "gradients"):
+            raise ConfigError(f"{what}: no weights here")
+        return real(what, *arguments)
+
+    monkeypatch.setattr(paper_run, "analyse", analyse)
+    few = partial(separability_experiment.separability, sample_sizes=(30, 100), num_repeats=2)
+    monkeypatch.setattr(separability_experiment, "separability", few)
+    return made
+
+
+@pytest.mark.slow
+def test_an_interrupted_evaluation_goes_on(stand_in: StandIn, tmp_path: Path) -> None:
+    asked = request(tmp_path / "out", data=tmp_path / "data", budget="25")
+    plan = make_plan(asked, paper_run.size_of_data(asked))
+    cells = plan.cells()
+    stand_in.stop_at = cells[2].title
+    with pytest.raises(KeyboardInterrupt):
+        paper_run.make_paper(asked, lambda line: None)
+    first = list(stand_in.made)
+    assert f"{plan.cells()[1].title}" in first and not (tmp_path / "out" / "report.html").exists()
+
+    stand_in.stop_at, stand_in.made = "", []
+    stand_in.fail_at = cells[-1].title
+    page = paper_run.make_paper(asked, lambda line: None)
+    assert not set(first) & set(stand_in.made), "a finished run was made again"
+    assert len(first) + len(stand_in.made) + 1 == sum(
+        len(plan.table.seeds_of(name)) for name in plan.systems
+    ) + len(cells)
+    text = page.read_text()
+    for part in (
+        "(Table 2)",
+        "(Table 3)",
+        "Ablations (Figure 4)",
+        "Lemma 5.1",
+        "out of luck",
+        "no weights here",
+    ):
+        assert part in text, part
+
+    stand_in.fail_at, stand_in.made = "", []
+    analysed = (tmp_path / "out" / "analyses" / "separability.json").stat().st_mtime_ns
+    paper_run.make_paper(asked, lambda line: None)
+    assert stand_in.made == [cells[-1].title]
+    assert (tmp_path / "out" / "analyses" / "separability.json").stat().st_mtime_ns == analysed
+    assert "out of luck" not in page.read_text()
+
+    check_numbers(page, tmp_path / "out")
+
+
+def check_numbers(page: Path, out: Path) -> None:
+    """Numbers of the page are those of the files."""
+    text = page.read_text()
+    table = json.loads((out / "table" / "table.json").read_text())
+    for row in table["rows"]:
+        for result in row["results"]["sampled"].values():
+            assert f"{result['ndcg@10']['value']:.3f}".lstrip("0") in text
+    ablations = json.loads((out / "analyses" / "ablations.json").read_text())
+    for row in ablations["rows"]:
+        assert row["label"] in text

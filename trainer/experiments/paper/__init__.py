@@ -1,0 +1,13 @@
+"""`gensr paper NAME --out DIR`: the paper's whole evaluation on one data set, as one command and one page.
+
+recipes.yaml  the data sets, the systems, the variants of GenSR
+budget.py     minutes → seeds, systems, grid, epochs; what that costs in trust
+plan.py       the runs, as arguments and cells of a table
+run.py        the story: download → prepare → CF → table → variants → analyses → page
+page.py       DIR/report.html
+"""
+
+from trainer.experiments.paper.plan import PaperRequest, dry_run
+from trainer.experiments.paper.run import make_paper
+
+__all__ = ["PaperRequest", "dry_run", "make_paper"]

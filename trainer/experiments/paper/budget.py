@@ -1,0 +1,100 @@
+"""Minutes → what is run. A budget buys seeds first, then variants, then systems; epochs shrink last.
+
+An hour is estimated from events a second (recipes.yaml), which are those of one CPU core; a GPU is taken as
+GPU_SPEED such cores. It is a plan, not a promise: the report says what the runs took.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+GPU_SPEED = 40.0  # cores of the measured kind that one GPU stands for; a rough guess for small models
+START_S = 25.0  # of a process: imports, tables; twice a run
+CANDIDATES_A_TRAINING_EVENT = 5 * 3  # forward and backward of 5 candidates cost as much as scoring these
+MIN_EPOCHS = 0.02
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What is run. epochs 0 = as each preset says."""
+
+    seeds: int  # of the table's systems
+    variant_seeds: int  # of each variant and point of the grid
+    lines: int  # of recipes.yaml's systems
+    groups: tuple[str, ...]  # of variants
+    grid: str  # full, cross (each setting alone), none
+    epochs: float
+    trials: int
+    candidates: tuple[str, ...]
+    events: int  # of rankings of the whole catalogue, and of analyses that ask a model
+    name: str
+
+    @property
+    def trust(self) -> list[str]:
+        """What this budget costs in trust."""
+        said = []
+        if self.seeds < 3:
+            seeds = "1 seed" if self.seeds == 1 else f"{self.seeds} seeds"
+            said.append(
+                f"{seeds} a system: intervals over seeds are missing or very wide, and small differences "
+                "may be luck."
+            )
+        if self.variant_seeds < 3:
+            said.append("Ablations and sensitivity have few seeds: read large differences only.")
+        if self.epochs:
+            said.append(
+                f"{self.epochs:g} epochs instead of what the presets say: systems that learn slowly look "
+                "worse than they are, and no system is at its best."
+            )
+        if not self.trials:
+            said.append("No system is tuned here; the presets' settings are published or ours.")
+        if self.lines < 4:
+            said.append("Not all systems of the paper's tables are run.")
+        if "full" not in self.candidates:
+            said.append("Only sampled candidates are ranked, which flatters weak models.")
+        return said
+
+
+WHOLE = Budget(
+    seeds=5, variant_seeds=3, lines=4, groups=("ablations", "ours", "transfer"), grid="full", epochs=0.0,
+    trials=20, candidates=("sampled", "full"), events=2000, name="paper",
+)  # fmt: skip
+LEVELS = (  # rich to poor
+    Budget(3, 3, 4, ("ablations", "ours", "transfer"), "full", 0.0, 0, ("sampled", "full"), 2000, "large"),
+    Budget(3, 2, 2, ("ablations", "ours", "transfer"), "cross", 2.0, 0, ("sampled", "full"), 2000, "medium"),
+    Budget(2, 2, 2, ("ablations", "transfer"), "cross", 1.0, 0, ("sampled",), 1000, "small"),
+    Budget(2, 1, 1, ("ablations", "transfer"), "cross", 0.5, 0, ("sampled",), 1000, "smaller"),
+    Budget(1, 1, 1, ("ablations", "transfer"), "cross", 0.2, 0, ("sampled",), 500, "smallest"),
+)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Of which the estimate speaks."""
+
+    cores: int
+    gpus: int
+
+    @property
+    def speed(self) -> float:
+        """In cores of recipes.yaml. Two cores train a little less than twice as fast as one."""
+        return self.gpus * GPU_SPEED if self.gpus else max(1.0, 0.8 * self.cores)
+
+
+@dataclass(frozen=True)
+class Size:
+    """Events of a prepared folder."""
+
+    train: int
+    test: int
+
+
+def run_seconds(
+    model: str, epochs: float, size: Size, rates: Mapping[str, float], machine: Machine, trained: bool
+) -> float:
+    """Training and evaluation of one run, on sampled candidates."""
+    if not trained:
+        return 2 * START_S
+    rate = float(rates.get(model, rates["default"])) * machine.speed
+    training = epochs * size.train / rate
+    ranking = size.test * 100 / (rate * CANDIDATES_A_TRAINING_EVENT)
+    return 2 * START_S + training + ranking

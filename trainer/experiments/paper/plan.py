@@ -1,0 +1,372 @@
+"""What `gensr paper` will run: the recipe, the budget, the table's request, and a cell for every variant of
+GenSR. A second call with another plan for the same folder is refused."""
+
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from data_shards.settings import flatten, parse_yaml, to_dict
+from trainer.configs import load_config, preset_names, preset_path
+from trainer.errors import ConfigError
+from trainer.experiments.paper.budget import (
+    LEVELS,
+    MIN_EPOCHS,
+    WHOLE,
+    Budget,
+    Machine,
+    Size,
+    run_seconds,
+)
+from trainer.experiments.table.cells import Cell
+from trainer.experiments.table.plan import Request
+from trainer.experiments.table.tuning import words_of
+from trainer.models.zoo import model_class, model_names
+from trainer.runs.run_folder import read_json
+from trainer.runtime.files import atomic
+
+GENSR = "gensr"
+
+
+@dataclass(frozen=True)
+class PaperRequest:
+    """The arguments of the command. budget: minutes, "paper", or "" for what the recipe says. data: a
+    prepared folder that is there. settings: words for every system."""
+
+    name: str
+    out: Path
+    raw: Path | None = None
+    data: Path | None = None
+    budget: str = ""
+    settings: tuple[str, ...] = ()
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        known = read_recipes()["data_sets"]
+        if self.name not in known:
+            raise ConfigError(f"there is no {self.name}. There are: {', '.join(known)}")
+        recipe: dict[str, Any] = known[self.name]
+        return recipe
+
+    @property
+    def raw_dir(self) -> Path:
+        return self.raw or self.out / "raw"
+
+    @property
+    def data_dir(self) -> Path:
+        return self.data or self.out / "data"
+
+    @property
+    def analyses(self) -> Path:
+        return self.out / "analyses"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """GenSR with other settings."""
+
+    analysis: str  # ablations, ours, transfer, sensitivity
+    name: str
+    words: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class PaperPlan:
+    request: PaperRequest
+    budget: Budget
+    variants: tuple[Variant, ...]
+
+    @property
+    def systems(self) -> tuple[str, ...]:
+        lines = read_recipes()["systems"][: self.budget.lines]
+        return tuple(name for line in lines for name in line if name in model_names())
+
+    @property
+    def table(self) -> Request:
+        budget = self.budget
+        return Request(
+            folder=str(self.request.data_dir),
+            out=self.request.out / "table",
+            models=self.systems,
+            seeds=budget.seeds,
+            trials=budget.trials,
+            epochs=budget.epochs,
+            candidates=budget.candidates,
+            events=budget.events,
+            presets={GENSR: self.request.recipe["preset"]},
+            settings=self.request.settings,
+        )
+
+    def gensr_runs(self, num_seeds: int) -> list[Path]:
+        """The table's own runs of GenSR, which every variant is compared with."""
+        return [self.table.runs_of(GENSR) / f"seed-{seed}" for seed in range(num_seeds)]
+
+    def cells(self, *analyses: str) -> list[Cell]:
+        """Of the variants of these analyses, seed by seed, so that an interrupted plan has whole seeds."""
+        tuned = read_json(self.table.tuning_file(GENSR)).get("settings", {})
+        chosen = [variant for variant in self.variants if not analyses or variant.analysis in analyses]
+        return [
+            Cell(
+                model=GENSR,
+                name=f"{variant.name}-seed-{seed}",
+                run_dir=self.request.out / "variants" / variant.name / f"seed-{seed}",
+                settings_file=self.table.settings_file(GENSR),
+                words=(
+                    f"tracking.run_name={variant.name}-seed-{seed}",
+                    f"run.seed={seed}",
+                    *words_of(tuned),
+                    *variant.words,
+                ),
+                log=self.request.out / "logs" / f"{variant.name}-seed-{seed}.log",
+            )
+            for seed in range(self.budget.variant_seeds)
+            for variant in chosen
+        ]
+
+
+def make_plan(request: PaperRequest, size: Size | None = None) -> PaperPlan:
+    """size: of the prepared folder; None: what the preset documents. Raises ConfigError for a budget that is
+    neither minutes nor "paper", and for an unknown name."""
+    recipe = request.recipe
+    asked = request.budget or str(recipe.get("minutes", "paper"))
+    if asked == "paper":
+        return _plan(request, WHOLE)
+    try:
+        minutes = float(asked)
+    except ValueError:
+        minutes = -1.0
+    if not minutes > 0:
+        raise ConfigError(f"--budget must be minutes or paper, got {asked}")
+    size = size or documented_size(recipe["preset"])
+    plan = None
+    for level in LEVELS:
+        plan = _plan(request, level)
+        if seconds_of(plan, size) <= 60 * minutes:
+            return plan
+    assert plan is not None
+    return _shrunk(plan, size, 60 * minutes)
+
+
+def _shrunk(plan: PaperPlan, size: Size, seconds: float) -> PaperPlan:
+    """The poorest level with fewer epochs; then without the grid, then without variants."""
+    while seconds_of(plan, size) > seconds:
+        budget = plan.budget
+        if budget.epochs > MIN_EPOCHS:
+            budget = replace(budget, epochs=max(MIN_EPOCHS, budget.epochs / 2))
+        elif budget.grid != "none":
+            budget = replace(budget, grid="none")
+        elif budget.groups:
+            budget = replace(budget, groups=budget.groups[:-1])
+        else:
+            break
+        plan = _plan(plan.request, budget)
+    return plan
+
+
+def _plan(request: PaperRequest, budget: Budget) -> PaperPlan:
+    recipes = read_recipes()
+    own = _own_settings(request.recipe["preset"], request.settings)
+    variants = [
+        Variant(group, name, _other(words, own))
+        for group in budget.groups
+        for name, words in recipes["variants"][group].items()
+    ]
+    keys, values = list(recipes["grid"]), list(recipes["grid"].values())
+    if budget.grid != "none":
+        for point in itertools.product(*values):
+            apart = sum(float(own[key]) != float(value) for key, value in zip(keys, point, strict=True))
+            if apart and (apart == 1 or budget.grid == "full"):
+                changed = {k: v for k, v in zip(keys, point, strict=True) if float(own[k]) != float(v)}
+                name = "-".join(f"{key.rpartition('.')[2]}-{value}" for key, value in changed.items())
+                words = tuple(f"{key}={value}" for key, value in changed.items())
+                variants.append(Variant("sensitivity", name, words))
+    kept = {
+        variant.words: variant for variant in reversed(variants)
+    }  # a run that two analyses share is made once
+    return PaperPlan(request, budget, tuple(v for v in variants if _changes(v, own) and kept[v.words] is v))
+
+
+def _changes(variant: Variant, own: Mapping[str, Any]) -> bool:
+    """Whether a variant is another model than the preset's own."""
+    pairs = [word.split("=", 1) for word in variant.words]
+    return any(str(own.get(key)).lower() != value.lower() for key, value in pairs)
+
+
+@cache
+def _own_settings(preset: str, settings: tuple[str, ...]) -> dict[str, Any]:
+    return flatten(to_dict(load_config(preset, list(settings))))
+
+
+def _other(words: Sequence[str], own: Mapping[str, Any]) -> tuple[str, ...]:
+    """model.prompt=paper where the preset has the compact prompt, else the other way round."""
+    if list(words) == [f"model.prompt={own.get('model.prompt')}"]:
+        return (f"model.prompt={'compact' if own['model.prompt'] == 'paper' else 'paper'}",)
+    if list(words) == [f"model.variant={own.get('model.variant')}"]:
+        return ("model.variant=extended",)
+    return tuple(words)
+
+
+def keep(plan: PaperPlan) -> PaperPlan:
+    """Writes DIR/paper.json at the first call; later ones go on with what stands there, so that an
+    interrupted evaluation stays one. Raises ConfigError when the arguments differ."""
+    path = plan.request.out / "paper.json"
+    asked = {
+        "name": plan.request.name,
+        "budget": plan.request.budget,
+        "settings": list(plan.request.settings),
+    }
+    begun = read_json(path)
+    if begun:
+        if begun["asked"] != asked:
+            raise ConfigError(
+                f"{plan.request.out} was begun with {begun['asked']}, not {asked}. Give the same arguments, "
+                "or choose another --out"
+            )
+        stored = dict(begun["budget"])
+        budget = Budget(
+            **{**stored, "groups": tuple(stored["groups"]), "candidates": tuple(stored["candidates"])}
+        )
+        return _plan(plan.request, budget)
+    with atomic(path) as temporary:
+        text = json.dumps({"asked": asked, "budget": asdict(plan.budget)}, indent=2)
+        temporary.write_text(text + "\n", encoding="utf-8")
+    return plan
+
+
+# ---- estimates ---------------------------------------------------------------------------------------------
+
+
+def this_machine() -> Machine:
+    import torch
+
+    from trainer.runtime.device import has_gpu
+    from trainer.runtime.launch import num_cores
+
+    return Machine(num_cores(), torch.cuda.device_count() if has_gpu() else 0)
+
+
+def documented_size(preset: str) -> Size:
+    """From the preset's `# sizes:` line."""
+    for line in preset_path(preset).read_text(encoding="utf-8").splitlines():
+        if line.startswith("# sizes: "):
+            counts = dict(part.split("=") for part in line.removeprefix("# sizes: ").split())
+            return Size(int(counts["train_events"]), int(counts["valid_events"]))
+    raise ConfigError(f"the preset {preset} documents no sizes")
+
+
+def parts_of(plan: PaperPlan, size: Size, machine: Machine | None = None) -> list[tuple[str, int, float]]:
+    """(what, number of runs, seconds)."""
+    machine, budget = machine or this_machine(), plan.budget
+    rates = dict(read_recipes()["events_per_s"])
+    rates[GENSR] = min(rates[GENSR], _gensr_rate(plan, machine))
+    rows = []
+    for name in plan.systems:
+        trained, number = (
+            model_class(name).trained,
+            len(plan.table.seeds_of(name)) + plan.table.trials_of(name),
+        )
+        epochs = budget.epochs or min(_max_epochs(plan.request.recipe["preset"], name), 10.0)
+        one = run_seconds(name, epochs, size, rates, machine, trained)
+        if "full" in budget.candidates:  # retrieval, then ranking of some hundreds of items
+            one += budget.events / 20 / machine.speed if trained else 10.0
+        rows.append((name, number, number * one))
+    for analysis in dict.fromkeys(variant.analysis for variant in plan.variants):
+        number = len(plan.cells(analysis))
+        one = next(seconds / count for name, count, seconds in rows if name == GENSR)
+        rows.append((f"GenSR, {analysis}", number, number * one))
+    return rows
+
+
+def _gensr_rate(plan: PaperPlan, machine: Machine) -> float:
+    """Events a second by what its backbone computes, in the unit of recipes.yaml: of one core's share."""
+    from trainer.training.costs import ASSUMED_FLOPS
+
+    flops = _gensr_size(plan).cost.flops
+    on_gpus = machine.gpus * next(iter(ASSUMED_FLOPS.values()))
+    return float((on_gpus or _cpu_flops()) / flops / machine.speed)
+
+
+@cache
+def _cpu_flops() -> float:
+    from trainer.training.costs import CPU_EFFICIENCY, measured_flops
+
+    return measured_flops() * CPU_EFFICIENCY
+
+
+@cache
+def _max_epochs(gensr_preset: str, name: str) -> float:
+    preset = gensr_preset if name == GENSR else name if name in preset_names() else None
+    return load_config(preset, [] if preset else [f"model.name={name}"]).run.max_epochs
+
+
+def seconds_of(plan: PaperPlan, size: Size) -> float:
+    return sum(seconds for _, _, seconds in parts_of(plan, size))
+
+
+def dry_run(request: PaperRequest) -> dict[str, Any]:
+    """{"lines": for people, "runs", "seconds", "disk_gb", "budget", "trust", "parts"}; nothing is written."""
+    size = size_of_data(request)
+    plan = make_plan(request, size)
+    size = size or documented_size(request.recipe["preset"])
+    machine = this_machine()
+    parts = parts_of(plan, size, machine)
+    runs, seconds = sum(number for _, number, _ in parts), sum(found for *_, found in parts)
+    gigabytes = _disk_gb(plan, runs)
+    where = f"{machine.gpus} GPUs" if machine.gpus else f"{machine.cores} CPU cores"
+    lines = [
+        f"gensr paper {request.name}: budget {plan.budget.name}, {runs} runs, about "
+        f"{seconds / 3600:.1f} hours on {where}, about {gigabytes:.1f} GB of run folders",
+        f"  data  {request.data_dir}: {size.train:,} training events",
+        f"  {'what':<28}{'runs':>6}{'hours':>9}",
+        *(f"  {name:<28}{number:>6}{found / 3600:>9.2f}" for name, number, found in parts),
+        "  hours are estimates from the speeds that presets document",
+        *(f"  trust: {line}" for line in plan.budget.trust),
+    ]
+    return {
+        "lines": lines,
+        "runs": runs,
+        "seconds": seconds,
+        "disk_gb": gigabytes,
+        "budget": asdict(plan.budget),
+        "trust": plan.budget.trust,
+        "parts": [{"what": name, "runs": number, "seconds": found} for name, number, found in parts],
+    }
+
+
+def size_of_data(request: PaperRequest) -> Size | None:
+    """Of the prepared folder, where it is there."""
+    if not (request.data_dir / "manifest.json").is_file():
+        return None
+    from trainer.data.folder import PreparedFolder
+
+    manifest = PreparedFolder.at(request.data_dir).manifest
+    return Size(manifest.num_events("train"), manifest.num_events("test"))
+
+
+def _disk_gb(plan: PaperPlan, runs: int) -> float:
+    """Weights and two checkpoints with AdamW's state of GenSR, for every run: most others are smaller."""
+    size = _gensr_size(plan)
+    return float(runs * (4 * size.total + 2 * 12 * size.trainable) / 1e9)
+
+
+@cache
+def _size_of(preset: str, settings: tuple[str, ...]) -> Any:
+    from trainer.training.plan import data_size, model_size
+
+    config = load_config(preset, list(settings))
+    return model_size(config, data_size(config, preset))
+
+
+def _gensr_size(plan: PaperPlan) -> Any:
+    return _size_of(plan.request.recipe["preset"], plan.request.settings)
+
+
+@cache
+def read_recipes() -> dict[str, Any]:
+    text = resources.files(__package__).joinpath("recipes.yaml").read_text(encoding="utf-8")
+    recipes: dict[str, Any] = parse_yaml(text)
+    return recipes

@@ -1,0 +1,174 @@
+"""The story of `gensr paper`. Every step is skipped where it is done, so the same command goes on."""
+
+import json
+from pathlib import Path
+
+from trainer.errors import ConfigError, GensrError, RunError
+from trainer.experiments.analyses import Options, analyse
+from trainer.experiments.paper.page import write_paper_page
+from trainer.experiments.paper.plan import PaperPlan, PaperRequest, keep, make_plan, size_of_data
+from trainer.experiments.submit import Machines, Submission
+from trainer.experiments.table import make_table
+from trainer.experiments.table.cells import evaluate_cell, is_done, train_cell
+from trainer.experiments.table.run import Steps, first_line, sigterm_as_interrupt
+from trainer.runs.run_folder import read_json
+from trainer.runtime.files import atomic
+from trainer.runtime.progress import Notify, StageLines
+
+RIVAL = "unisar"  # the discriminative model of Table 1 and Figure 3
+
+
+def make_paper(request: PaperRequest, notify: Notify) -> Path:
+    """DIR/report.html → its path. What fails (a run, an analysis) is named on the page; the rest goes on.
+    Raises a GensrError where there is no data to work on, KeyboardInterrupt when it is stopped."""
+    with sigterm_as_interrupt():
+        request.recipe  # noqa: B018  (an unknown name is said before anything is fetched)
+        prepare_data(request, notify)
+        plan = keep(make_plan(request, size_of_data(request)))
+        errors: dict[str, str] = {}
+        notify(f"budget {plan.budget.name}: table of {len(plan.systems)} systems")
+        make_table(plan.table, notify)
+        run_variants(plan, errors, notify)
+        run_analyses(plan, errors, notify)
+        return write_paper_page(plan, errors)
+
+
+def prepare_data(request: PaperRequest, notify: Notify) -> None:
+    """Raw logs, prepared folder, CF table: what is missing of them."""
+    from data_shards.prepare import prepare
+    from trainer.cf.build import train_cf
+
+    recipe = request.recipe
+    if not (request.data_dir / "manifest.json").is_file():
+        if request.data is not None:
+            raise ConfigError(f"--data {request.data} is not a prepared folder. Make one with: gensr prepare")
+        _raw(request, notify)
+        notify(f"prepare {request.data_dir}")
+        words = recipe.get("prepare", ())
+        prepare(recipe["source"], request.raw_dir, request.data_dir, words, progress=StageLines())
+    if not (request.data_dir / "cf" / "lightgcn.safetensors").is_file():
+        notify("CF table")
+        train_cf(request.data_dir, recipe.get("cf", ()), progress=notify)
+
+
+def _raw(request: PaperRequest, notify: Notify) -> None:
+    recipe = request.recipe
+    if request.raw is not None:
+        return
+    if "simulate" in recipe:
+        from data_shards.simulate import simulate
+
+        if not (request.raw_dir / "simulated.json").is_file():
+            notify(f"simulate {request.raw_dir}")
+            simulate(request.raw_dir, **recipe["simulate"], progress=StageLines())
+    elif "download" in recipe:
+        from data_shards.download import download
+
+        notify(f"download {recipe['download']} into {request.raw_dir}")
+        download(recipe["download"], request.raw_dir, progress=StageLines())
+    else:
+        raise ConfigError(
+            f"gensr paper {request.name} downloads nothing: give the folder of raw files with --raw, or a "
+            "prepared folder with --data"
+        )
+
+
+def run_variants(plan: PaperPlan, errors: dict[str, str], notify: Notify) -> None:
+    """GenSR with other settings, on sampled candidates. A failure goes into `errors`."""
+    cells = plan.cells()
+    steps = Steps(len(cells), notify)
+    for cell in cells:
+        if is_done(cell, ("sampled",)):
+            steps.skip()
+            continue
+        try:
+            with steps.step(cell.name):
+                train_cell(cell)
+                evaluate_cell(cell, ("sampled",), plan.budget.events)
+        except GensrError as error:
+            errors[cell.name] = f"{first_line(error)} ({cell.log})"
+            notify(f"  {cell.name} failed: {errors[cell.name]}")
+
+
+def run_analyses(plan: PaperPlan, errors: dict[str, str], notify: Notify) -> None:
+    """Into DIR/analyses. One whose runs are the same as when it was made is not made again."""
+    options = Options(num_events=plan.budget.events)
+    for what, runs in runs_of(plan).items():
+        if what != "separability" and not runs:
+            continue
+        stamp = plan.request.analyses / f"{what}.runs.json"
+        wanted = {"runs": [[str(run), _age(run)] for run in runs], "events": options.num_events}
+        if read_json(stamp) == json.loads(json.dumps(wanted)):
+            continue
+        notify(f"analysis: {what}")
+        try:
+            analyse(what, runs, plan.request.analyses, options, notify)
+        except GensrError as error:
+            errors[what] = first_line(error)
+            notify(f"  {what} failed: {errors[what]}")
+            continue
+        with atomic(stamp) as temporary:
+            temporary.write_text(json.dumps(wanted) + "\n", encoding="utf-8")
+
+
+def _age(run: Path) -> int:
+    """When a run was evaluated: its analyses are older or newer than that."""
+    return (run / "evaluation-test.json").stat().st_mtime_ns
+
+
+def runs_of(plan: PaperPlan) -> dict[str, list[Path]]:
+    """Analysis → finished runs, the reference first."""
+    own = [run for run in plan.gensr_runs(plan.budget.seeds) if _is_evaluated(run)]
+    rival = plan.table.runs_of(RIVAL) / "seed-0"
+    both = [run for run in (rival, *own[:1]) if _is_evaluated(run)]
+    found: dict[str, list[Path]] = {"mutual-information": both, "space": both, "gradients": both}
+    base = own[: plan.budget.variant_seeds]
+    compared: dict[str, tuple[str, ...]] = {
+        "ablations": ("ablations", "ours"),
+        "sensitivity": ("sensitivity",),
+        "transfer": ("transfer",),
+    }
+    for what, groups in compared.items():
+        others = [cell.run_dir for cell in plan.cells(*groups) if is_done(cell, ("sampled",))]
+        if what == "sensitivity":  # λ = 0 is an ablation, too, and made once
+            others += _shared(plan)
+        found[what] = [*base, *others] if base and others else []
+    return {**found, "separability": []}
+
+
+def _shared(plan: PaperPlan) -> list[Path]:
+    """Runs of the ablations that are points of the grid."""
+    names = {v.name for v in plan.variants if v.words == ("model.contrastive_weight=0.0",)}
+    if not any(variant.analysis == "sensitivity" for variant in plan.variants):
+        return []
+    return [
+        cell.run_dir
+        for cell in plan.cells("ablations")
+        if cell.run_dir.parent.name in names and is_done(cell, ("sampled",))
+    ]
+
+
+def _is_evaluated(run: Path) -> bool:
+    return (run / "evaluation-test.json").is_file()
+
+
+def submit_paper(request: PaperRequest, gpus_per_node: int, command: str, notify: Notify) -> list[Submission]:
+    """Prepares the data here, then submits every missing run → the submissions, table first. Without --submit
+    the same command, when all jobs have ended, makes analyses and page."""
+    from trainer.experiments.table.plan import make_plan as plan_table
+    from trainer.experiments.table.submission import plan_cells, plan_submission
+
+    prepare_data(request, notify)
+    plan = keep(make_plan(request, size_of_data(request)))
+    machines = Machines(gpus_per_node=gpus_per_node)
+    table = plan_table(plan.table)
+    missing = [cell for cell in plan.cells() if not is_done(cell, ("sampled",))]
+    found = []
+    try:
+        found.append(plan_submission(table, machines, command))
+    except RunError as error:  # every run of the table is done
+        notify(str(error))
+    if missing:
+        variants = request.out / "variants"
+        found.append(plan_cells(missing, variants, ("sampled",), plan.budget.events, machines, command))
+    return found
