@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # gpu_wheels.sh [FOLDER]: fills the folder of wheels (default benchmarks/wheels) that gpu_session.sh installs from,
 # for Python 3.12 on x86-64 Linux, with the versions of constraints.txt; prints its size and fails above 45 MiB.
-# Not in it: MLflow, faiss, optuna, SQLAlchemy (no GPU path needs them), bitsandbytes (too large: 4 bits are
+# Not in it: MLflow, optuna, SQLAlchemy (no GPU path needs them), bitsandbytes (too large: 4 bits are
 # then skipped), and what such a machine has (torch, transformers, accelerate, peft, pyarrow, scipy, pandas, ...).
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 python=${PYTHON:-python3}
 folder=${1:-$here/wheels}
 limit_mib=45
-names=(annotated-types bm25s braceexpand duckdb einops fastapi h11 hjson iniconfig msgpack ninja nvidia-ml-py
+names=(annotated-types bm25s braceexpand einops faiss-cpu fastapi h11 hjson iniconfig msgpack ninja nvidia-ml-py
   pluggy psutil py-cpuinfo pydantic pydantic_core pytest pytest-timeout starlette typing-inspection uvicorn webdataset)
 platforms=()
 for tag in manylinux_2_28 manylinux_2_27 manylinux_2_17 manylinux_2_12 manylinux2014 manylinux2010 manylinux1; do
@@ -19,6 +19,7 @@ for name in "${names[@]}"; do
   pin=$(grep -i "^$name==" "$here/../constraints.txt") || { echo "$name is not in constraints.txt" >&2; exit 1; }
   requirements+=("${pin%%;*}")
 done
+requirements+=(duckdb==1.3.2) # 2.0 is larger: with it and faiss the folder would be above the limit
 mkdir -p "$folder"
 "$python" -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
   "${platforms[@]}" -d "$folder" "${requirements[@]}"

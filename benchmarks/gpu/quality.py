@@ -2,6 +2,7 @@
 prepared folder is given (--data), else the demo's world. As many steps as the time allows."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -18,6 +19,8 @@ BATCH, CANDIDATES = 128, 5
 
 def demo_world(task: Task) -> Path:
     raw, data = task.work / "demo-raw", task.work / "demo"
+    for folder in (raw, data):  # of an earlier session
+        shutil.rmtree(folder, ignore_errors=True)
     users, items, days = ("60", "300", "6") if task.rehearse else ("1000", "4000", "14")
     gensr("simulate", str(raw), "--users", users, "--items", items, "--days", days, "--text", "natural")
     gensr("prepare", "tables", str(raw), str(data), "utc_offset_hours=8")
@@ -38,6 +41,7 @@ def run(task: Task, report: Report) -> None:
     data = task.data or demo_world(task)
     report.note("data", data.name)
     run_dir = task.work / "quality"
+    shutil.rmtree(run_dir, ignore_errors=True)
     left_s = task.seconds - (time.monotonic() - started_s)
     steps = 4 if task.rehearse else affordable_steps(task, TRAINING_SHARE * left_s)
     num_events = sum(json.loads((data / "manifest.json").read_text())["counts"]["train"].values())

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from trainer.runtime.device import has_gpu
 def run(task: Task, report: Report) -> None:
     num_steps = 12 if task.rehearse else 200
     run_dir = task.work / "zero2"
+    shutil.rmtree(run_dir, ignore_errors=True)  # of an earlier session
     settings = [
         f"data.dir={task.text_folder()}",
         f"run.dir={run_dir}",
