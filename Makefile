@@ -1,4 +1,4 @@
-# make install | demo | test | test-long | test-slurm | test-torture | test-mutants | test-gpu | lint | audit | build | docs. Everything lives in .venv; PYTHON picks the interpreter that makes it (3.10 or newer).
+# make install | demo | test | test-long | test-slurm | test-torture | test-mutants | test-gpu | rehearse-gpu | lint | audit | build | docs. Everything lives in .venv; PYTHON picks the interpreter that makes it (3.10 or newer).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,7 +11,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export MLFLOW_DISABLE_TELEMETRY ?= true
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: install demo test test-long test-slurm test-torture test-mutants test-gpu lint audit format build clean docs
+.PHONY: install demo test test-long test-slurm test-torture test-mutants test-gpu rehearse-gpu lint audit format build clean docs
 
 install: $(STAMP)
 
@@ -58,6 +58,11 @@ lint: install
 test-gpu: export GENSR_TEST_GPU = 1
 test-gpu: install
 	$(BIN)/python -m pytest -rP tests/gpu
+
+# Every part of benchmarks/gpu_session.sh at tiny sizes, without a GPU (docs/gpu.md)
+rehearse-gpu: export OMP_NUM_THREADS ?= 1
+rehearse-gpu: install
+	CUDA_VISIBLE_DEVICES= PYTHON=$(CURDIR)/$(BIN)/python benchmarks/gpu_session.sh runs/rehearse-gpu --minutes 9 --rehearse
 
 # Known holes in the pinned versions; needs the vulnerability database of PyPI. pip-audit also succeeds where
 # it could look up nothing (an index without the packages, local versions): that is a failure here.

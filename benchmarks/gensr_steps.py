@@ -2,7 +2,6 @@
 `trace`: a file for torch's profiler."""
 
 import contextlib
-import itertools
 import json
 import sys
 from collections.abc import Iterator
@@ -27,54 +26,72 @@ from trainer.training.optimizer import make_optimizer
 from trainer.training.step import micro_step
 
 
-def main(request: dict[str, Any]) -> None:
-    config, folder, tables, _, device = open_folder(request)
-    accelerator = make_accelerator(config, Launch(), grad_accum_steps=1)
-    module = build_model(config, folder, tables)
-    assert isinstance(module, GenSR)
-    keep_freed_memory()
-    training, num_candidates = request["mode"] == "train", 1 + config.data.num_negatives
-    model, optimizer = accelerator.prepare(module.train(training), make_optimizer(module, config.optim))
-    source = prefetched(stream(request, folder, config), prepare=module.prepare, device=device)
-    prompts = PromptLengths(module)
-    laps = device == "cpu"
-    meter = Meter(device, warmup=request["warmup"], laps=laps)
+class Steps:
+    """The model and its batches as training has them; a call is one step, of training or of scoring."""
+
+    def __init__(self, request: dict[str, Any]) -> None:
+        self.config, folder, tables, _, self.device = open_folder(request)
+        self.accelerator = make_accelerator(self.config, Launch(), grad_accum_steps=1)
+        module = build_model(self.config, folder, tables)
+        assert isinstance(module, GenSR)
+        keep_freed_memory()
+        self.module, self.training = module, request["mode"] == "train"
+        self.model, self.optimizer = self.accelerator.prepare(
+            module.train(self.training), make_optimizer(module, self.config.optim)
+        )
+        self.source = prefetched(
+            stream(request, folder, self.config), prepare=module.prepare, device=self.device
+        )
+        self.prompts = PromptLengths(module)
+
+    def __call__(self, meter: Meter) -> None:
+        with meter.step():
+            batch = next(self.source).to(self.device)
+            meter.count(batch.candidates.numel())
+            meter.lap("data")
+            if self.training:
+                micro_step(
+                    self.accelerator,
+                    self.model,
+                    self.optimizer,
+                    batch,
+                    self.config.optim.grad_clip,
+                    lap=meter.lap,
+                )
+            else:
+                with torch.inference_mode(), autocast(self.device, self.config.run.precision):
+                    self.module.score(batch)
+                meter.lap("forward")
+
+    def flops_per_example(self) -> float:
+        """Of a (history, candidate) pair, at the prompt lengths that were seen."""
+        num_candidates = 1 + self.config.data.num_negatives
+        tokens = self.prompts.mean() * num_candidates
+        size = backbone_size(self.module.backbone)
+        flops = flops_per_event(self.module.settings, size, num_candidates, tokens) / num_candidates
+        return flops if self.training else flops / 3  # forward alone, of 2 forward and 4 backward
+
+
+def measured(request: dict[str, Any]) -> dict[str, Any]:
+    """What `steps` steps after `warmup` took. mfu: on a GPU; request["mfu"] asks for it elsewhere."""
+    steps = Steps(request)
+    laps = steps.device == "cpu"
+    meter = Meter(steps.device, warmup=request["warmup"], laps=laps)
     with profiler(request.get("trace", "")):
         for _ in range(request["warmup"] + request["steps"]):
-            with meter.step():
-                batch = next(source).to(device)
-                meter.count(batch.candidates.numel())
-                meter.lap("data")
-                if training:
-                    micro_step(accelerator, model, optimizer, batch, config.optim.grad_clip, lap=meter.lap)
-                else:
-                    with torch.inference_mode(), autocast(device, config.run.precision):
-                        module.score(batch)
-                    meter.lap("forward")
+            steps(meter)
     meter.stop()
-    if training and not laps:  # as many steps more, for the parts alone
-        extra = Meter(device, warmup=1)
-        for batch in itertools.islice(source, 1 + request["steps"]):
-            with extra.step():
-                batch = batch.to(device)
-                extra.lap("data")
-                micro_step(accelerator, model, optimizer, batch, config.optim.grad_clip, lap=extra.lap)
+    if steps.training and not laps:  # as many steps more, for the parts alone
+        extra = Meter(steps.device, warmup=1)
+        for _ in range(1 + request["steps"]):
+            steps(extra)
         meter.parts = extra.parts
-    mean_tokens = prompts.mean()
-    answer = {**meter.report(), "prompt_tokens": round(mean_tokens, 1), "mfu": None}
-    if device == "cuda" and training:
-        tokens = mean_tokens * num_candidates
-        size = backbone_size(module.backbone)
-        an_event = flops_per_event(module.settings, size, num_candidates, tokens)
-        flops = an_event / num_candidates * meter.examples / meter.wall_s
-        answer["mfu"] = round(
-            flops
-            / measured_flops(
-                device=device, dtype=torch.bfloat16 if config.run.precision == "bf16" else torch.float32
-            ),
-            3,
-        )
-    print(json.dumps(answer))
+    answer = {**meter.report(), "prompt_tokens": round(steps.prompts.mean(), 1), "mfu": None}
+    if request.get("mfu", steps.device == "cuda"):
+        dtype = torch.bfloat16 if steps.config.run.precision == "bf16" else torch.float32
+        rate = measured_flops(device=steps.device, dtype=dtype)
+        answer["mfu"] = round(steps.flops_per_example() * meter.examples / meter.wall_s / rate, 3)
+    return answer
 
 
 def stream(request: dict[str, Any], folder: PreparedFolder, config: Config) -> Iterator[Batch]:
@@ -116,4 +133,4 @@ def profiler(trace: str) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    print(json.dumps(measured(json.loads(sys.argv[1]))))

@@ -209,7 +209,7 @@ def batches(
     yield from (pairs_of(batch) for batch in scored_events(request, folder, config))
 
 
-def main(request: dict[str, Any]) -> None:
+def measured(request: dict[str, Any]) -> dict[str, Any]:
     config, folder, tables, answers, device = open_folder(request)
     model = build(config, tables, answers, int(folder.manifest.raw["text"]["vocab_size"])).to(device)
     collate = Collator(Path(request["folder"]), model.settings.prompt, answers, device)
@@ -240,8 +240,8 @@ def main(request: dict[str, Any]) -> None:
                 model.score(pairs)
                 meter.lap("forward")
     meter.stop()
-    print(json.dumps({**meter.report(), "prompt_tokens": round(statistics.mean(lengths), 1)}))
+    return {**meter.report(), "prompt_tokens": round(statistics.mean(lengths), 1)}
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    print(json.dumps(measured(json.loads(sys.argv[1]))))

@@ -1,0 +1,1 @@
+"""Parts of benchmarks/gpu_session.sh: what is measured while a GPU is at hand (docs/gpu.md)."""

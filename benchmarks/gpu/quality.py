@@ -1,0 +1,77 @@
+"""One real training to quality with `extended` and a larger backbone, then its metrics: Scientific where its
+prepared folder is given (--data), else the demo's world. As many steps as the time allows."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from benchmarks.gpu.report import Report
+from benchmarks.gpu.task import ROOT, Task, gensr
+from trainer.runs.run_folder import RunFolder
+
+TRAINING_SHARE = 0.6  # of the part's time; evaluation has the rest
+MAX_EPOCHS = 6
+BATCH, CANDIDATES = 128, 5
+
+
+def demo_world(task: Task) -> Path:
+    raw, data = task.work / "demo-raw", task.work / "demo"
+    for folder in (raw, data):  # of an earlier session
+        shutil.rmtree(folder, ignore_errors=True)
+    users, items, days = ("60", "300", "6") if task.rehearse else ("1000", "4000", "14")
+    gensr("simulate", str(raw), "--users", users, "--items", items, "--days", days, "--text", "natural")
+    gensr("prepare", "tables", str(raw), str(data), "utc_offset_hours=8")
+    gensr("cf", str(data), "cf.num_folds=2", f"cf.max_epochs={1 if task.rehearse else 40}", "cf.patience=2")
+    return data
+
+
+def affordable_steps(task: Task, seconds: float) -> int:
+    """At the speed that part speed found with the compact prompt; `extended` and validation take a share."""
+    speed = task.out / "speed.json"
+    values = json.loads(speed.read_text(encoding="utf-8"))["values"] if speed.is_file() else {}
+    rate = values.get("training, compact prompt", {}).get("value", 4000.0)
+    return max(10, int(0.7 * seconds * rate / (BATCH * CANDIDATES)))
+
+
+def run(task: Task, report: Report) -> None:
+    started_s = time.monotonic()
+    data = task.data or demo_world(task)
+    report.note("data", data.name)
+    run_dir = task.work / "quality"
+    shutil.rmtree(run_dir, ignore_errors=True)
+    left_s = task.seconds - (time.monotonic() - started_s)
+    steps = 4 if task.rehearse else affordable_steps(task, TRAINING_SHARE * left_s)
+    num_events = sum(json.loads((data / "manifest.json").read_text())["counts"]["train"].values())
+    steps = min(steps, MAX_EPOCHS * max(1, num_events // BATCH))
+    gensr(
+        "train",
+        "demo" if task.data is None else "scientific_small",
+        f"data.dir={data}",
+        f"run.dir={run_dir}",
+        f"model.backbone={'scratch:mini' if task.rehearse else 'scratch:flan_t5_base'}",
+        "model.variant=extended",
+        "run.precision=bf16",
+        f"run.max_steps={steps}",
+        f"run.validate_every_steps={max(1, steps // 3)}",
+        f"optim.global_batch_size={16 if task.rehearse else BATCH}",
+        f"optim.micro_batch_size={16 if task.rehearse else BATCH}",
+        f"optim.warmup_steps={steps // 10}",
+        f"optim.lr={'2.0e-3' if task.rehearse else '3.0e-4'}",  # a wider model wants a smaller one
+        "run.early_stop_patience=0",
+        "tracking.enabled=false",
+    )
+    report.add("training", time.monotonic() - started_s, "s")
+    report.add("steps", steps)
+    command = [sys.executable, "-m", "trainer", "evaluate", str(run_dir), "--no-baselines"]
+    subprocess.run(command, stdin=subprocess.DEVNULL, check=True, cwd=ROOT)
+    found = json.loads(RunFolder(run_dir).evaluation("test").read_text(encoding="utf-8"))
+    for name in ("rec", "src"):
+        if found[name]["num_events"]:
+            for metric in ("ndcg@10", "recall@10"):
+                report.add(
+                    f"{name}/{metric}, sampled, {found[name]['num_events']} events", found[name][metric]
+                )
+    report.keep("evaluation", {name: found[name] for name in ("protocol", "rec", "src")})

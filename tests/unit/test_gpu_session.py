@@ -1,0 +1,115 @@
+"""benchmarks/gpu: the session's arithmetic, table and bars; a part that fails or does not end is named."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.gpu import bars, session
+from benchmarks.gpu.report import HEADER, Report, add_line, table_line
+from benchmarks.gpu.task import ROOT, Task
+from benchmarks.gpu.trace import kind_of
+
+SCRIPTS = [ROOT / "benchmarks" / name for name in ("gpu_session.sh", "gpu_wheels.sh")]
+
+
+def test_parts_fit_into_nine_minutes() -> None:
+    assert sum(part.seconds for part in session.PARTS) + session.END_S <= session.WHOLE_S
+
+
+@pytest.mark.parametrize("minutes", [1.5, 9.0, 20.0])
+def test_a_session_of_slow_parts_ends_in_time(minutes: float) -> None:
+    left_s = minutes * 60
+    for part in session.PARTS:
+        limit_s = session.limit_of(part, minutes, left_s, part is session.PARTS[-1])
+        assert limit_s <= left_s - session.END_S or limit_s == 0
+        left_s -= limit_s
+    assert left_s >= session.END_S
+
+
+def test_time_that_parts_leave_goes_to_the_last() -> None:
+    part = session.PARTS[0]
+    assert session.limit_of(part, 9, 500, is_last=False) == part.seconds
+    assert session.limit_of(part, 9, 500, is_last=True) == 500 - session.END_S
+    assert session.limit_of(part, 9, session.END_S + session.LEAST_S - 1, is_last=False) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "card", "value"),
+    [
+        ("training", "NVIDIA H200", 4000),
+        ("training", "NVIDIA H100 80GB HBM3", 3600),
+        ("scoring", "NVIDIA H100 80GB HBM3", 14_000),
+    ],
+)
+def test_the_bar_is_the_cards(name: str, card: str, value: float) -> None:
+    bar = bars.bar_of(name, card)
+    assert bar is not None
+    assert bar.value == value and bar.is_met(value) and not bar.is_met(value - 1)
+
+
+def test_an_epoch_must_be_short_and_other_cards_have_no_bar() -> None:
+    bar = bars.bar_of("LightGCN epoch", "NVIDIA H200")
+    assert bar is not None
+    assert bar.is_met(59) and not bar.is_met(61)
+    assert bars.bar_of("training", "cpu") is None and bars.bar_of("no such", "NVIDIA H200") is None
+
+
+def test_every_number_is_on_disk_at_once(tmp_path: Path) -> None:
+    report = Report("speed", tmp_path, "NVIDIA H200")
+    report.add("training, paper prompt", 3999, "examples/s", "training")
+    table = (tmp_path / "table.md").read_text()
+    assert table == HEADER + "| speed | training, paper prompt | 3,999 examples/s | ≥ 4,000 | not met |\n"
+    assert (
+        json.loads((tmp_path / "speed.json").read_text())["values"]["training, paper prompt"]["met"] is False
+    )
+    report.note("more", "skipped: no | time\nleft")
+    assert (tmp_path / "table.md").read_text().endswith("| speed | more | skipped: no / time left |  |  |\n")
+    add_line(tmp_path, table_line("session", "all parts", "1 s"))
+    assert (tmp_path / "table.md").read_text().count("| part |") == 1
+
+
+@pytest.mark.parametrize(
+    ("body", "problem"),
+    [("import sys; sys.exit(3)", "exit code 3"), ("import time; time.sleep(60)", "did not end")],
+)
+def test_a_part_that_fails_or_hangs_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, problem: str
+) -> None:
+    program = tmp_path / "python"
+    program.write_text(f"#!{sys.executable}\n{body}\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(session.sys, "executable", str(program))
+    assert problem in session.supervise(Task("speed", tmp_path, 1.0), 1.0)
+
+
+def test_tasks_travel_as_json(tmp_path: Path) -> None:
+    for task in (Task("trace", tmp_path, 3.0), Task("quality", tmp_path, 3.0, True, tmp_path / "data")):
+        assert Task.from_json(task.to_json()) == task
+
+
+@pytest.mark.parametrize(
+    ("kernel", "kind"),
+    [
+        ("nvjet_hsh_128x256_64x4_1x2_h_bz_coopA_NNT", "matrix products"),
+        ("sm90_xmma_gemm_bf16bf16_bf16f32", "matrix products"),
+        ("pytorch_flash::flash_fwd_kernel", "attention"),
+        ("void at::native::reduce_kernel<512>", "reductions and norms"),
+        ("void at::native::vectorized_elementwise_kernel<4>", "the rest"),
+    ],
+)
+def test_kernels_are_sorted(kernel: str, kind: str) -> None:
+    assert kind_of(kernel) == kind
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_the_scripts_are_sound(script: Path) -> None:
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    if shutil.which("shellcheck"):
+        check = subprocess.run(["shellcheck", str(script)], capture_output=True, text=True, check=False)
+        assert check.returncode == 0, check.stdout
+    if script.name == "gpu_session.sh":
+        assert subprocess.run([str(script)], capture_output=True, check=False).returncode == 2
