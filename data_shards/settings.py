@@ -191,6 +191,9 @@ def key_help(cls: Any, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
             yield f"{prefix}{field.name}", default, _description(cls, field.name)
 
 
+LARGEST_SAID = 1 << 31  # a bound of the machine's integers tells nobody anything
+
+
 def allowed(cls: Any, key: str) -> str:
     """What a key takes, for people: `true or false`, `uniform, popularity`, `≥ 0 and < 1`; "" for free
     text."""
@@ -204,10 +207,10 @@ def allowed(cls: Any, key: str) -> str:
         return "true or false"
     whole = "whole number" if info.annotation is int else ""
     bounds = [
-        f"{sign} {getattr(part, attribute)}"
+        f"{sign} {bound}"
         for attribute, sign in (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<"))
         for part in info.metadata
-        if getattr(part, attribute, None) is not None
+        if (bound := getattr(part, attribute, None)) is not None and bound < LARGEST_SAID
     ]
     return " ".join(filter(None, [whole, " and ".join(bounds)]))
 

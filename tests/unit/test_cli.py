@@ -199,12 +199,12 @@ def test_a_missing_package_names_its_extra(
     def fail(name: str) -> Any:
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
-    monkeypatch.setattr("trainer.doctor.run_checks", lambda: fail("deepspeed.ops"))
+    monkeypatch.setattr("trainer.doctor.run_checks", lambda **_: fail("deepspeed.ops"))
     monkeypatch.setattr(sys, "argv", ["gensr", "doctor"])
     with pytest.raises(SystemExit, match="1"):
         main()
     assert "lacks the package deepspeed.ops" in (said := capsys.readouterr().err) and "gensr[train]" in said
-    monkeypatch.setattr("trainer.doctor.run_checks", lambda: fail("trainer.nothing"))
+    monkeypatch.setattr("trainer.doctor.run_checks", lambda **_: fail("trainer.nothing"))
     with pytest.raises(ModuleNotFoundError):
         main()
 
