@@ -121,7 +121,12 @@ def test_a_run_says_who_how_and_what_and_names_its_datasets(runs: Path) -> None:
     run_dir = run_folder(runs, "described")
     counts = {"users": 3, "items": 1200, "train": {"rec": 9}, "valid": {"rec": 2}, "test": {"rec": 1}}
     manifest = Manifest(raw={**MANIFEST.raw, "counts": counts}, hash=MANIFEST.hash)
-    facts = {**FACTS, "manifest": manifest, "user": "ada", "command": "gensr train https://me:pw@host/x"}
+    facts = {
+        **FACTS,
+        "manifest": manifest,
+        "user": "ada",
+        "command": "/x/gensr train configs/a.yaml run.seed=1",
+    }
     config = load_config(None, ["model.name=sasrec"])
     tracker = Tracker.start(config, run_dir, facts)
     tracker.finish("FINISHED")
@@ -129,7 +134,7 @@ def test_a_run_says_who_how_and_what_and_names_its_datasets(runs: Path) -> None:
     run = client.get_run(tracker.run_id)
     tags = run.data.tags
     assert (tags["mlflow.user"], tags["mlflow.source.type"]) == ("ada", "LOCAL")
-    assert tags["mlflow.source.name"] == "gensr train https://***@host/x"
+    assert tags["mlflow.source.name"] == "gensr train a.yaml"
     assert tags["mlflow.note.content"].startswith("**SASRec**: ")
     assert "on simulated: 3 users, 1,200 items" in tags["mlflow.note.content"]
     datasets = {entry.tags[0].value: entry.dataset for entry in run.inputs.dataset_inputs}

@@ -26,7 +26,7 @@ from trainer.data.folder import PreparedFolder
 from trainer.data.node_cache import refuse_command
 from trainer.errors import DataError, RunError
 from trainer.models.contract import Ranker, Ranks, task_names
-from trainer.models.zoo import model_class
+from trainer.models.zoo import model_class, settings_class
 from trainer.runs.checkpoint import FREE_KEYS
 from trainer.runs.data_identity import check_data, what_is_read
 from trainer.runs.run_folder import RunFolder, read_json
@@ -45,6 +45,16 @@ def build_model(
     model = kind(config.model, new_world(folder, config, tables, ranks))
     model.set_tasks(learnable_tasks(kind, folder))
     return model
+
+
+def counted_model(name: str, settings: dict[str, Any], folder: PreparedFolder) -> Ranker:
+    """A model that is counted from a prepared folder, not trained; ready to score on the CPU. It reads
+    histories as long as the folder holds them."""
+    data = DataConfig(dir=folder.name, history_max=folder.manifest.history_max)
+    config = dataclasses.replace(Config(data=data), model=settings_class(name)(**settings))
+    model = build_model(config, folder, folder.tables(model_class(name).reads(config.model)))
+    model.fit()
+    return model.eval()
 
 
 def learnable_tasks(kind: type[Ranker], folder: PreparedFolder) -> tuple[int, ...]:

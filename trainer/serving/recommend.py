@@ -25,11 +25,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_shards.schema import TASKS
 from data_shards.settings import read_yaml
 from trainer.data.folder import PreparedFolder
 from trainer.errors import EnvironmentProblem, RequestError
-from trainer.models.contract import Ranker
+from trainer.models.contract import Ranker, task_names
 from trainer.runs.run_folder import RunFolder
 from trainer.runs.weights import document_path, load_run_config
 from trainer.runtime.files import file_sha256
@@ -194,7 +193,7 @@ class Recommender:
         if _flag(request, "with_text", ""):
             for item, place in zip(items, order, strict=True):
                 item["text"] = self.text(parsed.candidates[place])
-        if _flag(request, "explain", ""):
+        if _flag(request, "explain", "") and self.explains:
             read = parsed.items[-self.scorer.model.world.data.history_max :]
             weights = self.scorer.explain(parsed)
             for item, place in zip(items, order, strict=True):
@@ -223,6 +222,21 @@ class Recommender:
         return len(self.scorer.item_ids)
 
     @property
+    def title(self) -> str:
+        """How tables call the model."""
+        return self.scorer.model.title or type(self.scorer.model).__name__
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """("rec", "src") or the one that it answers."""
+        return task_names(self.scorer.model)
+
+    @property
+    def explains(self) -> bool:
+        """Whether "explain" adds weights: whether the model weighs history items."""
+        return type(self.scorer.model).explain is not Ranker.explain
+
+    @property
     def query_mode(self) -> str:
         """How queries are written: natural, words (numbers), digits or drop."""
         return self.scorer.query_format.mode
@@ -237,11 +251,10 @@ class Recommender:
         """A user's clicks, oldest first, as in a request, each with its item's text. Raises RequestError."""
         if isinstance(self.users, str):
             raise RequestError(self.users)
-        items, tasks = self.users.rows(user_id)
-        pairs = zip(items.tolist(), tasks.tolist(), strict=True)
+        clicks = self.users.history(user_id, self.scorer.item_ids)
+        items, _ = self.users.rows(user_id)
         return [
-            {"item_id": self.scorer.item_ids[item], "task": TASKS[task], "text": self.text(item)}
-            for item, task in pairs
+            {**click, "text": self.text(item)} for click, item in zip(clicks, items.tolist(), strict=True)
         ]
 
 

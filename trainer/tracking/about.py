@@ -1,8 +1,9 @@
 """What MLflow's pages show of a run beside its figures: who started it, how, what it is (the columns User,
 Source and Description), and the datasets it read."""
 
-import json
+import itertools
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from data_shards.schema import SPLITS, Manifest
@@ -10,7 +11,6 @@ from data_shards.secrets import mask_secrets
 from trainer.config import Config
 from trainer.models.zoo import model_class
 
-MAX_DIGEST = 36  # characters, MLflow's limit
 CONTEXTS = {"train": "training", "valid": "validation", "test": "test"}
 
 
@@ -18,12 +18,19 @@ def about_run(config: Config, facts: Mapping[str, Any], manifest: Manifest | Non
     """MLflow's own tags. facts: as in RUN/environment.json; what they lack is left out."""
     tags = {
         "mlflow.user": str(facts.get("user", "")),
-        "mlflow.source.name": str(facts.get("command", "")),
+        "mlflow.source.name": source_name(str(facts.get("command", ""))),
         "mlflow.source.type": "JOB" if "slurm" in facts else "LOCAL",
         "mlflow.source.git.commit": str((facts.get("git") or {}).get("commit", "")),
         "mlflow.note.content": described(config, manifest),
     }
     return {name: value for name, value in tags.items() if value}
+
+
+def source_name(command: str) -> str:
+    """`gensr train demo` of a whole command, which is a tag of its own: MLflow's pages show no more than what
+    follows the last slash."""
+    words = itertools.takewhile(lambda word: "=" not in word and word[0] != "-", command.split()[1:])
+    return " ".join(["gensr", *(Path(word).name for word in words)]) if command else ""
 
 
 def described(config: Config, manifest: Manifest | None) -> str:
@@ -59,18 +66,3 @@ def dataset_records(manifest: Manifest, data_dir: str) -> Iterator[dict[str, Any
                 "manifest_hash": manifest.hash,
             },
         }
-
-
-def dataset_input(record: Mapping[str, Any]) -> Any:
-    """MLflow's DatasetInput of one of dataset_records(); of an older spool, which has no context, too."""
-    from mlflow.entities import Dataset, DatasetInput, InputTag
-
-    dataset = Dataset(
-        name=record["name"],
-        digest=record["digest"][:MAX_DIGEST],
-        source_type="local",
-        source=json.dumps({"uri": record["uri"]}),
-        profile=json.dumps(record["profile"]),
-    )
-    context = record.get("context", CONTEXTS["train"])
-    return DatasetInput(dataset=dataset, tags=[InputTag("mlflow.data.context", context)])

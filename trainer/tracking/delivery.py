@@ -21,8 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from data_shards.secrets import mask_secrets
-from trainer.tracking.about import dataset_input
-from trainer.tracking.store import chunks, connect, is_server, one_line
+from trainer.tracking.store import chunks, connect, dataset_input, is_server, one_line
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 # of an experiment: MLflow's pages then show training runs, not traces of language models
 KIND = {"mlflow.experimentKind": "custom_model_development"}
+MAX_DIGEST = 36  # characters, MLflow's limit
 RUN_FILE = "tracking.json"  # where a run folder says which MLflow run is its own
 
 
@@ -180,6 +181,22 @@ def log_figures(client: "MlflowClient", run_id: str, figures: Mapping[str, float
     new = [Metric(key, value, now_ms, 0) for key, value in figures.items() if known.get(key) != value]
     if new:
         client.log_batch(run_id, metrics=new)
+
+
+def dataset_input(record: Mapping[str, Any]) -> Any:
+    """MLflow's DatasetInput of one of about.py's dataset_records(); a spool of an older gensr has no
+    context."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    dataset = Dataset(
+        name=record["name"],
+        digest=record["digest"][:MAX_DIGEST],
+        source_type="local",
+        source=json.dumps({"uri": record["uri"]}),
+        profile=json.dumps(record["profile"]),
+    )
+    context = record.get("context", "training")
+    return DatasetInput(dataset=dataset, tags=[InputTag("mlflow.data.context", context)])
 
 
 def metric_name(name: str) -> str:
