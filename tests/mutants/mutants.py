@@ -524,7 +524,7 @@ METRIC = [
         BOOTSTRAP,
         "2 * (int(smaller[i]) + 1)",
         "(int(smaller[i]) + 1)",
-        PAIRED,
+        METRICS,
     ),
     mutant(
         "a sample draws each user once",

@@ -31,7 +31,7 @@ Words = tuple[str, ...]
 def verbs(root: Path) -> dict[str, Words]:
     """Commands that write below `root`, a copy of the world."""
     data, run = str(root / "data"), str(root / "run")
-    train = ["train", f"data.dir={data}", f"run.dir={root / 'new'}", *RUN, "run.max_steps=1"]
+    train = ["train", "demo", f"data.dir={data}", f"run.dir={root / 'new'}", *RUN, "run.max_steps=1"]
     return {
         "evaluate": ("evaluate", run),
         "report": ("report", run),
@@ -54,7 +54,7 @@ class Fault:
 FAULTS = (
     Fault("read-only folders", (0,), mounts=True),
     Fault("full disk", (0, 4 << 10, 64 << 10, 256 << 10, MIB), mounts=True),
-    Fault("memory limit", (8 * MIB, 64 * MIB, 256 * MIB), mounts=False),
+    Fault("memory limit", (MIB, 8 * MIB, 64 * MIB, 256 * MIB), mounts=False),
 )
 
 
@@ -152,22 +152,31 @@ def _outcome(code: int, said: str) -> tuple[str, str]:
 
 
 def run_fault(world: World, fault: Fault, root: Path, only: tuple[str, ...] = ()) -> Tally:
-    """Every verb with every amount. only: names of verbs; empty = all."""
+    """Every verb with every amount. only: names of verbs; empty = all. A verb that does not even work without
+    the fault is an error of the campaign."""
     tally = Tally(fault.name)
     make: dict[str, Callable[..., tuple[str, str]]] = {
         "read-only folders": _read_only,
         "full disk": _full_disk,
         "memory limit": _little_memory,
     }
+    chosen = [name for name in verbs(root) if not only or name in only]
+    for name in chosen:
+        outcome, detail = make["memory limit"](world, _empty(root / "place"), name, 0)
+        assert outcome == "same", f"{name} without a fault: {detail}"
+        shutil.rmtree(root / "place")
     for amount in fault.amounts:
-        for name in verbs(root):
-            if not only or name in only:
-                place = root / "place"
-                place.mkdir()
-                outcome, detail = make[fault.name](world, place, name, amount)
-                tally.add(outcome, f"{name}, {amount:,} bytes", detail)
-                shutil.rmtree(place)
+        for name in chosen:
+            place = _empty(root / "place")
+            outcome, detail = make[fault.name](world, place, name, amount)
+            tally.add(outcome, f"{name}, {amount:,} bytes", detail)
+            shutil.rmtree(place)
     return tally
+
+
+def _empty(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
 
 
 def copy_world(world: World, to: Path) -> None:

@@ -11,7 +11,7 @@ from tests.torture.mutations import World, make_world
 from tests.torture.outcomes import silence
 
 MIB = 1 << 20
-SHARE = {"read-only folders": 0, "full disk": 64 << 10, "memory limit": 8 * MIB}
+SHARE = {"read-only folders": 0, "full disk": 0, "memory limit": MIB}
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from trainer.evaluation.bootstrap import cluster_means, paired_difference
 from trainer.evaluation.metrics import METRICS, expected_ranks, fewest_tied, metric_values, summarise
 from trainer.training.schedule import chance
 
@@ -132,3 +133,24 @@ def test_intervals_resample_users_with_all_their_events():
 def test_bootstrap_is_seeded():
     few = torch.tensor([1.0, 50.0] * 50).double(), torch.ones(100, dtype=torch.int64), np.arange(100)
     assert summarise(*few, seed=4) == summarise(*few, seed=4) != summarise(*few, seed=5)
+
+
+def test_an_interval_leaves_out_two_and_a_half_percent_at_either_end():
+    """By hand: one metric, means over resampled users sorted, interpolated between the nearest."""
+    ranks, users = torch.arange(1, 41).double(), np.arange(40) // 2
+    low, high = summarise(ranks, torch.ones(40, dtype=torch.int64), users, seed=3)["ci95"]["mrr"]
+    means = sorted(cluster_means(1 / ranks.numpy(), users, seed=3))
+    for end, share in ((low, 0.025), (high, 0.975)):
+        place = share * (len(means) - 1)
+        below, above = means[int(place)], means[int(place) + 1]
+        assert end == pytest.approx(below + (place - int(place)) * (above - below), rel=1e-12)
+
+
+def test_a_p_value_counts_both_sides():
+    """A gain that half of the users have and the other half lose: either sign is as likely, so p is 1, or
+    next to it; half of that would be the chance of one side."""
+    gain, users = np.tile([1.0, -1.0], 100), np.arange(200)
+    found = paired_difference(np.zeros(200), gain, users, seed=1)
+    means = cluster_means(gain, users, seed=1)
+    smaller = min((means <= 0).sum(), (means >= 0).sum())
+    assert found.value == 0 and found.p_value == min(1.0, 2 * (smaller + 1) / (len(means) + 1)) > 0.9

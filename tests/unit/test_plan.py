@@ -81,6 +81,12 @@ def test_the_last_validation_is_not_preceded_by_another(num_steps: int, every: i
     assert [step for step in range(1, num_steps + 1) if s.is_validation_step(step)] == steps
 
 
+def test_the_last_step_is_logged_and_saved_whatever_the_interval() -> None:
+    s = schedule_of("run.max_steps=7", "run.log_every_steps=3", "run.checkpoint_every_steps=4")
+    assert [step for step in range(1, 8) if s.is_log_step(step)] == [3, 6, 7]
+    assert [step for step in range(1, 8) if s.is_checkpoint_step(step)] == [4, 7]
+
+
 def test_the_global_batch_does_not_depend_on_the_number_of_processes() -> None:
     for world_size, steps in ((1, 8), (2, 4), (8, 1)):
         s = schedule_of("optim.micro_batch_size=8", world_size=world_size)

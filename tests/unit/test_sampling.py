@@ -79,3 +79,34 @@ def test_shares_above_one_are_refused() -> None:
         load_config(
             None, ["data.negatives=mixture", "data.mixture_popularity=0.7", "data.mixture_impressions=0.6"]
         )
+
+
+def uniform(seed: int = 1, real: bool = True) -> np.ndarray:
+    """Negatives without impressions; real=False: the history is padding."""
+    given = {**events(0), "impressions": None}
+    given["history_mask"] = np.full((EVENTS, 4), real)
+    return NegativeSampler(20, WIDTH, seed).draw(**given)
+
+
+def test_padding_forbids_nothing() -> None:
+    """The items 1 … 4 that stand under the mask are drawn as often as any other but the positive."""
+    counts = np.bincount(uniform(real=False).ravel(), minlength=20)
+    assert counts[0] == 0 and counts[1:5].min() > 0.7 * counts[5:].mean()
+    assert not np.isin(uniform(), np.arange(5)).any()
+
+
+def test_another_seed_draws_other_negatives() -> None:
+    assert (uniform(seed=1) == uniform(seed=1)).all()
+    assert (uniform(seed=1) != uniform(seed=2)).mean() > 0.8
+
+
+def test_popularity_follows_its_power() -> None:
+    """Items 10 … 19 have 15 clicks more than none: 16^α times as likely, which is 1 for α = 0 and 4 for ½."""
+    given, clicks = {**events(0), "impressions": None}, np.repeat([0, 15], 10)
+    given["history_mask"] = np.zeros((EVENTS, 4), bool)
+    for alpha, times in ((0.0, 1.0), (0.5, 4.0)):
+        sampler = NegativeSampler(20, 1, 1, kind="popularity", clicks=clicks, alpha=alpha)
+        counts = np.bincount(sampler.draw(**given).ravel(), minlength=20)
+        # the positive, item 0, is never drawn: 9 unpopular items stand against 10 popular ones
+        share = counts[10:].sum() / counts.sum()
+        assert share == pytest.approx(10 * times / (10 * times + 9), abs=0.07)
