@@ -1,16 +1,17 @@
-# make install | demo | test | test-slurm | test-gpu | rehearse-gpu | lint | audit | build. Everything lives in .venv; PYTHON picks the interpreter that makes it (3.10 or newer).
+# make install | demo | test | test-long | test-slurm | test-gpu | rehearse-gpu | lint | audit | build. Everything lives in .venv; PYTHON picks the interpreter that makes it (3.10 or newer).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # Two workers of one thread each are faster than one worker of two threads; tests that start processes add their own.
-PYTEST_ARGS ?= -n 2 --dist loadfile
+# tests/conftest.py puts files with slow tests first, so that both workers end at about the same time.
+PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
 export TOKENIZERS_PARALLELISM ?= false
 export MLFLOW_DISABLE_TELEMETRY ?= true
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: install demo test test-slurm test-gpu rehearse-gpu lint audit format build clean
+.PHONY: install demo test test-long test-slurm test-gpu rehearse-gpu lint audit format build clean
 
 install: $(STAMP)
 
@@ -25,6 +26,11 @@ demo: install
 test: export OMP_NUM_THREADS ?= 1
 test: install
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# What takes minutes a test: whole trainings on real data, killed again and again
+test-long: export OMP_NUM_THREADS ?= 1
+test-long: install
+	$(BIN)/python -m pytest -m long $(PYTEST_ARGS)
 
 # tests/slurm with every fault: some minutes on free cores, and one after the other, because they share a cluster
 test-slurm: export OMP_NUM_THREADS ?= 1

@@ -189,7 +189,7 @@ def _write_items(
         (settings.item_tokens, settings.item_words),
         tokenizer,
         words,
-        settings.lowercase,
+        settings.lowers_texts,
     )
     categories = CategoryWriter(work.tree / "catalog", num_items, settings.category_levels)
     done = repeated = 0
@@ -237,7 +237,7 @@ def _write_queries(
         (settings.query_tokens, settings.query_words),
         tokenizer,
         words,
-        settings.lowercase,
+        settings.lowers_texts,
     )
     done = 0
     for batch in work.batches("SELECT text FROM final_queries ORDER BY id", 65_536):

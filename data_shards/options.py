@@ -44,8 +44,9 @@ class PrepareSettings:
     """empty trains a small one on item and query texts; or a folder, a tokenizer.json, a hub name"""
     vocab_size: Annotated[int, Ge(300), Le(65535)] = 8000
     """size of a trained tokenizer"""
-    lowercase: bool = True
-    """lower-case texts before they are tokenised, so that a query and a title share tokens"""
+    lowercase: bool | Literal["auto"] = "auto"
+    """lower-case texts before they are tokenised, so that a query and a title share tokens; auto does so for
+    a trained tokenizer, and leaves the case to a given one, whose backbone was pretrained with it"""
     words: Literal["auto", "words", "digits", "drop"] = "auto"
     """anonymised words: a word table of their own (auto does so where a log has them), tokenised as digits,
     or left out"""
@@ -79,6 +80,10 @@ class PrepareSettings:
     overwrite: bool = False
     """replace an existing prepared folder once the new one is complete"""
 
+    @property
+    def lowers_texts(self) -> bool:
+        return not self.tokenizer if self.lowercase == "auto" else self.lowercase
+
 
 # settings that do not change the output: left out of the manifest and of what a restart compares
 WITHOUT_EFFECT = ("memory_limit", "threads", "overwrite")
@@ -104,6 +109,7 @@ def load_prepare_settings(source: str, overrides: Sequence[str] = ()) -> Prepare
 
 def settings_with_effect(settings: PrepareSettings) -> dict[str, Any]:
     kept = {key: value for key, value in s.to_dict(settings).items() if key not in WITHOUT_EFFECT}
+    kept["lowercase"] = settings.lowers_texts
     if not settings.hard_negatives:  # as in folders from before there were any
         del kept["hard_negatives"]
     return kept

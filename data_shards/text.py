@@ -39,7 +39,7 @@ def get_tokenizer(settings: PrepareSettings, training_texts: Iterable[str]) -> "
     tokenizer = (
         _load(settings.tokenizer)
         if settings.tokenizer
-        else train_tokenizer(training_texts, settings.vocab_size, settings.lowercase)
+        else train_tokenizer(training_texts, settings.vocab_size, settings.lowers_texts)
     )
     tokenizer.no_padding()
     tokenizer.no_truncation()

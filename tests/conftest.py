@@ -31,3 +31,10 @@ def prepared_words(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("words_world")
     prepare("tables", write_tables(folder / "raw", anonymised=True), folder / "prepared", SMALL)
     return folder / "prepared"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests go first: a worker that gets one of them last keeps the others waiting."""
+    kinds = ("slow", "distributed", "slurm")
+    slow = {item.path for item in items if any(item.get_closest_marker(kind) for kind in kinds)}
+    items.sort(key=lambda item: item.path not in slow)

@@ -20,6 +20,7 @@ class StandIn:
     each candidate, "big" has an answer of 8 MB, "bad" is refused, "broken" is a bug."""
 
     num_items, query_mode = 3, "natural"
+    title, tasks, explains = "stand-in", ("rec", "src"), False
     users: Any = "none are known"
 
     def __init__(self) -> None:

@@ -7,6 +7,9 @@ from annotated_types import Ge, Gt, Le, Lt
 
 from data_shards import settings as s
 
+# tracking.also → the packages of which one has to be there
+ALSO = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}
+
 Positive = Annotated[int, Gt(0)]
 NonNegative = Annotated[int, Ge(0)]
 PositiveFloat = Annotated[float, Gt(0)]
@@ -28,7 +31,7 @@ class DataConfig:
     history_tokens: Positive = 10
     """text tokens of a history item"""
     item_tokens: Positive = 32
-    """text tokens of a candidate; at most what the folder holds"""
+    """text tokens of a candidate; a folder that stores fewer of them gives those"""
     num_negatives: Positive = 4
     """sampled negatives for each training event"""
     negatives: Literal["uniform", "popularity", "impressions", "mixture"] = "uniform"
@@ -86,7 +89,8 @@ class OptimConfig:
     grad_clip: PositiveFloat = 1.0
     """maximum gradient norm"""
     global_batch_size: Positive = 64
-    """events of one optimizer step over all ranks; each brings 1 + num_negatives candidates"""
+    """events of one optimizer step over all ranks; each brings 1 + num_negatives candidates. A loss that
+    compares events (GenSR's Eq. 10) sees those of one micro-batch, or of one on each rank"""
     micro_batch_size: Positive = 32
     """events of one forward pass on one rank; accumulation steps are derived and printed"""
 
@@ -142,6 +146,9 @@ class RunConfig:
 class TrackingConfig:
     enabled: bool = True
     """write runs to MLflow"""
+    also: str = ""
+    """where else: tensorboard (RUN/tensorboard), wandb, or both with a comma between; each is a package of
+    its own"""
     uri: str = ""
     """MLflow tracking URI; empty = sqlite file mlflow.db beside the run folders"""
     experiment: str = "gensr"

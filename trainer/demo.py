@@ -29,7 +29,7 @@ from trainer.evaluation.summary import (
     title_of,
 )
 from trainer.runs.run_folder import RunFolder
-from trainer.runtime.progress import StageLines
+from trainer.runtime.progress import clear_bar, show_stages
 
 # of the planted world: small enough for ten minutes on two cores
 USERS, ITEMS, DAYS, SEED = 1000, 4000, 14, 1
@@ -88,12 +88,12 @@ class Demo:
         from data_shards.simulate import simulate
 
         sizes = {"users": USERS, "items": ITEMS, "days": DAYS, "seed": SEED}
-        simulate(self.raw_dir, **sizes, text="natural", progress=StageLines())
+        simulate(self.raw_dir, **sizes, text="natural", progress=show_stages())
 
     def prepare(self) -> None:
         from data_shards.prepare import prepare
 
-        prepare("tables", self.raw_dir, self.data_dir, PREPARE, progress=StageLines())
+        prepare("tables", self.raw_dir, self.data_dir, PREPARE, progress=show_stages())
 
     def optimum(self) -> None:
         from trainer.data.folder import PreparedFolder
@@ -156,6 +156,7 @@ def run_demo(
 
 
 def say(line: str) -> None:
+    clear_bar()
     console().print(line, markup=False, highlight=False)
 
 
@@ -187,7 +188,7 @@ def devices(preset: str, overrides: Sequence[str]) -> tuple[int, list[str]]:
 
 
 def launch(processes: int, arguments: Sequence[str], quiet: bool = False) -> None:
-    """`accelerate launch … -m trainer ARGUMENTS`, with DeepSpeed ZeRO-2. Ctrl-C reaches the processes, which
+    """`accelerate launch … -m gensr ARGUMENTS`, with DeepSpeed ZeRO-2. Ctrl-C reaches the processes, which
     save and end by themselves.
 
     `quiet` leaves out the answer on stdout, not the progress on stderr. Raises RunError when they fail; their
@@ -206,7 +207,7 @@ def launch(processes: int, arguments: Sequence[str], quiet: bool = False) -> Non
         "--main_process_port",
         str(free_port()),
         "-m",
-        "trainer",
+        "gensr",
         *arguments,
     ]
     environment = dict(os.environ)
@@ -268,6 +269,8 @@ def show_summary(demo: Demo, seconds: float) -> None:
 
 
 def where_and_next(demo: Demo, registered: dict[str, object]) -> list[str]:
+    from trainer.tracking.store import read_experiment_id, training_page
+
     run_dir, data_dir = demo.run_dir, demo.data_dir
     mlflow, gensr = program("mlflow"), program("gensr")
     model = f"models:/{registered['name']}@{registered['alias']}"
@@ -277,8 +280,8 @@ def where_and_next(demo: Demo, registered: dict[str, object]) -> list[str]:
         f"run folder   {run_dir}",
         f"plots        {run_dir / 'report'}",
         f"registered   models:/{registered['name']}/{registered['version']}, also {model}",
-        f"MLflow page  {mlflow} ui --backend-store-uri {registered['uri']} --port 5000, then "
-        "http://127.0.0.1:5000",
+        f"MLflow page  {mlflow} ui --backend-store-uri {registered['uri']} --port 5000, then",
+        f"             {training_page(str(registered['uri']), read_experiment_id(run_dir))}",
         "",
         "Next",
         f"  {gensr} search {model} --query {shlex.quote(query)} --user {user} {of_registry}",

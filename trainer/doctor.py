@@ -15,11 +15,13 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from trainer.errors import DataError
 from trainer.runtime.compiling import find_ninja
 
 if TYPE_CHECKING:
@@ -32,7 +34,8 @@ MIN_MEMORY_GB = 4.0
 MIN_DISK_GB = 5.0
 COMMAND_TIMEOUT_S = 20.0
 ALL_REDUCE_TIMEOUT_S = 90.0  # importing torch twice on a cold disk takes most of it
-DISTRIBUTION = "gensr"
+DISTRIBUTION, TRAIN = "gensr", "train"  # setup.cfg's name, and its extra for training
+TRAINS_WITH = ("deepspeed", "optuna")  # no package of another extra
 SLURM_COMMANDS = ("sbatch", "srun", "scontrol", "squeue")
 
 CPP_PROGRAM = "#include <vector>\nint main() { std::vector<int> v{1}; return v[0] - 1; }\n"
@@ -56,9 +59,9 @@ class Check:
     fix: str = ""
 
 
-def run_checks(folder: str | Path = ".") -> list[Check]:
+def run_checks(folder: str | Path = ".", prepared: Sequence[str | Path] = ()) -> list[Check]:
     """All checks, in the order of an installation; `folder` is where data and runs will lie. Takes about ten
-    seconds; never raises."""
+    seconds; never raises. prepared: folders that are read whole, which takes longer."""
     checks: list[Check] = []
     steps: list[Callable[[], list[Check]]] = [
         check_python,
@@ -72,6 +75,7 @@ def run_checks(folder: str | Path = ".") -> list[Check]:
         check_extensions_folder,
         lambda: check_sqlite(Path(folder)),
         check_slurm,
+        *(partial(check_prepared, Path(place)) for place in prepared),
     ]
     for step in steps:
         try:
@@ -97,7 +101,8 @@ def check_python() -> list[Check]:
 
 
 def check_packages(distribution: str = DISTRIBUTION) -> list[Check]:
-    """One check a requirement of the installed distribution, against its version range."""
+    """One check a requirement of the installed distribution and of what training adds, against its version
+    range."""
     try:
         requirements = importlib.metadata.requires(distribution) or []
     except importlib.metadata.PackageNotFoundError:
@@ -109,11 +114,27 @@ def check_packages(distribution: str = DISTRIBUTION) -> list[Check]:
     from packaging.requirements import Requirement
 
     needed = [Requirement(text) for text in requirements]
-    return [
-        _check_package(need.name, need.specifier)
+    everywhere = [need for need in needed if need.marker is None or need.marker.evaluate({"extra": ""})]
+    training = [
+        need
         for need in needed
-        if need.marker is None or need.marker.evaluate({"extra": ""})
+        if need.marker is not None and need not in everywhere and need.marker.evaluate({"extra": TRAIN})
     ]
+    if training and not any(map(_is_installed, TRAINS_WITH)):
+        detail = "not installed: this environment answers, but does not train"
+        fix = f"{sys.executable} -m pip install '{distribution}[{TRAIN}]'"
+        return [_check_package(need.name, need.specifier) for need in everywhere] + [
+            Check("training", "WARN", detail, fix)
+        ]
+    return [_check_package(need.name, need.specifier) for need in [*everywhere, *training]]
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def _check_package(name: str, wanted: "SpecifierSet") -> Check:
@@ -378,6 +399,19 @@ def check_slurm() -> list[Check]:
             )
         ]
     return [Check("slurm", "OK", _first_line(["sbatch", "--version"]) or ", ".join(found))]
+
+
+def check_prepared(folder: Path) -> list[Check]:
+    """Every file of a prepared folder against its manifest: size, checksum, numbers in range."""
+    from data_shards.schema import read_manifest
+    from data_shards.verify import verify
+
+    started_s = time.monotonic()
+    try:
+        verify(folder, read_manifest(folder))
+    except DataError as error:
+        return [Check("prepared folder", "MISS", str(error), f"restore {folder}, or prepare it again")]
+    return [Check("prepared folder", "OK", f"{folder} read whole in {time.monotonic() - started_s:.0f} s")]
 
 
 def existing_parent(folder: Path) -> Path:

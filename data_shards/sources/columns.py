@@ -73,8 +73,31 @@ def _open_json(work: Work, path: Path, required: Sequence[str], optional: Sequen
         keys = first_keys(path)
         require_columns(path, [*keys, *(name for name in names if held[name] and name not in keys)], missing)
     present = [name for name in names if held[name] or name in required]
+    for name in present:
+        _refuse_nested(work, path, scan, name)
     gaps = [name for name in optional if 0 < held[name] < total and not _explicit_nulls(work, path, name)]
     return File(path, scan, dict.fromkeys(present, "VARCHAR"), frozenset(gaps))
+
+
+def _refuse_nested(work: Work, path: Path, scan: str, name: str) -> None:
+    """Raises DataError for the first object, or list, in a column of text or numbers: read as text it would
+    be its own JSON."""
+    kinds = ("OBJECT",) if name in LISTS else ("OBJECT", "ARRAY")
+    brackets = ("{",) if name in LISTS else ("{", "[")
+    begins = f"{name}[1] IN ({', '.join(map(literal, brackets))})"
+    if not work.scalar(f"SELECT count(*) FROM {scan} WHERE {begins}"):
+        return  # the cheap look: most texts begin with neither
+    objects = f"read_ndjson_objects({literal(path)}, hive_partitioning=false)"
+    work.con.execute("SET threads=1; SET preserve_insertion_order=true")  # row numbers need the file's order
+    place = literal("$." + name)
+    found = work.con.execute(
+        f"SELECT row, kind FROM (SELECT row_number() OVER () AS row, json_type(json, {place}) AS kind "
+        f"FROM {objects}) WHERE kind IN ({', '.join(map(literal, kinds))}) ORDER BY row LIMIT 1"
+    ).fetchall()
+    if found:
+        row, kind = found[0]
+        what = "a list" if kind == "ARRAY" else "an object"
+        raise DataError(f"{path}:{name}:row {row}: must be text or a number, got {what}")
 
 
 def _explicit_nulls(work: Work, path: Path, name: str) -> int:

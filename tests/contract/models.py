@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from data_shards.schema import NO_QUERY, REC, SRC
@@ -19,10 +20,18 @@ from trainer.data.folder import PreparedFolder
 from trainer.models.contract import Ranker
 from trainer.models.zoo import model_class, model_names, settings_class
 from trainer.runs.weights import build_model
+from trainer.serving.artifacts import query_format, read_words
+from trainer.serving.scorer import Scorer
 
 # what makes a model small; a model that is not named here is small by default, or should be
 TINY = {
-    "gensr": ("model.backbone=scratch:nano", "model.gather_negatives=true"),
+    "gensr": (
+        "model.backbone=scratch:nano",
+        "model.gather_negatives=true",
+        "model.evidence=true",
+        "model.mined_negatives=2",
+        "model.listwise_weight=1",
+    ),
     # a beam spells some items of the catalogue; 0 spells all of them, as sampled candidates are
     "idgenrec": ("model.catalogue_beams=0",),
     "collm": ("model.backbone=scratch:qwen3_nano", "model.dropout=0"),
@@ -74,11 +83,19 @@ def _keys(section: Any) -> Iterator[str]:
 def new_model(name: str, folder: PreparedFolder, *overrides: str) -> Ranker:
     """As set_up() makes it: the same for the same name."""
     torch.manual_seed(0)
-    model = build_model(
-        config_of(name, *overrides), folder, folder.tables(model_class(name).needs, with_folds=True)
-    )
+    config = config_of(name, *overrides)
+    needs = model_class(name).reads(config.model)
+    model = build_model(config, folder, folder.tables(needs, with_folds=True))
     model.fit()
     return model
+
+
+def scorer_of(model: Ranker, folder: PreparedFolder) -> Scorer:
+    """What answers requests, without a run. It changes the model's query tables."""
+    form = query_format(folder.manifest)
+    tokenizer = Tokenizer.from_file(str(folder.tokenizer / "tokenizer.json"))
+    words = read_words(folder.catalog / "words.npy", form)
+    return Scorer(model, folder.item_ids(), tokenizer, form, words, "fp32")
 
 
 def trained_parameters(model: Ranker) -> dict[str, torch.nn.Parameter]:

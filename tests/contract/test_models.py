@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from data_shards.schema import REC, SRC
+from data_shards.schema import REC, SRC, TASKS
 from tests.contract.conftest import NUM_STEPS, run_config
 from tests.contract.draws import RepeatingDraws
 from tests.contract.models import (
@@ -29,6 +29,7 @@ from tests.contract.models import (
     odd_batches,
     padded,
     queries_without_words,
+    scorer_of,
     scores_of,
     some_events,
     trained_parameters,
@@ -42,6 +43,8 @@ from trainer.models.contract import Ranker
 from trainer.models.zoo import model_class, settings_class
 from trainer.runs.weights import load_model, load_run_model, save_model
 from trainer.runtime.stopping import StopSignal
+from trainer.serving.recommend import Recommender
+from trainer.serving.retrieval import build_retrieval
 from trainer.training.loop import train
 from trainer.training.plan import model_size, size_of_folder
 
@@ -81,7 +84,7 @@ def assert_same(
 def test_it_says_what_it_is(name: str, texts: PreparedFolder) -> None:
     kind = model_class(name)
     assert settings_class(name)().name == name and kind.title
-    assert kind.needs <= NEEDS
+    assert kind.needs | kind.may_read | kind.reads(settings_class(name)()) <= NEEDS
     assert kind.tasks and set(kind.tasks) <= {REC, SRC}
     assert sum(model_class(other).title == kind.title for other in MODELS) == 1
     model = new_model(name, texts)
@@ -346,6 +349,62 @@ def test_a_registered_version_scores_as_its_run(name: str, evaluated: Any, texts
     opened = open_model(f"models:/contract-{name}/{version}", f"sqlite:///{run_dir.parent / 'mlflow.db'}")
     for scores, expected in zip(opened.score(requests), scorer.score_many(requests), strict=True):
         assert scores == pytest.approx(expected, abs=1e-5) and len(set(scores)) > 1
+
+
+# those that are asked with a history and the words of a query alone
+ASKED_BY_TEXT = [
+    name
+    for name in READ_TEXT
+    if SRC in model_class(name).tasks and not model_class(name).needs & {"users", "history_queries"}
+]
+
+
+@pytest.mark.parametrize("world", ["texts", "words"])
+@pytest.mark.parametrize("name", ASKED_BY_TEXT)
+def test_a_query_is_known_by_its_text(request: pytest.FixtureRequest, name: str, world: str) -> None:
+    """A request brings its own query, whatever stands in that row of the prepared folder."""
+    folder = request.getfixturevalue(world)
+    model = new_model(name, folder).eval()
+    batch = some_events(model, folder, 16)
+    batch = batch.take(batch.task == SRC)
+    expected = model.probability(scores_of(model, batch))
+    scorer = scorer_of(model, folder)
+    texts, item_ids = folder.query_texts(), folder.item_ids()
+    requests = [
+        {
+            "task": "src",
+            "query": texts[batch.query[b]],
+            "history": [
+                {"item_id": item_ids[item], "task": TASKS[task]}
+                for item, task in zip(
+                    batch.history_items[b][batch.history_mask[b]].tolist(),
+                    batch.history_tasks[b][batch.history_mask[b]].tolist(),
+                    strict=True,
+                )
+            ],
+            "candidates": [item_ids[item] for item in batch.candidates[b].tolist()],
+        }
+        for b in range(batch.num_events)
+    ]
+    assert len({query["query"] for query in requests}) > 3
+    assert_same(torch.tensor(scorer.score_many(requests[::-1])[::-1]), expected)
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if "users" not in model_class(name).needs])
+def test_a_request_is_answered_from_the_whole_catalogue(name: str, texts: PreparedFolder) -> None:
+    """By a history longer than the model reads, whose items are left out; of a model with views by
+    retrieval."""
+    model, item_ids = new_model(name, texts).eval(), texts.item_ids()
+    items = texts.catalog / "items.parquet"
+    recommender = Recommender(scorer_of(model, texts), build_retrieval(model), {}, items, users="unknown")
+    length = model.world.data.history_max + 3
+    history = [{"item_id": item_id, "task": "rec"} for item_id in item_ids[:length]]
+    asked = {REC: {"task": "rec"}, SRC: {"task": "src", "query": texts.query_texts()[0]}}
+    for task in model.tasks:
+        answer = recommender.recommend({**asked[task], "history": history, "k": 5})
+        found = [item["item_id"] for item in answer["items"]]
+        assert len(set(found)) == 5 and not set(found) & set(item_ids[:length])
+        assert answer["scores"] == sorted(answer["scores"], reverse=True)
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if model_class(name).needs & {"texts", "users"}])

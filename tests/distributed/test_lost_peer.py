@@ -69,6 +69,7 @@ def test_a_lost_or_hung_peer_ends_the_job(tmp_path: Path, blow: signal.Signals) 
             end_with_children(rank.pid)
 
 
+@pytest.mark.long
 def test_a_short_torture(tmp_path: Path) -> None:
     """Forked ranks: what a launcher does when one is lost is tested above."""
     history = torture.torture(tmp_path, kills=3, num_steps=40, launcher=Preloaded)

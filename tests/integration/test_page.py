@@ -1,6 +1,7 @@
 """The page of `gensr ui` in a real browser (headless Chromium), in front of a real model: what is seen and
 what happens on clicks."""
 
+import contextlib
 import shutil
 import socket
 import threading
@@ -11,12 +12,23 @@ from typing import Any
 
 import pytest
 import uvicorn
+from fastapi import FastAPI
 
 from tests.runs import make_run
-from trainer.serving.app import make_app
+from trainer.serving.app import Options, make_app
 from trainer.serving.recommend import Recommender
+from trainer.serving.systems import compared_systems, counted
+from trainer.serving.users import Users
+
+try:
+    from axe_playwright_python import (  # type: ignore[import-untyped]
+        sync_playwright as axe_playwright,
+    )
+except ImportError:
+    axe_playwright = None
 
 pytestmark = pytest.mark.slow
+needs_axe = pytest.mark.skipif(axe_playwright is None, reason="no axe-playwright-python: make install")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 # Controls that a screen reader cannot name, lists that are none, headings that skip a level.
@@ -61,15 +73,13 @@ SMALL_TARGETS = """() => [...document.querySelectorAll('button, input, select')]
   .map((one) => one.outerHTML.slice(0, 80))"""
 
 
-@pytest.fixture(scope="module")
-def url(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    recommender = Recommender.from_run(make_run(tmp_path_factory.mktemp("page"), prepared))
+@contextlib.contextmanager
+def served(app: FastAPI) -> Iterator[str]:
+    """The application on a free port → its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    server = uvicorn.Server(
-        uvicorn.Config(make_app(recommender), host="127.0.0.1", port=port, log_level="warning")
-    )
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="warning"))
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:
@@ -78,6 +88,18 @@ def url(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[st
     yield f"http://127.0.0.1:{port}/"
     server.should_exit = True
     thread.join()
+
+
+@pytest.fixture(scope="module")
+def recommender(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Recommender:
+    return Recommender.from_run(make_run(tmp_path_factory.mktemp("page"), prepared))
+
+
+@pytest.fixture(scope="module")
+def url(recommender: Recommender) -> Iterator[str]:
+    others = compared_systems([("runs/second", recommender)], recommender.users)
+    with served(make_app(recommender, options=Options(docs=True), others=others)) as url:
+        yield url
 
 
 @pytest.fixture(scope="module")
@@ -195,6 +217,110 @@ def test_failures_are_told_for_people(page: Any, status: int | None, body: str, 
     page.unroute("**/recommend")
 
 
+def test_two_systems_answer_side_by_side(page: Any) -> None:
+    page.reload()
+    page.wait_for_selector("#items .item")
+    names = page.locator("#compare option").all_text_contents()
+    assert names == ["nothing", "GenSR, second", "popularity", "item-kNN", "BM25"]
+    page.select_option("#compare", "second")  # the same model: the same answer
+    page.wait_for_selector("#other-message:text-matches('^10 items')")
+    assert page.locator(".pane h3").all_text_contents() == ["GenSR", "GenSR, second"]
+    marks = page.locator("#items .common").all_text_contents()
+    assert marks == [f"GenSR, second: {place}" for place in range(1, 11)]
+    assert page.locator("#other-items .name").all_text_contents()[0].endswith("GenSR: 1")
+    page.locator("#other-items .item").nth(2).click()
+    page.wait_for_selector(".scroll .bar.cf")  # its weights
+    assert page.locator("#items .item.same").count() == 1
+    left, right = (page.locator(name).bounding_box() for name in ("#items", "#other-items"))
+    assert left["y"] == right["y"] and left["x"] + left["width"] <= right["x"]
+
+
+def test_what_is_counted_can_be_compared_with(page: Any) -> None:
+    """Each answers its own task, and says so for the other."""
+    for name in ("popularity", "item_knn"):
+        page.select_option("#compare", name)
+        page.click("#recommend")
+        page.wait_for_selector("#other-message:text-matches('^10 items')")
+        assert page.locator("#other-items .item").count() == 10
+        page.locator("#other-items .item").first.click()
+        assert page.locator(".bar.cf").count() == 0
+    page.select_option("#compare", "bm25")
+    page.wait_for_selector("#other-message:text('BM25 answers searches only.')")
+    assert page.locator("#other-items .item").count() == 0
+    assert page.locator("#other-message.error").count() == 0
+    page.locator("#examples button").first.click()
+    page.wait_for_selector("#other-message:text-matches('^10 items')")
+    page.select_option("#compare", "")
+    page.wait_for_selector("#message:text-matches('^10 items')")
+    assert page.locator("#of-other").is_hidden()
+
+
+@pytest.mark.parametrize(
+    ("name", "title", "shown", "hidden"),
+    [("item_knn", "item-kNN", "#recommend", "#query"), ("bm25", "BM25", "#query", "#recommend")],
+)
+def test_a_model_of_one_task_without_weights(
+    page: Any, recommender: Recommender, name: str, title: str, shown: str, hidden: str
+) -> None:
+    assert isinstance(recommender.users, Users)
+    with served(make_app(counted(name, recommender.users))) as url:
+        other = page.context.browser.new_page()
+        problems: list[str] = []
+        other.on("pageerror", lambda error: problems.append(str(error)))
+        other.goto(url)
+        other.wait_for_selector("#message:text-matches('items|answers searches')")
+        assert title in other.text_content("#model")
+        assert other.locator(shown).is_visible() and other.locator(hidden).is_hidden()
+        assert other.locator(".legend").is_hidden() and other.locator("#compares").is_hidden()
+        if name == "bm25":
+            other.locator("#examples button").first.click()
+        other.wait_for_selector(".item")
+        other.locator(".item").first.click()
+        assert other.locator(".bar.cf").count() == 0
+        assert "weighs" not in other.text_content("#message")
+        assert problems == []
+        other.close()
+
+
+def violations(page: Any) -> list[str]:
+    """What axe-core finds, all its rules: of WCAG 2.2 AA and of good practice."""
+    found = axe_playwright.Axe().run(page).response["violations"]
+    return [f"{rule['id']}: {node['html'][:100]}" for rule in found for node in rule["nodes"]]
+
+
+@needs_axe
+@pytest.mark.parametrize(("width", "scheme"), [(375, "dark"), (1400, "light")])
+def test_axe_finds_nothing(page: Any, url: str, width: int, scheme: str) -> None:
+    page.set_viewport_size({"width": width, "height": 800})
+    page.emulate_media(color_scheme=scheme)
+    page.goto(url)
+    page.wait_for_selector(".item")
+    page.select_option("#compare", "second")
+    page.wait_for_selector("#other-message:text-matches('^10 items')")
+    page.locator(".item").first.click()
+    page.wait_for_selector(".scroll .bar")
+    page.mouse.move(0, 0)
+    assert violations(page) == []
+    page.fill("#user", "nobody")
+    page.get_by_role("button", name="Show", exact=True).click()
+    page.wait_for_selector("#message.error")
+    assert violations(page) == []
+    page.goto(f"{url}docs")
+    assert violations(page) == []
+    page.goto(url)
+    page.wait_for_selector(".item")
+
+
+@needs_axe
+def test_axe_finds_what_it_looks_for(page: Any) -> None:
+    page.evaluate("document.documentElement.removeAttribute('lang')")
+    page.evaluate("document.querySelector('#another').textContent = ''")
+    found = {line.split(":")[0] for line in violations(page)}
+    assert {"html-has-lang", "button-name"} <= found
+    page.reload()
+    page.wait_for_selector(".item")
+
+
 @pytest.mark.parametrize("width", [375, 768, 1400])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_everything_is_named_readable_and_in_reach(page: Any, width: int, scheme: str) -> None:
@@ -208,6 +334,9 @@ def test_everything_is_named_readable_and_in_reach(page: Any, width: int, scheme
     page.mouse.move(0, 0)
     assert page.locator(".item").first.bounding_box()["y"] < 400
     assert page.evaluate("document.documentElement.scrollWidth") == width
+    page_bottom = page.evaluate("document.documentElement.scrollHeight")
+    main = page.locator("main").bounding_box()
+    assert page_bottom - page.evaluate("scrollY") <= max(667, main["y"] + main["height"] + 1)
     assert page.locator(".scroll").first.bounding_box()["height"] <= 400
     assert page.locator(".legend").bounding_box()["y"] < page.locator(".scroll").first.bounding_box()["y"]
     assert page.locator(".weighs .bar").first.is_visible() == (width < 960)

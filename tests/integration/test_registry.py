@@ -12,7 +12,7 @@ import torch
 from mlflow.tracking import MlflowClient
 
 from data_shards.schema import read_manifest
-from tests.runs import make_run
+from tests.runs import EVALUATION, make_run
 from trainer.data import EvalStream
 from trainer.data.folder import PreparedFolder
 from trainer.errors import ConfigError, EnvironmentProblem, RequestError, RunError
@@ -21,10 +21,21 @@ from trainer.runs.weights import load_run_model
 from trainer.serving.scorer import Scorer, read_item_ids
 from trainer.tracking.store import connect
 
+FULL = {
+    "protocol": {"candidates": "full", "num_items": 150, "ranked_by_model": 100},
+    "rec": {"recall@10": 0.2, "ndcg@10": 0.1, "mrr@10": 0.05, "num_events": 40},
+}
+
 
 @pytest.fixture(scope="module")
 def run_dir(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_run(tmp_path_factory.mktemp("natural"), prepared)
+    run_dir = make_run(tmp_path_factory.mktemp("natural"), prepared)
+    sampled = {**EVALUATION, "baselines": {"lightgcn": {"rec": {"ndcg@10": 0.25, "num_events": 40}}}}
+    (run_dir / "evaluation-test.json").write_text(json.dumps(sampled))
+    (run_dir / "evaluation-test-full.json").write_text(json.dumps(FULL))
+    environment = {"git": {"commit": "0123abc", "dirty": False}, "user": "ada", "command": "gensr train demo"}
+    (run_dir / "environment.json").write_text(json.dumps(environment))
+    return run_dir
 
 
 @pytest.fixture(scope="module")
@@ -187,6 +198,21 @@ def test_registered_version_answers_both_kinds_of_requests(pyfunc: Any, scorer: 
     assert {answers["model"][1][key] for key in ("name", "version")} == {"gensr-test", "1"}
 
 
+def test_a_frame_without_requests_is_answered_without_rows(pyfunc: Any) -> None:
+    """Spark hands over partitions that are empty."""
+    answers = pyfunc.predict(pd.DataFrame([requests()[0]]).iloc[:0])
+    assert (len(answers), list(answers.columns)) == (0, ["items", "scores", "model"])
+
+
+def test_settings_of_a_whole_table_are_params_and_a_rows_own_go_first(pyfunc: Any) -> None:
+    history = requests()[0]["history"]
+    rows = [{"task": "rec", "history": history, "k": 2}, {"task": "rec", "history": history}]
+    answers = pyfunc.predict(pd.DataFrame(rows), params={"k": 4})
+    assert [len(items) for items in answers["items"]] == [2, 4]
+    answers = pyfunc.predict(pd.DataFrame(rows[1:]), params={"with_text": True})
+    assert len(answers["items"][0]) == 10 and all(item["text"] for item in answers["items"][0])
+
+
 def test_answers_travel_as_json(pyfunc: Any) -> None:
     """The body that MLflow's scoring server reads and writes."""
     from mlflow.pyfunc import scoring_server
@@ -245,7 +271,18 @@ def test_version_has_its_facts_and_no_pickle(run_dir: Path, version: int) -> Non
     assert f"{manifest.num_items} items" in found.description
     run = client.get_run(found.run_id)
     assert run.info.status == "FINISHED"
-    assert run.data.metrics["test/rec/ndcg_at_10"] == 0.4
+    assert {name: value for name, value in run.data.metrics.items() if "ndcg_at_10" in name} == {
+        "test/rec/ndcg_at_10": 0.4,
+        "test/rec/ndcg_at_10_low": 0.35,
+        "test/rec/ndcg_at_10_high": 0.45,
+        "test/rec/lightgcn/ndcg_at_10": 0.25,  # so that a chart can show ours against it
+        "test-full/rec/ndcg_at_10": 0.1,
+    }
+    assert {name for name in found.tags if name.startswith("test")} == {
+        f"test/rec/{name}" for name in ("recall_at_5", "recall_at_10", "ndcg_at_5", "ndcg_at_10", "mrr")
+    }
+    assert found.tags["user"] == "ada" == run.data.tags["mlflow.user"]
+    assert client.get_registered_model("gensr-test").description.startswith("GenSR for recommendation")
     mlflow.set_tracking_uri(uri)
     folder = Path(mlflow.artifacts.download_artifacts(f"models:/gensr-test/{version}"))
     files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
@@ -255,12 +292,27 @@ def test_version_has_its_facts_and_no_pickle(run_dir: Path, version: int) -> Non
         "artifacts/items/items.parquet",
         "artifacts/retrieval/cf.faiss",
         "artifacts/model_card.md",
+        "artifacts/evaluation/evaluation-test.json",
+        "artifacts/evaluation/evaluation-test-full.json",
         "code/trainer/serving/scorer.py",
     } <= files
     assert not [name for name in files if "cf_folds" in name or name.endswith(".tar")]
     info = mlflow.models.get_model_info(f"models:/gensr-test/{version}")
     assert info.signature.inputs.required_input_names() == ["task"]
     assert {"user_id", "history", "query", "candidates", "k"} <= set(info.signature.inputs.input_names())
+    types = {column["name"]: column for column in info.signature.inputs.to_dict()}
+    click = types["history"]["items"]["properties"]
+    assert {name: field["type"] for name, field in click.items()} == {
+        "item_id": "any",
+        "task": "string",
+        "query": "any",
+    }
+    outputs = {column["name"]: column for column in info.signature.outputs.to_dict()}
+    assert outputs["items"]["items"]["properties"]["score"]["type"] == "double"
+    assert {param.name: (str(param.dtype), param.default) for param in info.signature.params.params}["k"] == (
+        "DataType.long",
+        10,
+    )
     assert json.loads((run_dir / "registry.json").read_text())["version"] == version
 
 

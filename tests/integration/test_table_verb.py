@@ -22,6 +22,7 @@ def test_three_systems_go_on_after_a_failure(prepared: Path, tmp_path: Path) -> 
     document = json.loads((out / "table.json").read_text())
     rows = {row["model"]: row for row in document["rows"]}
     assert rows["item_knn"]["errors"]["item_knn seed-0"].startswith("gensr train: ")
+    assert not rows["popularity"]["errors"] and not rows["sasrec"]["errors"]
     assert (
         set(rows["popularity"]["results"]["sampled"]) == set(rows["sasrec"]["results"]["sampled"]) == {"rec"}
     )

@@ -112,7 +112,10 @@ def test_a_server_killed_in_the_middle_of_a_run_loses_nothing(
     assert [entry.path for entry in server.client.list_artifacts(tracker.run_id, "report")] == [
         "report/loss.png"
     ]
-    assert server.client.get_run(tracker.run_id).info.status == "FINISHED"
+    run = server.client.get_run(tracker.run_id)
+    assert run.info.status == "FINISHED"
+    experiment = f"{server.uri}/#/experiments/{run.info.experiment_id}"
+    assert tracker.page == f"{experiment}/runs?workflowType=machine_learning"
 
 
 def test_a_run_that_began_before_its_server_gets_there(

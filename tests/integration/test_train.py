@@ -27,6 +27,7 @@ from trainer.data import EvalStream
 from trainer.data.folder import PreparedFolder
 from trainer.errors import ConfigError, DataError, EnvironmentProblem, RunError
 from trainer.evaluation.sampled import config_hash
+from trainer.models.backbones.families import build_backbone
 from trainer.models.gensr.model import GenSR
 from trainer.runs import checkpoint
 from trainer.runs.weights import load_run_model
@@ -563,11 +564,15 @@ def test_a_longer_history_than_the_folders_is_refused(data: Path, tmp_path: Path
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_of_a_relative_folder_is_used_from_elsewhere(
+def test_a_run_of_relative_folders_is_used_from_elsewhere(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Also of a backbone's: with adapters, its frozen weights are read from there again."""
     monkeypatch.chdir(data.parent)
-    config = config_of(Path(data.name), tmp_path / "run", "run.max_steps=1")
+    pretrained = build_backbone("scratch:nano", vocab_size=len(WORDS), dropout=0.0)
+    pretrained.base.save_pretrained("backbone")
+    adapters = ("model.backbone=backbone", "model.lora.rank=2")
+    config = config_of(Path(data.name), tmp_path / "run", "run.max_steps=1", *adapters)
     train(config)
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")

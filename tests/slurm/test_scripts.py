@@ -189,7 +189,7 @@ def test_every_node_launches_its_own_ranks(ended: dict[str, Ended]) -> None:
     for words in (
         "--num_machines 2 --num_processes 8 --machine_rank 0 --main_process_ip 10.83.0.1 ",
         "--deepspeed_config_file zero3.json",
-        "-m trainer train demo data.cache_dir=/mnt/data tracking.uri=http://store data.dir=OUT "
+        "-m gensr train demo data.cache_dir=/mnt/data tracking.uri=http://store data.dir=OUT "
         f"run.dir={run_dir} --resume auto",
     ):
         assert words in line
@@ -234,4 +234,4 @@ def test_the_other_scripts_call_their_verbs(
         command, cwd=work, env={"GENSR_ENV": str(tmp_path / "env.sh"), "GENSR_REGISTER": "its-name"}
     )
     assert wait(slurm, work, job_id)["JobState"] == "COMPLETED", output(work, job_id)
-    assert output(work, job_id).splitlines() == [f"-m trainer {call}" for call in calls]
+    assert output(work, job_id).splitlines() == [f"-m gensr {call}" for call in calls]

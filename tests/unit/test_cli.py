@@ -22,6 +22,7 @@ from trainer.config import Config
 from trainer.configs import load_config
 
 ROOT = Path(__file__).parents[2]
+SHIPPED = (".py", ".typed", ".yaml", ".json", ".md", ".sbatch", ".sh")
 VERBS = [
     "simulate",
     "download",
@@ -34,6 +35,7 @@ VERBS = [
     "report",
     "compare",
     "table",
+    "analyse",
     "register",
     "promote",
     "score",
@@ -153,7 +155,7 @@ def test_config_schema_is_a_schema() -> None:
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built from a copy, so that the checkout gets no build folder."""
     folder = tmp_path_factory.mktemp("wheel")
-    for name in ("trainer", "data_shards", "ds_configs", "slurm"):
+    for name in ("gensr", "trainer", "data_shards", "ds_configs", "slurm"):
         shutil.copytree(ROOT / name, folder / "source" / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder / "source")
@@ -174,11 +176,11 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_wheel_holds_code_presets_and_ds_configs(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
-    for package in ("trainer", "data_shards", "ds_configs", "slurm"):
+    for package in ("gensr", "trainer", "data_shards", "ds_configs", "slurm"):
         expected = {
             str(p.relative_to(ROOT))
             for p in (ROOT / package).rglob("*")
-            if p.suffix in (".py", ".yaml", ".json", ".md", ".sbatch", ".sh") and "__pycache__" not in p.parts
+            if p.suffix in SHIPPED and "__pycache__" not in p.parts
         }
         assert expected <= names
     assert not [name for name in names if name.startswith(("tests/", "shared/", "data/", "runs/"))]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.tiny_folder import make_tiny_folder
 from trainer import doctor
 from trainer.doctor import Check
 
@@ -23,6 +24,19 @@ def executable(path: Path, text: str) -> Path:
     path.write_text(f"#!/bin/sh\n{text}\n")
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
     return path
+
+
+def test_a_prepared_folder_is_read_whole(tmp_path: Path) -> None:
+    folder = make_tiny_folder(tmp_path / "data")
+    assert [check.status for check in doctor.check_prepared(folder)] == ["OK"]
+    shard = next((folder / "shards").iterdir())
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    (found,) = doctor.check_prepared(folder)
+    assert (found.status, shard.name in found.detail) == ("MISS", True) and found.fix
+    (missing,) = doctor.check_prepared(tmp_path / "nowhere")
+    assert missing.status == "MISS"
 
 
 def test_all_checks_run_and_every_problem_has_a_fix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,6 +104,20 @@ def test_packages_missing_and_out_of_range(monkeypatch: pytest.MonkeyPatch) -> N
         ("torch", "WARN"),
     ]
     assert "pip install 'torch>=99'" in checks[2].fix
+
+
+def test_packages_of_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checked like the others where training is installed; one line where it is not."""
+    texts = ["numpy>=1,<99", "scipy-that-is-not>=1; extra == 'train'", "x>=1; extra == 'serve'"]
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: texts)
+    assert [(check.name, check.status) for check in doctor.check_packages()] == [
+        ("numpy", "OK"),
+        ("scipy-that-is-not", "MISS"),
+    ]
+    monkeypatch.setattr(doctor, "TRAINS_WITH", ("a-distribution-that-is-not-here",))
+    found, training = doctor.check_packages()
+    assert (found.name, training.name, training.status) == ("numpy", "training", "WARN")
+    assert "pip install 'gensr[train]'" in training.fix
 
 
 def test_not_installed_at_all() -> None:

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("trainer", "data_shards", "ds_configs", "slurm")
+PACKAGES = ("gensr", "trainer", "data_shards", "ds_configs", "slurm")
 MLFLOW_FILES = {
     f"trainer/{name}.py"
     for name in (
+        "tracking/about",
         "tracking/store",
         "tracking/delivery",
         "tracking/machine",
@@ -30,7 +31,7 @@ DISTRIBUTIONS = {
     "faiss": "faiss-cpu",
     "sklearn": "scikit-learn",
 }
-BUILT_IN_PARTS = {"trainer", "data_shards", "ds_configs", "slurm", "tests"}
+BUILT_IN_PARTS = {"gensr", "trainer", "data_shards", "ds_configs", "slurm", "tests"}
 
 
 def layers() -> list[set[str]]:
@@ -94,7 +95,15 @@ def trainer_graph() -> dict[str, set[str]]:
 def test_every_module_stands_in_the_picture() -> None:
     drawn = [name for layer in layers() for name in layer]
     assert len(drawn) == len(set(drawn))
-    assert set(drawn) - {"data_shards"} == set(trainer_graph())
+    assert set(drawn) - {"gensr", "data_shards"} == set(trainer_graph())
+
+
+def test_nothing_imports_the_front_door() -> None:
+    users = {
+        relative(path) for path in sources() for name, _ in imports(path) if name.split(".")[0] == "gensr"
+    }
+    assert {name for name in users if not name.startswith("gensr/")} == set()
+    assert layers()[0] == {"gensr"}
 
 
 def test_imports_point_down() -> None:
@@ -146,7 +155,7 @@ def test_mlflow_stays_in_its_files() -> None:
     assert users <= MLFLOW_FILES
 
 
-@pytest.mark.parametrize("package", ["data_shards", "trainer.cli"])
+@pytest.mark.parametrize("package", ["gensr", "data_shards", "trainer.cli"])
 def test_nothing_heavy_before_it_is_needed(package: str) -> None:
     code = (
         f"import sys, {package}\n"
@@ -160,7 +169,8 @@ def test_nothing_heavy_before_it_is_needed(package: str) -> None:
 def test_third_party_imports_are_declared() -> None:
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
-    lines = setup["options"]["install_requires"].split()
+    extras = setup["options.extras_require"]
+    lines = (setup["options"]["install_requires"] + extras["train"] + extras["serve"]).split()
     declared = {re.split(r"[<>=!~\[]", line)[0].lower().replace("_", "-") for line in lines}
     imported = (
         {name.split(".")[0] for path in sources() for name, _ in imports(path)}
@@ -168,4 +178,4 @@ def test_third_party_imports_are_declared() -> None:
         - BUILT_IN_PARTS
     )
     names = {DISTRIBUTIONS.get(name, name).lower().replace("_", "-") for name in imported}
-    assert names <= declared, f"add to install_requires: {sorted(names - declared)}"
+    assert names <= declared, f"add to setup.cfg: {sorted(names - declared)}"

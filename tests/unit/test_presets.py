@@ -22,6 +22,7 @@ from trainer.runtime.launch import (
     read_launch,
 )
 from trainer.training.plan import check_stage, dry_run
+from trainer.training.schedule import make_schedule
 
 PRESETS = [
     "amazon_kindle_flan_t5_base",
@@ -259,3 +260,57 @@ def test_what_zero3_cannot_do_is_refused(key: str) -> None:
     with pytest.raises(ConfigError, match=f"{key}=true cannot be used under ZeRO-3"):
         check_stage(config, Launch(deepspeed_file=str(ds_configs.path("zero3.json"))))
     check_stage(config, Launch(deepspeed_file=str(ds_configs.path("zero2.json"))))
+
+
+# ---- launch lines that are documented ----------------------------------------------------------------------
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = (
+    *ROOT.glob("*.md"),
+    *(ROOT / "docs").glob("*.md"),
+    *(ROOT / "ds_configs").glob("*.md"),
+    *(ROOT / "slurm").glob("*.md"),
+    *(ROOT / "trainer").rglob("*.md"),
+    *(ROOT / "trainer").rglob("*.yaml"),
+    *(ROOT / "trainer" / "cli").glob("*.py"),
+)
+LAUNCHES = re.compile(r"(?:accelerate launch (?:.*?) -m trainer train|gensr submit) .*")
+
+
+def documented_launches() -> list[tuple[str, str]]:
+    """(file, line) of every `accelerate launch … -m trainer train PRESET …` and `gensr submit PRESET …`."""
+    found = []
+    for path in DOCUMENTS:
+        text = re.sub(r"\\\n#?\s*", "", path.read_text(encoding="utf-8"))
+        found += [(path.name, match[0]) for match in map(LAUNCHES.search, text.splitlines()) if match]
+    return [(name, line) for name, line in found if preset_of(line)]
+
+
+def preset_of(line: str) -> str:
+    words = re.split(r"[\s`\"]+", line.partition(" -m trainer train ")[2] or line.partition(" submit ")[2])
+    return next((word for word in words if word in preset_names()), "")
+
+
+def world_size_of(line: str) -> int:
+    def number(option: str) -> int:
+        given = re.search(rf"--{option} (\d+)", line)
+        return int(given[1]) if given else 0
+
+    if "gensr submit" in line:
+        return max(1, number("nodes")) * max(1, number("gpus-per-node"))
+    file = re.search(r"--config_file (\S+)", line)
+    assert file, line
+    return launch_of_yaml(file[1], number("num_processes")).world_size
+
+
+@pytest.mark.parametrize(("file", "line"), documented_launches())
+def test_a_documented_launch_is_accepted(file: str, line: str) -> None:
+    """The preset's batches fit the processes of the line."""
+    sizes = re.findall(r"optim\.\w+=\d+", line)
+    schedule = make_schedule(load_config(preset_of(line), sizes), 10_000, world_size_of(line))
+    assert schedule.world_size == world_size_of(line)
+
+
+def test_documented_launches_are_found() -> None:
+    worlds = {world_size_of(line) for _, line in documented_launches()}
+    assert {1, 2, 8, 16, 32} <= worlds

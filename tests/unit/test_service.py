@@ -24,6 +24,7 @@ from trainer.serving.app import USERS_OFF, Limits, Options, make_app, open_acces
 from trainer.serving.metrics import Metrics
 from trainer.serving.payloads import Answer
 from trainer.serving.server import bind, connection_budget
+from trainer.serving.systems import System
 
 URL = "http://127.0.0.1"
 
@@ -232,6 +233,25 @@ def test_answers_fit_their_models_and_docs_are_shown_when_asked_for(
     assert {"Ask", "AskScores", "Answer", "Error", "Facts", "KnownUsers", "History"} <= set(schemas)
     for text in (*document["paths"], "The best items of the whole catalogue", 'href="#Answer"'):
         assert text in page
+
+
+def test_other_systems_answer_when_they_are_named(stand_in: StandIn) -> None:
+    other = StandIn()
+    other.facts = {"name": "other", "version": "2"}
+    system = System("other", "Other", ("src",), False, True, lambda: other)
+    with TestClient(make_app(stand_in, others=[system]), URL) as client:  # type: ignore[arg-type]
+        facts = client.get("/model").json()
+        assert [(one["name"], one["title"], one["tasks"]) for one in facts["systems"]] == [
+            ("", "stand-in", ["rec", "src"]),
+            ("other", "Other", ["src"]),
+        ]
+        asked = client.post("/search", json={"query": "a", "system": "other"}).json()
+        assert asked["model"] == {"name": "other", "version": "2"}
+        assert client.post("/search", json={"query": "a"}).json()["model"] == stand_in.facts
+        refused = client.post("/search", json={"query": "a", "system": "none"})
+        assert (refused.status_code, "no 'none' here" in refused.json()["error"]) == (400, True)
+        history = [{"item_id": "i1", "task": "src", "query": "lamp"}]
+        assert client.post("/recommend", json={"history": history}).status_code == 200
 
 
 def test_metrics_and_the_access_log(stand_in: StandIn) -> None:

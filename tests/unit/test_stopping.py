@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from trainer.runtime.stopping import EXIT_FORCED
@@ -59,3 +60,27 @@ def test_no_sign_of_life_ends_what_hangs() -> None:
     process = hanging(1)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == EXIT_FORCED and "last words: no step for" in out
+
+
+LAUNCHER = """
+import subprocess, sys, time
+rank = "from trainer.runtime.stopping import end_with_launcher as e; e(); print('waits', flush=True); "
+rank += "import time; time.sleep(60)"
+child = subprocess.Popen([sys.executable, "-c", rank], stdout=subprocess.PIPE, text=True)
+print(child.stdout.readline().strip(), child.pid, flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
+def test_a_process_ends_with_its_killed_launcher() -> None:
+    launcher = subprocess.Popen([sys.executable, "-c", LAUNCHER], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert launcher.stdout is not None
+    word, pid = launcher.stdout.readline().split()
+    assert word == "waits"
+    rank = psutil.Process(int(pid))
+    launcher.kill()
+    launcher.wait()
+    psutil.wait_procs([rank], timeout=20)
+    assert not rank.is_running() or rank.status() == psutil.STATUS_ZOMBIE

@@ -15,7 +15,8 @@ import pytest
 from data_shards.settings import flatten, key_help, parse_yaml, to_dict
 from tests.tiny_folder import make_tiny_folder
 from trainer.analysis.significance import paired_difference
-from trainer.configs import config_type, load_config
+from trainer.configs import config_type, load_config, preset_names
+from trainer.data.folder import PreparedFolder
 from trainer.errors import ConfigError, RunError
 from trainer.experiments import submit as jobs
 from trainer.experiments.table import cells, results, run, tuning
@@ -64,6 +65,18 @@ def test_other_settings_are_refused_and_more_cells_are_not(data: Path, tmp_path:
         make_plan(Request(**{**first, "max_steps": 3}))
     with pytest.raises(ConfigError, match="trials was 0, is 4"):
         make_plan(Request(**{**first, "trials": 4}))
+
+
+def test_a_preset_reads_the_histories_that_the_folder_has(data: Path, tmp_path: Path) -> None:
+    """Presets name the length of the paper's data; a folder with shorter histories is read whole."""
+    length = PreparedFolder.at(data).manifest.history_max
+    names = tuple(name for name in model_names() if name in preset_names())
+    assert any(load_config(name).data.history_max > length for name in names)
+    plan = make_plan(Request(str(data), tmp_path / "out", models=names))
+    for config in plan.configs.values():
+        plan.folder.check_settings(config.data)
+    asked = make_plan(Request(str(data), tmp_path / "asked", models=names, settings=("data.history_max=1",)))
+    assert {config.data.history_max for config in asked.configs.values()} == {1}
 
 
 def test_counted_systems_have_one_seed_and_no_trials(data: Path, tmp_path: Path) -> None:

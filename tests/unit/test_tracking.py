@@ -25,7 +25,14 @@ from trainer.tracking import delivery
 from trainer.tracking import tracker as tracking
 from trainer.tracking.delivery import SPOOL_NAME, JsonLines, Spool
 from trainer.tracking.machine import measured, node_name
-from trainer.tracking.store import connect, metric_name, must_exist, read_run_file, tracking_uri
+from trainer.tracking.store import (
+    connect,
+    metric_name,
+    must_exist,
+    read_run_file,
+    tracking_uri,
+    training_page,
+)
 from trainer.tracking.tracker import NullTracker, Tracker, log_evaluation
 
 MANIFEST = Manifest(
@@ -107,6 +114,51 @@ def test_one_run_has_everything(runs: Path) -> None:
     assert Path(run.info.artifact_uri.removeprefix("file://")).is_relative_to(runs / "mlartifacts")
     assert json.loads((run_dir / "tracking.json").read_text())["run_id"] == tracker.run_id
     assert not (run_dir / SPOOL_NAME).exists()
+
+
+def test_a_run_says_who_how_and_what_and_names_its_datasets(runs: Path) -> None:
+    """What MLflow's pages show as User, Source, Description and Datasets."""
+    run_dir = run_folder(runs, "described")
+    counts = {"users": 3, "items": 1200, "train": {"rec": 9}, "valid": {"rec": 2}, "test": {"rec": 1}}
+    manifest = Manifest(raw={**MANIFEST.raw, "counts": counts}, hash=MANIFEST.hash)
+    facts = {
+        **FACTS,
+        "manifest": manifest,
+        "user": "ada",
+        "command": "/x/gensr train configs/a.yaml run.seed=1",
+    }
+    config = load_config(None, ["model.name=sasrec"])
+    tracker = Tracker.start(config, run_dir, facts)
+    tracker.finish("FINISHED")
+    client = connect(tracking_uri(config, run_dir))
+    run = client.get_run(tracker.run_id)
+    tags = run.data.tags
+    assert (tags["mlflow.user"], tags["mlflow.source.type"]) == ("ada", "LOCAL")
+    assert tags["mlflow.source.name"] == "gensr train a.yaml"
+    assert tags["mlflow.note.content"].startswith("**SASRec**: ")
+    assert "on simulated: 3 users, 1,200 items" in tags["mlflow.note.content"]
+    datasets = {entry.tags[0].value: entry.dataset for entry in run.inputs.dataset_inputs}
+    assert {context: dataset.name for context, dataset in datasets.items()} == {
+        "training": "simulated",
+        "validation": "simulated-valid",
+        "test": "simulated-test",
+    }
+    assert json.loads(datasets["test"].profile)["counts"] == {"users": 3, "items": 1200, "events": {"rec": 1}}
+    experiment = client.get_experiment(run.info.experiment_id)
+    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
+
+
+@pytest.mark.parametrize(
+    ("uri", "page"),
+    [
+        ("sqlite:////x/mlflow.db", "http://127.0.0.1:5000"),
+        ("https://me:pw@mlflow.example.org/base/", "https://mlflow.example.org/base"),
+    ],
+)
+def test_the_link_opens_the_page_of_training_runs(uri: str, page: str) -> None:
+    """MLflow's own default for an experiment may be its page for language models."""
+    assert training_page(uri, "7") == f"{page}/#/experiments/7/runs?workflowType=machine_learning"
+    assert training_page(uri, "") == page
 
 
 def test_resume_continues_the_run_without_doubles(runs: Path) -> None:

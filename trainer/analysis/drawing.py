@@ -111,7 +111,9 @@ def _draw_bars(axes: Any, bars: Sequence[Bar]) -> None:
     thick = 0.8 / len(tasks)
     left = min(0.0, *(bar.value if bar.low is None else bar.low for bar in bars))
     right = max(0.0, *(bar.value if bar.high is None else bar.high for bar in bars))
-    span = right - left or 1.0
+    if right - left < 1e-9:  # nothing but zeros, and what rounding leaves of them
+        left, right = 0.0, 1.0
+    span = right - left
     for bar in bars:
         height = labels.index(bar.label) + (tasks.index(bar.task) - (len(tasks) - 1) / 2) * thick
         colour = colour_of("", bar.task)
@@ -123,10 +125,11 @@ def _draw_bars(axes: Any, bars: Sequence[Bar]) -> None:
             axes.errorbar(middle, height, xerr=half, fmt="none", ecolor="black", elinewidth=1.0, capsize=2)
         to_left = bar.value < 0
         at = min(ends) - 0.02 * span if to_left else max(ends) + 0.02 * span
-        text = f"{number(bar.value)}  {bar.task}".strip()
+        task = bar.task if len(tasks) > 1 else ""
+        text = f"{number(bar.value)}  {task}".strip()
         align = "right" if to_left else "left"
         axes.text(at, height, text, ha=align, va="center", fontsize=8, color=colour)
-    room = span * (0.25 if tasks == [""] else 0.42)  # for the values
+    room = span * (0.25 if len(tasks) == 1 else 0.42)  # for the values
     axes.set_xlim(left - room if left < 0 else 0.0, right + room)
     axes.spines.left.set_visible(False)  # the line at 0 is what bars start from
     ticks = MaxNLocator(4 if left < 0 else 5, steps=[1, 2, 5, 10]).tick_values(left, right)
@@ -216,9 +219,9 @@ def heat_map(
     table = np.asarray(values, dtype=np.float64)
     if table.shape != (len(rows), len(columns)):
         raise DataError(f"a table of {table.shape} has {len(rows)} row and {len(columns)} column names")
-    figure, (axes,) = _panels(
-        [title], width=1.6 + max(0.62 * len(columns), 2.6), height=1.1 + 0.3 * len(rows)
-    )
+    names = 0.4 + 0.075 * max(map(len, rows), default=0)  # inches, of the longest name and of the title
+    width = names + max(0.62 * len(columns), 0.085 * len(title))
+    figure, (axes,) = _panels([title], width=width, height=1.1 + 0.3 * len(rows))
     finite = table[np.isfinite(table)]
     low, high = (finite.min(), finite.max()) if finite.size else (0.0, 1.0)
     if centre is not None:

@@ -18,6 +18,7 @@ from trainer.errors import RunError
 from trainer.evaluation.metrics import METRICS, expected_ranks, metric_values
 from trainer.runtime.device import default_device, wait_for
 from trainer.runtime.memory import give_back_freed_memory
+from trainer.runtime.progress import report
 
 MIN_STEPS_BETWEEN_VALIDATIONS = 50
 VALID_CHUNK = 2048  # events scored at once: 2048 × 100 candidates × 64 floats = 52 MB
@@ -170,7 +171,8 @@ class TableTrainer:
         """One pass over the clicks in random order → the last batch's loss."""
         order = torch.randperm(len(self.users), generator=self.generator, device=self.device)
         loss = torch.zeros(())
-        for index in order.split(self.batch_size):
+        for step, index in enumerate(order.split(self.batch_size)):
+            report(f"epoch {self.epochs_done + 1}", step * self.batch_size, len(self.users))
             user = self.users[index]
             loss = self.model.loss(
                 self.graph, user, self.items[index], self.draw_negatives(user), self.config.reg

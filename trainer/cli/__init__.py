@@ -3,7 +3,7 @@ the order in which the files are imported."""
 
 # isort: off
 from trainer.cli.base import app, main
-from trainer.cli import data, training, serving, bench, help
+from trainer.cli import data, training, analysis, serving, bench, help
 # isort: on
 
-__all__ = ["app", "bench", "data", "help", "main", "serving", "training"]
+__all__ = ["analysis", "app", "bench", "data", "help", "main", "serving", "training"]

@@ -16,9 +16,11 @@ from typing import Annotated, Any
 import typer
 
 from trainer.errors import ConfigError, GensrError
+from trainer.runtime.progress import StageProgress, clear_bar, show_stages
 
 SPLITS = ("train", "valid", "test")
 RANK = int(os.environ.get("RANK", "0"))
+OURS = ("gensr", "trainer", "data_shards", "ds_configs", "slurm")
 Verb = Callable[..., Any]
 
 
@@ -74,6 +76,7 @@ def main() -> None:
     try:
         app(args=arguments, prog_name="gensr")
     except GensrError as error:
+        clear_bar()
         if len(arguments) < len(sys.argv) - 1:
             raise
         if RANK == 0:
@@ -82,8 +85,21 @@ def main() -> None:
             # every rank finds the same mistakes in a configuration; other errors may be one rank's own
             typer.echo(f"gensr: rank {RANK}: {error}", err=True)
         sys.exit(1)
+    except ModuleNotFoundError as error:
+        if len(arguments) < len(sys.argv) - 1 or (error.name or "").split(".")[0] in OURS:
+            raise
+        typer.echo(f"gensr: {lacking(error.name or '')}", err=True)
+        sys.exit(1)
     except SystemExit as stop:  # click says 2 for wrong usage; here every failure is 1
         sys.exit(1 if stop.code == 2 else stop.code)
+
+
+def lacking(package: str) -> str:
+    """What to install where a package is missing: gensr's extras leave out what a machine does not need."""
+    return (
+        f"this installation lacks the package {package}. Training and evaluation need "
+        "pip install 'gensr[train]', the HTTP service pip install 'gensr[serve]'; make install brings both."
+    )
 
 
 def show_version(asked: bool) -> None:
@@ -113,6 +129,7 @@ def verb(example: str) -> Callable[[Verb], Verb]:
 def say(*lines: str) -> None:
     """Progress and answers for people."""
     if RANK == 0:
+        clear_bar()
         for line in lines:
             typer.echo(line)
 
@@ -120,12 +137,14 @@ def say(*lines: str) -> None:
 def note(line: str) -> None:
     """What a person may want to know on the way; stdout is for answers."""
     if RANK == 0:
+        clear_bar()
         typer.echo(line, err=True)
 
 
 def answer(document: Any, as_json: bool, *lines: str) -> None:
     """One JSON object for scripts, or lines for people."""
     if RANK == 0:
+        clear_bar()
         typer.echo(json.dumps(document, ensure_ascii=False) if as_json else "\n".join(lines))
 
 
@@ -135,7 +154,5 @@ def preset_and_settings(preset: str | None, overrides: list[str] | None) -> tupl
     return (None, [preset, *settings]) if preset is not None and "=" in preset else (preset, settings)
 
 
-def stage_lines() -> Callable[[str, int, int], None]:
-    from trainer.runtime.progress import StageLines
-
-    return StageLines(enabled=RANK == 0)
+def stage_lines() -> StageProgress:
+    return show_stages(enabled=RANK == 0)

@@ -5,7 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
-from trainer.cli.base import RANK, SPLITS, AsJson, Overrides, answer, stage_lines, verb
+from trainer.cli.base import SPLITS, AsJson, Overrides, answer, note, stage_lines, verb
+from trainer.runtime.progress import waiting_for
 
 
 @verb("gensr simulate data/raw --users 2000 --items 5000 --seed 1")
@@ -97,9 +98,9 @@ def cf(
     as_json: AsJson = False,
 ) -> None:
     """Train the LightGCN table on the training split's recommendation clicks, into the prepared folder."""
+    waiting_for("loading PyTorch")
     from trainer.cf.build import train_cf
 
-    path = train_cf(
-        out, overrides or [], progress=lambda line: typer.echo(line, err=True) if RANK == 0 else None
-    )
+    stage_lines()
+    path = train_cf(out, overrides or [], progress=note)
     answer({"path": str(path)}, as_json, f"CF table: {path}")

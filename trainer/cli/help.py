@@ -20,13 +20,18 @@ from trainer.cli.base import (
 from trainer.errors import ConfigError
 
 
-@verb("gensr doctor")
-def doctor(as_json: AsJson = False) -> None:
+@verb("gensr doctor data/mine")
+def doctor(
+    folders: Annotated[
+        list[Path] | None, typer.Argument(help="prepared folders, of which every file is read and checked")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
     """Check this machine: packages, compiler, GPUs, processes, disk, MLflow's database, SLURM. Exit code 1
     when something is missing."""
     from trainer.doctor import run_checks
 
-    checks = run_checks()
+    checks = run_checks(prepared=folders or ())
     lines = []
     for check in checks:
         lines.append(f"{check.status:<4}  {check.name:<20} {check.detail}")

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +10,7 @@ import typer
 
 from trainer.cli.base import AsJson, answer, note, say, stage_lines, verb
 from trainer.errors import ConfigError, RequestError
+from trainer.runtime.progress import waiting_for
 
 
 @verb("gensr register runs/mine gensr-mine")
@@ -106,6 +107,8 @@ def score(
     except ValueError:
         raise ConfigError(f"--part must be I/N, got {part}") from None
     count_requests(requests)  # says what is wrong with the file before a model is loaded
+    progress = stage_lines()
+    waiting_for("loading PyTorch and the model")
     from trainer.registry.versions import open_model
 
     recommender = open_model(model, uri)
@@ -113,7 +116,6 @@ def score(
         for scores in recommender.score(list(read_requests(requests))):
             say(json.dumps({"scores": scores}))
         return
-    progress = stage_lines()
     answered = score_file(
         recommender,
         requests,
@@ -196,6 +198,8 @@ def answer_request(
     """Complete a request for the whole catalogue by its history, and print the answer."""
     if user and history is not None:
         raise RequestError("--user and --history both say whose history it is: give one of them")
+    stage_lines()
+    waiting_for("loading PyTorch and the model")
     from trainer.registry.versions import open_model
     from trainer.serving.users import read_history
 
@@ -219,6 +223,15 @@ Host = Annotated[
 Port = Annotated[int, typer.Option(min=0, max=65535, help="port to listen on; 0 takes a free one")]
 
 
+Compare = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="MODEL",
+        help="another run folder or models:/NAME@alias to compare with; may be repeated",
+    ),
+]
+
+
 @verb("gensr serve models:/gensr-demo@candidate --port 8000")
 def serve(
     model: Annotated[str, typer.Argument(help="run folder, or models:/NAME@alias")],
@@ -234,6 +247,7 @@ def serve(
     access_log: Annotated[
         str, typer.Option(help="file that gets a JSON line for each request; - is stderr, '' none")
     ] = "-",
+    compare: Compare = None,
     data: Prepared = "",
     uri: Registry = "",
 ) -> None:
@@ -241,22 +255,25 @@ def serve(
     too."""
     limits = {"max_batch": max_batch, "max_waiting": max_waiting, "timeout_s": timeout}
     options = {"host": host, "expose_users": expose_users, "docs": docs}
-    serve_model(model, port, data, uri, limits, options, access_log)
+    serve_model(model, port, data, uri, limits, options, access_log, compare=compare or ())
 
 
 @verb("gensr ui runs/demo")
 def ui(
     model: Annotated[str, typer.Argument(help="run folder, or models:/NAME@alias")],
     port: Port = 8000,
+    compare: Compare = None,
     data: Prepared = "",
     uri: Registry = "",
     browser: Annotated[bool, typer.Option(help="open the page in a browser")] = True,
 ) -> None:
-    """Look at a model: a user's two histories, a query, ranked items and the soft-filter weights that explain
-    them."""
+    """Look at a model: a user's two histories, a query, ranked items, what explains them, and what other
+    systems answer: popularity, item-kNN, BM25, or another model."""
     import webbrowser
 
-    serve_model(model, port, data, uri, open_page=webbrowser.open if browser else None)
+    limits = {"timeout_s": 300.0}  # the first request to item-kNN or BM25 counts it
+    open_page = webbrowser.open if browser else None
+    serve_model(model, port, data, uri, limits, open_page=open_page, compare=compare or (), with_counted=True)
 
 
 def serve_model(
@@ -268,18 +285,26 @@ def serve_model(
     options: dict[str, Any] | None = None,
     access_log: str = "",
     open_page: Callable[[str], Any] | None = None,
+    compare: Sequence[str] = (),
+    with_counted: bool = False,
 ) -> None:
-    """Bind first: a port in use is noticed before a model is loaded."""
+    """Bind first: a port in use is noticed before a model is loaded. with_counted: popularity, item-kNN and
+    BM25 can be compared with."""
     from trainer.serving.server import bind
 
     bound = bind((options or {}).get("host", "127.0.0.1"), port)
+    stage_lines()
+    waiting_for("loading PyTorch and the model")
     from trainer.registry.versions import open_model
     from trainer.serving.app import Limits, Options, open_access_log, run
+    from trainer.serving.systems import compared_systems
 
     shown = Options(**(options or {}), access_log=open_access_log(access_log))
     if shown.warning:
         note(shown.warning)
     recommender = open_model(model, uri, data, notify=note)
+    models = [(name, open_model(name, uri, data, notify=note)) for name in compare]
+    others = compared_systems(models, recommender.users if with_counted else "")
     url = f"http://{f'[{shown.host}]' if ':' in shown.host else shown.host}:{bound.getsockname()[1]}/"
 
     def is_up() -> None:
@@ -287,4 +312,4 @@ def serve_model(
         if open_page is not None:
             open_page(url)
 
-    run(recommender, bound, Limits(**(limits or {})), shown, is_up)
+    run(recommender, bound, Limits(**(limits or {})), shown, is_up, others=others)

@@ -10,6 +10,7 @@ import typer
 from trainer.cli.base import RANK, AsJson, Overrides, answer, app, note, runs_app, say, stage_lines, verb
 from trainer.errors import ConfigError
 from trainer.runs.run_folder import RunFolder
+from trainer.runtime.progress import waiting_for
 
 if TYPE_CHECKING:
     from trainer.experiments.table import Request
@@ -41,6 +42,7 @@ def train(
 
     if resume not in ("never", "auto"):
         raise ConfigError(f"--resume must be never or auto, got {resume}")
+    waiting_for("loading PyTorch")
     config = load_config(preset, overrides or [])
     if dry_run:
         from trainer.training.plan import dry_run as check
@@ -48,6 +50,7 @@ def train(
         plan = check(config, preset)
         answer(plan.facts, as_json, *plan.lines)
         return
+    waiting_for("starting")
     from trainer.training.loop import train as run
 
     result = run(config, resume="auto" if resume == "auto" else "never")
@@ -63,7 +66,7 @@ def train(
 
 
 @app.command(
-    epilog="Example: gensr submit demo --nodes 2 --gpus-per-node 8 data.dir=OUT run.dir=RUN",
+    epilog="Example: gensr submit kuaisar_flan_t5_base --nodes 2 --gpus-per-node 8 data.dir=OUT run.dir=RUN",
     context_settings={"ignore_unknown_options": True},
 )
 def submit(
@@ -149,6 +152,7 @@ def evaluate(
     RUN/evaluation-SPLIT-hard.json and .parquet. With --candidates full: retrieve from the whole catalogue,
     then rank; writes RUN/evaluation-SPLIT-full.json and .parquet.
     """
+    waiting_for("loading PyTorch and the model")
     from trainer.evaluation.summary import evaluation_name, full_lines, protocol_line, rows_of, table
     from trainer.registry.model_card import metrics_of
     from trainer.tracking.tracker import log_evaluation
@@ -190,12 +194,19 @@ def evaluate(
 
 
 @verb("gensr report runs/mine")
-def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="run folder")]) -> None:
-    """Draw RUN/report/*.png and print the results of a run."""
-    from trainer.analysis.figures import plot_run
+def report(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="run folder")],
+    events: Annotated[
+        int,
+        typer.Option(help="of each task, for calibration and examples, which ask the model; 0 = none", min=0),
+    ] = 200,
+) -> None:
+    """Write RUN/report/report.html, one page that needs no network, with its pictures as PNG and SVG, and
+    print the results of a run."""
+    from trainer.analysis.report import write_report
     from trainer.evaluation.summary import evaluation_name, protocol_line, read_evaluation, rows_of, table
 
-    say(*(f"wrote {path}" for path in plot_run(run_dir)))
+    say(f"wrote {write_report(run_dir, events)} and pictures beside it")
     for split in ("valid", "test"):
         for candidates in ("sampled", "hard"):
             if RunFolder(run_dir).evaluation(evaluation_name(split, candidates)).is_file():

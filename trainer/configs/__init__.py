@@ -1,14 +1,16 @@
 """Presets, one YAML file each with a header that says launch line, memory and expected time; and how a
 configuration is read: the section model.* has the keys of the model that model.name names."""
 
+import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from data_shards import settings as s
-from trainer.config import Config
+from trainer.config import ALSO, Config
 from trainer.errors import ConfigError
 from trainer.models.zoo import GENSR, settings_class
 
@@ -47,12 +49,24 @@ def load_config(preset_or_file: str | None, overrides: Sequence[str] = ()) -> Co
     problems = cross_field_problems(config)
     if problems:
         raise ConfigError(s.format_problems(problems, str(path or "the settings")))
-    return config
+    return with_absolute_folders(config)
 
 
 def config_from_dict(tree: Mapping[str, Any]) -> Config:
     """A Config from what RUN/config.yaml or a registered model holds."""
     return s.load(config_type(_model_name(tree)), base=tree)
+
+
+def with_absolute_folders(config: Config) -> Config:
+    """Backbones that are folders are named absolutely, so that the run, whose frozen weights may lie there,
+    can be used from another folder."""
+    names = {
+        field: name
+        for field in ("backbone", "generator")
+        if (name := getattr(config.model, field, "")) and Path(name).is_dir()
+    }
+    named = {field: os.path.abspath(name) for field, name in names.items()}
+    return replace(config, model=replace(config.model, **named)) if named else config
 
 
 @cache
@@ -86,6 +100,9 @@ def cross_field_problems(config: Config) -> list[tuple[str, str]]:
                 f"{optim.micro_batch_size}",
             )
         )
+    if unknown := [name for name in config.tracking.also.split(",") if name and name not in ALSO]:
+        known = ", ".join(ALSO)
+        problems.append(("tracking.also", f"must be of {known}, with commas between, got {unknown[0]!r}"))
     if data.weight_rec == 0 and data.weight_src == 0:
         problems.append(
             ("data.weight_rec", "data.weight_rec and data.weight_src are both 0: nothing to train on")

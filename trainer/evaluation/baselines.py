@@ -2,14 +2,12 @@
 candidates."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, TypeVar
 
-from trainer.config import Config, DataConfig, ModelSettings
 from trainer.data.folder import PreparedFolder
 from trainer.models.contract import Ranker
-from trainer.models.zoo import model_class, settings_class
-from trainer.runs.weights import build_model
+from trainer.models.zoo import model_class
+from trainer.runs.weights import counted_model
 
 T = TypeVar("T")
 # name in reports: (model.name, its settings)
@@ -32,15 +30,9 @@ def available(folder: PreparedFolder, tasks: set[int]) -> list[str]:
 
 
 def build_baseline(name: str, folder: PreparedFolder) -> Ranker:
-    """Counted from the folder, ready to score on the CPU. It reads histories as long as the folder holds
-    them."""
+    """Counted from the folder, ready to score on the CPU."""
     model, settings = BASELINES[name]
-    section: ModelSettings = settings_class(model)(**settings)
-    data = DataConfig(dir=folder.name, history_max=folder.manifest.history_max)
-    config = replace(Config(data=data), model=section)
-    built = build_model(config, folder, folder.tables(model_class(model).needs))
-    built.fit()
-    return built.eval()
+    return counted_model(model, settings, folder)
 
 
 def each_baseline(

@@ -27,6 +27,7 @@ from data_shards.settings import read_yaml
 from trainer.config import Config
 from trainer.configs import config_from_dict
 from trainer.errors import EnvironmentProblem, GensrError, RunError
+from trainer.evaluation.summary import evaluation_name
 from trainer.registry.model_card import metrics_of
 from trainer.runs.run_folder import RunFolder, read_json
 from trainer.tracking.delivery import (
@@ -64,6 +65,11 @@ STATUS = {
     "stopped": "KILLED",
     "running": "RUNNING",
 }
+EVALUATED = [
+    evaluation_name(split, candidates)
+    for split in ("valid", "test")
+    for candidates in ("sampled", "hard", "full")
+]
 PAGE = 1000  # runs of one answer
 
 
@@ -315,11 +321,11 @@ def of_folder(folder: Path) -> Source:
         samples, skipped = _lines(path)
         num_skipped += skipped
         records += [point for sample in samples for point in machine_points(path.stem, sample)]
-    for split in ("valid", "test"):
-        path = RunFolder(folder).evaluation(split)
+    for evaluated in EVALUATED:
+        path = RunFolder(folder).evaluation(evaluated)
         records += [
             {"metric": [name, value, start_ms, 0]}
-            for name, value in metrics_of(read_json(path), split).items()
+            for name, value in metrics_of(read_json(path), evaluated).items()
         ]
         files += [(path, "")] if path.is_file() else []
     files += [(path, "report") for path in sorted((folder / "report").glob("*.png"))]

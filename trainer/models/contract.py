@@ -8,6 +8,7 @@ trainer/README.md.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -85,6 +86,8 @@ class View:
     centred: bool = (
         False  # the index holds items less their mean: what all items share says nothing about one
     )
+    # a request asks with all of its history, not only with the newest data.history_max that score() reads
+    whole_history: bool = False
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,7 @@ class Ranker(nn.Module):
     tasks: ClassVar[tuple[int, ...]] = (REC, SRC)  # stream, validation and reports follow it
     # of: cf, cf_users, item_text, history_queries, users, item_category, texts
     needs: ClassVar[frozenset[str]] = frozenset()
+    may_read: ClassVar[frozenset[str]] = frozenset()  # of the same, what it reads where a folder holds it
     trained: ClassVar[bool] = True  # False: fit() is all there is to learn, no step is made
     # True: the loss compares events of a batch with each other (in-batch negatives, batch statistics)
     in_batch: ClassVar[bool] = False
@@ -119,6 +123,7 @@ class Ranker(nn.Module):
         super().__init__()
         self.settings = settings
         self._world = [world]  # a list hides tensors from nn.Module
+        self._request_texts: list[str] | None = None
 
     # ---- must ----------------------------------------------------------------------------------------------
 
@@ -136,6 +141,11 @@ class Ranker(nn.Module):
         raise NotImplementedError
 
     # ---- may -----------------------------------------------------------------------------------------------
+
+    @classmethod
+    def reads(cls, settings: ModelSettings) -> frozenset[str]:
+        """`needs` of a model with these settings."""
+        return cls.needs
 
     def fit(self) -> None:
         """What is counted, not learned: called once for a new model, before the first step. Keep the result
@@ -165,9 +175,10 @@ class Ranker(nn.Module):
         return scores.sigmoid()
 
     def representations(self, batch: Batch) -> dict[str, Tensor]:
-        """What the analyses look at, [B, …] each: "input" (what the model knows of the event), "hidden" (the
-        last layer before the score of the clicked item)."""
-        raise NotImplementedError(f"{type(self).__name__} shows no representations")
+        """What the analyses look at, [B, D] each, for the clicked item: "history" (what of the history is
+        read), "input" (that, the item and the query), "hidden" (the last layer before the score). {}: the
+        analyses record the layers of score() and say so."""
+        return {}
 
     def explain(self, batch: Batch) -> dict[str, Tensor]:
         """Weights of history items for each candidate by view, [B, C, N] each, rows sum to 1 (0 without
@@ -215,6 +226,20 @@ class Ranker(nn.Module):
     def set_ranks(self, ranks: Ranks) -> None:
         self._world[0] = replace(self._world[0], ranks=ranks)
 
+    def set_asked(self, texts: list[str] | None) -> None:
+        """Texts of the queries that rows of the query tables stand for while requests are answered; None:
+        those of the prepared folder."""
+        self._request_texts = texts
+
+    def query_text(self, row: int) -> str:
+        """Of a row of the query tables, "" for none (row -1). For models that need `texts`."""
+        texts = self._folder_texts[1] if self._request_texts is None else self._request_texts
+        return texts[row] if row >= 0 else ""
+
+    @cached_property
+    def _folder_texts(self) -> tuple[list[str], list[str]]:
+        return self.world.texts()
+
     def set_tasks(self, tasks: tuple[int, ...]) -> None:
         """Those of the model's tasks that its training data has: of a log without searches there is nothing
         to learn about them."""
@@ -240,6 +265,13 @@ class Ranker(nn.Module):
                 f"{self.settings.name} knows users by their rows, not by a history given by hand. "
                 "Name a user of the training data (user_id)"
             )
+
+
+def clicked_only(batch: Batch) -> Batch:
+    """The events with one candidate each: the clicked item."""
+    clicked_B1 = batch.labels.argmax(1, keepdim=True)
+    item_B1 = batch.candidates.gather(1, clicked_B1)
+    return replace(batch, groups=None).with_candidates(item_B1, torch.ones_like(item_B1, dtype=torch.float32))
 
 
 def task_names(model: Ranker) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """What a registered version says about itself: facts of the run folder and the manifest → tags and a model
 card."""
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,12 @@ from trainer.models.zoo import model_class
 from trainer.runs.run_folder import RunFolder, read_json
 from trainer.tracking.store import metric_name
 
+# The five figures of every table of this project, for each task a model serves.
+DECIDING = ("recall@5", "recall@10", "ndcg@5", "ndcg@10", "mrr")
+COMPARED = re.compile(r"/(recall@10|ndcg@10|mrr|mrr@10)(_low|_high)?$")  # of baselines
+# RUN/evaluation-NAME.json → where run_facts() has it
+EVALUATIONS = {"test": "evaluation", "test-hard": "hard_evaluation", "test-full": "full_evaluation"}
+
 
 def run_facts(run_dir: Path, config: Config, manifest: Manifest, tasks: tuple[int, ...]) -> dict[str, Any]:
     """Everything the model card and the tags say, read from the run folder and the manifest."""
@@ -23,6 +30,8 @@ def run_facts(run_dir: Path, config: Config, manifest: Manifest, tasks: tuple[in
         "data_dir": mask_secrets(config.data.dir)
         if is_url(config.data.dir)
         else str(Path(config.data.dir).resolve()),
+        "user": str(environment.get("user", "")),
+        "command": str(environment.get("command", "")),
         "commit": str(git.get("commit") or "unknown") + (" with local changes" if git.get("dirty") else ""),
         "manifest_hash": manifest.hash,
         "split_fingerprint": manifest.fingerprint,
@@ -37,32 +46,67 @@ def run_facts(run_dir: Path, config: Config, manifest: Manifest, tasks: tuple[in
         "variant": getattr(config.model, "variant", ""),
         "tasks": [TASKS[task] for task in tasks],
         "seed": config.run.seed,
-        "evaluation": read_json(RunFolder(run_dir).evaluation("test")),
-        "hard_evaluation": read_json(RunFolder(run_dir).evaluation("test-hard")),
-        "full_evaluation": read_json(RunFolder(run_dir).evaluation("test-full")),
+        **{key: read_json(RunFolder(run_dir).evaluation(name)) for name, key in EVALUATIONS.items()},
     }
 
 
 def version_tags(facts: Mapping[str, Any], run_id: str) -> dict[str, str]:
+    """Where a version comes from, and its DECIDING figures of the sampled test evaluation."""
     tags = {
         key: str(facts[key])
-        for key in ("run", "commit", "manifest_hash", "split_fingerprint", "model", "backbone", "variant")
+        for key in (
+            *("run", "user", "command", "commit", "manifest_hash", "split_fingerprint"),
+            *("model", "backbone", "variant"),
+        )
     }
-    return {
-        **tags,
-        "run_id": run_id,
-        **{key: f"{value:.6g}" for key, value in metrics_of(facts["evaluation"]).items()},
+    figures = {
+        metric_name(f"test/{task}/{metric}"): f"{facts['evaluation'][task][metric]:.6g}"
+        for task in TASKS
+        for metric in DECIDING
+        if metric in facts["evaluation"].get(task, {})
     }
+    return {**tags, "run_id": run_id, **figures}
 
 
 def metrics_of(evaluation: Mapping[str, Any], split: str = "test") -> dict[str, float]:
-    """The numbers of evaluation-SPLIT.json under MLflow's names: test/rec/ndcg_at_10."""
-    return {
-        metric_name(f"{split}/{task}/{metric}"): float(value)
-        for task in ("rec", "src")
-        for metric, value in evaluation.get(task, {}).items()
-        if isinstance(value, int | float)
+    """The numbers of evaluation-SPLIT.json under MLflow's names: test/rec/ndcg_at_10, the bounds of its 95 %
+    interval test/rec/ndcg_at_10_low and …_high, and of a baseline those that charts compare:
+    test/rec/lightgcn/ndcg_at_10."""
+    figures: dict[str, float] = {}
+    for task in TASKS:
+        figures |= _numbers(evaluation.get(task, {}), f"{split}/{task}")
+        for name, reports in evaluation.get("baselines", {}).items():
+            numbers = _numbers(reports.get(task, {}), f"{split}/{task}/{name}")
+            figures |= {key: value for key, value in numbers.items() if COMPARED.search(key)}
+    return {metric_name(name): value for name, value in figures.items()}
+
+
+def _numbers(report: Mapping[str, Any], prefix: str) -> dict[str, float]:
+    """Of one system on one task, with those of its "retrieval"."""
+    numbers = {
+        f"{prefix}/{name}": float(value) for name, value in report.items() if isinstance(value, int | float)
     }
+    for metric, (low, high) in report.get("ci95", {}).items():
+        numbers |= {f"{prefix}/{metric}_low": float(low), f"{prefix}/{metric}_high": float(high)}
+    for name, value in report.get("retrieval", {}).items():
+        if isinstance(value, int | float):
+            numbers[f"{prefix}/retrieval/{name}"] = float(value)
+    return numbers
+
+
+def named_evaluations(facts: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The test evaluations that run_facts() found, by the name of their file: test, test-hard, test-full."""
+    found = {name: facts[key] for name, key in EVALUATIONS.items()}
+    return {name: evaluation for name, evaluation in found.items() if evaluation}
+
+
+def model_line(facts: Mapping[str, Any]) -> str:
+    """What all versions of a registered model are, for MLflow's list of models."""
+    answers = " and ".join({"rec": "recommendation", "src": "search"}[task] for task in facts["tasks"])
+    source = facts["source"].get("name", "unknown")
+    return (
+        f"{facts['title']} for {answers}, trained on {source}. Each version's description is its model card."
+    )
 
 
 def model_card(name: str, facts: Mapping[str, Any]) -> str:

@@ -4,7 +4,8 @@ configuration, tokenizer, item tables, code.
 artifacts/model         RUN/model as it is
 artifacts/items         item tables, ids and texts, how queries are read (serving/scorer.py: write_items)
 artifacts/retrieval     indexes of the catalogue
-artifacts/evaluation    the ranks of every test event, for `gensr promote`
+artifacts/evaluation    test evaluations (sampled, hard, full): figures, and the ranks of every event; `gensr
+                        promote` reads the sampled ones
 code/                   trainer and data_shards
 model_card.md           what it is, from facts
 """
@@ -29,14 +30,23 @@ from trainer.config import Config
 from trainer.data.folder import PreparedFolder
 from trainer.errors import ConfigError, EnvironmentProblem, RunError
 from trainer.models.contract import Ranker
-from trainer.registry.model_card import metrics_of, model_card, run_facts, version_tags
+from trainer.registry.model_card import (
+    EVALUATIONS,
+    metrics_of,
+    model_card,
+    model_line,
+    named_evaluations,
+    run_facts,
+    version_tags,
+)
 from trainer.runs.run_folder import RunFolder, read_json
 from trainer.runs.weights import load_run_config
 from trainer.runtime.files import atomic
 from trainer.serving.artifacts import write_items
-from trainer.serving.recommend import Recommender, run_retrieval
+from trainer.serving.recommend import SETTINGS, Recommender, run_retrieval
 from trainer.serving.retrieval import Notify, silent
 from trainer.serving.scorer import Scorer
+from trainer.tracking.about import about_run
 from trainer.tracking.store import (
     RUN_FILE,
     connect,
@@ -71,7 +81,6 @@ SERVING_PACKAGES = (
 )
 # between the run's scores and the registered version's, after a float32 round trip
 MAX_SCORE_DIFFERENCE = 1e-4
-EVALUATION_FILES = ("evaluation-test.json", "evaluation-test.parquet")
 
 
 def register(run_dir: str | Path, name: str, alias: str = ALIAS, notify: Notify = silent) -> int:
@@ -104,6 +113,8 @@ def register(run_dir: str | Path, name: str, alias: str = ALIAS, notify: Notify 
         for key, value in version_tags(facts, run_id).items():
             client.set_model_version_tag(name, str(number), key, value)
         client.update_model_version(name, str(number), description=model_card(name, facts))
+        if not client.get_registered_model(name).description:  # what somebody wrote stays
+            client.update_registered_model(name, description=model_line(facts))
         client.set_registered_model_alias(name, alias, str(number))
     kept = f"models:/{name}/{number} is registered, also as models:/{name}@{alias}"
     with atomic(run_dir / REGISTRY_FILE, kept=kept) as path:
@@ -124,7 +135,7 @@ def refuse_unservable(model: Ranker, run_dir: Path) -> None:
         "texts": "it reads the texts of the prepared folder",
         "users": "it knows the users of the training data only, by their rows",
     }
-    if lacking := [reason for need, reason in reasons.items() if need in model.needs]:
+    if lacking := [reason for need, reason in reasons.items() if need in model.reads(model.settings)]:
         raise RunError(
             f"{run_dir}: {model.settings.name} cannot be registered: {' and '.join(lacking)}, and a version "
             "has to "
@@ -235,25 +246,28 @@ def _log_model(
     import pandas as pd
 
     client, mlflow = connect(uri), _mlflow_at(uri)
+    folder = PreparedFolder.open(config.data)
     run_id = _run_id(run_dir, client)
     if not run_id:  # trained with tracking.enabled=false
         experiment_id = open_experiment(client, uri, config.tracking.experiment, run_dir)
-        run_id = client.create_run(experiment_id, run_name=run_dir.name).info.run_id
+        tags = about_run(config, RunFolder(run_dir).read_environment(), folder.manifest)
+        run_id = client.create_run(experiment_id, run_name=run_dir.name, tags=tags).info.run_id
     status = client.get_run(run_id).info.status
     with tempfile.TemporaryDirectory(prefix="gensr-register-") as temporary:
         items, card, evaluation = (
             Path(temporary) / part for part in ("items", "model_card.md", "evaluation")
         )
-        catalog = PreparedFolder.open(config.data).items("item_id", "text")
+        catalog = folder.items("item_id", "text")
         serving_facts = {
             key: facts[key] for key in ("manifest_hash", "split_fingerprint", "commit", "data_dir")
         }
         write_items(items, scorer, catalog, serving_facts)
         card.write_text(model_card(name, facts), encoding="utf-8")
         evaluation.mkdir()
-        for file in EVALUATION_FILES:
-            if (run_dir / file).is_file():
-                shutil.copy2(run_dir / file, evaluation)
+        for evaluated in EVALUATIONS:
+            for file in (RunFolder(run_dir).evaluation(evaluated), RunFolder(run_dir).ranks(evaluated)):
+                if file.is_file():
+                    shutil.copy2(file, evaluation)
         folders = {"model": RunFolder(run_dir).model, "items": items, "card": card}
         if scorer.model.views():  # else there are no indexes
             folders["retrieval"] = RunFolder(run_dir).retrieval
@@ -280,7 +294,8 @@ def _log_model(
                 client.update_run(run_id, status=status)
     if status == "RUNNING":
         client.set_terminated(run_id, "FINISHED")
-    log_figures(client, run_id, metrics_of(facts["evaluation"]))
+    for evaluated, document in named_evaluations(facts).items():
+        log_figures(client, run_id, metrics_of(document, evaluated))
     return int(logged.registered_model_version), run_id
 
 
@@ -325,34 +340,46 @@ def _mlflow_exception() -> type[Exception]:
 
 
 def signature() -> Any:
+    """Names and types of a request's and an answer's fields. `params` are the settings of a whole table; a
+    row's own go first."""
     from mlflow.models import ModelSignature
-    from mlflow.types import DataType, Schema
-    from mlflow.types.schema import AnyType, Array, ColSpec
+    from mlflow.types import DataType, ParamSchema, ParamSpec, Schema
+    from mlflow.types.schema import AnyType, Array, ColSpec, Map, Object, Property
 
-    # ids are text or numbers, a query is text, a list or null: serving/recommend.py checks them and says what
-    # is wrong
+    # Ids are text or numbers; a query is text, a list or null. What a row may leave out is Any, too: pandas
+    # fills the gap with NaN, which MLflow refuses in a column of integers or lists, and reads as True in one
+    # of booleans. serving/recommend.py checks them and says what is wrong.
     anything = AnyType()
-    optional = (
-        "user_id",
-        "history",
-        "query",
-        "candidates",
-        "k",
-        "num_candidates",
-        "include_seen",
-        "explain",
-        "with_text",
+    click = Object(
+        [
+            Property("item_id", anything),
+            Property("task", DataType.string),
+            Property("query", anything, required=False),
+        ]
+    )
+    found = Object(
+        [
+            Property("item_id", anything),
+            Property("score", DataType.double),
+            Property("text", DataType.string, required=False),
+            Property("weights", Array(Map(anything)), required=False),
+        ]
     )
     inputs = [
         ColSpec(DataType.string, "task"),
-        *(ColSpec(anything, name, required=False) for name in optional),
+        ColSpec(Array(click), "history", required=False),
+        *(ColSpec(anything, name, required=False) for name in ("user_id", "query", "candidates", *SETTINGS)),
     ]
     outputs = [
-        ColSpec(Array(anything), "items"),
+        ColSpec(Array(found), "items"),
         ColSpec(Array(DataType.double), "scores"),
-        ColSpec(anything, "model"),
+        ColSpec(Map(anything), "model"),
     ]
-    return ModelSignature(inputs=Schema(inputs), outputs=Schema(outputs))
+    params = [
+        ParamSpec(name, DataType.boolean if isinstance(default, bool) else DataType.long, default)
+        for name, default in SETTINGS.items()
+    ]
+    return ModelSignature(inputs=Schema(inputs), outputs=Schema(outputs), params=ParamSchema(params))
 
 
 def requirements() -> list[str]:

@@ -16,6 +16,7 @@ other ranks.
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -217,3 +218,27 @@ def _put_together(folder: Path, optimizer: torch.optim.Optimizer, shapes: Shapes
         }
         parameter.copy_(states.pop("fp32"))
         optimizer.state[parameter] = states
+
+
+# ---- weights alone -----------------------------------------------------------------------------------------
+
+
+def trained_weights(found: Checkpoint, shapes: Shapes) -> dict[str, Tensor]:
+    """What a checkpoint of any layout holds of the trained parameters, float32, in this one process: for
+    analyses. shapes: name → shape of each. A checkpoint of ZeRO 1–3 needs room for as much again in the
+    temporary folder."""
+    with no_unpickling(found.path):
+        if found.identity["zero_stage"] == "none":
+            weights = whole_weights(found.path)
+        elif not _sharded(found.identity):
+            weights = torch.load(found.path / TAG / HEADERS[0], map_location="cpu", weights_only=True)[
+                "module"
+            ]
+        else:
+            with tempfile.TemporaryDirectory(prefix="gensr-weights-") as folder, writing(folder):
+                _convert(found, Path(folder))
+                paths = {name: Path(folder) / "zero" / name / "fp32.pt" for name in shapes}
+                weights = {name: _tensor_in(path, found) for name, path in paths.items()}
+    if missing := [name for name in shapes if name not in weights]:
+        raise RunError(f"{found.path} does not hold {', '.join(missing[:3])}: it is of another model")
+    return {name: weights[name].float().reshape(shape) for name, shape in shapes.items()}

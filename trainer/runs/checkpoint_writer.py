@@ -46,11 +46,18 @@ class CheckpointWriter:
     """One checkpoint at a time. All ranks call all methods but is_writing at the same step boundary."""
 
     def __init__(
-        self, accelerator: "Accelerator", model: nn.Module, optimizer: Any, run_dir: str | Path, keep: int
+        self,
+        accelerator: "Accelerator",
+        model: nn.Module,
+        optimizer: Any,
+        run_dir: str | Path,
+        keep: int,
+        notify: Callable[[int, Path], None] = lambda step, folder: None,
     ) -> None:
-        """keep: newest checkpoints kept, beside the best."""
+        """keep: newest checkpoints kept, beside the best. notify: rank 0 calls it with step and folder of a
+        checkpoint that is complete."""
         self._accelerator, self._model, self._optimizer, self._keep = accelerator, model, optimizer, keep
-        self._folder = RunFolder(run_dir).checkpoints
+        self._folder, self._notify = RunFolder(run_dir).checkpoints, notify
         self._thread: threading.Thread | None = None
         self._progress = Progress()
         self._files: dict[str, list[Any]] = {}  # this rank's: relative path → [bytes, sha256]
@@ -128,6 +135,8 @@ class CheckpointWriter:
                 self._folder, self._partial, self._name, checksums, self._keep, self._progress.best_step
             ),
         )
+        if self._accelerator.is_main_process:
+            self._notify(self._progress.step, self._folder / self._name)
 
     def abandon(self) -> None:
         """After an error that other ranks may not know of: wait for this rank's thread and leave the

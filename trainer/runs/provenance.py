@@ -1,5 +1,6 @@
 """What a run records about the code and the machine it ran on."""
 
+import getpass
 import os
 import platform
 import subprocess
@@ -42,6 +43,7 @@ def environment_facts() -> dict[str, Any]:
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "command": " ".join(mask_secrets(word) for word in sys.argv),
+        "user": user_name(),
     }
     slurm = {
         key: os.environ[key]
@@ -49,6 +51,14 @@ def environment_facts() -> dict[str, Any]:
         if key in os.environ
     }
     return {**facts, "slurm": slurm} if slurm else facts
+
+
+def user_name() -> str:
+    """Who runs this process; "" in a container that has no name for it."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return ""
 
 
 def git_facts() -> dict[str, Any]:

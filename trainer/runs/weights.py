@@ -24,7 +24,7 @@ from trainer.data.folder import PreparedFolder
 from trainer.data.node_cache import refuse_command
 from trainer.errors import DataError, RunError
 from trainer.models.contract import Ranker, Ranks, task_names
-from trainer.models.zoo import model_class
+from trainer.models.zoo import model_class, settings_class
 from trainer.runs.data_identity import check_data, what_is_read
 from trainer.runs.run_folder import RunFolder
 from trainer.runs.world import counts_of, new_world, saved_world
@@ -41,6 +41,16 @@ def build_model(
     model = kind(config.model, new_world(folder, config, tables, ranks))
     model.set_tasks(learnable_tasks(kind, folder))
     return model
+
+
+def counted_model(name: str, settings: dict[str, Any], folder: PreparedFolder) -> Ranker:
+    """A model that is counted from a prepared folder, not trained; ready to score on the CPU. It reads
+    histories as long as the folder holds them."""
+    data = DataConfig(dir=folder.name, history_max=folder.manifest.history_max)
+    config = dataclasses.replace(Config(data=data), model=settings_class(name)(**settings))
+    model = build_model(config, folder, folder.tables(model_class(name).reads(config.model)))
+    model.fit()
+    return model.eval()
 
 
 def learnable_tasks(kind: type[Ranker], folder: PreparedFolder) -> tuple[int, ...]:
@@ -83,7 +93,7 @@ def save_model(
 
 def describe_model(model: Ranker, config: Config, folder: PreparedFolder) -> dict[str, Any]:
     """model.json: all that is needed to build the model again, and what it belongs to."""
-    data = dataclasses.asdict(config.data)
+    needs, data = model.reads(model.settings), dataclasses.asdict(config.data)
     del data["dir"], data["cache_dir"]
     return {
         "format": MODEL_FORMAT,
@@ -95,8 +105,8 @@ def describe_model(model: Ranker, config: Config, folder: PreparedFolder) -> dic
         "precision": config.run.precision,
         "manifest_hash": folder.manifest.hash,
         "split_fingerprint": folder.manifest.fingerprint,
-        "reads": what_is_read(model.needs, folder),
-        **({"cf_sha256": folder.cf_digest} if model.needs & {"cf", "cf_users"} else {}),
+        "reads": what_is_read(needs | model.may_read, folder),
+        **({"cf_sha256": folder.cf_digest} if needs & {"cf", "cf_users"} else {}),
     }
 
 
@@ -218,7 +228,8 @@ def load_run_model(run_dir: str | Path, device: str = "cpu") -> tuple[Ranker, Co
     folder = PreparedFolder.open(config.data)
     path = RunFolder(run_dir).model
     document = read_model_document(path)
-    needs = model_class(document["name"]).needs
-    check_data(document, needs, folder, path, str(run_dir))
+    kind = model_class(document["name"])
+    needs = kind.reads(config.model)
+    check_data(document, needs | kind.may_read, folder, path, str(run_dir))
     tables = folder.tables(needs)
     return load_model(path, tables, device, folder), config, folder

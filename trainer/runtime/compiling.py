@@ -12,6 +12,7 @@ from pathlib import Path
 from trainer.errors import EnvironmentProblem
 
 STALE_LOCK_S = 60.0
+FIRST_TIME = "DeepSpeed compiles its helpers in C++ on this machine, once; it takes about a minute …"
 
 
 def get_ready() -> None:
@@ -19,7 +20,15 @@ def get_ready() -> None:
     from torch.utils.cpp_extension import get_default_build_root
 
     put_ninja_on_path()
-    free_locks(Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()))
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    if os.environ.get("LOCAL_RANK", "0") == "0" and not is_compiled(folder):
+        sys.stderr.write(FIRST_TIME + "\n")
+    free_locks(folder)
+
+
+def is_compiled(folder: Path) -> bool:
+    """Whether `folder` holds one of DeepSpeed's helpers."""
+    return any(folder.glob("deepspeed_*/*.so")) or any(folder.glob("*/deepspeed_*/*.so"))
 
 
 def find_ninja() -> str | None:

@@ -21,6 +21,7 @@ from trainer.errors import ConfigError, EnvironmentProblem
 from trainer.runtime import compiling
 from trainer.runtime.device import forced_cpu
 from trainer.runtime.memory import keep_freed_memory
+from trainer.runtime.stopping import end_with_launcher
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -183,6 +184,8 @@ def make_accelerator(config: Config, launch: Launch, grad_accum_steps: int) -> "
     # an earlier run of this process (a notebook, a test) may have had another precision
     AcceleratorState._reset_state(reset_partial_state=True)
 
+    if launch.launched:
+        end_with_launcher()
     group = InitProcessGroupKwargs(
         timeout=timedelta(seconds=config.run.timeout_s),
         backend="gloo" if on_cpu and launch.launched else None,

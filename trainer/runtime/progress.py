@@ -1,11 +1,24 @@
-"""Progress of long steps as plain lines on stderr: at most one every few seconds, with rate and time left."""
+"""Progress of long steps, on stderr: a bar in place on a terminal, else a line every few seconds, both with
+rate and time left.
 
+A step takes `progress(stage, done, total)`. Deep ones call report(), which is silent until a program calls
+show_stages(): as with logging, the program decides.
+"""
+
+import atexit
+import os
 import sys
 import time
-from collections.abc import Callable
-from typing import TextIO
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TextIO
 
-EVERY_S = 3.0
+if TYPE_CHECKING:
+    from rich.console import Console
+
+EVERY_S = 3.0  # between two lines
+REFRESH_S = 0.1  # between two pictures of a bar
+LASTS_S = 0.5  # a stage that is over sooner shows no bar
+STAGE_WIDTH = 12
 
 Notify = Callable[[str], None]
 """A line for whoever waits."""
@@ -13,6 +26,131 @@ CountProgress = Callable[[int, int], None]
 """(done, in all)."""
 StageProgress = Callable[[str, int, int], None]
 """(stage, done, in all), as StageLines takes them."""
+
+
+def is_terminal(stream: TextIO | None = None) -> bool:
+    """Whether a person watches; GENSR_NO_BAR=1 says no."""
+    return (stream or sys.stderr).isatty() and not os.environ.get("GENSR_NO_BAR")
+
+
+# ---- a bar in place ----------------------------------------------------------------------------------------
+
+
+def bar_width(terminal_width: int) -> int:
+    return 30 if terminal_width >= 110 else 16 if terminal_width >= 70 else 6
+
+
+def fitted(fields: Sequence[str], least_wanted: Sequence[int], room: int) -> str:
+    """The fields two spaces apart; where they do not fit into `room` characters, those named by
+    `least_wanted` (places in `fields`, in that order) are left out."""
+    kept = list(fields)
+    for place in least_wanted:
+        if len("  ".join(filter(None, kept))) <= room:
+            break
+        if place < len(kept):
+            kept[place] = ""
+    return "  ".join(filter(None, kept))
+
+
+class Bar:
+    """What is done, a bar, and the numbers that fit beside it. Cleared at the end of the program, whatever
+    ends it."""
+
+    def __init__(self, console: "Console", label_width: int, auto_refresh: bool = True) -> None:
+        """auto_refresh: redrawn ten times a second by a thread, with what is printed above it; else by
+        refresh()."""
+        from rich.progress import BarColumn, Progress, TextColumn
+
+        self._console, self._label_width = console, label_width
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=bar_width(console.width)),
+            TextColumn("{task.fields[line]}", markup=False),
+        )
+        self.progress = Progress(
+            *columns,
+            console=console,
+            transient=True,
+            auto_refresh=auto_refresh,
+            redirect_stdout=auto_refresh and sys.stdout.isatty(),  # an answer in a pipe stays there
+            redirect_stderr=auto_refresh,
+        )
+        self.progress.start()
+        self._task = self.progress.add_task("", total=None, line="")
+        atexit.register(self.progress.stop)  # else a terminal may keep its cursor hidden
+
+    @property
+    def room(self) -> int:
+        """Characters beside the bar: of the terminal's width as it is now, less a space between two columns
+        and the last place of the line."""
+        width = self._console.width
+        return width - self._label_width - bar_width(width) - 3
+
+    def show(
+        self,
+        label: str | None = None,
+        done: int | None = None,
+        total: int | None = None,
+        line: str | None = None,
+    ) -> None:
+        """Change what is given. total=0: not known."""
+        if label is not None:
+            self.progress.update(self._task, description=f"{label[: self._label_width]:<{self._label_width}}")
+        if total is not None:
+            self.progress.update(self._task, total=total or None)
+        if done is not None:
+            self.progress.update(self._task, completed=done)
+        if line is not None:
+            self.progress.update(self._task, line=line)
+
+    def stop(self) -> None:
+        self.progress.stop()
+        atexit.unregister(self.progress.stop)
+
+
+class StageBar:
+    """Callable as progress(stage, done, total); total = 0 where it is not known. A stage that lasts is
+    shown."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        from rich.console import Console
+
+        self._console = Console(file=stream, stderr=stream is None, highlight=False)
+        self._bar: Bar | None = None
+        self._stage, self._started_s, self._drawn_s = "", time.monotonic(), 0.0
+
+    def __call__(self, stage: str, done: int, total: int = 0) -> None:
+        now = time.monotonic()
+        if stage != self._stage:
+            self._stage, self._started_s = stage, now
+        is_over = bool(total) and done >= total
+        if self._bar is None and (is_over or now - self._started_s < LASTS_S):
+            return
+        if now - self._drawn_s < REFRESH_S and not is_over:
+            return
+        if self._bar is None:
+            self._bar = Bar(self._console, STAGE_WIDTH, auto_refresh=False)
+        self._drawn_s = now
+        line = stage_numbers(done, total, now - self._started_s, self._bar.room)
+        self._bar.show(stage, done, total, line)
+        self._bar.progress.refresh()
+
+    def clear(self) -> None:
+        """Before something else is printed."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar, self._stage = None, ""
+
+
+def stage_numbers(done: int, total: int, seconds: float, room: int) -> str:
+    """`1,200,000/4,000,000  0:00:07 left  400,000/s`, what fits of it."""
+    rate = done / seconds if seconds > 0 else 0.0
+    count = f"{done:,}/{total:,}" if total else (f"{done:,}" if done else "")
+    left = f"{clock((total - done) / rate)} left" if total and rate > 0 else ""
+    return fitted([count, left, f"{rate:,.0f}/s" if rate >= 1 else ""], (2, 1), room)
+
+
+# ---- lines -------------------------------------------------------------------------------------------------
 
 
 class StageLines:
@@ -41,10 +179,44 @@ def stage_line(stage: str, done: int, total: int, seconds: float) -> str:
     rate = done / seconds if seconds > 0 else 0.0
     speed = f"   {rate:,.0f}/s" if rate >= 1 else ""
     left = f"   {(total - done) / rate:,.0f} s left" if total and rate > 0 else ""
-    return f"  {stage:<12} {count}{speed}{left}".rstrip()
+    return f"  {stage:<{STAGE_WIDTH}} {count}{speed}{left}".rstrip()
 
 
 def clock(seconds: float) -> str:
     """3751 → 1:02:31."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+
+
+# ---- the program's own -------------------------------------------------------------------------------------
+
+_shown: StageBar | StageLines | None = None
+
+
+def show_stages(enabled: bool = True) -> StageProgress:
+    """From here on report() shows: a bar if stderr is a terminal, else lines. → the same, to be handed on.
+    enabled=False: nothing is shown (ranks above 0)."""
+    global _shown
+    if _shown is None or isinstance(_shown, StageLines):
+        _shown = StageBar() if enabled and is_terminal() else StageLines(enabled=enabled)
+    return _shown
+
+
+def report(stage: str, done: int, total: int = 0) -> None:
+    """What a step deep inside a verb has done."""
+    if _shown is not None:
+        _shown(stage, done, total)
+
+
+def clear_bar() -> None:
+    """Before something is printed."""
+    if isinstance(_shown, StageBar):
+        _shown.clear()
+
+
+def waiting_for(what: str) -> None:
+    """Say on a terminal what the silence is about: imports, a model that loads."""
+    if is_terminal() and os.environ.get("RANK", "0") == "0":
+        clear_bar()
+        sys.stderr.write(f"{what} …\n")
+        sys.stderr.flush()

@@ -2,6 +2,7 @@
 
     first SIGTERM, SIGINT or SIGUSR1   all ranks stop at the same step boundary and save
     second SIGINT or SIGTERM           now, without saving
+    the launcher is killed             SIGTERM to each of its processes (end_with_launcher)
     no sign of life for run.timeout_s  the end of this process: a peer is lost or hangs. What waits in a
                                        collective gives up after run.timeout_s,
                                        too; this is for what has no time-out of its own
@@ -11,6 +12,7 @@ the time.
 """
 
 import contextlib
+import ctypes
 import faulthandler
 import os
 import select
@@ -33,6 +35,17 @@ FORCE_AFTER_S = {signal.SIGINT: 3.0, signal.SIGTERM: 15.0}
 GRACE_S = 10.0  # a second signal, or a time-out, lets the main thread end by itself for so long
 LAST_WORDS_S = 5.0
 EXIT_FORCED = 70  # sysexits' EX_SOFTWARE
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def end_with_launcher() -> None:
+    """From here on Linux sends this process SIGTERM when the one that started it ends.
+
+    A launcher that is killed leaves its processes behind. One that still waits for its peers would meet those
+    of the next job at the same address, and the two would train together.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
 class StopSignal:

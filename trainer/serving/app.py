@@ -19,7 +19,7 @@ import asyncio
 import ipaddress
 import socket
 import sys
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -55,9 +55,11 @@ from trainer.serving.payloads import (
     History,
     KnownUsers,
     Ready,
+    SystemFacts,
 )
 from trainer.serving.recommend import DEFAULT_K, NUM_CANDIDATES, Recommender
 from trainer.serving.server import ConnectionLimits, serve
+from trainer.serving.systems import System, Systems, system_of
 
 PAGE = Path(__file__).parent / "page"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -122,12 +124,19 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def make_app(recommender: Recommender, limits: Limits = Limits(), options: Options = Options()) -> FastAPI:
-    """The application around one model; `app.state` holds its `batcher` and its `metrics`."""
+def make_app(
+    recommender: Recommender,
+    limits: Limits = Limits(),
+    options: Options = Options(),
+    others: Sequence[System] = (),
+) -> FastAPI:
+    """The application around one model; `app.state` holds its `batcher` and its `metrics`. others: systems
+    that requests may name to compare it with."""
     facts = public(recommender.facts)
     metrics = Metrics(facts)
+    systems = [system_of(recommender), *others]
     batcher = Batcher(
-        recommender.answer,
+        Systems(systems).answer,
         limits.max_batch,
         limits.max_waiting,
         limits.max_batch_candidates,
@@ -150,8 +159,8 @@ def make_app(recommender: Recommender, limits: Limits = Limits(), options: Optio
     app.add_middleware(CatchAll)
     app.add_middleware(Observe, metrics=metrics, access_log=options.access_log)
     add_error_handlers(app)
-    _add_questions(app, batcher, facts, limits, options)
-    _add_state(app, recommender, facts, limits)
+    _add_questions(app, batcher, limits, options)
+    _add_state(app, recommender, systems, facts, limits)
     _add_examples(app, recommender, options)
     if options.docs:
         _add_docs(app)
@@ -166,9 +175,10 @@ def run(
     options: Options = Options(),
     on_ready: Callable[[], None] = lambda: None,
     connections: ConnectionLimits | None = None,
+    others: Sequence[System] = (),
 ) -> None:
     """Serve on a socket of bind() until a signal; what was taken is answered."""
-    app = make_app(recommender, limits, options)
+    app = make_app(recommender, limits, options, others)
     batcher, metrics = app.state.batcher, app.state.metrics
     serve(app, bound, batcher, connections or ConnectionLimits(), limits.timeout_s, metrics.closed, on_ready)
 
@@ -188,9 +198,7 @@ def num_candidates(request: Mapping[str, Any]) -> int:
 # ---- routes ------------------------------------------------------------------------------------------------
 
 
-def _add_questions(
-    app: FastAPI, batcher: Batcher, facts: dict[str, Any], limits: Limits, options: Options
-) -> None:
+def _add_questions(app: FastAPI, batcher: Batcher, limits: Limits, options: Options) -> None:
     # the model is documented, not applied: large answers need not be checked twice
     described: dict[int | str, dict[str, Any]] = {
         200: {"model": Answer},
@@ -202,7 +210,7 @@ def _add_questions(
             raise HTTPException(403, f"explain names what the user clicked: {USERS_OFF}")
         work = batcher.answer({"task": task, **ask.model_dump(exclude_none=True)})
         answer = await while_connected(work, request.receive, limits.timeout_s)
-        return JSONResponse({**answer, "model": facts})
+        return JSONResponse({**answer, "model": public(answer["model"])})
 
     @app.post("/recommend", responses=described)
     async def recommend(ask: Ask, request: Request) -> Response:
@@ -241,7 +249,9 @@ async def while_connected(
         left.cancel()
 
 
-def _add_state(app: FastAPI, recommender: Recommender, facts: dict[str, Any], limits: Limits) -> None:
+def _add_state(
+    app: FastAPI, recommender: Recommender, systems: Sequence[System], facts: dict[str, Any], limits: Limits
+) -> None:
     batcher: Batcher = app.state.batcher
     metrics: Metrics = app.state.metrics
 
@@ -261,6 +271,7 @@ def _add_state(app: FastAPI, recommender: Recommender, facts: dict[str, Any], li
         """What answers, and its limits."""
         return Facts(
             model=facts,
+            systems=[SystemFacts(**system.facts) for system in systems],
             num_items=recommender.num_items,
             queries=recommender.query_mode,
             limits=asdict(limits),

@@ -9,6 +9,11 @@ MAX_HISTORY, MAX_CANDIDATES, MAX_QUERY_WORDS, MAX_QUERY_CHARS, MAX_ID_CHARS = 20
 
 ItemId = int | Annotated[str, Field(max_length=MAX_ID_CHARS)]
 Task = Literal["rec", "src"]
+Query = (
+    Annotated[str, Field(max_length=MAX_QUERY_CHARS)]
+    | Annotated[list[int], Field(max_length=MAX_QUERY_WORDS)]
+    | None
+)
 
 
 class Strict(BaseModel):
@@ -25,24 +30,23 @@ class Click(Strict):
 
     item_id: ItemId
     task: Task = "rec"
+    query: Query = None
 
 
 class Ask(Strict):
-    """A request. trainer/serving/recommend.py has the meaning of each field."""
+    """A request. trainer/serving/recommend.py has the meaning of each field. system: one of those of /model
+    to compare with; empty: the model."""
 
     user_id: ItemId | None = None
     history: Annotated[list[Click], Field(max_length=MAX_HISTORY)] | None = None
-    query: (
-        Annotated[str, Field(max_length=MAX_QUERY_CHARS)]
-        | Annotated[list[int], Field(max_length=MAX_QUERY_WORDS)]
-        | None
-    ) = None
+    query: Query = None
     candidates: Annotated[list[ItemId], Field(max_length=MAX_CANDIDATES)] | None = None
     k: int | None = None
     num_candidates: int | None = None
     include_seen: bool = False
     explain: bool = False
     with_text: bool = False
+    system: Annotated[str, Field(max_length=MAX_ID_CHARS)] = ""
 
 
 class AskScores(Ask):
@@ -101,10 +105,23 @@ class Ready(Strict):
     waiting: int
 
 
+class SystemFacts(Strict):
+    """A system that a request may name. explains: its answers can have weights. knows_users: a request may
+    name a user instead of a history."""
+
+    name: str
+    title: str
+    tasks: list[Task]
+    explains: bool
+    knows_users: bool
+
+
 class Facts(Strict):
-    """What answers, and its limits. queries: how they are written: natural, words, digits or drop."""
+    """What answers, and its limits. systems: the model, named "", and those to compare it with. queries: how
+    they are written: natural, words, digits or drop."""
 
     model: dict[str, Any]
+    systems: list[SystemFacts]
     num_items: int
     queries: str
     limits: dict[str, int | float]
@@ -125,11 +142,12 @@ class ExampleQueries(Strict):
 
 
 class HistoryItem(Strict):
-    """One click, with the text of its item."""
+    """One click, with the text of its item, and the query of a search."""
 
     item_id: int | str
     task: Task
     text: str
+    query: str = ""
 
 
 class History(Strict):

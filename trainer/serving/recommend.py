@@ -25,11 +25,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_shards.schema import TASKS
 from data_shards.settings import read_yaml
 from trainer.data.folder import PreparedFolder
 from trainer.errors import EnvironmentProblem, RequestError
-from trainer.models.contract import Ranker
+from trainer.models.contract import Ranker, task_names
 from trainer.runs.run_folder import RunFolder
 from trainer.runs.weights import document_path, load_run_config
 from trainer.runtime.files import file_sha256
@@ -48,6 +47,14 @@ from trainer.serving.users import Users, open_users
 
 DEFAULT_K, MAX_K = 10, 1000
 NUM_CANDIDATES, MAX_NUM_CANDIDATES = 400, 2000
+# how a request is answered, beside what it asks → the default
+SETTINGS: Mapping[str, int | bool] = {
+    "k": DEFAULT_K,
+    "num_candidates": NUM_CANDIDATES,
+    "include_seen": False,
+    "explain": False,
+    "with_text": False,
+}
 RETRIEVAL = "retrieval"  # folder of the indexes in a run folder and among a version's artifacts
 
 
@@ -186,7 +193,7 @@ class Recommender:
         if _flag(request, "with_text", ""):
             for item, place in zip(items, order, strict=True):
                 item["text"] = self.text(parsed.candidates[place])
-        if _flag(request, "explain", ""):
+        if _flag(request, "explain", "") and self.explains:
             read = parsed.items[-self.scorer.model.world.data.history_max :]
             weights = self.scorer.explain(parsed)
             for item, place in zip(items, order, strict=True):
@@ -215,6 +222,21 @@ class Recommender:
         return len(self.scorer.item_ids)
 
     @property
+    def title(self) -> str:
+        """How tables call the model."""
+        return self.scorer.model.title or type(self.scorer.model).__name__
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """("rec", "src") or the one that it answers."""
+        return task_names(self.scorer.model)
+
+    @property
+    def explains(self) -> bool:
+        """Whether "explain" adds weights: whether the model weighs history items."""
+        return type(self.scorer.model).explain is not Ranker.explain
+
+    @property
     def query_mode(self) -> str:
         """How queries are written: natural, words (numbers), digits or drop."""
         return self.scorer.query_format.mode
@@ -229,11 +251,10 @@ class Recommender:
         """A user's clicks, oldest first, as in a request, each with its item's text. Raises RequestError."""
         if isinstance(self.users, str):
             raise RequestError(self.users)
-        items, tasks = self.users.rows(user_id)
-        pairs = zip(items.tolist(), tasks.tolist(), strict=True)
+        clicks = self.users.history(user_id, self.scorer.item_ids)
+        items, _ = self.users.rows(user_id)
         return [
-            {"item_id": self.scorer.item_ids[item], "task": TASKS[task], "text": self.text(item)}
-            for item, task in pairs
+            {**click, "text": self.text(item)} for click, item in zip(clicks, items.tolist(), strict=True)
         ]
 
 
@@ -252,11 +273,9 @@ def _nothing_to_ask(parsed: ParsedRequest, where: str) -> None:
 
 def _names(requests: Sequence[Any]) -> list[str]:
     """What errors call the requests."""
-    return (
-        [f"request {number}" for number in range(1, len(requests) + 1)]
-        if len(requests) > 1
-        else ["the request"]
-    )
+    if len(requests) == 1:
+        return ["the request"]
+    return [f"request {number}" for number in range(1, len(requests) + 1)]
 
 
 def _count(request: Mapping[str, Any], name: str, default: int, largest: int, where: str) -> int:

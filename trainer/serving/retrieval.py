@@ -7,7 +7,7 @@ measured recall, sha256 of each file)
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from torch import Tensor
 from trainer.errors import RunError
 from trainer.models.contract import Ranker, View
 from trainer.runtime.files import atomic, file_sha256, writing
-from trainer.runtime.progress import Notify
+from trainer.runtime.progress import Notify, StageProgress, report
 from trainer.serving.index import TRAINING_VECTORS, Index, build_index, plan_index, unit
 
 FORMAT = 1
@@ -117,7 +117,7 @@ def mean_vector(model: Ranker, view: View) -> Tensor:
 
 
 def build_retrieval(
-    model: Ranker, notify: Notify = silent, progress: Callable[[str, int, int], None] | None = None
+    model: Ranker, notify: Notify = silent, progress: StageProgress = report
 ) -> Retrieval | None:
     """An index for each view; None for a model without views. The memory that each needs is said before it is
     built, its recall afterwards."""
@@ -135,13 +135,15 @@ def _build(
     view: View,
     mean: Tensor,
     notify: Notify,
-    progress: Callable[[str, int, int], None] | None,
+    progress: StageProgress,
 ) -> Index | None:
     num_items = model.tables.num_items
     notify(plan_index(num_items, view.width).line(name, num_items, view.width))
-    report = None if progress is None else (lambda done, total: progress(f"index {name}", done, total))
     index = build_index(
-        lambda rows: unit_vectors(model, view, mean, rows), num_items, view.width, progress=report
+        lambda rows: unit_vectors(model, view, mean, rows),
+        num_items,
+        view.width,
+        progress=lambda done, total: progress(f"index {name}", done, total),
     )
     if index is None:
         notify(f"index {name}: no item has a vector, left out")

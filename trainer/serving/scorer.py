@@ -112,7 +112,8 @@ class Scorer:
     def score_catalogue(self, parsed: ParsedRequest) -> Tensor:
         """Scores of all items for one request, [num_items] float32 on the CPU: for the order only."""
         with self._asking([parsed], [[]]) as batch:
-            return self.model.score_catalogue(batch)[0].float().cpu()
+            scores_I = self.model.score_catalogue(batch)[0].float().cpu()
+        return scores_I.clone()  # behind inference mode: the caller may change it
 
     def explain(self, parsed: ParsedRequest) -> dict[str, list[list[float]]]:
         """What the model reads of the history for each candidate, by view: [candidates][newest history_max
@@ -128,12 +129,15 @@ class Scorer:
         self, parsed: ParsedRequest, views: Mapping[str, View], means: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         """What each view's index is asked with for one request, [width] each; zero where it has nothing to
-        ask. The whole history counts."""
-        with self._asking([parsed], [[]], history_max=max(1, len(parsed.items))) as batch:
-            return {
-                name: view.ask(batch, means[name].to(self.model.device))[0].float().cpu()
-                for name, view in views.items()
-            }
+        ask."""
+        found = {}
+        for whole in {view.whole_history for view in views.values()}:
+            longest = max(1, len(parsed.items)) if whole else None
+            with self._asking([parsed], [[]], history_max=longest) as batch:
+                for name, view in views.items():
+                    if view.whole_history == whole:
+                        found[name] = view.ask(batch, means[name].to(self.model.device))[0].float().cpu()
+        return found
 
     # ---- from rows to scores -------------------------------------------------------------------------------
 
@@ -178,6 +182,7 @@ class Scorer:
             tables = self.model.tables
             asked = dataclasses.replace(tables, query_tokens=tokens.to(device), query_words=words.to(device))
             self.model.set_tables(asked)
+            self.model.set_asked(queries.texts)
             yield self.model.prepare(batch).to(device)
 
     def _batch(

@@ -16,7 +16,6 @@ from urllib.request import url2pathname
 
 import yaml
 
-from data_shards.schema import Manifest
 from data_shards.secrets import mask_secrets
 from trainer.config import Config
 from trainer.errors import EnvironmentProblem, RunError
@@ -25,8 +24,10 @@ from trainer.runtime.files import atomic, writing
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
-RUN_FILE = "tracking.json"  # where a run folder says which MLflow run is its own
+# of an experiment: MLflow's pages then show training runs, not traces of language models
+KIND = {"mlflow.experimentKind": "custom_model_development"}
 MAX_DIGEST = 36  # characters, MLflow's limit
+RUN_FILE = "tracking.json"  # where a run folder says which MLflow run is its own
 
 
 def tracking_uri(config: Config, run_dir: str | Path) -> str:
@@ -122,12 +123,24 @@ def open_experiment(client: "MlflowClient", uri: str, name: str, run_dir: str | 
     if found is None:
         location = None if is_server(uri) else (Path(run_dir).resolve().parent / "mlartifacts").as_uri()
         try:
-            return str(client.create_experiment(name, artifact_location=location))
+            return str(client.create_experiment(name, artifact_location=location, tags=KIND))
         except MlflowException:  # another job was first
             found = client.get_experiment_by_name(name)
             if found is None:
                 raise
     return str(found.experiment_id)
+
+
+def training_page(uri: str, experiment_id: str) -> str:
+    """Address of the page with an experiment's runs, curves and charts. Without the last part MLflow may open
+    its page for language models. Of a database: where `mlflow ui --port 5000` shows it."""
+    parts = urlsplit(uri)
+    place = "http://127.0.0.1:5000"
+    if is_server(uri):  # without a name and password
+        place = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path.rstrip('/')}"
+    if not experiment_id:
+        return place
+    return f"{place}/#/experiments/{experiment_id}/runs?workflowType=machine_learning"
 
 
 def is_server(uri: str) -> bool:
@@ -141,6 +154,15 @@ def write_run_file(folder: Path, uri: str, experiment_id: str, run_id: str) -> N
             json.dumps({"uri": mask_secrets(uri), "experiment_id": experiment_id, "run_id": run_id}, indent=2)
             + "\n"
         )
+
+
+def read_experiment_id(folder: str | Path) -> str:
+    """The experiment of the folder's MLflow run, "" when it has none."""
+    try:
+        document = json.loads((Path(folder) / RUN_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return ""
+    return str(document.get("experiment_id", ""))
 
 
 def read_run_file(folder: str | Path, uri: str = "") -> str:
@@ -163,23 +185,9 @@ def log_figures(client: "MlflowClient", run_id: str, figures: Mapping[str, float
         client.log_batch(run_id, metrics=new)
 
 
-def dataset_record(manifest: Manifest, data_dir: str) -> dict[str, Any]:
-    raw = manifest.raw
-    profile = {
-        "counts": raw.get("counts"),
-        "split": raw.get("split"),
-        "seeds": raw.get("seeds"),
-        "manifest_hash": manifest.hash,
-    }
-    return {
-        "name": str(raw.get("source", {}).get("name", "prepared")),
-        "digest": manifest.hash,
-        "uri": mask_secrets(data_dir),
-        "profile": profile,
-    }
-
-
 def dataset_input(record: Mapping[str, Any]) -> Any:
+    """MLflow's DatasetInput of one of about.py's dataset_records(); a spool of an older gensr has no
+    context."""
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
     dataset = Dataset(
@@ -189,7 +197,8 @@ def dataset_input(record: Mapping[str, Any]) -> Any:
         source=json.dumps({"uri": record["uri"]}),
         profile=json.dumps(record["profile"]),
     )
-    return DatasetInput(dataset=dataset, tags=[InputTag("mlflow.data.context", "training")])
+    context = record.get("context", "training")
+    return DatasetInput(dataset=dataset, tags=[InputTag("mlflow.data.context", context)])
 
 
 def metric_name(name: str) -> str:

@@ -17,17 +17,20 @@ from data_shards.settings import flatten, to_dict
 from trainer.config import Config
 from trainer.errors import EnvironmentProblem
 from trainer.runs.run_folder import RunFolder
+from trainer.tracking.about import about_run, dataset_records
 from trainer.tracking.delivery import Record, Sender
 from trainer.tracking.store import (
     connect,
-    dataset_record,
     dump,
+    is_server,
     log_figures,
     metric_name,
     one_line,
     open_experiment,
+    read_experiment_id,
     read_run_file,
     tracking_uri,
+    training_page,
     write_run_file,
 )
 
@@ -52,6 +55,11 @@ class Tracker:
         """ "" without a run, and while the store has not opened it yet."""
         return ""
 
+    @property
+    def page(self) -> str:
+        """Address of the experiment's page on an MLflow server; "" for a database, which no server shows."""
+        return ""
+
     @staticmethod
     def start(
         config: Config,
@@ -68,9 +76,13 @@ class Tracker:
         EnvironmentProblem when a new run is refused (a wrong address or token, a file that cannot be opened);
         a server that does not answer gets the run when it does.
         """
-        if not (enabled and config.tracking.enabled):
+        if not enabled:
             return NullTracker()
-        return MlflowTracker(config, Path(run_dir), facts, resume_run_id)
+        from trainer.tracking.also import beside
+
+        in_mlflow = config.tracking.enabled
+        main = MlflowTracker(config, Path(run_dir), facts, resume_run_id) if in_mlflow else NullTracker()
+        return beside(main, config, Path(run_dir))
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """All of `metrics` at one step. "@" in names becomes "_at_": rec/recall@10 → rec/recall_at_10."""
@@ -96,7 +108,7 @@ class MlflowTracker(Tracker):
     def __init__(
         self, config: Config, run_dir: Path, facts: Mapping[str, Any], resume_run_id: str | None
     ) -> None:
-        self.uri = tracking_uri(config, run_dir)
+        self.uri, self._run_dir = tracking_uri(config, run_dir), run_dir
         known = resume_run_id or read_run_file(run_dir, self.uri)
 
         def open_run(client: "MlflowClient") -> str:
@@ -129,6 +141,11 @@ class MlflowTracker(Tracker):
     @property
     def run_id(self) -> str:
         return self._sender.run_id
+
+    @property
+    def page(self) -> str:
+        experiment_id = read_experiment_id(self._run_dir)
+        return training_page(self.uri, experiment_id) if is_server(self.uri) and experiment_id else ""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         now_ms = int(time.time() * 1000)
@@ -177,11 +194,10 @@ def describe(
     if diff := git.pop("diff", ""):
         records.append({"text": str(diff), "file": "code.diff"})
     tags = flatten(masked({**rest, "git": git}))
-    if git.get("commit"):
-        tags["mlflow.source.git.commit"] = git["commit"]
+    tags |= about_run(config, masked(rest), manifest)
     if isinstance(manifest, Manifest):
         tags |= {"manifest_hash": manifest.hash, "split_fingerprint": manifest.fingerprint}
-        records.append({"dataset": dataset_record(manifest, config.data.dir)})
+        records += [{"dataset": record} for record in dataset_records(manifest, config.data.dir)]
     records.append({"tags": {key: str(value)[:MAX_TAG] for key, value in tags.items()}})
     records.append({"text": dump(tree, "config.yaml"), "file": "config.yaml"})
     if RunFolder(run_dir).environment.is_file():

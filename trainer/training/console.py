@@ -3,7 +3,7 @@ metrics.jsonl. Only rank 0 speaks."""
 
 import contextlib
 import json
-import os
+import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,13 +11,14 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
 
 from data_shards.secrets import mask_secrets
 from trainer.errors import EnvironmentProblem
 from trainer.runs.run_folder import RunFolder
 from trainer.runtime.files import atomic, writing
-from trainer.runtime.progress import clock
+from trainer.runtime.progress import Bar, clear_bar, clock, fitted, is_terminal
+
+DOING_WIDTH = len("validating")
 
 
 class RunConsole:
@@ -33,7 +34,8 @@ class RunConsole:
         """resume_step: None starts the files anew; else records of later steps, which will be made again, are
         dropped."""
         self.enabled, self.num_steps = enabled, num_steps
-        self._progress: Progress | None = None
+        self._bar: Bar | None = None
+        self._record: dict[str, float] = {}  # the last one, for the bar
         self._started_s = time.monotonic()
         self._first_step = resume_step or 0
         if not enabled:
@@ -66,32 +68,54 @@ class RunConsole:
 
     def say(self, *lines: str) -> None:
         """Lines for terminal and log."""
-        if not self.enabled:
-            return
         for line in map(mask_secrets, lines):
-            if self._progress is not None:
-                self._progress.console.print(line, markup=False)
-            else:
-                self._terminal.print(line, markup=False)
+            self._tell(line, [line])
+
+    def _tell(self, line: str, shown: Sequence[str]) -> None:
+        """A line for the log, and how it looks on the terminal."""
+        if self.enabled:
+            clear_bar()
+            for part in shown or [""]:
+                self._terminal.print(part, markup=False)
             self._write(line)
 
     def banner(self, rows: Sequence[tuple[str, str]]) -> None:
         """The block before training: one `name  value` line each."""
         width = max(len(name) for name, _ in rows)
-        self.say(*(f"{name:<{width}}  {value}" for name, value in rows), "")
+        for name, value in [*rows, ("", "")]:
+            line = mask_secrets(f"{name:<{width}}  {value}").rstrip()
+            self._tell(line, self._wrapped(line, width + 2))
+
+    def _wrapped(self, line: str, indent: int) -> list[str]:
+        """The line in parts that fit a terminal, broken between words."""
+        if not (self.enabled and self._terminal.is_terminal):
+            return [line]
+        return textwrap.wrap(
+            line,
+            self._terminal.width,
+            subsequent_indent=" " * indent,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
 
     def start_bar(self) -> None:
         """From here on `step()` moves a live bar, if this is a terminal."""
         self._started_s = time.monotonic()
-        if self.enabled and self._terminal.is_terminal and not os.environ.get("GENSR_NO_BAR"):
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=30),
-                TextColumn("{task.fields[line]}"),
-            )
-            self._progress = Progress(*columns, console=self._terminal, transient=True)
-            self._progress.start()
-            self._progress.add_task("training", total=self.num_steps, completed=self._first_step, line="")
+        if self.enabled and is_terminal():
+            clear_bar()
+            self._bar = Bar(self._terminal, DOING_WIDTH)
+            self._bar.show("training", self._first_step, self.num_steps, "first step …")
+
+    def doing(self, what: str) -> None:
+        """What the bar says it waits for: training, validating, saving."""
+        if self._bar is not None:
+            self._bar.show(what)
+
+    def advance(self, step: int) -> None:
+        """Move the bar; the numbers beside it are those of the last record."""
+        if self._bar is not None:
+            line = bar_line(step, self.num_steps, self._record, self.eta_s(step), self._bar.room)
+            self._bar.show(done=step, line=line)
 
     def step(self, step: int, record: Mapping[str, float]) -> None:
         """A training record: metrics.jsonl and one line. `record` has loss, lr, events_per_s, memory_gb."""
@@ -100,8 +124,9 @@ class RunConsole:
         self.record({"kind": "train", "step": step, **record})
         line = step_line(step, self.num_steps, record, self.eta_s(step))
         self._write(line)
-        if self._progress is not None:
-            self._progress.update(self._progress.task_ids[0], completed=step, line=line)
+        self._record = dict(record)
+        if self._bar is not None:
+            self.advance(step)
         else:
             self._terminal.print(line, markup=False)
 
@@ -120,9 +145,9 @@ class RunConsole:
             self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
 
     def _stop_bar(self) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
 
 
 def step_line(step: int, num_steps: int, record: Mapping[str, float], eta_s: float) -> str:
@@ -132,6 +157,21 @@ def step_line(step: int, num_steps: int, record: Mapping[str, float], eta_s: flo
         f"{record['lr']:.1e}  "
         f"{record['events_per_s']:,.0f} ev/s  {record['memory_gb']:.1f} GB  eta {clock(eta_s)}"
     )
+
+
+def bar_line(step: int, num_steps: int, record: Mapping[str, float], eta_s: float, room: int) -> str:
+    """`1,200/5,000  0:12:31 left  loss 0.4321  lr 8.1e-04  1,234 ev/s  1.2 GB`, less what does not fit into
+    `room` characters: lr goes first, then memory, speed, loss and time. record: empty before the first
+    one."""
+    fields = [f"{step:,}/{num_steps:,}", f"{clock(eta_s)} left"]
+    if record:
+        fields += [
+            f"loss {record['loss']:.4f}",
+            f"lr {record['lr']:.1e}",
+            f"{record['events_per_s']:,.0f} ev/s",
+            f"{record['memory_gb']:.1f} GB",
+        ]
+    return fitted(fields, (3, 5, 4, 2, 1), room)
 
 
 def keep_records(path: Path, last_step: int) -> None:

@@ -29,7 +29,7 @@ def count(config: Config, folder: PreparedFolder, accelerator: Any) -> tuple[dic
     started = time.monotonic()
     folder.check_settings(config.data)
     kind = model_class(config.model.name)
-    model = build_model(config, folder, folder.tables(kind.needs).to(accelerator.device))
+    model = build_model(config, folder, folder.tables(kind.reads(config.model)).to(accelerator.device))
     model.fit()
     model.to(accelerator.device).eval()
     rank, world_size = accelerator.process_index, accelerator.num_processes

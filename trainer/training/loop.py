@@ -8,7 +8,7 @@ device between two log lines.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -38,6 +38,7 @@ from trainer.runtime.memory import peak_memory_bytes
 from trainer.runtime.stopping import StopSignal
 from trainer.tracking.machine import measured
 from trainer.training import plan
+from trainer.training.callbacks import Callback
 from trainer.training.counting import count
 from trainer.training.optimizer import set_lr
 from trainer.training.schedule import grad_accum_steps
@@ -65,10 +66,13 @@ class TrainResult:
         return EXIT_RESUME_ME if self.status == "stopped" else 0
 
 
-def train(config: Config, resume: Literal["never", "auto"] = "never") -> TrainResult:
+def train(
+    config: Config, resume: Literal["never", "auto"] = "never", callbacks: Sequence[Callback] = ()
+) -> TrainResult:
     """Train as `config` says, on every process that the launcher started.
 
-    resume="auto" continues run.dir from its newest whole checkpoint, or starts it. Raises a GensrError for
+    resume="auto" continues run.dir from its newest whole checkpoint, or starts it. callbacks are told what
+    happens, on rank 0; a model that is counted rather than trained tells nothing. Raises a GensrError for
     anything the user can mend; earlier results stay as they are.
     """
     given = (("data.dir=OUT", config.data.dir), ("run.dir=RUN", config.run.dir))
@@ -87,7 +91,7 @@ def train(config: Config, resume: Literal["never", "auto"] = "never") -> TrainRe
             with claim.undone_on_error():
                 return _counted(config, folder, accelerator)
         with claim.undone_on_error():
-            run = set_up(config, folder, launch, accelerator, claim.continuing)
+            run = set_up(config, folder, launch, accelerator, claim.continuing, callbacks)
         try:
             tracked_here = config.tracking.enabled and launch.local_rank == 0
             measuring = measured(config.run.dir, config.tracking.machine_every_s, tracked_here)
@@ -116,6 +120,7 @@ def fit(run: Run, stop: StopSignal) -> Status:
             one_step(run, batches, window, stop)
             progress.step += 1
             progress.events_seen += schedule.global_batch_size
+            run.listeners.on_step(progress.step, schedule.num_steps)
             stopping = stop.poll(busy=run.writer.is_writing) and progress.step < schedule.num_steps
             run.writer.poll(stop.all_idle)
             validating, saving = (
@@ -199,13 +204,13 @@ def log(run: Run, window: Window) -> None:
         "train_s": progress.train_s,
         **({"skipped_batches": progress.skipped_batches} if progress.skipped_batches else {}),
     }
-    run.console.step(progress.step, record)
-    run.tracker.log_metrics({f"train/{name}": value for name, value in record.items()}, progress.step)
+    run.listeners.on_log(progress.step, record)
 
 
 def validate_now(run: Run, stop: StopSignal) -> bool:
     """Metrics on the fixed sample; True when they are the best so far (then RUN/model is written)."""
     started_s = time.monotonic()
+    run.console.doing("validating")
     run.model.eval()
 
     def score(batch: Batch) -> torch.Tensor:
@@ -216,6 +221,7 @@ def validate_now(run: Run, stop: StopSignal) -> bool:
     with torch.no_grad():
         metrics = validate(score, run.valid, lambda rows: gather_objects(run.accelerator, rows))
     run.model.train()
+    run.console.doing("training")
     progress, name = run.progress, run.config.run.select_metric
     if name not in metrics:
         raise ConfigError(
@@ -234,8 +240,7 @@ def validate_now(run: Run, stop: StopSignal) -> bool:
     run.console.say(
         f"valid {progress.step:,}  {name} {value:.4f}  ({note}, {time.monotonic() - started_s:.0f} s)"
     )
-    run.console.record({"kind": "valid", "step": progress.step, **metrics})
-    run.tracker.log_metrics({f"valid/{key}": number for key, number in metrics.items()}, progress.step)
+    run.listeners.on_validation(progress.step, metrics, gained)
     return gained
 
 
@@ -254,7 +259,9 @@ def write_model(run: Run) -> None:
 
 def save(run: Run) -> None:
     """Begin a checkpoint; a thread writes it during the next steps."""
+    run.console.doing("saving")
     run.writer.start(run.progress, run.identity, run.tracker.run_id)
+    run.console.doing("training")
     runfolder.write_status(run.dir, "running", run.progress, enabled=run.is_main)
 
 

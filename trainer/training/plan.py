@@ -106,7 +106,7 @@ def size_of(model: Any) -> ModelSize:
         total=sum(numel(p) for p in parameters),
         trainable=sum(numel(p) for p in parameters if p.requires_grad),
         cost=model.cost() or Cost(flops=6.0 * sum(numel(p) for p in parameters), activation_bytes=0.0),
-        needs=model.needs,
+        needs=model.reads(model.settings),
     )
 
 
@@ -168,6 +168,7 @@ def banner_rows(
     num_valid_events: int,
     devices: str,
     mlflow_run_id: str,
+    mlflow_page: str = "",
 ) -> list[tuple[str, str]]:
     """The block before training."""
     import torch
@@ -178,6 +179,7 @@ def banner_rows(
         ("devices", f"{devices}, {torch.get_num_threads()} CPU threads a process"),
         ("run", config.run.dir),
         ("MLflow", f"run {mlflow_run_id}" if mlflow_run_id else "off"),
+        *([("page", mlflow_page)] if mlflow_page else []),
     ]
 
 
@@ -315,7 +317,7 @@ def _check_folder(config: Config) -> None:
     folder.check_settings(config.data)
     check_metric(config, learnable_tasks(kind, folder))
     kind.check_tokenizer(load_tokenizer(folder.tokenizer))
-    folder.tables(kind.needs)
+    folder.tables(kind.reads(config.model))
 
 
 def _hours(seconds: float) -> str:

@@ -1,6 +1,7 @@
 """Everything up to the first step: model, optimizer and streams as a new run or the newest whole checkpoint
 has them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,10 @@ from trainer.runs.weights import build_model, init_from, learnable_tasks
 from trainer.runtime import compiling
 from trainer.runtime.distributed import gather_objects, gather_rows, on_main
 from trainer.runtime.launch import Launch, devices
+from trainer.runtime.progress import waiting_for
 from trainer.tracking.tracker import NullTracker, Tracker
 from trainer.training import plan
+from trainer.training.callbacks import Callback, Listeners, Shown, Tracked
 from trainer.training.console import RunConsole
 from trainer.training.optimizer import make_optimizer, trained_shapes
 from trainer.training.schedule import Schedule, above_chance, make_schedule
@@ -48,6 +51,7 @@ class Run:
     valid: EvalStream
     console: RunConsole
     tracker: Tracker
+    listeners: Listeners  # console and tracker among them
     progress: Progress
     writer: CheckpointWriter
     bad_batches: BadBatches | None
@@ -66,7 +70,14 @@ class Run:
         return self.config.optim.lr * self.schedule.lr_factor(step)
 
 
-def set_up(config: Config, folder: PreparedFolder, launch: Launch, accelerator: Any, continuing: bool) -> Run:
+def set_up(
+    config: Config,
+    folder: PreparedFolder,
+    launch: Launch,
+    accelerator: Any,
+    continuing: bool,
+    callbacks: Sequence[Callback] = (),
+) -> Run:
     """Raises a GensrError for anything the user can mend; nothing has been trained then."""
     from accelerate.utils import set_seed
 
@@ -78,6 +89,8 @@ def set_up(config: Config, folder: PreparedFolder, launch: Launch, accelerator: 
     if found is not None:
         checkpoint.check_identity(found, identity, config.run.accept_changes)
 
+    if accelerator.is_main_process:
+        waiting_for("building the model")
     set_seed(config.run.seed)  # the same weights on every rank
     module, cf, holdout = make_model(config, folder, accelerator)
     taken = ""
@@ -103,11 +116,20 @@ def set_up(config: Config, folder: PreparedFolder, launch: Launch, accelerator: 
     first_step = progress.step if found is not None else None
     console = RunConsole(config.run.dir, schedule.num_steps, accelerator.is_main_process, first_step)
     banner = (plan.size_of_folder(folder), size, schedule, launch, valid.num_events, facts["devices"])
-    console.banner(plan.banner_rows(config, *banner, tracker.run_id))
+    console.banner(plan.banner_rows(config, *banner, tracker.run_id, tracker.page))
     console.say(*skipped, *([f"init_from: {taken}"] if taken else []))
     if found is not None:
         console.say(continuing_line(found, identity, progress, schedule))
-    writer = CheckpointWriter(accelerator, model, optimizer, config.run.dir, config.run.keep_checkpoints)
+    everyone = [Shown(console), Tracked(tracker), *callbacks]
+    listeners = Listeners(everyone, enabled=accelerator.is_main_process)
+    writer = CheckpointWriter(
+        accelerator,
+        model,
+        optimizer,
+        config.run.dir,
+        config.run.keep_checkpoints,
+        notify=listeners.on_checkpoint,
+    )
     skipping = config.run.on_nan == "skip"
     return Run(
         config=config,
@@ -121,6 +143,7 @@ def set_up(config: Config, folder: PreparedFolder, launch: Launch, accelerator: 
         valid=valid,
         console=console,
         tracker=tracker,
+        listeners=listeners,
         progress=progress,
         writer=writer,
         bad_batches=BadBatches(accelerator, model, config.run.max_skipped_batches) if skipping else None,
@@ -149,7 +172,7 @@ def run_identity(
 ) -> dict[str, Any]:
     """What a continuation must share with this run; the CF table counts for models that read it. found: the
     checkpoint to continue, which may name the table in an older way."""
-    reads_cf = bool(kind.needs & {"cf", "cf_users"})
+    reads_cf = bool(kind.reads(config.model) & {"cf", "cf_users"})
     recorded = found.identity.get("cf_digest", "") if found is not None else ""
     cf_digest = on_main(accelerator, lambda: folder.cf_digest_as(recorded)) if reads_cf else ""
     world_size = accelerator.num_processes
@@ -162,9 +185,10 @@ def make_model(
     """The model of a new run with its tables on the device, the CF table if the model reads one, and how
     training events are kept from their own clicks."""
     kind = model_class(config.model.name)
-    cf = folder.cf(users=False) if "cf" in kind.needs else None
+    needs = kind.reads(config.model)
+    cf = folder.cf(users=False) if "cf" in needs else None
     holdout = training_holdout(config, cf) if cf is not None else "none"
-    tables = folder.tables(kind.needs, with_folds=holdout != "none").to(accelerator.device)
+    tables = folder.tables(needs, with_folds=holdout != "none").to(accelerator.device)
     size = accelerator.num_processes
     ranks = Ranks(size, gather_rows if size > 1 else None)
     return build_model(config, folder, tables, ranks), cf, holdout

@@ -38,6 +38,27 @@ def refused(
     assert not out.with_name("out.partial").exists()
 
 
+@pytest.mark.parametrize(
+    ("file", "column", "value", "got"),
+    [
+        ("items.jsonl", "text", ["red", "lamp"], "a list"),
+        ("items.jsonl", "category", {"name": "lamps"}, "an object"),
+        ("events.jsonl", "user_id", ["u1"], "a list"),
+        ("events.jsonl", "query", {"text": "red"}, "an object"),
+    ],
+)
+def test_nested_json_is_no_text(
+    tmp_path: Path, raw: Path, file: str, column: str, value: Any, got: str
+) -> None:
+    change_lines(raw / file, lambda number, row: {**row, column: value} if number == 7 else row)
+    refused(raw, rf"{file}:{column}:row 8: must be text or a number, got {got}")
+
+
+def test_text_that_looks_like_json_is_text(tmp_path: Path, raw: Path) -> None:
+    change_lines(raw / "items.jsonl", lambda _, row: {**row, "text": f"[new] {row['text']}"})
+    prepare("tables", raw, tmp_path / "out", FAST)
+
+
 def test_missing_files(tmp_path: Path, raw: Path) -> None:
     (raw / "events.jsonl").unlink()
     refused(raw, r"no events\.parquet, events\.csv or events\.jsonl")

@@ -116,7 +116,6 @@ def category_model(by: str, queries: list[str]) -> Category:
 def test_category_ranks_what_is_in_it_then_what_lies_below_it_then_the_rest(by):
     queries = ["tools saws", "Saws for the tools", "toys games", "drills", "tools drills cheap"]
     model = category_model(by, queries)
-    assert model.of_query.tolist() == [3, 3, 2, 0, 4]
     candidates = torch.arange(6).expand(len(queries), 6)
     batch = make_batch([[2, 4]] * 5, candidates, query=torch.arange(5))
     scores = model.score(batch)

@@ -67,7 +67,7 @@ def _run(arguments: Sequence[str], log: Path, mode: str) -> None:
         file = log.open(mode, encoding="utf-8")
     with file:
         process = subprocess.Popen(
-            [sys.executable, "-m", "trainer", *arguments],
+            [sys.executable, "-m", "gensr", *arguments],
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,

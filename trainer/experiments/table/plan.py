@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from data_shards.schema import Manifest
 from data_shards.settings import flatten, read_yaml, to_dict, to_yaml
 from trainer.config import Config
 from trainer.configs import load_config, preset_names
@@ -74,8 +75,9 @@ def make_plan(request: Request) -> Plan:
     """Writes OUT/plan.json and OUT/settings/. Raises ConfigError for what cannot be, or differs from what OUT
     was begun with; DataError when FOLDER is not a prepared folder."""
     _check(request)
-    configs = {name: _config(request, name) for name in request.names}
-    folder = PreparedFolder.open(next(iter(configs.values())).data)
+    of_data = [word for word in request.settings if word.startswith("data.")]
+    folder = PreparedFolder.open(load_config(None, [f"data.dir={request.folder}", *of_data]).data)
+    configs = {name: _config(request, name, folder.manifest) for name in request.names}
     begun = {
         "manifest_hash": folder.manifest.hash,
         "trials": request.trials,
@@ -123,8 +125,9 @@ def _check(request: Request) -> None:
         model_class(name)  # raises ConfigError that lists the names
 
 
-def _config(request: Request, name: str) -> Config:
-    """The named preset, else the preset of the model's own name, else the defaults."""
+def _config(request: Request, name: str, manifest: Manifest) -> Config:
+    """The named preset, else the preset of the model's own name, else the defaults. A preset's history_max is
+    that of the paper's data: a folder with shorter histories is read whole."""
     preset = request.presets.get(name) or (name if name in preset_names() else None)
     config = load_config(preset, [] if preset else [f"model.name={name}"])
     if config.model.name != name:
@@ -136,6 +139,7 @@ def _config(request: Request, name: str) -> Config:
         words += [f"run.max_epochs={request.epochs}", "run.max_steps=0"]
     if request.max_steps:
         words.append(f"run.max_steps={request.max_steps}")
+    words.append(f"data.history_max={min(config.data.history_max, manifest.history_max)}")
     return load_config(preset, [*words, *request.settings])
 
 

@@ -54,7 +54,7 @@ def event_values(run_dir: Path, candidates: str, task: str) -> Values:
     path = RunFolder(run_dir).ranks(evaluation_name(SPLIT, candidates))
     table = pq.read_table(path, columns=["task", "user_id", "rank", "num_tied", "event_id"])
     table = table.filter(pc.equal(table["task"], task)).sort_by("event_id")
-    ranks, num_tied = (torch.from_numpy(table[name].to_numpy()) for name in ("rank", "num_tied"))
+    ranks, num_tied = (torch.from_numpy(table[name].to_numpy().copy()) for name in ("rank", "num_tied"))
     chosen = [METRICS.index(name) for name in SHOWN]
     users = np.asarray(table["user_id"].to_pylist())
     return Values(table["event_id"].to_numpy(), users, metric_values(ranks, num_tied)[:, chosen].numpy())

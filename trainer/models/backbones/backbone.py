@@ -75,6 +75,13 @@ class Backbone(nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
+        self.frame_texts([], [])
+
+    def frame_texts(self, begin: list[int], end: list[int]) -> None:
+        """Tokens that every text began and ended with when the backbone was pretrained: each prompt gets
+        them. A decoder answers behind its prompt's last token and takes `begin` only."""
+        for name, tokens in (("begin", begin), ("end", end)):
+            self.register_buffer(f"text_{name}", torch.tensor(tokens, dtype=torch.int64), persistent=False)
 
     @property
     def base(self) -> Any:

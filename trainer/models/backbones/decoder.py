@@ -2,9 +2,11 @@
 share is read once."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache
 
@@ -53,9 +55,23 @@ class DecoderBackbone(Backbone):
 
     def _behind(self, prompt: Prompt, length: int) -> Tensor:
         """The decoder's output at the last `length` positions of every prompt [M, length, D]."""
+        prompt = self._begun(prompt)
         # transformers cannot combine gradient checkpointing with a cache
         recompute = self.training and self.base.get_decoder().gradient_checkpointing
         return self._whole(prompt, length) if recompute else self._shared_once(prompt, length)
+
+    def _begun(self, prompt: Prompt) -> Prompt:
+        """With the special tokens that texts begin with, before what the candidates share."""
+        begin = self.get_buffer("text_begin")
+        if not len(begin):
+            return prompt
+        shared_BPD, mask_BP = prompt.shared_BPD, prompt.shared_mask_BP
+        first_BXD = self.embed(begin).to(shared_BPD.dtype).expand(len(shared_BPD), -1, -1)
+        return replace(
+            prompt,
+            shared_BPD=torch.cat([first_BXD, shared_BPD], 1),
+            shared_mask_BP=F.pad(mask_BP, (len(begin), 0), value=True) if mask_BP is not None else None,
+        )
 
     def _whole(self, prompt: Prompt, length: int) -> Tensor:
         """The last positions of every prompt, each prompt read from its start."""

@@ -22,9 +22,34 @@ def language_model(
     """A new model: weights and tokenizer belong together, or DataError. World.saved: its architecture alone,
     the weights are loaded afterwards (with LoRA on a pretrained backbone, its frozen weights by name).
 
+    A pretrained one reads prompts as it read texts: between the special tokens of its tokenizer.
+
     lora: None, or settings of adapters (gensr/settings.py: LoraConfig). part: what the model calls it, also
     the folder of its configuration (save_extra).
     """
+    backbone = _made(name, world, dropout, lora, activation_checkpointing, part)
+    if world.tokenizer is not None and is_pretrained(name):
+        backbone.frame_texts(*special_tokens(world.tokenizer()))
+    return backbone
+
+
+def is_pretrained(name: str) -> bool:
+    """Whether a backbone's name stands for weights that have read texts before."""
+    return not name.startswith("scratch:")
+
+
+def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """What a tokenizer puts before and behind a text: T5's [], [</s>], Llama 3's [<|begin_of_text|>], []."""
+    text, whole = (tokenizer("Yes", add_special_tokens=given)["input_ids"] for given in (False, True))
+    for start in range(len(whole) - len(text) + 1):
+        if whole[start : start + len(text)] == text:
+            return whole[:start], whole[start + len(text) :]
+    return [], []
+
+
+def _made(
+    name: str, world: World, dropout: float, lora: Any, activation_checkpointing: bool, part: str
+) -> Backbone:
     lora = lora if lora is not None and lora.rank else None
     if world.tokenizer is None:  # sizes only: no weights, no network
         with architecture(name) as config_only:
@@ -67,7 +92,7 @@ def language_model(
 def adapters_only(name: str, lora: Any) -> bool:
     """Whether RUN/model leaves the frozen backbone out: with LoRA, unless the backbone was made from scratch
     and exists nowhere else."""
-    return lora is not None and lora.rank > 0 and not name.startswith("scratch:")
+    return lora is not None and lora.rank > 0 and is_pretrained(name)
 
 
 def _has_own_head(saved: Path, part: str) -> bool:

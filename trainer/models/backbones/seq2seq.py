@@ -55,11 +55,31 @@ class Seq2SeqBackbone(Backbone):
 
     def _encode(self, prompt_MSD: Tensor, mask_MS: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """→ the encoder's output [M, S, D] and the mask as layers take it."""
+        prompt_MSD, mask_MS = self._framed(prompt_MSD, mask_MS)
         mask = self.layer_mask(mask_MS) if mask_MS is not None else None
         encoded: Tensor = self.base.get_encoder()(
             inputs_embeds=prompt_MSD, attention_mask=mask
         ).last_hidden_state
         return encoded, mask
+
+    def _framed(self, prompt_MSD: Tensor, mask_MS: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Prompts [M, S, D] between the backbone's special tokens; padding stays behind everything."""
+        begin, end = self.get_buffer("text_begin"), self.get_buffer("text_end")
+        rows, num_end = len(prompt_MSD), len(end)
+        if len(begin):
+            prompt_MSD = torch.cat(
+                [self.embed(begin).to(prompt_MSD.dtype).expand(rows, -1, -1), prompt_MSD], 1
+            )
+            mask_MS = F.pad(mask_MS, (len(begin), 0), value=True) if mask_MS is not None else None
+        if not num_end:
+            return prompt_MSD, mask_MS
+        end_MXD = self.embed(end).to(prompt_MSD.dtype).expand(rows, -1, -1)  # X: the tokens at the end
+        if mask_MS is None:
+            return torch.cat([prompt_MSD, end_MXD], 1), None
+        place_MX = mask_MS.sum(1, keepdim=True) + torch.arange(num_end, device=mask_MS.device)
+        longer = F.pad(prompt_MSD, (0, 0, 0, num_end))
+        framed = longer.scatter(1, place_MX[..., None].expand_as(end_MXD), end_MXD)
+        return framed, F.pad(mask_MS, (num_end, 0), value=True)
 
     def _decode(self, encoded_MSD: Tensor, mask: Tensor | None, tokens_ML: Tensor) -> Tensor:
         """The decoder's output at its start token and at each of L tokens, [M, L + 1, D]."""

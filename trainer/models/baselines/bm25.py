@@ -51,38 +51,45 @@ class Bm25(Ranker):
     def score(self, batch: Batch) -> Tensor:
         """Events without a query score 0 everywhere."""
         num_events, num_candidates = batch.candidates.shape
-        query_B = batch.query.cpu().numpy()
-        item_weights, query_counts = self._index
+        item_weights, _ = self._index
         items_R = item_weights[batch.candidates.reshape(-1).cpu().numpy()]  # R = B·C rows
-        queries_R = query_counts[np.repeat(np.maximum(query_B, 0), num_candidates)]
+        queries_R = self._counts(batch)[np.repeat(np.arange(num_events), num_candidates)]
         scores = np.asarray(items_R.multiply(queries_R).sum(axis=1), dtype=np.float32)
-        scores_BC = scores.reshape(num_events, num_candidates)
-        scores_BC[query_B < 0] = 0.0
-        return torch.from_numpy(scores_BC).to(batch.candidates.device)
+        return torch.from_numpy(scores.reshape(num_events, num_candidates)).to(batch.candidates.device)
 
     def score_catalogue(self, batch: Batch) -> Tensor:
-        query_B = batch.query.cpu().numpy()
-        item_weights, query_counts = self._index
-        scores_BI = (query_counts[np.maximum(query_B, 0)] @ item_weights.T).toarray().astype(np.float32)
-        scores_BI[query_B < 0] = 0.0
+        item_weights, _ = self._index
+        scores_BI = (self._counts(batch) @ item_weights.T).toarray().astype(np.float32)
         return torch.from_numpy(scores_BI).to(batch.candidates.device)
 
-    @cached_property
-    def _index(self) -> tuple[sparse.csr_matrix, sparse.csr_matrix]:
-        """[I, V] what an item scores for one occurrence of a term in the query; [Q, V] occurrences."""
+    def _counts(self, batch: Batch) -> sparse.csr_matrix:
+        """[B, V] how often each term occurs in the queries of the events; 0 without a query."""
+        item_weights, vocabulary = self._index
+        rows = batch.query.tolist()
         if self.world.num_words:
-            num_terms = self.world.num_words + 1
-            item_terms, query_terms = (
-                _word_ids(words) for words in (self.tables.item_words, self.tables.query_words)
-            )
-            return self._weights(item_terms, num_terms), _count_matrix(query_terms, num_terms)
-        item_texts, query_texts = self.world.texts()
+            query_words = self.tables.query_words.cpu()
+            terms = [_word_ids(query_words[row : row + 1])[0] if row >= 0 else [] for row in rows]
+        else:
+            texts = [self.query_text(row) for row in rows]
+            terms = [[vocabulary[w] for w in _words(text) if w in vocabulary] for text in texts]
+        return _count_matrix(terms, item_weights.shape[1])
+
+    @cached_property
+    def _index(self) -> tuple[sparse.csr_matrix, dict[str, int]]:
+        """[I, V] what an item scores for one occurrence of a term in the query; the number of each term (of
+        anonymised words it is the word itself)."""
+        if self.world.num_words:
+            return self._weights(_word_ids(self.tables.item_words), self.world.num_words + 1), {}
         vocabulary: dict[str, int] = {}
         item_terms = [
-            [vocabulary.setdefault(w, len(vocabulary)) for w in _words(text)] for text in item_texts
+            [vocabulary.setdefault(w, len(vocabulary)) for w in _words(text)]
+            for text in self.world.texts()[0]
         ]
-        query_terms = [[vocabulary[w] for w in _words(text) if w in vocabulary] for text in query_texts]
-        return self._weights(item_terms, len(vocabulary)), _count_matrix(query_terms, len(vocabulary))
+        return self._weights(item_terms, len(vocabulary)), vocabulary
+
+    def probability(self, scores: Tensor) -> Tensor:
+        """Not one: score / (1 + score), so that answers lie in [0, 1)."""
+        return scores / (1 + scores)
 
     def _weights(self, item_terms: list[list[int]], num_terms: int) -> sparse.csr_matrix:
         return _term_weights(item_terms, num_terms, self.settings.k1, self.settings.b)

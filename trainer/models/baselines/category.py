@@ -15,6 +15,7 @@ log of anonymised words, the order alone remains. Counted, not trained. Search o
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -42,28 +43,37 @@ class Category(Ranker):
     Settings = CategorySettings
     title = "category"
     tasks = (SRC,)
-    needs = frozenset({"item_category", "texts", "cf"})
+    needs = frozenset({"item_category", "texts"})  # by=cf: cf, too
     trained = False
     settings: CategorySettings
     share: Tensor  # [I] log clicks as a share of the largest, below 1
     same_words: Tensor  # [1 + num_categories] the first category with the same words; 0: none
-    of_query: Tensor  # [num_queries] the query's category, 0: none
 
     def __init__(self, settings: CategorySettings, world: World) -> None:
         super().__init__(settings, world)
         self.register_buffer("share", torch.zeros(world.num_items))
         self.register_buffer("same_words", torch.zeros(1 + world.num_categories, dtype=torch.int32))
-        self.register_buffer("of_query", torch.zeros(world.num_queries, dtype=torch.int32))
+
+    @classmethod
+    def reads(cls, settings: ModelSettings) -> frozenset[str]:
+        by_cf = isinstance(settings, CategorySettings) and settings.by == "cf"
+        return cls.needs | {"cf"} if by_cf else cls.needs
 
     def fit(self) -> None:
         clicks = torch.bincount(self.world.clicks().item, minlength=self.world.num_items).float().log1p()
         self.share.copy_(clicks / (1 + clicks.max()))
-        words = [category_query(list(path)) for path in self.world.categories()]
-        first = {text: number for number, text in reversed(list(enumerate(words))) if text}
+        words, first = self._first
         self.same_words.copy_(torch.tensor([first.get(text, 0) for text in words], dtype=torch.int32))
-        paths = Paths([(number, text.split()) for text, number in first.items()])
-        queries = [category_query([text]).split() for text in self.world.texts()[1]]
-        self.of_query.copy_(torch.tensor([paths.find(query) for query in queries], dtype=torch.int32))
+
+    @cached_property
+    def _first(self) -> tuple[list[str], dict[str, int]]:
+        """Words of each category, and the first category with each."""
+        words = [category_query(list(path)) for path in self.world.categories()]
+        return words, {text: number for number, text in reversed(list(enumerate(words))) if text}
+
+    @cached_property
+    def _paths(self) -> "Paths":
+        return Paths([(number, text.split()) for text, number in self._first[1].items()])
 
     def score(self, batch: Batch) -> Tensor:
         levels_BCT = self._categories(batch.candidates)
@@ -82,11 +92,9 @@ class Category(Ranker):
 
     def _wanted(self, batch: Batch) -> Tensor:
         """The category of each event [B]; −1, which no item has, for none."""
-        known_B = batch.query >= 0
-        if not len(self.of_query):
-            return torch.full_like(batch.query, -1)
-        found_B = self.of_query[batch.query.clamp(min=0)].long()
-        return torch.where(known_B & (found_B > 0), found_B, -1)
+        texts = [self.query_text(row) for row in batch.query.tolist()]
+        found = {text: self._paths.find(category_query([text]).split()) for text in set(texts)}
+        return torch.tensor([found[text] or -1 for text in texts], device=batch.query.device)
 
     def _place(self, levels: Tensor, wanted: Tensor) -> Tensor:
         """Levels […, T] → 0 elsewhere, 2 below the category, 3 in it: […] float32."""

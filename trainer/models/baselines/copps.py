@@ -50,6 +50,7 @@ class Copps(Tem):
 
     Settings = CoppsSettings
     title = "CoPPS"
+    may_read = frozenset({"item_category"})
     in_batch = True  # the other events are the negatives
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:

@@ -30,7 +30,14 @@ from data_shards import settings as s
 from data_shards.schema import SRC
 from trainer.batch import Batch, rows_of
 from trainer.config import Fraction, ModelSettings, NonNegativeFloat, Positive, PositiveFloat
-from trainer.models.contract import CATALOGUE_SLICE, ONE_PROCESS, Ranker, Ranks, World
+from trainer.models.contract import (
+    CATALOGUE_SLICE,
+    ONE_PROCESS,
+    Ranker,
+    Ranks,
+    World,
+    clicked_only,
+)
 from trainer.models.layers.attention import TargetAttention, masked_mean
 from trainer.models.layers.contrast import QueryItemContrast, ViewContrast
 from trainer.models.layers.embedding import ItemTable, Positions, WordMean
@@ -206,10 +213,13 @@ class UniSarCore(nn.Module):
         self, histories: Histories, items_BCD: Tensor, user_BD: Tensor, query_BD: Tensor, search_B: Tensor
     ) -> Tensor:
         """→ log-odds of a click [B, C], float32."""
-        event = [part[:, None].expand_as(items_BCD) for part in (user_BD, query_BD)]
-        parts = [*self.interests(histories, items_BCD), items_BCD, *event]
-        scores_BC: Tensor = self.mixture(torch.cat(parts, -1), search_B)
+        scores_BC: Tensor = self.mixture(self.features(histories, items_BCD, user_BD, query_BD), search_B)
         return scores_BC
+
+    def features(self, histories: Histories, items_BCD: Tensor, user_BD: Tensor, query_BD: Tensor) -> Tensor:
+        """What the mixture reads, [B, C, 5 D]: both interests, the item, the user, the query."""
+        event = [part[:, None].expand_as(items_BCD) for part in (user_BD, query_BD)]
+        return torch.cat([*self.interests(histories, items_BCD), items_BCD, *event], -1)
 
     def alignment(self, histories: Histories, ranks: Ranks = ONE_PROCESS) -> Tensor:
         """Both alignments, [B]; 0 for a row without one of the two kinds. Rows of all ranks are told
@@ -236,6 +246,7 @@ class UniSar(Ranker):
     Settings = UniSarSettings
     title = "UniSAR"
     needs = frozenset({"item_text", "history_queries"})
+    may_read = frozenset({"item_category"})
     in_batch = True  # the alignments
     settings: UniSarSettings
 
@@ -279,6 +290,25 @@ class UniSar(Ranker):
         loss = loss + settings.query_item_weight * terms["query_item_loss"]
         return loss, {name: term.detach() for name, term in terms.items()}
 
+    def representations(self, batch: Batch) -> dict[str, Tensor]:
+        """history: the interests in both histories. input: what the mixture of experts reads. hidden: the
+        output of the event's tower, which its head reads."""
+        batch = clicked_only(batch)
+        histories, *_ = self._histories(batch)
+        search_B, items_BCD = batch.task == SRC, self._items(batch.candidates)
+        query_BD = self.core.query_vectors(self._query_words(batch.query), search_B)
+        features_BCD = self.core.features(
+            histories, items_BCD, self.core.user_vectors(batch.user + 1), query_BD
+        )
+        rec_BCD, src_BCD = self.core.mixture.hidden(features_BCD)
+        hidden_BCD = torch.where(search_B[:, None, None], src_BCD, rec_BCD)
+        width = 2 * items_BCD.shape[-1]
+        return {
+            "history": features_BCD[:, 0, :width],
+            "input": features_BCD[:, 0],
+            "hidden": hidden_BCD[:, 0],
+        }
+
     # ---- batch → core --------------------------------------------------------------------------------------
 
     def _histories(self, batch: Batch) -> tuple[Histories, Tensor, Tensor, Tensor]:
@@ -315,9 +345,8 @@ class UniSar(Ranker):
 
     def _items(self, rows: Tensor) -> Tensor:
         """Vectors of rows of the item tables."""
-        categories = getattr(self.tables, "item_category", rows.new_zeros((self.world.num_items, 0)))
         words = rows_of(self.tables.item_terms, rows)
-        return self.core.item_vectors(rows + 1, words, rows_of(categories, rows))
+        return self.core.item_vectors(rows + 1, words, rows_of(self.tables.item_category, rows))
 
     def _query_words(self, rows: Tensor) -> Tensor:
         """Padding only where there is no query (row -1)."""

@@ -85,6 +85,25 @@ class SoftFilter(nn.Module):
         )
 
 
+class MeanFilter(nn.Module):
+    """What stands in SoftFilter's place where it is ablated: every history item counts alike."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.no_history = nn.Parameter(torch.zeros(width))
+
+    def weights(self, candidates_BCW: Tensor, history_BNW: Tensor, mask_BN: Tensor) -> Tensor:
+        """[B, C, N] float32."""
+        weights_BN = mask_BN.float() / mask_BN.sum(1, keepdim=True).clamp(min=1)
+        return weights_BN[:, None].expand(-1, candidates_BCW.shape[1], -1)
+
+    def forward(self, candidates_BCW: Tensor, history_BNW: Tensor, mask_BN: Tensor) -> Tensor:
+        """The mean, [B, C, W]; of an empty history the learned `no_history` vector."""
+        weights_BCN = self.weights(candidates_BCW, history_BNW, mask_BN)
+        mean_BCW = weights_BCN.to(history_BNW.dtype) @ history_BNW
+        return torch.where(mask_BN.any(1)[:, None, None], mean_BCW, self.no_history.to(mean_BCW.dtype))
+
+
 def _never_empty(mask_BN: Tensor) -> Tensor:
     """Let rows without history attend to their first padding position, so that no softmax is over nothing
     (NaN)."""

@@ -14,18 +14,30 @@ from torch import Tensor, nn
 
 from data_shards.schema import SRC
 from trainer.batch import Batch, Group, rows_of
+from trainer.errors import ConfigError
 from trainer.models.backbones.adapters import merge_adapters
 from trainer.models.backbones.backbone import Prompt
 from trainer.models.backbones.frozen import save_frozen_identity
-from trainer.models.contract import Cost, Ranker, View, World
+from trainer.models.backbones.language import is_pretrained
+from trainer.models.contract import Cost, Ranker, View, World, clicked_only
 from trainer.models.gensr.cost import gensr_cost
+from trainer.models.gensr.evidence import Evidence, EvidenceHead, Seen
 from trainer.models.gensr.grouping import group_events, in_one_pass
-from trainer.models.gensr.history import HistoryEncoder, SoftFilter
+from trainer.models.gensr.history import HistoryEncoder, MeanFilter, SoftFilter
 from trainer.models.gensr.language import backbone_of, keeps_adapters_only
-from trainer.models.gensr.prompt import NUM_EXTENDED_SLOTS, NUM_PAPER_SLOTS, answer_tokens, build_templates
+from trainer.models.gensr.mining import Mine, log_proposal, mined, open_mine
+from trainer.models.gensr.prompt import (
+    NUM_EVIDENCE_SLOTS,
+    NUM_EXTENDED_SLOTS,
+    NUM_PAPER_SLOTS,
+    answer_tokens,
+    build_templates,
+)
 from trainer.models.gensr.settings import GenSRSettings
 from trainer.models.gensr.views import gensr_views
 from trainer.models.losses import answer_loss, contrastive_loss, listwise_loss
+
+SLOT_VIEWS = ("cf", "semantic", "cf", "semantic", "cf", "semantic", "semantic")  # what each slot holds
 
 
 def match_projection(view_width: int, width: int) -> nn.Linear:
@@ -49,6 +61,25 @@ class EncodedHistory:
         return EncodedHistory(self.cf_BNK[start:stop], self.sem_BND[start:stop], self.mask_BN[start:stop])
 
 
+@dataclass(frozen=True)
+class PromptParts:
+    """What goes into the prompts of all candidates."""
+
+    slots_BCXD: Tensor  # both filtered views and both views of the item first
+    cf_BCD: Tensor  # f_c and f_s in the backbone's space, for Eq. 10
+    sem_BCD: Tensor
+    query_BQD: Tensor  # query_parts()
+    query_mask_BQ: Tensor
+    query_BD: Tensor
+    beside_BC: Tensor | float = 0.0  # what evidence adds to the scores
+
+    def of(self, rows_G: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What fill_prompt() takes of the events of a group."""
+        parts = (self.slots_BCXD, self.query_BQD, self.query_mask_BQ)
+        slots, query, mask = (part_B.index_select(0, rows_G) for part_B in parts)
+        return slots, query, mask
+
+
 class GenSR(Ranker):
     """score(batch) → log-odds of "Yes" for every candidate; loss(batch) → Eq. 8."""
 
@@ -63,23 +94,50 @@ class GenSR(Ranker):
         data, cf_width = world.data, world.tables.cf.shape[1]
         self.backbone = backbone_of(settings, world)
         width, extended = self.backbone.width, settings.variant == "extended"
+        self.scaled = is_pretrained(settings.backbone)
+        if self.scaled:
+            self.register_buffer("token_scale", self._token_scale())
         encoder = (settings.num_heads, settings.dropout, data.history_max)
         self.cf_encoder = HistoryEncoder(cf_width, *encoder, ordered=extended)
         self.sem_encoder = HistoryEncoder(width, *encoder, ordered=extended)
-        self.cf_filter = SoftFilter(cf_width, settings.num_heads)
-        self.sem_filter = SoftFilter(width, settings.num_heads)
+        self.cf_filter, self.sem_filter = (
+            SoftFilter(size, settings.num_heads) if settings.soft_filter else MeanFilter(size)
+            for size in (cf_width, width)
+        )
         self.cf_projection = nn.Linear(cf_width, width)  # d_c → d_m, for both CF slots
         if world.num_words:
             self.words = nn.EmbeddingBag(world.num_words + 1, settings.words_dim, mode="mean", padding_idx=0)
             self.words_projection = nn.Linear(settings.words_dim, width, bias=False)
-            nn.init.normal_(self.words.weight, std=settings.words_dim**-0.5)
+            # a pretrained backbone reads words beside its own tokens: of like size, in units of token_scale
+            nn.init.normal_(self.words.weight, std=1.0 if self.scaled else settings.words_dim**-0.5)
         if extended:
             self.match_cf = match_projection(cf_width, width)
             self.match_sem = match_projection(width, width)
             self.match_query = match_projection(width, width)
             self.no_query = nn.Parameter(torch.zeros(width))
+        self.reads_evidence = extended and settings.evidence
+        self.evidence: Evidence | None = None
+        if settings.mined_negatives >= data.num_negatives:
+            raise ConfigError(
+                f"model.mined_negatives={settings.mined_negatives} must be less than data.num_negatives="
+                f"{data.num_negatives}: the others are uniform. Raise data.num_negatives"
+            )
+        if self.reads_evidence or settings.mined_negatives:
+            self.evidence = Evidence(settings.num_neighbours, world)
+        if self.reads_evidence:
+            self.evidence_head = EvidenceHead(width)
+        self._mine: list[Mine] = []  # opened by the first training step; a list hides tensors from nn.Module
         self.answers: tuple[int, int] = (-1, -1)
         self._set_prompts()
+
+    def _token_scale(self) -> Tensor:
+        """RMS of the backbone's token vectors as pretrained (flan-t5-base's is about 12, SmolLM2's 0.1).
+
+        GenSR computes in units of it, and its slots are multiplied with it: each backbone reads vectors of a
+        size of its own. From scratch the unit is 1. Saved with the weights."""
+        if self.world.tokenizer is None or self.world.saved is not None:  # sizes only, or loaded afterwards
+            return torch.ones(())
+        return self.backbone.embedding_weight().detach().float().square().mean().sqrt()
 
     def _set_prompts(self) -> None:
         """Templates of both tasks and the answers as constants; none where only sizes are asked for."""
@@ -87,6 +145,7 @@ class GenSR(Ranker):
         if self.world.tokenizer is not None:
             tokenizer = self.world.tokenizer()
             num_slots = NUM_EXTENDED_SLOTS if self.settings.variant == "extended" else NUM_PAPER_SLOTS
+            num_slots = NUM_EVIDENCE_SLOTS if self.reads_evidence else num_slots
             templates = build_templates(
                 lambda text: tokenizer(text, add_special_tokens=False)["input_ids"],
                 self.settings.prompt,
@@ -111,8 +170,11 @@ class GenSR(Ranker):
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Eq. 8 and its terms."""
+        batch = self._with_mined(batch)
         history = self.encode_history(batch)
-        scores_BC, cf_BCD, sem_BCD = self._score_encoded(batch, history)
+        seen = self._seen(batch, own=True)
+        scores_BC, cf_BCD, sem_BCD = self._score_encoded(batch, history, seen)
+        scores_BC = scores_BC - self._drawn_more_often(batch, seen)
         settings, data = self.settings, self.world.data
         weights_B = torch.where(batch.task == SRC, data.weight_src, data.weight_rec).float()
         answer = answer_loss(scores_BC, batch.labels, weights_B)
@@ -122,7 +184,7 @@ class GenSR(Ranker):
             listwise = listwise_loss(scores_BC, batch.labels, weights_B)
             loss = loss + settings.listwise_weight * listwise
             report["listwise_loss"] = listwise.detach()
-        if settings.contrastive_weight:
+        if settings.contrastive_weight and settings.views == "both":
             positive = batch.labels.argmax(1)[:, None, None].expand(-1, 1, cf_BCD.shape[2])
             contrast = contrastive_loss(
                 cf_BCD.gather(1, positive)[:, 0],
@@ -139,7 +201,8 @@ class GenSR(Ranker):
     def score(self, batch: Batch) -> Tensor:
         """Log-odds of "Yes", [B, C] float32. Independent of the other candidates and of the other rows of the
         batch."""
-        return self._score_encoded(batch, self.encode_history(batch))[0]
+        seen = self._seen(batch, own=False) if self.reads_evidence else None
+        return self._score_encoded(batch, self.encode_history(batch), seen)[0]
 
     def prepare(self, batch: Batch) -> Batch:
         """The batch with its groups. To be asked while the batch is on the CPU: later, the device is waited
@@ -178,6 +241,40 @@ class GenSR(Ranker):
             cand_sem_BCD, history.sem_BND, history.mask_BN
         )
 
+    # ---- evidence and mined negatives ----------------------------------------------------------------------
+
+    def fit(self) -> None:
+        if self.evidence is not None:
+            self.evidence.fit(self.world)
+
+    def _seen(self, batch: Batch, own: bool) -> Seen | None:
+        """own: the batch is of training events, whose clicks have been counted."""
+        if self.evidence is None:
+            return None
+        cf_BNK, cf_BCK = (
+            self.cf_vectors(items, batch.fold) for items in (batch.history_items, batch.candidates)
+        )
+        seen: Seen = self.evidence(batch, self.tables, cf_BNK, cf_BCK, own)
+        return seen
+
+    def _with_mined(self, batch: Batch) -> Batch:
+        """Groups stay: they do not depend on the candidates."""
+        count = self.settings.mined_negatives
+        if not count or self.evidence is None:
+            return batch
+        if not self._mine:
+            self._mine.append(open_mine(self.world, self.evidence))
+        return mined(batch, count, self.evidence, self._mine[0], self.tables, self.world.num_items)
+
+    def _drawn_more_often(self, batch: Batch, seen: Seen | None) -> Tensor | float:
+        """What is taken off the scores of candidates that mining brings more often than chance, [B, C]."""
+        if not self._mine or self.evidence is None or seen is None:
+            return 0.0
+        share = self.settings.mined_negatives / max(batch.candidates.shape[1] - 1, 1)
+        return log_proposal(
+            batch, seen, share, self.evidence, self._mine[0], self.tables, self.world.num_items
+        )
+
     # ---- item and query vectors ----------------------------------------------------------------------------
 
     def cf_vectors(self, items: Tensor, fold_B: Tensor) -> Tensor:
@@ -192,17 +289,19 @@ class GenSR(Ranker):
         return vectors.to(self.cf_projection.weight.dtype)
 
     def semantic_vectors(self, items: Tensor, num_tokens: int) -> Tensor:
-        """E_s of items (any shape) → [..., D]: mean of the backbone's token embeddings over the item's text,
-        padding excluded, plus its words."""
+        """E_s of items (any shape) → [..., D], in units of the backbone's token vectors: mean of its token
+        embeddings over the item's text, padding excluded, plus the item's words."""
         tables = self.tables
-        vectors = self.backbone.embed_mean(rows_of(tables.item_tokens, items)[..., :num_tokens])
+        vectors = self._in_units(
+            self.backbone.embed_mean(rows_of(tables.item_tokens, items)[..., :num_tokens])
+        )
         if self.world.num_words:
             vectors = vectors + self._mean_words(rows_of(tables.item_words, items))
         return vectors
 
     def query_parts(self, query_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Query vectors as they stand in the prompt [B, Q, D], their mask [B, Q], and the query as one vector
-        [B, D] (mean; 0 without query)."""
+        """Vectors of the query [B, Q, D], in units of the backbone's token vectors, their mask [B, Q], and
+        the query as one vector [B, D] (mean; 0 without query)."""
         tables = self.tables
         rows = query_B.clamp(min=0)
         has_query = (query_B >= 0)[:, None]
@@ -213,9 +312,16 @@ class GenSR(Ranker):
         else:
             tokens_BQ = tables.query_tokens[rows]
             mask_BQ = (tokens_BQ != 0) & has_query
-            vectors_BQD = self.backbone.embed(tokens_BQ)
+            vectors_BQD = self._in_units(self.backbone.embed(tokens_BQ))
         masked_BQD = vectors_BQD * mask_BQ[..., None]
         return masked_BQD, mask_BQ, masked_BQD.sum(1) / mask_BQ.sum(1, keepdim=True).clamp(min=1)
+
+    def _in_units(self, token_vectors: Tensor) -> Tensor:
+        return token_vectors / self.get_buffer("token_scale") if self.scaled else token_vectors
+
+    def _to_read(self, vectors: Tensor) -> Tensor:
+        """In the size of the backbone's token vectors."""
+        return vectors * self.get_buffer("token_scale") if self.scaled else vectors
 
     def _mean_words(self, words: Tensor) -> Tensor:
         return self.words_projection(self.words(words.reshape(-1, words.shape[-1]).long())).view(
@@ -224,15 +330,33 @@ class GenSR(Ranker):
 
     # ---- prompt --------------------------------------------------------------------------------------------
 
-    def _score_encoded(self, batch: Batch, history: EncodedHistory) -> tuple[Tensor, Tensor, Tensor]:
+    def _score_encoded(
+        self, batch: Batch, history: EncodedHistory, seen: Seen | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """→ scores_BC, and the two filtered views in the backbone's space, [B, C, D] each (for Eq. 10)."""
+        parts = self._prompt_parts(batch, history, seen)
+        scores_BC = parts.slots_BCXD.new_zeros(parts.slots_BCXD.shape[:2], dtype=torch.float32)
+        groups = self.prepare(batch).groups or ()
+        prompts: Iterable[Prompt] = (self.fill_prompt(group, *parts.of(group.rows)) for group in groups)
+        if torch.is_grad_enabled():  # kept anyway; gradients add up in the order in which they are made
+            prompts = list(prompts)
+        one_pass = in_one_pass(batch.candidates.numel(), self.template_length, self._on_cpu)
+        answered = self.backbone.answer_groups(prompts, self.get_buffer("answer_tokens"), one_pass)
+        for group, logits_GCA in zip(groups, answered, strict=True):
+            scores_BC = scores_BC.index_add(
+                0, group.rows, (logits_GCA[..., 0] - logits_GCA[..., 1]) * group.counts
+            )
+        return scores_BC + parts.beside_BC, parts.cf_BCD, parts.sem_BCD
+
+    def _prompt_parts(self, batch: Batch, history: EncodedHistory, seen: Seen | None) -> PromptParts:
+        settings = self.settings
         cand_cf_BCK = self.cf_vectors(batch.candidates, batch.fold)
         cand_sem_BCD = self.semantic_vectors(batch.candidates, self.world.data.item_tokens)
         f_c_BCK, f_s_BCD = self.soft_filter(history, cand_cf_BCK, cand_sem_BCD)
         f_c_BCD = self.cf_projection(f_c_BCK)
         slots = [f_c_BCD, f_s_BCD, self.cf_projection(cand_cf_BCK), cand_sem_BCD]
         query_BQD, query_mask_BQ, query_BD = self.query_parts(batch.query)
-        if self.settings.variant == "extended":
+        if settings.variant == "extended":
             match_query = self.match_query(query_BD[:, None] * cand_sem_BCD)
             match_query = torch.where(
                 (batch.query >= 0)[:, None, None], match_query, self.no_query.to(match_query.dtype)
@@ -242,23 +366,21 @@ class GenSR(Ranker):
                 self.match_sem(f_s_BCD * cand_sem_BCD),
                 match_query,
             ]
-        slots_BCXD = torch.stack(slots, 2)
-        scores_BC = slots_BCXD.new_zeros(slots_BCXD.shape[:2], dtype=torch.float32)
-        groups = self.prepare(batch).groups or ()
-        parts = (slots_BCXD, query_BQD, query_mask_BQ)
-        prompts: Iterable[Prompt] = (
-            self.fill_prompt(group, *(part_B.index_select(0, group.rows) for part_B in parts))
-            for group in groups
+        if settings.views != "both":  # times 0: every weight keeps a gradient
+            slots = [slot * (view == settings.views) for slot, view in zip(slots, SLOT_VIEWS, strict=False)]
+        beside_BC: Tensor | float = 0.0
+        if self.reads_evidence and seen is not None:
+            evidence_BCD, beside_BC = self.evidence_head(seen.features_BCF, batch.task)
+            slots.append(evidence_BCD.to(cand_sem_BCD.dtype))
+        return PromptParts(
+            self._to_read(torch.stack(slots, 2)),
+            f_c_BCD,
+            f_s_BCD,
+            self._to_read(query_BQD),
+            query_mask_BQ,
+            query_BD,
+            beside_BC,
         )
-        if torch.is_grad_enabled():  # kept anyway; gradients add up in the order in which they are made
-            prompts = list(prompts)
-        one_pass = in_one_pass(batch.candidates.numel(), self.template_length, self._on_cpu)
-        answered = self.backbone.answer_groups(prompts, self.get_buffer("answer_tokens"), one_pass)
-        for group, logits_GCA in zip(groups, answered, strict=True):
-            scores_BC = scores_BC.index_add(
-                0, group.rows, (logits_GCA[..., 0] - logits_GCA[..., 1]) * group.counts
-            )
-        return scores_BC, f_c_BCD, f_s_BCD
 
     def fill_prompt(
         self, group: Group, slots_BCXD: Tensor, query_BQD: Tensor, query_mask_BQ: Tensor
@@ -304,6 +426,24 @@ class GenSR(Ranker):
             "semantic": self.sem_filter.weights(sem_BCD, history.sem_BND, history.mask_BN) * real_B1N,
         }
 
+    def representations(self, batch: Batch) -> dict[str, Tensor]:
+        """history: the filtered views [f_c; f_s]. input: those, both views of the item, and the query.
+        hidden: the backbone's output at the position that answers."""
+        batch = clicked_only(batch)
+        seen = self._seen(batch, own=False) if self.reads_evidence else None
+        parts = self._prompt_parts(batch, self.encode_history(batch), seen)
+        hidden_BD = torch.zeros((batch.num_events, self.backbone.width), device=parts.slots_BCXD.device)
+        for group in self.prepare(batch).groups or ():
+            read = self.backbone.reader(self.fill_prompt(group, *parts.of(group.rows)))
+            no_tokens = torch.zeros((len(group.rows), 1, 0), dtype=torch.int64, device=hidden_BD.device)
+            hidden_BD = hidden_BD.index_add(0, group.rows, read(no_tokens)[:, 0, 0] * group.counts)
+        paper_BXD = parts.slots_BCXD[:, 0, :NUM_PAPER_SLOTS]
+        return {
+            "history": paper_BXD[:, :2].flatten(1),
+            "input": torch.cat([paper_BXD.flatten(1), parts.query_BD], 1),
+            "hidden": hidden_BD,
+        }
+
     def cost(self) -> Cost:
         return gensr_cost(self)
 
@@ -315,7 +455,9 @@ class GenSR(Ranker):
     def saved_names(self) -> set[str]:
         """Each tied tensor once; with LoRA no frozen weights, if they can be had again by name."""
         adapters = keeps_adapters_only(self.settings)
-        return {name for name, p in self.named_parameters() if p.requires_grad or not adapters}
+        counted = {name for name, _ in self.named_buffers() if name.startswith("evidence.")}
+        names = {name for name, p in self.named_parameters() if p.requires_grad or not adapters}
+        return names | counted | ({"token_scale"} if self.scaled else set())
 
     def ready_to_serve(self) -> None:
         lora = self.settings.lora

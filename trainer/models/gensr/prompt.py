@@ -7,7 +7,8 @@ The wording differs by task: that is what partitions the parameter space. Encode
 its padding can be masked: padding in the middle would shift T5's relative positions, and a score would depend
 on the other rows of a batch. Decoders read as much as possible first: it is computed once for all candidates
 of an event. Segments are tokenised once per run. The extended variant has three more slots, filled with
-products (trainer/models/gensr/README.md): before the query, or before a decoder's last segment.
+products, and a fourth with model.evidence (trainer/models/gensr/README.md): before the query, or before a
+decoder's last segment.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from trainer.errors import DataError
 
 NUM_PAPER_SLOTS = 4
 NUM_EXTENDED_SLOTS = 7
+NUM_EVIDENCE_SLOTS = 8
 
 # (segments 1–5 in order, text before the query) of each wording and task. Neutral about what an item is: a
 # video, a product, a book.
@@ -96,7 +98,7 @@ def build_templates(
 ) -> dict[int, Template]:
     """Tokenise the prompt of each task. `encode` gives token ids without special tokens; `shared_first`: in
     the order that decoders read."""
-    assert num_slots in (NUM_PAPER_SLOTS, NUM_EXTENDED_SLOTS), num_slots
+    assert num_slots in (NUM_PAPER_SLOTS, NUM_EXTENDED_SLOTS, NUM_EVIDENCE_SLOTS), num_slots
     if not shared_first:
         return {
             task: _template(encode, segments, num_slots, "") for task, segments in WORDINGS[wording].items()

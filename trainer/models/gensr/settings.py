@@ -39,6 +39,11 @@ class GenSRSettings(CfSettings):
     (trainer/models/gensr/README.md)"""
     prompt: Literal["paper", "compact"] = "compact"
     """wording of the task prompts; compact has about 40 tokens"""
+    views: Literal["both", "cf", "semantic"] = "both"
+    """for ablations: cf or semantic leaves the other view's slots at 0, and the contrastive term out"""
+    soft_filter: bool = True
+    """for ablations: false reads the mean of the encoded history whatever the candidate, instead of Eqs. 5
+    and 6"""
     num_heads: Positive = 2
     """heads of the history encoders and of the soft filter (Eqs. 3–5)"""
     dropout: Fraction = 0.1
@@ -50,9 +55,18 @@ class GenSRSettings(CfSettings):
     contrastive_weight: NonNegativeFloat = 0.01
     """λ of Eq. 8"""
     gather_negatives: bool = False
-    """contrastive negatives from all ranks instead of this rank's batch"""
+    """contrastive negatives from the micro-batches of all ranks instead of this rank's; accumulation adds
+    none"""
     listwise_weight: NonNegativeFloat = 0.0
     """weight of a softmax cross-entropy over the candidates of an event, beside Eq. 9 (0 in the paper)"""
+    evidence: bool = False
+    """what counting knows of history, query and candidate (neighbours, followers, popularity, words,
+    category) as an eighth slot and beside the answer; only with variant=extended (evidence.py)"""
+    num_neighbours: Positive = 100
+    """neighbours and followers that each item keeps for it"""
+    mined_negatives: NonNegative = 0
+    """how many of data.num_negatives are neighbours of the history, or items of the query's category; scores
+    are corrected for it (mining.py)"""
     activation_checkpointing: bool = False
     """recompute the backbone's activations in the backward pass: less memory, about a third more time"""
     compile: bool = False

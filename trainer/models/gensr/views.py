@@ -39,8 +39,15 @@ def gensr_views(model: "GenSR") -> dict[str, View]:
 
     by_semantics = {task: 1.0 - share for task, share in CF_SHARE.items()}
     return {
-        "cf": View(model.tables.cf.shape[1], cf_items, ask_cf, CF_SHARE),
-        "semantic": View(model.backbone.width, semantic_items, ask_semantic, by_semantics, centred=True),
+        "cf": View(model.tables.cf.shape[1], cf_items, ask_cf, CF_SHARE, whole_history=True),
+        "semantic": View(
+            model.backbone.width,
+            semantic_items,
+            ask_semantic,
+            by_semantics,
+            centred=True,
+            whole_history=True,
+        ),
     }
 
 

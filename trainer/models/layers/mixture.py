@@ -1,6 +1,6 @@
 """A mixture of experts for two tasks."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -34,11 +34,14 @@ class TaskMixture(nn.Module):
 
     def forward(self, x_BCD: Tensor, search_B: Tensor) -> Tensor:
         """→ [B, C] float32: the search head's where search, else the recommendation head's."""
+        hidden = zip(self.hidden(x_BCD), self.heads, strict=True)
+        scores = [head(tower_BCD)[..., 0].float() for tower_BCD, head in hidden]
+        return torch.where(search_B[:, None], scores[1], scores[0])
+
+    def hidden(self, x_BCD: Tensor) -> Iterator[Tensor]:
+        """What the heads read, [B, C, D] each: the recommendation tower's output, and the search tower's."""
         own_rec, own_src, shared = self.experts(x_BCD).unflatten(-1, (3 * self.num_experts, -1)).chunk(3, -2)
-        scores = []
-        parts = zip((own_rec, own_src), self.gates, self.towers, self.heads, strict=True)
-        for own, gate, tower, head in parts:
+        for own, gate, tower in zip((own_rec, own_src), self.gates, self.towers, strict=True):
             weights = gate(x_BCD).float().softmax(-1)[..., None]  # own experts first
             mixed = (torch.cat([own, shared], -2) * weights).sum(-2)
-            scores.append(head(tower(mixed))[..., 0].float())
-        return torch.where(search_B[:, None], scores[1], scores[0])
+            yield tower(mixed)

@@ -1,0 +1,221 @@
+"""From raw logs to a registered model: each step is a verb of the command `gensr`, with data frames and
+keyword arguments."""
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from data_shards.schema import Manifest
+    from trainer.config import Config
+    from trainer.training.callbacks import Callback
+    from trainer.training.loop import TrainResult
+
+METRICS = ("ndcg@10", "ndcg@5", "recall@10", "recall@5", "mrr")
+
+
+def prepare(
+    raw: "str | Path | tuple[pd.DataFrame, pd.DataFrame]",
+    out: str | Path,
+    *,
+    source: str = "tables",
+    **settings: Any,
+) -> "Manifest":
+    """Raw logs → the prepared folder `out`: splits, histories, negatives, tokens, shards, leak checks.
+
+    raw: a folder, or (events, items) as data frames. events has user_id, item_id, time (integer ms, ISO 8601
+    or timestamps), task (rec or src), query and, if not every row is a click, clicked; items has item_id and
+    text. source: tables (these columns), kuaisar, amazon or jdsearch. settings: `gensr config keys prepare`.
+    Raises GensrError.
+
+    >>> import gensr, pandas as pd
+    >>> events = pd.read_json("raw/events.jsonl", lines=True)
+    >>> items = pd.read_json("raw/items.jsonl", lines=True)
+    >>> manifest = gensr.prepare((events, items), "data/new", vocab_size=400, num_negatives=20)
+    >>> manifest.num_users, manifest.num_items
+    (60, 150)
+    """
+    from data_shards.prepare import prepare as run
+
+    if isinstance(raw, str | Path):
+        return run(source, raw, out, overrides_of(settings))
+    from trainer.errors import ConfigError
+
+    if source != "tables":
+        raise ConfigError(f"source={source} reads a folder of files; data frames are source='tables'")
+    events, items = raw
+    with tempfile.TemporaryDirectory(prefix="gensr-prepare-") as folder:
+        events.to_parquet(Path(folder) / "events.parquet", index=False)
+        items.to_parquet(Path(folder) / "items.parquet", index=False)
+        return run(source, folder, out, overrides_of(settings))
+
+
+def cf(data: str | Path, settings: Mapping[str, Any] | None = None) -> Path:
+    """Train the LightGCN table of a prepared folder, into it. settings: `gensr config keys cf`. → its file.
+
+    >>> gensr.cf("data/new", {"cf.dim": 16, "cf.max_epochs": 1, "cf.holdout": "none"}).name
+    'lightgcn.safetensors'
+    """
+    from trainer.cf.build import train_cf
+
+    return train_cf(data, overrides_of(settings or {}))
+
+
+def train(
+    config: "str | Path | Mapping[str, Any] | Config",
+    *,
+    data: str | Path = "",
+    run: str | Path = "",
+    settings: Mapping[str, Any] | None = None,
+    resume: Literal["never", "auto"] = "never",
+    callbacks: "Sequence[Callback]" = (),
+) -> "TrainResult":
+    """Train in this process; on several GPUs or nodes: accelerate launch … -m gensr train ….
+
+    config: a preset's name, a YAML file, a mapping of settings, or a Config. data and run are data.dir and
+    run.dir; settings override the rest (`gensr config keys train`). resume="auto" continues run from its
+    newest checkpoint. callbacks: see `Callback`. → how it ended; the weights are in run/model. Raises
+    GensrError.
+
+    >>> class Losses(gensr.Callback):
+    ...     def __init__(self):
+    ...         self.losses = []
+    ...     def on_log(self, step, record):
+    ...         self.losses.append(record["loss"])
+    >>> seen = Losses()
+    >>> small = {"run.max_steps": 2, "run.log_every_steps": 1, "run.valid_events": 16}
+    >>> small |= {"model.backbone": "scratch:nano", "tracking.enabled": False}
+    >>> result = gensr.train("demo", data="data/new", run="runs/new", settings=small, callbacks=[seen])
+    >>> result.status, result.step, len(seen.losses)
+    ('finished', 2, 2)
+    """
+    from trainer.config import Config
+    from trainer.configs import load_config
+    from trainer.training.loop import train as run_training
+
+    places = {key: str(path) for key, path in (("data.dir", data), ("run.dir", run)) if path}
+    overrides = overrides_of({**(settings or {}), **places})
+    if isinstance(config, Config):
+        from data_shards.settings import flatten, to_dict
+
+        read = load_config(None, [*overrides_of(flatten(to_dict(config))), *overrides])
+    elif isinstance(config, Mapping):
+        read = load_config(None, [*overrides_of(config), *overrides])
+    else:
+        read = load_config(str(config), overrides)
+    return run_training(read, resume, callbacks)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` found."""
+
+    document: dict[str, Any] = field(repr=False)
+    """the content of run/evaluation-SPLIT.json: protocol, metrics with intervals, segments, baselines"""
+    ranks_file: Path
+
+    @property
+    def metrics(self) -> "pd.DataFrame":
+        """One row a model and task, the trained one first: model, task, num_events, ndcg@10, ndcg@10_low,
+        ndcg@10_high (95 % interval) and so on for ndcg@5, recall@10, recall@5, mrr."""
+        import pandas as pd
+
+        from trainer.evaluation.summary import rows_of
+
+        rows = []
+        for row in rows_of(self.document):
+            intervals = row.metrics.get("ci95", {})
+            values: dict[str, Any] = {"model": row.model, "task": row.task}
+            values["num_events"] = row.metrics["num_events"]
+            for name in METRICS:
+                values[name] = row.metrics[name]
+                if name in intervals:
+                    values[f"{name}_low"], values[f"{name}_high"] = intervals[name]
+            rows.append(values)
+        return pd.DataFrame(rows)
+
+    @property
+    def ranks(self) -> "pd.DataFrame":
+        """One row an event: task, user_id, item_id, rank (1 = first), num_tied, event_id, segments."""
+        import pandas as pd
+
+        return pd.read_parquet(self.ranks_file)
+
+
+def evaluate(
+    run: str | Path,
+    *,
+    split: Literal["valid", "test"] = "test",
+    candidates: Literal["sampled", "hard", "full"] = "sampled",
+    baselines: bool = True,
+    events: int = 2000,
+) -> Evaluation:
+    """Rank the candidates of every event of a split; writes run/evaluation-SPLIT.json and .parquet.
+
+    candidates: sampled (the stored negatives), hard (mined ones, where the folder has them) or full (the
+    whole catalogue, on a fixed sample of `events`). baselines: popularity, LightGCN and BM25 rank the same
+    candidates. A tracked run gets the figures in MLflow, too. Raises GensrError.
+
+    >>> found = gensr.evaluate("runs/mine", baselines=False)
+    >>> found.metrics["task"].tolist()
+    ['rec', 'src']
+    >>> found.document["protocol"]["candidates"]
+    'sampled'
+    >>> {"user_id", "item_id", "rank"} <= set(found.ranks.columns)
+    True
+    """
+    from trainer.evaluation.summary import evaluation_name, rows_of, table
+    from trainer.registry.model_card import metrics_of
+    from trainer.runs.run_folder import RunFolder
+    from trainer.tracking.tracker import log_evaluation
+
+    if candidates == "full":
+        from trainer.evaluation.full import evaluate_full
+
+        document = evaluate_full(run, split, events, baselines)
+    else:
+        from trainer.errors import ConfigError
+        from trainer.evaluation.sampled import evaluate_run
+
+        if candidates not in ("sampled", "hard"):
+            raise ConfigError(f"candidates must be sampled, hard or full, got {candidates!r}")
+        document = evaluate_run(run, split, with_baselines=baselines, candidates=candidates)
+    name = evaluation_name(split, candidates)
+    log_evaluation(Path(run), name, metrics_of(document, name), table(rows_of(document)))
+    return Evaluation(document, RunFolder(run).ranks(name))
+
+
+def register(run: str | Path, name: str, *, alias: str = "candidate") -> str:
+    """Register run/model as a version of `name` in MLflow and move `alias` to it. → its address, for `load`.
+    Raises GensrError."""
+    from trainer.registry.versions import register as run_registration
+
+    return f"models:/{name}/{run_registration(run, name, alias)}"
+
+
+def overrides_of(settings: Mapping[str, Any]) -> list[str]:
+    """{"optim.lr": 3e-4} or {"optim": {"lr": 3e-4}} → ["optim.lr=0.0003"], as the command line has them."""
+    from data_shards.settings import flatten
+
+    return [f"{key}={_text(value)}" for key, value in flatten(settings).items()]
+
+
+def _text(value: Any) -> str:
+    """A value as YAML reads it back: text that looks like something else is quoted."""
+    import yaml
+
+    from data_shards.settings import parse_yaml
+
+    if isinstance(value, Path):
+        value = str(value)
+    if not isinstance(value, str):
+        return json.dumps(value)
+    try:
+        return value if parse_yaml(value) == value else json.dumps(value)
+    except yaml.YAMLError:
+        return json.dumps(value)

@@ -1,0 +1,134 @@
+"""`import gensr`: the examples of its docstrings run, and what they do not show."""
+
+import doctest
+import os
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+import gensr
+from data_shards.settings import to_dict
+from gensr.steps import overrides_of
+from tests.runs import make_run
+from tests.worlds import write_tables
+from trainer.configs import load_config
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def world(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the examples find in the current folder: raw/, data/, runs/mine."""
+    folder = tmp_path_factory.mktemp("python")
+    write_tables(folder / "raw")
+    run_dir = make_run(folder, prepared, "tracking.enabled=false")
+    run_dir.rename(run_dir.with_name("mine"))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def here(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(world)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+@pytest.fixture
+def model() -> gensr.Model:
+    return gensr.load("runs/mine")
+
+
+@pytest.mark.parametrize("module", ["gensr.model", "gensr.steps"])
+def test_examples_run(module: str) -> None:
+    """In the order of the file, with the names of the examples before."""
+    found = doctest.DocTestFinder(exclude_empty=True).find(import_module(module))
+    examples = sorted((test for test in found if test.examples), key=lambda test: test.lineno or 0)
+    assert len(examples) >= 4
+    names: dict[str, Any] = {}
+    runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)
+    for example in examples:
+        example.globs = names
+        report: list[str] = []
+        assert runner.run(example, out=report.append, clear_globs=False).failed == 0, "".join(report)
+
+
+def test_every_name_is_there_and_no_other() -> None:
+    assert set(gensr.__all__) == set(gensr.HOMES) == set(dir(gensr))
+    assert all(getattr(gensr, name) is not None for name in gensr.__all__)
+    with pytest.raises(AttributeError, match="nothing_of_that_name"):
+        _ = gensr.nothing_of_that_name
+
+
+def test_frames_of_pairs_and_of_requests_give_the_same_scores(model: gensr.Model) -> None:
+    """Also where rows of one request are not neighbours, and with history, query and user of every form."""
+    candidates = ["i3", "i7", "i20"]
+    for asked in ({"user_id": "u3"}, {"history": ["i1", "i2"], "query": "garden lamp"}):
+        (expected,) = model.score([{**asked, "candidates": candidates}])["scores"]
+        pairs = [{**asked, "item_id": item} for item in candidates]
+        pairs.insert(1, {"user_id": "u4", "item_id": "i9"})
+        scored = model.score(pd.DataFrame(pairs))
+        assert scored.drop(index=1)["score"].tolist() == pytest.approx(expected, abs=1e-6)
+        assert list(scored["item_id"]) == ["i3", "i9", "i7", "i20"]
+
+
+def test_a_history_is_ids_or_a_frame(model: gensr.Model) -> None:
+    of_ids = model.recommend(history=["i1", "i2"], k=4)
+    of_frame = model.recommend(history=pd.DataFrame({"item_id": ["i1", "i2"], "task": ["rec", "rec"]}), k=4)
+    pd.testing.assert_frame_equal(of_ids, of_frame)
+    searched = model.recommend(history=pd.DataFrame({"item_id": ["i1", "i2"], "task": ["src", "src"]}), k=4)
+    assert searched["score"].tolist() != of_ids["score"].tolist()
+
+
+@pytest.mark.parametrize(
+    ("ask", "message"),
+    [
+        (lambda model: model.recommend(), "whose recommendations"),
+        (lambda model: model.recommend(user="u3", history=["i1"]), "one of them"),
+        (lambda model: model.recommend(user="nobody"), "nobody"),
+        (lambda model: model.score(pd.DataFrame({"user_id": ["u3"]})), "item_id"),
+        (lambda model: model.score(pd.DataFrame({"user_id": ["u3"], "item_id": ["none"]})), "none"),
+        (lambda model: gensr.load("runs/none"), "runs/none"),
+        (lambda model: gensr.evaluate("runs/mine", candidates="all"), "sampled, hard or full"),  # type: ignore[arg-type]
+        (lambda model: gensr.prepare(("e", "i"), "out", source="amazon"), "data frames"),
+        (lambda model: gensr.prepare("raw", "out", vocabsize=400), "vocab_size"),
+    ],
+)
+def test_mistakes_are_explained(model: gensr.Model, ask: Any, message: str) -> None:
+    with pytest.raises(gensr.GensrError, match=message):
+        ask(model)
+
+
+def test_settings_become_what_the_command_line_says() -> None:
+    settings = {
+        "optim": {"lr": 3e-4},
+        "data.dir": Path("a b"),
+        "run.init_from": "",
+        "tracking.enabled": False,
+    }
+    settings |= {"tracking.run_name": "no", "tracking.experiment": "3: x", "model.name": "gensr"}
+    config = to_dict(load_config("demo", overrides_of(settings)))
+    assert config["optim"]["lr"] == 3e-4
+    assert config["data"]["dir"] == "a b"
+    assert config["tracking"]["run_name"] == "no"
+    assert config["tracking"]["experiment"] == "3: x"
+    assert config["tracking"]["enabled"] is False
+
+
+def python(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=folder, env=environment)
+
+
+def test_a_trainer_py_of_the_user(tmp_path: Path) -> None:
+    """`python -m gensr` works beside it; in Python, the error says which file is in the way."""
+    (tmp_path / "trainer.py").write_text("print('mine')\n")
+    assert python(tmp_path, "-m", "gensr", "--version").stdout.startswith("gensr ")
+    assert python(tmp_path, "-m", "trainer", "--version").stdout == "mine\n"
+    hidden = python(tmp_path, "-c", "import gensr; gensr.load")
+    assert hidden.returncode == 1
+    assert f"{tmp_path / 'trainer.py'} hides the package 'trainer'" in hidden.stderr

@@ -1,0 +1,161 @@
+"""Gradient conflict: layer by layer and over training, do search and recommendation pull the shared
+parameters apart? From the checkpoints of a run, of any ZeRO stage, in one process.
+
+The losses are the model's own, without dropout, on the same training events for every checkpoint. Two halves
+of one task's events give the cosine that noise leaves: a task against itself.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data_shards.schema import REC, SRC
+from trainer.analysis.drawing import Curve, curves_with_intervals, heat_map, write_figure
+from trainer.analysis.gradients import TOTAL, compare_gradients
+from trainer.analysis.pages import Part, Picture, Section, Table, Text
+from trainer.batch import Batch
+from trainer.data import TrainStream
+from trainer.data.folder import PreparedFolder
+from trainer.errors import DataError, RunError
+from trainer.experiments.analyses.options import Notify, Options, name_of, need_runs, titled
+from trainer.models.contract import Ranker
+from trainer.models.zoo import model_class
+from trainer.runs.checkpoint import listed, read_checkpoint
+from trainer.runs.checkpoint_convert import trained_weights
+from trainer.runs.run_folder import RunFolder
+
+WHAT = "gradients"
+BATCH_EVENTS = 64
+MAX_EVENTS = 512  # of each task; its gradient is a mean over them
+
+
+def measure(runs: Sequence[Path], options: Options, notify: Notify) -> dict[str, Any]:
+    need_runs(runs, WHAT)
+    events = min(options.num_events or MAX_EVENTS, MAX_EVENTS)
+    return {"num_events": events, "runs": [_run(Path(run), events, notify) for run in runs]}
+
+
+def _run(run_dir: Path, num_events: int, notify: Notify) -> dict[str, Any]:
+    from trainer.runs.weights import load_run_config, load_run_model
+
+    name = name_of(run_dir)
+    if set(model_class(name["model"]).tasks) != {REC, SRC}:
+        raise RunError(f"{run_dir}: {name['title']} serves one task, so no gradients can conflict")
+    model, _, folder = load_run_model(run_dir)
+    config = load_run_config(run_dir)
+    if getattr(getattr(config.model, "lora", None), "rank", 0):
+        raise RunError(f"{run_dir} trains adapters, which RUN/model holds merged: gradients are not shown")
+    model.set_tables(folder.tables(model.needs, with_folds=True))
+    batches = {task: _batches(run_dir, folder, config, task, num_events) for task in (SRC, REC)}
+    shapes = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
+    progress = RunFolder(run_dir).read_status().get("progress", {})
+    best = int(progress.get("best_step", 0))
+    notify(f"{run_dir}: gradients of the best weights, step {best:,}")
+    points = [_point(model, batches, best, is_best=True)]
+    for step_name in reversed(listed(run_dir)):
+        found = read_checkpoint(RunFolder(run_dir).checkpoints / step_name)
+        if found.progress.step == best:
+            continue
+        notify(f"{run_dir}: gradients at step {found.progress.step:,}")
+        model.load_state_dict(trained_weights(found, shapes), strict=False)
+        points.append(_point(model, batches, found.progress.step, is_best=False))
+    points.sort(key=lambda point: point["step"])
+    return {**name, "points": points}
+
+
+def _batches(run_dir: Path, folder: PreparedFolder, config: Any, task: int, num_events: int) -> list[Batch]:
+    """The first training events of a task, the same in every call."""
+    num_folds = folder.cf(users=False).num_folds if folder.has_cf else 0
+    stream = TrainStream(
+        folder, config.data, 0, BATCH_EVENTS, BATCH_EVENTS, num_folds=num_folds,
+        clicks=folder.item_clicks(), tasks=(task,),
+    )  # fmt: skip
+    if task not in folder.tasks("train"):
+        raise DataError(f"{run_dir}: the training split has no events of one of the two tasks")
+    return list(islice(iter(stream), max(2, num_events // BATCH_EVENTS)))
+
+
+def _point(model: Ranker, batches: dict[int, list[Batch]], step: int, is_best: bool) -> dict[str, Any]:
+    layers = compare_gradients(model, _loss(model, batches[SRC]), _loss(model, batches[REC]), layer=block_of)
+    itself = {}
+    for task, name in ((SRC, "src"), (REC, "rec")):
+        one, other = (_loss(model, batches[task][half::2]) for half in (0, 1))
+        itself[name] = compare_gradients(model, one, other, layer=block_of)[-1].cosine
+    return {"step": step, "best": is_best, "layers": [asdict(row) for row in layers], "itself": itself}
+
+
+def _loss(model: Ranker, batches: Sequence[Batch]) -> Callable[[], Tensor]:
+    def loss() -> Tensor:
+        torch.manual_seed(0)  # of models that draw negatives
+        parts = [model(model.prepare(batch.to(model.device)))[0] for batch in batches]
+        return torch.stack(parts).mean()
+
+    return loss
+
+
+def block_of(name: str) -> str:
+    """The block that a parameter belongs to: encoder.block.0.layer.1.wo.weight → encoder.block.0."""
+    parts = name.split(".")[:-1] or [name]
+    for place, part in enumerate(parts):
+        if part.isdigit() and place:
+            return ".".join(parts[: place + 1])
+    return ".".join(parts[:2])
+
+
+# ---- page --------------------------------------------------------------------------------------------------
+
+
+def section(document: dict[str, Any], folder: Path) -> Section:
+    names = titled(document["runs"])
+    parts: list[Part] = [
+        Text(
+            "Cosine of the gradients of the search loss and the recommendation loss: below 0 the tasks pull "
+            "a layer apart. Each gradient is a mean over "
+            f"{document['num_events']} training events. Beside it stands the cosine of one task's gradient "
+            "with that of other events of the same task, which is what noise leaves of 1."
+        )
+    ]
+    curves, rows = [], []
+    for name, run in zip(names, document["runs"], strict=True):
+        totals = [(point["step"], _total(point)) for point in run["points"]]
+        shown = [(step, total["cosine"]) for step, total in totals if total["cosine"] is not None]
+        if len(shown) > 1:
+            curves.append(Curve(name, [step for step, _ in shown], [cosine for _, cosine in shown]))
+        for point in run["points"]:
+            total = _total(point)
+            numbers = [total["cosine"], point["itself"]["src"], point["itself"]["rec"]]
+            numbers += [total["conflicting_share"], total["magnitude_ratio"]]
+            label = f"{point['step']:,}{' (best)' if point['best'] else ''}"
+            rows.append([name, label, *(_number(value) for value in numbers)])
+    if curves:
+        figure = curves_with_intervals({"cosine of the two gradients, all layers": curves}, "step")
+        path = write_figure(figure, folder / f"{WHAT}-training")[1]
+        parts.append(Picture(path, "The cosine of both tasks' gradients over training, a line for each run."))
+    head = ["model", "step", "cosine", "search with itself", "rec. with itself", "conflicting share"]
+    parts.append(Table([*head, "‖search‖ / ‖rec.‖"], rows))
+    for number, (name, run) in enumerate(zip(names, document["runs"], strict=True)):
+        layers = [row["layer"] for row in run["points"][-1]["layers"]]
+        values = [[_cosine(point, layer) for point in run["points"]] for layer in layers]
+        steps = [f"{point['step']:,}" for point in run["points"]]
+        figure = heat_map(values, layers, steps, f"{name}: cosine by layer and step", centre=0.0)
+        path = write_figure(figure, folder / f"{WHAT}-layers-{number}")[1]
+        parts.append(Picture(path, f"{name}: the cosine for each layer (rows) and step (columns)."))
+    return Section("Gradient conflict", parts)
+
+
+def _total(point: dict[str, Any]) -> dict[str, Any]:
+    return next(row for row in point["layers"] if row["layer"] == TOTAL)
+
+
+def _cosine(point: dict[str, Any], layer: str) -> float:
+    value = next((row["cosine"] for row in point["layers"] if row["layer"] == layer), None)
+    return float("nan") if value is None else float(value)
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"

@@ -1,0 +1,145 @@
+"""Finished runs by their settings: runs that differ in their seed alone are one group. Values of a group are
+means over its seeds; groups are compared event by event on the same test events."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_shards.schema import TASKS
+from data_shards.secrets import masked
+from data_shards.settings import flatten, read_yaml
+from trainer.analysis.significance import holm, mean_interval, paired_difference, seed_interval
+from trainer.errors import RunError
+from trainer.evaluation.paired import check_same, read_stored
+from trainer.evaluation.summary import evaluation_name
+from trainer.experiments.table.results import SHOWN, Values, event_values
+from trainer.runs.run_folder import RunFolder
+
+# where a run lies, what it is called, what it may take; none of it changes what is learned
+APART = ("run.seed", "run.dir", "data.cache_dir", "run.timeout_s", "run.threads", "run.log_every_steps")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in their seed alone."""
+
+    runs: tuple[Path, ...]
+    settings: Mapping[str, Any]  # key → value, where groups differ
+
+
+def grouped(runs: Sequence[Path], candidates: str = "sampled") -> list[Group]:
+    """In the order in which the first run of each is given. Raises RunError when a seed occurs twice in one
+    group, or runs did not rank the same candidates of the same events."""
+    name = evaluation_name("test", candidates)
+    stored = [read_stored(run, name, str(run)) for run in runs]
+    for other in stored[1:]:
+        check_same(stored[0], other, same_tasks=False)
+    settings = [flatten(masked(read_yaml(RunFolder(run).config))) for run in runs]
+    keys = sorted({key for of_run in settings for key in of_run if not _is_apart(key)})
+    differing = [key for key in keys if len({str(of_run.get(key)) for of_run in settings}) > 1]
+    found: dict[str, list[int]] = {}
+    for number, of_run in enumerate(settings):
+        found.setdefault(str([of_run.get(key) for key in differing]), []).append(number)
+    groups = []
+    for numbers in found.values():
+        seeds = [settings[number].get("run.seed") for number in numbers]
+        if len(set(seeds)) < len(seeds):
+            names = ", ".join(str(runs[number]) for number in numbers)
+            raise RunError(f"{names}: the same settings and the same seed twice. Leave one out")
+        chosen = {key: settings[numbers[0]].get(key) for key in differing}
+        groups.append(Group(tuple(runs[number] for number in numbers), chosen))
+    return groups
+
+
+def _is_apart(key: str) -> bool:
+    return key in APART or key.startswith("tracking.")
+
+
+def results(groups: Sequence[Group], candidates: str, reference: int = 0) -> list[dict[str, Any]]:
+    """For each group {"settings", "runs", "tasks": {task: {metric: {value, low, high, seeds, interval},
+    "against": {difference, low, high, p, p_holm} of NDCG@10, and {} of the reference itself}}}.
+
+    interval: "seeds" where a group has several, else "users" (a bootstrap), which leaves out what another
+    seed would change.
+    """
+    rows: list[dict[str, Any]] = [
+        {"settings": dict(group.settings), "runs": [str(run) for run in group.runs], "tasks": {}}
+        for group in groups
+    ]
+    for task in TASKS:
+        values = [[event_values(run, candidates, task) for run in group.runs] for group in groups]
+        having = [number for number, seeds in enumerate(values) if all(len(v.events) for v in seeds)]
+        if not having:
+            continue
+        events = reduce(np.intersect1d, [v.events for number in having for v in values[number]])
+        chosen = {number: [v.of(events) for v in values[number]] for number in having}
+        against = _against(chosen, reference)
+        for number, seeds in chosen.items():
+            metrics = {metric: _summary(seeds, column) for column, metric in enumerate(SHOWN)}
+            rows[number]["tasks"][task] = {
+                **metrics,
+                "num_events": len(events),
+                "against": against.get(number, {}),
+            }
+    return rows
+
+
+def _summary(seeds: Sequence[Values], column: int) -> dict[str, Any]:
+    means = [float(values.metrics[:, column].mean()) for values in seeds]
+    if len(means) > 1:
+        found, kind = seed_interval(means), "seeds"
+    else:
+        found, kind = mean_interval(seeds[0].metrics[:, column], seeds[0].users), "users"
+    return {"value": found.value, "low": found.low, "high": found.high, "seeds": means, "interval": kind}
+
+
+def _against(chosen: Mapping[int, Sequence[Values]], reference: int) -> dict[int, dict[str, Any]]:
+    """Each group − the reference, on the seeds' mean of NDCG@10 of each event."""
+    if reference not in chosen or len(chosen) < 2:
+        return {}
+    column = SHOWN.index("ndcg@10")
+    gains = {
+        number: np.mean([v.metrics[:, column] for v in seeds], axis=0) for number, seeds in chosen.items()
+    }
+    users = chosen[reference][0].users
+    found = {
+        number: paired_difference(gains[reference], gain, users)
+        for number, gain in gains.items()
+        if number != reference
+    }
+    adjusted = holm({str(number): difference.p_value for number, difference in found.items()})
+    return {
+        number: {
+            "difference": difference.value,
+            "low": difference.low,
+            "high": difference.high,
+            "p": difference.p_value,
+            "p_holm": adjusted[str(number)],
+        }
+        for number, difference in found.items()
+    }
+
+
+def settings_label(settings: Mapping[str, Any], reference: Mapping[str, Any]) -> str:
+    """`temperature 0.2, variant paper`: where a group differs from the reference, or "as it is"."""
+    words = [
+        f"{key.rpartition('.')[2].replace('_', ' ')} {value}"
+        for key, value in settings.items()
+        if value != reference.get(key)
+    ]
+    return ", ".join(words) or "as it is"
+
+
+def seeds_note(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What the intervals of a page are."""
+    fewest = min(len(row["runs"]) for row in rows)
+    if fewest > 1:
+        return f"Values are means over seeds ({fewest} or more), with the 95 % t interval of the mean."
+    return (
+        "A group with one seed has a bootstrap interval over users: what another seed would change is not in "
+        "it. Train at least three seeds before you trust a small difference."
+    )

@@ -1,0 +1,44 @@
+"""What every analysis may be asked with."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from trainer.errors import RunError
+from trainer.runs.run_folder import RunFolder
+
+Notify = Callable[[str], None]
+TASK_TITLES = {"src": "Search", "rec": "Recommendation"}  # in the order of the paper's tables
+
+
+@dataclass(frozen=True)
+class Options:
+    split: str = "test"
+    candidates: str = "sampled"  # of evaluations
+    num_events: int = 2000  # of each task, of those that a model is asked about; 0 = all
+    seed: int = 0
+    metric: str = "ndcg@10"
+
+
+def name_of(run_dir: Any) -> dict[str, Any]:
+    """How a document names a run: its folder, its model and the model's title."""
+    from trainer.models.zoo import model_class
+
+    config = RunFolder(run_dir).read_config()
+    model = config.model.name
+    title = model_class(model).title or model
+    return {"run": str(run_dir), "model": model, "title": title, "seed": config.run.seed}
+
+
+def titled(runs: list[dict[str, Any]]) -> list[str]:
+    """A name for each run, in pictures: its title, with the folder's name where a title stands twice."""
+    titles = [run["title"] for run in runs]
+    return [
+        title if titles.count(title) == 1 else f"{title} {run['run'].rstrip('/').rpartition('/')[2]}"
+        for title, run in zip(titles, runs, strict=True)
+    ]
+
+
+def need_runs(runs: Any, what: str, least: int = 1) -> None:
+    if len(runs) < least:
+        raise RunError(f"gensr analyse {what} needs at least {least} RUN, then OUT")

@@ -1,0 +1,103 @@
+"""Figure 5: how do settings such as τ and λ act? Curves of each setting that runs vary, and a map of two."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trainer.analysis.drawing import Curve, curves_with_intervals, heat_map, write_figure
+from trainer.analysis.pages import Part, Picture, Section, Table, Text
+from trainer.errors import RunError
+from trainer.experiments.analyses.ablations import difference_cells
+from trainer.experiments.analyses.groups import grouped, results, seeds_note
+from trainer.experiments.analyses.options import TASK_TITLES, Notify, Options, need_runs
+
+WHAT = "sensitivity"
+SYMBOLS = {"model.temperature": "τ (model.temperature)", "model.contrastive_weight": "λ (contrastive_weight)"}
+
+
+def measure(runs: Sequence[Path], options: Options, notify: Notify) -> dict[str, Any]:
+    need_runs(runs, WHAT, 2)
+    groups = grouped(runs, options.candidates)
+    keys = [key for key in groups[0].settings if all(_is_number(group.settings[key]) for group in groups)]
+    if not keys:
+        raise RunError("these runs differ in no setting that is a number: there is no curve to draw")
+    rows = results(groups, options.candidates)
+    return {"metric": options.metric, "candidates": options.candidates, "keys": keys, "rows": rows}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def section(document: dict[str, Any], folder: Path) -> Section:
+    rows, keys, metric = document["rows"], document["keys"], document["metric"]
+    base = rows[0]["settings"]
+    parts: list[Part] = [
+        Text(
+            f"{document['candidates']} candidates, {metric}. {seeds_note(rows)} A curve varies one setting "
+            "and keeps the others of the first RUN."
+        )
+    ]
+    for key in keys:
+        metrics = {}
+        for task, title in TASK_TITLES.items():
+            line = _line(rows, key, base, task, metric)
+            if line is not None:
+                metrics[f"{title}: {metric}"] = [line]
+        if metrics:
+            name = key.rpartition(".")[2]
+            figure = curves_with_intervals(metrics, SYMBOLS.get(key, key))
+            path = write_figure(figure, folder / f"{WHAT}-{name}")[1]
+            parts.append(Picture(path, f"{metric} against {key}, a panel a task, with intervals."))
+    if len(keys) == 2:
+        for task, title in TASK_TITLES.items():
+            grid = _grid(rows, keys, task, metric)
+            if grid is not None:
+                values, ys, xs = grid
+                figure = heat_map(
+                    values, ys, xs, f"{title}: {metric}; rows {keys[0]}, columns {keys[1]}", decimals=3
+                )
+                path = write_figure(figure, folder / f"{WHAT}-map-{task}")[1]
+                parts.append(Picture(path, f"{title}: {metric} for each pair of {keys[0]} and {keys[1]}."))
+    table = [
+        [title, *(f"{row['settings'][key]:g}" for key in keys), *difference_cells(row["tasks"][task], metric)]
+        for task, title in TASK_TITLES.items()
+        for row in rows
+        if task in row["tasks"]
+    ]
+    head = ["task", *keys, metric, "95 % interval", "difference from the first", "p (Holm)"]
+    return Section("Sensitivity (Figure 5)", [*parts, Table(head, table)])
+
+
+def _line(
+    rows: Sequence[Mapping[str, Any]], key: str, base: Mapping[str, Any], task: str, metric: str
+) -> Curve | None:
+    """The groups that differ from the first in this setting alone; None where there is one value."""
+    chosen = [
+        row
+        for row in rows
+        if task in row["tasks"]
+        and all(row["settings"][other] == base[other] for other in base if other != key)
+    ]
+    chosen.sort(key=lambda row: row["settings"][key])
+    if len(chosen) < 2:
+        return None
+    found = [row["tasks"][task][metric] for row in chosen]
+    y, low, high = ([value[end] for value in found] for end in ("value", "low", "high"))
+    return Curve("", [row["settings"][key] for row in chosen], y, low, high, task)
+
+
+def _grid(
+    rows: Sequence[Mapping[str, Any]], keys: Sequence[str], task: str, metric: str
+) -> tuple[np.ndarray, list[str], list[str]] | None:
+    having = [row for row in rows if task in row["tasks"]]
+    ys, xs = (sorted({row["settings"][key] for row in having}) for key in keys)
+    if len(ys) < 2 or len(xs) < 2:
+        return None
+    values = np.full((len(ys), len(xs)), np.nan)
+    for row in having:
+        place = ys.index(row["settings"][keys[0]]), xs.index(row["settings"][keys[1]])
+        values[place] = row["tasks"][task][metric]["value"]
+    return values, [f"{y:g}" for y in ys], [f"{x:g}" for x in xs]

@@ -1,0 +1,298 @@
+"""What counting knows of an event and a candidate, as numbers (model.evidence): neighbours and followers of
+the history, popularity, taste, shared words, the query's category.
+
+LightGCN's vectors have lost order and co-purchase, and a small language model cannot count words; here they
+are handed over. Everything is counted from training clicks and the catalogue, once (`Evidence.fit`).
+
+A training event is looked at as a test event is, without its own click: it is taken out of the counts of the
+clicked item, as the CF table of its fold never saw it.
+
+Letters: trainer/README.md; F numbers, M neighbours of an item, T tokens of an item's text.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy import sparse
+from torch import Tensor, nn
+
+from data_shards.sources.amazon import category_query
+from trainer.batch import Batch, ItemTables, TrainClicks, rows_of
+from trainer.models.baselines.transitions import click_sequences
+
+if TYPE_CHECKING:
+    from trainer.models.contract import World
+
+NUM_FEATURES = 14
+DECAY = 0.8  # weight of a history item for each newer one
+SHRINK = 10.0  # users that are added to the denominator of a similarity
+STEPS, STEP_DECAY = 3, 0.5  # how far behind an item another still follows it, and its weight for each step
+HIDDEN = 16  # units of the head's network for each task
+LOUDNESS = 30.0  # log(1 + 30 x): similarities lie between 0.003 and 0.3
+ROWS_AT_ONCE = 4096  # items whose neighbours or tokens are counted together
+HASH_A, HASH_B = 0x9E3779B97F4A7C1, 0xBF58476D1CE4E5B  # odd factors of mixed()
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Numbers [B, C, F] float32, and what a mined negative is corrected by."""
+
+    features_BCF: Tensor
+    near_BNC: Tensor  # bool, whether a candidate is among the neighbours of a history item
+    in_category_BC: Tensor  # bool, whether it lies in the query's category
+    weight_BN: Tensor  # of history items, 0 for padding and repetitions
+
+
+class Evidence(nn.Module):
+    """Counts as buffers, a table of I items with at most M neighbours each."""
+
+    near: Tensor  # [I, M] int32, items with most common users, ascending; I = none
+    near_users: Tensor  # [I, M] float32, how many users clicked both
+    follow: Tensor  # [I, M] int32, items clicked soon after, ascending; I = none
+    follow_weight: Tensor  # [I, M] float32, Σ STEP_DECAY^(k − 1)
+    users: Tensor  # [I] float32, users who clicked an item
+    clicks: Tensor  # [I] float32, its clicks; a search and a recommendation at one time are one
+    idf: Tensor  # [num_terms + 1] float32, 0 for padding
+    category_key: Tensor  # [1 + num_categories] int64, hash of a category's words as query tokens; 0: none
+
+    def __init__(self, num_neighbours: int, world: "World") -> None:
+        super().__init__()
+        num_items = world.num_items
+        shape = (num_items, min(num_neighbours, max(num_items - 1, 1)))
+        for name in ("near", "follow"):
+            self.register_buffer(name, torch.full(shape, num_items, dtype=torch.int32))
+        for name in ("near_users", "follow_weight"):
+            self.register_buffer(name, torch.zeros(shape))
+        self.register_buffer("users", torch.zeros(num_items))
+        self.register_buffer("clicks", torch.zeros(num_items))
+        self.register_buffer("idf", torch.zeros(world.num_terms + 1))
+        self.register_buffer("category_key", torch.zeros(1 + world.num_categories, dtype=torch.int64))
+
+    # ---- counting ------------------------------------------------------------------------------------------
+
+    def fit(self, world: "World") -> None:
+        clicks, num_items = world.clicks(), world.num_items
+        self.users.copy_(torch.from_numpy(self._fit_near(clicks, world.num_users, num_items)))
+        user, item = click_sequences(clicks, "all")
+        self.clicks.copy_(torch.from_numpy(np.bincount(item, minlength=num_items)))
+        self._fit_follow(user, item, num_items)
+        self._fit_idf(world.tables)
+        if world.num_categories and world.tables.query_tokens.shape[1] and not world.num_words:
+            tokenizer, width = world.tokenizer(), world.tables.query_tokens.shape[1]  # type: ignore[misc]
+            keys = [0] * (1 + world.num_categories)
+            for number, path in enumerate(world.categories()):
+                text = category_query(list(path))
+                if text:
+                    tokens = tokenizer(text, add_special_tokens=False)["input_ids"][:width]
+                    keys[number] = int(text_key(torch.tensor(tokens)))
+            self.category_key.copy_(torch.tensor(keys))
+
+    def _fit_near(self, clicks: TrainClicks, num_users: int, num_items: int) -> np.ndarray:
+        """→ users of each item."""
+        pairs = np.unique(clicks.user.numpy() * num_items + clicks.item.numpy())
+        shape = (num_items, num_users)
+        clicked_IU = sparse.csr_matrix(
+            (np.ones(len(pairs), np.float32), (pairs % num_items, pairs // num_items)), shape=shape
+        )
+        users_I = np.asarray(clicked_IU.sum(1)).ravel()
+        for start in range(0, num_items, ROWS_AT_ONCE):
+            common = (clicked_IU[start : start + ROWS_AT_ONCE] @ clicked_IU.T).tocoo()
+            row, other = common.row.astype(np.int64) + start, common.col.astype(np.int64)
+            keep = row != other
+            row, other, count = row[keep], other[keep], common.data[keep]
+            similarity = count / (np.sqrt(users_I[row] * users_I[other]) + SHRINK)
+            keep_nearest(self.near, self.near_users, row, other, count, similarity)
+        return users_I
+
+    def _fit_follow(self, user: np.ndarray, item: np.ndarray, num_items: int) -> None:
+        counts = sparse.csr_matrix((num_items, num_items), dtype=np.float64)
+        for step in range(1, STEPS + 1):
+            same = user[:-step] == user[step:]
+            pairs = (item[:-step][same], item[step:][same])
+            weights = np.full(len(pairs[0]), STEP_DECAY ** (step - 1))
+            counts += sparse.csr_matrix((weights, pairs), shape=counts.shape)
+        found = counts.tocoo()
+        other = found.row != found.col
+        row, col, count = (
+            found.row[other].astype(np.int64),
+            found.col[other].astype(np.int64),
+            found.data[other],
+        )
+        clicks_I = np.bincount(item, minlength=num_items)
+        keep_nearest(
+            self.follow, self.follow_weight, row, col, count, count / np.sqrt(clicks_I[row] * clicks_I[col])
+        )
+
+    def _fit_idf(self, tables: ItemTables) -> None:
+        holding = torch.zeros(len(self.idf), dtype=torch.float64)
+        for start in range(0, tables.num_items, ROWS_AT_ONCE):
+            rows = torch.arange(start, min(start + ROWS_AT_ONCE, tables.num_items), device=tables.device)
+            tokens = rows_of(tables.item_terms, rows).cpu().sort(-1).values
+            holding += torch.bincount(tokens[first_of_each(tokens)], minlength=len(holding))
+        self.idf.copy_((1 + (tables.num_items - holding + 0.5) / (holding + 0.5)).log())
+        self.idf[0] = 0.0
+
+    # ---- looking up ----------------------------------------------------------------------------------------
+
+    def forward(self, batch: Batch, tables: ItemTables, cf_BNK: Tensor, cf_BCK: Tensor, own: bool) -> Seen:
+        """own: the clicked candidates' own clicks are among the counts, and are taken out."""
+        is_own_BC = batch.labels > 0 if own else torch.zeros_like(batch.labels, dtype=torch.bool)
+        weight_BN, age_BN = history_weights(batch)
+        users_BC = self.users[batch.candidates] - is_own_BC.float()
+        clicks_BC = self.clicks[batch.candidates] - is_own_BC.float()
+        common_BNC = looked_up(self.near, self.near_users, batch.history_items, batch.candidates)
+        common_BNC = (common_BNC - is_own_BC[:, None].float()).clamp(min=0)
+        own_step_BN = (STEP_DECAY ** age_BN.float()) * (age_BN < STEPS)
+        after_BNC = looked_up(self.follow, self.follow_weight, batch.history_items, batch.candidates)
+        after_BNC = (after_BNC - own_step_BN[..., None] * is_own_BC[:, None]).clamp(min=0)
+        norm_BNC = (self.users[batch.history_items][..., None] * users_BC[:, None].clamp(min=1)).sqrt()
+        near_BNC = common_BNC / (norm_BNC + SHRINK)
+        norm_BNC = (self.clicks[batch.history_items][..., None] * clicks_BC[:, None]).clamp(min=1).sqrt()
+        after_BNC = after_BNC / norm_BNC
+        words_BNC = self.shared_words(tables, batch.history_items, batch.candidates)
+        with torch.autocast(cf_BCK.device.type, enabled=False):
+            taste_BNC = unit(cf_BNK.float()) @ unit(cf_BCK.float()).transpose(1, 2)
+        mean_BN = weight_BN / weight_BN.sum(1, keepdim=True).clamp(min=1e-9)
+        newest_BN = (weight_BN == 1.0).float()
+        real_BN1 = batch.history_mask[..., None]
+
+        def weighted(value_BNC: Tensor, by_BN: Tensor) -> Tensor:
+            return (value_BNC * by_BN[..., None]).sum(1)
+
+        inside_BC, last_BC, covered_BC = self._query_match(batch, tables)
+        features = [
+            (LOUDNESS * weighted(near_BNC, weight_BN)).log1p(),
+            (LOUDNESS * weighted(after_BNC, weight_BN)).log1p(),
+            (LOUDNESS * weighted(near_BNC, newest_BN)).log1p(),
+            (LOUDNESS * weighted(after_BNC, newest_BN)).log1p(),
+            users_BC.log1p(),
+            2 * weighted(taste_BNC, mean_BN),
+            2 * taste_BNC.masked_fill(~real_BN1, -1.0).amax(1) * batch.history_mask.any(1, keepdim=True),
+            4 * weighted(words_BNC, mean_BN),
+            4 * (words_BNC * real_BN1).amax(1),
+            (weight_BN > 0).sum(1, keepdim=True).float().log1p().expand_as(users_BC),
+            inside_BC.float(),
+            last_BC.float(),
+            covered_BC,
+            (users_BC == 0).float(),
+        ]
+        return Seen(torch.stack(features, -1), common_BNC > 0, inside_BC, weight_BN)
+
+    def shared_words(self, tables: ItemTables, history_BN: Tensor, candidates_BC: Tensor) -> Tensor:
+        """Cosine of the texts' idf vectors, each word once, [B, N, C]."""
+        mine_BCT = rows_of(tables.item_terms, candidates_BC).sort(-1).values
+        theirs_BNT = rows_of(tables.item_terms, history_BN).sort(-1).values
+        square_BCT = self.idf[mine_BCT].square() * first_of_each(mine_BCT)
+        length_BC = square_BCT.sum(-1).sqrt()
+        length_BN = (self.idf[theirs_BNT].square() * first_of_each(theirs_BNT)).sum(-1).sqrt()
+        shape = (*history_BN.shape, *mine_BCT.shape[1:])  # B, N, C, T
+        wanted = mine_BCT.flatten(1)[:, None].expand(-1, shape[1], -1).contiguous()
+        place = torch.searchsorted(theirs_BNT, wanted).clamp(max=theirs_BNT.shape[2] - 1)
+        found_BNCT = (theirs_BNT.gather(2, place) == wanted).view(shape)
+        common_BNC = (found_BNCT * square_BCT[:, None]).sum(-1)
+        return common_BNC / (length_BN[..., None] * length_BC[:, None]).clamp(min=1e-9)
+
+    def _query_match(self, batch: Batch, tables: ItemTables) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, C] each: whether a candidate lies in the category whose words are the query; whether that is
+        its last category; the share of the query's words (by idf) that its text has. 0 without query."""
+        asked_B1 = (batch.query >= 0)[:, None]
+        rows_B = batch.query.clamp(min=0)
+        terms_BQ = tables.query_terms[rows_B].long().sort(-1).values
+        value_BQ = self.idf[terms_BQ] * first_of_each(terms_BQ)
+        text_BCT = rows_of(tables.item_terms, batch.candidates)
+        found_BCQ = (terms_BQ[:, None, :, None] == text_BCT[:, :, None]).any(-1)
+        covered_BC = (found_BCQ * value_BQ[:, None]).sum(-1) / value_BQ.sum(-1, keepdim=True).clamp(min=1e-9)
+        levels_BCT = tables.item_category[batch.candidates].long()
+        key_B = text_key(tables.query_tokens[rows_B].long())
+        here_BCT = self.category_key[levels_BCT] == key_B[:, None, None]
+        here_BCT = here_BCT & (key_B != 0)[:, None, None] & (levels_BCT > 0) & asked_B1[..., None]
+        below = torch.cat([levels_BCT[..., 1:], torch.zeros_like(levels_BCT[..., :1])], -1)
+        last_BC = (here_BCT & (below == 0)).any(-1)
+        return here_BCT.any(-1), last_BC, covered_BC * asked_B1
+
+
+class EvidenceHead(nn.Module):
+    """Numbers → a slot of the prompt, and log-odds that are added to the answer's: for each task the sum of a
+    linear map, which learns in few steps, and of a small network."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.slot = nn.Linear(NUM_FEATURES, width)
+        self.linear = nn.Linear(NUM_FEATURES, 2)
+        self.hidden = nn.Linear(NUM_FEATURES, 2 * HIDDEN)
+        self.out = nn.Linear(2 * HIDDEN, 2)
+        for linear in (self.linear, self.out):
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, features_BCF: Tensor, task_B: Tensor) -> tuple[Tensor, Tensor]:
+        """→ [B, C, D], and [B, C] float32."""
+        with torch.autocast(features_BCF.device.type, enabled=False):  # bf16 would tie candidates
+            both_BC2 = self.linear(features_BCF) + self.out(F.gelu(self.hidden(features_BCF)))
+        by_task_BC1 = both_BC2.gather(2, task_B[:, None, None].expand(-1, both_BC2.shape[1], 1))
+        return self.slot(features_BCF), by_task_BC1[..., 0]
+
+
+# ---- parts -------------------------------------------------------------------------------------------------
+
+
+def unit(vectors: Tensor) -> Tensor:
+    """Scaled to length 1; zero vectors stay zero."""
+    return F.normalize(vectors, dim=-1, eps=1e-12)
+
+
+def history_weights(batch: Batch) -> tuple[Tensor, Tensor]:
+    """DECAY^age of history items [B, N], 0 for padding, and their age, 0 = newest, STEPS for what does not
+    count. An item that follows itself (searched for and recommended at one time) counts once."""
+    items, mask = batch.history_items, batch.history_mask
+    once = mask.clone()
+    once[:, :-1] &= (items[:, :-1] != items[:, 1:]) | ~mask[:, 1:]
+    age = (once.flip(1).cumsum(1).flip(1) - 1).clamp(min=0)
+    return DECAY ** age.float() * once, age.masked_fill(~once, STEPS)
+
+
+def looked_up(neighbours_IM: Tensor, value_IM: Tensor, items_BN: Tensor, wanted_BC: Tensor) -> Tensor:
+    """The value of each wanted item in the rows of some items, [B, N, C]; 0 where it is not there."""
+    rows_BNM = neighbours_IM[items_BN]
+    wanted_BNC = wanted_BC[:, None].expand(-1, items_BN.shape[1], -1).to(rows_BNM.dtype).contiguous()
+    place_BNC = torch.searchsorted(rows_BNM, wanted_BNC).clamp(max=rows_BNM.shape[2] - 1)
+    found_BNC = rows_BNM.gather(2, place_BNC) == wanted_BNC
+    return value_IM[items_BN].gather(2, place_BNC) * found_BNC
+
+
+def keep_nearest(
+    neighbours: Tensor, values: Tensor, row: np.ndarray, other: np.ndarray, value: np.ndarray, by: np.ndarray
+) -> None:
+    """Write pairs into the rows of two tables [I, M]: of each row those with the largest `by`, laid out by
+    ascending neighbour."""
+    order = np.lexsort((other, -by, row))
+    row, other, value = row[order], other[order], value[order]
+    best = np.arange(len(row)) - np.searchsorted(row, row) < neighbours.shape[1]
+    row, other, value = row[best], other[best], value[best]
+    order = np.lexsort((other, row))
+    row, other, value = row[order], other[order], value[order]
+    at = (torch.from_numpy(row), torch.from_numpy(np.arange(len(row)) - np.searchsorted(row, row)))
+    neighbours[at] = torch.from_numpy(other.astype(np.int32)).to(neighbours.device)
+    values[at] = torch.from_numpy(value.astype(np.float32)).to(values.device)
+
+
+def first_of_each(tokens: Tensor) -> Tensor:
+    """Sorted tokens […, T] → bool: real ones at their first place."""
+    new = torch.ones_like(tokens, dtype=torch.bool)
+    new[..., 1:] = tokens[..., 1:] != tokens[..., :-1]
+    return new & (tokens != 0)
+
+
+def text_key(tokens: Tensor) -> Tensor:
+    """[…, T] tokens, 0 = padding → […] int64, the same for the same tokens in any order; 0 for none."""
+    return (mixed(tokens) * (tokens != 0)).sum(-1)
+
+
+def mixed(numbers: Tensor) -> Tensor:
+    """int64 → int64 that looks random (products wrap around)."""
+    x = (numbers + 1) * HASH_A
+    x = (x ^ (x >> 29)) * HASH_B
+    return x ^ (x >> 32)
