@@ -8,8 +8,9 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 python=${PYTHON:-python3}
 folder=${1:-$here/wheels}
 limit_mib=45
-names=(annotated-types bm25s braceexpand einops faiss-cpu fastapi h11 hjson iniconfig msgpack ninja nvidia-ml-py
-  pluggy psutil py-cpuinfo pydantic pydantic_core pytest pytest-timeout starlette typing-inspection uvicorn webdataset)
+names=(annotated-doc annotated-types bm25s braceexpand einops faiss-cpu fastapi hjson importlib_metadata iniconfig
+  msgpack ninja nvidia-ml-py opentelemetry-api pluggy py-cpuinfo pydantic pydantic_core pytest pytest-timeout
+  starlette typing-inspection uvicorn webdataset zipp) # anyio, h11, idna and psutil come with transformers and accelerate
 platforms=()
 for tag in manylinux_2_28 manylinux_2_27 manylinux_2_17 manylinux_2_12 manylinux2014 manylinux2010 manylinux1; do
   platforms+=(--platform "${tag}_x86_64")

@@ -26,6 +26,7 @@ from trainer.bench.data import commit, hardware
 
 WHOLE_S = 540.0  # what the limits below are made for; other --minutes scale them
 END_S = 5.0  # kept for the last lines
+REHEARSED = 2.0  # times a part's share in a rehearsal: on a CPU C++ is compiled, for about a minute
 LEAST_S = 8.0  # less is not tried: a process takes some seconds to start
 PACKAGES = (
     "torch",
@@ -62,12 +63,13 @@ PARTS = (
 )
 
 
-def limit_of(part: Part, minutes: float, left_s: float, is_last: bool) -> float:
+def limit_of(part: Part, minutes: float, left_s: float, is_last: bool, rehearse: bool = False) -> float:
     """Seconds that the part may take: its share of the session, and the last part all that is left; 0 when
     too few are left."""
     if left_s - END_S < LEAST_S:
         return 0.0
-    return left_s - END_S if is_last else min(part.seconds * minutes * 60 / WHOLE_S, left_s - END_S)
+    share_s = part.seconds * minutes * 60 / WHOLE_S * (REHEARSED if rehearse else 1.0)
+    return left_s - END_S if is_last else min(share_s, left_s - END_S)
 
 
 def check(report: Report) -> None:
@@ -139,7 +141,7 @@ def session(out: Path, minutes: float, rehearse: bool, data: Path | None, only: 
     bad, taken_s = 0, {}
     for part in parts:
         left_s = minutes * 60 - (time.monotonic() - started_s)
-        limit_s = limit_of(part, minutes, left_s, is_last=part is parts[-1])
+        limit_s = limit_of(part, minutes, left_s, part is parts[-1], rehearse)
         if not limit_s:
             add_line(out, table_line(part.name, "the part", f"skipped: {left_s:.0f} s are left"))
             bad += 1

@@ -209,9 +209,11 @@ def log_evaluation(run_dir: Path, split: str, figures: Mapping[str, float], tabl
     """The results of an evaluation → the run's figures, its table and evaluation-SPLIT.json. A store that
     fails costs a warning: repeat the evaluation, or import the folder."""
     config = RunFolder(run_dir).read_config()
+    if not config.tracking.enabled:
+        return
     uri = tracking_uri(config, run_dir)
     run_id = read_run_file(run_dir, uri)
-    if not (config.tracking.enabled and run_id):
+    if not run_id:
         return
     try:
         client = connect(uri)
