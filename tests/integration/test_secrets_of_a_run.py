@@ -19,9 +19,11 @@ from trainer.cli import main
 from trainer.data import node_cache
 from trainer.evaluation.compare import compare, compare_lines
 from trainer.runs.weights import load_run_config
+from trainer.tracking import tracker
 from trainer.training.plan import dry_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+PATIENCE_S = 15.0
 SECRETS = ("PwOfData", "SigOfData", "AuthOfData", "PwOfMlflow", "TokenOfMlflow")
 KEEP_ALL = {"config.yaml", "origin.json"}  # what runs again, for its owner only
 
@@ -65,6 +67,8 @@ def gensr(
     """The command in this process: its libraries take seconds to import, and it is given seven times."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     node_cache._cached_folder.cache_clear()
+    for wait in ("OPEN_WAIT_S", "FINISH_WAIT_S"):  # for a server that never answers
+        monkeypatch.setattr(tracker, wait, min(getattr(tracker, wait), PATIENCE_S))
 
     def run(*words: str) -> Said:
         capfd.readouterr()

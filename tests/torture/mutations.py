@@ -19,6 +19,7 @@ from typing import Any
 from tests.tiny_folder import make_tiny_folder
 from tests.torture.damage import damage_file
 from tests.torture.outcomes import Tally, outcome_of, silence
+from trainer.analysis.figures import plot_run
 from trainer.cli import app
 from trainer.config import Config
 from trainer.configs import load_config
@@ -176,6 +177,10 @@ def plan_of_preset(world: World) -> Any:
 
 
 def pictures(world: World) -> None:
+    plot_run(world.run)
+
+
+def page(world: World) -> None:
     app(["report", str(world.run)], standalone_mode=False)
 
 
@@ -281,8 +286,9 @@ CAMPAIGNS = (
     Campaign("catalogue, CF table", 150, below("data/catalog", "data/tokenizer", "data/cf"), (evaluation,)),
     Campaign("checkpoints", 70, newest_checkpoint, (continued,)),
     Campaign("run folders", 300, below(*FILES_OF_MODEL, *FILES_OF_RECORDS[:3]), (evaluation, answers)),
+    Campaign("report pages", 8, below(*FILES_OF_RECORDS, "run/config.yaml"), (page,), False),  # slow
     Campaign(
-        "reports", 80, below(*FILES_OF_RECORDS, "run/config.yaml"), (pictures, comparison, imported), False
+        "reports", 72, below(*FILES_OF_RECORDS, "run/config.yaml"), (pictures, comparison, imported), False
     ),
     Campaign("versions", 200, below("version"), (version_answers,)),
     Campaign("spool", 100, below("spool.jsonl"), ()),

@@ -83,7 +83,7 @@ def test_shares_above_one_are_refused() -> None:
 
 def uniform(seed: int = 1, real: bool = True) -> np.ndarray:
     """Negatives without impressions; real=False: the history is padding."""
-    given = {**events(0), "impressions": None}
+    given = events(0)
     given["history_mask"] = np.full((EVENTS, 4), real)
     return NegativeSampler(20, WIDTH, seed).draw(**given)
 
@@ -102,7 +102,7 @@ def test_another_seed_draws_other_negatives() -> None:
 
 def test_popularity_follows_its_power() -> None:
     """Items 10 … 19 have 15 clicks more than none: 16^α times as likely, which is 1 for α = 0 and 4 for ½."""
-    given, clicks = {**events(0), "impressions": None}, np.repeat([0, 15], 10)
+    given, clicks = events(0), np.repeat([0, 15], 10)
     given["history_mask"] = np.zeros((EVENTS, 4), bool)
     for alpha, times in ((0.0, 1.0), (0.5, 4.0)):
         sampler = NegativeSampler(20, 1, 1, kind="popularity", clicks=clicks, alpha=alpha)

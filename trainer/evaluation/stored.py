@@ -8,20 +8,22 @@ import pyarrow.parquet as pq
 
 from data_shards.schema import TASKS
 from trainer.errors import RunError
+from trainer.evaluation.segments import METRIC
 from trainer.runs.run_folder import read_json
 
 AGAIN = "Make it again with: gensr evaluate"
 
 
 def read_evaluation_file(path: Path) -> dict[str, Any]:
-    """The document, with what tables read of it: a protocol, and numbers for each task and baseline. Raises
-    RunError for anything else."""
+    """The document, with what tables and pictures read of it: a protocol, and numbers for each task, baseline
+    and segment. Raises RunError for anything else."""
     document = read_json(path)
-    baselines = document.get("baselines", {})
+    baselines, segments = (document.get(name, {}) for name in ("baselines", "segments"))
     reports = [report for entry in _values(baselines) for report in _values(entry)]
     reports += [document[task] for task in TASKS if task in document]
-    whole = isinstance(document.get("protocol"), dict) and isinstance(baselines, dict)
-    if not whole or not all(map(_is_report, reports)):
+    parts = [part for of_task in _values(segments) for name in _values(of_task) for part in _values(name)]
+    whole = all(isinstance(tree, dict) for tree in (document.get("protocol"), baselines, segments))
+    if not whole or not all(map(_is_report, [*reports, *parts])) or not all(map(_is_part, parts)):
         raise RunError(f"{path} is damaged. {AGAIN}")
     return document
 
@@ -44,6 +46,11 @@ def _is_report(report: Any) -> bool:
             for ends in intervals.values()
         )
     )
+
+
+def _is_part(report: dict[str, Any]) -> bool:
+    """Of a segment: the one metric that segments have, with its interval."""
+    return METRIC in report and METRIC in report.get("ci95", {})
 
 
 def _is_number(value: Any) -> bool:

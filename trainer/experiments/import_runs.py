@@ -27,9 +27,10 @@ from data_shards.settings import read_yaml
 from trainer.config import Config
 from trainer.configs import config_from_dict
 from trainer.errors import EnvironmentProblem, GensrError, RunError
+from trainer.evaluation.stored import read_evaluation_file
 from trainer.evaluation.summary import evaluation_name
 from trainer.registry.model_card import metrics_of
-from trainer.runs.run_folder import RunFolder, read_json
+from trainer.runs.run_folder import RunFolder
 from trainer.tracking.delivery import (
     MACHINE_DIR,
     SPOOL_NAME,
@@ -323,11 +324,10 @@ def of_folder(folder: Path) -> Source:
         records += [point for sample in samples for point in machine_points(path.stem, sample)]
     for evaluated in EVALUATED:
         path = RunFolder(folder).evaluation(evaluated)
-        records += [
-            {"metric": [name, value, start_ms, 0]}
-            for name, value in metrics_of(read_json(path), evaluated).items()
-        ]
-        files += [(path, "")] if path.is_file() else []
+        if path.is_file():
+            figures = metrics_of(read_evaluation_file(path), evaluated)
+            records += [{"metric": [name, value, start_ms, 0]} for name, value in figures.items()]
+            files.append((path, ""))
     files += [(path, "report") for path in sorted((folder / "report").glob("*.png"))]
     seconds = status.get("progress", {}).get("train_s", 0.0)
     name, state = (

@@ -10,6 +10,7 @@ from data_shards.schema import TASKS, Manifest
 from data_shards.secrets import mask_secrets
 from trainer.config import Config
 from trainer.data.node_cache import is_url
+from trainer.evaluation.stored import read_evaluation_file
 from trainer.models.zoo import model_class
 from trainer.runs.run_folder import RunFolder, read_json
 from trainer.tracking.store import metric_name
@@ -46,8 +47,13 @@ def run_facts(run_dir: Path, config: Config, manifest: Manifest, tasks: tuple[in
         "variant": getattr(config.model, "variant", ""),
         "tasks": [TASKS[task] for task in tasks],
         "seed": config.run.seed,
-        **{key: read_json(RunFolder(run_dir).evaluation(name)) for name, key in EVALUATIONS.items()},
+        **{key: _evaluation(RunFolder(run_dir).evaluation(name)) for name, key in EVALUATIONS.items()},
     }
+
+
+def _evaluation(path: Path) -> dict[str, Any]:
+    """{} where the run has not been evaluated so. Raises RunError for a damaged file."""
+    return read_evaluation_file(path) if path.is_file() else {}
 
 
 def version_tags(facts: Mapping[str, Any], run_id: str) -> dict[str, str]:
