@@ -16,21 +16,23 @@ REPLAYS = 20
 
 def run(task: Task, report: Report) -> None:
     graph_of_scoring(task, report)
-    pairs, _, steps = speed.sizes(task, "train")
+    # rehearsed in scoring: without a backward pass a CPU compiles for a minute, not for several
+    mode = "evaluate" if task.rehearse else "train"
+    pairs, _, steps = speed.sizes(task, mode)
     rates = {}
     for compiled in ("false", "true"):
         settings = ("model.prompt=compact", "run.precision=bf16", f"model.compile={compiled}")
         started_s = time.monotonic()
-        what = f"training, compact prompt, model.compile={compiled}"
+        what = f"{speed.NAME[mode]}, compact prompt, model.compile={compiled}"
         try:
-            found = speed.measure(speed.request_of(task, "train", pairs, steps, *settings))
+            found = speed.measure(speed.request_of(task, mode, pairs, steps, *settings))
         except Exception as error:  # the compiler raises errors of many kinds: one is a result
             report.note(what, failure(error))
             return
         rates[compiled] = found["per_s"]
-        report.add(what, found["per_s"], "examples/s")
+        report.add(what, found["per_s"], speed.UNIT[mode])
         report.add(f"{what}: with warming up", time.monotonic() - started_s, "s")
-    report.add("training: compiled / not", rates["true"] / rates["false"], "×")
+    report.add(f"{speed.NAME[mode]}: compiled / not", rates["true"] / rates["false"], "×")
 
 
 def graph_of_scoring(task: Task, report: Report) -> None:

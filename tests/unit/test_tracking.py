@@ -468,6 +468,17 @@ def test_an_evaluation_goes_to_the_runs_figures_once(runs: Path) -> None:
     assert client.get_run(tracker.run_id).info.status == "FINISHED"
 
 
+def test_an_evaluation_without_tracking_needs_no_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine for training alone may have neither package."""
+    (tmp_path / "config.yaml").write_text("tracking: {enabled: false}\n")
+    for package in ("mlflow", "sqlalchemy", "sqlalchemy.engine"):
+        monkeypatch.setitem(sys.modules, package, None)  # an import then fails
+    log_evaluation(tmp_path, "test", {"test/rec/mrr": 0.5}, ["a table"])
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
 def test_a_store_that_cannot_be_opened_says_how_to_go_on(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     config = config_for(uri=f"sqlite:///{tmp_path}/file/mlflow.db")
