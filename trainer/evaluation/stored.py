@@ -33,13 +33,16 @@ def _values(tree: Any) -> list[Any]:
 
 
 def _is_report(report: Any) -> bool:
-    """{"num_events": n, metric: number, "ci95": {metric: [low, high]}}."""
+    """{"num_events": n, metric: number, "ci95": {metric: [low, high]}}; of the whole catalogue also
+    "retrieval": {recall: number}."""
     if not isinstance(report, dict) or not _is_number(report.get("num_events")):
         return False
-    rest = {key: value for key, value in report.items() if key != "ci95"}
-    intervals = report.get("ci95", {})
+    rest = {key: value for key, value in report.items() if key not in ("ci95", "retrieval")}
+    intervals, retrieval = report.get("ci95", {}), report.get("retrieval", {})
     return (
         all(map(_is_number, rest.values()))
+        and isinstance(retrieval, dict)
+        and all(map(_is_number, retrieval.values()))
         and isinstance(intervals, dict)
         and all(
             isinstance(ends, list) and len(ends) == 2 and all(map(_is_number, ends))

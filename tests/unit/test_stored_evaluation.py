@@ -1,0 +1,30 @@
+"""What is read of RUN/evaluation-NAME.json: what evaluate writes, and nothing damaged."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trainer.errors import RunError
+from trainer.evaluation.stored import read_evaluation_file
+
+REPORT = {"num_events": 4, "ndcg@10": 0.5, "ci95": {"ndcg@10": [0.4, 0.6]}}
+FULL = {"protocol": {"candidates": "full"}, "rec": {**REPORT, "retrieval": {"recall@100": 0.9}}}
+
+
+def written(folder: Path, document: dict[str, Any]) -> Path:
+    path = folder / "evaluation-test-full.json"
+    path.write_text(json.dumps(document))
+    return path
+
+
+def test_an_evaluation_of_the_whole_catalogue_is_read(tmp_path: Path) -> None:
+    assert read_evaluation_file(written(tmp_path, FULL)) == FULL
+
+
+@pytest.mark.parametrize("retrieval", [[0.9], {"recall@100": "0.9"}, None])
+def test_a_damaged_recall_of_the_retrieval_is_refused(tmp_path: Path, retrieval: Any) -> None:
+    path = written(tmp_path, {**FULL, "rec": {**REPORT, "retrieval": retrieval}})
+    with pytest.raises(RunError, match="damaged"):
+        read_evaluation_file(path)
