@@ -19,8 +19,7 @@ from data_shards.schema import REC
 from trainer.batch import Batch, TrainClicks
 from trainer.config import ModelSettings, NonNegativeFloat, Positive, Share
 from trainer.models.contract import Ranker, World
-
-ROWS_AT_ONCE = 4096  # items whose neighbours are counted together
+from trainer.models.layers.neighbours import common_users, keep_nearest, looked_up
 
 
 @s.settings
@@ -57,34 +56,15 @@ class ItemKnn(Ranker):
     def fit(self) -> None:
         clicked_IU = click_matrix(self.world.clicks(), self.settings.clicks, self.world).T.tocsr()
         users_I = np.asarray(clicked_IU.sum(1)).ravel()
-        for start in range(0, self.world.num_items, ROWS_AT_ONCE):
-            common = (clicked_IU[start : start + ROWS_AT_ONCE] @ clicked_IU.T).tocoo()
-            row, other = common.row + start, common.col
+        for row, other, common in common_users(clicked_IU):
             norm = np.sqrt(users_I[row] * users_I[other]) + self.settings.shrink
-            keep = row != other
-            self._keep_nearest(row[keep], other[keep], (common.data / norm)[keep])
+            self._keep_nearest(row, other, common / norm)
 
     def _keep_nearest(self, row: np.ndarray, other: np.ndarray, similarity: np.ndarray) -> None:
-        """The best of each row, laid out by ascending neighbour."""
-        order = np.lexsort((other, -similarity, row))
-        row, other, similarity = row[order], other[order], similarity[order]
-        first = np.searchsorted(row, row)  # where each row's pairs begin
-        best = np.arange(len(row)) - first < self.neighbours.shape[1]
-        row, other, similarity = row[best], other[best], similarity[best]
-        order = np.lexsort((other, row))
-        row, other, similarity = row[order], other[order], similarity[order]
-        place = np.arange(len(row)) - np.searchsorted(row, row)
-        at = (torch.from_numpy(row.astype(np.int64)), torch.from_numpy(place))
-        self.neighbours[at] = torch.from_numpy(other.astype(np.int32))
-        self.similarity[at] = torch.from_numpy(similarity.astype(np.float32))
+        keep_nearest(self.neighbours, self.similarity, row, other, similarity, similarity)
 
     def score(self, batch: Batch) -> Tensor:
-        neighbours_BNM = self.neighbours[batch.history_items].long()
-        num_history = neighbours_BNM.shape[1]
-        wanted_BNC = batch.candidates[:, None].expand(-1, num_history, -1).contiguous()
-        place_BNC = torch.searchsorted(neighbours_BNM, wanted_BNC).clamp(max=neighbours_BNM.shape[2] - 1)
-        found_BNC = neighbours_BNM.gather(2, place_BNC) == wanted_BNC
-        similarity_BNC = self.similarity[batch.history_items].gather(2, place_BNC) * found_BNC
+        similarity_BNC = looked_up(self.neighbours, self.similarity, batch.history_items, batch.candidates)
         return (similarity_BNC * self._weights(batch)[..., None]).sum(1)
 
     def score_catalogue(self, batch: Batch) -> Tensor:

@@ -12,13 +12,13 @@ only. Counted, not trained; an empty history scores 0 everywhere. Recommendation
 from typing import Literal
 
 import numpy as np
-from scipy import sparse
 
 from data_shards import settings as s
 from data_shards.schema import REC
 from trainer.batch import TrainClicks
 from trainer.config import ModelSettings, Positive, Share
 from trainer.models.baselines.item_knn import ItemKnn
+from trainer.models.layers.neighbours import followers
 
 
 @s.settings
@@ -46,18 +46,9 @@ class Transitions(ItemKnn):
 
     def fit(self) -> None:
         user, item = click_sequences(self.world.clicks(), self.settings.clicks)
-        num_items = self.world.num_items
-        counts = sparse.csr_matrix((num_items, num_items), dtype=np.float64)
-        for step in range(1, self.settings.steps + 1):
-            same = user[:-step] == user[step:]
-            pairs = (item[:-step][same], item[step:][same])
-            weights = np.full(len(pairs[0]), self.settings.step_decay ** (step - 1))
-            counts += sparse.csr_matrix((weights, pairs), shape=counts.shape)
-        clicks_I = np.bincount(item, minlength=num_items)
-        found = counts.tocoo()
-        other = (found.row != found.col) & (found.data > 0)
-        row, col = found.row[other], found.col[other]
-        self._keep_nearest(row, col, found.data[other] / np.sqrt(clicks_I[row] * clicks_I[col]))
+        settings, num_items = self.settings, self.world.num_items
+        row, other, _, share = followers(user, item, num_items, settings.steps, settings.step_decay)
+        self._keep_nearest(row, other, share)
 
 
 def click_sequences(clicks: TrainClicks, which: str) -> tuple[np.ndarray, np.ndarray]:

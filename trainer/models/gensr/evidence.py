@@ -20,8 +20,10 @@ from scipy import sparse
 from torch import Tensor, nn
 
 from data_shards.sources.amazon import category_query
-from trainer.batch import Batch, ItemTables, TrainClicks, rows_of
+from trainer.batch import Batch, ItemTables, rows_of
+from trainer.models.baselines.item_knn import click_matrix
 from trainer.models.baselines.transitions import click_sequences
+from trainer.models.layers.neighbours import common_users, followers, keep_nearest, looked_up
 
 if TYPE_CHECKING:
     from trainer.models.contract import World
@@ -32,7 +34,7 @@ SHRINK = 10.0  # users that are added to the denominator of a similarity
 STEPS, STEP_DECAY = 3, 0.5  # how far behind an item another still follows it, and its weight for each step
 HIDDEN = 16  # units of the head's network for each task
 LOUDNESS = 30.0  # log(1 + 30 x): similarities lie between 0.003 and 0.3
-ROWS_AT_ONCE = 4096  # items whose neighbours or tokens are counted together
+ROWS_AT_ONCE = 4096  # items whose tokens are counted together
 HASH_A, HASH_B = 0x9E3779B97F4A7C1, 0xBF58476D1CE4E5B  # odd factors of mixed()
 
 
@@ -75,10 +77,11 @@ class Evidence(nn.Module):
 
     def fit(self, world: "World") -> None:
         clicks, num_items = world.clicks(), world.num_items
-        self.users.copy_(torch.from_numpy(self._fit_near(clicks, world.num_users, num_items)))
+        self._fit_near(click_matrix(clicks, "all", world).T.tocsr())
         user, item = click_sequences(clicks, "all")
         self.clicks.copy_(torch.from_numpy(np.bincount(item, minlength=num_items)))
-        self._fit_follow(user, item, num_items)
+        row, other, count, share = followers(user, item, num_items, STEPS, STEP_DECAY)
+        keep_nearest(self.follow, self.follow_weight, row, other, count, share)
         self._fit_idf(world.tables)
         if world.num_categories and world.tables.query_tokens.shape[1] and not world.num_words:
             tokenizer, width = world.tokenizer(), world.tables.query_tokens.shape[1]  # type: ignore[misc]
@@ -90,41 +93,12 @@ class Evidence(nn.Module):
                     keys[number] = int(text_key(torch.tensor(tokens)))
             self.category_key.copy_(torch.tensor(keys))
 
-    def _fit_near(self, clicks: TrainClicks, num_users: int, num_items: int) -> np.ndarray:
-        """→ users of each item."""
-        pairs = np.unique(clicks.user.numpy() * num_items + clicks.item.numpy())
-        shape = (num_items, num_users)
-        clicked_IU = sparse.csr_matrix(
-            (np.ones(len(pairs), np.float32), (pairs % num_items, pairs // num_items)), shape=shape
-        )
+    def _fit_near(self, clicked_IU: sparse.csr_matrix) -> None:
         users_I = np.asarray(clicked_IU.sum(1)).ravel()
-        for start in range(0, num_items, ROWS_AT_ONCE):
-            common = (clicked_IU[start : start + ROWS_AT_ONCE] @ clicked_IU.T).tocoo()
-            row, other = common.row.astype(np.int64) + start, common.col.astype(np.int64)
-            keep = row != other
-            row, other, count = row[keep], other[keep], common.data[keep]
-            similarity = count / (np.sqrt(users_I[row] * users_I[other]) + SHRINK)
-            keep_nearest(self.near, self.near_users, row, other, count, similarity)
-        return users_I
-
-    def _fit_follow(self, user: np.ndarray, item: np.ndarray, num_items: int) -> None:
-        counts = sparse.csr_matrix((num_items, num_items), dtype=np.float64)
-        for step in range(1, STEPS + 1):
-            same = user[:-step] == user[step:]
-            pairs = (item[:-step][same], item[step:][same])
-            weights = np.full(len(pairs[0]), STEP_DECAY ** (step - 1))
-            counts += sparse.csr_matrix((weights, pairs), shape=counts.shape)
-        found = counts.tocoo()
-        other = found.row != found.col
-        row, col, count = (
-            found.row[other].astype(np.int64),
-            found.col[other].astype(np.int64),
-            found.data[other],
-        )
-        clicks_I = np.bincount(item, minlength=num_items)
-        keep_nearest(
-            self.follow, self.follow_weight, row, col, count, count / np.sqrt(clicks_I[row] * clicks_I[col])
-        )
+        self.users.copy_(torch.from_numpy(users_I))
+        for row, other, common in common_users(clicked_IU):
+            similarity = common / (np.sqrt(users_I[row] * users_I[other]) + SHRINK)
+            keep_nearest(self.near, self.near_users, row, other, common, similarity)
 
     def _fit_idf(self, tables: ItemTables) -> None:
         holding = torch.zeros(len(self.idf), dtype=torch.float64)
@@ -252,31 +226,6 @@ def history_weights(batch: Batch) -> tuple[Tensor, Tensor]:
     once[:, :-1] &= (items[:, :-1] != items[:, 1:]) | ~mask[:, 1:]
     age = (once.flip(1).cumsum(1).flip(1) - 1).clamp(min=0)
     return DECAY ** age.float() * once, age.masked_fill(~once, STEPS)
-
-
-def looked_up(neighbours_IM: Tensor, value_IM: Tensor, items_BN: Tensor, wanted_BC: Tensor) -> Tensor:
-    """The value of each wanted item in the rows of some items, [B, N, C]; 0 where it is not there."""
-    rows_BNM = neighbours_IM[items_BN]
-    wanted_BNC = wanted_BC[:, None].expand(-1, items_BN.shape[1], -1).to(rows_BNM.dtype).contiguous()
-    place_BNC = torch.searchsorted(rows_BNM, wanted_BNC).clamp(max=rows_BNM.shape[2] - 1)
-    found_BNC = rows_BNM.gather(2, place_BNC) == wanted_BNC
-    return value_IM[items_BN].gather(2, place_BNC) * found_BNC
-
-
-def keep_nearest(
-    neighbours: Tensor, values: Tensor, row: np.ndarray, other: np.ndarray, value: np.ndarray, by: np.ndarray
-) -> None:
-    """Write pairs into the rows of two tables [I, M]: of each row those with the largest `by`, laid out by
-    ascending neighbour."""
-    order = np.lexsort((other, -by, row))
-    row, other, value = row[order], other[order], value[order]
-    best = np.arange(len(row)) - np.searchsorted(row, row) < neighbours.shape[1]
-    row, other, value = row[best], other[best], value[best]
-    order = np.lexsort((other, row))
-    row, other, value = row[order], other[order], value[order]
-    at = (torch.from_numpy(row), torch.from_numpy(np.arange(len(row)) - np.searchsorted(row, row)))
-    neighbours[at] = torch.from_numpy(other.astype(np.int32)).to(neighbours.device)
-    values[at] = torch.from_numpy(value.astype(np.float32)).to(values.device)
 
 
 def first_of_each(tokens: Tensor) -> Tensor:

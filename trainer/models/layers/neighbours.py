@@ -1,0 +1,69 @@
+"""Tables of neighbours of items: [I, M] item rows, ascending, I = none, and a value beside each. How they
+are counted from clicks, and how a value is found again."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from scipy import sparse
+from torch import Tensor
+
+ROWS_AT_ONCE = 4096  # items whose neighbours are counted together
+
+
+def common_users(clicked_IU: sparse.csr_matrix) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """(item, another item, how many users clicked both) of every pair with such a user, block by block of
+    items. clicked_IU: 1 where a user clicked an item."""
+    for start in range(0, clicked_IU.shape[0], ROWS_AT_ONCE):
+        common = (clicked_IU[start : start + ROWS_AT_ONCE] @ clicked_IU.T).tocoo()
+        row, other = common.row.astype(np.int64) + start, common.col.astype(np.int64)
+        keep = row != other
+        yield row[keep], other[keep], common.data[keep]
+
+
+def followers(
+    user: np.ndarray, item: np.ndarray, num_items: int, steps: int, step_decay: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """(item a, item b, n(a → b), T(a → b)) of every pair whose b followed a within `steps` clicks; equations:
+    models/baselines/transitions.py. user, item: clicks by user and time."""
+    counts = sparse.csr_matrix((num_items, num_items), dtype=np.float64)
+    for step in range(1, steps + 1):
+        same = user[:-step] == user[step:]
+        pairs = (item[:-step][same], item[step:][same])
+        weights = np.full(len(pairs[0]), step_decay ** (step - 1))
+        counts += sparse.csr_matrix((weights, pairs), shape=counts.shape)
+    found = counts.tocoo()
+    other = (found.row != found.col) & (found.data > 0)
+    row, col, count = found.row[other].astype(np.int64), found.col[other].astype(np.int64), found.data[other]
+    clicks_I = np.bincount(item, minlength=num_items)
+    return row, col, count, count / np.sqrt(clicks_I[row] * clicks_I[col])
+
+
+def keep_nearest(
+    neighbours_IM: Tensor,
+    value_IM: Tensor,
+    row: np.ndarray,
+    other: np.ndarray,
+    value: np.ndarray,
+    by: np.ndarray,
+) -> None:
+    """Write pairs into both tables: of each row those with the largest `by`, laid out by ascending
+    neighbour."""
+    order = np.lexsort((other, -by, row))
+    row, other, value = row[order], other[order], value[order]
+    best = np.arange(len(row)) - np.searchsorted(row, row) < neighbours_IM.shape[1]
+    row, other, value = row[best], other[best], value[best]
+    order = np.lexsort((other, row))
+    row, other, value = row[order], other[order], value[order]
+    at = (torch.from_numpy(row), torch.from_numpy(np.arange(len(row)) - np.searchsorted(row, row)))
+    neighbours_IM[at] = torch.from_numpy(other.astype(np.int32)).to(neighbours_IM.device)
+    value_IM[at] = torch.from_numpy(value.astype(np.float32)).to(value_IM.device)
+
+
+def looked_up(neighbours_IM: Tensor, value_IM: Tensor, items_BN: Tensor, wanted_BC: Tensor) -> Tensor:
+    """The value of each wanted item in the rows of some items, [B, N, C]; 0 where it is not there."""
+    rows_BNM = neighbours_IM[items_BN]
+    wanted_BNC = wanted_BC[:, None].expand(-1, items_BN.shape[1], -1).to(rows_BNM.dtype).contiguous()
+    place_BNC = torch.searchsorted(rows_BNM, wanted_BNC).clamp(max=rows_BNM.shape[2] - 1)
+    found_BNC = rows_BNM.gather(2, place_BNC) == wanted_BNC
+    return value_IM[items_BN].gather(2, place_BNC) * found_BNC
