@@ -203,13 +203,7 @@ def test_scores_losses_and_gradients(
 ) -> None:
     folder = with_cf(request.getfixturevalue(world), tmp_path / "data")
     chosen = [f"model.variant={variant}", f"model.prompt={prompt}", f"model.backbone={backbone}"]
-    config = load_config(None, [*SETTINGS, *chosen])
-    prepared = PreparedFolder.at(folder)
-    torch.manual_seed(0)
-    model = build_model(config, prepared, prepared.tables(GenSR.needs, with_folds=True)).train()
-    assert isinstance(model, GenSR)
-    disturb(model)
-    compare(model, slow(model, folder), telling_batch(prepared, config))
+    compare_disturbed(folder, load_config(None, [*SETTINGS, *chosen]))
 
 
 @pytest.mark.parametrize(
@@ -217,13 +211,7 @@ def test_scores_losses_and_gradients(
 )
 def test_ablations(prepared_words: Path, tmp_path: Path, ablation: list[str]) -> None:
     folder = with_cf(prepared_words, tmp_path / "data")
-    config = load_config(None, [*SETTINGS, "model.backbone=scratch:nano", *ablation])
-    prepared = PreparedFolder.at(folder)
-    torch.manual_seed(0)
-    model = build_model(config, prepared, prepared.tables(GenSR.needs, with_folds=True)).train()
-    assert isinstance(model, GenSR)
-    disturb(model)
-    compare(model, slow(model, folder), telling_batch(prepared, config))
+    compare_disturbed(folder, load_config(None, [*SETTINGS, "model.backbone=scratch:nano", *ablation]))
 
 
 @pytest.mark.parametrize(
@@ -292,6 +280,16 @@ def compare(model: GenSR, reference: Slow, batch: Batch) -> None:
     with torch.no_grad():
         scores_BC, expected = model.score(batch), [reference.gensr.scores(event) for event in events]
     torch.testing.assert_close(scores_BC, torch.tensor(expected), rtol=0, atol=2e-5)
+
+
+def compare_disturbed(folder: Path, config: Config) -> None:
+    """A new model of `config`, its weights moved off their first values, beside the slow reference."""
+    prepared = PreparedFolder.at(folder)
+    torch.manual_seed(0)
+    model = build_model(config, prepared, prepared.tables(GenSR.needs, with_folds=True)).train()
+    assert isinstance(model, GenSR)
+    disturb(model)
+    compare(model, slow(model, folder), telling_batch(prepared, config))
 
 
 def telling_batch(folder: PreparedFolder, config: Config) -> Batch:

@@ -1,7 +1,6 @@
 """A pickle in place of every file of a prepared folder and of a registered version: it is refused or not
 read, and never run. Checkpoints and run folders: tests/unit/test_no_unpickling.py."""
 
-import os
 import pickle
 import shutil
 from collections.abc import Callable
@@ -11,18 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.payload import Payload
 from tests.torture.mutations import World, evaluation, first_batches, forget, make_world, version_answers
 from tests.torture.outcomes import outcome_of, silence
-
-
-class Payload:
-    """Its unpickling makes a folder."""
-
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return os.mkdir, (str(self.target),)
 
 
 @pytest.fixture(scope="module")

@@ -6,14 +6,13 @@ import pickle
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from tests.integration.test_train import BASE
+from tests.payload import Payload
 from tests.tiny_folder import make_tiny_folder
 from trainer.config import Config
 from trainer.configs import load_config
@@ -26,16 +25,6 @@ from trainer.serving.recommend import Recommender
 from trainer.training.loop import train
 
 ROOT = Path(__file__).parents[2]
-
-
-class Payload:
-    """Its unpickling makes a file."""
-
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return os.mkdir, (str(self.target),)
 
 
 @pytest.fixture(scope="module")
