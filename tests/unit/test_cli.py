@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from tests.tiny_folder import make_tiny_folder
 from trainer.cli import app, main
+from trainer.cli.base import resumable
 from trainer.config import Config
 from trainer.configs import load_config
 from trainer.errors import ConfigError
@@ -189,6 +190,12 @@ def test_typos_are_blamed_on_where_they_stand(tmp_path: Path) -> None:
     file.write_text("optim: {lrr: 3}")
     assert first_line(str(file), "optim.lr=3e-4") == f"1 problem in {file}"
     assert first_line(str(file), "run.x=1") == f"2 problems in {file} and the settings on the command line"
+
+
+def test_a_stopped_verb_ends_with_75_and_says_how_it_continues(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit) as ended, resumable():
+        raise KeyboardInterrupt
+    assert ended.value.exit_code == 75 and "the same command resumes" in capsys.readouterr().err
 
 
 def test_a_missing_package_names_its_extra(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trainer.cli.base import AsJson, Overrides, answer, app, note
+from trainer.cli.base import AsJson, Overrides, answer, app, note, resumable
 from trainer.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -102,11 +102,8 @@ def paper(
     if submit:
         _submit_paper(request, gpus_per_node, as_json)
         return
-    try:
+    with resumable():
         page = make_paper(request, notify=note)
-    except KeyboardInterrupt:
-        note("stopped; what is done stays, and the same command goes on")
-        raise typer.Exit(75) from None
     answer({"page": str(page)}, as_json, f"wrote {page}")
 
 

@@ -1,15 +1,16 @@
 """The command `gensr`. Verbs are plain functions elsewhere; here are their arguments, their help and what is
 printed.
 
-Exit code 0, or 1 with what, where and the fix on stderr (75: training was stopped by a signal and saved, run
-it again with --resume auto). Nothing heavy is imported before a verb needs it. Under a launcher only rank 0
+Exit code 0, or 1 with what, where and the fix on stderr (75: stopped by a signal and saved; run it again,
+training with --resume auto). Nothing heavy is imported before a verb needs it. Under a launcher only rank 0
 prints.
 """
 
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from inspect import cleandoc
 from typing import Annotated, Any
 
@@ -169,6 +170,16 @@ def note(line: str) -> None:
     if RANK == 0:
         clear_bar()
         typer.echo(line, err=True)
+
+
+@contextmanager
+def resumable() -> Iterator[None]:
+    """A verb that was stopped in here, by Ctrl-C or SIGTERM, ends with code 75 and says how it continues."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        note("stopped; what is done stays, and the same command resumes")
+        raise typer.Exit(75) from None
 
 
 def answer(document: Any, as_json: bool, *lines: str) -> None:

@@ -17,6 +17,7 @@ from trainer.cli.base import (
     next_steps,
     note,
     preset_and_settings,
+    resumable,
     runs_app,
     say,
     stage_lines,
@@ -306,11 +307,8 @@ def table_of_systems(
     if submit:
         _submit_table(request, gpus_per_node, as_json)
         return
-    try:
+    with resumable():
         document = make_table(request, notify=note)
-    except KeyboardInterrupt:
-        note("stopped; what is done stays, and the same command resumes")
-        raise typer.Exit(75) from None
     answer(document, as_json, *markdown(document), "", f"wrote {out / 'table.html'}, .md, .csv and .json")
 
 
@@ -367,11 +365,8 @@ def sweep(
     name, settings = preset_and_settings(preset, overrides)
     planned = local_sweep.read(file, name, settings)
     note(f"{planned.num_runs} runs below {planned.folder}; what each prints: {planned.folder}/RUN.out")
-    try:
+    with resumable():
         document = local_sweep.run(planned, evaluate, notify=note)
-    except KeyboardInterrupt:
-        note("stopped; what is done stays, and the same command resumes")
-        raise typer.Exit(75) from None
     best = planned.folder / document["runs"][0]["run"]
     after = next_steps(f"gensr report {best}", f"gensr register {best} NAME")
     answer(document, as_json, *lines_of(document), "", *after)
