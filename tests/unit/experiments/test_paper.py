@@ -166,9 +166,8 @@ def stand_in(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     (tmp_path / "data" / "cf").mkdir(exist_ok=True)
     (tmp_path / "data" / "cf" / "lightgcn.safetensors").touch()
     made = StandIn(PreparedFolder.at(tmp_path / "data"))
-    for module in (table_run, paper_run):
-        monkeypatch.setattr(module, "train_cell", made.train)
-        monkeypatch.setattr(module, "evaluate_cell", made.evaluate)
+    monkeypatch.setattr(table_run, "train_cell", made.train)
+    monkeypatch.setattr(table_run, "evaluate_cell", made.evaluate)
     monkeypatch.setattr(table_run, "_parent_run", lambda *arguments: "")
     real = paper_run.analyse
 

@@ -9,8 +9,8 @@ from trainer.experiments.paper.page import write_paper_page
 from trainer.experiments.paper.plan import PaperPlan, PaperRequest, keep, make_plan, size_of_data
 from trainer.experiments.submit import Machines, Submission
 from trainer.experiments.table import make_table
-from trainer.experiments.table.cells import evaluate_cell, is_done, train_cell
-from trainer.experiments.table.run import Steps, first_line, sigterm_as_interrupt
+from trainer.experiments.table.cells import is_done
+from trainer.experiments.table.run import Steps, first_line, run_cells, sigterm_as_interrupt
 from trainer.runs.run_folder import read_json
 from trainer.runtime.files import atomic
 from trainer.runtime.progress import Notify, StageLines
@@ -75,19 +75,8 @@ def _raw(request: PaperRequest, notify: Notify) -> None:
 
 def run_variants(plan: PaperPlan, errors: dict[str, str], notify: Notify) -> None:
     """GenSR with other settings, on sampled candidates. A failure goes into `errors`."""
-    cells = plan.cells()
-    steps = Steps(len(cells), notify)
-    for cell in cells:
-        if is_done(cell, ("sampled",)):
-            steps.skip()
-            continue
-        try:
-            with steps.step(cell.name):
-                train_cell(cell)
-                evaluate_cell(cell, ("sampled",), plan.budget.events)
-        except GensrError as error:
-            errors[cell.name] = f"{first_line(error)} ({cell.log})"
-            notify(f"  {cell.name} failed: {errors[cell.name]}")
+    cells = {cell.name: cell for cell in plan.cells()}
+    run_cells(cells, ("sampled",), plan.budget.events, Steps(len(cells), notify), errors)
 
 
 def run_analyses(plan: PaperPlan, errors: dict[str, str], notify: Notify) -> None:

@@ -3,7 +3,7 @@
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -81,18 +81,26 @@ def _model(plan: Plan, model: str, steps: Steps, errors: dict[str, str]) -> list
             steps.notify(f"  {model} failed: {errors[model]}")
             return []
     cells = cells_of(request, model, tuned)
-    for cell in cells:
-        if is_done(cell, request.candidates):
+    run_cells({cell.title: cell for cell in cells}, request.candidates, request.events, steps, errors)
+    return cells
+
+
+def run_cells(
+    cells: Mapping[str, Cell], candidates: Sequence[str], events: int, steps: Steps, errors: dict[str, str]
+) -> None:
+    """Trains and evaluates the cells that are not done. cells: by the name that is shown, under which a
+    failure goes into `errors`; the others go on."""
+    for name, cell in cells.items():
+        if is_done(cell, candidates):
             steps.skip()
             continue
         try:
-            with steps.step(cell.title):
+            with steps.step(name):
                 train_cell(cell)
-                evaluate_cell(cell, request.candidates, request.events)
+                evaluate_cell(cell, candidates, events)
         except GensrError as error:
-            errors[cell.title] = f"{first_line(error)} ({cell.log})"
-            steps.notify(f"  {cell.title} failed: {errors[cell.title]}")
-    return cells
+            errors[name] = f"{first_line(error)} ({cell.log})"
+            steps.notify(f"  {name} failed: {errors[name]}")
 
 
 def cells_of(request: Request, model: str, tuned: Mapping[str, Any]) -> list[Cell]:
