@@ -247,6 +247,29 @@ def test_views_have_the_shapes_they_promise(fit: Fitted) -> None:
         assert sum(view.share[task] for view in views.values()) == pytest.approx(1)
 
 
+def test_pre_ranking_proposes_items_and_orders_them(fit: Fitted) -> None:
+    model, batch = fit
+    with torch.no_grad():
+        pre_ranking = model.pre_ranking()
+        if pre_ranking is None:
+            return
+        assert model.views()  # it orders what they find
+        for events in (batch, odd_batches(batch)["no history"]):
+            proposed_BP = pre_ranking.propose(events)
+            real = proposed_BP < model.world.num_items
+            assert len(proposed_BP) == events.num_events and bool(real.any(1).all())
+            assert int(proposed_BP.min()) >= 0 and int(proposed_BP.max()) <= model.world.num_items
+            scores_BC = pre_ranking.score(events)
+            assert scores_BC.shape == events.candidates.shape and scores_BC.dtype == torch.float32
+            assert bool(scores_BC.isfinite().all())
+        one, alone = (
+            batch.rows(1, 2),
+            batch.rows(1, 2).with_candidates(batch.candidates[1:2, :1], batch.labels[1:2, :1]),
+        )
+        assert_same(pre_ranking.score(one), pre_ranking.score(batch)[1:2])
+        assert_same(pre_ranking.score(alone), pre_ranking.score(batch)[1:2, :1])
+
+
 def test_explained_weights_are_shares_of_the_history(fit: Fitted) -> None:
     model, batch = fit
     batch = replace(batch, history_mask=batch.history_mask.index_fill(0, torch.tensor([0]), False))

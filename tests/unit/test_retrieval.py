@@ -1,15 +1,18 @@
 """The first step to an answer: indexes against brute force, the union of both sides, and what is kept on
 disk."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from data_shards.schema import SRC
 from tests.runs import make_run
 from trainer.errors import RunError
+from trainer.models.contract import PreRanking
 from trainer.serving import index as index_module
 from trainer.serving.index import build_index, plan_index, unit
 from trainer.serving.recommend import Recommender, model_identity
@@ -110,6 +113,27 @@ def test_kept_indexes_answer_as_before(recommender: Recommender, tmp_path: Path)
         load_retrieval(tmp_path, model, "weights-1")
 
 
+def test_pre_ranking_orders_all_that_is_found(recommender: Recommender) -> None:
+    """A model's own order over views and proposals, less what is excluded."""
+    found = recommender.retrieval
+    assert isinstance(found, Retrieval)
+    request = ParsedRequest(items=[3, 9], tasks=[0, 0], task=SRC, query="garden lamp", candidates=[])
+    questions = recommender.scorer.questions(request, found.views, found.means)
+    by_shares = found.candidates(questions, SRC, 20)
+    pre_ranking = PreRanking(
+        propose=lambda batch: torch.tensor([[7, 8, 9, found.num_items]]),
+        score=lambda batch: batch.candidates.float(),  # the later row is the better item
+    )
+    ordered = dataclasses.replace(found, pre_ranking=pre_ranking)
+    rows = recommender.scorer.pre_ranked(request, ordered, questions, 20, [9])
+    assert rows.tolist() == sorted(rows, reverse=True) and len(rows) == 20 and 9 not in rows
+    every = recommender.scorer.pre_ranked(request, ordered, questions, 1000, [9])
+    assert {7, 8} <= set(every.tolist()) and set(by_shares) - {9} <= set(every.tolist())
+    assert max(every) < found.num_items
+    none = recommender.scorer.pre_ranked(request, found, questions, 20, [])
+    assert none.tolist() == by_shares.tolist()  # a model without pre-ranking
+
+
 def test_other_weights_are_other_indexes(recommender: Recommender, tmp_path: Path) -> None:
     (tmp_path / "gensr.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(b"a")
@@ -120,8 +144,6 @@ def test_other_weights_are_other_indexes(recommender: Recommender, tmp_path: Pat
 
 def test_semantic_side_is_cosine_of_centred_text_vectors(recommender: Recommender) -> None:
     """Against the definition, spelled out."""
-    import torch
-
     model: Any = recommender.scorer.model
     found = recommender.retrieval
     with torch.inference_mode():

@@ -39,7 +39,7 @@ from trainer.serving.retrieval import Notify, Retrieval, describe, silent
 from trainer.serving.users import ClickLog, read_clicks
 
 MAX_EVENTS = 2000
-RETRIEVAL_CUTOFFS = (100, 500)
+RETRIEVAL_CUTOFFS = (100, NUM_CANDIDATES)
 TOP = 10  # of each list, for coverage and popularity
 BATCH_SCORES = 2**22  # scores of the whole catalogue held at once: 16 MiB
 
@@ -177,11 +177,12 @@ def retrieved(
             name: view.ask(on_device, retrieval.means[name].to(model.device)).float().cpu()
             for name, view in retrieval.views.items()
         }
-    lists, wanted = [], max(*RETRIEVAL_CUTOFFS, NUM_CANDIDATES)
-    for row in range(batch.num_events):
-        seen = np.setdiff1d(clicks.before(int(batch.event_id[row])), [int(clicked[row])])
-        questions = {name: vectors_BW[row] for name, vectors_BW in asked.items()}
-        lists.append(retrieval.candidates(questions, int(batch.task[row]), wanted, seen.tolist()))
+        lists = []
+        for row in range(batch.num_events):
+            seen = np.setdiff1d(clicks.before(int(batch.event_id[row])), [int(clicked[row])])
+            questions = {name: vectors_BW[row] for name, vectors_BW in asked.items()}
+            event = on_device.rows(row, row + 1)
+            lists.append(retrieval.pre_ranked(questions, event, NUM_CANDIDATES, seen.tolist()))
     return lists
 
 
@@ -290,7 +291,7 @@ def reports(ranked: Ranked, popularity: np.ndarray) -> dict[str, dict[str, Any]]
 
 
 def retrieval_recall(places: np.ndarray, ranks: EventRanks, task: int) -> dict[str, float]:
-    """{"recall@100", "recall@500"}: how many clicked items are among the first 100 and 500 that retrieval
+    """{"recall@100", "recall@400"}: how many clicked items are among the first 100 and 400 that retrieval
     finds."""
     mine = places[ranks.task == task]
     return {f"recall@{k}": float((mine <= k).mean()) for k in RETRIEVAL_CUTOFFS}

@@ -93,12 +93,8 @@ def full_lines(evaluation: Mapping[str, Any]) -> list[str]:
             f"items of {row.metrics['mean_clicks@10']:.1f} clicks"
         )
         found = row.metrics.get("retrieval")
-        recall = (
-            f"; retrieval finds {short(found['recall@100'])} among 100, {short(found['recall@500'])} among "
-            "500"
-            if found
-            else ""
-        )
+        shares = (f"{short(share)} among {cut.partition('@')[2]}" for cut, share in (found or {}).items())
+        recall = f"; retrieval finds {', '.join(shares)}" if found else ""
         lines.append(
             f"  {row.model:<10} {row.task}  {shown} (clicked ones: "
             f"{row.metrics['mean_clicks_of_clicked']:.1f}){recall}"

@@ -91,6 +91,15 @@ class View:
 
 
 @dataclass(frozen=True)
+class PreRanking:
+    """How retrieval chooses what a model ranks, where the model knows better than the shares of its views:
+    all that the views and propose() find is ordered by score()."""
+
+    propose: Callable[[Batch], Tensor]  # events → items that no vector finds, [B, P] rows; num_items: none
+    score: Callable[[Batch], Tensor]  # → [B, C] float32 as Ranker.score, for a small part of its cost
+
+
+@dataclass(frozen=True)
 class Cost:
     """What one training event costs beside parameters, gradients and optimizer state. Estimates: the model
     says where its constants come from."""
@@ -169,6 +178,10 @@ class Ranker(nn.Module):
     def views(self) -> dict[str, View]:
         """Vectors for retrieval by name. {}: the whole catalogue is ranked by score_catalogue()."""
         return {}
+
+    def pre_ranking(self) -> PreRanking | None:
+        """None: retrieval takes of each view its share. Asked once the weights are loaded."""
+        return None
 
     def probability(self, scores: Tensor) -> Tensor:
         """What a request is answered with. The order is that of the scores."""

@@ -172,7 +172,7 @@ class Recommender:
         questions = self.scorer.questions(parsed, self.retrieval.views, self.retrieval.means)
         if not any(bool(question.any()) for question in questions.values()):
             _nothing_to_ask(parsed, where)
-        return self.retrieval.candidates(questions, parsed.task, num_candidates, exclude)
+        return self.scorer.pre_ranked(parsed, self.retrieval, questions, num_candidates, exclude)
 
     def _answer(
         self, request: Mapping[str, Any], parsed: ParsedRequest, scores: list[float], whole_catalogue: bool

@@ -1,6 +1,6 @@
 """The first of two steps from the whole catalogue to an answer: a few hundred candidates by vectors, which
 the model then ranks (serving/recommend.py). One index for each view of the model (models/contract.py: View);
-a model without views is ranked exhaustively.
+a model without views is ranked exhaustively. A model with a pre-ranking chooses among what they find.
 
 FOLDER/NAME.faiss  retrieval.safetensors (the mean of each centred view)  retrieval.json (what was built,
 measured recall, sha256 of each file)
@@ -19,8 +19,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from trainer.batch import Batch
 from trainer.errors import RunError
-from trainer.models.contract import Ranker, View
+from trainer.models.contract import PreRanking, Ranker, View
 from trainer.runs.run_folder import read_json
 from trainer.runtime.files import atomic, file_sha256, writing
 from trainer.runtime.progress import Notify, StageProgress, report
@@ -41,20 +42,50 @@ class Retrieval:
     views: Mapping[str, View]
     means: Mapping[str, Tensor]  # view → mean of its items' vectors [width]; zero where it is not centred
     indexes: Mapping[str, Index | None]  # None: no item has a vector in this view
+    num_items: int
+    pre_ranking: PreRanking | None = None
 
     def candidates(
         self, questions: Mapping[str, Tensor], task: int, num_candidates: int, exclude: Sequence[int] = ()
     ) -> np.ndarray:
-        """At most num_candidates rows of items, distinct, none of `exclude`, the most promising first.
+        """At most num_candidates rows of items, distinct, none of `exclude`, by the views' shares.
 
         questions: what each view is asked with, [width]; a zero vector asks nothing, and the others fill in.
         """
-        asked = [
+        return union(self._asked(questions, task), num_candidates, exclude)
+
+    def pre_ranked(
+        self,
+        questions: Mapping[str, Tensor],
+        event: Batch,
+        num_candidates: int,
+        exclude: Sequence[int] = (),
+    ) -> np.ndarray:
+        """The same, but by the model's pre-ranking if it has one, of num_candidates items of each view and
+        what it proposes. event: one, on the model's device, as score() reads it."""
+        task = int(event.task[0])
+        if self.pre_ranking is None:
+            return self.candidates(questions, task, num_candidates, exclude)
+        asked = self._asked(questions, task)
+        lists = [union([one], num_candidates, exclude) for one in asked]
+        proposed = self.pre_ranking.propose(event)[0].cpu().numpy()
+        lists.append(proposed[proposed < self.num_items])
+        rows = np.setdiff1d(np.concatenate(lists), np.asarray(exclude, np.int64))
+        if not len(rows):
+            return rows
+        candidates_BC = torch.from_numpy(rows)[None].to(event.task.device)
+        of_rows = event.with_candidates(
+            candidates_BC, torch.zeros(candidates_BC.shape, device=candidates_BC.device)
+        )
+        scores_C = self.pre_ranking.score(of_rows)[0].float().cpu().numpy()
+        return rows[np.argsort(-scores_C, kind="stable")][:num_candidates]
+
+    def _asked(self, questions: Mapping[str, Tensor], task: int) -> list[tuple[Index, np.ndarray, float]]:
+        return [
             (index, questions[name].numpy(), self.views[name].share[task])
             for name, index in self.indexes.items()
             if index is not None
         ]
-        return union(asked, num_candidates, exclude)
 
 
 def union(
@@ -128,7 +159,7 @@ def build_retrieval(
         return None
     means = {name: mean_vector(model, view) for name, view in views.items()}
     indexes = {name: _build(model, name, view, means[name], notify, progress) for name, view in views.items()}
-    return Retrieval(views, means, indexes)
+    return Retrieval(views, means, indexes, model.tables.num_items, model.pre_ranking())
 
 
 def _build(
@@ -201,7 +232,7 @@ def load_retrieval(folder: Path, model: Ranker, identity: str) -> Retrieval | No
         name: Index(faiss.read_index(str(folder / f"{name}.faiss")), facts)
         for name, facts in document["indexes"].items()
     }
-    return Retrieval(views, means, indexes)
+    return Retrieval(views, means, indexes, model.tables.num_items, model.pre_ranking())
 
 
 def _digest(document: dict[str, Any]) -> str:

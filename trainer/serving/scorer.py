@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from data_shards.text import Words
+    from trainer.serving.retrieval import Retrieval
 
 MAX_CANDIDATES = 2048  # scored at once: bounds memory, whatever a request asks for
 
@@ -138,6 +140,18 @@ class Scorer:
                     if view.whole_history == whole:
                         found[name] = view.ask(batch, means[name].to(self.model.device))[0].float().cpu()
         return found
+
+    def pre_ranked(
+        self,
+        parsed: ParsedRequest,
+        retrieval: "Retrieval",
+        questions: Mapping[str, Tensor],
+        num_candidates: int,
+        exclude: Sequence[int],
+    ) -> np.ndarray:
+        """Rows of the items that retrieval finds for one request, best first (retrieval.py)."""
+        with self._asking([parsed], [[]]) as batch:
+            return retrieval.pre_ranked(questions, batch, num_candidates, exclude)
 
     # ---- from rows to scores -------------------------------------------------------------------------------
 

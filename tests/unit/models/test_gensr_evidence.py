@@ -1,6 +1,7 @@
 """What counting knows, against direct computations; and mined negatives: allowed, repeatable, and as probable
 as the correction says."""
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -78,6 +79,35 @@ def test_only_the_nearest_are_kept():
     evidence = evidence_of(world_of(CLICKS), num_neighbours=1)
     assert evidence.near[1].tolist() == [3] and evidence.near_users[1].tolist() == [2.0]
     assert evidence.near[6].tolist() == [8]  # nobody clicked it
+
+
+def test_the_nearest_of_a_history_are_found():
+    """By the sums that forward() gives each item of the catalogue."""
+    world = world_of(CLICKS)
+    evidence = evidence_of(world)
+    batch = make_batch([[1, 2]], torch.arange(8)[None])
+    near, follow = evidence.neighbours_of(batch, 3)
+    by_feature = seen_of(evidence, world, batch, own=False).features_BCF[0]
+    for found, feature in ((near, NEAR), (follow, AFTER)):
+        best = by_feature[:, feature].topk(3)
+        assert found.tolist() == best.indices[best.values > 0].tolist()
+    assert evidence.neighbours_of(make_batch([[6]], torch.arange(8)[None]), 3)[0].tolist() == []
+
+
+def test_words_that_repeat_in_a_history_count_for_each_of_its_items():
+    """Several events of several items, padding among them, against one pair at a time."""
+    world = world_of(CLICKS)
+    evidence = evidence_of(world)
+    world.tables.item_words[[2, 3]] = world.tables.item_words[[1, 1]]
+    world.tables.item_words[4] = 0  # an item without words
+    history, candidates = torch.tensor([[1, 2, 5], [4, 3, 3]]), torch.tensor([[3, 4], [0, 1]])
+    found = evidence.shared_words(world.tables, history, candidates)
+    for event, n, c in itertools.product(range(2), range(3), range(2)):
+        one = evidence.shared_words(
+            world.tables, history[event, n].view(1, 1), candidates[event, c].view(1, 1)
+        )
+        assert float(found[event, n, c]) == pytest.approx(float(one), abs=1e-6)
+    assert float(found[0, 0, 0]) == pytest.approx(1, abs=1e-6) and found[0, :, 1].eq(0).all()
 
 
 def test_shared_words_are_a_cosine():

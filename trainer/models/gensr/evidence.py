@@ -155,19 +155,58 @@ class Evidence(nn.Module):
         ]
         return Seen(torch.stack(features, -1), common_BNC > 0, inside_BC, weight_BN)
 
+    def neighbours_of(self, event: Batch, count: int) -> list[Tensor]:
+        """At most `count` neighbours and as many followers of one event's history, the nearest first by the
+        weighted sums of forward()."""
+        num_items = len(self.users)
+        weight_N1, rows_N = history_weights(event)[0][0][:, None], event.history_items[0]
+        found = []
+        for other_IM, value_IM, size_I, shrink in (
+            (self.near, self.near_users, self.users, SHRINK),
+            (self.follow, self.follow_weight, self.clicks, 0.0),
+        ):
+            other_NM = other_IM[rows_N].long()
+            norm_NM = (
+                (size_I[rows_N][:, None] * size_I[other_NM.clamp(max=num_items - 1)]).clamp(min=1).sqrt()
+            )
+            value_NM = weight_N1 * value_IM[rows_N] / (norm_NM + shrink)
+            item, place = other_NM.flatten().unique(return_inverse=True)
+            total = value_NM.new_zeros(len(item)).index_add(0, place, value_NM.flatten())
+            there = (total > 0) & (item < num_items)
+            item, total = item[there], total[there]
+            found.append(item[total.topk(min(count, len(item))).indices])
+        return found
+
     def shared_words(self, tables: ItemTables, history_BN: Tensor, candidates_BC: Tensor) -> Tensor:
-        """Cosine of the texts' idf vectors, each word once, [B, N, C]."""
+        """Cosine of the texts' idf vectors, each word once, [B, N, C].
+
+        L = N · T words of a history. Each word of a candidate is looked up among them once, not once for each
+        history item, and brings a row that says which items hold it."""
         mine_BCT = rows_of(tables.item_terms, candidates_BC).sort(-1).values
         theirs_BNT = rows_of(tables.item_terms, history_BN).sort(-1).values
         square_BCT = self.idf[mine_BCT].square() * first_of_each(mine_BCT)
-        length_BC = square_BCT.sum(-1).sqrt()
-        length_BN = (self.idf[theirs_BNT].square() * first_of_each(theirs_BNT)).sum(-1).sqrt()
-        shape = (*history_BN.shape, *mine_BCT.shape[1:])  # B, N, C, T
-        wanted = mine_BCT.flatten(1)[:, None].expand(-1, shape[1], -1).contiguous()
-        place = torch.searchsorted(theirs_BNT, wanted).clamp(max=theirs_BNT.shape[2] - 1)
-        found_BNCT = (theirs_BNT.gather(2, place) == wanted).view(shape)
-        common_BNC = (found_BNCT * square_BCT[:, None]).sum(-1)
-        return common_BNC / (length_BN[..., None] * length_BC[:, None]).clamp(min=1e-9)
+        length_BC = square_BCT.sum(-1).sqrt().clamp(min=1e-9)
+        length_BN = (self.idf[theirs_BNT].square() * first_of_each(theirs_BNT)).sum(-1).sqrt().clamp(min=1e-9)
+        num_events, num_history, num_tokens = theirs_BNT.shape
+        word_BL, place_BL = theirs_BNT.flatten(1).sort(-1)
+        item_BL = place_BL // num_tokens
+        new_BL = torch.ones_like(word_BL, dtype=torch.bool)
+        new_BL[:, 1:] = word_BL[:, 1:] != word_BL[:, :-1]
+        number_BL = new_BL.cumsum(-1) - 1  # of the word among the history's
+        none = word_BL.shape[1]  # number of a word that no history item holds
+        event_B1 = torch.arange(num_events, device=word_BL.device)[:, None]
+        holds_BLN = length_BN.new_zeros(
+            num_events, none + 1, num_history
+        )  # 1 / length where an item holds it
+        holds_BLN[event_B1, number_BL, item_BL] = 1 / length_BN.gather(1, item_BL)
+        wanted = mine_BCT.flatten(1)
+        at = torch.searchsorted(word_BL, wanted).clamp(max=none - 1)
+        number = torch.where(word_BL.gather(1, at) == wanted, number_BL.gather(1, at), none)
+        flat = (number + event_B1 * (none + 1)).view(-1, mine_BCT.shape[2])
+        common = F.embedding_bag(
+            flat, holds_BLN.flatten(0, 1), mode="sum", per_sample_weights=square_BCT.flatten(0, 1)
+        )
+        return (common.view(num_events, -1, num_history) / length_BC[..., None]).transpose(1, 2)
 
     def _query_match(self, batch: Batch, tables: ItemTables) -> tuple[Tensor, Tensor, Tensor]:
         """[B, C] each: whether a candidate lies in the category whose words are the query; whether that is

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from trainer.batch import Batch, ItemTables
 from trainer.models.contract import World
-from trainer.models.gensr.evidence import Evidence, Seen, history_weights, mixed, text_key
+from trainer.models.gensr.category_items import CategoryItems
+from trainer.models.gensr.evidence import Evidence, Seen, history_weights, mixed
 
 UNIT_BITS = 24  # of a hash that become a number in [0, 1)
 
@@ -27,23 +28,13 @@ class Mine:
     """What mined negatives are drawn from beside the neighbours; on one device."""
 
     clicked: Tensor  # [n] int64, sorted: user · num_items + item of the training clicks
-    key: Tensor  # [K] int64, sorted: categories by the hash of their words
-    start: Tensor  # [K] int64, where a category's items begin in `items`
-    size: Tensor  # [K] int64
-    items: Tensor  # item rows by category
+    categories: CategoryItems
 
 
 def open_mine(world: World, evidence: Evidence) -> Mine:
-    clicks, tables = world.clicks(), world.tables
-    device = tables.device
+    clicks = world.clicks()
     clicked = torch.unique(clicks.user * world.num_items + clicks.item)
-    keys = evidence.category_key.cpu()
-    levels_IT = tables.item_category.cpu().long()
-    item, level = (keys[levels_IT] != 0).nonzero(as_tuple=True)
-    pairs = torch.stack([keys[levels_IT[item, level]], item], 1).unique(dim=0)  # same words, one category
-    key, size = pairs[:, 0].unique_consecutive(return_counts=True)
-    parts = (clicked, key, size.cumsum(0) - size, size, pairs[:, 1])
-    return Mine(*(part.to(device) for part in parts))
+    return Mine(clicked.to(world.tables.device), CategoryItems.of(world.tables, evidence))
 
 
 def mined(
@@ -77,9 +68,9 @@ def log_proposal(
     length_BN = (evidence.near[batch.history_items] < num_items).sum(-1)
     by_near_BC = (seen.near_BNC * (weight_BN / length_BN.clamp(min=1))[..., None]).sum(1)
     finds_B1 = (weight_BN * (length_BN > 0)).sum(1, keepdim=True)  # else the uniform draw stays
-    place_B, known_B = _category(batch, mine, tables)
-    if len(mine.key):
-        by_category_BC = seen.in_category_BC / mine.size[place_B][:, None]
+    place_B, known_B = mine.categories.asked(batch, tables)
+    if len(mine.categories.key):
+        by_category_BC = seen.in_category_BC / mine.categories.size[place_B][:, None]
         by_near_BC = torch.where(known_B[:, None], by_category_BC, by_near_BC)
         finds_B1 = torch.where(known_B[:, None], 1.0, finds_B1)
     return (1 - share * finds_B1 + share * num_items * by_near_BC).log()
@@ -101,21 +92,13 @@ def _neighbours(batch: Batch, evidence: Evidence, bits_BH: Tensor) -> Tensor:
 
 def _of_category(batch: Batch, mine: Mine, tables: ItemTables, bits_BH: Tensor) -> Tensor:
     """An item of the query's category [B, H]; −1 where it names none."""
-    if not len(mine.key):
+    if not len(mine.categories.key):
         return torch.full_like(bits_BH, -1)
-    place_B, known_B = _category(batch, mine, tables)
-    size_B1 = mine.size[place_B][:, None]
+    place_B, known_B = mine.categories.asked(batch, tables)
+    size_B1 = mine.categories.size[place_B][:, None]
     which_BH = (_unit(mixed(bits_BH ^ 1)) * size_B1).long().minimum(size_B1 - 1)
-    return mine.items[mine.start[place_B][:, None] + which_BH].masked_fill(~known_B[:, None], -1)
-
-
-def _category(batch: Batch, mine: Mine, tables: ItemTables) -> tuple[Tensor, Tensor]:
-    """Row of each event's category among mine.key [B], and whether it has one."""
-    if not len(mine.key):
-        return torch.zeros_like(batch.query), torch.zeros_like(batch.query, dtype=torch.bool)
-    key_B = text_key(tables.query_tokens[batch.query.clamp(min=0)].long())
-    place_B = torch.searchsorted(mine.key, key_B).clamp(max=len(mine.key) - 1)
-    return place_B, (mine.key[place_B] == key_B) & (batch.query >= 0)
+    place_BH = mine.categories.start[place_B][:, None] + which_BH
+    return mine.categories.items[place_BH].masked_fill(~known_B[:, None], -1)
 
 
 def _unit(bits: Tensor) -> Tensor:

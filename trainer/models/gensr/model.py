@@ -19,7 +19,7 @@ from trainer.models.backbones.adapters import merge_adapters
 from trainer.models.backbones.backbone import Prompt
 from trainer.models.backbones.frozen import save_frozen_identity
 from trainer.models.backbones.language import is_pretrained
-from trainer.models.contract import Cost, Ranker, View, World, clicked_only
+from trainer.models.contract import Cost, PreRanking, Ranker, View, World, clicked_only
 from trainer.models.gensr.cost import gensr_cost
 from trainer.models.gensr.evidence import Evidence, EvidenceHead, Seen
 from trainer.models.gensr.grouping import group_events, in_one_pass
@@ -34,7 +34,7 @@ from trainer.models.gensr.prompt import (
     build_templates,
 )
 from trainer.models.gensr.settings import GenSRSettings
-from trainer.models.gensr.views import gensr_views
+from trainer.models.gensr.views import gensr_pre_ranking, gensr_views
 from trainer.models.losses import answer_loss, contrastive_loss, listwise_loss
 
 SLOT_VIEWS = ("cf", "semantic", "cf", "semantic", "cf", "semantic", "semantic")  # what each slot holds
@@ -172,7 +172,7 @@ class GenSR(Ranker):
         """Eq. 8 and its terms."""
         batch = self._with_mined(batch)
         history = self.encode_history(batch)
-        seen = self._seen(batch, own=True)
+        seen = self.seen(batch, own=True)
         scores_BC, cf_BCD, sem_BCD = self._score_encoded(batch, history, seen)
         scores_BC = scores_BC - self._drawn_more_often(batch, seen)
         settings, data = self.settings, self.world.data
@@ -201,7 +201,7 @@ class GenSR(Ranker):
     def score(self, batch: Batch) -> Tensor:
         """Log-odds of "Yes", [B, C] float32. Independent of the other candidates and of the other rows of the
         batch."""
-        seen = self._seen(batch, own=False) if self.reads_evidence else None
+        seen = self.seen(batch) if self.reads_evidence else None
         return self._score_encoded(batch, self.encode_history(batch), seen)[0]
 
     def prepare(self, batch: Batch) -> Batch:
@@ -247,8 +247,9 @@ class GenSR(Ranker):
         if self.evidence is not None:
             self.evidence.fit(self.world)
 
-    def _seen(self, batch: Batch, own: bool) -> Seen | None:
-        """own: the batch is of training events, whose clicks have been counted."""
+    def seen(self, batch: Batch, own: bool = False) -> Seen | None:
+        """What counting knows; None for a model without. own: the batch is of training events, whose clicks
+        have been counted."""
         if self.evidence is None:
             return None
         cf_BNK, cf_BCK = (
@@ -414,6 +415,9 @@ class GenSR(Ranker):
     def views(self) -> dict[str, View]:
         return gensr_views(self)
 
+    def pre_ranking(self) -> PreRanking | None:
+        return gensr_pre_ranking(self)
+
     def explain(self, batch: Batch) -> dict[str, Tensor]:
         """Eq. 5's weights: what the two soft filters read of the history for each candidate; 0 without
         one."""
@@ -430,7 +434,7 @@ class GenSR(Ranker):
         """history: the filtered views [f_c; f_s]. input: those, both views of the item, and the query.
         hidden: the backbone's output at the position that answers."""
         batch = clicked_only(batch)
-        seen = self._seen(batch, own=False) if self.reads_evidence else None
+        seen = self.seen(batch) if self.reads_evidence else None
         parts = self._prompt_parts(batch, self.encode_history(batch), seen)
         hidden_BD = torch.zeros((batch.num_events, self.backbone.width), device=parts.slots_BCXD.device)
         for group in self.prepare(batch).groups or ():
