@@ -31,7 +31,8 @@ def main(run_dir: Path, num_events: int) -> None:
         for share in SHARES:
             shares = {"cf": {task: share}, "semantic": {task: 1 - share}}
             views = {view: replace(v, share=shares[view]) for view, v in retrieval.views.items()}
-            lists = retrieved(model, replace(retrieval, views=views), mine, clicked_items(mine), clicks)
+            by_shares = replace(retrieval, views=views, pre_ranking=None)
+            lists = retrieved(model, by_shares, mine, clicked_items(mine), clicks)
             places = [
                 place_of(int(item), found) for item, found in zip(clicked_items(mine), lists, strict=True)
             ]
