@@ -1,6 +1,12 @@
 """Evaluation documents → rows of tables."""
 
-from trainer.evaluation.summary import rows_of, table
+import os
+import shutil
+import sys
+
+import pytest
+
+from trainer.evaluation.summary import SHOWN_METRICS, protocol_line, rows_of, table
 
 METRICS = {"ndcg@10": 0.5, "num_events": 7}
 
@@ -16,3 +22,23 @@ def test_the_run_s_own_model_has_a_name_in_tables() -> None:
     assert rows_of(document(None))[0].model == "GenSR"  # evaluated before documents said it
     assert rows_of(document("SASRec"), "runs/a")[0].model == "runs/a"
     assert "  SASRec" in "\n".join(table(rows_of(document("SASRec")), ["ndcg@10"]))
+
+
+@pytest.mark.parametrize(("columns", "shown"), [(80, 2), (120, 4)])
+def test_a_table_fits_the_terminal(monkeypatch: pytest.MonkeyPatch, columns: int, shown: int) -> None:
+    metrics = dict.fromkeys(SHOWN_METRICS, 0.5) | {"ci95": {name: [0.4, 0.6] for name in SHOWN_METRICS}}
+    evaluation = {"protocol": {"model_title": "GenSR"}, "rec": metrics | {"num_events": 7}}
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setattr(shutil, "get_terminal_size", lambda: os.terminal_size((columns, 24)))
+    lines = table(rows_of(evaluation))
+    assert max(map(len, lines)) <= columns and lines[1].count("@") == shown
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: False)
+    assert table(rows_of(evaluation))[1].count("@") == 4  # a file holds all
+
+
+def test_a_model_without_views_ranks_everything_itself() -> None:
+    protocol = {"candidates": "full", "num_items": 5000, "ranked_by_model": 5000, "num_events": 7}
+    protocol |= {"num_events_of_split": 7, "model_title": "SASRec"}
+    assert "SASRec ranks them all;" in protocol_line({"protocol": protocol})
+    protocol |= {"ranked_by_model": 400, "indexes": {"cf": {}}}
+    assert "SASRec ranks the 400 that retrieval finds;" in protocol_line({"protocol": protocol})

@@ -1,5 +1,7 @@
 """Evaluation documents → tables: the demo's last screen, `gensr report`."""
 
+import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,11 +72,15 @@ def rows_of(evaluation: Mapping[str, Any], name: str = "", with_baselines: bool 
 def protocol_line(evaluation: Mapping[str, Any]) -> str:
     protocol = evaluation["protocol"]
     if protocol["candidates"] == "full":
+        ranked = (
+            f"the {protocol['ranked_by_model']:,} that retrieval finds"
+            if protocol.get("indexes")
+            else "them all"
+        )
         return (
             f"full: the clicked item among all {protocol['num_items']:,} items but those clicked before; "
-            f"{title_of(evaluation)} ranks the {protocol['ranked_by_model']} that "
-            f"retrieval finds; {protocol['num_events']:,} of {protocol['num_events_of_split']:,} events; 95 "
-            "% bootstrap intervals"
+            f"{title_of(evaluation)} ranks {ranked}; {protocol['num_events']:,} of "
+            f"{protocol['num_events_of_split']:,} events; 95 % bootstrap intervals"
         )
     kind = "mined" if protocol["candidates"] == "hard" else "stored"
     return (
@@ -114,8 +120,10 @@ def short(value: float) -> str:
 
 
 def table(rows: Sequence[Row], metrics: Sequence[str] = SHOWN_METRICS) -> list[str]:
-    """Plain lines, one block a task."""
+    """Plain lines, one block a task. A terminal that is too narrow for all metrics is shown those at 10."""
     width = max((len(row.model) for row in rows), default=0)
+    if sys.stdout.isatty() and 2 + width + 19 * len(metrics) > shutil.get_terminal_size().columns:
+        metrics = [name for name in metrics if name.endswith("@10")]
     lines: list[str] = []
     for task, title in TASK_TITLES.items():
         of_task = [row for row in rows if row.task == task]
