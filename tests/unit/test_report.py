@@ -1,6 +1,7 @@
 """Pictures and tables from metrics.jsonl; what is recorded about code and machine."""
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,25 @@ def test_the_last_screen_says_what_next(tmp_path: Path) -> None:
         f"gensr register {tmp_path}",
     ):
         assert part in text
+
+
+def test_a_change_anywhere_in_the_checkout_is_noted(tmp_path: Path) -> None:
+    """Also in other folders than that of the code that asks."""
+
+    def git(*arguments: str) -> None:
+        who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", "-C", str(tmp_path), *who, *arguments], check=True, capture_output=True)
+
+    for name in ("trainer/runs/here.py", "trainer/models/there.py"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text("x = 1\n")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "first")
+    assert git_facts(tmp_path / "trainer" / "runs")["dirty"] is False
+    (tmp_path / "trainer" / "models" / "there.py").write_text("x = 2\n")
+    facts = git_facts(tmp_path / "trainer" / "runs")
+    assert facts["dirty"] is True and "+x = 2" in facts["diff"]
 
 
 def test_facts_about_code_and_machine(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,9 +61,8 @@ def user_name() -> str:
         return ""
 
 
-def git_facts() -> dict[str, Any]:
-    """commit, dirty and diff of the checkout this code lies in; {} outside a checkout."""
-    folder = Path(__file__).parent
+def git_facts(folder: Path = Path(__file__).parent) -> dict[str, Any]:
+    """commit, dirty and diff of the whole checkout that a folder (this code's) lies in; {} outside one."""
 
     def git(*arguments: str) -> str:
         done = subprocess.run(
@@ -73,7 +72,7 @@ def git_facts() -> dict[str, Any]:
 
     try:
         commit = git("rev-parse", "HEAD").strip()
-        diff = git("diff", "HEAD", "--", "*.py", "*.yaml", "*.json")
+        diff = git("diff", "HEAD", "--", ":(top)*.py", ":(top)*.yaml", ":(top)*.json")
     except (OSError, subprocess.SubprocessError):
         return {}
     return {"commit": commit, "dirty": bool(diff), "diff": diff[:MAX_DIFF_BYTES]}
