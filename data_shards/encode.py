@@ -69,6 +69,7 @@ def read_rows(work: Work, source: Source) -> dict[str, Any]:
         "notes": tables.notes,
         "duplicate_items": tables.duplicate_items,
         "items": dataclasses.asdict(tables.items),
+        "stored": dataclasses.asdict(tables.stored) if tables.stored else None,
     }
 
 

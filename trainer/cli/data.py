@@ -77,7 +77,9 @@ class PrepareCommand(Command):
 
 @verb("gensr prepare kuaisar data/raw data/prepared history_max=20", cls=PrepareCommand)
 def prepare(
-    source: Annotated[str, typer.Argument(help="kuaisar, amazon, jdsearch, or tables (your own logs)")],
+    source: Annotated[
+        str, typer.Argument(help="kuaisar, amazon, jdsearch, unisar, or tables (your own logs)")
+    ],
     raw: Annotated[Path, typer.Argument(help="folder of raw files")],
     out: Annotated[Path, typer.Argument(help="prepared folder to write")],
     overrides: Overrides = None,
