@@ -37,6 +37,7 @@ from data_shards.split import (
     split_by_time,
     split_leave_one_out,
 )
+from data_shards.steps import removed_steps
 from data_shards.work import (
     BATCH_ROWS,
     Progress,
@@ -154,6 +155,7 @@ def _run(work: Work, source: Source, settings: PrepareSettings) -> None:
         "checks", lambda: check_prepared(work, columns, shards, kept["num_items"], widths, as_stored)
     )
     manifest = _manifest(work, source, settings, read, clicks, kept, split, catalog, shards, leak_checks)
+    manifest["removed"] = removed_steps(read, codes, kept, split)
     if repeated := matched.get("repeated", 0):
         manifest["dropped"]["stored row of a click that another row has"] = repeated
     if hard:
