@@ -53,7 +53,8 @@ class _Refused(pickle.UnpicklingError):
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _STAND_INS:
-            raise _Refused(f"{module}.{name}")
+            text = " (text columns of pandas 3: save them as objects)" if name == "ArrowStringArray" else ""
+            raise _Refused(f"{module}.{name}{text}")
         return _STAND_INS[module, name]
 
     def persistent_load(self, pid: Any) -> NoReturn:

@@ -515,6 +515,7 @@ OBJECTS_FROM_BYTES = (
             r"holds builtins\.print",
         ),
         (lambda target: named("functools", "partial", short("x")), r"functools\.partial of anything but"),
+        (lambda target: named("pandas.arrays", "ArrowStringArray"), r"save them as objects"),
         (lambda target: named("numpy.testing", "runstring", short("x")), r"holds numpy\.testing\.runstring"),
         (lambda target: named("pandas.core.frame", "DataFrame.eval"), r"DataFrame\.eval"),
         (lambda target: OBJECTS_FROM_BYTES, r"no pickled table|holds"),
