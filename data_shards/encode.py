@@ -51,10 +51,13 @@ def read_rows(work: Work, source: Source) -> dict[str, Any]:
     ).fetchall():
         dropped[problem] = dropped.get(problem, 0) + count
     _raise_wrong_values(work, tables, dropped)
-    rec, src, clicks = work.con.execute(
-        f"SELECT count(*) FILTER (task = {REC}), count(*) FILTER (task = {SRC}), count(*) FILTER (clicked "
-        "AND problem IS NULL) FROM rows"
+    usable = "clicked AND problem IS NULL"
+    rec, src, rec_clicks, src_clicks = work.con.execute(
+        f"""SELECT count(*) FILTER (task = {REC}), count(*) FILTER (task = {SRC}),
+            count(*) FILTER (task = {REC} AND {usable}), count(*) FILTER (task = {SRC} AND {usable})
+        FROM rows"""
     ).fetchall()[0]
+    clicks = rec_clicks + src_clicks
     if clicks == 0:
         reasons = (
             "; ".join(f"{reason}: {count}" for reason, count in dropped.items()) or "the files hold no rows"
@@ -63,12 +66,16 @@ def read_rows(work: Work, source: Source) -> dict[str, Any]:
             f"{', '.join(str(path) for path in source.files)}: no usable click. Dropped: {reasons}."
         )
     return {
-        "counts": {**sizes, "rec": rec, "src": src, "clicks": clicks},
+        "counts": {
+            **{**sizes, "rec": rec, "src": src, "clicks": clicks},
+            "usable": {"rec": rec_clicks, "src": src_clicks},
+        },
         "dropped": dropped,
         "anonymised": tables.anonymised,
         "notes": tables.notes,
         "duplicate_items": tables.duplicate_items,
         "items": dataclasses.asdict(tables.items),
+        "stored": dataclasses.asdict(tables.stored) if tables.stored else None,
     }
 
 
@@ -160,6 +167,7 @@ def filter_clicks(work: Work, settings: PrepareSettings, sizes: dict[str, int]) 
     Also columns user_code, item_code and query_code: the code of each final id.
     """
     clicks = {name: work.column(f"click_{name}", dtype) for name, dtype in EVENT_DTYPES.items()}
+    removed: list[dict[str, Any]] = []
     keep_user, keep_item, rounds = keep_users_and_items(
         clicks["user"],
         clicks["item"],
@@ -170,15 +178,17 @@ def filter_clicks(work: Work, settings: PrepareSettings, sizes: dict[str, int]) 
         settings.both_behaviours,
         settings.kcore,
         work.threads,
+        removed,
     )
     keep_query = np.zeros(sizes["queries"], bool)
-    num_events = 0
+    num_events = num_searches = 0
     for start in range(0, len(clicks["user"]), BATCH_ROWS):
         rows = slice(start, start + BATCH_ROWS)
         kept = keep_user[clicks["user"][rows]] & keep_item[clicks["item"][rows]]
         query = clicks["query"][rows][kept]
         keep_query[query[query >= 0]] = True
         num_events += int(kept.sum())
+        num_searches += int((clicks["task"][rows][kept] == SRC).sum())
     if num_events == 0:
         raise DataError(
             f"the filter leaves no click of {len(clicks['user'])}: lower "
@@ -197,6 +207,8 @@ def filter_clicks(work: Work, settings: PrepareSettings, sizes: dict[str, int]) 
         "num_queries": int(keep_query.sum()),
         "dropped_clicks": len(clicks["user"]) - num_events,
         "rounds": rounds,
+        "kept": {"rec": num_events - num_searches, "src": num_searches},
+        "removed": removed,
     }
 
 

@@ -1,6 +1,8 @@
 """Which users and items stay: both behaviours, and at least k clicks each, repeated until nothing changes
 (k-core)."""
 
+from typing import Any
+
 import numpy as np
 
 from data_shards.schema import SRC
@@ -19,28 +21,70 @@ def keep_users_and_items(
     both_behaviours: bool,
     repeat: bool,
     threads: int = 1,
+    removed: list[dict[str, Any]] | None = None,
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """Clicks (three columns of one length, memory-mapped or not) → keep_user [num_users] bool, keep_item
     [num_items] bool, rounds.
 
     A click counts while its user and its item are kept. minimum 0 keeps items without clicks; users always
     need one. Without `repeat`: users with both behaviours first, then one count of the rest.
+
+    removed: gets {step, round, users, items, rec, src} of what each step of each round removes. A click goes
+    with its user, if that is removed in the round, else with its item.
     """
     keep_user, keep_item = np.ones(num_users, bool), np.ones(num_items, bool)
+    tally = _Tally(minimum, [] if removed is None else removed)
     rounds = 0
     if both_behaviours and not repeat:
         rec, src, _ = _count(user, item, task, keep_user, keep_item, threads)
+        tally.enter(rec, src)
         keep_user = (rec > 0) & (src > 0)
+        tally.users(1, "users without both tasks", ~keep_user, rec, src)
     while True:
         rounds += 1
         rec, src, clicks = _count(user, item, task, keep_user, keep_item, threads)
-        new_user, new_item = keep_user & (rec + src >= max(minimum, 1)), keep_item & (clicks >= minimum)
-        if both_behaviours:
-            new_user &= (rec > 0) & (src > 0)
-        unchanged = new_user.sum() == keep_user.sum() and new_item.sum() == keep_item.sum()
-        keep_user, keep_item = new_user, new_item
-        if unchanged or not repeat:
+        tally.enter(rec, src)
+        one_task = keep_user & ((rec == 0) | (src == 0)) if both_behaviours else np.zeros(num_users, bool)
+        few = keep_user & ~one_task & (rec + src < max(minimum, 1))
+        rare = keep_item & (clicks < minimum)
+        tally.users(rounds, "users without both tasks", one_task, rec, src)
+        tally.users(rounds, f"users with fewer than {max(minimum, 1)} clicks", few, rec, src)
+        tally.items(rounds, rare)
+        keep_user, keep_item = keep_user & ~one_task & ~few, keep_item & ~rare
+        if not (one_task.any() or few.any() or rare.any()):
             return keep_user, keep_item, rounds
+        if not repeat:
+            if removed is not None:
+                tally.enter(*_count(user, item, task, keep_user, keep_item, threads)[:2])
+            return keep_user, keep_item, rounds
+
+
+class _Tally:
+    """What each step removes. The clicks that go with items are known when those that remain are counted."""
+
+    def __init__(self, minimum: int, steps: list[dict[str, Any]]) -> None:
+        self.minimum, self.steps = minimum, steps
+        self.left = (0, 0)  # rec, src: clicks of the last count, less those that went with users since
+
+    def enter(self, rec: np.ndarray, src: np.ndarray) -> None:
+        """The clicks that a round begins with, by user."""
+        total = int(rec.sum()), int(src.sum())
+        if self.steps and "items" in self.steps[-1]:
+            self.steps[-1].update(rec=self.left[0] - total[0], src=self.left[1] - total[1])
+        self.left = total
+
+    def users(self, number: int, step: str, gone: np.ndarray, rec: np.ndarray, src: np.ndarray) -> None:
+        if gone.any():
+            clicks = int(rec[gone].sum()), int(src[gone].sum())
+            self.left = self.left[0] - clicks[0], self.left[1] - clicks[1]
+            self.steps.append(
+                {"step": step, "round": number, "users": int(gone.sum()), "rec": clicks[0], "src": clicks[1]}
+            )
+
+    def items(self, number: int, gone: np.ndarray) -> None:
+        if gone.any():
+            step = f"items with fewer than {self.minimum} clicks"
+            self.steps.append({"step": step, "round": number, "items": int(gone.sum()), "rec": 0, "src": 0})
 
 
 def _count(

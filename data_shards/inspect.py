@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 
 from data_shards.blocks import decode_blocks, tar_entries
 from data_shards.schema import NO_QUERY, SPLITS, SRC, TASKS, Manifest, read_manifest
+from data_shards.steps import difference_table, removed_table
 from data_shards.verify import verify
 
 SHOWN_CLICKS = 5  # of the example's history
@@ -45,6 +46,7 @@ def inspect(out: str | Path) -> dict[str, Any]:
         "counts": raw["counts"],
         "published": raw.get("published", {}),
         "dropped": raw.get("dropped", {}),
+        **({"removed": raw["removed"]} if "removed" in raw else {}),  # older folders have none
         "splits": {**raw["split"], **{split: raw["counts"][split] for split in SPLITS}},
         "shards": shards,
         "catalog": {file["name"]: file["num_bytes"] for file in raw["catalog"]},
@@ -83,10 +85,14 @@ def describe(facts: dict[str, Any]) -> list[str]:
         f"{text['num_words']:,} anonymised words",
     ]
     lines += ["", *count_table(facts)]
+    for table in (removed_table(facts), difference_table(facts)):
+        lines += ["", *table] if table else []
     lines += ["", *dropped_table(facts)] if facts["dropped"] else []
+    # with split=stored, violations that the raw files hold themselves are kept and counted
+    violated = "KEPT" if splits["rule"] == "stored" else "FAIL"
     lines += ["", "  leak checks"]
     lines += [
-        f"    {'OK  ' if not check['violations'] else 'FAIL'}  {name}: {check['checked']:,} checked, "
+        f"    {violated if check['violations'] else 'OK  '}  {name}: {check['checked']:,} checked, "
         f"{check['violations']:,} violations"
         for name, check in facts["leak_checks"].items()
     ]
@@ -129,6 +135,8 @@ def count_table(facts: dict[str, Any]) -> list[str]:
         lines.append(
             f"  {name:<{width}}" + "".join(f"{row[key]:>14,}" if key in row else f"{'':>14}" for key in names)
         )
+    if paths := facts["source"].get("paths"):
+        lines += ["", *query_lines(facts["source"], paths)]
     if levels := facts["source"].get("category_levels"):
         found = ", ".join(f"{count:,} of {depth}" for depth, count in levels.items())
         lines += [
@@ -136,6 +144,16 @@ def count_table(facts: dict[str, Any]) -> list[str]:
             f"  categories were split at {facts['source']['category_separator']!r}; levels: {found}",
         ]
     return lines
+
+
+def query_lines(source: dict[str, Any], paths: int) -> list[str]:
+    """How the queries of `amazon` come from category paths."""
+    return [
+        f"  queries: {paths:,} category paths of bought items, {source['paths_of_one_item']:,} of one item "
+        "only;",
+        f"  {source['items_with_shorter_query']:,} items took a shorter path's query, "
+        f"{source['items_without_query']:,} none (min_query_items)",
+    ]
 
 
 def dropped_table(facts: dict[str, Any]) -> list[str]:

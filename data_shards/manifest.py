@@ -94,6 +94,16 @@ class Source(TypedDict):
     category_levels: NotRequired[dict[str, Size]]
 
 
+class Removed(TypedDict):
+    step: str
+    round: NotRequired[Size]  # of the filter
+    users: NotRequired[int]
+    items: NotRequired[int]  # below 0 where items were added that nobody clicked
+    queries: NotRequired[int]
+    rec: NotRequired[int]
+    src: NotRequired[int]
+
+
 class LeakCheck(TypedDict):
     checked: Size
     violations: Size
@@ -114,6 +124,7 @@ class Document(TypedDict):
     shards: Shards
     catalog: list[CatalogEntry]
     dropped: NotRequired[dict[str, Size]]
+    removed: NotRequired[list[Removed]]
     published: NotRequired[dict[str, dict[str, Size]]]
     leak_checks: NotRequired[dict[str, LeakCheck]]
 

@@ -15,9 +15,9 @@ NonNegative = Annotated[int, Ge(0)]
 
 @s.settings
 class PrepareSettings:
-    split: Literal["time", "leave_one_out"] = "time"
+    split: Literal["stored", "time", "leave_one_out"] = "time"
     """time: the last days are test and validation. leave_one_out: each user's last distinct time is test, the
-    one before validation"""
+    one before validation. stored: events and negatives as source unisar has them"""
     test_days: Positive = 1
     """days of the test split (split=time)"""
     valid_days: Positive = 1
@@ -32,6 +32,9 @@ class PrepareSettings:
     """keep only users with both a recommendation click and a search click"""
     history_max: Positive = 50
     """history items stored with an event, newest kept"""
+    history_rule: Literal["time", "count"] = "time"
+    """time: a history holds earlier clicks. count: UniSAR's rule (unisar), as many entries of the user's
+    lists as the event says, also of its own moment or later"""
     num_negatives: Positive = 99
     """stored negatives of a validation or test event"""
     hard_negatives: NonNegative = 0
@@ -95,6 +98,8 @@ SOURCE_DEFAULTS: dict[str, dict[str, Any]] = {
     "amazon": {"split": "leave_one_out"},
     "jdsearch": {"split": "leave_one_out", "item_words": 32},
     "tables": {},
+    # a stored negative may be an item that nobody clicked
+    "unisar": {"split": "stored", "min_interactions": 0, "item_words": 32},
 }
 
 
@@ -129,4 +134,6 @@ def settings_with_effect(settings: PrepareSettings) -> dict[str, Any]:
     kept["lowercase"] = settings.lowers_texts
     if not settings.hard_negatives:  # as in folders from before there were any
         del kept["hard_negatives"]
+    if settings.history_rule == "time":  # the same
+        del kept["history_rule"]
     return kept

@@ -12,7 +12,7 @@ from typing import Any
 import duckdb
 import numpy as np
 
-from data_shards import encode, impressions
+from data_shards import encode, impressions, stored
 from data_shards.catalog import name_ids, write_catalog
 from data_shards.checks import check_prepared
 from data_shards.errors import ConfigError, DataError, GensrError
@@ -26,6 +26,7 @@ from data_shards.sources import SOURCES, Source, open_source
 from data_shards.sources.reading import readable
 from data_shards.split import (
     DAY_MS,
+    HISTORY_ONLY,
     TEST,
     TRAIN,
     VALID,
@@ -36,6 +37,7 @@ from data_shards.split import (
     split_by_time,
     split_leave_one_out,
 )
+from data_shards.steps import removed_steps
 from data_shards.work import (
     BATCH_ROWS,
     Progress,
@@ -47,7 +49,7 @@ from data_shards.work import (
 from data_shards.write import EventColumns, describe_file, write_shards
 
 NO_ROOM = (duckdb.IOException, duckdb.OutOfMemoryException)  # not the input's fault
-PIPELINE_VERSION = 5  # change it when a stage writes something else: a restart then reuses nothing
+PIPELINE_VERSION = 6  # change it when a stage writes something else: a restart then reuses nothing
 SHUFFLE_SEED, NEGATIVE_SEED, HARD_SEED = 16, 17, 18
 NEGATIVE_ROWS = 16_384  # events drawn for at once: x 99 x 8 B is about 13 MB an array
 EVENT_COLUMNS = {
@@ -64,7 +66,7 @@ def prepare(
     overrides: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Manifest:
-    """Raw logs of `source` (kuaisar, amazon, jdsearch, tables) in `raw` → the prepared folder `out`.
+    """Raw logs of `source` (kuaisar, amazon, jdsearch, unisar, tables) in `raw` → the prepared folder `out`.
     overrides: "key=value" of PrepareSettings.
 
     An interrupted call leaves `out` as it was; the same call again resumes after the last finished stage (in
@@ -85,6 +87,7 @@ def prepare(
     if out.exists() and not (out / "manifest.json").is_file():
         raise DataError(f"{out} exists and is no prepared folder: not replacing it. Choose another folder.")
     reader = open_source(source, raw, settings)
+    _check_stored(settings, reader)
     if settings.split == "time" and not reader.has_clock:
         raise ConfigError(
             f"split=time: this {source} log has no common clock, only the order of each user's clicks. Use "
@@ -126,28 +129,62 @@ def _run(work: Work, source: Source, settings: PrepareSettings) -> None:
     codes = work.stage("encode", lambda: encode.encode_keys(work, settings, read["items"]))
     clicks = work.stage("sort", lambda: encode.sort_clicks(work, read["counts"]["clicks"]))
     kept = work.stage("filter", lambda: encode.filter_clicks(work, settings, codes))
-    split = work.stage("split", lambda: _split(work, settings))
-    work.stage("histories", lambda: _histories(work, settings))
     work.stage("names", lambda: name_ids(work, read))
+    matched = (
+        work.stage("stored", lambda: stored.match_rows(work, read["stored"]))
+        if settings.split == "stored"
+        else {}
+    )
+    split = work.stage("split", lambda: _split(work, settings))
+    work.stage("histories", lambda: _histories(work, settings, read["stored"]))
     work.stage("impressions", lambda: impressions.attach_shown(work, settings, kept["num_users"]))
     columns = _event_columns(work)
     catalog = work.stage("catalog", lambda: write_catalog(work, settings, columns, read, kept))
     work.close_database()
-    work.stage("negatives", lambda: _negatives(work, columns, kept["num_items"], settings))
+    if settings.split == "stored":
+        work.stage("negatives", lambda: _stored_negatives(work, read["stored"]))
+    else:
+        work.stage("negatives", lambda: _negatives(work, columns, kept["num_items"], settings))
     widths, hard = {"negatives": settings.num_negatives}, {}
     if settings.hard_negatives:
         widths["hard_negatives"] = settings.hard_negatives
         hard = work.stage("hard negatives", lambda: _hard(work, columns, kept["num_items"], settings))
     shards = work.stage("shards", lambda: _shards(work, columns, settings))
+    as_stored = () if settings.split != "stored" else _as_stored(settings)
     leak_checks = work.stage(
-        "checks", lambda: check_prepared(work, columns, shards, kept["num_items"], widths)
+        "checks", lambda: check_prepared(work, columns, shards, kept["num_items"], widths, as_stored)
     )
     manifest = _manifest(work, source, settings, read, clicks, kept, split, catalog, shards, leak_checks)
+    manifest["removed"] = removed_steps(read, codes, kept, split)
+    if repeated := matched.get("repeated", 0):
+        manifest["dropped"]["stored row of a click that another row has"] = repeated
     if hard:
         manifest["hard_negatives"] = hard
     write_text_atomic(work.tree / "manifest.json", json.dumps(manifest, indent=1, sort_keys=True) + "\n")
     for folder in (work.tree / "shards", work.tree / "catalog", work.tree):
         sync_folder(folder)
+
+
+def _check_stored(settings: PrepareSettings, source: Source) -> None:
+    """Raises ConfigError for what does not go with stored splits."""
+    if settings.split != "stored":
+        if settings.history_rule == "count":
+            raise ConfigError("history_rule=count needs split=stored: the counts are those of stored events.")
+        return
+    if not source.has_stored_split:
+        raise ConfigError(
+            f"split=stored: source {source.name} stores no splits. Use split=time or split=leave_one_out."
+        )
+    if settings.min_interactions or settings.both_behaviours:
+        raise ConfigError(
+            "split=stored keeps the events and candidates of the raw files as they are: use "
+            "min_interactions=0 and both_behaviours=false, or another split."
+        )
+
+
+def _as_stored(settings: PrepareSettings) -> frozenset[str]:
+    """Leak checks that look at what the raw files themselves hold."""
+    return stored.AS_COUNTED if settings.history_rule == "count" else stored.AS_STORED
 
 
 def _describe_files(source: Source) -> list[Any]:
@@ -172,17 +209,20 @@ def _split(work: Work, settings: PrepareSettings) -> dict[str, Any]:
             for start in range(0, len(columns["time"]), BATCH_ROWS)
         )
         boundaries = day_boundaries(last, settings.test_days, settings.valid_days, settings.utc_offset_hours)
+    from_raw = stored.stored_split(work, len(columns["user"])) if settings.split == "stored" else None
     counts, digest = np.zeros((3, 2), np.int64), hashlib.sha256()
 
     def chunks() -> Iterator[dict[str, np.ndarray]]:
         for start, stop in _user_chunks(work, "split"):
             part = {name: np.asarray(values[start:stop]) for name, values in columns.items()}
-            split = (
-                split_by_time(part["time"], boundaries)
-                if settings.split == "time"
-                else split_leave_one_out(part["user"], part["time"])
-            )
-            np.add.at(counts, (split, part["task"]), 1)
+            if from_raw is not None:
+                split = from_raw[start:stop]
+            elif settings.split == "time":
+                split = split_by_time(part["time"], boundaries)
+            else:
+                split = split_leave_one_out(part["user"], part["time"])
+            of_split = split != HISTORY_ONLY
+            np.add.at(counts, (split[of_split], part["task"][of_split]), 1)
             for values in (*part.values(), split):
                 digest.update(np.ascontiguousarray(values).data)
             yield {"split": split}
@@ -214,9 +254,11 @@ def _outlier_hint(work: Work, settings: PrepareSettings) -> str:
     return f"The last day of the log is {shown[-1]}{before}"
 
 
-def _histories(work: Work, settings: PrepareSettings) -> dict[str, Any]:
+def _histories(
+    work: Work, settings: PrepareSettings, raw_lists: dict[str, str] | None = None
+) -> dict[str, Any]:
     """Stage: columns history_start, history_count of each event and the flat history_item, history_task,
-    history_query."""
+    history_query. raw_lists: sources.StoredSql, for history_rule=count."""
     columns = {name: work.column(name, dtype) for name, dtype in encode.EVENT_DTYPES.items()}
     written = 0
 
@@ -237,8 +279,11 @@ def _histories(work: Work, settings: PrepareSettings) -> dict[str, Any]:
             yield {"history_start": first + written, "history_count": count, **flat}
             written += int(keep.sum())
 
+    parts = ranges()
+    if settings.history_rule == "count" and raw_lists is not None:
+        parts = stored.counted_histories(work, raw_lists, settings.history_max)
     work.write_columns(
-        ranges(),
+        parts,
         {
             "history_start": "i8",
             "history_count": "i4",
@@ -248,7 +293,7 @@ def _histories(work: Work, settings: PrepareSettings) -> dict[str, Any]:
             "history_row": "i8",
         },
     )
-    return {"num_history_rows": written}
+    return {}
 
 
 def _event_columns(work: Work) -> EventColumns:
@@ -278,6 +323,19 @@ def _negatives(
     for name, code in (("valid", VALID), ("test", TEST)):
         drawn = in_threads(draw, chunks(code), settings.threads)
         work.write_columns(({f"negatives_{name}": part} for part in drawn), {f"negatives_{name}": "i4"})
+    return {}
+
+
+def _stored_negatives(work: Work, raw: dict[str, str]) -> dict[str, Any]:
+    """Stage: the same columns, as the raw files have them."""
+    keys = np.concatenate(
+        [batch.column(0).to_numpy() for batch in work.batches("SELECT key FROM final_items ORDER BY id")]
+    )
+    for name, code in (("valid", VALID), ("test", TEST)):
+        parts = stored.stored_negatives(work, raw, keys, name, code)
+        column = f"negatives_{name}"
+        work.write_columns(({column: part.reshape(-1)} for part in parts), {column: "i4"})
+    work.close_database()
     return {}
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from data_shards.errors import DataError
 
 TRAIN, VALID, TEST = 0, 1, 2
+HISTORY_ONLY = -1  # a click that is in histories, and no event of any split (split=stored)
 DAY_MS = 86_400_000
 
 
@@ -66,6 +67,8 @@ def check_split(counts: dict[str, int], rule: str, hint: str = "") -> None:
     """Raises DataError when a split is empty. hint: what may have caused it."""
     empty = [name for name, count in counts.items() if count == 0]
     if empty:
+        if rule == "stored":
+            raise DataError(f"the {' and '.join(empty)} split has no event ({counts}): its files are empty.")
         fix = (
             "the log must span more days than test_days + valid_days. Remove clicks with a wrong date, or "
             "use split=leave_one_out"

@@ -30,8 +30,8 @@ def prepare(
 
     raw: a folder, or (events, items) as data frames. events has user_id, item_id, time (integer ms, ISO 8601
     or timestamps), task (rec or src), query and, if not every row is a click, clicked; items has item_id and
-    text. source: tables (these columns), kuaisar, amazon or jdsearch. settings: `gensr config keys prepare`.
-    Raises GensrError.
+    text. source: tables (these columns), kuaisar, amazon, jdsearch or unisar. settings: `gensr config keys
+    prepare`. Raises GensrError.
 
     >>> import gensr, pandas as pd
     >>> events = pd.read_json("raw/events.jsonl", lines=True)

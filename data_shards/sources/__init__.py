@@ -30,6 +30,7 @@ class Source:
     # counts given by the data's authors, shown beside ours
     published: dict[str, Any] = field(default_factory=dict)
     has_clock: bool = True
+    has_stored_split: bool = False  # split=stored is possible: Tables.stored is there
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,22 @@ class ItemSql:
 
 
 @dataclass(frozen=True)
+class StoredSql:
+    """Splits and negatives that the raw files themselves hold, as SQL and files.
+
+    predictions  for FROM; columns user_id, item_id, time, task, query of an event, split TINYINT (position in
+                 schema.SPLITS), number (of its row of negatives), rec_count and src_count
+    lists        for FROM; the columns of a click, and position, place: where it stands in the user's list of
+                 clicks or of searches. An event's history by count is what has a position below its counts
+    negatives    folder of negatives_{valid,test}.npy, int64 [rows, negatives]: item_ids
+    """
+
+    predictions: str
+    lists: str
+    negatives: str
+
+
+@dataclass(frozen=True)
 class Tables:
     """What `Source.read` returns: SQL on the work database."""
 
@@ -58,6 +75,7 @@ class Tables:
     locate: Callable[[str, str], DataError] | None = None
     dropped: dict[str, int] = field(default_factory=dict)  # rows dropped before `events`
     notes: dict[str, Any] = field(default_factory=dict)  # facts for the manifest's source section
+    stored: StoredSql | None = None
 
 
 EARLIEST_MS = 31_536_000_000  # 1971: what lies before is a missing date, or a time in seconds

@@ -255,6 +255,22 @@ def test_values_are_those_of_the_events_that_every_run_ranked(tmp_path: Path) ->
     assert found["sasrec"]["against"]["model"] == "popularity"
 
 
+@pytest.mark.parametrize(
+    ("source", "users", "items", "title"),
+    [
+        ("unisar", 68_223, 61_934, "Amazon Kindle Store"),
+        ("unisar", 22_700, 673_414, "KuaiSAR"),
+        ("kuaisar", 22_650, 670_000, "KuaiSAR"),
+        ("unisar", 22_700, 61_934, ""),
+        ("tables", 68_223, 61_934, ""),
+    ],
+)
+def test_folders_of_the_same_data_have_the_published_numbers(
+    source: str, users: int, items: int, title: str
+) -> None:
+    assert results.published_numbers(manifest(source, users, items))["title"] == title
+
+
 def manifest(source: str, users: int, items: int) -> Any:
     return SimpleNamespace(num_users=users, num_items=items, raw={"source": {"name": source}})
 

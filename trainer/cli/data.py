@@ -77,7 +77,9 @@ class PrepareCommand(Command):
 
 @verb("gensr prepare kuaisar data/raw data/prepared history_max=20", cls=PrepareCommand)
 def prepare(
-    source: Annotated[str, typer.Argument(help="kuaisar, amazon, jdsearch, or tables (your own logs)")],
+    source: Annotated[
+        str, typer.Argument(help="kuaisar, amazon, jdsearch, unisar or tables (your own logs)")
+    ],
     raw: Annotated[Path, typer.Argument(help="folder of raw files")],
     out: Annotated[Path, typer.Argument(help="prepared folder to write")],
     overrides: Overrides = None,
@@ -89,6 +91,7 @@ def prepare(
     """
     from data_shards.inspect import count_table, dropped_table
     from data_shards.prepare import prepare as run
+    from data_shards.steps import difference_table, removed_table
 
     facts = run(source, raw, out, overrides or [], progress=stage_lines()).raw
     counts = facts["counts"]
@@ -96,12 +99,19 @@ def prepare(
         f"  {split:<6} {counts[split]['rec']:>12,} recommendation {counts[split]['src']:>12,} search"
         for split in SPLITS
     ]
-    lines += ["", *count_table(facts), "", *(dropped_table(facts) if facts["dropped"] else [])]
+    tables = (
+        count_table(facts),
+        removed_table(facts),
+        difference_table(facts),
+        dropped_table(facts) if facts["dropped"] else [],
+    )
+    lines += [line for table in tables if table for line in ("", *table)]
     document = {
         "out": str(out),
         "counts": counts,
         "published": facts["published"],
         "dropped": facts["dropped"],
+        "removed": facts["removed"],
     }
     after = next_steps(f"gensr inspect {out}", f"gensr cf {out}")
     answer(document, as_json, *lines, f"wrote {out}", *after)

@@ -241,7 +241,7 @@ def published_numbers(manifest: Manifest) -> dict[str, Any]:
     of the paper."""
     document = parse_yaml(resources.files(__package__).joinpath("published.yaml").read_text(encoding="utf-8"))
     for data_set in document["data_sets"]:
-        if _is_same(manifest, data_set):
+        if any(_is_same(manifest, one) for one in (data_set, *data_set.get("also", []))):
             return _numbers(data_set, document["metrics"])
     return {"title": "", "notes": [], "models": {}}
 
