@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from trainer.cli import app
-from trainer.errors import RunError
+from trainer.errors import ConfigError, RunError
 from trainer.evaluation.bootstrap import paired_difference
 from trainer.registry.promote import judge, promote, rollback
 from trainer.tracking.store import connect
@@ -24,6 +24,7 @@ EVENTS = 600  # of each task
 def write_evaluation(folder: Path, quality: dict[str, float], seed: int = 0, **protocol: Any) -> Path:
     """Ranks of the same events: a candidate list of 100, the clicked item first with a chance of `quality`,
     else anywhere."""
+    hard = protocol.pop("hard", None)  # the same for both tasks, among hard candidates
     rng = np.random.default_rng(7)  # what is easy and hard is the same for every model
     ease, place = rng.random(2 * EVENTS), rng.integers(1, 100, size=2 * EVENTS).astype(float)
     task = np.repeat(["rec", "src"], EVENTS)
@@ -44,11 +45,17 @@ def write_evaluation(folder: Path, quality: dict[str, float], seed: int = 0, **p
         columns["rank"] = np.where(columns["history_length"] == bucket, value, columns["rank"])
     for name in protocol.pop("without", ()):
         del columns[name]
-    table = pa.table(columns).take(order)
-    pq.write_table(table, evaluation / "evaluation-test.parquet")
     facts = {"candidates": "sampled", "num_negatives": 99, "manifest_hash": "abc", **protocol}
-    (evaluation / "evaluation-test.json").write_text(json.dumps({"protocol": facts}))
+    write_ranks(evaluation, "test", pa.table(columns).take(order), facts)
+    if hard is not None:
+        columns["rank"] = np.where(ease < hard, 1.0, place)
+        write_ranks(evaluation, "test-hard", pa.table(columns), {**facts, "candidates": "hard"})
     return folder
+
+
+def write_ranks(folder: Path, name: str, table: pa.Table, protocol: dict[str, Any]) -> None:
+    pq.write_table(table, folder / f"evaluation-{name}.parquet")
+    (folder / f"evaluation-{name}.json").write_text(json.dumps({"protocol": protocol}))
 
 
 @pytest.fixture(scope="module")
@@ -210,6 +217,26 @@ def test_a_champion_of_before_num_tied_is_compared(registry: tuple[Any, str, Cal
     decision = promote(name, segment_margin=0.1)
     assert decision.promoted
     assert set(decision.segments["src"]["history_length"]) == {"0", "1–4"}
+
+
+def test_hard_candidates_may_decide(registry: tuple[Any, str, Callable[..., int]]) -> None:
+    client, name, add = registry
+    first = add(rec=0.3)
+    with pytest.raises(RunError, match=r"no hard evaluation\. Run gensr evaluate RUN --candidates hard"):
+        promote(name, candidates="hard")
+    first = add(rec=0.3, hard=0.3)
+    assert promote(name, candidates="hard").promoted
+    better = add(rec=0.3, hard=0.5)
+    assert not promote(name, dry_run=True).promoted  # the same on sampled candidates
+    decision = promote(name, candidates="hard")
+    assert (decision.promoted, decision.candidates, decision.champion) == (True, "hard", first)
+    assert champion(client, name) == better
+    assert client.get_model_version(name, str(better)).tags["promote.metric"] == "ndcg@10, hard"
+    assert "rec  ndcg@10, hard  champion" in "\n".join(decision.lines())
+    shown = CliRunner().invoke(app, ["promote", name, "--candidates", "hard", "--json"])
+    assert json.loads(shown.stdout)["candidates"] == "hard"
+    with pytest.raises(ConfigError, match="sampled, hard or full, got soft"):
+        promote(name, candidates="soft")
 
 
 def test_command(registry: tuple[Any, str, Callable[..., int]]) -> None:

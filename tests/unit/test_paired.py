@@ -147,6 +147,13 @@ def test_command_compare(tmp_path: Path) -> None:
     assert f"Difference from {runs[0]}" in done.stdout
     assert "NDCG@10" not in done.stdout and "ndcg@10 by history length" in done.stdout
     assert isinstance(CliRunner().invoke(app, ["compare", *runs, "--candidates", "hard"]).exception, RunError)
+    soft = CliRunner().invoke(app, ["compare", *runs, "--candidates", "soft"])
+    assert "sampled, hard or full, got soft" in str(soft.exception)
+    for run in runs:
+        for kind in ("json", "parquet"):
+            (Path(run) / f"evaluation-test.{kind}").rename(Path(run) / f"evaluation-test-hard.{kind}")
+    hard = CliRunner().invoke(app, ["compare", *runs, "--candidates", "hard"])
+    assert hard.exit_code == 0 and hard.stdout.startswith("Candidates: hard")
 
 
 def test_model_card_shows_segments(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ from tests.tiny_folder import make_tiny_folder
 from trainer.analysis.significance import paired_difference
 from trainer.configs import config_type, load_config, preset_names
 from trainer.data.folder import PreparedFolder
-from trainer.errors import ConfigError, RunError
+from trainer.errors import ConfigError, DataError, RunError
 from trainer.experiments import submit as jobs
 from trainer.experiments.table import cells, results, run, tuning
 from trainer.experiments.table.cells import Cell, CellFailed
@@ -42,7 +43,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ({"models": ("sasrek",)}, "Did you mean sasrec"),
         ({"models": ("sasrec", "sasrec")}, "twice"),
-        ({"candidates": ("ful",)}, "neither sampled nor full"),
+        ({"candidates": ("ful",)}, "ful is none of sampled, hard, full"),
         ({"epochs": 1.0, "max_steps": 2}, "one of them"),
         ({"presets": {"gensr": "demo"}}, "not among the models"),
         ({"presets": {"sasrec": "gru4rec"}}, "one of gru4rec"),
@@ -54,6 +55,25 @@ def test_what_cannot_be_is_refused(data: Path, tmp_path: Path, options: dict[str
     with pytest.raises(ConfigError, match=message):
         make_plan(request)
     assert not (tmp_path / "out").exists()
+
+
+def test_hard_candidates_are_refused_where_the_folder_has_none(data: Path, tmp_path: Path) -> None:
+    request = Request(
+        str(data), tmp_path / "out", models=("popularity",), candidates=("sampled", "hard", "full")
+    )
+    with pytest.raises(DataError, match="hard_negatives=99 overwrite=true"):
+        make_plan(request)
+    assert not (tmp_path / "out").exists()
+
+
+def with_hard_candidates(data: Path, folder: Path) -> Path:
+    """A copy whose manifest says that there are some; nothing here reads the events."""
+    shutil.copytree(data, folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["settings"]["hard_negatives"] = 12
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert PreparedFolder.at(folder).manifest.num_hard_negatives == 12
+    return folder
 
 
 def test_other_settings_are_refused_and_more_cells_are_not(data: Path, tmp_path: Path) -> None:
@@ -165,6 +185,25 @@ def test_the_line_that_names_an_error(tmp_path: Path, text: str, code: int, line
     assert cells.error_line(tmp_path / "log", code) == line
 
 
+def test_each_kind_of_candidates_is_evaluated_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cell = Cell("sasrec", "seed-0", tmp_path, tmp_path, (), tmp_path / "log")
+    (tmp_path / "status.json").write_text('{"status": "finished"}')
+    (tmp_path / "evaluation-test.json").write_text("{}")
+    ran: list[list[str]] = []
+    monkeypatch.setattr(cells, "_run", lambda words, log, mode: ran.append(list(words)))
+    kinds = ("sampled", "hard", "full")
+    cells.evaluate_cell(cell, kinds, 50)
+    asked = ["evaluate", str(tmp_path), "--split", "test", "--candidates"]
+    assert ran == [
+        [*asked, "hard", "--no-baselines"],  # every event of the split, as with sampled candidates
+        [*asked, "full", "--events", "50", "--no-baselines"],
+    ]
+    (tmp_path / "evaluation-test-full.json").write_text("{}")
+    assert cells.is_done(cell, ("sampled", "full")) and not cells.is_done(cell, kinds)
+    (tmp_path / "evaluation-test-hard.json").write_text("{}")
+    assert cells.is_done(cell, kinds)
+
+
 def test_a_failed_cell_is_named_and_the_rest_goes_on(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -221,9 +260,9 @@ def test_each_system_against_the_best_other_one() -> None:
     assert results.against_best({"a": base}, users) == {}
 
 
-def write_ranks(run_dir: Path, ranks: dict[int, float]) -> Cell:
+def write_ranks(run_dir: Path, ranks: dict[int, float], name: str = "test") -> Cell:
     """event → rank, stored in another order than that of the events; user = event // 2."""
-    run_dir.mkdir(parents=True)
+    run_dir.mkdir(parents=True, exist_ok=True)
     events = sorted(ranks, reverse=True)
     table = {
         "task": ["rec"] * len(events),
@@ -232,7 +271,7 @@ def write_ranks(run_dir: Path, ranks: dict[int, float]) -> Cell:
         "num_tied": [1] * len(events),
         "event_id": events,
     }
-    pq.write_table(pa.table(table), run_dir / "evaluation-test.parquet")
+    pq.write_table(pa.table(table), run_dir / f"evaluation-{name}.parquet")
     return Cell(run_dir.parent.name, run_dir.name, run_dir, run_dir, (), run_dir)
 
 
@@ -269,6 +308,18 @@ def test_folders_of_the_same_data_have_the_published_numbers(
     source: str, users: int, items: int, title: str
 ) -> None:
     assert results.published_numbers(manifest(source, users, items))["title"] == title
+
+
+def test_hard_ranks_are_compared_by_themselves(tmp_path: Path) -> None:
+    done = {}
+    for model, hard in (("sasrec", 3), ("popularity", 1)):
+        write_ranks(tmp_path / model / "seed-0", {0: 1, 1: 1})
+        done[model] = [write_ranks(tmp_path / model / "seed-0", {0: hard, 1: hard}, "test-hard")]
+    found = {kind: results.compare_task(done, kind, "rec")[1] for kind in ("sampled", "hard")}
+    mrr = {kind: {model: of[model]["mrr"]["value"] for model in of} for kind, of in found.items()}
+    assert mrr["sampled"] == {"sasrec": 1.0, "popularity": 1.0}
+    assert mrr["hard"] == {"sasrec": pytest.approx(1 / 3), "popularity": 1.0}
+    assert found["hard"]["sasrec"]["against"]["model"] == "popularity"
 
 
 def manifest(source: str, users: int, items: int) -> Any:
@@ -350,6 +401,26 @@ def test_markdown_has_intervals_failures_tuned_settings_and_notes() -> None:
     assert "- SASRec: optim.lr 0.00123" in lines and "Published numbers: gensr, src: swapped." in lines
 
 
+def test_hard_candidates_have_tables_of_their_own() -> None:
+    document = made_up()
+    document["candidates"] = ["sampled", "hard"]
+    document["num_events"]["hard"] = {"rec": 900, "src": 0}
+    for row in document["rows"]:
+        row["score_s"]["hard"] = 2.0
+        if row["results"]:
+            row["results"]["hard"] = {"rec": metrics_of(0.25, 1)}
+    lines = markdown(document)
+    start = lines.index("## Recommendation, hard candidates (900 events)")
+    block = lines[start : lines.index("## Failed")]
+    assert [line for line in block if line.startswith("| SASRec | .250 |")]
+    assert "published" not in "".join(block), "the paper ranked among sampled candidates"
+    found = [line for line in csv.DictReader(io.StringIO(csv_text(document))) if line["candidates"] == "hard"]
+    assert {(line["model"], line["published"], line["num_events"]) for line in found} == {
+        ("sasrec", "", "900"), ("popularity", "", "900"),
+    }  # fmt: skip
+    assert 'hard: "hard candidates"' in html(document)
+
+
 def test_csv_has_a_line_for_each_metric() -> None:
     lines = list(csv.DictReader(io.StringIO(csv_text(made_up()))))
     assert len(lines) == 2 * len(results.SHOWN)
@@ -401,6 +472,18 @@ def test_missing_cells_become_arrays(data: Path, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(jobs, "job_state", lambda folder: "12 is PENDING")
     with pytest.raises(RunError, match="has a job already: 12 is PENDING"):
         plan_submission(plan, jobs.Machines(), "gensr table")
+
+
+def test_hard_candidates_are_submitted_too(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "checked", lambda preset, words, machines: (None, []))
+    monkeypatch.setattr(jobs, "job_state", lambda folder: "")
+    folder, kinds = with_hard_candidates(data, tmp_path / "data"), ("sampled", "hard")
+    request = Request(str(folder), tmp_path / "out", models=("popularity",), candidates=kinds)
+    made = plan_submission(make_plan(request), jobs.Machines(gpus_per_node=0), "gensr table")
+    assert [job.path.name for job in made.jobs[1:]] == ["evaluate-sampled.sbatch", "evaluate-hard.sbatch"]
+    assert "--candidates hard" in made.jobs[2].text
 
 
 def test_systems_are_tuned_before_they_are_submitted(data: Path, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ def analyse(
         int, typer.Option(help="of each task, in a fixed sample that a model is asked about; 0 = all", min=0)
     ] = 2000,
     candidates: Annotated[
-        str, typer.Option(help="of the evaluations that runs are compared by: sampled or full")
+        str, typer.Option(help="of the evaluations that runs are compared by: sampled, hard or full")
     ] = "sampled",
     metric: Annotated[str, typer.Option(help="that bars and curves show")] = "ndcg@10",
     seed: Annotated[int, typer.Option(help="of estimators and projections")] = 0,
@@ -42,13 +42,13 @@ def analyse(
     Writes OUT/WHAT.json with every number, OUT/WHAT*.png and .svg, and the page OUT/WHAT.html. The first RUN
     of ablations and sensitivity is what the others are compared with.
     """
+    from trainer.evaluation.summary import check_candidates
     from trainer.experiments.analyses import Options
     from trainer.experiments.analyses import analyse as run
 
     if split not in ("valid", "test"):
         raise ConfigError(f"--split must be valid or test, got {split}")
-    if candidates not in ("sampled", "full"):
-        raise ConfigError(f"--candidates must be sampled or full, got {candidates}")
+    check_candidates(candidates)
     if metric not in ("recall@5", "recall@10", "ndcg@5", "ndcg@10", "mrr"):
         raise ConfigError(f"--metric must be recall@5, recall@10, ndcg@5, ndcg@10 or mrr, got {metric}")
     *runs, out = paths

@@ -52,6 +52,9 @@ def promote(
             help="NDCG@10 that no segment may lose, at the high end of its 95 % interval; default: not asked"
         ),
     ] = None,
+    candidates: Annotated[
+        str, typer.Option(help="which test evaluation of the versions decides: sampled, hard or full")
+    ] = "sampled",
     back: Annotated[
         bool, typer.Option("--rollback", help="give the alias back to the champion before; compares nothing")
     ] = False,
@@ -79,7 +82,7 @@ def promote(
         )
         answer({"name": name, "from": left, "champion": now, "dry_run": dry_run}, as_json, line)
         return
-    decision = run(name, uri, margin, dry_run, segment_margin)
+    decision = run(name, uri, margin, dry_run, segment_margin, candidates)
     dry_line = ["dry run: nothing was changed"] if dry_run else []
     after = next_steps(f"gensr serve models:/{name}@champion{f' --uri {uri}' if uri else ''}")
     lines = [*decision.lines(), *dry_line, *(after if decision.promoted and not dry_run else [])]

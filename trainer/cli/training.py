@@ -172,6 +172,9 @@ def evaluate(
     RUN/evaluation-SPLIT-hard.json and .parquet. With --candidates full: retrieve from the whole catalogue,
     then rank; writes RUN/evaluation-SPLIT-full.json and .parquet.
     """
+    from trainer.evaluation.summary import check_candidates
+
+    check_candidates(candidates)
     waiting_for("loading PyTorch and the model")
     from trainer.evaluation.summary import evaluation_name, full_lines, protocol_line, rows_of, table
     from trainer.registry.model_card import metrics_of
@@ -189,7 +192,7 @@ def evaluate(
             progress=lambda done, total: progress("rank", done, total),
             notify=note,
         )
-    elif candidates in ("sampled", "hard"):
+    else:
         from trainer.evaluation.sampled import evaluate_run
 
         document = evaluate_run(
@@ -199,8 +202,6 @@ def evaluate(
             progress=lambda done, total: progress("score", done, total),
             candidates=candidates,
         )
-    else:
-        raise ConfigError(f"--candidates must be sampled, hard or full, got {candidates}")
     name = evaluation_name(split, candidates)
     path = RunFolder(run_dir).evaluation(name)
     lines = [
@@ -268,7 +269,9 @@ def table_of_systems(
     trials: Annotated[int, typer.Option(help="tuning runs of each trained system", min=0)] = 0,
     epochs: Annotated[float, typer.Option(help="of every run; 0 = as its preset says", min=0)] = 0.0,
     max_steps: Annotated[int, typer.Option(help="of every run; 0 = as its preset says", min=0)] = 0,
-    candidates: Annotated[str, typer.Option(help="sampled, full, or both")] = "sampled,full",
+    candidates: Annotated[
+        str, typer.Option(help="of sampled, hard and full, with commas between")
+    ] = "sampled,full",
     events: Annotated[int, typer.Option(help="with full: events in a fixed sample, 0 = all", min=0)] = 2000,
     preset: Annotated[
         list[str] | None,

@@ -15,6 +15,15 @@ from trainer.errors import DataError
 NEGATIVES = {"stored": "negatives", "hard": "hard_negatives"}  # kind of candidates → column of blocks
 
 
+def check_hard(folder: PreparedFolder) -> None:
+    """Raises DataError for a folder that was prepared without hard candidates."""
+    if not folder.manifest.num_hard_negatives:
+        raise DataError(
+            f"{folder.name} holds no hard candidates. Prepare it again with: gensr prepare SOURCE RAW "
+            f"{folder.name} hard_negatives=99 overwrite=true"
+        )
+
+
 class EvalStream:
     """Every event of valid or test exactly once over all ranks, each with its stored candidates; the clicked
     item stands at a hashed place.
@@ -41,11 +50,8 @@ class EvalStream:
         has none."""
         assert split in ("valid", "test"), split
         assert candidates in NEGATIVES, candidates
-        if candidates == "hard" and not folder.manifest.num_hard_negatives:
-            raise DataError(
-                f"{folder.name} holds no hard candidates. Prepare it again with: gensr prepare SOURCE RAW "
-                f"{folder.name} hard_negatives=99 overwrite=true"
-            )
+        if candidates == "hard":
+            check_hard(folder)
         self.negatives = NEGATIVES[candidates]
         self.folder, self.split, self.history_max = folder, split, config.history_max
         self.shards = folder.manifest.shards(split)

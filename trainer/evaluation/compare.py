@@ -13,6 +13,7 @@ from trainer.evaluation.summary import (
     TASK_TITLES,
     Row,
     cell,
+    check_candidates,
     evaluation_name,
     read_evaluation,
     rows_of,
@@ -25,12 +26,15 @@ from trainer.runs.run_folder import RunFolder
 def compare(
     run_dirs: Iterable[str | Path], split: str = "test", candidates: str = "sampled"
 ) -> dict[str, Any]:
-    """{"runs": {RUN: {task: metrics}}, "paired": {"against": first RUN, "runs": {other RUN: paired()}},
-    "segments": {RUN: {task: …}}, "settings": {key: {RUN: value}} of the keys that differ}.
+    """{"candidates": their kind, "runs": {RUN: {task: metrics}}, "paired": {"against": first RUN, "runs":
+    {other RUN: paired()}}, "segments": {RUN: {task: …}}, "settings": {key: {RUN: value}} of the keys that
+    differ}.
 
-    Raises RunError for a run without such an evaluation, and for runs that did not rank the same candidates
-    of the same events. Runs of different tasks have no differences.
+    Raises ConfigError for an unknown kind of candidates, RunError for a run without such an evaluation, and
+    for runs that did not rank the same candidates of the same events. Runs of different tasks have no
+    differences.
     """
+    check_candidates(candidates)
     folders = [Path(run_dir) for run_dir in run_dirs]
     file = evaluation_name(split, candidates)
     evaluations = {str(folder): read_evaluation(folder, split, candidates) for folder in folders}
@@ -46,6 +50,7 @@ def compare(
         key: values for key, values in settings.items() if len({str(value) for value in values.values()}) > 1
     }
     return {
+        "candidates": candidates,
         "runs": {
             name: {row.task: row.metrics for row in rows_of(document, with_baselines=False)}
             for name, document in evaluations.items()
@@ -65,7 +70,7 @@ def compare_lines(comparison: Mapping[str, Any], with_segments: bool = False) ->
         for name, tasks in comparison["runs"].items()
         for task, metrics in tasks.items()
     ]
-    lines = [*table(rows), *paired_lines(comparison["paired"])]
+    lines = [f"Candidates: {comparison['candidates']}", *table(rows), *paired_lines(comparison["paired"])]
     if with_segments:
         lines += segment_lines({n: {"segments": of_run} for n, of_run in comparison["segments"].items()})
     if comparison["settings"]:

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.errors import RunError
+from trainer.errors import ConfigError, RunError
 from trainer.evaluation.stored import read_evaluation_file
 from trainer.runs.run_folder import RunFolder
 
+CANDIDATES = ("sampled", "hard", "full")  # what the clicked item is ranked among
 SHOWN_METRICS = ("recall@5", "recall@10", "ndcg@5", "ndcg@10")
 OURS = "GenSR"  # the title of a model that was evaluated before there were others
 TASK_TITLES = {"rec": "Recommendation", "src": "Search"}
@@ -29,6 +30,12 @@ class Row:
     model: str
     task: str
     metrics: Mapping[str, Any]  # as in evaluation-SPLIT.json: {"ndcg@10": …, "ci95": {…}, "num_events": …}
+
+
+def check_candidates(candidates: str) -> None:
+    """Raises ConfigError for what is no kind of candidates."""
+    if candidates not in CANDIDATES:
+        raise ConfigError(f"--candidates must be sampled, hard or full, got {candidates}")
 
 
 def evaluation_name(split: str, candidates: str) -> str:

@@ -28,7 +28,7 @@ from trainer.config import Config
 from trainer.configs import config_from_dict
 from trainer.errors import EnvironmentProblem, GensrError, RunError
 from trainer.evaluation.stored import read_evaluation_file
-from trainer.evaluation.summary import evaluation_name
+from trainer.evaluation.summary import CANDIDATES, evaluation_name
 from trainer.registry.model_card import metrics_of
 from trainer.runs.run_folder import RunFolder
 from trainer.tracking.delivery import (
@@ -66,11 +66,7 @@ STATUS = {
     "stopped": "KILLED",
     "running": "RUNNING",
 }
-EVALUATED = [
-    evaluation_name(split, candidates)
-    for split in ("valid", "test")
-    for candidates in ("sampled", "hard", "full")
-]
+EVALUATED = [evaluation_name(split, candidates) for split in ("valid", "test") for candidates in CANDIDATES]
 PAGE = 1000  # runs of one answer
 
 

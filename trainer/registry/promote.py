@@ -1,5 +1,6 @@
 """`gensr promote NAME`: the gate to the alias `champion`. Candidate and champion are compared on the same
-stored test events, by a paired bootstrap over users for each task (evaluation/paired.py).
+stored test events and candidates (sampled ones unless asked otherwise), by a paired bootstrap over users for
+each task (evaluation/paired.py).
 
 The candidate becomes champion when no task falls by more than the margin (the whole 95 % interval of the
 difference lies above −margin) and at least one task gains (the whole interval lies above 0). A segment margin
@@ -17,6 +18,7 @@ from typing import Any
 
 from trainer.errors import RunError
 from trainer.evaluation.paired import StoredRanks, check_same, paired, paired_segments, read_stored
+from trainer.evaluation.summary import check_candidates, evaluation_name
 from trainer.registry.versions import ALIAS, default_uri, fetch, find_version, mlflow_errors
 from trainer.runs.run_folder import RunFolder
 from trainer.runs.sealed import check_sealed
@@ -45,11 +47,12 @@ class Decision:
     figures: dict[str, dict[str, Any]] = field(default_factory=dict)
     # {"rec": {"history_length": {"1–4": as above, …}, …}, …}, where a segment margin is given
     segments: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    candidates: str = "sampled"  # of the evaluations that were compared
 
     def lines(self) -> list[str]:
         rows = [
-            f"  {task}  {METRIC}, sampled  champion {f['a']:.4f}  candidate {f['b']:.4f}  difference "
-            f"{f['difference']:+.4f} "
+            f"  {task}  {METRIC}, {self.candidates}  champion {f['a']:.4f}  candidate {f['b']:.4f}  "
+            f"difference {f['difference']:+.4f} "
             f"[{f['ci95'][0]:+.4f}, {f['ci95'][1]:+.4f}]  {f['num_events']:,} events"
             for task, f in self.figures.items()
         ]
@@ -69,14 +72,17 @@ def promote(
     margin: float = MARGIN,
     dry_run: bool = False,
     segment_margin: float | None = None,
+    candidates: str = "sampled",
 ) -> Decision:
     """Compare the versions that the aliases candidate and champion name; move champion if the rule above says
     so, and tag the candidate either way.
 
     margin, segment_margin: NDCG@10, ≥ 0; segment_margin=None asks for no segment. dry_run: changes nothing.
-    Raises RunError when there is no candidate, a version holds no evaluation, or the two were not evaluated
-    on the same events and candidates.
+    candidates: which test evaluation decides, sampled, hard or full. Raises ConfigError for another kind,
+    RunError when there is no candidate, a version holds no such evaluation, or the two were not evaluated on
+    the same events and candidates.
     """
+    check_candidates(candidates)
     if not margin >= 0:
         raise RunError(f"--margin must be 0 or more, got {margin}")
     if segment_margin is not None and not segment_margin >= 0:
@@ -93,7 +99,12 @@ def promote(
         number, before = int(candidate.version), int(champion.version) if champion is not None else None
         if number == before:
             return Decision(
-                name, number, before, promoted=False, reason=f"version {number} is the champion already"
+                name,
+                number,
+                before,
+                promoted=False,
+                reason=f"version {number} is the champion already",
+                candidates=candidates,
             )
         if candidate.tags.get("promote.decision") == ROLLED_BACK:
             return Decision(
@@ -102,8 +113,9 @@ def promote(
                 before,
                 promoted=False,
                 reason=f"version {number} was rolled back; to try it again, register its run again",
+                candidates=candidates,
             )
-        decision = _decide(name, number, before, uri, margin, segment_margin)
+        decision = _decide(name, number, before, uri, margin, segment_margin, candidates)
         if not dry_run:
             tags = {
                 "promote.decision": "promoted" if decision.promoted else "refused",
@@ -141,16 +153,21 @@ def rollback(name: str, uri: str = "", dry_run: bool = False) -> tuple[int, int]
 
 
 def _decide(
-    name: str, candidate: int, champion: int | None, uri: str, margin: float, segment_margin: float | None
+    name: str,
+    candidate: int,
+    champion: int | None,
+    uri: str,
+    margin: float,
+    segment_margin: float | None,
+    candidates: str,
 ) -> Decision:
+    def ranks_of(number: int) -> StoredRanks:
+        return read_ranks(fetch(f"models:/{name}/{number}", uri), f"version {number} of {name}", candidates)
+
     if champion is None:
-        # a champion must be comparable to those after it
-        read_ranks(fetch(f"models:/{name}/{candidate}", uri), f"version {candidate} of {name}")
-        return Decision(name, candidate, None, promoted=True, reason="first champion")
-    before, after = (
-        read_ranks(fetch(f"models:/{name}/{number}", uri), f"version {number} of {name}")
-        for number in (champion, candidate)
-    )
+        ranks_of(candidate)  # a champion must be comparable to those after it
+        return Decision(name, candidate, None, promoted=True, reason="first champion", candidates=candidates)
+    before, after = ranks_of(champion), ranks_of(candidate)
     check_same(before, after)
     figures = {task: of_task[METRIC] for task, of_task in paired(before, after).items()}
     promoted, reason = judge(figures, margin)
@@ -159,7 +176,7 @@ def _decide(
         segments = paired_segments(before, after)
         if promoted and (fallen := fallen_segments(segments, segment_margin)):
             promoted, reason = False, f"{'; '.join(fallen)} falls by more than {segment_margin:g}"
-    return Decision(name, candidate, champion, promoted, reason, figures, segments)
+    return Decision(name, candidate, champion, promoted, reason, figures, segments, candidates)
 
 
 def judge(figures: dict[str, dict[str, Any]], margin: float) -> tuple[bool, str]:
@@ -192,15 +209,18 @@ def fallen_segments(segments: dict[str, dict[str, dict[str, Any]]], margin: floa
     ]
 
 
-def read_ranks(version_dir: Path, where: str) -> StoredRanks:
-    """Raises RunError when the version was registered without an evaluation."""
-    folder = version_dir / "artifacts" / "evaluation"
-    if not RunFolder(folder).ranks("test").is_file() or not RunFolder(folder).evaluation("test").is_file():
+def read_ranks(version_dir: Path, where: str, candidates: str = "sampled") -> StoredRanks:
+    """Raises RunError when the version was registered without an evaluation of that kind."""
+    folder, name = version_dir / "artifacts" / "evaluation", evaluation_name("test", candidates)
+    if not RunFolder(folder).ranks(name).is_file() or not RunFolder(folder).evaluation(name).is_file():
+        sampled = candidates == "sampled"
+        lacking = "no evaluation" if sampled else f"no {candidates} evaluation"
+        option = "" if sampled else f" --candidates {candidates}"
         raise RunError(
-            f"{where} holds no evaluation. Run gensr evaluate RUN, then gensr register RUN NAME again"
+            f"{where} holds {lacking}. Run gensr evaluate RUN{option}, then gensr register RUN NAME again"
         )
     check_sealed(folder)
-    return read_stored(folder, "test", where)
+    return read_stored(folder, name, where)
 
 
 def decision_tags(decision: Decision, margin: float, segment_margin: float | None = None) -> dict[str, str]:
@@ -208,7 +228,7 @@ def decision_tags(decision: Decision, margin: float, segment_margin: float | Non
         "promote.reason": decision.reason,
         "promote.champion": str(decision.champion or "none"),
         "promote.margin": f"{margin:g}",
-        "promote.metric": f"{METRIC}, sampled",
+        "promote.metric": f"{METRIC}, {decision.candidates}",
         "promote.decided_at": _now(),
     }
     if segment_margin is not None:

@@ -13,6 +13,7 @@ from trainer.analysis.pages import Fold, Part, Picture, Section, Table, Text
 from trainer.analysis.report.asked import Asked, Example
 from trainer.evaluation.segments import BUCKETS, METRIC
 from trainer.evaluation.summary import (
+    CANDIDATES,
     TASK_TITLES,
     evaluation_name,
     full_lines,
@@ -34,7 +35,7 @@ def results(run: RunFolder) -> list[Section]:
     """Metrics with intervals beside the baselines of each evaluation that the run has."""
     sections = []
     for split in ("test", "valid"):
-        for candidates in ("sampled", "hard", "full"):
+        for candidates in CANDIDATES:
             name = evaluation_name(split, candidates)
             if run.evaluation(name).is_file():
                 sections.append(_results(run, read_evaluation(run.path, split, candidates), split, name))

@@ -13,14 +13,15 @@ from data_shards.schema import Manifest
 from data_shards.settings import flatten, read_yaml, to_dict, to_yaml
 from trainer.config import Config
 from trainer.configs import load_config, preset_names
+from trainer.data.eval_stream import check_hard
 from trainer.data.folder import PreparedFolder
 from trainer.errors import ConfigError
+from trainer.evaluation.summary import CANDIDATES
 from trainer.models.zoo import model_class, model_names
 from trainer.runs.run_folder import read_json
 from trainer.runtime.files import SECRET_MODE, atomic
 from trainer.tracking.store import sqlite_uri
 
-CANDIDATES = ("sampled", "full")
 OWNED = ("data.dir", "run.dir", "run.seed", "model.name")  # settings that the table decides
 
 
@@ -35,7 +36,7 @@ class Request:
     trials: int = 0
     epochs: float = 0.0
     max_steps: int = 0
-    candidates: tuple[str, ...] = CANDIDATES
+    candidates: tuple[str, ...] = ("sampled", "full")
     events: int = 2000  # of the whole-catalogue ranking, 0 = all
     presets: Mapping[str, str] = field(default_factory=dict)
     settings: tuple[str, ...] = ()  # KEY=VALUE, for every system
@@ -73,10 +74,12 @@ class Plan:
 
 def make_plan(request: Request) -> Plan:
     """Writes OUT/plan.json and OUT/settings/. Raises ConfigError for what cannot be, or differs from what OUT
-    was begun with; DataError when FOLDER is not a prepared folder."""
+    was begun with; DataError when FOLDER is not a prepared folder, or lacks the hard candidates."""
     _check(request)
     of_data = [word for word in request.settings if word.startswith("data.")]
     folder = PreparedFolder.open(load_config(None, [f"data.dir={request.folder}", *of_data]).data)
+    if "hard" in request.candidates:
+        check_hard(folder)
     configs = {name: _config(request, name, folder.manifest) for name in request.names}
     begun = {
         "manifest_hash": folder.manifest.hash,
@@ -108,9 +111,9 @@ def make_plan(request: Request) -> Plan:
 def _check(request: Request) -> None:
     problems = []
     if unknown := [kind for kind in request.candidates if kind not in CANDIDATES]:
-        problems.append(f"--candidates: {', '.join(unknown)} is neither sampled nor full")
+        problems.append(f"--candidates: {', '.join(unknown)} is none of {', '.join(CANDIDATES)}")
     if not request.candidates:
-        problems.append("--candidates: name sampled, full or both")
+        problems.append("--candidates: name some of {', '.join(CANDIDATES)}")
     if request.epochs and request.max_steps:
         problems.append("--epochs and --max-steps: give one of them")
     if len(set(request.names)) < len(request.names):

@@ -12,7 +12,7 @@ from trainer.evaluation.summary import TASK_TITLES
 from trainer.runtime.files import atomic
 
 Row = Mapping[str, Any]
-CANDIDATE_TITLES = {"sampled": "sampled candidates", "full": "whole catalogue"}
+CANDIDATE_TITLES = {"sampled": "sampled candidates", "hard": "hard candidates", "full": "whole catalogue"}
 CSV_COLUMNS = (
     "model", "title", "candidates", "task", "metric", "value", "low", "high", "num_seeds", "num_events",
     "published", "best_other", "difference", "difference_low", "difference_high", "p", "p_holm",

@@ -91,6 +91,7 @@ def read_results(plan: Plan, cells: Sequence[Cell], errors: Mapping[str, str]) -
             "items": manifest.num_items,
             "queries": manifest.num_queries,
             "num_negatives": manifest.num_negatives,
+            "num_hard_negatives": manifest.num_hard_negatives,
         },
         "published": {key: published[key] for key in ("title", "notes")},
         "seeds": request.seeds,
