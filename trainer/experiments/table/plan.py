@@ -113,7 +113,7 @@ def _check(request: Request) -> None:
     if unknown := [kind for kind in request.candidates if kind not in CANDIDATES]:
         problems.append(f"--candidates: {', '.join(unknown)} is none of {', '.join(CANDIDATES)}")
     if not request.candidates:
-        problems.append("--candidates: name some of {', '.join(CANDIDATES)}")
+        problems.append(f"--candidates: name some of {', '.join(CANDIDATES)}")
     if request.epochs and request.max_steps:
         problems.append("--epochs and --max-steps: give one of them")
     if len(set(request.names)) < len(request.names):
