@@ -13,6 +13,13 @@ SLOW_GENSR = "tests/parity/test_slow_gensr.py"
 DECODER = f"{SLOW_GENSR}::test_scores_losses_and_gradients[prepared-extended-compact-scratch:llama_nano]"
 WORDS = f"{SLOW_GENSR}::test_scores_losses_and_gradients[prepared_words-extended-compact-scratch:nano]"
 STEPS = f"{SLOW_GENSR}::test_training_steps[extended]"
+SLOW_EVIDENCE = "tests/parity/test_slow_evidence.py"
+COUNTS = f"{SLOW_EVIDENCE}::test_counts[text]"
+NUMBERS = f"{SLOW_EVIDENCE}::test_numbers_of_every_item[text-training]"
+EVIDENCE_LOSS = f"{SLOW_EVIDENCE}::test_a_models_scores_losses_and_gradients[text]"
+ALLOWED = f"{SLOW_EVIDENCE}::test_what_is_mined_is_allowed[text]"
+OFTEN = f"{SLOW_EVIDENCE}::test_mined_items_come_as_often_as_the_correction_says[text]"
+CORRECTION = f"{SLOW_EVIDENCE}::test_the_correction_of_every_item[text]"
 MODEL = "tests/parity/test_model.py"
 SOFT_FILTER = f"{MODEL}::test_soft_filter_equals_a_double_loop"
 PADDING = f"{MODEL}::test_history_encoder_masks_padding"
@@ -31,6 +38,9 @@ DRAWS = "tests/unit/data_shards/test_determinism.py"
 
 HISTORY = "trainer/models/gensr/history.py"
 GENSR = "trainer/models/gensr/model.py"
+EVIDENCE = "trainer/models/gensr/evidence.py"
+MINING = "trainer/models/gensr/mining.py"
+NEIGHBOURS = "trainer/models/layers/neighbours.py"
 PROMPT = "trainer/models/gensr/prompt.py"
 GROUPING = "trainer/models/gensr/grouping.py"
 LOSSES = "trainer/models/losses.py"
@@ -367,6 +377,305 @@ MODELS = [
         "groups = [Group(REC, (task_B == REC).nonzero()[:, 0], longest=0)]",
         "groups = [Group(SRC, (task_B == REC).nonzero()[:, 0], longest=0)]",
         DECODER,
+    ),
+]
+
+# ---- evidence and mined negatives --------------------------------------------------------------------------
+
+COUNTED = [
+    mutant(
+        "own click stays among an item's users",
+        EVIDENCE,
+        "users_BC = self.users[batch.candidates] - is_own_BC.float()",
+        "users_BC = self.users[batch.candidates]",
+        NUMBERS,
+    ),
+    mutant(
+        "own click stays among an item's clicks",
+        EVIDENCE,
+        "clicks_BC = self.clicks[batch.candidates] - is_own_BC.float()",
+        "clicks_BC = self.clicks[batch.candidates]",
+        NUMBERS,
+    ),
+    mutant(
+        "own click stays among the neighbours",
+        EVIDENCE,
+        "common_BNC = (common_BNC - is_own_BC[:, None].float()).clamp(min=0)",
+        "common_BNC = common_BNC.clamp(min=0)",
+        NUMBERS,
+    ),
+    mutant(
+        "own click stays among the followers",
+        EVIDENCE,
+        "after_BNC = (after_BNC - own_step_BN[..., None] * is_own_BC[:, None]).clamp(min=0)",
+        "after_BNC = after_BNC.clamp(min=0)",
+        NUMBERS,
+    ),
+    mutant(
+        "own click is taken out at every age",
+        EVIDENCE,
+        "(STEP_DECAY ** age_BN.float()) * (age_BN < STEPS)",
+        "(STEP_DECAY ** age_BN.float())",
+        NUMBERS,
+    ),
+    mutant(
+        "own click counts in training only as in evaluation",
+        EVIDENCE,
+        "batch.labels > 0 if own else",
+        "batch.labels > 0 if not own else",
+        NUMBERS,
+    ),
+    mutant(
+        "history decays the other way",
+        EVIDENCE,
+        "age = (once.flip(1).cumsum(1).flip(1) - 1).clamp(min=0)",
+        "age = (once.cumsum(1) - 1).clamp(min=0)",
+        NUMBERS,
+    ),
+    mutant(
+        "an item that follows itself counts twice",
+        EVIDENCE,
+        "once[:, :-1] &= (items[:, :-1] != items[:, 1:]) | ~mask[:, 1:]",
+        "pass",
+        NUMBERS,
+    ),
+    mutant(
+        "followers reversed",
+        NEIGHBOURS,
+        "pairs = (item[:-step][same], item[step:][same])",
+        "pairs = (item[step:][same], item[:-step][same])",
+        COUNTS,
+    ),
+    mutant(
+        "followers of another user",
+        NEIGHBOURS,
+        "same = user[:-step] == user[step:]",
+        "same = user[:-step] >= 0",
+        COUNTS,
+    ),
+    mutant(
+        "followers at every step alike",
+        NEIGHBOURS,
+        "step_decay ** (step - 1)",
+        "step_decay ** 0",
+        COUNTS,
+    ),
+    mutant(
+        "the farthest neighbours are kept",
+        NEIGHBOURS,
+        "np.lexsort((other, -by, row))",
+        "np.lexsort((other, by, row))",
+        COUNTS,
+    ),
+    mutant(
+        "neighbours by number, not by similarity",
+        EVIDENCE,
+        "keep_nearest(self.near, self.near_users, row, other, common, similarity)",
+        "keep_nearest(self.near, self.near_users, row, other, common, common)",
+        COUNTS,
+    ),
+    mutant(
+        "a search and a recommendation of one moment are two clicks",
+        "trainer/models/baselines/transitions.py",
+        "(time[1:] != time[:-1])",
+        "(time[1:] >= time[:-1])",
+        COUNTS,
+    ),
+    mutant(
+        "idf is 1",
+        EVIDENCE,
+        "self.idf.copy_((1 + (tables.num_items - holding + 0.5) / (holding + 0.5)).log())",
+        "self.idf.fill_(1.0)",
+        COUNTS,
+    ),
+    mutant(
+        "idf counts a word twice",
+        EVIDENCE,
+        "holding += torch.bincount(tokens[first_of_each(tokens)], minlength=len(holding))",
+        "holding += torch.bincount(tokens.flatten(), minlength=len(holding))",
+        COUNTS,
+    ),
+    mutant(
+        "similarity of the best word, not the mean",
+        EVIDENCE,
+        "4 * weighted(words_BNC, mean_BN)",
+        "4 * (words_BNC * real_BN1).amax(1)",
+        NUMBERS,
+    ),
+    mutant(
+        "taste of the oldest",
+        EVIDENCE,
+        "newest_BN = (weight_BN == 1.0).float()",
+        "newest_BN = (weight_BN > 0).float()",
+        NUMBERS,
+    ),
+    mutant(
+        "near without popularity",
+        EVIDENCE,
+        "near_BNC = common_BNC / (norm_BNC + SHRINK)",
+        "near_BNC = common_BNC / SHRINK",
+        NUMBERS,
+    ),
+    mutant(
+        "after without popularity",
+        EVIDENCE,
+        "after_BNC = after_BNC / norm_BNC",
+        "after_BNC = after_BNC / SHRINK",
+        NUMBERS,
+    ),
+    mutant(
+        "query's words with repetitions",
+        EVIDENCE,
+        "value_BQ = self.idf[terms_BQ] * first_of_each(terms_BQ)",
+        "value_BQ = self.idf[terms_BQ]",
+        NUMBERS,
+    ),
+    mutant(
+        "a category's key is its parent's",
+        EVIDENCE,
+        "text = category_query(list(path))",
+        "text = category_query(list(path[:-1]))",
+        NUMBERS,
+    ),
+    mutant(
+        "last category is the first",
+        EVIDENCE,
+        "below = torch.cat([levels_BCT[..., 1:], torch.zeros_like(levels_BCT[..., :1])], -1)",
+        "below = torch.cat([torch.zeros_like(levels_BCT[..., :1]), levels_BCT[..., :-1]], -1)",
+        NUMBERS,
+    ),
+    mutant(
+        "evidence reads the other task's output",
+        EVIDENCE,
+        "both_BC2.gather(2, task_B[:, None, None]",
+        "both_BC2.gather(2, 1 - task_B[:, None, None]",
+        EVIDENCE_LOSS,
+    ),
+    mutant(
+        "evidence without its network",
+        EVIDENCE,
+        "self.linear(features_BCF) + self.out(F.gelu(self.hidden(features_BCF)))",
+        "self.linear(features_BCF) + 0 * self.out(F.gelu(self.hidden(features_BCF)))",
+        EVIDENCE_LOSS,
+    ),
+    mutant(
+        "evidence is not added to the answer",
+        GENSR,
+        "return scores_BC + parts.beside_BC, parts.cf_BCD",
+        "return scores_BC, parts.cf_BCD",
+        EVIDENCE_LOSS,
+    ),
+    mutant(
+        "training sees the clicks as evaluation does",
+        GENSR,
+        "seen = self._seen(batch, own=True)",
+        "seen = self._seen(batch, own=False)",
+        EVIDENCE_LOSS,
+    ),
+    mutant(
+        "sign of the correction",
+        GENSR,
+        "scores_BC = scores_BC - self._drawn_more_often(batch, seen)",
+        "scores_BC = scores_BC + self._drawn_more_often(batch, seen)",
+        EVIDENCE_LOSS,
+    ),
+    mutant(
+        "share of the mined counts the click",
+        GENSR,
+        "share = self.settings.mined_negatives / max(batch.candidates.shape[1] - 1, 1)",
+        "share = self.settings.mined_negatives / max(batch.candidates.shape[1], 1)",
+        EVIDENCE_LOSS,
+    ),
+    mutant(
+        "correction without the catalogue's size",
+        MINING,
+        "(1 - share * finds_B1 + share * num_items * by_near_BC).log()",
+        "(1 - share * finds_B1 + share * by_near_BC).log()",
+        CORRECTION,
+    ),
+    mutant(
+        "uniform share where mining finds nothing",
+        MINING,
+        "(1 - share * finds_B1 +",
+        "(1 - share +",
+        CORRECTION,
+    ),
+    mutant(
+        "correction with all neighbours that could be",
+        MINING,
+        "length_BN = (evidence.near[batch.history_items] < num_items).sum(-1)",
+        "length_BN = (evidence.near[batch.history_items] <= num_items).sum(-1)",
+        CORRECTION,
+    ),
+    mutant(
+        "correction of a category as of neighbours",
+        MINING,
+        "by_near_BC = torch.where(known_B[:, None], by_category_BC, by_near_BC)",
+        "by_near_BC = torch.where(known_B[:, None], by_near_BC, by_near_BC)",
+        CORRECTION,
+    ),
+    mutant(
+        "what the user clicked is mined",
+        MINING,
+        "taken |= mine.clicked[place] == wanted",
+        "taken |= mine.clicked[place] < 0",
+        ALLOWED,
+    ),
+    mutant(
+        "the history is mined",
+        MINING,
+        "(found_BH[..., None] == known_BN[:, None]).any(-1) | (found_BH < 0)",
+        "(found_BH < 0)",
+        ALLOWED,
+    ),
+    mutant(
+        "the clicked candidate is exchanged",
+        MINING,
+        "torch.where(taken | ~is_negative_BH, drawn_BH, found_BH)",
+        "torch.where(taken, drawn_BH, found_BH)",
+        ALLOWED,
+    ),
+    mutant(
+        "the clicked item is its own negative",
+        MINING,
+        "taken |= found_BH == item_B1",
+        "pass",
+        ALLOWED,
+    ),
+    mutant(
+        "all draws of an event are one",
+        MINING,
+        "mixed(mixed(batch.event_id)[:, None] ^ drawn_BH)",
+        "mixed(mixed(batch.event_id)[:, None] ^ drawn_BH * 0)",
+        ALLOWED,
+    ),
+    mutant(
+        "older items are mined more often",
+        MINING,
+        "upto_BN = weight_BN.cumsum(1)",
+        "upto_BN = (weight_BN > 0).float().cumsum(1)",
+        OFTEN,
+    ),
+    mutant(
+        "the last item of a category is never mined",
+        MINING,
+        ".minimum(size_B1 - 1)",
+        ".minimum(size_B1 - 2)",
+        OFTEN,
+    ),
+    mutant(
+        "the first neighbour only",
+        MINING,
+        "which_BH = (_unit(mixed(bits_BH)) * size_BH).long()",
+        "which_BH = (_unit(mixed(bits_BH)) * 0).long()",
+        OFTEN,
+    ),
+    mutant(
+        "items of another category",
+        MINING,
+        "mine.items[mine.start[place_B][:, None] + which_BH]",
+        "mine.items[which_BH]",
+        ALLOWED,
     ),
 ]
 
@@ -877,4 +1186,4 @@ EVENTS = [
     ),
 ]
 
-MUTANTS = [*NINE, *MODELS, *LOSS, *METRIC, *TRAINING, *EVENTS]
+MUTANTS = [*NINE, *MODELS, *COUNTED, *LOSS, *METRIC, *TRAINING, *EVENTS]

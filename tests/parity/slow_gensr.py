@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.parity.slow_evidence import SlowEvidence
+
 REC, SRC = 0, 1
 
 # The text around the slots: before the query, segments 1 to 5. Written down again on purpose: a test is to
@@ -91,6 +93,7 @@ class Settings:
     weight_src: float
     words: bool  # queries are anonymised words, not tokens
     decoder: bool  # the backbone reads task text and query first
+    mined_negatives: int = 0  # of each event's negatives
     views: str = "both"  # both, cf, semantic: the slots of the other view are empty, without Eq. 10
     soft_filter: bool = True  # False: every history item counts alike, and W is left out
     scale: float = 1.0  # RMS of the token vectors of a pretrained backbone, the unit of its slots
@@ -110,8 +113,10 @@ class SlowGenSR:
         token_vectors: Tensor,
         answer: Callable[[Tensor], tuple[Tensor, Tensor]],
         encode: Callable[[str], Sequence[int]],
+        evidence: SlowEvidence | None = None,
     ) -> None:
         self.s, self.w, self.tables = settings, weights, tables
+        self.evidence = evidence
         self.token_vectors, self.answer, self.encode = token_vectors, answer, encode
 
     # ---- the two views of an item --------------------------------------------------------------------------
@@ -254,31 +259,33 @@ class SlowGenSR:
         sem = [self.semantic_vector(item, self.s.history_tokens) for item in items]
         return self.encoded("cf", cf, tasks), self.encoded("sem", sem, tasks)
 
-    def answers(self, event: Event) -> tuple[list[tuple[Tensor, Tensor]], Tensor, Tensor]:
-        """(log P(Yes), log P(No)) of each candidate, and the clicked candidate's two filtered views."""
+    def answers(self, event: Event, training: bool) -> tuple[list[Tensor], Tensor, Tensor]:
+        """Log-odds of Yes of each candidate, and the clicked candidate's two filtered views."""
         histories = self.histories(event)
         given, views = [], []
-        for item in event.candidates:
+        for place, item in enumerate(event.candidates):
             slots = self.slots(event, item, *histories)
-            yes, no = self.answer(self.prompt(event.task, slots, self.query_vectors(event.query)))
-            total = torch.logaddexp(yes, no)
-            given.append((yes - total, no - total))
             views.append((slots[0], slots[1]))
+            beside: Tensor | float = 0.0
+            if self.evidence is not None:
+                slot, beside = self.counted(event, item, own=training and place == event.clicked)
+                slots.append(slot)
+            yes, no = self.answer(self.prompt(event.task, slots, self.query_vectors(event.query)))
+            given.append(yes - no + beside)
         return given, *views[event.clicked]
 
     def scores(self, event: Event) -> list[float]:
-        """Log-odds of Yes of each candidate."""
-        return [float((yes - no).detach()) for yes, no in self.answers(event)[0]]
+        return [float(odds.detach()) for odds in self.answers(event, training=False)[0]]
 
     def loss(self, events: Sequence[Event]) -> dict[str, Tensor]:
         """Eq. 8 of one micro-batch, and its terms."""
-        answered = [self.answers(event) for event in events]
+        answered = [self.answers(event, training=True) for event in events]
         of_task = {REC: self.s.weight_rec, SRC: self.s.weight_src}
         answer = listwise = torch.zeros((), dtype=torch.float64)
         for event, (given, _, _) in zip(events, answered, strict=True):
-            right = [yes if place == event.clicked else no for place, (yes, no) in enumerate(given)]
+            odds = [odds - self.drawn_more_often(event, place) for place, odds in enumerate(given)]
+            right = [log_sigmoid(o if place == event.clicked else -o) for place, o in enumerate(odds)]
             answer = answer - of_task[event.task] * sum(right) / len(right) / len(events)  # Eq. 9
-            odds = [yes - no for yes, no in given]
             listwise = listwise - of_task[event.task] * log_softmax(odds)[event.clicked] / len(events)
         contrast = self.contrast(events, [(f_c, f_s) for _, f_c, f_s in answered])
         weight = self.s.contrastive_weight if self.s.views == "both" else 0.0
@@ -296,6 +303,28 @@ class SlowGenSR:
                 logits = [cosine(views[own][asks], views[n][answers]) / self.s.temperature for n in others]
                 total = total - 0.5 * log_softmax(logits)[others.index(own)] / len(events)
         return total
+
+    # ---- model.evidence and model.mined_negatives: slow_evidence.py ----------------------------------------
+
+    def counted(self, event: Event, item: int, own: bool) -> tuple[Tensor, Tensor]:
+        """The eighth slot, and log-odds that are added to the answer's."""
+        assert self.evidence is not None
+        history = [item for item, _ in event.history]
+        numbers = self.evidence.numbers(
+            history, event.query, item, lambda row: self.cf_vector(row, event.fold), own
+        )
+        vector = torch.tensor(numbers, dtype=torch.float64)
+        hidden = gelu(self.linear("evidence_head.hidden", vector))
+        odds = self.linear("evidence_head.linear", vector) + self.linear("evidence_head.out", hidden)
+        return self.linear("evidence_head.slot", vector), odds[event.task]
+
+    def drawn_more_often(self, event: Event, place: int) -> float:
+        """log(q · items) of a candidate; 0 where all negatives are uniform."""
+        if self.evidence is None or not self.s.mined_negatives:
+            return 0.0
+        share = self.s.mined_negatives / (len(event.candidates) - 1)
+        history, own = [item for item, _ in event.history], place == event.clicked
+        return math.log(self.evidence.proposal(history, event.query, event.candidates[place], own, share))
 
     # ---- small parts ---------------------------------------------------------------------------------------
 
@@ -320,6 +349,10 @@ def log_softmax(logits: list[Tensor]) -> list[Tensor]:
     largest = max(float(logit.detach()) for logit in logits)
     total = sum((logit - largest).exp() for logit in logits)
     return [logit - largest - torch.as_tensor(total).log() for logit in logits]
+
+
+def log_sigmoid(odds: Tensor) -> Tensor:
+    return log_softmax([odds, 0 * odds])[0]
 
 
 def weighted(shares: Sequence[Tensor | float], vectors: Sequence[Tensor]) -> Tensor:

@@ -96,6 +96,42 @@ def test_a_missing_program_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         local_folder(DataConfig(dir="https://host/data"))
 
 
+def test_a_prepared_folder_from_elsewhere_runs_no_command(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is written into folders of the cache can lie in any folder: missing shards come from its URL."""
+    given, target = tmp_path / "given", tmp_path / "touched"
+    shutil.copytree(folder, given)
+    shutil.rmtree(given / "shards")
+    (given / "origin.json").write_text(
+        json.dumps({"url": f"pipe:touch {target}; cat {folder}/{{}}", "keep_shards": False})
+    )
+    config = DataConfig(dir=str(given))
+    for look in (lambda: PreparedFolder.at(given), lambda: PreparedFolder.open(config)):
+        with pytest.raises(
+            DataError, match=r"origin\.json: its url runs the program 'touch'.*GENSR_ALLOW_PIPE=1"
+        ):
+            look()
+    assert not target.exists()
+    monkeypatch.setenv("GENSR_ALLOW_PIPE", "1")
+    assert events(given, config) == events(folder, DataConfig(dir=str(folder)))
+    assert target.exists()
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"url": 3, "keep_shards": true}', "[" * 100_000])
+def test_an_origin_that_is_none_is_refused(folder: Path, tmp_path: Path, text: str) -> None:
+    given = tmp_path / "given"
+    shutil.copytree(folder, given)
+    (given / "origin.json").write_text(text)
+    with pytest.raises(DataError, match=r"origin\.json: is not what gensr writes there.*Remove the file"):
+        PreparedFolder.at(given)
+
+
+def test_a_url_ends_no_quotes_of_a_shell() -> None:
+    assert url_of("https://host/it's/{}", "manifest.json") == "https://host/it%27s/manifest.json"
+    assert url_of("pipe:cat '/my data/{}'", "manifest.json") == "pipe:cat '/my data/manifest.json'"
+
+
 @pytest.mark.parametrize("keep", [False, True], ids=["streamed", "kept"])
 @pytest.mark.parametrize("kind", ["http", "pipe", "pipe with {}", "s3", "local"])
 def test_a_folder_elsewhere_gives_the_same_data(

@@ -17,7 +17,7 @@ from trainer.config import DataConfig
 from trainer.data.blocks import read_blocks, to_numpy
 from trainer.data.cf_table import CfTable, cf_digest, cf_path, load_cf, same_cf
 from trainer.data.item_tables import load_tables
-from trainer.data.node_cache import CF_DIGEST, local_folder, parse_cf_digest
+from trainer.data.node_cache import CF_DIGEST, check_origin, local_folder, parse_cf_digest
 from trainer.data.verified import Known, check_files
 from trainer.errors import ConfigError
 
@@ -29,6 +29,10 @@ class PreparedFolder:
     path: Path
     manifest: Manifest
     name: str  # as the user gave it, secrets masked
+
+    def __post_init__(self) -> None:
+        """Raises DataError for a folder that would run a command (node_cache.check_origin)."""
+        check_origin(self.path)
 
     @classmethod
     def open(cls, data: DataConfig) -> "PreparedFolder":

@@ -62,16 +62,15 @@ def is_url(folder: str | Path) -> bool:
     return _URL.match(str(folder)) is not None
 
 
-def refuse_command(data_dir: str, where: Path) -> None:
-    """A run folder may come from somebody else, and a pipe: in its data.dir would run a command: raises
-    DataError unless GENSR_ALLOW_PIPE=1 says that the folder is trusted. A command line is not asked."""
-    if data_dir.startswith("pipe:") and os.environ.get("GENSR_ALLOW_PIPE") != "1":
-        program = (data_dir.removeprefix("pipe:").split() or [""])[0]
+def refuse_command(url: str, where: Path, named: str) -> None:
+    """Run folders and prepared folders may come from somebody else, and a pipe: in them would run a command:
+    raises DataError unless GENSR_ALLOW_PIPE=1 says that the folder is trusted. A command line is not asked.
+    named: what in the file `where` holds the URL."""
+    if url.startswith("pipe:") and os.environ.get("GENSR_ALLOW_PIPE") != "1":
+        program = (url.removeprefix("pipe:").split() or [""])[0]
         raise DataError(
-            f"{where}: its data.dir runs the program {program!r}, which is not done for a "
-            "run folder that may come from elsewhere. Look at it; GENSR_ALLOW_PIPE=1 before the command "
-            "allows "
-            "it."
+            f"{where}: its {named} runs the program {program!r}, which is not done for a folder that may "
+            "come from elsewhere. Look at it; GENSR_ALLOW_PIPE=1 before the command allows it."
         )
 
 
@@ -87,6 +86,8 @@ def url_of(origin: str, name: str) -> str:
     if not is_url(origin):
         return str(Path(origin) / name)
     url = origin.replace("{}", name) if "{}" in origin else f"{origin.rstrip('/')}/{name}"
+    if not url.startswith("pipe:"):
+        url = url.replace("'", "%27")  # the same URL; webdataset before 1.0 puts it between quotes in a shell
     return f"{_S3}{shlex.quote(url)} -" if url.startswith("s3://") else url
 
 
@@ -253,7 +254,18 @@ def _cached_folder(origin: str, cache_dir: str) -> Path:
             )
         with atomic(folder / "manifest.json") as temporary:
             temporary.write_bytes(content)
+    _fetched.add(folder.resolve())
     return folder
+
+
+_fetched: set[Path] = set()  # folders of the cache that this process was asked for by their URL
+
+
+def check_origin(folder: Path) -> None:
+    """A folder that was given by its path names no command as its origin, unless the user allows it (see
+    refuse_command): a prepared folder from elsewhere can hold an origin.json, too."""
+    if folder.resolve() not in _fetched and (origin := origin_of(folder)):
+        refuse_command(origin.url, folder / ORIGIN, "url")
 
 
 def _read_small(origin: str, name: str) -> bytes:
@@ -297,7 +309,19 @@ def default_cache() -> Path:
 def origin_of(folder: str | Path) -> Origin | None:
     """What a folder of the cache is a copy of; None for any other folder."""
     path = Path(folder) / ORIGIN
-    return Origin(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        url, keep_shards = document["url"], document["keep_shards"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        url, keep_shards = None, None
+    if not isinstance(url, str) or not isinstance(keep_shards, bool):
+        raise DataError(
+            f"{path}: is not what gensr writes there, a url and keep_shards. Remove the file, or the folder "
+            "if it is one of the cache"
+        )
+    return Origin(url, keep_shards)
 
 
 def cache_of(folder: str | Path) -> Path:

@@ -241,7 +241,7 @@ def check_config(document: dict[str, Any], config: Config, where: Path) -> None:
 def load_run_config(run_dir: str | Path) -> Config:
     """RUN/config.yaml. Raises RunError when the folder holds no run, or its data.dir is a command."""
     config = RunFolder(run_dir).read_config()
-    refuse_command(config.data.dir, RunFolder(run_dir).config)
+    refuse_command(config.data.dir, RunFolder(run_dir).config, "data.dir")
     return config
 
 

@@ -1,0 +1,225 @@
+"""model.evidence and model.mined_negatives once more, counted with plain loops from lists of clicks: what
+trainer/models/gensr/README.md says of them, one event and one candidate at a time.
+
+Nothing of trainer/ is imported. test_slow_evidence.py compares.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+DECAY, SHRINK, STEPS, STEP_DECAY, LOUDNESS = 0.8, 10, 3, 0.5, 30
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """Terms are words where the data has them, else tokens; 0 is padding. Categories are numbers from 1."""
+
+    item_terms: list[list[int]]
+    query_terms: list[list[int]]
+    query_tokens: list[list[int]]
+    item_categories: list[list[int]]  # of each item from the root down, 0 = none
+    category_tokens: dict[int, list[int]]  # a category's words as a query would hold them
+
+
+class SlowEvidence:
+    """clicks: (user, item, time) of the training split, by user and time."""
+
+    def __init__(
+        self, clicks: Sequence[tuple[int, int, int]], catalogue: Catalogue, num_neighbours: int
+    ) -> None:
+        self.catalogue, self.num_items = catalogue, len(catalogue.item_terms)
+        moments: dict[int, list[tuple[int, int]]] = {}
+        for user, item, time in clicks:
+            moments.setdefault(user, []).append((item, time))
+        self.clicked = {user: {item for item, _ in row} for user, row in moments.items()}
+        # searched for and recommended at one time is one click
+        self.sequences = [
+            [now[0] for before, now in zip([None, *row], row, strict=False) if now != before]
+            for row in moments.values()
+        ]
+        self.users = [
+            sum(item in of_user for of_user in self.clicked.values()) for item in range(self.num_items)
+        ]
+        self.clicks = [sum(row.count(item) for row in self.sequences) for item in range(self.num_items)]
+        self.near = [self._nearest(self._common(item), num_neighbours) for item in range(self.num_items)]
+        self.follow = [self._nearest(self._after(item), num_neighbours) for item in range(self.num_items)]
+        self.idf = self._idf()
+
+    # ---- counting ------------------------------------------------------------------------------------------
+
+    def _common(self, item: int) -> dict[int, tuple[float, float]]:
+        """Other item → (users who clicked both, similarity)."""
+        common = Counter(
+            other
+            for of_user in self.clicked.values()
+            if item in of_user
+            for other in of_user
+            if other != item
+        )
+        return {
+            other: (count, count / (math.sqrt(self.users[item] * self.users[other]) + SHRINK))
+            for other, count in common.items()
+        }
+
+    def _after(self, item: int) -> dict[int, tuple[float, float]]:
+        """Another item that followed it → (how often, × .5 for each click between them; the same by
+        popularity)."""
+        count: Counter[int] = Counter()
+        for row in self.sequences:
+            for place, now in enumerate(row):
+                for step, later in enumerate(row[place + 1 : place + 1 + STEPS]):
+                    if now == item != later:
+                        count[later] += STEP_DECAY**step  # type: ignore[assignment]
+        return {
+            other: (value, value / math.sqrt(self.clicks[item] * self.clicks[other]))
+            for other, value in count.items()
+        }
+
+    @staticmethod
+    def _nearest(found: dict[int, tuple[float, float]], number: int) -> dict[int, float]:
+        """Those with the greatest similarity, the earlier item first among equals."""
+        order = sorted(found, key=lambda other: (-found[other][1], other))
+        return {other: found[other][0] for other in order[:number]}
+
+    def _idf(self) -> dict[int, float]:
+        holding = Counter(term for terms in self.catalogue.item_terms for term in set(terms))
+        terms = holding.keys() | {term for query in self.catalogue.query_terms for term in query}
+        return {
+            term: math.log(1 + (self.num_items - holding[term] + 0.5) / (holding[term] + 0.5))
+            for term in terms
+        }
+
+    # ---- of one event and one candidate --------------------------------------------------------------------
+
+    @staticmethod
+    def weighted_history(history: Sequence[int]) -> list[tuple[int, int, float]]:
+        """(item, age, .8^age), newest first. An item that follows itself counts once."""
+        found: list[tuple[int, int, float]] = []
+        for item in reversed(history):
+            if not found or found[-1][0] != item:
+                found.append((item, len(found), DECAY ** len(found)))
+        return found
+
+    def common(self, item: int, candidate: int, own: bool) -> float:
+        """Users who clicked both, as far as the candidate is among the item's nearest. own: the event's own
+        click of the candidate is among the counts, and does not count."""
+        return max(self.near[item].get(candidate, 0) - own, 0)
+
+    def numbers(
+        self,
+        history: Sequence[int],
+        query: int,
+        candidate: int,
+        cf_vector: Callable[[int], Tensor],
+        own: bool,
+    ) -> list[float]:
+        """The rows of README.md's table, in its order."""
+        users, clicks = self.users[candidate] - own, self.clicks[candidate] - own
+        weighted = self.weighted_history(history)
+        total = sum(weight for _, _, weight in weighted)
+        near = near_newest = after = after_newest = taste = words = 0.0
+        for item, age, weight in weighted:
+            similar = self.common(item, candidate, own) / (
+                math.sqrt(self.users[item] * max(users, 1)) + SHRINK
+            )
+            here = self.follow[item].get(candidate, 0)
+            if own and age < STEPS:
+                here = max(here - STEP_DECAY**age, 0)
+            following = here / math.sqrt(max(self.clicks[item] * clicks, 1))
+            near, after = near + weight * similar, after + weight * following
+            if age == 0:
+                near_newest, after_newest = similar, following
+            taste += weight / total * cosine(cf_vector(item), cf_vector(candidate))
+            words += weight / total * self.shared_words(item, candidate)
+        inside, last, covered = self.query_match(query, candidate)
+        return [
+            math.log(1 + LOUDNESS * near),
+            math.log(1 + LOUDNESS * after),
+            math.log(1 + LOUDNESS * near_newest),
+            math.log(1 + LOUDNESS * after_newest),
+            math.log(1 + users),
+            2 * taste,
+            2 * max((cosine(cf_vector(item), cf_vector(candidate)) for item in history), default=0),
+            4 * words,
+            4 * max((self.shared_words(item, candidate) for item in history), default=0),
+            math.log(1 + len(weighted)),
+            float(inside),
+            float(last),
+            covered,
+            float(users == 0),
+        ]
+
+    def shared_words(self, item: int, candidate: int) -> float:
+        one, other = (set(self.catalogue.item_terms[row]) - {0} for row in (item, candidate))
+        squares = [sum(self.idf[term] ** 2 for term in terms) for terms in (one & other, one, other)]
+        return squares[0] / math.sqrt(squares[1] * squares[2]) if squares[0] else 0.0
+
+    def asked_categories(self, query: int) -> set[int]:
+        """Categories whose words, in any order, are the query."""
+        if query < 0:
+            return set()
+        asked = sorted(token for token in self.catalogue.query_tokens[query] if token)
+        named = self.catalogue.category_tokens.items()
+        return {category for category, tokens in named if tokens and sorted(tokens) == asked}
+
+    def query_match(self, query: int, candidate: int) -> tuple[bool, bool, float]:
+        """Whether it lies in the category that is asked for; whether that is its last; the share of the
+        query's words in its text, by idf."""
+        if query < 0:
+            return False, False, 0.0
+        asked = self.asked_categories(query)
+        path = [category for category in self.catalogue.item_categories[candidate] if category]
+        terms = set(self.catalogue.query_terms[query]) - {0}
+        found = terms & set(self.catalogue.item_terms[candidate])
+        total = sum(self.idf[term] for term in terms)
+        covered = sum(self.idf[term] for term in found) / total if total else 0.0
+        return bool(asked & set(path)), bool(path) and path[-1] in asked, covered
+
+    # ---- mined negatives -----------------------------------------------------------------------------------
+
+    def category_items(self, query: int) -> set[int]:
+        asked, of_item = self.asked_categories(query), self.catalogue.item_categories
+        return {item for item in range(self.num_items) if asked & set(of_item[item])}
+
+    def mined(self, history: Sequence[int], query: int) -> dict[int, float]:
+        """Item → probability that a mined draw brings it. What is missing to 1 brings none."""
+        if asked := self.category_items(query):
+            return dict.fromkeys(asked, 1 / len(asked))
+        weighted, found = self.weighted_history(history), Counter[int]()
+        for item, _, weight in weighted:
+            for neighbour in self.near[item]:
+                share = weight / sum(weight for _, _, weight in weighted)
+                found[neighbour] += share / len(self.near[item])  # type: ignore[assignment]
+        return dict(found)
+
+    def no_negatives(self, user: int, history: Sequence[int], clicked: int) -> set[int]:
+        """Items that are never mined for an event."""
+        return {*history, clicked} | self.clicked.get(user, set())
+
+    def proposal(
+        self, history: Sequence[int], query: int, candidate: int, own: bool, mined_share: float
+    ) -> float:
+        """q · items: how much more often than by chance a candidate is drawn, before any is refused. The
+        clicked one as if its click had not been counted."""
+        draws = self.mined(history, query)
+        uniform = 1 - mined_share * sum(draws.values())  # the uniform draw stays where mining finds none
+        by_mining = draws.get(candidate, 0.0)
+        if own and not self.category_items(query):
+            weighted = self.weighted_history(history)
+            total = sum(weight for _, _, weight in weighted)
+            by_mining = sum(
+                weight / total / len(self.near[item])
+                for item, _, weight in weighted
+                if self.common(item, candidate, own) > 0
+            )
+        return uniform + mined_share * self.num_items * by_mining
+
+
+def cosine(one: Tensor, other: Tensor) -> float:
+    """0 of a zero vector."""
+    size = float(one.norm()) * float(other.norm())
+    return float(one @ other) / size if size else 0.0
