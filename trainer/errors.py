@@ -41,7 +41,7 @@ class BenchError(GensrError):
     """A program that `gensr bench` measures failed."""
 
 
-def out_of_memory(error: Exception) -> EnvironmentProblem | None:
+def out_of_memory(error: BaseException) -> EnvironmentProblem | None:
     """What a user reads of an error that means that memory ran out; None for any other error."""
     if isinstance(error, GensrError) or not (isinstance(error, MemoryError) or _NO_MEMORY.search(str(error))):
         return None

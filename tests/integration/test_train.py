@@ -34,6 +34,7 @@ from trainer.runs.weights import load_run_model
 from trainer.runtime.stopping import StopSignal
 from trainer.training.loop import EXIT_RESUME_ME, train
 from trainer.training.plan import dry_run
+from trainer.training.step import micro_step
 
 ROOT = Path(__file__).parents[2]
 BASE = [
@@ -418,6 +419,37 @@ def test_an_error_that_is_not_the_users_says_crashed(
     with pytest.raises(RuntimeError, match="closed by peer"):
         train(config_of(data, tmp_path / "run"))
     assert json.loads((tmp_path / "run" / "status.json").read_text())["status"] == "crashed"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:114] DefaultCPUAllocator: can't allocate memory: you"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_memory_that_runs_out_is_for_the_user_to_mend(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """The same command would run out of it again, so no job script may give it; with a smaller micro-batch
+    the run goes on behind its checkpoint."""
+    steps = iter(range(100))
+
+    def too_large(*arguments: Any) -> Any:
+        if next(steps) == 9:  # in the fifth step
+            raise error
+        return micro_step(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.training.loop, "micro_step", too_large)
+        with pytest.raises(EnvironmentProblem, match=r"memory ran out.*optim\.micro_batch_size"):
+            train(config_of(data, tmp_path / "run", "run.checkpoint_every_steps=2"))
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["status"] == "failed"
+    smaller = ("optim.micro_batch_size=2", "run.accept_changes=optim.micro_batch_size")
+    result = train(config_of(data, tmp_path / "run", *smaller), resume="auto")
+    assert result.status == "finished" and result.step == 8
 
 
 def test_a_full_disk_leaves_the_earlier_checkpoint(

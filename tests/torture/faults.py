@@ -39,6 +39,12 @@ def verbs(root: Path) -> dict[str, Words]:
         "cf": ("cf", data, "cf.max_epochs=1", "cf.num_folds=2", "overwrite=true"),
         "train": tuple(train),
         "inspect": ("inspect", data),
+        "prepare": (
+            *("prepare", "tables", str(root / "raw"), str(root / "out")),
+            *("num_negatives=20", "vocab_size=400", "threads=1"),
+        ),
+        "score": ("score", run, str(root / "requests.jsonl"), "--out", str(root / "answers.jsonl")),
+        "register": ("register", run, "tiny"),
     }
 
 
@@ -180,9 +186,10 @@ def _empty(folder: Path) -> Path:
 
 
 def copy_world(world: World, to: Path) -> None:
-    """data/ and run/ with the paths of the copy."""
-    for part in ("data", "run"):
+    """All that verbs() names, with the paths of the copy."""
+    for part in ("data", "run", "raw"):
         shutil.copytree(world.root / part, to / part)
+    shutil.copy(world.requests, to / world.requests.name)
     config = to / "run" / "config.yaml"
     config.write_text(config.read_text().replace(str(world.root), str(to)))
 

@@ -19,6 +19,7 @@ from typing import Any
 from tests.tiny_folder import make_tiny_folder
 from tests.torture.damage import damage_file
 from tests.torture.outcomes import Tally, outcome_of, silence
+from tests.worlds import write_tables
 from trainer.analysis.figures import plot_run
 from trainer.cli import app
 from trainer.config import Config
@@ -62,13 +63,22 @@ REQUESTS: tuple[dict[str, Any], ...] = (
 
 @dataclass(frozen=True)
 class World:
-    """A prepared folder, a run on it that was stopped before its last step, and a registered version."""
+    """A prepared folder, a run on it that was stopped before its last step, a registered version, a raw log
+    and requests."""
 
     root: Path
 
     @property
     def data(self) -> Path:
         return self.root / "data"
+
+    @property
+    def raw(self) -> Path:
+        return self.root / "raw"
+
+    @property
+    def requests(self) -> Path:
+        return self.root / "requests.jsonl"
 
     @property
     def run(self) -> Path:
@@ -98,6 +108,8 @@ def make_world(root: Path) -> World:
     os.environ["XDG_CACHE_HOME"] = str(root / "cache")
     world = World(root)
     make_tiny_folder(world.data, num_train=48, num_valid=12)
+    write_tables(world.raw, users=12, items=60, days=4)
+    world.requests.write_text("".join(json.dumps(request) + "\n" for request in REQUESTS))
     train(world.config(world.run, "run.max_steps=3"))
     evaluate_run(world.run)
     recommender = Recommender.from_run(world.run)

@@ -1,9 +1,11 @@
 """The tracker against a real sqlite store: names, identity of data and code, secrets, resume, and a store
 that fails."""
 
+import errno
 import json
 import logging
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -13,6 +15,7 @@ from pathlib import Path
 import pytest
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
+from sqlalchemy.exc import OperationalError
 
 from data_shards.schema import Manifest
 from trainer.config import Config, TrackingConfig
@@ -30,6 +33,7 @@ from trainer.tracking.store import (
     metric_name,
     must_exist,
     read_run_file,
+    sqlite_uri,
     tracking_uri,
     training_page,
 )
@@ -373,6 +377,35 @@ def test_a_typo_in_a_uri_makes_nothing(tmp_path: Path, uri: str) -> None:
         with pytest.raises(RunError, match="there is no"):
             import_runs(uri, f"sqlite:///{tmp_path}/target.db")
     assert not (tmp_path / "typo").exists()
+
+
+@pytest.mark.parametrize("reason", ["database or disk is full", "database is locked"])
+def test_half_a_new_database_is_not_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: str
+) -> None:
+    """MLflow could not complete it later. Where another program is making it, it stays."""
+    path = tmp_path / "mlflow.db"
+
+    def half(*_: object, **__: object) -> None:
+        path.write_bytes(b"half of the tables")
+        raise OperationalError("CREATE TABLE", {}, sqlite3.OperationalError(reason))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "search_experiments", half)
+        with pytest.raises(EnvironmentProblem, match=rf"mlflow\.db: MLflow cannot use.*{reason}"):
+            connect(sqlite_uri(path))
+    assert path.exists() is ("locked" in reason)
+
+
+def test_a_folder_that_cannot_be_written_is_said_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_only(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "touch", read_only)
+    with pytest.raises(EnvironmentProblem, match="cannot be written: Read-only file system"):
+        connect(sqlite_uri(tmp_path / "mlflow.db"))
 
 
 def test_a_database_given_as_a_path_is_explained(tmp_path: Path) -> None:

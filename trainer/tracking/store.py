@@ -84,7 +84,7 @@ def must_exist(uri: str) -> str:
 
 def connect(uri: str) -> "MlflowClient":
     """A client whose requests fail within seconds, not minutes, and which says nothing on its own. A new
-    sqlite file is made; see must_exist()."""
+    sqlite file is made; see must_exist(). Raises EnvironmentProblem where it cannot be."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # with the password in it
@@ -99,7 +99,9 @@ def connect(uri: str) -> "MlflowClient":
         return MlflowClient(tracking_uri=uri, registry_uri=uri)
     with writing(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-    with _one_at_a_time(path.with_name(f".{path.name}.lock")):
+        if not path.exists():
+            path.touch()  # what cannot be written is known here; MLflow would try for 100 s to open it
+    with _one_at_a_time(path.with_name(f".{path.name}.lock")), _whole_or_gone(path):
         client = MlflowClient(tracking_uri=uri, registry_uri=uri)
         client.search_experiments(max_results=1)  # makes the tables of a new database
     return client
@@ -113,6 +115,28 @@ def _one_at_a_time(lock: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):  # a folder that cannot be written, or a file system without locks
             fcntl.flock(held.enter_context(lock.open("w")), fcntl.LOCK_EX)
         yield
+
+
+@contextlib.contextmanager
+def _whole_or_gone(path: Path) -> Iterator[None]:
+    """MLflow cannot complete half of its tables, which a full disk leaves in a new database: it is removed,
+    so that the next attempt begins anew."""
+    from sqlalchemy.exc import DBAPIError
+
+    new = not path.exists() or path.stat().st_size == 0
+    try:
+        yield
+    except BaseException as error:
+        if new and "locked" not in str(error):  # else another program makes it
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+                path.with_name(f"{path.name}-journal").unlink(missing_ok=True)
+        if not isinstance(error, DBAPIError):
+            raise
+        raise EnvironmentProblem(
+            f"{path}: MLflow cannot use this database: {error.orig}. Free space there, make the folder "
+            "writable, or name another store: tracking.uri"
+        ) from error
 
 
 def open_experiment(client: "MlflowClient", uri: str, name: str, run_dir: str | Path) -> str:

@@ -20,7 +20,7 @@ from trainer.batch import Batch
 from trainer.config import Config
 from trainer.data import prefetched
 from trainer.data.folder import PreparedFolder
-from trainer.errors import ConfigError, GensrError, RunError
+from trainer.errors import ConfigError, GensrError, RunError, out_of_memory
 from trainer.evaluation.ranking import validate
 from trainer.models.zoo import model_class
 from trainer.runs import folder as runfolder
@@ -100,11 +100,14 @@ def train(
                 return conclude(run, fit(run, stop))
         except BaseException as error:
             run.writer.abandon()
+            problem = error if isinstance(error, GensrError) else out_of_memory(error)
             # else a lost peer or a second signal, for example: another attempt may succeed
-            status = "failed" if isinstance(error, GensrError) else "crashed"
+            status = "failed" if problem else "crashed"
             runfolder.write_status(run.dir, status, run.progress, enabled=run.is_main)
             run.tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
-            raise
+            if problem is None or problem is error:
+                raise
+            raise problem from error
 
 
 # ---- the loop ----------------------------------------------------------------------------------------------
