@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from data_shards.filters import keep_users_and_items
-from data_shards.inspect import describe, inspect
+from data_shards.inspect import describe, inspect, query_lines
 from data_shards.prepare import prepare
 from data_shards.schema import SPLITS, TASKS, parse_manifest, read_manifest
 from data_shards.steps import COUNTS, difference_table, removed_table, states
@@ -131,3 +131,10 @@ def test_published_counts_stand_beside_the_nearest_step() -> None:
     assert lines[1].split() == ["whole,", "less", "raw", "rows", "+0", "+0", "+0", "+7", "+0"]
     assert "filtered, less after: " + FEW_ITEMS in lines[2] and lines[2].split()[-2:] == ["-1", "+0"]
     assert len(lines) == 3, "counts of another log are no comparison"
+
+
+def test_what_became_of_category_paths_is_said() -> None:
+    source = {"paths_of_one_item": 1_234, "items_with_shorter_query": 56, "items_without_query": 7}
+    first, second = query_lines(source, 4_298)
+    assert "4,298 category paths of bought items, 1,234 of one item only" in first
+    assert "56 items took a shorter path's query, 7 none" in second
