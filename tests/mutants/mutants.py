@@ -568,8 +568,8 @@ COUNTED = [
     mutant(
         "training sees the clicks as evaluation does",
         GENSR,
-        "seen = self._seen(batch, own=True)",
-        "seen = self._seen(batch, own=False)",
+        "seen = self.seen(batch, own=True)",
+        "seen = self.seen(batch)",
         EVIDENCE_LOSS,
     ),
     mutant(
@@ -673,8 +673,8 @@ COUNTED = [
     mutant(
         "items of another category",
         MINING,
-        "mine.items[mine.start[place_B][:, None] + which_BH]",
-        "mine.items[which_BH]",
+        "place_BH = mine.categories.start[place_B][:, None] + which_BH",
+        "place_BH = which_BH",
         ALLOWED,
     ),
 ]

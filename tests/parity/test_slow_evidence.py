@@ -209,7 +209,7 @@ def test_numbers_of_every_item(both: Both, own: bool) -> None:
     fold."""
     batch = of_every_item(both.batch(24), both.folder.manifest.num_items)
     both.model.train(own)
-    seen = both.model._seen(batch, own)
+    seen = both.model.seen(batch, own)
     assert seen is not None
     expected = expected_numbers(both, batch, own)
     torch.testing.assert_close(seen.features_BCF, expected, rtol=0, atol=2e-5)
@@ -291,7 +291,7 @@ def test_the_correction_of_every_item(both: Both) -> None:
     model, reference, num_items = both.model.train(), both.reference, both.folder.manifest.num_items
     batch = of_every_item(both.batch(64), num_items)
     model._with_mined(both.batch(8))  # opens what is mined from
-    seen = model._seen(batch, own=True)
+    seen = model.seen(batch, own=True)
     assert seen is not None and model.evidence is not None
     share = MINED / NEGATIVES
     ours = log_proposal(batch, seen, share, model.evidence, model._mine[0], model.tables, num_items)

@@ -88,8 +88,8 @@ class Evidence(nn.Module):
             keys = [0] * (1 + world.num_categories)
             for number, path in enumerate(world.categories()):
                 text = category_query(list(path))
-                if text:
-                    tokens = tokenizer(text, add_special_tokens=False)["input_ids"][:width]
+                tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+                if len(tokens) <= width:  # cut, it would pass for the category above it
                     keys[number] = int(text_key(torch.tensor(tokens)))
             self.category_key.copy_(torch.tensor(keys))
 
