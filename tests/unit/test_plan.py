@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from trainer.config import Config
 from trainer.configs import load_config
 from trainer.data.folder import PreparedFolder
 from trainer.errors import ConfigError
@@ -203,6 +204,27 @@ def test_bytes_between_gpus_by_zero_stage() -> None:
     assert bytes_sent(config, BILLION, None, 1) == 0
     adapters = replace(BILLION, trainable=10**6)
     assert bytes_sent(config, adapters, 2, 8) / GB < 0.02 and bytes_sent(config, adapters, 3, 8) / GB > 6
+
+
+KUAISAR = DataSize(train_events=5_000_000, valid_events=150_000, items=6_890_707, queries=453_667)
+
+
+def sasrec_at_kuaisar(*overrides: str) -> tuple[Config, ModelSize]:
+    """Counted on the meta device: nothing is allocated."""
+    config = load_config("sasrec", ["optim.global_batch_size=512", "optim.micro_batch_size=64", *overrides])
+    return config, model_size(config, KUAISAR)
+
+
+def test_a_table_of_kuaisars_items_is_in_the_memory_table() -> None:
+    config, size = sasrec_at_kuaisar()
+    table = 6_890_708 * 64
+    assert 0 < size.trainable - table < 200_000
+    alone = memory(config, size, KUAISAR, None, 1)
+    assert alone.total == pytest.approx(16 * table, rel=0.02)  # weights, gradient, two moments
+    assert memory(config, size, KUAISAR, 3, 8).total == pytest.approx((4 + 4 + 12) * table / 8, rel=0.05)
+    lines = plan._memory_table(config, size, KUAISAR)
+    assert "GB a GPU" in lines[0] and any(line.startswith("ZeRO-3 ") for line in lines)
+    assert lines[1].split()[2] == f"{alone.total / 1e9:.1f}"
 
 
 def test_efficiency_falls_with_communication_and_rises_with_the_micro_batch() -> None:
