@@ -89,6 +89,9 @@ class OptimConfig:
     """steps of linear warm-up, then linear decay to zero at the last step"""
     grad_clip: PositiveFloat = 1.0
     """maximum gradient norm"""
+    sparse_rows: NonNegative = 0
+    """item and user tables of at least so many rows: a step sends and updates only the rows that it has read
+    (lazy Adam, docs/clusters.md); 0 = none. Not for a loss that scores every item"""
     global_batch_size: Positive = 64
     """events of one optimizer step over all ranks; each brings 1 + num_negatives candidates. A loss that
     compares events (GenSR's Eq. 10) sees those of one micro-batch, or of one on each rank"""

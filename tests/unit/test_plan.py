@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from trainer.config import Config
 from trainer.configs import load_config
 from trainer.data.folder import PreparedFolder
 from trainer.errors import ConfigError
@@ -203,6 +204,68 @@ def test_bytes_between_gpus_by_zero_stage() -> None:
     assert bytes_sent(config, BILLION, None, 1) == 0
     adapters = replace(BILLION, trainable=10**6)
     assert bytes_sent(config, adapters, 2, 8) / GB < 0.02 and bytes_sent(config, adapters, 3, 8) / GB > 6
+
+
+KUAISAR = DataSize(train_events=5_000_000, valid_events=150_000, items=6_890_707, queries=453_667)
+
+
+def sasrec_at_kuaisar(*overrides: str) -> tuple[Config, ModelSize]:
+    """Counted on the meta device: nothing is allocated."""
+    config = load_config("sasrec", ["optim.global_batch_size=512", "optim.micro_batch_size=64", *overrides])
+    return config, model_size(config, KUAISAR)
+
+
+def test_a_table_of_kuaisars_items_is_in_the_memory_table() -> None:
+    config, size = sasrec_at_kuaisar()
+    table = 6_890_708 * 64
+    assert 0 < size.trainable - table < 200_000
+    alone = memory(config, size, KUAISAR, None, 1)
+    assert alone.total == pytest.approx(16 * table, rel=0.02)  # weights, gradient, two moments
+    assert memory(config, size, KUAISAR, 3, 8).total == pytest.approx((4 + 4 + 12) * table / 8, rel=0.05)
+    lines = plan._memory_table(config, size, KUAISAR)
+    assert "GB a GPU" in lines[0] and any(line.startswith("ZeRO-3 ") for line in lines)
+    assert lines[1].split()[2] == f"{alone.total / 1e9:.1f}"
+
+
+def test_the_dry_run_says_where_sparse_rows_pay() -> None:
+    config, size = sasrec_at_kuaisar()
+    assert size.largest_table == (6_890_708, 64)
+    (line,) = plan._large_table(config, size, 8)
+    read = 64 * (config.data.history_max + 1 + config.data.num_negatives)
+    assert line.startswith(f"6,890,708 rows × 64; a step of one process reads at most {read:,} of them")
+    assert "gradient of 1.8 GB. optim.sparse_rows=100000 sends" in line
+    assert plan._large_table(config, size_of_small_table(), 8) == []
+
+
+def size_of_small_table() -> ModelSize:
+    return ModelSize(10, 10, Cost(0.0, 0.0), largest_table=(100_000, 64))
+
+
+def test_sparse_rows_save_the_gradient_and_the_communication_of_a_table() -> None:
+    config, dense = sasrec_at_kuaisar()
+    config, rows = sasrec_at_kuaisar("optim.sparse_rows=100000", "model.loss=bce")
+    assert rows.by_rows == ((6_890_708, 64),) and rows.trainable == dense.trainable
+    table = 4 * 6_890_708 * 64
+    small = memory(config, rows, KUAISAR, None, 1)
+    assert memory(config, dense, KUAISAR, None, 1).total - small.total == pytest.approx(table)
+    for stage in (None, 1, 3):  # on every rank, whatever the stage
+        assert memory(config, rows, KUAISAR, stage, 8).total > 3 * table
+    num_others = rows.total - rows.num_by_rows
+    rest = replace(rows, total=num_others, trainable=num_others, by_rows=())
+    few = 7 * 64 * (config.data.history_max + 1 + config.data.num_negatives) * 4 * 65
+    for stage in (None, 1, 2, 3):
+        assert bytes_sent(config, rows, stage, 8) == pytest.approx(bytes_sent(config, rest, stage, 8) + few)
+        assert bytes_sent(config, dense, stage, 8) > 50 * bytes_sent(config, rows, stage, 8)
+    (line,) = plan._large_table(config, rows, 8)
+    assert "sparse rows, " in line and line.endswith("instead of 1.8 GB")
+    with pytest.raises(ConfigError, match="no table of that many items"):
+        sasrec_at_kuaisar("optim.sparse_rows=7000000")
+
+
+def test_sparse_rows_do_not_pay_where_a_step_reads_much_of_the_table() -> None:
+    config = load_config("sasrec", ["optim.global_batch_size=8192", "optim.micro_batch_size=64"])
+    size = replace(size_of_small_table(), largest_table=(400_000, 64))
+    assert "would save nothing" in plan._large_table(config, size, 8)[0]
 
 
 def test_efficiency_falls_with_communication_and_rises_with_the_micro_batch() -> None:

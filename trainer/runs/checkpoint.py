@@ -3,6 +3,7 @@ a whole one or none.
 
     RUN/checkpoints/step-00000400/   accelerate's and DeepSpeed's files (weights, AdamW, random numbers of
                                      every rank)
+                                     rows.safetensors (with optim.sparse_rows: its tables and their moments)
                                      state.json (where the run stood, and what it may be continued with)
                                      files.json (size and sha256 of every file)
     RUN/checkpoints/latest           text: step-00000400
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 PARTIAL = ".partial-"
 TAG = "pytorch_model"  # the folder of DeepSpeed's files
+ROWS = "rows.safetensors"  # tables of optim.sparse_rows: weights and moments, whole, in every layout
 CHUNK_BYTES = 1 << 22
 
 # Settings that may change between a checkpoint and its continuation: none of them changes what is computed.
@@ -97,6 +99,8 @@ def fixed_settings(config: Config) -> dict[str, Any]:
         for key, value in flatten(to_dict(config)).items()
         if key not in FREE_KEYS and not key.startswith("tracking.")
     }
+    if not fixed["optim.sparse_rows"]:  # as in checkpoints of before there was the key
+        del fixed["optim.sparse_rows"]
     as_json: dict[str, Any] = json.loads(json.dumps(fixed))
     return as_json
 

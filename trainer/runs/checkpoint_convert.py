@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from trainer.errors import EnvironmentProblem, RunError
-from trainer.runs.checkpoint import PARTIAL, TAG, Checkpoint, Progress, whole_weights
+from trainer.runs.checkpoint import PARTIAL, ROWS, TAG, Checkpoint, Progress, whole_weights
 from trainer.runs.weights_only import no_unpickling
 from trainer.runtime.distributed import on_main
 from trainer.runtime.files import writing
@@ -227,6 +228,9 @@ def trained_weights(found: Checkpoint, shapes: Shapes) -> dict[str, Tensor]:
     """What a checkpoint of any layout holds of the trained parameters, float32, in this one process: for
     analyses. shapes: name → shape of each. A checkpoint of ZeRO 1–3 needs room for as much again in the
     temporary folder."""
+    rows = load_file(found.path / ROWS) if (found.path / ROWS).is_file() else {}
+    apart = {name: rows[name].reshape(shape) for name, shape in shapes.items() if name in rows}
+    shapes = {name: shape for name, shape in shapes.items() if name not in rows}
     with no_unpickling(found.path):
         if found.identity["zero_stage"] == "none":
             weights = whole_weights(found.path)
@@ -241,4 +245,4 @@ def trained_weights(found: Checkpoint, shapes: Shapes) -> dict[str, Tensor]:
                 weights = {name: _tensor_in(path, found) for name, path in paths.items()}
     if missing := [name for name in shapes if name not in weights]:
         raise RunError(f"{found.path} does not hold {', '.join(missing[:3])}: it is of another model")
-    return {name: weights[name].float().reshape(shape) for name, shape in shapes.items()}
+    return apart | {name: weights[name].float().reshape(shape) for name, shape in shapes.items()}

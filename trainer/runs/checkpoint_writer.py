@@ -25,6 +25,7 @@ from torch import nn
 from trainer.errors import EnvironmentProblem
 from trainer.runs.checkpoint import (
     PARTIAL,
+    ROWS,
     TAG,
     Progress,
     checksum,
@@ -53,11 +54,12 @@ class CheckpointWriter:
         run_dir: str | Path,
         keep: int,
         notify: Callable[[int, Path], None] = lambda step, folder: None,
+        rows: Callable[[], dict[str, torch.Tensor]] | None = None,
     ) -> None:
         """keep: newest checkpoints kept, beside the best. notify: rank 0 calls it with step and folder of a
-        checkpoint that is complete."""
+        checkpoint that is complete. rows: what goes into the file ROWS."""
         self._accelerator, self._model, self._optimizer, self._keep = accelerator, model, optimizer, keep
-        self._folder, self._notify = RunFolder(run_dir).checkpoints, notify
+        self._folder, self._notify, self._rows = RunFolder(run_dir).checkpoints, notify, rows
         self._thread: threading.Thread | None = None
         self._progress = Progress()
         self._files: dict[str, list[Any]] = {}  # this rank's: relative path → [bytes, sha256]
@@ -169,6 +171,8 @@ class CheckpointWriter:
                 (lambda content, path: save_file(content, path), weights, self._partial / "model.safetensors")
             )
             writes.append((torch.save, copied(self._optimizer.state_dict()), self._partial / "optimizer.bin"))
+        if self._rows is not None and accelerator.is_main_process:
+            writes.append((save_file, copied(self._rows()), self._partial / ROWS))
         save_accelerator_state(
             str(self._partial), [], [], [], [], accelerator.process_index, accelerator.step
         )

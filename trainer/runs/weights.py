@@ -26,6 +26,7 @@ from trainer.data.folder import PreparedFolder
 from trainer.data.node_cache import refuse_command
 from trainer.errors import DataError, RunError
 from trainer.models.contract import Ranker, Ranks, task_names
+from trainer.models.layers.embedding import tables_by_rows
 from trainer.models.zoo import model_class, settings_class
 from trainer.runs.checkpoint import FREE_KEYS
 from trainer.runs.data_identity import check_data, what_is_read
@@ -75,13 +76,14 @@ def learnable_tasks(kind: type[Ranker], folder: PreparedFolder) -> tuple[int, ..
 def save_model(
     path: str | Path, model: Ranker, full_state: dict[str, Tensor], config: Config, folder: PreparedFolder
 ) -> None:
-    """Write RUN/model atomically. `full_state` is the consolidated state dict (accelerator.get_state_dict);
-    `model` the unwrapped module."""
+    """Write RUN/model atomically. `full_state` is the consolidated state dict (accelerator.get_state_dict),
+    with the tables that are trained by rows; `model` the unwrapped module."""
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    state = {name: full_state[name].detach().contiguous().cpu() for name in sorted(model.saved_names())}
+    names = model.saved_names() | set(tables_by_rows(model))
+    state = {name: full_state[name].detach().contiguous().cpu() for name in sorted(names)}
     save_file(state, partial / "model.safetensors", metadata={"format": "pt"})
     shutil.copytree(folder.tokenizer, partial / "tokenizer")
     model.save_extra(partial)

@@ -51,6 +51,13 @@ class ModelSize:
     trainable: int
     cost: Cost
     needs: frozenset[str] = frozenset()
+    largest_table: tuple[int, int] = (0, 0)  # of items or users: rows, width
+    by_rows: tuple[tuple[int, int], ...] = ()  # rows and width of the tables of optim.sparse_rows
+
+    @property
+    def num_by_rows(self) -> int:
+        """Parameters that only optim.sparse_rows trains."""
+        return sum(rows * width for rows, width in self.by_rows)
 
 
 @dataclass(frozen=True)
@@ -79,16 +86,22 @@ def memory(
     """Of one GPU. Weights are float32 (bf16 is autocast), so without DeepSpeed 4 + 4 + 8 = 16 bytes a trained
     parameter; ZeRO adds a float32 copy of its partition (4) to AdamW's two moments (8), and divides optimizer
     (1), gradients (2) and weights (3) by the ranks. Autocast's bf16 copies of the linear maps live until the
-    backward pass has used them, whole on every rank; with LoRA these maps are bf16 themselves."""
-    stage, cost = zero_stage or 0, model.cost
-    weights = (4.0 * model.total - cost.saved_bytes) / (world_size if stage == 3 else 1)
-    gradients = 4.0 * model.trainable / (world_size if stage >= 2 else 1)
-    optimizer = (8.0 if stage == 0 else 12.0) * model.trainable / (world_size if stage >= 1 else 1)
+    backward pass has used them, whole on every rank; with LoRA these maps are bf16 themselves. A table of
+    optim.sparse_rows has no gradient to speak of, and lies with both moments on every rank: 4 + 8 bytes."""
+    stage, cost, rows = zero_stage or 0, model.cost, model.num_by_rows
+    total, trainable = model.total - rows, model.trainable - rows
+    weights = (4.0 * total - cost.saved_bytes) / (world_size if stage == 3 else 1)
+    gradients = 4.0 * trainable / (world_size if stage >= 2 else 1)
+    optimizer = (8.0 if stage == 0 else 12.0) * trainable / (world_size if stage >= 1 else 1)
     if offload:
         optimizer, weights = 0.0, (0.0 if stage == 3 else weights)
     activations = cost.activation_bytes * config.optim.micro_batch_size
     return Memory(
-        weights + cost.cast_bytes, gradients, optimizer, activations, table_bytes(config, model, data)
+        weights + cost.cast_bytes + 4.0 * rows,
+        gradients,
+        optimizer + 8.0 * rows,
+        activations,
+        table_bytes(config, model, data),
     )
 
 
@@ -130,16 +143,28 @@ def bytes_sent(
     all-reduces there, too), and updated weights are gathered. ZeRO-3: weights are gathered in the forward and
     in the backward pass of every micro-batch, gradients reduced. Under bf16 DeepSpeed reduces gradients in
     bf16, ZeRO-1 and 2 gather weights in float32; DDP reduces in float32. benchmarks/communication.py counts
-    the bytes of real steps beside these.
+    the bytes of real steps beside these. Of tables of optim.sparse_rows every rank's rows are gathered, at
+    most (row, gradient) of all that it reads.
     """
     stage, ring = zero_stage or 0, (world_size - 1) / world_size
+    total, trainable = model.total - model.num_by_rows, model.trainable - model.num_by_rows
+    of_rows = (world_size - 1) * sum(
+        min(rows, rows_read(config, world_size)) * 4.0 * (1 + width) for rows, width in model.by_rows
+    )
     if stage == 0:
-        return 2 * ring * 4.0 * model.trainable
+        return of_rows + 2 * ring * 4.0 * trainable
     each = 2.0 if config.run.precision == "bf16" else 4.0
     if stage == 3:
-        return ring * grad_accum_steps * each * (2 * model.total + model.trainable)
+        return of_rows + ring * grad_accum_steps * each * (2 * total + trainable)
     reductions = grad_accum_steps if stage == 2 else 1
-    return ring * (2 * each * reductions + 4.0) * model.trainable
+    return of_rows + ring * (2 * each * reductions + 4.0) * trainable
+
+
+def rows_read(config: Config, world_size: int) -> int:
+    """Of a table of items, by each rank in a step, at most: the histories and candidates of its events. (A
+    loss may draw more: SASRec's bce has one item a step of the history.)"""
+    data, optim = config.data, config.optim
+    return optim.global_batch_size // world_size * (data.history_max + 1 + data.num_negatives)
 
 
 def efficiency(

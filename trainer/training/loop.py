@@ -171,10 +171,13 @@ def training_batches(run: Run) -> Iterator[Iterator[Batch]]:
 def one_step(run: Run, batches: Iterator[Batch], window: Window, stop: StopSignal) -> None:
     """One optimizer step: grad_accum_steps micro-batches on this rank."""
     set_lr(run.optimizer, run.lr(run.progress.step))
+    if run.rows is not None:
+        set_lr(run.rows.optimizer, run.lr(run.progress.step))
     trained = (run.accelerator, run.model, run.optimizer)
     for _ in range(run.schedule.grad_accum_steps):
         batch = next(batches).to(run.accelerator.device)
-        parts, left_out = micro_step(*trained, batch, run.config.optim.grad_clip, run.bad_batches)
+        clip = run.config.optim.grad_clip
+        parts, left_out = micro_step(*trained, batch, clip, run.bad_batches, rows=run.rows)
         window.add(parts, batch.event_id, skipped=bool(left_out))
         if left_out:
             run.progress.skipped_batches += 1
@@ -251,6 +254,7 @@ def write_model(run: Run) -> None:
     """Consolidated weights → RUN/model, on all ranks (ZeRO-3 gathers). RUN/model is therefore the best so far
     at any time."""
     state = full_state_dict(run.accelerator, run.model, run.module)
+    state |= run.rows.weights() if run.rows is not None else {}
     path = RunFolder(run.dir).model
 
     def write() -> None:

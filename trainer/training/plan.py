@@ -18,6 +18,7 @@ from trainer.data.folder import PreparedFolder
 from trainer.errors import ConfigError
 from trainer.models.backbones.known import T5_TOKENS
 from trainer.models.contract import Cost
+from trainer.models.layers.embedding import ItemTable
 from trainer.models.zoo import model_class
 from trainer.runs.weights import learnable_tasks
 from trainer.runs.world import load_tokenizer, sizes_only
@@ -33,8 +34,10 @@ from trainer.training.costs import (
     measured_flops,
     memory,
     numel,
+    rows_read,
 )
 from trainer.training.schedule import Schedule, above_chance, chance, make_schedule
+from trainer.training.sparse_rows import large_tables
 
 WORLD_SIZES = (1, 2, 4, 8, 16)
 NAME_WIDTH = 12
@@ -48,6 +51,8 @@ STAGES: dict[str, tuple[int | None, bool]] = {
     "ZeRO-3, all on the host": (3, True),
 }
 GPU_MEMORY = {"H200": 141e9, "A100": 80e9}
+PAYS = 0.1  # optim.sparse_rows where a step reads at most this share of a table: a row costs more alone
+SPARSE_ROWS = 100_000  # what the dry run suggests
 MIN_GPU_S = 60.0  # below, a GPU waits for its host and the arithmetic says nothing
 MAX_CPU_S = 100 * 3600.0
 # ---- sizes -------------------------------------------------------------------------------------------------
@@ -97,18 +102,25 @@ def model_size(config: Config, data: DataSize, cf_dim: int = 64) -> ModelSize:
 
     kind = model_class(config.model.name)
     with torch.device("meta"):
-        return size_of(kind(config.model, sizes_only(config, data, cf_dim)))
+        return size_of(kind(config.model, sizes_only(config, data, cf_dim)), config.optim.sparse_rows)
 
 
-def size_of(model: Any) -> ModelSize:
-    """Counts of a model (on any device, meta included)."""
+def size_of(model: Any, sparse_rows: int = 0) -> ModelSize:
+    """Counts of a model (on any device, meta included). sparse_rows: optim.sparse_rows."""
     parameters = list(model.parameters())
+    tables = [module for module in model.modules() if isinstance(module, ItemTable)]
     return ModelSize(
         total=sum(numel(p) for p in parameters),
         trainable=sum(numel(p) for p in parameters if p.requires_grad),
         cost=model.cost() or Cost(flops=6.0 * sum(numel(p) for p in parameters), activation_bytes=0.0),
         needs=model.reads(model.settings),
+        largest_table=max((_shape(table) for table in tables), default=(0, 0)),
+        by_rows=tuple(_shape(table) for table in large_tables(model, sparse_rows)),
     )
+
+
+def _shape(table: ItemTable) -> tuple[int, int]:
+    return 1 + table.num_items, numel(table.weight) // (1 + table.num_items)
 
 
 # ---- the report --------------------------------------------------------------------------------------------
@@ -241,6 +253,7 @@ def dry_run(config: Config, preset: str | None = None, launch: Launch | None = N
             ),
         ),
         *(("", line) for line in _memory_table(config, model, data)),
+        *(("large table", line) for line in _large_table(config, model, launch.world_size)),
         ("micro-batch", _micro_batches(config, model, data, stage, launch.world_size)),
         *([("scaling", _scaling(config, model, schedule, launch))] if launch.world_size > 1 else []),
         *(
@@ -283,6 +296,24 @@ def _scaling(config: Config, model: ModelSize, schedule: Schedule, launch: Launc
 def in_bytes(value: float) -> str:
     """`12 MB`, `3.4 GB`."""
     return f"{value / GB:.1f} GB" if value >= 0.95 * GB else f"{value / 1e6:,.0f} MB"
+
+
+def _large_table(config: Config, model: ModelSize, world_size: int) -> list[str]:
+    """Whether optim.sparse_rows pays, where a table of items or users has a gradient worth speaking of."""
+    rows, width = model.largest_table
+    gradient = 4.0 * rows * width
+    if gradient < SMALL:
+        return []
+    read = min(rows, rows_read(config, world_size))
+    facts = f"{rows:,} rows × {width}; a step of one process reads at most {read:,} of them"
+    if model.by_rows:
+        return [f"{facts}: sparse rows, {in_bytes(4.0 * read * (1 + width))} instead of {in_bytes(gradient)}"]
+    if read * world_size > PAYS * rows:
+        return [f"{facts}: optim.sparse_rows would save nothing"]
+    return [
+        f"{facts}, has a gradient of {in_bytes(gradient)}. optim.sparse_rows={SPARSE_ROWS} sends and updates "
+        "what was read, unless the loss scores every item"
+    ]
 
 
 def _memory_table(config: Config, model: ModelSize, data: DataSize) -> list[str]:

@@ -33,6 +33,7 @@ from trainer.training.callbacks import Callback, Listeners, Shown, Tracked
 from trainer.training.console import RunConsole
 from trainer.training.optimizer import make_optimizer, trained_shapes
 from trainer.training.schedule import Schedule, above_chance, make_schedule
+from trainer.training.sparse_rows import SparseRows, take_apart
 from trainer.training.window import BadBatches
 
 
@@ -47,6 +48,7 @@ class Run:
     module: Any  # the Ranker itself: for its names and settings, never called
     model: nn.Module  # the same as accelerate wrapped it: always called through this
     optimizer: Any
+    rows: SparseRows | None  # tables of optim.sparse_rows, which model and optimizer know nothing of
     stream: TrainStream
     valid: EvalStream
     console: RunConsole
@@ -97,14 +99,14 @@ def set_up(
     if found is None:
         taken = init_from(module, config.run.init_from) if config.run.init_from else ""
         module.fit()
-    size = plan.size_of(module)
+    size = plan.size_of(module, config.optim.sparse_rows)
     facts = {
         **environment_facts(),
         "parameters": {"total": size.total, "trainable": size.trainable},
         "devices": devices(accelerator),
         "zero_stage": identity["zero_stage"],
     }
-    model, optimizer, progress = prepared(accelerator, module, config, identity, found)
+    model, optimizer, rows, progress = prepared(accelerator, module, config, identity, found)
 
     stream, valid = make_streams(config, folder, accelerator, module.tasks, cf, holdout, progress.events_seen)
     schedule = make_schedule(config, stream.num_events, accelerator.num_processes)
@@ -129,6 +131,7 @@ def set_up(
         config.run.dir,
         config.run.keep_checkpoints,
         notify=listeners.on_checkpoint,
+        rows=rows.state if rows is not None else None,
     )
     skipping = config.run.on_nan == "skip"
     return Run(
@@ -139,6 +142,7 @@ def set_up(
         module=module,
         model=model,
         optimizer=optimizer,
+        rows=rows,
         stream=stream,
         valid=valid,
         console=console,
@@ -210,11 +214,12 @@ def training_holdout(config: Config, cf: CfTable) -> str:
 
 def prepared(
     accelerator: Any, module: Any, config: Config, identity: dict[str, Any], found: Checkpoint | None
-) -> tuple[Any, Any, Progress]:
-    """Model and optimizer as accelerate wraps them, random numbers of this rank, and where the run stands: as
-    new, or as `found` has them."""
+) -> tuple[Any, Any, SparseRows | None, Progress]:
+    """Model and optimizer as accelerate wraps them, tables that are trained beside them, random numbers of
+    this rank, and where the run stands: as new, or as `found` has them."""
     from accelerate.utils import set_seed
 
+    take_apart(module, config.optim.sparse_rows)
     optimizer = make_optimizer(module, config.optim)
     shapes = trained_shapes(module, optimizer)
     other_layout = found is not None and elastic.is_another_layout(found, identity)
@@ -222,15 +227,18 @@ def prepared(
         elastic.expect(accelerator, identity)
     with compiling.explained():
         model, optimizer = accelerator.prepare(module, optimizer)
+    rows = SparseRows.of(accelerator, module, model, config.optim)
     dropout_seed = derive_seed(config.run.seed, 41, accelerator.process_index)  # another one on every rank
     set_seed(dropout_seed % 2**32)
     if found is None:
-        return model, optimizer, Progress()
+        return model, optimizer, rows, Progress()
+    if rows is not None:
+        rows.load(found.path / checkpoint.ROWS)
     if not other_layout:  # brings the random numbers of each rank
-        return model, optimizer, checkpoint.load(accelerator, model, optimizer, found)
+        return model, optimizer, rows, checkpoint.load(accelerator, model, optimizer, found)
     progress = elastic.load(accelerator, model, optimizer, shapes, found, identity)
     set_seed(derive_seed(dropout_seed, progress.step) % 2**32)
-    return model, optimizer, progress
+    return model, optimizer, rows, progress
 
 
 def make_streams(

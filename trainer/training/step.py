@@ -11,6 +11,7 @@ from trainer.runtime.distributed import uses_deepspeed
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from trainer.training.sparse_rows import SparseRows
     from trainer.training.window import BadBatches
 
 Lap = Callable[[str], None]
@@ -28,10 +29,11 @@ def micro_step(
     grad_clip: float,
     bad_batches: "BadBatches | None" = None,
     lap: Lap = no_lap,
+    rows: "SparseRows | None" = None,
 ) -> tuple[dict[str, Tensor], list[int]]:
     """Forward, backward and, with the last micro-batch of a step, clipping and the update → (detached scalars
     of the loss, event ids that are left out because a loss is not finite). batch: on the device, prepared.
-    lap is told the end of each part: forward, backward, optimiser."""
+    lap is told the end of each part: forward, backward, optimiser. rows: tables of optim.sparse_rows."""
     with accelerator.accumulate(model):
         loss, parts = model(batch)
         left_out: list[int] = []
@@ -41,8 +43,13 @@ def micro_step(
         accelerator.backward(loss)
         lap("backward")
         if accelerator.sync_gradients and not uses_deepspeed(accelerator):  # DeepSpeed clips by itself
-            accelerator.clip_grad_norm_(model.parameters(), grad_clip)
+            if rows is None:
+                accelerator.clip_grad_norm_(model.parameters(), grad_clip)
+            else:
+                rows.clip(model.parameters(), grad_clip)
         optimizer.step()
+        if rows is not None and accelerator.sync_gradients:
+            rows.step()
         optimizer.zero_grad()
         lap("optimiser")
     return parts, left_out
