@@ -90,7 +90,7 @@ class Evidence(nn.Module):
                 text = category_query(list(path))
                 tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
                 if len(tokens) <= width:  # cut, it would pass for the category above it
-                    keys[number] = int(text_key(torch.tensor(tokens)))
+                    keys[number] = int(text_key(torch.tensor(tokens, dtype=torch.int64)))
             self.category_key.copy_(torch.tensor(keys))
 
     def _fit_near(self, clicked_IU: sparse.csr_matrix) -> None:
