@@ -15,7 +15,7 @@ from tests.distributed.launching import ZERO3, launch, losses, records, results
 from trainer.configs import load_config
 from trainer.training.loop import train
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.distributed, pytest.mark.long, pytest.mark.timeout(600)]
 
 MODEL = "nrhub"  # tables of users, items and queries, and layers beside them; negatives are the stream's
 BASE = [
