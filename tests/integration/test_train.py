@@ -437,10 +437,10 @@ def test_memory_that_runs_out_is_for_the_user_to_mend(
     the run goes on behind its checkpoint."""
     steps = iter(range(100))
 
-    def too_large(*arguments: Any) -> Any:
+    def too_large(*arguments: Any, **named: Any) -> Any:
         if next(steps) == 9:  # in the fifth step
             raise error
-        return micro_step(*arguments)
+        return micro_step(*arguments, **named)
 
     with monkeypatch.context() as patch:
         patch.setattr(trainer.training.loop, "micro_step", too_large)

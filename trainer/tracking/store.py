@@ -131,7 +131,7 @@ def _whole_or_gone(path: Path) -> Iterator[None]:
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
                 path.with_name(f"{path.name}-journal").unlink(missing_ok=True)
-        if not isinstance(error, DBAPIError):
+        if not new or not isinstance(error, DBAPIError):
             raise
         raise EnvironmentProblem(
             f"{path}: MLflow cannot use this database: {error.orig}. Free space there, make the folder "

@@ -1,5 +1,5 @@
 """A run with optim.sparse_rows, in one process: its model is written whole, and an interrupted one ends where
-the undisturbed one does. Several processes: tests/distributed/test_sparse_rows.py."""
+the undisturbed one does. Several processes: tests/distributed/test_sparse_rows_of_ranks.py."""
 
 from collections.abc import Callable
 from pathlib import Path
