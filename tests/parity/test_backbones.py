@@ -213,7 +213,7 @@ def test_what_cannot_be_had_is_refused_with_what_can(tmp_path: Path) -> None:
             make(str(tmp_path), lora=LoraConfig(rank=2, four_bit=True))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_compiled_backbone_gives_the_same_and_keeps_its_names() -> None:
     plain, compiled = make("scratch:nano"), make("scratch:nano")
     compiled.compile_layers()

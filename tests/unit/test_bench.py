@@ -50,7 +50,7 @@ def test_wrong_arguments_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
         bench.bench_data([20_000])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_the_whole_of_it_at_small_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Few items, so that the 5-core keeps some."""
@@ -197,7 +197,7 @@ def test_the_fastest_micro_batch_is_found_and_memory_is_not_exhausted_on_a_cpu(
         micro_batch.bench_micro_batch(None, [])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_micro_batches_are_tried_with_the_steps_of_a_training(tmp_path: Path) -> None:
     make_tiny_folder(tmp_path / "data")
     settings = [
