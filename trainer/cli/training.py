@@ -24,7 +24,6 @@ from trainer.cli.base import (
     verb,
 )
 from trainer.errors import ConfigError
-from trainer.runs.run_folder import RunFolder
 from trainer.runtime.progress import waiting_for
 
 if TYPE_CHECKING:
@@ -178,6 +177,7 @@ def evaluate(
     waiting_for("loading PyTorch and the model")
     from trainer.evaluation.summary import evaluation_name, full_lines, protocol_line, rows_of, table
     from trainer.registry.model_card import metrics_of
+    from trainer.runs.run_folder import RunFolder
     from trainer.tracking.tracker import log_evaluation
 
     progress = stage_lines()
@@ -229,6 +229,7 @@ def report(
     print the results of a run."""
     from trainer.analysis.report import write_report
     from trainer.evaluation.summary import evaluation_name, protocol_line, read_evaluation, rows_of, table
+    from trainer.runs.run_folder import RunFolder
 
     say(f"wrote {write_report(run_dir, events)} and pictures beside it")
     for split in ("valid", "test"):
