@@ -155,15 +155,21 @@ def test_mlflow_stays_in_its_files() -> None:
     assert users <= MLFLOW_FILES
 
 
+def loaded_by(package: str, heavy: set[str]) -> str:
+    code = f"import sys, {package}; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_help_waits_for_no_configuration() -> None:
+    assert loaded_by("trainer.cli", {"pydantic", "yaml", "trainer.config"}) == "[]"
+
+
 @pytest.mark.parametrize("package", ["gensr", "data_shards", "trainer.cli"])
 def test_nothing_heavy_before_it_is_needed(package: str) -> None:
-    code = (
-        f"import sys, {package}\n"
-        "heavy = {'torch', 'transformers', 'mlflow', 'duckdb', 'pandas', 'deepspeed'}\n"
-        "print(sorted(heavy & set(sys.modules)))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)
-    assert done.stdout.strip() == "[]", done.stderr
+    heavy = {"torch", "transformers", "mlflow", "duckdb", "pandas", "deepspeed"}
+    assert loaded_by(package, heavy) == "[]"
 
 
 def test_third_party_imports_are_declared() -> None:
