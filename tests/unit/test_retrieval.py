@@ -14,7 +14,7 @@ from tests.runs import make_run
 from trainer.errors import RunError
 from trainer.models.contract import PreRanking
 from trainer.serving import index as index_module
-from trainer.serving.index import build_index, plan_index, unit
+from trainer.serving.index import Index, build_index, plan_index, unit
 from trainer.serving.recommend import Recommender, model_identity
 from trainer.serving.requests import ParsedRequest
 from trainer.serving.retrieval import Retrieval, build_retrieval, load_retrieval, merge, save_retrieval
@@ -132,6 +132,28 @@ def test_pre_ranking_orders_all_that_is_found(recommender: Recommender) -> None:
     assert max(every) < found.num_items
     none = recommender.scorer.pre_ranked(request, found, questions, 20, [])
     assert none.tolist() == by_shares.tolist()  # a model without pre-ranking
+
+
+def test_indexes_are_searched_while_others_use_the_model(
+    recommender: Recommender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A service has one model and many requests: it is held for the pre-ranking alone."""
+    found, held, search = recommender.retrieval, [], Index.search
+    assert isinstance(found, Retrieval)
+
+    def noted(self: Index, *arguments: Any) -> Any:
+        held.append(recommender.scorer._lock.locked())
+        return search(self, *arguments)
+
+    monkeypatch.setattr(Index, "search", noted)
+    request = ParsedRequest(items=[3, 9], tasks=[0, 0], task=SRC, query="garden lamp", candidates=[])
+    questions = recommender.scorer.questions(request, found.views, found.means)
+    pre_ranking = PreRanking(
+        propose=lambda batch: torch.tensor([[7]]), score=lambda batch: batch.candidates.float()
+    )
+    for retrieval in (found, dataclasses.replace(found, pre_ranking=pre_ranking)):
+        recommender.scorer.pre_ranked(request, retrieval, questions, 20, [])
+    assert held == [False] * 4  # two indexes each
 
 
 def test_other_weights_are_other_indexes(recommender: Recommender, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ clicked item itself.
 
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -181,8 +182,11 @@ def retrieved(
         for row in range(batch.num_events):
             seen = np.setdiff1d(clicks.before(int(batch.event_id[row])), [int(clicked[row])])
             questions = {name: vectors_BW[row] for name, vectors_BW in asked.items()}
-            event = on_device.rows(row, row + 1)
-            lists.append(retrieval.pre_ranked(questions, event, NUM_CANDIDATES, seen.tolist()))
+            event = nullcontext(on_device.rows(row, row + 1))
+            found = retrieval.pre_ranked(
+                questions, int(batch.task[row]), event, NUM_CANDIDATES, seen.tolist()
+            )
+            lists.append(found)
     return lists
 
 

@@ -9,6 +9,7 @@ measured recall, sha256 of each file)
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,27 +58,28 @@ class Retrieval:
     def pre_ranked(
         self,
         questions: Mapping[str, Tensor],
-        event: Batch,
+        task: int,
+        asking: AbstractContextManager[Batch],
         num_candidates: int,
         exclude: Sequence[int] = (),
     ) -> np.ndarray:
         """The same, but by the model's pre-ranking if it has one, of num_candidates items of each view and
-        what it proposes. event: one, on the model's device, as score() reads it."""
-        task = int(event.task[0])
+        what it proposes. asking: gives one event on the model's device, as score() reads it. A service
+        holds its model while it is open, so it is opened after the indexes were searched."""
         if self.pre_ranking is None:
             return self.candidates(questions, task, num_candidates, exclude)
-        asked = self._asked(questions, task)
-        lists = [union([one], num_candidates, exclude) for one in asked]
-        proposed = self.pre_ranking.propose(event)[0].cpu().numpy()
-        lists.append(proposed[proposed < self.num_items])
-        rows = np.setdiff1d(np.concatenate(lists), np.asarray(exclude, np.int64))
-        if not len(rows):
-            return rows
-        candidates_BC = torch.from_numpy(rows)[None].to(event.task.device)
-        of_rows = event.with_candidates(
-            candidates_BC, torch.zeros(candidates_BC.shape, device=candidates_BC.device)
-        )
-        scores_C = self.pre_ranking.score(of_rows)[0].float().cpu().numpy()
+        lists = [union([one], num_candidates, exclude) for one in self._asked(questions, task)]
+        with asking as event:
+            proposed = self.pre_ranking.propose(event)[0].cpu().numpy()
+            lists.append(proposed[proposed < self.num_items])
+            rows = np.setdiff1d(np.concatenate(lists), np.asarray(exclude, np.int64))
+            if not len(rows):
+                return rows
+            candidates_BC = torch.from_numpy(rows)[None].to(event.task.device)
+            of_rows = event.with_candidates(
+                candidates_BC, torch.zeros_like(candidates_BC, dtype=torch.float32)
+            )
+            scores_C = self.pre_ranking.score(of_rows)[0].float().cpu().numpy()
         return rows[np.argsort(-scores_C, kind="stable")][:num_candidates]
 
     def _asked(self, questions: Mapping[str, Tensor], task: int) -> list[tuple[Index, np.ndarray, float]]:

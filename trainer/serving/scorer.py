@@ -150,8 +150,8 @@ class Scorer:
         exclude: Sequence[int],
     ) -> np.ndarray:
         """Rows of the items that retrieval finds for one request, best first (retrieval.py)."""
-        with self._asking([parsed], [[]]) as batch:
-            return retrieval.pre_ranked(questions, batch, num_candidates, exclude)
+        asking = self._asking([parsed], [[]])
+        return retrieval.pre_ranked(questions, parsed.task, asking, num_candidates, exclude)
 
     # ---- from rows to scores -------------------------------------------------------------------------------
 
