@@ -37,7 +37,8 @@ LORA = [*SETTINGS, "model.lora.rank=2", "model.lora.dropout=0"]
 # finishes. A stop asked for in step k is agreed one step later where there are several ranks.
 ROUTES: dict[str, list[tuple[int, str, int]]] = {
     "undisturbed": [(1, "", 0)],
-    "processes": [(1, "zero2.json", 2), (2, "zero2.json", 1), (4, "zero2.json", 1), (1, "zero2.json", 0)],
+    "processes": [(1, "zero2.json", 2), (2, "zero2.json", 1), (1, "zero2.json", 0)],
+    "four": [(1, "zero2.json", 2), (2, "zero2.json", 1), (4, "zero2.json", 1), (1, "zero2.json", 0)],
     "stages": [(1, "zero1.json", 2), (2, ZERO3, 1), (4, "zero2.json", 0)],
     "without": [(1, "", 2), (2, "zero2.json", 1), (4, "", 1), (1, "zero0.json", 0)],
     "replicated": [(1, "zero0.json", 2), (2, ZERO3, 1), (1, "", 0)],

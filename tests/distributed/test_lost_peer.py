@@ -49,7 +49,7 @@ def running(folder: Path) -> tuple[subprocess.Popen[bytes], Path, list[psutil.Pr
     )
 
 
-@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("blow", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.long)])
 def test_a_lost_or_hung_peer_ends_the_job(tmp_path: Path, blow: signal.Signals) -> None:
     launcher, run_dir, ranks = running(tmp_path)
     try:

@@ -1,7 +1,8 @@
 """Two processes over gloo: ZeRO 0–3 and DDP train the same model as one process, and an interrupted run ends
 where the undisturbed one does.
 
-All of it happens in one launch (worker.py); the tests read what it left.
+All of it happens in one launch (worker.py); the tests read what it left. What differs little from another
+scenario is run by `make test-long` only.
 """
 
 import json
@@ -108,16 +109,28 @@ SCENARIOS: list[dict[str, Any]] = [
     {"name": "gradients", "overrides": EXACT, "gradients": True},
 ]
 
+LONG = ("0", "1", "zero2_offload", "zero3_offload", "left_out2", "lora_bf16_2", "llama_nano")
+
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(1000)]
 
 
+def names(*all_names: str) -> list[Any]:
+    return [pytest.param(name, marks=pytest.mark.long) if name in LONG else name for name in all_names]
+
+
+def is_long(scenario: dict[str, Any]) -> bool:
+    return re.sub("^(undisturbed|interrupted|resumed)", "", scenario["name"]) in LONG
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     """Everything was run when this returns: FOLDER/NAME is a run folder, FOLDER/results-RANK.json what
     train() gave."""
     folder = tmp_path_factory.mktemp("two_processes")
     make_tiny_folder(folder / "data")
-    launch(folder, 2, SCENARIOS)  # two ranks that wait for each other suffer most from busy cores
+    chosen = [item for item in request.session.items if item.path == Path(__file__)]
+    everything = any(item.get_closest_marker("long") for item in chosen)
+    launch(folder, 2, [scenario for scenario in SCENARIOS if everything or not is_long(scenario)])
     train(
         load_config(
             None,
@@ -132,14 +145,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", names(*STAGES))
 def test_a_stopped_run_saves_on_all_ranks_at_the_same_step(folder: Path, stage: str) -> None:
     step = 2 + list(STAGES).index(stage)  # asked one step earlier
     for result in results(folder, f"interrupted{stage}"):
         assert result == {"status": "stopped", "step": step, "exit_code": EXIT_RESUME_ME}
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", names(*STAGES))
 def test_the_resumed_run_equals_the_undisturbed_one_bit_for_bit(folder: Path, stage: str) -> None:
     interrupted, undisturbed = folder / f"interrupted{stage}", folder / f"undisturbed{stage}"
     assert [r["status"] for r in results(folder, f"resumed{stage}")] == ["finished", "finished"]
@@ -173,13 +186,13 @@ def test_lora_under_zero3_resumes_without_saving_frozen_weights(folder: Path) ->
     )
 
 
-@pytest.mark.parametrize("stage", ["2", "3"])
+@pytest.mark.parametrize("stage", [pytest.param("2", marks=pytest.mark.long), "3"])
 def test_adapters_on_a_frozen_bf16_backbone_learn_as_on_a_float32_one(folder: Path, stage: str) -> None:
     assert [r.get("status") for r in results(folder, f"lora_bf16_{stage}")] == ["finished"] * 2
     assert losses(folder / f"lora_bf16_{stage}") == pytest.approx(losses(folder / "lora"), rel=0.02)
 
 
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("name", names(*DECODERS))
 def test_a_decoder_trained_with_lora_under_zero3_is_registered_and_scores(folder: Path, name: str) -> None:
     from trainer.registry.versions import example_requests, open_model, register
 
@@ -203,7 +216,7 @@ def test_another_learning_rate_is_refused_with_both_values(folder: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "name", ["ddp", "zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]
+    "name", names("ddp", "zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
 )
 def test_two_processes_train_like_one(folder: Path, name: str) -> None:
     assert [r.get("status") for r in results(folder, name)] == ["finished"] * 2, results(folder, name)
@@ -227,7 +240,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_on_all_ranks_and_names_the_event
     assert len(losses(folder / "poisoned")) == 2  # what came before stays
 
 
-@pytest.mark.parametrize("name", ["left_out", "left_out2", "left_out3"])
+@pytest.mark.parametrize("name", names("left_out", "left_out2", "left_out3"))
 def test_a_loss_that_is_not_finite_is_left_out_on_all_ranks(folder: Path, name: str) -> None:
     assert [r.get("status") for r in results(folder, name)] == ["finished"] * 2, results(folder, name)
     (skipped,) = [r for r in records(folder / name) if r["kind"] == "skipped"]

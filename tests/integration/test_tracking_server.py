@@ -87,6 +87,7 @@ def everything(client: MlflowClient, run_id: str) -> dict[str, Any]:
     }
 
 
+@pytest.mark.long  # test_registry_to_user.py kills the server of a training
 def test_a_server_killed_in_the_middle_of_a_run_loses_nothing(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -147,10 +147,10 @@ def lost_node(slurm: cluster.Slurm, run_dir: Path, job_id: str) -> None:
     slurm.power(2, on=True)
 
 
-RARE = [pytest.param(fault, marks=pytest.mark.faults) for fault in (preemption, killed_rank, lost_node)]
-
-
-@pytest.mark.parametrize("fault", [time_limit, *RARE], ids=lambda fault: fault.__name__)
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    "fault", [time_limit, preemption, killed_rank, lost_node], ids=lambda fault: fault.__name__
+)
 def test_an_interrupted_job_comes_back_and_ends_on_the_same_curve(
     slurm: cluster.Slurm, work: Path, single: list[float], fault: Fault
 ) -> None:

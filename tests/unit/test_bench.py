@@ -101,7 +101,7 @@ def test_a_gpu_is_given_enough_and_the_reference_the_papers_batch(monkeypatch: p
         assert ours > references == 200 and ours % candidates == references % candidates == 0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_training_steps_and_scoring_beside_the_reference(tmp_path: Path) -> None:
     folder = bench_model.synthetic_folder(tmp_path, 1, lambda stage, done, total: None)

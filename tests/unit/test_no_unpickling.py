@@ -4,13 +4,13 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from tests.distributed.launching import launch
 from tests.integration.test_train import BASE
 from tests.payload import Payload
 from tests.tiny_folder import make_tiny_folder
@@ -23,8 +23,6 @@ from trainer.runs.weights import load_run_config
 from trainer.runs.weights_only import FORCE, no_unpickling
 from trainer.serving.recommend import Recommender
 from trainer.training.loop import train
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -44,38 +42,12 @@ def plain(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_dir
 
 
-TRAIN = """
-import sys
-from tests.unit.test_no_unpickling import config_of
-from trainer.training.loop import train
-from pathlib import Path
-print(train(config_of(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])), resume="auto").status)
-"""
-
-
-def with_deepspeed(data: Path, run_dir: Path, steps: int, port: int) -> subprocess.CompletedProcess[str]:
-    """One process under ZeRO-2, whose checkpoints are DeepSpeed's own files."""
-    environment = {
-        **os.environ,
-        "ACCELERATE_USE_DEEPSPEED": "true",
-        "ACCELERATE_DEEPSPEED_CONFIG_FILE": "zero2.json",
-        "RANK": "0",
-        "WORLD_SIZE": "1",
-        "LOCAL_RANK": "0",
-        "LOCAL_WORLD_SIZE": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "PYTHONPATH": str(ROOT),
-    }
-    words = [str(data), str(run_dir), str(steps)]
-    return subprocess.run(
-        [sys.executable, "-c", TRAIN, *words],
-        env=environment,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+def with_deepspeed(folder: Path, runs: list[str], steps: int) -> list[dict[str, Any]]:
+    """Train or resume FOLDER/NAME of each name on one process under ZeRO-2, whose checkpoints are DeepSpeed's
+    own files → what each gave: a status, or an error and its message."""
+    settings = [*BASE, f"run.max_steps={steps}", "run.accept_changes=run.max_steps"]
+    run = {"deepspeed": "zero2.json", "overrides": settings, "resume": True}
+    return launch(folder, 1, [{"name": name, **run} for name in runs])
 
 
 def plant(folder: Path, name: str, target: Path) -> None:
@@ -131,29 +103,31 @@ def test_random_states_that_are_cut_short_are_refused(data: Path, plain: Path, t
 def test_no_file_of_deepspeed_runs_anything(data: Path, tmp_path: Path) -> None:
     """Neither on a resume under the same layout nor in the conversion to another; both work with honest
     files."""
+    (tmp_path / "data").symlink_to(data, target_is_directory=True)
+    (trained,) = with_deepspeed(tmp_path, ["first"], 2)
+    assert trained["status"] == "finished"
     first = tmp_path / "first"
-    assert "finished" in with_deepspeed(data, first, 2, 29711).stdout
     folder = only_newest(first)
     pickles = sorted(
         str(path.relative_to(folder)) for path in folder.rglob("*") if path.suffix in (".pt", ".pkl")
     )
     assert len(pickles) == 3
-    honest = tmp_path / "honest"
-    shutil.copytree(first, honest)
-    done = with_deepspeed(data, honest, 3, 29712)
-    assert "finished" in done.stdout, done.stderr
-    shutil.copytree(first, tmp_path / "converted")
+    for name in ("honest", "converted"):
+        shutil.copytree(first, tmp_path / name)
     assert train(config_of(data, tmp_path / "converted", 3), resume="auto").step == 3
-    for number, name in enumerate(pickles):
-        bad, target = tmp_path / f"bad-{number}", tmp_path / "touched"
-        shutil.copytree(first, bad)
-        plant(newest(bad), name, target)
-        done = with_deepspeed(data, bad, 3, 29713 + number)
-        assert done.returncode and not target.exists(), done.stderr
-        assert "nothing in it was run" in done.stderr
-        if not name.endswith(".pkl"):  # the conversion draws random numbers anew
+    target, planted = tmp_path / "touched", [f"bad-{number}" for number in range(3)]
+    for name, file in zip(planted, pickles, strict=True):
+        shutil.copytree(first, tmp_path / name)
+        plant(newest(tmp_path / name), file, target)
+    honest, *bad = with_deepspeed(tmp_path, ["honest", *planted], 3)
+    assert honest == {"status": "finished", "step": 3, "exit_code": 0}
+    for outcome in bad:
+        assert outcome["error"] == "RunError" and "nothing in it was run" in outcome["message"], outcome
+    assert not target.exists()
+    for name, file in zip(planted, pickles, strict=True):
+        if not file.endswith(".pkl"):  # the conversion draws random numbers anew
             with pytest.raises(GensrError):
-                train(config_of(data, bad, 3), resume="auto")
+                train(config_of(data, tmp_path / name, 3), resume="auto")
             assert not target.exists()
 
 
