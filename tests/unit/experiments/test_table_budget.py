@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from data_shards.settings import read_yaml
 from trainer.cli import app
 from trainer.errors import ConfigError
+from trainer.experiments import submit as jobs
 from trainer.experiments.costs import MIN_EPOCHS, Machine, SystemCost
 from trainer.experiments.table.budget import (
     Runs,
@@ -201,3 +202,20 @@ def test_a_dry_run_plans_and_writes_nothing(prepared: Path, tmp_path: Path) -> N
     for wrong in (["--budget", "30", "--epochs", "1"], ["--budget", "0.1"]):
         refused = CliRunner().invoke(app, [*command, *wrong, "--dry-run"])
         assert refused.exit_code == 1 and not out.exists()
+
+
+def test_a_budget_of_arrays_speaks_of_what_a_job_gets(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, models = tmp_path / "out", ("popularity", "sasrec")
+    monkeypatch.setattr(jobs, "checked", lambda preset, words, machines: (None, []))
+    monkeypatch.setattr(jobs, "submit", lambda submission: ["7", "8"])
+    command = ["table", str(prepared), str(out), "--models", ",".join(models), "--seeds", "1"]
+    command += ["--budget", "30", "--candidates", "sampled"]
+    found = CliRunner().invoke(app, [*command, "--submit", "--gpus-per-node", "4"], catch_exceptions=False)
+    assert found.exit_code == 0 and "budget 30 minutes" in found.output, found.output
+    stored = json.loads((out / "plan.json").read_text())["budget"]
+    assert stored["machine"]["gpus"] == 4
+    # the same command without --submit, which writes the table, keeps to it
+    again = make_plan(asked(prepared, out, models=models, candidates=("sampled",), budget=30.0))
+    assert again.times is not None and again.times.machine == Machine(stored["machine"]["cores"], 4)
