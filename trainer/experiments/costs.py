@@ -174,18 +174,18 @@ class SystemCost:
     trained: bool
     epochs: float  # that its settings ask for
     epoch_s: float  # every training event once, and the validations in between
-    validations_s: float  # those that a run has however short it is
+    validations_s: float  # those that a run has however short it is: beside T of a budget
     evaluation_s: Mapping[str, float]  # sampled, hard, full → ranking the test split
     start_s: float  # of a process: one trains, one more for each kind of candidates
 
     def training_s(self, epochs: float) -> float:
-        """With validations, without the process's start."""
-        return self.validations_s + epochs * self.epoch_s if self.trained else 0.0
+        """What grows with the epochs."""
+        return epochs * self.epoch_s
 
     def run_s(self, epochs: float, candidates: Sequence[str] = ()) -> float:
         """Training, and an evaluation on each kind of candidates."""
         evaluations = sum(self.start_s + self.evaluation_s[kind] for kind in candidates)
-        return self.start_s + self.training_s(epochs) + evaluations
+        return self.start_s + self.validations_s + self.training_s(epochs) + evaluations
 
 
 def cost_of(

@@ -64,12 +64,11 @@ def test_the_longest_training_fills_what_is_there(
 
 def test_a_system_that_needs_less_keeps_its_preset_and_the_rest_is_cut_alike() -> None:
     runs = {"quick": runs_of(10, 6.0), "slow": runs_of(100, 60.0, 12.0), "slower": runs_of(5, 300.0)}
-    planned = times(runs, 10)  # 600 s: 90 for starts and evaluations, 60 for quick, 450 for the other two
-    assert planned.longest_s == 225
+    planned = times(runs, 10)  # 600 s: 90 for starts and evaluations, 12 for validations, 60 for quick
+    assert planned.longest_s == (600 - 90 - 12 - 60) / 2
     assert planned.of("quick").epochs == 10 and not planned.of("quick").is_cut
-    assert planned.of("slow").epochs == pytest.approx(3.55)  # (225 − 12) / 60, rounded down
-    assert planned.of("slower").epochs == 0.75
-    assert planned.of("slow").seconds == pytest.approx(30 + 12 + 3.55 * 60)
+    assert planned.of("slow").epochs == 3.65 and planned.of("slower").epochs == 0.73
+    assert planned.of("slow").seconds == pytest.approx(30 + 12 + 3.65 * 60)
     assert planned.seconds == pytest.approx(600) and planned.seconds <= 600
 
 
@@ -101,8 +100,8 @@ def test_a_budget_that_is_too_small_names_the_smallest_that_works() -> None:
 
 
 def test_a_system_that_is_added_later_is_never_without_epochs() -> None:
-    cost = SystemCost(True, 5.0, 10.0, validations_s=90.0, evaluation_s=EVALUATION, start_s=5.0)
-    assert epochs_within(cost, 60.0) == MIN_EPOCHS
+    cost = runs_of(5.0, 6000.0).cost
+    assert epochs_within(cost, 60.0) == MIN_EPOCHS and epochs_within(cost, 600.0) == 0.1
     assert epochs_within(cost, None) == 5.0
 
 

@@ -1,9 +1,10 @@
 """`gensr table --budget MINUTES` → how long each system trains, before anything runs.
 
 The rule is the same for all: no run trains longer than T seconds, with T the largest for which everything
-fits: trials, seeds, the starts of processes and the evaluations. A system whose settings ask for less keeps
-them. T becomes run.max_epochs by the speeds of ../costs.py, so no clock decides what is trained.
-OUT/plan.json keeps T and the epochs, and later calls with more seeds or systems keep to them.
+fits: trials, seeds, and what each run takes however short it is (start, last validation, evaluation). A
+system whose settings ask for less keeps them. T becomes run.max_epochs by the speeds of ../costs.py, so no
+clock decides what is trained. OUT/plan.json keeps T and the epochs, and later calls with more seeds or systems
+keep to them.
 """
 
 import math
@@ -129,7 +130,7 @@ def epochs_within(cost: SystemCost, longest_s: float | None) -> float:
         return cost.epochs
     if longest_s <= cost.training_s(MIN_EPOCHS):
         return min(MIN_EPOCHS, cost.epochs)
-    return _rounded_down((longest_s - cost.validations_s) / cost.epoch_s)
+    return _rounded_down(longest_s / cost.epoch_s)
 
 
 def _rounded_down(number: float) -> float:
@@ -196,9 +197,9 @@ def _longest_s(runs: Mapping[str, Runs], budget_s: float) -> float | None:
         around = {name: one.seconds(0.0) for name, one in runs.items()}
         dearest = sorted(around, key=lambda name: -around[name])[:2]
         raise ConfigError(
-            f"--budget {budget_s / 60:g} is too small: starting and evaluating all runs takes about "
-            f"{around_s / 60:.0f} minutes (most: {' and '.join(dearest)}), and no system should train for "
-            f"less than {MIN_EPOCHS} epochs. The smallest that works is --budget {smallest}. Fewer seeds, "
-            "models, candidates or --events need less"
+            f"--budget {budget_s / 60:g} is too small: starting, validating and evaluating all runs takes "
+            f"about {around_s / 60:.0f} minutes (most: {' and '.join(dearest)}), and no system should train "
+            f"for less than {MIN_EPOCHS} epochs. The smallest that works is --budget {smallest}. Fewer "
+            "seeds, models, candidates or --events need less"
         )
     return longest_training_s(full, budget_s - around_s)
