@@ -45,11 +45,12 @@ def load(
     tree: dict[str, Any] = _deep_copy(base or {})
     if yaml_file is not None:
         _merge(tree, read_yaml(yaml_file))
+    texts = {key for key, field in leaf_fields(cls) if field.type is str}
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not key:
             problems.append((override, "must look like section.key=value"))
-        elif conflict := _set(tree, key.split("."), _parse_value(text)):
+        elif conflict := _set(tree, key.split("."), _parse_value(text, key in texts)):
             problems.append((key, conflict))
     known = [key for key, _ in leaf_fields(cls)]
     problems += _unknown_keys(cls, tree, known)
@@ -221,9 +222,11 @@ def _description(cls: Any, name: str) -> str:
     return next((field.description for field in fields if field and field.description), "")
 
 
-def _parse_value(text: str) -> Any:
-    if text == "":
-        return ""
+def _parse_value(text: str, is_text: bool) -> Any:
+    """What is text stays as it is, unless it is quoted: YAML would cut a path at " #", and take 007, no or
+    2024-01-01 for something else."""
+    if text == "" or (is_text and text[0] not in "'\""):
+        return text
     try:
         return parse_yaml(text)  # "3e-4" stays text; pydantic reads it as a number where one is wanted
     except yaml.YAMLError:

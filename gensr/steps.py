@@ -95,7 +95,8 @@ def train(
     ('finished', 2, 2)
     """
     from trainer.config import Config
-    from trainer.configs import load_config
+    from trainer.runs.run_config import load_run_config
+    from trainer.runtime.launch import read_launch
     from trainer.training.loop import train as run_training
 
     places = {key: str(path) for key, path in (("data.dir", data), ("run.dir", run)) if path}
@@ -103,11 +104,11 @@ def train(
     if isinstance(config, Config):
         from data_shards.settings import flatten, to_dict
 
-        read = load_config(None, [*overrides_of(flatten(to_dict(config))), *overrides])
+        overrides = [*overrides_of(flatten(to_dict(config))), *overrides]
     elif isinstance(config, Mapping):
-        read = load_config(None, [*overrides_of(config), *overrides])
-    else:
-        read = load_config(str(config), overrides)
+        overrides = [*overrides_of(config), *overrides]
+    preset = None if isinstance(config, Config | Mapping) else str(config)
+    read = load_run_config(preset, overrides, read_launch().world_size, resume == "auto")
     return run_training(read, resume, callbacks)
 
 

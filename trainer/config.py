@@ -96,7 +96,10 @@ class OptimConfig:
     """events of one optimizer step over all ranks; each brings 1 + num_negatives candidates. A loss that
     compares events (GenSR's Eq. 10) sees those of one micro-batch, or of one on each rank"""
     micro_batch_size: Positive = 32
-    """events of one forward pass on one rank; accumulation steps are derived and printed"""
+    """events of one forward pass on one rank; accumulation steps are derived and printed. A preset's value is
+    the largest that is used: it is lowered where it does not divide a rank's share of the global batch"""
+    preset_micro_batch_size: NonNegative = 0
+    """written by the trainer: the preset's micro_batch_size, where it was lowered; 0 = it was not"""
 
 
 @s.settings

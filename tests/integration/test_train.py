@@ -30,15 +30,19 @@ from trainer.evaluation.sampled import config_hash
 from trainer.models.backbones.families import build_backbone
 from trainer.models.gensr.model import GenSR
 from trainer.runs import checkpoint
+from trainer.runs.folder import read_status, write_status
+from trainer.runs.run_folder import RunFolder
 from trainer.runs.weights import load_run_model
 from trainer.runtime.stopping import StopSignal
 from trainer.training.loop import EXIT_RESUME_ME, train
 from trainer.training.plan import dry_run
+from trainer.training.setup import Run
 from trainer.training.step import micro_step
 
 ROOT = Path(__file__).parents[2]
 BASE = [
     "model.backbone=scratch:nano",
+    "model.dropout=0.1",  # whose random numbers a continued run needs, too
     "data.item_tokens=8",
     "data.history_tokens=4",
     "data.history_max=8",
@@ -450,6 +454,37 @@ def test_memory_that_runs_out_is_for_the_user_to_mend(
     smaller = ("optim.micro_batch_size=2", "run.accept_changes=optim.micro_batch_size")
     result = train(config_of(data, tmp_path / "run", *smaller), resume="auto")
     assert result.status == "finished" and result.step == 8
+
+
+def test_what_another_rank_than_the_first_meets_is_failed_too(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its peers, rank 0 among them, learn only that it is gone: they must not make it crashed. The next
+    attempt is another matter."""
+    folder = tmp_path / "run"
+    steps = iter(range(100))
+
+    def too_large(*arguments: Any, **named: Any) -> Any:
+        if next(steps) == 9:  # in the fifth step
+            raise MemoryError
+        return micro_step(*arguments, **named)
+
+    def lost(*_: Any) -> None:
+        raise RuntimeError("connection closed by peer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "is_main", False)
+        patch.setattr(trainer.training.loop, "micro_step", too_large)
+        with pytest.raises(EnvironmentProblem, match="memory ran out"):
+            train(config_of(data, folder, "run.checkpoint_every_steps=2"))
+    write_status(folder, "running", read_status(folder))  # rank 0, which saves a checkpoint meanwhile
+    write_status(folder, "crashed", read_status(folder))  # and then notices
+    assert RunFolder(folder).read_status()["status"] == "failed"
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.training.loop, "log", lost)
+        with pytest.raises(RuntimeError, match="closed by peer"):
+            train(config_of(data, folder, "run.checkpoint_every_steps=2"), resume="auto")
+    assert RunFolder(folder).read_status()["status"] == "crashed"
 
 
 def test_a_full_disk_leaves_the_earlier_checkpoint(

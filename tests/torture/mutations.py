@@ -40,6 +40,7 @@ from trainer.training.plan import dry_run
 
 RUN = [
     "model.backbone=scratch:nano",
+    "model.dropout=0.1",  # whose random numbers a continued run needs, too
     "data.item_tokens=8",
     "data.history_tokens=4",
     "data.history_max=8",

@@ -9,15 +9,20 @@ from typing import Any
 import pytest
 import torch
 
+from data_shards.settings import to_yaml
 from trainer.config import Config
 from trainer.configs import load_config
 from trainer.data.folder import PreparedFolder
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, RunError
 from trainer.models.contract import Cost
 from trainer.models.gensr.cost import BackboneSize, backbone_size, tokens_per_event
 from trainer.models.gensr.model import GenSR
 from trainer.models.zoo import model_class
+from trainer.runs.checkpoint import check_settings
+from trainer.runs.run_config import load_run_config
+from trainer.runs.run_folder import RunFolder
 from trainer.runs.world import sizes_only
+from trainer.runtime.launch import Launch
 from trainer.training import plan
 from trainer.training.costs import (
     GB,
@@ -108,6 +113,71 @@ def test_batches_that_do_not_fit_the_processes_are_refused_with_a_fix(world_size
             load_config(None, ["optim.global_batch_size=64", "optim.micro_batch_size=32"]), world_size
         )
     assert fix in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("preset", "overrides", "world_size", "size", "of_preset"),
+    [
+        ("two_tower", [], 1, 256, 0),
+        ("two_tower", [], 2, 128, 256),
+        ("sasrec", [], 4, 512, 0),  # of 2,048: two accumulation steps fewer, the same micro-batch
+        ("sasrec", [], 8, 256, 512),
+        ("demo", ["optim.global_batch_size=48"], 2, 24, 32),
+        ("demo", ["optim.global_batch_size=48", "optim.micro_batch_size=8"], 2, 8, 0),
+        (None, ["optim.global_batch_size=20"], 1, 20, 32),
+        ("two_tower", [], 3, 256, 0),  # 256 events cannot be shared by three: left for the schedule to refuse
+    ],
+)
+def test_a_presets_micro_batch_is_lowered_to_divide(
+    preset: str | None, overrides: list[str], world_size: int, size: int, of_preset: int
+) -> None:
+    optim = load_config(preset, overrides, world_size).optim
+    assert (optim.micro_batch_size, optim.preset_micro_batch_size) == (size, of_preset)
+
+
+def test_a_micro_batch_that_the_user_gave_stays(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("optim: {global_batch_size: 64, micro_batch_size: 64}")
+    for config in (
+        load_config(str(file), [], 2),
+        load_config("two_tower", ["optim.micro_batch_size=256"], 2),
+    ):
+        with pytest.raises(ConfigError, match=r"choose optim\.micro_batch_size among"):
+            grad_accum_steps(config, 2)
+    file.write_text("optim: {global_batch_size: 64}")
+    assert load_config(str(file), [], 4).optim.micro_batch_size == 16
+
+
+def test_a_lowered_micro_batch_is_said_with_what_depends_on_it() -> None:
+    said = {
+        preset: "\n".join(dry_run(load_config(preset, [], world_size), preset, launch).lines)
+        for preset, world_size in (("two_tower", 2), ("bsr", 2), ("demo", 2))
+        if (launch := Launch(world_size=world_size, local_world_size=world_size))
+    }
+    assert "256 events a step = 128 micro-batch × 2 processes × 1 accumulation step" in said["two_tower"]
+    assert "lowered from the preset's 256" in said["two_tower"] and "one forward pass" in said["two_tower"]
+    assert "lowered from the preset's 128" in said["bsr"] and "one forward pass" not in said["bsr"]
+    assert "lowered" not in said["demo"]
+
+
+def test_a_continued_run_keeps_its_lowered_micro_batch(tmp_path: Path) -> None:
+    words = [f"run.dir={tmp_path}"]
+
+    def continued(world_size: int, *more: str) -> Config:
+        return load_run_config("two_tower", [*words, *more], world_size, resume=True)
+
+    before = continued(4)
+    assert before.optim.micro_batch_size == 64
+    path = RunFolder(tmp_path).config
+    path.write_text(to_yaml(before))
+    for world_size in (1, 2, 4):  # any number of processes that 64 fits continues the run
+        assert continued(world_size).optim.micro_batch_size == 64
+        check_settings(before, continued(world_size), path)
+    with pytest.raises(RunError, match=r"was 64, is 32 now.*\n.*run.accept_changes=optim.micro_batch_size"):
+        check_settings(before, continued(8), path)
+    with pytest.raises(RunError, match="was 64, is 128 now"):
+        check_settings(before, continued(1, "optim.micro_batch_size=128"), path)
+    assert load_run_config("two_tower", words, 1, resume=False).optim.micro_batch_size == 256
 
 
 def test_lr_warms_up_and_decays_to_nothing_after_the_last_step() -> None:

@@ -71,6 +71,13 @@ def test_preset_passes_dry_run_without_data_or_hub(preset: str) -> None:
     assert plan.facts["schedule"]["num_steps"] > 100 and plan.facts["seconds"]
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
+@pytest.mark.parametrize("preset", preset_names())
+def test_every_preset_fits_so_many_processes(preset: str, world_size: int) -> None:
+    schedule = make_schedule(load_config(preset, [], world_size), 10_000, world_size)
+    assert schedule.micro_batch_size * schedule.grad_accum_steps * world_size == schedule.global_batch_size
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_preset_header_has_launch_line_memory_time_and_sizes(preset: str) -> None:
     header = "".join(
@@ -307,7 +314,9 @@ def world_size_of(line: str) -> int:
 def test_a_documented_launch_is_accepted(file: str, line: str) -> None:
     """The preset's batches fit the processes of the line."""
     sizes = re.findall(r"optim\.\w+=\d+", line)
-    schedule = make_schedule(load_config(preset_of(line), sizes), 10_000, world_size_of(line))
+    schedule = make_schedule(
+        load_config(preset_of(line), sizes, world_size_of(line)), 10_000, world_size_of(line)
+    )
     assert schedule.world_size == world_size_of(line)
 
 

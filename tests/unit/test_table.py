@@ -44,7 +44,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"models": ("sasrek",)}, "Did you mean sasrec"),
         ({"models": ("sasrec", "sasrec")}, "twice"),
         ({"candidates": ("ful",)}, "ful is none of sampled, hard, full"),
-        ({"epochs": 1.0, "max_steps": 2}, "one of them"),
+        ({"epochs": 1.0, "max_steps": 2}, "give one of them"),
         ({"presets": {"gensr": "demo"}}, "not among the models"),
         ({"presets": {"sasrec": "gru4rec"}}, "one of gru4rec"),
         ({"settings": ("run.seed=3",)}, "sets run.seed itself"),
@@ -368,6 +368,7 @@ def row_of(model: str, title: str, value: float, seeds: int, **more: Any) -> dic
     }
     row = {"model": model, "title": title, "tasks": ["rec"], "trained": seeds > 1, "parameters": 1234, **took}
     row |= {"select_metric": "mean/ndcg@10", "tuning": {}, "cells": [cell] * seeds, "errors": {}}
+    row |= {"note": "trained for 3 of the preset's 300 epochs, by --budget" if model == "sasrec" else ""}
     return {**row, "published": {}, "results": {"sampled": {"rec": tested}}, **more}
 
 
@@ -380,6 +381,7 @@ def made_up() -> dict[str, Any]:
         "published": {"title": "Amazon Kindle Store", "notes": ["gensr, src: swapped"]},
         "seeds": 3,
         "trials": 5,
+        "budget": {"minutes": 360.0, "longest_s": 742.0},
         "candidates": ["sampled"],
         "num_events": {"sampled": {"rec": 1000, "src": 0}},
         "metrics": list(results.SHOWN),
@@ -398,6 +400,8 @@ def test_markdown_has_intervals_failures_tuned_settings_and_notes() -> None:
     assert first.startswith("| SASRec | .400 ± .020 |") and "| .423 |" in first
     assert second.startswith("| popularity | .123 | .123 |") and "-.277 (p .020)" in second
     assert "- gru4rec seed-0: &lt;/script>&lt;b>\\| no memory" in lines
+    start = lines.index("## Cut by --budget 360: no run trains longer than 12.4 minutes")
+    assert lines[start + 2] == "- SASRec: trained for 3 of the preset's 300 epochs, by --budget"
     assert "- SASRec: optim.lr 0.00123" in lines and "Published numbers: gensr, src: swapped." in lines
 
 

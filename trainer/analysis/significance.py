@@ -4,7 +4,6 @@ users (trainer/evaluation/bootstrap.py)."""
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from scipy import stats
 
 from trainer.errors import DataError
 from trainer.evaluation.bootstrap import (
@@ -50,6 +49,8 @@ def seed_interval(values: Sequence[float]) -> Interval:
     It says how well the mean is known, not how far a single run may lie from it. Raises DataError for fewer
     than two runs.
     """
+    from scipy import stats  # seconds; a plan of runs needs none
+
     if len(values) < 2:
         raise DataError(f"{len(values)} run(s) have no interval over seeds: train at least two seeds")
     runs = np.asarray(values, dtype=np.float64)

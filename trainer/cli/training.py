@@ -27,6 +27,7 @@ from trainer.errors import ConfigError
 from trainer.runtime.progress import waiting_for
 
 if TYPE_CHECKING:
+    from trainer.experiments.costs import Machine
     from trainer.experiments.table import Request
 
 
@@ -52,12 +53,14 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Train. Also as: accelerate launch --config_file ds_configs/… -m trainer train …"""
-    from trainer.configs import load_config
+    from trainer.runs.run_config import load_run_config
 
     if resume not in ("never", "auto"):
         raise ConfigError(f"--resume must be never or auto, got {resume}")
     waiting_for("loading PyTorch")
-    config = load_config(preset, overrides or [])
+    from trainer.runtime.launch import read_launch
+
+    config = load_run_config(preset, overrides or [], read_launch().world_size, resume == "auto")
     if dry_run:
         from trainer.training.plan import dry_run as check
 
@@ -270,6 +273,12 @@ def table_of_systems(
     trials: Annotated[int, typer.Option(help="tuning runs of each trained system", min=0)] = 0,
     epochs: Annotated[float, typer.Option(help="of every run; 0 = as its preset says", min=0)] = 0.0,
     max_steps: Annotated[int, typer.Option(help="of every run; 0 = as its preset says", min=0)] = 0,
+    budget: Annotated[
+        float,
+        typer.Option(
+            metavar="MINUTES", help="for all of it: no run trains longer than fits; 0 = no limit", min=0
+        ),
+    ] = 0.0,
     candidates: Annotated[
         str, typer.Option(help="of sampled, hard and full, with commas between")
     ] = "sampled,full",
@@ -282,6 +291,9 @@ def table_of_systems(
         bool, typer.Option("--submit", help="the missing runs as SLURM arrays; write no table yet")
     ] = False,
     gpus_per_node: Annotated[int, typer.Option(help="with --submit; 0 trains on CPU", min=0)] = 1,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="print runs, epochs and hours; write nothing")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train, tune, evaluate and compare systems on one prepared folder; writes OUT/table.{html,md,csv,json}.
@@ -290,6 +302,7 @@ def table_of_systems(
     continue.
     """
     from trainer.experiments.table import Request, make_table
+    from trainer.experiments.table import dry_run as plan
     from trainer.experiments.table.render import markdown
 
     presets = dict(word.partition("=")[::2] for word in preset or [])
@@ -303,20 +316,34 @@ def table_of_systems(
         trials=trials,
         epochs=epochs,
         max_steps=max_steps,
+        budget=budget,
         candidates=_names(candidates),
         events=events,
         presets=presets,
         settings=tuple(overrides or []),
     )
-    if submit:
-        _submit_table(request, gpus_per_node, as_json)
+    machine = _machine_of_jobs(gpus_per_node) if submit else None
+    if dry_run:
+        times = plan(request, machine)
+        answer(times.facts(), as_json, *times.lines())
+        return
+    if machine is not None:
+        _submit_table(request, machine, gpus_per_node, as_json)
         return
     with resumable():
         document = make_table(request, notify=note)
     answer(document, as_json, *markdown(document), "", f"wrote {out / 'table.html'}, .md, .csv and .json")
 
 
-def _submit_table(request: "Request", gpus_per_node: int, as_json: bool) -> None:
+def _machine_of_jobs(gpus_per_node: int) -> "Machine":
+    """What one job of an array gets: the node that it runs on may be another than this one."""
+    from trainer.experiments.costs import Machine
+    from trainer.runtime.launch import num_cores
+
+    return Machine(num_cores(), gpus_per_node)
+
+
+def _submit_table(request: "Request", machine: "Machine", gpus_per_node: int, as_json: bool) -> None:
     import shlex
 
     from data_shards.secrets import mask_secrets
@@ -325,7 +352,10 @@ def _submit_table(request: "Request", gpus_per_node: int, as_json: bool) -> None
     from trainer.experiments.table.submission import plan_submission
 
     command = shlex.join(["gensr", *map(mask_secrets, sys.argv[1:])])
-    submission = plan_submission(make_plan(request), jobs.Machines(gpus_per_node=gpus_per_node), command)
+    plan = make_plan(request, machine)
+    for line in plan.times.lines() if plan.times else ():
+        note(line)
+    submission = plan_submission(plan, jobs.Machines(gpus_per_node=gpus_per_node), command)
     ids = jobs.submit(submission)
     scripts = [str(job.path) for job in submission.jobs]
     lines = [f"job {job_id}  {path}" for job_id, path in zip(ids, scripts, strict=True)]

@@ -14,6 +14,8 @@ from trainer.config import ALSO, Config
 from trainer.errors import ConfigError
 from trainer.models.zoo import GENSR, settings_class
 
+MICRO_BATCH = "optim.micro_batch_size"
+
 
 def preset_names() -> list[str]:
     return sorted(
@@ -38,18 +40,47 @@ def preset_path(preset_or_file: str) -> Path:
     return Path(str(resources.files(__package__) / f"{preset_or_file}.yaml"))
 
 
-def load_config(preset_or_file: str | None, overrides: Sequence[str] = ()) -> Config:
+def load_config(preset_or_file: str | None, overrides: Sequence[str] = (), world_size: int = 1) -> Config:
     """Preset or file, then `section.key=value` overrides → Config, checked as a whole.
 
-    Raises ConfigError with every problem at once.
+    A micro-batch that comes from a preset or the defaults is lowered until it divides what each of
+    `world_size` processes has of a step; one that the user gave stays. Raises ConfigError with every problem
+    at once.
     """
     path = preset_path(preset_or_file) if preset_or_file else None
     given = s.read_yaml(path) if path is not None else {}
     config: Config = s.load(config_type(_model_name(given, overrides)), path, overrides)
+    if not gives_micro_batch(preset_or_file, overrides):
+        config = with_micro_batch(config, config.optim.micro_batch_size, world_size)
     problems = cross_field_problems(config)
     if problems:
         raise ConfigError(s.format_problems(problems, s.where_of(problems, path, overrides)))
     return with_absolute_folders(config)
+
+
+def gives_micro_batch(preset_or_file: str | None, overrides: Sequence[str] = ()) -> bool:
+    """Whether the user says optim.micro_batch_size, in overrides or in a file that is no preset."""
+    if any(override.partition("=")[0] == MICRO_BATCH for override in overrides):
+        return True
+    if not preset_or_file or preset_or_file in preset_names():
+        return False
+    return MICRO_BATCH in s.flatten(s.read_yaml(preset_path(preset_or_file)))
+
+
+def with_micro_batch(config: Config, largest: int, world_size: int) -> Config:
+    """The configuration with the largest micro-batch, at most `largest`, that divides what each of
+    `world_size` processes has of a step. A global batch that these processes cannot share stays as it is: the
+    schedule refuses it."""
+    optim = config.optim
+    share, rest = divmod(optim.global_batch_size, world_size)
+    if rest:
+        return config
+    size = next(size for size in range(min(largest, share), 0, -1) if share % size == 0)
+    if size == optim.micro_batch_size:
+        return config
+    of_preset = optim.preset_micro_batch_size or optim.micro_batch_size
+    lowered = replace(optim, micro_batch_size=size, preset_micro_batch_size=of_preset)
+    return replace(config, optim=lowered)
 
 
 def config_from_dict(tree: Mapping[str, Any]) -> Config:

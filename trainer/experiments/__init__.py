@@ -1,1 +1,1 @@
-"""Many runs: sweeps, clusters, import."""
+"""Many runs: tables, the paper's evaluation, sweeps, clusters, import; and what they will cost."""

@@ -3,6 +3,7 @@
 import importlib
 import pkgutil
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,12 @@ BASELINES = Path(__file__).with_name("baselines")
 
 
 def model_names() -> list[str]:
-    return [GENSR, *sorted(module.name for module in pkgutil.iter_modules([str(BASELINES)]))]
+    return [GENSR, *_baselines()]
+
+
+@cache
+def _baselines() -> list[str]:
+    return sorted(module.name for module in pkgutil.iter_modules([str(BASELINES)]))
 
 
 def model_class(name: str) -> "type[Ranker]":

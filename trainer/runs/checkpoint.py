@@ -49,6 +49,7 @@ FREE_KEYS = {
     "data.dir",  # the manifest's hash is compared instead
     "data.cache_dir",
     "data.num_workers",
+    "optim.preset_micro_batch_size",  # why optim.micro_batch_size is what it is
     "run.dir",
     "run.log_every_steps",
     "run.checkpoint_every_steps",

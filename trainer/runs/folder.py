@@ -181,12 +181,23 @@ def write_facts(config: Config, facts: dict[str, Any]) -> None:
         temporary.write_text(json.dumps(masked(facts), indent=2) + "\n", encoding="utf-8")
 
 
+def begin_status(folder: Path, progress: Progress) -> None:
+    """This attempt is running, whatever the one before came to."""
+    _put_status(folder, "running", progress)
+
+
 def write_status(folder: Path, status: str, progress: Progress, enabled: bool = True) -> None:
+    """Within an attempt, failed has the last word. The rank that has failed knows why and writes it; its
+    peers see no more than that it is gone, and would say crashed."""
+    has_failed = RunFolder(folder).read_status().get("status") == "failed"
+    if enabled and not (has_failed and status in ("running", "crashed")):
+        _put_status(folder, status, progress)
+
+
+def _put_status(folder: Path, status: str, progress: Progress) -> None:
     """A disk that does not take it costs a warning: what ends a run is told by the error that ended it. A
     full one still takes the new status in the blocks of the old: a job script must not start again what a
     user has to mend."""
-    if not enabled:
-        return
     path = RunFolder(folder).status
     text = json.dumps({"status": status, "progress": asdict(progress)}, indent=2) + "\n"
     try:

@@ -93,6 +93,7 @@ def train(
         with claim.undone_on_error():
             run = set_up(config, folder, launch, accelerator, claim.continuing, callbacks)
         try:
+            on_main(accelerator, lambda: runfolder.begin_status(run.dir, run.progress))
             tracked_here = config.tracking.enabled and launch.local_rank == 0
             measuring = measured(config.run.dir, config.tracking.machine_every_s, tracked_here)
             stopping = StopSignal(accelerator, config.run.timeout_s, lambda reason: last_words(run, reason))
@@ -103,7 +104,8 @@ def train(
             problem = error if isinstance(error, GensrError) else out_of_memory(error)
             # else a lost peer or a second signal, for example: another attempt may succeed
             status = "failed" if problem else "crashed"
-            runfolder.write_status(run.dir, status, run.progress, enabled=run.is_main)
+            # on any rank: what only one meets (memory, its node's disk) is for the user to mend all the same
+            runfolder.write_status(run.dir, status, run.progress, enabled=run.is_main or problem is not None)
             run.tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
             if problem is None or problem is error:
                 raise

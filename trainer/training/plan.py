@@ -135,6 +135,17 @@ def batch_arithmetic(s: Schedule) -> str:
     return f"{s.global_batch_size} events a step = {s.micro_batch_size} micro-batch × {ranks} × {passes}"
 
 
+def _lowered(config: Config) -> list[str]:
+    """Why the micro-batch is not the preset's, and whether that changes what is learned."""
+    optim = config.optim
+    if not optim.preset_micro_batch_size:
+        return []
+    lines = [f"micro-batch lowered from the preset's {optim.preset_micro_batch_size}, to divide the batch"]
+    if model_class(config.model.name).in_batch:
+        lines.append("the loss compares events of one forward pass: fewer in a smaller micro-batch")
+    return lines
+
+
 def _count(number: int, one: str, many: str) -> str:
     return f"{number} {one if number == 1 else many}"
 
@@ -157,6 +168,7 @@ def run_rows(
         ("model", config.model.describe()),
         ("parameters", f"{model.total:,}, of which {model.trainable:,} are trained"),
         ("batch", f"{batch_arithmetic(s)}; {1 + config.data.num_negatives} candidates an event"),
+        *(("", line) for line in _lowered(config)),
         (
             "steps",
             f"{s.num_steps:,} ({s.num_epochs:.2f} epochs), warm-up {s.warmup_steps}, peak lr "

@@ -6,7 +6,8 @@ import pytest
 
 from data_shards.errors import ConfigError
 from data_shards.options import PrepareSettings, load_prepare_settings
-from data_shards.settings import load, read_yaml
+from data_shards.settings import load, parse_yaml, read_yaml, to_yaml
+from trainer.configs import config_from_dict, load_config
 
 BOMB = "a0: &a0 [1, 2, 3]\n" + "".join(
     f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12)
@@ -68,3 +69,14 @@ def test_aliases_of_a_usual_size_are_fine(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["2023-99-99", "0x_", "[" * 5000, "&a [*a]", "9" * 5000, "a: b: c", "\x00"])
 def test_an_override_that_is_no_yaml_is_text(text: str) -> None:
     assert load_prepare_settings("tables", [f"tokenizer={text}"]).tokenizer == text
+
+
+@pytest.mark.parametrize(
+    "text", ["runs #1/a", "#1", "a: b", "&a b", "007", "5", "2024-01-01", "12:30", "no", "null", "~", "[a]"]
+)
+def test_a_text_is_taken_as_it_stands(text: str) -> None:
+    """YAML cut a folder's name at " #" without a word, and refused what it took for a number or a date."""
+    config = load_config(None, [f"run.dir={text}", "optim.lr=3e-4"])
+    assert (config.run.dir, config.optim.lr) == (text, 3e-4)
+    assert config_from_dict(parse_yaml(to_yaml(config))) == config
+    assert load_config(None, [f"run.dir='{text}'"]).run.dir == text, "quotes are YAML's"

@@ -19,12 +19,13 @@ import trainer.experiments.table.run as table_run
 from data_shards.settings import read_yaml
 from trainer.data.folder import PreparedFolder
 from trainer.errors import ConfigError
-from trainer.experiments.paper.budget import LEVELS, WHOLE, Machine, Size, run_seconds
+from trainer.experiments.costs import Machine, Size
+from trainer.experiments.paper.budget import LEVELS, WHOLE
 from trainer.experiments.paper.page import paper_cell
 from trainer.experiments.paper.plan import PaperRequest, dry_run, keep, make_plan, parts_of, seconds_of
 from trainer.experiments.table.cells import Cell
 
-SIZE = Size(54_000, 3_900)
+SIZE = Size.of_halves(54_000, 3_900, items=4_000)
 
 
 def request(out: Path, **changes: Any) -> PaperRequest:
@@ -32,13 +33,6 @@ def request(out: Path, **changes: Any) -> PaperRequest:
 
 
 # ---- budget and plan ---------------------------------------------------------------------------------------
-
-
-def test_a_run_costs_training_ranking_and_two_starts() -> None:
-    rates = {"gensr": 100.0, "default": 100.0}
-    found = run_seconds("gensr", 2, Size(1000, 300), rates, Machine(cores=1, gpus=0), trained=True)
-    assert found == pytest.approx(2 * 25 + 2 * 1000 / 100 + 300 * 100 / (100 * 15))
-    assert run_seconds("bm25", 2, SIZE, rates, Machine(1, 0), trained=False) == 50
 
 
 def test_more_minutes_buy_more_and_fit(tmp_path: Path) -> None:
@@ -81,7 +75,7 @@ def test_wrong_arguments_are_named(tmp_path: Path) -> None:
 def test_a_begun_evaluation_keeps_its_plan(tmp_path: Path) -> None:
     begun = keep(make_plan(request(tmp_path, budget="30"), SIZE))
     # the machine or the data's size seems other now: the same command goes on with the same plan
-    again = keep(make_plan(request(tmp_path, budget="30"), Size(10, 10)))
+    again = keep(make_plan(request(tmp_path, budget="30"), Size.of_halves(10, 10, 10)))
     assert again == begun
     with pytest.raises(ConfigError, match="was begun with"):
         keep(make_plan(request(tmp_path, budget="60"), SIZE))
@@ -184,7 +178,7 @@ def stand_in(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.slow
 def test_an_interrupted_evaluation_goes_on(stand_in: StandIn, tmp_path: Path) -> None:
-    asked = request(tmp_path / "out", data=tmp_path / "data", budget="25")
+    asked = request(tmp_path / "out", data=tmp_path / "data", budget="10")
     plan = make_plan(asked, paper_run.size_of_data(asked))
     cells = plan.cells()
     stand_in.stop_at = cells[2].title

@@ -1,16 +1,9 @@
 """Minutes → what is run. A budget buys seeds first, then variants, then systems; epochs shrink last.
 
-An hour is estimated from events a second (recipes.yaml), which are those of one CPU core; a GPU is taken as
-GPU_SPEED such cores. It is a plan, not a promise: the report says what the runs took.
+Hours are estimated by ../costs.py: a plan, not a promise. The report says what the runs took.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-
-GPU_SPEED = 40.0  # cores of the measured kind that one GPU stands for; a rough guess for small models
-START_S = 25.0  # of a process: imports, tables; twice a run
-CANDIDATES_A_TRAINING_EVENT = 5 * 3  # forward and backward of 5 candidates cost as much as scoring these
-MIN_EPOCHS = 0.02
 
 
 @dataclass(frozen=True)
@@ -65,36 +58,3 @@ LEVELS = (  # rich to poor
     Budget(2, 1, 1, ("ablations", "transfer"), "cross", 0.5, 0, ("sampled",), 1000, "smaller"),
     Budget(1, 1, 1, ("ablations", "transfer"), "cross", 0.2, 0, ("sampled",), 500, "smallest"),
 )
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Of which the estimate speaks."""
-
-    cores: int
-    gpus: int
-
-    @property
-    def speed(self) -> float:
-        """In cores of recipes.yaml. Two cores train a little less than twice as fast as one."""
-        return self.gpus * GPU_SPEED if self.gpus else max(1.0, 0.8 * self.cores)
-
-
-@dataclass(frozen=True)
-class Size:
-    """Events of a prepared folder."""
-
-    train: int
-    test: int
-
-
-def run_seconds(
-    model: str, epochs: float, size: Size, rates: Mapping[str, float], machine: Machine, trained: bool
-) -> float:
-    """Training and evaluation of one run, on sampled candidates."""
-    if not trained:
-        return 2 * START_S
-    rate = float(rates.get(model, rates["default"])) * machine.speed
-    training = epochs * size.train / rate
-    ranking = size.test * 100 / (rate * CANDIDATES_A_TRAINING_EVENT)
-    return 2 * START_S + training + ranking

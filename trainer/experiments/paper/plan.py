@@ -13,23 +13,17 @@ from typing import Any
 from data_shards.settings import flatten, parse_yaml, to_dict
 from trainer.configs import load_config, preset_names, preset_path
 from trainer.errors import ConfigError
-from trainer.experiments.paper.budget import (
-    LEVELS,
-    MIN_EPOCHS,
-    WHOLE,
-    Budget,
-    Machine,
-    Size,
-    run_seconds,
-)
+from trainer.experiments.costs import MIN_EPOCHS, Machine, Size, SystemCost, cost_of, this_machine
+from trainer.experiments.paper.budget import LEVELS, WHOLE, Budget
 from trainer.experiments.table.cells import Cell
 from trainer.experiments.table.plan import Request
 from trainer.experiments.table.tuning import words_of
-from trainer.models.zoo import model_class, model_names
+from trainer.models.zoo import model_names
 from trainer.runs.run_folder import read_json
 from trainer.runtime.files import atomic
 
 GENSR = "gensr"
+MOST_EPOCHS = 10.0  # of an estimate: where a preset has hundreds, it stops early
 
 
 @dataclass(frozen=True)
@@ -240,40 +234,25 @@ def keep(plan: PaperPlan) -> PaperPlan:
 # ---- estimates ---------------------------------------------------------------------------------------------
 
 
-def this_machine() -> Machine:
-    import torch
-
-    from trainer.runtime.device import has_gpu
-    from trainer.runtime.launch import num_cores
-
-    return Machine(num_cores(), torch.cuda.device_count() if has_gpu() else 0)
-
-
 def documented_size(preset: str) -> Size:
     """From the preset's `# sizes:` line."""
     for line in preset_path(preset).read_text(encoding="utf-8").splitlines():
         if line.startswith("# sizes: "):
             counts = dict(part.split("=") for part in line.removeprefix("# sizes: ").split())
-            return Size(int(counts["train_events"]), int(counts["valid_events"]))
+            train, test, items = (int(counts[key]) for key in ("train_events", "valid_events", "items"))
+            return Size.of_halves(train, test, items)
     raise ConfigError(f"the preset {preset} documents no sizes")
 
 
 def parts_of(plan: PaperPlan, size: Size, machine: Machine | None = None) -> list[tuple[str, int, float]]:
     """(what, number of runs, seconds)."""
     machine, budget = machine or this_machine(), plan.budget
-    rates = dict(read_recipes()["events_per_s"])
-    rates[GENSR] = min(rates[GENSR], _gensr_rate(plan, machine))
     rows = []
     for name in plan.systems:
-        trained, number = (
-            model_class(name).trained,
-            len(plan.table.seeds_of(name)) + plan.table.trials_of(name),
-        )
-        epochs = budget.epochs or min(_max_epochs(plan.request.recipe["preset"], name), 10.0)
-        one = run_seconds(name, epochs, size, rates, machine, trained)
-        if "full" in budget.candidates:  # retrieval, then ranking of some hundreds of items
-            one += budget.events / 20 / machine.speed if trained else 10.0
-        rows.append((name, number, number * one))
+        cost = _cost(plan.request, name, size, machine, budget.events)
+        number = len(plan.table.seeds_of(name)) + plan.table.trials_of(name)
+        epochs = budget.epochs or min(cost.epochs, MOST_EPOCHS)
+        rows.append((name, number, number * cost.run_s(epochs, budget.candidates)))
     for analysis in dict.fromkeys(variant.analysis for variant in plan.variants):
         number = len(plan.cells(analysis))
         one = next(seconds / count for name, count, seconds in rows if name == GENSR)
@@ -281,26 +260,17 @@ def parts_of(plan: PaperPlan, size: Size, machine: Machine | None = None) -> lis
     return rows
 
 
-def _gensr_rate(plan: PaperPlan, machine: Machine) -> float:
-    """Events a second by what its backbone computes, in the unit of recipes.yaml: of one core's share."""
-    from trainer.training.costs import ASSUMED_FLOPS
-
-    flops = _gensr_size(plan).cost.flops
-    on_gpus = machine.gpus * next(iter(ASSUMED_FLOPS.values()))
-    return float((on_gpus or _cpu_flops()) / flops / machine.speed)
-
-
 @cache
-def _cpu_flops() -> float:
-    from trainer.training.costs import CPU_EFFICIENCY, measured_flops
+def _system_cost(
+    preset: str | None, name: str, settings: tuple[str, ...], size: Size, machine: Machine, events: int
+) -> SystemCost:
+    config = load_config(preset, [*([] if preset else [f"model.name={name}"]), *settings])
+    return cost_of(config, size, machine, events, preset)
 
-    return measured_flops() * CPU_EFFICIENCY
 
-
-@cache
-def _max_epochs(gensr_preset: str, name: str) -> float:
-    preset = gensr_preset if name == GENSR else name if name in preset_names() else None
-    return load_config(preset, [] if preset else [f"model.name={name}"]).run.max_epochs
+def _cost(request: PaperRequest, name: str, size: Size, machine: Machine, events: int) -> SystemCost:
+    preset = request.recipe["preset"] if name == GENSR else name if name in preset_names() else None
+    return _system_cost(preset, name, request.settings, size, machine, events)
 
 
 def seconds_of(plan: PaperPlan, size: Size) -> float:
@@ -316,14 +286,13 @@ def dry_run(request: PaperRequest) -> dict[str, Any]:
     parts = parts_of(plan, size, machine)
     runs, seconds = sum(number for _, number, _ in parts), sum(found for *_, found in parts)
     gigabytes = _disk_gb(plan, runs)
-    where = f"{machine.gpus} GPUs" if machine.gpus else f"{machine.cores} CPU cores"
     lines = [
         f"gensr paper {request.name}: budget {plan.budget.name}, {runs} runs, about "
-        f"{seconds / 3600:.1f} hours on {where}, about {gigabytes:.1f} GB of run folders",
-        f"  data  {request.data_dir}: {size.train:,} training events",
+        f"{seconds / 3600:.1f} hours on {machine.title}, about {gigabytes:.1f} GB of run folders",
+        f"  data  {request.data_dir}: {sum(size.train):,} training events",
         f"  {'what':<28}{'runs':>6}{'hours':>9}",
         *(f"  {name:<28}{number:>6}{found / 3600:>9.2f}" for name, number, found in parts),
-        "  hours are estimates from the speeds that presets document",
+        "  hours are estimates from trainer/experiments/speeds.yaml",
         *(f"  trust: {line}" for line in plan.budget.trust),
     ]
     return {
@@ -344,7 +313,7 @@ def size_of_data(request: PaperRequest) -> Size | None:
     from trainer.data.folder import PreparedFolder
 
     manifest = PreparedFolder.at(request.data_dir).manifest
-    return Size(manifest.num_events("train"), manifest.num_events("test"))
+    return Size.of_manifest(manifest)
 
 
 def _disk_gb(plan: PaperPlan, runs: int) -> float:

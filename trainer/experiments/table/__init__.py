@@ -1,6 +1,7 @@
 """`gensr table`: every system of the zoo on one prepared folder, trained, tuned, evaluated and compared.
 
 plan.py        what was asked for, and OUT/settings/MODEL.yaml: each system's settings
+budget.py      minutes → each system's epochs, from ../costs.py
 tuning.py      the same number of trials for each trained system
 cells.py       one run folder a model and seed, made by processes of their own
 results.py     run folders → table.json
@@ -9,7 +10,7 @@ run.py         the story
 submission.py  its runs as arrays of SLURM jobs
 """
 
-from trainer.experiments.table.plan import Request
+from trainer.experiments.table.plan import Request, dry_run
 from trainer.experiments.table.run import make_table
 
-__all__ = ["Request", "make_table"]
+__all__ = ["Request", "dry_run", "make_table"]

@@ -1,13 +1,14 @@
 """What was asked for, checked as a whole, and each system's settings: OUT/settings/MODEL.yaml.
 
 A second call with other settings would mix two experiments in one table, so it is refused. More models, more
-seeds or another kind of candidates only add cells.
+seeds or another kind of candidates only add cells. With a budget, a later call keeps the epochs of the first.
 """
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from data_shards.schema import Manifest
 from data_shards.settings import flatten, read_yaml, to_dict, to_yaml
@@ -17,17 +18,21 @@ from trainer.data.eval_stream import check_hard
 from trainer.data.folder import PreparedFolder
 from trainer.errors import ConfigError
 from trainer.evaluation.summary import CANDIDATES
+from trainer.experiments.costs import Machine, Size, cost_of, this_machine
+from trainer.experiments.table.budget import Runs, Times, plan_times, within
 from trainer.models.zoo import model_class, model_names
 from trainer.runs.run_folder import read_json
 from trainer.runtime.files import SECRET_MODE, atomic
 from trainer.tracking.store import sqlite_uri
 
 OWNED = ("data.dir", "run.dir", "run.seed", "model.name")  # settings that the table decides
+LENGTHS = ("run.max_epochs", "run.max_steps")  # and with a budget these
 
 
 @dataclass(frozen=True)
 class Request:
-    """The arguments of the command. models empty = all; epochs and max_steps 0 = as each preset says."""
+    """The arguments of the command. models empty = all; epochs and max_steps 0 = as each preset says; budget
+    in minutes, 0 = none."""
 
     folder: str
     out: Path
@@ -36,6 +41,7 @@ class Request:
     trials: int = 0
     epochs: float = 0.0
     max_steps: int = 0
+    budget: float = 0.0
     candidates: tuple[str, ...] = ("sampled", "full")
     events: int = 2000  # of the whole-catalogue ranking, 0 = all
     presets: Mapping[str, str] = field(default_factory=dict)
@@ -59,6 +65,10 @@ class Request:
         """What came of its trials."""
         return self.out / "tuning" / f"{model}.json"
 
+    @property
+    def plan_file(self) -> Path:
+        return self.out / "plan.json"
+
     def settings_file(self, model: str) -> Path:
         return self.out / "settings" / f"{model}.yaml"
 
@@ -70,42 +80,98 @@ class Plan:
     request: Request
     folder: PreparedFolder
     configs: Mapping[str, Config]  # model → its settings, without run.dir
+    times: Times | None  # with a budget
 
 
-def make_plan(request: Request) -> Plan:
-    """Writes OUT/plan.json and OUT/settings/. Raises ConfigError for what cannot be, or differs from what OUT
-    was begun with; DataError when FOLDER is not a prepared folder, or lacks the hard candidates."""
+def make_plan(request: Request, machine: Machine | None = None) -> Plan:
+    """Writes OUT/plan.json and OUT/settings/. machine: that a budget speaks of; None: this one. Raises
+    ConfigError for what cannot be, or differs from what OUT was begun with; DataError when FOLDER is not a
+    prepared folder, or lacks the hard candidates."""
+    plan = _read(request, machine)
+    for name, config in plan.configs.items():
+        with atomic(
+            request.settings_file(name), SECRET_MODE
+        ) as temporary:  # a tracking URI may hold a password
+            temporary.write_text(to_yaml(config), encoding="utf-8")
+    begun = _begun(plan.folder.manifest, request)
+    if plan.times is not None:
+        facts, known = plan.times.facts(), _known(request)
+        facts["systems"] = {**known.get("budget", {}).get("systems", {}), **facts["systems"]}
+        begun["budget"] = facts
+    with atomic(request.plan_file) as temporary:
+        temporary.write_text(json.dumps(begun, indent=2) + "\n", encoding="utf-8")
+    return plan
+
+
+def dry_run(request: Request, machine: Machine | None = None) -> Times:
+    """What make_plan() would plan; nothing is written. Raises as it does."""
+    plan = _read(request, machine)
+    return plan.times or _times(request, plan.folder.manifest, plan.configs, machine, {})
+
+
+def _read(request: Request, machine: Machine | None) -> Plan:
+    """The plan, checked against what OUT was begun with."""
     _check(request)
     of_data = [word for word in request.settings if word.startswith("data.")]
     folder = PreparedFolder.open(load_config(None, [f"data.dir={request.folder}", *of_data]).data)
     if "hard" in request.candidates:
         check_hard(folder)
     configs = {name: _config(request, name, folder.manifest) for name in request.names}
-    begun = {
-        "manifest_hash": folder.manifest.hash,
-        "trials": request.trials,
-        "events": request.events,
-    }
-    path = request.out / "plan.json"
-    known = read_json(path)
+    known, begun = _known(request), _begun(folder.manifest, request)
     changed = [
         f"{key} was {known[key]}, is {begun[key]}" for key in begun if known and known[key] != begun[key]
     ]
-    for name, config in configs.items():
-        changed += _differences(name, request.settings_file(name), config)
+    budget = known.get("budget", {})
+    if known and bool(budget) != bool(request.budget):
+        changed.append(
+            f"--budget was {budget.get('minutes', 'not given')}, is {request.budget or 'not given'}"
+        )
+    times = None
+    if request.budget and not changed:
+        times = _times(request, folder.manifest, configs, machine, budget)
+        configs = {name: within(config, times.of(name)) for name, config in configs.items()}
+    if not changed:
+        for name, config in configs.items():
+            changed += _differences(name, request.settings_file(name), config)
     if changed:
         raise ConfigError(
             f"{request.out} was begun with other settings: {'; '.join(changed)}. Give the same ones, or "
             "choose another OUT"
         )
-    for name, config in configs.items():
-        with atomic(
-            request.settings_file(name), SECRET_MODE
-        ) as temporary:  # a tracking URI may hold a password
-            temporary.write_text(to_yaml(config), encoding="utf-8")
-    with atomic(path) as temporary:
-        temporary.write_text(json.dumps(begun, indent=2) + "\n", encoding="utf-8")
-    return Plan(request, folder, configs)
+    return Plan(request, folder, configs, times)
+
+
+def _known(request: Request) -> dict[str, Any]:
+    return read_json(request.plan_file)
+
+
+def _begun(manifest: Manifest, request: Request) -> dict[str, Any]:
+    return {"manifest_hash": manifest.hash, "trials": request.trials, "events": request.events}
+
+
+def _times(
+    request: Request,
+    manifest: Manifest,
+    configs: Mapping[str, Config],
+    machine: Machine | None,
+    known: Mapping[str, Any],
+) -> Times:
+    """known: what plan.json holds of the first call, whose machine, T and epochs stay."""
+    if known:
+        machine = Machine(**known["machine"])
+    elif machine is None:
+        machine = this_machine(max(config.run.threads for config in configs.values()))
+    size = Size.of_manifest(manifest)
+    runs = {
+        name: Runs(
+            seeds=len(request.seeds_of(name)),
+            trials=request.trials_of(name),
+            candidates=request.candidates,
+            cost=cost_of(config, size, machine, request.events),
+        )
+        for name, config in configs.items()
+    }
+    return plan_times(runs, machine, request.budget, known)
 
 
 def _check(request: Request) -> None:
@@ -114,8 +180,11 @@ def _check(request: Request) -> None:
         problems.append(f"--candidates: {', '.join(unknown)} is none of {', '.join(CANDIDATES)}")
     if not request.candidates:
         problems.append(f"--candidates: name some of {', '.join(CANDIDATES)}")
-    if request.epochs and request.max_steps:
-        problems.append("--epochs and --max-steps: give one of them")
+    if sum(map(bool, (request.epochs, request.max_steps, request.budget))) > 1:
+        problems.append("--epochs, --max-steps and --budget: give one of them")
+    lengths = [word for word in request.settings if word.partition("=")[0] in LENGTHS]
+    if request.budget and lengths:
+        problems.append(f"--budget sets the epochs itself: leave out {', '.join(lengths)}")
     if len(set(request.names)) < len(request.names):
         problems.append("--models: a name stands there twice")
     if strangers := [name for name in request.presets if name not in request.names]:

@@ -61,12 +61,20 @@ def markdown(document: Mapping[str, Any]) -> list[str]:
     if errors:
         lines += ["", "## Failed", ""]
         lines += [f"- {title}: {_plain(text)}" for title, text in errors.items()]
+    if notes := [f"- {row['title']}: {row['note']}" for row in document["rows"] if row["note"]]:
+        lines += ["", f"## {budget_line(document['budget'])}", "", *notes]
     if tuned := [row for row in document["rows"] if row["tuning"]]:
         lines += ["", f"## Tuned settings ({document['trials']} trials for each trained system)", ""]
         lines += [f"- {row['title']}: {_settings(row['tuning']['settings'])}" for row in tuned]
     if document["published"]["notes"]:
         lines += ["", *(f"Published numbers: {note}." for note in document["published"]["notes"])]
     return lines
+
+
+def budget_line(budget: Mapping[str, Any]) -> str:
+    """Of a document whose budget has cut something."""
+    longest = budget["longest_s"] / 60
+    return f"Cut by --budget {budget['minutes']:g}: no run trains longer than {longest:.1f} minutes"
 
 
 def _markdown_block(document: Mapping[str, Any], kind: str, task: str, rows: Sequence[Row]) -> list[str]:

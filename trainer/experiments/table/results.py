@@ -25,6 +25,7 @@ from trainer.analysis.figures import read_records
 from trainer.analysis.significance import holm, paired_difference, seed_interval
 from trainer.evaluation.metrics import METRICS, metric_values
 from trainer.evaluation.summary import evaluation_name, read_evaluation
+from trainer.experiments.table.budget import note_of
 from trainer.experiments.table.cells import SPLIT, Cell, is_done
 from trainer.experiments.table.plan import Plan
 from trainer.models.zoo import model_class
@@ -96,6 +97,7 @@ def read_results(plan: Plan, cells: Sequence[Cell], errors: Mapping[str, str]) -
         "published": {key: published[key] for key in ("title", "notes")},
         "seeds": request.seeds,
         "trials": request.trials,
+        "budget": plan.times.facts() if plan.times else {},
         "candidates": list(kinds),
         "num_events": num_events,
         "metrics": list(SHOWN),
@@ -123,6 +125,7 @@ def _row(plan: Plan, name: str, cells: Sequence[Cell], errors: Mapping[str, str]
         },
         "select_metric": config.run.select_metric,
         "tuning": tuned,
+        "note": note_of(plan.times.facts()["systems"][name] if plan.times else {}),
         "cells": facts,
         "errors": dict(errors),
         "results": {},

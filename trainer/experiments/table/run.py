@@ -55,6 +55,8 @@ def make_table(request: Request, notify: Notify = lambda line: None) -> dict[str
     """
     with sigterm_as_interrupt():
         plan = make_plan(request)
+        for line in plan.times.lines() if plan.times else ():
+            notify(line)
         total = sum(request.trials_of(m) + len(request.seeds_of(m)) for m in plan.configs)
         steps = Steps(total, notify)
         errors: dict[str, str] = {}

@@ -46,8 +46,9 @@ class GenSRSettings(CfSettings):
     and 6"""
     num_heads: Positive = 2
     """heads of the history encoders and of the soft filter (Eqs. 3–5)"""
-    dropout: Fraction = 0.1
-    """dropout of the history encoders and of a backbone from scratch"""
+    dropout: Fraction = 0.0
+    """dropout of the history encoders and of a backbone from scratch; a pretrained backbone has its own. The
+    small backbones from scratch learn better without (docs/RESULTS.md)"""
     words_dim: Positive = 64
     """width of the learned table of anonymised words"""
     temperature: PositiveFloat = 0.07

@@ -1,0 +1,96 @@
+"""What runs are estimated to take, by hand; nothing is trained or timed."""
+
+import pytest
+
+from data_shards.schema import REC, SRC
+from trainer.configs import load_config
+from trainer.experiments import costs
+from trainer.experiments.costs import Machine, Size, cost_of, read_speeds, speed_of
+from trainer.models.zoo import model_class, model_names
+
+ONE_CORE = Machine(cores=1, gpus=0)
+SIZE = Size((2048, 1000), (300, 100), (600, 200), items=50, num_negatives=99, num_hard_negatives=49)
+SASREC = {"events_per_s": 100, "candidates_per_s": 1000, "catalogue_events_per_s": 10}
+
+
+@pytest.fixture
+def speeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = {
+        "start_s": 10,
+        "candidates_a_training_event": 15,
+        "counted": {"candidates_per_s": 1000, "catalogue_events_per_s": 100},
+        "default": {"events_per_s": 10},
+        "models": {"sasrec": SASREC, "two_tower": {"events_per_s": 50}},
+    }
+    monkeypatch.setattr(costs, "read_speeds", lambda: made)
+
+
+@pytest.mark.usefixtures("speeds")
+def test_a_run_costs_training_validations_evaluations_and_starts() -> None:
+    words = ["run.max_epochs=4", "optim.global_batch_size=512", "run.valid_events=200"]
+    config = load_config("sasrec", [*words, "run.validate_every_steps=2"])
+    cost = cost_of(config, SIZE, ONE_CORE, full_events=500)
+    validation_s = 200 * 100 / 1000
+    # recommendations only: 2,048 events are four steps, with a validation after two and after four of them
+    assert cost.epochs == 4 and cost.epoch_s == pytest.approx(2048 / 100 + 2 * validation_s)
+    assert cost.training_s(3) == pytest.approx(3 * cost.epoch_s)
+    assert cost.validations_s == validation_s, "the last one, however short the run"
+    assert cost.evaluation_s == {"sampled": 60, "hard": 30, "full": 50}
+    assert cost.run_s(3, ("sampled", "full")) == pytest.approx(3 * 10 + 60 + 50 + 20 + 3 * cost.epoch_s)
+    whole = cost_of(config, SIZE, ONE_CORE)
+    assert whole.evaluation_s["full"] == 60, "0 events are all of the test split's recommendations"
+
+
+@pytest.mark.usefixtures("speeds")
+def test_five_validations_are_the_price_of_the_shortest_run() -> None:
+    words = ["run.max_epochs=2", "run.valid_events=0", "run.validate_every_steps=0"]
+    cost = cost_of(load_config("two_tower", words), SIZE, ONE_CORE)
+    assert cost.epoch_s == pytest.approx(3048 / 50), "of both tasks"
+    assert cost.validations_s == pytest.approx(5 * 400 * 100 / (50 * 15))
+    # it has views: the catalogue of 50 items is shorter than what retrieval would find
+    assert cost.evaluation_s["full"] == pytest.approx(800 / (50 * 15 / 50))
+
+
+@pytest.mark.usefixtures("speeds")
+def test_steps_of_a_preset_are_epochs_and_counting_has_none() -> None:
+    words = ["run.max_steps=8", "optim.global_batch_size=512"]
+    assert cost_of(load_config("sasrec", words), SIZE, ONE_CORE).epochs == 2
+    counted = cost_of(load_config("popularity"), SIZE, ONE_CORE)
+    assert not counted.trained and counted.run_s(7, ("sampled",)) == 10 + 10 + 600 * 100 / 1000
+
+
+@pytest.mark.usefixtures("speeds")
+def test_cores_and_gpus_are_faster_and_unknown_models_have_the_default() -> None:
+    config = load_config("sasrec")
+    one, two = (speed_of(config, 50, Machine(cores, 0)).events_per_s for cores in (1, 2))
+    assert (one, two) == (100, 160)
+    assert speed_of(config, 50, Machine(2, 1)).events_per_s == 100 * costs.GPU_SPEED
+    assert speed_of(load_config("fmlp"), 50, ONE_CORE).events_per_s == 10
+    assert Machine(1, 0).title == "1 CPU core" and Machine(8, 2).title == "2 GPUs"
+
+
+def test_events_are_counted_by_task() -> None:
+    assert SIZE.events("train", (SRC,)) == 1000 and SIZE.events("test", (REC, SRC)) == 800
+    halves = Size.of_halves(101, 11, items=5)
+    assert halves.events("train", (REC, SRC)) == 101 and halves.events("test", (REC,)) == 6
+
+
+def test_a_larger_backbone_is_slower_than_the_measured_one() -> None:
+    measured = load_config("scientific_small")
+    size = 4_344
+    small = speed_of(measured, size, ONE_CORE, "scientific_small")
+    assert small.events_per_s == read_speeds()["models"]["gensr"]["events_per_s"]
+    larger = load_config("scientific_small", ["model.backbone=scratch:mini"])
+    slow = speed_of(larger, size, ONE_CORE, "scientific_small")
+    assert slow.events_per_s < 0.7 * small.events_per_s
+    ratio = slow.events_per_s / small.events_per_s
+    assert slow.candidates_per_s == pytest.approx(ratio * small.candidates_per_s)
+
+
+def test_speeds_are_those_of_models_that_are_trained() -> None:
+    for name in read_speeds()["models"]:
+        assert name in model_names() and model_class(name).trained
+    for name in model_names():
+        speed = costs.core_speed(name, 4_344)
+        assert speed.candidates_per_s > 0 and speed.catalogue_events_per_s > 0
+        assert bool(speed.events_per_s) == model_class(name).trained

@@ -1,0 +1,220 @@
+"""gensr table --budget: minutes become epochs before anything runs. By hand, and through the command."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from data_shards.settings import read_yaml
+from trainer.cli import app
+from trainer.errors import ConfigError
+from trainer.experiments import submit as jobs
+from trainer.experiments.costs import MIN_EPOCHS, Machine, SystemCost
+from trainer.experiments.table.budget import (
+    Runs,
+    Times,
+    epochs_within,
+    longest_training_s,
+    note_of,
+    plan_times,
+)
+from trainer.experiments.table.plan import Request, dry_run, make_plan
+
+ONE_CORE = Machine(cores=1, gpus=0)
+EVALUATION = {"sampled": 20.0, "full": 30.0}
+
+
+def runs_of(epochs: float, epoch_s: float, validations_s: float = 0.0, **changes: Any) -> Runs:
+    cost = SystemCost(True, epochs, epoch_s, validations_s, EVALUATION, start_s=5.0)
+    return Runs(**{"seeds": 1, "trials": 0, "candidates": ("sampled",), "cost": cost, **changes})
+
+
+COUNTED = Runs(1, 0, ("sampled",), SystemCost(False, 0.0, 0.0, 0.0, EVALUATION, start_s=5.0))
+
+
+def times(runs: dict[str, Runs], minutes: float, known: Any = None) -> Times:
+    return plan_times(runs, ONE_CORE, minutes, known)
+
+
+# ---- T -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("full", "available_s", "expected"),
+    [
+        ([(1, 10.0), (1, 30.0)], 40.0, None),
+        ([(1, 10.0), (1, 30.0)], 39.0, 29.0),
+        ([(1, 10.0), (1, 30.0)], 20.0, 10.0),
+        ([(1, 10.0), (1, 30.0)], 12.0, 6.0),
+        ([(3, 30.0), (2, 10.0)], 50.0, 10.0),
+        ([(3, 30.0), (2, 10.0)], 80.0, 20.0),
+        ([], 0.0, None),
+    ],
+)
+def test_the_longest_training_fills_what_is_there(
+    full: list[tuple[int, float]], available_s: float, expected: float | None
+) -> None:
+    found = longest_training_s(full, available_s)
+    assert found == expected
+    if found is not None:
+        assert sum(runs * min(seconds, found) for runs, seconds in full) == pytest.approx(available_s)
+
+
+def test_a_system_that_needs_less_keeps_its_preset_and_the_rest_is_cut_alike() -> None:
+    runs = {"quick": runs_of(10, 6.0), "slow": runs_of(100, 60.0, 12.0), "slower": runs_of(5, 300.0)}
+    planned = times(runs, 10)  # 600 s: 90 for starts and evaluations, 12 for validations, 60 for quick
+    assert planned.longest_s == (600 - 90 - 12 - 60) / 2
+    assert planned.of("quick").epochs == 10 and not planned.of("quick").is_cut
+    assert planned.of("slow").epochs == 3.65 and planned.of("slower").epochs == 0.73
+    assert planned.of("slow").seconds == pytest.approx(30 + 12 + 3.65 * 60)
+    assert planned.seconds == pytest.approx(600) and planned.seconds <= 600
+
+
+def test_trials_are_trained_and_seeds_are_evaluated_too() -> None:
+    one = runs_of(10, 6.0, seeds=2, trials=3, candidates=("sampled", "full"))
+    assert one.seconds(10) == 3 * (5 + 60) + 2 * (5 + 60 + 5 + 20 + 5 + 30)
+    assert times({"one": one, "counted": COUNTED}, 60).of("counted").seconds == 30
+
+
+def test_more_minutes_never_mean_fewer_epochs() -> None:
+    runs = {"quick": runs_of(10, 6.0, seeds=3), "slow": runs_of(100, 60.0, seeds=3), "counted": COUNTED}
+    before = {"quick": 0.0, "slow": 0.0}
+    for minutes in (6, 10, 20, 60, 200, 400):
+        planned = times(runs, minutes)
+        assert planned.seconds <= 60 * minutes
+        for name, least in before.items():
+            assert planned.of(name).epochs >= least
+            before[name] = planned.of(name).epochs
+    assert before == {"quick": 10, "slow": 100} and planned.longest_s is None
+    assert times(runs, 0).systems == planned.systems, "without a budget nothing is cut"
+
+
+def test_a_budget_that_is_too_small_names_the_smallest_that_works() -> None:
+    runs = {"slow": runs_of(100, 6000.0), "quick": runs_of(0.01, 6.0), "counted": COUNTED}
+    with pytest.raises(ConfigError, match=r"--budget 3 is too small: .* smallest that works is --budget 4\."):
+        times(runs, 3)
+    smallest = times(runs, 4)
+    assert smallest.of("slow").epochs >= MIN_EPOCHS and smallest.of("quick").epochs == 0.01
+
+
+def test_a_system_that_is_added_later_is_never_without_epochs() -> None:
+    cost = runs_of(5.0, 6000.0).cost
+    assert epochs_within(cost, 60.0) == MIN_EPOCHS and epochs_within(cost, 600.0) == 0.1
+    assert epochs_within(cost, None) == 5.0
+
+
+def test_later_calls_keep_t_and_the_epochs_of_the_first() -> None:
+    first = times({"slow": runs_of(100, 60.0)}, 10)
+    known = json.loads(json.dumps(first.facts()))
+    more = {"slow": runs_of(100, 60.0, seeds=3), "other": runs_of(50, 30.0)}
+    with pytest.raises(
+        ConfigError, match=r"with the epochs of the first call, which stay, .* Give --budget 40"
+    ):
+        times(more, 30, known)
+    second = times(more, 40, known)
+    assert second.longest_s == first.longest_s and second.of("slow").epochs == first.of("slow").epochs
+    assert second.of("other").epochs == pytest.approx(19, abs=0.01)
+
+
+def test_what_is_cut_is_said() -> None:
+    cut = times({"slow": runs_of(100, 60.0), "quick": runs_of(1, 6.0)}, 10)
+    said = {name: note_of(facts) for name, facts in cut.facts()["systems"].items()}
+    assert said == {"slow": "trained for 8.9 of the preset's 100 epochs, by --budget", "quick": ""}
+    assert note_of({}) == ""
+    text = "\n".join(cut.lines())
+    assert "budget 10 minutes: 2 runs" in text and "no run trains longer than 8.9 minutes" in text
+
+
+# ---- plan and command --------------------------------------------------------------------------------------
+
+
+def asked(data: Path, out: Path, **changes: Any) -> Request:
+    models = ("popularity", "sasrec", "gru4rec")
+    return Request(str(data), out, **{"models": models, "seeds": 1, "budget": 3.0, **changes})
+
+
+def test_a_budget_becomes_max_epochs_and_stays(prepared: Path, tmp_path: Path) -> None:
+    # so few events train in seconds: with many epochs asked for, minutes are what ends them
+    long = {"models": ("popularity", "sasrec"), "presets": {"sasrec": str(long_preset(tmp_path))}}
+    first = make_plan(asked(prepared, tmp_path / "out", **long), ONE_CORE)
+    assert first.times is not None
+    epochs = first.times.of("sasrec").epochs
+    assert 0 < epochs < 1e6 and first.configs["sasrec"].run.max_epochs == epochs
+    written = read_yaml(tmp_path / "out" / "settings" / "sasrec.yaml")
+    assert written["run"]["max_epochs"] == epochs
+    stored = json.loads((tmp_path / "out" / "plan.json").read_text())["budget"]
+    assert stored["systems"]["sasrec"]["preset_epochs"] == 1e6 and stored["longest_s"] > 0
+
+    again = make_plan(asked(prepared, tmp_path / "out", **long), Machine(64, 0))
+    assert again.times == first.times, "the same words go on, on another machine, too"
+    more = make_plan(asked(prepared, tmp_path / "out", **long, seeds=3, budget=9.0))
+    assert more.configs == first.configs
+    with pytest.raises(ConfigError, match="with the epochs of the first call, which stay"):
+        make_plan(asked(prepared, tmp_path / "out", **long, seeds=3))
+    with pytest.raises(ConfigError, match=r"--budget was 9\.0, is not given"):
+        make_plan(asked(prepared, tmp_path / "out", **long, budget=0.0))
+
+
+def long_preset(folder: Path) -> Path:
+    path = folder / "long.yaml"
+    path.write_text("model: {name: sasrec}\nrun: {max_epochs: 1.0e+6, validate_every_steps: 1000000}\n")
+    return path
+
+
+def test_a_table_that_was_begun_without_a_budget_is_not_cut(prepared: Path, tmp_path: Path) -> None:
+    make_plan(asked(prepared, tmp_path, budget=0.0))
+    with pytest.raises(ConfigError, match="--budget was not given, is 30"):
+        make_plan(asked(prepared, tmp_path, budget=30.0))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"epochs": 1.0}, "give one of them"),
+        ({"max_steps": 3}, "give one of them"),
+        ({"settings": ("run.max_epochs=2",)}, "leave out run.max_epochs=2"),
+        ({"budget": 0.1}, "smallest that works is --budget 2"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(
+    prepared: Path, tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        make_plan(asked(prepared, tmp_path / "out", **changes), ONE_CORE)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_plans_and_writes_nothing(prepared: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = ["table", str(prepared), str(out), "--models", "popularity,sasrec", "--seeds", "2"]
+    found = CliRunner().invoke(app, [*command, "--budget", "30", "--dry-run"], catch_exceptions=False)
+    assert found.exit_code == 0 and "budget 30 minutes: 3 runs" in found.output, found.output
+    assert "sasrec" in found.output and "counted" in found.output and not out.exists()
+    as_json = CliRunner().invoke(app, [*command, "--dry-run", "--json"], catch_exceptions=False)
+    document = json.loads(as_json.stdout)
+    assert document["longest_s"] is None and document["systems"]["sasrec"]["runs"] == 2
+    assert document["systems"]["sasrec"]["epochs"] == 300 and not out.exists()
+    planned = dry_run(asked(prepared, out, models=("popularity", "sasrec"), seeds=2, budget=0.0))
+    assert planned.seconds == document["seconds"]
+    for wrong in (["--budget", "30", "--epochs", "1"], ["--budget", "0.1"]):
+        refused = CliRunner().invoke(app, [*command, *wrong, "--dry-run"])
+        assert refused.exit_code == 1 and not out.exists()
+
+
+def test_a_budget_of_arrays_speaks_of_what_a_job_gets(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, models = tmp_path / "out", ("popularity", "sasrec")
+    monkeypatch.setattr(jobs, "checked", lambda preset, words, machines: (None, []))
+    monkeypatch.setattr(jobs, "submit", lambda submission: ["7", "8"])
+    command = ["table", str(prepared), str(out), "--models", ",".join(models), "--seeds", "1"]
+    command += ["--budget", "30", "--candidates", "sampled"]
+    found = CliRunner().invoke(app, [*command, "--submit", "--gpus-per-node", "4"], catch_exceptions=False)
+    assert found.exit_code == 0 and "budget 30 minutes" in found.output, found.output
+    stored = json.loads((out / "plan.json").read_text())["budget"]
+    assert stored["machine"]["gpus"] == 4
+    # the same command without --submit, which writes the table, keeps to it
+    again = make_plan(asked(prepared, out, models=models, candidates=("sampled",), budget=30.0))
+    assert again.times is not None and again.times.machine == Machine(stored["machine"]["cores"], 4)
