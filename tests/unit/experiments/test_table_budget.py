@@ -9,9 +9,10 @@ from typer.testing import CliRunner
 
 from data_shards.settings import read_yaml
 from trainer.cli import app
+from trainer.configs import load_config
 from trainer.errors import ConfigError
 from trainer.experiments import submit as jobs
-from trainer.experiments.costs import MIN_EPOCHS, Machine, SystemCost
+from trainer.experiments.costs import MIN_EPOCHS, Machine, Size, SystemCost, cost_of
 from trainer.experiments.table.budget import (
     Runs,
     Times,
@@ -21,6 +22,7 @@ from trainer.experiments.table.budget import (
     plan_times,
 )
 from trainer.experiments.table.plan import Request, dry_run, make_plan
+from trainer.models.zoo import model_names
 
 ONE_CORE = Machine(cores=1, gpus=0)
 EVALUATION = {"sampled": 20.0, "full": 30.0}
@@ -125,6 +127,18 @@ def test_what_is_cut_is_said() -> None:
     assert note_of({}) == ""
     text = "\n".join(cut.lines())
     assert "budget 10 minutes: 2 runs" in text and "no run trains longer than 8.9 minutes" in text
+
+
+def test_the_whole_scientific_table_fits_six_hours_on_two_cores() -> None:
+    """What README.md says, by speeds.yaml: three seeds of every system, on sampled candidates."""
+    two_cores, size = Machine(cores=2, gpus=0), Size((41_858, 40_757), (8_317, 8_077), (8_317, 8_116), 4_344)
+    runs = {}
+    for name in model_names():
+        cost = cost_of(load_config("scientific_small" if name == "gensr" else name), size, two_cores)
+        runs[name] = Runs(3 if cost.trained else 1, 0, ("sampled",), cost)
+    planned = plan_times(runs, two_cores, 360)
+    assert planned.seconds <= 6 * 3600 and planned.longest_s is not None and planned.longest_s > 60
+    assert planned.seconds > 0.95 * 6 * 3600, "what is there is used"
 
 
 # ---- plan and command --------------------------------------------------------------------------------------

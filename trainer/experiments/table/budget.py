@@ -3,8 +3,8 @@
 The rule is the same for all: no run trains longer than T seconds, with T the largest for which everything
 fits: trials, seeds, and what each run takes however short it is (start, last validation, evaluation). A
 system whose settings ask for less keeps them. T becomes run.max_epochs by the speeds of ../costs.py, so no
-clock decides what is trained. OUT/plan.json keeps T and the epochs, and later calls with more seeds or systems
-keep to them.
+clock decides what is trained. OUT/plan.json keeps T and the epochs, and later calls with more seeds or
+systems keep to them.
 """
 
 import math
