@@ -32,7 +32,8 @@ from trainer.models.backbones.adapters import merge_adapters
 from trainer.models.backbones.backbone import Prompt
 from trainer.models.backbones.frozen import save_frozen_identity
 from trainer.models.backbones.language import adapters_only, language_model
-from trainer.models.contract import Ranker, World
+from trainer.models.cf_view import cf_view
+from trainer.models.contract import Ranker, View, World
 from trainer.models.gensr.prompt import answer_tokens
 from trainer.models.gensr.settings import LoraConfig
 from trainer.models.layers.history import HistoryKind, pack
@@ -106,6 +107,10 @@ class Collm(Ranker):
         self.check_history(batch, reads_users=self.settings.user == "table" and self._reads_cf)
         logits_BC1 = self.backbone.answer_logits(self._prompt(batch), self.get_buffer("text_yes"))
         return logits_BC1[..., 0]
+
+    def views(self) -> dict[str, View]:
+        """One prompt an item costs too much for a whole catalogue: LightGCN's vectors choose the items."""
+        return {"cf": cf_view(self, {REC: 1.0})}
 
     @property
     def _reads_cf(self) -> bool:

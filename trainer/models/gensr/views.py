@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from data_shards.schema import REC, SRC
 from trainer.batch import Batch
+from trainer.models.cf_view import cf_view, history_mean
 from trainer.models.contract import PreRanking, View
 from trainer.models.gensr.category_items import CategoryItems
 
@@ -24,25 +25,19 @@ def gensr_views(model: "GenSR") -> dict[str, View]:
     semantic: E_s of the item's text, asked with the query if it has a known word, else with the mean over the
     history; it finds new items, too."""
 
-    def cf_items(rows: Tensor) -> Tensor:
-        return model.tables.cf[rows].float()
-
-    def ask_cf(batch: Batch, mean: Tensor) -> Tensor:
-        return _history_mean(F.normalize(cf_items(batch.history_items), dim=-1, eps=1e-12), batch)
-
     def semantic_items(rows: Tensor) -> Tensor:
         return model.semantic_vectors(rows, model.world.data.item_tokens).float()
 
     def ask_semantic(batch: Batch, mean: Tensor) -> Tensor:
         raw_BND = semantic_items(batch.history_items)
         centred_BND = (raw_BND - mean) * raw_BND.any(-1, keepdim=True)
-        by_history_BD = _history_mean(F.normalize(centred_BND, dim=-1, eps=1e-12), batch)
+        by_history_BD = history_mean(F.normalize(centred_BND, dim=-1, eps=1e-12), batch)
         by_query_BD = model.query_parts(batch.query)[2].float()  # as it is: it lacks what all texts share
         return by_history_BD.where(~by_query_BD.any(1, keepdim=True), by_query_BD)
 
     by_semantics = {task: 1.0 - share for task, share in CF_SHARE.items()}
     return {
-        "cf": View(model.tables.cf.shape[1], cf_items, ask_cf, CF_SHARE, whole_history=True),
+        "cf": cf_view(model, CF_SHARE),
         "semantic": View(
             model.backbone.width,
             semantic_items,
@@ -52,12 +47,6 @@ def gensr_views(model: "GenSR") -> dict[str, View]:
             whole_history=True,
         ),
     }
-
-
-def _history_mean(vectors_BNW: Tensor, batch: Batch) -> Tensor:
-    """Mean over the real items of each history, [B, W]; 0 without any."""
-    mask_BN1 = batch.history_mask[..., None]
-    return (vectors_BNW * mask_BN1).sum(1) / mask_BN1.sum(1).clamp(min=1)
 
 
 def gensr_pre_ranking(model: "GenSR") -> PreRanking | None:

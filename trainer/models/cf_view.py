@@ -1,0 +1,29 @@
+"""Retrieval by LightGCN's vectors, for models that read the CF table."""
+
+from collections.abc import Mapping
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from trainer.batch import Batch
+from trainer.models.contract import Ranker, View
+
+
+def cf_view(model: Ranker, share: Mapping[int, float]) -> View:
+    """Asked with the mean over the history's unit vectors; items without training clicks have none. share: of
+    the candidates that come from this view, by task."""
+
+    def items(rows: Tensor) -> Tensor:
+        vectors: Tensor = model.tables.cf[rows]
+        return vectors.float()
+
+    def ask(batch: Batch, mean: Tensor) -> Tensor:
+        return history_mean(F.normalize(items(batch.history_items), dim=-1, eps=1e-12), batch)
+
+    return View(model.tables.cf.shape[1], items, ask, share, whole_history=True)
+
+
+def history_mean(vectors_BNW: Tensor, batch: Batch) -> Tensor:
+    """Mean over the real items of each history, [B, W]; 0 without any."""
+    mask_BN1 = batch.history_mask[..., None]
+    return (vectors_BNW * mask_BN1).sum(1) / mask_BN1.sum(1).clamp(min=1)
