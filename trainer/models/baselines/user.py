@@ -34,6 +34,7 @@ from trainer.models.contract import CATALOGUE_SLICE, Ranker, World
 from trainer.models.layers.attention import AdditivePooling, masked_softmax
 from trainer.models.layers.dropout import Dropout
 from trainer.models.layers.embedding import ItemTable
+from trainer.models.layers.item_memory import ItemMemory
 from trainer.models.losses import listwise_loss
 
 
@@ -229,16 +230,17 @@ class User(Ranker):
     def __init__(self, settings: UserSettings, world: World) -> None:
         super().__init__(settings, world)
         self.core = UserCore(world.num_users, world.num_terms, settings)
+        self._memory: ItemMemory | None = None
 
     def score(self, batch: Batch) -> Tensor:
         question = self._question(batch)
-        scores_BC: Tensor = self.core(question, self.core.text_vectors(self._items(batch.candidates)))
+        scores_BC: Tensor = self.core(question, self._item_vectors(batch.candidates))
         return scores_BC
 
     def score_catalogue(self, batch: Batch) -> Tensor:
         question, parts = self._question(batch), []
         for rows in torch.arange(self.world.num_items, device=batch.candidates.device).split(CATALOGUE_SLICE):
-            items_CD = self.core.text_vectors(self._items(rows))
+            items_CD = self._item_vectors(rows)
             parts.append(self.core(question, items_CD.expand(batch.num_events, -1, -1)))
         return torch.cat(parts, 1)
 
@@ -246,6 +248,10 @@ class User(Ranker):
         data = self.world.data
         weights_B = torch.where(batch.task == SRC, data.weight_src, data.weight_rec).float()
         return listwise_loss(self.score(batch), batch.labels, weights_B), {}
+
+    def ready_to_serve(self) -> None:
+        """Most of a score is the layer over the words of the candidate's text."""
+        self._memory = ItemMemory(self.world.num_items)
 
     # ---- batch → core --------------------------------------------------------------------------------------
 
@@ -259,6 +265,14 @@ class User(Ranker):
         query_BD = self.core.text_vectors(self._queries(batch.query))
         asked_BD = torch.where(search_B1, query_BD, self.core.users(batch.user + 1))
         return self.core.question(asked_BD, *sessions)
+
+    def _item_vectors(self, rows: Tensor) -> Tensor:
+        """Texts of items […] → […, D]."""
+
+        def compute(rows: Tensor) -> Tensor:
+            return self.core.text_vectors(self._items(rows))
+
+        return self._memory(rows, compute) if self._memory else compute(rows)
 
     def _items(self, rows: Tensor) -> Tensor:
         """Words of items […, W]."""
