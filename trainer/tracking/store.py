@@ -94,9 +94,8 @@ def connect(uri: str) -> "MlflowClient":
 
     for name in ("alembic", "mlflow"):  # database migrations and hints
         logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger("mlflow.store.db.utils").setLevel(
-        logging.CRITICAL
-    )  # a traceback of what it raises, too
+    # it logs a traceback of what it raises, too
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     path = sqlite_path(uri)
     if path is None:
         return MlflowClient(tracking_uri=uri, registry_uri=uri)
