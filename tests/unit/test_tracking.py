@@ -32,6 +32,7 @@ from trainer.tracking.store import (
     connect,
     metric_name,
     must_exist,
+    one_line,
     read_run_file,
     sqlite_uri,
     tracking_uri,
@@ -395,6 +396,19 @@ def test_half_a_new_database_is_not_left(
         with pytest.raises(EnvironmentProblem, match=rf"mlflow\.db: MLflow cannot use.*{reason}"):
             connect(sqlite_uri(path))
     assert path.exists() is ("locked" in reason)
+
+
+def test_an_error_of_the_database_is_its_own_words_and_no_traceback(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a full disk the first line was SQLAlchemy's advice about autoflush, after a page of MLflow's log."""
+    client = connect(sqlite_uri(tmp_path / "mlflow.db"))
+    with sqlite3.connect(tmp_path / "mlflow.db") as database:
+        database.execute("DROP TABLE experiment_tags")
+    with pytest.raises(MlflowException) as raised:
+        client.search_experiments(filter_string="tags.a = 'b'")
+    assert one_line(raised.value) == "no such table: experiment_tags"
+    assert capsys.readouterr().err == ""
 
 
 def test_a_folder_that_cannot_be_written_is_said_at_once(

@@ -94,6 +94,8 @@ def connect(uri: str) -> "MlflowClient":
 
     for name in ("alembic", "mlflow"):  # database migrations and hints
         logging.getLogger(name).setLevel(logging.WARNING)
+    # it logs a traceback of what it raises, too
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     path = sqlite_path(uri)
     if path is None:
         return MlflowClient(tracking_uri=uri, registry_uri=uri)
@@ -235,8 +237,10 @@ def dump(document: Mapping[str, Any], file_name: str) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of an error, for messages of our own."""
-    text = str(error).strip().splitlines()
+    """The first line of an error, for messages of our own. Of a database it is what the database said:
+    SQLAlchemy begins with advice to its own users."""
+    said = getattr(error.__cause__ or error, "orig", None) or error
+    text = str(said).strip().splitlines()
     return mask_secrets(text[0]) if text else type(error).__name__
 
 
