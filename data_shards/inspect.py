@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 
 from data_shards.blocks import decode_blocks, tar_entries
 from data_shards.schema import NO_QUERY, SPLITS, SRC, TASKS, Manifest, read_manifest
-from data_shards.steps import difference_table, removed_table
+from data_shards.steps import aligned, difference_table, removed_table
 from data_shards.verify import verify
 
 SHOWN_CLICKS = 5  # of the example's history
@@ -68,18 +68,16 @@ def describe(facts: dict[str, Any]) -> list[str]:
     if counts.get("categories"):
         lines += [f"  {counts['categories']:,} categories of items in {counts['category_depth']} levels"]
     lines += [f"  {name} {bound['utc']}" for name, bound in splits["boundaries"].items()]
-    lines += [
-        "",
-        f"  {'split':<8}{'recommendation':>16}{'search':>12}{'shards':>9}{'blocks':>9}{'bytes':>15}"
-        f"{'bytes/event':>13}",
-    ]
+    head = ("split", "recommendation", "search", "shards", "blocks", "bytes", "bytes/event")
+    rows = []
     for split in SPLITS:
         shard = facts["shards"][split]
-        lines.append(
-            f"  {split:<8}{counts[split]['rec']:>16,}{counts[split]['src']:>12,}{shard['shards']:>9,}"
-            f"{shard['blocks']:>9,}{shard['num_bytes']:>15,}{shard['bytes_per_event'] or 0:>13}"
-        )
+        numbers = (counts[split]["rec"], counts[split]["src"], shard["shards"], shard["blocks"])
+        written = (*numbers, shard["num_bytes"], shard["bytes_per_event"] or 0)
+        rows.append((split, *(f"{number:,}" for number in written)))
     lines += [
+        "",
+        *aligned(head, rows),
         "",
         f"  text: {text['mode']}, tokenizer {text.get('tokenizer', '?')} ({text['vocab_size']:,} entries), "
         f"{text['num_words']:,} anonymised words",
@@ -129,12 +127,8 @@ def count_table(facts: dict[str, Any]) -> list[str]:
         "here, clicks after filtering": kept,
         **{f"published: {name}": row for name, row in facts["published"].items()},
     }
-    width = max(len(name) for name in rows) + 2
-    lines = [f"  {'':<{width}}" + "".join(f"{name:>14}" for name in names)]
-    for name, row in rows.items():
-        lines.append(
-            f"  {name:<{width}}" + "".join(f"{row[key]:>14,}" if key in row else f"{'':>14}" for key in names)
-        )
+    shown = [(name, *(f"{row[key]:,}" if key in row else "" for key in names)) for name, row in rows.items()]
+    lines = aligned(("", *names), shown)
     if paths := facts["source"].get("paths"):
         lines += ["", *query_lines(facts["source"], paths)]
     if levels := facts["source"].get("category_levels"):

@@ -1,6 +1,7 @@
 """Which step of a preparation removed how much, and how far the counts are from published ones."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from data_shards.schema import SPLITS, TASKS
@@ -106,10 +107,16 @@ def _distance(published: Counts, counts: Counts) -> float:
 
 
 def _lines(title: str, rows: list[tuple[str, Counts]], signed: bool = False) -> list[str]:
-    width = max(len(title), *(len(name) for name, _ in rows)) + 2
-    lines = [f"  {title:<{width}}" + "".join(f"{name:>14}" for name in COUNTS)]
     form = "+," if signed else ","
-    for name, row in rows:
-        shown = (f"{row[key]:{form}}" if key in row else "" for key in COUNTS)
-        lines.append(f"  {name:<{width}}" + "".join(f"{value:>14}" for value in shown))
-    return lines
+    shown = [(name, *(f"{row[key]:{form}}" if key in row else "" for key in COUNTS)) for name, row in rows]
+    return aligned((title, *COUNTS), shown)
+
+
+def aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table as lines, no wider than it has to be: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    return [
+        f"  {cells[0]:<{widths[0]}}"
+        + "".join(f"  {cell:>{width}}" for cell, width in zip(cells[1:], widths[1:], strict=True))
+        for cells in (head, *rows)
+    ]

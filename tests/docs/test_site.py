@@ -1,8 +1,11 @@
 """The notebook runs, and the pages that are made from the code hold what they should."""
 
+import html
 import json
+import re
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pandas as pd
 import pytest
@@ -42,7 +45,7 @@ def test_the_reference_is_made_from_the_code() -> None:
 
 
 def test_the_site_builds(tmp_path: Path) -> None:
-    """With mkdocs-material (pip install -e .[docs]); `make docs` does the same."""
+    """With mkdocs-material; `make docs` does the same. Links from page to page arrive, at a heading, too."""
     pytest.importorskip("material")
     from mkdocs.commands.build import build
     from mkdocs.config import load_config
@@ -51,3 +54,28 @@ def test_the_site_builds(tmp_path: Path) -> None:
     build(config)
     for page in ("index", "tutorial/index", "reference-keys/index", "format/index"):
         assert (tmp_path / "site" / f"{page}.html").is_file()
+    assert not broken_links(tmp_path / "site")
+
+
+def broken_links(site: Path) -> list[str]:
+    """`page → link` of every link inside the site that arrives nowhere. Links into the repository (files
+    outside docs/) lead out of the site, or to a file that it does not have."""
+    pages = {page: page.read_text(encoding="utf-8") for page in site.rglob("*.html")}
+    anchors = {page: set(re.findall(r' id="?([^"\s>]+)', text)) for page, text in pages.items()}
+    broken, checked = [], 0
+    for page, text in pages.items():
+        if page.name == "404.html":  # its links start at the root of a server
+            continue
+        for link in re.findall(r'<a[^>]* href="?([^"\s>]+)', text):
+            address, _, anchor = unquote(html.unescape(link)).partition("#")
+            if re.match(r"[a-z]+:", address) or address.startswith("/"):
+                continue
+            target = (page.parent / address).resolve() if address else page
+            target = target / "index.html" if target.is_dir() else target
+            if target.suffix != ".html" or not target.is_relative_to(site):
+                continue
+            checked += 1
+            if target not in pages or (anchor and anchor not in anchors[target]):
+                broken.append(f"{page.relative_to(site)} → {link}")
+    assert checked > 100
+    return broken
