@@ -29,6 +29,7 @@ PRESETS = [
     "demo",
     "kuaisar_flan_t5_base",
     "kuaisar_flan_t5_xl_lora",
+    "scientific_paper",
     "scientific_small",
 ]
 JSONS = [name for name in ds_configs.names() if name.endswith(".json")]
