@@ -7,8 +7,8 @@ from torch import Tensor
 
 
 class ItemMemory:
-    """For models whose weights stay as they are: made in Ranker.ready_to_serve(). It takes 4 bytes × num_items
-    × width of memory, of which only the items that were asked for are touched. Scores under gradients are not
+    """For models whose weights stay as they are: made in Ranker.ready_to_serve(). It takes num_items × width
+    floats of memory, of which only the items that were asked for are touched. Scores under gradients are not
     remembered."""
 
     def __init__(self, num_items: int) -> None:
