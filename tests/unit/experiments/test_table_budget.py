@@ -130,8 +130,8 @@ def test_what_is_cut_is_said() -> None:
 
 
 def test_the_whole_scientific_table_fits_six_hours_on_two_cores() -> None:
-    """What README.md says, by speeds.yaml: three seeds of every system, both kinds of candidates, of the whole
-    catalogue the table's usual sample of events."""
+    """What README.md says, by speeds.yaml: three seeds of every system, both kinds of candidates, of the
+    whole catalogue the usual sample of events."""
     two_cores, size = Machine(cores=2, gpus=0), Size((41_858, 40_757), (8_317, 8_077), (8_317, 8_116), 4_344)
     runs = {}
     for name in model_names():
