@@ -123,8 +123,12 @@ def test_a_run_with_secrets_in_both_urls(data_url: str, tmp_path: Path, gensr: C
     nothing_leaks(tmp_path, *(text for verb in (done, *verbs) for text in (verb.stdout, verb.stderr)), *shown)
 
 
-def test_errors_of_urls_with_secrets(data_url: str, tmp_path: Path, gensr: Callable[..., Said]) -> None:
+def test_errors_of_urls_with_secrets(
+    data_url: str, tmp_path: Path, gensr: Callable[..., Said], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A folder that is not there, and a tracking server that is not."""
+    for wait in ("OPEN_WAIT_S", "FINISH_WAIT_S"):
+        monkeypatch.setattr(tracker, wait, 2.0)
     run_dir = tmp_path / "runs" / "two"
     wrong = gensr("train", "demo", f"data.dir={data_url.replace('{}', 'nothing/{}')}", f"run.dir={run_dir}")
     assert wrong.returncode == 1 and "manifest.json" in wrong.stderr and "exit 22" in wrong.stderr
