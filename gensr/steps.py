@@ -95,7 +95,7 @@ def train(
     ('finished', 2, 2)
     """
     from trainer.config import Config
-    from trainer.runs.run_config import load_run_config
+    from trainer.runs.launch_config import load_launch_config
     from trainer.runtime.launch import read_launch
     from trainer.training.loop import train as run_training
 
@@ -108,7 +108,7 @@ def train(
     elif isinstance(config, Mapping):
         overrides = [*overrides_of(config), *overrides]
     preset = None if isinstance(config, Config | Mapping) else str(config)
-    read = load_run_config(preset, overrides, read_launch().world_size, resume == "auto")
+    read = load_launch_config(preset, overrides, read_launch().world_size, resume == "auto")
     return run_training(read, resume, callbacks)
 
 

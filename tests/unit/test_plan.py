@@ -19,7 +19,7 @@ from trainer.models.gensr.cost import BackboneSize, backbone_size, tokens_per_ev
 from trainer.models.gensr.model import GenSR
 from trainer.models.zoo import model_class
 from trainer.runs.checkpoint import check_settings
-from trainer.runs.run_config import load_run_config
+from trainer.runs.launch_config import load_launch_config
 from trainer.runs.run_folder import RunFolder
 from trainer.runs.world import sizes_only
 from trainer.runtime.launch import Launch
@@ -164,7 +164,7 @@ def test_a_continued_run_keeps_its_lowered_micro_batch(tmp_path: Path) -> None:
     words = [f"run.dir={tmp_path}"]
 
     def continued(world_size: int, *more: str) -> Config:
-        return load_run_config("two_tower", [*words, *more], world_size, resume=True)
+        return load_launch_config("two_tower", [*words, *more], world_size, resume=True)
 
     before = continued(4)
     assert before.optim.micro_batch_size == 64
@@ -177,7 +177,7 @@ def test_a_continued_run_keeps_its_lowered_micro_batch(tmp_path: Path) -> None:
         check_settings(before, continued(8), path)
     with pytest.raises(RunError, match="was 64, is 128 now"):
         check_settings(before, continued(1, "optim.micro_batch_size=128"), path)
-    assert load_run_config("two_tower", words, 1, resume=False).optim.micro_batch_size == 256
+    assert load_launch_config("two_tower", words, 1, resume=False).optim.micro_batch_size == 256
 
 
 def test_lr_warms_up_and_decays_to_nothing_after_the_last_step() -> None:

@@ -53,14 +53,14 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Train. Also as: accelerate launch --config_file ds_configs/… -m trainer train …"""
-    from trainer.runs.run_config import load_run_config
+    from trainer.runs.launch_config import load_launch_config
 
     if resume not in ("never", "auto"):
         raise ConfigError(f"--resume must be never or auto, got {resume}")
     waiting_for("loading PyTorch")
     from trainer.runtime.launch import read_launch
 
-    config = load_run_config(preset, overrides or [], read_launch().world_size, resume == "auto")
+    config = load_launch_config(preset, overrides or [], read_launch().world_size, resume == "auto")
     if dry_run:
         from trainer.training.plan import dry_run as check
 

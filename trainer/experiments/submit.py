@@ -29,7 +29,7 @@ from trainer.errors import ConfigError, EnvironmentProblem, RunError
 from trainer.experiments.sweep import JOB_FILE, Point
 from trainer.runs.checkpoint import check_settings
 from trainer.runs.folder import holds_run, is_finished
-from trainer.runs.run_config import load_run_config
+from trainer.runs.launch_config import load_launch_config
 from trainer.runs.run_folder import RunFolder
 from trainer.runtime.files import SECRET_MODE, atomic
 from trainer.runtime.launch import Launch, deepspeed_path
@@ -183,7 +183,7 @@ INVALID_ENDS = "--kill-on-invalid-dep=yes"
 def checked(preset: str, settings: Sequence[str], machines: Machines) -> tuple[Config, list[str]]:
     """The configuration, and the dry run's lines. Raises a GensrError for whatever would end the run at its
     start."""
-    config = load_run_config(preset, list(settings), machines.launch.world_size, resume=True)
+    config = load_launch_config(preset, list(settings), machines.launch.world_size, resume=True)
     if not config.data.dir or not config.run.dir:
         raise ConfigError(
             "data.dir=OUT and run.dir=RUN must be given: the prepared folder to learn from and the run "

@@ -8,7 +8,7 @@ from trainer.configs import gives_micro_batch, load_config, with_micro_batch
 from trainer.runs.run_folder import RunFolder
 
 
-def load_run_config(
+def load_launch_config(
     preset_or_file: str | None, overrides: Sequence[str], world_size: int, resume: bool
 ) -> Config:
     """`load_config` for `world_size` processes. A run that is continued keeps the micro-batch that was
