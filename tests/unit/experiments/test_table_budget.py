@@ -18,7 +18,6 @@ from trainer.experiments.table.budget import (
     Times,
     epochs_within,
     longest_training_s,
-    note_of,
     plan_times,
 )
 from trainer.experiments.table.plan import Request, dry_run, make_plan
@@ -122,9 +121,9 @@ def test_later_calls_keep_t_and_the_epochs_of_the_first() -> None:
 
 def test_what_is_cut_is_said() -> None:
     cut = times({"slow": runs_of(100, 60.0), "quick": runs_of(1, 6.0)}, 10)
-    said = {name: note_of(facts) for name, facts in cut.facts()["systems"].items()}
+    said = {system.model: system.note for system in cut.systems}
     assert said == {"slow": "trained for 8.9 of the preset's 100 epochs, by --budget", "quick": ""}
-    assert note_of({}) == ""
+    assert times({"slow": runs_of(100, 60.0)}, 0).of("slow").note == ""  # no budget
     text = "\n".join(cut.lines())
     assert "budget 10 minutes: 2 runs" in text and "no run trains longer than 8.9 minutes" in text
 

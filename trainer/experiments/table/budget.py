@@ -34,6 +34,13 @@ class System:
     def is_cut(self) -> bool:
         return self.epochs < self.preset_epochs
 
+    @property
+    def note(self) -> str:
+        """What a table says of a system that the budget has cut."""
+        if not self.is_cut:
+            return ""
+        return f"trained for {self.epochs:g} of the preset's {self.preset_epochs:g} epochs, by --budget"
+
 
 @dataclass(frozen=True)
 class Times:
@@ -92,13 +99,6 @@ def _epochs(number: float, system: System) -> str:
 
 def _hours(seconds: float) -> str:
     return f"{seconds / 3600:.2f}"
-
-
-def note_of(system: Mapping[str, Any]) -> str:
-    """What a table says of a system that the budget has cut. system: of Times.facts(), or empty."""
-    if not system or system["epochs"] >= system["preset_epochs"]:
-        return ""
-    return f"trained for {system['epochs']:g} of the preset's {system['preset_epochs']:g} epochs, by --budget"
 
 
 def within(config: Config, system: System) -> Config:

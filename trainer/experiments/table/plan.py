@@ -26,7 +26,7 @@ from trainer.runtime.files import SECRET_MODE, atomic
 from trainer.tracking.store import sqlite_uri
 
 OWNED = ("data.dir", "run.dir", "run.seed", "model.name")  # settings that the table decides
-LENGTHS = ("run.max_epochs", "run.max_steps")  # and with a budget these
+RUN_LENGTHS = ("run.max_epochs", "run.max_steps")  # and with a budget these
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ def _check(request: Request) -> None:
         problems.append(f"--candidates: name some of {', '.join(CANDIDATES)}")
     if sum(map(bool, (request.epochs, request.max_steps, request.budget))) > 1:
         problems.append("--epochs, --max-steps and --budget: give one of them")
-    lengths = [word for word in request.settings if word.partition("=")[0] in LENGTHS]
+    lengths = [word for word in request.settings if word.partition("=")[0] in RUN_LENGTHS]
     if request.budget and lengths:
         problems.append(f"--budget sets the epochs itself: leave out {', '.join(lengths)}")
     if len(set(request.names)) < len(request.names):

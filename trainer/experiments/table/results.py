@@ -25,7 +25,6 @@ from trainer.analysis.figures import read_records
 from trainer.analysis.significance import holm, paired_difference, seed_interval
 from trainer.evaluation.metrics import METRICS, metric_values
 from trainer.evaluation.summary import evaluation_name, read_evaluation
-from trainer.experiments.table.budget import note_of
 from trainer.experiments.table.cells import SPLIT, Cell, is_done
 from trainer.experiments.table.plan import Plan
 from trainer.models.zoo import model_class
@@ -125,7 +124,7 @@ def _row(plan: Plan, name: str, cells: Sequence[Cell], errors: Mapping[str, str]
         },
         "select_metric": config.run.select_metric,
         "tuning": tuned,
-        "note": note_of(plan.times.facts()["systems"][name] if plan.times else {}),
+        "note": plan.times.of(name).note if plan.times else "",
         "cells": facts,
         "errors": dict(errors),
         "results": {},
