@@ -14,6 +14,7 @@ from data_shards.settings import read_yaml
 from tests.tiny_folder import make_tiny_folder
 from trainer.configs import load_config, preset_names, preset_path
 from trainer.errors import ConfigError, EnvironmentProblem
+from trainer.experiments.costs import read_speeds
 from trainer.runtime.launch import (
     Launch,
     filled_deepspeed_config,
@@ -89,6 +90,14 @@ def test_preset_header_has_launch_line_memory_time_and_sizes(preset: str) -> Non
     assert re.search(rf"trainer train {preset} |make demo", header)
     for named in re.findall(r"ds_configs/(\S+\.yaml)|--deepspeed_config_file (\S+)", header):
         assert (named[0] or named[1]) in ds_configs.names()
+
+
+def test_headers_say_the_speed_that_plans_are_made_of() -> None:
+    for name, speed in read_speeds()["models"].items():
+        if name in preset_names() and not speed.get("preset"):
+            assert f"# time     {speed['events_per_s']:,} events/s on one" in preset_path(name).read_text(), (
+                name
+            )
 
 
 @pytest.mark.parametrize("preset", ["demo", "scientific_small"])
