@@ -25,6 +25,13 @@ def preset_names() -> list[str]:
     )
 
 
+def preset_of(model: str, named: str | None = None) -> tuple[str | None, list[str]]:
+    """What load_config() takes for a model: (preset, overrides). The named preset, else the one of the
+    model's own name, else no preset and the override that chooses the model."""
+    preset = named or (model if model in preset_names() else None)
+    return preset, [] if preset else [f"model.name={model}"]
+
+
 def preset_path(preset_or_file: str) -> Path:
     """A preset's name or a YAML file's path → the file. Raises ConfigError that lists the presets."""
     as_file = Path(preset_or_file)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data_shards.settings import flatten, parse_yaml, to_dict
-from trainer.configs import load_config, preset_names, preset_path
+from trainer.configs import load_config, preset_of, preset_path
 from trainer.errors import ConfigError
 from trainer.experiments.costs import MIN_EPOCHS, Machine, Size, SystemCost, cost_of, this_machine
 from trainer.experiments.paper.budget import LEVELS, WHOLE, Budget
@@ -262,15 +262,15 @@ def parts_of(plan: PaperPlan, size: Size, machine: Machine | None = None) -> lis
 
 @cache
 def _system_cost(
-    preset: str | None, name: str, settings: tuple[str, ...], size: Size, machine: Machine, events: int
+    name: str, named: str | None, settings: tuple[str, ...], size: Size, machine: Machine, events: int
 ) -> SystemCost:
-    config = load_config(preset, [*([] if preset else [f"model.name={name}"]), *settings])
-    return cost_of(config, size, machine, events, preset)
+    preset, chosen = preset_of(name, named)
+    return cost_of(load_config(preset, [*chosen, *settings]), size, machine, events, preset)
 
 
 def _cost(request: PaperRequest, name: str, size: Size, machine: Machine, events: int) -> SystemCost:
-    preset = request.recipe["preset"] if name == GENSR else name if name in preset_names() else None
-    return _system_cost(preset, name, request.settings, size, machine, events)
+    named = request.recipe["preset"] if name == GENSR else None
+    return _system_cost(name, named, request.settings, size, machine, events)
 
 
 def seconds_of(plan: PaperPlan, size: Size) -> float:

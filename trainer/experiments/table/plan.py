@@ -13,7 +13,7 @@ from typing import Any
 from data_shards.schema import Manifest
 from data_shards.settings import flatten, read_yaml, to_dict, to_yaml
 from trainer.config import Config
-from trainer.configs import load_config, preset_names
+from trainer.configs import load_config, preset_of
 from trainer.data.eval_stream import check_hard
 from trainer.data.folder import PreparedFolder
 from trainer.errors import ConfigError
@@ -198,13 +198,12 @@ def _check(request: Request) -> None:
 
 
 def _config(request: Request, name: str, manifest: Manifest) -> Config:
-    """The named preset, else the preset of the model's own name, else the defaults. A preset's history_max is
-    that of the paper's data: a folder with shorter histories is read whole."""
-    preset = request.presets.get(name) or (name if name in preset_names() else None)
-    config = load_config(preset, [] if preset else [f"model.name={name}"])
+    """A preset's history_max is that of the paper's data: a folder with shorter histories is read whole."""
+    preset, chosen = preset_of(name, request.presets.get(name))
+    config = load_config(preset, chosen)
     if config.model.name != name:
         raise ConfigError(f"--preset {name}={preset}: that preset is one of {config.model.name}")
-    words = [f"data.dir={request.folder}", *([] if preset else [f"model.name={name}"])]
+    words = [*chosen, f"data.dir={request.folder}"]
     if not config.tracking.uri:
         words.append(f"tracking.uri={sqlite_uri((request.out / 'mlflow.db').resolve())}")
     if request.epochs:
