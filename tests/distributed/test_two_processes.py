@@ -18,6 +18,8 @@ from tests.distributed.launching import ZERO3, launch, losses, records, results
 from tests.tiny_folder import make_tiny_folder
 from trainer.configs import load_config
 from trainer.data.folder import PreparedFolder
+from trainer.experiments.analyses.gradients import measure
+from trainer.experiments.analyses.options import Options
 from trainer.training.loop import EXIT_RESUME_ME, train
 
 BASE = [
@@ -46,6 +48,7 @@ EXACT = [
     "optim.global_batch_size=64",
     "optim.micro_batch_size=32",  # enough for two groups of searches by length
 ]
+KEPT = [*EXACT, "run.checkpoint_every_steps=2"]
 LORA = [*RANDOM, "model.lora.rank=2"]
 DECODERS = ("qwen3_nano", "llama_nano")
 
@@ -94,11 +97,11 @@ SCENARIOS: list[dict[str, Any]] = [
         }
         for name in DECODERS
     ),
-    {"name": "ddp", "overrides": EXACT},
+    {"name": "ddp", "overrides": KEPT},
     {"name": "zero0", "deepspeed": "zero0.json", "overrides": EXACT},
     {"name": "zero1", "deepspeed": "zero1.json", "overrides": EXACT},
-    {"name": "zero2", "deepspeed": "zero2.json", "overrides": EXACT},
-    {"name": "zero3", "deepspeed": ZERO3, "overrides": EXACT},
+    {"name": "zero2", "deepspeed": "zero2.json", "overrides": KEPT},
+    {"name": "zero3", "deepspeed": ZERO3, "overrides": KEPT},
     {"name": "zero2_offload", "deepspeed": "zero2_offload.json", "overrides": EXACT},
     {"name": "zero3_offload", "deepspeed": "zero3_offload.json", "overrides": EXACT},
     {"name": "bf16", "deepspeed": "zero2.json", "overrides": [*EXACT, "run.precision=bf16"]},
@@ -225,6 +228,21 @@ def test_two_processes_train_like_one(folder: Path, name: str) -> None:
     assert {k: v.shape for k, v in one.items()} == {k: v.shape for k, v in two.items()}
     # AdamW turns a rounding error in a gradient near 0 into a step of lr
     assert max(float((one[k] - two[k]).abs().max()) for k in one) < 1e-3
+
+
+def test_gradients_of_the_tasks_are_read_from_checkpoints_of_any_stage(folder: Path) -> None:
+    """`gensr analyse gradients` puts the ranks' shares together in one process."""
+    runs = [folder / name for name in ("ddp", "zero2", "zero3")]
+    ddp, *sharded = measure(runs, Options(), lambda line: None)["runs"]
+    assert [point["step"] for point in ddp["points"]] == [2, 3]
+    assert ddp["points"][0]["layers"] != ddp["points"][1]["layers"]
+    for run in sharded:
+        assert [point["step"] for point in run["points"]] == [2, 3]
+        for point, expected in zip(run["points"], ddp["points"], strict=True):
+            for layer, same in zip(point["layers"], expected["layers"], strict=True):
+                numbers = {key: value for key, value in same.items() if isinstance(value, float)}
+                found = {key: layer[key] for key in numbers}
+                assert found == pytest.approx(numbers, rel=0.02, abs=0.02), (run["run"], layer["layer"])
 
 
 def test_bf16_stays_near_fp32(folder: Path) -> None:
