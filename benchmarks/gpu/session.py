@@ -26,7 +26,7 @@ from trainer.bench.data import commit, hardware
 
 WHOLE_S = 540.0  # what the limits below are made for; other --minutes scale them
 END_S = 5.0  # kept for the last lines
-REHEARSED = 2.0  # times a part's share in a rehearsal: on a CPU C++ is compiled, for about a minute
+REHEARSED = 3.0  # times a part's share in a rehearsal: on a CPU C++ is compiled, for a minute or two
 LEAST_S = 8.0  # less is not tried: a process takes some seconds to start
 PACKAGES = (
     "torch",
