@@ -60,10 +60,19 @@ test-gpu: export GENSR_TEST_GPU = 1
 test-gpu: install
 	$(BIN)/python -m pytest -rP tests/gpu
 
-# Every part of benchmarks/gpu_session.sh at tiny sizes, without a GPU (docs/gpu.md)
+# Every part of benchmarks/gpu_session.sh at tiny sizes, without a GPU (docs/gpu.md). PYTHON312=python3.12 does it
+# in .venv-gpu, with the packages of a GPU machine; the rest comes from benchmarks/wheels, as there.
+REHEARSED := $(if $(PYTHON312),.venv-gpu,$(VENV))
 rehearse-gpu: export OMP_NUM_THREADS ?= 1
-rehearse-gpu: install
-	CUDA_VISIBLE_DEVICES= PYTHON=$(CURDIR)/$(BIN)/python benchmarks/gpu_session.sh runs/rehearse-gpu --minutes 9 --rehearse
+rehearse-gpu: $(REHEARSED)/.installed
+	CUDA_VISIBLE_DEVICES= PIP_NO_INDEX=1 PYTHON=$(CURDIR)/$(REHEARSED)/bin/python \
+		benchmarks/gpu_session.sh runs/rehearse-gpu --minutes 9 --rehearse
+
+.venv-gpu/.installed: benchmarks/gpu_machine.txt benchmarks/gpu_wheels.sh constraints.txt
+	test -x .venv-gpu/bin/python || $(PYTHON312) -m venv .venv-gpu
+	.venv-gpu/bin/python -m pip install -r benchmarks/gpu_machine.txt
+	PYTHON=.venv-gpu/bin/python benchmarks/gpu_wheels.sh
+	touch $@
 
 # Known holes in the pinned versions; needs the vulnerability database of PyPI. pip-audit also succeeds where
 # it could look up nothing (an index without the packages, local versions): that is a failure here.

@@ -3,6 +3,7 @@
 # machine without a network, in order of value (docs/gpu.md). Packages that are missing come from the folder
 # of wheels that gpu_wheels.sh made (GENSR_WHEELS, else benchmarks/wheels). PYTHON picks the interpreter.
 set -euo pipefail
+started=$(date +%s) # --minutes counts the installing below, too
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 python=${PYTHON:-python3}
 wheels=${GENSR_WHEELS:-$here/wheels}
@@ -34,4 +35,5 @@ cd "$here/.."
 export PYTHONPATH="$PWD:$site${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$out/work/extensions}"
 bin=$(dirname "$(command -v "$python")")
 export PATH="$bin:$site/bin:$PATH"
-exec "$python" -m benchmarks.gpu.session "$out" "$@"
+unset PYTHONDONTWRITEBYTECODE # each part is a process: without compiled files torch alone takes seconds more
+exec "$python" -m benchmarks.gpu.session "$out" --started "$started" "$@"

@@ -7,14 +7,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from benchmarks.gpu.report import Report
 from benchmarks.gpu.task import ROOT, Task, gensr
+from data_shards.schema import Manifest, read_manifest
+from trainer.configs import load_config
 from trainer.runs.run_folder import RunFolder
 
-TRAINING_SHARE = 0.6  # of the part's time; evaluation has the rest
+START_S = 15.0  # of a verb: imports, the model, its tables
+TRAINING_SHARE = 0.6  # of a training's time, steps; the rest: validations, the model's files
 MAX_EPOCHS = 6
-BATCH, CANDIDATES = 128, 5
+BATCH = 128
 
 
 def demo_world(task: Task) -> Path:
@@ -28,12 +32,22 @@ def demo_world(task: Task) -> Path:
     return data
 
 
-def affordable_steps(task: Task, seconds: float) -> int:
-    """At the speed that part speed found with the compact prompt; `extended` and validation take a share."""
+def rate(task: Task, what: str, default: float) -> float:
+    """A second, as part speed found it for flan-t5-base's shape."""
     speed = task.out / "speed.json"
     values = json.loads(speed.read_text(encoding="utf-8"))["values"] if speed.is_file() else {}
-    rate = values.get("training, compact prompt", {}).get("value", 4000.0)
-    return max(10, int(0.7 * seconds * rate / (BATCH * CANDIDATES)))
+    return float(values.get(what, {}).get("value", default))
+
+
+def affordable_steps(task: Task, manifest: Manifest, candidates: int, left_s: float) -> int:
+    """What is left when all test events are evaluated; `extended` and validation take a share of it. At most
+    MAX_EPOCHS."""
+    to_score = manifest.num_events("test") * (1 + manifest.num_negatives)
+    evaluating_s = to_score / rate(task, "scoring, compact prompt", 14_000.0)
+    training_s = left_s - 2 * START_S - 1.3 * evaluating_s
+    examples = TRAINING_SHARE * training_s * rate(task, "training, compact prompt", 4000.0)
+    an_epoch = max(1, manifest.num_events("train") // BATCH)
+    return max(10, min(int(examples / (BATCH * candidates)), MAX_EPOCHS * an_epoch))
 
 
 def run(task: Task, report: Report) -> None:
@@ -42,13 +56,15 @@ def run(task: Task, report: Report) -> None:
     report.note("data", data.name)
     run_dir = task.work / "quality"
     shutil.rmtree(run_dir, ignore_errors=True)
+    preset = "demo" if task.data is None else "scientific_small"
+    manifest = read_manifest(data)
+    settings: Any = load_config(preset, [])
+    candidates = 1 + settings.data.num_negatives + settings.model.mined_negatives
     left_s = task.seconds - (time.monotonic() - started_s)
-    steps = 4 if task.rehearse else affordable_steps(task, TRAINING_SHARE * left_s)
-    num_events = sum(json.loads((data / "manifest.json").read_text())["counts"]["train"].values())
-    steps = min(steps, MAX_EPOCHS * max(1, num_events // BATCH))
+    steps = 4 if task.rehearse else affordable_steps(task, manifest, candidates, left_s)
     gensr(
         "train",
-        "demo" if task.data is None else "scientific_small",
+        preset,
         f"data.dir={data}",
         f"run.dir={run_dir}",
         f"model.backbone={'scratch:mini' if task.rehearse else 'scratch:flan_t5_base'}",
@@ -56,6 +72,8 @@ def run(task: Task, report: Report) -> None:
         "run.precision=bf16",
         f"run.max_steps={steps}",
         f"run.validate_every_steps={max(1, steps // 3)}",
+        f"run.checkpoint_every_steps={steps}",  # one at the end: its 3.5 GB take seconds
+        "run.valid_events=500",
         f"optim.global_batch_size={16 if task.rehearse else BATCH}",
         f"optim.micro_batch_size={16 if task.rehearse else BATCH}",
         f"optim.warmup_steps={steps // 10}",

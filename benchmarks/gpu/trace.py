@@ -40,6 +40,8 @@ def summary(events: Any, wall_s: float, on_gpu: bool) -> dict[str, Any]:
         launches += event.count if "LaunchKernel" in event.key else 0
         if is_kernel != on_gpu or event.key in WAITS or event.key.startswith("ProfilerStep"):
             continue
+        if on_gpu and event.is_user_annotation:  # Optimizer.step and the like: their kernels are listed, too
+            continue
         seconds = (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e6
         kinds[kind_of(event.key)] = kinds.get(kind_of(event.key), 0.0) + seconds
         busy_s += seconds

@@ -1,17 +1,21 @@
 """benchmarks/gpu: the session's arithmetic, table and bars; a part that fails or does not end is named."""
 
+import importlib
 import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
-from benchmarks.gpu import bars, session
+from benchmarks.gpu import bars, quality, session
 from benchmarks.gpu.report import HEADER, Report, add_line, table_line
 from benchmarks.gpu.task import ROOT, Task
-from benchmarks.gpu.trace import kind_of
+from benchmarks.gpu.trace import kind_of, summary
+from data_shards.schema import Manifest
 
 SCRIPTS = [ROOT / "benchmarks" / name for name in ("gpu_session.sh", "gpu_wheels.sh")]
 
@@ -103,6 +107,62 @@ def test_tasks_travel_as_json(tmp_path: Path) -> None:
 )
 def test_kernels_are_sorted(kernel: str, kind: str) -> None:
     assert kind_of(kernel) == kind
+
+
+def test_a_kernel_counts_once() -> None:
+    """Of a GPU torch lists marked regions, too: `Optimizer.step` holds the optimiser's kernels."""
+
+    def event(key: str, device: str, microseconds: float, is_region: bool = False) -> SimpleNamespace:
+        return SimpleNamespace(
+            key=key,
+            device_type=f"DeviceType.{device}",
+            count=2,
+            self_device_time_total=microseconds,
+            self_cpu_time_total=0.0 if device == "CUDA" else microseconds,
+            is_user_annotation=is_region,
+        )
+
+    events = [
+        event("nvjet_hsh_128x256", "CUDA", 600_000),
+        event("multi_tensor_apply_kernel", "CUDA", 200_000),
+        event("Optimizer.step#AdamW.step", "CUDA", 250_000, is_region=True),
+        event("cudaLaunchKernelExC", "CPU", 5),
+    ]
+    found = summary(events, wall_s=1.0, on_gpu=True)
+    assert found["shares"] == pytest.approx({"matrix products": 0.75, "optimiser": 0.25})
+    assert found["idle"] == pytest.approx(0.2) and found["launches"] == 2
+
+
+@pytest.mark.parametrize("part", session.PARTS, ids=lambda part: part.name)
+def test_every_part_can_be_run(part: session.Part) -> None:
+    assert callable(importlib.import_module(f"benchmarks.gpu.{part.module}").run)
+
+
+def test_what_the_script_has_spent_is_of_the_minutes(tmp_path: Path) -> None:
+    bad = session.session(tmp_path, 1.0, True, None, [], spent_s=50.0)
+    assert bad == 1 + len(session.PARTS)
+    assert "skipped: 10 s are left" in (tmp_path / "table.md").read_text()
+
+
+class Counts:
+    """Of Scientific's prepared folder, as far as quality.affordable_steps() asks."""
+
+    num_negatives = 99
+
+    def num_events(self, split: str) -> int:
+        return {"train": 82_615, "test": 16_634}[split]
+
+
+def test_quality_keeps_time_for_its_evaluation(tmp_path: Path) -> None:
+    report = Report("speed", tmp_path, "cpu")
+    report.add("training, compact prompt", 10_000)
+    report.add("scoring, compact prompt", 40_000)  # 1.66 million candidates: 42 s
+    task, counts = Task("quality", tmp_path, 200.0), cast(Manifest, Counts())
+    steps = quality.affordable_steps(task, counts, 8, 200.0)
+    training_s = steps * quality.BATCH * 8 / 10_000
+    assert 60 < training_s < 200 - 42
+    assert quality.affordable_steps(task, counts, 8, 50.0) == 10
+    assert quality.affordable_steps(task, counts, 8, 1e6) == quality.MAX_EPOCHS * (82_615 // quality.BATCH)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
