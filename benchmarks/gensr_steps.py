@@ -32,7 +32,9 @@ class Steps:
     def __init__(self, request: dict[str, Any]) -> None:
         self.config, folder, tables, _, self.device = open_folder(request)
         self.accelerator = make_accelerator(self.config, Launch(), grad_accum_steps=1)
-        module = build_model(self.config, folder, tables)
+        # billions of random weights are drawn there in a second; files are read without it, onto the CPU
+        with torch.device(self.device) if request.get("weights_on_device") else contextlib.nullcontext():
+            module = build_model(self.config, folder, tables)
         assert isinstance(module, GenSR)
         keep_freed_memory()
         self.module, self.training = module, request["mode"] == "train"
