@@ -3,7 +3,6 @@ metrics.jsonl. Only rank 0 speaks."""
 
 import contextlib
 import json
-import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from data_shards.secrets import mask_secrets
 from trainer.errors import EnvironmentProblem
 from trainer.runs.run_folder import RunFolder
 from trainer.runtime.files import atomic, writing
-from trainer.runtime.progress import Bar, clear_bar, clock, fitted, is_terminal
+from trainer.runtime.progress import Bar, clear_bar, clock, fitted, is_terminal, wrapped
 
 DOING_WIDTH = len("validating")
 
@@ -90,20 +89,14 @@ class RunConsole:
         """The line in parts that fit a terminal, broken between words."""
         if not (self.enabled and self._terminal.is_terminal):
             return [line]
-        return textwrap.wrap(
-            line,
-            self._terminal.width,
-            subsequent_indent=" " * indent,
-            break_long_words=False,
-            break_on_hyphens=False,
-        )
+        return wrapped(line, self._terminal.width, indent)
 
     def start_bar(self) -> None:
         """From here on `step()` moves a live bar, if this is a terminal."""
         self._started_s = time.monotonic()
         if self.enabled and is_terminal():
             clear_bar()
-            self._bar = Bar(self._terminal, DOING_WIDTH)
+            self._bar = Bar(self._terminal, DOING_WIDTH, "training")
             self._bar.show("training", self._first_step, self.num_steps, "first step …")
 
     def doing(self, what: str) -> None:
