@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from data_shards.prepare import prepare
 from tests.tiny_folder import make_tiny_folder
 from trainer.cli import app, main
-from trainer.cli.base import fitting, resumable
+from trainer.cli.base import fitting, lacking, resumable
 from trainer.config import Config
 from trainer.configs import load_config
 from trainer.errors import ConfigError
@@ -284,6 +284,8 @@ def test_a_missing_package_names_its_extra(
     with pytest.raises(SystemExit, match="1"):
         main()
     assert "lacks the package deepspeed.ops" in (said := capsys.readouterr().err) and "gensr[train]" in said
+    assert "gensr[serve]" not in said and "pip install 'gensr[serve]'" in lacking("uvicorn.config")
+    assert lacking("torchaudio").endswith("make install")
     monkeypatch.setattr("trainer.doctor.run_checks", lambda **_: fail("trainer.nothing"))
     with pytest.raises(ModuleNotFoundError):
         main()

@@ -13,6 +13,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from importlib import metadata
 from inspect import cleandoc
 from typing import Annotated, Any, TextIO
 
@@ -152,10 +153,19 @@ def main() -> None:
 
 def lacking(package: str) -> str:
     """What to install where a package is missing: gensr's extras leave out what a machine does not need."""
-    return (
-        f"this installation lacks the package {package}. Training and evaluation need "
-        "pip install 'gensr[train]', the HTTP service pip install 'gensr[serve]'; make install brings both."
-    )
+    extras = _extras_with(package.partition(".")[0])
+    fix = " or ".join(f"pip install 'gensr[{extra}]'" for extra in extras) or "make install"
+    return f"this installation lacks the package {package}, which this needs. Install it with: {fix}"
+
+
+def _extras_with(package: str) -> list[str]:
+    """The extras of gensr that list a package; [] where none does, or its name is not that of its module."""
+    try:
+        requirements = metadata.requires("gensr") or []
+    except metadata.PackageNotFoundError:  # run from the sources
+        return []
+    pattern = re.compile(rf"{re.escape(package)}\b.*extra == ['\"](\w+)['\"]", re.IGNORECASE)
+    return [match[1] for text in requirements if (match := pattern.match(text)) and match[1] != "dev"]
 
 
 def show_version(asked: bool) -> None:

@@ -99,10 +99,10 @@ class RunConsole:
             self._bar = Bar(self._terminal, DOING_WIDTH, "training")
             self._bar.show("training", self._first_step, self.num_steps, "first step …")
 
-    def doing(self, what: str) -> None:
-        """What the bar says it waits for: training, validating, saving."""
+    def doing(self, what: str, done: int = 0, total: int = 0) -> None:
+        """What the bar says it waits for: training, validating (`done` of `total` batches), saving."""
         if self._bar is not None:
-            self._bar.show(what)
+            self._bar.show(what, line=f"batch {done:,}/{total:,}" if total else None)
 
     def advance(self, step: int) -> None:
         """Move the bar; the numbers beside it are those of the last record."""
