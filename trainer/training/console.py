@@ -36,7 +36,7 @@ class RunConsole:
         self._bar: Bar | None = None
         self._record: dict[str, float] = {}  # the last one, for the bar
         self._started_s = time.monotonic()
-        self._first_step = resume_step or 0
+        self._first_step = self._step = resume_step or 0
         if not enabled:
             return
         folder = Path(run_dir)
@@ -102,13 +102,16 @@ class RunConsole:
     def doing(self, what: str, done: int = 0, total: int = 0) -> None:
         """What the bar says it waits for: training, validating (`done` of `total` batches), saving."""
         if self._bar is not None:
-            self._bar.show(what, line=f"batch {done:,}/{total:,}" if total else None)
+            self._bar.show(what, line=f"batch {done:,}/{total:,}" if total else self._numbers(self._bar))
 
     def advance(self, step: int) -> None:
         """Move the bar; the numbers beside it are those of the last record."""
+        self._step = step
         if self._bar is not None:
-            line = bar_line(step, self.num_steps, self._record, self.eta_s(step), self._bar.room)
-            self._bar.show(done=step, line=line)
+            self._bar.show(done=step, line=self._numbers(self._bar))
+
+    def _numbers(self, bar: Bar) -> str:
+        return bar_line(self._step, self.num_steps, self._record, self.eta_s(self._step), bar.room)
 
     def step(self, step: int, record: Mapping[str, float]) -> None:
         """A training record: metrics.jsonl and one line. `record` has loss, lr, events_per_s, memory_gb."""
