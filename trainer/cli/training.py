@@ -244,6 +244,7 @@ def report(
 ) -> None:
     """Write RUN/report/report.html, one page that needs no network, with its pictures as PNG and SVG, and
     print the results of a run."""
+    waiting_for("loading PyTorch and the model")
     from trainer.analysis.report import write_report
     from trainer.evaluation.summary import evaluation_name, protocol_line, read_evaluation, rows_of, table
     from trainer.runs.run_folder import RunFolder
@@ -253,7 +254,8 @@ def report(
         for candidates in ("sampled", "hard"):
             if RunFolder(run_dir).evaluation(evaluation_name(split, candidates)).is_file():
                 document = read_evaluation(run_dir, split, candidates)
-                say("", f"{split} split", *table(rows_of(document)), protocol_line(document))
+                say("", f"{split} split", *table(rows_of(document)), *fitting([protocol_line(document)], 2))
+    say("", *next_steps(f"gensr register {run_dir} NAME", f"gensr ui {run_dir}"))
 
 
 @verb("gensr compare runs/a runs/b")
