@@ -22,6 +22,7 @@ from data_shards.negatives import KeySet, draw_negatives, user_item_keys
 from data_shards.options import PrepareSettings, load_prepare_settings, settings_with_effect
 from data_shards.publish import finish_publishing, sync_folder
 from data_shards.schema import FORMAT_VERSION, SPLITS, TASKS, Manifest, read_manifest
+from data_shards.settings import did_you_mean
 from data_shards.sources import SOURCES, Source, open_source
 from data_shards.sources.reading import readable
 from data_shards.split import (
@@ -74,7 +75,8 @@ def prepare(
     is full.
     """
     if source not in SOURCES:
-        raise ConfigError(f"{source}: no such source. Sources: {', '.join(SOURCES)}")
+        hint = did_you_mean(source, SOURCES)
+        raise ConfigError(f"{source}: no such source.{hint} Sources: {', '.join(SOURCES)}")
     settings, raw, out = load_prepare_settings(source, overrides), Path(raw), Path(out)
     if not raw.exists():
         raise DataError(f"{raw}: no such file or folder. RAW holds the raw logs of source {source}.")

@@ -263,7 +263,8 @@ def _unknown_keys(
     for key, value in tree.items():
         dotted = f"{prefix}{key}"
         if key not in fields:
-            problems.append((dotted, f"unknown key.{_suggestion(dotted, known)}"))
+            below = flatten(value, f"{dotted}.") if isinstance(value, Mapping) else {}
+            problems += [(name, f"unknown key.{_suggestion(name, known)}") for name in below or [dotted]]
         elif dataclasses.is_dataclass(fields[key].type) and isinstance(value, Mapping):
             problems += _unknown_keys(fields[key].type, value, known, f"{dotted}.")
     return problems
@@ -284,12 +285,20 @@ def _suggestion(key: str, known: Sequence[str]) -> str:
     close = close or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     if close:
         return f" Did you mean {close[0]}?"
-    return f" Known: {', '.join(same_section or known)}"
+    sections = dict.fromkeys(k.partition(".")[0] for k in known)
+    return f" Known: {', '.join(same_section or sections)}"
+
+
+def did_you_mean(word: str, known: Sequence[str]) -> str:
+    """` Did you mean tables?`, or "" where nothing is close."""
+    close = difflib.get_close_matches(word, known, n=1)
+    return f" Did you mean {close[0]}?" if close else ""
 
 
 def _describe(error: Any) -> tuple[str, str]:
     key = ".".join(str(part) for part in error["loc"])
     message = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    message = message.partition(", unable to parse")[0]  # what was wanted is enough: the value follows
     if error["type"] == "missing":
         return key, "is required"
     if error["type"] == "value_error":

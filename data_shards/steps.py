@@ -22,7 +22,7 @@ def removed_steps(
     of_splits = {task: sum(split["counts"][name][task] for name in SPLITS) for task in TASKS}
     steps = [
         {
-            "step": "rows that are no click or cannot be used",
+            "step": "rows that are no usable click",
             **{name: raw[name] - codes[name] for name in ("users", "items", "queries")},
             **{task: raw[task] - raw["usable"][task] for task in TASKS},
         },

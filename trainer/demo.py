@@ -4,6 +4,7 @@ Finished steps are skipped."""
 import json
 import os
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -39,7 +40,7 @@ PREPARE: tuple[str, ...] = ("min_interactions=5", "both_behaviours=true", "utc_o
 CF: tuple[str, ...] = ("cf.num_folds=2", "cf.patience=2")
 PRESET = "demo"
 MODEL_NAME = "gensr-demo"
-TABLE_WIDTH = 120  # columns; a narrower terminal wraps lines rather than numbers
+TABLE_WIDTH = 120  # columns; a narrower terminal is shown the metrics at 10 only
 STOP_S = 120.0  # a stopped training run saves a checkpoint first
 
 
@@ -246,7 +247,10 @@ def show_summary(demo: Demo, seconds: float) -> None:
     registered = json.loads(RunFolder(demo.run_dir).registry.read_text(encoding="utf-8"))
     grid = Table(title=protocol_line(evaluation), title_justify="left", title_style="dim", box=box.SIMPLE)
     grid.add_column("", no_wrap=True)
-    for metric in SHOWN_METRICS:
+    terminal = Console()
+    narrow = terminal.is_terminal and terminal.width < TABLE_WIDTH
+    metrics = [metric for metric in SHOWN_METRICS if not narrow or metric.endswith("@10")]
+    for metric in metrics:
         grid.add_column(metric, no_wrap=True)
     optimum = json.loads(demo.optimum_file.read_text(encoding="utf-8"))
     rows = rows_of(evaluation)
@@ -259,22 +263,23 @@ def show_summary(demo: Demo, seconds: float) -> None:
             for row in of_task:
                 grid.add_row(
                     f"  {row.model}",
-                    *(cell(row.metrics, metric) for metric in SHOWN_METRICS),
+                    *(cell(row.metrics, metric) for metric in metrics),
                     style="green" if row.model == title_of(evaluation) else "",
                 )
-    Console(width=TABLE_WIDTH).print(grid)
+    (terminal if narrow else Console(width=TABLE_WIDTH)).print(grid)
     for line in where_and_next(demo, registered):
         say(line)
     say(f"\ngensr demo: {seconds / 60:.1f} minutes")
 
 
 def where_and_next(demo: Demo, registered: dict[str, object]) -> list[str]:
+    from trainer.registry.versions import uri_option
     from trainer.tracking.store import read_experiment_id, training_page
 
     run_dir, data_dir = demo.run_dir, demo.data_dir
     mlflow, gensr = program("mlflow"), program("gensr")
     model = f"models:/{registered['name']}@{registered['alias']}"
-    of_registry = f"--uri {registered['uri']}"
+    of_registry = uri_option(str(registered["uri"]))
     user, query = a_search(data_dir)
     return [
         f"run folder   {run_dir}",
@@ -284,9 +289,9 @@ def where_and_next(demo: Demo, registered: dict[str, object]) -> list[str]:
         f"             {training_page(str(registered['uri']), read_experiment_id(run_dir))}",
         "",
         "Next",
-        f"  {gensr} search {model} --query {shlex.quote(query)} --user {user} {of_registry}",
-        f"  {gensr} recommend {model} --user {user} -k 10 {of_registry}",
-        f"  {gensr} score {model} {run_dir / 'requests.jsonl'} {of_registry}",
+        f"  {gensr} search {model} --query {shlex.quote(query)} --user {user}{of_registry}",
+        f"  {gensr} recommend {model} --user {user} -k 10{of_registry}",
+        f"  {gensr} score {model} {run_dir / 'requests.jsonl'}{of_registry}",
         f"  {gensr} ui {run_dir}",
         f"  {gensr} inspect {data_dir}",
         f"  {gensr} train {PRESET} data.dir={data_dir} run.dir={run_dir.with_name('paper')} "
@@ -310,7 +315,8 @@ def a_search(data_dir: Path) -> tuple[object, str]:
 def program(name: str) -> str:
     """How to call a program of this environment: its bare name where PATH finds it, else its path."""
     beside = Path(sys.executable).with_name(name)
-    if not beside.is_file():
+    found = shutil.which(name)
+    if not beside.is_file() or (found and Path(found).samefile(beside)):
         return name
     try:
         return str(beside.relative_to(Path.cwd()))

@@ -333,6 +333,7 @@ def test_everything_is_named_readable_and_in_reach(page: Any, width: int, scheme
     page.wait_for_selector(".scroll .bar")
     page.mouse.move(0, 0)
     assert page.locator(".item").first.bounding_box()["y"] < 400
+    assert page.locator(".item .name").first.bounding_box()["width"] >= 180  # not a column of single words
     assert page.evaluate("document.documentElement.scrollWidth") == width
     page_bottom = page.evaluate("document.documentElement.scrollHeight")
     main = page.locator("main").bounding_box()

@@ -16,7 +16,15 @@ from tests.runs import EVALUATION, make_run
 from trainer.data import EvalStream
 from trainer.data.folder import PreparedFolder
 from trainer.errors import ConfigError, EnvironmentProblem, RequestError, RunError
-from trainer.registry.versions import open_model, register, requirements
+from trainer.registry.versions import (
+    default_uri,
+    fetch,
+    open_model,
+    register,
+    registry_of,
+    requirements,
+    uri_option,
+)
 from trainer.runs.weights import load_run_model
 from trainer.serving.scorer import Scorer, read_item_ids
 from trainer.tracking.store import connect
@@ -322,6 +330,22 @@ def test_register_again_makes_the_next_version_and_keeps_the_run(run_dir: Path, 
     client = connect(first["uri"])
     assert int(client.get_model_version_by_alias("gensr-test", "candidate").version) == version
     assert json.loads((run_dir / "registry.json").read_text())["run_id"] == first["run_id"]
+
+
+def test_commands_in_another_folder_name_the_registry(
+    run_dir: Path, version: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLflow notes the store that it was asked about in MLFLOW_TRACKING_URI, as if the user had said it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    uri = registry_of(run_dir)
+    assert fetch(f"models:/gensr-test/{version}", uri).is_dir()
+    assert uri_option(uri) == f" --uri {uri}"
+    with pytest.raises(RunError, match="which registry"):
+        default_uri()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    fetch(f"models:/gensr-test/{version}", uri)
+    assert default_uri() == uri and uri_option(uri) == ""
 
 
 @pytest.mark.parametrize("alias", ["latest", "LATEST", "v3", "bad alias", "", "a/b"])

@@ -16,9 +16,10 @@ import typer
 import yaml
 from typer.testing import CliRunner
 
+from data_shards.prepare import prepare
 from tests.tiny_folder import make_tiny_folder
 from trainer.cli import app, main
-from trainer.cli.base import resumable
+from trainer.cli.base import fitting, lacking, resumable
 from trainer.config import Config
 from trainer.configs import load_config
 from trainer.errors import ConfigError
@@ -178,6 +179,54 @@ def test_flags_have_no_type_and_there_is_completion() -> None:
     assert CliRunner().invoke(app, ["--version"]).output.startswith("gensr 0.")
 
 
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [
+        ("gensr ev", ["evaluate"]),
+        ("gensr train scientific_", ["scientific_paper", "scientific_small"]),
+        ("gensr train demo optim.l", ["optim.lr="]),
+        ("gensr train demo data.dir\n=\nda", []),  # bash splits at =; files are the shell's own
+        ("gensr cf data/mine cf.d", ["cf.dim="]),
+        ("gensr prepare am", ["amazon"]),
+        ("gensr prepare tables RAW OUT utc", ["utc_offset_hours="]),
+        ("gensr config show sas", ["sasrec"]),
+        ("gensr compare a b --candidates h", ["hard"]),
+    ],
+)
+def test_bash_completes(typed: str, expected: list[str]) -> None:
+    words = typed.split()
+    asked = {"_GENSR_COMPLETE": "complete_bash", "COMP_WORDS": "\n".join(words)}
+    asked["COMP_CWORD"] = str(len(words) - 1)
+    shown = CliRunner().invoke(app, [], env=asked, prog_name="gensr")
+    assert shown.output.split() == expected
+
+
+def test_usage_lines_are_written_as_people_expect() -> None:
+    def usage(*verb: str) -> str:
+        shown = CliRunner().invoke(app, [*verb, "--help"], env={"COLUMNS": "150"}).output
+        return next(line.strip() for line in shown.splitlines() if "Usage:" in line)
+
+    assert usage("prepare") == "Usage: gensr prepare [OPTIONS] SOURCE RAW OUT [KEY=VALUE]..."
+    assert usage("compare") == "Usage: gensr compare [OPTIONS] RUN RUN..."
+    assert usage("analyse") == "Usage: gensr analyse [OPTIONS] WHAT RUN... OUT"
+    assert usage("sweep") == "Usage: gensr sweep [OPTIONS] FILE [PRESET|FILE] [KEY=VALUE]..."
+    assert usage("doctor") == "Usage: gensr doctor [OPTIONS] [FOLDERS]..."
+
+
+def test_long_lines_break_between_words_on_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    line = "batch       64 events a step, and a path /" + 90 * "x"
+    assert fitting([line], 12) == [line]  # a file, or a pipe
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setattr(shutil, "get_terminal_size", lambda: os.terminal_size((30, 24)))
+    assert fitting([line, "", "short"], 12) == [
+        "batch       64 events a step,",
+        "            and a path",
+        "            /" + 90 * "x",  # it can be copied
+        "",
+        "short",
+    ]
+
+
 def test_typos_are_blamed_on_where_they_stand(tmp_path: Path) -> None:
     def first_line(*words: str) -> str:
         with pytest.raises(ConfigError) as caught:
@@ -186,10 +235,34 @@ def test_typos_are_blamed_on_where_they_stand(tmp_path: Path) -> None:
 
     assert first_line("demo", "optim.lrr=3") == "1 problem in the settings on the command line"
     assert first_line("demo", "optim.micro_batch_size=7") == "1 problem in the settings on the command line"
+    assert first_line("demo", "train.max_steps=3") == "1 problem in the settings on the command line"
     file = tmp_path / "mine.yaml"
     file.write_text("optim: {lrr: 3}")
     assert first_line(str(file), "optim.lr=3e-4") == f"1 problem in {file}"
     assert first_line(str(file), "run.x=1") == f"2 problems in {file} and the settings on the command line"
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("train.max_steps=3", "train.max_steps   unknown key. Did you mean run.max_steps?"),
+        ("xyz.q=3", "xyz.q   unknown key. Known: data, model, optim, run, tracking"),
+        ("optim.lr=fast", "optim.lr   must be a valid number, got 'fast'"),
+    ],
+)
+def test_what_is_wrong_with_a_setting(word: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config("demo", [word])
+    assert str(caught.value).splitlines()[1].strip() == message
+
+
+def test_misspelt_presets_and_sources_get_a_suggestion(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no such preset\. Did you mean sasrec\? Presets: "):
+        load_config("sasrecc")
+    with pytest.raises(ConfigError, match=r"no such source\. Did you mean tables\? Sources: "):
+        prepare("tablse", tmp_path, tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"no such source\. Sources: "):
+        prepare("postgres", tmp_path, tmp_path / "out")
 
 
 def test_a_stopped_verb_ends_with_75_and_says_how_it_continues(capsys: pytest.CaptureFixture[str]) -> None:
@@ -211,6 +284,8 @@ def test_a_missing_package_names_its_extra(
     with pytest.raises(SystemExit, match="1"):
         main()
     assert "lacks the package deepspeed.ops" in (said := capsys.readouterr().err) and "gensr[train]" in said
+    assert "gensr[serve]" not in said and "pip install 'gensr[serve]'" in lacking("uvicorn.config")
+    assert lacking("torchaudio").endswith("make install")
     monkeypatch.setattr("trainer.doctor.run_checks", lambda **_: fail("trainer.nothing"))
     with pytest.raises(ModuleNotFoundError):
         main()

@@ -27,7 +27,7 @@ from trainer.errors import DataError, RunError
 from trainer.models.gensr.model import GenSR
 from trainer.runs.checkpoint import Checkpoint, Progress, check_identity
 from trainer.runs.data_identity import check_data, what_is_read
-from trainer.runs.weights import build_model, init_from, load_run_model, save_model
+from trainer.runs.weights import build_model, init_from, load_run_model, read_model_document, save_model
 from trainer.runtime.files import file_sha256
 from trainer.training.setup import run_identity
 
@@ -347,3 +347,15 @@ def test_a_configuration_that_is_not_the_models_is_refused(folder: Path, tmp_pat
     path.write_text(re.sub(rf"\b{key}: \d+", line, path.read_text()))
     with pytest.raises(RunError, match=rf"config\.yaml has changed .*{key}="):
         load_run_model(tmp_path / "run")
+
+
+def test_a_run_that_has_not_got_that_far_says_how_it_goes_on(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"holds no trained model .*\. Train one with: gensr train$"):
+        read_model_document(tmp_path / "model")
+    (tmp_path / "config.yaml").write_text("{}")
+    (tmp_path / "status.json").write_text('{"status": "stopped", "progress": {"step": 1200}}')
+    message = (
+        r"Its run has stopped at step 1,200\. Continue it with: gensr train .*/config\.yaml --resume auto$"
+    )
+    with pytest.raises(RunError, match=message):
+        read_model_document(tmp_path / "model")

@@ -77,6 +77,7 @@ def test_drawn_settings_stay_in_the_space_and_resume(trained: list[Cell], search
     assert len(configs) == 6
     assert all(1e-4 <= config.optim.lr <= 1e-2 and config.optim.beta2 in (0.9, 0.99) for config in configs)
     assert len({config.optim.lr for config in configs}) == 6
+    assert max(len(cell.name) for cell in trained) < len("00-lr-0.0000000-beta2-0.99")  # for people: rounded
     local_sweep.run(sweep, "none")
     assert len(trained) == 6  # its journal knows what was drawn, and what failed
 

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from trainer.cli import app
 from trainer.errors import RunError
-from trainer.evaluation.compare import compare, compare_lines
+from trainer.evaluation.compare import compare, compare_lines, setting_lines
 from trainer.evaluation.paired import check_same, paired, paired_segments, read_stored
 from trainer.registry.model_card import _segment_lines
 
@@ -103,6 +103,24 @@ def test_compare_refuses_other_candidates(tmp_path: Path, change: dict[str, Any]
     with pytest.raises(RunError, match=message):
         compare(runs)
     compare(runs[:2])
+
+
+def test_settings_that_only_one_model_has_are_counted() -> None:
+    differing: dict[str, dict[str, Any]] = {
+        "optim.lr": {"a/x": 0.1, "b/y": 0.2},
+        "model.views": {"a/x": "both", "b/y": None},
+        "tracking.also": {"a/x": "", "b/y": "tensorboard"},
+        "run.x": {"a/x": True, "b/y": False},
+    }
+    assert setting_lines(differing) == [
+        "Settings that differ",
+        "  optim.lr: x 0.1, y 0.2",
+        "  tracking.also: x '', y tensorboard",
+        "  run.x: x true, y false",
+        "  and 1 that not every one of these models has (--json lists them)",
+    ]
+    assert setting_lines({"optim.lr": {"a/x": 0.1, "b/x": 0.2}})[1] == "  optim.lr: a/x 0.1, b/x 0.2"
+    assert setting_lines({}) == []
 
 
 def test_compare_shows_the_difference_from_the_first_run(tmp_path: Path) -> None:

@@ -72,7 +72,9 @@ def test_a_training_run_fits_the_terminal(
             console.step(1200, RECORD)
             console.advance(1201)
             time.sleep(0.15)  # the bar is drawn ten times a second
-            console.doing("validating")
+            console.doing("validating", 3, 16)
+            time.sleep(0.15)
+            console.doing("saving")
             time.sleep(0.15)
 
     lines = on_terminal(columns, train)
@@ -84,7 +86,8 @@ def test_a_training_run_fits_the_terminal(
         moved.startswith("training") and "left" in moved and "loss 0.4321" in moved and "1,234 ev/s" in moved
     )
     assert ("lr 8.1e-04" in moved) == (columns == 120)
-    assert any(line.startswith("validating") for line in lines)
+    assert any(line.startswith("validating") and "batch 3/16" in line for line in lines)
+    assert any(line.startswith("saving") and "1,201/5,000" in line for line in lines)
     log = (tmp_path / "train.log").read_text()
     assert "2 accumulation steps; 5 candidates an event\n" in log and "1,201" not in log
 

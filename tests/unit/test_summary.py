@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from trainer.evaluation.summary import SHOWN_METRICS, protocol_line, rows_of, table
+from trainer.evaluation.summary import SHOWN_METRICS, protocol_line, rows_of, short, table
 
 METRICS = {"ndcg@10": 0.5, "num_events": 7}
 
@@ -34,6 +34,19 @@ def test_a_table_fits_the_terminal(monkeypatch: pytest.MonkeyPatch, columns: int
     assert max(map(len, lines)) <= columns and lines[1].count("@") == shown
     monkeypatch.setattr(sys.stdout, "isatty", lambda: False)
     assert table(rows_of(evaluation))[1].count("@") == 4  # a file holds all
+
+
+def test_a_column_has_one_number_of_decimals() -> None:
+    assert [short(value) for value in (0.5124, 0.99961, 1.0, 0.0, -0.02)] == [
+        ".512", "1.000", "1.000", ".000", "-.020"
+    ]  # fmt: skip
+    perfect = {"ndcg@10": 1.0, "recall@10": 1.0, "num_events": 7, "ci95": {"ndcg@10": [1.0, 1.0]}}
+    rows = rows_of({"protocol": {"model_title": "GenSR"}, "rec": perfect})
+    rows += rows_of({"protocol": {"model_title": "A"}, "rec": perfect | {"ndcg@10": 0.5, "ci95": {}}})
+    head, first, second = table(rows, ["ndcg@10", "recall@10"])[1:]
+    assert first == "  GenSR  1.000 [1.000, 1.000]  1.000"
+    assert second == "  A      .500                  1.000"
+    assert head.index("recall@10") == second.index("1.000")
 
 
 def test_a_model_without_views_ranks_everything_itself() -> None:

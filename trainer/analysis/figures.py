@@ -127,7 +127,7 @@ def last_screen(run_dir: str | Path, progress: Progress, num_valid_events: int) 
     return [
         "",
         f"best step {progress.best_step:,} of {progress.step:,}, {clock(progress.train_s)} of training; "
-        f"validation on {num_valid_events:,} events, sampled candidates:",
+        f"{num_valid_events:,} validation events, sampled:",
         *metric_rows(progress.best_metrics),
         f"model     {Path(run_dir) / 'model'}",
         f"pictures  {Path(run_dir) / 'report'}",

@@ -51,7 +51,7 @@ def train_cf(out: str | Path, overrides: Sequence[str] = (), progress: Notify | 
     without overwrite=true.
     """
     say = progress or (lambda message: None)
-    root: CfRoot = s.load(CfRoot, overrides=overrides)
+    root: CfRoot = s.load(CfRoot, overrides=overrides, keys_command="gensr config keys cf")
     folder = PreparedFolder.at(out)
     config, manifest = root.cf, folder.manifest
     path = cf_path(folder.path)

@@ -8,17 +8,21 @@ prints.
 
 import json
 import os
+import re
+import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from importlib import metadata
 from inspect import cleandoc
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from trainer.cli import completion
 from trainer.errors import ConfigError, GensrError, out_of_memory
-from trainer.runtime.progress import StageProgress, clear_bar, show_stages
+from trainer.runtime.progress import StageProgress, clear_bar, show_stages, wrapped
 
 SPLITS = ("train", "valid", "test")
 RANK = int(os.environ.get("RANK", "0"))
@@ -26,22 +30,34 @@ OURS = ("gensr", "trainer", "data_shards", "ds_configs", "slurm")
 Verb = Callable[..., Any]
 
 
-def without_types_of_flags(parameters: list[Any]) -> list[Any]:
-    """typer writes <bool> behind each --flag."""
+def as_help_shows_them(parameters: list[Any]) -> list[Any]:
+    """Arguments in capitals, flags without a type: typer writes {run}, and <bool> behind each --flag."""
     for parameter in parameters:
-        if getattr(parameter, "is_flag", False) and parameter.metavar is None:
+        if parameter.metavar is None and parameter.param_type_name == "argument":
+            parameter.metavar = parameter.name.upper()
+        elif parameter.metavar is None and parameter.is_flag:
             parameter.metavar = ""
     return parameters
 
 
 class Command(TyperCommand):
     def get_params(self, ctx: Any) -> Any:
-        return without_types_of_flags(super().get_params(ctx))
+        return as_help_shows_them(super().get_params(ctx))
+
+    def collect_usage_pieces(self, ctx: Any) -> Any:
+        """`RUN [KEY=VALUE]...`; typer writes {RUN}, and dots behind a name that has some."""
+        pieces = super().collect_usage_pieces(ctx)
+        return [re.sub(r"^\{(.*?)\}(\.\.\.)?$", _without_braces, piece) for piece in pieces]
+
+
+def _without_braces(piece: re.Match[str]) -> str:
+    name, dots = piece[1], piece[2] or ""
+    return name if "..." in name else name + dots
 
 
 class Group(TyperGroup):
     def get_params(self, ctx: Any) -> Any:
-        return without_types_of_flags(super().get_params(ctx))
+        return as_help_shows_them(super().get_params(ctx))
 
 
 class Commands(typer.Typer):
@@ -87,10 +103,21 @@ app.add_typer(bench_app, name="bench")
 
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="KEY=VALUE", help="settings; all of them: gensr config keys", show_default=False),
+    typer.Argument(
+        metavar="KEY=VALUE",
+        help="settings; all of them: gensr config keys",
+        show_default=False,
+        autocompletion=completion.keys,
+    ),
 ]
 MaybePreset = Annotated[
-    str | None, typer.Argument(metavar="[PRESET|FILE]", help="nothing: the defaults", show_default=False)
+    str | None,
+    typer.Argument(
+        metavar="PRESET|FILE",
+        help="nothing: the defaults",
+        show_default=False,
+        autocompletion=completion.presets_and_keys,
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout")]
 
@@ -126,10 +153,19 @@ def main() -> None:
 
 def lacking(package: str) -> str:
     """What to install where a package is missing: gensr's extras leave out what a machine does not need."""
-    return (
-        f"this installation lacks the package {package}. Training and evaluation need "
-        "pip install 'gensr[train]', the HTTP service pip install 'gensr[serve]'; make install brings both."
-    )
+    extras = _extras_with(package.partition(".")[0])
+    fix = " or ".join(f"pip install 'gensr[{extra}]'" for extra in extras) or "make install"
+    return f"this installation lacks the package {package}, which this needs. Install it with: {fix}"
+
+
+def _extras_with(package: str) -> list[str]:
+    """The extras of gensr that list a package; [] where none does, or its name is not that of its module."""
+    try:
+        requirements = metadata.requires("gensr") or []
+    except metadata.PackageNotFoundError:  # run from the sources
+        return []
+    pattern = re.compile(rf"{re.escape(package)}\b.*extra == ['\"](\w+)['\"]", re.IGNORECASE)
+    return [match[1] for text in requirements if (match := pattern.match(text)) and match[1] != "dev"]
 
 
 def show_version(asked: bool) -> None:
@@ -187,6 +223,15 @@ def answer(document: Any, as_json: bool, *lines: str) -> None:
     if RANK == 0:
         clear_bar()
         typer.echo(json.dumps(document, ensure_ascii=False) if as_json else "\n".join(lines))
+
+
+def fitting(lines: Iterable[str], indent: int, stream: TextIO | None = None) -> list[str]:
+    """Lines broken between words where the stream (stdout) is a terminal that is narrower; commands to be
+    copied do not go through here."""
+    if not (stream or sys.stdout).isatty():
+        return list(lines)
+    width = shutil.get_terminal_size().columns
+    return [part for line in lines for part in wrapped(line, width, indent) or [""]]
 
 
 def next_steps(*commands: str) -> list[str]:

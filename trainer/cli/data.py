@@ -1,11 +1,24 @@
 """Verbs about data: simulate, download, prepare, inspect, cf."""
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from trainer.cli.base import SPLITS, AsJson, Command, Overrides, answer, next_steps, note, stage_lines, verb
+from trainer.cli import completion
+from trainer.cli.base import (
+    SPLITS,
+    AsJson,
+    Command,
+    Overrides,
+    answer,
+    fitting,
+    next_steps,
+    note,
+    stage_lines,
+    verb,
+)
 from trainer.runtime.progress import waiting_for
 
 
@@ -78,7 +91,11 @@ class PrepareCommand(Command):
 @verb("gensr prepare kuaisar data/raw data/prepared history_max=20", cls=PrepareCommand)
 def prepare(
     source: Annotated[
-        str, typer.Argument(help="kuaisar, amazon, jdsearch, unisar or tables (your own logs)")
+        str,
+        typer.Argument(
+            help="kuaisar, amazon, jdsearch, unisar or tables (your own logs)",
+            autocompletion=completion.sources,
+        ),
     ],
     raw: Annotated[Path, typer.Argument(help="folder of raw files")],
     out: Annotated[Path, typer.Argument(help="prepared folder to write")],
@@ -114,7 +131,7 @@ def prepare(
         "removed": facts["removed"],
     }
     after = next_steps(f"gensr inspect {out}", f"gensr cf {out}")
-    answer(document, as_json, *lines, f"wrote {out}", *after)
+    answer(document, as_json, *fitting(lines, 6), f"wrote {out}", *after)
 
 
 @verb("gensr inspect data/prepared")
@@ -128,7 +145,7 @@ def inspect(out: Annotated[Path, typer.Argument(help="prepared folder")], as_jso
     after = next_steps(
         "" if has_table else f"gensr cf {out}", f"gensr train demo data.dir={out} run.dir=runs/mine"
     )
-    answer(facts, as_json, *describe(facts), "", *after)
+    answer(facts, as_json, *fitting(describe(facts), 6), "", *after)
 
 
 @verb("gensr cf data/prepared cf.holdout=crossfit")
@@ -142,6 +159,8 @@ def cf(
     from trainer.cf.build import train_cf
 
     stage_lines()
-    path = train_cf(out, overrides or [], progress=note)
+    path = train_cf(
+        out, overrides or [], progress=lambda line: note("\n".join(fitting([line], 2, sys.stderr)))
+    )
     after = next_steps(f"gensr train demo data.dir={out} run.dir=runs/mine")
     answer({"path": str(path)}, as_json, f"CF table: {path}", *after)

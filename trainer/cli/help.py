@@ -64,7 +64,7 @@ def show(
 def keys(
     of: Annotated[
         str | None,
-        typer.Argument(metavar="[train|cf|prepare|MODEL]", help="nothing: all", show_default=False),
+        typer.Argument(metavar="train|cf|prepare|MODEL", help="nothing: all", show_default=False),
     ] = None,
     as_json: AsJson = False,
 ) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from trainer.cli import completion
 from trainer.cli.base import (
     RANK,
     AsJson,
@@ -14,6 +15,7 @@ from trainer.cli.base import (
     Overrides,
     answer,
     app,
+    fitting,
     next_steps,
     note,
     preset_and_settings,
@@ -36,7 +38,9 @@ def train(
     preset: Annotated[
         str,
         typer.Argument(
-            metavar="PRESET|FILE", help="a preset's name, or a YAML file (RUN/config.yaml repeats a run)"
+            metavar="PRESET|FILE",
+            help="a preset's name, or a YAML file (RUN/config.yaml repeats a run)",
+            autocompletion=completion.presets,
         ),
     ],
     overrides: Overrides = None,
@@ -62,10 +66,11 @@ def train(
 
     config = load_launch_config(preset, overrides or [], read_launch().world_size, resume == "auto")
     if dry_run:
+        from trainer.training.plan import NAME_WIDTH
         from trainer.training.plan import dry_run as check
 
         plan = check(config, preset)
-        answer(plan.facts, as_json, *plan.lines)
+        answer(plan.facts, as_json, *fitting(plan.lines, NAME_WIDTH))
         return
     waiting_for("starting")
     from trainer.training.loop import train as run
@@ -92,7 +97,14 @@ def train(
     context_settings={"ignore_unknown_options": True},
 )
 def submit(
-    preset: Annotated[str, typer.Argument(metavar="PRESET|FILE", help="a preset's name, or a YAML file")],
+    preset: Annotated[
+        str,
+        typer.Argument(
+            metavar="PRESET|FILE",
+            help="a preset's name, or a YAML file",
+            autocompletion=completion.presets,
+        ),
+    ],
     words: Annotated[
         list[str] | None,
         typer.Argument(
@@ -154,7 +166,7 @@ def submit(
 @verb("gensr evaluate runs/mine --split test")
 def evaluate(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="run folder")],
-    split: Annotated[str, typer.Option(help="valid or test")] = "test",
+    split: Annotated[str, typer.Option(help="valid or test", autocompletion=completion.splits)] = "test",
     baselines: Annotated[
         bool, typer.Option(help="rank the same candidates with popularity, LightGCN and BM25")
     ] = True,
@@ -162,7 +174,8 @@ def evaluate(
         str,
         typer.Option(
             help="sampled: the stored ones; hard: the mined ones, where the folder has them; "
-            "full: the whole catalogue"
+            "full: the whole catalogue",
+            autocompletion=completion.candidates,
         ),
     ] = "sampled",
     events: Annotated[int, typer.Option(help="with full: events in a fixed sample, 0 = all", min=0)] = 2000,
@@ -217,7 +230,8 @@ def evaluate(
     after = next_steps(
         f"gensr report {run_dir}", f"gensr register {run_dir} NAME", f"gensr compare {run_dir} OTHER_RUN"
     )
-    answer(document, as_json, *lines, f"wrote {path} and {path.with_suffix('.parquet').name}", *after)
+    wrote = f"wrote {path} and {path.with_suffix('.parquet').name}"
+    answer(document, as_json, *fitting(lines, 4), wrote, *after)
 
 
 @verb("gensr report runs/mine")
@@ -230,6 +244,7 @@ def report(
 ) -> None:
     """Write RUN/report/report.html, one page that needs no network, with its pictures as PNG and SVG, and
     print the results of a run."""
+    waiting_for("loading PyTorch and the model")
     from trainer.analysis.report import write_report
     from trainer.evaluation.summary import evaluation_name, protocol_line, read_evaluation, rows_of, table
     from trainer.runs.run_folder import RunFolder
@@ -239,14 +254,18 @@ def report(
         for candidates in ("sampled", "hard"):
             if RunFolder(run_dir).evaluation(evaluation_name(split, candidates)).is_file():
                 document = read_evaluation(run_dir, split, candidates)
-                say("", f"{split} split", *table(rows_of(document)), protocol_line(document))
+                say("", f"{split} split", *table(rows_of(document)), *fitting([protocol_line(document)], 2))
+    say("", *next_steps(f"gensr register {run_dir} NAME", f"gensr ui {run_dir}"))
 
 
 @verb("gensr compare runs/a runs/b")
 def compare(
     run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="evaluated run folders")],
-    split: Annotated[str, typer.Option(help="valid or test")] = "test",
-    candidates: Annotated[str, typer.Option(help="which evaluation: sampled, hard or full")] = "sampled",
+    split: Annotated[str, typer.Option(help="valid or test", autocompletion=completion.splits)] = "test",
+    candidates: Annotated[
+        str,
+        typer.Option(help="which evaluation: sampled, hard or full", autocompletion=completion.candidates),
+    ] = "sampled",
     segments: Annotated[
         bool, typer.Option("--segments", help="NDCG@10 by history, popularity, query and time of day, too")
     ] = False,

@@ -40,9 +40,10 @@ def preset_path(preset_or_file: str) -> Path:
             raise ConfigError(f"{preset_or_file}: no such file. Presets: {', '.join(preset_names())}")
         return as_file
     if preset_or_file not in preset_names():
+        names = preset_names()
         raise ConfigError(
-            f"{preset_or_file}: no such preset. Presets: {', '.join(preset_names())}. A file's name must end "
-            "in .yaml"
+            f"{preset_or_file}: no such preset.{s.did_you_mean(preset_or_file, names)} Presets: "
+            f"{', '.join(names)}. A file's name must end in .yaml"
         )
     return Path(str(resources.files(__package__) / f"{preset_or_file}.yaml"))
 

@@ -73,13 +73,26 @@ def compare_lines(comparison: Mapping[str, Any], with_segments: bool = False) ->
     lines = [f"Candidates: {comparison['candidates']}", *table(rows), *paired_lines(comparison["paired"])]
     if with_segments:
         lines += segment_lines({n: {"segments": of_run} for n, of_run in comparison["segments"].items()})
-    if comparison["settings"]:
-        lines.append("Settings that differ")
-        for key, values in comparison["settings"].items():
-            lines.append(
-                f"  {key}: " + ", ".join(f"{Path(name).name} {value}" for name, value in values.items())
-            )
+    return lines + setting_lines(comparison["settings"])
+
+
+def setting_lines(settings: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The settings that differ. Of those that one model has and another lacks only the number."""
+    shared = {key: values for key, values in settings.items() if None not in values.values()}
+    lines = ["Settings that differ"] if settings else []
+    for key, values in shared.items():
+        names = [Path(name).name for name in values]
+        names = names if len(set(names)) == len(names) else list(values)
+        shown = (f"{name} {_written(value)}" for name, value in zip(names, values.values(), strict=True))
+        lines.append(f"  {key}: {', '.join(shown)}")
+    if lacking := len(settings) - len(shared):
+        lines.append(f"  and {lacking} that not every one of these models has (--json lists them)")
     return lines
+
+
+def _written(value: Any) -> str:
+    """As in a YAML file: true, '' and so on."""
+    return str(value).lower() if isinstance(value, bool) else str(value) or "''"
 
 
 def paired_lines(comparison: Mapping[str, Any]) -> list[str]:

@@ -115,13 +115,16 @@ def _rank_batch(scorer: ScoreFunction, batch: Batch) -> EventRanks:
 
 
 def validate(
-    scorer: ScoreFunction, stream: Iterable[Batch], gather: GatherObjects | None = None
+    scorer: ScoreFunction,
+    stream: Iterable[Batch],
+    gather: GatherObjects | None = None,
+    progress: CountProgress | None = None,
 ) -> dict[str, float]:
     """Metrics during training, without intervals: {"rec/ndcg@10": …, "src/recall@5": …, "mean/mrr": …}.
 
     A task without events is left out; mean is over the tasks present.
     """
-    ranks = rank_events(scorer, stream, gather)
+    ranks = rank_events(scorer, stream, gather, progress)
     means = {
         name: ranks.of_task(task).metric_values().mean(0)
         for task, name in enumerate(TASKS)

@@ -8,6 +8,7 @@ import hashlib
 import json
 import time
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from trainer.runs.run_folder import RunFolder
 from trainer.runtime.device import has_gpu
 from trainer.runtime.files import atomic
 from trainer.runtime.launch import read_launch, set_up_cpu
+from trainer.runtime.progress import report as report_stage
 
 BASELINE_BATCH = 1024  # events; baselines need no accelerator memory
 BOOTSTRAP_SEED = 0
@@ -158,7 +160,10 @@ def baseline_reports(
     stream = EvalStream(folder, split, data, BASELINE_BATCH, rank, world_size, candidates=STORED[candidates])
 
     def measure(name: str, baseline: Ranker) -> dict[str, Any]:
-        return task_reports(rank_events(baseline.score, stream, gather, task=baseline.tasks[0]))
+        ranks = rank_events(
+            baseline.score, stream, gather, partial(report_stage, name), task=baseline.tasks[0]
+        )
+        return task_reports(ranks)
 
     return each_baseline(folder, stream.tasks_present(), measure)
 
@@ -211,6 +216,7 @@ def evaluate_run(
         ranks = rank_events(autocast_scorer(model, device, config.run.precision), stream, gather, progress)
         seconds = time.monotonic() - started
         baselines = baseline_reports(folder, split, *place, gather, candidates) if with_baselines else None
+        report_stage("intervals", 0)
         segments = segments_of(folder, split, ranks) if launch.rank == 0 else {}  # it reads the split again
         segments = gather(segments)[0] if gather is not None else segments
         document = report(ranks, folder, split, config, baselines, segments, candidates)

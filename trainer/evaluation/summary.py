@@ -100,7 +100,9 @@ def full_lines(evaluation: Mapping[str, Any]) -> list[str]:
     """What a ranking of the whole catalogue adds to the table: recall of retrieval, coverage, popularity of
     what is shown."""
     lines = ["Retrieval, coverage, popularity"]
-    for row in rows_of(evaluation):
+    rows = rows_of(evaluation)
+    width = max((len(row.model) for row in rows), default=0)
+    for row in rows:
         shown = (
             f"shows {short(row.metrics['coverage@10'])} of the catalogue, "
             f"items of {row.metrics['mean_clicks@10']:.1f} clicks"
@@ -109,7 +111,7 @@ def full_lines(evaluation: Mapping[str, Any]) -> list[str]:
         shares = (f"{short(share)} among {cut.partition('@')[2]}" for cut, share in (found or {}).items())
         recall = f"; retrieval finds {', '.join(shares)}" if found else ""
         lines.append(
-            f"  {row.model:<10} {row.task}  {shown} (clicked ones: "
+            f"  {row.model:<{width}}  {row.task}  {shown} (clicked ones: "
             f"{row.metrics['mean_clicks_of_clicked']:.1f}){recall}"
         )
     return lines
@@ -123,13 +125,18 @@ def cell(metrics: Mapping[str, Any], metric: str) -> str:
 
 
 def short(value: float) -> str:
-    return f"{value:.3f}".replace("0.", ".", 1) if value < 1 else f"{value:.2f}"
+    """.512, 1.000, -.020: three decimals, so that the figures of a column can be compared."""
+    text = f"{value:.3f}"
+    return text.replace("0.", ".", 1) if text.lstrip("-").startswith("0.") else text
 
 
 def table(rows: Sequence[Row], metrics: Sequence[str] = SHOWN_METRICS) -> list[str]:
     """Plain lines, one block a task. A terminal that is too narrow for all metrics is shown those at 10."""
     width = max((len(row.model) for row in rows), default=0)
-    if sys.stdout.isatty() and 2 + width + 19 * len(metrics) > shutil.get_terminal_size().columns:
+    cells = {name: [cell(row.metrics, name) for row in rows] for name in metrics}
+    widths = {name: max(map(len, [name, *shown])) for name, shown in cells.items()}
+    needed = 2 + width + sum(2 + of_metric for of_metric in widths.values())
+    if sys.stdout.isatty() and needed > shutil.get_terminal_size().columns:
         metrics = [name for name in metrics if name.endswith("@10")]
     lines: list[str] = []
     for task, title in TASK_TITLES.items():
@@ -138,10 +145,11 @@ def table(rows: Sequence[Row], metrics: Sequence[str] = SHOWN_METRICS) -> list[s
             continue
         lines += [
             f"{title} ({of_task[0].metrics['num_events']:,} events)",
-            f"  {'':<{width}}" + "".join(f"  {name:<17}" for name in metrics),
+            f"  {'':<{width}}" + "".join(f"  {name:<{widths[name]}}" for name in metrics).rstrip(),
         ]
         lines += [
-            f"  {row.model:<{width}}" + "".join(f"  {cell(row.metrics, name):<17}" for name in metrics)
+            f"  {row.model:<{width}}"
+            + "".join(f"  {cell(row.metrics, name):<{widths[name]}}" for name in metrics).rstrip()
             for row in of_task
         ]
     return lines

@@ -76,12 +76,15 @@ def read_sweep(path: str | Path) -> list[Point]:
 
 
 def point_of(number: int, settings: Mapping[str, Any]) -> Point:
-    """`03-lr-3e-4-dropout-0.2`: the number keeps names apart, the rest is for people."""
+    """`03-lr-3e-4-dropout-0.2`: the number keeps names apart, the rest is for people, rounded."""
     texts = {
         str(key): json.dumps(value) if isinstance(value, bool | list) or value is None else str(value)
         for key, value in settings.items()
     }
-    words = "-".join(f"{key.rpartition('.')[2]}-{value}" for key, value in texts.items())
+    words = "-".join(
+        f"{key.rpartition('.')[2]}-{f'{value:.3g}' if isinstance(value, float) else text}"
+        for (key, text), value in zip(texts.items(), settings.values(), strict=True)
+    )
     name = f"{number:02d}-{re.sub(r'[^A-Za-z0-9._-]+', '_', words)}"[:MAX_NAME].rstrip("-._")
     return Point(name, tuple(f"{key}={value}" for key, value in texts.items()))
 

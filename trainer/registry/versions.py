@@ -63,6 +63,7 @@ from trainer.tracking.store import (
 
 REGISTRY_FILE = "registry.json"  # where a run folder says which version it became
 ALIAS = "candidate"
+URI_VARIABLE = "MLFLOW_TRACKING_URI"
 # what loading and scoring import; versions are those of the registering environment
 SERVING_PACKAGES = (
     "mlflow",
@@ -176,7 +177,7 @@ def uri_option(uri: str) -> str:
 
 def default_uri() -> str:
     """MLFLOW_TRACKING_URI, else runs/mlflow.db. Raises RunError when there is neither."""
-    if uri := os.environ.get("MLFLOW_TRACKING_URI", ""):
+    if uri := os.environ.get(URI_VARIABLE, ""):
         return uri
     path = Path("runs/mlflow.db")
     if not path.is_file():
@@ -241,11 +242,18 @@ def _predict(model: str, uri: str, requests: list[dict[str, Any]]) -> list[list[
 
 
 def _mlflow_at(uri: str) -> Any:
+    """MLflow, asked about one store. It would also set MLFLOW_TRACKING_URI, from which default_uri() then
+    reads an address that the user never gave."""
     connect(uri)
     import mlflow
 
+    given = os.environ.get(URI_VARIABLE)
     mlflow.set_tracking_uri(uri)
     mlflow.set_registry_uri(uri)
+    if given is None:
+        os.environ.pop(URI_VARIABLE, None)
+    else:
+        os.environ[URI_VARIABLE] = given
     return mlflow
 
 

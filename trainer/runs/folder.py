@@ -88,9 +88,10 @@ def _claim(config: Config, resume: str, lock: list[IO[str]]) -> tuple[bool, bool
     path = RunFolder(folder).config
     found = holds_run(folder)
     if resume != "auto" and any(not _is_left_by_a_full_disk(entry) for entry in folder.iterdir()):
+        standing = RunFolder(folder).standing()
+        which = f": {standing}" if standing else ""
         raise RunError(
-            f"{folder} is not empty{_standing(folder)}. Choose another run.dir, or continue that run with "
-            "--resume auto."
+            f"{folder} is not empty{which}. Choose another run.dir, or continue that run with --resume auto."
         )
     if found:
         check_settings(config_from_dict(read_yaml(path)), config, path)
@@ -103,15 +104,6 @@ def _claim(config: Config, resume: str, lock: list[IO[str]]) -> tuple[bool, bool
     remove_partial(folder)
     remove_temporaries(folder, *MADE_BEFORE_THE_FIRST_STEP, "status.json")
     return found, finished
-
-
-def _standing(folder: Path) -> str:
-    """`: its run has stopped at step 1,200`, where it says so."""
-    status = RunFolder(folder).read_status()
-    step = status.get("progress", {}).get("step", 0)
-    words = {"running": "is running, or was killed,", "finished": "has finished"}
-    how = words.get(status.get("status", ""), f"has {status.get('status')}")
-    return f": its run {how} at step {step:,}" if status else ""
 
 
 def holds_run(folder: Path) -> bool:

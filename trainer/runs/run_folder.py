@@ -104,6 +104,14 @@ class RunFolder:
         """status.json; {} where there is none, or half a one."""
         return read_json(self.status)
 
+    def standing(self) -> str:
+        """`its run has stopped at step 1,200`, or "" where nothing says so."""
+        status = self.read_status()
+        step = status.get("progress", {}).get("step", 0)
+        words = {"running": "is running, or was killed,", "finished": "has finished"}
+        how = words.get(status.get("status", ""), f"has {status.get('status')}")
+        return f"its run {how} at step {step:,}" if status else ""
+
     def read_environment(self) -> dict[str, Any]:
         return read_json(self.environment)
 

@@ -131,7 +131,14 @@ def read_model_document(path: str | Path) -> dict[str, Any]:
     the folder holds no model, DataError when a file of it is not the one that was written."""
     path = Path(path)
     if not is_model(path):
-        raise RunError(f"{path} holds no trained model ({DOCUMENT} is missing). Train one with: gensr train")
+        run = RunFolder(path.parent)
+        standing = run.standing()
+        fix = (
+            f"{standing[0].upper()}{standing[1:]}. Continue it with: gensr train {run.config} --resume auto"
+            if standing and run.config.is_file()
+            else "Train one with: gensr train"
+        )
+        raise RunError(f"{path} holds no trained model ({DOCUMENT} is missing). {fix}")
     check_sealed(path)
     document = read_json(document_path(path))
     if document.get("format") == 1:

@@ -8,6 +8,7 @@ show_stages(): as with logging, the program decides.
 import atexit
 import os
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TextIO
@@ -52,13 +53,23 @@ def fitted(fields: Sequence[str], least_wanted: Sequence[int], room: int) -> str
     return "  ".join(filter(None, kept))
 
 
+def wrapped(line: str, width: int, indent: int) -> list[str]:
+    """The line in parts of at most `width` characters, broken between words: a path stays whole, so that it
+    can be copied. Later parts begin `indent` spaces in."""
+    return textwrap.wrap(
+        line, width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False
+    )
+
+
 class Bar:
     """What is done, a bar, and the numbers that fit beside it. Cleared at the end of the program, whatever
     ends it."""
 
-    def __init__(self, console: "Console", label_width: int, auto_refresh: bool = True) -> None:
-        """auto_refresh: redrawn ten times a second by a thread, with what is printed above it; else by
-        refresh()."""
+    def __init__(
+        self, console: "Console", label_width: int, label: str = "", auto_refresh: bool = True
+    ) -> None:
+        """label: what it says first. auto_refresh: redrawn ten times a second by a thread, with what is
+        printed above it; else by refresh()."""
         from rich.progress import BarColumn, Progress, TextColumn
 
         self._console, self._label_width = console, label_width
@@ -75,8 +86,8 @@ class Bar:
             redirect_stdout=auto_refresh and sys.stdout.isatty(),  # an answer in a pipe stays there
             redirect_stderr=auto_refresh,
         )
+        self._task = self.progress.add_task(self._fixed(label), total=None, line="")
         self.progress.start()
-        self._task = self.progress.add_task("", total=None, line="")
         atexit.register(self.progress.stop)  # else a terminal may keep its cursor hidden
 
     @property
@@ -95,13 +106,16 @@ class Bar:
     ) -> None:
         """Change what is given. total=0: not known."""
         if label is not None:
-            self.progress.update(self._task, description=f"{label[: self._label_width]:<{self._label_width}}")
+            self.progress.update(self._task, description=self._fixed(label))
         if total is not None:
             self.progress.update(self._task, total=total or None)
         if done is not None:
             self.progress.update(self._task, completed=done)
         if line is not None:
             self.progress.update(self._task, line=line)
+
+    def _fixed(self, label: str) -> str:
+        return f"{label[: self._label_width]:<{self._label_width}}"
 
     def stop(self) -> None:
         self.progress.stop()
@@ -129,7 +143,7 @@ class StageBar:
         if now - self._drawn_s < REFRESH_S and not is_over:
             return
         if self._bar is None:
-            self._bar = Bar(self._console, STAGE_WIDTH, auto_refresh=False)
+            self._bar = Bar(self._console, STAGE_WIDTH, stage, auto_refresh=False)
         self._drawn_s = now
         line = stage_numbers(done, total, now - self._started_s, self._bar.room)
         self._bar.show(stage, done, total, line)

@@ -3,7 +3,6 @@ metrics.jsonl. Only rank 0 speaks."""
 
 import contextlib
 import json
-import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from data_shards.secrets import mask_secrets
 from trainer.errors import EnvironmentProblem
 from trainer.runs.run_folder import RunFolder
 from trainer.runtime.files import atomic, writing
-from trainer.runtime.progress import Bar, clear_bar, clock, fitted, is_terminal
+from trainer.runtime.progress import Bar, clear_bar, clock, fitted, is_terminal, wrapped
 
 DOING_WIDTH = len("validating")
 
@@ -37,7 +36,7 @@ class RunConsole:
         self._bar: Bar | None = None
         self._record: dict[str, float] = {}  # the last one, for the bar
         self._started_s = time.monotonic()
-        self._first_step = resume_step or 0
+        self._first_step = self._step = resume_step or 0
         if not enabled:
             return
         folder = Path(run_dir)
@@ -90,32 +89,29 @@ class RunConsole:
         """The line in parts that fit a terminal, broken between words."""
         if not (self.enabled and self._terminal.is_terminal):
             return [line]
-        return textwrap.wrap(
-            line,
-            self._terminal.width,
-            subsequent_indent=" " * indent,
-            break_long_words=False,
-            break_on_hyphens=False,
-        )
+        return wrapped(line, self._terminal.width, indent)
 
     def start_bar(self) -> None:
         """From here on `step()` moves a live bar, if this is a terminal."""
         self._started_s = time.monotonic()
         if self.enabled and is_terminal():
             clear_bar()
-            self._bar = Bar(self._terminal, DOING_WIDTH)
+            self._bar = Bar(self._terminal, DOING_WIDTH, "training")
             self._bar.show("training", self._first_step, self.num_steps, "first step …")
 
-    def doing(self, what: str) -> None:
-        """What the bar says it waits for: training, validating, saving."""
+    def doing(self, what: str, done: int = 0, total: int = 0) -> None:
+        """What the bar says it waits for: training, validating (`done` of `total` batches), saving."""
         if self._bar is not None:
-            self._bar.show(what)
+            self._bar.show(what, line=f"batch {done:,}/{total:,}" if total else self._numbers(self._bar))
 
     def advance(self, step: int) -> None:
         """Move the bar; the numbers beside it are those of the last record."""
+        self._step = step
         if self._bar is not None:
-            line = bar_line(step, self.num_steps, self._record, self.eta_s(step), self._bar.room)
-            self._bar.show(done=step, line=line)
+            self._bar.show(done=step, line=self._numbers(self._bar))
+
+    def _numbers(self, bar: Bar) -> str:
+        return bar_line(self._step, self.num_steps, self._record, self.eta_s(self._step), bar.room)
 
     def step(self, step: int, record: Mapping[str, float]) -> None:
         """A training record: metrics.jsonl and one line. `record` has loss, lr, events_per_s, memory_gb."""

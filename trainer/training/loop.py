@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -227,7 +228,12 @@ def validate_now(run: Run, stop: StopSignal) -> bool:
         return scores
 
     with torch.no_grad():
-        metrics = validate(score, run.valid, lambda rows: gather_objects(run.accelerator, rows))
+        metrics = validate(
+            score,
+            run.valid,
+            lambda rows: gather_objects(run.accelerator, rows),
+            partial(run.console.doing, "validating"),
+        )
     run.model.train()
     run.console.doing("training")
     progress, name = run.progress, run.config.run.select_metric

@@ -146,6 +146,12 @@ def _lowered(config: Config) -> list[str]:
     return lines
 
 
+def _trained(model: ModelSize) -> str:
+    if model.trainable == model.total:
+        return "all trained" if model.total else "none to train"
+    return f"of which {model.trainable:,} are trained"
+
+
 def _count(number: int, one: str, many: str) -> str:
     return f"{number} {one if number == 1 else many}"
 
@@ -166,7 +172,7 @@ def run_rows(
             "queries",
         ),
         ("model", config.model.describe()),
-        ("parameters", f"{model.total:,}, of which {model.trainable:,} are trained"),
+        ("parameters", f"{model.total:,}, {_trained(model)}"),
         ("batch", f"{batch_arithmetic(s)}; {1 + config.data.num_negatives} candidates an event"),
         *(("", line) for line in _lowered(config)),
         (
@@ -201,7 +207,7 @@ def banner_rows(
     return [
         *run_rows(config, data, model, schedule, launch),
         ("sample", f"{num_valid_events:,} validation events"),
-        ("devices", f"{devices}, {torch.get_num_threads()} CPU threads a process"),
+        ("devices", f"{devices}, {_count(torch.get_num_threads(), 'CPU thread', 'CPU threads')} a process"),
         ("run", config.run.dir),
         ("MLflow", f"run {mlflow_run_id}" if mlflow_run_id else "off"),
         *([("page", mlflow_page)] if mlflow_page else []),

@@ -83,7 +83,7 @@ def test_raw_counts_less_every_step_are_those_of_the_folder(tmp_path: Path, sett
     assert filtered == manifest["dropped"].get("filtered click", 0)
     assert (filtered > 0) == (settings[0] == "min_interactions=5")
     lines = describe(inspect(tmp_path / "out"))
-    assert any("rows that are no click or cannot be used" in line for line in lines)
+    assert any("rows that are no usable click" in line for line in lines)
     (last,) = [line for line in lines if line.split()[:1] == ["here"]]
     assert [int(word.replace(",", "")) for word in last.split()[1:]] == list(counts_here(manifest).values())
 

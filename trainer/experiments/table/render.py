@@ -8,7 +8,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from trainer.evaluation.summary import TASK_TITLES
+from trainer.evaluation.summary import TASK_TITLES, short
 from trainer.runtime.files import atomic
 
 Row = Mapping[str, Any]
@@ -93,7 +93,7 @@ def _markdown_block(document: Mapping[str, Any], kind: str, task: str, rows: Seq
         cells = [row["title"], *(_value(result[name]) for name in metrics)]
         if published:
             number = row["published"].get(task, {}).get("ndcg@10")
-            cells.append(_short(number) if number is not None else "")
+            cells.append(short(number) if number is not None else "")
         cells += [
             _against(result.get("against")),
             f"{row['parameters']:,}",
@@ -109,20 +109,15 @@ def _title(metric: str) -> str:
 
 
 def _value(result: Mapping[str, Any]) -> str:
-    half = f" ± {_short((result['high'] - result['low']) / 2)}" if result["high"] is not None else ""
-    return _short(result["value"]) + half
-
-
-def _short(value: float) -> str:
-    """.512, 1.000, -.020."""
-    return f"{value:.3f}".replace("0.", ".", 1) if abs(value) < 0.9995 else f"{value:.3f}"
+    half = f" ± {short((result['high'] - result['low']) / 2)}" if result["high"] is not None else ""
+    return short(result["value"]) + half
 
 
 def _against(difference: Mapping[str, Any] | None) -> str:
     if not difference:
         return ""
     sign = "+" if difference["difference"] > 0 else ""
-    return f"{sign}{_short(difference['difference'])} (p {_p(difference)})"
+    return f"{sign}{short(difference['difference'])} (p {_p(difference)})"
 
 
 def _p(difference: Mapping[str, Any]) -> str:

@@ -33,7 +33,7 @@ class Pane {
 
   async ask() {
     const { path, query } = question, task = path === "search" ? "src" : "rec";
-    this.clear("…");
+    this.clear("One moment …");
     if (!this.system.tasks.includes(task)) return this.clear(`${this.system.title} ${WORDS[this.system.tasks[0]]} only.`);
     const running = this.running = new AbortController(), started = performance.now();
     const body = { system: this.system.name, explain: this.system.explains, with_text: true, k: Number(byId("how-many").value) };
