@@ -178,6 +178,7 @@ def evaluate(
 
     check_candidates(candidates)
     waiting_for("loading PyTorch and the model")
+    from trainer.evaluation.standing import warnings_of
     from trainer.evaluation.summary import evaluation_name, full_lines, protocol_line, rows_of, table
     from trainer.registry.model_card import metrics_of
     from trainer.runs.run_folder import RunFolder
@@ -214,6 +215,8 @@ def evaluate(
     ]
     if RANK == 0:
         log_evaluation(run_dir, name, metrics_of(document, name), lines)
+    for warning in warnings_of(run_dir, name, document["protocol"]):
+        note(warning)
     after = next_steps(
         f"gensr report {run_dir}", f"gensr register {run_dir} NAME", f"gensr compare {run_dir} OTHER_RUN"
     )
@@ -231,6 +234,7 @@ def report(
     """Write RUN/report/report.html, one page that needs no network, with its pictures as PNG and SVG, and
     print the results of a run."""
     from trainer.analysis.report import write_report
+    from trainer.evaluation.standing import warnings_of
     from trainer.evaluation.summary import evaluation_name, protocol_line, read_evaluation, rows_of, table
     from trainer.runs.run_folder import RunFolder
 
@@ -239,7 +243,9 @@ def report(
         for candidates in ("sampled", "hard"):
             if RunFolder(run_dir).evaluation(evaluation_name(split, candidates)).is_file():
                 document = read_evaluation(run_dir, split, candidates)
-                say("", f"{split} split", *table(rows_of(document)), protocol_line(document))
+                name = evaluation_name(split, candidates)
+                warnings = warnings_of(run_dir, name, document["protocol"])
+                say("", f"{split} split", *table(rows_of(document)), protocol_line(document), *warnings)
 
 
 @verb("gensr compare runs/a runs/b")

@@ -31,6 +31,7 @@ from trainer.evaluation.metrics import expected_ranks
 from trainer.evaluation.ranking import CountProgress, EventRanks, ScoreFunction, autocast_scorer, rank_events
 from trainer.evaluation.sampled import report, task_reports, write_evaluation
 from trainer.evaluation.segments import segments_of
+from trainer.evaluation.standing import standing
 from trainer.models.contract import Ranker
 from trainer.runs.weights import load_run_config, load_run_model
 from trainer.runtime.device import autocast, default_device
@@ -74,6 +75,7 @@ def evaluate_full(
         raise RunError("--candidates full runs in one process: start it without a launcher")
     set_up_cpu(load_run_config(run_dir), launch)
     device = default_device()
+    stood = standing(run_dir)
     model, config, folder = load_run_model(run_dir, device)
     retrieval = run_retrieval(run_dir, model, notify)
     manifest = folder.manifest
@@ -101,6 +103,7 @@ def evaluate_full(
         for event, item in zip(stream.column("event_id"), stream.column("item"), strict=True)
     )
     document["protocol"] |= {
+        **stood,
         "num_items": manifest.num_items,
         "num_events": stream.num_events,
         "num_events_of_split": manifest.num_events(split),

@@ -34,6 +34,7 @@ from trainer.evaluation.ranking import (
     rank_events,
 )
 from trainer.evaluation.segments import Segments, segment_reports, segments_of
+from trainer.evaluation.standing import standing
 from trainer.models.contract import Ranker
 from trainer.models.zoo import model_class
 from trainer.runs.provenance import git_commit, hardware
@@ -195,6 +196,7 @@ def evaluate_run(
     if started_group:
         torch.distributed.init_process_group("gloo")  # rows are gathered as Python objects: gloo, on GPUs too
     try:
+        stood = standing(run_dir)
         model, config, folder = load_run_model(run_dir, device)
         place = (launch.rank, launch.world_size)
         stream = EvalStream(
@@ -215,7 +217,7 @@ def evaluate_run(
         segments = gather(segments)[0] if gather is not None else segments
         document = report(ranks, folder, split, config, baselines, segments, candidates)
         num_pairs = len(ranks.rank) * (1 + document["protocol"]["num_negatives"])
-        document["protocol"]["num_processes"] = launch.world_size
+        document["protocol"] |= {**stood, "num_processes": launch.world_size}
         document["protocol"]["candidates_per_s"] = round(num_pairs / max(seconds, 1e-9), 1)
         if launch.rank == 0:
             name = split if candidates == "sampled" else f"{split}-{candidates}"

@@ -30,6 +30,7 @@ from data_shards.secrets import mask_secrets
 from trainer.config import Config
 from trainer.data.folder import PreparedFolder
 from trainer.errors import ConfigError, EnvironmentProblem, RunError
+from trainer.evaluation.standing import outdated_line, standing, unfinished_line
 from trainer.models.contract import Ranker
 from trainer.registry.model_card import (
     EVALUATIONS,
@@ -104,6 +105,10 @@ def register(run_dir: str | Path, name: str, alias: str = ALIAS, notify: Notify 
     refuse_unservable(scorer.model, run_dir)
     run_retrieval(run_dir, scorer.model, notify, must_be_kept=True)
     facts = run_facts(run_dir, config, folder.manifest, scorer.model.tasks)
+    refuse_outdated(run_dir, facts)
+    stood = standing(run_dir)
+    if unfinished := unfinished_line(run_dir, stood["run_status"], stood["model_step"]):
+        notify(unfinished)
     example = example_requests(folder, scorer.model.tasks)
     expected = scorer.score_many(example)
     with mlflow_errors(f"MLflow at {uri} does not register {run_dir}"):
@@ -143,6 +148,14 @@ def refuse_unservable(model: Ranker, run_dir: Path) -> None:
             "has to "
             "answer without them. Evaluate it where it is: gensr evaluate RUN"
         )
+
+
+def refuse_outdated(run_dir: Path, facts: dict[str, Any]) -> None:
+    """Raises RunError for an evaluation of other weights than those that would be registered: `gensr promote`
+    decides by it."""
+    for name, evaluation in named_evaluations(facts).items():
+        if outdated := outdated_line(run_dir, name, evaluation["protocol"]):
+            raise RunError(outdated.removeprefix("warning: "))
 
 
 def open_model(
