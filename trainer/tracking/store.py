@@ -40,7 +40,8 @@ def sqlite_uri(path: Path) -> str:
     """The URI of a database file, whatever characters its path has. Raises EnvironmentProblem where an old
     SQLAlchemy cannot read them back.
 
-    Only what must be is quoted, because MLflow also makes a folder that is named as the URI spells it.
+    Only what must be is quoted, because MLflow also makes a folder that is named as the URI spells it (see
+    _no_folder_of_quotes()).
     """
     uri = "sqlite:///" + re.sub("[?%]", lambda match: f"%{ord(match[0]):02X}", str(path))
     if sqlite_path(uri) != path:  # SQLAlchemy 2.0 reads quotes as they are
@@ -103,10 +104,35 @@ def connect(uri: str) -> "MlflowClient":
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists():
             path.touch()  # what cannot be written is known here; MLflow would try for 100 s to open it
-    with _one_at_a_time(path.with_name(f".{path.name}.lock")), _whole_or_gone(path):
+    with (
+        _one_at_a_time(path.with_name(f".{path.name}.lock")),
+        _whole_or_gone(path),
+        _no_folder_of_quotes(uri, path),
+    ):
         client = MlflowClient(tracking_uri=uri, registry_uri=uri)
         client.search_experiments(max_results=1)  # makes the tables of a new database
+        if _spelled(uri) != path:
+            client.search_registered_models(max_results=1)  # opens it a second time: see below
     return client
+
+
+def _spelled(uri: str) -> Path:
+    return Path(uri.removeprefix("sqlite:///"))
+
+
+@contextlib.contextmanager
+def _no_folder_of_quotes(uri: str, path: Path) -> Iterator[None]:
+    """MLflow makes the folder that an sqlite URI spells (x%3Fy) beside the one that it means (x?y), empty,
+    whenever it opens the database. What was not there before is removed again."""
+    folder = _spelled(uri).parent
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        yield
+    finally:
+        if folder != path.parent:
+            with contextlib.suppress(OSError):
+                for place in made:
+                    place.rmdir()
 
 
 @contextlib.contextmanager
