@@ -13,6 +13,7 @@ the target has is not sent again.
 """
 
 import hashlib
+import itertools
 import json
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -110,8 +111,10 @@ def import_runs(
         raise RunError(f"{source} is the store that the runs should go into")
     done: dict[str, tuple[Source, Imported]] = {}
     try:
+        runs = read_source(source)
+        first = next(runs)  # a source that holds none is refused before the target is made
         target = connect(into)
-        for run in read_source(source):
+        for run in itertools.chain([first], runs):
             imported = _import(target, into, run)
             done[run.id] = (run, imported)
             left_out = f", {imported.left_out:,} records left out" if imported.left_out else ""
@@ -233,7 +236,7 @@ def read_source(source: str) -> Iterator[Source]:
     if is_server(source) or source.startswith("sqlite:"):
         yield from _of_store(connect(must_exist(source)), None)
     elif path.is_file():
-        yield from _of_store(connect(sqlite_uri(path.resolve())), path.resolve().parent)
+        yield from _of_store(connect(must_exist(sqlite_uri(path.resolve()))), path.resolve().parent)
     elif RunFolder(path).config.is_file():
         yield of_folder(path)
     elif folders := sorted(file.parent for file in path.glob("*/config.yaml")):

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import sqlite3
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -68,8 +69,8 @@ def path_of_file_uri(uri: str) -> Path:
 
 
 def must_exist(uri: str) -> str:
-    """`uri`, for verbs that only read: MLflow would make a folder or a database of any name. Raises RunError
-    when it names a place of this machine where nothing is."""
+    """`uri`, for verbs that only read: MLflow would make a folder or a database of any name, and its tables
+    in any file. Raises RunError when it names a place of this machine where no store is."""
     path = sqlite_path(uri)
     if path is None and urlsplit(uri).scheme in ("", "file") and not uri.startswith("databricks"):
         path = path_of_file_uri(uri)
@@ -80,12 +81,27 @@ def must_exist(uri: str) -> str:
         )
     if path is not None and path.is_file() and sqlite_path(uri) is None:
         raise RunError(f"{uri} is a file, not a tracking URI. Did you mean {sqlite_uri(path)}?")
+    if sqlite_path(uri) is not None and path is not None and not _holds_store(path):
+        raise RunError(f"{uri}: {path} is not a database of MLflow")
     return uri
+
+
+def _holds_store(path: Path) -> bool:
+    """Whether an sqlite file has MLflow's tables; True also where another program has locked it."""
+    query = "SELECT count(*) FROM sqlite_master WHERE name = 'experiments'"
+    try:
+        with contextlib.closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as database:
+            return bool(database.execute(query).fetchone()[0])
+    except sqlite3.OperationalError:
+        return True
+    except sqlite3.DatabaseError:  # another kind of file
+        return False
 
 
 def connect(uri: str) -> "MlflowClient":
     """A client whose requests fail within seconds, not minutes, and which says nothing on its own. A new
-    sqlite file is made; see must_exist(). Raises EnvironmentProblem where it cannot be."""
+    sqlite file is made; see must_exist(). Raises EnvironmentProblem where it cannot be, and for a URI that
+    names no store."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # with the password in it
@@ -99,7 +115,10 @@ def connect(uri: str) -> "MlflowClient":
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     path = sqlite_path(uri)
     if path is None:
-        return MlflowClient(tracking_uri=uri, registry_uri=uri)
+        with _explained(uri):
+            if uri.startswith("sqlite:"):
+                raise ValueError("it names no file")  # in memory, all would be lost at the end
+            return MlflowClient(tracking_uri=uri, registry_uri=uri)
     with writing(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists():
@@ -133,6 +152,23 @@ def _no_folder_of_quotes(uri: str, path: Path) -> Iterator[None]:
             with contextlib.suppress(OSError):
                 for place in made:
                     place.rmdir()
+
+
+@contextlib.contextmanager
+def _explained(uri: str) -> Iterator[None]:
+    """What makes a URI unusable, as EnvironmentProblem: a scheme that MLflow does not know, a driver that is
+    not installed."""
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (MlflowException, SQLAlchemyError, ModuleNotFoundError, ValueError) as error:
+        lacking = isinstance(error, ModuleNotFoundError) and f"the package {error.name} is not installed"
+        raise EnvironmentProblem(
+            f"MLflow cannot use the tracking URI {mask_secrets(uri)}: {lacking or one_line(error)}. "
+            "Examples: sqlite:///runs/mlflow.db, http://mlflow.example.org"
+        ) from error
 
 
 @contextlib.contextmanager
