@@ -123,9 +123,9 @@ def import_runs(
             parent = done.get(run.tags.get(PARENT_TAG, ""))
             if parent is not None:
                 target.set_tag(imported.run_id, PARENT_TAG, parent[1].run_id)
-    except GensrError:
-        raise
     except Exception as error:
+        if isinstance(error, GensrError) and not isinstance(error, EnvironmentProblem):
+            raise
         raise EnvironmentProblem(
             f"the runs of {mask_secrets(source)} cannot be brought into {mask_secrets(into)}: "
             f"{one_line(error)}. What has arrived stays; repeat it."

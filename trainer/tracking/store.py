@@ -87,15 +87,14 @@ def must_exist(uri: str) -> str:
 
 
 def _holds_store(path: Path) -> bool:
-    """Whether an sqlite file has MLflow's tables; True also where another program has locked it."""
+    """Whether an sqlite file has MLflow's tables; True also where it cannot be read, which connect() says:
+    locked by another program, not a database at all."""
     query = "SELECT count(*) FROM sqlite_master WHERE name = 'experiments'"
     try:
         with contextlib.closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as database:
             return bool(database.execute(query).fetchone()[0])
-    except sqlite3.OperationalError:
+    except sqlite3.DatabaseError:
         return True
-    except sqlite3.DatabaseError:  # another kind of file
-        return False
 
 
 def connect(uri: str) -> "MlflowClient":
@@ -195,7 +194,7 @@ def _whole_or_gone(path: Path) -> Iterator[None]:
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
                 path.with_name(f"{path.name}-journal").unlink(missing_ok=True)
-        if not new or not isinstance(error, DBAPIError):
+        if not isinstance(error, DBAPIError):
             raise
         raise EnvironmentProblem(
             f"{path}: MLflow cannot use this database: {error.orig}. Free space there, make the folder "
