@@ -10,6 +10,9 @@ from trainer.config import Config
 from trainer.configs import config_from_dict
 from trainer.errors import RunError
 
+STATUSES = ("running", "stopped", "finished", "failed", "crashed")
+MOST = 2**62  # of any number in a status
+
 
 @dataclass(frozen=True)
 class RunFolder:
@@ -101,8 +104,11 @@ class RunFolder:
         return config_from_dict(read_yaml(self.config))
 
     def read_status(self) -> dict[str, Any]:
-        """status.json; {} where there is none, or half a one."""
-        return read_json(self.status)
+        """status.json: "status", and "progress" as numbers by name; {} where there is none, half a one, or
+        one that is damaged."""
+        document = read_json(self.status)
+        known = document.get("status") in STATUSES and _is_progress(document.get("progress", {}))
+        return document if known else {}
 
     def read_environment(self) -> dict[str, Any]:
         return read_json(self.environment)
@@ -110,6 +116,19 @@ class RunFolder:
     @property
     def has_ended_well(self) -> bool:
         return self.read_status().get("status") == "finished"
+
+
+def _is_progress(progress: Any) -> bool:
+    """Numbers by name, among them "best_metrics", which are numbers by name."""
+    if not isinstance(progress, dict):
+        return False
+    metrics = progress.get("best_metrics", {})
+    numbers = [value for name, value in progress.items() if name != "best_metrics"]
+    return isinstance(metrics, dict) and all(map(_is_number, [*numbers, *metrics.values()]))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and -MOST <= value <= MOST  # neither NaN nor infinite
 
 
 def read_json(path: Path) -> dict[str, Any]:
