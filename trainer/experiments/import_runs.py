@@ -128,7 +128,7 @@ def import_runs(
             raise
         raise EnvironmentProblem(
             f"the runs of {mask_secrets(source)} cannot be brought into {mask_secrets(into)}: "
-            f"{one_line(error)}. What has arrived stays; repeat it."
+            f"{one_line(error).rstrip('.')}. What has arrived stays; repeat it."
         ) from error
     return [imported for _, imported in done.values()]
 
