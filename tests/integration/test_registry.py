@@ -330,7 +330,7 @@ def test_an_alias_is_checked_before_anything_is_logged(tmp_path: Path, alias: st
         register(tmp_path / "no run", "gensr-test", alias=alias)
 
 
-@pytest.mark.parametrize("name", ["", " ", "a/b", "a:b", "..", "."])
+@pytest.mark.parametrize("name", ["", " ", "a/b", "a:b", "..", ".", "a\nb", "a\x00", "\udcff", "a" * 257])
 def test_so_is_the_name_of_the_model(tmp_path: Path, name: str) -> None:
     with pytest.raises(ConfigError, match="Nothing was registered"):
         register(tmp_path / "no run", name)

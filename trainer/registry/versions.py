@@ -64,6 +64,7 @@ from trainer.tracking.store import (
 
 REGISTRY_FILE = "registry.json"  # where a run folder says which version it became
 ALIAS = "candidate"
+MAX_NAME = 256  # characters that every database of MLflow takes
 # what loading and scoring import; versions are those of the registering environment
 SERVING_PACKAGES = (
     "mlflow",
@@ -225,6 +226,11 @@ def check_names(name: str, alias: str) -> None:
     if not name.strip() or re.search("[/:]", name) or name == "." or name.startswith(".."):
         problem = (
             f"{name!r} cannot be the name of a registered model: it must not be empty or hold '/' or ':'"
+        )
+    elif not name.isprintable() or len(name) > MAX_NAME:
+        problem = (
+            f"{name[:80]!r} cannot be the name of a registered model: it must be printable text of at most "
+            f"{MAX_NAME} characters"
         )
     elif not re.fullmatch(r"[\w-]{1,255}", alias):
         problem = f"--alias {alias!r}: an alias has letters, digits, '_' and '-' only"
