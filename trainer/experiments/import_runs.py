@@ -15,6 +15,7 @@ the target has is not sent again.
 import hashlib
 import itertools
 import json
+import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -31,7 +32,7 @@ from trainer.errors import EnvironmentProblem, GensrError, RunError
 from trainer.evaluation.stored import read_evaluation_file
 from trainer.evaluation.summary import CANDIDATES, evaluation_name
 from trainer.registry.model_card import metrics_of
-from trainer.runs.run_folder import RunFolder
+from trainer.runs.run_folder import RunFolder, is_number
 from trainer.tracking.delivery import (
     MACHINE_DIR,
     SPOOL_NAME,
@@ -358,11 +359,12 @@ def _points(lines: Iterable[Mapping[str, Any]], start_ms: int) -> Iterator[Recor
     """metrics.jsonl as points, named as training names them."""
     seconds = 0.0
     for line in lines:
-        if not {"kind", "step"} <= line.keys():
+        if "kind" not in line or not is_number(line.get("step")):
             continue
-        seconds = line.get("train_s", seconds)
+        if is_number(line.get("train_s")) and math.isfinite(line["train_s"]):
+            seconds = line["train_s"]
         for name, value in line.items():
-            if name not in ("kind", "step") and isinstance(value, int | float):
+            if name not in ("kind", "step") and is_number(value):
                 yield {
                     "metric": [
                         metric_name(f"{line['kind']}/{name}"),

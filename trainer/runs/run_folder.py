@@ -1,6 +1,7 @@
 """The files of a run folder: the one place that names them, and the readers of what others need of them."""
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ from trainer.configs import config_from_dict
 from trainer.errors import RunError
 
 STATUSES = ("running", "stopped", "finished", "failed", "crashed")
-MOST = 2**62  # of any number in a status
+NESTED = ("git", "packages", "hardware", "parameters", "slurm")  # mappings of environment.json
+MOST = 2**62  # of any integer: longer ones are no float
 
 
 @dataclass(frozen=True)
@@ -106,12 +108,14 @@ class RunFolder:
     def read_status(self) -> dict[str, Any]:
         """status.json: "status", and "progress" as numbers by name; {} where there is none, half a one, or
         one that is damaged."""
-        document = read_json(self.status)
-        known = document.get("status") in STATUSES and _is_progress(document.get("progress", {}))
+        document = {"progress": {}, **read_json(self.status)}
+        known = document.get("status") in STATUSES and _is_progress(document["progress"])
         return document if known else {}
 
     def read_environment(self) -> dict[str, Any]:
-        return read_json(self.environment)
+        """environment.json; without the parts of a damaged one that are not as it was written."""
+        facts = read_json(self.environment)
+        return {key: value for key, value in facts.items() if key not in NESTED or isinstance(value, dict)}
 
     @property
     def has_ended_well(self) -> bool:
@@ -124,11 +128,17 @@ def _is_progress(progress: Any) -> bool:
         return False
     metrics = progress.get("best_metrics", {})
     numbers = [value for name, value in progress.items() if name != "best_metrics"]
-    return isinstance(metrics, dict) and all(map(_is_number, [*numbers, *metrics.values()]))
+    return isinstance(metrics, dict) and all(
+        isinstance(value, bool) or (is_number(value) and math.isfinite(value))
+        for value in [*numbers, *metrics.values()]
+    )
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and -MOST <= value <= MOST  # neither NaN nor infinite
+def is_number(value: Any) -> bool:
+    """Whether what stands in a file that may be damaged can be counted and drawn."""
+    if isinstance(value, int):
+        return not isinstance(value, bool) and -MOST <= value <= MOST
+    return isinstance(value, float)
 
 
 def read_json(path: Path) -> dict[str, Any]:

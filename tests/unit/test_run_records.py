@@ -1,4 +1,5 @@
-"""status.json as a file that may be damaged: what reads it shows a run that says nothing, not a traceback."""
+"""Records of a run as files that may be damaged: what reads a status shows a run that says nothing, and of
+other records what is sound, not a traceback."""
 
 import json
 import random
@@ -10,6 +11,7 @@ import pytest
 
 from tests.torture.damage import damage_document, written
 from trainer.analysis.report.sections import provenance
+from trainer.experiments.import_runs import _points
 from trainer.experiments.sweep import _row, lines_of
 from trainer.runs.checkpoint import Progress
 from trainer.runs.folder import _standing, begin_status, read_status
@@ -66,6 +68,27 @@ def test_hundreds_of_damaged_statuses_give_no_traceback(tmp_path: Path) -> None:
             used(run)
         except Exception as error:
             raise AssertionError(f"{number}: {done}") from error
+
+
+def test_parts_of_an_environment_that_are_damaged_are_left_out(tmp_path: Path) -> None:
+    (tmp_path / "environment.json").write_text('{"git": "x", "hardware": [1], "packages": 3, "user": "ada"}')
+    assert RunFolder(tmp_path).read_environment() == {"user": "ada"}
+    provenance(RunFolder(tmp_path))
+
+
+def test_records_that_are_damaged_are_not_imported() -> None:
+    lines: list[dict[str, Any]] = [
+        {"kind": "train", "step": 1, "loss": 0.5, "train_s": [2.0]},
+        {"kind": "train", "step": 2, "loss": 10**400, "lr": 0.1, "train_s": 3.0},
+        {"kind": "train", "step": "three", "loss": 0.5},
+        {"step": 4, "loss": 0.5},
+    ]
+    points = [record["metric"] for record in _points(lines, 1000)]
+    assert points == [
+        ["train/loss", 0.5, 1000, 1],
+        ["train/lr", 0.1, 4000, 2],
+        ["train/train_s", 3.0, 4000, 2],
+    ]
 
 
 def test_a_whole_status_is_read_as_it_was_written(tmp_path: Path) -> None:
