@@ -31,6 +31,11 @@ def test_what_is_no_number_is_refused(tmp_path: Path, value: Any) -> None:
             read_evaluation_file(written(tmp_path, {**FULL, "rec": report}))
 
 
+def test_an_interval_that_ends_before_it_begins_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="damaged"):
+        read_evaluation_file(written(tmp_path, {**FULL, "rec": {**REPORT, "ci95": {"ndcg@10": [0.6, 0.4]}}}))
+
+
 @pytest.mark.parametrize("retrieval", [[0.9], {"recall@100": "0.9"}, None])
 def test_a_damaged_recall_of_the_retrieval_is_refused(tmp_path: Path, retrieval: Any) -> None:
     path = written(tmp_path, {**FULL, "rec": {**REPORT, "retrieval": retrieval}})

@@ -45,7 +45,7 @@ def _is_report(report: Any) -> bool:
         and all(map(is_number, retrieval.values()))
         and isinstance(intervals, dict)
         and all(
-            isinstance(ends, list) and len(ends) == 2 and all(map(is_number, ends))
+            isinstance(ends, list) and len(ends) == 2 and all(map(is_number, ends)) and ends[0] <= ends[1]
             for ends in intervals.values()
         )
     )
