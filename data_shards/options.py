@@ -8,6 +8,7 @@ from annotated_types import Ge, Gt, Le
 from pydantic import StringConstraints
 
 from data_shards import settings as s
+from data_shards.address_space import MEMORY_LIMIT
 
 Positive = Annotated[int, Gt(0)]
 NonNegative = Annotated[int, Ge(0)]
@@ -77,8 +78,8 @@ class PrepareSettings:
     """events of one tar file"""
     compression: Literal["none", "lz4", "zstd"] = "none"
     """of Arrow blocks; none reads fastest"""
-    memory_limit: Annotated[str, StringConstraints(pattern=r"^[0-9.]+ ?[KMGT]i?B$")] = "1500MB"
-    """duckdb's share of memory; the whole program needs about 400 MB more"""
+    memory_limit: Annotated[str, StringConstraints(pattern=MEMORY_LIMIT)] = "1500MB"
+    """duckdb's share of memory; the whole program needs about 400 MB more (address_space.py)"""
     threads: Positive = 2
     """threads of duckdb and of the tokenizer; the output does not depend on it"""
     overwrite: bool = False

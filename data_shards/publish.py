@@ -45,11 +45,13 @@ def take_lock(folder: Path) -> IO[str]:
             continue
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             file.close()
             raise DataError(
                 f"{folder} is in use by another gensr prepare. Wait for it or choose another OUT."
             ) from error
+        except OSError:  # a file system without locks: nobody is kept out
+            pass
         if _is_file_at(file, path):
             return file
         file.close()

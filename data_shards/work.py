@@ -15,6 +15,7 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 
+from data_shards.address_space import check_address_space
 from data_shards.errors import DataError
 from data_shards.publish import (
     LOCK,
@@ -68,14 +69,17 @@ class Work:
     def con(self) -> duckdb.DuckDBPyConnection:
         """The work database, opened on first use."""
         if self._con is None:
-            self._con = duckdb.connect(str(self.folder / "work.duckdb"))
-            self._con.execute(
-                f"SET memory_limit='{self.memory_limit}'; SET threads={self.threads}; SET "
-                "preserve_insertion_order=false"
-            )
-            self._con.execute(f"SET temp_directory={literal(self.folder / 'spill')}")
-            self._con.execute("SET TimeZone='UTC'")  # a time means the same on every machine
-            self._con.execute("SET enable_progress_bar=true; SET enable_progress_bar_print=false")
+            check_address_space(self.memory_limit)
+            at_once = {  # before its threads start: one a core otherwise, each with a stack
+                "threads": self.threads,
+                "memory_limit": self.memory_limit,
+                "preserve_insertion_order": False,
+            }
+            con = duckdb.connect(str(self.folder / "work.duckdb"), config=at_once)
+            con.execute(f"SET temp_directory={literal(self.folder / 'spill')}")
+            con.execute("SET TimeZone='UTC'")  # a time means the same on every machine
+            con.execute("SET enable_progress_bar=true; SET enable_progress_bar_print=false")
+            self._con = con
         return self._con
 
     def close_database(self) -> None:

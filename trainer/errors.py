@@ -1,6 +1,7 @@
 """Errors a user can act on (see data_shards/errors.py, where the base lives because preparation must not
 import the trainer)."""
 
+import os
 import re
 
 from data_shards.errors import ConfigError, DataError, GensrError
@@ -19,9 +20,10 @@ __all__ = [
 # How libraries that know no MemoryError (torch, duckdb, C++ below them) say it.
 _NO_MEMORY = re.compile(
     r"out of memory|not enough memory|can(no|')t allocate memory|bad_alloc|can't start new thread"
-    r"|failed to allocate|allocation failure",
+    r"|failed to allocate|allocation failure|cannot map zero-fill pages",
     re.IGNORECASE,
 )
+_NOT_MAPPED = "failed to map segment from shared object"  # glibc, of a library that is imported
 
 
 class RunError(GensrError):
@@ -43,10 +45,21 @@ class BenchError(GensrError):
 
 def out_of_memory(error: BaseException) -> EnvironmentProblem | None:
     """What a user reads of an error that means that memory ran out; None for any other error."""
-    if isinstance(error, GensrError) or not (isinstance(error, MemoryError) or _NO_MEMORY.search(str(error))):
+    known = isinstance(error, MemoryError) or _NO_MEMORY.search(str(error)) or _lacks_memory_to_import(error)
+    if isinstance(error, GensrError) or not known:
         return None
     reason = (str(error).strip().splitlines() or [""])[0]
     return EnvironmentProblem(
         f"memory ran out{f' ({reason})' if reason else ''}. Use smaller optim.micro_batch_size and "
         "run.eval_batch_size, or a machine with more memory; gensr train … --dry-run says what a run needs"
     )
+
+
+def _lacks_memory_to_import(error: BaseException) -> bool:
+    """glibc says the same of a file system that forbids it (mount option noexec)."""
+    if not isinstance(error, ImportError) or _NOT_MAPPED not in str(error):
+        return False
+    try:
+        return not os.statvfs(error.path or "/").f_flag & os.ST_NOEXEC
+    except OSError:
+        return True

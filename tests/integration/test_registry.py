@@ -354,10 +354,37 @@ def test_an_alias_is_checked_before_anything_is_logged(tmp_path: Path, alias: st
         register(tmp_path / "no run", "gensr-test", alias=alias)
 
 
-@pytest.mark.parametrize("name", ["", " ", "a/b", "a:b", "..", "."])
+@pytest.mark.parametrize("name", ["", " ", "a/b", "a:b", "..", ".", "a\nb", "a\x00", "\udcff", "a" * 257])
 def test_so_is_the_name_of_the_model(tmp_path: Path, name: str) -> None:
     with pytest.raises(ConfigError, match="Nothing was registered"):
         register(tmp_path / "no run", name)
+
+
+def test_an_evaluation_of_other_weights_is_not_registered(run_dir: Path) -> None:
+    """`gensr promote` would decide by it. RUN/model of these tests is of step 0."""
+    path = run_dir / "evaluation-test.json"
+    before = path.read_text()
+    protocol = {"candidates": "sampled", "num_negatives": 20, "model_step": 1200}
+    path.write_text(json.dumps({**EVALUATION, "protocol": protocol}))
+    try:
+        with pytest.raises(RunError, match=r"test\.json is of step 1,200, RUN/model is now of step 0"):
+            register(run_dir, "gensr-test")
+    finally:
+        path.write_text(before)
+
+
+def test_a_run_that_has_not_ended_is_registered_with_a_warning(
+    run_dir: Path, version: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    (run_dir / "status.json").write_text(json.dumps({"status": "stopped", "progress": {"step": 7}}))
+    monkeypatch.setattr("trainer.registry.versions._log_model", lambda *_: (version, "run"))
+    monkeypatch.setattr("trainer.registry.versions._compare", lambda *_: None)
+    try:
+        register(run_dir, "gensr-test", notify=told.append)
+    finally:
+        (run_dir / "status.json").unlink()
+    assert f"warning: {run_dir} is not finished (it has stopped)" in "\n".join(told)
 
 
 def test_a_failed_registration_leaves_the_run_as_it_was(

@@ -165,6 +165,7 @@ def test_run_model_scores_as_the_best_validation_did(undisturbed: Path) -> None:
     best = json.loads((undisturbed / "status.json").read_text())["progress"]
     assert metrics == pytest.approx(best["best_metrics"])
     assert metrics["mean/ndcg@10"] == pytest.approx(best["best_value"])
+    assert json.loads((undisturbed / "model" / "model.json").read_text())["step"] == best["best_step"]
 
 
 def test_the_same_run_again_gives_the_same_numbers(undisturbed: Path, data: Path, tmp_path: Path) -> None:

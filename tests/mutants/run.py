@@ -2,8 +2,9 @@
 notice it.
 
 One after the other in one process each, forked from one that has torch and pytest imported already (the
-program is not, so each imports its own bug). Prints a line for each, and the survivors. Exit code 1: a bug
-that no test noticed, or one whose text is not there exactly once.
+program is not, so each imports its own bug). Before all, those tests run without a bug: where one fails then,
+its failures would say nothing. Prints a line for each, and the survivors. Exit code 1: a bug that no test
+noticed, one whose text is not there exactly once, or a test that fails without a bug.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from tests.mutants.mutants import MUTANTS, Mutant
 ROOT = Path(__file__).parents[2]
 COPIED = ("trainer", "data_shards", "tests", "benchmarks", "ds_configs", "setup.cfg", "pyproject.toml")
 TIMEOUT_S = 240
+CONTROL_TIMEOUT_S = 1800  # of all tests together
 # pytest's exit codes: 0 all passed, 1 some failed; anything else says nothing about the bug (2: a test file
 # cannot even be imported, 4: no such test)
 PASSED, FAILED, TIMED_OUT = 0, 1, -1
@@ -47,7 +49,7 @@ def copy_tree(root: Path, to: Path) -> None:
             shutil.copy2(root / name, to / name)
 
 
-def run_tests(tree: Path, tests: Iterable[str]) -> int:
+def run_tests(tree: Path, tests: Iterable[str], timeout_s: float = TIMEOUT_S) -> int:
     """pytest's exit code in a fork; TIMED_OUT where it had to be ended."""
     child = os.fork()
     if not child:
@@ -69,7 +71,7 @@ def run_tests(tree: Path, tests: Iterable[str]) -> int:
                 code = pytest.main(["-q", "-x", "-p", "no:cacheprovider", "--no-header", *tests])
         finally:
             os._exit(int(code))
-    until = time.monotonic() + TIMEOUT_S
+    until = time.monotonic() + timeout_s
     while time.monotonic() < until:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
@@ -95,6 +97,12 @@ def run(mutants: list[Mutant], tree: Path) -> list[dict[str, object]]:
     copy_tree(ROOT, tree)
     for library in ("torch", "pytest", "transformers", "pyarrow.parquet", "hypothesis", "accelerate"):
         __import__(library)
+    tests = sorted({test for mutant in mutants for test in mutant.tests})
+    started, code = time.monotonic(), run_tests(tree, tests, CONTROL_TIMEOUT_S)
+    if code != PASSED:
+        said = (tree / "log.txt").read_text(encoding="utf-8", errors="replace")[-3000:]
+        raise SystemExit(f"{said}\nwithout a bug the tests ended with {code}: their failures say nothing")
+    print(f"without a bug all tests pass ({time.monotonic() - started:.0f} s)", flush=True)
     rows: list[dict[str, object]] = []
     for number, mutant in enumerate(mutants, start=1):
         started, problem = time.monotonic(), problem_of(mutant)

@@ -21,6 +21,7 @@ from tests.torture.damage import damage_file
 from tests.torture.outcomes import Tally, outcome_of, silence
 from tests.worlds import write_tables
 from trainer.analysis.figures import plot_run
+from trainer.analysis.report.sections import provenance
 from trainer.cli import app
 from trainer.config import Config
 from trainer.configs import load_config
@@ -29,11 +30,14 @@ from trainer.data.folder import PreparedFolder
 from trainer.evaluation.sampled import evaluate_run
 from trainer.experiments.import_runs import read_source
 from trainer.models.gensr.model import GenSR
+from trainer.registry.model_card import model_card, run_facts, version_tags
 from trainer.runs.checkpoint import listed
+from trainer.runs.run_folder import RunFolder
 from trainer.runs.weights import load_run_config
 from trainer.serving.artifacts import write_items
 from trainer.serving.recommend import Recommender
 from trainer.serving.scorer import Scorer
+from trainer.tracking.about import about_run
 from trainer.tracking.delivery import JsonLines, is_point, send
 from trainer.training.loop import train
 from trainer.training.plan import dry_run
@@ -206,6 +210,15 @@ def imported(world: World) -> None:
     list(read_source(str(world.run)))
 
 
+def described(world: World) -> None:
+    """What registration, the tracker and the page say of a run."""
+    config = load_run_config(world.run)
+    manifest = PreparedFolder.open(config.data).manifest
+    facts = run_facts(world.run, config, manifest, GenSR.tasks)
+    model_card("tiny", facts), version_tags(facts, "1"), provenance(RunFolder(world.run))
+    about_run(config, RunFolder(world.run).read_environment(), manifest)
+
+
 class Store:
     """MLflow's client as the spool needs it; keeps what arrives. Refuses what MLflow refuses."""
 
@@ -292,7 +305,7 @@ FILES_OF_RECORDS = (
     "run/evaluation-test.parquet",
 )
 CAMPAIGNS = (
-    Campaign("manifests", 500, below("data/manifest.json"), (first_batches, evaluation)),
+    Campaign("manifests", 350, below("data/manifest.json"), (first_batches, evaluation)),
     Campaign("configurations", 200, below("preset.yaml"), (plan_of_preset,), as_before=False),
     Campaign("configurations of runs", 150, below("run/config.yaml"), (evaluation,)),
     Campaign("shards", 250, below("data/shards"), (first_batches, evaluation)),
@@ -303,6 +316,7 @@ CAMPAIGNS = (
     Campaign(
         "reports", 72, below(*FILES_OF_RECORDS, "run/config.yaml"), (pictures, comparison, imported), False
     ),
+    Campaign("records", 150, below(*FILES_OF_RECORDS), (described, comparison, imported), False),
     Campaign("versions", 200, below("version"), (version_answers,)),
     Campaign("spool", 100, below("spool.jsonl"), ()),
 )

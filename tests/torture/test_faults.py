@@ -14,7 +14,7 @@ MIB = 1 << 20
 SHARE = {  # bytes left, and verbs; register takes a quarter of a minute each time
     "read-only folders": (0, ("evaluate", "score")),
     "full disk": (0, ("evaluate", "prepare")),
-    "memory limit": (MIB, ("evaluate",)),
+    "memory limit": (MIB, ("evaluate", "prepare")),
 }
 
 

@@ -191,7 +191,9 @@ def _damaged(folder: Path, target: Path, change: str) -> tuple[Path, Manifest]:
     shutil.copytree(folder, target)
     shard = target / "shards" / "train-000000.tar"
     content = bytearray(shard.read_bytes())
-    if change == "missing":
+    if change == "none":
+        pass
+    elif change == "missing":
         shard.unlink()
     elif change == "truncated":
         shard.write_bytes(content[: len(content) // 2])
@@ -209,6 +211,22 @@ def test_a_damaged_shard_is_named(folder: Path, tmp_path: Path, change: str, mes
     with pytest.raises(DataError, match=message) as error:
         next(iter(prefetched(TrainStream(PreparedFolder.at(target), CONFIG, 5, 24, 24))))
     assert "train-000000.tar" in str(error.value)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_shard_that_is_deleted_in_training_is_named_by_either_loader(
+    folder: Path, tmp_path: Path, num_workers: int
+) -> None:
+    """As soon as it is opened again; until then its events are those of the file that was open."""
+    target, _manifest = _damaged(folder, tmp_path / "copy", "none")
+    stream = TrainStream(PreparedFolder.at(target), CONFIG, 5, 24, 24)
+    undisturbed = [batch.event_id.tolist() for batch in itertools.islice(stream, 80)]
+    batches = prefetched(stream, num_workers)
+    seen = [next(batches).event_id.tolist()]
+    (target / "shards" / "train-000000.tar").unlink()
+    with pytest.raises(DataError, match=r"train-000000\.tar"):
+        seen.extend(batch.event_id.tolist() for batch in itertools.islice(batches, 80))
+    assert seen == undisturbed[: len(seen)]
 
 
 def test_a_damaged_shard_is_skipped_and_counted_when_asked(prepared: Path, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from trainer.config import Config, DataConfig, RunConfig
 from trainer.data import EvalStream
 from trainer.data.folder import PreparedFolder
 from trainer.errors import RunError
+from trainer.evaluation.evaluated_weights import warnings_of
 from trainer.evaluation.metrics import METRICS
 from trainer.evaluation.ranking import autocast_scorer, rank_events, validate
 from trainer.evaluation.sampled import (
@@ -226,6 +227,40 @@ def test_evaluate_run_writes_the_files(folder, manifest, tmp_path, monkeypatch):
     ]
     with pytest.raises(RunError, match="valid or test"):
         evaluate_run(tmp_path, "train")
+
+
+def test_an_evaluation_says_which_weights_it_is_of(folder, tmp_path, monkeypatch):
+    """RUN/model is the best so far: while a run trains, after it stopped, and after it was trained on."""
+    config = Config(data=DataConfig(dir=str(folder), history_max=4))
+    loaded = (stand_in(item_id_scorer), config, PreparedFolder.at(folder))
+    monkeypatch.setattr(trainer.runs.weights, "load_run_config", lambda run_dir: config)
+    monkeypatch.setattr(trainer.runs.weights, "load_run_model", lambda run_dir, device: loaded)
+    (tmp_path / "model").mkdir()
+
+    def stand(step: int, status: str) -> None:
+        (tmp_path / "model" / "model.json").write_text(json.dumps({"step": step}))
+        (tmp_path / "status.json").write_text(json.dumps({"status": status}))
+
+    def evaluated() -> tuple[dict, list[str]]:
+        protocol = evaluate_run(tmp_path, "valid", with_baselines=False)["protocol"]
+        return protocol, warnings_of(tmp_path, "valid", protocol)
+
+    stand(1200, "running")
+    protocol, warnings = evaluated()
+    assert (protocol["model_step"], protocol["run_status"]) == (1200, "running")
+    assert warnings == [
+        f"warning: {tmp_path} is not finished (it is running, or was killed). "
+        "This is its best model so far, of step 1,200"
+    ]
+    stand(1600, "stopped")
+    (outdated,) = warnings_of(tmp_path, "valid", {**protocol, "run_status": "finished"})
+    assert "is of step 1,200, RUN/model is now of step 1,600" in outdated
+    assert "it has stopped" in evaluated()[1][0]
+    stand(1600, "finished")
+    assert evaluated()[1] == []
+    (tmp_path / "status.json").unlink()
+    (tmp_path / "model" / "model.json").write_text("{}")  # an older run
+    assert evaluated()[1] == []
 
 
 def test_popularity_ranks_by_clicks(folder, manifest):

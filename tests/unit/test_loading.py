@@ -5,6 +5,8 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +26,7 @@ from trainer.data import EvalStream
 from trainer.data.cf_table import cf_digest, cf_path, load_cf, save_cf
 from trainer.data.folder import PreparedFolder
 from trainer.errors import DataError, RunError
+from trainer.models.backbones.frozen import check_frozen, save_frozen_identity
 from trainer.models.gensr.model import GenSR
 from trainer.runs.checkpoint import Checkpoint, Progress, check_identity
 from trainer.runs.data_identity import check_data, what_is_read
@@ -131,6 +134,20 @@ def add_vocabulary(folder: Path) -> None:
 
 def change_users(folder: Path) -> None:
     pq.write_table(pa.table({"user_id": ["other"] * 24}), folder / "catalog" / "users.parquet")
+
+
+@pytest.mark.parametrize(("now", "message"), [("b" * 40, r"revision b{12} \(was a{12}\)"), ("a" * 40, "")])
+def test_adapters_belong_to_one_revision_of_a_hubs_backbone(tmp_path: Path, now: str, message: str) -> None:
+    def backbone(commit: str) -> Any:
+        return SimpleNamespace(base=SimpleNamespace(config=SimpleNamespace(_commit_hash=commit)))
+
+    (tmp_path / "backbone").mkdir()
+    save_frozen_identity("google/flan-t5-base", backbone("a" * 40), tmp_path)
+    if not message:
+        check_frozen("google/flan-t5-base", backbone(now), tmp_path)
+        return
+    with pytest.raises(DataError, match=message):
+        check_frozen("google/flan-t5-base", backbone(now), tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """Memory that runs out is said in one line, whichever library notices."""
 
+import os
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from trainer.errors import DataError, out_of_memory
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
         OSError(12, "Cannot allocate memory"),
         RuntimeError("can't start new thread"),
+        ImportError("/x/_row_cy.so: failed to map segment from shared object", path=__file__),
     ],
 )
 def test_it_is_one_line_with_the_fix(
@@ -32,6 +35,13 @@ def test_it_is_one_line_with_the_fix(
     said = capsys.readouterr().err
     assert stop.value.code == 1 and said.startswith("gensr: memory ran out") and said.count("\n") == 1
     assert "micro_batch_size" in said
+
+
+def test_a_library_that_may_not_be_loaded_is_no_lack_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system that is mounted noexec: glibc says the same."""
+    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_flag=os.ST_NOEXEC))
+    error = ImportError("/x/_row_cy.so: failed to map segment from shared object", path="/x/_row_cy.so")
+    assert out_of_memory(error) is None
 
 
 def test_other_errors_stay_what_they_are() -> None:

@@ -23,6 +23,19 @@ def test_an_evaluation_of_the_whole_catalogue_is_read(tmp_path: Path) -> None:
     assert read_evaluation_file(written(tmp_path, FULL)) == FULL
 
 
+@pytest.mark.parametrize("value", [10**400, True, "0.5", None, [0.5]])
+def test_what_is_no_number_is_refused(tmp_path: Path, value: Any) -> None:
+    """An integer of 400 digits is none that can be shown."""
+    for report in ({**REPORT, "ndcg@10": value}, {**REPORT, "ci95": {"ndcg@10": [value, 0.6]}}):
+        with pytest.raises(RunError, match="damaged"):
+            read_evaluation_file(written(tmp_path, {**FULL, "rec": report}))
+
+
+def test_an_interval_that_ends_before_it_begins_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="damaged"):
+        read_evaluation_file(written(tmp_path, {**FULL, "rec": {**REPORT, "ci95": {"ndcg@10": [0.6, 0.4]}}}))
+
+
 @pytest.mark.parametrize("retrieval", [[0.9], {"recall@100": "0.9"}, None])
 def test_a_damaged_recall_of_the_retrieval_is_refused(tmp_path: Path, retrieval: Any) -> None:
     path = written(tmp_path, {**FULL, "rec": {**REPORT, "retrieval": retrieval}})

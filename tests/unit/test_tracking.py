@@ -18,6 +18,7 @@ from mlflow.tracking import MlflowClient
 from sqlalchemy.exc import OperationalError
 
 from data_shards.schema import Manifest
+from data_shards.settings import to_yaml
 from trainer.config import Config, TrackingConfig
 from trainer.configs import load_config
 from trainer.errors import EnvironmentProblem, RunError
@@ -378,6 +379,48 @@ def test_a_typo_in_a_uri_makes_nothing(tmp_path: Path, uri: str) -> None:
         with pytest.raises(RunError, match="there is no"):
             import_runs(uri, f"sqlite:///{tmp_path}/target.db")
     assert not (tmp_path / "typo").exists()
+
+
+@pytest.mark.parametrize(
+    ("uri", "why"),
+    [
+        ("htp://mlflow", "unsupported URI 'htp://mlflow'"),
+        ("sqlite:typo.db", "names no file"),
+        ("sqlite:///:memory:", "names no file"),
+        ("postgresql://user:s3cret@host/db", "psycopg"),
+    ],
+)
+def test_a_uri_that_names_no_store_is_explained(tmp_path: Path, uri: str, why: str) -> None:
+    mine = run_folder(tmp_path, "mine")
+    (mine / "config.yaml").write_text(to_yaml(config_for()))
+    for verb in (
+        lambda: promote("name", uri),
+        lambda: open_model("models:/name@champion", uri),
+        lambda: import_runs(str(mine), uri),
+        lambda: Tracker.start(config_for(uri=uri), run_folder(tmp_path, "new"), FACTS),
+    ):
+        with pytest.raises(EnvironmentProblem) as refused:
+            verb()
+        assert "cannot use the tracking URI" in str(refused.value) and why in str(refused.value)
+        assert "s3cret" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        ("", r"notes\.txt is not a database of MLflow"),
+        ("no database, but as long as the head of one. " * 9, "file is not a database"),
+    ],
+)
+def test_another_file_is_not_made_a_database(tmp_path: Path, content: str, why: str) -> None:
+    path, into = tmp_path / "notes.txt", tmp_path / "new" / "mlflow.db"
+    path.write_text(content)
+    target = f"sqlite:///{into}"
+    for verb in (lambda: promote("name", f"sqlite:///{path}"), lambda: import_runs(str(path), target)):
+        with pytest.raises((RunError, EnvironmentProblem), match=why):
+            verb()
+    assert path.read_text() == content
+    assert not into.parent.exists()
 
 
 @pytest.mark.parametrize("reason", ["database or disk is full", "database is locked"])

@@ -7,7 +7,7 @@ from typing import Any
 
 from trainer.errors import RunError
 from trainer.runs.checkpoint import Progress
-from trainer.runs.run_folder import RunFolder
+from trainer.runs.run_folder import RunFolder, is_number
 from trainer.runtime.files import atomic
 from trainer.runtime.progress import clock
 
@@ -25,14 +25,10 @@ def read_records(run_dir: str | Path) -> list[dict[str, Any]]:
             record = json.loads(line)
         except (ValueError, RecursionError):  # a killed process's last line
             continue
-        if isinstance(record, dict) and "kind" in record and _is_number(record.get("step")):
-            numbers = {key: value for key, value in record.items() if _is_number(value)}
+        if isinstance(record, dict) and "kind" in record and is_number(record.get("step")):
+            numbers = {key: value for key, value in record.items() if is_number(value)}
             records.append({"kind": record["kind"], **numbers})
     return records
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def plot_run(run_dir: str | Path) -> list[Path]:

@@ -191,6 +191,7 @@ def evaluate(
 
     check_candidates(candidates)
     waiting_for("loading PyTorch and the model")
+    from trainer.evaluation.evaluated_weights import warnings_of
     from trainer.evaluation.summary import evaluation_name, full_lines, protocol_line, rows_of, table
     from trainer.registry.model_card import metrics_of
     from trainer.runs.run_folder import RunFolder
@@ -227,6 +228,8 @@ def evaluate(
     ]
     if RANK == 0:
         log_evaluation(run_dir, name, metrics_of(document, name), lines)
+    for warning in warnings_of(run_dir, name, document["protocol"]):
+        note(warning)
     after = next_steps(
         f"gensr report {run_dir}", f"gensr register {run_dir} NAME", f"gensr compare {run_dir} OTHER_RUN"
     )
@@ -246,6 +249,7 @@ def report(
     print the results of a run."""
     waiting_for("loading PyTorch and the model")
     from trainer.analysis.report import write_report
+    from trainer.evaluation.evaluated_weights import warnings_of
     from trainer.evaluation.summary import evaluation_name, protocol_line, read_evaluation, rows_of, table
     from trainer.runs.run_folder import RunFolder
 
@@ -254,7 +258,9 @@ def report(
         for candidates in ("sampled", "hard"):
             if RunFolder(run_dir).evaluation(evaluation_name(split, candidates)).is_file():
                 document = read_evaluation(run_dir, split, candidates)
-                say("", f"{split} split", *table(rows_of(document)), *fitting([protocol_line(document)], 2))
+                name = evaluation_name(split, candidates)
+                lines = [protocol_line(document), *warnings_of(run_dir, name, document["protocol"])]
+                say("", f"{split} split", *table(rows_of(document)), *fitting(lines, 2))
     say("", *next_steps(f"gensr register {run_dir} NAME", f"gensr ui {run_dir}"))
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from data_shards.secrets import masked
 from data_shards.settings import flatten, read_yaml
+from trainer.evaluation.evaluated_weights import warnings_of
 from trainer.evaluation.paired import check_same, paired, read_stored
 from trainer.evaluation.segments import BUCKETS, METRIC
 from trainer.evaluation.summary import (
@@ -26,9 +27,9 @@ from trainer.runs.run_folder import RunFolder
 def compare(
     run_dirs: Iterable[str | Path], split: str = "test", candidates: str = "sampled"
 ) -> dict[str, Any]:
-    """{"candidates": their kind, "runs": {RUN: {task: metrics}}, "paired": {"against": first RUN, "runs":
-    {other RUN: paired()}}, "segments": {RUN: {task: …}}, "settings": {key: {RUN: value}} of the keys that
-    differ}.
+    """{"candidates": their kind, "warnings": lines (evaluated_weights.py), "runs": {RUN: {task: metrics}},
+    "paired": {"against": first RUN, "runs": {other RUN: paired()}}, "segments": {RUN: {task: …}}, "settings":
+    {key: {RUN: value}} of the keys that differ}.
 
     Raises ConfigError for an unknown kind of candidates, RunError for a run without such an evaluation, and
     for runs that did not rank the same candidates of the same events. Runs of different tasks have no
@@ -51,6 +52,11 @@ def compare(
     }
     return {
         "candidates": candidates,
+        "warnings": [
+            line
+            for name, document in evaluations.items()
+            for line in warnings_of(name, file, document["protocol"])
+        ],
         "runs": {
             name: {row.task: row.metrics for row in rows_of(document, with_baselines=False)}
             for name, document in evaluations.items()
@@ -70,7 +76,12 @@ def compare_lines(comparison: Mapping[str, Any], with_segments: bool = False) ->
         for name, tasks in comparison["runs"].items()
         for task, metrics in tasks.items()
     ]
-    lines = [f"Candidates: {comparison['candidates']}", *table(rows), *paired_lines(comparison["paired"])]
+    lines = [
+        *comparison["warnings"],
+        f"Candidates: {comparison['candidates']}",
+        *table(rows),
+        *paired_lines(comparison["paired"]),
+    ]
     if with_segments:
         lines += segment_lines({n: {"segments": of_run} for n, of_run in comparison["segments"].items()})
     return lines + setting_lines(comparison["settings"])

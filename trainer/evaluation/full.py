@@ -27,6 +27,7 @@ from trainer.data import EvalStream
 from trainer.data.folder import PreparedFolder
 from trainer.errors import RunError
 from trainer.evaluation.baselines import each_baseline
+from trainer.evaluation.evaluated_weights import evaluated_weights
 from trainer.evaluation.metrics import expected_ranks
 from trainer.evaluation.ranking import CountProgress, EventRanks, ScoreFunction, autocast_scorer, rank_events
 from trainer.evaluation.sampled import report, task_reports, write_evaluation
@@ -74,6 +75,7 @@ def evaluate_full(
         raise RunError("--candidates full runs in one process: start it without a launcher")
     set_up_cpu(load_run_config(run_dir), launch)
     device = default_device()
+    stood = evaluated_weights(run_dir)
     model, config, folder = load_run_model(run_dir, device)
     retrieval = run_retrieval(run_dir, model, notify)
     manifest = folder.manifest
@@ -101,6 +103,7 @@ def evaluate_full(
         for event, item in zip(stream.column("event_id"), stream.column("item"), strict=True)
     )
     document["protocol"] |= {
+        **stood,
         "num_items": manifest.num_items,
         "num_events": stream.num_events,
         "num_events_of_split": manifest.num_events(split),

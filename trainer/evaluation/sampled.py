@@ -25,6 +25,7 @@ from trainer.data import EvalStream
 from trainer.data.folder import PreparedFolder
 from trainer.errors import RunError
 from trainer.evaluation.baselines import each_baseline
+from trainer.evaluation.evaluated_weights import evaluated_weights
 from trainer.evaluation.metrics import INTERVALS, summarise
 from trainer.evaluation.ranking import (
     CountProgress,
@@ -200,6 +201,7 @@ def evaluate_run(
     if started_group:
         torch.distributed.init_process_group("gloo")  # rows are gathered as Python objects: gloo, on GPUs too
     try:
+        stood = evaluated_weights(run_dir)
         model, config, folder = load_run_model(run_dir, device)
         place = (launch.rank, launch.world_size)
         stream = EvalStream(
@@ -221,7 +223,7 @@ def evaluate_run(
         segments = gather(segments)[0] if gather is not None else segments
         document = report(ranks, folder, split, config, baselines, segments, candidates)
         num_pairs = len(ranks.rank) * (1 + document["protocol"]["num_negatives"])
-        document["protocol"]["num_processes"] = launch.world_size
+        document["protocol"] |= {**stood, "num_processes": launch.world_size}
         document["protocol"]["candidates_per_s"] = round(num_pairs / max(seconds, 1e-9), 1)
         if launch.rank == 0:
             name = split if candidates == "sampled" else f"{split}-{candidates}"

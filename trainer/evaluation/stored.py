@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 from data_shards.schema import TASKS
 from trainer.errors import RunError
 from trainer.evaluation.segments import METRIC
-from trainer.runs.run_folder import read_json
+from trainer.runs.run_folder import is_number, read_json
 
 AGAIN = "Make it again with: gensr evaluate"
 
@@ -35,17 +35,17 @@ def _values(tree: Any) -> list[Any]:
 def _is_report(report: Any) -> bool:
     """{"num_events": n, metric: number, "ci95": {metric: [low, high]}}; of the whole catalogue also
     "retrieval": {recall: number}."""
-    if not isinstance(report, dict) or not _is_number(report.get("num_events")):
+    if not isinstance(report, dict) or not is_number(report.get("num_events")):
         return False
     rest = {key: value for key, value in report.items() if key not in ("ci95", "retrieval")}
     intervals, retrieval = report.get("ci95", {}), report.get("retrieval", {})
     return (
-        all(map(_is_number, rest.values()))
+        all(map(is_number, rest.values()))
         and isinstance(retrieval, dict)
-        and all(map(_is_number, retrieval.values()))
+        and all(map(is_number, retrieval.values()))
         and isinstance(intervals, dict)
         and all(
-            isinstance(ends, list) and len(ends) == 2 and all(map(_is_number, ends))
+            isinstance(ends, list) and len(ends) == 2 and all(map(is_number, ends)) and ends[0] <= ends[1]
             for ends in intervals.values()
         )
     )
@@ -54,10 +54,6 @@ def _is_report(report: Any) -> bool:
 def _is_part(report: dict[str, Any]) -> bool:
     """Of a segment: the one metric that segments have, with its interval."""
     return METRIC in report and METRIC in report.get("ci95", {})
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def read_ranks_file(path: Path) -> pa.Table:

@@ -13,7 +13,9 @@ the target has is not sent again.
 """
 
 import hashlib
+import itertools
 import json
+import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -30,7 +32,7 @@ from trainer.errors import EnvironmentProblem, GensrError, RunError
 from trainer.evaluation.stored import read_evaluation_file
 from trainer.evaluation.summary import CANDIDATES, evaluation_name
 from trainer.registry.model_card import metrics_of
-from trainer.runs.run_folder import RunFolder
+from trainer.runs.run_folder import RunFolder, is_number
 from trainer.tracking.delivery import (
     MACHINE_DIR,
     SPOOL_NAME,
@@ -110,8 +112,10 @@ def import_runs(
         raise RunError(f"{source} is the store that the runs should go into")
     done: dict[str, tuple[Source, Imported]] = {}
     try:
+        runs = read_source(source)
+        first = next(runs)  # a source that holds none is refused before the target is made
         target = connect(into)
-        for run in read_source(source):
+        for run in itertools.chain([first], runs):
             imported = _import(target, into, run)
             done[run.id] = (run, imported)
             left_out = f", {imported.left_out:,} records left out" if imported.left_out else ""
@@ -120,12 +124,12 @@ def import_runs(
             parent = done.get(run.tags.get(PARENT_TAG, ""))
             if parent is not None:
                 target.set_tag(imported.run_id, PARENT_TAG, parent[1].run_id)
-    except GensrError:
-        raise
     except Exception as error:
+        if isinstance(error, GensrError) and not isinstance(error, EnvironmentProblem):
+            raise
         raise EnvironmentProblem(
             f"the runs of {mask_secrets(source)} cannot be brought into {mask_secrets(into)}: "
-            f"{one_line(error)}. What has arrived stays; repeat it."
+            f"{one_line(error).rstrip('.')}. What has arrived stays; repeat it."
         ) from error
     return [imported for _, imported in done.values()]
 
@@ -233,7 +237,7 @@ def read_source(source: str) -> Iterator[Source]:
     if is_server(source) or source.startswith("sqlite:"):
         yield from _of_store(connect(must_exist(source)), None)
     elif path.is_file():
-        yield from _of_store(connect(sqlite_uri(path.resolve())), path.resolve().parent)
+        yield from _of_store(connect(must_exist(sqlite_uri(path.resolve()))), path.resolve().parent)
     elif RunFolder(path).config.is_file():
         yield of_folder(path)
     elif folders := sorted(file.parent for file in path.glob("*/config.yaml")):
@@ -355,11 +359,12 @@ def _points(lines: Iterable[Mapping[str, Any]], start_ms: int) -> Iterator[Recor
     """metrics.jsonl as points, named as training names them."""
     seconds = 0.0
     for line in lines:
-        if not {"kind", "step"} <= line.keys():
+        if "kind" not in line or not is_number(line.get("step")):
             continue
-        seconds = line.get("train_s", seconds)
+        if is_number(line.get("train_s")) and math.isfinite(line["train_s"]):
+            seconds = line["train_s"]
         for name, value in line.items():
-            if name not in ("kind", "step") and isinstance(value, int | float):
+            if name not in ("kind", "step") and is_number(value):
                 yield {
                     "metric": [
                         metric_name(f"{line['kind']}/{name}"),

@@ -12,7 +12,7 @@ from trainer.config import Config
 from trainer.data.node_cache import is_url
 from trainer.evaluation.stored import read_evaluation_file
 from trainer.models.zoo import model_class
-from trainer.runs.run_folder import RunFolder, read_json
+from trainer.runs.run_folder import RunFolder
 from trainer.tracking.store import metric_name
 
 # The five figures of every table of this project, for each task a model serves.
@@ -24,7 +24,7 @@ EVALUATIONS = {"test": "evaluation", "test-hard": "hard_evaluation", "test-full"
 
 def run_facts(run_dir: Path, config: Config, manifest: Manifest, tasks: tuple[int, ...]) -> dict[str, Any]:
     """Everything the model card and the tags say, read from the run folder and the manifest."""
-    environment = read_json(RunFolder(run_dir).environment)
+    environment = RunFolder(run_dir).read_environment()
     git = environment.get("git") or {}
     return {
         "run": str(run_dir),

@@ -30,6 +30,7 @@ from data_shards.secrets import mask_secrets
 from trainer.config import Config
 from trainer.data.folder import PreparedFolder
 from trainer.errors import ConfigError, EnvironmentProblem, RunError
+from trainer.evaluation.evaluated_weights import evaluated_weights, outdated_line, unfinished_line
 from trainer.models.contract import Ranker
 from trainer.registry.model_card import (
     EVALUATIONS,
@@ -64,6 +65,7 @@ from trainer.tracking.store import (
 REGISTRY_FILE = "registry.json"  # where a run folder says which version it became
 ALIAS = "candidate"
 URI_VARIABLE = "MLFLOW_TRACKING_URI"
+MAX_NAME = 256  # characters that every database of MLflow takes
 # what loading and scoring import; versions are those of the registering environment
 SERVING_PACKAGES = (
     "mlflow",
@@ -105,6 +107,10 @@ def register(run_dir: str | Path, name: str, alias: str = ALIAS, notify: Notify 
     refuse_unservable(scorer.model, run_dir)
     run_retrieval(run_dir, scorer.model, notify, must_be_kept=True)
     facts = run_facts(run_dir, config, folder.manifest, scorer.model.tasks)
+    refuse_outdated(run_dir, facts)
+    stood = evaluated_weights(run_dir)
+    if unfinished := unfinished_line(run_dir, stood["run_status"], stood["model_step"]):
+        notify(unfinished)
     example = example_requests(folder, scorer.model.tasks)
     expected = scorer.score_many(example)
     with mlflow_errors(f"MLflow at {uri} does not register {run_dir}"):
@@ -144,6 +150,14 @@ def refuse_unservable(model: Ranker, run_dir: Path) -> None:
             "has to "
             "answer without them. Evaluate it where it is: gensr evaluate RUN"
         )
+
+
+def refuse_outdated(run_dir: Path, facts: dict[str, Any]) -> None:
+    """Raises RunError for an evaluation of other weights than those that would be registered: `gensr promote`
+    decides by it."""
+    for name, evaluation in named_evaluations(facts).items():
+        if outdated := outdated_line(run_dir, name, evaluation["protocol"]):
+            raise RunError(outdated.removeprefix("warning: "))
 
 
 def open_model(
@@ -213,6 +227,11 @@ def check_names(name: str, alias: str) -> None:
     if not name.strip() or re.search("[/:]", name) or name == "." or name.startswith(".."):
         problem = (
             f"{name!r} cannot be the name of a registered model: it must not be empty or hold '/' or ':'"
+        )
+    elif not name.isprintable() or len(name) > MAX_NAME:
+        problem = (
+            f"{name[:80]!r} cannot be the name of a registered model: it must be printable text of at most "
+            f"{MAX_NAME} characters"
         )
     elif not re.fullmatch(r"[\w-]{1,255}", alias):
         problem = f"--alias {alias!r}: an alias has letters, digits, '_' and '-' only"

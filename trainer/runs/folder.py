@@ -10,7 +10,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -202,4 +202,6 @@ def _put_status(folder: Path, status: str, progress: Progress) -> None:
 
 
 def read_status(folder: str | Path) -> Progress:
-    return Progress(**RunFolder(folder).read_status().get("progress", {}))
+    found = RunFolder(folder).read_status().get("progress", {})
+    known = {field.name for field in fields(Progress)}
+    return Progress(**{key: value for key, value in found.items() if key in known})

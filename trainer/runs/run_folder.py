@@ -1,6 +1,7 @@
 """The files of a run folder: the one place that names them, and the readers of what others need of them."""
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,10 @@ from data_shards.settings import read_yaml
 from trainer.config import Config
 from trainer.configs import config_from_dict
 from trainer.errors import RunError
+
+STATUSES = ("running", "stopped", "finished", "failed", "crashed")
+NESTED = ("git", "packages", "hardware", "parameters", "slurm")  # mappings of environment.json
+MOST = 2**62  # of any integer: longer ones are no float
 
 
 @dataclass(frozen=True)
@@ -101,8 +106,11 @@ class RunFolder:
         return config_from_dict(read_yaml(self.config))
 
     def read_status(self) -> dict[str, Any]:
-        """status.json; {} where there is none, or half a one."""
-        return read_json(self.status)
+        """status.json: "status", and "progress" as numbers by name; {} where there is none, half a one, or
+        one that is damaged."""
+        document = {"progress": {}, **read_json(self.status)}
+        known = document.get("status") in STATUSES and _is_progress(document["progress"])
+        return document if known else {}
 
     def standing(self) -> str:
         """`its run has stopped at step 1,200`, or "" where nothing says so."""
@@ -113,11 +121,32 @@ class RunFolder:
         return f"its run {how} at step {step:,}" if status else ""
 
     def read_environment(self) -> dict[str, Any]:
-        return read_json(self.environment)
+        """environment.json; without the parts of a damaged one that are not as it was written."""
+        facts = read_json(self.environment)
+        return {key: value for key, value in facts.items() if key not in NESTED or isinstance(value, dict)}
 
     @property
     def has_ended_well(self) -> bool:
         return self.read_status().get("status") == "finished"
+
+
+def _is_progress(progress: Any) -> bool:
+    """Numbers by name, among them "best_metrics", which are numbers by name."""
+    if not isinstance(progress, dict):
+        return False
+    metrics = progress.get("best_metrics", {})
+    numbers = [value for name, value in progress.items() if name != "best_metrics"]
+    return isinstance(metrics, dict) and all(
+        isinstance(value, bool) or (is_number(value) and math.isfinite(value))
+        for value in [*numbers, *metrics.values()]
+    )
+
+
+def is_number(value: Any) -> bool:
+    """Whether what stands in a file that may be damaged can be counted and drawn."""
+    if isinstance(value, int):
+        return not isinstance(value, bool) and -MOST <= value <= MOST
+    return isinstance(value, float)
 
 
 def read_json(path: Path) -> dict[str, Any]:

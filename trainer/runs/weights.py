@@ -74,10 +74,16 @@ def learnable_tasks(kind: type[Ranker], folder: PreparedFolder) -> tuple[int, ..
 
 
 def save_model(
-    path: str | Path, model: Ranker, full_state: dict[str, Tensor], config: Config, folder: PreparedFolder
+    path: str | Path,
+    model: Ranker,
+    full_state: dict[str, Tensor],
+    config: Config,
+    folder: PreparedFolder,
+    step: int = 0,
 ) -> None:
     """Write RUN/model atomically. `full_state` is the consolidated state dict (accelerator.get_state_dict),
-    with the tables that are trained by rows; `model` the unwrapped module."""
+    with the tables that are trained by rows; `model` the unwrapped module. step: optimizer steps that made
+    it; 0 for one that is counted."""
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -87,7 +93,8 @@ def save_model(
     save_file(state, partial / "model.safetensors", metadata={"format": "pt"})
     shutil.copytree(folder.tokenizer, partial / "tokenizer")
     model.save_extra(partial)
-    text = json.dumps(describe_model(model, config, folder), indent=2) + "\n"
+    document = {**describe_model(model, config, folder), "step": step}
+    text = json.dumps(document, indent=2) + "\n"
     (partial / DOCUMENT).write_text(text, encoding="utf-8")
     seal(partial)
     previous = path.with_name(path.name + ".previous")

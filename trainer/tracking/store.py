@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import sqlite3
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -40,7 +41,8 @@ def sqlite_uri(path: Path) -> str:
     """The URI of a database file, whatever characters its path has. Raises EnvironmentProblem where an old
     SQLAlchemy cannot read them back.
 
-    Only what must be is quoted, because MLflow also makes a folder that is named as the URI spells it.
+    Only what must be is quoted, because MLflow also makes a folder that is named as the URI spells it (see
+    _no_folder_of_quotes()).
     """
     uri = "sqlite:///" + re.sub("[?%]", lambda match: f"%{ord(match[0]):02X}", str(path))
     if sqlite_path(uri) != path:  # SQLAlchemy 2.0 reads quotes as they are
@@ -67,8 +69,8 @@ def path_of_file_uri(uri: str) -> Path:
 
 
 def must_exist(uri: str) -> str:
-    """`uri`, for verbs that only read: MLflow would make a folder or a database of any name. Raises RunError
-    when it names a place of this machine where nothing is."""
+    """`uri`, for verbs that only read: MLflow would make a folder or a database of any name, and its tables
+    in any file. Raises RunError when it names a place of this machine where no store is."""
     path = sqlite_path(uri)
     if path is None and urlsplit(uri).scheme in ("", "file") and not uri.startswith("databricks"):
         path = path_of_file_uri(uri)
@@ -79,12 +81,26 @@ def must_exist(uri: str) -> str:
         )
     if path is not None and path.is_file() and sqlite_path(uri) is None:
         raise RunError(f"{uri} is a file, not a tracking URI. Did you mean {sqlite_uri(path)}?")
+    if sqlite_path(uri) is not None and path is not None and not _holds_store(path):
+        raise RunError(f"{uri}: {path} is not a database of MLflow")
     return uri
+
+
+def _holds_store(path: Path) -> bool:
+    """Whether an sqlite file has MLflow's tables; True also where it cannot be read, which connect() says:
+    locked by another program, not a database at all."""
+    query = "SELECT count(*) FROM sqlite_master WHERE name = 'experiments'"
+    try:
+        with contextlib.closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as database:
+            return bool(database.execute(query).fetchone()[0])
+    except sqlite3.DatabaseError:
+        return True
 
 
 def connect(uri: str) -> "MlflowClient":
     """A client whose requests fail within seconds, not minutes, and which says nothing on its own. A new
-    sqlite file is made; see must_exist(). Raises EnvironmentProblem where it cannot be."""
+    sqlite file is made; see must_exist(). Raises EnvironmentProblem where it cannot be, and for a URI that
+    names no store."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # with the password in it
@@ -98,15 +114,60 @@ def connect(uri: str) -> "MlflowClient":
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     path = sqlite_path(uri)
     if path is None:
-        return MlflowClient(tracking_uri=uri, registry_uri=uri)
+        with _explained(uri):
+            if uri.startswith("sqlite:"):
+                raise ValueError("it names no file")  # in memory, all would be lost at the end
+            return MlflowClient(tracking_uri=uri, registry_uri=uri)
     with writing(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists():
             path.touch()  # what cannot be written is known here; MLflow would try for 100 s to open it
-    with _one_at_a_time(path.with_name(f".{path.name}.lock")), _whole_or_gone(path):
+    with (
+        _one_at_a_time(path.with_name(f".{path.name}.lock")),
+        _whole_or_gone(path),
+        _no_folder_of_quotes(uri, path),
+    ):
         client = MlflowClient(tracking_uri=uri, registry_uri=uri)
         client.search_experiments(max_results=1)  # makes the tables of a new database
+        if _spelled(uri) != path:
+            client.search_registered_models(max_results=1)  # opens it a second time: see below
     return client
+
+
+def _spelled(uri: str) -> Path:
+    return Path(uri.removeprefix("sqlite:///"))
+
+
+@contextlib.contextmanager
+def _no_folder_of_quotes(uri: str, path: Path) -> Iterator[None]:
+    """MLflow makes the folder that an sqlite URI spells (x%3Fy) beside the one that it means (x?y), empty,
+    whenever it opens the database. What was not there before is removed again."""
+    folder = _spelled(uri).parent
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        yield
+    finally:
+        if folder != path.parent:
+            with contextlib.suppress(OSError):
+                for place in made:
+                    place.rmdir()
+
+
+@contextlib.contextmanager
+def _explained(uri: str) -> Iterator[None]:
+    """What makes a URI unusable, as EnvironmentProblem: a scheme that MLflow does not know, a driver that is
+    not installed."""
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (MlflowException, SQLAlchemyError, ModuleNotFoundError, ValueError) as error:
+        lacking = isinstance(error, ModuleNotFoundError) and f"the package {error.name} is not installed"
+        raise EnvironmentProblem(
+            f"MLflow cannot use the tracking URI {mask_secrets(uri)}: {lacking or one_line(error)}. "
+            "Examples: sqlite:///runs/mlflow.db, http://mlflow.example.org"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -133,7 +194,7 @@ def _whole_or_gone(path: Path) -> Iterator[None]:
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
                 path.with_name(f"{path.name}-journal").unlink(missing_ok=True)
-        if not new or not isinstance(error, DBAPIError):
+        if not isinstance(error, DBAPIError):
             raise
         raise EnvironmentProblem(
             f"{path}: MLflow cannot use this database: {error.orig}. Free space there, make the folder "

@@ -267,7 +267,7 @@ def write_model(run: Run) -> None:
 
     def write() -> None:
         with writing(path):
-            save_model(path, run.module, state, run.config, run.folder)
+            save_model(path, run.module, state, run.config, run.folder, run.progress.best_step)
 
     on_main(run.accelerator, write)
 

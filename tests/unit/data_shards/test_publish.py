@@ -1,5 +1,7 @@
 """A folder gets its name in one step, whoever is killed and when; one preparation at a time writes it."""
 
+import errno
+import fcntl
 import json
 import multiprocessing
 import os
@@ -15,6 +17,7 @@ import pytest
 from data_shards import publish
 from data_shards.errors import DataError
 from data_shards.prepare import prepare
+from data_shards.publish import take_lock
 from data_shards.schema import read_manifest
 from data_shards.work import Work
 from tests.worlds import write_tables
@@ -137,6 +140,16 @@ def test_one_preparation_at_a_time_holds_the_lock(tmp_path: Path) -> None:
     for worker in workers:
         worker.join()
     assert seen["written"] > 10 and set(seen) <= {"written", "in use"}, seen
+
+
+def test_a_file_system_without_locks_keeps_nobody_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    take_lock(tmp_path / "out.partial").close()
 
 
 NAMES = ["o'brien", "x'; COPY (SELECT 1) TO 'planted.csv'; --", "user_id=7", "pr[1]*", 'a "b" %20 #', "红"]

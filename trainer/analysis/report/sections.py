@@ -11,6 +11,7 @@ from data_shards.settings import flatten, read_yaml
 from trainer.analysis.drawing import Bar, Curve, bars_with_intervals, curves_with_intervals, write_figure
 from trainer.analysis.pages import Fold, Part, Picture, Section, Table, Text
 from trainer.analysis.report.asked import Asked, Example
+from trainer.evaluation.evaluated_weights import warnings_of
 from trainer.evaluation.segments import BUCKETS, METRIC
 from trainer.evaluation.summary import (
     CANDIDATES,
@@ -57,6 +58,7 @@ def _results(run: RunFolder, document: dict[str, Any], split: str, name: str) ->
             cells.append(short(row.metrics[metric]) + interval)
         table.append([TASK_TITLES[row.task], row.model, *cells, f"{row.metrics['num_events']:,}"])
     parts: list[Part] = [Text(protocol_line(document) + ".")]
+    parts += [Text(line, warning=True) for line in warnings_of(run.path, name, document["protocol"])]
     for task, title in TASK_TITLES.items():
         if of_task := {panel: bars for panel, bars in metrics.items() if panel.startswith(title)}:
             path = write_figure(bars_with_intervals(of_task), run.report / f"results-{name}-{task}")[1]

@@ -133,7 +133,7 @@ def _row(plan: Plan, name: str, cells: Sequence[Cell], errors: Mapping[str, str]
 
 def _cell(cell: Cell, candidates: Sequence[str]) -> dict[str, Any]:
     run = RunFolder(cell.run_dir)
-    progress = run.read_status()["progress"]
+    progress = run.read_status().get("progress", {})
     settings = flatten(masked(read_yaml(run.config)))
     metric = str(settings["run.select_metric"])
     return {

@@ -1,0 +1,52 @@
+"""Which weights an evaluation is of, and whether training went on: RUN/model is the best so far at any
+time."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from trainer.runs.run_folder import RunFolder, read_json
+
+
+def evaluated_weights(run_dir: str | Path) -> dict[str, Any]:
+    """{"model_step": optimizer steps that made RUN/model, "run_status": that of status.json}, which an
+    evaluation's protocol holds; None where a run, an older one perhaps, does not say."""
+    run = RunFolder(run_dir)
+    return {
+        "model_step": read_json(run.model / "model.json").get("step"),
+        "run_status": run.read_status().get("status"),
+    }
+
+
+def warnings_of(run_dir: str | Path, name: str, protocol: Mapping[str, Any]) -> list[str]:
+    """What a reader of RUN/evaluation-NAME.json could get wrong: the run had not ended when it was made, or
+    was trained on since. Nothing where the run does not say. protocol: of that file."""
+    lines = []
+    if unfinished := unfinished_line(run_dir, protocol.get("run_status"), protocol.get("model_step")):
+        lines.append(unfinished)
+    if outdated := outdated_line(run_dir, name, protocol):
+        lines.append(outdated)
+    return lines
+
+
+def unfinished_line(run_dir: str | Path, status: Any, step: Any) -> str:
+    """ "" for a run that had ended well."""
+    if status in (None, "finished"):
+        return ""
+    how = "is running, or was killed" if status == "running" else f"has {status}"
+    return f"warning: {run_dir} is not finished (it {how}). This is its best model so far, of {_words(step)}"
+
+
+def outdated_line(run_dir: str | Path, name: str, protocol: Mapping[str, Any]) -> str:
+    """ "" where the evaluation is of the model that the run holds now."""
+    then, now = protocol.get("model_step"), evaluated_weights(run_dir)["model_step"]
+    if then is None or now is None or then == now:
+        return ""
+    return (
+        f"warning: {RunFolder(run_dir).evaluation(name)} is of {_words(then)}, RUN/model is now of "
+        f"{_words(now)}. Evaluate again with: gensr evaluate {run_dir}"
+    )
+
+
+def _words(step: Any) -> str:
+    return f"step {step:,}" if isinstance(step, int) else "an unknown step"
