@@ -122,8 +122,8 @@ def last_screen(run_dir: str | Path, progress: Progress, num_valid_events: int) 
     """What a finished run says: the best step and its metrics, where things are, what to do next."""
     return [
         "",
-        f"best step {progress.best_step:,} of {progress.step:,}, {clock(progress.train_s)} of training; "
-        f"{num_valid_events:,} validation events, sampled:",
+        f"best step {progress.best_step:,} of {progress.step:,}, {clock(progress.train_s)} of training",
+        f"validation on {num_valid_events:,} events, sampled candidates:",
         *metric_rows(progress.best_metrics),
         f"model     {Path(run_dir) / 'model'}",
         f"pictures  {Path(run_dir) / 'report'}",
