@@ -3,9 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# Workers of one thread each; four on two cores, because tests that start a server or a cluster wait for it, too.
+# Workers of one thread each; three on two cores, because tests that start a server or a cluster wait for it, too.
 # tests/conftest.py puts files with slow tests first, so that all workers end at about the same time.
-PYTEST_ARGS ?= -n 4 --dist loadfile --no-loadscope-reorder
+PYTEST_ARGS ?= -n 3 --dist loadfile --no-loadscope-reorder
 
 export TOKENIZERS_PARALLELISM ?= false
 export MLFLOW_DISABLE_TELEMETRY ?= true

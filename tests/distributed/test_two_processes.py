@@ -112,7 +112,10 @@ SCENARIOS: list[dict[str, Any]] = [
     {"name": "gradients", "overrides": EXACT, "gradients": True},
 ]
 
-LONG = ("0", "1", "zero2_offload", "zero3_offload", "left_out2", "lora_bf16_2", "llama_nano")
+LONG = (
+    *("0", "1", "zero0", "zero1", "zero2_offload", "zero3_offload"),
+    *("left_out2", "left_out3", "lora_bf16_2", "lora_bf16_3", "llama_nano"),
+)
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(1000)]
 
@@ -189,7 +192,8 @@ def test_lora_under_zero3_resumes_without_saving_frozen_weights(folder: Path) ->
     )
 
 
-@pytest.mark.parametrize("stage", [pytest.param("2", marks=pytest.mark.long), "3"])
+@pytest.mark.long
+@pytest.mark.parametrize("stage", ["2", "3"])
 def test_adapters_on_a_frozen_bf16_backbone_learn_as_on_a_float32_one(folder: Path, stage: str) -> None:
     assert [r.get("status") for r in results(folder, f"lora_bf16_{stage}")] == ["finished"] * 2
     assert losses(folder / f"lora_bf16_{stage}") == pytest.approx(losses(folder / "lora"), rel=0.02)

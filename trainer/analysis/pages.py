@@ -20,8 +20,8 @@ class Text:
 
 @dataclass(frozen=True)
 class Table:
-    """Cells are text; those of a row that begin with "!" are marked (the sign is not shown). The first column
-    stands left, the others right unless `words`."""
+    """Cells are text; those that begin with "!" are marked (the sign is not shown). The first column and
+    columns of words stand left, numbers right. words: all of it is prose, whose lines may break."""
 
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -101,13 +101,25 @@ def _picture(picture: Picture) -> str:
 
 
 def _table(table: Table) -> str:
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in table.head)
-    rows = "".join(f"<tr>{''.join(_cell(text) for text in row)}</tr>" for row in table.rows)
+    left = [_holds_words([row[column] for row in table.rows]) for column in range(len(table.head))]
+    head = "".join(
+        f'<th scope="col"{" class=left" if is_left else ""}>{escape(name)}</th>'
+        for name, is_left in zip(table.head, left, strict=True)
+    )
+    rows = "".join(f"<tr>{''.join(map(_cell, row, left))}</tr>" for row in table.rows)
     caption = f"<caption>{escape(table.caption)}</caption>" if table.caption else ""
     kind = " class=words" if table.words else ""
     inner = f"<table{kind}>{caption}<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
     return f'<div class=scroll tabindex="0" role=region aria-label="Table">{inner}</div>'
 
 
-def _cell(text: str) -> str:
-    return f"<td class=marked>{escape(text[1:])}</td>" if text.startswith("!") else f"<td>{escape(text)}</td>"
+def _holds_words(cells: Sequence[str]) -> bool:
+    written = [cell for cell in cells if cell]
+    return bool(written) and all(cell.lstrip("!")[:1].isalpha() for cell in written)
+
+
+def _cell(text: str, is_left: bool) -> str:
+    marked = text.startswith("!")
+    kinds = " ".join(kind for kind, holds in (("marked", marked), ("left", is_left)) if holds)
+    attribute = f' class="{kinds}"' if kinds else ""
+    return f"<td{attribute}>{escape(text[1:] if marked else text)}</td>"

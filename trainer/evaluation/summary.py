@@ -130,6 +130,11 @@ def short(value: float) -> str:
     return text.replace("0.", ".", 1) if text.lstrip("-").startswith("0.") else text
 
 
+def signed(value: float) -> str:
+    """Of a difference: +.029, -.355."""
+    return f"{'+' if value > 0 else ''}{short(value)}"
+
+
 def table(rows: Sequence[Row], metrics: Sequence[str] = SHOWN_METRICS) -> list[str]:
     """Plain lines, one block a task. A terminal that is too narrow for all metrics is shown those at 10."""
     width = max((len(row.model) for row in rows), default=0)

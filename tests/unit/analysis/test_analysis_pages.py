@@ -21,7 +21,17 @@ def test_text_is_escaped_and_nothing_is_loaded(tmp_path: Path) -> None:
     assert not any(word in text.replace("http://www.w3.org", "") for word in ("http://", "https://"))
 
 
+def test_columns_of_words_stand_left_and_numbers_right(tmp_path: Path) -> None:
+    table = Table(
+        ["model", "task", "value", ""], [["GenSR", "Search", "+.029", ""], ["UniSAR", "!Both", "!5", ""]]
+    )
+    text = write_page(tmp_path / "p.html", "t", "l", [Section("s", [table])]).read_text()
+    assert '<th scope="col" class=left>task</th><th scope="col">value</th>' in text
+    assert '<td class="left">GenSR</td><td class="left">Search</td><td>+.029</td><td></td>' in text
+    assert '<td class="marked left">Both</td><td class="marked">5</td>' in text
+
+
 def test_a_marked_cell_loses_its_sign(tmp_path: Path) -> None:
     text = write_page(tmp_path / "p.html", "t", "l", [Section("s", [Table(["a"], [["!5"]])])]).read_text()
-    assert "<td class=marked>5</td>" in text
+    assert '<td class="marked">5</td>' in text
     assert "<nav" not in text  # of one section

@@ -14,7 +14,7 @@ from trainer.experiments.analyses.groups import grouped, results, seeds_note
 from trainer.experiments.analyses.options import TASK_TITLES, Notify, Options, need_runs
 
 WHAT = "sensitivity"
-SYMBOLS = {"model.temperature": "τ (model.temperature)", "model.contrastive_weight": "λ (contrastive_weight)"}
+SYMBOLS = {"model.temperature": "τ (temperature)", "model.contrastive_weight": "λ (contrastive_weight)"}
 
 
 def measure(runs: Sequence[Path], options: Options, notify: Notify) -> dict[str, Any]:
@@ -56,9 +56,9 @@ def section(document: dict[str, Any], folder: Path) -> Section:
             grid = _grid(rows, keys, task, metric)
             if grid is not None:
                 values, ys, xs = grid
-                figure = heat_map(
-                    values, ys, xs, f"{title}: {metric}; rows {keys[0]}, columns {keys[1]}", decimals=3
-                )
+                rows_are, columns_are = (SYMBOLS.get(key, key) for key in keys)
+                caption = f"{title}: {metric}; rows {rows_are}, columns {columns_are}"
+                figure = heat_map(values, ys, xs, caption, decimals=3)
                 path = write_figure(figure, folder / f"{WHAT}-map-{task}")[1]
                 parts.append(Picture(path, f"{title}: {metric} for each pair of {keys[0]} and {keys[1]}."))
     table = [
@@ -67,7 +67,8 @@ def section(document: dict[str, Any], folder: Path) -> Section:
         for row in rows
         if task in row["tasks"]
     ]
-    head = ["task", *keys, metric, "95 % interval", "difference from the first", "p (Holm)"]
+    symbols = [SYMBOLS.get(key, key).partition(" ")[0] for key in keys]
+    head = ["task", *symbols, metric, "95 % interval", "difference from the first", "p (Holm)"]
     return Section("Sensitivity (Figure 5)", [*parts, Table(head, table)])
 
 

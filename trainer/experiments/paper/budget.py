@@ -6,6 +6,10 @@ Hours are estimated by ../costs.py: a plan, not a promise. The report says what 
 from dataclasses import dataclass
 
 
+def of_seeds(number: int) -> str:
+    return "1 seed" if number == 1 else f"{number} seeds"
+
+
 @dataclass(frozen=True)
 class Budget:
     """What is run. epochs 0 = as each preset says."""
@@ -26,10 +30,9 @@ class Budget:
         """What this budget costs in trust."""
         said = []
         if self.seeds < 3:
-            seeds = "1 seed" if self.seeds == 1 else f"{self.seeds} seeds"
             said.append(
-                f"{seeds} a system: intervals over seeds are missing or very wide, and small differences "
-                "may be luck."
+                f"{of_seeds(self.seeds)} a system: intervals over seeds are missing or very wide, and small "
+                "differences may be luck."
             )
         if self.variant_seeds < 3:
             said.append("Ablations and sensitivity have few seeds: read large differences only.")

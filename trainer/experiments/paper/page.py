@@ -7,8 +7,9 @@ from typing import Any
 
 from trainer.analysis.pages import Part, Section, Table, Text, write_page
 from trainer.errors import DataError
-from trainer.evaluation.summary import TASK_TITLES, short
+from trainer.evaluation.summary import TASK_TITLES, short, signed
 from trainer.experiments.analyses import ANALYSES, load_section
+from trainer.experiments.paper.budget import of_seeds
 from trainer.experiments.paper.plan import PaperPlan
 from trainer.experiments.table.render import CANDIDATE_TITLES, blocks
 from trainer.runs.run_folder import RunFolder, read_json
@@ -43,7 +44,7 @@ def write_paper_page(plan: PaperPlan, errors: Mapping[str, str]) -> Path:
         sections.append(Section("Failed", [Table(["what", "why"], rows, words=True)]))
     sections.append(_files(plan))
     lead = f"gensr paper {plan.request.name}, budget {plan.budget.name}"
-    title = f"The paper's evaluation on {table['data']['source'] or plan.request.name} ({plan.request.name})"
+    title = f"The paper's evaluation: {plan.request.name}"
     return write_page(plan.request.out / "report.html", title, lead, sections)
 
 
@@ -57,7 +58,7 @@ def _what_was_run(plan: PaperPlan, table: Mapping[str, Any]) -> Section:
         ["seeds of each trained system", str(budget.seeds)],
         ["tuning trials of each trained system", str(budget.trials)],
         ["epochs", f"{budget.epochs:g}" if budget.epochs else "as each preset says"],
-        ["variants of GenSR", f"{len(plan.variants)}, {budget.variant_seeds} seeds each"],
+        ["variants of GenSR", f"{len(plan.variants)}, with {of_seeds(budget.variant_seeds)} each"],
         ["candidates", ", ".join(CANDIDATE_TITLES[kind] for kind in budget.candidates)],
         ["time in training", f"{trained / 3600:.2f} hours"],
         ["gensr", str(table["gensr_version"])],
@@ -116,7 +117,7 @@ def _results(table: Mapping[str, Any], kind: str, task: str, rows: Sequence[Mapp
             if published:
                 cells.append(paper_cell(found, paper.get(metric)))
         against = result.get("against")
-        cells += [f"{against['difference']:+.4f}", f"{against['p_holm']:.3f}"] if against else ["", ""]
+        cells += [signed(against["difference"]), short(against["p_holm"])] if against else ["", ""]
         lines.append(cells)
     parts: list[Part] = [
         Text(

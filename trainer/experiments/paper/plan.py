@@ -93,6 +93,7 @@ class PaperPlan:
             events=budget.events,
             presets={GENSR: self.request.recipe["preset"]},
             settings=self.request.settings,
+            own_settings=self.request.recipe.get("own_settings", {}),
         )
 
     def gensr_runs(self, num_seeds: int) -> list[Path]:

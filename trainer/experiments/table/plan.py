@@ -46,6 +46,7 @@ class Request:
     events: int = 2000  # of the whole-catalogue ranking, 0 = all
     presets: Mapping[str, str] = field(default_factory=dict)
     settings: tuple[str, ...] = ()  # KEY=VALUE, for every system
+    own_settings: Mapping[str, Sequence[str]] = field(default_factory=dict)  # for one; settings outranks them
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -211,7 +212,7 @@ def _config(request: Request, name: str, manifest: Manifest) -> Config:
     if request.max_steps:
         words.append(f"run.max_steps={request.max_steps}")
     words.append(f"data.history_max={min(config.data.history_max, manifest.history_max)}")
-    return load_config(preset, [*words, *request.settings])
+    return load_config(preset, [*words, *request.own_settings.get(name, ()), *request.settings])
 
 
 def _differences(name: str, path: Path, config: Config) -> Sequence[str]:

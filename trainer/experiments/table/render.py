@@ -8,7 +8,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from trainer.evaluation.summary import TASK_TITLES, short
+from trainer.evaluation.summary import TASK_TITLES, short, signed
 from trainer.runtime.files import atomic
 
 Row = Mapping[str, Any]
@@ -116,8 +116,7 @@ def _value(result: Mapping[str, Any]) -> str:
 def _against(difference: Mapping[str, Any] | None) -> str:
     if not difference:
         return ""
-    sign = "+" if difference["difference"] > 0 else ""
-    return f"{sign}{short(difference['difference'])} (p {_p(difference)})"
+    return f"{signed(difference['difference'])} (p {_p(difference)})"
 
 
 def _p(difference: Mapping[str, Any]) -> str:
