@@ -63,18 +63,13 @@ class Demo:
     def raw_dir(self) -> Path:
         return self.data_dir.with_name(f"{self.data_dir.name}-raw")
 
-    @property
-    def optimum_file(self) -> Path:
-        """The metrics of the planted preferences themselves, beside what they are computed from."""
-        return self.data_dir / "optimum.json"
-
     def steps(self) -> list[Step]:
         run_dir, data_dir = self.run_dir, self.data_dir
         evaluation, registered = RunFolder(run_dir).evaluation("test"), RunFolder(run_dir).registry
         return [
             Step("simulate", (self.raw_dir / "simulated.json").is_file, self.simulate),
             Step("prepare", (data_dir / "manifest.json").is_file, self.prepare),
-            Step("optimum", lambda: is_newer(self.optimum_file, data_dir / "manifest.json"), self.optimum),
+            Step("optimum", self.has_optimum, self.optimum),
             Step("cf", (data_dir / "cf" / "lightgcn.safetensors").is_file, self.cf),
             Step("train", self.is_trained, self.train),
             Step(
@@ -96,14 +91,16 @@ class Demo:
 
         prepare("tables", self.raw_dir, self.data_dir, PREPARE, progress=show_stages())
 
+    def has_optimum(self) -> bool:
+        from data_shards.simulate.oracle import OPTIMUM_FILE
+
+        return is_newer(self.data_dir / OPTIMUM_FILE, self.data_dir / "manifest.json")
+
     def optimum(self) -> None:
         from trainer.data.folder import PreparedFolder
-        from trainer.evaluation.optimum import optimum_report
-        from trainer.runtime.files import atomic
+        from trainer.evaluation.optimum import write_optimum
 
-        report = optimum_report(PreparedFolder.at(self.data_dir), self.raw_dir)
-        with atomic(self.optimum_file) as path:
-            path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        write_optimum(PreparedFolder.at(self.data_dir), self.raw_dir)
 
     def cf(self) -> None:
         from trainer.cf.build import train_cf
@@ -243,6 +240,10 @@ def free_port() -> int:
 
 
 def show_summary(demo: Demo, seconds: float) -> None:
+    from trainer.data.folder import PreparedFolder
+    from trainer.evaluation.optimum import TITLE as OPTIMUM
+    from trainer.evaluation.optimum import read_optimum
+
     evaluation = read_evaluation(demo.run_dir)
     registered = json.loads(RunFolder(demo.run_dir).registry.read_text(encoding="utf-8"))
     grid = Table(title=protocol_line(evaluation), title_justify="left", title_style="dim", box=box.SIMPLE)
@@ -252,9 +253,9 @@ def show_summary(demo: Demo, seconds: float) -> None:
     metrics = [metric for metric in SHOWN_METRICS if not narrow or metric.endswith("@10")]
     for metric in metrics:
         grid.add_column(metric, no_wrap=True)
-    optimum = json.loads(demo.optimum_file.read_text(encoding="utf-8"))
+    optimum = read_optimum(PreparedFolder.at(demo.data_dir))
     rows = rows_of(evaluation)
-    rows += [Row("planted optimum", task, optimum[task]) for task in TASK_TITLES if task in optimum]
+    rows += [Row(OPTIMUM, task, optimum[task]) for task in TASK_TITLES if task in optimum]
     for task, title in TASK_TITLES.items():
         of_task = [row for row in rows if row.task == task]
         if of_task:

@@ -21,6 +21,8 @@ from data_shards.simulate.world import (
     make_users,
 )
 
+OPTIMUM_FILE = "optimum.json"  # in a prepared folder: metrics of these scores (trainer/evaluation/optimum.py)
+
 
 @dataclass(frozen=True)
 class Clicks:

@@ -294,6 +294,22 @@ def test_values_are_those_of_the_events_that_every_run_ranked(tmp_path: Path) ->
     assert found["sasrec"]["against"]["model"] == "popularity"
 
 
+def test_the_planted_optimum_is_a_row_where_it_ranked_the_same_events(tmp_path: Path) -> None:
+    folder = PreparedFolder.at(make_tiny_folder(tmp_path / "data"))
+    request = Request(str(folder.path), tmp_path / "out", models=("popularity",), candidates=("sampled",))
+    plan = make_plan(request)
+    num_events = {"sampled": {"rec": 20, "src": 10}}
+    assert results.optimum_results(plan, num_events) == {}
+    figures = dict.fromkeys(results.SHOWN, 0.75)
+    report = {"split_fingerprint": folder.manifest.fingerprint, "src": {**figures, "num_events": 9}}
+    (folder.path / "optimum.json").write_text(json.dumps({**report, "rec": {**figures, "num_events": 20}}))
+    found = results.optimum_results(plan, num_events)
+    assert set(found) == {"rec"}, "other events of search"
+    assert found["rec"]["ndcg@10"] == {"value": 0.75, "low": None, "high": None, "seeds": [0.75]}
+    (folder.path / "optimum.json").write_text(json.dumps({**report, "split_fingerprint": "another"}))
+    assert results.optimum_results(plan, num_events) == {}
+
+
 @pytest.mark.parametrize(
     ("source", "users", "items", "title"),
     [

@@ -1,6 +1,7 @@
 """The planted optimum: how well a simulated world's own preferences rank the stored candidates of a split. No
 model can be expected to do better: it knows what is in no log, such as what the user has in mind."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_shards.simulate.oracle import Oracle
+from data_shards.simulate.oracle import OPTIMUM_FILE, Oracle
 from trainer.batch import Batch
 from trainer.config import DataConfig
 from trainer.data import EvalStream
 from trainer.data.folder import PreparedFolder
 from trainer.evaluation.ranking import rank_events
 from trainer.evaluation.sampled import BASELINE_BATCH, task_reports
+from trainer.runs.run_folder import read_json
+from trainer.runtime.files import atomic
+
+TITLE = "planted optimum"
+
+
+def write_optimum(folder: PreparedFolder, raw: str | Path) -> None:
+    """Beside what it is computed from: FOLDER/optimum.json."""
+    with atomic(folder.path / OPTIMUM_FILE) as path:
+        path.write_text(json.dumps(optimum_report(folder, raw), indent=2) + "\n", encoding="utf-8")
+
+
+def read_optimum(folder: PreparedFolder) -> dict[str, Any]:
+    """What write_optimum() wrote; {} where a folder has none, or that of another split."""
+    found = read_json(folder.path / OPTIMUM_FILE)
+    return found if found.get("split_fingerprint") == folder.manifest.fingerprint else {}
 
 
 def optimum_report(folder: PreparedFolder, raw: str | Path, split: str = "test") -> dict[str, Any]:

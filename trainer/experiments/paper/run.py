@@ -3,7 +3,10 @@
 import json
 from pathlib import Path
 
+from data_shards.simulate.oracle import OPTIMUM_FILE
+from trainer.data.folder import PreparedFolder
 from trainer.errors import ConfigError, GensrError, RunError
+from trainer.evaluation.optimum import write_optimum
 from trainer.experiments.analyses import Options, analyse
 from trainer.experiments.paper.page import write_paper_page
 from trainer.experiments.paper.plan import PaperPlan, PaperRequest, keep, make_plan, size_of_data
@@ -46,6 +49,9 @@ def prepare_data(request: PaperRequest, notify: Notify) -> None:
         notify(f"prepare {request.data_dir}")
         words = recipe.get("prepare", ())
         prepare(recipe["source"], request.raw_dir, request.data_dir, words, progress=StageLines())
+    if "simulate" in recipe and request.data is None and not (request.data_dir / OPTIMUM_FILE).is_file():
+        notify("planted optimum")
+        write_optimum(PreparedFolder.at(request.data_dir), request.raw_dir)
     if not (request.data_dir / "cf" / "lightgcn.safetensors").is_file():
         notify("CF table")
         train_cf(request.data_dir, recipe.get("cf", ()), progress=notify)

@@ -24,6 +24,7 @@ from data_shards.settings import flatten, parse_yaml, read_yaml
 from trainer.analysis.figures import read_records
 from trainer.analysis.significance import holm, paired_difference, seed_interval
 from trainer.evaluation.metrics import METRICS, metric_values
+from trainer.evaluation.optimum import TITLE, read_optimum
 from trainer.evaluation.summary import evaluation_name, read_evaluation
 from trainer.experiments.table.cells import SPLIT, Cell, is_done
 from trainer.experiments.table.plan import Plan
@@ -80,6 +81,8 @@ def read_results(plan: Plan, cells: Sequence[Cell], errors: Mapping[str, str]) -
             for row in rows:
                 if row["model"] in results:
                     row["results"].setdefault(kind, {})[task] = results[row["model"]]
+    if optimum := optimum_results(plan, num_events):
+        rows.append(_optimum_row(plan) | {"results": {"sampled": optimum}})
     manifest, request = plan.folder.manifest, plan.request
     return {
         "data": {
@@ -161,6 +164,39 @@ def _score_s(run_dir: Path, candidates: str) -> float:
     if candidates == "full":
         return events / max(float(protocol["events_per_s"]), 1e-9)
     return events * (1 + int(protocol["num_negatives"])) / max(float(protocol["candidates_per_s"]), 1e-9)
+
+
+def optimum_results(plan: Plan, num_events: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
+    """{task: {metric: …}} of a simulated world's own preferences, sampled candidates; {} where none were
+    measured, or on other events."""
+    found = read_optimum(plan.folder)
+    return {
+        task: {
+            metric: {"value": found[task][metric], "low": None, "high": None, "seeds": [found[task][metric]]}
+            for metric in SHOWN
+        }
+        for task, number in num_events.get("sampled", {}).items()
+        if number and found.get(task, {}).get("num_events") == number
+    }
+
+
+def _optimum_row(plan: Plan) -> dict[str, Any]:
+    """No system: what every system is measured against."""
+    return {
+        "model": "planted_optimum",
+        "title": TITLE,
+        "tasks": list(TASKS),
+        "trained": False,
+        "parameters": 0,
+        "train_s": 0.0,
+        "score_s": dict.fromkeys(plan.request.candidates, 0.0),
+        "select_metric": "",
+        "tuning": {},
+        "note": "",
+        "cells": [],
+        "errors": {},
+        "published": {},
+    }
 
 
 def _mean(values: Sequence[float]) -> float | None:
