@@ -54,7 +54,7 @@ def _what_was_run(plan: PaperPlan, table: Mapping[str, Any]) -> Section:
     variants = [RunFolder(cell.run_dir).read_status().get("progress", {}) for cell in plan.cells()]
     trained += sum(float(progress.get("train_s", 0.0)) for progress in variants)
     rows = [
-        ["systems", ", ".join(row["title"] for row in table["rows"])],
+        ["systems", ", ".join(row["title"] for row in table["rows"] if "about" not in row)],
         ["seeds of each trained system", str(budget.seeds)],
         ["tuning trials of each trained system", str(budget.trials)],
         ["epochs", f"{budget.epochs:g}" if budget.epochs else "as each preset says"],

@@ -183,6 +183,7 @@ def optimum_results(plan: Plan, num_events: Mapping[str, Mapping[str, int]]) -> 
 def _optimum_row(plan: Plan) -> dict[str, Any]:
     """No system: what every system is measured against."""
     return {
+        "about": "The simulated preferences rank the candidates themselves: no system should pass them.",
         "model": "planted_optimum",
         "title": TITLE,
         "tasks": list(TASKS),
