@@ -13,7 +13,6 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from importlib import metadata
 from inspect import cleandoc
 from typing import Annotated, Any, TextIO
 
@@ -160,6 +159,8 @@ def lacking(package: str) -> str:
 
 def _extras_with(package: str) -> list[str]:
     """The extras of gensr that list a package; [] where none does, or its name is not that of its module."""
+    from importlib import metadata  # 40 ms, which --help does not need
+
     try:
         requirements = metadata.requires("gensr") or []
     except metadata.PackageNotFoundError:  # run from the sources
