@@ -23,9 +23,9 @@ def warnings_of(run_dir: str | Path, name: str, protocol: Mapping[str, Any]) -> 
     was trained on since. Nothing where the run does not say. protocol: of that file."""
     lines = []
     if unfinished := unfinished_line(run_dir, protocol.get("run_status"), protocol.get("model_step")):
-        lines.append(unfinished)
+        lines.append(f"warning: {unfinished}")
     if outdated := outdated_line(run_dir, name, protocol):
-        lines.append(outdated)
+        lines.append(f"warning: {outdated}")
     return lines
 
 
@@ -34,7 +34,7 @@ def unfinished_line(run_dir: str | Path, status: Any, step: Any) -> str:
     if status in (None, "finished"):
         return ""
     how = "is running, or was killed" if status == "running" else f"has {status}"
-    return f"warning: {run_dir} is not finished (it {how}). This is its best model so far, of {_words(step)}"
+    return f"{run_dir} is not finished (it {how}). This is its best model so far, of {_words(step)}"
 
 
 def outdated_line(run_dir: str | Path, name: str, protocol: Mapping[str, Any]) -> str:
@@ -43,7 +43,7 @@ def outdated_line(run_dir: str | Path, name: str, protocol: Mapping[str, Any]) -
     if then is None or now is None or then == now:
         return ""
     return (
-        f"warning: {RunFolder(run_dir).evaluation(name)} is of {_words(then)}, RUN/model is now of "
+        f"{RunFolder(run_dir).evaluation(name)} is of {_words(then)}, RUN/model is now of "
         f"{_words(now)}. Evaluate again with: gensr evaluate {run_dir}"
     )
 

@@ -110,7 +110,7 @@ def register(run_dir: str | Path, name: str, alias: str = ALIAS, notify: Notify 
     refuse_outdated(run_dir, facts)
     stood = evaluated_weights(run_dir)
     if unfinished := unfinished_line(run_dir, stood["run_status"], stood["model_step"]):
-        notify(unfinished)
+        notify(f"warning: {unfinished}")
     example = example_requests(folder, scorer.model.tasks)
     expected = scorer.score_many(example)
     with mlflow_errors(f"MLflow at {uri} does not register {run_dir}"):
@@ -157,7 +157,7 @@ def refuse_outdated(run_dir: Path, facts: dict[str, Any]) -> None:
     decides by it."""
     for name, evaluation in named_evaluations(facts).items():
         if outdated := outdated_line(run_dir, name, evaluation["protocol"]):
-            raise RunError(outdated.removeprefix("warning: "))
+            raise RunError(outdated)
 
 
 def open_model(

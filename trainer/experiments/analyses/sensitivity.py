@@ -14,7 +14,7 @@ from trainer.experiments.analyses.groups import grouped, results, seeds_note
 from trainer.experiments.analyses.options import TASK_TITLES, Notify, Options, need_runs
 
 WHAT = "sensitivity"
-SYMBOLS = {"model.temperature": "τ (temperature)", "model.contrastive_weight": "λ (contrastive_weight)"}
+SYMBOLS = {"model.temperature": "τ", "model.contrastive_weight": "λ"}
 
 
 def measure(runs: Sequence[Path], options: Options, notify: Notify) -> dict[str, Any]:
@@ -48,7 +48,7 @@ def section(document: dict[str, Any], folder: Path) -> Section:
                 metrics[f"{title}: {metric}"] = [line]
         if metrics:
             name = key.rpartition(".")[2]
-            figure = curves_with_intervals(metrics, SYMBOLS.get(key, key))
+            figure = curves_with_intervals(metrics, _label(key))
             path = write_figure(figure, folder / f"{WHAT}-{name}")[1]
             parts.append(Picture(path, f"{metric} against {key}, a panel a task, with intervals."))
     if len(keys) == 2:
@@ -56,7 +56,7 @@ def section(document: dict[str, Any], folder: Path) -> Section:
             grid = _grid(rows, keys, task, metric)
             if grid is not None:
                 values, ys, xs = grid
-                rows_are, columns_are = (SYMBOLS.get(key, key) for key in keys)
+                rows_are, columns_are = map(_label, keys)
                 caption = f"{title}: {metric}; rows {rows_are}, columns {columns_are}"
                 figure = heat_map(values, ys, xs, caption, decimals=3)
                 path = write_figure(figure, folder / f"{WHAT}-map-{task}")[1]
@@ -67,9 +67,13 @@ def section(document: dict[str, Any], folder: Path) -> Section:
         for row in rows
         if task in row["tasks"]
     ]
-    symbols = [SYMBOLS.get(key, key).partition(" ")[0] for key in keys]
+    symbols = [SYMBOLS.get(key, key) for key in keys]
     head = ["task", *symbols, metric, "95 % interval", "difference from the first", "p (Holm)"]
     return Section("Sensitivity (Figure 5)", [*parts, Table(head, table)])
+
+
+def _label(key: str) -> str:
+    return f"{SYMBOLS[key]} ({key.rpartition('.')[2]})" if key in SYMBOLS else key
 
 
 def _line(

@@ -271,7 +271,8 @@ def _system_cost(
 
 def _cost(request: PaperRequest, name: str, size: Size, machine: Machine, events: int) -> SystemCost:
     named = request.recipe["preset"] if name == GENSR else None
-    return _system_cost(name, named, request.settings, size, machine, events)
+    own = request.recipe.get("own_settings", {}).get(name, ())
+    return _system_cost(name, named, (*own, *request.settings), size, machine, events)
 
 
 def seconds_of(plan: PaperPlan, size: Size) -> float:
