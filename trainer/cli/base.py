@@ -109,6 +109,14 @@ Overrides = Annotated[
         autocompletion=completion.keys,
     ),
 ]
+Preset = Annotated[
+    str,
+    typer.Argument(
+        metavar="PRESET|FILE",
+        help="a preset's name, or a YAML file (RUN/config.yaml repeats a run)",
+        autocompletion=completion.presets,
+    ),
+]
 MaybePreset = Annotated[
     str | None,
     typer.Argument(

@@ -13,6 +13,7 @@ from trainer.cli.base import (
     AsJson,
     MaybePreset,
     Overrides,
+    Preset,
     answer,
     app,
     fitting,
@@ -35,14 +36,7 @@ if TYPE_CHECKING:
 
 @verb("gensr train demo data.dir=data/demo run.dir=runs/mine optim.lr=3e-4")
 def train(
-    preset: Annotated[
-        str,
-        typer.Argument(
-            metavar="PRESET|FILE",
-            help="a preset's name, or a YAML file (RUN/config.yaml repeats a run)",
-            autocompletion=completion.presets,
-        ),
-    ],
+    preset: Preset,
     overrides: Overrides = None,
     resume: Annotated[
         str,
@@ -97,14 +91,7 @@ def train(
     context_settings={"ignore_unknown_options": True},
 )
 def submit(
-    preset: Annotated[
-        str,
-        typer.Argument(
-            metavar="PRESET|FILE",
-            help="a preset's name, or a YAML file",
-            autocompletion=completion.presets,
-        ),
-    ],
+    preset: Preset,
     words: Annotated[
         list[str] | None,
         typer.Argument(

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trainer.runs.run_folder import RunFolder, read_json
+from trainer.runs.run_folder import RunFolder, read_json, words_of
 
 
 def evaluated_weights(run_dir: str | Path) -> dict[str, Any]:
@@ -33,8 +33,9 @@ def unfinished_line(run_dir: str | Path, status: Any, step: Any) -> str:
     """ "" for a run that had ended well."""
     if status in (None, "finished"):
         return ""
-    how = "is running, or was killed" if status == "running" else f"has {status}"
-    return f"{run_dir} is not finished (it {how}). This is its best model so far, of {_words(step)}"
+    return (
+        f"{run_dir} is not finished (it {words_of(status)}). This is its best model so far, of {_words(step)}"
+    )
 
 
 def outdated_line(run_dir: str | Path, name: str, protocol: Mapping[str, Any]) -> str:

@@ -116,9 +116,8 @@ class RunFolder:
         """`its run has stopped at step 1,200`, or "" where nothing says so."""
         status = self.read_status()
         step = status.get("progress", {}).get("step", 0)
-        words = {"running": "is running, or was killed,", "finished": "has finished"}
-        how = words.get(status.get("status", ""), f"has {status.get('status')}")
-        return f"its run {how} at step {step:,}" if status else ""
+        how = words_of(status["status"]) if status else ""
+        return f"its run {how}{',' if ',' in how else ''} at step {step:,}" if status else ""
 
     def read_environment(self) -> dict[str, Any]:
         """environment.json; without the parts of a damaged one that are not as it was written."""
@@ -128,6 +127,11 @@ class RunFolder:
     @property
     def has_ended_well(self) -> bool:
         return self.read_status().get("status") == "finished"
+
+
+def words_of(status: str) -> str:
+    """What a run with this status does or did: a killed one has no time to say so."""
+    return "is running, or was killed" if status == "running" else f"has {status}"
 
 
 def _is_progress(progress: Any) -> bool:
