@@ -29,7 +29,7 @@ ENTRYPOINT ["gensr"]
 CMD ["serve", "runs/mine", "--host", "0.0.0.0", "--port", "8000"]
 
 FROM base AS train
-# DeepSpeed compiles its helpers when they are first used: a compiler, and headers of Python
+# for model.compile, and for DeepSpeed's own operators where a JSON asks for them: a compiler
 # hadolint ignore=DL3008
 RUN apt-get update && apt-get install -y --no-install-recommends g++ git && rm -rf /var/lib/apt/lists/*
 RUN pip install -c constraints.txt '.[train,serve,qlora]'

@@ -4,7 +4,6 @@ port."""
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,13 +12,9 @@ from pathlib import Path
 
 from mlflow.tracking import MlflowClient
 
+from tests.ports import free_port
+
 START_S = 240  # about 10 s on free cores
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port: int = free.getsockname()[1]
-    return port
 
 
 class Server:

@@ -2,10 +2,8 @@
 process that has the libraries."""
 
 import contextlib
-import multiprocessing
 import os
 import signal
-import socket
 import subprocess
 import sys
 import traceback
@@ -14,7 +12,8 @@ from pathlib import Path
 import psutil
 
 import ds_configs
-from tests.distributed.launching import ROOT
+from tests.distributed.launching import ROOT, forkserver, variables_of
+from tests.ports import free_port
 from trainer.configs import load_config
 
 
@@ -43,23 +42,8 @@ class Preloaded:
     """The same job forked from a process that has the libraries in memory: what `accelerate launch` does,
     without 20 s of imports."""
 
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        [
-            "deepspeed",
-            "accelerate",
-            "transformers",
-            "trainer.training.loop",
-            "trainer.runs.weights",
-            "trainer.data.item_tables",
-        ]
-    )
-
     def __init__(self, folder: Path, run_dir: Path) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self._launcher = self.context.Process(target=launch_by_fork, args=(folder, run_dir, port))
+        self._launcher = forkserver.Process(target=launch_by_fork, args=(folder, run_dir, free_port()))
         self._launcher.start()
 
     def returncode(self, timeout_s: float = 0) -> int | None:
@@ -91,21 +75,8 @@ def launch_by_fork(folder: Path, run_dir: Path, port: int) -> None:
     for rank in (0, 1):
         pid = os.fork()
         if pid == 0:
-            numbers = {
-                "RANK": rank,
-                "LOCAL_RANK": rank,
-                "WORLD_SIZE": 2,
-                "LOCAL_WORLD_SIZE": 2,
-                "MASTER_PORT": port,
-            }
             deepspeed = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": "zero2.json"}
-            os.environ.update(
-                {
-                    **{name: str(number) for name, number in numbers.items()},
-                    "MASTER_ADDR": "127.0.0.1",
-                    **deepspeed,
-                }
-            )
+            os.environ.update({**variables_of(rank, 2, port), **deepspeed})
             os._exit(rank_main(folder, run_dir))
         ranks.append(pid)
     failed = False

@@ -1,19 +1,36 @@
-"""Start worker.py under torchrun, and read what it left."""
+"""Start worker.py on some ranks, and read what it left."""
 
 import contextlib
 import json
+import multiprocessing
 import os
-import subprocess
-import sys
+import time
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 import ds_configs
+from tests.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 ZERO3 = "zero3_small.json"
+COMPILED = "compiled"
+
+# Ranks are forked from a process that has the libraries in memory: their imports take 10 s of a core each
+forkserver = multiprocessing.get_context("forkserver")
+forkserver.set_forkserver_preload(
+    [
+        "accelerate",
+        "deepspeed",
+        "deepspeed.runtime.zero.muon.muon_optimizer",  # initialize() imports it, and torch's compiler with it
+        "trainer.data.item_tables",
+        "trainer.models.gensr.model",
+        "trainer.runs.weights",
+        "trainer.training.loop",
+    ]
+)
 
 
 def launch(
@@ -28,25 +45,52 @@ def launch(
         earlier.unlink()
     whole = [{**s, "deepspeed": str(folder / ZERO3)} if s.get("deepspeed") == ZERO3 else s for s in scenarios]
     (folder / "scenarios.json").write_text(json.dumps(whole))
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        str(num_processes),
-    ]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [*launcher, str(Path(__file__).with_name("worker.py")), str(folder)]
-    with (folder / "launch.log").open("w") as log:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env, start_new_session=True
+    (folder / "launch.log").write_text("")
+    port, shared = free_port(), {**os.environ, "TORCH_EXTENSIONS_DIR": str(folder / COMPILED)}
+    ranks = [
+        forkserver.Process(
+            target=run_rank, args=(folder, {**shared, **variables_of(rank, num_processes, port)})
         )
-        try:
-            process.wait(timeout=timeout_s)
-        finally:
-            end_with_children(process.pid)
+        for rank in range(num_processes)
+    ]
+    for rank in ranks:
+        rank.start()
+    try:
+        end_s = time.monotonic() + timeout_s
+        left = list(ranks)
+        while left and all(rank.exitcode in (None, 0) for rank in ranks) and time.monotonic() < end_s:
+            wait([rank.sentinel for rank in left], timeout=1)
+            left = [rank for rank in left if rank.exitcode is None]
+    finally:
+        for rank in ranks:  # one that waits for a lost peer would hold a port and a core
+            if rank.pid is not None:
+                end_with_children(rank.pid)
+            rank.join()
     return [results(folder, scenario["name"])[0] for scenario in scenarios]
+
+
+def run_rank(folder: Path, environment: dict[str, str]) -> None:
+    """In a forked process: what the launcher would start."""
+    log = os.open(folder / "launch.log", os.O_WRONLY | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(log, stream)
+    os.environ.clear()
+    os.environ.update(environment)
+    from tests.distributed.worker import main
+
+    main(folder)
+
+
+def variables_of(rank: int, num_ranks: int, port: int) -> dict[str, str]:
+    """What torchrun sets on one machine."""
+    numbers = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": num_ranks,
+        "LOCAL_WORLD_SIZE": num_ranks,
+        "MASTER_PORT": port,
+    }
+    return {"MASTER_ADDR": "127.0.0.1", **{name: str(number) for name, number in numbers.items()}}
 
 
 def write_small_zero3(folder: Path) -> None:

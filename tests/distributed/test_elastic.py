@@ -77,6 +77,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequ
                     "overrides": LORA if name in LORA_ROUTES else SETTINGS,
                     "stop_at": stop_at,
                     "resume": True,
+                    "states": True,
                 }
                 scenarios.append({**scenario, **({"deepspeed": deepspeed} if deepspeed else {})})
         if not scenarios:

@@ -1,17 +1,16 @@
 """Runs scenarios one after another in one launch: a launch costs more than all of them.
 
-argv: FOLDER, which holds scenarios.json; writes results-RANK.json.
+FOLDER holds scenarios.json; each rank writes FOLDER/results-RANK.json.
 
 A scenario is {"name", "overrides", and optionally "deepspeed" (a JSON's name or path, absent = DDP),
-"stop_at" (step), "resume", "poison" (rank), "gradients": true (compare DDP's gradients with the union batch's
-instead of training)}. A run that continues in another layout also says whether weights and AdamW's state came
-over as they were when the checkpoint was saved.
+"stop_at" (step), "resume", "poison" (rank), "states": true, "gradients": true}. With "gradients", those of
+DDP are compared with those of the union batch, instead of training. With "states", a run that continues in
+another layout also says whether weights and AdamW's state came over as they were when they were saved.
 """
 
 import contextlib
 import json
 import os
-import sys
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -74,6 +73,8 @@ def full_states(model: Any, optimizer: Any) -> dict[str, torch.Tensor]:
 
 def saved_with_states(self: CheckpointWriter, progress: Any, *rest: Any) -> None:
     start_checkpoint(self, progress, *rest)
+    if not with_states:
+        return
     states = full_states(self._model, self._optimizer)
     if self._accelerator.is_main_process:
         save_file(states, f"{self._folder.parent}-step{progress.step}.states")
@@ -83,6 +84,8 @@ def loaded_with_states(
     accelerator: Any, model: Any, optimizer: Any, shapes: Any, found: Any, now: Any
 ) -> Any:
     progress = load_other_layout(accelerator, model, optimizer, shapes, found, now)
+    if not with_states:
+        return progress
     before, after = (
         load_file(f"{found.path.parents[1]}-step{progress.step}.states"),
         full_states(model, optimizer),
@@ -91,12 +94,15 @@ def loaded_with_states(
     return progress
 
 
+with_states = False  # gathering them takes longer than the training
 converted: list[bool] = []
 start_checkpoint, load_other_layout = CheckpointWriter.start, trainer.runs.checkpoint_convert.load
 CheckpointWriter.start, trainer.runs.checkpoint_convert.load = saved_with_states, loaded_with_states  # type: ignore[method-assign,assignment]
 
 
 def run(scenario: dict[str, Any], folder: Path) -> dict[str, Any]:
+    global with_states
+    with_states = scenario.get("states", False)
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true" if "deepspeed" in scenario else "false"
     os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = scenario.get("deepspeed", "none")
     run_dir = folder / scenario.get("run", scenario["name"])
@@ -200,7 +206,3 @@ def main(folder: Path) -> None:
             results[scenario["name"]] = {"error": "bug", "message": traceback.format_exc()}
         (folder / f"results-{os.environ['RANK']}.json").write_text(json.dumps(results, indent=1))
     torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

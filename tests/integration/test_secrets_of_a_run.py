@@ -13,7 +13,8 @@ import pytest
 
 from tests.integration.test_train import BASE
 from tests.integration.test_urls import Quiet
-from tests.mlflow_server import Server, free_port
+from tests.mlflow_server import Server
+from tests.ports import free_port
 from tests.tiny_folder import make_tiny_folder
 from trainer.cli import main
 from trainer.data import node_cache

@@ -1,7 +1,5 @@
 """One cluster and one user's folder for all tests here."""
 
-import os
-import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,25 +17,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[cluster.Slurm]:
     if reason:
         pytest.skip(f"no SLURM cluster can be started: {reason}")
     with cluster.cluster(tmp_path_factory.mktemp("slurm") / "c") as running:
-        _give_compiled(running.folder)
         yield running
-
-
-def _give_compiled(folder: Path) -> None:
-    """To each node's own disk: DeepSpeed's CPU library, where it has been compiled on this machine before (a
-    minute, else)."""
-    from torch.utils.cpp_extension import get_default_build_root
-
-    compiled = Path(
-        os.environ.get("TORCH_EXTENSIONS_DIR")
-        or f"{get_default_build_root()}/py{sys.version_info[0]}{sys.version_info[1]}_cpu"
-    )
-    for number in range(1, cluster.NODES + 1):
-        own = folder / f"disk-{number}" / "cache" / "torch_extensions"
-        if compiled.is_dir():
-            shutil.copytree(compiled, own)
-        for lock in own.glob("*/lock"):
-            lock.unlink()
 
 
 @pytest.fixture(scope="session")

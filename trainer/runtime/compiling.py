@@ -1,5 +1,5 @@
 """DeepSpeed compiles helpers in C++ when they are first used: with ninja, under a lock file, into a folder
-that all runs of a user share."""
+that all runs of a user share. ds_configs/ needs none of them; a JSON of a user may (DeepSpeed CPU Adam)."""
 
 import contextlib
 import os
@@ -12,23 +12,18 @@ from pathlib import Path
 from trainer.errors import EnvironmentProblem
 
 STALE_LOCK_S = 60.0
-FIRST_TIME = "DeepSpeed compiles its helpers in C++ on this machine, once; it takes about a minute …"
 
 
 def get_ready() -> None:
-    """Before anything is compiled."""
+    """Before DeepSpeed starts."""
+    import deepspeed.ops
     from torch.utils.cpp_extension import get_default_build_root
 
+    # Its inference engine's all-reduce in shared memory, for CPUs: a first start would compile it for a
+    # minute, and training never calls it. DeepSpeed lets programs edit this table.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     put_ninja_on_path()
-    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
-    if os.environ.get("LOCAL_RANK", "0") == "0" and not is_compiled(folder):
-        sys.stderr.write(FIRST_TIME + "\n")
-    free_locks(folder)
-
-
-def is_compiled(folder: Path) -> bool:
-    """Whether `folder` holds one of DeepSpeed's helpers."""
-    return any(folder.glob("deepspeed_*/*.so")) or any(folder.glob("*/deepspeed_*/*.so"))
+    free_locks(Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()))
 
 
 def find_ninja() -> str | None:
