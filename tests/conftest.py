@@ -1,7 +1,11 @@
 """Fixtures that every test may use: prepared folders of a tiny world."""
 
 import os
+import sqlite3
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,6 +35,56 @@ def prepared_words(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("words_world")
     prepare("tables", write_tables(folder / "raw", anonymised=True), folder / "prepared", SMALL)
     return folder / "prepared"
+
+
+# What takes a tiny run longer than its training, in the process of a test where the library is loaded already
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training draws no curves, but for tests that are marked so."""
+    loop: Any = sys.modules.get("trainer.training.loop")
+    if loop is not None and request.node.get_closest_marker("pictures") is None:
+        monkeypatch.setattr(loop.figures, "plot_run", lambda run_dir: [])
+
+
+@pytest.fixture(autouse=True)
+def copied_databases(monkeypatch: pytest.MonkeyPatch, mlflow_template: Callable[[Any], Path]) -> None:
+    """A new sqlite database of MLflow is a copy of one that MLflow made: its fifty migrations take 1.5 s."""
+    utils: Any = sys.modules.get("mlflow.store.db.utils")
+    if utils is None:
+        return
+    initialize = utils._initialize_tables
+
+    def copy(engine: Any) -> None:
+        if engine.dialect.name != "sqlite" or not engine.url.database:
+            return initialize(engine)
+        with (
+            sqlite3.connect(mlflow_template(initialize)) as source,
+            sqlite3.connect(engine.url.database) as target,
+        ):
+            source.backup(target)
+
+    for name in ("mlflow.store.db.utils", "mlflow.store.model_registry.sqlalchemy_store"):
+        if name in sys.modules:
+            monkeypatch.setattr(sys.modules[name], "_initialize_tables", copy)
+
+
+@pytest.fixture(scope="session")
+def mlflow_template(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Any], Path]:
+    """→ the path of an empty database, which `initialize` (MLflow's own) makes at the first call."""
+    path = tmp_path_factory.mktemp("mlflow") / "empty.db"
+
+    def made(initialize: Callable[[Any], None]) -> Path:
+        import sqlalchemy
+
+        if not path.exists():
+            engine = sqlalchemy.create_engine(f"sqlite:///{path}")
+            initialize(engine)
+            engine.dispose()
+        return path
+
+    return made
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

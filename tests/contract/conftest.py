@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-import trainer.training.loop
 from data_shards.prepare import prepare
 from tests.conftest import SMALL
 from tests.contract.models import config_of
@@ -71,9 +70,3 @@ def evaluated(run_of: Callable[[str], Path]) -> Callable[[str], tuple[Path, list
 def run_config(name: str, folder: PreparedFolder, run_dir: Path, *overrides: str) -> Config:
     places = (f"data.dir={folder.path}", f"run.dir={run_dir}")
     return config_of(name, *places, f"run.max_steps={NUM_STEPS}", "run.validate_every_steps=4", *overrides)
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Curves of a run take longer than the run."""
-    monkeypatch.setattr(trainer.training.loop.figures, "plot_run", lambda run_dir: [])

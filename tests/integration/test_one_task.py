@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-import trainer.training.loop
 from data_shards.prepare import prepare
 from tests.conftest import SMALL
 from tests.worlds import write_tables
@@ -46,10 +45,7 @@ def make_folder(folder: Path, task: str, anonymised: bool) -> Path:
 
 
 @pytest.mark.parametrize(("task", "anonymised"), [("rec", False), ("src", False), ("rec", True)])
-def test_a_log_of_one_task_goes_the_whole_way(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str, anonymised: bool
-) -> None:
-    monkeypatch.setattr(trainer.training.loop.figures, "plot_run", lambda run_dir: [])
+def test_a_log_of_one_task_goes_the_whole_way(tmp_path: Path, task: str, anonymised: bool) -> None:
     data, run_dir = make_folder(tmp_path, task, anonymised), tmp_path / "runs" / "one"
     places = [f"data.dir={data}", f"run.dir={run_dir}", f"tracking.uri=sqlite:///{tmp_path}/mlflow.db"]
     other = "src" if task == "rec" else "rec"

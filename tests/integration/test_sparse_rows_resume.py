@@ -8,7 +8,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import trainer.training.loop
 from tests.contract.models import BASE
 from trainer.config import Config
 from trainer.configs import load_config
@@ -24,9 +23,7 @@ ITEMS = "core.items.weight"
 
 
 @pytest.fixture
-def config_of(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Config]:
-    monkeypatch.setattr(trainer.training.loop.figures, "plot_run", lambda run_dir: [])  # slower than the run
-
+def config_of(prepared: Path, tmp_path: Path) -> Callable[..., Config]:
     def make(name: str, *more: str) -> Config:
         places = (f"data.dir={prepared}", f"run.dir={tmp_path / name}")
         return load_config(None, [*places, *WORDS, "optim.sparse_rows=100", *more])

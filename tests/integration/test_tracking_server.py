@@ -189,6 +189,7 @@ def test_runs_of_an_offline_node_are_imported_once(server: Server, offline: Path
     )
 
 
+@pytest.mark.pictures
 def test_a_run_folder_alone_is_enough(server: Server, offline: Path, tmp_path: Path) -> None:
     """Never tracked: points with their steps, settings, dataset, pictures and status come from the folder's
     own files."""

@@ -541,6 +541,7 @@ def test_patience_counts_only_after_the_first_gain_over_chance(
     assert json.loads((tmp_path / "run" / "status.json").read_text())["status"] == "finished"
 
 
+@pytest.mark.pictures
 def test_one_mlflow_run_over_an_interruption(data: Path, tmp_path: Path, stop_after: Any) -> None:
     from trainer.tracking.store import connect
 

@@ -31,7 +31,7 @@ from trainer.config import Config
 from trainer.errors import RunError
 from trainer.runs.run_folder import RunFolder, read_json
 from trainer.runs.weights_only import check_random_states, no_unpickling
-from trainer.runtime.distributed import gather_objects, on_main, uses_deepspeed
+from trainer.runtime.distributed import gather_objects, on_main, uses_deepspeed, without_ddp
 from trainer.runtime.files import atomic, file_sha256, remove_temporaries, writing
 
 if TYPE_CHECKING:
@@ -304,7 +304,7 @@ def load(accelerator: "Accelerator", model: "nn.Module", optimizer: Any, found: 
             engine: Any = model
             engine.load_checkpoint(str(found.path), TAG, load_module_strict=not has_frozen(model))
         else:
-            put_back(accelerator.unwrap_model(model), whole_weights(found.path), found.path)
+            put_back(without_ddp(model), whole_weights(found.path), found.path)
             optimizer.load_state_dict(
                 torch.load(found.path / "optimizer.bin", map_location=accelerator.device, weights_only=True)
             )

@@ -35,7 +35,7 @@ from trainer.runs.checkpoint import (
     publish,
 )
 from trainer.runs.run_folder import RunFolder
-from trainer.runtime.distributed import gather_objects, on_main, uses_deepspeed
+from trainer.runtime.distributed import gather_objects, on_main, uses_deepspeed, without_ddp
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -166,7 +166,7 @@ class CheckpointWriter:
             finally:
                 engine.checkpoint_engine = original
         elif accelerator.is_main_process:
-            weights = copied(kept_weights(accelerator.unwrap_model(model)))
+            weights = copied(kept_weights(without_ddp(model)))
             writes.append(
                 (lambda content, path: save_file(content, path), weights, self._partial / "model.safetensors")
             )

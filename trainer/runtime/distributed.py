@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from trainer.errors import GensrError, RunError
 
@@ -17,6 +18,13 @@ T = TypeVar("T")
 
 def uses_deepspeed(accelerator: "Accelerator") -> bool:
     return str(accelerator.distributed_type.value) == "DEEPSPEED"
+
+
+def without_ddp(model: torch.nn.Module) -> torch.nn.Module:
+    """The module of a model that DeepSpeed has not wrapped. (Accelerate's unwrap_model() imports DeepSpeed to
+    tell, which takes a second.)"""
+    inner: torch.nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
+    return inner
 
 
 def full_state_dict(
