@@ -36,6 +36,7 @@ TINY = {
     "idgenrec": ("model.catalogue_beams=0",),
     "collm": ("model.backbone=scratch:qwen3_nano", "model.dropout=0"),
     "bsr": ("model.backbone=scratch:nano",),
+    "two_tower": ("model.categories=true",),
     "user": ("model.dim=16", "model.ffn_dim=32", "model.head_dim=8"),
     # each token draws its own replacement: two halves of a batch cannot repeat what the whole one drew
     "query_seqrec": ("model.item_replace=0", "model.query_replace=0"),

@@ -1,7 +1,7 @@
 """A two-tower model for both tasks (after Yi et al., "Sampling-Bias-Corrected Neural Modeling for Large
 Corpus Item Recommendations", RecSys 2019).
 
-    item  v_i = E[i] + W_x mean(words of i)
+    item  v_i = E[i] + W_x mean(words of i) + mean(C[categories of i, from the root down])
     asked u   = W_q mean(words of the query) + g_t · Σ_j softmax_j(a·v_j + p_age(j)) v_j      over the history
     s(u, i)   = u · v_i + b_i
 
@@ -12,8 +12,9 @@ correction for the batch's bias to popular items), at a temperature. An event's 
 history are no negatives.
 
 Differs from the paper: item frequencies are counted once in the training split, not streamed; vectors are not
-normalised, a bias stands for popularity. Words are anonymised words where the data has them, else tokens. An
-unknown word, a cold item and an empty history are zero vectors beside what remains.
+normalised, a bias stands for popularity. Words are anonymised words where the data has them, else tokens. C
+is read with `categories`, as in the preset, where the folder has categories. An unknown word, a cold item and
+an empty history are zero vectors beside what remains.
 """
 
 from typing import Literal
@@ -42,6 +43,8 @@ class TwoTowerSettings(ModelSettings):
     """of the softmax"""
     correction: NonNegativeFloat = 1.0
     """how much of the sampling bias is taken out: 0 none, 1 all"""
+    categories: bool = False
+    """the item tower reads the item's categories, too, where the folder has them"""
 
 
 class Towers(nn.Module):
@@ -54,6 +57,10 @@ class Towers(nn.Module):
         self.biases = ItemTable(world.num_items, 1, std=1e-4)
         self.words = WordMean(world.num_terms, dim)
         nn.init.normal_(self.words.words.weight, std=dim**-0.5)
+        self.reads_categories = settings.categories and world.num_categories > 0
+        if self.reads_categories:
+            self.categories = WordMean(world.num_categories, dim)
+            nn.init.normal_(self.categories.words.weight, std=0.02)
         self.item_words, self.query_words = nn.Linear(dim, dim, bias=False), nn.Linear(dim, dim, bias=False)
         self.attention = nn.Linear(dim, 1)
         self.ages = nn.Embedding(world.data.history_max, 1)
@@ -62,9 +69,12 @@ class Towers(nn.Module):
         nn.init.ones_(self.taste.weight)
         self.dropout = Dropout(settings.dropout)
 
-    def forward(self, rows: Tensor, words: Tensor) -> Tensor:
-        """Items […] (row + 1, 0 = padding) and their words […, W] → […, dim + 1], the bias last."""
+    def forward(self, rows: Tensor, words: Tensor, categories: Tensor | None) -> Tensor:
+        """Items […] (row + 1, 0 = padding), their words […, W] and categories […, T] → […, dim + 1], the bias
+        last."""
         vectors = self.items(rows) + self.item_words(self.dropout(self.words(words)))
+        if categories is not None:
+            vectors = vectors + self.dropout(self.categories(categories))
         return torch.cat([vectors, self.biases(rows)], -1)
 
     def asked(self, history_BND: Tensor, mask_BN: Tensor, query_BW: Tensor, task_B: Tensor) -> Tensor:
@@ -85,6 +95,7 @@ class TwoTower(Ranker):
     Settings = TwoTowerSettings
     title = "two-tower"
     needs = frozenset({"item_text"})
+    may_read = frozenset({"item_category"})
     in_batch = True
     settings: TwoTowerSettings
     log_share: Tensor  # [I] log of an item's share of the training clicks, counted with one click more each
@@ -139,7 +150,8 @@ class TwoTower(Ranker):
 
     def _items(self, items: Tensor) -> Tensor:
         """Rows of items […] → […, D + 1]."""
-        vectors: Tensor = self.towers(items + 1, rows_of(self.tables.item_terms, items))
+        categories = rows_of(self.tables.item_category, items) if self.towers.reads_categories else None
+        vectors: Tensor = self.towers(items + 1, rows_of(self.tables.item_terms, items), categories)
         return vectors
 
     def _asked(self, batch: Batch) -> Tensor:
