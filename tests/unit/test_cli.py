@@ -1,6 +1,7 @@
 """The command as people and scripts meet it: help, exit codes, messages, JSON, ranks, and what the wheel
 holds."""
 
+import gc
 import inspect
 import json
 import os
@@ -373,3 +374,13 @@ def test_wheel_runs_outside_the_checkout(wheel: Path, tmp_path: Path) -> None:
         )
         assert done.returncode == 0, done.stderr
         assert done.stdout.startswith(str(installed))
+
+
+def test_a_verb_collects_garbage() -> None:
+    """main() stops it until a verb is found."""
+    gc.disable()
+    try:
+        assert CliRunner().invoke(app, ["config", "show", "demo"]).exit_code == 0
+        assert gc.isenabled()
+    finally:
+        gc.enable()

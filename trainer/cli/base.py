@@ -6,6 +6,7 @@ training with --resume auto). Nothing heavy is imported before a verb needs it. 
 prints.
 """
 
+import gc
 import json
 import os
 import re
@@ -40,6 +41,10 @@ def as_help_shows_them(parameters: list[Any]) -> list[Any]:
 
 
 class Command(TyperCommand):
+    def invoke(self, ctx: Any) -> Any:
+        gc.enable()  # main() stopped it
+        return super().invoke(ctx)
+
     def get_params(self, ctx: Any) -> Any:
         return as_help_shows_them(super().get_params(ctx))
 
@@ -132,6 +137,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object on s
 def main() -> None:
     """Entry point of `gensr` and `python -m trainer`. --debug anywhere keeps a user error's traceback."""
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    gc.disable()  # what verbs are declared with is no garbage; looking for it takes a tenth of --help
     try:
         try:
             app(args=arguments, prog_name="gensr")
