@@ -162,6 +162,8 @@ def main() -> None:
         sys.exit(1)
     except SystemExit as stop:  # click says 2 for wrong usage; here every failure is 1
         sys.exit(1 if stop.code == 2 else stop.code)
+    finally:
+        gc.enable()  # for whoever called main() from Python
 
 
 def lacking(package: str) -> str:
