@@ -1,5 +1,6 @@
 """Fixtures that every test may use: prepared folders of a tiny world."""
 
+import contextlib
 import os
 import sqlite3
 import sys
@@ -59,10 +60,8 @@ def copied_databases(monkeypatch: pytest.MonkeyPatch, mlflow_template: Callable[
     def copy(engine: Any) -> None:
         if engine.dialect.name != "sqlite" or not engine.url.database:
             return initialize(engine)
-        with (
-            sqlite3.connect(mlflow_template(initialize)) as source,
-            sqlite3.connect(engine.url.database) as target,
-        ):
+        source, target = sqlite3.connect(mlflow_template(initialize)), sqlite3.connect(engine.url.database)
+        with contextlib.closing(source), contextlib.closing(target):  # sqlite3's own context does not close
             source.backup(target)
 
     for name in ("mlflow.store.db.utils", "mlflow.store.model_registry.sqlalchemy_store"):

@@ -46,7 +46,8 @@ def launch(
     whole = [{**s, "deepspeed": str(folder / ZERO3)} if s.get("deepspeed") == ZERO3 else s for s in scenarios]
     (folder / "scenarios.json").write_text(json.dumps(whole))
     (folder / "launch.log").write_text("")
-    port, shared = free_port(), {**os.environ, "TORCH_EXTENSIONS_DIR": str(folder / COMPILED)}
+    port, own = free_port(), {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    shared = {**os.environ, **own, "TORCH_EXTENSIONS_DIR": str(folder / COMPILED)}
     ranks = [
         forkserver.Process(
             target=run_rank, args=(folder, {**shared, **variables_of(rank, num_processes, port)})
