@@ -72,6 +72,12 @@ def paper(
     data: Annotated[
         Path | None, typer.Option(metavar="OUT", help="prepared folder that is there; else DIR/data")
     ] = None,
+    table: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="TABLE", help="OUT of a gensr table that is there: only GenSR's variants are trained"
+        ),
+    ] = None,
     budget: Annotated[
         str, typer.Option(help="minutes, or paper: everything; empty: what the data set's recipe says")
     ] = "",
@@ -89,12 +95,13 @@ def paper(
     Interrupted, the same command goes on. A smaller budget takes fewer seeds, systems, variants and epochs,
     and the report says what that costs in trust.
     """
-    from trainer.experiments.paper import PaperRequest, make_paper
+    from trainer.experiments.paper import FinishedTable, PaperRequest, make_paper
     from trainer.experiments.paper import dry_run as estimate
 
     if out is None:
         raise ConfigError("--out is missing: the folder that data, runs and the report go to")
-    request = PaperRequest(name, out, raw, data, budget, tuple(overrides or []))
+    finished = FinishedTable(table) if table else None
+    request = PaperRequest(name, out, raw, data, budget, tuple(overrides or []), finished)
     if dry_run:
         found = estimate(request)
         answer({key: value for key, value in found.items() if key != "lines"}, as_json, *found["lines"])

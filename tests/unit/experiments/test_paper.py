@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,13 @@ from trainer.data.folder import PreparedFolder
 from trainer.errors import ConfigError
 from trainer.experiments.costs import Machine, Size
 from trainer.experiments.paper.budget import LEVELS, WHOLE
+from trainer.experiments.paper.finished import FinishedTable
 from trainer.experiments.paper.page import paper_cell
 from trainer.experiments.paper.plan import PaperRequest, dry_run, keep, make_plan, parts_of, seconds_of
+from trainer.experiments.table import Request, make_table
 from trainer.experiments.table.cells import Cell
 
+KINDS = ("sampled",)
 SIZE = Size.of_halves(54_000, 3_900, items=4_000)
 
 
@@ -62,6 +66,20 @@ def test_variants_differ_from_the_preset_and_none_is_made_twice(tmp_path: Path) 
     assert not any("model.temperature=0.07" in one for one in words)  # the preset's own
     names = [cell.run_dir for cell in plan.cells()]
     assert len(set(names)) == len(names) == WHOLE.variant_seeds * len(words)
+
+
+def test_a_small_budget_trains_no_system_longer_than_gensr(tmp_path: Path) -> None:
+    """Equal epochs would leave those that are fast and have hundreds of epochs untrained."""
+    plan = make_plan(request(tmp_path, name="scientific", budget="120"), SIZE)
+    assert (plan.budget.epochs and "sasrec" not in plan.epochs) or plan.epochs["sasrec"] > 1
+    longest = plan.epochs["gensr"]
+    assert longest == pytest.approx(plan.budget.epochs, rel=0.01) and plan.epochs["unisar"] > 0
+    words = plan.table.own_settings["unisar"]
+    assert f"run.max_epochs={plan.epochs['unisar']:g}" in words and "optim.global_batch_size=64" in words
+    assert "popularity" not in plan.epochs  # counted
+
+    kept = keep(plan)
+    assert keep(make_plan(request(tmp_path, name="scientific", budget="120"), SIZE)).epochs == kept.epochs
 
 
 def test_wrong_arguments_are_named(tmp_path: Path) -> None:
@@ -215,6 +233,51 @@ def test_an_interrupted_evaluation_goes_on(stand_in: StandIn, tmp_path: Path) ->
     check_numbers(page, tmp_path / "out")
 
 
+@pytest.mark.slow
+def test_a_table_that_is_there_is_taken(stand_in: StandIn, tmp_path: Path) -> None:
+    """Its systems, seeds and GenSR's settings; only variants are trained."""
+    table = Request(
+        str(tmp_path / "data"),
+        tmp_path / "table",
+        ("popularity", "gensr"),
+        2,
+        candidates=KINDS,
+        presets={"gensr": "demo"},
+    )
+    asked = request(tmp_path / "out", finished=FinishedTable(table.out), budget="600")
+    with pytest.raises(ConfigError, match=r"holds no table.json[.] Make it with: gensr table"):
+        make_plan(asked)
+    make_table(replace(table, own_settings={"gensr": ("model.temperature=0.2",)}))
+    document = json.loads((table.out / "table.json").read_text())
+    document["rows"][1]["note"] = "trained for 1 of the preset's 3 epochs, by --budget"
+    (table.out / "table.json").write_text(json.dumps(document))
+
+    asked = request(tmp_path / "out", finished=FinishedTable(table.out), budget="600")
+    plan = make_plan(asked, SIZE)
+    assert plan.systems == ("popularity", "gensr") and plan.budget.seeds == 2 and not plan.epochs
+    assert all(title.startswith("GenSR") for title, *_ in parts_of(plan, SIZE))
+    assert all(cell.settings_file == table.settings_file("gensr") for cell in plan.cells())
+    names = {variant.name for variant in plan.variants}
+    assert "temperature-0.1" in names and "temperature-0.2" not in names  # the table's GenSR has 0.2
+
+    stand_in.made = []
+    page = paper_run.make_paper(asked, lambda line: None)
+    assert sorted(stand_in.made) == sorted(cell.title for cell in plan.cells())
+    assert "cut 1 of 1 trained systems short" in page.read_text()
+    check_numbers(page, tmp_path / "out")
+    ablations = json.loads((tmp_path / "out" / "analyses" / "ablations.json").read_text())
+    assert {row["label"] for row in ablations["rows"]} >= {"without CF view", "as it is"}
+
+    with pytest.raises(ConfigError, match=r"leave out optim\.lr=1"):
+        make_plan(replace(asked, settings=("optim.lr=1",)))
+    with pytest.raises(ConfigError, match="was begun with"):
+        keep(make_plan(request(tmp_path / "out", budget="600"), SIZE))
+    document["data"]["manifest_hash"] = "0" * 64
+    (table.out / "table.json").write_text(json.dumps(document))
+    with pytest.raises(ConfigError, match=r"is one of .*data \(manifest .* not of .*/data"):
+        paper_run.prepare_data(request(tmp_path, finished=FinishedTable(table.out)), lambda line: None)
+
+
 def check_numbers(page: Path, out: Path) -> None:
     """Numbers of the page are those of the files."""
     text = page.read_text()
@@ -224,4 +287,4 @@ def check_numbers(page: Path, out: Path) -> None:
             assert f"{result['ndcg@10']['value']:.3f}".lstrip("0") in text
     ablations = json.loads((out / "analyses" / "ablations.json").read_text())
     for row in ablations["rows"]:
-        assert row["label"] in text
+        assert escape(row["label"], quote=True) in text

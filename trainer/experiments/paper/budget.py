@@ -38,8 +38,8 @@ class Budget:
             said.append("Ablations and sensitivity have few seeds: read large differences only.")
         if self.epochs:
             said.append(
-                f"{self.epochs:g} epochs instead of what the presets say: systems that learn slowly look "
-                "worse than they are, and no system is at its best."
+                f"GenSR trains for {self.epochs:g} epochs instead of what its preset says, and no system "
+                "for longer: those that learn slowly look worse than they are, and none is at its best."
             )
         if not self.trials:
             said.append("No system is tuned here; the presets' settings are published or ours.")

@@ -57,15 +57,23 @@ def _what_was_run(plan: PaperPlan, table: Mapping[str, Any]) -> Section:
         ["systems", ", ".join(row["title"] for row in table["rows"] if "about" not in row)],
         ["seeds of each trained system", str(budget.seeds)],
         ["tuning trials of each trained system", str(budget.trials)],
-        ["epochs", f"{budget.epochs:g}" if budget.epochs else "as each preset says"],
+        ["epochs", _epochs(plan)],
         ["variants of GenSR", f"{len(plan.variants)}, with {of_seeds(budget.variant_seeds)} each"],
         ["candidates", ", ".join(CANDIDATE_TITLES[kind] for kind in budget.candidates)],
         ["time in training", f"{trained / 3600:.2f} hours"],
         ["gensr", str(table["gensr_version"])],
     ]
     parts: list[Part] = [Table(["", ""], rows, words=True)]
-    parts += [Text(line, warning=True) for line in budget.trust]
+    parts += [Text(line, warning=True) for line in plan.trust]
     return Section("What was run, and how far to trust it", parts)
+
+
+def _epochs(plan: PaperPlan) -> str:
+    if plan.request.finished:
+        return "as the table says"
+    if not plan.budget.epochs:
+        return "as each preset says"
+    return f"{plan.budget.epochs:g} of GenSR" + (", and as many seconds of the others" if plan.epochs else "")
 
 
 def _data(plan: PaperPlan) -> Section:
@@ -151,10 +159,11 @@ def paper_cell(found: Mapping[str, Any], number: float | None) -> str:
 
 
 def _files(plan: PaperPlan) -> Section:
+    runs = f"{plan.request.finished.out}/runs/" if plan.request.finished else "table/runs/"
     rows = [
         ["Tables 2 and 3", "table/table.json", "table/table.html sorts, and shows runs and curves"],
         ["Table 1, Figures 3 to 5", "analyses/WHAT.json", "pictures as PNG and SVG beside it"],
-        ["runs", "table/runs/, variants/", "each a run folder: gensr report RUN"],
+        ["runs", f"{runs}, variants/", "each a run folder: gensr report RUN"],
         ["the plan", "paper.json", "the same command goes on with it"],
     ]
     return Section("Where the numbers come from", [Table(["what", "file", ""], rows, words=True)])

@@ -4,7 +4,7 @@ GenSR. A second call with another plan for the same folder is refused."""
 import itertools
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -15,14 +15,16 @@ from trainer.configs import load_config, preset_of, preset_path
 from trainer.errors import ConfigError
 from trainer.experiments.costs import MIN_EPOCHS, Machine, Size, SystemCost, cost_of, this_machine
 from trainer.experiments.paper.budget import LEVELS, WHOLE, Budget
+from trainer.experiments.paper.finished import GENSR, FinishedTable, lines_within
+from trainer.experiments.table.budget import epochs_within
 from trainer.experiments.table.cells import Cell
 from trainer.experiments.table.plan import Request
 from trainer.experiments.table.tuning import words_of
-from trainer.models.zoo import model_names
+from trainer.models.zoo import model_class, model_names
 from trainer.runs.run_folder import read_json
 from trainer.runtime.files import atomic
 
-GENSR = "gensr"
+VARIANT_CANDIDATES = ("sampled",)
 MOST_EPOCHS = 10.0  # of an estimate: where a preset has hundreds, it stops early
 
 
@@ -37,6 +39,7 @@ class PaperRequest:
     data: Path | None = None
     budget: str = ""
     settings: tuple[str, ...] = ()
+    finished: FinishedTable | None = None  # of --table
 
     @property
     def recipe(self) -> dict[str, Any]:
@@ -52,7 +55,12 @@ class PaperRequest:
 
     @property
     def data_dir(self) -> Path:
-        return self.data or self.out / "data"
+        return self.data or (self.finished.data_dir if self.finished else self.out / "data")
+
+    @property
+    def preset(self) -> str:
+        """GenSR's: a preset's name, or the settings of a table that is there."""
+        return str(self.finished.settings if self.finished else self.recipe["preset"])
 
     @property
     def analyses(self) -> Path:
@@ -73,28 +81,43 @@ class PaperPlan:
     request: PaperRequest
     budget: Budget
     variants: tuple[Variant, ...]
+    epochs: Mapping[str, float] = field(default_factory=dict)  # of systems, where the budget cuts them
 
     @property
     def systems(self) -> tuple[str, ...]:
+        if self.request.finished:
+            return self.request.finished.request.models
         lines = read_recipes()["systems"][: self.budget.lines]
         return tuple(name for line in lines for name in line if name in model_names())
 
     @property
     def table(self) -> Request:
-        budget = self.budget
+        if self.request.finished:
+            return self.request.finished.request
+        budget, own = self.budget, self.request.recipe.get("own_settings", {})
         return Request(
             folder=str(self.request.data_dir),
             out=self.request.out / "table",
             models=self.systems,
             seeds=budget.seeds,
             trials=budget.trials,
-            epochs=budget.epochs,
+            epochs=0.0 if self.epochs else budget.epochs,
             candidates=budget.candidates,
             events=budget.events,
             presets={GENSR: self.request.recipe["preset"]},
             settings=self.request.settings,
-            own_settings=self.request.recipe.get("own_settings", {}),
+            own_settings={name: (*own.get(name, ()), *self._length(name)) for name in {*own, *self.epochs}},
         )
+
+    def _length(self, model: str) -> tuple[str, ...]:
+        if model not in self.epochs:
+            return ()
+        return f"run.max_epochs={self.epochs[model]:g}", "run.max_steps=0"
+
+    @property
+    def trust(self) -> list[str]:
+        """What the budget, and that of a table that is there, cost in trust."""
+        return [*self.budget.trust, *(self.request.finished.trust() if self.request.finished else ())]
 
     def gensr_runs(self, num_seeds: int) -> list[Path]:
         """The table's own runs of GenSR, which every variant is compared with."""
@@ -128,6 +151,11 @@ def make_plan(request: PaperRequest, size: Size | None = None) -> PaperPlan:
     neither minutes nor "paper", and for an unknown name."""
     recipe = request.recipe
     asked = request.budget or str(recipe.get("minutes", "paper"))
+    if request.finished and request.settings:
+        raise ConfigError(
+            f"--table: the systems of {request.finished.out} are trained, with settings of their own; leave "
+            f"out {', '.join(request.settings)}"
+        )
     if asked == "paper":
         return _plan(request, WHOLE)
     try:
@@ -137,13 +165,26 @@ def make_plan(request: PaperRequest, size: Size | None = None) -> PaperPlan:
     if not minutes > 0:
         raise ConfigError(f"--budget must be minutes or paper, got {asked}")
     size = size or documented_size(recipe["preset"])
+    return _with_epochs(_fitting(request, size, 60 * minutes), size)
+
+
+def _fitting(request: PaperRequest, size: Size, seconds: float) -> PaperPlan:
     plan = None
     for level in LEVELS:
         plan = _plan(request, level)
-        if seconds_of(plan, size) <= 60 * minutes:
+        if seconds_of(plan, size) <= seconds:
             return plan
     assert plan is not None
-    return _shrunk(plan, size, 60 * minutes)
+    return _shrunk(plan, size, seconds)
+
+
+def _with_epochs(plan: PaperPlan, size: Size) -> PaperPlan:
+    """The epochs as words of each system: a later call must not calculate them again."""
+    if not plan.budget.epochs or plan.request.finished:
+        return plan
+    machine = this_machine()
+    epochs = {name: epochs_of(plan, name, size, machine) for name in plan.systems}
+    return replace(plan, epochs={name: number for name, number in epochs.items() if number})
 
 
 def _shrunk(plan: PaperPlan, size: Size, seconds: float) -> PaperPlan:
@@ -164,7 +205,9 @@ def _shrunk(plan: PaperPlan, size: Size, seconds: float) -> PaperPlan:
 
 def _plan(request: PaperRequest, budget: Budget) -> PaperPlan:
     recipes = read_recipes()
-    own = _own_settings(request.recipe["preset"], request.settings)
+    if request.finished:
+        budget = _of_table(budget, request.finished)
+    own = _own_settings(request.preset, request.settings)
     variants = [
         Variant(group, name, _other(words, own))
         for group in budget.groups
@@ -183,6 +226,20 @@ def _plan(request: PaperRequest, budget: Budget) -> PaperPlan:
         variant.words: variant for variant in reversed(variants)
     }  # a run that two analyses share is made once
     return PaperPlan(request, budget, tuple(v for v in variants if _changes(v, own) and kept[v.words] is v))
+
+
+def _of_table(budget: Budget, finished: FinishedTable) -> Budget:
+    """What a table has decided; every seed of a variant is compared with the table's GenSR of that seed."""
+    table = finished.request
+    return replace(
+        budget,
+        seeds=table.seeds,
+        variant_seeds=min(budget.variant_seeds, table.seeds),
+        lines=lines_within(read_recipes()["systems"], table.models),
+        epochs=0.0,
+        trials=table.trials,
+        candidates=table.candidates,
+    )
 
 
 def _changes(variant: Variant, own: Mapping[str, Any]) -> bool:
@@ -214,6 +271,8 @@ def keep(plan: PaperPlan) -> PaperPlan:
         "budget": plan.request.budget,
         "settings": list(plan.request.settings),
     }
+    if plan.request.finished:
+        asked["table"] = str(plan.request.finished.out)
     begun = read_json(path)
     if begun:
         if begun["asked"] != asked:
@@ -225,9 +284,9 @@ def keep(plan: PaperPlan) -> PaperPlan:
         budget = Budget(
             **{**stored, "groups": tuple(stored["groups"]), "candidates": tuple(stored["candidates"])}
         )
-        return _plan(plan.request, budget)
+        return replace(_plan(plan.request, budget), epochs=begun.get("epochs", {}))
     with atomic(path) as temporary:
-        text = json.dumps({"asked": asked, "budget": asdict(plan.budget)}, indent=2)
+        text = json.dumps({"asked": asked, "budget": asdict(plan.budget), "epochs": plan.epochs}, indent=2)
         temporary.write_text(text + "\n", encoding="utf-8")
     return plan
 
@@ -249,16 +308,29 @@ def parts_of(plan: PaperPlan, size: Size, machine: Machine | None = None) -> lis
     """(what, number of runs, seconds)."""
     machine, budget = machine or this_machine(), plan.budget
     rows = []
-    for name in plan.systems:
+    for name in () if plan.request.finished else plan.systems:
         cost = _cost(plan.request, name, size, machine, budget.events)
         number = len(plan.table.seeds_of(name)) + plan.table.trials_of(name)
-        epochs = budget.epochs or min(cost.epochs, MOST_EPOCHS)
+        epochs = epochs_of(plan, name, size, machine) or min(cost.epochs, MOST_EPOCHS)
         rows.append((name, number, number * cost.run_s(epochs, budget.candidates)))
+    cost = _cost(plan.request, GENSR, size, machine, budget.events)
+    one = cost.run_s(budget.epochs or min(cost.epochs, MOST_EPOCHS), VARIANT_CANDIDATES)
     for analysis in dict.fromkeys(variant.analysis for variant in plan.variants):
         number = len(plan.cells(analysis))
-        one = next(seconds / count for name, count, seconds in rows if name == GENSR)
         rows.append((f"GenSR, {analysis}", number, number * one))
     return rows
+
+
+def epochs_of(plan: PaperPlan, name: str, size: Size, machine: Machine) -> float:
+    """0 = as the preset says. The budget's epochs are GenSR's; the others train as long as it does, in
+    seconds, and never more than their presets ask for: equal epochs would leave fast systems untrained."""
+    if not plan.budget.epochs or not model_class(name).trained:
+        return 0.0
+    if name in plan.epochs:
+        return plan.epochs[name]
+    gensr = _cost(plan.request, GENSR, size, machine, plan.budget.events)
+    own = _cost(plan.request, name, size, machine, plan.budget.events)
+    return epochs_within(own, gensr.training_s(min(plan.budget.epochs, gensr.epochs)))
 
 
 @cache
@@ -270,7 +342,7 @@ def _system_cost(
 
 
 def _cost(request: PaperRequest, name: str, size: Size, machine: Machine, events: int) -> SystemCost:
-    named = request.recipe["preset"] if name == GENSR else None
+    named = request.preset if name == GENSR else None
     own = request.recipe.get("own_settings", {}).get(name, ())
     return _system_cost(name, named, (*own, *request.settings), size, machine, events)
 
@@ -295,7 +367,7 @@ def dry_run(request: PaperRequest) -> dict[str, Any]:
         f"  {'what':<28}{'runs':>6}{'hours':>9}",
         *(f"  {name:<28}{number:>6}{found / 3600:>9.2f}" for name, number, found in parts),
         "  hours are estimates from trainer/experiments/speeds.yaml",
-        *(f"  trust: {line}" for line in plan.budget.trust),
+        *(f"  trust: {line}" for line in plan.trust),
     ]
     return {
         "lines": lines,
@@ -303,7 +375,7 @@ def dry_run(request: PaperRequest) -> dict[str, Any]:
         "seconds": seconds,
         "disk_gb": gigabytes,
         "budget": asdict(plan.budget),
-        "trust": plan.budget.trust,
+        "trust": plan.trust,
         "parts": [{"what": name, "runs": number, "seconds": found} for name, number, found in parts],
     }
 
@@ -333,7 +405,7 @@ def _size_of(preset: str, settings: tuple[str, ...]) -> Any:
 
 
 def _gensr_size(plan: PaperPlan) -> Any:
-    return _size_of(plan.request.recipe["preset"], plan.request.settings)
+    return _size_of(plan.request.preset, plan.request.settings)
 
 
 @cache

@@ -9,7 +9,14 @@ from trainer.errors import ConfigError, GensrError, RunError
 from trainer.evaluation.optimum import write_optimum
 from trainer.experiments.analyses import Options, analyse
 from trainer.experiments.paper.page import write_paper_page
-from trainer.experiments.paper.plan import PaperPlan, PaperRequest, keep, make_plan, size_of_data
+from trainer.experiments.paper.plan import (
+    VARIANT_CANDIDATES,
+    PaperPlan,
+    PaperRequest,
+    keep,
+    make_plan,
+    size_of_data,
+)
 from trainer.experiments.submit import Machines, Submission
 from trainer.experiments.table import make_table
 from trainer.experiments.table.cells import is_done
@@ -29,8 +36,12 @@ def make_paper(request: PaperRequest, notify: Notify) -> Path:
         prepare_data(request, notify)
         plan = keep(make_plan(request, size_of_data(request)))
         errors: dict[str, str] = {}
-        notify(f"budget {plan.budget.name}: table of {len(plan.systems)} systems")
-        make_table(plan.table, notify)
+        if request.finished:
+            notify(f"budget {plan.budget.name}: {request.finished.out} has {len(plan.systems)} systems")
+            request.finished.copy_to(request.out / "table")
+        else:
+            notify(f"budget {plan.budget.name}: table of {len(plan.systems)} systems")
+            make_table(plan.table, notify)
         run_variants(plan, errors, notify)
         run_analyses(plan, errors, notify)
         return write_paper_page(plan, errors)
@@ -42,6 +53,9 @@ def prepare_data(request: PaperRequest, notify: Notify) -> None:
     from trainer.cf.build import train_cf
 
     recipe = request.recipe
+    if request.finished:
+        request.finished.check(request.data_dir, PreparedFolder.at(request.data_dir).manifest.hash)
+        return
     if not (request.data_dir / "manifest.json").is_file():
         if request.data is not None:
             raise ConfigError(f"--data {request.data} is not a prepared folder. Make one with: gensr prepare")
@@ -82,7 +96,7 @@ def _raw(request: PaperRequest, notify: Notify) -> None:
 def run_variants(plan: PaperPlan, errors: dict[str, str], notify: Notify) -> None:
     """GenSR with other settings, on sampled candidates. A failure goes into `errors`."""
     cells = {cell.name: cell for cell in plan.cells()}
-    run_cells(cells, ("sampled",), plan.budget.events, Steps(len(cells), notify), errors)
+    run_cells(cells, VARIANT_CANDIDATES, plan.budget.events, Steps(len(cells), notify), errors)
 
 
 def run_analyses(plan: PaperPlan, errors: dict[str, str], notify: Notify) -> None:
@@ -124,7 +138,7 @@ def runs_of(plan: PaperPlan) -> dict[str, list[Path]]:
         "transfer": ("transfer",),
     }
     for what, groups in compared.items():
-        others = [cell.run_dir for cell in plan.cells(*groups) if is_done(cell, ("sampled",))]
+        others = [cell.run_dir for cell in plan.cells(*groups) if is_done(cell, VARIANT_CANDIDATES)]
         if what == "sensitivity":  # λ = 0 is an ablation, too, and made once
             others += _shared(plan)
         found[what] = [*base, *others] if base and others else []
@@ -139,7 +153,7 @@ def _shared(plan: PaperPlan) -> list[Path]:
     return [
         cell.run_dir
         for cell in plan.cells("ablations")
-        if cell.run_dir.parent.name in names and is_done(cell, ("sampled",))
+        if cell.run_dir.parent.name in names and is_done(cell, VARIANT_CANDIDATES)
     ]
 
 
@@ -156,14 +170,14 @@ def submit_paper(request: PaperRequest, gpus_per_node: int, command: str, notify
     prepare_data(request, notify)
     plan = keep(make_plan(request, size_of_data(request)))
     machines = Machines(gpus_per_node=gpus_per_node)
-    table = plan_table(plan.table)
-    missing = [cell for cell in plan.cells() if not is_done(cell, ("sampled",))]
+    missing = [cell for cell in plan.cells() if not is_done(cell, VARIANT_CANDIDATES)]
     found = []
-    try:
-        found.append(plan_submission(table, machines, command))
-    except RunError as error:  # every run of the table is done
-        notify(str(error))
+    if not request.finished:
+        try:
+            found.append(plan_submission(plan_table(plan.table), machines, command))
+        except RunError as error:  # every run of the table is done
+            notify(str(error))
     if missing:
         variants = request.out / "variants"
-        found.append(plan_cells(missing, variants, ("sampled",), plan.budget.events, machines, command))
+        found.append(plan_cells(missing, variants, VARIANT_CANDIDATES, plan.budget.events, machines, command))
     return found
