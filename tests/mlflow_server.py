@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mlflow.tracking import MlflowClient
 
-from tests.ports import free_port
+from trainer.demo import free_port
 
 START_S = 240  # about 10 s on free cores
 

@@ -231,6 +231,7 @@ def launch(processes: int, arguments: Sequence[str], quiet: bool = False) -> Non
 
 
 def free_port() -> int:
+    """One of this machine that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -171,10 +171,15 @@ def check_compiler() -> list[Check]:
                 compile_it, input=CPP_PROGRAM, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S
             )
     except (OSError, subprocess.TimeoutExpired) as error:
-        return [Check("c++ compiler", "WARN", f"{command[0]} does not run: {error}", install)]
+        return [Check("c++ compiler", "WARN", f"{command[0]} does not run: {error}. {NEEDED_BY}", install)]
     if done.returncode:
         return [
-            Check("c++ compiler", "WARN", f"{command[0]} cannot compile: {_last_line(done.stderr)}", install)
+            Check(
+                "c++ compiler",
+                "WARN",
+                f"{command[0]} cannot compile: {_last_line(done.stderr)}. {NEEDED_BY}",
+                install,
+            )
         ]
     headers = Path(sysconfig.get_path("include")) / "Python.h"
     python_headers = Check("python headers", "OK", str(headers))

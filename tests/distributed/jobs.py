@@ -13,8 +13,8 @@ import psutil
 
 import ds_configs
 from tests.distributed.launching import ROOT, forkserver, variables_of
-from tests.ports import free_port
 from trainer.configs import load_config
+from trainer.demo import free_port
 
 
 class Launched:

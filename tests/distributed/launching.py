@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 
 import ds_configs
-from tests.ports import free_port
+from trainer.demo import free_port
 
 ROOT = Path(__file__).parents[2]
 ZERO3 = "zero3_small.json"

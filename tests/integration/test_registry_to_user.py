@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from tests.mlflow_server import Server, wait_until_up
-from tests.ports import free_port
 from trainer.cf.build import train_cf
+from trainer.demo import free_port
 from trainer.evaluation.full import evaluate_full
 from trainer.evaluation.sampled import evaluate_run
 from trainer.registry.promote import promote

@@ -14,10 +14,10 @@ import pytest
 from tests.integration.test_train import BASE
 from tests.integration.test_urls import Quiet
 from tests.mlflow_server import Server
-from tests.ports import free_port
 from tests.tiny_folder import make_tiny_folder
 from trainer.cli import main
 from trainer.data import node_cache
+from trainer.demo import free_port
 from trainer.evaluation.compare import compare, compare_lines
 from trainer.runs.weights import load_run_config
 from trainer.tracking import tracker

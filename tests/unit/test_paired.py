@@ -53,7 +53,7 @@ def write_run(
     segments = {task: {"history_length": {"0": part, "1–4": part}} for task in tasks}
     document = {"protocol": {**protocol, **change}, **reports, "segments": segments}
     (folder / "evaluation-test.json").write_text(json.dumps(document))
-    (folder / "config.yaml").write_text(f"optim: {{lr: {gain}}}\n")
+    (folder / "config.yaml").write_text(f"optim: {{lr: {0.1 + gain}}}\n")
     return folder
 
 
@@ -141,6 +141,13 @@ def test_compare_shows_the_difference_from_the_first_run(tmp_path: Path) -> None
     assert "by history length" not in text
     assert "by history length" in "\n".join(compare_lines(comparison, with_segments=True))
     json.dumps(comparison, allow_nan=False)
+
+
+def test_a_key_of_today_is_no_difference_from_an_older_run(tmp_path: Path) -> None:
+    """It was not there yet, and stands for its default."""
+    runs = [write_run(tmp_path / name, gain=0.5) for name in ("older", "newer")]
+    (tmp_path / "newer" / "config.yaml").write_text("optim: {lr: 0.6, warmup_steps: 7}\nrun: {seed: 0}\n")
+    assert list(compare(runs)["settings"]) == ["optim.warmup_steps"]
 
 
 def test_tasks_may_differ_for_a_table_and_not_for_a_gate(tmp_path: Path) -> None:

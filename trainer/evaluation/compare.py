@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from data_shards.secrets import masked
-from data_shards.settings import flatten, read_yaml
+from data_shards.settings import flatten, to_dict
 from trainer.evaluation.evaluated_weights import warnings_of
 from trainer.evaluation.paired import check_same, paired, read_stored
 from trainer.evaluation.segments import BUCKETS, METRIC
@@ -42,7 +42,8 @@ def compare(
     stored = [read_stored(Path(name), file, name) for name in evaluations]
     for one, other in itertools.combinations(stored, 2):
         check_same(one, other, same_tasks=False)
-    configs = {str(folder): flatten(masked(read_yaml(RunFolder(folder).config))) for folder in folders}
+    # as they are understood today: a key that came later has its default in an older run
+    configs = {str(folder): flatten(masked(to_dict(RunFolder(folder).read_config()))) for folder in folders}
     keys = sorted({key for config in configs.values() for key in config})
     settings = {
         key: {name: config.get(key) for name, config in configs.items()} for key in keys if key != "run.dir"

@@ -2,11 +2,11 @@
 
 import importlib
 import pkgutil
-from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from data_shards.settings import did_you_mean
 from trainer.config import ModelSettings
 from trainer.errors import ConfigError
 
@@ -46,6 +46,5 @@ def settings_class(name: str) -> type[ModelSettings]:
 def _check(name: str) -> None:
     names = model_names()
     if name not in names:
-        close = get_close_matches(str(name), names, n=1)
-        hint = f"Did you mean {close[0]}?" if close else f"There are: {', '.join(names)}"
-        raise ConfigError(f"model.name={name}: no such model. {hint}")
+        hint = did_you_mean(str(name), names) or f" There are: {', '.join(names)}"
+        raise ConfigError(f"model.name={name}: no such model.{hint}")
