@@ -19,6 +19,7 @@ from trainer.data.folder import PreparedFolder
 from trainer.errors import ConfigError
 from trainer.evaluation.summary import CANDIDATES
 from trainer.experiments.costs import Machine, Size, cost_of, this_machine
+from trainer.experiments.pool import environments
 from trainer.experiments.table.budget import Runs, Times, plan_times, within
 from trainer.models.zoo import model_class, model_names
 from trainer.runs.run_folder import read_json
@@ -47,6 +48,7 @@ class Request:
     presets: Mapping[str, str] = field(default_factory=dict)
     settings: tuple[str, ...] = ()  # KEY=VALUE, for every system
     own_settings: Mapping[str, Sequence[str]] = field(default_factory=dict)  # for one; settings outranks them
+    jobs: int = 1  # runs at once on this machine
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -157,11 +159,12 @@ def _times(
     machine: Machine | None,
     known: Mapping[str, Any],
 ) -> Times:
-    """known: what plan.json holds of the first call, whose machine, T and epochs stay."""
-    if known:
+    """known: what plan.json holds of the first call, whose T and epochs stay, and with as many jobs its
+    machine; a version without jobs had one."""
+    if known and known.get("jobs", 1) == request.jobs:
         machine = Machine(**known["machine"])
     elif machine is None:
-        machine = this_machine(max(config.run.threads for config in configs.values()))
+        machine = this_machine(max(config.run.threads for config in configs.values()), request.jobs)
     size = Size.of_manifest(manifest)
     runs = {
         name: Runs(
@@ -172,7 +175,7 @@ def _times(
         )
         for name, config in configs.items()
     }
-    return plan_times(runs, machine, request.budget, known)
+    return plan_times(runs, machine, request.budget, known, request.jobs)
 
 
 def _check(request: Request) -> None:
@@ -194,6 +197,7 @@ def _check(request: Request) -> None:
     problems += [f"{word}: the table sets {word.partition('=')[0]} itself" for word in owned]
     if problems:
         raise ConfigError("; ".join(problems))
+    environments(request.jobs)  # raises ConfigError where the machine is too small
     for name in request.names:
         model_class(name)  # raises ConfigError that lists the names
 
