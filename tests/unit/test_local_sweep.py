@@ -1,7 +1,10 @@
 """gensr sweep: what the file may say, which runs it makes, that it resumes; with a formula for training."""
 
 import json
+import time
 from pathlib import Path
+from random import Random
+from threading import Barrier
 from typing import Any
 
 import pytest
@@ -80,6 +83,54 @@ def test_drawn_settings_stay_in_the_space_and_resume(trained: list[Cell], search
     assert max(len(cell.name) for cell in trained) < len("00-lr-0.0000000-beta2-0.99")  # for people: rounded
     local_sweep.run(sweep, "none")
     assert len(trained) == 6  # its journal knows what was drawn, and what failed
+
+
+@pytest.mark.parametrize("search", ["random", "tpe"])
+def test_what_is_drawn_at_once_does_not_depend_on_who_ends_first(
+    trained: list[Cell], search: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """14 trials: TPE draws its first ten at random."""
+    monkeypatch.setattr("trainer.experiments.pool.num_cores", lambda: 4)
+    train, drawn = local_sweep.train_cell, []
+    text = TPE.format(search=search).replace("trials: 6", "trials: 14")
+    for case in ("a", "b", "stopped"):
+        random = Random(case)
+
+        def late(cell: Cell, random: Random = random, case: str = case) -> None:
+            time.sleep(random.random() / 50)
+            if case == "stopped" and len(trained) == 12:
+                trained.append(cell)
+                raise KeyboardInterrupt
+            train(cell)
+
+        monkeypatch.setattr(local_sweep, "train_cell", late)
+        trained.clear()
+        sweep = sweep_of(text, f"run.dir=runs/{case}")
+        if case == "stopped":
+            with pytest.raises(KeyboardInterrupt):
+                local_sweep.run(sweep, "none", jobs=3)
+        local_sweep.run(sweep, "none", jobs=3)
+        drawn.append({cell.name for cell in trained})
+    assert drawn[0] == drawn[1] == drawn[2] and len(drawn[0]) == 14
+
+
+def test_a_grid_has_jobs(trained: list[Cell], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.experiments.pool.num_cores", lambda: 4)
+    train, together = local_sweep.train_cell, Barrier(2, timeout=20)
+
+    def two(cell: Cell) -> None:
+        together.wait()
+        train(cell)
+
+    monkeypatch.setattr(local_sweep, "train_cell", two)
+    space = "{optim.lr: [1e-4, 3e-4, 9e-4], optim.beta2: [0.9, 0.99]}"
+    lines: list[str] = []
+    sweep = sweep_of(f"preset: demo\nsettings: {{data.dir: x}}\nspace: {space}")
+    document = local_sweep.run(sweep, "none", lines.append, jobs=2)
+    assert len(trained) == 6 and document["runs"][0]["run"] == "04-lr-9e-4-beta2-0.9"
+    assert sum(line.startswith("[") for line in lines) == 6 and lines[0].startswith("[1/6] 00-")
+    with pytest.raises(ConfigError, match="Give --jobs 4"):
+        local_sweep.run(sweep, "none", jobs=5)
 
 
 def test_the_best_run_or_all_are_evaluated(trained: list[Cell], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trainer.cli.base import AsJson, Overrides, answer, app, note, resumable
+from trainer.cli.base import AsJson, Jobs, Overrides, answer, app, note, refuse_jobs_of_arrays, resumable
 from trainer.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -81,6 +81,7 @@ def paper(
     budget: Annotated[
         str, typer.Option(help="minutes, or paper: everything; empty: what the data set's recipe says")
     ] = "",
+    jobs: Jobs = 1,
     submit: Annotated[
         bool, typer.Option("--submit", help="the missing runs as SLURM arrays; make no page yet")
     ] = False,
@@ -100,8 +101,9 @@ def paper(
 
     if out is None:
         raise ConfigError("--out is missing: the folder that data, runs and the report go to")
+    refuse_jobs_of_arrays(jobs, submit)
     finished = FinishedTable(table) if table else None
-    request = PaperRequest(name, out, raw, data, budget, tuple(overrides or []), finished)
+    request = PaperRequest(name, out, raw, data, budget, tuple(overrides or []), finished, jobs)
     if dry_run:
         found = estimate(request)
         answer({key: value for key, value in found.items() if key != "lines"}, as_json, *found["lines"])

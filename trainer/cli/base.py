@@ -225,6 +225,19 @@ def note(line: str) -> None:
         typer.echo(line, err=True)
 
 
+Jobs = Annotated[
+    int, typer.Option(help="runs at once on this machine, which share its cores or have a GPU each", min=1)
+]
+
+
+def refuse_jobs_of_arrays(jobs: int, submit: bool) -> None:
+    if submit and jobs > 1:
+        raise ConfigError(
+            "--jobs is for runs on this machine; with --submit SLURM decides how many run at once. "
+            "Leave one of them out"
+        )
+
+
 @contextmanager
 def resumable() -> Iterator[None]:
     """A verb that was stopped in here, by Ctrl-C or SIGTERM, ends with code 75 and says how it continues."""

@@ -11,6 +11,7 @@ from trainer.cli import completion
 from trainer.cli.base import (
     RANK,
     AsJson,
+    Jobs,
     MaybePreset,
     Overrides,
     Preset,
@@ -20,6 +21,7 @@ from trainer.cli.base import (
     next_steps,
     note,
     preset_and_settings,
+    refuse_jobs_of_arrays,
     resumable,
     runs_app,
     say,
@@ -299,6 +301,7 @@ def table_of_systems(
         list[str] | None,
         typer.Option(metavar="MODEL=PRESET|FILE", help="other settings than the preset of the model's name"),
     ] = None,
+    jobs: Jobs = 1,
     submit: Annotated[
         bool, typer.Option("--submit", help="the missing runs as SLURM arrays; write no table yet")
     ] = False,
@@ -317,6 +320,7 @@ def table_of_systems(
     from trainer.experiments.table import dry_run as plan
     from trainer.experiments.table.render import markdown
 
+    refuse_jobs_of_arrays(jobs, submit)
     presets = dict(word.partition("=")[::2] for word in preset or [])
     if wrong := [word for word in preset or [] if "=" not in word]:
         raise ConfigError(f"--preset is written MODEL=PRESET, got {', '.join(wrong)}")
@@ -333,6 +337,7 @@ def table_of_systems(
         events=events,
         presets=presets,
         settings=tuple(overrides or []),
+        jobs=jobs,
     )
     machine = _machine_of_jobs(gpus_per_node) if submit else None
     if dry_run:
@@ -395,13 +400,15 @@ def sweep(
     evaluate: Annotated[
         str, typer.Option(help="best, all or none: which runs are evaluated on the test split at the end")
     ] = "best",
+    jobs: Jobs = 1,
     as_json: AsJson = False,
 ) -> None:
-    """Train several settings on this machine, one after the other, and compare them by validation; writes
-    SWEEP/sweep.txt and .json.
+    """Train several settings on this machine, one after the other or --jobs at once, and compare them by
+    validation; writes SWEEP/sweep.txt and .json.
 
     The same command resumes after an interruption. A run that fails is named; the others are trained. On a
-    cluster: gensr submit --sweep. docs/table.md shows a file.
+    cluster: gensr submit --sweep. docs/table.md shows a file. With --jobs N, search: tpe draws a run before
+    the last N - 1 have ended, so another N gives other settings; the same N always gives the same.
     """
     from trainer.experiments import local_sweep
     from trainer.experiments.sweep import lines_of
@@ -412,7 +419,7 @@ def sweep(
     planned = local_sweep.read(file, name, settings)
     note(f"{planned.num_runs} runs below {planned.folder}; what each prints: {planned.folder}/RUN.out")
     with resumable():
-        document = local_sweep.run(planned, evaluate, notify=note)
+        document = local_sweep.run(planned, evaluate, note, jobs)
     best = planned.folder / document["runs"][0]["run"]
     after = next_steps(f"gensr report {best}", f"gensr register {best} NAME")
     answer(document, as_json, *lines_of(document), "", *after)

@@ -43,12 +43,22 @@ class Machine:
         return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
-def this_machine(threads: int = 0) -> Machine:
-    """A run is one process: all cores, or one GPU. threads: run.threads, 0 = as many as there are cores."""
+def this_machine(threads: int = 0, jobs: int = 1) -> Machine:
+    """A run is one process: its share of the cores, or one GPU. threads: run.threads, 0 = as many as its
+    share has. jobs: runs at once."""
     from trainer.runtime.device import has_gpu
     from trainer.runtime.launch import num_cores
 
-    return Machine(min(threads or num_cores(), num_cores()), int(has_gpu()))
+    share = max(1, num_cores() // jobs)
+    return Machine(min(threads or share, share), int(has_gpu()))
+
+
+def wall_s(parts: Sequence[tuple[float, float]], jobs: int) -> float:
+    """Seconds until `jobs` at once have made all parts: (seconds of all its runs, those of its longest chain
+    of runs that wait for one another). Never too little (Graham 1969): while the last chain is being made,
+    the other jobs may have nothing to do."""
+    work_s = sum(seconds for seconds, _ in parts)
+    return (work_s + (jobs - 1) * max((chain for _, chain in parts), default=0.0)) / jobs
 
 
 # ---- sizes -------------------------------------------------------------------------------------------------

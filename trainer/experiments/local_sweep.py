@@ -1,4 +1,4 @@
-"""`gensr sweep FILE`: a sweep on this machine, one process after the other. FILE:
+"""`gensr sweep FILE`: a sweep on this machine, one run after the other, or --jobs at once. FILE:
 
     preset: demo                                   # or a YAML file
     settings: {data.dir: data/mine, run.dir: runs/sweep, run.max_steps: 200}     # of every run
@@ -18,6 +18,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -28,6 +29,7 @@ from data_shards import settings as s
 from data_shards.settings import flatten, parse_yaml
 from trainer.configs import load_config
 from trainer.errors import ConfigError, GensrError, RunError
+from trainer.experiments.pool import Pool, Steps, interruptible
 from trainer.experiments.sweep import Point, point_of, read_sweep, summarize
 from trainer.experiments.table.cells import Cell, evaluate_cell, train_cell
 from trainer.experiments.table.tuning import search
@@ -99,47 +101,64 @@ def read(file: str | Path, preset: str | None = None, words: Sequence[str] = ())
     return Sweep(Path(config.run.dir), preset, every, points, drawn)
 
 
-def run(sweep: Sweep, evaluate: str = "best", notify: Notify = lambda line: None) -> dict[str, Any]:
-    """Train every run, evaluate (none, best or all of them) and summarize → as experiments/sweep.py's
-    summarize. A run that fails is named; the others continue. Raises RunError when all failed,
-    KeyboardInterrupt when it is stopped: what is done stays."""
-    failed: dict[str, str] = {}
-    number_of_runs = sweep.num_runs
+def run(
+    sweep: Sweep, evaluate: str = "best", notify: Notify = lambda line: None, jobs: int = 1
+) -> dict[str, Any]:
+    """Train every run, `jobs` at once, evaluate (none, best or all of them) and summarize → as
+    experiments/sweep.py's summarize. A run that fails is named; the others continue. Raises ConfigError for
+    too many jobs, RunError when all failed, KeyboardInterrupt when it is stopped: what is done stays."""
+    with interruptible(), Pool(jobs) as pool:
+        failed = _train(sweep, Steps(sweep.num_runs, notify, jobs), pool)
+        if len(failed) >= sweep.num_runs:
+            raise RunError(f"all {sweep.num_runs} runs failed; the last: {failed[-1]}")
+        ranking = [row for row in summarize(sweep.folder)["runs"] if row["status"] == "finished"]
+        evaluations = []
+        for row in ranking if evaluate == "all" else ranking[:1] if evaluate == "best" else []:
+            notify(f"evaluating {row['run']}")
+            cell = _cell(sweep, Point(row["run"], ()))
+            evaluations.append(pool.submit(partial(evaluate_cell, cell, ["sampled"], 0)))
+        for evaluation in evaluations:
+            evaluation.result()
+    return summarize(sweep.folder)
 
-    def train(number: int, point: Point) -> float:
+
+def _train(sweep: Sweep, steps: Steps, pool: Pool) -> list[str]:
+    """Every run → errors of those that failed, in their order."""
+
+    def train(point: Point) -> float:
         cell = _cell(sweep, point)
-        done = RunFolder(cell.run_dir).has_ended_well
-        notify(f"[{number + 1}/{number_of_runs}] {point.name}{': done before' if done else ''}")
-        train_cell(cell)
+        if RunFolder(cell.run_dir).has_ended_well:
+            steps.skip()
+            steps.notify(f"[{steps.number}/{steps.total}] {point.name}: done before")
+        else:
+            try:
+                with steps.step(point.name):
+                    train_cell(cell)
+            except GensrError as error:
+                steps.notify(f"  {point.name} failed: {error}")
+                raise
         value = float(RunFolder(cell.run_dir).read_status()["progress"]["best_value"])
-        notify(f"[{number + 1}/{number_of_runs}] {point.name}: {value:.4f}")
+        steps.notify(f"  {point.name}: {value:.4f}")
         return value
 
     def trial(number: int, words: tuple[str, ...]) -> float:
         settings = {key: parse_yaml(text) for key, _, text in (word.partition("=") for word in words)}
-        return train(number, point_of(number, settings))
+        return train(point_of(number, settings))
 
-    if sweep.drawn is not None:
-        drawn = sweep.drawn
+    def start(task: Callable[[], float]) -> Callable[[], float]:
+        return pool.submit(task).result
+
+    if (drawn := sweep.drawn) is not None:
         kind: Literal["tpe", "random"] = "tpe" if drawn.search == "tpe" else "random"
-        errors = search(
-            sweep.folder / JOURNAL, drawn.space, drawn.trials, trial, sampler=kind, seed=drawn.seed
-        )
-        failed = {str(place): error for place, error in enumerate(errors)}
-    else:
-        for number, point in enumerate(sweep.points):
-            try:
-                train(number, point)
-            except GensrError as error:
-                notify(f"[{number + 1}/{number_of_runs}] {point.name} failed: {error}")
-                failed[point.name] = str(error)
-    if len(failed) >= number_of_runs:
-        raise RunError(f"all {number_of_runs} runs failed; the last: {list(failed.values())[-1]}")
-    ranking = [row for row in summarize(sweep.folder)["runs"] if row["status"] == "finished"]
-    for row in ranking if evaluate == "all" else ranking[:1] if evaluate == "best" else []:
-        notify(f"evaluating {row['run']}")
-        evaluate_cell(_cell(sweep, Point(row["run"], ())), ["sampled"], 0)
-    return summarize(sweep.folder)
+        journal = sweep.folder / JOURNAL
+        return search(journal, drawn.space, drawn.trials, trial, None, kind, drawn.seed, pool.jobs, start)
+    failed = []
+    for waiting in [start(partial(train, point)) for point in sweep.points]:
+        try:
+            waiting()
+        except GensrError as error:
+            failed.append(str(error))
+    return failed
 
 
 def _cell(sweep: Sweep, point: Point) -> Cell:

@@ -95,8 +95,31 @@ def test_a_begun_evaluation_keeps_its_plan(tmp_path: Path) -> None:
     # the machine or the data's size seems other now: the same command goes on with the same plan
     again = keep(make_plan(request(tmp_path, budget="30"), Size.of_halves(10, 10, 10)))
     assert again == begun
+    assert keep(make_plan(request(tmp_path, budget="30", jobs=2), SIZE)).budget == begun.budget
     with pytest.raises(ConfigError, match="was begun with"):
         keep(make_plan(request(tmp_path, budget="60"), SIZE))
+
+
+def test_hours_count_threads_and_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.experiments.pool.num_cores", lambda: 8)
+    monkeypatch.setattr("trainer.runtime.launch.num_cores", lambda: 8)
+    monkeypatch.setattr("trainer.runtime.device.has_gpu", lambda: False)
+    asked = request(tmp_path, budget="paper", settings=("run.threads=1",))
+    found = {jobs: dry_run(replace(asked, jobs=jobs)) for jobs in (1, 2, 8)}
+    assert found[1]["parts"] == found[2]["parts"], "with one thread a run takes as long beside others"
+    assert found[1]["seconds"] == pytest.approx(sum(part["seconds"] for part in found[1]["parts"]))
+    speedup = {jobs: found[1]["seconds"] / found[jobs]["seconds"] for jobs in (2, 8)}
+    assert 1.4 < speedup[2] < 2 and 2 < speedup[8] < 8, "the trials of a system wait for one another"
+    assert "on 1 CPU core each, 8 at once" in found[8]["lines"][0]
+    all_cores = dry_run(replace(asked, settings=()))
+    assert all_cores["seconds"] < found[1]["seconds"] and "on 8 CPU cores," in all_cores["lines"][0]
+    threads = ("run.threads=1",)
+    few, many = (
+        make_plan(request(tmp_path, budget="200", jobs=jobs, settings=threads), SIZE) for jobs in (1, 8)
+    )
+    assert LEVELS.index(many.budget) < LEVELS.index(few.budget), "the same minutes buy more"
+    with pytest.raises(ConfigError, match="Give --jobs 8"):
+        dry_run(replace(asked, jobs=9))
 
 
 def test_the_dry_run_writes_nothing(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from trainer.cli import app
 from trainer.configs import load_config
 from trainer.errors import ConfigError
 from trainer.experiments import submit as jobs
-from trainer.experiments.costs import MIN_EPOCHS, Machine, Size, SystemCost, cost_of
+from trainer.experiments.costs import MIN_EPOCHS, Machine, Size, SystemCost, cost_of, this_machine
 from trainer.experiments.table.budget import (
     Runs,
     Times,
@@ -119,6 +119,47 @@ def test_later_calls_keep_t_and_the_epochs_of_the_first() -> None:
     assert second.of("other").epochs == pytest.approx(19, abs=0.01)
 
 
+def end_of(runs: dict[str, Runs], planned: Times, jobs: int, first: int) -> float:
+    """When `jobs` threads have made all runs, each taking the next that may begin; the systems from the
+    `first` on."""
+    free, waiting = [0.0] * jobs, list(runs)[first:] + list(runs)[:first]
+    todo: list[tuple[float, float]] = []  # (may begin at, takes)
+    for name in waiting:
+        cost, epochs = runs[name].cost, planned.of(name).epochs
+        ready = runs[name].trials * cost.run_s(epochs)
+        begin = free.pop(free.index(min(free)))
+        free.append(begin + ready)
+        todo += [(begin + ready, cost.run_s(epochs, runs[name].candidates))] * runs[name].seeds
+    for ready, takes in todo:
+        begin = free.pop(free.index(min(free)))
+        free.append(max(begin, ready) + takes)
+    return max(free)
+
+
+@pytest.mark.parametrize("jobs", [1, 2, 3, 7])
+def test_jobs_share_the_minutes_and_stay_within_them(jobs: int) -> None:
+    runs = {
+        "slow": runs_of(100, 60.0, seeds=3),
+        "quick": runs_of(10, 6.0, seeds=3, trials=2),
+        "slower": runs_of(5, 300.0, seeds=3),
+        "counted": COUNTED,
+    }
+    one, planned = times(runs, 20), plan_times(runs, ONE_CORE, 20, jobs=jobs)
+    assert one.longest_s is not None and planned.longest_s is not None
+    assert planned.seconds <= 20 * 60 and planned.seconds > 0.99 * 20 * 60, "what is there is used"
+    assert planned.longest_s >= one.longest_s * (1 if jobs == 1 else 1.3)
+    for first in range(len(runs)):
+        assert end_of(runs, planned, jobs, first) <= planned.seconds + 1e-6
+    assert "each, " * (jobs > 1) in planned.lines()[0] and planned.facts()["jobs"] == jobs
+
+
+def test_a_chain_is_as_long_as_it_is_however_many_jobs() -> None:
+    alone = {"slow": runs_of(100, 60.0, trials=4)}  # nothing can run beside it
+    assert plan_times(alone, ONE_CORE, 20, jobs=8).longest_s == times(alone, 20).longest_s
+    with pytest.raises(ConfigError, match="smallest that works is --budget 1"):
+        plan_times(alone, ONE_CORE, 0.5, jobs=8)
+
+
 def test_what_is_cut_is_said() -> None:
     cut = times({"slow": runs_of(100, 60.0), "quick": runs_of(1, 6.0)}, 10)
     said = {system.model: system.note for system in cut.systems}
@@ -170,6 +211,44 @@ def test_a_budget_becomes_max_epochs_and_stays(prepared: Path, tmp_path: Path) -
         make_plan(asked(prepared, tmp_path / "out", **long, seeds=3))
     with pytest.raises(ConfigError, match=r"--budget was 9\.0, is not given"):
         make_plan(asked(prepared, tmp_path / "out", **long, budget=0.0))
+
+
+def test_a_plan_goes_on_with_other_jobs(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainer.experiments.pool.num_cores", lambda: 8)
+    monkeypatch.setattr("trainer.runtime.launch.num_cores", lambda: 8)
+    monkeypatch.setattr("trainer.runtime.device.has_gpu", lambda: False)
+    long = {"models": ("popularity", "sasrec"), "presets": {"sasrec": str(long_preset(tmp_path))}, "seeds": 2}
+    out, file = tmp_path / "out", tmp_path / "out" / "plan.json"
+    first = make_plan(asked(prepared, out, **long))
+    stored = json.loads(file.read_text())
+    del stored["budget"]["jobs"]  # as the version without jobs has written it
+    file.write_text(json.dumps(stored))
+    for number, cores in ((4, 2), (1, 8), (8, 1), (1, 8)):
+        again = make_plan(asked(prepared, out, **long, jobs=number))
+        assert again.configs == first.configs, "T and the epochs stay"
+        assert again.times is not None and again.times.jobs == number
+        assert again.times.machine == Machine(cores, 0)
+        assert json.loads(file.read_text())["budget"]["jobs"] == 1
+    with pytest.raises(ConfigError, match="with the epochs of the first call, which stay"):
+        make_plan(asked(prepared, out, **{**long, "seeds": 9}))
+    with pytest.raises(ConfigError, match=r"--jobs 9: .* Give --jobs 8"):
+        make_plan(asked(prepared, out, **long, jobs=9))
+    fresh = make_plan(asked(prepared, tmp_path / "fresh", **long, jobs=2))
+    assert fresh.times is not None and fresh.times.longest_s is not None and first.times is not None
+    assert fresh.times.machine == Machine(4, 0)
+
+
+def test_a_run_gets_its_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.runtime.launch.num_cores", lambda: 8)
+    monkeypatch.setattr("trainer.runtime.device.has_gpu", lambda: False)
+    found = {
+        (threads, jobs): this_machine(threads, jobs).cores for threads in (0, 2, 6) for jobs in (1, 2, 8)
+    }
+    assert found == {
+        (0, 1): 8, (0, 2): 4, (0, 8): 1, (2, 1): 2, (2, 2): 2, (2, 8): 1, (6, 1): 6, (6, 2): 4, (6, 8): 1,
+    }  # fmt: skip
 
 
 def long_preset(folder: Path) -> Path:

@@ -11,11 +11,21 @@ from pathlib import Path
 from typing import Any
 
 from data_shards.settings import flatten, parse_yaml, to_dict
+from trainer.config import Config
 from trainer.configs import load_config, preset_of, preset_path
 from trainer.errors import ConfigError
-from trainer.experiments.costs import MIN_EPOCHS, Machine, Size, SystemCost, cost_of, this_machine
+from trainer.experiments.costs import (
+    MIN_EPOCHS,
+    Machine,
+    Size,
+    SystemCost,
+    cost_of,
+    this_machine,
+    wall_s,
+)
 from trainer.experiments.paper.budget import LEVELS, WHOLE, Budget
 from trainer.experiments.paper.finished import GENSR, FinishedTable, lines_within
+from trainer.experiments.pool import environments
 from trainer.experiments.table.budget import epochs_within
 from trainer.experiments.table.cells import Cell
 from trainer.experiments.table.plan import Request
@@ -40,6 +50,7 @@ class PaperRequest:
     budget: str = ""
     settings: tuple[str, ...] = ()
     finished: FinishedTable | None = None  # of --table
+    jobs: int = 1
 
     @property
     def recipe(self) -> dict[str, Any]:
@@ -107,6 +118,7 @@ class PaperPlan:
             presets={GENSR: self.request.recipe["preset"]},
             settings=self.request.settings,
             own_settings={name: (*own.get(name, ()), *self._length(name)) for name in {*own, *self.epochs}},
+            jobs=self.request.jobs,
         )
 
     def _length(self, model: str) -> tuple[str, ...]:
@@ -182,7 +194,7 @@ def _with_epochs(plan: PaperPlan, size: Size) -> PaperPlan:
     """The epochs as words of each system: a later call must not calculate them again."""
     if not plan.budget.epochs or plan.request.finished:
         return plan
-    machine = this_machine()
+    machine = machine_of(plan)
     epochs = {name: epochs_of(plan, name, size, machine) for name in plan.systems}
     return replace(plan, epochs={name: number for name, number in epochs.items() if number})
 
@@ -305,8 +317,8 @@ def documented_size(preset: str) -> Size:
 
 
 def parts_of(plan: PaperPlan, size: Size, machine: Machine | None = None) -> list[tuple[str, int, float]]:
-    """(what, number of runs, seconds)."""
-    machine, budget = machine or this_machine(), plan.budget
+    """(what, number of runs, seconds of all of them one after the other)."""
+    machine, budget = machine or machine_of(plan), plan.budget
     rows = []
     for name in () if plan.request.finished else plan.systems:
         cost = _cost(plan.request, name, size, machine, budget.events)
@@ -334,45 +346,76 @@ def epochs_of(plan: PaperPlan, name: str, size: Size, machine: Machine) -> float
 
 
 @cache
+def _system_config(name: str, named: str | None, settings: tuple[str, ...]) -> tuple[Config, str | None]:
+    preset, chosen = preset_of(name, named)
+    return load_config(preset, [*chosen, *settings]), preset
+
+
+@cache
 def _system_cost(
     name: str, named: str | None, settings: tuple[str, ...], size: Size, machine: Machine, events: int
 ) -> SystemCost:
-    preset, chosen = preset_of(name, named)
-    return cost_of(load_config(preset, [*chosen, *settings]), size, machine, events, preset)
+    config, preset = _system_config(name, named, settings)
+    return cost_of(config, size, machine, events, preset)
+
+
+def _settings_of(request: PaperRequest, name: str) -> tuple[str, str | None, tuple[str, ...]]:
+    """(system, preset that the recipe names for it, settings on top)."""
+    named = request.preset if name == GENSR else None
+    own = request.recipe.get("own_settings", {}).get(name, ())
+    return name, named, (*own, *request.settings)
 
 
 def _cost(request: PaperRequest, name: str, size: Size, machine: Machine, events: int) -> SystemCost:
-    named = request.preset if name == GENSR else None
-    own = request.recipe.get("own_settings", {}).get(name, ())
-    return _system_cost(name, named, (*own, *request.settings), size, machine, events)
+    return _system_cost(*_settings_of(request, name), size, machine, events)
 
 
-def seconds_of(plan: PaperPlan, size: Size) -> float:
-    return sum(seconds for _, _, seconds in parts_of(plan, size))
+def machine_of(plan: PaperPlan) -> Machine:
+    """What one run gets here: run.threads and --jobs say how many of the cores."""
+    names = (GENSR,) if plan.request.finished else plan.systems
+    configs = [_system_config(*_settings_of(plan.request, name))[0] for name in names]
+    return this_machine(max(config.run.threads for config in configs), plan.request.jobs)
+
+
+def seconds_of(plan: PaperPlan, size: Size, machine: Machine | None = None) -> float:
+    """Wall time: the table, then the variants, with plan.request.jobs runs at once. The trials of a system
+    wait for one another."""
+    table: list[tuple[float, float]] = []
+    variants: list[tuple[float, float]] = []
+    for name, number, seconds in parts_of(plan, size, machine):
+        chain = 1 + plan.table.trials_of(name) if name in plan.systems else 1
+        part = (seconds, chain * seconds / max(1, number))
+        (table if name in plan.systems else variants).append(part)
+    return wall_s(table, plan.request.jobs) + wall_s(variants, plan.request.jobs)
 
 
 def dry_run(request: PaperRequest) -> dict[str, Any]:
-    """{"lines": for people, "runs", "seconds", "disk_gb", "budget", "trust", "parts"}; nothing is written."""
+    """{"lines": for people, "runs", "seconds", "jobs", "disk_gb", "budget", "trust", "parts"}; nothing is
+    written."""
+    environments(request.jobs)  # raises ConfigError where the machine is too small
     size = size_of_data(request)
     plan = make_plan(request, size)
     size = size or documented_size(request.recipe["preset"])
-    machine = this_machine()
+    machine, jobs = machine_of(plan), request.jobs
     parts = parts_of(plan, size, machine)
-    runs, seconds = sum(number for _, number, _ in parts), sum(found for *_, found in parts)
+    runs, seconds = sum(number for _, number, _ in parts), seconds_of(plan, size, machine)
     gigabytes = _disk_gb(plan, runs)
+    at_once = f" each, {jobs} at once" if jobs > 1 else ""
     lines = [
         f"gensr paper {request.name}: budget {plan.budget.name}, {runs} runs, about "
-        f"{seconds / 3600:.1f} hours on {machine.title}, about {gigabytes:.1f} GB of run folders",
+        f"{seconds / 3600:.1f} hours on {machine.title}{at_once}, about {gigabytes:.1f} GB of run folders",
         f"  data  {request.data_dir}: {sum(size.train):,} training events",
         f"  {'what':<28}{'runs':>6}{'hours':>9}",
         *(f"  {name:<28}{number:>6}{found / 3600:>9.2f}" for name, number, found in parts),
         "  hours are estimates from trainer/experiments/speeds.yaml",
+        *(["  hours of a line are those of its runs one after the other"] if jobs > 1 else []),
         *(f"  trust: {line}" for line in plan.trust),
     ]
     return {
         "lines": lines,
         "runs": runs,
         "seconds": seconds,
+        "jobs": jobs,
         "disk_gb": gigabytes,
         "budget": asdict(plan.budget),
         "trust": plan.trust,

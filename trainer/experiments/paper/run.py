@@ -17,10 +17,11 @@ from trainer.experiments.paper.plan import (
     make_plan,
     size_of_data,
 )
+from trainer.experiments.pool import Pool, Steps, environments, interruptible
 from trainer.experiments.submit import Machines, Submission
 from trainer.experiments.table import make_table
 from trainer.experiments.table.cells import is_done
-from trainer.experiments.table.run import Steps, first_line, run_cells, sigterm_as_interrupt
+from trainer.experiments.table.run import first_line, submit_cells
 from trainer.runs.run_folder import read_json
 from trainer.runtime.files import atomic
 from trainer.runtime.progress import Notify, StageLines
@@ -31,8 +32,9 @@ RIVAL = "unisar"  # the discriminative model of Table 1 and Figure 3
 def make_paper(request: PaperRequest, notify: Notify) -> Path:
     """DIR/report.html → its path. What fails (a run, an analysis) is named on the page; the rest goes on.
     Raises a GensrError where there is no data to work on, KeyboardInterrupt when it is stopped."""
-    with sigterm_as_interrupt():
+    with interruptible():
         request.recipe  # noqa: B018  (an unknown name is said before anything is fetched)
+        environments(request.jobs)  # so are too many jobs
         prepare_data(request, notify)
         plan = keep(make_plan(request, size_of_data(request)))
         errors: dict[str, str] = {}
@@ -96,7 +98,12 @@ def _raw(request: PaperRequest, notify: Notify) -> None:
 def run_variants(plan: PaperPlan, errors: dict[str, str], notify: Notify) -> None:
     """GenSR with other settings, on sampled candidates. A failure goes into `errors`."""
     cells = {cell.name: cell for cell in plan.cells()}
-    run_cells(cells, VARIANT_CANDIDATES, plan.budget.events, Steps(len(cells), notify), errors)
+    failed: dict[str, str] = {}
+    with Pool(plan.request.jobs) as pool:
+        steps = Steps(len(cells), notify, pool.jobs)
+        submit_cells(cells, VARIANT_CANDIDATES, plan.budget.events, steps, failed, pool)
+        pool.wait()
+    errors.update({name: failed[name] for name in cells if name in failed})
 
 
 def run_analyses(plan: PaperPlan, errors: dict[str, str], notify: Notify) -> None:

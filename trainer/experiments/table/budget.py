@@ -5,6 +5,9 @@ fits: trials, seeds, and what each run takes however short it is (start, last va
 system whose settings ask for less keeps them. T becomes run.max_epochs by the speeds of ../costs.py, so no
 clock decides what is trained. OUT/plan.json keeps T and the epochs, and later calls with more seeds or
 systems keep to them.
+
+With --jobs N the same minutes hold N times as much work; of it the longest chain of one system (its trials
+and a seed) is kept free, since at the end some jobs have nothing to do.
 """
 
 import math
@@ -14,7 +17,7 @@ from typing import Any
 
 from trainer.config import Config
 from trainer.errors import ConfigError
-from trainer.experiments.costs import MIN_EPOCHS, Machine, SystemCost
+from trainer.experiments.costs import MIN_EPOCHS, Machine, SystemCost, wall_s
 
 DIGITS = 3  # of epochs, rounded down
 
@@ -28,7 +31,8 @@ class System:
     trained: bool
     epochs: float
     preset_epochs: float  # that its settings ask for
-    seconds: float  # of all its runs
+    seconds: float  # of all its runs, one after the other
+    chain_s: float = 0.0  # of those that wait for one another: its trials, then a seed
 
     @property
     def is_cut(self) -> bool:
@@ -44,16 +48,18 @@ class System:
 
 @dataclass(frozen=True)
 class Times:
-    """A table's wall time. minutes: of --budget, 0 = none. longest_s: T; None where nothing is cut."""
+    """A table's wall time. minutes: of --budget, 0 = none. longest_s: T; None where nothing is cut. machine:
+    what one run gets. jobs: runs at once."""
 
     minutes: float
     longest_s: float | None
     machine: Machine
     systems: tuple[System, ...]
+    jobs: int = 1
 
     @property
     def seconds(self) -> float:
-        return sum(system.seconds for system in self.systems)
+        return wall_s([(system.seconds, system.chain_s) for system in self.systems], self.jobs)
 
     def of(self, model: str) -> System:
         return next(system for system in self.systems if system.model == model)
@@ -65,12 +71,15 @@ class Times:
             "longest_s": self.longest_s,
             "seconds": self.seconds,
             "machine": asdict(self.machine),
+            "jobs": self.jobs,
             "systems": {system.model: _facts(system) for system in self.systems},
         }
 
     def lines(self) -> list[str]:
         head = f"{sum(system.runs for system in self.systems)} runs, about {_hours(self.seconds)} hours on "
         head += self.machine.title
+        if self.jobs > 1:
+            head += f" each, {self.jobs} at once"
         if self.minutes:
             head = f"budget {self.minutes:g} minutes: {head}"
         if self.longest_s is not None:
@@ -85,6 +94,7 @@ class Times:
                 for system in self.systems
             ),
             "  hours are estimates from trainer/experiments/speeds.yaml; stopping early takes less",
+            *(["  hours of a system are those of its runs one after the other"] if self.jobs > 1 else []),
         ]
 
 
@@ -155,13 +165,22 @@ class Runs:
         """Of all of them: a trial is trained, a seed is evaluated, too."""
         return self.trials * self.cost.run_s(epochs) + self.seeds * self.cost.run_s(epochs, self.candidates)
 
+    @property
+    def chain(self) -> "Runs":
+        """Those that wait for one another: all trials, then a seed waits for nothing but them."""
+        return replace(self, seeds=min(1, self.seeds))
+
     def system(self, model: str, epochs: float) -> System:
-        cost = self.cost
-        return System(model, self.number, cost.trained, epochs, cost.epochs, self.seconds(epochs))
+        cost, chain_s = self.cost, self.chain.seconds(epochs)
+        return System(model, self.number, cost.trained, epochs, cost.epochs, self.seconds(epochs), chain_s)
 
 
 def plan_times(
-    runs: Mapping[str, Runs], machine: Machine, minutes: float = 0.0, known: Mapping[str, Any] | None = None
+    runs: Mapping[str, Runs],
+    machine: Machine,
+    minutes: float = 0.0,
+    known: Mapping[str, Any] | None = None,
+    jobs: int = 1,
 ) -> Times:
     """Each system's epochs. known: Times.facts() of the first call with this OUT, whose T and epochs stay.
     Raises ConfigError for a budget that is too small, naming the smallest that works."""
@@ -169,13 +188,13 @@ def plan_times(
     if known:
         longest_s = known["longest_s"]
     else:
-        longest_s = _longest_s(runs, 60 * minutes) if minutes else None
+        longest_s = _longest_s(runs, 60 * minutes, jobs) if minutes else None
     before = known.get("systems", {})
     systems = tuple(
         one.system(name, before[name]["epochs"] if name in before else epochs_within(one.cost, longest_s))
         for name, one in runs.items()
     )
-    times = Times(minutes, longest_s, machine, systems)
+    times = Times(minutes, longest_s, machine, systems, jobs)
     if known and times.seconds > 60 * minutes:
         raise ConfigError(
             f"--budget {minutes:g}: with the epochs of the first call, which stay, all of it takes about "
@@ -185,16 +204,18 @@ def plan_times(
     return times
 
 
-def _longest_s(runs: Mapping[str, Runs], budget_s: float) -> float | None:
-    full = [(one.number, one.cost.training_s(one.cost.epochs)) for one in runs.values() if one.cost.trained]
-    training_s = sum(number * seconds for number, seconds in full)
-    around_s = sum(one.seconds(one.cost.epochs) for one in runs.values()) - training_s
+def _longest_s(runs: Mapping[str, Runs], budget_s: float, jobs: int) -> float | None:
+    """T, by wall_s(): whichever system has the longest chain, all runs and `jobs` - 1 times its chain fit
+    into `jobs` times the budget."""
     costs = [one.cost for one in runs.values() if one.cost.trained]
     least_s = max((cost.training_s(min(cost.epochs, MIN_EPOCHS)) for cost in costs), default=0.0)
-    needed_s = around_s + sum(number * min(seconds, least_s) for number, seconds in full)
+    needed_s = wall_s(
+        [(_within_s(one, least_s), _within_s(one.chain, least_s)) for one in runs.values()], jobs
+    )
     if budget_s < needed_s:
         smallest = math.ceil(needed_s / 60)
         around = {name: one.seconds(0.0) for name, one in runs.items()}
+        around_s = wall_s([(one.seconds(0.0), one.chain.seconds(0.0)) for one in runs.values()], jobs)
         dearest = sorted(around, key=lambda name: -around[name])[:2]
         raise ConfigError(
             f"--budget {budget_s / 60:g} is too small: starting, validating and evaluating all runs takes "
@@ -202,4 +223,15 @@ def _longest_s(runs: Mapping[str, Runs], budget_s: float) -> float | None:
             f"for less than {MIN_EPOCHS} epochs. The smallest that works is --budget {smallest}. Fewer "
             "seeds, models, candidates or --events need less"
         )
-    return longest_training_s(full, budget_s - around_s)
+    found = []
+    for last in runs.values():
+        counted = [(one, 1) for one in runs.values()] + [(last.chain, jobs - 1)] * (jobs > 1)
+        around_s = sum(times * one.seconds(0.0) for one, times in counted)
+        full = [(times * one.number, one.cost.training_s(one.cost.epochs)) for one, times in counted]
+        found.append(longest_training_s(full, jobs * budget_s - around_s))
+    return min((seconds for seconds in found if seconds is not None), default=None)
+
+
+def _within_s(runs: Runs, longest_s: float) -> float:
+    """Of all of them, where none trains for more than longest_s."""
+    return runs.seconds(0.0) + runs.number * min(runs.cost.training_s(runs.cost.epochs), longest_s)

@@ -1,7 +1,6 @@
 """One cell of the table: a run folder that `gensr train` and `gensr evaluate` make, each in a process of its
 own, so that a crash of one leaves the others alone. What they print goes to OUT/logs/."""
 
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,12 +8,12 @@ from pathlib import Path
 
 from trainer.errors import GensrError
 from trainer.evaluation.summary import evaluation_name
+from trainer.experiments.pool import run_child
 from trainer.runs.run_folder import RunFolder
 from trainer.runtime.files import writing
 
 STOPPED = 75  # of gensr train: a signal stopped it, and it has saved
 SPLIT = "test"
-STOP_WAIT_S = 120.0  # for a process that was told to stop: it saves first
 
 
 class CellFailed(GensrError):
@@ -66,19 +65,7 @@ def _run(arguments: Sequence[str], log: Path, mode: str) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
         file = log.open(mode, encoding="utf-8")
     with file:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "gensr", *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C reaches this process alone, which passes it on once
-        )
-        try:
-            code = process.wait()
-        except BaseException:
-            process.terminate()
-            process.wait(STOP_WAIT_S)
-            raise
+        code = run_child([sys.executable, "-m", "gensr", *arguments], file)
     if code == STOPPED:
         raise KeyboardInterrupt
     if code:

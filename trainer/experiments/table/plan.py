@@ -5,8 +5,9 @@ seeds or another kind of candidates only add cells. With a budget, a later call 
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from trainer.data.folder import PreparedFolder
 from trainer.errors import ConfigError
 from trainer.evaluation.summary import CANDIDATES
 from trainer.experiments.costs import Machine, Size, cost_of, this_machine
+from trainer.experiments.pool import environments
 from trainer.experiments.table.budget import Runs, Times, plan_times, within
 from trainer.models.zoo import model_class, model_names
 from trainer.runs.run_folder import read_json
@@ -47,6 +49,7 @@ class Request:
     presets: Mapping[str, str] = field(default_factory=dict)
     settings: tuple[str, ...] = ()  # KEY=VALUE, for every system
     own_settings: Mapping[str, Sequence[str]] = field(default_factory=dict)  # for one; settings outranks them
+    jobs: int = 1  # runs at once on this machine
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -97,7 +100,10 @@ def make_plan(request: Request, machine: Machine | None = None) -> Plan:
     begun = _begun(plan.folder.manifest, request)
     if plan.times is not None:
         facts, known = plan.times.facts(), _known(request)
-        facts["systems"] = {**known.get("budget", {}).get("systems", {}), **facts["systems"]}
+        first = known.get("budget", {})
+        facts["systems"] = {**first.get("systems", {}), **facts["systems"]}
+        if first:
+            facts |= {"machine": first["machine"], "jobs": first.get("jobs", 1)}
         begun["budget"] = facts
     with atomic(request.plan_file) as temporary:
         temporary.write_text(json.dumps(begun, indent=2) + "\n", encoding="utf-8")
@@ -157,22 +163,32 @@ def _times(
     machine: Machine | None,
     known: Mapping[str, Any],
 ) -> Times:
-    """known: what plan.json holds of the first call, whose machine, T and epochs stay."""
-    if known:
-        machine = Machine(**known["machine"])
-    elif machine is None:
-        machine = this_machine(max(config.run.threads for config in configs.values()))
+    """known: what plan.json holds of the first call, whose T and epochs stay, and with as many jobs its
+    machine. With other jobs the hours are those of this call, and what fitted at first is not refused."""
     size = Size.of_manifest(manifest)
-    runs = {
-        name: Runs(
-            seeds=len(request.seeds_of(name)),
-            trials=request.trials_of(name),
-            candidates=request.candidates,
-            cost=cost_of(config, size, machine, request.events),
-        )
-        for name, config in configs.items()
-    }
-    return plan_times(runs, machine, request.budget, known)
+
+    def times(jobs: int, machine: Machine, minutes: float) -> Times:
+        runs = {
+            name: Runs(
+                seeds=len(request.seeds_of(name)),
+                trials=request.trials_of(name),
+                candidates=request.candidates,
+                cost=cost_of(config, size, machine, request.events),
+            )
+            for name, config in configs.items()
+        }
+        return plan_times(runs, machine, minutes, known, jobs)
+
+    here = machine or this_machine(max(config.run.threads for config in configs.values()), request.jobs)
+    if not known:
+        return times(request.jobs, here, request.budget)
+    first, first_jobs = Machine(**known["machine"]), known.get("jobs", 1)  # a version without jobs had one
+    if first_jobs == request.jobs:
+        return times(first_jobs, first, request.budget)
+    now = replace(times(request.jobs, here, math.inf), minutes=request.budget)
+    if now.seconds > 60 * request.budget:
+        times(first_jobs, first, request.budget)  # raises where it was too little at first, too
+    return now
 
 
 def _check(request: Request) -> None:
@@ -194,6 +210,7 @@ def _check(request: Request) -> None:
     problems += [f"{word}: the table sets {word.partition('=')[0]} itself" for word in owned]
     if problems:
         raise ConfigError("; ".join(problems))
+    environments(request.jobs)  # raises ConfigError where the machine is too small
     for name in request.names:
         model_class(name)  # raises ConfigError that lists the names
 

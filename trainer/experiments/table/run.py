@@ -1,15 +1,12 @@
 """The story of a table: plan, tune, train and evaluate cell by cell, read, write."""
 
-import signal
-import threading
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from trainer.errors import GensrError
+from trainer.experiments.pool import Pool, Steps, interruptible
 from trainer.experiments.sweep import adopt_runs
 from trainer.experiments.table.cells import Cell, evaluate_cell, is_done, train_cell
 from trainer.experiments.table.plan import Plan, Request, make_plan
@@ -17,34 +14,9 @@ from trainer.experiments.table.render import write_table
 from trainer.experiments.table.results import read_results
 from trainer.experiments.table.tuning import tune, words_of
 from trainer.runs.run_folder import RunFolder
-from trainer.runtime.progress import Notify, clock
+from trainer.runtime.progress import Notify
 
 TRIAL_SEED = 0
-
-
-class Steps:
-    """Counts trials and cells and tells how long the rest will take: as long as those of this call did."""
-
-    def __init__(self, total: int, notify: Notify) -> None:
-        self.total, self.notify = total, notify
-        self.number = self.num_run = 0
-        self.seconds = 0.0
-
-    @contextmanager
-    def step(self, title: str) -> Iterator[None]:
-        left = self.total - self.number
-        eta = f"   {clock(self.seconds / self.num_run * left)} left" if self.num_run else ""
-        self.number += 1
-        self.notify(f"[{self.number}/{self.total}] {title}{eta}")
-        started = time.monotonic()
-        try:
-            yield
-        finally:
-            self.num_run += 1
-            self.seconds += time.monotonic() - started
-
-    def skip(self, number: int = 1) -> None:
-        self.number += number
 
 
 def make_table(request: Request, notify: Notify = lambda line: None) -> dict[str, Any]:
@@ -53,49 +25,81 @@ def make_table(request: Request, notify: Notify = lambda line: None) -> dict[str
     A cell that fails stands in the document's `errors`; the others go on. Raises ConfigError for arguments
     that cannot be, KeyboardInterrupt when it is stopped: the same command goes on.
     """
-    with sigterm_as_interrupt():
+    with interruptible():
         plan = make_plan(request)
         for line in plan.times.lines() if plan.times else ():
             notify(line)
         total = sum(request.trials_of(m) + len(request.seeds_of(m)) for m in plan.configs)
-        steps = Steps(total, notify)
-        errors: dict[str, str] = {}
-        cells: list[Cell] = []
-        for model in plan.configs:
-            cells += _model(plan, model, steps, errors)
+        steps = Steps(total, notify, request.jobs)
+        with Pool(request.jobs) as pool:
+            making = Making(plan, steps, pool)
+            for place, model in enumerate(plan.configs):
+                making.begin(model, place)
+            pool.wait()
         notify("reading the runs")
+        cells, errors = making.cells, making.errors
         document = read_results(plan, cells, errors)
         written = write_table(document, request.out)
         document["mlflow_run_id"] = _parent_run(plan, cells, written, bool(errors))
     return document
 
 
-def _model(plan: Plan, model: str, steps: Steps, errors: dict[str, str]) -> list[Cell]:
-    """Tunes one system and makes its cells → those; what failed goes into `errors`."""
-    request = plan.request
-    tuned: dict[str, Any] = {}
-    if request.trials_of(model):
+class Making:
+    """The table's tasks: a system is tuned, then its cells are made; systems do not wait for one another."""
+
+    def __init__(self, plan: Plan, steps: Steps, pool: Pool) -> None:
+        self.plan, self.steps, self.pool = plan, steps, pool
+        self._cells: dict[str, list[Cell]] = {}
+        self._failed: dict[str, str] = {}
+
+    @property
+    def cells(self) -> list[Cell]:
+        """In the order of the plan, whatever ended first; so are errors."""
+        return [cell for model in self.plan.configs for cell in self._cells.get(model, [])]
+
+    @property
+    def errors(self) -> dict[str, str]:
+        titles = [*self.plan.configs, *(cell.title for cell in self.cells)]
+        return {title: self._failed[title] for title in titles if title in self._failed}
+
+    def begin(self, model: str, place: int) -> None:
+        """place: of its tasks in the pool."""
+        if self.plan.request.trials_of(model):
+            self.pool.submit(partial(self._tune, model, place), place)
+        else:
+            self._make(model, place, {})
+
+    def _tune(self, model: str, place: int) -> None:
+        """Trial after trial, so that each knows what those before have shown, however many jobs there are."""
         try:
-            tuned = _tuned(plan, model, steps)
+            tuned = _tuned(self.plan, model, self.steps)
         except GensrError as error:
-            errors[model] = first_line(error)
-            steps.skip(len(request.seeds_of(model)))
-            steps.notify(f"  {model} failed: {errors[model]}")
-            return []
-    cells = cells_of(request, model, tuned)
-    run_cells({cell.title: cell for cell in cells}, request.candidates, request.events, steps, errors)
-    return cells
+            self._failed[model] = first_line(error)
+            self.steps.skip(len(self.plan.request.seeds_of(model)))
+            self.steps.notify(f"  {model} failed: {self._failed[model]}")
+        else:
+            self._make(model, place, tuned)
+
+    def _make(self, model: str, place: int, tuned: Mapping[str, Any]) -> None:
+        request = self.plan.request
+        self._cells[model] = cells_of(request, model, tuned)
+        named = {cell.title: cell for cell in self._cells[model]}
+        submit_cells(named, request.candidates, request.events, self.steps, self._failed, self.pool, place)
 
 
-def run_cells(
-    cells: Mapping[str, Cell], candidates: Sequence[str], events: int, steps: Steps, errors: dict[str, str]
+def submit_cells(
+    cells: Mapping[str, Cell],
+    candidates: Sequence[str],
+    events: int,
+    steps: Steps,
+    errors: dict[str, str],
+    pool: Pool,
+    place: int = 0,
 ) -> None:
-    """Trains and evaluates the cells that are not done. cells: by the name that is shown, under which a
-    failure goes into `errors`; the others go on."""
-    for name, cell in cells.items():
-        if is_done(cell, candidates):
-            steps.skip()
-            continue
+    """Trains and evaluates the cells that are not done, as tasks of the pool. cells: by the name that is
+    shown, under which a failure goes into `errors`; the others go on."""
+
+    def make(name: str, cell: Cell) -> None:
         try:
             with steps.step(name):
                 train_cell(cell)
@@ -103,6 +107,12 @@ def run_cells(
         except GensrError as error:
             errors[name] = f"{first_line(error)} ({cell.log})"
             steps.notify(f"  {name} failed: {errors[name]}")
+
+    for name, cell in cells.items():
+        if is_done(cell, candidates):
+            steps.skip()
+        else:
+            pool.submit(partial(make, name, cell), place)
 
 
 def cells_of(request: Request, model: str, tuned: Mapping[str, Any]) -> list[Cell]:
@@ -117,9 +127,11 @@ def cells_of(request: Request, model: str, tuned: Mapping[str, Any]) -> list[Cel
 
 def _tuned(plan: Plan, model: str, steps: Steps) -> dict[str, Any]:
     request = plan.request
-    before = steps.number
+    num_run = 0
 
     def run_trial(number: int, words: tuple[str, ...]) -> float:
+        nonlocal num_run
+        num_run += 1
         # what a trial writes to MLflow would bury the cells
         own = (f"run.seed={TRIAL_SEED}", "tracking.enabled=false")
         cell = _cell(request, model, f"trial-{number}", (*own, *words))
@@ -130,7 +142,7 @@ def _tuned(plan: Plan, model: str, steps: Steps) -> dict[str, Any]:
     try:
         return tune(request.tuning_file(model), plan.configs[model], request.trials, run_trial)
     finally:
-        steps.number = before + request.trials
+        steps.skip(max(0, request.trials - num_run))
 
 
 def _cell(request: Request, model: str, name: str, words: tuple[str, ...]) -> Cell:
@@ -160,20 +172,3 @@ def _parent_run(plan: Plan, cells: list[Cell], files: list[Path], failed: bool) 
         finished=not failed,
         again="the same command",
     )
-
-
-@contextmanager
-def sigterm_as_interrupt() -> Iterator[None]:
-    """A scheduler's SIGTERM ends the table as Ctrl-C does: the cell in progress saves first."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -6,7 +6,9 @@ best value of run.select_metric on validation; the test split is never looked at
 """
 
 import json
+from collections import deque
 from collections.abc import Callable, Mapping
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -87,8 +89,14 @@ def search(
     first: Mapping[str, Any] | None = None,
     sampler: Literal["tpe", "random"] = "tpe",
     seed: int = SEED,
+    jobs: int = 1,
+    start: Callable[[Callable[[], float]], Callable[[], float]] = lambda trial: trial,
 ) -> list[str]:
-    """Runs what is missing of the trials → errors of those that failed. first: settings of trial 0."""
+    """Runs what is missing of the trials → errors of those that failed. first: settings of trial 0.
+
+    jobs: trials at once; `start` begins one and returns what waits for its value. Trial n is drawn when all
+    up to n - jobs have ended, and knows these alone, whatever else has ended: so it is always the same.
+    """
     from optuna.samplers import RandomSampler, TPESampler
     from optuna.trial import TrialState
 
@@ -97,25 +105,33 @@ def search(
         study.enqueue_trial(dict(first))
     unfinished = [t.number for t in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))]
     errors: list[str] = []
-    ended = (TrialState.COMPLETE, TrialState.FAIL)
-    while unfinished or len(study.get_trials(deepcopy=False, states=ended)) < num_trials:
-        if unfinished:
-            number = unfinished.pop(0)
-        else:
-            number = len(study.get_trials(deepcopy=False, states=ended))
-            make = TPESampler if sampler == "tpe" else RandomSampler
-            study.sampler = make(seed=seed + number)
-            number = study.ask(_distributions(space)).number
-        settings = study.trials[number].params
-        if set(settings) != set(space):  # interrupted while it was drawn
-            study.tell(number, state=TrialState.FAIL)
-            continue
+    begun = (TrialState.COMPLETE, TrialState.FAIL, TrialState.RUNNING)
+    waiting: deque[tuple[int, Callable[[], float]]] = deque()
+    while True:
+        while len(waiting) < jobs:
+            if unfinished:
+                number = unfinished.pop(0)
+            else:
+                number = len(study.get_trials(deepcopy=False, states=begun))
+                if number >= num_trials:
+                    break
+                make = TPESampler if sampler == "tpe" else RandomSampler
+                study.sampler = make(seed=seed + number)
+                number = study.ask(_distributions(space)).number
+            settings = study.trials[number].params
+            if set(settings) != set(space):  # interrupted while it was drawn
+                study.tell(number, state=TrialState.FAIL)
+                continue
+            words = words_of({key: settings[key] for key in space})
+            waiting.append((number, start(partial(run_trial, number, words))))
+        if not waiting:
+            return errors
+        number, value = waiting.popleft()
         try:
-            study.tell(number, run_trial(number, words_of({key: settings[key] for key in space})))
+            study.tell(number, value())
         except GensrError as error:
             errors.append(str(error))
             study.tell(number, state=TrialState.FAIL)
-    return errors
 
 
 def open_study(journal: Path) -> "Study":
