@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from typer.testing import CliRunner
 
 from data_shards.schema import REC, SRC
 from tests.runs import make_other_run, make_run
+from trainer.cli import app
 from trainer.data import EvalStream
 from trainer.errors import ConfigError, DataError, GensrError, RunError
 from trainer.evaluation.compare import compare, compare_lines
@@ -253,3 +255,10 @@ def test_decisions_name_it() -> None:
 def test_a_damaged_file_has_none() -> None:
     assert retriever_of({"retriever": 7}) == retriever_of(None) == retriever_of({}) == {}
     assert retriever_words({}) == ""
+
+
+@pytest.mark.parametrize("candidates", ["sampled", "hard"])
+def test_given_candidates_need_none(candidates: str) -> None:
+    words = ["evaluate", "runs/a", "--candidates", candidates, "--retriever", "runs/b"]
+    error = CliRunner().invoke(app, words).exception
+    assert isinstance(error, ConfigError) and f"those of {candidates} are given" in str(error)

@@ -34,6 +34,7 @@ from trainer.serving.retrieval import (
     Notify,
     Retrieval,
     best_scored,
+    build_retrieval,
     load_retrieval,
     model_identity,
     questions_of,
@@ -77,6 +78,7 @@ class Retriever:
         scorer = Scorer.from_artifacts(folder, device)
         identity = model_identity(folder / "model")
         retrieval = load_retrieval(folder / RETRIEVAL, scorer.model, identity)
+        retrieval = retrieval or build_retrieval(scorer.model)
         return cls(scorer, retrieval, read_serving_facts(folder / "items")[RETRIEVER])
 
     def save(self, folder: Path) -> None:
