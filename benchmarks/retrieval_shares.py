@@ -14,7 +14,7 @@ from data_shards.schema import TASKS
 from trainer.data import EvalStream
 from trainer.evaluation.full import clicked_items, place_of, retrieved
 from trainer.runs.weights import load_run_model
-from trainer.serving.recommend import run_retrieval
+from trainer.serving.retrieval import run_retrieval
 from trainer.serving.users import read_clicks
 
 SHARES, CUTOFFS = (1 - 1e-6, 0.75, 0.5, 0.25, 1e-6), (100, 400)

@@ -12,11 +12,15 @@ if TYPE_CHECKING:
 DEFAULT_K, NUM_CANDIDATES = 10, 400
 
 
-def load(model: str | Path, *, data: str | Path = "", uri: str = "") -> "Model":
+def load(
+    model: str | Path, *, data: str | Path = "", uri: str = "", retriever: str | Path | None = None
+) -> "Model":
     """Open a run folder, or `models:/NAME@alias` or `models:/NAME/VERSION` of the MLflow registry.
 
     data: prepared folder in which users are looked up; default: where the model was trained from.
     uri: the registry's address; default: MLFLOW_TRACKING_URI, else runs/mlflow.db.
+    retriever: run folder of another model that finds candidates, too; "" for none; default: the run's
+    serving.retriever, or what the version holds.
     Raises GensrError when there is no such model.
 
     >>> import gensr
@@ -26,7 +30,7 @@ def load(model: str | Path, *, data: str | Path = "", uri: str = "") -> "Model":
     """
     from trainer.registry.versions import open_model
 
-    return Model(open_model(model, uri, data))
+    return Model(open_model(model, uri, data, retriever=retriever))
 
 
 class Model:

@@ -155,12 +155,14 @@ def evaluate(
     candidates: Literal["sampled", "hard", "full"] = "sampled",
     baselines: bool = True,
     events: int = 2000,
+    retriever: str | Path | None = None,
 ) -> Evaluation:
     """Rank the candidates of every event of a split; writes run/evaluation-SPLIT.json and .parquet.
 
     candidates: sampled (the stored negatives), hard (mined ones, where the folder has them) or full (the
     whole catalogue, on a fixed sample of `events`). baselines: popularity, LightGCN and BM25 rank the same
-    candidates. A tracked run gets the figures in MLflow, too. Raises GensrError.
+    candidates. retriever: with full, the run folder of another model that finds candidates, too; "" for none;
+    default: the run's serving.retriever. A tracked run gets the figures in MLflow, too. Raises GensrError.
 
     >>> found = gensr.evaluate("runs/mine", baselines=False)
     >>> found.metrics["task"].tolist()
@@ -178,7 +180,7 @@ def evaluate(
     if candidates == "full":
         from trainer.evaluation.full import evaluate_full
 
-        document = evaluate_full(run, split, events, baselines)
+        document = evaluate_full(run, split, events, baselines, retriever=retriever)
     else:
         from trainer.errors import ConfigError
         from trainer.evaluation.sampled import evaluate_run
@@ -191,12 +193,15 @@ def evaluate(
     return Evaluation(document, RunFolder(run).ranks(name))
 
 
-def register(run: str | Path, name: str, *, alias: str = "candidate") -> str:
+def register(
+    run: str | Path, name: str, *, alias: str = "candidate", retriever: str | Path | None = None
+) -> str:
     """Register run/model as a version of `name` in MLflow and move `alias` to it. → its address, for `load`.
-    Raises GensrError."""
+    retriever: the run folder of another model, which the version then holds and which finds candidates, too;
+    "" for none; default: the run's serving.retriever. Raises GensrError."""
     from trainer.registry.versions import register as run_registration
 
-    return f"models:/{name}/{run_registration(run, name, alias)}"
+    return f"models:/{name}/{run_registration(run, name, alias, retriever=retriever)}"
 
 
 def overrides_of(settings: Mapping[str, Any]) -> list[str]:

@@ -12,6 +12,7 @@ from trainer.cf.build import train_cf
 from trainer.configs import load_config
 from trainer.data.folder import PreparedFolder
 from trainer.models.gensr.model import GenSR
+from trainer.models.zoo import model_class
 from trainer.runs.weights import build_model, save_model
 
 EVALUATION = {
@@ -56,6 +57,21 @@ def make_run(folder: Path, source: Path, *overrides: str) -> Path:
     (run_dir / "environment.json").write_text(json.dumps({"git": {"commit": "0123abc", "dirty": False}}))
     (run_dir / "evaluation-test.json").write_text(json.dumps(EVALUATION))
     return run_dir
+
+
+def make_other_run(run_dir: Path, name: str, *overrides: str) -> Path:
+    """Beside a run of make_run(), on its prepared folder: another model with random weights, or counted."""
+    data, other = run_dir.parents[1] / "data", run_dir.with_name(name)
+    overrides = (f"data.dir={data}", f"run.dir={other}", f"model.name={name}", *overrides)
+    config, folder = load_config(None, list(overrides)), PreparedFolder.at(data)
+    torch.manual_seed(1)
+    model = build_model(config, folder, folder.tables(model_class(name).reads(config.model)))
+    model.fit()
+    other.mkdir()
+    save_model(other / "model", model, model.state_dict(), config, folder)
+    (other / "config.yaml").write_text(to_yaml(config))
+    (other / "status.json").write_text(json.dumps({"status": "finished", "progress": {"step": 1}}))
+    return other
 
 
 def checkpoints_of(run_dir: Path) -> list[str]:

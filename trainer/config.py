@@ -168,12 +168,20 @@ class TrackingConfig:
 
 
 @s.settings
+class ServingConfig:
+    retriever: str = ""
+    """run folder of another model, trained on the same prepared folder, whose best items of the catalogue
+    are ranked beside those of the model's own indexes; empty: its own only (docs/retrieval.md)"""
+
+
+@s.settings
 class Config:
     data: DataConfig = DataConfig()
     model: ModelSettings = ModelSettings()
     optim: OptimConfig = OptimConfig()
     run: RunConfig = RunConfig()
     tracking: TrackingConfig = TrackingConfig()
+    serving: ServingConfig = ServingConfig()
 
 
 @s.settings

@@ -247,7 +247,7 @@ def test_typos_are_blamed_on_where_they_stand(tmp_path: Path) -> None:
     ("word", "message"),
     [
         ("train.max_steps=3", "train.max_steps   unknown key. Did you mean run.max_steps?"),
-        ("xyz.q=3", "xyz.q   unknown key. Known: data, model, optim, run, tracking"),
+        ("xyz.q=3", "xyz.q   unknown key. Known: data, model, optim, run, tracking, serving"),
         ("optim.lr=fast", "optim.lr   must be a valid number, got 'fast'"),
     ],
 )
@@ -294,7 +294,7 @@ def test_a_missing_package_names_its_extra(
 
 def test_config_schema_is_a_schema() -> None:
     schema = json.loads(gensr("config", "schema").stdout)
-    assert set(schema["properties"]) == {"data", "model", "optim", "run", "tracking"}
+    assert set(schema["properties"]) == {"data", "model", "optim", "run", "serving", "tracking"}
 
 
 @pytest.fixture(scope="module")

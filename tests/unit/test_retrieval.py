@@ -15,9 +15,16 @@ from trainer.errors import RunError
 from trainer.models.contract import PreRanking
 from trainer.serving import index as index_module
 from trainer.serving.index import Index, build_index, plan_index, unit
-from trainer.serving.recommend import Recommender, model_identity
+from trainer.serving.recommend import Recommender
 from trainer.serving.requests import ParsedRequest
-from trainer.serving.retrieval import Retrieval, build_retrieval, load_retrieval, merge, save_retrieval
+from trainer.serving.retrieval import (
+    Retrieval,
+    build_retrieval,
+    load_retrieval,
+    merge,
+    model_identity,
+    save_retrieval,
+)
 
 
 def vectors(num_items: int, width: int, seed: int = 0) -> np.ndarray:

@@ -131,6 +131,15 @@ MaybePreset = Annotated[
         autocompletion=completion.presets_and_keys,
     ),
 ]
+Retriever = Annotated[
+    str | None,
+    typer.Option(
+        "--retriever",
+        metavar="RUN",
+        help="run folder of another model whose best items are ranked, too; '' for none; "
+        "default: serving.retriever, or what the version holds",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout")]
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from trainer.cli.base import AsJson, answer, next_steps, note, say, stage_lines, verb
+from trainer.cli.base import AsJson, Retriever, answer, next_steps, note, say, stage_lines, verb
 from trainer.errors import ConfigError, RequestError
 from trainer.runtime.progress import waiting_for
 
@@ -18,6 +18,7 @@ def register(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="run folder")],
     name: Annotated[str, typer.Argument(help="registered model")],
     alias: Annotated[str, typer.Option(help="alias that moves to the new version")] = "candidate",
+    retriever: Retriever = None,
     as_json: AsJson = False,
 ) -> None:
     """Make a version of a registered model from a run, self-contained and checked."""
@@ -26,7 +27,7 @@ def register(
     from trainer.registry.versions import register as run
     from trainer.registry.versions import registry_of, uri_option
 
-    version = run(run_dir, name, alias, notify=note)
+    version = run(run_dir, name, alias, notify=note, retriever=retriever)
     model, option = f"models:/{name}@{alias}", uri_option(registry_of(run_dir))
     answer(
         {"name": name, "version": version, "alias": alias},
@@ -109,6 +110,7 @@ def score(
     keep_going: Annotated[
         bool, typer.Option(help="a bad request becomes an error in its row instead of ending the job")
     ] = False,
+    retriever: Retriever = None,
     uri: Annotated[
         str, typer.Option(help="MLflow registry; default: MLFLOW_TRACKING_URI, else runs/mlflow.db")
     ] = "",
@@ -125,7 +127,7 @@ def score(
     waiting_for("loading PyTorch and the model")
     from trainer.registry.versions import open_model
 
-    recommender = open_model(model, uri)
+    recommender = open_model(model, uri, notify=note, retriever=retriever)
     if out is None:
         for scores in recommender.score(list(read_requests(requests))):
             say(json.dumps({"scores": scores}))
@@ -174,6 +176,7 @@ def recommend(
     k: HowMany = 10,
     candidates: Candidates = 400,
     seen: Seen = False,
+    retriever: Retriever = None,
     data: Prepared = "",
     uri: Registry = "",
     as_json: AsJson = False,
@@ -183,7 +186,7 @@ def recommend(
     if not user and history is None:
         raise RequestError("whose recommendations? Give --user ID or --history FILE")
     request = {"task": "rec", "k": k, "num_candidates": candidates, "include_seen": seen}
-    answer_request(model, request, user, history, data, uri, as_json)
+    answer_request(model, request, user, history, data, uri, as_json, retriever)
 
 
 @verb("gensr search runs/mine --query 'red lamp' --user u17")
@@ -195,6 +198,7 @@ def search(
     k: HowMany = 10,
     candidates: Candidates = 400,
     seen: Seen = False,
+    retriever: Retriever = None,
     data: Prepared = "",
     uri: Registry = "",
     as_json: AsJson = False,
@@ -203,11 +207,18 @@ def search(
     if not query.strip():
         raise RequestError("--query is empty: give text, or word numbers for anonymised data")
     request = {"task": "src", "query": query, "k": k, "num_candidates": candidates, "include_seen": seen}
-    answer_request(model, request, user, history, data, uri, as_json)
+    answer_request(model, request, user, history, data, uri, as_json, retriever)
 
 
 def answer_request(
-    model: str, request: dict[str, Any], user: str, history: Path | None, data: str, uri: str, as_json: bool
+    model: str,
+    request: dict[str, Any],
+    user: str,
+    history: Path | None,
+    data: str,
+    uri: str,
+    as_json: bool,
+    retriever: str | None = None,
 ) -> None:
     """Complete a request for the whole catalogue by its history, and print the answer."""
     if user and history is not None:
@@ -218,7 +229,8 @@ def answer_request(
     from trainer.serving.users import read_history
 
     given = {"user_id": user} if user else {"history": read_history(history) if history is not None else []}
-    document = open_model(model, uri, data, notify=note).recommend({**request, **given, "with_text": True})
+    recommender = open_model(model, uri, data, notify=note, retriever=retriever)
+    document = recommender.recommend({**request, **given, "with_text": True})
     width = max((len(str(item["item_id"])) for item in document["items"]), default=0)
     lines = [
         f"{place:>4}  {item['item_id']!s:<{width}}  {item['score']:.4f}  {item['text'][:100]}"
@@ -262,6 +274,7 @@ def serve(
         str, typer.Option(help="file that gets a JSON line for each request; - is stderr, '' none")
     ] = "-",
     compare: Compare = None,
+    retriever: Retriever = None,
     data: Prepared = "",
     uri: Registry = "",
 ) -> None:
@@ -269,7 +282,9 @@ def serve(
     too."""
     limits = {"max_batch": max_batch, "max_waiting": max_waiting, "timeout_s": timeout}
     options = {"host": host, "expose_users": expose_users, "docs": docs}
-    serve_model(model, port, data, uri, limits, options, access_log, compare=compare or ())
+    serve_model(
+        *(model, port, data, uri, limits, options, access_log), compare=compare or (), retriever=retriever
+    )
 
 
 @verb("gensr ui runs/demo")
@@ -277,6 +292,7 @@ def ui(
     model: Annotated[str, typer.Argument(help="run folder, or models:/NAME@alias")],
     port: Port = 8000,
     compare: Compare = None,
+    retriever: Retriever = None,
     data: Prepared = "",
     uri: Registry = "",
     browser: Annotated[bool, typer.Option(help="open the page in a browser")] = True,
@@ -287,7 +303,8 @@ def ui(
 
     limits = {"timeout_s": 300.0}  # the first request to item-kNN or BM25 counts it
     open_page = webbrowser.open if browser else None
-    serve_model(model, port, data, uri, limits, open_page=open_page, compare=compare or (), with_counted=True)
+    others: dict[str, Any] = {"compare": compare or (), "with_counted": True, "retriever": retriever}
+    serve_model(model, port, data, uri, limits, open_page=open_page, **others)
 
 
 def serve_model(
@@ -301,6 +318,7 @@ def serve_model(
     open_page: Callable[[str], Any] | None = None,
     compare: Sequence[str] = (),
     with_counted: bool = False,
+    retriever: str | None = None,
 ) -> None:
     """Bind first: a port in use is noticed before a model is loaded. with_counted: popularity, item-kNN and
     BM25 can be compared with."""
@@ -316,7 +334,7 @@ def serve_model(
     shown = Options(**(options or {}), access_log=open_access_log(access_log))
     if shown.warning:
         note(shown.warning)
-    recommender = open_model(model, uri, data, notify=note)
+    recommender = open_model(model, uri, data, notify=note, retriever=retriever)
     models = [(name, open_model(name, uri, data, notify=note)) for name in compare]
     others = compared_systems(models, recommender.users if with_counted else "")
     url = f"http://{f'[{shown.host}]' if ':' in shown.host else shown.host}:{bound.getsockname()[1]}/"

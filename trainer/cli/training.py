@@ -15,6 +15,7 @@ from trainer.cli.base import (
     MaybePreset,
     Overrides,
     Preset,
+    Retriever,
     answer,
     app,
     fitting,
@@ -168,6 +169,7 @@ def evaluate(
         ),
     ] = "sampled",
     events: Annotated[int, typer.Option(help="with full: events in a fixed sample, 0 = all", min=0)] = 2000,
+    retriever: Retriever = None,
     as_json: AsJson = False,
 ) -> None:
     """Rank the stored candidates of every event; writes RUN/evaluation-SPLIT.json and .parquet.
@@ -179,6 +181,8 @@ def evaluate(
     from trainer.evaluation.summary import check_candidates
 
     check_candidates(candidates)
+    if retriever and candidates != "full":
+        raise ConfigError(f"--retriever finds candidates, and those of {candidates} are given: use full")
     waiting_for("loading PyTorch and the model")
     from trainer.evaluation.evaluated_weights import warnings_of
     from trainer.evaluation.summary import evaluation_name, full_lines, protocol_line, rows_of, table
@@ -197,6 +201,7 @@ def evaluate(
             baselines,
             progress=lambda done, total: progress("rank", done, total),
             notify=note,
+            retriever=retriever,
         )
     else:
         from trainer.evaluation.sampled import evaluate_run

@@ -1,5 +1,6 @@
 """Validation and test events → batches with their stored candidates."""
 
+import copy
 from collections.abc import Iterator
 
 import numpy as np
@@ -75,6 +76,12 @@ class EvalStream:
 
     def __len__(self) -> int:
         return self.num_batches
+
+    def read_as(self, config: DataConfig) -> "EvalStream":
+        """The same batches of the same events, with histories as long as another model reads them."""
+        other = copy.copy(self)
+        other.history_max, other._kept = config.history_max, None
+        return other
 
     def column(self, name: str) -> np.ndarray:
         """A column of the evaluated events of all ranks, in order."""

@@ -21,13 +21,15 @@ from trainer.evaluation.summary import (
     short,
     table,
 )
+from trainer.runs.retriever_facts import retriever_of, retriever_words
 from trainer.runs.run_folder import RunFolder
 
 
 def compare(
     run_dirs: Iterable[str | Path], split: str = "test", candidates: str = "sampled"
 ) -> dict[str, Any]:
-    """{"candidates": their kind, "warnings": lines (evaluated_weights.py), "runs": {RUN: {task: metrics}},
+    """{"candidates": their kind, "retrievers": {RUN: words} of the runs that were evaluated with one,
+    "warnings": lines (evaluated_weights.py), "runs": {RUN: {task: metrics}},
     "paired": {"against": first RUN, "runs": {other RUN: paired()}}, "segments": {RUN: {task: …}}, "settings":
     {key: {RUN: value}} of the keys that differ}.
 
@@ -53,6 +55,11 @@ def compare(
     }
     return {
         "candidates": candidates,
+        "retrievers": {
+            name: words
+            for name, document in evaluations.items()
+            if (words := retriever_words(retriever_of(document["protocol"])))
+        },
         "warnings": [
             line
             for name, document in evaluations.items()
@@ -80,6 +87,7 @@ def compare_lines(comparison: Mapping[str, Any], with_segments: bool = False) ->
     lines = [
         *comparison["warnings"],
         f"Candidates: {comparison['candidates']}",
+        *(f"  {name}: with the retriever {words}" for name, words in comparison["retrievers"].items()),
         *table(rows),
         *paired_lines(comparison["paired"]),
     ]

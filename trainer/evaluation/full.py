@@ -1,16 +1,16 @@
 """`gensr evaluate RUN --candidates full`: a ranking of the whole catalogue. Never mixed with the sampled
 metrics: files of its own.
 
-models with views     retrieval finds NUM_CANDIDATES items, the model ranks them, as its service does; a
-                      clicked
-                      item that retrieval misses counts 0 in every metric
+models with views     retrieval, with a retriever if one is given, finds NUM_CANDIDATES items, the model
+                      ranks them, as its service does; a clicked item that it misses counts 0 in every
+                      metric
 others, baselines     score and rank every item
 Both leave out what the user had clicked strictly before the event (in either task, all of it), but never the
 clicked item itself.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,12 +32,23 @@ from trainer.evaluation.metrics import expected_ranks
 from trainer.evaluation.ranking import CountProgress, EventRanks, ScoreFunction, autocast_scorer, rank_events
 from trainer.evaluation.sampled import report, task_reports, write_evaluation
 from trainer.evaluation.segments import segments_of
-from trainer.models.contract import Ranker
+from trainer.models.contract import Ranker, task_names
+from trainer.runs.retriever_facts import RETRIEVER
+from trainer.runs.run_folder import RunFolder
 from trainer.runs.weights import load_run_config, load_run_model
 from trainer.runtime.device import autocast, default_device
 from trainer.runtime.launch import read_launch, set_up_cpu
-from trainer.serving.recommend import NUM_CANDIDATES, run_retrieval
-from trainer.serving.retrieval import Notify, Retrieval, describe, silent
+from trainer.serving.recommend import NUM_CANDIDATES
+from trainer.serving.retrieval import (
+    NO_ROWS,
+    Notify,
+    Retrieval,
+    describe,
+    questions_of,
+    run_retrieval,
+    silent,
+)
+from trainer.serving.retriever import Retriever, open_retriever
 from trainer.serving.users import ClickLog, read_clicks
 
 MAX_EVENTS = 2000
@@ -61,11 +72,14 @@ def evaluate_full(
     with_baselines: bool = True,
     progress: CountProgress | None = None,
     notify: Notify = silent,
+    retriever: str | Path | None = None,
 ) -> dict[str, Any]:
     """Writes RUN/evaluation-SPLIT-full.{json,parquet} → the document. max_events: a fixed hashed sample of
-    the split; 0 = all. One process.
+    the split; 0 = all. One process. retriever: a run folder, "" for none; default: the run's
+    serving.retriever.
 
-    Raises RunError for an unknown split, a run without a model, or several processes.
+    Raises RunError for an unknown split, a run without a model, or several processes, and what
+    open_retriever() raises.
     """
     run_dir = Path(run_dir)
     if split not in ("valid", "test"):
@@ -82,12 +96,16 @@ def evaluate_full(
     # as many pairs at once as on sampled candidates
     batch_size = max(1, config.run.eval_batch_size * (1 + manifest.num_negatives) // NUM_CANDIDATES)
     stream = EvalStream(folder, split, config.data, batch_size, max_events=max_events, tasks=model.tasks)
+    chosen = config.serving.retriever if retriever is None else retriever
+    other = open_retriever(
+        *(chosen, RunFolder(run_dir).model, task_names(model), folder.item_ids(), retrieval, device, notify)
+    )
     clicks = read_clicks(folder)
     started = time.monotonic()
     places: np.ndarray | None = None
     if retrieval is not None:
         scorer = autocast_scorer(model, device, config.run.precision)
-        ours, places = rank_retrieved(scorer, model, retrieval, stream, clicks, progress)
+        ours, places = rank_retrieved(scorer, model, retrieval, stream, clicks, progress, other)
     else:
         ours = rank_everything(model, stream, clicks, config.run.precision, progress)
     seconds = time.monotonic() - started
@@ -113,6 +131,7 @@ def evaluate_full(
         "missed_by_retrieval": "counts 0",
         "clicked_before": int(sum(seen_before)),
         "indexes": describe(retrieval) if retrieval is not None else {},
+        **({RETRIEVER: dict(other.facts)} if other is not None else {}),
         "events_per_s": round(stream.num_events / max(seconds, 1e-9), 2),
     }
     for title, facts in reports(ours, popularity).items():
@@ -154,14 +173,16 @@ def rank_retrieved(
     stream: EvalStream,
     clicks: ClickLog,
     progress: CountProgress | None = None,
+    retriever: Retriever | None = None,
 ) -> tuple[Ranked, np.ndarray]:
     """→ what the model makes of the first NUM_CANDIDATES retrieved items; and the clicked item's place in
     retrieval, [n] float64, 1 = first, inf = missed."""
     parts, tops, places = [], [], []
-    for number, batch in enumerate(stream, start=1):
+    batches = zip(stream, read_by(retriever, stream), strict=True)
+    for number, (batch, same_events) in enumerate(batches, start=1):
         batch = batch.take(batch.event_id >= 0)
         clicked = clicked_items(batch)
-        lists = retrieved(model, retrieval, batch, clicked, clicks)
+        lists = retrieved(model, retrieval, batch, clicked, clicks, retriever, same_events)
         places += [place_of(int(item), rows) for item, rows in zip(clicked, lists, strict=True)]
         scores_BC, candidates_BC = score_lists(scorer, batch, [rows[:NUM_CANDIDATES] for rows in lists])
         parts.append(ranks_among(scores_BC, candidates_BC, batch, clicked))
@@ -171,25 +192,46 @@ def rank_retrieved(
     return Ranked(EventRanks.concatenate(parts), np.concatenate(tops)), np.array(places)
 
 
+def read_by(retriever: Retriever | None, stream: EvalStream) -> Iterable[Batch | None]:
+    """The batches of a stream as a retriever reads them, with its own length of histories; None for each
+    without one."""
+    if retriever is None:
+        return [None] * len(stream)
+    return stream.read_as(retriever.scorer.model.world.data)
+
+
 def retrieved(
-    model: Ranker, retrieval: Retrieval, batch: Batch, clicked: np.ndarray, clicks: ClickLog
+    model: Ranker,
+    retrieval: Retrieval,
+    batch: Batch,
+    clicked: np.ndarray,
+    clicks: ClickLog,
+    retriever: Retriever | None = None,
+    same_events: Batch | None = None,
 ) -> list[np.ndarray]:
-    """Rows of the items that retrieval finds for each event, as many as the deepest cutoff needs."""
+    """Rows of the items that retrieval finds for each event, as many as the deepest cutoff needs.
+    same_events: as the retriever reads them."""
+    seen = [
+        np.setdiff1d(clicks.before(event), [item]).tolist()
+        for event, item in zip(batch.event_id.tolist(), clicked.tolist(), strict=True)
+    ]
+    beside = [NO_ROWS] * batch.num_events
+    if retriever is not None and same_events is not None:
+        same_events = same_events.take(same_events.event_id >= 0)
+        assert same_events.event_id.tolist() == batch.event_id.tolist()
+        beside = retriever.best_of_events(same_events, NUM_CANDIDATES, seen)
     with torch.inference_mode():
         on_device = batch.to(model.device)
-        asked = {
-            name: view.ask(on_device, retrieval.means[name].to(model.device)).float().cpu()
-            for name, view in retrieval.views.items()
-        }
+        asked = questions_of(model, retrieval, on_device)
         lists = []
         for row in range(batch.num_events):
-            seen = np.setdiff1d(clicks.before(int(batch.event_id[row])), [int(clicked[row])])
             questions = {name: vectors_BW[row] for name, vectors_BW in asked.items()}
             event = nullcontext(on_device.rows(row, row + 1))
-            found = retrieval.pre_ranked(
-                questions, int(batch.task[row]), event, NUM_CANDIDATES, seen.tolist()
+            lists.append(
+                retrieval.pre_ranked(
+                    *(questions, int(batch.task[row]), event, NUM_CANDIDATES, seen[row], beside[row])
+                )
             )
-            lists.append(found)
     return lists
 
 

@@ -109,9 +109,10 @@ def num_negatives(manifest: Manifest, candidates: str) -> int:
 
 
 def config_hash(config: Config) -> str:
-    """sha256 of the configuration without folders and tracking: two runs of one experiment share it."""
+    """sha256 of the configuration without folders, tracking and serving: two runs of one experiment share
+    it."""
     tree = to_dict(config)
-    del tree["tracking"], tree["data"]["dir"], tree["data"]["cache_dir"], tree["run"]["dir"]
+    del tree["tracking"], tree["serving"], tree["data"]["dir"], tree["data"]["cache_dir"], tree["run"]["dir"]
     return hashlib.sha256(json.dumps(tree, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from trainer.errors import ConfigError, RunError
 from trainer.evaluation.stored import read_evaluation_file
+from trainer.runs.retriever_facts import retriever_of, retriever_words
 from trainer.runs.run_folder import RunFolder
 
 CANDIDATES = ("sampled", "hard", "full")  # what the clicked item is ranked among
@@ -84,6 +85,8 @@ def protocol_line(evaluation: Mapping[str, Any]) -> str:
             if protocol.get("indexes")
             else "them all"
         )
+        if retriever := retriever_words(retriever_of(protocol)):
+            ranked += f" with the retriever {retriever}"
         return (
             f"full: the clicked item among all {protocol['num_items']:,} items but those clicked before; "
             f"{title_of(evaluation)} ranks {ranked}; {protocol['num_events']:,} of "

@@ -218,6 +218,13 @@ class Ranker(nn.Module):
         """Raises DataError when the model cannot work with a folder's tokenizer."""
 
     @classmethod
+    def retrieves(cls) -> bool:
+        """Whether it may find candidates for another model (serving.retriever): the best of the whole
+        catalogue cost it little. A model that overrides score_catalogue() or views() for another reason says
+        False."""
+        return cls.score_catalogue is not Ranker.score_catalogue or cls.views is not Ranker.views
+
+    @classmethod
     def refusals(cls, settings: ModelSettings, zero_stage: int | None) -> list[str]:
         """Settings that cannot be used under a ZeRO stage, as `model.key=value` with the reason."""
         return []

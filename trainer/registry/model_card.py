@@ -12,6 +12,7 @@ from trainer.config import Config
 from trainer.data.node_cache import is_url
 from trainer.evaluation.stored import read_evaluation_file
 from trainer.models.zoo import model_class
+from trainer.runs.retriever_facts import RETRIEVER, retriever_of, retriever_words
 from trainer.runs.run_folder import RunFolder
 from trainer.tracking.store import metric_name
 
@@ -71,7 +72,8 @@ def version_tags(facts: Mapping[str, Any], run_id: str) -> dict[str, str]:
         for metric in DECIDING
         if metric in facts["evaluation"].get(task, {})
     }
-    return {**tags, "run_id": run_id, **figures}
+    retriever = {RETRIEVER: words} if (words := retriever_words(retriever_of(facts))) else {}
+    return {**tags, **retriever, "run_id": run_id, **figures}
 
 
 def metrics_of(evaluation: Mapping[str, Any], split: str = "test") -> dict[str, float]:
@@ -135,6 +137,7 @@ def model_card(name: str, facts: Mapping[str, Any]) -> str:
         f"| split | {split.get('rule', '')}, fingerprint `{facts['split_fingerprint'][:16]}` |",
         f"| prepared folder | {facts['data_dir']}, manifest `{facts['manifest_hash'][:16]}` |",
         f"| run, commit, seed | {facts['run']}, `{facts['commit']}`, {facts['seed']} |",
+        *_retriever_row(retriever_of(facts)),
         "",
         *_metric_lines(facts["evaluation"]),
         *(["", *_metric_lines(facts["hard_evaluation"])] if facts["hard_evaluation"] else []),
@@ -166,6 +169,14 @@ def _what_it_is(facts: Mapping[str, Any]) -> list[str]:
         "its whole catalogue, from a user's history",
         '(and a query): the score is the probability that the model answers "Yes".',
     ]
+
+
+def _retriever_row(retriever: Mapping[str, Any]) -> list[str]:
+    """A retriever's facts → who finds candidates, where another model does, too."""
+    if not retriever:
+        return []
+    tasks = " and ".join(retriever["tasks"])
+    return [f"| candidates, of {tasks} | its own indexes, and the retriever {retriever_words(retriever)} |"]
 
 
 def _metric_lines(evaluation: Mapping[str, Any]) -> list[str]:
@@ -215,7 +226,9 @@ def _full_lines(evaluation: Mapping[str, Any]) -> list[str]:
     # a model without views ranks the whole catalogue itself
     retrieves = any("retrieval" in (evaluation.get(task) or {}) for task in TASKS)
     ranked = f"{protocol['ranked_by_model']:,} are retrieved and" if retrieves else "all are"
-    how = f"full: of {protocol['num_items']:,} items {ranked} ranked; 95 % bootstrap intervals"
+    retriever = retriever_words(retriever_of(protocol))
+    with_it = f"; retriever {retriever}" if retriever else ""
+    how = f"full: of {protocol['num_items']:,} items {ranked} ranked{with_it}; 95 % bootstrap intervals"
     found = ["retrieval recall@100"] if retrieves else []
     columns = ["task", "events", *found, "Recall@10", "NDCG@10", "MRR@10"]
     lines = ["", f"## Metrics, test split ({how})", ""]

@@ -20,6 +20,7 @@ from trainer.errors import RunError
 from trainer.evaluation.paired import StoredRanks, check_same, paired, paired_segments, read_stored
 from trainer.evaluation.summary import check_candidates, evaluation_name
 from trainer.registry.versions import ALIAS, default_uri, fetch, find_version, mlflow_errors
+from trainer.runs.retriever_facts import RETRIEVER, retriever_of, retriever_words
 from trainer.runs.run_folder import RunFolder
 from trainer.runs.sealed import check_sealed
 from trainer.tracking.store import connect, must_exist
@@ -48,6 +49,8 @@ class Decision:
     # {"rec": {"history_length": {"1–4": as above, …}, …}, …}, where a segment margin is given
     segments: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     candidates: str = "sampled"  # of the evaluations that were compared
+    # {"champion": words, "candidate": words} of those that were evaluated with a retriever
+    retrievers: dict[str, str] = field(default_factory=dict)
 
     def lines(self) -> list[str]:
         rows = [
@@ -61,6 +64,7 @@ class Decision:
         )
         return [
             f"{self.name}: candidate is version {self.candidate}, {against}",
+            *(f"  {role}: with the retriever {words}" for role, words in self.retrievers.items()),
             *rows,
             f"{'promoted' if self.promoted else 'not promoted'}: {self.reason}",
         ]
@@ -165,8 +169,11 @@ def _decide(
         return read_ranks(fetch(f"models:/{name}/{number}", uri), f"version {number} of {name}", candidates)
 
     if champion is None:
-        ranks_of(candidate)  # a champion must be comparable to those after it
-        return Decision(name, candidate, None, promoted=True, reason="first champion", candidates=candidates)
+        after = ranks_of(candidate)  # a champion must be comparable to those after it
+        with_ = _retrievers(candidate=after)
+        return Decision(
+            *(name, candidate, None, True, "first champion"), candidates=candidates, retrievers=with_
+        )
     before, after = ranks_of(champion), ranks_of(candidate)
     check_same(before, after)
     figures = {task: of_task[METRIC] for task, of_task in paired(before, after).items()}
@@ -176,7 +183,14 @@ def _decide(
         segments = paired_segments(before, after)
         if promoted and (fallen := fallen_segments(segments, segment_margin)):
             promoted, reason = False, f"{'; '.join(fallen)} falls by more than {segment_margin:g}"
-    return Decision(name, candidate, champion, promoted, reason, figures, segments, candidates)
+    with_ = _retrievers(champion=before, candidate=after)
+    return Decision(name, candidate, champion, promoted, reason, figures, segments, candidates, with_)
+
+
+def _retrievers(**evaluations: StoredRanks) -> dict[str, str]:
+    """By role, of the evaluations that had one."""
+    words = {role: retriever_words(retriever_of(stored.protocol)) for role, stored in evaluations.items()}
+    return {role: text for role, text in words.items() if text}
 
 
 def judge(figures: dict[str, dict[str, Any]], margin: float) -> tuple[bool, str]:
@@ -233,6 +247,7 @@ def decision_tags(decision: Decision, margin: float, segment_margin: float | Non
     }
     if segment_margin is not None:
         tags["promote.segment_margin"] = f"{segment_margin:g}"
+    tags |= {f"promote.{role}.{RETRIEVER}": words for role, words in decision.retrievers.items()}
     for task, f in decision.figures.items():
         tags |= {
             f"promote.{task}.difference": f"{f['difference']:.6g}",

@@ -4,6 +4,7 @@ configuration, tokenizer, item tables, code.
 artifacts/model         RUN/model as it is
 artifacts/items         item tables, ids and texts, how queries are read (serving/scorer.py: write_items)
 artifacts/retrieval     indexes of the catalogue
+artifacts/retriever     another model that finds candidates, if one is asked for (serving/retriever.py)
 artifacts/evaluation    test evaluations (sampled, hard, full): figures, and the ranks of every event; `gensr
                         promote` reads the sampled ones
 code/                   trainer and data_shards
@@ -41,13 +42,15 @@ from trainer.registry.model_card import (
     run_facts,
     version_tags,
 )
+from trainer.runs.retriever_facts import RETRIEVER, retriever_of, retriever_words
 from trainer.runs.run_folder import RunFolder, read_json
 from trainer.runs.sealed import seal
 from trainer.runs.weights import load_run_config
 from trainer.runtime.files import atomic
 from trainer.serving.artifacts import write_items
-from trainer.serving.recommend import SETTINGS, Recommender, run_retrieval
-from trainer.serving.retrieval import Notify, silent
+from trainer.serving.recommend import SETTINGS, Recommender
+from trainer.serving.retrieval import Notify, run_retrieval, silent
+from trainer.serving.retriever import Retriever, open_retriever
 from trainer.serving.scorer import Scorer
 from trainer.tracking.about import about_run
 from trainer.tracking.store import (
@@ -88,14 +91,22 @@ SERVING_PACKAGES = (
 MAX_SCORE_DIFFERENCE = 1e-4
 
 
-def register(run_dir: str | Path, name: str, alias: str = ALIAS, notify: Notify = silent) -> int:
+def register(
+    run_dir: str | Path,
+    name: str,
+    alias: str = ALIAS,
+    notify: Notify = silent,
+    retriever: str | Path | None = None,
+) -> int:
     """Log RUN as a pyfunc model in its own MLflow run, register it as a new version of `name`, move `alias`
     to it. Returns the version.
 
     The alias moves only after the version, loaded back, gives the run's own scores. Indexes of the catalogue
-    are built first, where RUN/retrieval does not have them; `notify` is told the memory they need. Raises
-    RunError when the run has no model or the version scores differently, EnvironmentProblem when MLflow
-    refuses.
+    are built first, where RUN/retrieval does not have them; `notify` is told the memory they need.
+    retriever: a run folder, whose model the version then holds, too; "" for none; default: the run's
+    serving.retriever.
+    Raises RunError when the run has no model or the version scores differently, what open_retriever()
+    raises, EnvironmentProblem when MLflow refuses.
     """
     check_names(name, alias)
     run_dir = Path(run_dir)
@@ -105,16 +116,24 @@ def register(run_dir: str | Path, name: str, alias: str = ALIAS, notify: Notify 
     folder = PreparedFolder.open(config.data)
     scorer = Scorer.from_run(run_dir)
     refuse_unservable(scorer.model, run_dir)
-    run_retrieval(run_dir, scorer.model, notify, must_be_kept=True)
+    indexes = run_retrieval(run_dir, scorer.model, notify, must_be_kept=True)
     facts = run_facts(run_dir, config, folder.manifest, scorer.model.tasks)
+    chosen = config.serving.retriever if retriever is None else retriever
+    other = open_retriever(
+        *(chosen, RunFolder(run_dir).model, facts["tasks"], scorer.item_ids, indexes), notify=notify
+    )
+    if other is not None:
+        refuse_unservable(other.scorer.model, Path(chosen))
+        facts[RETRIEVER] = dict(other.facts)
     refuse_outdated(run_dir, facts)
+    refuse_other_retriever(run_dir, facts)
     stood = evaluated_weights(run_dir)
     if unfinished := unfinished_line(run_dir, stood["run_status"], stood["model_step"]):
         notify(f"warning: {unfinished}")
     example = example_requests(folder, scorer.model.tasks)
     expected = scorer.score_many(example)
     with mlflow_errors(f"MLflow at {uri} does not register {run_dir}"):
-        number, run_id = _log_model(run_dir, name, config, scorer, facts, example, uri)
+        number, run_id = _log_model(run_dir, name, config, scorer, other, facts, example, uri)
     done = f"models:/{name}/{number} is registered, but not checked: the alias {alias} was not moved"
     with mlflow_errors(f"MLflow at {uri} does not complete it. {done}"):
         client = connect(uri)
@@ -160,19 +179,39 @@ def refuse_outdated(run_dir: Path, facts: dict[str, Any]) -> None:
             raise RunError(outdated)
 
 
+def refuse_other_retriever(run_dir: Path, facts: dict[str, Any]) -> None:
+    """Raises RunError where the evaluation of the whole catalogue has other candidates than the version would
+    find: `gensr promote --candidates full` decides by it."""
+    evaluation = facts["full_evaluation"]
+    if not evaluation:
+        return
+    then, now = retriever_of(evaluation["protocol"]), retriever_of(facts)
+    if then.get("weights_sha256") != now.get("weights_sha256"):
+        again = f"gensr evaluate {run_dir} --candidates full --retriever {shlex.quote(now.get('run', ''))}"
+        raise RunError(
+            f"{RunFolder(run_dir).evaluation('test-full')} was made with the retriever "
+            f"{retriever_words(then) or 'none'}, and the version would have "
+            f"{retriever_words(now) or 'none'}. Evaluate again with: {again}"
+        )
+
+
 def open_model(
-    model: str | Path, uri: str = "", data_dir: str | Path = "", notify: Notify = silent
+    model: str | Path,
+    uri: str = "",
+    data_dir: str | Path = "",
+    notify: Notify = silent,
+    retriever: str | Path | None = None,
 ) -> Recommender:
     """A run folder, or models:/NAME@alias (models:/NAME/VERSION) of the registry at `uri` → what answers
     requests.
 
-    data_dir: see Recommender.from_artifacts. Raises RunError when there is no such model.
+    data_dir, retriever: see Recommender.from_artifacts and from_run. Raises RunError when there is no such
+    model.
     """
     if not str(model).startswith("models:"):
-        return Recommender.from_run(model, notify=notify)
-    return Recommender.from_artifacts(
-        fetch(str(model), uri or default_uri()) / "artifacts", data_dir=data_dir, notify=notify
-    )
+        return Recommender.from_run(model, notify=notify, retriever=retriever)
+    folder = fetch(str(model), uri or default_uri()) / "artifacts"
+    return Recommender.from_artifacts(folder, data_dir=data_dir, notify=notify, retriever=retriever)
 
 
 def registry_of(run_dir: str | Path) -> str:
@@ -281,6 +320,7 @@ def _log_model(
     name: str,
     config: Config,
     scorer: Scorer,
+    retriever: Retriever | None,
     facts: dict[str, Any],
     example: list[dict[str, Any]],
     uri: str,
@@ -314,6 +354,9 @@ def _log_model(
         folders = {"model": RunFolder(run_dir).model, "items": items, "card": card}
         if scorer.model.views():  # else there are no indexes
             folders["retrieval"] = RunFolder(run_dir).retrieval
+        if retriever is not None:
+            folders[RETRIEVER] = Path(temporary) / RETRIEVER
+            retriever.save(folders[RETRIEVER])
         if any(evaluation.iterdir()):
             seal(evaluation)
             folders["evaluation"] = evaluation

@@ -98,7 +98,7 @@ def fixed_settings(config: Config) -> dict[str, Any]:
     fixed = {
         key: value
         for key, value in flatten(to_dict(config)).items()
-        if key not in FREE_KEYS and not key.startswith("tracking.")
+        if key not in FREE_KEYS and not key.startswith(("tracking.", "serving."))
     }
     if not fixed["optim.sparse_rows"]:  # as in checkpoints of before there was the key
         del fixed["optim.sparse_rows"]

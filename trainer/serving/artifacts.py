@@ -61,13 +61,13 @@ def load_fast_tokenizer(model_dir: Path) -> "Tokenizer":
 
 def write_items(folder: Path, scorer: "Scorer", items: pa.Table, facts: Mapping[str, Any]) -> None:
     """What a registered version needs of the prepared folder: the item tables that the model reads (without
-    the cross-fitting folds), original ids and texts (the columns item_id and text of `items`), how to read
-    queries, the precision. `facts` are kept beside them in serving.json."""
+    the cross-fitting folds), `items` (original ids and, for answers, texts: columns item_id and text), how
+    to read queries, the precision. `facts` are kept beside them in serving.json."""
     folder.mkdir(parents=True)
     tables = {name: getattr(scorer.model.tables, name) for name in TABLE_NAMES}
     held = {name: table.contiguous().cpu() for name, table in tables.items() if table.numel()}
     save_file(held, folder / "tables.safetensors")
-    pq.write_table(items.select(["item_id", "text"]), folder / "items.parquet")
+    pq.write_table(items, folder / "items.parquet")
     if scorer.query_format.mode == "words":
         np.save(folder / "words.npy", scorer.words.vocabulary)
     form = dataclasses.asdict(scorer.query_format)

@@ -27,21 +27,26 @@ import pyarrow.parquet as pq
 
 from data_shards.settings import read_yaml
 from trainer.data.folder import PreparedFolder
-from trainer.errors import EnvironmentProblem, RequestError
+from trainer.errors import RequestError
 from trainer.models.contract import Ranker, task_names
+from trainer.runs.retriever_facts import RETRIEVER
 from trainer.runs.run_folder import RunFolder
-from trainer.runs.weights import document_path, load_run_config
-from trainer.runtime.files import file_sha256
+from trainer.runs.weights import load_run_config
 from trainer.serving.artifacts import read_serving_facts
 from trainer.serving.requests import ParsedRequest, is_absent
 from trainer.serving.retrieval import (
+    NO_ROWS,
+    RETRIEVAL,
     Notify,
     Retrieval,
+    best_scored,
     build_retrieval,
     load_retrieval,
-    save_retrieval,
+    model_identity,
+    run_retrieval,
     silent,
 )
+from trainer.serving.retriever import Retriever, open_retriever
 from trainer.serving.scorer import Scorer
 from trainer.serving.users import Users, open_users
 
@@ -55,7 +60,6 @@ SETTINGS: Mapping[str, int | bool] = {
     "explain": False,
     "with_text": False,
 }
-RETRIEVAL = "retrieval"  # folder of the indexes in a run folder and among a version's artifacts
 
 
 class Recommender:
@@ -69,33 +73,49 @@ class Recommender:
         facts: Mapping[str, Any],
         items_file: Path,
         users: Users | str,
+        retriever: Retriever | None = None,
     ) -> None:
         """retrieval: None for a model without views, which ranks the whole catalogue itself. facts: what an
         answer says about the model. items_file: parquet with a column "text". users: whose histories are
-        known, or why they are not."""
-        self.scorer, self.retrieval, self.facts, self.users = scorer, retrieval, dict(facts), users
+        known, or why they are not. retriever: another model that finds candidates, too."""
+        self.scorer, self.retrieval, self.retriever, self.users = scorer, retrieval, retriever, users
+        self.facts = dict(facts) | ({RETRIEVER: retriever.facts["run"]} if retriever is not None else {})
         self._items_file = items_file
         self._texts: pa.ChunkedArray | None = None
 
     @classmethod
     def from_run(
-        cls, run_dir: str | Path, device: str | None = None, notify: Notify = silent
+        cls,
+        run_dir: str | Path,
+        device: str | None = None,
+        notify: Notify = silent,
+        retriever: str | Path | None = None,
     ) -> "Recommender":
         """A run folder and its prepared folder. The indexes are kept in RUN/retrieval; they are built when
-        they are missing or of other weights."""
+        they are missing or of other weights. retriever: a run folder, "" for none; default: the run's
+        serving.retriever."""
         run_dir = Path(run_dir)
         scorer = Scorer.from_run(run_dir, device)
         retrieval = run_retrieval(run_dir, scorer.model, notify)
-        folder = PreparedFolder.open(load_run_config(run_dir).data)
+        config = load_run_config(run_dir)
+        folder = PreparedFolder.open(config.data)
         facts = {"run": str(run_dir), "manifest_hash": folder.manifest.hash}
-        return cls(scorer, retrieval, facts, folder.catalog / "items.parquet", Users(folder))
+        chosen = config.serving.retriever if retriever is None else retriever
+        other = _retriever_for(scorer, chosen, RunFolder(run_dir).model, retrieval, device, notify)
+        return cls(scorer, retrieval, facts, folder.catalog / "items.parquet", Users(folder), other)
 
     @classmethod
     def from_artifacts(
-        cls, folder: str | Path, device: str | None = None, data_dir: str | Path = "", notify: Notify = silent
+        cls,
+        folder: str | Path,
+        device: str | None = None,
+        data_dir: str | Path = "",
+        notify: Notify = silent,
+        retriever: str | Path | None = None,
     ) -> "Recommender":
         """A registered version: its folder of artifacts. `data_dir`: prepared folder for requests by user_id;
-        default: where it was when registered."""
+        default: where it was when registered. retriever: a run folder, "" for none; default: the one that
+        the version holds, if any."""
         folder = Path(folder)
         scorer = Scorer.from_artifacts(folder, device)
         identity = model_identity(folder / "model")
@@ -107,7 +127,11 @@ class Recommender:
         users = open_users(
             data_dir or serving.get("data_dir", ""), serving["manifest_hash"], must_be_there=bool(data_dir)
         )
-        return cls(scorer, retrieval, facts, folder / "items" / "items.parquet", users)
+        if retriever is None and (folder / RETRIEVER).is_dir():
+            other: Retriever | None = Retriever.from_artifacts(folder / RETRIEVER, device)
+        else:
+            other = _retriever_for(scorer, retriever or "", folder / "model", retrieval, device, notify)
+        return cls(scorer, retrieval, facts, folder / "items" / "items.parquet", users, other)
 
     def score(self, requests: Sequence[Mapping[str, Any]]) -> list[list[float]]:
         """P("Yes") of each request's candidates, in the order given. Raises RequestError that names the first
@@ -161,18 +185,17 @@ class Recommender:
     def candidates(
         self, parsed: ParsedRequest, num_candidates: int, exclude: Sequence[int], where: str = "the request"
     ) -> np.ndarray:
-        """Rows of the items that retrieval finds, best first; of a model without views, its own best. Raises
-        RequestError when there is nothing to ask with."""
+        """Rows of the items that retrieval and the retriever find, best first; of a model without views, its
+        own best. Raises RequestError when there is nothing to ask with."""
         if self.retrieval is None:
-            scores_I = self.scorer.score_catalogue(parsed)
-            scores_I[list(exclude)] = -np.inf
-            best = scores_I.topk(min(num_candidates, len(scores_I)))
-            found: np.ndarray = best.indices[~best.values.isneginf()].numpy()
-            return found
+            return best_scored(self.scorer.score_catalogue(parsed), num_candidates, exclude)
+        beside = NO_ROWS
+        if self.retriever is not None:
+            beside = self.retriever.best(parsed, num_candidates, exclude)
         questions = self.scorer.questions(parsed, self.retrieval.views, self.retrieval.means)
-        if not any(bool(question.any()) for question in questions.values()):
+        if not len(beside) and not any(bool(question.any()) for question in questions.values()):
             _nothing_to_ask(parsed, where)
-        return self.scorer.pre_ranked(parsed, self.retrieval, questions, num_candidates, exclude)
+        return self.scorer.pre_ranked(parsed, self.retrieval, questions, num_candidates, exclude, beside)
 
     def _answer(
         self, request: Mapping[str, Any], parsed: ParsedRequest, scores: list[float], whole_catalogue: bool
@@ -258,6 +281,18 @@ class Recommender:
         ]
 
 
+def _retriever_for(
+    scorer: Scorer,
+    chosen: str | Path,
+    model_dir: Path,
+    retrieval: Retrieval | None,
+    device: str | None,
+    notify: Notify,
+) -> Retriever | None:
+    tasks = task_names(scorer.model)
+    return open_retriever(chosen, model_dir, tasks, scorer.item_ids, retrieval, device, notify)
+
+
 def _nothing_to_ask(parsed: ParsedRequest, where: str) -> None:
     if parsed.items:
         return  # items without vectors: retrieval finds nothing, which is an answer
@@ -300,33 +335,6 @@ def _flag(request: Mapping[str, Any], name: str, where: str) -> bool:
     if not isinstance(value, bool | np.bool_):
         raise RequestError(f"{where}: {name} must be true or false, got {value!r}")
     return bool(value)
-
-
-# ---- indexes of a run or a version -------------------------------------------------------------------------
-
-
-def model_identity(model_dir: Path) -> str:
-    """Of the weights, and (by the hashes in model.json) of the tables they go with."""
-    return f"{file_sha256(document_path(model_dir))}-{file_sha256(model_dir / 'model.safetensors')}"
-
-
-def run_retrieval(
-    run_dir: Path, model: Ranker, notify: Notify = silent, must_be_kept: bool = False
-) -> Retrieval | None:
-    """The indexes of RUN/retrieval (None for a model without views); built and kept there when they are
-    missing, or of other weights. A folder that cannot be written costs a note, unless they must be kept."""
-    identity = model_identity(RunFolder(run_dir).model)
-    retrieval = load_retrieval(RunFolder(run_dir).retrieval, model, identity)
-    if retrieval is None:
-        retrieval = build_retrieval(model, notify)
-        try:
-            if retrieval is not None:
-                save_retrieval(RunFolder(run_dir).retrieval, retrieval, identity)
-        except EnvironmentProblem as error:
-            if must_be_kept:
-                raise
-            notify(f"the indexes are used but not kept: {error}")
-    return retrieval
 
 
 def version_of(folder: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The first of two steps from the whole catalogue to an answer: a few hundred candidates by vectors, which
 the model then ranks (serving/recommend.py). One index for each view of the model (models/contract.py: View);
-a model without views is ranked exhaustively. A model with a pre-ranking chooses among what they find.
+a model without views is ranked exhaustively. A model with a pre-ranking chooses among what they find. A
+retriever, another model (retriever.py), brings one more list.
 
 FOLDER/NAME.faiss  retrieval.safetensors (the mean of each centred view)  retrieval.json (what was built,
 measured recall, sha256 of each file)
@@ -21,15 +22,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from trainer.batch import Batch
-from trainer.errors import RunError
+from trainer.errors import EnvironmentProblem, RunError
 from trainer.models.contract import PreRanking, Ranker, View
-from trainer.runs.run_folder import read_json
+from trainer.runs.run_folder import RunFolder, read_json
+from trainer.runs.weights import document_path
 from trainer.runtime.files import atomic, file_sha256, writing
 from trainer.runtime.progress import Notify, StageProgress, report
 from trainer.serving.index import TRAINING_VECTORS, Index, build_index, plan_index, unit
 
 FORMAT = 1
 DOCUMENT = "retrieval.json"
+RETRIEVAL = "retrieval"  # folder of the indexes in a run folder and among a version's artifacts
+RETRIEVER_SHARE = 1.0  # of a retriever's list, where that of all views together is 1: half of the candidates
+NO_ROWS = np.zeros(0, np.int64)
 
 
 def silent(line: str) -> None:
@@ -47,13 +52,19 @@ class Retrieval:
     pre_ranking: PreRanking | None = None
 
     def candidates(
-        self, questions: Mapping[str, Tensor], task: int, num_candidates: int, exclude: Sequence[int] = ()
+        self,
+        questions: Mapping[str, Tensor],
+        task: int,
+        num_candidates: int,
+        exclude: Sequence[int] = (),
+        beside: np.ndarray = NO_ROWS,
     ) -> np.ndarray:
         """At most num_candidates rows of items, distinct, none of `exclude`, by the views' shares.
 
         questions: what each view is asked with, [width]; a zero vector asks nothing, and the others fill in.
+        beside: rows that a retriever finds, best first; it has half of the places, if it is that long.
         """
-        return union(self._asked(questions, task), num_candidates, exclude)
+        return union(self._asked(questions, task), num_candidates, exclude, beside)
 
     def pre_ranked(
         self,
@@ -62,13 +73,15 @@ class Retrieval:
         asking: AbstractContextManager[Batch],
         num_candidates: int,
         exclude: Sequence[int] = (),
+        beside: np.ndarray = NO_ROWS,
     ) -> np.ndarray:
-        """The same, but by the model's pre-ranking if it has one, of num_candidates items of each view and
-        what it proposes. asking: gives one event on the model's device, as score() reads it. A service
-        holds its model while it is open, so it is opened after the indexes were searched."""
+        """The same, but by the model's pre-ranking if it has one, of num_candidates items of each view, what
+        it proposes, and `beside`. asking: gives one event on the model's device, as score() reads it. A
+        service holds its model while it is open, so it is opened after the indexes were searched."""
         if self.pre_ranking is None:
-            return self.candidates(questions, task, num_candidates, exclude)
+            return self.candidates(questions, task, num_candidates, exclude, beside)
         lists = [union([one], num_candidates, exclude) for one in self._asked(questions, task)]
+        lists.append(beside)
         with asking as event:
             proposed = self.pre_ranking.propose(event)[0].cpu().numpy()
             lists.append(proposed[proposed < self.num_items])
@@ -91,16 +104,36 @@ class Retrieval:
 
 
 def union(
-    asked: Sequence[tuple[Index, np.ndarray, float]], num_rows: int, exclude: Sequence[int] = ()
+    asked: Sequence[tuple[Index, np.ndarray, float]],
+    num_rows: int,
+    exclude: Sequence[int] = (),
+    beside: np.ndarray = NO_ROWS,
 ) -> np.ndarray:
-    """Several indexes, each with the vector [width] it is asked with and its weight → rows as merge() gives
-    them. A zero vector is near to nothing."""
-    lists = []
+    """Several indexes, each with the vector [width] it is asked with and its weight, and what a retriever
+    finds → rows as merge() gives them. A zero vector is near to nothing."""
+    lists = [(beside, RETRIEVER_SHARE)]
     for index, vector, weight in asked:
         if vector.any():
             rows = index.search(unit(vector[None]), num_rows + len(exclude))[0][0]
             lists.append((rows[rows >= 0], weight))
     return merge(lists, num_rows, exclude)
+
+
+def best_scored(scores_I: Tensor, num_rows: int, exclude: Sequence[int] = ()) -> np.ndarray:
+    """Scores of all items, which are changed → the rows of the best, best first; none of `exclude`, and none
+    of −inf."""
+    scores_I[list(exclude)] = -torch.inf
+    best = scores_I.topk(min(num_rows, len(scores_I)))
+    rows: np.ndarray = best.indices[~best.values.isneginf()].numpy()
+    return rows
+
+
+def questions_of(model: Ranker, retrieval: "Retrieval", batch: Batch) -> dict[str, Tensor]:
+    """What each view is asked with for events that are on the model's device, [B, width] each, on the CPU."""
+    return {
+        name: view.ask(batch, retrieval.means[name].to(model.device)).float().cpu()
+        for name, view in retrieval.views.items()
+    }
 
 
 def merge(
@@ -254,3 +287,30 @@ def describe(retrieval: Retrieval) -> dict[str, Any]:
     """{"cf": {kind, num_items, …, recall}, "semantic": …}: what protocols and model cards say about the
     indexes."""
     return {name: dict(index.facts) for name, index in retrieval.indexes.items() if index is not None}
+
+
+# ---- indexes of a run or a version -------------------------------------------------------------------------
+
+
+def model_identity(model_dir: Path) -> str:
+    """Of the weights, and (by the hashes in model.json) of the tables they go with."""
+    return f"{file_sha256(document_path(model_dir))}-{file_sha256(model_dir / 'model.safetensors')}"
+
+
+def run_retrieval(
+    run_dir: Path, model: Ranker, notify: Notify = silent, must_be_kept: bool = False
+) -> Retrieval | None:
+    """The indexes of RUN/retrieval (None for a model without views); built and kept there when they are
+    missing, or of other weights. A folder that cannot be written costs a note, unless they must be kept."""
+    identity = model_identity(RunFolder(run_dir).model)
+    retrieval = load_retrieval(RunFolder(run_dir).retrieval, model, identity)
+    if retrieval is None:
+        retrieval = build_retrieval(model, notify)
+        try:
+            if retrieval is not None:
+                save_retrieval(RunFolder(run_dir).retrieval, retrieval, identity)
+        except EnvironmentProblem as error:
+            if must_be_kept:
+                raise
+            notify(f"the indexes are used but not kept: {error}")
+    return retrieval

@@ -30,12 +30,12 @@ from trainer.serving.artifacts import (
     read_words,
 )
 from trainer.serving.requests import ParsedRequest, RequestReader
+from trainer.serving.retrieval import NO_ROWS, Retrieval
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from data_shards.text import Words
-    from trainer.serving.retrieval import Retrieval
 
 MAX_CANDIDATES = 2048  # scored at once: bounds memory, whatever a request asks for
 
@@ -144,14 +144,15 @@ class Scorer:
     def pre_ranked(
         self,
         parsed: ParsedRequest,
-        retrieval: "Retrieval",
+        retrieval: Retrieval,
         questions: Mapping[str, Tensor],
         num_candidates: int,
         exclude: Sequence[int],
+        beside: np.ndarray = NO_ROWS,
     ) -> np.ndarray:
         """Rows of the items that retrieval finds for one request, best first (retrieval.py)."""
         asking = self._asking([parsed], [[]])
-        return retrieval.pre_ranked(questions, parsed.task, asking, num_candidates, exclude)
+        return retrieval.pre_ranked(questions, parsed.task, asking, num_candidates, exclude, beside)
 
     # ---- from rows to scores -------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from typing import Any
 from data_shards.schema import Manifest
 from data_shards.settings import flatten, read_yaml, to_dict, to_yaml
 from trainer.config import Config
-from trainer.configs import load_config, preset_of
+from trainer.configs import config_from_dict, load_config, preset_of
 from trainer.data.eval_stream import check_hard
 from trainer.data.folder import PreparedFolder
 from trainer.errors import ConfigError
@@ -235,7 +235,9 @@ def _config(request: Request, name: str, manifest: Manifest) -> Config:
 def _differences(name: str, path: Path, config: Config) -> Sequence[str]:
     if not path.is_file():
         return []
-    before, now = flatten(read_yaml(path)), flatten(json.loads(json.dumps(to_dict(config))))
+    # read with defaults: a table of before a setting was made is alike one that leaves it as it is
+    trees = (to_dict(one) for one in (config_from_dict(read_yaml(path)), config))
+    before, now = (flatten(json.loads(json.dumps(tree))) for tree in trees)
     hidden = [key for key in {*before, *now} if before.get(key) != now.get(key)]
     return [
         f"{name}'s {key} was {before.get(key)}, is {now.get(key)}"

@@ -112,6 +112,11 @@ class Collm(Ranker):
         """One prompt an item costs too much for a whole catalogue: LightGCN's vectors choose the items."""
         return {"cf": cf_view(self, {REC: 1.0})}
 
+    @classmethod
+    def retrieves(cls) -> bool:
+        """LightGCN's vectors are not its answer: take a run of lightgcn."""
+        return False
+
     @property
     def _reads_cf(self) -> bool:
         return self.settings.stage == "map"

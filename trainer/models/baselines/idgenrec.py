@@ -226,6 +226,11 @@ class IdGenRec(Ranker):
         everything = torch.arange(self.world.num_items, device=batch.candidates.device)
         return self._ranked(batch, everything.expand(batch.num_events, -1), self.settings.catalogue_beams)
 
+    @classmethod
+    def retrieves(cls) -> bool:
+        """A language model spells the ids of the whole catalogue."""
+        return False
+
     @torch.no_grad()
     def share_reached(self, batch: Batch, catalogue: bool = False) -> Tensor:
         """Share of the candidates, or of all items, that some beam spells, [B]."""

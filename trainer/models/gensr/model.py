@@ -415,6 +415,11 @@ class GenSR(Ranker):
     def views(self) -> dict[str, View]:
         return gensr_views(self)
 
+    @classmethod
+    def retrieves(cls) -> bool:
+        """Its views choose what the language model then ranks; they are not its answer."""
+        return False
+
     def pre_ranking(self) -> PreRanking | None:
         return gensr_pre_ranking(self)
 
