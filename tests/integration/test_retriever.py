@@ -11,9 +11,9 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from tests.ports import free_port
 
 from tests.mlflow_server import wait_until_up
-from tests.ports import free_port
 from trainer.cf.build import train_cf
 from trainer.registry.versions import _mlflow_at, fetch
 from trainer.serving.recommend import Recommender

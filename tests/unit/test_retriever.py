@@ -27,7 +27,7 @@ from trainer.runs.retriever_facts import retriever_of, retriever_words
 from trainer.runs.weights import load_run_model
 from trainer.serving.recommend import Recommender
 from trainer.serving.requests import ParsedRequest
-from trainer.serving.retrieval import union
+from trainer.serving.retrieval import fused, union
 from trainer.serving.retriever import Retriever, _best_known, open_retriever
 
 NUM_EVENTS = 24
@@ -59,6 +59,12 @@ def test_it_has_half_of_the_places() -> None:
     beside = np.arange(100, 110)
     assert union([], 4, exclude=[101], beside=beside).tolist() == [100, 102, 103, 104]
     assert union([], 4).tolist() == []
+
+
+def test_two_orders_become_one() -> None:
+    """By hand: 1/61 + ¼/62 for 5, 1/62 for 3, 1/63 + ¼/61 for 8, 1/64 for 1."""
+    assert fused(np.array([5, 3, 8, 1]), np.array([8, 5])).tolist() == [5, 8, 3, 1]
+    assert fused(np.array([5, 3]), np.array([], np.int64)).tolist() == [5, 3]
 
 
 def test_it_is_one_more_list(run_dir: Path, sasrec: Path) -> None:

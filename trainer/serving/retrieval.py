@@ -33,6 +33,10 @@ from trainer.serving.index import TRAINING_VECTORS, Index, build_index, plan_ind
 FORMAT = 1
 DOCUMENT = "retrieval.json"
 RETRIEVAL = "retrieval"  # folder of the indexes in a run folder and among a version's artifacts
+RANK_OFFSET = 60  # of reciprocal rank fusion, as published
+RETRIEVER_TRUST = (
+    0.25  # beside 1 for the model's own order: a good retriever helps, a poor one does little harm
+)
 RETRIEVER_SHARE = 1.0  # of a retriever's list, where that of all views together is 1: half of the candidates
 NO_ROWS = np.zeros(0, np.int64)
 
@@ -76,8 +80,9 @@ class Retrieval:
         beside: np.ndarray = NO_ROWS,
     ) -> np.ndarray:
         """The same, but by the model's pre-ranking if it has one, of num_candidates items of each view, what
-        it proposes, and `beside`. asking: gives one event on the model's device, as score() reads it. A
-        service holds its model while it is open, so it is opened after the indexes were searched."""
+        it proposes, and `beside`, whose own order has a say (fused()). asking: gives one event on the model's
+        device, as score() reads it. A service holds its model while it is open, so it is opened after the
+        indexes were searched."""
         if self.pre_ranking is None:
             return self.candidates(questions, task, num_candidates, exclude, beside)
         lists = [union([one], num_candidates, exclude) for one in self._asked(questions, task)]
@@ -93,7 +98,7 @@ class Retrieval:
                 candidates_BC, torch.zeros_like(candidates_BC, dtype=torch.float32)
             )
             scores_C = self.pre_ranking.score(of_rows)[0].float().cpu().numpy()
-        return rows[np.argsort(-scores_C, kind="stable")][:num_candidates]
+        return fused(rows[np.argsort(-scores_C, kind="stable")], beside)[:num_candidates]
 
     def _asked(self, questions: Mapping[str, Tensor], task: int) -> list[tuple[Index, np.ndarray, float]]:
         return [
@@ -117,6 +122,18 @@ def union(
             rows = index.search(unit(vector[None]), num_rows + len(exclude))[0][0]
             lists.append((rows[rows >= 0], weight))
     return merge(lists, num_rows, exclude)
+
+
+def fused(rows: np.ndarray, beside: np.ndarray) -> np.ndarray:
+    """rows in a new order, best first: theirs, and with less weight that of `beside` (reciprocal rank fusion,
+    Cormack et al., SIGIR 2009). Places are compared and not scores, because every retriever has a scale of
+    its own."""
+    beside = beside[np.isin(beside, rows)]
+    value = 1 / (RANK_OFFSET + 1 + np.arange(len(rows)))
+    order = np.argsort(rows)
+    found = order[np.searchsorted(rows, beside, sorter=order)]
+    value[found] += RETRIEVER_TRUST / (RANK_OFFSET + 1 + np.arange(len(beside)))
+    return rows[np.argsort(-value, kind="stable")]
 
 
 def best_scored(scores_I: Tensor, num_rows: int, exclude: Sequence[int] = ()) -> np.ndarray:
