@@ -11,10 +11,10 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from tests.ports import free_port
 
 from tests.mlflow_server import wait_until_up
 from trainer.cf.build import train_cf
+from trainer.demo import free_port
 from trainer.registry.versions import _mlflow_at, fetch
 from trainer.serving.recommend import Recommender
 from trainer.tracking.store import connect, sqlite_uri
