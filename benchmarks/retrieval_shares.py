@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from data_shards.schema import TASKS
+from trainer.config import DataConfig
 from trainer.data import EvalStream
 from trainer.evaluation.full import clicked_items, place_of, retrieved
 from trainer.runs.weights import load_run_model
@@ -24,7 +25,9 @@ def main(run_dir: Path, num_events: int) -> None:
     model, config, folder = load_run_model(run_dir)
     retrieval, clicks = run_retrieval(run_dir, model), read_clicks(folder)
     assert retrieval is not None, "a model with views"
-    batch = next(iter(EvalStream(folder, "test", config.data, num_events, max_events=num_events)))
+    stream = EvalStream(folder, "test", config.data, num_events, max_events=num_events)
+    batch = next(iter(stream))
+    whole = next(iter(stream.read_as(DataConfig(history_max=folder.manifest.history_max))))
     clicked = clicked_items(batch)
     for task, name in enumerate(TASKS):
         mine = batch.take(batch.task == task)
@@ -32,7 +35,9 @@ def main(run_dir: Path, num_events: int) -> None:
             shares = {"cf": {task: share}, "semantic": {task: 1 - share}}
             views = {view: replace(v, share=shares[view]) for view, v in retrieval.views.items()}
             by_shares = replace(retrieval, views=views, pre_ranking=None)
-            lists = retrieved(model, by_shares, mine, clicked_items(mine), clicks)
+            lists = retrieved(
+                *(model, by_shares, mine, whole.take(batch.task == task), clicked_items(mine), clicks)
+            )
             places = [
                 place_of(int(item), found) for item, found in zip(clicked_items(mine), lists, strict=True)
             ]

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from data_shards.schema import REC, SRC
 from tests.runs import make_other_run, make_run
 from trainer.cli import app
+from trainer.config import DataConfig
 from trainer.data import EvalStream
 from trainer.errors import ConfigError, DataError, GensrError, RunError
 from trainer.evaluation.compare import compare, compare_lines
@@ -53,6 +54,12 @@ def two_tower(run_dir: Path) -> Path:
 @pytest.fixture(scope="module")
 def item_knn(run_dir: Path) -> Path:
     return make_other_run(run_dir, "item_knn")
+
+
+@pytest.fixture
+def lightgcn(run_dir: Path) -> Path:
+    """It has a view, which a request asks with more of the history than the model reads."""
+    return make_other_run(run_dir, "lightgcn", "data.history_max=3")
 
 
 def test_it_has_half_of_the_places() -> None:
@@ -122,21 +129,22 @@ def test_a_counted_model_does_not_fill_up_with_what_it_does_not_know(run_dir: Pa
     assert _best_known(torch.tensor([0.0, 2.0, 1.0, 0.0]), 3, [1]).tolist() == [2]
 
 
-@pytest.mark.parametrize("name", ["sasrec", "two_tower", "item_knn"])
+@pytest.mark.parametrize("name", ["sasrec", "two_tower", "item_knn", "lightgcn"])
 def test_events_and_requests_get_the_same(name: str, run_dir: Path, request: pytest.FixtureRequest) -> None:
     """Evaluation reads batches of the prepared folder, a service reads requests."""
     retriever, answering = (Retriever.from_run(request.getfixturevalue(name)) for _ in range(2))
     _, config, folder = load_run_model(run_dir)
     stream = EvalStream(folder, "test", config.data, 8, max_events=NUM_EVENTS)
     texts = folder.query_texts()
-    for batch, mine in zip(stream, stream.read_as(retriever.scorer.model.world.data), strict=True):
-        assert batch.event_id.tolist() == mine.event_id.tolist()
-        lists = retriever.best_of_events(mine, 10, [[1]] * 8)
+    longest = stream.read_as(DataConfig(history_max=folder.manifest.history_max))
+    for whole, mine in zip(longest, stream.read_as(retriever.scorer.model.world.data), strict=True):
+        assert whole.event_id.tolist() == mine.event_id.tolist()
+        lists = retriever.best_of_events(mine, whole, 10, [[1]] * 8)
         for row, found in enumerate(lists):
-            task, length = int(mine.task[row]), int(mine.history_mask[row].sum())
+            task, length = int(mine.task[row]), int(whole.history_mask[row].sum())
             asked = ParsedRequest(
-                items=mine.history_items[row, :length].tolist(),
-                tasks=mine.history_tasks[row, :length].tolist(),
+                items=whole.history_items[row, :length].tolist(),
+                tasks=whole.history_tasks[row, :length].tolist(),
                 task=task,
                 query=texts[int(mine.query[row])] if task == SRC else None,
                 candidates=[],

@@ -178,11 +178,12 @@ def rank_retrieved(
     """→ what the model makes of the first NUM_CANDIDATES retrieved items; and the clicked item's place in
     retrieval, [n] float64, 1 = first, inf = missed."""
     parts, tops, places = [], [], []
-    batches = zip(stream, read_by(retriever, stream), strict=True)
-    for number, (batch, same_events) in enumerate(batches, start=1):
+    whole_histories = stream.read_as(DataConfig(history_max=stream.folder.manifest.history_max))
+    batches = zip(stream, whole_histories, read_by(retriever, stream), strict=True)
+    for number, (batch, whole, same_events) in enumerate(batches, start=1):
         batch = batch.take(batch.event_id >= 0)
         clicked = clicked_items(batch)
-        lists = retrieved(model, retrieval, batch, clicked, clicks, retriever, same_events)
+        lists = retrieved(model, retrieval, batch, whole, clicked, clicks, retriever, same_events)
         places += [place_of(int(item), rows) for item, rows in zip(clicked, lists, strict=True)]
         scores_BC, candidates_BC = score_lists(scorer, batch, [rows[:NUM_CANDIDATES] for rows in lists])
         parts.append(ranks_among(scores_BC, candidates_BC, batch, clicked))
@@ -204,13 +205,16 @@ def retrieved(
     model: Ranker,
     retrieval: Retrieval,
     batch: Batch,
+    whole: Batch,
     clicked: np.ndarray,
     clicks: ClickLog,
     retriever: Retriever | None = None,
     same_events: Batch | None = None,
 ) -> list[np.ndarray]:
-    """Rows of the items that retrieval finds for each event, as many as the deepest cutoff needs.
-    same_events: as the retriever reads them."""
+    """Rows of the items that retrieval finds for each event, as many as the deepest cutoff needs. The same
+    events (filler rows are dropped) with longer histories: whole, as a request has them; same_events, as the
+    retriever reads them."""
+    whole = whole.take(whole.event_id >= 0)
     seen = [
         np.setdiff1d(clicks.before(event), [item]).tolist()
         for event, item in zip(batch.event_id.tolist(), clicked.tolist(), strict=True)
@@ -219,10 +223,10 @@ def retrieved(
     if retriever is not None and same_events is not None:
         same_events = same_events.take(same_events.event_id >= 0)
         assert same_events.event_id.tolist() == batch.event_id.tolist()
-        beside = retriever.best_of_events(same_events, NUM_CANDIDATES, seen)
+        beside = retriever.best_of_events(same_events, whole, NUM_CANDIDATES, seen)
     with torch.inference_mode():
         on_device = batch.to(model.device)
-        asked = questions_of(model, retrieval, on_device)
+        asked = questions_of(model, retrieval, on_device, whole.to(model.device))
         lists = []
         for row in range(batch.num_events):
             questions = {name: vectors_BW[row] for name, vectors_BW in asked.items()}

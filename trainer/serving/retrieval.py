@@ -145,10 +145,13 @@ def best_scored(scores_I: Tensor, num_rows: int, exclude: Sequence[int] = ()) ->
     return rows
 
 
-def questions_of(model: Ranker, retrieval: "Retrieval", batch: Batch) -> dict[str, Tensor]:
-    """What each view is asked with for events that are on the model's device, [B, width] each, on the CPU."""
+def questions_of(model: Ranker, retrieval: "Retrieval", events: Batch, whole: Batch) -> dict[str, Tensor]:
+    """What each view is asked with for events that are on the model's device, [B, width] each, on the CPU.
+    whole: the same events with histories as long as they are known, as a request has them."""
     return {
-        name: view.ask(batch, retrieval.means[name].to(model.device)).float().cpu()
+        name: view.ask(whole if view.whole_history else events, retrieval.means[name].to(model.device))
+        .float()
+        .cpu()
         for name, view in retrieval.views.items()
     }
 

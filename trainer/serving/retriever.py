@@ -105,11 +105,11 @@ class Retriever:
         return self.retrieval.candidates(questions, parsed.task, num_items, exclude)
 
     def best_of_events(
-        self, batch: Batch, num_items: int, exclude: Sequence[Sequence[int]]
+        self, batch: Batch, whole: Batch, num_items: int, exclude: Sequence[Sequence[int]]
     ) -> list[np.ndarray]:
         """The same for each event of a batch of the prepared folder, whose histories are as long as the
-        retriever reads them; not of one that has answered a request, whose queries its tables then hold.
-        exclude: for each event."""
+        retriever reads them, and in `whole` as long as they are known; not of a retriever that has answered
+        a request, whose queries its tables then hold. exclude: for each event."""
         found = [NO_ROWS] * batch.num_events
         served = torch.isin(batch.task, torch.tensor(self.scorer.model.tasks))
         places = served.nonzero()[:, 0].tolist()
@@ -124,7 +124,7 @@ class Retriever:
                 for scores_I, place in zip(scores_BI, places, strict=True):
                     found[place] = _best_known(scores_I, num_items, exclude[place])
                 return found
-            asked = questions_of(model, self.retrieval, events)
+            asked = questions_of(model, self.retrieval, events, whole.take(served).to(model.device))
         for row, place in enumerate(places):
             questions = {name: vectors_BW[row] for name, vectors_BW in asked.items()}
             task = int(batch.task[place])
