@@ -47,12 +47,19 @@ def blocks(document: Mapping[str, Any]) -> Iterator[tuple[str, str, list[Row]]]:
 # ---- Markdown ----------------------------------------------------------------------------------------------
 
 
+def data_name(data: Mapping[str, Any]) -> str:
+    """scientific (amazon): the folder, and what it was made from."""
+    folder = Path(data["folder"]).name
+    return f"{folder} ({data['source']})" if data["source"] else folder
+
+
 def markdown(document: Mapping[str, Any]) -> list[str]:
     data = document["data"]
+    mean = "Mean over seeds ± half of the 95 % t interval" if document["seeds"] > 1 else "One seed"
     lines = [
-        f"# {data['source'] or data['folder']}: {data['users']:,} users, {data['items']:,} items",
+        f"# {data_name(data)}: {data['users']:,} users, {data['items']:,} items",
         "",
-        f"Mean over seeds ± half of the 95 % t interval. vs best: {document['tested']} minus that of the "
+        f"{mean}. vs best: {document['tested']} minus that of the "
         "best other system, and its p-value: paired bootstrap over users, Holm's correction in each table.",
     ]
     for kind, task, rows in blocks(document):
