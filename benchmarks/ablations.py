@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("variants", nargs="*", metavar="VARIANT:KEY=VALUE,…")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()  # VARIANTS may follow options
     words = [
         f"data.dir={args.folder}",
         f"run.max_steps={args.steps}",

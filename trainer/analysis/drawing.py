@@ -98,7 +98,9 @@ def bars_with_intervals(metrics: Mapping[str, Sequence[Bar]]) -> Figure:
     """
     _need_data(metrics)
     most = max((len(bars) for bars in metrics.values()), default=0)
-    figure, panels = _panels(list(metrics), height=max(1.6, 0.7 + 0.28 * most))
+    longest = max((len(bar.label) for bars in metrics.values() for bar in bars), default=0)
+    width = max(PANEL_WIDTH, 0.075 * longest + 2.8)  # inches: of the names, and for bars and title
+    figure, panels = _panels(list(metrics), width=width, height=max(1.6, 0.7 + 0.28 * most))
     with matplotlib.rc_context(STYLE):
         for axes, bars in zip(panels, metrics.values(), strict=True):
             _draw_bars(axes, bars)
@@ -146,8 +148,11 @@ def number(value: float, decimals: int = 3) -> str:
     return f"{value:.{decimals}f}".replace("-", "−") if np.isfinite(value) else "–"
 
 
-def curves_with_intervals(metrics: Mapping[str, Sequence[Curve]], xlabel: str, log_x: bool = False) -> Figure:
-    """One panel a metric; intervals as bands, each curve named at its right end."""
+def curves_with_intervals(
+    metrics: Mapping[str, Sequence[Curve]], xlabel: str, log_x: bool = False, least_span: float = 0.0
+) -> Figure:
+    """One panel a metric; intervals as bands, each curve named at its right end. least_span: of the y axis,
+    so that what is nearly constant looks so."""
     _need_data(metrics)
     figure, panels = _panels(list(metrics))
     with matplotlib.rc_context(STYLE):
@@ -156,11 +161,11 @@ def curves_with_intervals(metrics: Mapping[str, Sequence[Curve]], xlabel: str, l
                 axes.set_xscale("log")
             axes.set_xlabel(xlabel)
             axes.grid(True)
-            _draw_curves(axes, curves)
+            _draw_curves(axes, curves, least_span)
     return figure
 
 
-def _draw_curves(axes: Any, curves: Sequence[Curve]) -> None:
+def _draw_curves(axes: Any, curves: Sequence[Curve], least_span: float) -> None:
     others = [curve.label for curve in curves if curve.task not in TASK_COLOURS]
     colours = []
     for curve in curves:
@@ -173,10 +178,18 @@ def _draw_curves(axes: Any, curves: Sequence[Curve]) -> None:
             axes.fill_between(curve.x, curve.low, curve.high, color=colours[-1], alpha=0.2, linewidth=0)
     axes.margins(x=0.03)
     bottom, top = axes.get_ylim()
+    bottom, top = widened(bottom, top, least_span)
+    axes.set_ylim(bottom, top)
     heights = spread([curve.y[-1] for curve in curves], gap=0.07 * (top - bottom))
     beside = axes.get_yaxis_transform()  # x in widths of the panel, y in values
     for curve, height, colour in zip(curves, heights, colours, strict=True):
         axes.text(1.02, height, curve.label, transform=beside, color=colour, va="center", fontsize=8)
+
+
+def widened(low: float, high: float, least_span: float) -> tuple[float, float]:
+    """The same middle, and at least that span."""
+    more = max(0.0, least_span - (high - low)) / 2
+    return low - more, high + more
 
 
 def spread(heights: Sequence[float], gap: float) -> list[float]:
@@ -210,8 +223,10 @@ def heat_map(
     title: str,
     centre: float | None = None,
     decimals: int = 2,
+    least_span: float = 0.0,
 ) -> Figure:
-    """A table [R, C] with its numbers in coloured cells; NaN stays blank and says –.
+    """A table [R, C] with its numbers in coloured cells; NaN stays blank and says –. least_span: of numbers
+    from the lightest to the darkest colour.
 
     centre: a value that is neither good nor bad, such as a cosine of 0: colours then run from purple over
     white to orange, equally far on both sides. Without it they run from light to dark.
@@ -224,6 +239,7 @@ def heat_map(
     figure, (axes,) = _panels([title], width=width, height=1.1 + 0.3 * len(rows))
     finite = table[np.isfinite(table)]
     low, high = (finite.min(), finite.max()) if finite.size else (0.0, 1.0)
+    low, high = widened(low, high, least_span)
     if centre is not None:
         reach = max(abs(low - centre), abs(high - centre)) or 1.0
         low, high = centre - reach, centre + reach

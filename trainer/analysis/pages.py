@@ -1,6 +1,7 @@
 """Pages for people: one HTML file that loads nothing from outside. Text is escaped here and nowhere else."""
 
 import base64
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -8,6 +9,8 @@ from importlib import resources
 from pathlib import Path
 
 from trainer.runtime.files import atomic
+
+HYPHEN_BEFORE_NUMBER = re.compile(r"(?:(?<=^)|(?<=[\s\[(]))-(?=\.?\d)")
 
 
 @dataclass(frozen=True)
@@ -20,8 +23,9 @@ class Text:
 
 @dataclass(frozen=True)
 class Table:
-    """Cells are text; those that begin with "!" are marked (the sign is not shown). The first column and
-    columns of words stand left, numbers right. words: all of it is prose, whose lines may break."""
+    """Cells are text; those that begin with "!" are marked (the sign is not shown), and a hyphen before a
+    number is shown as a minus. The first column and columns of words stand left, numbers right. No head: no
+    heading row. words: all of it is prose, whose lines may break."""
 
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -101,15 +105,17 @@ def _picture(picture: Picture) -> str:
 
 
 def _table(table: Table) -> str:
-    left = [_holds_words([row[column] for row in table.rows]) for column in range(len(table.head))]
+    width = len(table.head) or len(table.rows[0])
+    left = [_holds_words([row[column] for row in table.rows]) for column in range(width)]
     head = "".join(
         f'<th scope="col"{" class=left" if is_left else ""}>{escape(name)}</th>'
-        for name, is_left in zip(table.head, left, strict=True)
+        for name, is_left in zip(table.head, left, strict=False)
     )
+    head = f"<thead><tr>{head}</tr></thead>" if table.head else ""
     rows = "".join(f"<tr>{''.join(map(_cell, row, left))}</tr>" for row in table.rows)
     caption = f"<caption>{escape(table.caption)}</caption>" if table.caption else ""
     kind = " class=words" if table.words else ""
-    inner = f"<table{kind}>{caption}<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+    inner = f"<table{kind}>{caption}{head}<tbody>{rows}</tbody></table>"
     return f'<div class=scroll tabindex="0" role=region aria-label="Table">{inner}</div>'
 
 
@@ -122,4 +128,5 @@ def _cell(text: str, is_left: bool) -> str:
     marked = text.startswith("!")
     kinds = " ".join(kind for kind, holds in (("marked", marked), ("left", is_left)) if holds)
     attribute = f' class="{kinds}"' if kinds else ""
-    return f"<td{attribute}>{escape(text[1:] if marked else text)}</td>"
+    shown = HYPHEN_BEFORE_NUMBER.sub("−", text[1:] if marked else text)
+    return f"<td{attribute}>{escape(shown)}</td>"

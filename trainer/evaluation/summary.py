@@ -133,6 +133,11 @@ def short(value: float) -> str:
     return text.replace("0.", ".", 1) if text.lstrip("-").startswith("0.") else text
 
 
+def metric_title(metric: str) -> str:
+    """ndcg@10 → NDCG@10, as headings and pictures have it."""
+    return metric.replace("ndcg", "NDCG").replace("recall", "Recall").replace("mrr", "MRR")
+
+
 def signed(value: float) -> str:
     """Of a difference: +.029, -.355."""
     return f"{'+' if value > 0 else ''}{short(value)}"

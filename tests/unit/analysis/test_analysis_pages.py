@@ -35,3 +35,8 @@ def test_a_marked_cell_loses_its_sign(tmp_path: Path) -> None:
     text = write_page(tmp_path / "p.html", "t", "l", [Section("s", [Table(["a"], [["!5"]])])]).read_text()
     assert '<td class="marked">5</td>' in text
     assert "<nav" not in text  # of one section
+
+
+def test_a_hyphen_before_a_number_is_a_minus_and_a_table_may_have_no_head() -> None:
+    text = page("t", "", [Section("s", [Table((), [["flan-t5", "-.021 [-0.0010, +0.0007]"]])])])
+    assert "−.021 [−0.0010, +0.0007]" in text and "flan-t5" in text and "<thead>" not in text

@@ -108,6 +108,22 @@ def test_curves_carry_points_bands_and_names():
     assert [names[name].get_color() for name in names] == [line.get_color() for line in axes.lines]
 
 
+def test_what_is_nearly_constant_looks_so():
+    (axes,) = panels(curves_with_intervals({"m": [Curve("a", [1, 2], [0.5, 0.501])]}, "step", least_span=0.2))
+    bottom, top = axes.get_ylim()
+    assert top - bottom == pytest.approx(0.2) and bottom < 0.5 < top
+    (axes, *_) = panels(heat_map([[0.5, 0.501]], ["a"], ["x", "y"], "t", least_span=0.2))
+    assert axes.images[0].get_clim() == pytest.approx((0.4005, 0.6005))
+
+
+def test_long_names_leave_room_for_bars_and_title():
+    figure = bars_with_intervals({"Recommendation: NDCG@10": [Bar("without hold-out of the CF table", 0.3)]})
+    figure.canvas.draw()
+    (axes,) = panels(figure)
+    title = axes.get_tightbbox()
+    assert title.x0 >= 0 and title.x1 <= figure.bbox.width
+
+
 def test_names_of_curves_do_not_touch():
     assert spread([0.0, 10.0], 1.0) == [0.0, 10.0]
     assert spread([5.0, 5.0, 5.0], 1.0) == [4.0, 5.0, 6.0]

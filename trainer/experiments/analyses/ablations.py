@@ -6,7 +6,7 @@ from typing import Any
 
 from trainer.analysis.drawing import Bar, bars_with_intervals, write_figure
 from trainer.analysis.pages import Picture, Section, Table, Text
-from trainer.evaluation.summary import short
+from trainer.evaluation.summary import metric_title, short
 from trainer.experiments.analyses.groups import grouped, results, seeds_note, settings_label
 from trainer.experiments.analyses.options import TASK_TITLES, Notify, Options, need_runs
 
@@ -16,7 +16,7 @@ KNOWN: dict[str, dict[str, str]] = {
     "model.views": {"semantic": "without CF view", "cf": "without semantic view"},
     "model.soft_filter": {"False": "without soft filter"},
     "model.contrastive_weight": {"0.0": "without contrastive term"},
-    "model.variant": {"paper": "without product slots, position, task"},
+    "model.variant": {"paper": "the paper's equations"},
     "model.cf_holdout": {"none": "without hold-out of the CF table"},
     "model.evidence": {"False": "without evidence"},
     "model.mined_negatives": {"0": "without mined negatives"},
@@ -52,10 +52,18 @@ def section(document: dict[str, Any], folder: Path) -> Section:
             found = row["tasks"][task]
             value = found[metric]
             bar = Bar(row["label"], value["value"], value["low"], value["high"], task)
-            metrics.setdefault(f"{title}: {metric}", []).append(bar)
+            metrics.setdefault(f"{title}: {metric_title(metric)}", []).append(bar)
             table.append([title, row["label"], str(len(row["runs"])), *difference_cells(found, metric)])
     path = write_figure(bars_with_intervals(metrics), folder / WHAT)[1]
-    head = ["task", "system", "seeds", metric, "95 % interval", "difference in NDCG@10", "p (Holm)"]
+    head = [
+        "task",
+        "system",
+        "seeds",
+        metric_title(metric),
+        "95 % interval",
+        "difference in NDCG@10",
+        "p (Holm)",
+    ]
     return Section(
         "Ablations (Figure 4)",
         [
@@ -77,4 +85,4 @@ def difference_cells(found: Mapping[str, Any], metric: str) -> list[str]:
         return [*cells, "", ""]
     mark = "!" if against["p_holm"] < 0.05 else ""
     numbers = (f"{against[key]:+.4f}" for key in ("difference", "low", "high"))
-    return [*cells, mark + "{} [{}, {}]".format(*numbers), f"{against['p_holm']:.3f}"]
+    return [*cells, mark + "{} [{}, {}]".format(*numbers), short(against["p_holm"])]

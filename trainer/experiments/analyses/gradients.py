@@ -31,6 +31,7 @@ from trainer.runs.run_folder import RunFolder
 
 WHAT = "gradients"
 BATCH_EVENTS = 64
+COSINE_SPAN = 0.2  # that a picture shows at least: hundredths are noise
 MAX_EVENTS = 512  # of each task; its gradient is a mean over them
 
 
@@ -133,7 +134,8 @@ def section(document: dict[str, Any], folder: Path) -> Section:
             label = f"{point['step']:,}{' (best)' if point['best'] else ''}"
             rows.append([name, label, *(_number(value) for value in numbers)])
     if curves:
-        figure = curves_with_intervals({"cosine of the two gradients, all layers": curves}, "step")
+        title = "cosine of the two gradients, all layers"
+        figure = curves_with_intervals({title: curves}, "step", least_span=COSINE_SPAN)
         path = write_figure(figure, folder / f"{WHAT}-training")[1]
         parts.append(Picture(path, "The cosine of both tasks' gradients over training, a line for each run."))
     head = ["model", "step", "cosine", "search with itself", "rec. with itself", "conflicting share"]

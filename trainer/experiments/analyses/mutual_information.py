@@ -33,6 +33,14 @@ PUBLISHED = {  # Table 1 of the paper, "Amazon" and "KuaiSAR"; it names no unit
     "kindle": {"unisar": {"src": 0.9003, "rec": 0.8739}, "gensr": {"src": 0.9378, "rec": 0.9217}},
     "kuaisar": {"unisar": {"src": 0.8514, "rec": 0.8475}, "gensr": {"src": 0.9251, "rec": 0.9168}},
 }
+DATA_TITLES = {"kindle": "Amazon Kindle Store", "kuaisar": "KuaiSAR"}
+ESTIMATORS = {
+    "plug_in": "exact",
+    "mine": "MINE",
+    "info_nce": "InfoNCE",
+    "ksg": "neighbours (KSG)",
+    "ross": "neighbours (Ross)",
+}
 TITLES = {"answer": "answer (Yes or No)", "score": "score (log-odds)", "click": "score and click"}
 
 
@@ -138,7 +146,7 @@ def section(document: dict[str, Any], folder: Path) -> Section:
         for title, layer in recorded.items()
     ]
     published = [
-        [data, title, f"{values['src']:.4f}", f"{values['rec']:.4f}"]
+        [DATA_TITLES[data], title, f"{values['src']:.4f}", f"{values['rec']:.4f}"]
         for data, models in document["published"].items()
         for title, values in (("UniSAR", models["unisar"]), ("GenSR", models["gensr"]))
     ]
@@ -172,4 +180,10 @@ def section(document: dict[str, Any], folder: Path) -> Section:
 def _cells(e: dict[str, Any]) -> list[str]:
     ceiling = "" if e["ceiling"] is None else f"{e['ceiling']:.2f}"
     restarts = ", ".join(f"{value:.3f}" for value in e["restarts"])
-    return [e["estimator"], f"{e['value']:.3f}", f"{e['low']:.3f} to {e['high']:.3f}", ceiling, restarts]
+    return [
+        ESTIMATORS[e["estimator"]],
+        f"{e['value']:.3f}",
+        f"{e['low']:.3f} to {e['high']:.3f}",
+        ceiling,
+        restarts,
+    ]

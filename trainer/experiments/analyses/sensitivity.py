@@ -9,6 +9,7 @@ import numpy as np
 from trainer.analysis.drawing import Curve, curves_with_intervals, heat_map, write_figure
 from trainer.analysis.pages import Part, Picture, Section, Table, Text
 from trainer.errors import RunError
+from trainer.evaluation.summary import metric_title
 from trainer.experiments.analyses.ablations import difference_cells
 from trainer.experiments.analyses.groups import grouped, results, seeds_note
 from trainer.experiments.analyses.options import TASK_TITLES, Notify, Options, need_runs
@@ -45,7 +46,7 @@ def section(document: dict[str, Any], folder: Path) -> Section:
         for task, title in TASK_TITLES.items():
             line = _line(rows, key, base, task, metric)
             if line is not None:
-                metrics[f"{title}: {metric}"] = [line]
+                metrics[f"{title}: {metric_title(metric)}"] = [line]
         if metrics:
             name = key.rpartition(".")[2]
             figure = curves_with_intervals(metrics, _label(key))
@@ -57,8 +58,10 @@ def section(document: dict[str, Any], folder: Path) -> Section:
             if grid is not None:
                 values, ys, xs = grid
                 rows_are, columns_are = map(_label, keys)
-                caption = f"{title}: {metric}; rows {rows_are}, columns {columns_are}"
-                figure = heat_map(values, ys, xs, caption, decimals=3)
+                caption = f"{title}: {metric_title(metric)}; rows {rows_are}, columns {columns_are}"
+                # without this the last digit of one run would span all colours
+                span = _interval_width(rows, task, metric)
+                figure = heat_map(values, ys, xs, caption, decimals=3, least_span=span)
                 path = write_figure(figure, folder / f"{WHAT}-map-{task}")[1]
                 parts.append(Picture(path, f"{title}: {metric} for each pair of {keys[0]} and {keys[1]}."))
     table = [
@@ -68,8 +71,14 @@ def section(document: dict[str, Any], folder: Path) -> Section:
         if task in row["tasks"]
     ]
     symbols = [SYMBOLS.get(key, key) for key in keys]
-    head = ["task", *symbols, metric, "95 % interval", "difference from the first", "p (Holm)"]
+    head = ["task", *symbols, metric_title(metric), "95 % interval", "difference from the first", "p (Holm)"]
     return Section("Sensitivity (Figure 5)", [*parts, Table(head, table)])
+
+
+def _interval_width(rows: Sequence[Mapping[str, Any]], task: str, metric: str) -> float:
+    """The mean over runs of the task."""
+    found = [row["tasks"][task][metric] for row in rows if task in row["tasks"]]
+    return float(np.mean([value["high"] - value["low"] for value in found]))
 
 
 def _label(key: str) -> str:

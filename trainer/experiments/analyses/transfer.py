@@ -11,6 +11,7 @@ from typing import Any
 from trainer.analysis.drawing import Bar, bars_with_intervals, write_figure
 from trainer.analysis.pages import Picture, Section, Table, Text
 from trainer.errors import RunError
+from trainer.evaluation.summary import metric_title
 from trainer.experiments.analyses.ablations import difference_cells
 from trainer.experiments.analyses.groups import grouped, results, seeds_note
 from trainer.experiments.analyses.options import TASK_TITLES, Notify, Options, need_runs
@@ -61,14 +62,14 @@ def section(document: dict[str, Any], folder: Path) -> Section:
             if task in row["tasks"] and row["label"] != ONLY[OTHER[task]]:
                 found = row["tasks"][task][metric]
                 bar = Bar(row["label"], found["value"], found["low"], found["high"], task)
-                metrics.setdefault(f"{title}: {metric}", []).append(bar)
+                metrics.setdefault(f"{title}: {metric_title(metric)}", []).append(bar)
     path = write_figure(bars_with_intervals(metrics), folder / WHAT)[1]
     table = [
         [TASK_TITLES[task], *difference_cells(found, metric)]
         for task, found in document["gains"].items()
         if found
     ]
-    head = ["task", f"{metric} of both", "95 % interval", "both − single, NDCG@10", "p"]
+    head = ["task", f"{metric_title(metric)} of both", "95 % interval", "both − single, NDCG@10", "p"]
     return Section(
         "Does one task help the other?",
         [

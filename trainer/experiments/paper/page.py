@@ -7,7 +7,7 @@ from typing import Any
 
 from trainer.analysis.pages import Part, Section, Table, Text, write_page
 from trainer.errors import DataError
-from trainer.evaluation.summary import TASK_TITLES, short, signed
+from trainer.evaluation.summary import TASK_TITLES, metric_title, short, signed
 from trainer.experiments.analyses import ANALYSES, load_section
 from trainer.experiments.paper.budget import of_seeds
 from trainer.experiments.paper.plan import PaperPlan
@@ -63,7 +63,7 @@ def _what_was_run(plan: PaperPlan, table: Mapping[str, Any]) -> Section:
         ["time in training", f"{trained / 3600:.2f} hours"],
         ["gensr", str(table["gensr_version"])],
     ]
-    parts: list[Part] = [Table(["", ""], rows, words=True)]
+    parts: list[Part] = [Table((), rows, words=True)]
     parts += [Text(line, warning=True) for line in plan.trust]
     return Section("What was run, and how far to trust it", parts)
 
@@ -112,7 +112,7 @@ def _results(table: Mapping[str, Any], kind: str, task: str, rows: Sequence[Mapp
     published = kind == "sampled" and any(row["published"].get(task) for row in rows)
     head = ["system"]
     for metric in METRICS:
-        head += [metric, *(["paper"] if published else [])]
+        head += [metric_title(metric), *(["paper"] if published else [])]
     head += ["NDCG@10 vs best other", "p (Holm)"]
     lines = []
     for row in rows:
@@ -129,8 +129,8 @@ def _results(table: Mapping[str, Any], kind: str, task: str, rows: Sequence[Mapp
         lines.append(cells)
     parts: list[Part] = [
         Text(
-            f"{table['num_events'][kind][task]:,} test events, means over seeds ± half of the 95 % t "
-            "interval."
+            f"{table['num_events'][kind][task]:,} test events, "
+            + ("means over seeds ± half of the 95 % t interval." if table["seeds"] > 1 else "one seed.")
         ),
         Table(head, lines),
     ]

@@ -8,7 +8,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from trainer.evaluation.summary import TASK_TITLES, short, signed
+from trainer.evaluation.summary import TASK_TITLES, metric_title, short, signed
 from trainer.runtime.files import atomic
 
 Row = Mapping[str, Any]
@@ -87,7 +87,11 @@ def budget_line(budget: Mapping[str, Any]) -> str:
 def _markdown_block(document: Mapping[str, Any], kind: str, task: str, rows: Sequence[Row]) -> list[str]:
     metrics = document["metrics"]
     published = kind == "sampled" and any(task in row["published"] for row in rows)
-    head = ["system", *(_title(name) for name in metrics), *(["published NDCG@10"] if published else [])]
+    head = [
+        "system",
+        *(metric_title(name) for name in metrics),
+        *(["published NDCG@10"] if published else []),
+    ]
     head += ["vs best", "parameters", "training s", "scoring s"]
     lines = [
         f"## {TASK_TITLES[task]}, {CANDIDATE_TITLES[kind]} ({document['num_events'][kind][task]:,} events)",
@@ -109,10 +113,6 @@ def _markdown_block(document: Mapping[str, Any], kind: str, task: str, rows: Seq
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
-
-
-def _title(metric: str) -> str:
-    return metric.replace("ndcg", "NDCG").replace("recall", "Recall").replace("mrr", "MRR")
 
 
 def _value(result: Mapping[str, Any]) -> str:
