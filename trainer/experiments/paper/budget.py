@@ -37,8 +37,9 @@ class Budget:
         if self.variant_seeds < 3:
             said.append("Ablations and sensitivity have few seeds: read large differences only.")
         if self.epochs:
+            epochs = "1 epoch" if self.epochs == 1 else f"{self.epochs:g} epochs"
             said.append(
-                f"GenSR trains for {self.epochs:g} epochs instead of what its preset says, and no system "
+                f"GenSR trains for {epochs} instead of what its preset says, and no system "
                 "for longer: those that learn slowly look worse than they are, and none is at its best."
             )
         if not self.trials:
