@@ -20,6 +20,7 @@ from data_shards.settings import to_yaml
 from trainer.analysis.figures import read_records
 from trainer.bench.data import commit, hardware
 from trainer.configs import load_config
+from trainer.evaluation.summary import short, signed
 from trainer.experiments.pool import Pool, Steps, interruptible
 from trainer.experiments.table.cells import Cell
 from trainer.experiments.table.run import submit_cells
@@ -100,7 +101,7 @@ def main() -> None:
     print(
         f"{args.preset}, {args.steps} steps, {args.seeds} seeds, {events} validation events, sampled NDCG@10"
     )
-    print(f"commit {commit()}; {hardware()}\n")
+    print("commit {}; {cpu}, {cores} cores\n".format(commit(), **hardware()))
     print("| | " + " | ".join(f"{title} | difference" for title in METRICS.values()) + " |")
     print("|---|" + "---|" * 2 * len(METRICS))
     base = {metric: values_of(cells[PRESET], metric) for metric in METRICS}
@@ -108,9 +109,9 @@ def main() -> None:
         row = [title]
         for metric in METRICS:
             values = values_of(of_variant, metric)
-            row.append(f"{values.mean():.3f} ± {half_interval(values):.3f}")
+            row.append(f"{short(values.mean())} ± {short(half_interval(values))}")
             apart = values - base[metric]
-            row.append("" if title == PRESET else f"{apart.mean():+.3f} ± {half_interval(apart):.3f}")
+            row.append("" if title == PRESET else f"{signed(apart.mean())} ± {short(half_interval(apart))}")
         print("| " + " | ".join(row) + " |")
 
 
