@@ -14,16 +14,16 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from scipy import stats
 
 from data_shards.settings import to_yaml
 from trainer.analysis.figures import read_records
+from trainer.analysis.significance import seed_interval
 from trainer.bench.data import commit, hardware
 from trainer.configs import load_config
 from trainer.evaluation.summary import short, signed
-from trainer.experiments.pool import Pool, Steps, interruptible
+from trainer.experiments.pool import interruptible
 from trainer.experiments.table.cells import Cell
-from trainer.experiments.table.run import submit_cells
+from trainer.experiments.table.run import run_cells
 from trainer.runtime.files import atomic
 
 PRESET = "as the preset"
@@ -63,10 +63,10 @@ def last_validation(run_dir: Path, metric: str) -> float:
 
 def half_interval(values: np.ndarray) -> float:
     """Of the mean, 95 %, t distribution; nan for one value."""
-    number = len(values)
-    if number < 2:
+    if len(values) < 2:
         return float("nan")
-    return float(stats.t.ppf(0.975, number - 1) * values.std(ddof=1) / np.sqrt(number))
+    found = seed_interval(values.tolist())
+    return (found.high - found.low) / 2
 
 
 def main() -> None:
@@ -89,12 +89,9 @@ def main() -> None:
     with atomic(args.out / "settings.yaml") as temporary:
         temporary.write_text(to_yaml(config), encoding="utf-8")
     cells = cells_of(args, args.out / "settings.yaml")
-    errors: dict[str, str] = {}
-    with interruptible(), Pool(args.jobs) as pool:
-        every = {cells[title][seed].name: cells[title][seed] for seed in range(args.seeds) for title in cells}
-        steps = Steps(len(every), lambda line: print(line, file=sys.stderr, flush=True), pool.jobs)
-        submit_cells(every, (), 0, steps, errors, pool)
-        pool.wait()
+    every = {cells[title][seed].name: cells[title][seed] for seed in range(args.seeds) for title in cells}
+    with interruptible():
+        errors = run_cells(every, (), 0, args.jobs, lambda line: print(line, file=sys.stderr, flush=True))
     if errors:
         sys.exit("\n".join(f"{name}: {error}" for name, error in errors.items()))
     events = config.run.valid_events

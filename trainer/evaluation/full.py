@@ -48,7 +48,7 @@ from trainer.serving.retrieval import (
     run_retrieval,
     silent,
 )
-from trainer.serving.retriever import Retriever, open_retriever
+from trainer.serving.retriever import Retriever, chosen_retriever, open_retriever
 from trainer.serving.users import ClickLog, read_clicks
 
 MAX_EVENTS = 2000
@@ -96,7 +96,7 @@ def evaluate_full(
     # as many pairs at once as on sampled candidates
     batch_size = max(1, config.run.eval_batch_size * (1 + manifest.num_negatives) // NUM_CANDIDATES)
     stream = EvalStream(folder, split, config.data, batch_size, max_events=max_events, tasks=model.tasks)
-    chosen = config.serving.retriever if retriever is None else retriever
+    chosen = chosen_retriever(config, retriever)
     other = open_retriever(
         *(chosen, RunFolder(run_dir).model, task_names(model), folder.item_ids(), retrieval, device, notify)
     )

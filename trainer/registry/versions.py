@@ -50,7 +50,7 @@ from trainer.runtime.files import atomic
 from trainer.serving.artifacts import write_items
 from trainer.serving.recommend import SETTINGS, Recommender
 from trainer.serving.retrieval import Notify, run_retrieval, silent
-from trainer.serving.retriever import Retriever, open_retriever
+from trainer.serving.retriever import Retriever, chosen_retriever, open_retriever
 from trainer.serving.scorer import Scorer
 from trainer.tracking.about import about_run
 from trainer.tracking.store import (
@@ -118,7 +118,7 @@ def register(
     refuse_unservable(scorer.model, run_dir)
     indexes = run_retrieval(run_dir, scorer.model, notify, must_be_kept=True)
     facts = run_facts(run_dir, config, folder.manifest, scorer.model.tasks)
-    chosen = config.serving.retriever if retriever is None else retriever
+    chosen = chosen_retriever(config, retriever)
     other = open_retriever(
         *(chosen, RunFolder(run_dir).model, facts["tasks"], scorer.item_ids, indexes), notify=notify
     )

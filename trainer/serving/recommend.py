@@ -36,17 +36,14 @@ from trainer.serving.artifacts import read_serving_facts
 from trainer.serving.requests import ParsedRequest, is_absent
 from trainer.serving.retrieval import (
     NO_ROWS,
-    RETRIEVAL,
     Notify,
     Retrieval,
     best_scored,
-    build_retrieval,
-    load_retrieval,
-    model_identity,
     run_retrieval,
     silent,
+    version_retrieval,
 )
-from trainer.serving.retriever import Retriever, open_retriever
+from trainer.serving.retriever import Retriever, chosen_retriever, open_retriever
 from trainer.serving.scorer import Scorer
 from trainer.serving.users import Users, open_users
 
@@ -100,7 +97,7 @@ class Recommender:
         config = load_run_config(run_dir)
         folder = PreparedFolder.open(config.data)
         facts = {"run": str(run_dir), "manifest_hash": folder.manifest.hash}
-        chosen = config.serving.retriever if retriever is None else retriever
+        chosen = chosen_retriever(config, retriever)
         other = _retriever_for(scorer, chosen, RunFolder(run_dir).model, retrieval, device, notify)
         return cls(scorer, retrieval, facts, folder.catalog / "items.parquet", Users(folder), other)
 
@@ -118,10 +115,7 @@ class Recommender:
         the version holds, if any."""
         folder = Path(folder)
         scorer = Scorer.from_artifacts(folder, device)
-        identity = model_identity(folder / "model")
-        retrieval = load_retrieval(folder / RETRIEVAL, scorer.model, identity) or build_retrieval(
-            scorer.model, notify
-        )
+        retrieval = version_retrieval(folder, scorer.model, notify)
         serving = read_serving_facts(folder / "items")
         facts = version_of(folder.parent) | {key: serving[key] for key in ("manifest_hash", "commit")}
         users = open_users(

@@ -317,6 +317,13 @@ def model_identity(model_dir: Path) -> str:
     return f"{file_sha256(document_path(model_dir))}-{file_sha256(model_dir / 'model.safetensors')}"
 
 
+def version_retrieval(folder: Path, model: Ranker, notify: Notify = silent) -> Retrieval | None:
+    """The indexes among the artifacts of a version, FOLDER/model and FOLDER/retrieval; built when they are
+    missing, or of other weights. None for a model without views."""
+    found = load_retrieval(folder / RETRIEVAL, model, model_identity(folder / "model"))
+    return found or build_retrieval(model, notify)
+
+
 def run_retrieval(
     run_dir: Path, model: Ranker, notify: Notify = silent, must_be_kept: bool = False
 ) -> Retrieval | None:

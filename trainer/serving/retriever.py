@@ -17,6 +17,7 @@ from torch import Tensor
 
 from data_shards.schema import TASKS
 from trainer.batch import Batch
+from trainer.config import Config
 from trainer.data.folder import PreparedFolder
 from trainer.errors import ConfigError, DataError, RequestError, RunError
 from trainer.models.contract import task_names
@@ -34,12 +35,11 @@ from trainer.serving.retrieval import (
     Notify,
     Retrieval,
     best_scored,
-    build_retrieval,
-    load_retrieval,
     model_identity,
     questions_of,
     run_retrieval,
     silent,
+    version_retrieval,
 )
 from trainer.serving.scorer import Scorer
 
@@ -76,9 +76,7 @@ class Retriever:
     def from_artifacts(cls, folder: Path, device: str | None = None) -> "Retriever":
         """What save() wrote."""
         scorer = Scorer.from_artifacts(folder, device)
-        identity = model_identity(folder / "model")
-        retrieval = load_retrieval(folder / RETRIEVAL, scorer.model, identity)
-        retrieval = retrieval or build_retrieval(scorer.model)
+        retrieval = version_retrieval(folder, scorer.model)
         return cls(scorer, retrieval, read_serving_facts(folder / "items")[RETRIEVER])
 
     def save(self, folder: Path) -> None:
@@ -140,6 +138,11 @@ def _best_known(scores_I: Tensor, num_items: int, exclude: Sequence[int]) -> np.
 
 
 # ---- which retriever, and whether it fits ------------------------------------------------------------------
+
+
+def chosen_retriever(config: Config, asked: str | Path | None) -> str | Path:
+    """What is asked for goes before the run's own serving.retriever; "" is none."""
+    return config.serving.retriever if asked is None else asked
 
 
 def open_retriever(

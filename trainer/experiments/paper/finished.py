@@ -11,10 +11,10 @@ from typing import Any
 from data_shards.settings import read_yaml
 from trainer.errors import ConfigError
 from trainer.experiments.table.plan import Request
+from trainer.models.zoo import GENSR
 from trainer.runs.run_folder import read_json
 from trainer.runtime.files import atomic
 
-GENSR = "gensr"
 FILES = ("table.json", "table.md", "table.csv", "table.html")
 
 

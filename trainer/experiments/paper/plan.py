@@ -24,13 +24,13 @@ from trainer.experiments.costs import (
     wall_s,
 )
 from trainer.experiments.paper.budget import LEVELS, WHOLE, Budget
-from trainer.experiments.paper.finished import GENSR, FinishedTable, lines_within
+from trainer.experiments.paper.finished import FinishedTable, lines_within
 from trainer.experiments.pool import environments
 from trainer.experiments.table.budget import epochs_within
 from trainer.experiments.table.cells import Cell
 from trainer.experiments.table.plan import Request
 from trainer.experiments.table.tuning import words_of
-from trainer.models.zoo import model_class, model_names
+from trainer.models.zoo import GENSR, model_class, model_names
 from trainer.runs.run_folder import read_json
 from trainer.runtime.files import atomic
 

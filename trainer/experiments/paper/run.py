@@ -17,11 +17,11 @@ from trainer.experiments.paper.plan import (
     make_plan,
     size_of_data,
 )
-from trainer.experiments.pool import Pool, Steps, environments, interruptible
+from trainer.experiments.pool import environments, interruptible
 from trainer.experiments.submit import Machines, Submission
 from trainer.experiments.table import make_table
 from trainer.experiments.table.cells import is_done
-from trainer.experiments.table.run import first_line, submit_cells
+from trainer.experiments.table.run import first_line, run_cells
 from trainer.runs.run_folder import read_json
 from trainer.runtime.files import atomic
 from trainer.runtime.progress import Notify, StageLines
@@ -98,12 +98,7 @@ def _raw(request: PaperRequest, notify: Notify) -> None:
 def run_variants(plan: PaperPlan, errors: dict[str, str], notify: Notify) -> None:
     """GenSR with other settings, on sampled candidates. A failure goes into `errors`."""
     cells = {cell.name: cell for cell in plan.cells()}
-    failed: dict[str, str] = {}
-    with Pool(plan.request.jobs) as pool:
-        steps = Steps(len(cells), notify, pool.jobs)
-        submit_cells(cells, VARIANT_CANDIDATES, plan.budget.events, steps, failed, pool)
-        pool.wait()
-    errors.update({name: failed[name] for name in cells if name in failed})
+    errors.update(run_cells(cells, VARIANT_CANDIDATES, plan.budget.events, plan.request.jobs, notify))
 
 
 def run_analyses(plan: PaperPlan, errors: dict[str, str], notify: Notify) -> None:

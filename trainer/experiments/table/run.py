@@ -115,6 +115,17 @@ def submit_cells(
             pool.submit(partial(make, name, cell), place)
 
 
+def run_cells(
+    cells: Mapping[str, Cell], candidates: Sequence[str], events: int, jobs: int, notify: Notify
+) -> dict[str, str]:
+    """submit_cells() to a pool of their own → the failures, in the order of the cells."""
+    failed: dict[str, str] = {}
+    with Pool(jobs) as pool:
+        submit_cells(cells, candidates, events, Steps(len(cells), notify, jobs), failed, pool)
+        pool.wait()
+    return {name: failed[name] for name in cells if name in failed}
+
+
 def cells_of(request: Request, model: str, tuned: Mapping[str, Any]) -> list[Cell]:
     """One cell a seed. tuned: settings on top of the file's."""
     cells = []
