@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 DECAY, SHRINK, STEPS, STEP_DECAY, LOUDNESS = 0.8, 10, 3, 0.5, 30
+NOW_DECAY, NOW_PRIOR, USUAL_PRIOR = 0.5, 0.2, 3
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,11 @@ class SlowEvidence:
             sum(item in of_user for of_user in self.clicked.values()) for item in range(self.num_items)
         ]
         self.clicks = [sum(row.count(item) for row in self.sequences) for item in range(self.num_items)]
-        self.near = [self._nearest(self._common(item), num_neighbours) for item in range(self.num_items)]
-        self.follow = [self._nearest(self._after(item), num_neighbours) for item in range(self.num_items)]
+        self.num_neighbours = num_neighbours
+        self.all_near = [self._common(item) for item in range(self.num_items)]
+        self.all_follow = [self._after(item) for item in range(self.num_items)]
+        self.near = [self._nearest(found, num_neighbours) for found in self.all_near]
+        self.follow = [self._nearest(found, num_neighbours) for found in self.all_follow]
         self.idf = self._idf()
 
     # ---- counting ------------------------------------------------------------------------------------------
@@ -85,6 +89,15 @@ class SlowEvidence:
         order = sorted(found, key=lambda other: (-found[other][1], other))
         return {other: found[other][0] for other in order[:number]}
 
+    def _stays(self, found: dict[int, tuple[float, float]], candidate: int, similarity: float) -> bool:
+        """Whether a candidate with another similarity would be among the nearest."""
+        before = 0
+        for other, (_, its) in found.items():
+            if other != candidate:
+                equal = math.isclose(its, similarity, rel_tol=1e-6)
+                before += other < candidate if equal else its > similarity
+        return before < self.num_neighbours
+
     def _idf(self) -> dict[int, float]:
         holding = Counter(term for terms in self.catalogue.item_terms for term in set(terms))
         terms = holding.keys() | {term for query in self.catalogue.query_terms for term in query}
@@ -107,7 +120,14 @@ class SlowEvidence:
     def common(self, item: int, candidate: int, own: bool) -> float:
         """Users who clicked both, as far as the candidate is among the item's nearest. own: the event's own
         click of the candidate is among the counts, and does not count."""
-        return max(self.near[item].get(candidate, 0) - own, 0)
+        common = max(self.near[item].get(candidate, 0) - own, 0)
+        if own and not self._stays(self.all_near[item], candidate, self._similar(item, candidate, common, own)):
+            return 0
+        return common
+
+    def _similar(self, item: int, candidate: int, common: float, own: bool) -> float:
+        users = max(self.users[candidate] - own, 1)
+        return common / (math.sqrt(self.users[item] * users) + SHRINK)
 
     def numbers(
         self,
@@ -123,13 +143,13 @@ class SlowEvidence:
         total = sum(weight for _, _, weight in weighted)
         near = near_newest = after = after_newest = taste = words = 0.0
         for item, age, weight in weighted:
-            similar = self.common(item, candidate, own) / (
-                math.sqrt(self.users[item] * max(users, 1)) + SHRINK
-            )
+            similar = self._similar(item, candidate, self.common(item, candidate, own), own)
             here = self.follow[item].get(candidate, 0)
             if own and age < STEPS:
                 here = max(here - STEP_DECAY**age, 0)
             following = here / math.sqrt(max(self.clicks[item] * clicks, 1))
+            if own and not self._stays(self.all_follow[item], candidate, following):
+                following = 0.0
             near, after = near + weight * similar, after + weight * following
             if age == 0:
                 near_newest, after_newest = similar, following
@@ -151,7 +171,22 @@ class SlowEvidence:
             float(last),
             covered,
             float(users == 0),
+            *self.categories(history, candidate, own),
         ]
+
+    def categories(self, history: Sequence[int], candidate: int, own: bool) -> list[float]:
+        """The last two rows of the table."""
+        of_item = [([0] + [level for level in path if level])[-1] for path in self.catalogue.item_categories]
+        here = of_item[candidate]
+        inside = sum(users for users, other in zip(self.users, of_item, strict=True) if other == here) - own
+        g = (1 + inside) / (1 + sum(self.users) - own)
+        shares = []
+        for decay, prior in ((NOW_DECAY, NOW_PRIOR), (1.0, USUAL_PRIOR)):
+            weights = [(decay**age, of_item[item]) for item, age, _ in self.weighted_history(history)]
+            same = sum(weight for weight, other in weights if other == here and here)
+            shares.append((same + prior * g) / (sum(weight for weight, _ in weights) + prior))
+        popularity = (1 + self.users[candidate] - own) / (1 + inside)
+        return [*(math.log(1 + 100 * share) for share in shares), math.log(100 * popularity), math.log(100 * g)]
 
     def shared_words(self, item: int, candidate: int) -> float:
         one, other = (set(self.catalogue.item_terms[row]) - {0} for row in (item, candidate))

@@ -1,11 +1,11 @@
 """What counting knows of an event and a candidate, as numbers (model.evidence): neighbours and followers of
-the history, popularity, taste, shared words, the query's category.
+the history, popularity, taste, shared words, categories of the history and of the query.
 
 LightGCN's vectors have lost order and co-purchase, and a small language model cannot count words; here they
 are handed over. Everything is counted from training clicks and the catalogue, once (`Evidence.fit`).
 
 A training event is looked at as a test event is, without its own click: it is taken out of the counts of the
-clicked item, as the CF table of its fold never saw it.
+clicked item, and out of the reasons for being among the nearest, as the CF table of its fold never saw it.
 
 Letters: trainer/README.md; F numbers, M neighbours of an item, T tokens of an item's text.
 """
@@ -28,12 +28,16 @@ from trainer.models.layers.neighbours import common_users, followers, keep_neare
 if TYPE_CHECKING:
     from trainer.models.contract import World
 
-NUM_FEATURES = 14
+NUM_FEATURES = 18
 DECAY = 0.8  # weight of a history item for each newer one
+NOW_DECAY = 0.5  # the same where what a user has in mind counts: of categories
+NOW_PRIOR, USUAL_PRIOR = 0.2, 3.0  # history items that everyone's clicks stand for beside the user's own
 SHRINK = 10.0  # users that are added to the denominator of a similarity
 STEPS, STEP_DECAY = 3, 0.5  # how far behind an item another still follows it, and its weight for each step
 HIDDEN = 16  # half of the units of the head's network; both tasks read all of them
+PERCENT = 100.0
 LOUDNESS = 30.0  # log(1 + 30 x): similarities lie between 0.003 and 0.3
+ROUNDING = 1e-6  # of similarities that are equal
 ROWS_AT_ONCE = 4096  # items whose tokens are counted together
 HASH_A, HASH_B = 0x9E3779B97F4A7C1, 0xBF58476D1CE4E5B  # odd factors of mixed()
 
@@ -55,9 +59,16 @@ class Evidence(nn.Module):
     near_users: Tensor  # [I, M] float32, how many users clicked both
     follow: Tensor  # [I, M] int32, items clicked soon after, ascending; I = none
     follow_weight: Tensor  # [I, M] float32, Σ STEP_DECAY^(k − 1)
+    # the best that an item had no room for: what it is, int32, and its similarity, float32; I and −1 = all
+    # found room
+    near_refused: Tensor  # [I]
+    near_refused_by: Tensor  # [I]
+    follow_refused: Tensor  # [I]
+    follow_refused_by: Tensor  # [I]
     users: Tensor  # [I] float32, users who clicked an item
     clicks: Tensor  # [I] float32, its clicks; a search and a recommendation at one time are one
     idf: Tensor  # [num_terms + 1] float32, 0 for padding
+    category_users: Tensor  # [1 + num_categories] float32, Σ users of the items whose last category it is
     category_key: Tensor  # [1 + num_categories] int64, hash of a category's words as query tokens; 0: none
 
     def __init__(self, num_neighbours: int, world: "World") -> None:
@@ -66,11 +77,14 @@ class Evidence(nn.Module):
         shape = (num_items, min(num_neighbours, max(num_items - 1, 1)))
         for name in ("near", "follow"):
             self.register_buffer(name, torch.full(shape, num_items, dtype=torch.int32))
+            self.register_buffer(f"{name}_refused", torch.full((num_items,), num_items, dtype=torch.int32))
+            self.register_buffer(f"{name}_refused_by", torch.full((num_items,), -1.0))
         for name in ("near_users", "follow_weight"):
             self.register_buffer(name, torch.zeros(shape))
         self.register_buffer("users", torch.zeros(num_items))
         self.register_buffer("clicks", torch.zeros(num_items))
         self.register_buffer("idf", torch.zeros(world.num_terms + 1))
+        self.register_buffer("category_users", torch.zeros(1 + world.num_categories))
         self.register_buffer("category_key", torch.zeros(1 + world.num_categories, dtype=torch.int64))
 
     # ---- counting ------------------------------------------------------------------------------------------
@@ -81,8 +95,10 @@ class Evidence(nn.Module):
         user, item = click_sequences(clicks, "all")
         self.clicks.copy_(torch.from_numpy(np.bincount(item, minlength=num_items)))
         row, other, count, share = followers(user, item, num_items, STEPS, STEP_DECAY)
-        keep_nearest(self.follow, self.follow_weight, row, other, count, share)
+        self._refuse("follow", *keep_nearest(self.follow, self.follow_weight, row, other, count, share))
         self._fit_idf(world.tables)
+        category_I = last_category(world.tables.item_category).to(self.users.device)
+        self.category_users.zero_().index_add_(0, category_I, self.users)
         if world.num_categories and world.tables.query_tokens.shape[1] and not world.num_words:
             tokenizer, width = world.tokenizer(), world.tables.query_tokens.shape[1]  # type: ignore[misc]
             keys = [0] * (1 + world.num_categories)
@@ -98,7 +114,13 @@ class Evidence(nn.Module):
         self.users.copy_(torch.from_numpy(users_I))
         for row, other, common in common_users(clicked_IU):
             similarity = common / (np.sqrt(users_I[row] * users_I[other]) + SHRINK)
-            keep_nearest(self.near, self.near_users, row, other, common, similarity)
+            refused = keep_nearest(self.near, self.near_users, row, other, common, similarity)
+            self._refuse("near", *refused)
+
+    def _refuse(self, name: str, row: np.ndarray, other: np.ndarray, by: np.ndarray) -> None:
+        at = torch.from_numpy(row)
+        self.get_buffer(f"{name}_refused")[at] = torch.from_numpy(other.astype(np.int32))
+        self.get_buffer(f"{name}_refused_by")[at] = torch.from_numpy(by.astype(np.float32))
 
     def _fit_idf(self, tables: ItemTables) -> None:
         holding = torch.zeros(len(self.idf), dtype=torch.float64)
@@ -119,13 +141,16 @@ class Evidence(nn.Module):
         clicks_BC = self.clicks[batch.candidates] - is_own_BC.float()
         common_BNC = looked_up(self.near, self.near_users, batch.history_items, batch.candidates)
         common_BNC = (common_BNC - is_own_BC[:, None].float()).clamp(min=0)
+        norm_BNC = (self.users[batch.history_items][..., None] * users_BC[:, None].clamp(min=1)).sqrt()
+        near_BNC = common_BNC / (norm_BNC + SHRINK)
+        stays_BNC = self._stays("near", batch, is_own_BC, near_BNC)
+        common_BNC, near_BNC = common_BNC * stays_BNC, near_BNC * stays_BNC
         own_step_BN = (STEP_DECAY ** age_BN.float()) * (age_BN < STEPS)
         after_BNC = looked_up(self.follow, self.follow_weight, batch.history_items, batch.candidates)
         after_BNC = (after_BNC - own_step_BN[..., None] * is_own_BC[:, None]).clamp(min=0)
-        norm_BNC = (self.users[batch.history_items][..., None] * users_BC[:, None].clamp(min=1)).sqrt()
-        near_BNC = common_BNC / (norm_BNC + SHRINK)
         norm_BNC = (self.clicks[batch.history_items][..., None] * clicks_BC[:, None]).clamp(min=1).sqrt()
         after_BNC = after_BNC / norm_BNC
+        after_BNC = after_BNC * self._stays("follow", batch, is_own_BC, after_BNC)
         words_BNC = self.shared_words(tables, batch.history_items, batch.candidates)
         with torch.autocast(cf_BCK.device.type, enabled=False):
             taste_BNC = unit(cf_BNK.float()) @ unit(cf_BCK.float()).transpose(1, 2)
@@ -152,8 +177,49 @@ class Evidence(nn.Module):
             last_BC.float(),
             covered_BC,
             (users_BC == 0).float(),
+            *self._categories(batch, tables, users_BC, is_own_BC.float(), age_BN, weight_BN > 0),
         ]
         return Seen(torch.stack(features, -1), common_BNC > 0, inside_BC, weight_BN)
+
+    def _categories(
+        self,
+        batch: Batch,
+        tables: ItemTables,
+        users_BC: Tensor,
+        is_own_BC: Tensor,
+        age_BN: Tensor,
+        counts_BN: Tensor,
+    ) -> list[Tensor]:
+        """[B, C] each: how much of the history lies in the candidate's last category, now and usually; the
+        candidate's share of its category's users, and the category's of all."""
+        category_BN, category_BC = (
+            last_category(tables.item_category[items]) for items in (batch.history_items, batch.candidates)
+        )
+        category_users_BC = self.category_users[category_BC] - is_own_BC
+        share_BC = (1 + category_users_BC) / (1 + self.users.sum() - is_own_BC)
+        same_BNC = (category_BN[..., None] == category_BC[:, None]) & (category_BC > 0)[:, None]
+
+        def of_history(weight_BN: Tensor, prior: float) -> Tensor:
+            inside_BC = (same_BNC * weight_BN[..., None]).sum(1)
+            share = (inside_BC + prior * share_BC) / (weight_BN.sum(1, keepdim=True) + prior)
+            return (PERCENT * share).log1p()
+
+        return [
+            of_history(NOW_DECAY ** age_BN.float() * counts_BN, NOW_PRIOR),
+            of_history(counts_BN.float(), USUAL_PRIOR),
+            (PERCENT * (1 + users_BC) / (1 + category_users_BC)).log(),
+            (PERCENT * share_BC).log(),
+        ]
+
+    def _stays(self, name: str, batch: Batch, is_own_BC: Tensor, by_BNC: Tensor) -> Tensor:
+        """Whether a clicked candidate would be among an item's nearest without its own click, bool [B, N, C]:
+        whether it still comes before the first that found no room. Otherwise being there would itself tell
+        which candidate was clicked. True of all others. by_BNC: similarities without the click."""
+        first_BN1 = self.get_buffer(f"{name}_refused")[batch.history_items][..., None]
+        first_by_BN1 = self.get_buffer(f"{name}_refused_by")[batch.history_items][..., None]
+        tie_BNC = (by_BNC - first_by_BN1).abs() <= ROUNDING * first_by_BN1
+        before_BNC = torch.where(tie_BNC, batch.candidates[:, None] < first_BN1, by_BNC > first_by_BN1)
+        return before_BNC | ~is_own_BC[:, None]
 
     def neighbours_of(self, event: Batch, count: int) -> list[Tensor]:
         """At most `count` neighbours and as many followers of one event's history, the nearest first by the
@@ -265,6 +331,14 @@ def history_weights(batch: Batch) -> tuple[Tensor, Tensor]:
     once[:, :-1] &= (items[:, :-1] != items[:, 1:]) | ~mask[:, 1:]
     age = (once.flip(1).cumsum(1).flip(1) - 1).clamp(min=0)
     return DECAY ** age.float() * once, age.masked_fill(~once, STEPS)
+
+
+def last_category(levels: Tensor) -> Tensor:
+    """[…, depth] categories from the root, 0 = none → […] int64, the last; 0 where there is none."""
+    if not levels.shape[-1]:
+        return levels.new_zeros(levels.shape[:-1], dtype=torch.int64)
+    last = ((levels > 0).sum(-1, keepdim=True) - 1).clamp(min=0)
+    return levels.gather(-1, last)[..., 0].long()
 
 
 def first_of_each(tokens: Tensor) -> Tensor:

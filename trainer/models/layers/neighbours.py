@@ -46,18 +46,22 @@ def keep_nearest(
     other: np.ndarray,
     value: np.ndarray,
     by: np.ndarray,
-) -> None:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Write pairs into both tables: of each row those with the largest `by`, laid out by ascending
-    neighbour."""
+    neighbour. Returns the best pair that each row had no room for: row, other, by."""
     order = np.lexsort((other, -by, row))
-    row, other, value = row[order], other[order], value[order]
-    best = np.arange(len(row)) - np.searchsorted(row, row) < neighbours_IM.shape[1]
+    row, other, value, by = row[order], other[order], value[order], by[order]
+    place = np.arange(len(row)) - np.searchsorted(row, row)
+    next_best = place == neighbours_IM.shape[1]
+    refused = row[next_best], other[next_best], by[next_best]
+    best = place < neighbours_IM.shape[1]
     row, other, value = row[best], other[best], value[best]
     order = np.lexsort((other, row))
     row, other, value = row[order], other[order], value[order]
     at = (torch.from_numpy(row), torch.from_numpy(np.arange(len(row)) - np.searchsorted(row, row)))
     neighbours_IM[at] = torch.from_numpy(other.astype(np.int32)).to(neighbours_IM.device)
     value_IM[at] = torch.from_numpy(value.astype(np.float32)).to(value_IM.device)
+    return refused
 
 
 def looked_up(neighbours_IM: Tensor, value_IM: Tensor, items_BN: Tensor, wanted_BC: Tensor) -> Tensor:
