@@ -55,15 +55,16 @@ def focus_probabilities(oracle: Oracle) -> np.ndarray:
         clicked *= np.exp(behaviour.CLICK_FOCUS * same + behaviour.CLICK_INTEREST * (own[user] > 0))
         clicked /= clicked.sum(axis=1, keepdims=True)  # [focus, topic of a click in the feed]
         searched = behaviour.SEARCH_RELATED * same + (1 - behaviour.SEARCH_RELATED) * own[user]
-        belief, now, last_search = fresh[user], slot[rows[0]], -1
-        for row in rows:
-            kept = behaviour.FOCUS_KEPT ** (slot[row] - now)
-            belief, now = kept * belief + (1 - kept) * fresh[user], slot[row]
-            found[row] = belief
-            if not clicks.search[row]:
+        belief, now = fresh[user], slot[rows[0]]
+        for moment in np.split(rows, np.nonzero(np.diff(clicks.time_ms[rows]))[0] + 1):
+            kept = behaviour.FOCUS_KEPT ** (slot[moment[0]] - now)
+            belief, now = kept * belief + (1 - kept) * fresh[user], slot[moment[0]]
+            found[moment] = belief  # clicks of one moment do not know one another, as in a history
+            if clicks.search[moment[0]]:  # one search, however many of its results are clicked
+                belief = belief * searched[:, clicks.focus[moment[0]]]
+            for row in moment[~clicks.search[moment]]:
                 belief = belief * clicked[:, topic[row]]
-            elif clicks.time_ms[row] != last_search:  # a search counts once, however many results are clicked
-                belief, last_search = belief * searched[:, clicks.focus[row]], clicks.time_ms[row]
+                belief = belief / belief.sum()
             belief = belief / belief.sum()
     return found
 

@@ -30,8 +30,13 @@ class SlowEvidence:
     """clicks: (user, item, time) of the training split, by user and time."""
 
     def __init__(
-        self, clicks: Sequence[tuple[int, int, int]], catalogue: Catalogue, num_neighbours: int
+        self,
+        clicks: Sequence[tuple[int, int, int]],
+        catalogue: Catalogue,
+        num_neighbours: int,
+        with_categories: bool,
     ) -> None:
+        self.with_categories = with_categories
         self.catalogue, self.num_items = catalogue, len(catalogue.item_terms)
         moments: dict[int, list[tuple[int, int]]] = {}
         for user, item, time in clicks:
@@ -171,7 +176,7 @@ class SlowEvidence:
             float(last),
             covered,
             float(users == 0),
-            *self.categories(history, candidate, own),
+            *(self.categories(history, candidate, own) if self.with_categories else []),
         ]
 
     def categories(self, history: Sequence[int], candidate: int, own: bool) -> list[float]:

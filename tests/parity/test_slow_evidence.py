@@ -72,6 +72,7 @@ def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         "data.weight_src=1.6",
         "model.backbone=scratch:nano",
         "model.evidence=true",
+        f"model.evidence_categories={request.param == 'text'}",
         f"model.num_neighbours={NEIGHBOURS}",
         f"model.mined_negatives={MINED}",
     ]
@@ -143,7 +144,7 @@ def reference_of(folder: PreparedFolder, model: GenSR) -> SlowEvidence:
         category_tokens={} if words else category_tokens(folder, model),
     )
     rows = zip(clicks.user.tolist(), clicks.item.tolist(), clicks.time.tolist(), strict=True)
-    return SlowEvidence(list(rows), catalogue, NEIGHBOURS)
+    return SlowEvidence(list(rows), catalogue, NEIGHBOURS, model.settings.evidence_categories)
 
 
 def category_tokens(folder: PreparedFolder, model: GenSR) -> dict[int, list[int]]:

@@ -28,7 +28,7 @@ from trainer.models.layers.neighbours import common_users, followers, keep_neare
 if TYPE_CHECKING:
     from trainer.models.contract import World
 
-NUM_FEATURES = 18
+NUM_FEATURES, NUM_CATEGORY_FEATURES = 14, 4
 DECAY = 0.8  # weight of a history item for each newer one
 NOW_DECAY = 0.5  # the same where what a user has in mind counts: of categories
 NOW_PRIOR, USUAL_PRIOR = 0.2, 3.0  # history items that everyone's clicks stand for beside the user's own
@@ -60,7 +60,7 @@ class Evidence(nn.Module):
     follow: Tensor  # [I, M] int32, items clicked soon after, ascending; I = none
     follow_weight: Tensor  # [I, M] float32, Σ STEP_DECAY^(k − 1)
     # the best that an item had no room for: what it is, int32, and its similarity, float32; I and −1 = all
-    # found room
+    # found room. Read in training only
     near_refused: Tensor  # [I]
     near_refused_by: Tensor  # [I]
     follow_refused: Tensor  # [I]
@@ -71,8 +71,9 @@ class Evidence(nn.Module):
     category_users: Tensor  # [1 + num_categories] float32, Σ users of the items whose last category it is
     category_key: Tensor  # [1 + num_categories] int64, hash of a category's words as query tokens; 0: none
 
-    def __init__(self, num_neighbours: int, world: "World") -> None:
+    def __init__(self, num_neighbours: int, world: "World", with_categories: bool = False) -> None:
         super().__init__()
+        self.with_categories = with_categories
         num_items = world.num_items
         shape = (num_items, min(num_neighbours, max(num_items - 1, 1)))
         for name in ("near", "follow"):
@@ -84,7 +85,8 @@ class Evidence(nn.Module):
         self.register_buffer("users", torch.zeros(num_items))
         self.register_buffer("clicks", torch.zeros(num_items))
         self.register_buffer("idf", torch.zeros(world.num_terms + 1))
-        self.register_buffer("category_users", torch.zeros(1 + world.num_categories))
+        if with_categories:
+            self.register_buffer("category_users", torch.zeros(1 + world.num_categories))
         self.register_buffer("category_key", torch.zeros(1 + world.num_categories, dtype=torch.int64))
 
     # ---- counting ------------------------------------------------------------------------------------------
@@ -97,8 +99,9 @@ class Evidence(nn.Module):
         row, other, count, share = followers(user, item, num_items, STEPS, STEP_DECAY)
         self._refuse("follow", *keep_nearest(self.follow, self.follow_weight, row, other, count, share))
         self._fit_idf(world.tables)
-        category_I = last_category(world.tables.item_category).to(self.users.device)
-        self.category_users.zero_().index_add_(0, category_I, self.users)
+        if self.with_categories:
+            category_I = last_category(world.tables.item_category).to(self.users.device)
+            self.category_users.zero_().index_add_(0, category_I, self.users)
         if world.num_categories and world.tables.query_tokens.shape[1] and not world.num_words:
             tokenizer, width = world.tokenizer(), world.tables.query_tokens.shape[1]  # type: ignore[misc]
             keys = [0] * (1 + world.num_categories)
@@ -177,8 +180,9 @@ class Evidence(nn.Module):
             last_BC.float(),
             covered_BC,
             (users_BC == 0).float(),
-            *self._categories(batch, tables, users_BC, is_own_BC.float(), age_BN, weight_BN > 0),
         ]
+        if self.with_categories:
+            features += self._categories(batch, tables, users_BC, is_own_BC.float(), age_BN, weight_BN > 0)
         return Seen(torch.stack(features, -1), common_BNC > 0, inside_BC, weight_BN)
 
     def _categories(
@@ -297,11 +301,12 @@ class EvidenceHead(nn.Module):
     """Numbers → a slot of the prompt, and log-odds that are added to the answer's: for each task the sum of a
     linear map, which learns in few steps, and of a small network."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, with_categories: bool = False) -> None:
         super().__init__()
-        self.slot = nn.Linear(NUM_FEATURES, width)
-        self.linear = nn.Linear(NUM_FEATURES, 2)
-        self.hidden = nn.Linear(NUM_FEATURES, 2 * HIDDEN)
+        num_features = NUM_FEATURES + with_categories * NUM_CATEGORY_FEATURES
+        self.slot = nn.Linear(num_features, width)
+        self.linear = nn.Linear(num_features, 2)
+        self.hidden = nn.Linear(num_features, 2 * HIDDEN)
         self.out = nn.Linear(2 * HIDDEN, 2)
         for linear in (self.linear, self.out):
             nn.init.zeros_(linear.weight)

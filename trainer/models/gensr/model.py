@@ -123,9 +123,9 @@ class GenSR(Ranker):
                 f"{data.num_negatives}: the others are uniform. Raise data.num_negatives"
             )
         if self.reads_evidence or settings.mined_negatives:
-            self.evidence = Evidence(settings.num_neighbours, world)
+            self.evidence = Evidence(settings.num_neighbours, world, settings.evidence_categories)
         if self.reads_evidence:
-            self.evidence_head = EvidenceHead(width)
+            self.evidence_head = EvidenceHead(width, settings.evidence_categories)
         self._mine: list[Mine] = []  # opened by the first training step; a list hides tensors from nn.Module
         self.answers: tuple[int, int] = (-1, -1)
         self._set_prompts()
@@ -464,7 +464,9 @@ class GenSR(Ranker):
     def saved_names(self) -> set[str]:
         """Each tied tensor once; with LoRA no frozen weights, if they can be had again by name."""
         adapters = keeps_adapters_only(self.settings)
-        counted = {name for name, _ in self.named_buffers() if name.startswith("evidence.")}
+        counted = {
+            name for name, _ in self.named_buffers() if name.startswith("evidence.") and "refused" not in name
+        }
         names = {name for name, p in self.named_parameters() if p.requires_grad or not adapters}
         return names | counted | ({"token_scale"} if self.scaled else set())
 

@@ -63,6 +63,9 @@ class GenSRSettings(CfSettings):
     evidence: bool = False
     """what counting knows of history, query and candidate (neighbours, followers, popularity, words,
     category) as an eighth slot and beside the answer; only with variant=extended (evidence.py)"""
+    evidence_categories: bool = False
+    """with evidence: also how much of the history lies in the candidate's category, now and usually, and how
+    popular both are"""
     num_neighbours: Positive = 100
     """neighbours and followers that each item keeps for it"""
     mined_negatives: NonNegative = 0
