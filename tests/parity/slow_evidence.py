@@ -126,7 +126,9 @@ class SlowEvidence:
         """Users who clicked both, as far as the candidate is among the item's nearest. own: the event's own
         click of the candidate is among the counts, and does not count."""
         common = max(self.near[item].get(candidate, 0) - own, 0)
-        if own and not self._stays(self.all_near[item], candidate, self._similar(item, candidate, common, own)):
+        if own and not self._stays(
+            self.all_near[item], candidate, self._similar(item, candidate, common, own)
+        ):
             return 0
         return common
 
@@ -191,7 +193,11 @@ class SlowEvidence:
             same = sum(weight for weight, other in weights if other == here and here)
             shares.append((same + prior * g) / (sum(weight for weight, _ in weights) + prior))
         popularity = (1 + self.users[candidate] - own) / (1 + inside)
-        return [*(math.log(1 + 100 * share) for share in shares), math.log(100 * popularity), math.log(100 * g)]
+        return [
+            *(math.log(1 + 100 * share) for share in shares),
+            math.log(100 * popularity),
+            math.log(100 * g),
+        ]
 
     def shared_words(self, item: int, candidate: int) -> float:
         one, other = (set(self.catalogue.item_terms[row]) - {0} for row in (item, candidate))

@@ -306,6 +306,12 @@ def table_of_systems(
         list[str] | None,
         typer.Option(metavar="MODEL=PRESET|FILE", help="other settings than the preset of the model's name"),
     ] = None,
+    recipe: Annotated[
+        str,
+        typer.Option(
+            metavar="DATA_SET", help="settings of single systems as gensr paper has them for this data set"
+        ),
+    ] = "",
     jobs: Jobs = 1,
     submit: Annotated[
         bool, typer.Option("--submit", help="the missing runs as SLURM arrays; write no table yet")
@@ -329,6 +335,16 @@ def table_of_systems(
     presets = dict(word.partition("=")[::2] for word in preset or [])
     if wrong := [word for word in preset or [] if "=" not in word]:
         raise ConfigError(f"--preset is written MODEL=PRESET, got {', '.join(wrong)}")
+    own_settings: dict[str, list[str]] = {}
+    if recipe:
+        from trainer.experiments.paper.plan import recipe_of
+        from trainer.models.zoo import GENSR
+
+        known = recipe_of(recipe)
+        if not models or GENSR in _names(models):
+            presets = {GENSR: known["preset"], **presets}
+        own = known.get("own_settings", {})
+        own_settings = {name: words for name, words in own.items() if name not in presets}
     request = Request(
         folder=folder,
         out=out,
@@ -342,6 +358,7 @@ def table_of_systems(
         events=events,
         presets=presets,
         settings=tuple(overrides or []),
+        own_settings=own_settings,
         jobs=jobs,
     )
     machine = _machine_of_jobs(gpus_per_node) if submit else None

@@ -54,11 +54,7 @@ class PaperRequest:
 
     @property
     def recipe(self) -> dict[str, Any]:
-        known = read_recipes()["data_sets"]
-        if self.name not in known:
-            raise ConfigError(f"there is no {self.name}. There are: {', '.join(known)}")
-        recipe: dict[str, Any] = known[self.name]
-        return recipe
+        return recipe_of(self.name)
 
     @property
     def raw_dir(self) -> Path:
@@ -452,6 +448,15 @@ def _gensr_size(plan: PaperPlan) -> Any:
 
 
 @cache
+def recipe_of(name: str) -> dict[str, Any]:
+    """Raises ConfigError, which lists the names."""
+    known = read_recipes()["data_sets"]
+    if name not in known:
+        raise ConfigError(f"there is no {name}. There are: {', '.join(known)}")
+    recipe: dict[str, Any] = known[name]
+    return recipe
+
+
 def read_recipes() -> dict[str, Any]:
     text = resources.files(__package__).joinpath("recipes.yaml").read_text(encoding="utf-8")
     recipes: dict[str, Any] = parse_yaml(text)
