@@ -13,6 +13,7 @@ from trainer.configs import load_config
 from trainer.errors import ConfigError
 from trainer.experiments import submit as jobs
 from trainer.experiments.costs import MIN_EPOCHS, Machine, Size, SystemCost, cost_of, this_machine
+from trainer.experiments.paper.plan import read_recipes, recipe_of
 from trainer.experiments.table.budget import (
     Runs,
     Times,
@@ -295,6 +296,35 @@ def test_a_dry_run_plans_and_writes_nothing(prepared: Path, tmp_path: Path) -> N
     for wrong in (["--budget", "30", "--epochs", "1"], ["--budget", "0.1"]):
         refused = CliRunner().invoke(app, [*command, *wrong, "--dry-run"])
         assert refused.exit_code == 1 and not out.exists()
+
+
+def test_a_recipe_gives_single_systems_their_settings(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, planned = tmp_path / "out", {}
+
+    def keep_plan(request: Request, notify: Any) -> dict[str, Any]:
+        planned.update(make_plan(request).configs)
+        return {}
+
+    monkeypatch.setattr("trainer.experiments.table.make_table", keep_plan)
+    monkeypatch.setattr("trainer.experiments.table.render.markdown", lambda document: [])
+    command = ["table", str(prepared), str(out), "--models", "gensr,sasrec,jsr,gru4rec", "--max-steps", "8"]
+    command += ["--preset", "gru4rec=gru4rec", "--recipe", "scientific", "optim.lr=0.5"]
+    found = CliRunner().invoke(app, command, catch_exceptions=False)
+    assert found.exit_code == 0, found.output
+    steps = {name: config.optim.global_batch_size for name, config in planned.items()}
+    assert steps == {"gensr": 64, "sasrec": 64, "jsr": 256, "gru4rec": 2048}  # --preset outranks a recipe
+    assert planned["gensr"].model == load_config("scientific_small").model
+    assert {config.optim.lr for config in planned.values()} == {0.5}  # so do words for all
+    refused = CliRunner().invoke(app, [*command[:-2], "mars"])
+    assert refused.exit_code == 1 and "there is no mars" in str(refused.exception or refused.output)
+
+
+def test_every_recipe_fits_its_systems() -> None:
+    for name in read_recipes()["data_sets"]:
+        for model, words in recipe_of(name).get("own_settings", {}).items():
+            assert load_config(model, words).model.name == model
 
 
 def test_a_budget_of_arrays_speaks_of_what_a_job_gets(
