@@ -61,7 +61,7 @@ def test_the_demo_fits_ninety_minutes_on_two_cores(tmp_path: Path) -> None:
 def test_variants_differ_from_the_preset_and_none_is_made_twice(tmp_path: Path) -> None:
     plan = make_plan(request(tmp_path, budget="paper"))
     words = [variant.words for variant in plan.variants]
-    assert len(set(words)) == len(words) == 7 + 2 + 4 * 3 - 1 - 1  # λ = 0 is an ablation, too
+    assert len(set(words)) == len(words) == 8 + 2 + 4 * 3 - 1 - 1  # λ = 0 is an ablation, too
     assert ("model.prompt=paper",) in words and ("model.temperature=0.05",) in words
     assert not any("model.temperature=0.07" in one for one in words)  # the preset's own
     names = [cell.run_dir for cell in plan.cells()]
