@@ -56,7 +56,7 @@ def undisturbed(work: Path, run_dir: Path, *more: str) -> list[float]:
     """The loss curve of one process."""
     train(
         load_config(
-            None,
+            "demo",
             [
                 f"data.dir={work / 'data'}",
                 f"run.dir={run_dir}",
