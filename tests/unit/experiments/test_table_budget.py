@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from data_shards.settings import read_yaml
 from trainer.cli import app
+from trainer.config import Config
 from trainer.configs import load_config
 from trainer.errors import ConfigError
 from trainer.experiments import submit as jobs
@@ -301,7 +302,8 @@ def test_a_dry_run_plans_and_writes_nothing(prepared: Path, tmp_path: Path) -> N
 def test_a_recipe_gives_single_systems_their_settings(
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, planned = tmp_path / "out", {}
+    out = tmp_path / "out"
+    planned: dict[str, Config] = {}
 
     def keep_plan(request: Request, notify: Any) -> dict[str, Any]:
         planned.update(make_plan(request).configs)
