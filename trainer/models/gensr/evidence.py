@@ -146,14 +146,16 @@ class Evidence(nn.Module):
         common_BNC = (common_BNC - is_own_BC[:, None].float()).clamp(min=0)
         norm_BNC = (self.users[batch.history_items][..., None] * users_BC[:, None].clamp(min=1)).sqrt()
         near_BNC = common_BNC / (norm_BNC + SHRINK)
-        stays_BNC = self._stays("near", batch, is_own_BC, near_BNC)
-        common_BNC, near_BNC = common_BNC * stays_BNC, near_BNC * stays_BNC
+        if own:  # nothing of it is paid in evaluation and service
+            stays_BNC = self._stays("near", batch, is_own_BC, near_BNC)
+            common_BNC, near_BNC = common_BNC * stays_BNC, near_BNC * stays_BNC
         own_step_BN = (STEP_DECAY ** age_BN.float()) * (age_BN < STEPS)
         after_BNC = looked_up(self.follow, self.follow_weight, batch.history_items, batch.candidates)
         after_BNC = (after_BNC - own_step_BN[..., None] * is_own_BC[:, None]).clamp(min=0)
         norm_BNC = (self.clicks[batch.history_items][..., None] * clicks_BC[:, None]).clamp(min=1).sqrt()
         after_BNC = after_BNC / norm_BNC
-        after_BNC = after_BNC * self._stays("follow", batch, is_own_BC, after_BNC)
+        if own:
+            after_BNC = after_BNC * self._stays("follow", batch, is_own_BC, after_BNC)
         words_BNC = self.shared_words(tables, batch.history_items, batch.candidates)
         with torch.autocast(cf_BCK.device.type, enabled=False):
             taste_BNC = unit(cf_BNK.float()) @ unit(cf_BCK.float()).transpose(1, 2)
