@@ -47,7 +47,7 @@ def entries_of(core: UserCore, inputs: dict[str, Tensor]) -> Tensor:
         for number, place in enumerate(places):
             queries[row, place], texts[row, place] = clicks[row, number]
             searched[row, place] = True
-    return core.entries(texts, queries[searched], searched)
+    return core.entries(core.encode_words(texts), texts, queries[searched], searched)
 
 
 def test_oracle_user():

@@ -23,7 +23,8 @@ from trainer.errors import RequestError
 GatherRows = Callable[[Tensor], tuple[Tensor, int]]
 """Rows of this rank [n, …] → (rows of all ranks with gradient [R·n, …], index of this rank's first row)."""
 
-CATALOGUE_SLICE = 1024  # candidates that score_catalogue() has scored at once: bounds memory
+ITEMS_AT_ONCE = 1024  # of score_catalogue(): bounds memory
+ITEMS_AT_ONCE_CPU = 256  # what layers make of them stays in its caches: measured, up to twice as fast
 
 
 @dataclass(frozen=True)
@@ -168,10 +169,9 @@ class Ranker(nn.Module):
         """Scores of every item for every event, [B, num_items] float32. Two-tower-like models override it
         with one product."""
         parts = []
-        for start in range(0, self.world.num_items, CATALOGUE_SLICE):
-            items = torch.arange(start, min(start + CATALOGUE_SLICE, self.world.num_items))
-            candidates = items.expand(batch.num_events, -1).to(batch.candidates.device)
-            labels = torch.zeros(candidates.shape, device=batch.candidates.device)
+        for items in self.catalogue_slices():
+            candidates = items.expand(batch.num_events, -1)
+            labels = torch.zeros(candidates.shape, device=candidates.device)
             parts.append(self.score(self.prepare(batch.with_candidates(candidates, labels))))
         return torch.cat(parts, 1)
 
@@ -230,6 +230,11 @@ class Ranker(nn.Module):
         return []
 
     # ---- final ---------------------------------------------------------------------------------------------
+
+    def catalogue_slices(self) -> tuple[Tensor, ...]:
+        """Rows of all items, in as many parts as score_catalogue() should have scored."""
+        at_once = ITEMS_AT_ONCE_CPU if self.device.type == "cpu" else ITEMS_AT_ONCE
+        return torch.arange(self.world.num_items, device=self.device).split(at_once)
 
     def forward(self, batch: Batch, mode: str = "loss") -> Any:
         """Not to be overridden. mode "loss": (loss, report of detached scalars). mode "score": scores_BC."""

@@ -35,7 +35,7 @@ from data_shards import settings as s
 from data_shards.schema import SRC
 from trainer.batch import Batch, rows_of
 from trainer.config import Fraction, ModelSettings, NonNegative, NonNegativeFloat, Positive, Share
-from trainer.models.contract import CATALOGUE_SLICE, Ranker, World
+from trainer.models.contract import Ranker, World
 from trainer.models.layers.attention import masked_softmax
 from trainer.models.layers.embedding import ItemTable
 from trainer.models.layers.hadamard import HadamardScorer
@@ -182,8 +182,7 @@ class Jsr(Ranker):
 
     def score_catalogue(self, batch: Batch) -> Tensor:
         """Items are encoded once for all events."""
-        items_I = torch.arange(self.world.num_items, device=self.device)
-        return torch.cat([self._scores(batch, part[None]) for part in items_I.split(CATALOGUE_SLICE)], 1)
+        return torch.cat([self._scores(batch, rows[None]) for rows in self.catalogue_slices()], 1)
 
     def _scores(self, batch: Batch, items_BC: Tensor) -> Tensor:
         self.check_history(batch)

@@ -30,7 +30,7 @@ from data_shards import settings as s
 from data_shards.schema import REC, SRC
 from trainer.batch import Batch, rows_of
 from trainer.config import Fraction, ModelSettings, NonNegativeFloat, Positive, PositiveFloat
-from trainer.models.contract import CATALOGUE_SLICE, Ranker, World
+from trainer.models.contract import Ranker, World
 from trainer.models.layers.attention import TargetAttention, masked_mean, masked_softmax
 from trainer.models.layers.contrast import QueryItemContrast
 from trainer.models.layers.embedding import ItemTable, Positions, WordMean
@@ -243,9 +243,8 @@ class SesRec(Ranker):
 
     def score_catalogue(self, batch: Batch) -> Tensor:
         rec, src, *_ = self._histories(batch)
-        items = torch.arange(self.world.num_items, device=batch.candidates.device)
         parts = []
-        for slice_C in items.split(CATALOGUE_SLICE):
+        for slice_C in self.catalogue_slices():
             candidates_BC = slice_C.expand(batch.num_events, -1)
             parts.append(self._scores(batch.with_candidates(candidates_BC, candidates_BC.float()), rec, src))
         return torch.cat(parts, 1)

@@ -31,7 +31,6 @@ from data_shards.schema import SRC
 from trainer.batch import Batch, rows_of
 from trainer.config import Fraction, ModelSettings, NonNegativeFloat, Positive, PositiveFloat
 from trainer.models.contract import (
-    CATALOGUE_SLICE,
     ONE_PROCESS,
     Ranker,
     Ranks,
@@ -263,9 +262,8 @@ class UniSar(Ranker):
 
     def score_catalogue(self, batch: Batch) -> Tensor:
         histories, *_ = self._histories(batch)
-        items = torch.arange(self.world.num_items, device=batch.candidates.device)
         parts = []
-        for slice_C in items.split(CATALOGUE_SLICE):
+        for slice_C in self.catalogue_slices():
             candidates_BC = slice_C.expand(batch.num_events, -1)
             parts.append(self._scores(batch.with_candidates(candidates_BC, candidates_BC.float()), histories))
         return torch.cat(parts, 1)

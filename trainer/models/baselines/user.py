@@ -30,12 +30,14 @@ from data_shards import settings as s
 from data_shards.schema import SRC
 from trainer.batch import Batch, rows_of
 from trainer.config import Fraction, ModelSettings, Positive
-from trainer.models.contract import CATALOGUE_SLICE, Ranker, World
+from trainer.models.contract import Ranker, World
 from trainer.models.layers.attention import AdditivePooling, masked_softmax
 from trainer.models.layers.dropout import Dropout
 from trainer.models.layers.embedding import ItemTable
 from trainer.models.layers.item_memory import ItemMemory
 from trainer.models.losses import listwise_loss
+
+MOST_REMEMBERED = 2**28  # floats of encoded words that evaluation keeps: 1 GiB
 
 
 @s.settings
@@ -164,20 +166,19 @@ class UserCore(nn.Module):
         self.scorer = nn.Linear(4, 1)
 
     def encode_words(self, texts: Tensor) -> Tensor:
-        """[…, W] → […, W, D]; 0 at padding. Texts of padding only cost nothing."""
-        real = (texts != 0).any(-1)
-        encoded_TWD = self.word_layer(self.words(texts[real]), texts[real] != 0)
-        nothing = encoded_TWD.new_zeros((*texts.shape, encoded_TWD.shape[-1]))
-        return nothing.masked_scatter(real[..., None, None], encoded_TWD)
+        """[…, W] → […, W, D]; 0 at padding. Each text is read once, however often it is there."""
+        distinct_TW, at = texts.flatten(0, -2).unique(dim=0, return_inverse=True)
+        encoded_TWD: Tensor = self.word_layer(self.words(distinct_TW), distinct_TW != 0)
+        return encoded_TWD[at].unflatten(0, texts.shape[:-1])
 
     def text_vectors(self, texts: Tensor) -> Tensor:
         """[…, W] → […, D]"""
         vectors: Tensor = self.word_pool(self.encode_words(texts), texts != 0)
         return vectors
 
-    def entries(self, texts: Tensor, queries: Tensor, searched: Tensor) -> Tensor:
-        """Of clicks: the item's text […, W], the query [P, Q] of those that were searched […] → […, D]."""
-        encoded = self.encode_words(texts)
+    def entries(self, encoded: Tensor, texts: Tensor, queries: Tensor, searched: Tensor) -> Tensor:
+        """Of clicks: the item's text […, W] and its encode_words(), the query [P, Q] of those that were
+        searched […] → […, D]."""
         clicks = self.co_attention(
             self.encode_words(queries), queries != 0, encoded[searched], texts[searched] != 0
         )
@@ -230,7 +231,8 @@ class User(Ranker):
     def __init__(self, settings: UserSettings, world: World) -> None:
         super().__init__(settings, world)
         self.core = UserCore(world.num_users, world.num_terms, settings)
-        self._memory: ItemMemory | None = None
+        self._vectors: ItemMemory | None = None
+        self._encoded: ItemMemory | None = None
 
     def score(self, batch: Batch) -> Tensor:
         question = self._question(batch)
@@ -239,7 +241,7 @@ class User(Ranker):
 
     def score_catalogue(self, batch: Batch) -> Tensor:
         question, parts = self._question(batch), []
-        for rows in torch.arange(self.world.num_items, device=batch.candidates.device).split(CATALOGUE_SLICE):
+        for rows in self.catalogue_slices():
             items_CD = self._item_vectors(rows)
             parts.append(self.core(question, items_CD.expand(batch.num_events, -1, -1)))
         return torch.cat(parts, 1)
@@ -250,16 +252,24 @@ class User(Ranker):
         return listwise_loss(self.score(batch), batch.labels, weights_B), {}
 
     def ready_to_serve(self) -> None:
-        """Most of a score is the layer over the words of the candidate's text."""
-        self._memory = ItemMemory(self.world.num_items)
+        """Most of a score is the layer over the words of texts. Those of the candidates are kept as vectors;
+        those of the history, where a catalogue is small enough, word by word."""
+        num_items = self.world.num_items
+        self._vectors = ItemMemory(num_items)
+        if num_items * self.settings.text_words * self.settings.dim <= MOST_REMEMBERED:
+            self._encoded = ItemMemory(num_items)
 
     # ---- batch → core --------------------------------------------------------------------------------------
 
     def _question(self, batch: Batch) -> Question:
         searched_BN = batch.history_mask & (batch.history_tasks == SRC) & (batch.history_queries >= 0)
         texts_BNW = self._items(batch.history_items) * batch.history_mask[..., None]
+        if self._encoded:
+            encoded_BNWD = self._encoded(batch.history_items, self._encode)
+        else:
+            encoded_BNWD = self.core.encode_words(texts_BNW)
         queries_PQ = self._queries(batch.history_queries[searched_BN])
-        entries_BND = self.core.entries(texts_BNW, queries_PQ, searched_BN)
+        entries_BND = self.core.entries(encoded_BNWD, texts_BNW, queries_PQ, searched_BN)
         sessions = cut(entries_BND, batch.history_mask, self.settings.session_length)
         search_B1 = (batch.task == SRC)[:, None]
         query_BD = self.core.text_vectors(self._queries(batch.query))
@@ -272,7 +282,11 @@ class User(Ranker):
         def compute(rows: Tensor) -> Tensor:
             return self.core.text_vectors(self._items(rows))
 
-        return self._memory(rows, compute) if self._memory else compute(rows)
+        return self._vectors(rows, compute) if self._vectors else compute(rows)
+
+    def _encode(self, rows: Tensor) -> Tensor:
+        """Words of items' texts [n, W, D]."""
+        return self.core.encode_words(self._items(rows))
 
     def _items(self, rows: Tensor) -> Tensor:
         """Words of items […, W]."""

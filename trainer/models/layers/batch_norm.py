@@ -27,7 +27,7 @@ class BatchNorm(nn.Module):
         """x […, width]; counted […]: rows that the statistics are made of, all by default."""
         mean, var = self._statistics(x.float(), counted) if self.training else self._running
         scale = (var + self.eps).rsqrt() * self.weight
-        return ((x.float() - mean) * scale + self.bias).to(x.dtype)
+        return torch.addcmul(self.bias - mean * scale, x.float(), scale).to(x.dtype)
 
     @property
     def _running(self) -> tuple[Tensor, Tensor]:
