@@ -204,6 +204,32 @@ def test_each_kind_of_candidates_is_evaluated_once(tmp_path: Path, monkeypatch: 
     assert cells.is_done(cell, kinds)
 
 
+def test_the_stages_of_a_model_are_runs_that_follow_one_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = Request("data", tmp_path, models=("collm",), seeds=2)
+    cell = run.cells_of(request, "collm", {"optim.lr": 0.01})[1]
+    first = tmp_path / "runs" / "collm" / "seed-1-stage-1"
+    both = ["tracking.run_name=collm-seed-1", "run.seed=1", "optim.lr=0.01"]
+    assert [one.training_words for one in cell.runs] == [
+        [f"run.dir={first}", *both, "model.stage=text", "tracking.enabled=false"],
+        [f"run.dir={cell.run_dir}", *both, "model.stage=map", f"run.init_from={first}"],
+    ]
+    ran: list[str] = []
+    monkeypatch.setattr(cells, "_run", lambda words, log, mode: ran.append(words[2]))
+    cells.train_cell(cell)
+    first.mkdir(parents=True)
+    (first / "status.json").write_text('{"status": "finished"}')
+    cells.train_cell(cell)
+    assert ran == [f"run.dir={path}" for path in (first, cell.run_dir, cell.run_dir)]
+
+
+def test_stages_are_the_tables_own(data: Path, tmp_path: Path) -> None:
+    request = Request(str(data), tmp_path, models=("collm",), settings=("model.stage=map",))
+    with pytest.raises(ConfigError, match=r"model.stage=map: the table sets model.stage itself"):
+        make_plan(request)
+
+
 def test_a_failed_cell_is_named_and_the_rest_goes_on(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -492,6 +518,30 @@ def test_missing_cells_become_arrays(data: Path, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(jobs, "job_state", lambda folder: "12 is PENDING")
     with pytest.raises(RunError, match="has a job already: 12 is PENDING"):
         plan_submission(plan, jobs.Machines(), "gensr table")
+
+
+def test_stages_are_submitted_before_the_cells(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked: list[list[str]] = []
+
+    def check(preset: str, words: list[str], machines: Any) -> tuple[None, list[str]]:
+        checked.append(words)
+        return None, []
+
+    monkeypatch.setattr(jobs, "checked", check)
+    monkeypatch.setattr(jobs, "job_state", lambda folder: "")
+    request = Request(str(data), tmp_path, models=("sasrec", "collm"), seeds=2, candidates=("sampled",))
+    done = tmp_path / "runs" / "collm" / "seed-0-stage-1"
+    done.mkdir(parents=True)
+    (done / "status.json").write_text('{"status": "finished"}')
+    made = plan_submission(make_plan(request), jobs.Machines(gpus_per_node=0), "gensr table").jobs
+    names = ["train-stage-1.sbatch", "train.sbatch", "evaluate-sampled.sbatch"]
+    assert [job.path.name for job in made] == names
+    assert [job.after for job in made] == ["", "afterany:{0}", "aftercorr:{1}"]
+    assert "#SBATCH --array=0-0" in made[0].text and "seed-1-stage-1" in made[0].text
+    assert "#SBATCH --array=0-3" in made[1].text and f"run.init_from={done}" in made[1].text
+    assert [words[-2] for words in checked if "model.stage=text" in words] == ["model.stage=text"]
 
 
 def test_hard_candidates_are_submitted_too(

@@ -187,15 +187,16 @@ class SystemCost:
     validations_s: float  # those that a run has however short it is: beside T of a budget
     evaluation_s: Mapping[str, float]  # sampled, hard, full → ranking the test split
     start_s: float  # of a process: one trains, one more for each kind of candidates
+    stages: int = 1  # runs that train one model (Ranker.stages), each as many epochs
 
     def training_s(self, epochs: float) -> float:
         """What grows with the epochs."""
-        return epochs * self.epoch_s
+        return self.stages * epochs * self.epoch_s
 
     def run_s(self, epochs: float, candidates: Sequence[str] = ()) -> float:
         """Training, and an evaluation on each kind of candidates."""
         evaluations = sum(self.start_s + self.evaluation_s[kind] for kind in candidates)
-        return self.start_s + self.validations_s + self.training_s(epochs) + evaluations
+        return self.stages * (self.start_s + self.validations_s) + self.training_s(epochs) + evaluations
 
 
 def cost_of(
@@ -222,4 +223,5 @@ def cost_of(
     if run.validate_every_steps:
         epoch_s += steps / run.validate_every_steps * validation_s
     validations = 1 if run.validate_every_steps else VALIDATIONS_PER_RUN
-    return SystemCost(True, epochs, epoch_s, validations * validation_s, evaluation_s, start_s)
+    validations_s = validations * validation_s
+    return SystemCost(True, epochs, epoch_s, validations_s, evaluation_s, start_s, len(kind.stages()))

@@ -214,6 +214,11 @@ class Ranker(nn.Module):
         """Called once after the weights are loaded and before the first score: may fold or cast weights."""
 
     @classmethod
+    def stages(cls) -> tuple[tuple[str, ...], ...]:
+        """KEY=VALUE of the runs that make one model, each begun with run.init_from of the one before."""
+        return ((),)
+
+    @classmethod
     def check_tokenizer(cls, tokenizer: Any) -> None:
         """Raises DataError when the model cannot work with a folder's tokenizer."""
 

@@ -1,5 +1,7 @@
 """What runs are estimated to take, by hand; nothing is trained or timed."""
 
+from dataclasses import replace
+
 import pytest
 
 from data_shards.schema import REC, SRC
@@ -37,6 +39,8 @@ def test_a_run_costs_training_validations_evaluations_and_starts() -> None:
     assert cost.validations_s == validation_s, "the last one, however short the run"
     assert cost.evaluation_s == {"sampled": 60, "hard": 30, "full": 50}
     assert cost.run_s(3, ("sampled", "full")) == pytest.approx(3 * 10 + 60 + 50 + 20 + 3 * cost.epoch_s)
+    two = replace(cost, stages=2)  # two runs, ranked once
+    assert two.run_s(3, ("full",)) == pytest.approx(cost.run_s(3) + cost.run_s(3, ("full",)))
     whole = cost_of(config, SIZE, ONE_CORE)
     assert whole.evaluation_s["full"] == 60, "0 events are all of the test split's recommendations"
 

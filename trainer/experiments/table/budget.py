@@ -140,7 +140,7 @@ def epochs_within(cost: SystemCost, longest_s: float | None) -> float:
         return cost.epochs
     if longest_s <= cost.training_s(MIN_EPOCHS):
         return min(MIN_EPOCHS, cost.epochs)
-    return _rounded_down(longest_s / cost.epoch_s)
+    return _rounded_down(longest_s / cost.training_s(1.0))
 
 
 def _rounded_down(number: float) -> float:

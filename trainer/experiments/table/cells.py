@@ -30,10 +30,22 @@ class Cell:
     settings_file: Path
     words: tuple[str, ...]  # settings on top of the file
     log: Path
+    before: "Cell | None" = None  # the run that this one begins with (Ranker.stages)
 
     @property
     def title(self) -> str:
         return f"{self.model} {self.name}"
+
+    @property
+    def training_words(self) -> list[str]:
+        """What `gensr train` is given behind the file."""
+        begun = [f"run.init_from={self.before.run_dir}"] if self.before else []
+        return [f"run.dir={self.run_dir}", *self.words, *begun]
+
+    @property
+    def runs(self) -> "list[Cell]":
+        """The runs that make its model, in their order; the last one is its own."""
+        return [*(self.before.runs if self.before else ()), self]
 
 
 def is_evaluated(cell: Cell, candidates: str) -> bool:
@@ -47,9 +59,10 @@ def is_done(cell: Cell, candidates: Sequence[str]) -> bool:
 
 def train_cell(cell: Cell) -> None:
     """Train, or go on where it was interrupted. Raises CellFailed, and KeyboardInterrupt when stopped."""
-    if not RunFolder(cell.run_dir).has_ended_well:
-        words = [f"run.dir={cell.run_dir}", *cell.words]
-        _run(["train", str(cell.settings_file), *words, "--resume", "auto"], cell.log, "w")
+    for run in cell.runs:
+        if not RunFolder(run.run_dir).has_ended_well:
+            command = ["train", str(run.settings_file), *run.training_words, "--resume", "auto"]
+            _run(command, run.log, "w")
 
 
 def evaluate_cell(cell: Cell, candidates: Sequence[str], events: int) -> None:

@@ -206,13 +206,17 @@ def _check(request: Request) -> None:
         problems.append("--models: a name stands there twice")
     if strangers := [name for name in request.presets if name not in request.names]:
         problems.append(f"--preset: {', '.join(strangers)} is not among the models")
-    owned = [word for word in request.settings if word.partition("=")[0] in OWNED]
+    of_stages = {word.partition("=")[0] for name in request.names for word in _stage_words(name)}
+    owned = [word for word in request.settings if word.partition("=")[0] in {*OWNED, *of_stages}]
     problems += [f"{word}: the table sets {word.partition('=')[0]} itself" for word in owned]
     if problems:
         raise ConfigError("; ".join(problems))
     environments(request.jobs)  # raises ConfigError where the machine is too small
-    for name in request.names:
-        model_class(name)  # raises ConfigError that lists the names
+
+
+def _stage_words(model: str) -> list[str]:
+    """Raises ConfigError that lists the names."""
+    return [word for stage in model_class(model).stages() for word in stage]
 
 
 def _config(request: Request, name: str, manifest: Manifest) -> Config:

@@ -64,6 +64,8 @@ def markdown(document: Mapping[str, Any]) -> list[str]:
     ]
     for kind, task, rows in blocks(document):
         lines += ["", *_markdown_block(document, kind, task, rows)]
+    if staged := [f"- {row['title']}: {row['stages']}" for row in document["rows"] if row.get("stages")]:
+        lines += ["", *staged]
     errors = {title: text for row in document["rows"] for title, text in row["errors"].items()}
     if errors:
         lines += ["", "## Failed", ""]

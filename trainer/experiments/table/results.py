@@ -114,24 +114,37 @@ def _row(plan: Plan, name: str, cells: Sequence[Cell], errors: Mapping[str, str]
     kind, facts = model_class(name), [_cell(cell, plan.request.candidates) for cell in cells]
     config = plan.configs[name]
     tuned = read_json(plan.request.tuning_file(name)) if plan.request.trials_of(name) else {}
-    environments = [RunFolder(cell.run_dir).read_environment() for cell in cells]
+    runs = [RunFolder(run.run_dir).read_environment() for run in (cells[0].runs if cells else [])]
     return {
         "model": name,
         "title": kind.title,
         "tasks": [TASKS[task] for task in kind.tasks],
         "trained": kind.trained,
-        "parameters": environments[0].get("parameters", {}).get("trainable", 0) if cells else None,
+        "stages": _stages(name),
+        "parameters": sum(run.get("parameters", {}).get("trainable", 0) for run in runs) if cells else None,
         "train_s": _mean([fact["train_s"] for fact in facts]),
         "score_s": {
             which: _mean([fact["score_s"][which] for fact in facts]) for which in plan.request.candidates
         },
         "select_metric": config.run.select_metric,
         "tuning": tuned,
-        "note": plan.times.of(name).note if plan.times else "",
+        "note": _note(plan, name),
         "cells": facts,
         "errors": dict(errors),
         "results": {},
     }
+
+
+def _stages(model: str) -> str:
+    """Of a system that is trained in several; else empty."""
+    stages = [" ".join(words) for words in model_class(model).stages()]
+    return f"{len(stages)} runs, one after the other: {', '.join(stages)}" if len(stages) > 1 else ""
+
+
+def _note(plan: Plan, model: str) -> str:
+    """What the budget has cut."""
+    note = plan.times.of(model).note if plan.times else ""
+    return f"{note}, each run" if note and len(model_class(model).stages()) > 1 else note
 
 
 def _cell(cell: Cell, candidates: Sequence[str]) -> dict[str, Any]:
@@ -145,7 +158,7 @@ def _cell(cell: Cell, candidates: Sequence[str]) -> dict[str, Any]:
         "step": progress.get("step", 0),
         "best_step": progress.get("best_step", 0),
         "best_value": progress.get("best_value", 0.0),
-        "train_s": progress.get("train_s", 0.0),
+        "train_s": sum(_train_s(one.run_dir) for one in cell.runs),
         "score_s": {kind: _score_s(cell.run_dir, kind) for kind in candidates},
         "settings": settings,
         "curve": [
@@ -154,6 +167,10 @@ def _cell(cell: Cell, candidates: Sequence[str]) -> dict[str, Any]:
             if record.get("kind") == "valid" and metric in record
         ],
     }
+
+
+def _train_s(run_dir: Path) -> float:
+    return float(RunFolder(run_dir).read_status().get("progress", {}).get("train_s", 0.0))
 
 
 def _score_s(run_dir: Path, candidates: str) -> float:

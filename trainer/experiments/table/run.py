@@ -13,6 +13,7 @@ from trainer.experiments.table.plan import Plan, Request, make_plan
 from trainer.experiments.table.render import write_table
 from trainer.experiments.table.results import read_results
 from trainer.experiments.table.tuning import tune, words_of
+from trainer.models.zoo import model_class
 from trainer.runs.run_folder import RunFolder
 from trainer.runtime.progress import Notify
 
@@ -157,6 +158,17 @@ def _tuned(plan: Plan, model: str, steps: Steps) -> dict[str, Any]:
 
 
 def _cell(request: Request, model: str, name: str, words: tuple[str, ...]) -> Cell:
+    """The run of the model's last stage, with those that it begins with."""
+    *earlier, last = model_class(model).stages()
+    before: Cell | None = None
+    for number, of_stage in enumerate(earlier, start=1):
+        # no cell of the table: MLflow has the last one
+        own = (*words, *of_stage, "tracking.enabled=false")
+        before = _run_of(request, model, f"{name}-stage-{number}", own, before)
+    return _run_of(request, model, name, (*words, *last), before)
+
+
+def _run_of(request: Request, model: str, name: str, words: tuple[str, ...], before: Cell | None) -> Cell:
     return Cell(
         model=model,
         name=name,
@@ -164,6 +176,7 @@ def _cell(request: Request, model: str, name: str, words: tuple[str, ...]) -> Ce
         settings_file=request.settings_file(model),
         words=words,
         log=request.out / "logs" / f"{model}-{name}.log",
+        before=before,
     )
 
 

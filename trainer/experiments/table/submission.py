@@ -11,7 +11,7 @@ from trainer.experiments.table.cells import SPLIT, Cell, is_done
 from trainer.experiments.table.plan import Plan, Request
 from trainer.experiments.table.run import cells_of
 from trainer.models.zoo import model_class
-from trainer.runs.run_folder import read_json
+from trainer.runs.run_folder import RunFolder, read_json
 
 
 def plan_submission(plan: Plan, machines: Machines, command: str) -> Submission:
@@ -42,30 +42,40 @@ def plan_cells(
     lines = _check(cells, machines)
     array, gpu = {"array": f"0-{len(cells) - 1}"}, {"gpus-per-node": "1"} if machines.gpus_per_node else {}
     output = {"output": f"{out.resolve()}/logs/%x-%A_%a.out"}
-    words = [[str(cell.settings_file), f"run.dir={cell.run_dir}", *cell.words] for cell in cells]
-    train = {**machines.options, **array, **output}
-    made = [_job(out, "train", "train.sbatch", words, train, machines, command)]
+    made: list[Job] = []
+    for number, stage in enumerate([*_earlier(cells), cells], start=1):
+        name = "train" if stage is cells else f"train-stage-{number}"
+        words = [[str(run.settings_file), *run.training_words] for run in stage]
+        own = {**machines.options, "array": f"0-{len(stage) - 1}", **output}
+        # whatever came of the stage before: what cannot go on says so, and the others do
+        after = f"afterany:{{{number - 2}}}" if number > 1 else ""
+        made.append(Job(out / f"{name}.sbatch", _script("train", words, own, machines, command), after))
+    after = f"aftercorr:{{{len(made) - 1}}}"
     for kind in candidates:
         ranked = ["--split", SPLIT, "--candidates", kind, "--events", str(events), "--no-baselines"]
-        own = {**gpu, **array, **output}
-        runs = [[str(cell.run_dir), *ranked] for cell in cells]
-        made.append(_job(out, f"evaluate-{kind}", "evaluate.sbatch", runs, own, machines, command))
+        words = [[str(cell.run_dir), *ranked] for cell in cells]
+        text = _script("evaluate", words, {**gpu, **array, **output}, machines, command)
+        made.append(Job(out / f"evaluate-{kind}.sbatch", text, after, (INVALID_ENDS,)))
     out.joinpath("logs").mkdir(parents=True, exist_ok=True)  # SLURM makes no folders
     return Submission(made, [f"{len(cells)} runs", *lines], [cell.run_dir for cell in cells])
 
 
-def _job(
-    out: Path,
-    name: str,
-    script: str,
-    words: Sequence[Sequence[str]],
-    own: dict[str, str],
-    machines: Machines,
-    command: str,
-) -> Job:
-    path = out / f"{name}.sbatch"
-    text = job_script(script, words, own, [], machines.exports, command)
-    return Job(path, text) if name == "train" else Job(path, text, "aftercorr:{0}", (INVALID_ENDS,))
+def _earlier(cells: Sequence[Cell]) -> list[list[Cell]]:
+    """The runs of all stages but the last that are still to be made, stage by stage."""
+    stages: list[list[Cell]] = []
+    for cell in cells:
+        for place, run in enumerate(cell.runs[:-1]):
+            if place == len(stages):
+                stages.append([])
+            if not RunFolder(run.run_dir).has_ended_well:
+                stages[place].append(run)
+    return [stage for stage in stages if stage]
+
+
+def _script(
+    verb: str, words: Sequence[Sequence[str]], own: dict[str, str], machines: Machines, command: str
+) -> str:
+    return job_script(f"{verb}.sbatch", words, own, [], machines.exports, command)
 
 
 def _tuned_settings(request: Request, model: str) -> dict[str, object]:
@@ -83,6 +93,6 @@ def _check(cells: Sequence[Cell], machines: Machines) -> list[str]:
         if state := jobs.job_state(cell.run_dir):
             raise RunError(f"{cell.run_dir} has a job already: {state}. Wait for it, or end it with scancel")
     for model, cell in {cell.model: cell for cell in cells if model_class(cell.model).trained}.items():
-        words = [f"run.dir={cell.run_dir}", *cell.words]
-        lines = [f"{model}:", *jobs.checked(str(cell.settings_file), words, machines)[1]]
+        first = cell.runs[0]  # a later stage begins with a run that is not there yet
+        lines = [f"{model}:", *jobs.checked(str(first.settings_file), first.training_words, machines)[1]]
     return lines

@@ -113,6 +113,10 @@ class Collm(Ranker):
         return {"cf": cf_view(self, {REC: 1.0})}
 
     @classmethod
+    def stages(cls) -> tuple[tuple[str, ...], ...]:
+        return (("model.stage=text",), ("model.stage=map",))
+
+    @classmethod
     def retrieves(cls) -> bool:
         """LightGCN's vectors are not its answer: take a run of lightgcn."""
         return False
