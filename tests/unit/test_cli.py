@@ -32,6 +32,7 @@ VERBS = [
     "download",
     "prepare",
     "inspect",
+    "optimum",
     "cf",
     "train",
     "submit",

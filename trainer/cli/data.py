@@ -1,4 +1,4 @@
-"""Verbs about data: simulate, download, prepare, inspect, cf."""
+"""Verbs about data: simulate, download, prepare, inspect, optimum, cf."""
 
 import sys
 from pathlib import Path
@@ -146,6 +146,27 @@ def inspect(out: Annotated[Path, typer.Argument(help="prepared folder")], as_jso
         "" if has_table else f"gensr cf {out}", f"gensr train demo data.dir={out} run.dir=runs/mine"
     )
     answer(facts, as_json, *fitting(describe(facts), 6), "", *after)
+
+
+@verb("gensr optimum data/prepared data/raw")
+def optimum(
+    out: Annotated[Path, typer.Argument(help="prepared folder")],
+    raw: Annotated[Path, typer.Argument(help="logs of gensr simulate that it was prepared from")],
+    as_json: AsJson = False,
+) -> None:
+    """Rank the test candidates by the preferences that gensr simulate has planted; writes OUT/optimum.json.
+
+    No model can be expected to do better. gensr table has it as a row.
+    """
+    waiting_for("loading PyTorch")
+    from data_shards.simulate.oracle import OPTIMUM_FILE
+    from trainer.data.folder import PreparedFolder
+    from trainer.evaluation.optimum import TITLE, write_optimum
+    from trainer.evaluation.summary import TASK_TITLES, Row, table
+
+    report = write_optimum(PreparedFolder.at(out), raw)
+    rows = [Row(TITLE, task, report[task]) for task in TASK_TITLES if report.get(task, {}).get("num_events")]
+    answer(report, as_json, *table(rows), "", f"wrote {out / OPTIMUM_FILE}")
 
 
 @verb("gensr cf data/prepared cf.holdout=crossfit")

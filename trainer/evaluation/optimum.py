@@ -22,10 +22,12 @@ from trainer.runtime.files import atomic
 TITLE = "planted optimum"
 
 
-def write_optimum(folder: PreparedFolder, raw: str | Path) -> None:
-    """Beside what it is computed from: FOLDER/optimum.json."""
+def write_optimum(folder: PreparedFolder, raw: str | Path) -> dict[str, Any]:
+    """Beside what it is computed from: FOLDER/optimum.json → optimum_report()."""
+    report = optimum_report(folder, raw)
     with atomic(folder.path / OPTIMUM_FILE) as path:
-        path.write_text(json.dumps(optimum_report(folder, raw), indent=2) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return report
 
 
 def read_optimum(folder: PreparedFolder) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from data_shards.errors import DataError
 from data_shards.prepare import prepare
@@ -14,8 +15,9 @@ from data_shards.simulate import csv_tables, simulate
 from data_shards.simulate.oracle import Oracle, oracle_scores, planted_clicks
 from data_shards.simulate.simulated import Simulated
 from data_shards.simulate.world import make_users
+from trainer.cli import app
 from trainer.data.folder import PreparedFolder
-from trainer.evaluation.optimum import optimum_report
+from trainer.evaluation.optimum import optimum_report, read_optimum
 from trainer.evaluation.sampled import baseline_reports
 
 SMALL: dict[str, Any] = {"users": 150, "items": 400, "days": 6, "seed": 2}
@@ -57,6 +59,14 @@ def test_the_optimum_is_above_what_counting_reaches(folders: tuple[Path, Path]) 
     assert optimum["rec"]["num_events"] == counted["popularity"]["rec"]["num_events"]
     assert optimum["rec"]["ndcg@10"] > counted["popularity"]["rec"]["ndcg@10"] + 0.2
     assert optimum["src"]["ndcg@10"] > counted["bm25"]["src"]["ndcg@10"] + 0.1
+
+
+def test_the_verb_writes_what_tables_read(folders: tuple[Path, Path]) -> None:
+    raw, data = folders
+    result = CliRunner().invoke(app, ["optimum", str(data), str(raw), "--json"])
+    assert result.exit_code == 0, result.output
+    shown, read = json.loads(result.stdout), read_optimum(PreparedFolder.at(data))
+    assert shown == read and read["src"]["ndcg@10"] > 0.5
 
 
 def test_logs_that_the_folder_does_not_come_from_are_refused(
