@@ -29,6 +29,7 @@ from trainer.batch import Batch, TrainClicks
 from trainer.config import Fraction, NonNegativeFloat, PositiveFloat
 from trainer.models.baselines.tem import Tem, TemSettings
 from trainer.models.layers.augment import augmented
+from trainer.models.layers.categories import last_category
 from trainer.models.layers.groups import Groups
 from trainer.models.layers.history import clicked, newest
 
@@ -148,13 +149,10 @@ class Copps(Tem):
 
     @cached_property
     def _categories(self) -> tuple[Tensor, Groups] | None:
-        """Leaf category of each item, −1 for none; None where the folder has none."""
-        levels_IL = self.tables.item_category
-        if not levels_IL.shape[1]:
+        """The deepest category of each item, counted from 0, −1 for none; None where the folder has none."""
+        if not self.tables.item_category.shape[1]:
             return None
-        depth_I1 = (levels_IL != 0).sum(1, keepdim=True)
-        leaves = levels_IL.long().gather(1, (depth_I1 - 1).clamp(min=0))[:, 0]
-        leaves = leaves.masked_fill(depth_I1[:, 0] == 0, -1)
+        leaves = last_category(self.tables.item_category) - 1
         return leaves, Groups(leaves)
 
 

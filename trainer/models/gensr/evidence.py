@@ -23,6 +23,7 @@ from data_shards.sources.amazon import category_query
 from trainer.batch import Batch, ItemTables, rows_of
 from trainer.models.baselines.item_knn import click_matrix
 from trainer.models.baselines.transitions import click_sequences
+from trainer.models.layers.categories import last_category
 from trainer.models.layers.neighbours import common_users, followers, keep_nearest, looked_up
 
 if TYPE_CHECKING:
@@ -338,14 +339,6 @@ def history_weights(batch: Batch) -> tuple[Tensor, Tensor]:
     once[:, :-1] &= (items[:, :-1] != items[:, 1:]) | ~mask[:, 1:]
     age = (once.flip(1).cumsum(1).flip(1) - 1).clamp(min=0)
     return DECAY ** age.float() * once, age.masked_fill(~once, STEPS)
-
-
-def last_category(levels: Tensor) -> Tensor:
-    """[…, depth] categories from the root, 0 = none → […] int64, the last; 0 where there is none."""
-    if not levels.shape[-1]:
-        return levels.new_zeros(levels.shape[:-1], dtype=torch.int64)
-    last = ((levels > 0).sum(-1, keepdim=True) - 1).clamp(min=0)
-    return levels.gather(-1, last)[..., 0].long()
 
 
 def first_of_each(tokens: Tensor) -> Tensor:
