@@ -40,6 +40,7 @@ HISTORY = "trainer/models/gensr/history.py"
 GENSR = "trainer/models/gensr/model.py"
 EVIDENCE = "trainer/models/gensr/evidence.py"
 MINING = "trainer/models/gensr/mining.py"
+CATEGORIES = "trainer/models/layers/categories.py"
 NEIGHBOURS = "trainer/models/layers/neighbours.py"
 PROMPT = "trainer/models/gensr/prompt.py"
 GROUPING = "trainer/models/gensr/grouping.py"
@@ -427,9 +428,9 @@ COUNTED = [
     ),
     mutant(
         "the first category instead of the last",
-        EVIDENCE,
-        "last = ((levels > 0).sum(-1, keepdim=True) - 1).clamp(min=0)",
-        "last = torch.zeros_like(levels[..., :1])",
+        CATEGORIES,
+        "last = ((paths > 0).sum(-1, keepdim=True) - 1).clamp(min=0)",
+        "last = torch.zeros_like(paths[..., :1]).long()",
         NUMBERS,
     ),
     mutant(
