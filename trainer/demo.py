@@ -22,7 +22,6 @@ from trainer.errors import RunError
 from trainer.evaluation.summary import (
     SHOWN_METRICS,
     TASK_TITLES,
-    Row,
     cell,
     protocol_line,
     read_evaluation,
@@ -255,8 +254,7 @@ def show_summary(demo: Demo, seconds: float) -> None:
     for metric in metrics:
         grid.add_column(metric, no_wrap=True)
     optimum = read_optimum(PreparedFolder.at(demo.data_dir))
-    rows = rows_of(evaluation)
-    rows += [Row(OPTIMUM, task, optimum[task]) for task in TASK_TITLES if task in optimum]
+    rows = [*rows_of(evaluation), *rows_of(optimum, OPTIMUM)]
     for task, title in TASK_TITLES.items():
         of_task = [row for row in rows if row.task == task]
         if of_task:

@@ -162,11 +162,10 @@ def optimum(
     from data_shards.simulate.oracle import OPTIMUM_FILE
     from trainer.data.folder import PreparedFolder
     from trainer.evaluation.optimum import TITLE, write_optimum
-    from trainer.evaluation.summary import TASK_TITLES, Row, table
+    from trainer.evaluation.summary import rows_of, table
 
     report = write_optimum(PreparedFolder.at(out), raw)
-    rows = [Row(TITLE, task, report[task]) for task in TASK_TITLES if report.get(task, {}).get("num_events")]
-    answer(report, as_json, *table(rows), "", f"wrote {out / OPTIMUM_FILE}")
+    answer(report, as_json, *table(rows_of(report, TITLE)), "", f"wrote {out / OPTIMUM_FILE}")
 
 
 @verb("gensr cf data/prepared cf.holdout=crossfit")

@@ -144,7 +144,7 @@ def _stages(model: str) -> str:
 def _note(plan: Plan, model: str) -> str:
     """What the budget has cut."""
     note = plan.times.of(model).note if plan.times else ""
-    return f"{note}, each run" if note and len(model_class(model).stages()) > 1 else note
+    return f"{note}, each run" if note and _stages(model) else note
 
 
 def _cell(cell: Cell, candidates: Sequence[str]) -> dict[str, Any]:

@@ -30,13 +30,7 @@ from data_shards import settings as s
 from data_shards.schema import SRC
 from trainer.batch import Batch, rows_of
 from trainer.config import Fraction, ModelSettings, NonNegativeFloat, Positive, PositiveFloat
-from trainer.models.contract import (
-    ONE_PROCESS,
-    Ranker,
-    Ranks,
-    World,
-    clicked_only,
-)
+from trainer.models.contract import ONE_PROCESS, Ranker, Ranks, World, clicked_only
 from trainer.models.layers.attention import TargetAttention, masked_mean
 from trainer.models.layers.contrast import QueryItemContrast, ViewContrast
 from trainer.models.layers.embedding import ItemTable, Positions, WordMean

@@ -264,10 +264,7 @@ class User(Ranker):
     def _question(self, batch: Batch) -> Question:
         searched_BN = batch.history_mask & (batch.history_tasks == SRC) & (batch.history_queries >= 0)
         texts_BNW = self._items(batch.history_items) * batch.history_mask[..., None]
-        if self._encoded:
-            encoded_BNWD = self._encoded(batch.history_items, self._encode)
-        else:
-            encoded_BNWD = self.core.encode_words(texts_BNW)
+        encoded_BNWD = self._item_words(batch.history_items)
         queries_PQ = self._queries(batch.history_queries[searched_BN])
         entries_BND = self.core.entries(encoded_BNWD, texts_BNW, queries_PQ, searched_BN)
         sessions = cut(entries_BND, batch.history_mask, self.settings.session_length)
@@ -280,13 +277,18 @@ class User(Ranker):
         """Texts of items […] → […, D]."""
 
         def compute(rows: Tensor) -> Tensor:
-            return self.core.text_vectors(self._items(rows))
+            vectors: Tensor = self.core.word_pool(self._item_words(rows), self._items(rows) != 0)
+            return vectors
 
         return self._vectors(rows, compute) if self._vectors else compute(rows)
 
-    def _encode(self, rows: Tensor) -> Tensor:
-        """Words of items' texts [n, W, D]."""
-        return self.core.encode_words(self._items(rows))
+    def _item_words(self, rows: Tensor) -> Tensor:
+        """Encoded words of the texts of items […] → […, W, D]."""
+
+        def compute(rows: Tensor) -> Tensor:
+            return self.core.encode_words(self._items(rows))
+
+        return self._encoded(rows, compute) if self._encoded else compute(rows)
 
     def _items(self, rows: Tensor) -> Tensor:
         """Words of items […, W]."""
