@@ -54,8 +54,8 @@ class TemCore(ProductSearchCore):
         x_BSD = torch.cat([self.encode_query(words_BQ)[:, None], self.items(ids_BN)], 1)
         x_BSD = x_BSD + sinusoids(x_BSD.shape[1], x_BSD.shape[2], x_BSD.device)
         real_BS = torch.cat([torch.ones_like(ids_BN[:, :1], dtype=torch.bool), ids_BN != 0], 1)
-        for layer in self.layers:
-            x_BSD = layer(x_BSD, real_BS[:, None])
+        for number, layer in enumerate(self.layers, start=1):
+            x_BSD = layer(x_BSD, real_BS[:, None], num_read=1 if number == len(self.layers) else None)
         question_BD: Tensor = self.norm(x_BSD[:, 0])
         return question_BD
 

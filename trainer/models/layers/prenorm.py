@@ -24,10 +24,12 @@ class PreNormLayer(nn.Module):
         self.inner, self.outer = nn.Linear(width, ffn), nn.Linear(ffn, width)
         self.dropout = Dropout(dropout)
 
-    def forward(self, x_BND: Tensor, visible_BNN: Tensor) -> Tensor:
-        """visible: bool, True where the row's position may look at the column's; may have one row for all."""
+    def forward(self, x_BND: Tensor, visible_BNN: Tensor, num_read: int | None = None) -> Tensor:
+        """visible: bool, True where the row's position may look at the column's; may have one row for all.
+        num_read: only so many positions from the first on are computed; of a last layer no others are read.
+        """
         normed = x_BND if self.norm is None else self.norm(x_BND)
-        x = x_BND + self.dropout(self.attention(normed, normed, visible_BNN))
+        x = x_BND[:, :num_read] + self.dropout(self.attention(normed[:, :num_read], normed, visible_BNN))
         inner = self.dropout(F.gelu(self.inner(self.ffn_norm(x)), approximate="tanh"))
         out: Tensor = x + self.dropout(self.outer(inner))
         return out
