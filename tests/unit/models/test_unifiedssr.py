@@ -6,7 +6,7 @@ import torch
 
 from tests.tiny_world import make_batch, make_world
 from trainer.models.baselines.unifiedssr import UnifiedSsr, UnifiedSsrSettings
-from trainer.models.layers.nce import sampled_bce
+from trainer.models.layers.nce import nce, sampled_bce
 
 CANDIDATES = torch.arange(15).view(5, 3)
 
@@ -44,18 +44,18 @@ def test_a_search_reads_products_before_it_beside_their_queries():
 
 
 def test_the_loss_of_a_search_mixes_that_of_both_lists():
-    model, batch = make_unifiedssr(session_weight=0), make_events().rows(1, 2)
+    model, batch = make_unifiedssr(session_weight=0, steps="last"), make_events().rows(1, 2)
     with torch.no_grad():
         model.core.mix.weight.fill_(0.8)
 
-    p, p_last, q, q_last = model._searched(batch)
+    p, p_last, q, q_last, _ = model._searched(batch)
     by_product, by_query = (
         sampled_bce(model.core.scores(last, batch.candidates + 1), batch.labels) for last in (p_last, q_last)
     )
 
     torch.testing.assert_close(model.loss(batch)[0], (0.8 * by_product + 0.2 * by_query).mean())
     apart = p.differences() + q.differences()
-    whole = make_unifiedssr(session_weight=1)
+    whole = make_unifiedssr(session_weight=1, steps="last")
     whole.load_state_dict(model.state_dict())
     added = whole.loss(batch)[0] - model.loss(batch)[0]
     torch.testing.assert_close(added, apart.mean() - p.agreement(q).mean())
@@ -104,3 +104,27 @@ def test_the_gradient_is_finite_also_without_any_history_and_for_one_task():
         assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
     nothing = make_batch([[], []], torch.tensor([[1, 2]] * 2), width=0, task=torch.tensor([0, 1]))
     assert model.loss(nothing)[0].isfinite() and model.score(nothing).isfinite().all()
+
+
+def test_earlier_steps_predict_the_click_behind_them_without_sessions():
+    model, batch = (
+        make_unifiedssr(session_weight=0),
+        make_events().take(torch.tensor([True, False, True, False, False])),
+    )
+    core, items = model.core, model.world.num_items
+
+    torch.manual_seed(7)
+    loss, _ = model.loss(batch)
+
+    torch.manual_seed(7)
+    drawn = torch.randint(1, items + 1, (4, 2))  # of four earlier steps: the second list has none
+    lists, targets = torch.tensor([[4, 5, 6, 7, 10]]), [5, 6, 7, 10]
+    steps = core.recommend(batch.user[:1] + 1, lists, lists != 0)[0]
+    earlier = [
+        nce(steps[t] @ core.products(torch.tensor([target]))[0] * core.scale,
+            core.products(drawn[t]) @ steps[t] * core.scale)
+        for t, target in enumerate(targets)
+    ]  # fmt: skip
+    last = make_unifiedssr(session_weight=0, steps="last")
+    last.load_state_dict(model.state_dict())
+    torch.testing.assert_close(loss - last.loss(batch)[0], torch.stack(earlier).mean() / 2)

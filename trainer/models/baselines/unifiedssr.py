@@ -15,9 +15,10 @@ the targets of training (causal=false brings that back); of its layers only the 
 input (num_layers=1 is the same); its windows are compared with steps by ≤, so that they never learn, and a
 step in a window gets its own vector once more, which scales scores but cannot change their order
 (windows=hard). Here windows are soft, and a step gets the mean of its session [?]. Windows follow the length
-of the list, not the padded length. A click is trained on once, at the last step of its history. The first
-step of a search, before any product, is kept and seen: it is all that a user without searches has. Both tasks
-are trained at once, without fine-tuning on each.
+of the list, not the padded length. Every click has a list of its own here, and is its last step's target; the
+mean loss of the earlier steps, which know no sessions (those see later steps), is added to that of the last
+(steps=last leaves it out). The first step of a search, before any product, is kept and seen: it is all that a
+user without searches has. Both tasks are trained at once, without fine-tuning on each.
 Shapes: ids [B, N] with 0 = padding at the end, h [B, D], scores [B, C].
 """
 
@@ -38,7 +39,7 @@ from trainer.models.layers.attention import Attention
 from trainer.models.layers.dropout import Dropout
 from trainer.models.layers.embedding import ItemTable, WordMean, inner_products
 from trainer.models.layers.history import HistoryKind, history_ids, newest
-from trainer.models.layers.nce import sampled_bce
+from trainer.models.layers.nce import nce, sampled_bce
 from trainer.models.layers.prenorm import sinusoids
 from trainer.models.layers.sequence import last_step
 
@@ -71,6 +72,9 @@ class UnifiedSsrSettings(ModelSettings):
     """soft: windows learn; hard: they do not, as published"""
     causal: bool = True
     """a step sees earlier ones only; false: all, as published"""
+    steps: Literal["all", "last"] = "all"
+    """steps of a list that are trained on: all, as published, or the last one, whose target is the event's
+    click"""
     history: HistoryKind = "all"
     """clicks that a recommendation reads: all, or those of recommendations only"""
 
@@ -146,10 +150,12 @@ class Mix(nn.Module):
 
 @dataclass(frozen=True)
 class Encoded:
-    """A list after its sessions: steps [B, N, D], sessions [B, S, D]."""
+    """A list after its sessions: steps [B, N, D], sessions [B, S, D]; steps before their sessions, which see
+    no later step."""
 
     steps: Tensor
     sessions: Tensor
+    alone: Tensor
 
     def differences(self) -> Tensor:
         """|cos| of neighbouring sessions [B, S − 1]; 0 for one without steps."""
@@ -212,8 +218,8 @@ class UnifiedSsrCore(nn.Module):
         steps = steps_BND.float()
         sessions_BSD = inside_BSN @ steps / inside_BSN.sum(2, keepdim=True).clamp(min=EPS)
         if self.settings.windows == "hard":
-            return Encoded(steps * (1 + inside_BSN.amax(1))[..., None], sessions_BSD)
-        return Encoded(steps + inside_BSN.transpose(1, 2) @ sessions_BSD, sessions_BSD)
+            return Encoded(steps * (1 + inside_BSN.amax(1))[..., None], sessions_BSD, steps)
+        return Encoded(steps + inside_BSN.transpose(1, 2) @ sessions_BSD, sessions_BSD, steps)
 
     def scores(self, hidden_BD: Tensor, items_BC: Tensor) -> Tensor:
         """[B, C] float32"""
@@ -255,11 +261,11 @@ class UnifiedSsr(Ranker):
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         rec, src = self._tasks(batch)
-        (h, h_last), (p, p_last, q, q_last) = self._recommended(rec), self._searched(src)
-        click_rec = sampled_bce(self.core.scores(h_last, rec.candidates + 1), rec.labels)
-        by_product = sampled_bce(self.core.scores(p_last, src.candidates + 1), src.labels)
-        by_query = sampled_bce(self.core.scores(q_last, src.candidates + 1), src.labels)
-        click_B = torch.cat([click_rec, self.core.mix(by_product, by_query)])
+        (h, h_last, clicks), (p, p_last, q, q_last, searched) = self._recommended(rec), self._searched(src)
+        by_history = self._click_losses(h, h_last, clicks, rec)
+        by_product = self._click_losses(p, p_last, searched, src)
+        by_query = self._click_losses(q, q_last, searched, src)
+        click_B = torch.cat([by_history, self.core.mix(by_product, by_query)])
         apart = mean_or_zero(p.differences()) + mean_or_zero(q.differences())
         session_B = torch.cat([mean_or_zero(h.differences()), apart - p.agreement(q).mean(1)])
         is_rec_B, data = torch.arange(len(click_B), device=click_B.device) < rec.num_events, self.world.data
@@ -268,13 +274,30 @@ class UnifiedSsr(Ranker):
         report = {"click_loss": click.detach(), "session_loss": session.detach()}
         return click + self.settings.session_weight * session, report
 
+    def _click_losses(self, encoded: Encoded, last_BD: Tensor, products_BN: Tensor, batch: Batch) -> Tensor:
+        """[B] float32: of the event's click, and the mean of those of the list, each predicted by the step
+        before it, against as many drawn items as the click has negatives."""
+        losses_B = sampled_bce(self.core.scores(last_BD, batch.candidates + 1), batch.labels)
+        if self.settings.steps == "last":
+            return losses_B
+        targets_BN = products_BN[:, 1:]
+        real_BN = targets_BN != 0
+        targets_M1 = targets_BN[real_BN][:, None]
+        drawn_MK = torch.randint(
+            1, self.world.num_items + 1, (len(targets_M1), batch.candidates.shape[1] - 1), device=self.device
+        )
+        scores_MC = self.core.scores(encoded.alone[:, :-1][real_BN], torch.cat([targets_M1, drawn_MK], 1))
+        earlier_BN = losses_B.new_zeros(real_BN.shape)
+        earlier_BN = earlier_BN.masked_scatter(real_BN, nce(scores_MC[:, 0], scores_MC[:, 1:]))
+        return losses_B + earlier_BN.sum(1) / real_BN.sum(1).clamp(min=1)
+
     # ---- batch → core --------------------------------------------------------------------------------------
 
     def _hidden(self, batch: Batch) -> Tensor:
         """The vector that items are multiplied with, [B, D]."""
         rec, src = self._tasks(batch)
-        _, h_last = self._recommended(rec)
-        _, p_last, _, q_last = self._searched(src)
+        _, h_last, _ = self._recommended(rec)
+        _, p_last, _, q_last, _ = self._searched(src)
         hidden_BD = torch.cat([h_last, self.core.mix(p_last, q_last)])
         return hidden_BD[(batch.task == SRC).to(torch.int8).argsort(stable=True).argsort()]
 
@@ -282,17 +305,18 @@ class UnifiedSsr(Ranker):
         """Its recommendations and its searches, either may be empty: every rank calls every layer."""
         return batch.take(batch.task != SRC), batch.take(batch.task == SRC)
 
-    def _recommended(self, batch: Batch) -> tuple[Encoded, Tensor]:
-        """→ the list of products and its last step [B, D]."""
+    def _recommended(self, batch: Batch) -> tuple[Encoded, Tensor, Tensor]:
+        """→ the list of products, its last step [B, D], the products [B, N]."""
         ids_BN = history_ids(batch, self.settings.history, self.world.data.history_max)
         mask_BN = ids_BN != 0
         length_B = mask_BN.sum(1)
         steps = self.core.recommend(batch.user + 1, ids_BN, mask_BN)
         encoded = self.core.with_sessions(steps, mask_BN, length_B)
-        return encoded, last_step(encoded.steps, length_B)
+        return encoded, last_step(encoded.steps, length_B), ids_BN
 
-    def _searched(self, batch: Batch) -> tuple[Encoded, Tensor, Encoded, Tensor]:
-        """→ the lists of products and of queries, each with its last step [B, D]."""
+    def _searched(self, batch: Batch) -> tuple[Encoded, Tensor, Encoded, Tensor, Tensor]:
+        """→ the lists of products and of queries, each with its last step [B, D]; the products [B, N], one
+        step late."""
         kept_BN = batch.history_mask & (batch.history_tasks == SRC)
         length, count_B = self.world.data.history_max, kept_BN.sum(1).clamp(max=self.world.data.history_max)
         products = F.pad(newest(batch.history_items + 1, kept_BN, length), (1, 0))
@@ -301,7 +325,7 @@ class UnifiedSsr(Ranker):
         mask = torch.arange(products.shape[1], device=count_B.device) <= count_B[:, None]
         both = self.core.search(batch.user + 1, products, self._words(queries - 1), mask, mask)
         p, q = (self.core.with_sessions(steps, mask, count_B + 1) for steps in both)
-        return p, last_step(p.steps, count_B + 1), q, last_step(q.steps, count_B + 1)
+        return p, last_step(p.steps, count_B + 1), q, last_step(q.steps, count_B + 1), products
 
     def _words(self, rows: Tensor) -> Tensor:
         """Words of queries […, W], padding for row -1."""
