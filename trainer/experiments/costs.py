@@ -208,7 +208,7 @@ def cost_of(
     kind, run = model_class(config.model.name), config.run
     speed = speed_of(config, size.items, machine, preset)
     train, valid, test = (size.events(split, kind.tasks) for split in ("train", "valid", "test"))
-    start_s = float(read_speeds()["start_s"])
+    start_s = float(read_speeds()["start_s" if machine.gpus else "fork_s"])
     evaluation_s = {
         "sampled": test * (1 + size.num_negatives) / speed.candidates_per_s,
         "hard": test * (1 + size.num_hard_negatives) / speed.candidates_per_s,

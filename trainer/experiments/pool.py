@@ -11,16 +11,18 @@ import heapq
 import itertools
 import os
 import signal
-import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
+from pathlib import Path
 from types import FrameType, TracebackType
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 
 from trainer.errors import ConfigError
+from trainer.experiments import forked
 from trainer.runtime.launch import num_cores
 from trainer.runtime.progress import Notify, clock
 from trainer.runtime.stopping import FORCE_AFTER_S
@@ -83,7 +85,7 @@ class Pool:
         self._tasks: list[tuple[int, int, Callable[[], None], Future[Any]]] = []  # a heap
         self._order = itertools.count()
         self._num_open = 0  # tasks that wait or run
-        self._children: list[subprocess.Popen[Any]] = []
+        self._children: list[BaseProcess] = []
         self._error: BaseException | None = None  # the first that a task raised
         self._closed = False
         self.stopping = False
@@ -126,22 +128,15 @@ class Pool:
             if self._error is not None:
                 raise self._error
 
-    def run_child(self, command: Sequence[str], output: IO[str]) -> int:
-        """Exit code of a process whose stdout and stderr go to `output`. Raises KeyboardInterrupt when the
-        pool stops."""
+    def run_child(self, log: Path, main: Callable[..., None], *arguments: object) -> int:
+        """Exit code of a process that calls main(*arguments) and adds what it prints to the log. Ctrl-C does
+        not reach it: this process passes it on, once. Raises KeyboardInterrupt when the pool stops."""
         with self._changed:  # stop() sees every child that has been started
             if self.stopping:
                 raise KeyboardInterrupt
-            child = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, **_here.environment},
-                start_new_session=True,  # Ctrl-C reaches this process alone, which passes it on once
-            )
+            child = forked.start(main, arguments, _here.environment, log)
             self._children.append(child)
-        code = child.wait()
+        code = forked.exit_code(child)
         with self._changed:
             self._children.remove(child)
             if self.stopping:
@@ -167,9 +162,9 @@ class Pool:
         self.stop()
         with self._changed:
             for child in self._children:
-                if child.returncode is None:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.killpg(child.pid, signal.SIGKILL)
+                assert child.pid is not None
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(child.pid, signal.SIGKILL)
 
     def __enter__(self) -> "Pool":
         for thread in self._threads:
@@ -212,13 +207,13 @@ class Pool:
                 self._changed.notify_all()
 
 
-def run_child(command: Sequence[str], output: IO[str]) -> int:
+def run_child(log: Path, main: Callable[..., None], *arguments: object) -> int:
     """Pool.run_child() of the pool whose task asks; of one for this child alone where none does."""
     pool: Pool | None = getattr(_here, "pool", None)
     if pool is not None:
-        return pool.run_child(command, output)
+        return pool.run_child(log, main, *arguments)
     with Pool() as alone:
-        return alone.submit(lambda: alone.run_child(command, output)).result()
+        return alone.submit(lambda: alone.run_child(log, main, *arguments)).result()
 
 
 @contextmanager

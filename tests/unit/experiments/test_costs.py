@@ -18,7 +18,8 @@ SASREC = {"events_per_s": 100, "candidates_per_s": 1000, "catalogue_events_per_s
 @pytest.fixture
 def speeds(monkeypatch: pytest.MonkeyPatch) -> None:
     made = {
-        "start_s": 10,
+        "start_s": 30,
+        "fork_s": 10,
         "candidates_a_training_event": 15,
         "counted": {"candidates_per_s": 1000, "catalogue_events_per_s": 100},
         "default": {"events_per_s": 10},
@@ -61,6 +62,8 @@ def test_steps_of_a_preset_are_epochs_and_counting_has_none() -> None:
     assert cost_of(load_config("sasrec", words), SIZE, ONE_CORE).epochs == 2
     counted = cost_of(load_config("popularity"), SIZE, ONE_CORE)
     assert not counted.trained and counted.run_s(7, ("sampled",)) == 10 + 10 + 600 * 100 / 1000
+    on_a_gpu = cost_of(load_config("item_knn"), SIZE, Machine(cores=1, gpus=1))
+    assert on_a_gpu.start_s == 30, "each process begins anew there"
 
 
 @pytest.mark.usefixtures("speeds")

@@ -1,5 +1,6 @@
 """--jobs: tasks and children at once, with processes that take no time; what signals do; cores and GPUs."""
 
+import atexit
 import os
 import signal
 import subprocess
@@ -12,31 +13,34 @@ from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 
+import psutil
 import pytest
 from typer.testing import CliRunner
 
 from trainer.cli import app
 from trainer.errors import ConfigError
 from trainer.experiments import pool as pools
+from trainer.experiments.forked import run_verb
 from trainer.experiments.pool import Pool, Steps, environments, interruptible, run_child
 
 ROOT = Path(__file__).parents[3]
-# touches the file READY and waits; a SIGTERM is told in the file SAVED after a moment
-WAITS = """
-import os, pathlib, signal, subprocess, sys, time
-saved, ready, grandchild = map(pathlib.Path, sys.argv[1:])
-def save(number, frame):
-    if saved.name != "never":
-        time.sleep(0.2)
-        saved.touch()
-        sys.exit(75)
-signal.signal(signal.SIGTERM, save)
-loader = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-grandchild.write_text(str(loader.pid))
-ready.write_text(str(os.getpid()))
-while True:
-    time.sleep(0.05)
-"""
+
+
+def waits(saved: str, ready: str, grandchild: str) -> None:
+    """Main of a child: touches the file READY and waits; a SIGTERM is told in the file SAVED, a bit later."""
+
+    def save(number: int, frame: object) -> None:
+        if Path(saved).name != "never":
+            time.sleep(0.2)
+            Path(saved).touch()
+            sys.exit(75)
+
+    signal.signal(signal.SIGTERM, save)
+    loader = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    Path(grandchild).write_text(str(loader.pid))
+    Path(ready).write_text(str(os.getpid()))
+    while True:
+        time.sleep(0.05)
 
 
 @pytest.fixture(autouse=True)
@@ -148,15 +152,62 @@ def test_a_child_that_somebody_stopped_stops_all(tmp_path: Path) -> None:
 
 
 def waiting_child(folder: Path, saved: str = "saved") -> None:
-    files = [str(folder / name) for name in (saved, "ready", "grandchild")]
-    with (folder / "log").open("w") as log:
-        run_child([sys.executable, "-c", WAITS, *files], log)
+    (folder / "log").touch()
+    run_child(folder / "log", waits, *(str(folder / name) for name in (saved, "ready", "grandchild")))
 
 
-def test_a_child_without_a_pool_has_one_for_itself(tmp_path: Path) -> None:
-    with (tmp_path / "log").open("w") as log:
-        assert run_child([sys.executable, "-c", "print(3); raise SystemExit(4)"], log) == 4
-    assert (tmp_path / "log").read_text() == "3\n"
+# ---- children ----------------------------------------------------------------------------------------------
+
+
+def prints(variable: str, code: int) -> None:
+    print(os.environ.get(variable), Path.cwd(), os.getsid(0) == os.getpid(), flush=True)
+    os.system("echo also what it starts")
+    atexit.register(print, "at its end")
+    raise SystemExit(code)
+
+
+def test_a_child_is_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = tmp_path / "log"
+    log.write_text("before\n")
+    monkeypatch.setenv("OWN", "later than the process that forks")
+    monkeypatch.chdir(tmp_path)
+    assert run_child(log, prints, "OWN", 4) == 4, "without a pool it has one for itself"
+    assert log.read_text().splitlines() == [
+        "before",
+        f"later than the process that forks {tmp_path} True",
+        "also what it starts",
+        "at its end",
+    ]
+
+
+def fails() -> None:
+    raise ZeroDivisionError("in the child")
+
+
+def dies() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_the_end_of_a_child_is_told(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.touch()
+    assert run_child(log, fails) == 1
+    assert "ZeroDivisionError: in the child" in log.read_text()
+    assert run_child(log, dies) == -signal.SIGKILL
+
+
+def threads(file: str) -> None:
+    import torch
+
+    Path(file).write_text(f"{os.environ['OMP_NUM_THREADS']} {torch.get_num_threads()}")
+
+
+def test_verbs_run_in_children(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.touch()
+    assert run_child(log, run_verb, "evaluate", str(tmp_path / "none")) == 1
+    assert log.read_text().startswith("gensr: ")
+    assert run_child(log, run_verb, "--version") == 0
 
 
 # ---- signals -----------------------------------------------------------------------------------------------
@@ -215,6 +266,15 @@ def test_the_first_signal_lets_every_child_save(folders: list[Path], number: int
     assert not (folders[2] / "ready").exists()
 
 
+def test_a_scheduler_may_tell_every_process(folders: list[Path]) -> None:
+    """Also the one that the children are forked from."""
+    program = start("saved", folders)
+    for process in [*psutil.Process(program.pid).children(recursive=True), psutil.Process(program.pid)]:
+        process.terminate()
+    assert program.wait(30) == 75
+    assert [(folder / "saved").exists() for folder in folders] == [True, True, False]
+
+
 def test_a_second_signal_leaves_no_orphans(folders: list[Path]) -> None:
     program = start("never", folders)
     program.send_signal(signal.SIGINT)
@@ -224,6 +284,15 @@ def test_a_second_signal_leaves_no_orphans(folders: list[Path]) -> None:
     program.send_signal(signal.SIGINT)
     assert program.wait(30) == 75
     wait_until(lambda: not any(map(is_alive, pids)))
+
+
+def test_children_stop_when_the_program_is_killed(folders: list[Path]) -> None:
+    program = start("saved", folders)
+    pids = pids_of(folders)
+    program.kill()
+    program.wait()
+    wait_until(lambda: all((folder / "saved").exists() for folder in folders[:2]))
+    wait_until(lambda: not is_alive(pids[0]) and not is_alive(pids[2]))
 
 
 def test_children_that_never_end_are_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,11 +328,12 @@ def test_signals_are_as_before_afterwards() -> None:
 def test_jobs_share_the_cores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert environments(1) == [{}], "alone, a run has what it had without a pool"
     assert environments(3) == [{"OMP_NUM_THREADS": "2"}] * 3
-    seen = tmp_path / "seen"
-    with Pool(4) as pool, seen.open("w") as file:
-        code = "import os; print(os.environ['OMP_NUM_THREADS'])"
-        assert pool.submit(lambda: run_child([sys.executable, "-c", code], file)).result() == 0
-    assert seen.read_text() == "2\n"
+    seen, log = tmp_path / "seen", tmp_path / "log"
+    log.touch()
+    for jobs, expected in ((4, "2 2"), (2, "4 4")):  # both are forked from one process
+        with Pool(jobs) as pool:
+            assert pool.submit(lambda: run_child(log, threads, str(seen))).result() == 0
+        assert seen.read_text() == expected
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     assert environments(3) == [{}] * 3, "what the user says stays"
     with pytest.raises(ConfigError, match=r"--jobs 9: .* this machine has 8\. Give --jobs 8"):

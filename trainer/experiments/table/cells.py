@@ -1,13 +1,13 @@
 """One cell of the table: a run folder that `gensr train` and `gensr evaluate` make, each in a process of its
 own, so that a crash of one leaves the others alone. What they print goes to OUT/logs/."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from trainer.errors import GensrError
 from trainer.evaluation.summary import evaluation_name
+from trainer.experiments.forked import run_verb
 from trainer.experiments.pool import run_child
 from trainer.runs.run_folder import RunFolder
 from trainer.runtime.files import writing
@@ -76,9 +76,8 @@ def evaluate_cell(cell: Cell, candidates: Sequence[str], events: int) -> None:
 def _run(arguments: Sequence[str], log: Path, mode: str) -> None:
     with writing(log):
         log.parent.mkdir(parents=True, exist_ok=True)
-        file = log.open(mode, encoding="utf-8")
-    with file:
-        code = run_child([sys.executable, "-m", "gensr", *arguments], file)
+        log.open(mode).close()
+    code = run_child(log, run_verb, *arguments)
     if code == STOPPED:
         raise KeyboardInterrupt
     if code:
