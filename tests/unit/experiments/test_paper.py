@@ -115,7 +115,7 @@ def test_hours_count_threads_and_jobs(tmp_path: Path, monkeypatch: pytest.Monkey
     assert all_cores["seconds"] < found[1]["seconds"] and "on 8 CPU cores," in all_cores["lines"][0]
     threads = ("run.threads=1",)
     few, many = (
-        make_plan(request(tmp_path, budget="200", jobs=jobs, settings=threads), SIZE) for jobs in (1, 8)
+        make_plan(request(tmp_path, budget="100", jobs=jobs, settings=threads), SIZE) for jobs in (1, 8)
     )
     assert LEVELS.index(many.budget) < LEVELS.index(few.budget), "the same minutes buy more"
     with pytest.raises(ConfigError, match="Give --jobs 8"):
@@ -219,7 +219,7 @@ def stand_in(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.slow
 def test_an_interrupted_evaluation_goes_on(stand_in: StandIn, tmp_path: Path) -> None:
-    asked = request(tmp_path / "out", data=tmp_path / "data", budget="10")
+    asked = request(tmp_path / "out", data=tmp_path / "data", budget="4")
     plan = make_plan(asked, paper_run.size_of_data(asked))
     cells = plan.cells()
     stand_in.stop_at = cells[2].title
