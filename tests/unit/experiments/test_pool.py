@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from trainer.cli import app
 from trainer.errors import ConfigError
+from trainer.experiments import forked
 from trainer.experiments import pool as pools
 from trainer.experiments.forked import run_verb
 from trainer.experiments.pool import Pool, Steps, environments, interruptible, run_child
@@ -166,7 +167,9 @@ def prints(variable: str, code: int) -> None:
     raise SystemExit(code)
 
 
-def test_a_child_is_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("gpu", [False, True])
+def test_a_child_is_a_process_of_its_own(gpu: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forked, "has_gpu", lambda: gpu)  # with one it is not forked
     log = tmp_path / "log"
     log.write_text("before\n")
     monkeypatch.setenv("OWN", "later than the process that forks")
@@ -216,6 +219,7 @@ PROGRAM = """
 import sys
 from functools import partial
 from pathlib import Path
+from trainer.experiments import forked
 from trainer.experiments import pool as pools
 from tests.unit.experiments.test_pool import waiting_child
 pools.num_cores, pools.cuda_devices = lambda: 8, list
