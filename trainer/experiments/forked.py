@@ -1,6 +1,6 @@
 """Children of a Pool. On a CPU each is forked from a process that has the libraries in memory: to import them
-takes 8 s of a core, more than training where a system only counts. With a GPU each begins anew: CUDA does not
-survive a fork, and an import may touch it.
+takes 8 s of a core, more than training where a system only counts. With a GPU each begins anew (CUDA does not
+survive a fork, and an import may touch it), and where the system is not Linux, whose libraries do not mind.
 
 A child is as a process of its own: its session, its environment, its output in a file, SIGTERM as ever. It is
 told to stop (SIGTERM) when the process that wanted it ends, whatever ended that one.
@@ -31,7 +31,7 @@ def start(
     is added to the log, a file that is there."""
     given = (main, arguments, {**os.environ, **environment}, str(log))
     child: BaseProcess
-    if has_gpu():
+    if has_gpu() or sys.platform != "linux":
         child = multiprocessing.get_context("spawn").Process(target=_child, args=given)
     else:
         warm = multiprocessing.get_context("forkserver")
