@@ -146,9 +146,10 @@ def _ranked(kind: Any, num_items: int) -> int:
 
 def speed_of(config: Config, num_items: int, machine: Machine, preset: str | None = None) -> Speed:
     """Of the configuration's model on `machine`. A language model that is not the measured one is slower by
-    its operations an event, or faster by their root: what is no matrix product does not shrink with them (on a
-    core scratch:nano is 3.7 times as fast as scratch:mini). No GPU does more of them than GPUs do. preset: documents the sizes where
-    data.dir is not set. Raises ConfigError for an unknown backbone."""
+    its operations an event, or faster by their root: what is no matrix product does not shrink with them (on
+    a core, BSR with scratch:nano is 3.7 times as fast as with scratch:mini). No GPU does more of them than
+    GPUs do. preset: documents the sizes where data.dir is not set. Raises ConfigError for an unknown
+    backbone."""
     one = core_speed(config.model.name, num_items)
     measured_preset = read_speeds()["models"].get(config.model.name, {}).get("preset", config.model.name)
     if not hasattr(config.model, "backbone") or measured_preset not in preset_names():

@@ -92,6 +92,9 @@ def test_a_larger_backbone_is_slower_than_the_measured_one() -> None:
     assert slow.events_per_s < 0.7 * small.events_per_s
     ratio = slow.events_per_s / small.events_per_s
     assert slow.candidates_per_s == pytest.approx(ratio * small.candidates_per_s)
+    bsr = speed_of(load_config("bsr"), size, ONE_CORE, "bsr")
+    smallest = speed_of(load_config("bsr", ["model.backbone=scratch:nano"]), size, ONE_CORE, "bsr")
+    assert 1.2 < smallest.events_per_s / bsr.events_per_s < 3.7, "no faster than it was measured to be"
 
 
 def test_speeds_are_those_of_models_that_are_trained() -> None:
