@@ -117,7 +117,9 @@ def test_earlier_steps_predict_the_click_behind_them_without_sessions():
     loss, _ = model.loss(batch)
 
     torch.manual_seed(7)
-    drawn = torch.randint(1, items + 1, (4, 2))  # of four earlier steps: the second list has none
+    drawn = torch.randint(1, items + 1, (2, model.world.data.history_max, 2))[
+        0
+    ]  # the second list has no steps
     lists, targets = torch.tensor([[4, 5, 6, 7, 10]]), [5, 6, 7, 10]
     steps = core.recommend(batch.user[:1] + 1, lists, lists != 0)[0]
     earlier = [

@@ -262,9 +262,11 @@ class UnifiedSsr(Ranker):
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         rec, src = self._tasks(batch)
         (h, h_last, clicks), (p, p_last, q, q_last, searched) = self._recommended(rec), self._searched(src)
-        by_history = self._click_losses(h, h_last, clicks, rec)
-        by_product = self._click_losses(p, p_last, searched, src)
-        by_query = self._click_losses(q, q_last, searched, src)
+        drawn_BNK = self._drawn(batch)
+        drawn_rec, drawn_src = drawn_BNK[batch.task != SRC], drawn_BNK[batch.task == SRC]
+        by_history = self._click_losses(h, h_last, clicks, rec, drawn_rec)
+        by_product = self._click_losses(p, p_last, searched, src, drawn_src)
+        by_query = self._click_losses(q, q_last, searched, src, drawn_src)
         click_B = torch.cat([by_history, self.core.mix(by_product, by_query)])
         apart = mean_or_zero(p.differences()) + mean_or_zero(q.differences())
         session_B = torch.cat([mean_or_zero(h.differences()), apart - p.agreement(q).mean(1)])
@@ -274,22 +276,27 @@ class UnifiedSsr(Ranker):
         report = {"click_loss": click.detach(), "session_loss": session.detach()}
         return click + self.settings.session_weight * session, report
 
-    def _click_losses(self, encoded: Encoded, last_BD: Tensor, products_BN: Tensor, batch: Batch) -> Tensor:
+    def _click_losses(
+        self, encoded: Encoded, last_BD: Tensor, products_BN: Tensor, batch: Batch, drawn_BNK: Tensor
+    ) -> Tensor:
         """[B] float32: of the event's click, and the mean of those of the list, each predicted by the step
-        before it, against as many drawn items as the click has negatives."""
+        before it, against drawn items."""
         losses_B = sampled_bce(self.core.scores(last_BD, batch.candidates + 1), batch.labels)
         if self.settings.steps == "last":
             return losses_B
         targets_BN = products_BN[:, 1:]
         real_BN = targets_BN != 0
-        targets_M1 = targets_BN[real_BN][:, None]
-        drawn_MK = torch.randint(
-            1, self.world.num_items + 1, (len(targets_M1), batch.candidates.shape[1] - 1), device=self.device
-        )
-        scores_MC = self.core.scores(encoded.alone[:, :-1][real_BN], torch.cat([targets_M1, drawn_MK], 1))
+        drawn_MK = drawn_BNK[:, : targets_BN.shape[1]][real_BN]
+        items_MC = torch.cat([targets_BN[real_BN][:, None], drawn_MK], 1)
+        scores_MC = self.core.scores(encoded.alone[:, :-1][real_BN], items_MC)
         earlier_BN = losses_B.new_zeros(real_BN.shape)
         earlier_BN = earlier_BN.masked_scatter(real_BN, nce(scores_MC[:, 0], scores_MC[:, 1:]))
         return losses_B + earlier_BN.sum(1) / real_BN.sum(1).clamp(min=1)
+
+    def _drawn(self, batch: Batch) -> Tensor:
+        """Negatives of the steps of a list, as many as the click has: ids [B, history_max, K]."""
+        shape = (batch.num_events, self.world.data.history_max, batch.candidates.shape[1] - 1)
+        return torch.randint(1, self.world.num_items + 1, shape, device=self.device)
 
     # ---- batch → core --------------------------------------------------------------------------------------
 
