@@ -68,6 +68,7 @@ class Preloaded:
 def launch_by_fork(folder: Path, run_dir: Path, port: int) -> None:
     """Two ranks with the variables that accelerate sets; when one ends badly, the other is killed."""
     os.setsid()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # as run_rank does
     log = os.open(folder / f"{run_dir.name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(log, stream)

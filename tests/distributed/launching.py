@@ -4,6 +4,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import signal
 import time
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -77,6 +78,8 @@ def run_rank(folder: Path, environment: dict[str, str]) -> None:
         os.dup2(log, stream)
     os.environ.clear()
     os.environ.update(environment)
+    # where a table was made before, by the same pytest, the process that forks keeps SIGTERM from itself
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     from tests.distributed.worker import main
 
     main(folder)
