@@ -219,7 +219,6 @@ PROGRAM = """
 import sys
 from functools import partial
 from pathlib import Path
-from trainer.experiments import forked
 from trainer.experiments import pool as pools
 from tests.unit.experiments.test_pool import waiting_child
 pools.num_cores, pools.cuda_devices = lambda: 8, list

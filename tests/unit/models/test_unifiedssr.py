@@ -107,19 +107,15 @@ def test_the_gradient_is_finite_also_without_any_history_and_for_one_task():
 
 
 def test_earlier_steps_predict_the_click_behind_them_without_sessions():
-    model, batch = (
-        make_unifiedssr(session_weight=0),
-        make_events().take(torch.tensor([True, False, True, False, False])),
-    )
-    core, items = model.core, model.world.num_items
+    model = make_unifiedssr(session_weight=0)
+    batch = make_events().take(torch.tensor([True, False, True, False, False]))
+    core, world = model.core, model.world
 
     torch.manual_seed(7)
     loss, _ = model.loss(batch)
 
     torch.manual_seed(7)
-    drawn = torch.randint(1, items + 1, (2, model.world.data.history_max, 2))[
-        0
-    ]  # the second list has no steps
+    drawn, _ = torch.randint(1, world.num_items + 1, (2, world.data.history_max, 2))
     lists, targets = torch.tensor([[4, 5, 6, 7, 10]]), [5, 6, 7, 10]
     steps = core.recommend(batch.user[:1] + 1, lists, lists != 0)[0]
     earlier = [
