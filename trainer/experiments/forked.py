@@ -9,6 +9,7 @@ told to stop (SIGTERM) when the process that wanted it ends, whatever ended that
 import atexit
 import multiprocessing
 import os
+import runpy
 import signal
 import sys
 import threading
@@ -46,6 +47,7 @@ def exit_code(child: BaseProcess) -> int:
     """When it has ended; −N for signal N."""
     wait([child.sentinel])
     with _lock:
+        child.join()  # its files are closed, which the sentinel tells, a moment before it has an exit code
         code = child.exitcode
     assert code is not None
     return code
@@ -80,8 +82,6 @@ def _end_with_parent() -> None:
 
 
 def run_verb(*arguments: str) -> None:
-    """`gensr arguments`."""
-    from trainer.cli import main
-
+    """`python -m gensr arguments`: by its name, since nothing imports the front door."""
     sys.argv = ["gensr", *arguments]
-    main()
+    runpy.run_module("gensr", run_name="__main__")
