@@ -97,6 +97,15 @@ def test_a_larger_backbone_is_slower_than_the_measured_one() -> None:
     assert 1.2 < smallest.events_per_s / bsr.events_per_s < 3.7, "no faster than it was measured to be"
 
 
+def test_prompts_take_the_time_of_their_tokens() -> None:
+    words = ["data.history_max=10", "data.history_tokens=3", "data.item_tokens=12", "data.num_negatives=4"]
+    both = [load_config("collm", [*words, f"model.prompt={prompt}"]) for prompt in ("paper", "compact")]
+    paper, compact = (speed_of(config, 4_344, ONE_CORE, "collm") for config in both)
+    assert compact.events_per_s / paper.events_per_s == pytest.approx(
+        (10 * 3 + 20 + 5 * (12 + 23)) / (10 * 3 + 3 + 5 * (12 + 4))
+    )
+
+
 def test_speeds_are_those_of_models_that_are_trained() -> None:
     for name in read_speeds()["models"]:
         assert name in model_names() and model_class(name).trained

@@ -145,6 +145,16 @@ def test_collm_trains_one_part_a_stage(folder: PreparedFolder, stage: str, backb
     assert not any(p.grad is not None and p.grad.is_sparse for p in model.parameters())
 
 
+def test_collm_joint_trains_both_parts_in_the_second_stage(folder: PreparedFolder) -> None:
+    for stage, parts in (("text", {"backbone"}), ("map", {"backbone", "map"})):
+        model, batch = made(folder, "collm", stage=stage, joint=True)
+        assert trained_parts(model, batch) == parts
+    model, batch = made(folder, "collm", stage="map", joint=True, lora={"rank": 2, "target_modules": "q,v"})
+    assert trained_parts(model, batch) == {"backbone", "map"}
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert all("lora_" in name or name.startswith("map.") for name in trained)
+
+
 def test_collm_with_adapters_trains_them_alone_and_then_the_map_alone(folder: PreparedFolder) -> None:
     lora = {"rank": 2, "target_modules": "q,v"}
     model, batch = made(folder, "collm", lora=lora)
@@ -165,10 +175,12 @@ def test_collm_reads_cf_vectors_in_the_second_stage_only(folder: PreparedFolder)
             model.tables.cf.sub_(1.0)
 
 
-def test_collm_score_is_the_logit_of_yes_after_the_whole_prompt(folder: PreparedFolder) -> None:
-    model, batch = made(folder, "collm", stage="map")
-    from trainer.models.baselines.collm import TEXTS
+@pytest.mark.parametrize("prompt", ["paper", "compact"])
+def test_collm_score_is_the_logit_of_yes_after_the_whole_prompt(folder: PreparedFolder, prompt: str) -> None:
+    model, batch = made(folder, "collm", stage="map", prompt=prompt)
+    from trainer.models.baselines.collm import WORDINGS
 
+    texts = WORDINGS[prompt]
     encode = lambda text: model.world.tokenizer()(text, add_special_tokens=False)["input_ids"]  # noqa: E731
     with torch.no_grad():
         event, item = batch.rows(0, 1), int(batch.candidates[0, 1])
@@ -179,10 +191,10 @@ def test_collm_score_is_the_logit_of_yes_after_the_whole_prompt(folder: Prepared
         taste = vectors.mean(0) if len(vectors) else torch.zeros(model.tables.cf.shape[1])
         own = [int(t) for t in model.tables.item_tokens[item][:5] if t]
         prompt = [
-            words(torch.tensor(encode(TEXTS["candidate"]) + own + encode(TEXTS["item"]))),
+            words(torch.tensor(encode(texts["candidate"]) + own + encode(texts["item"]))),
             model.map(model.tables.cf[item])[None],
-            words(torch.tensor(encode(TEXTS["question"]) + encode(TEXTS["liked"]) + liked)),
-            words(torch.tensor(encode(TEXTS["user"]))),
+            words(torch.tensor(encode(texts["question"]) + encode(texts["liked"]) + liked)),
+            words(torch.tensor(encode(texts["user"]))),
             model.map(taste)[None],
         ]
         t5 = model.backbone.base

@@ -7,7 +7,8 @@ Embeddings into Large Language Models for Recommendation", TKDE 2025; arXiv 2310
 
 Two stages, two runs: model.stage=text trains the language model (its adapters, where model.lora.rank > 0) on
 prompts without the two tokens; model.stage=map, begun with run.init_from=RUN of the first, trains the map
-alone. The CF model is never trained: LightGCN's table. Seq2seq backbones answer at the first decoder step.
+alone, or with model.joint both. The CF model is never trained: LightGCN's table. Seq2seq backbones answer at
+the first decoder step.
 
 Differs from the published code: our backbones for Vicuna-7B; titles are cut at data.history_tokens and
 data.item_tokens; training events read the CF table without their own click (cf_holdout); the user's vector is
@@ -33,18 +34,25 @@ from trainer.models.backbones.backbone import Prompt
 from trainer.models.backbones.frozen import save_frozen_identity
 from trainer.models.backbones.language import adapters_only, language_model
 from trainer.models.cf_view import cf_view
-from trainer.models.contract import Ranker, View, World
+from trainer.models.contract import Cost, Ranker, View, World
+from trainer.models.gensr.cost import prompts_cost
 from trainer.models.gensr.prompt import answer_tokens
 from trainer.models.gensr.settings import LoraConfig
 from trainer.models.layers.history import HistoryKind, pack
 
-TEXTS = {
-    "liked": "A user has liked these items:",
-    "user": ". The user's taste:",
-    "candidate": ". Will the user like the item",
-    "item": "with the feature",
-    "question": "? Answer with Yes or No.",
+# a small tokenizer makes several tokens of a word: of the paper's prompt three quarters are these texts
+WORDINGS = {
+    "paper": {
+        "liked": "A user has liked these items:",
+        "user": ". The user's taste:",
+        "candidate": ". Will the user like the item",
+        "item": "with the feature",
+        "question": "? Answer with Yes or No.",
+    },
+    "compact": {"liked": "Recommend", "user": ",", "candidate": "item", "item": ",", "question": "?"},
 }
+# tokens of these texts and of the soft one: what candidates share, a candidate's own (Scientific's tokenizer)
+TEXT_TOKENS = {"paper": (20, 23), "compact": (3, 4)}
 WIDER = 10  # the map's inner width, in widths of a CF vector
 
 
@@ -53,8 +61,12 @@ class CollmSettings(CfSettings):
     name: Literal["collm"] = "collm"
     """collaborative vectors as soft tokens"""
     stage: Literal["text", "map"] = "text"
-    """text: train the language model on titles. map: train the map of CF vectors, all else frozen; begin it
-    with run.init_from"""
+    """text: train the language model on titles. map: train the map of CF vectors; begin it with
+    run.init_from"""
+    joint: bool = False
+    """stage map trains the language model (its adapters), too: one from scratch has little to keep"""
+    prompt: Literal["paper", "compact"] = "paper"
+    """wording; compact has a word or a sign for a sentence"""
     backbone: str = "scratch:mini"
     """hub name, local folder, or scratch:SIZE (trainer/models/backbones/families.py)"""
     dropout: Fraction = 0.1
@@ -89,10 +101,13 @@ class Collm(Ranker):
         # a frozen backbone that can be had by name stays out of RUN/model, its adapters do not
         out = adapters_only(settings.backbone, settings.lora)
         self._saved = {name for name, p in self.named_parameters() if p.requires_grad or not out}
-        (self.backbone if settings.stage == "map" else self.map).requires_grad_(False)
+        if settings.stage == "text":
+            self.map.requires_grad_(False)
+        elif not settings.joint:
+            self.backbone.requires_grad_(False)
         if world.tokenizer is not None:
             tokenizer = world.tokenizer()
-            for name, text in TEXTS.items():
+            for name, text in WORDINGS[settings.prompt].items():
                 self._constant(name, tokenizer(text, add_special_tokens=False)["input_ids"])
             self._constant("yes", answer_tokens(tokenizer)[:1])
 
@@ -180,6 +195,15 @@ class Collm(Ranker):
         return vectors_BNK.sum(1) / kept_BN.sum(1, keepdim=True).clamp(min=1)
 
     # ---- what the rest of the house asks -------------------------------------------------------------------
+
+    def cost(self) -> Cost:
+        """Of full histories and titles: most are as long as they may be."""
+        data, (shared, own) = self.world.data, TEXT_TOKENS[self.settings.prompt]
+        shared += data.history_max * data.history_tokens
+        own += data.item_tokens
+        num_prompts = 1 + data.num_negatives
+        times_shared = 1 if self.backbone.shared_first else num_prompts
+        return prompts_cost(self, own * num_prompts + shared * times_shared)
 
     def save_extra(self, folder: Path) -> None:
         self.backbone.base.config.save_pretrained(folder / "backbone")

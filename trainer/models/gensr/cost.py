@@ -1,5 +1,5 @@
-"""What a GenSR costs a training event. Estimates: where a constant comes from stands beside it; what was
-measured and what is calculated is said in docs/RESULTS.md."""
+"""What prompts cost a training event, GenSR's and others'. Estimates: where a constant comes from stands
+beside it; what was measured and what is calculated is said in docs/RESULTS.md."""
 
 import re
 from dataclasses import dataclass
@@ -56,9 +56,15 @@ def backbone_size(backbone: Any) -> BackboneSize:
 
 
 def gensr_cost(model: "GenSR") -> Cost:
+    size, num_candidates = backbone_size(model.backbone), 1 + model.world.data.num_negatives
+    return prompts_cost(model, tokens_per_event(model.settings, size, num_candidates))
+
+
+def prompts_cost(model: Any, tokens: int) -> Cost:
+    """Of a model with a backbone, and lora and activation_checkpointing among its settings. tokens: that the
+    backbone reads for one training event, its candidates together."""
     world, settings, size = model.world, model.settings, backbone_size(model.backbone)
     num_candidates, with_bf16 = 1 + world.data.num_negatives, world.precision == "bf16"
-    tokens = tokens_per_event(settings, size, num_candidates)
     activations = (
         ACTIVATION_BYTES * tokens * size.encoder / size.width * (1.0 if with_bf16 else FLOAT32_ACTIVATIONS)
     )
@@ -78,9 +84,7 @@ def tokens_per_event(settings: "GenSRSettings", size: BackboneSize, num_candidat
     return OWN_TOKENS[settings.prompt] * num_candidates + SHARED_TOKENS[settings.prompt]
 
 
-def flops_per_event(
-    settings: "GenSRSettings", size: BackboneSize, num_candidates: int, tokens: float
-) -> float:
+def flops_per_event(settings: Any, size: BackboneSize, num_candidates: int, tokens: float) -> float:
     """Of one training event, all its candidates; `tokens` is what the backbone reads for it.
 
     Per parameter and token 2 forward, 2 backward for activations and 2 for weights that are trained. The
