@@ -164,7 +164,7 @@ def speed_of(config: Config, num_items: int, machine: Machine, preset: str | Non
     flops = _flops(config, preset)
     if not machine.gpus:
         ratio = _flops(measured, measured_preset) / flops
-        if config.model.backbone != measured.model.backbone:
+        if getattr(config.model, "backbone", "") != getattr(measured.model, "backbone", ""):
             ratio = min(ratio, ratio**0.5)
         return one * (machine.speed * ratio)
     from trainer.training.costs import ASSUMED_FLOPS

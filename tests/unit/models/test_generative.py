@@ -175,12 +175,12 @@ def test_collm_reads_cf_vectors_in_the_second_stage_only(folder: PreparedFolder)
             model.tables.cf.sub_(1.0)
 
 
-@pytest.mark.parametrize("prompt", ["paper", "compact"])
-def test_collm_score_is_the_logit_of_yes_after_the_whole_prompt(folder: PreparedFolder, prompt: str) -> None:
-    model, batch = made(folder, "collm", stage="map", prompt=prompt)
+@pytest.mark.parametrize("wording", ["paper", "compact"])
+def test_collm_score_is_the_logit_of_yes_after_the_whole_prompt(folder: PreparedFolder, wording: str) -> None:
+    model, batch = made(folder, "collm", stage="map", prompt=wording)
     from trainer.models.baselines.collm import WORDINGS
 
-    texts = WORDINGS[prompt]
+    texts = WORDINGS[wording]
     encode = lambda text: model.world.tokenizer()(text, add_special_tokens=False)["input_ids"]  # noqa: E731
     with torch.no_grad():
         event, item = batch.rows(0, 1), int(batch.candidates[0, 1])
