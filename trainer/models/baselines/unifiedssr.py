@@ -150,12 +150,11 @@ class Mix(nn.Module):
 
 @dataclass(frozen=True)
 class Encoded:
-    """A list after its sessions: steps [B, N, D], sessions [B, S, D]; steps before their sessions, which see
-    no later step."""
+    """A list and its sessions."""
 
-    steps: Tensor
-    sessions: Tensor
-    alone: Tensor
+    steps: Tensor  # [B, N, D], each with its session in it: a session holds later steps, too
+    sessions: Tensor  # [B, S, D]
+    alone: Tensor  # [B, N, D], the steps without their sessions: none has seen a later one
 
     def differences(self) -> Tensor:
         """|cos| of neighbouring sessions [B, S − 1]; 0 for one without steps."""
