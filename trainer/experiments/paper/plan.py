@@ -458,6 +458,10 @@ def recipe_of(name: str) -> dict[str, Any]:
 
 
 def read_recipes() -> dict[str, Any]:
+    """own_settings, which YAML merges by their keys, are KEY=VALUE here, as they are everywhere else."""
     text = resources.files(__package__).joinpath("recipes.yaml").read_text(encoding="utf-8")
     recipes: dict[str, Any] = parse_yaml(text)
+    for recipe in recipes["data_sets"].values():
+        own = recipe.get("own_settings", {})
+        recipe["own_settings"] = {name: words_of(settings) for name, settings in own.items()}
     return recipes
