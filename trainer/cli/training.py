@@ -343,8 +343,7 @@ def table_of_systems(
         known = recipe_of(recipe)
         if not models or GENSR in _names(models):
             presets = {GENSR: known["preset"], **presets}
-        own = known.get("own_settings", {})
-        own_settings = {name: words for name, words in own.items() if name not in presets}
+        own_settings = {name: words for name, words in known["own_settings"].items() if name not in presets}
     request = Request(
         folder=folder,
         out=out,

@@ -146,14 +146,15 @@ def _ranked(kind: Any, num_items: int) -> int:
 
 def speed_of(config: Config, num_items: int, machine: Machine, preset: str | None = None) -> Speed:
     """Of the configuration's model on `machine`. A language model that reads other prompts than the measured
-    one is as much slower or faster as its operations an event say (on a core, CoLLM with the compact prompt
-    and 2.9 times fewer: 3.0). A smaller one is faster by their root: what is no matrix product does not
-    shrink with them (BSR with scratch:nano is 3.7 times as fast as with scratch:mini). No GPU does more of
-    them than GPUs do. preset: documents the sizes where data.dir is not set. Raises ConfigError for an
-    unknown backbone."""
+    one is as much slower or faster as its operations an event say, where they are counted (on a core, CoLLM
+    with the compact prompt and 2.9 times fewer: 3.0). A smaller one is faster by their root: what is no
+    matrix product does not shrink with them (BSR with scratch:nano is 3.7 times as fast as with
+    scratch:mini). No GPU does more of them than GPUs do. preset: documents the sizes where data.dir is not
+    set. Raises ConfigError for an unknown backbone."""
     one = core_speed(config.model.name, num_items)
     measured_preset = read_speeds()["models"].get(config.model.name, {}).get("preset", config.model.name)
-    if not hasattr(config.model, "backbone") or measured_preset not in preset_names():
+    backbone = getattr(config.model, "backbone", None)
+    if backbone is None or measured_preset not in preset_names():
         return one * machine.speed
     measured = load_config(measured_preset)
     is_measured = config.model == measured.model and all(
@@ -164,13 +165,20 @@ def speed_of(config: Config, num_items: int, machine: Machine, preset: str | Non
     flops = _flops(config, preset)
     if not machine.gpus:
         ratio = _flops(measured, measured_preset) / flops
-        if getattr(config.model, "backbone", "") != getattr(measured.model, "backbone", ""):
+        if not _counts_tokens(config) or backbone != getattr(measured.model, "backbone", None):
             ratio = min(ratio, ratio**0.5)
         return one * (machine.speed * ratio)
     from trainer.training.costs import ASSUMED_FLOPS
 
     most = next(iter(ASSUMED_FLOPS.values())) * machine.gpus / flops  # events a second
     return one * min(machine.speed, most / one.events_per_s)
+
+
+def _counts_tokens(config: Config) -> bool:
+    """Otherwise _flops() knows parameters alone, among them tables of which an event reads little."""
+    from trainer.models.contract import Ranker
+
+    return model_class(config.model.name).cost is not Ranker.cost
 
 
 def _flops(config: Config, preset: str | None) -> float:

@@ -104,6 +104,13 @@ def test_prompts_take_the_time_of_their_tokens() -> None:
     assert compact.events_per_s / paper.events_per_s == pytest.approx(
         (10 * 3 + 20 + 5 * (12 + 23)) / (10 * 3 + 3 + 5 * (12 + 4))
     )
+    # BSR counts no tokens: of fewer items it knows fewer parameters alone
+    bsr = load_config("bsr", ["data.history_max=5"])
+    ratio = costs._flops(load_config("bsr"), "bsr") / costs._flops(bsr, "demo")
+    assert ratio > 1.01
+    measured = read_speeds()["models"]["bsr"]["events_per_s"]
+    faster = speed_of(bsr, 4_344, ONE_CORE, "demo")
+    assert faster.events_per_s / measured == pytest.approx(ratio**0.5)
 
 
 def test_speeds_are_those_of_models_that_are_trained() -> None:

@@ -101,7 +101,7 @@ class PaperPlan:
     def table(self) -> Request:
         if self.request.finished:
             return self.request.finished.request
-        budget, own = self.budget, self.request.recipe.get("own_settings", {})
+        budget, own = self.budget, self.request.recipe["own_settings"]
         return Request(
             folder=str(self.request.data_dir),
             out=self.request.out / "table",
@@ -358,7 +358,7 @@ def _system_cost(
 def _settings_of(request: PaperRequest, name: str) -> tuple[str, str | None, tuple[str, ...]]:
     """(system, preset that the recipe names for it, settings on top)."""
     named = request.preset if name == GENSR else None
-    own = request.recipe.get("own_settings", {}).get(name, ())
+    own = request.recipe["own_settings"].get(name, ())
     return name, named, (*own, *request.settings)
 
 
