@@ -78,6 +78,29 @@ def test_users_who_lack_a_kind_of_history_have_finite_gradients():
     assert nothing.isfinite()
 
 
+def test_each_query_and_the_item_clicked_for_it_find_each_other_among_drawn_ones():
+    model, batch = make_unisar(), make_events()
+    core, tables, settings = model.core, model.tables, model.settings
+
+    torch.manual_seed(3)
+    _, report = model.loss(batch)
+
+    torch.manual_seed(3)
+    others = torch.randint(model.world.num_items, (settings.num_contrast,))
+    drawn = torch.randint(model.world.num_queries, (settings.num_contrast,))
+    other_items = core.item_vectors(others + 1, tables.item_words[others], tables.item_category[others])
+    other_queries = core.text_vectors(tables.query_words[drawn])
+    losses = []
+    for item, query in ((4, 2), (5, 2), (6, 3)):  # all of the first row, a recommendation
+        rows = torch.tensor([item])
+        clicked = core.item_vectors(rows + 1, tables.item_words[rows], tables.item_category[rows])[0]
+        asked = core.text_vectors(tables.query_words[query])
+        for left, right, wrong in ((asked, clicked, other_items), (clicked, asked, other_queries)):
+            products = torch.stack([left @ core.query_item.weight @ other for other in (right, *wrong)])
+            losses.append(-(products.tanh() / core.query_item.temperature).log_softmax(0)[0])
+    torch.testing.assert_close(report["query_item_loss"], torch.stack(losses).mean())
+
+
 def test_a_search_weighs_alpha():
     model, batch = make_unisar(), make_events()
     both = [

@@ -272,7 +272,7 @@ class UniSar(Ranker):
         ranks = self.world.ranks
         history_B = self.core.alignment(histories, ranks)
         aligned_B = histories.rec_mask.any(1) & histories.src_mask.any(1)
-        pair_BN = self._query_item_losses(queries_BND, items_BND)
+        pair_BN = self._query_item_losses(queries_BND, items_BND, pairs_BN)
         terms = {
             "click_loss": (click_B * weights_B).mean(),
             "history_loss": weighted(history_B, weights_B, aligned_B, ranks),
@@ -325,15 +325,15 @@ class UniSar(Ranker):
         scores_BC: Tensor = self.core(histories, items_BCD, user_BD, query_BD, search_B)
         return scores_BC
 
-    def _query_item_losses(self, queries_BND: Tensor, items_BND: Tensor) -> Tensor:
-        """[B, N]; slots that are no pair have a loss, too, which nobody reads."""
+    def _query_item_losses(self, queries_BND: Tensor, items_BND: Tensor, pairs_BN: Tensor) -> Tensor:
+        """[B, N]; 0 for slots that are no pair."""
         draws, device = (self.settings.num_contrast,), items_BND.device
         other_items = self._items(torch.randint(self.world.num_items, draws, device=device))
         words = self._query_words(torch.randint(max(self.world.num_queries, 1), draws, device=device))
-        losses: Tensor = self.core.query_item(
-            queries_BND.flatten(0, 1), items_BND.flatten(0, 1), self.core.text_vectors(words), other_items
+        losses_P = self.core.query_item(
+            queries_BND[pairs_BN], items_BND[pairs_BN], self.core.text_vectors(words), other_items
         )
-        return losses.view(queries_BND.shape[:2])
+        return torch.zeros(pairs_BN.shape, device=device).masked_scatter(pairs_BN, losses_P)
 
     def _items(self, rows: Tensor) -> Tensor:
         """Vectors of rows of the item tables."""
