@@ -35,6 +35,10 @@ DATA_STEPS = "tests/unit/data_shards/test_steps.py"
 REFERENCE = "tests/unit/data_shards/test_reference.py"
 HARD = "tests/unit/data_shards/test_hard_negatives.py"
 DRAWS = "tests/unit/data_shards/test_determinism.py"
+UNISAR_PAIRS = "tests/unit/models/test_unisar.py"
+USER_TESTS = "tests/unit/models/test_user.py"
+NOTHING_SEEN = "tests/unit/models/test_history_ids.py::test_attention_to_nothing_is_zero"
+RETRIEVERS = "tests/unit/test_retriever.py"
 
 HISTORY = "trainer/models/gensr/history.py"
 GENSR = "trainer/models/gensr/model.py"
@@ -54,6 +58,10 @@ SCHEDULE = "trainer/training/schedule.py"
 SAMPLER = "trainer/data/negatives.py"
 STREAM = "trainer/data/train_stream.py"
 EVAL_STREAM = "trainer/data/eval_stream.py"
+ATTENTION = "trainer/models/layers/attention.py"
+UNISAR = "trainer/models/baselines/unisar.py"
+USER = "trainer/models/baselines/user.py"
+RETRIEVER = "trainer/serving/retriever.py"
 STORED = "data_shards/negatives.py"
 HISTORIES = "data_shards/histories.py"
 SPLIT = "data_shards/split.py"
@@ -1215,4 +1223,65 @@ EVENTS = [
     ),
 ]
 
-MUTANTS = [*NINE, *MODELS, *COUNTED, *LOSS, *METRIC, *TRAINING, *EVENTS]
+# ---- other systems, and one that finds candidates for another ----------------------------------------------
+
+SYSTEMS = [
+    mutant(
+        "attention to nothing is a mean",
+        ATTENTION,
+        "torch.finfo(torch.float32).min).softmax(-1) * seen",
+        "torch.finfo(torch.float32).min).softmax(-1)",
+        NOTHING_SEEN,
+    ),
+    mutant(
+        "UniSAR's pairs the wrong way round",
+        UNISAR,
+        "queries_BND[pairs_BN], items_BND[pairs_BN]",
+        "items_BND[pairs_BN], queries_BND[pairs_BN]",
+        UNISAR_PAIRS,
+    ),
+    mutant(
+        "USER's words see padding",
+        USER,
+        "masked_softmax(query @ key.transpose(2, 3), mask_BN[:, None, None])",
+        "masked_softmax(query @ key.transpose(2, 3), torch.ones_like(mask_BN)[:, None, None])",
+        USER_TESTS,
+    ),
+    mutant(
+        "a retriever answers for every task",
+        RETRIEVER,
+        "if parsed.task not in self.scorer.model.tasks:",
+        "if parsed.task < 0:",
+        RETRIEVERS,
+    ),
+    mutant(
+        "an evaluation's retriever may propose what is left out",
+        RETRIEVER,
+        "found[place] = _best_known(scores_I, num_items, exclude[place])",
+        "found[place] = _best_known(scores_I, num_items, ())",
+        RETRIEVERS,
+    ),
+    mutant(
+        "a counted retriever fills up",
+        RETRIEVER,
+        "scores_I[scores_I == scores_I.min()] = -torch.inf",
+        "scores_I[scores_I > scores_I.max()] = -torch.inf",
+        RETRIEVERS,
+    ),
+    mutant(
+        "a retriever that has stopped half-way",
+        RETRIEVER,
+        'if status not in (None, "finished"):',
+        "if status in ():",
+        RETRIEVERS,
+    ),
+    mutant(
+        "a retriever of as many other items",
+        RETRIEVER,
+        "if list(retriever.scorer.item_ids) != list(item_ids):",
+        "if len(retriever.scorer.item_ids) != len(item_ids):",
+        RETRIEVERS,
+    ),
+]
+
+MUTANTS = [*NINE, *MODELS, *COUNTED, *LOSS, *METRIC, *TRAINING, *EVENTS, *SYSTEMS]

@@ -58,7 +58,7 @@ def item_knn(run_dir: Path) -> Path:
 
 @pytest.fixture
 def lightgcn(run_dir: Path) -> Path:
-    """It has a view, which a request asks with more of the history than the model reads."""
+    """It reads less of a history than a request or the ranking model may have."""
     return make_other_run(run_dir, "lightgcn", "data.history_max=3")
 
 
@@ -213,8 +213,11 @@ def test_refusals(run_dir: Path, sasrec: Path, tmp_path: Path) -> None:
     own = Recommender.from_run(run_dir)
     with pytest.raises(ConfigError, match="serves src only, and the model rec"):
         open_retriever(bm25, run_dir / "model", ["rec"], own.scorer.item_ids, own.retrieval)
-    with pytest.raises(DataError, match=r"other item ids. Train one on the same: gensr train PRESET data"):
-        open_retriever(sasrec, run_dir / "model", ["rec"], ["i0"], own.retrieval)
+    for ids in (["i0"], list(own.scorer.item_ids)[::-1]):
+        with pytest.raises(
+            DataError, match=r"other item ids. Train one on the same: gensr train PRESET data"
+        ):
+            open_retriever(sasrec, run_dir / "model", ["rec"], ids, own.retrieval)
     with pytest.raises(ConfigError, match="sasrec ranks the whole catalogue itself"):
         Recommender.from_run(sasrec, retriever=run_dir)
 
