@@ -147,15 +147,17 @@ def _ranked(kind: Any, num_items: int) -> int:
 def speed_of(config: Config, num_items: int, machine: Machine, preset: str | None = None) -> Speed:
     """Of the configuration's model on `machine`. A language model that reads other prompts than the measured
     one is as much slower or faster as its operations an event say, where they are counted (on a core, CoLLM
-    with the compact prompt and 2.9 times fewer: 3.0). A smaller one is faster by their root: what is no
-    matrix product does not shrink with them (BSR with scratch:nano is 3.7 times as fast as with
-    scratch:mini). No GPU does more of them than GPUs do. preset: documents the sizes where data.dir is not
-    set. Raises ConfigError for an unknown backbone."""
+    with the compact prompt and 2.9 times fewer: 3.0). A smaller one that was not measured is faster by their
+    root: what is no matrix product does not shrink with them. No GPU does more of them than GPUs do. preset:
+    documents the sizes where data.dir is not set. Raises ConfigError for an unknown backbone."""
     one = core_speed(config.model.name, num_items)
-    measured_preset = read_speeds()["models"].get(config.model.name, {}).get("preset", config.model.name)
+    own = read_speeds()["models"].get(config.model.name, {})
+    measured_preset = own.get("preset", config.model.name)
     backbone = getattr(config.model, "backbone", None)
     if backbone is None or measured_preset not in preset_names():
         return one * machine.speed
+    if backbone in own.get("backbones", {}) and not machine.gpus:
+        return one * (machine.speed * own["backbones"][backbone])
     measured = load_config(measured_preset)
     is_measured = config.model == measured.model and all(
         getattr(config.data, name) == getattr(measured.data, name) for name in LENGTHS

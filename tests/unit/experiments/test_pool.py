@@ -51,7 +51,7 @@ def eight_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
 
 
-def wait_until(what: object, seconds: float = 20.0) -> None:
+def wait_until(what: object, seconds: float = 60.0) -> None:
     assert callable(what)
     end_s = time.monotonic() + seconds
     while not what():
