@@ -87,10 +87,10 @@ class Layer(nn.Module):
         """Every x looks at all real x; with a memory, at the memory and at itself alone."""
         x_RD = x_BND[mask_BN]  # R real positions
         if memory_BMD is None or memory_mask_BM is None:
-            attended_BHNE = self._among(x_RD, mask_BN)
+            attended_BHNd = self._among(x_RD, mask_BN)
         else:
-            attended_BHNE = self._to(x_RD, mask_BN, memory_BMD, memory_mask_BM)
-        attended_RD = self.dropout(self.output(attended_BHNE.transpose(1, 2)[mask_BN].flatten(1)))
+            attended_BHNd = self._to(x_RD, mask_BN, memory_BMD, memory_mask_BM)
+        attended_RD = self.dropout(self.output(attended_BHNd.transpose(1, 2)[mask_BN].flatten(1)))
         x_RD = self.attention_norm(x_RD + attended_RD)
         inner_RD = self.dropout(self.outer(self.inner(x_RD).relu()))
         return padded(self.norm(x_RD + inner_RD), mask_BN)
@@ -110,7 +110,7 @@ class Layer(nn.Module):
         return weights[..., :1] * own_value + weights[..., 1:] @ value
 
     def _heads(self, x_RD: Tensor, mask_BN: Tensor) -> list[Tensor]:
-        """Queries, divided by √head_dim, keys and values, [B, H, N, E] each, E = head_dim; 0 at padding."""
+        """Queries, divided by √head_dim, keys and values, [B, H, N, d] each; 0 at padding."""
         parts = [
             padded(projection(x_RD), mask_BN)
             .unflatten(-1, (self.heads, projection.out_features // self.heads))
