@@ -67,7 +67,8 @@ class Layer(nn.Module):
 
     def __init__(self, settings: UserSettings) -> None:
         super().__init__()
-        width, self.heads, inner = settings.dim, settings.num_heads, settings.num_heads * settings.head_dim
+        self.heads, self.head_dim = settings.num_heads, settings.head_dim
+        width, inner = settings.dim, self.heads * self.head_dim
         self.query, self.key, self.value = (nn.Linear(width, inner) for _ in range(3))
         self.output = nn.Linear(inner, width)
         self.inner, self.outer = nn.Linear(width, settings.ffn_dim), nn.Linear(settings.ffn_dim, width)
@@ -96,28 +97,28 @@ class Layer(nn.Module):
         return padded(self.norm(x_RD + inner_RD), mask_BN)
 
     def _among(self, x_RD: Tensor, mask_BN: Tensor) -> Tensor:
-        query, key, value = self._heads(x_RD, mask_BN)
+        query, key, value = self._queries_keys_values(x_RD, mask_BN)
         weights = self.dropout(masked_softmax(query @ key.transpose(2, 3), mask_BN[:, None, None]))
         return weights.to(value.dtype) @ value
 
     def _to(self, x_RD: Tensor, mask_BN: Tensor, memory_BMD: Tensor, memory_mask_BM: Tensor) -> Tensor:
-        query, own_key, own_value = self._heads(x_RD, mask_BN)
-        _, key, value = self._heads(memory_BMD[memory_mask_BM], memory_mask_BM)
+        query, own_key, own_value = self._queries_keys_values(x_RD, mask_BN)
+        memory_RD = memory_BMD[memory_mask_BM]
+        key, value = (self._heads(part(memory_RD), memory_mask_BM) for part in (self.key, self.value))
         own_BHN1 = (query * own_key).sum(-1, keepdim=True)
         scores_BHNM = torch.cat([own_BHN1, query @ key.transpose(2, 3)], -1)
         visible_BM = F.pad(memory_mask_BM, (1, 0), value=True)
         weights = self.dropout(masked_softmax(scores_BHNM, visible_BM[:, None, None])).to(value.dtype)
         return weights[..., :1] * own_value + weights[..., 1:] @ value
 
-    def _heads(self, x_RD: Tensor, mask_BN: Tensor) -> list[Tensor]:
-        """Queries, divided by √head_dim, keys and values, [B, H, N, d] each; 0 at padding."""
-        parts = [
-            padded(projection(x_RD), mask_BN)
-            .unflatten(-1, (self.heads, projection.out_features // self.heads))
-            .transpose(1, 2)
-            for projection in (self.query, self.key, self.value)
-        ]
-        return [parts[0] / parts[0].shape[-1] ** 0.5, *parts[1:]]
+    def _queries_keys_values(self, x_RD: Tensor, mask_BN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, H, N, d] each; queries divided by √d."""
+        query, key, value = (self._heads(part(x_RD), mask_BN) for part in (self.query, self.key, self.value))
+        return query / self.head_dim**0.5, key, value
+
+    def _heads(self, projected_RD: Tensor, mask_BN: Tensor) -> Tensor:
+        """Of all heads, flat → [B, H, N, d]; 0 at padding."""
+        return padded(projected_RD, mask_BN).unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
 
 
 def padded(x_RD: Tensor, mask_BN: Tensor) -> Tensor:
