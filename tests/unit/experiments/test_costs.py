@@ -7,7 +7,7 @@ import pytest
 from data_shards.schema import REC, SRC
 from trainer.configs import load_config
 from trainer.experiments import costs
-from trainer.experiments.costs import Machine, Size, cost_of, read_speeds, speed_of
+from trainer.experiments.costs import Machine, Size, cost_of, read_speeds, speed_of, wall_s
 from trainer.models.zoo import model_class, model_names
 
 ONE_CORE = Machine(cores=1, gpus=0)
@@ -74,6 +74,12 @@ def test_cores_and_gpus_are_faster_and_unknown_models_have_the_default() -> None
     assert speed_of(config, 50, Machine(2, 1)).events_per_s == 100 * costs.GPU_SPEED
     assert speed_of(load_config("fmlp"), 50, ONE_CORE).events_per_s == 10
     assert Machine(1, 0).title == "1 CPU core" and Machine(8, 2).title == "2 GPUs"
+
+
+def test_jobs_wait_for_the_longest_chain() -> None:
+    parts = [(10.0, 4.0), (6.0, 6.0)]
+    assert [wall_s(parts, jobs) for jobs in (1, 2, 4)] == [16, (16 + 6) / 2, (16 + 3 * 6) / 4]
+    assert wall_s([], 3) == 0
 
 
 def test_events_are_counted_by_task() -> None:
