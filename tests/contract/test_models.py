@@ -357,6 +357,9 @@ def test_a_run_is_evaluated_on_sampled_and_on_all_candidates(name: str, evaluate
         tasks = [task for place, task in enumerate(("rec", "src")) if place in kind.tasks]
         assert all(document[task]["num_nan_scores"] == 0 for task in tasks)
         assert not {"rec", "src"} - set(tasks) & document.keys()
+        decodes = kind.beams is not Ranker.beams
+        assert ("num_beams" in document["protocol"]) == decodes
+        assert all(("share_reached" in document[task]) == decodes for task in tasks)
 
 
 @pytest.mark.slow

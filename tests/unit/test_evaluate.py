@@ -21,8 +21,9 @@ from trainer.data.folder import PreparedFolder
 from trainer.errors import RunError
 from trainer.evaluation.evaluated_weights import warnings_of
 from trainer.evaluation.metrics import METRICS
-from trainer.evaluation.ranking import autocast_scorer, rank_events, validate
+from trainer.evaluation.ranking import autocast_scorer, rank_events, share_reached, validate
 from trainer.evaluation.sampled import (
+    add_beams,
     baseline_reports,
     config_hash,
     evaluate_run,
@@ -30,6 +31,8 @@ from trainer.evaluation.sampled import (
     task_reports,
     write_evaluation,
 )
+from trainer.evaluation.summary import beams_words, protocol_line
+from trainer.models.contract import UNREACHED
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +57,9 @@ def item_id_scorer(batch: Batch) -> torch.Tensor:
 
 def stand_in(score) -> SimpleNamespace:
     """What evaluation asks of a model."""
-    return SimpleNamespace(score=score, prepare=lambda batch: batch, tasks=(REC, SRC))
+    return SimpleNamespace(
+        score=score, prepare=lambda batch: batch, beams=lambda catalogue=False: None, tasks=(REC, SRC)
+    )
 
 
 def test_every_event_is_ranked_once_and_rightly(folder, manifest):
@@ -110,6 +115,27 @@ def test_nan_scores_are_counted_and_rank_last(folder, manifest):
     assert (ranks.rank == 100).all()
     reports = task_reports(ranks)
     assert reports["rec"]["num_nan_scores"] + reports["src"]["num_nan_scores"] == 40
+
+
+def test_what_beams_reach_is_reported(folder, manifest):
+    def decoder(batch: Batch) -> torch.Tensor:
+        return item_id_scorer(batch).masked_fill(torch.arange(100) % 4 > 0, UNREACHED)
+
+    ranks = rank_events(decoder, stream_of(folder, manifest))
+    document = report(ranks, PreparedFolder.at(folder), "test")
+    add_beams(document, ranks, None)
+    assert "share_reached" not in document["rec"] and beams_words(document) == ""
+    add_beams(document, ranks, 25)
+    assert document["protocol"]["num_beams"] == 25
+    assert (document["rec"]["share_reached"], document["src"]["share_reached"]) == (0.25, 0.25)
+    assert "; 25 beams reach .250 and .250 of the candidates; 95 %" in protocol_line(document)
+    document["protocol"]["num_beams"] = 0
+    assert beams_words(document) == "every candidate is spelled"
+
+
+def test_a_candidate_that_is_none_counts_neither_as_reached_nor_as_missed():
+    scores = torch.tensor([[UNREACHED, 0.3, -torch.inf], [-2.0, -3.0, 0.0], [-torch.inf] * 3])
+    assert share_reached(scores).tolist() == [0.5, 1.0, 1.0]
 
 
 def test_a_constant_model_is_at_chance(folder, manifest):

@@ -429,7 +429,9 @@ def made_up() -> dict[str, Any]:
         "metrics": list(results.SHOWN),
         "tested": "ndcg@10",
         "rows": [
-            row_of("popularity", "popularity", 0.1234, 1),
+            row_of(
+                "popularity", "popularity", 0.1234, 1, beams="sampled: 20 beams reach .200 of the candidates"
+            ),
             row_of("sasrec", "SASRec", 0.4, 3, tuning=tuned, published={"rec": {"ndcg@10": 0.4226}}),
             row_of("gru4rec", "GRU4Rec", 0.2, 3, **failed),
         ],
@@ -441,6 +443,7 @@ def test_markdown_has_intervals_failures_tuned_settings_and_notes() -> None:
     first, second = (line for line in lines if line.startswith(("| SASRec", "| popularity")))
     assert first.startswith("| SASRec | .400 ± .020 |") and "| .423 |" in first
     assert second.startswith("| popularity | .123 | .123 |") and "-.277 (p .020)" in second
+    assert "- popularity: sampled: 20 beams reach .200 of the candidates" in lines
     assert "- gru4rec seed-0: &lt;/script>&lt;b>\\| no memory" in lines
     start = lines.index("## Cut by --budget 360: no run trains longer than 12.4 minutes")
     assert lines[start + 2] == "- SASRec: trained for 3 of the preset's 300 epochs, by --budget"
@@ -465,6 +468,24 @@ def test_hard_candidates_have_tables_of_their_own() -> None:
         ("sasrec", "", "900"), ("popularity", "", "900"),
     }  # fmt: skip
     assert 'hard: "hard candidates"' in html(document)
+
+
+def test_a_system_that_decodes_says_what_its_beams_reach(tmp_path: Path) -> None:
+    cell = write_ranks(tmp_path / "idgenrec" / "seed-0", {0: 1})
+    for kind, name, beams in (
+        ("sampled", "test", 20),
+        ("hard", "test-hard", None),
+        ("full", "test-full", 50),
+    ):
+        reached = {} if beams is None else {"share_reached": beams / 100}
+        protocol = {"candidates": kind} | ({} if beams is None else {"num_beams": beams})
+        document = {"protocol": protocol, "rec": {"num_events": 1, **reached}}
+        (cell.run_dir / f"evaluation-{name}.json").write_text(json.dumps(document))
+    found = results._beams([cell, cell], ("sampled", "hard", "full"))
+    assert found == (
+        "sampled: 20 beams reach .200 of the candidates; full: 50 beams reach .500 of the candidates"
+    )
+    assert results._beams([], ("sampled",)) == ""
 
 
 def test_csv_has_a_line_for_each_metric() -> None:

@@ -29,8 +29,15 @@ from trainer.errors import RunError
 from trainer.evaluation.baselines import each_baseline
 from trainer.evaluation.evaluated_weights import evaluated_weights
 from trainer.evaluation.metrics import expected_ranks
-from trainer.evaluation.ranking import CountProgress, EventRanks, ScoreFunction, autocast_scorer, rank_events
-from trainer.evaluation.sampled import report, task_reports, write_evaluation
+from trainer.evaluation.ranking import (
+    CountProgress,
+    EventRanks,
+    ScoreFunction,
+    autocast_scorer,
+    rank_events,
+    share_reached,
+)
+from trainer.evaluation.sampled import add_beams, report, task_reports, write_evaluation
 from trainer.evaluation.segments import segments_of
 from trainer.models.contract import Ranker, task_names
 from trainer.runs.retriever_facts import RETRIEVER
@@ -138,6 +145,7 @@ def evaluate_full(
         document[title] = facts
         if places is not None:
             facts["retrieval"] = retrieval_recall(places, ours.ranks, TASKS.index(title))
+    add_beams(document, ours.ranks, model.beams(catalogue=retrieval is None))
     write_evaluation(run_dir, folder, f"{split}-full", ours.ranks, document, segments)
     return document
 
@@ -268,6 +276,7 @@ def ranks_among(scores_BC: Tensor, items_BC: np.ndarray, batch: Batch, clicked: 
         rank=torch.where(there, rank, torch.inf).numpy(),
         num_tied=torch.where(there, num_tied, 1).numpy(),
         num_nan=scores_BC.isnan().sum(1).numpy(),
+        share_reached=share_reached(scores_BC).numpy(),
     )
 
 

@@ -15,7 +15,7 @@ from data_shards.schema import TASKS
 from trainer.batch import Batch
 from trainer.data import prefetched
 from trainer.evaluation.metrics import METRICS, expected_ranks, metric_values
-from trainer.models.contract import Ranker
+from trainer.models.contract import UNREACHED, Ranker
 from trainer.runtime.device import autocast
 from trainer.runtime.progress import CountProgress
 
@@ -36,6 +36,7 @@ class EventRanks:
     rank: np.ndarray  # float64, expected rank among the candidates, 1 = first, inf = not among them
     num_tied: np.ndarray  # int64, candidates with the clicked item's score, itself among them: 1 = no tie
     num_nan: np.ndarray  # int64, candidates scored NaN (they rank last)
+    share_reached: np.ndarray  # float64, of the candidates: 1 unless a model decodes (Ranker.beams)
 
     def take(self, index: np.ndarray) -> "EventRanks":
         return EventRanks(**{name: column[index] for name, column in vars(self).items()})
@@ -109,9 +110,16 @@ def _rank_batch(scorer: ScoreFunction, batch: Batch) -> EventRanks:
         "rank": rank,
         "num_tied": num_tied,
         "num_nan": scores_BC.isnan().sum(1),
+        "share_reached": share_reached(scores_BC),
     }
     real = (batch.event_id >= 0).numpy()
     return EventRanks(**{name: column.numpy() for name, column in columns.items()}).take(real)
+
+
+def share_reached(scores_BC: Tensor) -> Tensor:
+    """Of the candidates that some beam spells, [B] float64. −inf: no candidate (padding, clicked before)."""
+    unreached_B = (scores_BC == UNREACHED).sum(1)
+    return 1 - unreached_B.double() / (scores_BC != -torch.inf).sum(1).clamp(min=1)
 
 
 def validate(

@@ -103,6 +103,17 @@ def report(
     }
 
 
+def add_beams(document: dict[str, Any], ranks: EventRanks, num_beams: int | None) -> None:
+    """What a model that decodes adds (Ranker.beams): protocol.num_beams, and each task's share_reached, of
+    the candidates that some beam spells, on average over events."""
+    if num_beams is None:
+        return
+    document["protocol"]["num_beams"] = num_beams
+    for task, name in enumerate(TASKS):
+        if name in document:
+            document[name]["share_reached"] = float(ranks.of_task(task).share_reached.mean())
+
+
 def num_negatives(manifest: Manifest, candidates: str) -> int:
     """Stored negatives of an event, of that kind of candidates."""
     return manifest.num_hard_negatives if candidates == "hard" else manifest.num_negatives
@@ -223,6 +234,7 @@ def evaluate_run(
         segments = segments_of(folder, split, ranks) if launch.rank == 0 else {}  # it reads the split again
         segments = gather(segments)[0] if gather is not None else segments
         document = report(ranks, folder, split, config, baselines, segments, candidates)
+        add_beams(document, ranks, model.beams())
         num_pairs = len(ranks.rank) * (1 + document["protocol"]["num_negatives"])
         document["protocol"] |= {**stood, "num_processes": launch.world_size}
         document["protocol"]["candidates_per_s"] = round(num_pairs / max(seconds, 1e-9), 1)

@@ -79,6 +79,7 @@ def rows_of(evaluation: Mapping[str, Any], name: str = "", with_baselines: bool 
 
 def protocol_line(evaluation: Mapping[str, Any]) -> str:
     protocol = evaluation["protocol"]
+    end = "; ".join(filter(None, (beams_words(evaluation), "95 % bootstrap intervals")))
     if protocol["candidates"] == "full":
         ranked = (
             f"the {protocol['ranked_by_model']:,} that retrieval finds"
@@ -90,13 +91,22 @@ def protocol_line(evaluation: Mapping[str, Any]) -> str:
         return (
             f"full: the clicked item among all {protocol['num_items']:,} items but those clicked before; "
             f"{title_of(evaluation)} ranks {ranked}; {protocol['num_events']:,} of "
-            f"{protocol['num_events_of_split']:,} events; 95 % bootstrap intervals"
+            f"{protocol['num_events_of_split']:,} events; {end}"
         )
     kind = "mined" if protocol["candidates"] == "hard" else "stored"
-    return (
-        f"{protocol['candidates']}: the clicked item among {protocol['num_negatives']} {kind} negatives; "
-        "95 % bootstrap intervals"
-    )
+    among = f"{protocol['num_negatives']} {kind} negatives"
+    return f"{protocol['candidates']}: the clicked item among {among}; {end}"
+
+
+def beams_words(evaluation: Mapping[str, Any]) -> str:
+    """What a model that decodes has reached; empty for others."""
+    num_beams = evaluation["protocol"].get("num_beams")
+    if num_beams is None:
+        return ""
+    if not num_beams:
+        return "every candidate is spelled"
+    shares = [short(evaluation[task]["share_reached"]) for task in TASK_TITLES if task in evaluation]
+    return f"{num_beams} beams reach {' and '.join(shares)} of the candidates"
 
 
 def full_lines(evaluation: Mapping[str, Any]) -> list[str]:

@@ -25,6 +25,7 @@ GatherRows = Callable[[Tensor], tuple[Tensor, int]]
 
 ITEMS_AT_ONCE = 1024  # of score_catalogue(): bounds memory
 ITEMS_AT_ONCE_CPU = 256  # what layers make of them stays in its caches: measured, up to twice as fast
+UNREACHED = -1e4  # score of what no beam reached: finite, and below everything that is spelled
 
 
 @dataclass(frozen=True)
@@ -212,6 +213,11 @@ class Ranker(nn.Module):
 
     def ready_to_serve(self) -> None:
         """Called once after the weights are loaded and before the first score: may fold or cast weights."""
+
+    def beams(self, catalogue: bool = False) -> int | None:
+        """Beams that score(), or score_catalogue(), decodes with: what none of them spells has the score
+        UNREACHED, and evaluations report how much that is. 0: all is spelled. None: it does not decode."""
+        return None
 
     @classmethod
     def stages(cls) -> tuple[tuple[str, ...], ...]:

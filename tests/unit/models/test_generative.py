@@ -15,8 +15,9 @@ from trainer.configs import config_from_dict
 from trainer.data import TrainStream
 from trainer.data.folder import PreparedFolder
 from trainer.errors import ConfigError
-from trainer.models.contract import Ranker
-from trainer.models.layers.trie import END, UNREACHED
+from trainer.evaluation.ranking import share_reached
+from trainer.models.contract import UNREACHED, Ranker
+from trainer.models.layers.trie import END
 from trainer.models.zoo import model_class
 from trainer.runs.weights import build_model, load_model, save_model
 
@@ -239,14 +240,13 @@ def test_idgenrec_beams_reach_legal_ids_only_and_all_of_them_when_there_are_enou
         torch.testing.assert_close(
             everything.gather(1, batch.candidates), model.score(batch), atol=1e-4, rtol=0
         )
-        assert (
-            model.share_reached(batch, catalogue=True).eq(1).all() and model.share_reached(batch).eq(1).all()
-        )
+        assert (model.beams(), model.beams(catalogue=True)) == (0, 500)
+        assert share_reached(everything).eq(1).all() and share_reached(model.score(batch)).eq(1).all()
         few = narrow.score_catalogue(batch)
         reached = few > UNREACHED
         assert reached.sum(1).le(6).all() and reached.any(1).all()
         torch.testing.assert_close(few[reached], everything[reached], atol=1e-4, rtol=0)
-        share = narrow.share_reached(batch)
+        share = share_reached(narrow.score(batch))
         assert share.le(2 / batch.candidates.shape[1] + 1e-6).all() and share.gt(0).all()
 
 

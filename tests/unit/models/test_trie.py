@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from trainer.models.layers.trie import END, UNREACHED, beam_search, id_lengths, token_log_probs, trie_nodes
+from trainer.models.contract import UNREACHED
+from trainer.models.layers.trie import END, beam_search, id_lengths, token_log_probs, trie_nodes
 
 VOCABULARY, LENGTH = 7, 4
 

@@ -64,8 +64,9 @@ def markdown(document: Mapping[str, Any]) -> list[str]:
     ]
     for kind, task, rows in blocks(document):
         lines += ["", *_markdown_block(document, kind, task, rows)]
-    if staged := [f"- {row['title']}: {row['stages']}" for row in document["rows"] if row.get("stages")]:
-        lines += ["", *staged]
+    how = [(row["title"], row.get(key)) for row in document["rows"] for key in ("stages", "beams")]
+    if facts := [f"- {title}: {text}" for title, text in how if text]:
+        lines += ["", *facts]
     errors = {title: text for row in document["rows"] for title, text in row["errors"].items()}
     if errors:
         lines += ["", "## Failed", ""]

@@ -25,7 +25,7 @@ from trainer.analysis.figures import read_records
 from trainer.analysis.significance import holm, paired_difference, seed_interval
 from trainer.evaluation.metrics import METRICS, metric_values
 from trainer.evaluation.optimum import TITLE, read_optimum
-from trainer.evaluation.summary import evaluation_name, read_evaluation
+from trainer.evaluation.summary import beams_words, evaluation_name, read_evaluation
 from trainer.experiments.table.cells import SPLIT, Cell, is_done
 from trainer.experiments.table.plan import Plan
 from trainer.models.zoo import model_class
@@ -121,6 +121,7 @@ def _row(plan: Plan, name: str, cells: Sequence[Cell], errors: Mapping[str, str]
         "tasks": [TASKS[task] for task in kind.tasks],
         "trained": kind.trained,
         "stages": _stages(name),
+        "beams": _beams(cells, plan.request.candidates),
         "parameters": sum(run.get("parameters", {}).get("trainable", 0) for run in runs) if cells else None,
         "train_s": _mean([fact["train_s"] for fact in facts]),
         "score_s": {
@@ -139,6 +140,13 @@ def _stages(model: str) -> str:
     """Of a system that is trained in several; else empty."""
     stages = [" ".join(words) for words in model_class(model).stages()]
     return f"{len(stages)} runs, one after the other: {', '.join(stages)}" if len(stages) > 1 else ""
+
+
+def _beams(cells: Sequence[Cell], candidates: Sequence[str]) -> str:
+    """Of a system that decodes, as its first seed was evaluated; else empty."""
+    documents = [read_evaluation(cell.run_dir, SPLIT, kind) for cell in cells[:1] for kind in candidates]
+    words = [(document["protocol"]["candidates"], beams_words(document)) for document in documents]
+    return "; ".join(f"{kind}: {reached}" for kind, reached in words if reached)
 
 
 def _note(plan: Plan, model: str) -> str:

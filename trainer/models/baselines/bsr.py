@@ -140,6 +140,9 @@ class Bsr(Ranker):
         scores_BI: Tensor = self.items(scores_of=self._hidden(batch))
         return scores_BI
 
+    def beams(self, catalogue: bool = False) -> int:
+        return 0
+
     # ---- prompt --------------------------------------------------------------------------------------------
 
     def _hidden(self, batch: Batch) -> Tensor:

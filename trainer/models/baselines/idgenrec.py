@@ -40,10 +40,10 @@ from trainer.config import Fraction, ModelSettings, NonNegative, NonNegativeFloa
 from trainer.errors import ConfigError, DataError
 from trainer.models.backbones.backbone import Backbone, Prompt
 from trainer.models.backbones.language import language_model
-from trainer.models.contract import Ranker, World
+from trainer.models.contract import UNREACHED, Ranker, World
 from trainer.models.layers.history import HistoryKind, clicked, history_ids, pack
 from trainer.models.layers.item_ids import Tokens, as_matrix, distinct_ids, diverse_greedy, rare_words
-from trainer.models.layers.trie import UNREACHED, beam_search, id_lengths, token_log_probs, trie_nodes
+from trainer.models.layers.trie import beam_search, id_lengths, token_log_probs, trie_nodes
 
 GROUPS, PENALTIES = 10, range(1, 10)  # of diverse beam search
 SUFFIX = 7  # tokens that a number may add to an id
@@ -220,22 +220,19 @@ class IdGenRec(Ranker):
     # ---- scores --------------------------------------------------------------------------------------------
 
     def score(self, batch: Batch) -> Tensor:
-        return self._ranked(batch, batch.candidates, self.settings.num_beams)
+        return self._ranked(batch, batch.candidates, self.beams())
 
     def score_catalogue(self, batch: Batch) -> Tensor:
         everything = torch.arange(self.world.num_items, device=batch.candidates.device)
-        return self._ranked(batch, everything.expand(batch.num_events, -1), self.settings.catalogue_beams)
+        return self._ranked(batch, everything.expand(batch.num_events, -1), self.beams(catalogue=True))
 
     @classmethod
     def retrieves(cls) -> bool:
         """A language model spells the ids of the whole catalogue."""
         return False
 
-    @torch.no_grad()
-    def share_reached(self, batch: Batch, catalogue: bool = False) -> Tensor:
-        """Share of the candidates, or of all items, that some beam spells, [B]."""
-        scores = self.score_catalogue(batch) if catalogue else self.score(batch)
-        return (scores > UNREACHED).float().mean(1)
+    def beams(self, catalogue: bool = False) -> int:
+        return self.settings.catalogue_beams if catalogue else self.settings.num_beams
 
     def _ranked(self, batch: Batch, candidates: Tensor, num_beams: int) -> Tensor:
         ids_IL, nodes_IX = self._ids()

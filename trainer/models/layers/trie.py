@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from data_shards.schema import PAD
+from trainer.models.contract import UNREACHED
 
 END = PAD
-UNREACHED = -1e4  # log P of what no beam reached: finite, and below everything that is spelled
 
 
 def trie_nodes(ids_IL: Tensor) -> Tensor:
