@@ -19,6 +19,7 @@ from trainer.analysis.significance import paired_difference
 from trainer.configs import config_type, load_config, preset_names
 from trainer.data.folder import PreparedFolder
 from trainer.errors import ConfigError, DataError, RunError
+from trainer.evaluation.summary import read_evaluation
 from trainer.experiments import submit as jobs
 from trainer.experiments.table import cells, results, run, tuning
 from trainer.experiments.table.cells import Cell, CellFailed
@@ -481,11 +482,13 @@ def test_a_system_that_decodes_says_what_its_beams_reach(tmp_path: Path) -> None
         protocol = {"candidates": kind} | ({} if beams is None else {"num_beams": beams})
         document = {"protocol": protocol, "rec": {"num_events": 1, **reached}}
         (cell.run_dir / f"evaluation-{name}.json").write_text(json.dumps(document))
-    found = results._beams([cell, cell], ("sampled", "hard", "full"))
+    found = results._beams(
+        {kind: read_evaluation(cell.run_dir, "test", kind) for kind in ("sampled", "hard", "full")}
+    )
     assert found == (
         "sampled: 20 beams reach .200 of the candidates; full: 50 beams reach .500 of the candidates"
     )
-    assert results._beams([], ("sampled",)) == ""
+    assert results._beams({}) == ""
 
 
 def test_csv_has_a_line_for_each_metric() -> None:

@@ -12,7 +12,7 @@ clicked item itself.
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +28,13 @@ from trainer.data.folder import PreparedFolder
 from trainer.errors import RunError
 from trainer.evaluation.baselines import each_baseline
 from trainer.evaluation.evaluated_weights import evaluated_weights
-from trainer.evaluation.metrics import expected_ranks
 from trainer.evaluation.ranking import (
     CountProgress,
     EventRanks,
     ScoreFunction,
     autocast_scorer,
     rank_events,
-    share_reached,
+    ranks_of,
 )
 from trainer.evaluation.sampled import add_beams, report, task_reports, write_evaluation
 from trainer.evaluation.segments import segments_of
@@ -266,17 +265,9 @@ def score_lists(scorer: ScoreFunction, batch: Batch, lists: list[np.ndarray]) ->
 def ranks_among(scores_BC: Tensor, items_BC: np.ndarray, batch: Batch, clicked: np.ndarray) -> EventRanks:
     """Expected rank of the clicked item among the scored ones; infinite where it is not among them."""
     labels_BC = torch.from_numpy((items_BC == clicked[:, None]).astype(np.float32))
-    there = labels_BC.any(1)
-    rank, num_tied = expected_ranks(scores_BC, labels_BC)
-    return EventRanks(
-        event_id=batch.event_id.numpy(),
-        task=batch.task.numpy(),
-        user=batch.user.numpy(),
-        item=clicked,
-        rank=torch.where(there, rank, torch.inf).numpy(),
-        num_tied=torch.where(there, num_tied, 1).numpy(),
-        num_nan=scores_BC.isnan().sum(1).numpy(),
-        share_reached=share_reached(scores_BC).numpy(),
+    ranks, there = ranks_of(scores_BC, labels_BC, batch, torch.from_numpy(clicked)), labels_BC.any(1).numpy()
+    return replace(
+        ranks, rank=np.where(there, ranks.rank, np.inf), num_tied=np.where(there, ranks.num_tied, 1)
     )
 
 

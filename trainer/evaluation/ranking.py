@@ -101,19 +101,25 @@ def rank_events(
 def _rank_batch(scorer: ScoreFunction, batch: Batch) -> EventRanks:
     scores_BC = scorer(batch).float().cpu()
     assert scores_BC.shape == batch.candidates.shape, (scores_BC.shape, batch.candidates.shape)
-    rank, num_tied = expected_ranks(scores_BC, batch.labels)
+    clicked_B = batch.candidates.gather(1, batch.labels.argmax(1, keepdim=True))[:, 0]
+    ranks = ranks_of(scores_BC, batch.labels, batch, clicked_B)
+    return ranks.take((batch.event_id >= 0).numpy())
+
+
+def ranks_of(scores_BC: Tensor, labels_BC: Tensor, batch: Batch, clicked_B: Tensor) -> EventRanks:
+    """Of candidates that need not be those of the batch; labels_BC: 1 for the clicked item."""
+    rank, num_tied = expected_ranks(scores_BC, labels_BC)
     columns = {
         "event_id": batch.event_id,
         "task": batch.task,
         "user": batch.user,
-        "item": batch.candidates.gather(1, batch.labels.argmax(1, keepdim=True))[:, 0],
+        "item": clicked_B,
         "rank": rank,
         "num_tied": num_tied,
         "num_nan": scores_BC.isnan().sum(1),
         "share_reached": share_reached(scores_BC),
     }
-    real = (batch.event_id >= 0).numpy()
-    return EventRanks(**{name: column.numpy() for name, column in columns.items()}).take(real)
+    return EventRanks(**{name: column.numpy() for name, column in columns.items()})
 
 
 def share_reached(scores_BC: Tensor) -> Tensor:

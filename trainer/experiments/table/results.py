@@ -121,7 +121,7 @@ def _row(plan: Plan, name: str, cells: Sequence[Cell], errors: Mapping[str, str]
         "tasks": [TASKS[task] for task in kind.tasks],
         "trained": kind.trained,
         "stages": _stages(name),
-        "beams": _beams(cells, plan.request.candidates),
+        "beams": facts[0]["beams"] if facts else "",  # of the first seed
         "parameters": sum(run.get("parameters", {}).get("trainable", 0) for run in runs) if cells else None,
         "train_s": _mean([fact["train_s"] for fact in facts]),
         "score_s": {
@@ -142,11 +142,10 @@ def _stages(model: str) -> str:
     return f"{len(stages)} runs, one after the other: {', '.join(stages)}" if len(stages) > 1 else ""
 
 
-def _beams(cells: Sequence[Cell], candidates: Sequence[str]) -> str:
-    """Of a system that decodes, as its first seed was evaluated; else empty."""
-    documents = [read_evaluation(cell.run_dir, SPLIT, kind) for cell in cells[:1] for kind in candidates]
-    words = [(document["protocol"]["candidates"], beams_words(document)) for document in documents]
-    return "; ".join(f"{kind}: {reached}" for kind, reached in words if reached)
+def _beams(evaluations: Mapping[str, Mapping[str, Any]]) -> str:
+    """Of a system that decodes, for each kind of candidates; else empty."""
+    words = {kind: beams_words(evaluation) for kind, evaluation in evaluations.items()}
+    return "; ".join(f"{kind}: {reached}" for kind, reached in words.items() if reached)
 
 
 def _note(plan: Plan, model: str) -> str:
@@ -158,6 +157,7 @@ def _note(plan: Plan, model: str) -> str:
 def _cell(cell: Cell, candidates: Sequence[str]) -> dict[str, Any]:
     run = RunFolder(cell.run_dir)
     progress = run.read_status().get("progress", {})
+    evaluations = {kind: read_evaluation(cell.run_dir, SPLIT, kind) for kind in candidates}
     settings = flatten(masked(read_yaml(run.config)))
     metric = str(settings["run.select_metric"])
     return {
@@ -167,7 +167,8 @@ def _cell(cell: Cell, candidates: Sequence[str]) -> dict[str, Any]:
         "best_step": progress.get("best_step", 0),
         "best_value": progress.get("best_value", 0.0),
         "train_s": sum(_train_s(one.run_dir) for one in cell.runs),
-        "score_s": {kind: _score_s(cell.run_dir, kind) for kind in candidates},
+        "score_s": {kind: _score_s(evaluation) for kind, evaluation in evaluations.items()},
+        "beams": _beams(evaluations),
         "settings": settings,
         "curve": [
             [record["step"], record[metric]]
@@ -181,12 +182,11 @@ def _train_s(run_dir: Path) -> float:
     return float(RunFolder(run_dir).read_status().get("progress", {}).get("train_s", 0.0))
 
 
-def _score_s(run_dir: Path, candidates: str) -> float:
+def _score_s(evaluation: Mapping[str, Any]) -> float:
     """From the speed that the evaluation wrote down: events a second, or (event, candidate) pairs."""
-    document = read_evaluation(run_dir, SPLIT, candidates)
-    protocol = document["protocol"]
-    events = sum(document[task]["num_events"] for task in TASKS if task in document)
-    if candidates == "full":
+    protocol = evaluation["protocol"]
+    events = sum(evaluation[task]["num_events"] for task in TASKS if task in evaluation)
+    if protocol["candidates"] == "full":
         return events / max(float(protocol["events_per_s"]), 1e-9)
     return events * (1 + int(protocol["num_negatives"])) / max(float(protocol["candidates_per_s"]), 1e-9)
 
