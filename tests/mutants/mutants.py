@@ -882,8 +882,8 @@ METRIC = [
     mutant(
         "fillers are evaluated",
         RANKING,
-        "real = (batch.event_id >= 0).numpy()",
-        "real = (batch.event_id >= -1).numpy()",
+        "return ranks.take((batch.event_id >= 0).numpy())",
+        "return ranks.take((batch.event_id >= -1).numpy())",
         EVALUATE,
         DATA,
     ),
