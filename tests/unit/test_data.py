@@ -15,7 +15,8 @@ from data_shards.schema import Manifest, read_manifest
 from tests.tiny_folder import change_events, make_tiny_folder
 from trainer.cf.build import held_in, last_clicks, unique_rec_clicks
 from trainer.config import CfConfig, DataConfig
-from trainer.data import EvalStream, TrainStream, prefetched
+from trainer.data import EvalStream, TrainStream, blocks, prefetched
+from trainer.data.blocks import check_shard
 from trainer.data.folder import PreparedFolder
 from trainer.data.negatives import NegativeSampler
 from trainer.errors import ConfigError, DataError
@@ -227,6 +228,24 @@ def test_a_shard_that_is_deleted_in_training_is_named_by_either_loader(
     with pytest.raises(DataError, match=r"train-000000\.tar"):
         seen.extend(batch.event_id.tolist() for batch in itertools.islice(batches, 80))
     assert seen == undisturbed[: len(seen)]
+
+
+@pytest.mark.parametrize("step", ["stat", "read"])
+def test_a_shard_that_is_deleted_while_it_is_checked_is_named(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    target, manifest = _damaged(folder, tmp_path / "copy", "none")
+
+    def deleted(path: Path) -> bool:
+        path.unlink()
+        return True
+
+    if step == "stat":
+        monkeypatch.setattr(Path, "is_file", deleted)
+    else:
+        monkeypatch.setattr(blocks, "file_sha256", lambda path: deleted(path) and path.read_bytes())
+    with pytest.raises(DataError, match=r"train-000000\.tar: missing shard"):
+        check_shard(target, manifest.shards("train")[0])
 
 
 def test_a_damaged_shard_is_skipped_and_counted_when_asked(prepared: Path, tmp_path: Path) -> None:

@@ -194,9 +194,17 @@ def check_shard(folder: str | Path, shard: Shard) -> None:
 
 
 def _check_file(path: Path, shard: Shard) -> None:
+    """Raises DataError when the file is missing, also when it is deleted while it is looked at."""
+    try:
+        _check_content(path, shard)
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: missing shard. Restore the file or prepare the folder again.") from error
+
+
+def _check_content(path: Path, shard: Shard) -> None:
     """Size always, checksum once per process and file."""
     if not path.is_file():
-        raise DataError(f"{path}: missing shard. Restore the file or prepare the folder again.")
+        raise FileNotFoundError(path)
     size = path.stat().st_size
     if size != shard.num_bytes:
         raise DataError(
