@@ -235,10 +235,13 @@ def test_a_shard_that_is_deleted_while_it_is_checked_is_named(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
     target, manifest = _damaged(folder, tmp_path / "copy", "none")
+    shard, is_file = target / "shards" / "train-000000.tar", Path.is_file
 
     def deleted(path: Path) -> bool:
-        path.unlink()
-        return True
+        there = is_file(path)
+        if path == shard:
+            path.unlink()
+        return there
 
     if step == "stat":
         monkeypatch.setattr(Path, "is_file", deleted)
