@@ -103,7 +103,9 @@ def test_what_retrieval_misses_counts_nothing(
 ) -> None:
     monkeypatch.setattr(module, "NUM_CANDIDATES", 3)
     monkeypatch.setattr(module, "RETRIEVAL_CUTOFFS", (3, 5))
+    monkeypatch.delattr(module, "baseline_reports")  # not asked for: not computed
     few = evaluate_full(run_dir, max_events=NUM_EVENTS, with_baselines=False)
+    assert "baselines" not in few
     ranks = pd.read_parquet(run_dir / "evaluation-test-full.parquet")["rank"]
     assert set(np.unique(ranks)) <= {1.0, 1.5, 2.0, 2.5, 3.0, np.inf}
     for task in ("rec", "src"):

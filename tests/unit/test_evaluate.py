@@ -23,7 +23,6 @@ from trainer.evaluation.evaluated_weights import warnings_of
 from trainer.evaluation.metrics import METRICS
 from trainer.evaluation.ranking import autocast_scorer, rank_events, share_reached, validate
 from trainer.evaluation.sampled import (
-    add_beams,
     baseline_reports,
     config_hash,
     evaluate_run,
@@ -122,10 +121,10 @@ def test_what_beams_reach_is_reported(folder, manifest):
         return item_id_scorer(batch).masked_fill(torch.arange(100) % 4 > 0, UNREACHED)
 
     ranks = rank_events(decoder, stream_of(folder, manifest))
-    document = report(ranks, PreparedFolder.at(folder), "test")
-    add_beams(document, ranks, None)
-    assert "share_reached" not in document["rec"] and beams_words(document) == ""
-    add_beams(document, ranks, 25)
+    document = report(task_reports(ranks), PreparedFolder.at(folder), "test")
+    assert "num_beams" not in document["protocol"] and "share_reached" not in document["rec"]
+    assert beams_words(document) == ""
+    document = report(task_reports(ranks, num_beams=25), PreparedFolder.at(folder), "test", num_beams=25)
     assert document["protocol"]["num_beams"] == 25
     assert (document["rec"]["share_reached"], document["src"]["share_reached"]) == (0.25, 0.25)
     assert "; 25 beams reach .250 and .250 of the candidates; 95 %" in protocol_line(document)
@@ -168,7 +167,7 @@ def test_validation_metrics_are_flat_and_average_the_tasks_present(folder, manif
 def test_report_and_files(folder, manifest, tmp_path):
     ranks = rank_events(item_id_scorer, stream_of(folder, manifest))
     document = report(
-        ranks,
+        task_reports(ranks),
         PreparedFolder.at(folder),
         "test",
         Config(),

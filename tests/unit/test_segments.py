@@ -13,7 +13,7 @@ from trainer.data.blocks import read_blocks
 from trainer.data.folder import PreparedFolder
 from trainer.evaluation.metrics import METRICS
 from trainer.evaluation.ranking import rank_events
-from trainer.evaluation.sampled import report, write_evaluation
+from trainer.evaluation.sampled import report, task_reports, write_evaluation
 from trainer.evaluation.segments import (
     BUCKETS,
     CLICKS,
@@ -94,7 +94,7 @@ def test_reports_are_means_of_the_parts_and_are_stored(folder, ranks, tmp_path):
                 assert one["ndcg@10"] == pytest.approx(values[mine].mean())
                 low, high = one["ci95"]["ndcg@10"]
                 assert low <= one["ndcg@10"] <= high
-    document = report(ranks, folder, "test", segments=segments)
+    document = report(task_reports(ranks), folder, "test", segments=reports)
     assert document["segments"] == reports
     write_evaluation(tmp_path, folder, "test", ranks, document, segments)
     table = pq.read_table(tmp_path / "evaluation-test.parquet")

@@ -41,3 +41,11 @@ def test_a_damaged_recall_of_the_retrieval_is_refused(tmp_path: Path, retrieval:
     path = written(tmp_path, {**FULL, "rec": {**REPORT, "retrieval": retrieval}})
     with pytest.raises(RunError, match="damaged"):
         read_evaluation_file(path)
+
+
+def test_beams_without_what_they_reach_are_refused(tmp_path: Path) -> None:
+    decoded = {**FULL, "protocol": {"candidates": "full", "num_beams": 20}}
+    whole = {**decoded, "rec": {**REPORT, "share_reached": 0.2}}
+    assert read_evaluation_file(written(tmp_path, whole)) == whole
+    with pytest.raises(RunError, match="damaged"):
+        read_evaluation_file(written(tmp_path, decoded))

@@ -36,8 +36,8 @@ from trainer.evaluation.ranking import (
     rank_events,
     ranks_of,
 )
-from trainer.evaluation.sampled import add_beams, report, task_reports, write_evaluation
-from trainer.evaluation.segments import segments_of
+from trainer.evaluation.sampled import report, task_reports, write_evaluation
+from trainer.evaluation.segments import segment_reports, segments_of
 from trainer.models.contract import Ranker, task_names
 from trainer.runs.retriever_facts import RETRIEVER
 from trainer.runs.run_folder import RunFolder
@@ -116,11 +116,17 @@ def evaluate_full(
         ours = rank_everything(model, stream, clicks, config.run.precision, progress)
     seconds = time.monotonic() - started
     popularity = folder.items("train_rec_clicks")["train_rec_clicks"].to_numpy()
-    baselines = baseline_reports(folder, split, max_events, model.tasks, clicks, popularity, notify)
+    baselines = None
+    if with_baselines:
+        baselines = baseline_reports(folder, split, max_events, model.tasks, clicks, popularity, notify)
     segments = segments_of(folder, split, ours.ranks)
-    document = report(
-        ours.ranks, folder, split, config, baselines if with_baselines else {}, segments, candidates="full"
-    )
+    num_beams = model.beams(catalogue=retrieval is None)
+    tasks = reports(ours, popularity, num_beams)
+    if places is not None:
+        for task, facts in tasks.items():
+            facts["retrieval"] = retrieval_recall(places, ours.ranks, TASKS.index(task))
+    parts = segment_reports(ours.ranks, segments)
+    document = report(tasks, folder, split, config, baselines, parts, "full", num_beams)
     del document["protocol"]["num_negatives"]
     seen_before = (
         item in clicks.before(event)
@@ -140,11 +146,6 @@ def evaluate_full(
         **({RETRIEVER: dict(other.facts)} if other is not None else {}),
         "events_per_s": round(stream.num_events / max(seconds, 1e-9), 2),
     }
-    for title, facts in reports(ours, popularity).items():
-        document[title] = facts
-        if places is not None:
-            facts["retrieval"] = retrieval_recall(places, ours.ranks, TASKS.index(title))
-    add_beams(document, ours.ranks, model.beams(catalogue=retrieval is None))
     write_evaluation(run_dir, folder, f"{split}-full", ours.ranks, document, segments)
     return document
 
@@ -326,13 +327,15 @@ def whole_catalogue(stream: EvalStream, num_items: int, tasks: tuple[int, ...]) 
 # ---- reports -----------------------------------------------------------------------------------------------
 
 
-def reports(ranked: Ranked, popularity: np.ndarray) -> dict[str, dict[str, Any]]:
+def reports(
+    ranked: Ranked, popularity: np.ndarray, num_beams: int | None = None
+) -> dict[str, dict[str, Any]]:
     """task_reports, and whether a model shows more than the popular: for each task that has events
 
     coverage@10: share of the catalogue that stands in at least one list. mean_clicks@10: training
     recommendation clicks of the items shown, on average, and mean_clicks_of_clicked: of what was clicked.
     """
-    documents = task_reports(ranked.ranks)
+    documents = task_reports(ranked.ranks, num_beams=num_beams)
     for task, document in documents.items():
         mine = ranked.ranks.task == TASKS.index(task)
         shown = ranked.top[mine]

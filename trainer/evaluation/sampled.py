@@ -53,8 +53,12 @@ STORED = {"sampled": "stored", "hard": "hard"}  # candidates of the protocol →
 # ---- the report --------------------------------------------------------------------------------------------
 
 
-def task_reports(ranks: EventRanks, seed: int = BOOTSTRAP_SEED) -> dict[str, dict[str, Any]]:
-    """{"rec": {"recall@5": …, "ci95": {…}, …}, "src": {…}}: the tasks that have events."""
+def task_reports(
+    ranks: EventRanks, seed: int = BOOTSTRAP_SEED, num_beams: int | None = None
+) -> dict[str, dict[str, Any]]:
+    """{"rec": {"recall@5": …, "ci95": {…}, …}, "src": {…}}: the tasks that have events. num_beams: of a model
+    that decodes (Ranker.beams); each task has share_reached then, of the candidates that some beam spells, on
+    average over events."""
     reports = {}
     for task, name in enumerate(TASKS):
         chosen = ranks.of_task(task)
@@ -63,19 +67,23 @@ def task_reports(ranks: EventRanks, seed: int = BOOTSTRAP_SEED) -> dict[str, dic
                 torch.from_numpy(chosen.rank), torch.from_numpy(chosen.num_tied), chosen.user, seed
             )
             reports[name]["num_nan_scores"] = int(chosen.num_nan.sum())
+            if num_beams is not None:
+                reports[name]["share_reached"] = float(chosen.share_reached.mean())
     return reports
 
 
 def report(
-    ranks: EventRanks,
+    tasks: dict[str, dict[str, Any]],
     folder: PreparedFolder,
     split: str,
     config: Config | None = None,
     baselines: dict[str, Any] | None = None,
-    segments: Segments | None = None,
+    segments: dict[str, Any] | None = None,
     candidates: str = "sampled",
+    num_beams: int | None = None,
 ) -> dict[str, Any]:
-    """The content of evaluation-SPLIT.json. candidates: sampled, hard or full."""
+    """The content of evaluation-SPLIT.json. tasks, segments: what task_reports() and segment_reports() make;
+    candidates: sampled, hard or full; num_beams: Ranker.beams of the model."""
     protocol = {
         "model": config.model.name if config is not None else None,
         "model_title": model_class(config.model.name).title if config is not None else None,
@@ -94,24 +102,14 @@ def report(
         "git_commit": git_commit(),
         "hardware": hardware(),
         "evaluated_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        **({"num_beams": num_beams} if num_beams is not None else {}),
     }
     return {
         "protocol": protocol,
-        **task_reports(ranks),
-        **({"segments": segment_reports(ranks, segments)} if segments is not None else {}),
+        **tasks,
+        **({"segments": segments} if segments is not None else {}),
         **({"baselines": baselines} if baselines is not None else {}),
     }
-
-
-def add_beams(document: dict[str, Any], ranks: EventRanks, num_beams: int | None) -> None:
-    """What a model that decodes adds (Ranker.beams): protocol.num_beams, and each task's share_reached, of
-    the candidates that some beam spells, on average over events."""
-    if num_beams is None:
-        return
-    document["protocol"]["num_beams"] = num_beams
-    for task, name in enumerate(TASKS):
-        if name in document:
-            document[name]["share_reached"] = float(ranks.of_task(task).share_reached.mean())
 
 
 def num_negatives(manifest: Manifest, candidates: str) -> int:
@@ -233,8 +231,8 @@ def evaluate_run(
         report_stage("intervals", 0)
         segments = segments_of(folder, split, ranks) if launch.rank == 0 else {}  # it reads the split again
         segments = gather(segments)[0] if gather is not None else segments
-        document = report(ranks, folder, split, config, baselines, segments, candidates)
-        add_beams(document, ranks, model.beams())
+        tasks, parts = task_reports(ranks, num_beams=model.beams()), segment_reports(ranks, segments)
+        document = report(tasks, folder, split, config, baselines, parts, candidates, model.beams())
         num_pairs = len(ranks.rank) * (1 + document["protocol"]["num_negatives"])
         document["protocol"] |= {**stood, "num_processes": launch.world_size}
         document["protocol"]["candidates_per_s"] = round(num_pairs / max(seconds, 1e-9), 1)

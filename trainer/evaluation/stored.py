@@ -19,11 +19,13 @@ def read_evaluation_file(path: Path) -> dict[str, Any]:
     and segment. Raises RunError for anything else."""
     document = read_json(path)
     baselines, segments = (document.get(name, {}) for name in ("baselines", "segments"))
-    reports = [report for entry in _values(baselines) for report in _values(entry)]
-    reports += [document[task] for task in TASKS if task in document]
+    mine = [document[task] for task in TASKS if task in document]
+    reports = [*mine, *(report for entry in _values(baselines) for report in _values(entry))]
     parts = [part for of_task in _values(segments) for name in _values(of_task) for part in _values(name)]
     whole = all(isinstance(tree, dict) for tree in (document.get("protocol"), baselines, segments))
-    if not whole or not all(map(_is_report, [*reports, *parts])) or not all(map(_is_part, parts)):
+    whole = whole and all(map(_is_report, [*reports, *parts])) and all(map(_is_part, parts))
+    decodes = whole and document["protocol"].get("num_beams")
+    if not whole or (decodes and not all("share_reached" in report for report in mine)):
         raise RunError(f"{path} is damaged. {AGAIN}")
     return document
 
