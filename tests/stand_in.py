@@ -28,7 +28,7 @@ class StandIn:
         self.batches: list[int] = []
         self.release = Event()
 
-    def answer(self, requests: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    def answer_or_errors(self, requests: Sequence[Mapping[str, Any]]) -> list[dict[str, Any] | RequestError]:
         self.batches.append(len(requests))
         queries = [request.get("query") for request in requests]
         if "slow" in queries:
@@ -37,16 +37,16 @@ class StandIn:
         time.sleep(SECONDS_PER_CANDIDATE * sum(request["num_candidates"] for request in heavy))
         if "broken" in queries:
             raise KeyError("/etc/secret")
-        if "bad" in queries:
-            raise RequestError("the request: no such thing")
         texts = ["x" * 8_000_000 if query == "big" else "a lamp" for query in queries]
         return [
-            {
+            RequestError("the request: no such thing")
+            if query == "bad"
+            else {
                 "items": [{"item_id": "i1", "score": request.get("k") or 0, "text": text}],
                 "scores": [0.5],
                 "model": self.facts,
             }
-            for request, text in zip(requests, texts, strict=True)
+            for request, query, text in zip(requests, queries, texts, strict=True)
         ]
 
     def some_users(self, count: int) -> dict[str, Any]:

@@ -8,8 +8,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from typer.testing import CliRunner
 
 from tests.runs import make_run
+from trainer.cli import app as cli
 from trainer.errors import RequestError, RunError
 from trainer.serving import score_file as module
 from trainer.serving.recommend import Recommender
@@ -81,6 +83,48 @@ def test_lines_in_lines_out(recommender: Recommender, tmp_path: Path) -> None:
     answers = [json.loads(line) for line in out.read_text().splitlines()]
     assert [len(answer["scores"]) for answer in answers[:3]] == [1, 2, 10]
     assert seen[-1] == (NUM_REQUESTS, NUM_REQUESTS)
+
+
+def test_bad_rows_do_not_part_the_good_ones(
+    recommender: Recommender, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{**row, "candidates": ["i1"]} if row["task"] == "src" else row for row in requests()[:5]]
+    rows[1:1] = [{**rows[0], **BAD}, {**rows[0], "with_text": "yes"}]
+    monkeypatch.setattr(module, "CHUNK", len(rows))
+    sizes: list[int] = []
+    score_parsed = recommender.scorer.score_parsed
+
+    def counted(parsed: Any) -> Any:
+        sizes.append(len(parsed))
+        return score_parsed(parsed)
+
+    monkeypatch.setattr(recommender.scorer, "score_parsed", counted)
+    source = tmp_path / "requests.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    score_file(recommender, source, tmp_path / "out.jsonl", keep_going=True)
+    answers = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [answer.get("error") is None for answer in answers] == [True, False, False, True, True, True, True]
+    assert sizes == [5]
+
+
+def test_standard_output_has_the_lines_of_the_file(
+    recommender: Recommender, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of a part, of requests without candidates, and of bad ones with --keep-going."""
+    monkeypatch.setattr("trainer.registry.versions.open_model", lambda *_, **__: recommender)
+    source, out = tmp_path / "requests.jsonl", tmp_path / "out.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in [*requests(), BAD]))
+
+    def call(*options: str) -> Any:
+        return CliRunner().invoke(cli, ["score", "runs/one", str(source), *options])
+
+    shown = call("--part", "2/2", "--keep-going")
+    score_file(recommender, source, out, (2, 2), keep_going=True)
+    assert shown.stdout == out.read_text() and "'nothing'" in shown.stdout
+    assert len(shown.stdout.splitlines()) == (NUM_REQUESTS + 1) // 2
+    assert "'nothing'" in str(call("--part", "2/2").exception)
+    monkeypatch.setattr("trainer.registry.versions.open_model", lambda *_, **__: pytest.fail("loaded"))
+    assert "1 ≤ I ≤ N" in str(call("--part", "9/2").exception)
 
 
 def test_a_bad_row_is_named_and_leaves_no_file(recommender: Recommender, tmp_path: Path) -> None:

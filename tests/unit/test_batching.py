@@ -116,9 +116,10 @@ def test_a_wrong_number_of_answers_ends_no_queue(answers: list[Any]) -> None:
 
 def test_a_bad_request_fails_alone() -> None:
     def model(requests: Sequence[Any]) -> list[Any]:
-        if any(request["cost"] == 13 for request in requests):
-            raise RequestError("bad luck")
-        return list(requests)
+        sizes.append(len(requests))
+        return [RequestError("bad luck") if request["cost"] == 13 else request for request in requests]
+
+    sizes: list[int] = []
 
     async def main() -> list[Any]:
         batcher = Batcher(model, 4, 8, 100, cost=lambda request: 1)
@@ -131,6 +132,7 @@ def test_a_bad_request_fails_alone() -> None:
 
     one, bad, two = asyncio.run(main())
     assert (one, str(bad), two) == ({"cost": 1}, "bad luck", {"cost": 2})
+    assert sizes == [3]
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ class Named:
     def __init__(self, name: str) -> None:
         self.name, self.batches = name, 0
 
-    def answer(self, requests: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    def answer_or_errors(self, requests: Sequence[Mapping[str, Any]]) -> list[Any]:
         self.batches += 1
         assert not [request for request in requests if "system" in request]
         return [{"by": self.name, "query": request["query"]} for request in requests]
@@ -46,17 +46,19 @@ def test_requests_go_to_the_system_they_name_in_one_batch_each() -> None:
             System("other", "other", ("rec",), True, True, open_other),
         ]
     )
-    systems.answer([{"query": "x"}])
+    systems.answer_or_errors([{"query": "x"}])
     assert opened == []  # what nobody asks is not loaded
     asked = [{"query": "a", "system": "other"}, {"query": "b"}, {"query": "c", "system": "other"}] * 2
-    assert [(answer["by"], answer["query"]) for answer in systems.answer(asked)] == [
+    answers: list[Any] = systems.answer_or_errors(asked)
+    assert [(answer["by"], answer["query"]) for answer in answers] == [
         ("other", "a"),
         ("model", "b"),
         ("other", "c"),
     ] * 2
     assert opened == ["other"] and (model.batches, other.batches) == (2, 1)
-    with pytest.raises(RequestError, match=r"no 'third' here.*or: other"):
-        systems.answer([{"query": "a", "system": "third"}])
+    unknown, known = systems.answer_or_errors([{"query": "a", "system": "third"}, {"query": "b"}])
+    assert isinstance(unknown, RequestError) and re.search(r"no 'third' here.*or: other", str(unknown))
+    assert known == {"by": "model", "query": "b"}
 
 
 def test_names_differ_and_hold_no_folder(users: Users) -> None:

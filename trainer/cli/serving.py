@@ -1,7 +1,6 @@
 """Verbs about models: register, promote, score, recommend, search, serve, ui."""
 
 import dataclasses
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -102,7 +101,7 @@ def score(
     ],
     out: Annotated[
         Path | None,
-        typer.Option(help='new .jsonl or .parquet file; default: {"scores": […]} lines on stdout'),
+        typer.Option(help="new .jsonl or .parquet file; default: the lines of a .jsonl on stdout"),
     ] = None,
     part: Annotated[
         str, typer.Option(metavar="I/N", help="only part I of N of the requests: for several jobs")
@@ -116,21 +115,22 @@ def score(
     ] = "",
 ) -> None:
     """Score given candidates from histories, one request or millions."""
-    from trainer.serving.score_file import count_requests, read_requests, score_file
+    from trainer.serving.score_file import answer_lines, count_requests, part_of, score_file
 
     try:
         number, of = (int(text) for text in part.split("/"))
     except ValueError:
         raise ConfigError(f"--part must be I/N, got {part}") from None
-    count_requests(requests)  # says what is wrong with the file before a model is loaded
+    # says what is wrong with the file or the part before a model is loaded
+    part_of(count_requests(requests), (number, of))
     progress = stage_lines()
     waiting_for("loading PyTorch and the model")
     from trainer.registry.versions import open_model
 
     recommender = open_model(model, uri, notify=note, retriever=retriever)
     if out is None:
-        for scores in recommender.score(list(read_requests(requests))):
-            say(json.dumps({"scores": scores}))
+        for line in answer_lines(recommender, requests, (number, of), keep_going):
+            say(line)
         return
     answered = score_file(
         recommender,

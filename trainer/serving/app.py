@@ -136,7 +136,7 @@ def make_app(
     metrics = Metrics(facts)
     systems = [system_of(recommender), *others]
     batcher = Batcher(
-        Systems(systems).answer,
+        Systems(systems).answer_or_errors,
         limits.max_batch,
         limits.max_waiting,
         limits.max_batch_candidates,

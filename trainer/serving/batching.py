@@ -28,8 +28,8 @@ class Draining(Refused):
 
 
 class Batcher:
-    """Answers single requests through a function of many. All methods but the function run in one event loop;
-    the function in one thread.
+    """Answers single requests through a function of many, which gives a RequestError in the place of the
+    answer to a bad one. All methods but the function run in one event loop; the function in one thread.
 
     cost: of one request, in candidates. A batch holds at most `max_batch` requests that cost at most
     `max_cost` together; a request that costs more is a batch of its own.
@@ -38,7 +38,7 @@ class Batcher:
 
     def __init__(
         self,
-        answer_all: Callable[[Sequence[Request]], list[Answer]],
+        answer_all: Callable[[Sequence[Request]], Sequence[Answer | RequestError]],
         max_batch: int,
         max_waiting: int,
         max_cost: int,
@@ -131,15 +131,11 @@ class Batcher:
             del self._waiting[future]
         return batch
 
-    def _answer_batch(self, requests: Sequence[Request]) -> list[Answer | Exception]:
-        """A bad request fails alone: the others of its batch are then answered one by one."""
+    def _answer_batch(self, requests: Sequence[Request]) -> Sequence[Answer | Exception]:
+        """A bug fails every request of its batch; a bad request fails alone."""
         try:
-            answers = list(self._answer_all(requests))
+            answers = self._answer_all(requests)
             assert len(answers) == len(requests), (len(answers), len(requests))
-            return list(answers)
+            return answers
         except Exception as error:
-            if len(requests) == 1:
-                return [error]
-            if not isinstance(error, RequestError):
-                return [error] * len(requests)
-        return [answer for request in requests for answer in self._answer_batch([request])]
+            return [error] * len(requests)

@@ -17,7 +17,7 @@ order given (or of `items`), "model": what answered}
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,18 @@ SETTINGS: Mapping[str, int | bool] = {
 }
 
 
+FIELDS = ("user_id", "history", "task", "query", "candidates", *SETTINGS)
+
+
+@dataclass(frozen=True)
+class Read:
+    """A request and what is ranked for it: its own candidates, or those found in the whole catalogue."""
+
+    request: Mapping[str, Any]
+    found: ParsedRequest
+    whole_catalogue: bool
+
+
 class Recommender:
     """A model that answers requests: ranks given candidates, or finds them in the whole catalogue first.
     Thread-safe."""
@@ -87,19 +99,23 @@ class Recommender:
         device: str | None = None,
         notify: Notify = silent,
         retriever: str | Path | None = None,
+        data_dir: str | Path = "",
     ) -> "Recommender":
         """A run folder and its prepared folder. The indexes are kept in RUN/retrieval; they are built when
         they are missing or of other weights. retriever: a run folder, "" for none; default: the run's
-        serving.retriever."""
+        serving.retriever. `data_dir`: prepared folder for requests by user_id; default: the run's."""
         run_dir = Path(run_dir)
         scorer = Scorer.from_run(run_dir, device)
-        retrieval = run_retrieval(run_dir, scorer.model, notify)
         config = load_run_config(run_dir)
         folder = PreparedFolder.open(config.data)
+        users: Users | str = Users(folder)
+        if data_dir:
+            users = open_users(data_dir, folder.manifest.hash, must_be_there=True)
+        retrieval = run_retrieval(run_dir, scorer.model, notify)
         facts = {"run": str(run_dir), "manifest_hash": folder.manifest.hash}
         chosen = chosen_retriever(config, retriever)
         other = _retriever_for(scorer, chosen, RunFolder(run_dir).model, retrieval, device, notify)
-        return cls(scorer, retrieval, facts, folder.catalog / "items.parquet", Users(folder), other)
+        return cls(scorer, retrieval, facts, folder.catalog / "items.parquet", users, other)
 
     @classmethod
     def from_artifacts(
@@ -142,19 +158,36 @@ class Recommender:
     def answer(self, requests: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """The answers to several requests, ranked together in batches. Raises RequestError that names the
         first bad request before anything is scored."""
-        names = _names(requests)
-        parsed = [self._parse(request, where) for request, where in zip(requests, names, strict=True)]
-        found = [
-            one if one.candidates else self._retrieved(one, request, where)
-            for one, request, where in zip(parsed, requests, names, strict=True)
-        ]
-        scores = self.scorer.score_parsed(found)
-        return [
-            self._answer(request, one, row, whole_catalogue=not given.candidates)
-            for request, given, one, row in zip(requests, parsed, found, scores, strict=True)
-        ]
+        return self._answers(
+            [self._read(request, where) for request, where in zip(requests, _names(requests), strict=True)]
+        )
+
+    def answer_or_errors(self, requests: Sequence[Mapping[str, Any]]) -> list[dict[str, Any] | RequestError]:
+        """The same, with the error of a bad request in its place: the others are still ranked together."""
+        read: list[Read | RequestError] = []
+        for request in requests:
+            try:
+                read.append(self._read(request, "the request"))
+            except RequestError as error:
+                read.append(error)
+        answers = iter(self._answers([one for one in read if not isinstance(one, RequestError)]))
+        return [one if isinstance(one, RequestError) else next(answers) for one in read]
+
+    def _answers(self, read: Sequence["Read"]) -> list[dict[str, Any]]:
+        scores = self.scorer.score_parsed([one.found for one in read])
+        return [self._answer(one, row) for one, row in zip(read, scores, strict=True)]
 
     # ---- one request ---------------------------------------------------------------------------------------
+
+    def _read(self, request: Mapping[str, Any], where: str) -> "Read":
+        refuse_misspelt(request, where)
+        for name, default in SETTINGS.items():
+            if isinstance(default, bool):
+                _flag(request, name, where)
+        parsed = self._parse(request, where)
+        if parsed.candidates:
+            return Read(request, parsed, whole_catalogue=False)
+        return Read(request, self._retrieved(parsed, request, where), whole_catalogue=True)
 
     def _parse(self, request: Mapping[str, Any], where: str) -> ParsedRequest:
         if is_absent(request.get("history")) and not is_absent(request.get("user_id")):
@@ -191,12 +224,11 @@ class Recommender:
             _nothing_to_ask(parsed, where)
         return self.scorer.pre_ranked(parsed, self.retrieval, questions, num_candidates, exclude, beside)
 
-    def _answer(
-        self, request: Mapping[str, Any], parsed: ParsedRequest, scores: list[float], whole_catalogue: bool
-    ) -> dict[str, Any]:
+    def _answer(self, asked: "Read", scores: list[float]) -> dict[str, Any]:
+        request, parsed = asked.request, asked.found
         # stable: ties keep the order of retrieval, or the one given
         order = sorted(range(len(scores)), key=lambda place: -scores[place])
-        if whole_catalogue:
+        if asked.whole_catalogue:
             order = order[: _count(request, "k", DEFAULT_K, MAX_K, "")]
             parsed, scores = (
                 replace(parsed, candidates=[parsed.candidates[place] for place in order]),
@@ -307,6 +339,22 @@ def _names(requests: Sequence[Any]) -> list[str]:
     return [f"request {number}" for number in range(1, len(requests) + 1)]
 
 
+def refuse_misspelt(request: Mapping[str, Any], where: str) -> None:
+    """A request may carry any other field, but not one of ours in another spelling: the whole catalogue would
+    be searched instead of "candidate", or an empty history taken for "user". Raises RequestError."""
+    for name, value in request.items():
+        field = SPELLINGS.get(_letters(name))
+        if field is None or name == field or is_absent(value) or not is_absent(request.get(field)):
+            continue
+        if field == "user_id" and not is_absent(request.get("history")):
+            continue  # the history says it all
+        raise RequestError(f"{where}: the field {name!r} is not read: call it {field!r}")
+
+
+def _letters(name: Any) -> str:
+    return str(name).lower().replace("_", "").replace("-", "").removesuffix("s")
+
+
 def _count(request: Mapping[str, Any], name: str, default: int, largest: int, where: str) -> int:
     value = request.get(name)
     if is_absent(value):
@@ -329,6 +377,9 @@ def _flag(request: Mapping[str, Any], name: str, where: str) -> bool:
     if not isinstance(value, bool | np.bool_):
         raise RequestError(f"{where}: {name} must be true or false, got {value!r}")
     return bool(value)
+
+
+SPELLINGS = {_letters(name): name for name in FIELDS} | {"user": "user_id"}
 
 
 def version_of(folder: Path) -> dict[str, Any]:

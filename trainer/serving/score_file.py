@@ -3,7 +3,7 @@ that jobs can share.
 
 REQUESTS  .jsonl (an object a line) or .parquet (a row a request: history list<struct<item_id, task>>, task,
           query, candidates list, …; serving/recommend.py)
-OUT       .jsonl: {"scores": […], "items": […]} a line
+OUT       .jsonl, and standard output: {"scores": […], "items": […]} a line
           .parquet: the columns of REQUESTS, scores list<double>, items list<struct<item_id, score>>, error
 """
 
@@ -58,18 +58,27 @@ def score_file(
     first, last = part_of(count_requests(requests), part)
     if out.suffix == ".parquet":
         _check_columns(requests)
-    rows = itertools.islice(
-        _requests_or_errors(requests) if keep_going else read_requests(requests), first, last
-    )
-    answered = _answered(recommender, rows, requests, first, last, keep_going, progress)
+    answered = _answered(recommender, requests, (first, last), keep_going, progress)
     with atomic(out) as temporary:
         if out.suffix == ".parquet":
             _write_parquet(temporary, answered, pq.read_schema(requests))
         else:
             with temporary.open("w", encoding="utf-8") as file:
-                for _, answers in answered:
-                    file.writelines(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
+                file.writelines(line + "\n" for line in _lines_of(answered))
     return last - first
+
+
+def answer_lines(
+    recommender: Recommender, requests: Path, part: tuple[int, int] = (1, 1), keep_going: bool = False
+) -> Iterator[str]:
+    """The lines that score_file() would write into a .jsonl, one after the other."""
+    positions = part_of(count_requests(requests), part)
+    return _lines_of(_answered(recommender, requests, positions, keep_going))
+
+
+def _lines_of(answered: Iterable[Answered]) -> Iterator[str]:
+    for _, answers in answered:
+        yield from (json.dumps(answer, ensure_ascii=False) for answer in answers)
 
 
 def _check_columns(requests: Path) -> None:
@@ -157,40 +166,36 @@ def _next_batch(path: Path, batches: Iterator[pa.RecordBatch]) -> pa.RecordBatch
 
 def _answered(
     recommender: Recommender,
-    rows: Iterable[dict[str, Any] | RequestError],
     path: Path,
-    first: int,
-    last: int,
+    positions: tuple[int, int],
     keep_going: bool,
-    progress: CountProgress | None,
+    progress: CountProgress | None = None,
 ) -> Iterator[Answered]:
-    rows = iter(rows)
+    first, last = positions
+    rows = itertools.islice(_requests_or_errors(path) if keep_going else read_requests(path), first, last)
     done = 0
     while chunk := list(itertools.islice(rows, CHUNK)):
         requests = [row if isinstance(row, dict) else {} for row in chunk]
-        try:
-            if bad := next((row for row in chunk if isinstance(row, RequestError)), None):
-                raise bad
-            answers = recommender.answer(requests)
-        except RequestError as error:
-            if not keep_going:
+        if keep_going:
+            good = iter(recommender.answer_or_errors([row for row in chunk if isinstance(row, dict)]))
+            answers = [_or_error(next(good) if isinstance(row, dict) else row) for row in chunk]
+        else:
+            try:
+                answers = recommender.answer(requests)
+            except RequestError as error:
                 raise RequestError(
                     f"{path}, rows {first + done + 1} to {first + done + len(chunk)}: {error}"
                 ) from error
-            answers = [_answer_or_error(recommender, row) for row in chunk]
         done += len(chunk)
         if progress is not None:
             progress(done, last - first)
         yield requests, answers
 
 
-def _answer_or_error(recommender: Recommender, request: dict[str, Any] | RequestError) -> dict[str, Any]:
-    try:
-        if isinstance(request, RequestError):
-            raise request
-        return recommender.recommend(request)
-    except RequestError as error:
-        return {"scores": None, "items": None, "error": str(error)}
+def _or_error(answer: dict[str, Any] | RequestError) -> dict[str, Any]:
+    if isinstance(answer, RequestError):
+        return {"scores": None, "items": None, "error": str(answer)}
+    return answer
 
 
 def _write_parquet(path: Path, answered: Iterable[Answered], columns: pa.Schema) -> None:

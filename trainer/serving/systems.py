@@ -29,7 +29,9 @@ MAIN = ""  # what a request without "system" names
 class Answers(Protocol):
     """A Recommender, as far as a service asks it for answers."""
 
-    def answer(self, requests: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]: ...
+    def answer_or_errors(
+        self, requests: Sequence[Mapping[str, Any]]
+    ) -> list[dict[str, Any] | RequestError]: ...
 
 
 @dataclass(frozen=True)
@@ -63,10 +65,10 @@ class Systems:
         self.systems = {system.name: system for system in systems}
         self._opened: dict[str, Answers] = {}
 
-    def answer(self, requests: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Those to one system together. Raises RequestError for a system that is not there, and what the
-        system raises."""
-        answers: dict[int, dict[str, Any]] = {}
+    def answer_or_errors(self, requests: Sequence[Mapping[str, Any]]) -> list[dict[str, Any] | RequestError]:
+        """Those to one system together; an error stands in the place of a bad one, and of each to a system
+        that is not there."""
+        answers: dict[int, dict[str, Any] | RequestError] = {}
         places: dict[str, list[int]] = {}
         for place, request in enumerate(requests):
             places.setdefault(str(request.get("system", MAIN)), []).append(place)
@@ -75,7 +77,10 @@ class Systems:
                 {key: value for key, value in requests[place].items() if key != "system"}
                 for place in of_system
             ]
-            answers |= zip(of_system, self._open(name).answer(asked), strict=True)
+            try:
+                answers |= zip(of_system, self._open(name).answer_or_errors(asked), strict=True)
+            except RequestError as error:
+                answers |= dict.fromkeys(of_system, error)
         return [answers[place] for place in range(len(requests))]
 
     def _open(self, name: str) -> Answers:
