@@ -1,7 +1,9 @@
 """Answers from the whole catalogue: who is asked, what is found, what is left out, and what is refused."""
 
 import json
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,10 @@ from tests.worlds import write_tables
 from trainer.cli import app
 from trainer.data.folder import PreparedFolder
 from trainer.errors import DataError, GensrError, RequestError
+from trainer.registry.versions import open_model
 from trainer.serving.recommend import Recommender
-from trainer.serving.requests import ParsedRequest
-from trainer.serving.users import open_users, read_history
+from trainer.serving.requests import ParsedRequest, RequestReader, id_text
+from trainer.serving.users import Users, open_users, read_clicks, read_history
 
 NEW_ITEM = {"item_id": "brand-new", "text": "xylophone mallet brand new", "category": "music"}
 HISTORY = [{"item_id": "i3", "task": "rec"}, {"item_id": "i7", "task": "src"}]
@@ -124,6 +127,11 @@ def test_weights_explain_each_item(recommender: Recommender) -> None:
         ({"history": None, "user_id": "nobody"}, "knows no user 'nobody'"),
         ({"history": [{"item_id": "gone", "task": "rec"}]}, "does not know the items 'gone'"),
         ({"candidates": []}, "candidates is empty"),
+        ({"with_text": "yes", "candidates": ["i1"]}, "with_text must be true or false"),
+        ({"candidate": ["i1"]}, "'candidate' is not read: call it 'candidates'"),
+        ({"history": None, "user": "u3"}, "'user' is not read: call it 'user_id'"),
+        ({"history": None, "userId": "u3"}, "'userId' is not read: call it 'user_id'"),
+        ({"task": "src", "query": "  "}, "query is missing"),
         ({"task": "src", "query": "", "history": HISTORY}, "query is missing"),
     ],
 )
@@ -159,11 +167,53 @@ def test_users_are_those_of_the_training_data(run_dir: Path, tmp_path: Path) -> 
         open_users(folder, "another hash", must_be_there=True)
 
 
+def test_fields_that_are_not_ours_are_carried(recommender: Recommender) -> None:
+    good = {"history": HISTORY, "task": "rec", "k": 2}
+    carried = {"id": 1, "user": "u3", "label": True, "text": "x", "candidate": None}
+    assert recommender.recommend({**good, **carried}) == recommender.recommend(good)
+
+
+def test_another_folder_for_users_has_to_be_that_of_the_run(run_dir: Path, prepared: Path) -> None:
+    data = run_dir.parents[1] / "data"
+    assert isinstance(open_model(run_dir, data_dir=data).users, Users)
+    with pytest.raises(DataError, match="not the data this model was trained on"):
+        open_model(run_dir, data_dir=prepared)
+
+
+def test_whole_floats_are_ids() -> None:
+    reader = RequestReader([7, 12], "natural", (REC, SRC))
+    history = [{"item_id": 7.0, "task": "rec"}]
+    parsed = reader.parse({"task": "rec", "history": history, "candidates": [np.float64(12)]}, "it")
+    assert (parsed.items, parsed.candidates) == ([0], [1])
+    with pytest.raises(RequestError, match=r"7\.5"):
+        reader.parse({"task": "rec", "candidates": [7.5]}, "it")
+    assert [id_text(one) for one in (3.0, "3.0", 3, float("inf"))] == ["3", "3.0", "3", "inf"]
+
+
+def test_first_callers_read_the_clicks_once(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[PreparedFolder] = []
+
+    def slowly(folder: PreparedFolder) -> Any:
+        read.append(folder)
+        time.sleep(0.05)
+        return read_clicks(folder)
+
+    monkeypatch.setattr("trainer.serving.users.read_clicks", slowly)
+    users = Users(PreparedFolder.at(prepared))
+    with ThreadPoolExecutor(4) as pool:
+        rows = list(pool.map(users.row, ["u3"] * 4))
+    assert len(set(rows)) == len(read) == 1
+    assert users.row("u3") == rows[0]
+
+
 def test_history_files(tmp_path: Path) -> None:
     path = tmp_path / "history.json"
     for text in (json.dumps(HISTORY), "\n".join(json.dumps(entry) for entry in HISTORY)):
         path.write_text(text)
         assert read_history(path) == HISTORY
+    odd = [{"item_id": "i3", "task": "src", "query": "red\u2028lamp"}]  # a line to Python, none to JSON
+    path.write_text(json.dumps(odd[0], ensure_ascii=False), encoding="utf-8")
+    assert read_history(path) == odd
     path.write_text("i3, i7")
     with pytest.raises(RequestError, match="not a JSON list"):
         read_history(path)

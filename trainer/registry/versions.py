@@ -209,7 +209,7 @@ def open_model(
     model.
     """
     if not str(model).startswith("models:"):
-        return Recommender.from_run(model, notify=notify, retriever=retriever)
+        return Recommender.from_run(model, notify=notify, retriever=retriever, data_dir=data_dir)
     folder = fetch(str(model), uri or default_uri()) / "artifacts"
     return Recommender.from_artifacts(folder, data_dir=data_dir, notify=notify, retriever=retriever)
 

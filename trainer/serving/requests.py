@@ -37,7 +37,7 @@ class RequestReader:
 
     def __init__(self, item_ids: Sequence[Any], query_mode: str, tasks: tuple[int, ...]) -> None:
         """query_mode: natural, words, digits or drop (data_shards/text.py). tasks: what the model serves."""
-        self._row_of = {str(item_id): row for row, item_id in enumerate(item_ids)}
+        self._row_of = {id_text(item_id): row for row, item_id in enumerate(item_ids)}
         self._query_mode, self._tasks = query_mode, tasks
 
     def parse(self, request: Mapping[str, Any], where: str, needs_candidates: bool = True) -> ParsedRequest:
@@ -55,7 +55,8 @@ class RequestReader:
             )
         if task != SRC and query is not None:
             raise RequestError(
-                f"{where}: task is 'rec' and a query is given: leave it out, or set task to 'src'"
+                f"{where}: a recommendation takes no query: leave it out, or search (task 'src'; over HTTP "
+                "/search)"
             )
         history = listed(request.get("history"), f"{where}: history")
         entries = [self._history_entry(entry, where) for entry in history]
@@ -98,13 +99,13 @@ class RequestReader:
         return query
 
     def _rows(self, item_ids: Sequence[Any], where: str) -> list[int]:
-        unknown = [item_id for item_id in item_ids if str(item_id) not in self._row_of]
+        unknown = [item_id for item_id in item_ids if id_text(item_id) not in self._row_of]
         if unknown:
             more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
             raise RequestError(
                 f"{where}: the model does not know the items {', '.join(map(repr, unknown[:5]))}{more}"
             )
-        return [self._row_of[str(item_id)] for item_id in item_ids]
+        return [self._row_of[id_text(item_id)] for item_id in item_ids]
 
 
 def _is_word_number(word: str) -> bool:
@@ -124,8 +125,15 @@ def is_absent(value: Any) -> bool:
 
 
 def missing(value: Any) -> bool:
-    """Absent, "" and []."""
-    return is_absent(value) or (isinstance(value, str | list | tuple | np.ndarray) and len(value) == 0)
+    """Absent, blank text and []."""
+    if isinstance(value, str):
+        return not value.strip()
+    return is_absent(value) or (isinstance(value, list | tuple | np.ndarray) and len(value) == 0)
+
+
+def id_text(value: Any) -> str:
+    """An id as its log writes it. pandas makes 7.0 of 7 where another row of the column has none."""
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value)
 
 
 def listed(value: Any, where: str) -> list[Any]:

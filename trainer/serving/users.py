@@ -3,6 +3,7 @@ event. And histories given as a file."""
 
 import itertools
 import json
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from data_shards.histories import in_histories
 from data_shards.schema import NO_QUERY, SPLITS, TASKS, read_manifest
 from trainer.data.folder import PreparedFolder
 from trainer.errors import DataError, RequestError
+from trainer.serving.requests import id_text
 
 MAX_EXAMPLES = 100  # queries
 
@@ -51,6 +53,7 @@ class Users:
 
     def __init__(self, folder: PreparedFolder) -> None:
         self.folder = folder
+        self._reading = threading.Lock()
         self._row_of: dict[str, int] = {}
         self._query_texts: list[str] = []
         self._frequent_queries: list[str] | None = None
@@ -70,11 +73,11 @@ class Users:
         """The user's row in the users table. Raises RequestError for an unknown user."""
         if not self._row_of:
             self._read()
-        if str(user_id) not in self._row_of:
+        if id_text(user_id) not in self._row_of:
             raise RequestError(
                 f"{where}: the training data knows no user {user_id!r}. Give a history instead"
             )
-        return self._row_of[str(user_id)]
+        return self._row_of[id_text(user_id)]
 
     def rows(self, user_id: Any, where: str = "user") -> tuple[np.ndarray, np.ndarray]:
         """The user's clicks, oldest first, as rows of the catalogue and codes of tasks."""
@@ -118,6 +121,11 @@ class Users:
         return self._frequent_queries[:count]
 
     def _read(self) -> None:
+        with self._reading:  # who comes meanwhile waits, and does not read it again
+            if not self._row_of:
+                self._read_clicks()
+
+    def _read_clicks(self) -> None:
         clicks = read_clicks(self.folder)
         keep = in_histories(clicks.user, clicks.time, clicks.item, clicks.task)
         types = (np.int32, np.int8, np.int32)
@@ -125,7 +133,7 @@ class Users:
         self._columns = [column[keep].astype(kind) for column, kind in zip(columns, types, strict=True)]
         num_users = self.folder.manifest.num_users
         self._starts = np.searchsorted(clicks.user[keep], np.arange(num_users + 1)).tolist()
-        self._row_of = {str(user_id): row for row, user_id in enumerate(self.folder.user_ids())}
+        self._row_of = {id_text(user_id): row for row, user_id in enumerate(self.folder.user_ids())}
 
 
 def open_users(folder: str | Path, manifest_hash: str, must_be_there: bool) -> "Users | str":
@@ -164,7 +172,7 @@ def read_history(path: Path) -> list[Any]:
         if text.lstrip().startswith("["):
             entries: list[Any] = json.loads(text)
             return entries
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
+        return [json.loads(line) for line in text.split("\n") if line.strip()]
     except (ValueError, RecursionError, MemoryError) as error:
         raise RequestError(
             f'{path}: not a JSON list of {{"item_id": …, "task": "rec"}}, nor one such object a line: {error}'
