@@ -16,6 +16,7 @@ from fastapi import FastAPI
 
 from tests.runs import make_run
 from trainer.serving.app import Options, make_app
+from trainer.serving.payloads import MAX_HISTORY
 from trainer.serving.recommend import Recommender
 from trainer.serving.systems import compared_systems, counted
 from trainer.serving.users import Users
@@ -181,6 +182,44 @@ def test_a_mistake_is_told_clears_what_was_shown_and_text_is_never_run(page: Any
     page.fill("#query", " ")
     page.get_by_role("button", name="Search", exact=True).click()
     page.wait_for_selector("#message.error:text('Write what you are looking for')")
+
+
+def test_an_empty_user_is_asked_for(page: Any) -> None:
+    page.fill("#user", " ")
+    page.get_by_role("button", name="Show", exact=True).click()
+    page.wait_for_selector("#message.error:text('Write the id of a user')")
+
+
+def test_a_change_counts_while_the_answer_is_awaited(page: Any) -> None:
+    page.select_option("#how-many", "10")
+    held: list[Any] = []
+    page.route("**/recommend", lambda route: held.append(route))
+    page.click("#recommend")
+    page.wait_for_selector("#message:text('One moment')")
+    page.unroute("**/recommend")
+    page.select_option("#how-many", "20")
+    page.wait_for_selector("#message:text-matches('^20 items')")
+    page.select_option("#how-many", "10")
+    page.wait_for_selector("#message:text-matches('^10 items')")
+    page.click("#clear")
+    page.select_option("#how-many", "20")  # nothing is asked now
+    assert page.text_content("#message") == ""
+    page.select_option("#how-many", "10")
+
+
+def test_of_a_long_history_the_newest_clicks_are_asked_with(page: Any) -> None:
+    sizes = page.evaluate(
+        """async (most) => {
+      const { asked, history, setHistory } = await import("./history.js");
+      const before = history.clicks;
+      setHistory(Array.from({ length: most + 1 }, (_, place) => ({ item_id: place, task: "rec", text: "" })));
+      const clicks = asked({}).history;
+      setHistory(before);
+      return [clicks.length, clicks[0].item_id];
+    }""",
+        MAX_HISTORY,
+    )
+    assert sizes == [MAX_HISTORY, 1]
 
 
 def test_without_clicks_popular_items_are_shown(page: Any) -> None:

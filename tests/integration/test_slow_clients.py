@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from http.client import HTTPConnection
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +152,23 @@ def test_sigterm_answers_what_was_taken_and_refuses_the_rest(tmp_path: Path) -> 
         with pytest.raises(OSError):
             socket.create_connection(service.address, timeout=1)
         assert service.log.read_text() == ""
+    finally:
+        service.stop()
+
+
+def test_a_second_signal_does_not_wait_for_the_batch_in_work(tmp_path: Path) -> None:
+    """Which takes 10 seconds here."""
+    service = Service(tmp_path)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(service.ask, "/search", {"query": "slow"})
+            while not num_computed(service):
+                time.sleep(0.02)
+            for _ in range(2):
+                service.process.send_signal(signal.SIGINT)
+                time.sleep(0.2)
+            assert service.process.wait(5) == -signal.SIGINT
+            assert isinstance(asked.exception(), OSError | HTTPException)
     finally:
         service.stop()
 

@@ -1,6 +1,7 @@
 """Verbs about models: register, promote, score, recommend, search, serve, ui."""
 
 import dataclasses
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -263,9 +264,13 @@ def serve(
     model: Annotated[str, typer.Argument(help="run folder, or models:/NAME@alias")],
     host: Host = "127.0.0.1",
     port: Port = 8000,
-    max_batch: Annotated[int, typer.Option(help="requests ranked together")] = 16,
-    max_waiting: Annotated[int, typer.Option(help="requests in the queue; more are refused with 503")] = 256,
-    timeout: Annotated[float, typer.Option(help="seconds until a request is answered with 504")] = 30.0,
+    max_batch: Annotated[int, typer.Option(min=1, help="requests ranked together")] = 16,
+    max_waiting: Annotated[
+        int, typer.Option(min=1, help="requests in the queue; more are refused with 503")
+    ] = 256,
+    timeout: Annotated[
+        float, typer.Option(min=0.1, help="seconds until a request is answered with 504")
+    ] = 30.0,
     expose_users: Annotated[
         bool, typer.Option("--expose-users", help="show users' histories to other machines, too (see --host)")
     ] = False,
@@ -342,6 +347,7 @@ def serve_model(
     def is_up() -> None:
         note(f"serving {model} at {url} (Ctrl-C ends it)")
         if open_page is not None:
-            open_page(url)
+            # a browser in the terminal ends with its last page: the service has to answer meanwhile
+            threading.Thread(target=open_page, args=(url,), daemon=True).start()
 
     run(recommender, bound, Limits(**(limits or {})), shown, is_up, others=others)

@@ -28,9 +28,11 @@ from typing import Any, TextIO
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse
 from fastapi.staticfiles import StaticFiles
+from starlette.routing import Route
 from starlette.types import Receive
 
 from trainer.errors import EnvironmentProblem
+from trainer.runs.retriever_facts import RETRIEVER
 from trainer.serving.api_docs import docs_page
 from trainer.serving.batching import Batcher
 from trainer.serving.metrics import CONTENT_TYPE, Metrics
@@ -164,7 +166,7 @@ def make_app(
     _add_examples(app, recommender, options)
     if options.docs:
         _add_docs(app)
-    app.mount("/", StaticFiles(directory=PAGE, html=True))
+    _add_page(app)
     return app
 
 
@@ -184,8 +186,8 @@ def run(
 
 
 def public(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """What clients read of the model: a run folder by its name, not by its place."""
-    return {name: Path(value).name if name == "run" else value for name, value in facts.items()}
+    """What clients read of the model: run folders by their names, not by their places."""
+    return {name: Path(value).name if name in ("run", RETRIEVER) else value for name, value in facts.items()}
 
 
 def num_candidates(request: Mapping[str, Any]) -> int:
@@ -255,11 +257,13 @@ def _add_state(
     batcher: Batcher = app.state.batcher
     metrics: Metrics = app.state.metrics
 
+    @app.head("/health", include_in_schema=False)  # monitors ask with HEAD
     @app.get("/health")
     async def health() -> Health:
         """200 while the process lives."""
         return Health()
 
+    @app.head("/ready", include_in_schema=False)
     @app.get("/ready", responses={200: {"model": Ready}, 503: {"model": Ready}})
     async def ready() -> Response:
         """200 while requests are taken, else 503."""
@@ -291,7 +295,7 @@ def _add_examples(app: FastAPI, recommender: Recommender, options: Options) -> N
             return KnownUsers(users=[], reason=USERS_OFF)
         return KnownUsers(**recommender.some_users(SAMPLE_USERS))
 
-    @app.get("/users/{user_id}/history", responses={400: {"model": Error}, 403: {"model": Error}})
+    @app.get("/users/{user_id:path}/history", responses={400: {"model": Error}, 403: {"model": Error}})
     def history(user_id: str) -> History:
         """A user's clicks, oldest first."""
         if not options.shows_users:
@@ -306,6 +310,14 @@ def _add_examples(app: FastAPI, recommender: Recommender, options: Options) -> N
         if isinstance(recommender.users, str):
             return ExampleQueries(queries=[], reason=recommender.users)
         return ExampleQueries(queries=recommender.users.frequent_queries(SAMPLE_QUERIES), reason="")
+
+
+def _add_page(app: FastAPI) -> None:
+    """A route for each file: mounted at "/", they would answer for every path that is asked by a wrong
+    method."""
+    files = StaticFiles(directory=PAGE, html=True)
+    for path in ("/", *(f"/{file.name}" for file in sorted(PAGE.iterdir()))):
+        app.router.routes.append(Route(path, files, methods=["GET"]))
 
 
 def _add_docs(app: FastAPI) -> None:

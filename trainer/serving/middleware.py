@@ -59,7 +59,7 @@ def add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(StarletteHTTPException)
     async def http(request: Request, error: StarletteHTTPException) -> Response:
-        return failure(error.status_code, str(error.detail))
+        return failure(error.status_code, str(error.detail), dict(error.headers or {}))
 
     @app.exception_handler(Refused)
     async def refused(request: Request, error: Refused) -> Response:
@@ -79,7 +79,7 @@ def _problem(problem: Any) -> str:
     place = ".".join(
         str(part)
         for part in problem["loc"][1:]
-        if not (isinstance(part, str) and ("[" in part or part in ("int", "str")))
+        if not (isinstance(part, str) and ("[" in part or part in ("int", "str", "constrained-str")))
     )
     return f"{place or 'the request'}: {problem['msg']}"
 

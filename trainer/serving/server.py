@@ -137,8 +137,9 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._signal is not None:
-            super().handle_exit(sig, frame)
-            return
+            # uvicorn's own way out waits for the batch in work, which may take minutes
+            signal.signal(sig, signal.SIG_DFL)
+            signal.raise_signal(sig)
         self._batcher.drain()
         self._signal, self._signalled_at = sig, time.monotonic()
 

@@ -4,8 +4,8 @@ import { asked, heaviest, history, setHistory, showWeights } from "./history.js"
 import { ask, human } from "./service.js";
 
 const WORDS = { rec: "recommends", src: "answers searches" };
-// what was asked last: "recommend" or "search", and the query
-const question = { path: "recommend", query: null };
+// what was asked last: "recommend" or "search", and the query; path null: nothing that is still shown
+const question = { path: null, query: null };
 
 class Pane {
   constructor(root) {
@@ -101,10 +101,11 @@ export function askAgain() {
   return Promise.all([model, other].filter((pane) => pane.system).map((pane) => pane.ask()));
 }
 
-export const hasAnswer = () => model.items.length > 0;
+export const hasAsked = () => question.path !== null;
 
 // Takes away what was shown, and says why.
 export function clearAnswers(text = "", isError = false) {
+  question.path = null;
   showWeights(null);
   other.clear();
   model.clear(text, isError);

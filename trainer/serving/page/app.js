@@ -1,5 +1,5 @@
 // The page: which user and query are asked about, and which systems answer.
-import { askAgain, askFor, clearAnswers, hasAnswer, showSystems } from "./answers.js";
+import { askAgain, askFor, clearAnswers, hasAsked, showSystems } from "./answers.js";
 import { button, byId, element, tell } from "./elements.js";
 import { setHistory } from "./history.js";
 import { ask, human } from "./service.js";
@@ -8,6 +8,7 @@ const NUM_EXAMPLES = 8;
 let systems = []; // the model first
 
 async function showUser(userId) {
+  if (!userId) return clearAnswers("Write the id of a user, or take one from the list.", true);
   try {
     const { history } = await ask(`users/${encodeURIComponent(userId)}/history`);
     setHistory(history, userId);
@@ -33,7 +34,7 @@ function onSubmit(id, action) {
 onSubmit("user-form", () => showUser(byId("user").value.trim()));
 onSubmit("search-form", search);
 byId("recommend").addEventListener("click", () => askFor());
-byId("how-many").addEventListener("change", () => { if (hasAnswer()) askAgain(); });
+byId("how-many").addEventListener("change", () => { if (hasAsked()) askAgain(); });
 byId("clear").addEventListener("click", () => { setHistory([]); clearAnswers(); });
 byId("another").addEventListener("click", () => {
   const users = byId("users").options;
@@ -43,7 +44,7 @@ byId("another").addEventListener("click", () => {
 byId("compare").addEventListener("change", () => {
   const place = byId("compare").selectedIndex; // the first is "nothing", as the first system is the model
   showSystems(systems[0], place > 0 ? systems[place] : null);
-  if (hasAnswer()) askAgain();
+  if (hasAsked()) askAgain();
 });
 
 function option(value, text = value) {

@@ -1,6 +1,7 @@
 // The history: clicks of a user of the data, or clicked together here; and what each weighs for a chosen item.
 import { bar, byId, element, nameOf, tell } from "./elements.js";
 
+const MAX_HISTORY = 2000; // clicks that the service takes; a model reads fewer
 const NUM_HEAVIEST = 3; // shown below the chosen item where the history is further down
 const VIEWS = [["cf", "collaborative"], ["semantic", "semantic"]];
 
@@ -17,7 +18,7 @@ export function setHistory(clicks, user = null) {
 // As a request names it. A model may know more of a user than the clicks.
 export function asked(system) {
   if (history.user !== null && system.knows_users) return { user_id: history.user };
-  return { history: history.clicks.map(({ item_id, task, query }) => ({ item_id, task, query: query || null })) };
+  return { history: history.clicks.slice(-MAX_HISTORY).map(({ item_id, task, query }) => ({ item_id, task, query: query || null })) };
 }
 
 // Both columns, with the weights that an item of an answer gives them (null: none is chosen).
