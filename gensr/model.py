@@ -58,14 +58,14 @@ class Model:
         return list(self._recommender.some_users(count)["users"])
 
     def history(self, user: Any) -> "pd.DataFrame":
-        """A user's clicks, oldest first: item_id, task (rec or src), text.
+        """A user's clicks, oldest first: item_id, task (rec or src), query (of searches), text.
 
         >>> list(model.history("u3").columns)
-        ['item_id', 'task', 'text']
+        ['item_id', 'task', 'query', 'text']
         """
         import pandas as pd
 
-        return pd.DataFrame(self._recommender.history_of(user), columns=["item_id", "task", "text"])
+        return pd.DataFrame(self._recommender.history_of(user), columns=["item_id", "task", "query", "text"])
 
     def recommend(
         self,
@@ -107,7 +107,8 @@ class Model:
         >>> found["score"].is_monotonic_decreasing
         True
         """
-        asked = {"task": "src", "query": query if isinstance(query, str) else list(query)}
+        words = isinstance(query, Iterable) and not isinstance(query, str)
+        asked = {"task": "src", "query": list(query) if words else query}
         return self._ask(asked, user, history, k, num_candidates, include_seen)
 
     def score(self, requests: "pd.DataFrame | Sequence[Mapping[str, Any]]") -> "pd.DataFrame":
@@ -117,8 +118,8 @@ class Model:
         - one row a request, with the column candidates (a list of item ids): the same frame with the column
           `scores`, a list in the order of the candidates
 
-        task is rec or src; without that column, a row with a query is a search. Raises GensrError that names
-        the first bad row.
+        task is rec or src; without that column, a row with a query is a search. Other columns are carried
+        along. Raises GensrError that names the first bad row.
 
         >>> import pandas as pd
         >>> pairs = pd.DataFrame({"user_id": ["u3", "u3", "u4"], "item_id": ["i1", "i2", "i1"]})
@@ -133,9 +134,11 @@ class Model:
         from trainer.errors import RequestError
 
         frame = requests if isinstance(requests, pd.DataFrame) else pd.DataFrame(list(requests))
-        rows = [{str(key): value for key, value in row.items()} for row in frame.to_dict("records")]
+        values = frame.astype(object).where(frame.notna(), None)  # NaN, NaT and NA are None
+        rows = [{str(key): value for key, value in row.items()} for row in values.to_dict("records")]
         if "candidates" in frame:
-            return frame.assign(scores=self._recommender.score([_request(row) for row in rows]))
+            asked = [_request(row, number) for number, row in enumerate(rows, start=1)]
+            return frame.assign(scores=self._recommender.score(asked))
         if "item_id" not in frame:
             raise RequestError(
                 "score: give a column item_id (one row a pair) or candidates (one row a request); got "
@@ -148,8 +151,8 @@ class Model:
         groups: dict[str, dict[str, Any]] = {}
         places: dict[str, list[int]] = {}
         for number, row in enumerate(rows):
-            request = _request({key: value for key, value in row.items() if key != "item_id"})
-            key = repr(sorted(request.items(), key=lambda item: item[0]))
+            request = _request({**row, "candidates": [row["item_id"]]}, number + 1)
+            key = repr([request.get(name) for name in ("user_id", "history", "task", "query")])
             groups.setdefault(key, {**request, "candidates": []})["candidates"].append(row["item_id"])
             places.setdefault(key, []).append(number)
         scores = [0.0] * len(rows)
@@ -182,13 +185,18 @@ class Model:
         return pd.DataFrame(answer["items"], columns=["item_id", "score", "text"])
 
 
-def _request(row: Mapping[str, Any]) -> dict[str, Any]:
+def _request(row: Mapping[str, Any], number: int) -> dict[str, Any]:
     """A row of a frame as a request: its task follows from the query, history entries from item ids."""
-    from trainer.serving.requests import missing
+    from trainer.errors import RequestError
+    from trainer.serving.recommend import refuse_misspelt
+    from trainer.serving.requests import is_absent, missing
 
     request = dict(row)
+    refuse_misspelt(request, f"row {number}")
     if missing(request.get("task")):
         request["task"] = "rec" if missing(request.get("query")) else "src"
+    if request["task"] == "rec" and is_absent(request.get("user_id")) and is_absent(request.get("history")):
+        raise RequestError(f"row {number}: whose recommendation? Give user_id or history")
     if not missing(request.get("history")):
         request["history"] = _entries(request["history"])
     return request
@@ -199,8 +207,16 @@ def _entries(history: Any) -> list[dict[str, Any]]:
     count as recommendations."""
     import pandas as pd
 
+    from trainer.errors import RequestError
+    from trainer.serving.requests import is_absent
+
     if history is None:
         return []
+    if isinstance(history, str | bytes | Mapping) or not isinstance(history, Iterable):
+        raise RequestError(f"history must be a list of item ids or a data frame, got {history!r}")
     rows = history.to_dict("records") if isinstance(history, pd.DataFrame) else list(history)
     entries = [row if isinstance(row, Mapping) else {"item_id": row} for row in rows]
-    return [{"task": "rec", **entry} for entry in entries]
+    return [
+        {"task": "rec", **{name: value for name, value in entry.items() if not is_absent(value)}}
+        for entry in entries
+    ]

@@ -44,14 +44,23 @@ def prepare(
 
     if isinstance(raw, str | Path):
         return run(source, raw, out, overrides_of(settings))
-    from trainer.errors import ConfigError
+    import pandas as pd
+    import pyarrow as pa
+
+    from trainer.errors import ConfigError, DataError
 
     if source != "tables":
         raise ConfigError(f"source={source} reads a folder of files; data frames are source='tables'")
-    events, items = raw
+    if not isinstance(raw, tuple | list) or [isinstance(frame, pd.DataFrame) for frame in raw] != [True] * 2:
+        raise DataError("raw must be a folder, or two data frames: (events, items)")
     with tempfile.TemporaryDirectory(prefix="gensr-prepare-") as folder:
-        events.to_parquet(Path(folder) / "events.parquet", index=False)
-        items.to_parquet(Path(folder) / "items.parquet", index=False)
+        for name, frame in zip(("events", "items"), raw, strict=True):
+            try:
+                frame.to_parquet(Path(folder) / f"{name}.parquet", index=False)
+            except (ValueError, TypeError, pa.ArrowException) as error:
+                raise DataError(
+                    f"{name}: a data frame that parquet cannot hold; give each column one type: {error}"
+                ) from error
         return run(source, folder, out, overrides_of(settings))
 
 
@@ -172,21 +181,19 @@ def evaluate(
     >>> {"user_id", "item_id", "rank"} <= set(found.ranks.columns)
     True
     """
-    from trainer.evaluation.summary import evaluation_name, rows_of, table
+    from trainer.evaluation.summary import check_candidates, evaluation_name, rows_of, table
     from trainer.registry.model_card import metrics_of
     from trainer.runs.run_folder import RunFolder
     from trainer.tracking.tracker import log_evaluation
 
+    check_candidates(candidates, retriever)
     if candidates == "full":
         from trainer.evaluation.full import evaluate_full
 
         document = evaluate_full(run, split, events, baselines, retriever=retriever)
     else:
-        from trainer.errors import ConfigError
         from trainer.evaluation.sampled import evaluate_run
 
-        if candidates not in ("sampled", "hard"):
-            raise ConfigError(f"candidates must be sampled, hard or full, got {candidates!r}")
         document = evaluate_run(run, split, with_baselines=baselines, candidates=candidates)
     name = evaluation_name(split, candidates)
     log_evaluation(Path(run), name, metrics_of(document, name), table(rows_of(document)))
@@ -213,14 +220,21 @@ def overrides_of(settings: Mapping[str, Any]) -> list[str]:
 
 def _text(value: Any) -> str:
     """A value as YAML reads it back: text that looks like something else is quoted."""
+    import numpy as np
     import yaml
 
+    from data_shards.errors import ConfigError
     from data_shards.settings import parse_yaml
 
     if isinstance(value, Path):
         value = str(value)
+    if isinstance(value, np.generic):
+        value = value.item()
     if not isinstance(value, str):
-        return json.dumps(value)
+        try:
+            return json.dumps(value)
+        except TypeError as error:
+            raise ConfigError(f"settings: {value!r} is no number, text, list or yes/no: {error}") from error
     try:
         return value if parse_yaml(value) == value else json.dumps(value)
     except yaml.YAMLError:

@@ -8,6 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -19,6 +20,7 @@ from tests.worlds import write_tables
 from trainer.configs import load_config
 
 ROOT = Path(__file__).parents[2]
+MIXED = pd.DataFrame({"user_id": [1, "anna"]}, dtype=object)
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +85,46 @@ def test_a_history_is_ids_or_a_frame(model: gensr.Model) -> None:
     assert searched["score"].tolist() != of_ids["score"].tolist()
 
 
+def test_other_columns_are_carried_and_do_not_part_a_request(
+    model: gensr.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = pd.DataFrame({"user_id": ["u3"] * 3, "item_id": ["i1", "i2", "i3"]})
+    expected = model.score(pairs)["score"].tolist()
+    asked: list[Any] = []
+    score = model._recommender.score
+
+    def counted(requests: Any) -> Any:
+        asked.extend(requests)
+        return score(requests)
+
+    monkeypatch.setattr(model._recommender, "score", counted)
+    labelled = model.score(pairs.assign(label=[1, 0, 0], text=["a", "b", "c"]))
+    assert labelled["score"].tolist() == expected and labelled["label"].tolist() == [1, 0, 0]
+    assert len(asked) == 1
+
+
+def test_rows_without_a_value_are_as_if_the_column_were_not_there(model: gensr.Model) -> None:
+    """A frame fills them with NaN or NA, of whatever type its columns are."""
+    rows: list[dict[str, Any]] = [
+        {"user_id": "u3", "item_id": "i1"},
+        {"history": ["i1", "i2"], "item_id": "i2"},
+        {"user_id": "u3", "query": "garden lamp", "item_id": "i3"},
+    ]
+    expected = [model.score([row])["score"][0] for row in rows]
+    frame = pd.DataFrame(rows)
+    assert model.score(frame)["score"].tolist() == pytest.approx(expected, abs=1e-6)
+    frame = frame.astype({"query": "string", "user_id": "string"})
+    assert model.score(frame)["score"].tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_history_that_a_frame_gave_can_be_asked_with(model: gensr.Model) -> None:
+    clicks = model.history("u3")
+    assert clicks["query"].notna().tolist() == (clicks["task"] == "src").tolist()
+    frame = pd.DataFrame([{"item_id": "i1"}, {"item_id": "i2", "task": "src", "query": "garden lamp"}])
+    history = [{"item_id": "i1", "task": "rec"}, {"item_id": "i2", "task": "src", "query": "garden lamp"}]
+    pd.testing.assert_frame_equal(model.recommend(history=frame, k=3), model.recommend(history=history, k=3))
+
+
 @pytest.mark.parametrize(
     ("ask", "message"),
     [
@@ -91,7 +133,18 @@ def test_a_history_is_ids_or_a_frame(model: gensr.Model) -> None:
         (lambda model: model.recommend(user="nobody"), "nobody"),
         (lambda model: model.score(pd.DataFrame({"user_id": ["u3"]})), "item_id"),
         (lambda model: model.score(pd.DataFrame({"user_id": ["u3"], "item_id": ["none"]})), "none"),
+        (lambda model: model.score(pd.DataFrame({"user": ["u3"], "item_id": ["i1"]})), "row 1.*'user_id'"),
+        (lambda model: model.score([{"item_id": "i1"}]), "row 1: whose recommendation"),
+        (lambda model: model.recommend(history=12), "history must be a list"),
+        (lambda model: model.recommend(history="23"), "history must be a list"),
+        (lambda model: model.recommend(history={"item_id": "i1"}), "history must be a list"),
+        (lambda model: model.search(None), "query is missing"),
+        (lambda model: model.search(5), "query must be text"),
         (lambda model: gensr.load("runs/none"), "runs/none"),
+        (lambda model: gensr.evaluate("runs/mine", retriever="none"), "a retriever finds candidates"),
+        (lambda model: gensr.prepare(pd.DataFrame({"user_id": ["u"]}), "out"), r"\(events, items\)"),
+        (lambda model: gensr.prepare((MIXED, MIXED), "out"), "events: .*one type"),
+        (lambda model: gensr.cf("data", {"cf.dim": {1, 2}}), r"settings: \{1, 2\}"),
         (lambda model: gensr.evaluate("runs/mine", candidates="all"), "sampled, hard or full"),  # type: ignore[arg-type]
         (lambda model: gensr.prepare(("e", "i"), "out", source="amazon"), "data frames"),
         (lambda model: gensr.prepare("raw", "out", vocabsize=400), "vocab_size"),
@@ -110,8 +163,10 @@ def test_settings_become_what_the_command_line_says() -> None:
         "tracking.enabled": False,
     }
     settings |= {"tracking.run_name": "no", "tracking.experiment": "3: x", "model.name": "gensr"}
+    settings |= {"run.seed": np.int64(3), "optim.weight_decay": np.float64(0.5)}
     config = to_dict(load_config("demo", overrides_of(settings)))
     assert config["optim"]["lr"] == 3e-4
+    assert (config["run"]["seed"], config["optim"]["weight_decay"]) == (3, 0.5)
     assert config["data"]["dir"] == "a b"
     assert config["tracking"]["run_name"] == "no"
     assert config["tracking"]["experiment"] == "3: x"

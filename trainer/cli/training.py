@@ -180,9 +180,7 @@ def evaluate(
     """
     from trainer.evaluation.summary import check_candidates
 
-    check_candidates(candidates)
-    if retriever and candidates != "full":
-        raise ConfigError(f"--retriever finds candidates, and those of {candidates} are given: use full")
+    check_candidates(candidates, retriever)
     waiting_for("loading PyTorch and the model")
     from trainer.evaluation.evaluated_weights import warnings_of
     from trainer.evaluation.summary import evaluation_name, full_lines, protocol_line, rows_of, table

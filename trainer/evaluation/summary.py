@@ -33,10 +33,12 @@ class Row:
     metrics: Mapping[str, Any]  # as in evaluation-SPLIT.json: {"ndcg@10": …, "ci95": {…}, "num_events": …}
 
 
-def check_candidates(candidates: str) -> None:
-    """Raises ConfigError for what is no kind of candidates."""
+def check_candidates(candidates: str, retriever: Any = None) -> None:
+    """Raises ConfigError for what is no kind of candidates, and for a retriever where they are given."""
     if candidates not in CANDIDATES:
-        raise ConfigError(f"--candidates must be sampled, hard or full, got {candidates}")
+        raise ConfigError(f"candidates must be sampled, hard or full, got {candidates}")
+    if retriever and candidates != "full":
+        raise ConfigError(f"a retriever finds candidates, and the {candidates} ones are given: use full")
 
 
 def evaluation_name(split: str, candidates: str) -> str:
