@@ -38,6 +38,7 @@ def test_the_reference_is_made_from_the_code() -> None:
     pages = reference.pages()
     verbs, keys = pages["reference-verbs.md"], pages["reference-keys.md"]
     assert "## gensr bench data\n" in verbs and "`--candidates`" in verbs
+    assert "| `--seed` | `0` |" in verbs  # 0 is a default to be told
     assert "| `optim.beta2` | `0.999` | > 0 and &lt; 1 | AdamW's second-moment decay |" in keys
     assert "## gensr train, model.name=sasrec\n" in keys and "`gensr prepare amazon` begins with" in keys
     assert all(line.count(" | ") == 3 for line in keys.splitlines() if line.startswith("| `"))

@@ -66,7 +66,7 @@ def _names(parameter: Any) -> str:
 
 def _default(parameter: Any) -> str:
     value = parameter.default
-    return "" if value is None or callable(value) or value in ("", False) else f"`{value}`"
+    return "" if value is None or callable(value) or value is False or value == "" else f"`{value}`"
 
 
 def _keys(tree: Any, prefix: str = "") -> list[str]:
