@@ -8,7 +8,6 @@ import dataclasses
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import duckdb
 import numpy as np
 import pyarrow as pa
 
@@ -19,7 +18,7 @@ from data_shards.histories import first_of_runs, order_by_hash
 from data_shards.options import PrepareSettings
 from data_shards.schema import NO_QUERY, REC, SRC
 from data_shards.sources import Source, Tables
-from data_shards.sources.reading import estimated_rows, no_words, readable
+from data_shards.sources.reading import estimated_rows, no_words
 from data_shards.sql import literal, parquet_scan
 from data_shards.work import BATCH_ROWS, Work, chunk_bounds, in_threads
 
@@ -31,19 +30,16 @@ USER_SEED, ITEM_SEED, QUERY_SEED, TIE_SEED = 11, 12, 13, 14  # what a hash is fo
 def read_rows(work: Work, source: Source) -> dict[str, Any]:
     """Stage: raw files → rows.parquet, `rows` in the work database. Returns counts and what was dropped, and
     why."""
-    try:
-        tables = source.read(work)
-        # a table of the work database would cost twice as much and hold it all in memory
-        path = work.folder / "rows.parquet"
-        work.execute(
-            f"COPY ({tables.events}) TO {literal(path)} (FORMAT parquet, COMPRESSION uncompressed, "
-            "DICTIONARY_SIZE_LIMIT 10000)",
-            "read",
-            sum(estimated_rows(path) for path in source.files),
-        )
-        work.con.execute(f"CREATE OR REPLACE VIEW rows AS SELECT * FROM {parquet_scan(path)}")
-    except duckdb.Error as error:
-        raise readable(error, source.files) from error
+    tables = source.read(work)
+    # a table of the work database would cost twice as much and hold it all in memory
+    path = work.folder / "rows.parquet"
+    work.execute(
+        f"COPY ({tables.events}) TO {literal(path)} (FORMAT parquet, COMPRESSION uncompressed, "
+        "DICTIONARY_SIZE_LIMIT 10000)",
+        "read",
+        sum(estimated_rows(path) for path in source.files),
+    )
+    work.con.execute(f"CREATE OR REPLACE VIEW rows AS SELECT * FROM {parquet_scan(path)}")
     sizes = {name: _collect_keys(work, name, column) for name, column in KEY_COLUMNS.items()}
     dropped = dict(tables.dropped)
     for problem, count in work.con.execute(

@@ -36,6 +36,8 @@ def read_pickle(path: Path) -> Any:
         ) from error
     except MemoryError as error:
         raise DataError(f"{path}: memory is too small for it.") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}. Copy it again.") from error
     except (
         pickle.UnpicklingError, ArithmeticError, AttributeError, EOFError, ImportError, LookupError,
         RecursionError, TypeError, ValueError,

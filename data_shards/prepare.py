@@ -24,7 +24,7 @@ from data_shards.publish import finish_publishing, sync_folder
 from data_shards.schema import FORMAT_VERSION, SPLITS, TASKS, Manifest, read_manifest
 from data_shards.settings import did_you_mean
 from data_shards.sources import SOURCES, Source, open_source
-from data_shards.sources.reading import readable
+from data_shards.sources.reading import no_room, readable, unreadable
 from data_shards.split import (
     DAY_MS,
     HISTORY_ONLY,
@@ -49,7 +49,6 @@ from data_shards.work import (
 )
 from data_shards.write import EventColumns, describe_file, write_shards
 
-NO_ROOM = (duckdb.IOException, duckdb.OutOfMemoryException)  # not the input's fault
 PIPELINE_VERSION = 6  # change it when a stage writes something else: a restart then reuses nothing
 SHUFFLE_SEED, NEGATIVE_SEED, HARD_SEED = 16, 17, 18
 NEGATIVE_ROWS = 16_384  # events drawn for at once: x 99 x 8 B is about 13 MB an array
@@ -111,14 +110,14 @@ def prepare(
             work.discard()
             raise
         except duckdb.Error as error:
-            if isinstance(error, NO_ROOM):
+            if no_room(error):
                 raise
             work.discard()
             raise readable(error, reader.files) from error
         finally:
             work.close()
-    except (OSError, *NO_ROOM) as error:
-        raise DataError(
+    except (OSError, duckdb.Error) as error:
+        raise unreadable(error, reader.files) or DataError(
             f"writing {out.name} failed: {error}. {out} is as it was. Free space or memory, then run the "
             "same command again: "
             f"finished stages in {out}.partial are reused (or delete that folder)."

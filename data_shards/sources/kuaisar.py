@@ -17,7 +17,7 @@ from data_shards.errors import DataError
 from data_shards.options import PrepareSettings
 from data_shards.schema import REC, SRC
 from data_shards.sources import EARLIEST_MS, LATEST_MS, TOO_EARLY, TOO_LATE, ItemSql, Source, Tables
-from data_shards.sources.reading import csv_scan, find_file, integer, readable, whole_number, words_list
+from data_shards.sources.reading import csv_scan, find_file, integer, whole_number, words_list
 from data_shards.sql import literal
 from data_shards.work import Work
 
@@ -112,10 +112,6 @@ def _items_sql(path: Path) -> ItemSql:
 def _locate_keyword(con: duckdb.DuckDBPyConnection, src: Path, value: str) -> DataError:
     con.execute("SET threads=1; SET preserve_insertion_order=true")  # row numbers need the order of the file
     numbered = f"SELECT keyword, row_number() OVER () + 1 AS row FROM {csv_scan(src, SRC_TYPES)}"
-    try:
-        row = con.execute(f"SELECT min(row) FROM ({numbered}) WHERE keyword = {literal(value)}").fetchall()[
-            0
-        ][0]
-    except duckdb.Error as error:
-        raise readable(error) from error
+    found = con.execute(f"SELECT min(row) FROM ({numbered}) WHERE keyword = {literal(value)}").fetchall()
+    row = found[0][0]
     return DataError(f"{src}:keyword:row {row}: must be a list of integers like [1, 2, 3], got {value!r}")

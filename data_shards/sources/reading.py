@@ -182,6 +182,30 @@ def first_undecodable(path: Path) -> tuple[str, int] | None:
     return None
 
 
+# how duckdb says that there is no more room; in a transaction or a checkpoint with errors of other kinds
+NO_ROOM = (
+    duckdb.IOException,
+    duckdb.OutOfMemoryException,
+    duckdb.TransactionException,
+    duckdb.FatalException,
+)
+NO_ROOM_TEXT = re.compile("No space left|Could not write|File too large|Disk quota exceeded")
+
+
+def no_room(error: duckdb.Error) -> bool:
+    """Whether the disk or the memory is to blame, and not a raw file."""
+    return isinstance(error, NO_ROOM) or NO_ROOM_TEXT.search(str(error)) is not None
+
+
+def unreadable(error: OSError | duckdb.Error, files: Sequence[Path]) -> DataError | None:
+    """The error of a raw file that the system does not let us read; None where it is about something else."""
+    said = str(error.filename if isinstance(error, OSError) else error)
+    path = next((file for file in files if str(file) in said), None)
+    reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+    fix = "Correct its permissions or copy it again."
+    return DataError(f"{path}: cannot be read: {reason}. {fix}") if path else None
+
+
 def _raw_texts(column: pa.Array) -> list[bytes | None]:
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()

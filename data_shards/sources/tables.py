@@ -11,14 +11,12 @@ have fractions or be rounded (7.0E+18). JSON is one object a line; a key that a 
 
 from pathlib import Path
 
-import duckdb
-
 from data_shards.categories import PATH_MARK
 from data_shards.errors import DataError
 from data_shards.options import PrepareSettings
 from data_shards.sources import EARLIEST_MS, LATEST_MS, TOO_EARLY, TOO_LATE, ItemSql, Source, Tables
 from data_shards.sources.columns import INTEGERS, File, id_type, open_file, plain_id, row_number
-from data_shards.sources.reading import is_words, no_words, readable, words_text
+from data_shards.sources.reading import is_words, no_words, words_text
 from data_shards.sql import literal
 from data_shards.work import Work
 
@@ -47,23 +45,18 @@ def _find(raw: Path, stem: str) -> Path:
 
 
 def _read(work: Work, events_path: Path, items_path: Path) -> Tables:
-    try:
-        events = open_file(work, events_path, EVENT_COLUMNS[:3], EVENT_COLUMNS[3:])
-        items = open_file(work, items_path, ["item_id"], ["text", "words", "category"])
-        if "text" not in items.types and "words" not in items.types:
-            raise DataError(
-                f"{items_path}: column text (or words) is missing. Found: {', '.join(items.types)}."
-            )
-        if events.types["time"] == "FLOAT":
-            raise DataError(
-                f"{events_path}:time: is a 32-bit floating-point column: times have lost digits. Write "
-                "integer ms since 1970 or ISO 8601."
-            )
-        user_type = id_type(work, [(events, "user_id")])
-        item_type = id_type(work, [(events, "item_id"), (items, "item_id")])
-        work.con.execute(f"CREATE OR REPLACE TABLE item_rows AS {_items_sql(items, item_type)}")
-    except duckdb.Error as error:
-        raise readable(error, (events_path, items_path)) from error
+    events = open_file(work, events_path, EVENT_COLUMNS[:3], EVENT_COLUMNS[3:])
+    items = open_file(work, items_path, ["item_id"], ["text", "words", "category"])
+    if "text" not in items.types and "words" not in items.types:
+        raise DataError(f"{items_path}: column text (or words) is missing. Found: {', '.join(items.types)}.")
+    if events.types["time"] == "FLOAT":
+        raise DataError(
+            f"{events_path}:time: is a 32-bit floating-point column: times have lost digits. Write integer "
+            "ms since 1970 or ISO 8601."
+        )
+    user_type = id_type(work, [(events, "user_id")])
+    item_type = id_type(work, [(events, "item_id"), (items, "item_id")])
+    work.con.execute(f"CREATE OR REPLACE TABLE item_rows AS {_items_sql(items, item_type)}")
     anonymised = "words" in items.types
     _check_items(work, items_path)
     sql = _events_sql(events, user_type, item_type, anonymised)

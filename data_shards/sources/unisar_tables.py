@@ -348,6 +348,10 @@ def main() -> int:
         answer = convert(raw, out)
     except DataError as error:
         answer = {"error": str(error)}
+    except (OSError, MemoryError) as error:
+        reason = str(error) or "memory is too small"
+        fix = "Free space or memory, then run the same command again."
+        answer = {"error": f"writing {out} failed: {reason}. {fix}"}
     sys.stdout.write(json.dumps(answer))
     return 0
 

@@ -1,11 +1,14 @@
 """Every input that cannot be used gets one message with what, where and the fix, and leaves nothing behind
 under OUT."""
 
+import errno
 import json
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -13,6 +16,7 @@ import pytest
 from data_shards import write
 from data_shards.errors import ConfigError, DataError
 from data_shards.prepare import prepare
+from data_shards.sources import reading
 from tests.worlds import write_tables
 
 FAST = ("vocab_size=300", "num_negatives=20")
@@ -257,6 +261,40 @@ def test_a_full_disk_leaves_the_old_folder_and_a_restart_goes_on(
     assert after.hash == read_manifest(out).hash != before.hash
     assert not {"read", "catalog"} & set(stages), "finished stages are reused"
     assert "checks" in stages
+
+
+@pytest.mark.parametrize("stage", ["read", "names"])
+def test_duckdb_without_room_blames_no_raw_file(raw: Path, stage: str) -> None:
+    out, stages = raw.parent / "out", []
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+
+    def fills(now: str, done: int, total: int) -> None:
+        if now == stage:  # as on a full disk, files grow no further
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, hard))
+
+    try:
+        with pytest.raises(DataError, match=r"writing out failed: .*File too large.*finished stages in .*"):
+            prepare("tables", raw, out, FAST, progress=fills)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    prepare("tables", raw, out, FAST, progress=lambda stage, done, total: stages.append(stage))
+    assert stages[0] == stage
+
+
+def test_a_raw_file_that_may_not_be_read_is_named(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (raw / "events.jsonl").unlink()
+    path = raw / "events.csv"
+    path.write_text("user_id,item_id,time\nu1,i1,1700000000000\n")
+
+    def denied(path: Path, *_: Any, **__: Any) -> Any:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reading, "open", denied, raising=False)
+        with pytest.raises(DataError, match=r"events\.csv: cannot be read: Permission denied\."):
+            prepare("tables", raw, raw.parent / "out", FAST)
+    error = duckdb.IOException(f'IO Error: Cannot open file "{path}": Permission denied')
+    assert "events.csv: cannot be read: IO Error" in str(reading.unreadable(error, (path,)))
 
 
 def test_other_settings_reuse_nothing_of_an_interrupted_run(

@@ -5,6 +5,8 @@ import json
 import os
 import pickle
 import random
+import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from data_shards.inspect import describe, inspect
 from data_shards.pickled import read_pickle
 from data_shards.prepare import prepare
 from data_shards.schema import SPLITS, read_manifest
-from data_shards.sources import unisar
+from data_shards.sources import unisar, unisar_tables
 from data_shards.sources.unisar_tables import convert
 from tests.payload import Payload
 from tests.unit.data_shards.test_reference import read_back
@@ -401,6 +403,20 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         DataError, match=r"user_vocab\.pkl: no such file\. RAW must be one of UniSAR's folders"
     ):
         prepare("unisar", folder, tmp_path / "out", SETTINGS)
+
+
+def test_a_full_disk_and_an_unreadable_pickle_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_folder(tmp_path / "raw", tables_of(make_log(users=3)))
+    monkeypatch.setattr(sys, "argv", ["unisar_tables", str(folder), str(tmp_path / "nowhere")])
+    assert unisar_tables.main() == 0
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert re.fullmatch(r"writing .*nowhere failed: .*\. Free space or memory, .*", error, re.DOTALL)
+    (folder / "dataset" / "rec_val.pkl").unlink()
+    (folder / "dataset" / "rec_val.pkl").mkdir()
+    with pytest.raises(DataError, match=r"rec_val\.pkl: cannot be read: Is a directory"):
+        convert(folder, tmp_path)
 
 
 # ---- pickles -----------------------------------------------------------------------------------------------
