@@ -1,5 +1,6 @@
 """Paths and values inside duckdb's SQL."""
 
+import re
 from pathlib import Path
 
 
@@ -8,10 +9,16 @@ def literal(text: str | Path) -> str:
     return "'" + str(text).replace("'", "''") + "'"
 
 
+def file_literal(path: Path) -> str:
+    """A file to be read as an SQL literal: `[`, `*` and `?` in its name stand for themselves, and not for
+    other files."""
+    return literal(re.sub(r"([*?[])", r"[\1]", str(path)))
+
+
 def parquet_scan(path: Path) -> str:
     """SQL that scans a parquet file.
 
     Without binary_as_string, bytes that an older writer means as text come out escaped (backslash, x, E, 7).
     With hive partitioning, a folder named user_id=7 above the file replaces its column user_id.
     """
-    return f"read_parquet({literal(path)}, hive_partitioning=false, binary_as_string=true)"
+    return f"read_parquet({file_literal(path)}, hive_partitioning=false, binary_as_string=true)"

@@ -11,7 +11,7 @@ from pathlib import Path
 from data_shards.documents import first_keys
 from data_shards.errors import DataError
 from data_shards.sources.reading import csv_header, csv_scan, describe, require_columns
-from data_shards.sql import literal, parquet_scan
+from data_shards.sql import file_literal, literal, parquet_scan
 from data_shards.work import Work
 
 SMALL_INTEGERS = (
@@ -63,31 +63,34 @@ def _open_json(work: Work, path: Path, required: Sequence[str], optional: Sequen
     names = [*required, *optional]
     columns = ", ".join(f"{literal(name)}: 'VARCHAR'" for name in names)
     scan = (
-        f"read_json({literal(path)}, format='newline_delimited', records=true, hive_partitioning=false, "
+        f"read_json({file_literal(path)}, format='newline_delimited', records=true, hive_partitioning=false, "
         f"columns={{{columns}}})"
     )
-    counted = ", ".join(f"count({name})" for name in names)
+    counted = ", ".join(f"count({name}), count(*) FILTER ({_begins_nested(name)})" for name in names)
     total, *counts = work.con.execute(f"SELECT count(*), {counted} FROM {scan}").fetchall()[0]
-    held = dict(zip(names, counts, strict=True))
+    held = dict(zip(names, counts[::2], strict=True))
+    suspect = dict(zip(names, counts[1::2], strict=True))
     if missing := [name for name in required if not held[name]]:
         keys = first_keys(path)
         require_columns(path, [*keys, *(name for name in names if held[name] and name not in keys)], missing)
     present = [name for name in names if held[name] or name in required]
-    for name in present:
-        _refuse_nested(work, path, scan, name)
+    for name in filter(suspect.get, present):
+        _refuse_nested(work, path, name)
     gaps = [name for name in optional if 0 < held[name] < total and not _explicit_nulls(work, path, name)]
     return File(path, scan, dict.fromkeys(present, "VARCHAR"), frozenset(gaps))
 
 
-def _refuse_nested(work: Work, path: Path, scan: str, name: str) -> None:
+def _begins_nested(name: str) -> str:
+    """SQL: whether a text begins as an object, or as a list where none may be. Few texts do."""
+    brackets = ("{",) if name in LISTS else ("{", "[")
+    return f"{name}[1] IN ({', '.join(map(literal, brackets))})"
+
+
+def _refuse_nested(work: Work, path: Path, name: str) -> None:
     """Raises DataError for the first object, or list, in a column of text or numbers: read as text it would
     be its own JSON."""
     kinds = ("OBJECT",) if name in LISTS else ("OBJECT", "ARRAY")
-    brackets = ("{",) if name in LISTS else ("{", "[")
-    begins = f"{name}[1] IN ({', '.join(map(literal, brackets))})"
-    if not work.scalar(f"SELECT count(*) FROM {scan} WHERE {begins}"):
-        return  # the cheap look: most texts begin with neither
-    objects = f"read_ndjson_objects({literal(path)}, hive_partitioning=false)"
+    objects = f"read_ndjson_objects({file_literal(path)}, hive_partitioning=false)"
     work.con.execute("SET threads=1; SET preserve_insertion_order=true")  # row numbers need the file's order
     place = literal("$." + name)
     found = work.con.execute(
@@ -98,11 +101,12 @@ def _refuse_nested(work: Work, path: Path, scan: str, name: str) -> None:
         row, kind = found[0]
         what = "a list" if kind == "ARRAY" else "an object"
         raise DataError(f"{path}:{name}:row {row}: must be text or a number, got {what}")
+    work.con.execute(f"SET threads={work.threads}; SET preserve_insertion_order=false")
 
 
 def _explicit_nulls(work: Work, path: Path, name: str) -> int:
     """Rows that hold the key with the value null, which is not the same as no key."""
-    objects = f"read_ndjson_objects({literal(path)}, hive_partitioning=false)"
+    objects = f"read_ndjson_objects({file_literal(path)}, hive_partitioning=false)"
     return int(
         work.scalar(f"SELECT count(*) FROM {objects} WHERE json_type(json, {literal('$.' + name)}) = 'NULL'")
     )

@@ -24,8 +24,8 @@ from data_shards.errors import DataError
 from data_shards.options import PrepareSettings
 from data_shards.schema import REC, SRC
 from data_shards.sources import ItemSql, Source, Tables
-from data_shards.sources.reading import integer, require_columns
-from data_shards.sql import literal, parquet_scan
+from data_shards.sources.reading import integer, refuse_repeated, require_columns
+from data_shards.sql import file_literal, literal, parquet_scan
 from data_shards.work import Work
 
 LICENSE = "CC BY-NC-SA 4.0"
@@ -86,9 +86,10 @@ def _read(work: Work, behaviour: Path, products: Path) -> Tables:
         FROM {parquet_scan(work.folder / "behaviour.parquet")}"""
     header = next(_lines(products), "").split("\t")
     require_columns(products, header, ["wid", "name", *LEVELS])
+    refuse_repeated(products, header)
     columns = ", ".join(f"{literal(name)}: 'VARCHAR'" for name in header)
     scan = (
-        f"read_csv({literal(products)}, header=true, auto_detect=false, hive_partitioning=false, "
+        f"read_csv({file_literal(products)}, header=true, auto_detect=false, hive_partitioning=false, "
         f"delim='\t', quote='', escape='', columns={{{columns}}})"
     )
     words = f"translate(concat_ws('{WORD_MARK}', {', '.join(LEVELS)}, name), '{WORD_MARK}', ' ')"

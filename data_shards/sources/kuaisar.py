@@ -17,7 +17,7 @@ from data_shards.errors import DataError
 from data_shards.options import PrepareSettings
 from data_shards.schema import REC, SRC
 from data_shards.sources import EARLIEST_MS, LATEST_MS, TOO_EARLY, TOO_LATE, ItemSql, Source, Tables
-from data_shards.sources.reading import csv_scan, find_file, integer, whole_number, words_list
+from data_shards.sources.reading import csv_scan, find_files, integer, whole_number, words_list
 from data_shards.sql import literal
 from data_shards.work import Work
 
@@ -49,7 +49,7 @@ ITEM_TYPES = {"item_id": "VARCHAR", "caption": "VARCHAR", **dict.fromkeys(LEVELS
 
 
 def open_source(raw: Path, settings: PrepareSettings) -> Source:
-    files = tuple(find_file(raw, name) for name in ("rec_inter.csv", "src_inter.csv", "item_features.csv"))
+    files = find_files(raw, ("rec_inter.csv", "src_inter.csv", "item_features.csv"))
     return Source(
         name="kuaisar",
         files=files,

@@ -11,18 +11,23 @@ import pyarrow.parquet as pq
 
 from data_shards.documents import first_bad_line
 from data_shards.errors import DataError
-from data_shards.sql import literal
+from data_shards.sql import file_literal, literal
 
 NULL_STRINGS = ["", "nan", "NaN", "null", "NULL", "None"]
 
 
-def find_file(raw: Path, name: str) -> Path:
-    """raw/name, or the only */name one folder down (how archives unpack). Raises DataError when it is not
-    there."""
-    found = [path for path in (raw / name, *sorted(raw.glob(f"*/{name}"))) if path.is_file()]
-    if not found:
-        raise DataError(f"{raw / name}: no such file. {raw} must hold the unpacked logs.")
-    return found[0]
+def find_files(raw: Path, names: Sequence[str]) -> tuple[Path, ...]:
+    """All of raw/name, or of the only */name one folder down (how archives unpack). Raises DataError when one
+    is not there, or more than one folder has any."""
+    below = {path.parent for name in names for path in raw.glob(f"*/{name}") if path.is_file()}
+    folders = [raw] if any((raw / name).is_file() for name in names) else sorted(below)
+    if len(folders) > 1:
+        raise DataError(f"{raw} holds {' and '.join(folder.name for folder in folders)}. Name one as RAW.")
+    found = tuple(folder / name for folder in folders or [raw] for name in names)
+    for path in found:
+        if not path.is_file():
+            raise DataError(f"{path}: no such file. {path.parent} must hold the unpacked logs.")
+    return found
 
 
 NO_INTEGER = "no integer:"  # how the SQL below says it to `readable`
@@ -114,10 +119,18 @@ def csv_header(path: Path) -> list[str]:
         raise DataError(f"{path}: empty file; expected a header line and rows")
     # a saved row index has no name
     names = [name.strip() or f"column{number}" for number, name in enumerate(header)]
-    twice = [name for name in names if names.count(name) > 1]
-    if twice:
-        raise DataError(f"{path}: column {twice[0]} is there {len(twice)} times. Rename or remove one.")
+    refuse_repeated(path, names)
     return names
+
+
+def refuse_repeated(path: Path, names: Sequence[str]) -> None:
+    """Raises DataError for columns of one name: also `time` and `Time`, which are one to duckdb."""
+    lowered = [name.lower() for name in names]
+    if twice := [name for name in names if lowered.count(name.lower()) > 1]:
+        same = [name for name in twice if name.lower() == twice[0].lower()]
+        raise DataError(
+            f"{path}: column {twice[0]} is there {len(same)} times ({', '.join(same)}). Rename or remove one."
+        )
 
 
 def require_columns(path: Path, found: Sequence[str], required: Sequence[str]) -> None:
@@ -140,7 +153,7 @@ def csv_scan(path: Path, types: Mapping[str, str], null_strings: Sequence[str] =
     columns = ", ".join(f"{literal(name)}: {literal(types.get(name, 'VARCHAR'))}" for name in header)
     nulls = ", ".join(literal(text) for text in null_strings)
     return (
-        f"read_csv({literal(path)}, header=true, auto_detect=false, hive_partitioning=false, "
+        f"read_csv({file_literal(path)}, header=true, auto_detect=false, hive_partitioning=false, "
         "delim=',', quote='\"', escape='\"', "
         f"max_line_size={MAX_LINE_BYTES}, buffer_size={BUFFER_BYTES}, nullstr=[{nulls}], "
         f"columns={{{columns}}})"
