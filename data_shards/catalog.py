@@ -1,6 +1,7 @@
 """The catalogue files: original ids, texts, token and word matrices, training click counts. Streamed: no
 table lies in memory as a whole."""
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -167,8 +168,11 @@ def write_catalog(
 
 
 def _write_users(work: Work, path: Path) -> None:
-    batches = list(work.batches("SELECT key AS user_id FROM final_users ORDER BY id"))
-    pq.write_table(pa.Table.from_batches(batches), path, compression="zstd")
+    batches = work.batches("SELECT key AS user_id FROM final_users ORDER BY id", 1 << 20)
+    first = next(batches)  # there is no folder without users
+    with pq.ParquetWriter(path, first.schema, compression="zstd") as writer:
+        for batch in itertools.chain([first], batches):
+            writer.write_batch(batch)
 
 
 def _write_items(
@@ -301,7 +305,9 @@ class CatalogWriter:
 def item_batches(work: Work, duplicates_allowed: bool) -> Iterator[tuple[pa.RecordBatch, int]]:
     """The catalogue's items by id, one row each (columns id, key, text, words, category, path), and how
     many further rows of them were left out."""
-    sql = "SELECT * FROM catalog_items ORDER BY id, text, category, words, path"
+    # of several rows of an item, one that says something: '' would be the first text
+    empty = "text = '', words IS NULL, coalesce(path, '') = ''"
+    sql = f"SELECT * FROM catalog_items ORDER BY id, {empty}, text, category, words, path"
     last = -1
     for batch in work.batches(sql, 65_536):
         ids = batch.column("id").to_numpy()

@@ -11,7 +11,8 @@ from typing_extensions import NotRequired, TypedDict
 CONFIG = ConfigDict(extra="allow", strict=True)  # also of the parts below
 Rows = Annotated[int, Field(ge=0, lt=1 << 31)]  # ids are int32
 Size = Annotated[int, Field(ge=0, lt=1 << 63)]
-Width = Annotated[int, Field(ge=0, lt=1 << 20)]  # of a matrix, or of a list in an event
+MAX_WIDTH = 1 << 20
+Width = Annotated[int, Field(ge=0, lt=MAX_WIDTH)]  # of a matrix, or of a list in an event
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 _FILE = r"[A-Za-z0-9_](\.?[A-Za-z0-9_-])*"  # becomes a path, and a part of commands
 ShardName = Annotated[str, StringConstraints(pattern=rf"^shards/{_FILE}\.tar$")]

@@ -4,14 +4,16 @@ import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, Gt, Le
+from annotated_types import Ge, Gt, Le, Lt
 from pydantic import StringConstraints
 
 from data_shards import settings as s
 from data_shards.address_space import MEMORY_LIMIT
+from data_shards.manifest import MAX_WIDTH
 
 Positive = Annotated[int, Gt(0)]
 NonNegative = Annotated[int, Ge(0)]
+Width = Annotated[int, Gt(0), Lt(MAX_WIDTH)]
 
 
 @s.settings
@@ -31,14 +33,14 @@ class PrepareSettings:
     """repeat the filter until nothing changes; false filters once"""
     both_behaviours: bool = False
     """keep only users with both a recommendation click and a search click"""
-    history_max: Positive = 50
+    history_max: Width = 50
     """history items stored with an event, newest kept"""
     history_rule: Literal["time", "count"] = "time"
     """time: a history holds earlier clicks. count: UniSAR's rule (unisar), as many entries of the user's
     lists as the event says, also of its own moment or later"""
-    num_negatives: Positive = 99
+    num_negatives: Width = 99
     """stored negatives of a validation or test event"""
-    hard_negatives: NonNegative = 0
+    hard_negatives: Annotated[int, Ge(0), Lt(MAX_WIDTH)] = 0
     """further ones that are mined: by BM25 for a search, by co-clicks with the history for a recommendation;
     gensr evaluate --candidates hard ranks among them"""
     num_impressions: NonNegative = 8
@@ -62,15 +64,15 @@ class PrepareSettings:
     min_query_items: Positive = 2
     """a query that fewer bought items have loses its last category level (amazon); 1 keeps every path whole,
     as published"""
-    item_tokens: Positive = 48
+    item_tokens: Width = 48
     """stored tokens of an item's text"""
-    item_words: Positive = 16
+    item_words: Width = 16
     """stored anonymised words of an item"""
     category_levels: Positive = 8
     """stored levels of an item's category, from the root"""
-    query_tokens: Positive = 16
+    query_tokens: Width = 16
     """stored tokens of a query"""
-    query_words: Positive = 8
+    query_words: Width = 8
     """stored anonymised words of a query"""
     block_events: Annotated[int, Ge(16)] = 4096
     """events of one tar entry"""

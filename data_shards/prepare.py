@@ -49,7 +49,7 @@ from data_shards.work import (
 )
 from data_shards.write import EventColumns, describe_file, write_shards
 
-PIPELINE_VERSION = 6  # change it when a stage writes something else: a restart then reuses nothing
+PIPELINE_VERSION = 7  # change it when a stage writes something else: a restart then reuses nothing
 SHUFFLE_SEED, NEGATIVE_SEED, HARD_SEED = 16, 17, 18
 NEGATIVE_ROWS = 16_384  # events drawn for at once: x 99 x 8 B is about 13 MB an array
 EVENT_COLUMNS = {
@@ -79,7 +79,8 @@ def prepare(
     settings, raw, out = load_prepare_settings(source, overrides), Path(raw), Path(out)
     if not raw.exists():
         raise DataError(f"{raw}: no such file or folder. RAW holds the raw logs of source {source}.")
-    finish_publishing(out)
+    target = out.resolve() if out.is_symlink() else out  # a link stays, and so does the disk it leads to
+    finish_publishing(target)
     if out.exists() and not settings.overwrite:
         raise DataError(
             f"{out} exists already. Choose another folder, or add overwrite=true to replace it once the new "
@@ -101,11 +102,16 @@ def prepare(
     ).hexdigest()
     try:
         work = Work(
-            out, key, settings.memory_limit, settings.threads, progress or (lambda stage, done, total: None)
+            target,
+            key,
+            settings.memory_limit,
+            settings.threads,
+            progress or (lambda stage, done, total: None),
         )
         try:
             _run(work, reader, settings)
-            work.publish(out)
+            manifest = read_manifest(work.tree)  # what cannot be read must not replace what can
+            work.publish(target)
         except GensrError:  # bad input or settings: nothing here is of use to another attempt
             work.discard()
             raise
@@ -120,9 +126,9 @@ def prepare(
         raise unreadable(error, reader.files) or DataError(
             f"writing {out.name} failed: {error}. {out} is as it was. Free space or memory, then run the "
             "same command again: "
-            f"finished stages in {out}.partial are reused (or delete that folder)."
+            f"finished stages in {target}.partial are reused (or delete that folder)."
         ) from error
-    return read_manifest(out)
+    return manifest
 
 
 def _run(work: Work, source: Source, settings: PrepareSettings) -> None:
@@ -375,8 +381,7 @@ def _shards(work: Work, columns: EventColumns, settings: PrepareSettings) -> dic
     """Stage: shards/ of the tree; training events in a hashed order, validation and test events in event
     order."""
 
-    def write(split: tuple[str, int]) -> list[dict[str, Any]]:
-        name, code = split
+    def write(name: str, code: int) -> list[dict[str, Any]]:
         event_ids, negatives, hard = np.flatnonzero(columns.split == code), None, None
         if code == TRAIN:
             event_ids = event_ids[permutation(len(event_ids), derive_seed(settings.seed, SHUFFLE_SEED))]
@@ -398,13 +403,7 @@ def _shards(work: Work, columns: EventColumns, settings: PrepareSettings) -> dic
             hard,
         )
 
-    return dict(
-        zip(
-            SPLITS,
-            in_threads(write, zip(SPLITS, (TRAIN, VALID, TEST), strict=True), settings.threads),
-            strict=True,
-        )
-    )
+    return {name: write(name, code) for name, code in zip(SPLITS, (TRAIN, VALID, TEST), strict=True)}
 
 
 def _manifest(

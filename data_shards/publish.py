@@ -19,6 +19,7 @@ from data_shards.errors import DataError
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 CANNOT_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTTY)
+LOCK_ATTEMPTS = 1000  # a millisecond or two each when others make and remove the same folder
 TREE, OLD, JOURNAL, LOCK, STAGES = "out", "old", "publishing", "lock", "stages.json"
 
 
@@ -35,13 +36,13 @@ def take_lock(folder: Path) -> IO[str]:
     keeps nobody out, so it is tried again.
     """
     path = folder / LOCK
-    while True:
+    failed: OSError | None = None
+    for _ in range(LOCK_ATTEMPTS):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             file = open(path, "a")  # noqa: SIM115 - held by the caller
-        except (FileNotFoundError, FileExistsError):  # the folder was removed between two looks at it
-            if folder.exists() and not folder.is_dir():
-                raise
+        except (FileNotFoundError, FileExistsError) as error:  # the folder was removed between two looks
+            failed = error
             continue
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -55,6 +56,10 @@ def take_lock(folder: Path) -> IO[str]:
         if _is_file_at(file, path):
             return file
         file.close()
+    raise DataError(
+        f"{folder} cannot be made ({failed or 'others remove it'}): is there a broken link or a file on the "
+        "way to it? Correct it or choose another OUT."
+    ) from failed
 
 
 def _is_file_at(file: IO[str], path: Path) -> bool:

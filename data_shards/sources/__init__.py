@@ -69,7 +69,8 @@ class Tables:
     events: str  # SELECT
     items: "ItemSql"
     anonymised: bool = False  # queries and captions are lists of integers
-    # several rows of one item are possible: the first (by text) is used and the others are counted
+    # several rows of one item are possible: the first (by text, those without one last) is used,
+    # the others are counted
     duplicate_items: bool = False
     # ("error: COLUMN", a wrong value or "") → the error that names its first row
     locate: Callable[[str, str], DataError] | None = None

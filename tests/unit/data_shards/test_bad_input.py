@@ -13,10 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_shards import write
+from data_shards import encode, write
 from data_shards.errors import ConfigError, DataError
 from data_shards.prepare import prepare
 from data_shards.sources import reading
+from data_shards.work import Work
 from tests.worlds import write_tables
 
 FAST = ("vocab_size=300", "num_negatives=20")
@@ -58,9 +59,19 @@ def test_nested_json_is_no_text(
     refused(raw, rf"{file}:{column}:row 8: must be text or a number, got {got}")
 
 
-def test_text_that_looks_like_json_is_text(tmp_path: Path, raw: Path) -> None:
+def test_text_that_looks_like_json_is_text(
+    tmp_path: Path, raw: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     change_lines(raw / "items.jsonl", lambda _, row: {**row, "text": f"[new] {row['text']}"})
-    prepare("tables", raw, tmp_path / "out", FAST)
+    left, sort = [], encode.sort_clicks
+
+    def look(work: Work, *more: Any) -> Any:
+        left.append(work.scalar("SELECT current_setting('threads')"))
+        return sort(work, *more)
+
+    monkeypatch.setattr(encode, "sort_clicks", look)
+    prepare("tables", raw, tmp_path / "out", [*FAST, "threads=3"])
+    assert left == [3], "the look at its rows in order ends with it"
 
 
 def test_missing_files(tmp_path: Path, raw: Path) -> None:
@@ -109,6 +120,12 @@ def test_the_row_of_a_csv_counts_its_header(raw: Path) -> None:
     (raw / "events.jsonl").unlink()
     (raw / "events.csv").write_text("user_id,item_id,time\nu1,i1,1700000000000\nu1,i2,soon\n")
     refused(raw, r"events\.csv:time:row 3: must be .* got 'soon'")
+
+
+def test_columns_that_differ_in_case_only_are_named(raw: Path) -> None:
+    (raw / "events.jsonl").unlink()
+    (raw / "events.csv").write_text("user_id,item_id,time,Time\nu1,i1,1700000000000,1\n")
+    refused(raw, r"events\.csv: column time is there 2 times \(time, Time\)\. Rename")
 
 
 def test_a_csv_row_with_too_few_columns_is_named(raw: Path) -> None:
@@ -198,6 +215,14 @@ def test_settings_are_all_checked_at_once(raw: Path) -> None:
         "test_days=0",
         kind=ConfigError,
     )
+
+
+def test_settings_end_where_a_manifest_does(raw: Path) -> None:
+    widths = ("history_max", "num_negatives", "hard_negatives", "item_tokens", "query_tokens", "query_words")
+    refused(
+        raw, "(?s)6 problems.*" + ".*".join(f"{name} +must be less than 1048576" for name in widths),
+        *(f"{name}=1048576" for name in widths), kind=ConfigError,
+    )  # fmt: skip
 
 
 def test_split_by_time_needs_a_clock(tmp_path: Path) -> None:

@@ -10,8 +10,10 @@ import pytest
 
 from data_shards.errors import DataError
 from data_shards.inspect import describe, inspect
+from data_shards.options import load_prepare_settings
 from data_shards.prepare import prepare
 from data_shards.schema import read_manifest
+from data_shards.sources import open_source
 from tests.unit.data_shards.test_categories import paths_by_item
 from tests.unit.data_shards.test_reference import read_back
 
@@ -362,6 +364,28 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
         "rec_inter",
         lambda lines: [line.replace(",", ";") for line in lines],
     )
+
+
+def test_files_of_two_data_sets_are_not_mixed(tmp_path: Path) -> None:
+    raw, settings = tmp_path / "two", load_prepare_settings("kuaisar")
+    raw.mkdir()
+    write_world(raw / "KuaiSAR", [], [src(1, 11, START + 9)], [])
+    assert open_source("kuaisar", raw, settings).files[1] == raw / "KuaiSAR" / "src_inter.csv"
+    write_world(raw / "KuaiSAR_v2", [], [src(1, 11, START + 9)], [])
+    (raw / "KuaiSAR" / "src_inter.csv").unlink()
+    with pytest.raises(DataError, match=r"two holds KuaiSAR and KuaiSAR_v2\. Name one as RAW"):
+        open_source("kuaisar", raw, settings)
+    with pytest.raises(DataError, match=r"KuaiSAR/src_inter\.csv: no such file"):
+        open_source("kuaisar", raw / "KuaiSAR", settings)
+
+
+def test_of_repeated_item_rows_one_with_a_text_counts(tmp_path: Path) -> None:
+    blank = item(10, '""', ("empty",) * 4)
+    raw = write_world(tmp_path / "raw", [], [], [blank])
+    prepare("kuaisar", raw, tmp_path / "out", SETTINGS)
+    rows = pq.read_table(tmp_path / "out" / "catalog" / "items.parquet").to_pylist()
+    assert {row["text"] for row in rows} == {"Food Bread 5 7"}
+    assert {row["category"] for row in rows} == {"Food > Bread"}
 
 
 def test_a_log_without_searches_and_blank_lines(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from data_shards import prepare as prepare_module
 from data_shards import publish
 from data_shards.errors import DataError
 from data_shards.prepare import prepare
@@ -150,6 +151,49 @@ def test_a_file_system_without_locks_keeps_nobody_out(
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
     take_lock(tmp_path / "out.partial").close()
+
+
+def test_a_broken_link_on_the_way_to_out_is_named(tmp_path: Path, prepared_small: tuple[Path, str]) -> None:
+    (tmp_path / "disk").symlink_to(tmp_path / "unmounted")
+    with pytest.raises(DataError, match=r"out\.partial cannot be made .*disk'\): is there a broken link"):
+        prepare("tables", prepared_small[0], tmp_path / "disk" / "out", FAST)
+
+
+def test_a_link_stays_and_the_folder_that_it_leads_to_is_replaced(
+    tmp_path: Path, prepared_small: tuple[Path, str]
+) -> None:
+    raw, expected = prepared_small
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk" / "big")
+    seen: set[str] = set()
+    for settings in ([], ["overwrite=true"]):
+        prepare("tables", raw, tmp_path / "out", [*FAST, *settings],
+                progress=lambda *_: seen.update(path.name for path in tmp_path.glob("*/*")))  # fmt: skip
+        assert (tmp_path / "out").is_symlink()
+        assert read_manifest(tmp_path / "disk" / "big").hash == expected
+    assert "big.partial" in seen
+    assert sorted(os.listdir(tmp_path)) == ["disk", "out"]
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_a_manifest_that_cannot_be_read_replaces_nothing(
+    tmp_path: Path, prepared_small: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, overwrite: bool
+) -> None:
+    out = tmp_path / "out"
+    if overwrite:
+        shutil.copytree(prepared_small[0].parent / "out", out)
+    monkeypatch.setattr(prepare_module, "FORMAT_VERSION", 99)
+    with pytest.raises(DataError, match="format version 99"):
+        prepare("tables", prepared_small[0], out, [*FAST, "overwrite=true"])
+    assert out.exists() == overwrite and (not overwrite or read_manifest(out).hash == prepared_small[1])
+
+
+def test_brackets_in_a_path_are_no_pattern(tmp_path: Path, prepared_small: tuple[Path, str]) -> None:
+    raw, expected = prepared_small
+    shutil.copytree(raw, tmp_path / "g[1]")
+    write_tables(tmp_path / "g1", users=13, items=60, days=4)  # what duckdb's pattern g[1] means
+    (tmp_path / "o1").mkdir()
+    assert prepare("tables", tmp_path / "g[1]", tmp_path / "o[1]", FAST).hash == expected
 
 
 NAMES = ["o'brien", "x'; COPY (SELECT 1) TO 'planted.csv'; --", "user_id=7", "pr[1]*", 'a "b" %20 #', "红"]
