@@ -66,6 +66,10 @@ def _check_catalog(folder: Path, manifest: Manifest) -> None:
         _check_matrix(folder, f"{stem}_tokens", (rows, text[f"{stem}_tokens"]), text["vocab_size"] - 1)
         if manifest.num_words:
             _check_matrix(folder, f"{stem}_words", (rows, None), manifest.num_words)
+    if manifest.category_depth:
+        _check_rows(folder / "categories.parquet", manifest.num_categories)
+        shape = (manifest.num_items, manifest.category_depth)
+        _check_matrix(folder, "item_category", shape, manifest.num_categories)
 
 
 def _check_rows(path: Path, rows: int) -> None:
@@ -136,12 +140,16 @@ def _check_block(where: str, block: pa.Table, manifest: Manifest, others: tuple[
     }
     for name, bound in bounds.items():
         _check_range(f"{where}: {name}", "event", _numbers(block[name], name), bound)
-    lists = {"history_items": items, "history_tasks": (0, 1), **dict.fromkeys(others, items)}
+    parallel = {"history_items": items, "history_tasks": (0, 1)}
+    if manifest.has_history_queries:
+        parallel["history_queries"] = bounds["query"]
+    lists = {**parallel, **dict.fromkeys(others, items)}
     for name, bound in lists.items():
         _check_range(f"{where}: {name}", "entry", _numbers(_flat(block[name]), name), bound)
     lengths = _lengths(block["history_items"])
-    if not np.array_equal(lengths, _lengths(block["history_tasks"])):
-        raise DataError(f"{where}: history_items and history_tasks differ in length. {FIX}")
+    for name in parallel:
+        if not np.array_equal(lengths, _lengths(block[name])):
+            raise DataError(f"{where}: history_items and {name} differ in length. {FIX}")
     _check_range(f"{where}: length of history_items", "event", lengths, (0, manifest.history_max))
     search, query = block["task"].to_numpy() == SRC, block["query"].to_numpy()
     if not np.array_equal(search, query != NO_QUERY):
@@ -171,9 +179,7 @@ def _check_cf(folder: Path) -> None:
     if not path.is_file():
         return
     if digest.is_file() and digest.read_text(errors="replace").split()[:1] != [file_sha256(path)]:
-        raise DataError(
-            f"{path} differs from its checksum in {digest.name}. Make it again with: gensr cf {folder}"
-        )
+        raise DataError(f"{path} differs from its checksum in {digest.name}. {_again(folder)}")
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -181,7 +187,11 @@ def _check_cf(folder: Path) -> None:
             for name in tensors.keys():  # noqa: SIM118 - it is no mapping
                 _check_finite(path, name, tensors.get_tensor(name))
     except (SafetensorError, OSError, ValueError, TypeError, json.JSONDecodeError) as error:
-        raise DataError(f"{path}: cannot be read: {error}. Make it again with: gensr cf {folder}") from error
+        raise DataError(f"{path}: cannot be read: {error}. {_again(folder)}") from error
+
+
+def _again(folder: Path) -> str:
+    return f"Make it again with: gensr cf {folder} overwrite=true"
 
 
 def _check_finite(path: Path, name: str, values: np.ndarray) -> None:
@@ -191,6 +201,6 @@ def _check_finite(path: Path, name: str, values: np.ndarray) -> None:
             place = np.argwhere(wrong)[0].tolist()
             place[0] += start
             raise DataError(
-                f"{path}: {name}{place} is {values[tuple(place)]}, not a finite number. Make it again with: "
-                f"gensr cf {path.parents[1]}"
+                f"{path}: {name}{place} is {values[tuple(place)]}, not a finite number. "
+                f"{_again(path.parents[1])}"
             )

@@ -298,6 +298,13 @@ def test_an_existing_table_is_reused_or_refused(folder):
     with pytest.raises(RunError, match=r"cf\.dim 8 → 16.*overwrite=true"):
         train_cf(folder, ["cf.max_epochs=2", "cf.dim=16"])
     assert path.read_bytes() == before
+    digest = file_sha256(path)
+    path.with_suffix(".sha256").unlink()
+    train_cf(folder, QUICK[:2])
+    assert path.with_suffix(".sha256").read_text().split()[0] == digest
+    path.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+    with pytest.raises(RunError, match=r"differs from its checksum in lightgcn\.sha256.*overwrite=true"):
+        train_cf(folder, QUICK[:2])
     train_cf(folder, ["cf.max_epochs=2", "cf.dim=16", "overwrite=true"])
     assert load_cf(folder, read_manifest(folder)).item.shape[1] == 16
 

@@ -16,7 +16,7 @@ from tests.tiny_folder import change_events, make_tiny_folder
 from trainer.cf.build import held_in, last_clicks, unique_rec_clicks
 from trainer.config import CfConfig, DataConfig
 from trainer.data import EvalStream, TrainStream, blocks, prefetched
-from trainer.data.blocks import check_shard
+from trainer.data.blocks import check_ids, check_shard
 from trainer.data.folder import PreparedFolder
 from trainer.data.negatives import NegativeSampler
 from trainer.errors import ConfigError, DataError
@@ -150,6 +150,12 @@ def test_ids_that_the_folder_does_not_have_are_named(
         list(itertools.islice(stream, 8))
     with pytest.raises(DataError, match=where):
         opened.columns(split, [name])
+
+
+def test_hard_negatives_are_among_the_checked_ids(tmp_path: Path) -> None:
+    hard = pa.array([[3, 130]], pa.list_(pa.int32(), 2))
+    with pytest.raises(DataError, match=r"x: hard_negatives 130 is not among"):
+        check_ids(pa.table({"hard_negatives": hard}), read_manifest(make_tiny_folder(tmp_path)), "x")
 
 
 @pytest.mark.parametrize("ranks", [1, 3, 8])

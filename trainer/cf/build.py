@@ -28,10 +28,11 @@ from data_shards.schema import REC, Manifest
 from trainer.cf.partial import CfWork, Slot
 from trainer.cf.training import Edges, TableTrainer, unique_clicks
 from trainer.config import CfConfig, CfRoot
-from trainer.data.cf_table import CfTable, cf_path, save_cf
+from trainer.data.cf_table import CfTable, cf_path, save_cf, write_checksum
 from trainer.data.folder import PreparedFolder
 from trainer.errors import DataError, RunError
 from trainer.runtime.device import default_device
+from trainer.runtime.files import file_sha256
 from trainer.runtime.memory import give_back_freed_memory, keep_freed_memory
 from trainer.runtime.progress import Notify
 
@@ -99,6 +100,7 @@ def empty_table(manifest: Manifest, config: CfConfig) -> CfTable:
 
 
 def _check_existing(folder: PreparedFolder, config: CfConfig) -> None:
+    path = cf_path(folder.path)
     try:
         existing = folder.cf(users=False, folds=False)
     except DataError as error:
@@ -108,8 +110,15 @@ def _check_existing(folder: PreparedFolder, config: CfConfig) -> None:
     changed = [f"cf.{key} {theirs[key]!r} → {ours[key]!r}" for key in ours if theirs[key] != ours[key]]
     if changed:
         raise RunError(
-            f"{cf_path(folder.path)} was trained with other settings ({', '.join(changed)}). "
+            f"{path} was trained with other settings ({', '.join(changed)}). "
             "Add overwrite=true to replace it."
+        )
+    checksum = path.with_suffix(".sha256")
+    if not checksum.is_file():
+        write_checksum(path)
+    elif checksum.read_text(errors="replace").split()[:1] != [file_sha256(path)]:
+        raise RunError(
+            f"{path} differs from its checksum in {checksum.name}. Add overwrite=true to train it again."
         )
 
 

@@ -161,7 +161,7 @@ def check_ids(table: pa.Table, manifest: Manifest, where: str) -> None:
     }
     of_column = {
         "history_items": "item", "history_queries": "query", "history_tasks": "task",
-        "impressions": "item", "negatives": "item",
+        "impressions": "item", "negatives": "item", "hard_negatives": "item",
     }  # fmt: skip
     for name in table.column_names:
         kind = of_column.get(name, name)

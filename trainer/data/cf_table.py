@@ -70,10 +70,14 @@ def save_cf(folder: str | Path, table: CfTable) -> Path:
     with atomic(path) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(temporary), metadata)
         _sort_metadata(temporary)
-    # so that a node's cache can tell whether its copy is this table
+    write_checksum(path)
+    return path
+
+
+def write_checksum(path: Path) -> None:
+    """Beside the table: so that a node's cache can tell whether its copy is this table."""
     with atomic(path.with_suffix(".sha256")) as temporary:
         temporary.write_text(f"{file_sha256(path)} {path.stat().st_size} {path.name}\n", encoding="utf-8")
-    return path
 
 
 def cf_digest(path: str | Path) -> str:

@@ -57,7 +57,8 @@ def set_(key: str, value: Any) -> Callable[[dict[str, Any]], None]:
 
 
 def history(items: list[int], tasks: list[int]) -> Callable[[dict[str, Any]], None]:
-    return lambda event: event.update(history_items=items, history_tasks=tasks)
+    queries = [-1] * len(items)
+    return lambda event: event.update(history_items=items, history_tasks=tasks, history_queries=queries)
 
 
 @pytest.mark.parametrize(
@@ -72,6 +73,8 @@ def history(items: list[int], tasks: list[int]) -> Callable[[dict[str, Any]], No
         ("train", lambda event: event.update(task=1 - event["task"]), r"a search has no query"),
         ("train", history([-1], [0]), r"history_items: entry \d+ holds -1"),
         ("train", history([1], []), r"differ in length"),
+        ("train", set_("history_queries", [-2]), r"history_queries: entry \d+ holds -2"),
+        ("train", set_("history_queries", [0] * 60), r"history_items and history_queries differ in length"),
         ("train", history([1] * 99, [0] * 99), r"event 3 holds 99"),
         ("train", set_("impressions", [10**6]), r"impressions: entry \d+ holds 1000000"),
         ("test", set_("negatives", [-1] * 99), r"negatives: entry 297 holds -1"),
@@ -103,6 +106,7 @@ def inf_in(matrix: np.ndarray) -> np.ndarray:
         ("item_tokens", lambda matrix: matrix + 60_000, r"item_tokens-\*\.npy: row 0 holds \d+, which"),
         ("query_words", lambda matrix: matrix.astype(np.int32) - 9, r"query_words-\*\.npy: row 0 holds -"),
         ("query_tokens", lambda matrix: matrix[:, :5], r"query_tokens-\*\.npy: uint16 \[\d+, 5\], not"),
+        ("item_category", lambda matrix: matrix + 99, r"item_category-\*\.npy: row 0 holds \d+, which"),
         ("item_words", lambda matrix: matrix[:-1], r"item_words-\*\.npy: \d+ rows, the manifest says \d+"),
     ],
 )  # fmt: skip
@@ -133,10 +137,11 @@ def test_a_changed_byte_is_found(folder: Path, name: str) -> None:
         inspect(folder)
 
 
-def test_a_table_with_other_rows_is_found(folder: Path) -> None:
-    shutil.copyfile(folder / "catalog" / "users.parquet", folder / "catalog" / "items.parquet")
-    sign(folder, "catalog/items.parquet")
-    with pytest.raises(DataError, match=r"items\.parquet: 60 rows, the manifest says \d+"):
+@pytest.mark.parametrize("name", ["items", "categories"])
+def test_a_table_with_other_rows_is_found(folder: Path, name: str) -> None:
+    shutil.copyfile(folder / "catalog" / "users.parquet", folder / "catalog" / f"{name}.parquet")
+    sign(folder, f"catalog/{name}.parquet")
+    with pytest.raises(DataError, match=rf"{name}\.parquet: 60 rows, the manifest says \d+"):
         inspect(folder)
 
 
@@ -148,7 +153,7 @@ def test_one_inf_in_the_cf_table_is_found(tmp_path: Path) -> None:
     name = max(tensors, key=lambda key: tensors[key].ndim)
     tensors[name][(1,) * tensors[name].ndim] = np.inf
     save_file(tensors, path)
-    with pytest.raises(DataError, match=r"lightgcn\.safetensors differs from its checksum"):
+    with pytest.raises(DataError, match=r"differs from its checksum .*gensr cf .* overwrite=true"):
         inspect(folder)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     (folder / "cf" / "lightgcn.sha256").write_text(f"{digest} {path.stat().st_size} lightgcn.safetensors\n")
