@@ -3,21 +3,26 @@
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Annotated
+
+from annotated_types import Gt
+from pydantic import TypeAdapter, ValidationError
 
 from data_shards.documents import parse_json
 from data_shards.errors import DataError
 from data_shards.simulate.world import World, make_world
 
 FILE = "simulated.json"
+Positive = Annotated[int, Gt(0)]
 
 
 @dataclass(frozen=True)
 class Simulated:
-    users: int
-    items: int
-    days: int
+    users: Positive
+    items: Positive
+    days: Positive
     seed: int
-    rows_per_day: float
+    rows_per_day: Annotated[float, Gt(0)]
     text: str  # anonymised or natural
 
     def write(self, raw: Path) -> None:
@@ -29,11 +34,19 @@ class Simulated:
         path = raw / FILE
         if not path.is_file():
             raise DataError(f"{path} is missing: {raw} does not hold logs of this version of gensr simulate.")
-        document = parse_json(path.read_text(encoding="utf-8"), str(path))
+        content = path.read_bytes()
+        document = parse_json(content, str(path))
         names = {field.name for field in fields(cls)}
         if not isinstance(document, dict) or set(document) != names:
             raise DataError(f"{path}: must hold {', '.join(sorted(names))}. Simulate the logs again.")
-        return cls(**document)
+        try:
+            return TypeAdapter(cls).validate_json(content, strict=True)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise DataError(
+                f"{path}: {first['loc'][0]}: {first['msg']}, got {first['input']!r:.60}. Simulate the logs "
+                "again."
+            ) from error
 
     def world(self) -> World:
         return make_world(self.users, self.items, self.days, self.seed)

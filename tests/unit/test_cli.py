@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from data_shards.prepare import prepare
 from tests.tiny_folder import make_tiny_folder
 from trainer.cli import app, main
-from trainer.cli.base import fitting, lacking, resumable
+from trainer.cli.base import fitting, lacking, quoted, resumable
 from trainer.config import Config
 from trainer.configs import load_config
 from trainer.errors import ConfigError
@@ -385,3 +385,10 @@ def test_a_verb_collects_garbage() -> None:
         assert gc.isenabled()
     finally:
         gc.enable()
+
+
+def test_a_command_to_go_on_with_can_be_copied(tmp_path: Path) -> None:
+    arguments = ["--users", "2", "--items", "200", "--days", "3"]
+    shown = CliRunner().invoke(app, ["simulate", str(tmp_path / "my raw"), *arguments]).output
+    assert f"gensr prepare kuaisar {quoted(tmp_path / 'my raw')} data/prepared" in shown
+    assert quoted(Path("my raw")) == "'my raw'" and quoted(Path("data/raw")) == "data/raw"

@@ -10,11 +10,13 @@ import gc
 import json
 import os
 import re
+import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from inspect import cleandoc
+from pathlib import Path
 from typing import Annotated, Any, TextIO
 
 import typer
@@ -273,8 +275,13 @@ def fitting(lines: Iterable[str], indent: int, stream: TextIO | None = None) -> 
     return [part for line in lines for part in wrapped(line, width, indent) or [""]]
 
 
+def quoted(path: Path) -> str:
+    """A path as a word of a command to be copied."""
+    return shlex.quote(str(path))
+
+
 def next_steps(*commands: str) -> list[str]:
-    """What people do after a verb; commands that are "" are left out."""
+    """What people do after a verb; commands that are "" are left out. Paths in them: as quoted."""
     kept = [command for command in commands if command]
     return [f"{'next' if number == 0 else '':<8}{command}" for number, command in enumerate(kept)]
 

@@ -16,6 +16,7 @@ from trainer.cli.base import (
     fitting,
     next_steps,
     note,
+    quoted,
     stage_lines,
     verb,
 )
@@ -44,13 +45,14 @@ def simulate(
     from data_shards.simulate import simulate as run
 
     sizes: dict[str, Any] = {"users": users, "items": items, "days": days, "rows_per_day": rows_per_day}
+    source = "tables" if text == "natural" else "kuaisar"
     rows = run(out, **sizes, seed=seed, text=text, progress=stage_lines())
     answer(
         {"out": str(out), "rows": rows},
         as_json,
         *(f"  {name:<22} {count:>12,} rows" for name, count in rows.items()),
         f"wrote {out}",
-        *next_steps(f"gensr prepare {'tables' if text == 'natural' else 'kuaisar'} {out} data/prepared"),
+        *next_steps(f"gensr prepare {source} {quoted(out)} data/prepared"),
     )
 
 
@@ -66,7 +68,7 @@ def download(
     files = run(name, folder, progress=stage_lines())
     lines = [f"  {path}" for path in files]
     source = "amazon" if name.startswith("amazon") else "kuaisar"
-    lines += next_steps(f"gensr prepare {source} {folder} data/prepared")
+    lines += next_steps(f"gensr prepare {source} {quoted(folder)} data/prepared")
     answer({"files": [str(path) for path in files]}, as_json, *lines)
 
 
@@ -130,7 +132,7 @@ def prepare(
         "dropped": facts["dropped"],
         "removed": facts["removed"],
     }
-    after = next_steps(f"gensr inspect {out}", f"gensr cf {out}")
+    after = next_steps(f"gensr inspect {quoted(out)}", f"gensr cf {quoted(out)}")
     answer(document, as_json, *fitting(lines, 6), f"wrote {out}", *after)
 
 
@@ -143,7 +145,8 @@ def inspect(out: Annotated[Path, typer.Argument(help="prepared folder")], as_jso
     facts = run(out)
     has_table = (out / "cf" / "lightgcn.safetensors").is_file()
     after = next_steps(
-        "" if has_table else f"gensr cf {out}", f"gensr train demo data.dir={out} run.dir=runs/mine"
+        "" if has_table else f"gensr cf {quoted(out)}",
+        f"gensr train demo data.dir={quoted(out)} run.dir=runs/mine",
     )
     answer(facts, as_json, *fitting(describe(facts), 6), "", *after)
 
@@ -182,5 +185,5 @@ def cf(
     path = train_cf(
         out, overrides or [], progress=lambda line: note("\n".join(fitting([line], 2, sys.stderr)))
     )
-    after = next_steps(f"gensr train demo data.dir={out} run.dir=runs/mine")
+    after = next_steps(f"gensr train demo data.dir={quoted(out)} run.dir=runs/mine")
     answer({"path": str(path)}, as_json, f"CF table: {path}", *after)

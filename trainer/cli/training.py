@@ -22,6 +22,7 @@ from trainer.cli.base import (
     next_steps,
     note,
     preset_and_settings,
+    quoted,
     refuse_jobs_of_arrays,
     resumable,
     runs_app,
@@ -222,8 +223,9 @@ def evaluate(
         log_evaluation(run_dir, name, metrics_of(document, name), lines)
     for warning in warnings_of(run_dir, name, document["protocol"]):
         note(warning)
+    place = quoted(run_dir)
     after = next_steps(
-        f"gensr report {run_dir}", f"gensr register {run_dir} NAME", f"gensr compare {run_dir} OTHER_RUN"
+        f"gensr report {place}", f"gensr register {place} NAME", f"gensr compare {place} OTHER_RUN"
     )
     wrote = f"wrote {path} and {path.with_suffix('.parquet').name}"
     answer(document, as_json, *fitting(lines, 4), wrote, *after)
@@ -253,7 +255,7 @@ def report(
                 name = evaluation_name(split, candidates)
                 lines = [protocol_line(document), *warnings_of(run_dir, name, document["protocol"])]
                 say("", f"{split} split", *table(rows_of(document)), *fitting(lines, 2))
-    say("", *next_steps(f"gensr register {run_dir} NAME", f"gensr ui {run_dir}"))
+    say("", *next_steps(f"gensr register {quoted(run_dir)} NAME", f"gensr ui {quoted(run_dir)}"))
 
 
 @verb("gensr compare runs/a runs/b")
@@ -440,7 +442,7 @@ def sweep(
     with resumable():
         document = local_sweep.run(planned, evaluate, note, jobs)
     best = planned.folder / document["runs"][0]["run"]
-    after = next_steps(f"gensr report {best}", f"gensr register {best} NAME")
+    after = next_steps(f"gensr report {quoted(best)}", f"gensr register {quoted(best)} NAME")
     answer(document, as_json, *lines_of(document), "", *after)
 
 

@@ -52,6 +52,16 @@ def test_scores_are_those_of_the_world_whatever_the_ids(folders: tuple[Path, Pat
     assert np.array_equal(scores, wanted)
 
 
+@pytest.mark.parametrize("wrong", [{"users": "20"}, {"items": -5}, {"rows_per_day": None}])
+def test_a_wrong_argument_in_simulated_json_is_named(
+    folders: tuple[Path, Path], tmp_path: Path, wrong: dict[str, Any]
+) -> None:
+    document = json.loads((folders[0] / "simulated.json").read_text())
+    (tmp_path / "simulated.json").write_text(json.dumps({**document, **wrong}))
+    with pytest.raises(DataError, match=rf"simulated\.json: {next(iter(wrong))}: .* Simulate the logs again"):
+        Simulated.read(tmp_path)
+
+
 def test_the_optimum_is_above_what_counting_reaches(folders: tuple[Path, Path]) -> None:
     folder = PreparedFolder.at(folders[1])
     optimum, counted = optimum_report(folder, folders[0]), baseline_reports(folder, "test")
