@@ -416,7 +416,7 @@ COUNTED = [
     mutant(
         "own click stays among the followers",
         EVIDENCE,
-        "after_BNC = (after_BNC - own_step_BN[..., None] * is_own_BC[:, None]).clamp(min=0)",
+        "after_BNC = (after_BNC - own_followers(batch)[..., None] * is_own_BC[:, None]).clamp(min=0)",
         "after_BNC = after_BNC.clamp(min=0)",
         NUMBERS,
     ),
@@ -451,8 +451,8 @@ COUNTED = [
     mutant(
         "own click is taken out at every age",
         EVIDENCE,
-        "(STEP_DECAY ** age_BN.float()) * (age_BN < STEPS)",
-        "(STEP_DECAY ** age_BN.float())",
+        "STEP_DECAY ** age_BN.float() * (age_BN < STEPS) * mask",
+        "STEP_DECAY ** age_BN.float() * mask",
         NUMBERS,
     ),
     mutant(
@@ -479,15 +479,15 @@ COUNTED = [
     mutant(
         "followers reversed",
         NEIGHBOURS,
-        "pairs = (item[:-step][same], item[step:][same])",
-        "pairs = (item[step:][same], item[:-step][same])",
+        "pairs = (item[before[same]], item[same])",
+        "pairs = (item[same], item[before[same]])",
         COUNTS,
     ),
     mutant(
         "followers of another user",
         NEIGHBOURS,
-        "same = user[:-step] == user[step:]",
-        "same = user[:-step] >= 0",
+        "same = (before >= 0) & (user[np.maximum(before, 0)] == user)",
+        "same = before >= 0",
         COUNTS,
     ),
     mutant(
@@ -514,8 +514,15 @@ COUNTED = [
     mutant(
         "a search and a recommendation of one moment are two clicks",
         "trainer/models/baselines/transitions.py",
-        "(time[1:] != time[:-1])",
-        "(time[1:] >= time[:-1])",
+        "kept = in_histories(user, time, item, task)",
+        "kept = user >= 0",
+        COUNTS,
+    ),
+    mutant(
+        "clicks of one moment follow each other",
+        "trainer/models/baselines/transitions.py",
+        "np.searchsorted(moment, moment)",
+        "np.arange(len(moment))",
         COUNTS,
     ),
     mutant(

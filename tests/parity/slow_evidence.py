@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+SRC = 1
 DECAY, SHRINK, STEPS, STEP_DECAY, LOUDNESS = 0.8, 10, 3, 0.5, 30
 NOW_DECAY, NOW_PRIOR, USUAL_PRIOR = 0.5, 0.2, 3
 
@@ -27,30 +28,30 @@ class Catalogue:
 
 
 class SlowEvidence:
-    """clicks: (user, item, time) of the training split, by user and time."""
+    """clicks: (user, item, time, task) of the training split, by user and time."""
 
     def __init__(
         self,
-        clicks: Sequence[tuple[int, int, int]],
+        clicks: Sequence[tuple[int, int, int, int]],
         catalogue: Catalogue,
         num_neighbours: int,
         with_categories: bool,
     ) -> None:
         self.with_categories = with_categories
         self.catalogue, self.num_items = catalogue, len(catalogue.item_terms)
-        moments: dict[int, list[tuple[int, int]]] = {}
-        for user, item, time in clicks:
-            moments.setdefault(user, []).append((item, time))
-        self.clicked = {user: {item for item, _ in row} for user, row in moments.items()}
-        # searched for and recommended at one time is one click
-        self.sequences = [
-            [now[0] for before, now in zip([None, *row], row, strict=False) if now != before]
-            for row in moments.values()
-        ]
+        rows: dict[int, dict[tuple[int, int], int]] = {}  # user → (time, item) → where it stands
+        for place, (user, item, time, task) in enumerate(clicks):
+            # searched for and recommended at one time is one click, the search
+            found = rows.setdefault(user, {})
+            if (time, item) not in found or (task == SRC and clicks[found[time, item]][3] != SRC):
+                found[time, item] = place
+        self.clicked = {user: {item for _, item in found} for user, found in rows.items()}
+        self.sequences = [sorted(found, key=found.__getitem__) for found in rows.values()]
         self.users = [
             sum(item in of_user for of_user in self.clicked.values()) for item in range(self.num_items)
         ]
-        self.clicks = [sum(row.count(item) for row in self.sequences) for item in range(self.num_items)]
+        clicked = Counter(item for row in self.sequences for _, item in row)
+        self.clicks = [clicked[item] for item in range(self.num_items)]
         self.num_neighbours = num_neighbours
         self.all_near = [self._common(item) for item in range(self.num_items)]
         self.all_follow = [self._after(item) for item in range(self.num_items)]
@@ -79,9 +80,10 @@ class SlowEvidence:
         popularity)."""
         count: Counter[int] = Counter()
         for row in self.sequences:
-            for place, now in enumerate(row):
-                for step, later in enumerate(row[place + 1 : place + 1 + STEPS]):
-                    if now == item != later:
+            for time, later in row:
+                earlier = [before for its, before in row if its < time]
+                for step, before in enumerate(earlier[: -STEPS - 1 : -1]):
+                    if before == item != later:
                         count[later] += STEP_DECAY**step  # type: ignore[assignment]
         return {
             other: (value, value / math.sqrt(self.clicks[item] * self.clicks[other]))
@@ -152,8 +154,9 @@ class SlowEvidence:
         for item, age, weight in weighted:
             similar = self._similar(item, candidate, self.common(item, candidate, own), own)
             here = self.follow[item].get(candidate, 0)
-            if own and age < STEPS:
-                here = max(here - STEP_DECAY**age, 0)
+            if own:
+                newest = enumerate(history[: -STEPS - 1 : -1])
+                here = max(here - sum(STEP_DECAY**step for step, other in newest if other == item), 0)
             following = here / math.sqrt(max(self.clicks[item] * clicks, 1))
             if own and not self._stays(self.all_follow[item], candidate, following):
                 following = 0.0

@@ -35,6 +35,7 @@ from trainer.models.gensr.model import GenSR
 from trainer.runs.weights import build_model
 
 NEIGHBOURS, NEGATIVES, MINED = 6, 6, 4
+TIED = 12 * 3_600_000  # ms whose clicks become one moment
 
 
 @dataclass(frozen=True)
@@ -57,10 +58,11 @@ class Both:
 def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Both:
     """text: queries that are the words of a category, of its first level or of both, and of none; every
     fourth click is a search and a recommendation of one moment. words: anonymised words, which name no
-    category."""
+    category. In both, clicks of one moment."""
     place = tmp_path_factory.mktemp("evidence")
     raw = write_tables(place / "raw", items=90, anonymised=request.param == "words")
     add_rare_items(raw)
+    tie(raw)
     if request.param == "text":
         file_in_categories(raw)
     prepare("tables", raw, place / "prepared", (*SMALL, "num_negatives=20"))
@@ -108,6 +110,15 @@ def add_rare_items(raw: Path) -> None:
         (raw / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def tie(raw: Path) -> None:
+    """Every third user's clicks come several at a time."""
+    events = [json.loads(line) for line in (raw / "events.jsonl").read_text().splitlines()]
+    for event in events:
+        if event["user_id"].startswith("u") and int(event["user_id"][1:]) % 3 == 0:
+            event["time"] -= event["time"] % TIED
+    (raw / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+
+
 def file_in_categories(raw: Path) -> None:
     """Items get two levels, one topic the other way round: two categories of the same words."""
     paths = {}
@@ -143,8 +154,9 @@ def reference_of(folder: PreparedFolder, model: GenSR) -> SlowEvidence:
         item_categories=levels if levels[0] else [[0]] * len(levels),
         category_tokens={} if words else category_tokens(folder, model),
     )
-    rows = zip(clicks.user.tolist(), clicks.item.tolist(), clicks.time.tolist(), strict=True)
-    return SlowEvidence(list(rows), catalogue, NEIGHBOURS, model.settings.evidence_categories)
+    columns = (column.tolist() for column in (clicks.user, clicks.item, clicks.time, clicks.task))
+    rows = list(zip(*columns, strict=True))
+    return SlowEvidence(rows, catalogue, NEIGHBOURS, model.settings.evidence_categories)
 
 
 def category_tokens(folder: PreparedFolder, model: GenSR) -> dict[int, list[int]]:

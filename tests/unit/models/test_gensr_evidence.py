@@ -23,16 +23,18 @@ INSIDE, LAST, COVERED = 10, 11, 12
 CLICKS = [(0, 1), (0, 2), (0, 3), (1, 1), (1, 3), (2, 2), (2, 3), (2, 4), (3, 5)]
 
 
-def clicks_of(pairs: list[tuple[int, int]]) -> TrainClicks:
-    rows = [(u, task, i, 10 * n) for n, (u, i) in enumerate(pairs) for task in (REC, SRC)]
+def clicks_of(pairs: list[tuple[int, int]], times: list[int] | None = None) -> TrainClicks:
+    times = times or list(range(len(pairs)))
+    rows = [(u, task, i, time) for (u, i), time in zip(pairs, times, strict=True) for task in (REC, SRC)]
+    rows.sort(key=lambda row: (row[0], row[3], row[1]))  # what is tied is mixed
     user, task, item, time = torch.tensor(rows).T
     return TrainClicks(user=user, task=task, item=item, query=torch.full_like(user, -1), time=time)
 
 
-def world_of(pairs: list[tuple[int, int]]) -> World:
+def world_of(pairs: list[tuple[int, int]], times: list[int] | None = None) -> World:
     world = make_world(num_items=8, num_words=20)
     world.tables.cf = F.normalize(torch.randn(8, 4, generator=torch.Generator().manual_seed(1)), dim=1)
-    return replace(world, clicks=lambda: clicks_of(pairs))
+    return replace(world, clicks=lambda: clicks_of(pairs, times))
 
 
 def evidence_of(world: World, num_neighbours: int = 7) -> Evidence:
@@ -61,13 +63,28 @@ def test_neighbours_and_followers_are_counted():
     assert features_CF[2, [NEAR, AFTER, USERS]].eq(0).all()
 
 
-def test_a_training_event_is_seen_as_if_its_click_had_not_been_counted():
-    pairs = [(0, 1), (0, 2), (0, 3), (1, 1), (1, 3), (2, 2), (2, 3), (2, 4), (3, 5)]
-    without = [pair for pair in pairs if pair != (0, 3)]
-    batch = make_batch([[1, 1, 2, 2]], torch.tensor([[3, 4]]), user=torch.tensor([0]))
+# of user 0's clicks, the event's own, of item 3, last
+@pytest.mark.parametrize(
+    ("times", "items"),
+    [
+        ([0, 1, 2], [1, 2, 3]),
+        ([0, 1, 2, 2, 2], [1, 2, 4, 5, 3]),  # others at its moment
+        ([0, 1, 1, 2], [4, 1, 2, 3]),  # several before it at one moment
+        ([0, 1, 2, 3], [1, 2, 1, 3]),  # one before it twice
+        ([0, 1, 2, 3, 4], [2, 1, 1, 1, 3]),
+    ],
+    ids=["one by one", "own moment", "one moment", "again", "again and again"],
+)
+def test_a_training_event_is_seen_as_if_its_click_had_not_been_counted(times, items):
+    others = [pair for pair in CLICKS if pair[0]]
+    pairs, times = [(0, item) for item in items] + others, times + [10 * n for n in range(len(others))]
+    history = [item for item, time in zip(items, times, strict=False) if time < times[len(items) - 1]]
+    batch = make_batch([history], torch.tensor([[3, 4]]), user=torch.tensor([0]))
+    own_place = len(items) - 1
+    without = [column[:own_place] + column[own_place + 1 :] for column in (pairs, times)]
     ours, theirs = (
         seen_of(evidence_of(world), world, batch, own=own)
-        for world, own in ((world_of(pairs), True), (world_of(without), False))
+        for world, own in ((world_of(pairs, times), True), (world_of(*without), False))
     )
     torch.testing.assert_close(ours.features_BCF, theirs.features_BCF)
     assert torch.equal(

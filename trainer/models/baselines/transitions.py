@@ -1,12 +1,13 @@
 """Directed neighbours: what was clicked soon after this item (a Markov chain with skips; cf. Rendle et al.,
 "Factorizing Personalized Markov Chains", WWW 2010, without the factors).
 
-    n(a → b) = Σ decay_step^(k − 1) over the times that b is the k-th click after a, k ≤ steps
+    n(a → b) = Σ decay_step^(k − 1) over the times that a is the k-th click before b, k ≤ steps
     T(a → b) = n(a → b) / √(clicks of a · clicks of b)
     s(u, b)  = Σ_a decay^age(a) · T(a → b)           a over the history, age 0 = the newest
 
-A search and a recommendation of one item at one time are one click. Each item keeps its nearest followers
-only. Counted, not trained; an empty history scores 0 everywhere. Recommendation only.
+Clicks are those of histories: a search and a recommendation of one item at one time are one click, and only
+what is strictly earlier is before b. Each item keeps its nearest followers only. Counted, not trained; an
+empty history scores 0 everywhere. Recommendation only.
 """
 
 from typing import Literal
@@ -14,6 +15,7 @@ from typing import Literal
 import numpy as np
 
 from data_shards import settings as s
+from data_shards.histories import first_of_runs, in_histories
 from data_shards.schema import REC
 from trainer.batch import TrainClicks
 from trainer.config import ModelSettings, Positive, Share
@@ -45,19 +47,21 @@ class Transitions(ItemKnn):
     settings: TransitionsSettings  # type: ignore[assignment]
 
     def fit(self) -> None:
-        user, item = click_sequences(self.world.clicks(), self.settings.clicks)
+        sequences = click_sequences(self.world.clicks(), self.settings.clicks)
         settings, num_items = self.settings, self.world.num_items
-        row, other, _, share = followers(user, item, num_items, settings.steps, settings.step_decay)
+        row, other, _, share = followers(*sequences, num_items, settings.steps, settings.step_decay)
         self._keep_nearest(row, other, share)
 
 
-def click_sequences(clicks: TrainClicks, which: str) -> tuple[np.ndarray, np.ndarray]:
-    """(user, item) by user and time, an item that follows itself at the same time counted once."""
+def click_sequences(clicks: TrainClicks, which: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(user, item, place where its moment begins) of each click that histories show, by user and time."""
     counted = (clicks.task == REC) if which == "rec" else clicks.task >= 0
-    user, item, time = (column[counted].numpy() for column in (clicks.user, clicks.item, clicks.time))
-    new = np.ones(len(user), dtype=bool)
-    new[1:] = (user[1:] != user[:-1]) | (item[1:] != item[:-1]) | (time[1:] != time[:-1])
-    return user[new], item[new]
+    user, item, time, task = (
+        column[counted].numpy() for column in (clicks.user, clicks.item, clicks.time, clicks.task)
+    )
+    kept = in_histories(user, time, item, task)
+    moment = first_of_runs(user[kept], time[kept]).cumsum()
+    return user[kept], item[kept], np.searchsorted(moment, moment)
 
 
 MODEL = Transitions

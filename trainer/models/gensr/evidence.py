@@ -95,9 +95,9 @@ class Evidence(nn.Module):
     def fit(self, world: "World") -> None:
         clicks, num_items = world.clicks(), world.num_items
         self._fit_near(click_matrix(clicks, "all", world).T.tocsr())
-        user, item = click_sequences(clicks, "all")
+        user, item, start = click_sequences(clicks, "all")
         self.clicks.copy_(torch.from_numpy(np.bincount(item, minlength=num_items)))
-        row, other, count, share = followers(user, item, num_items, STEPS, STEP_DECAY)
+        row, other, count, share = followers(user, item, start, num_items, STEPS, STEP_DECAY)
         self._refuse("follow", *keep_nearest(self.follow, self.follow_weight, row, other, count, share))
         self._fit_idf(world.tables)
         if self.with_categories:
@@ -150,9 +150,8 @@ class Evidence(nn.Module):
         if own:  # nothing of it is paid in evaluation and service
             stays_BNC = self._stays("near", batch, is_own_BC, near_BNC)
             common_BNC, near_BNC = common_BNC * stays_BNC, near_BNC * stays_BNC
-        own_step_BN = (STEP_DECAY ** age_BN.float()) * (age_BN < STEPS)
         after_BNC = looked_up(self.follow, self.follow_weight, batch.history_items, batch.candidates)
-        after_BNC = (after_BNC - own_step_BN[..., None] * is_own_BC[:, None]).clamp(min=0)
+        after_BNC = (after_BNC - own_followers(batch)[..., None] * is_own_BC[:, None]).clamp(min=0)
         norm_BNC = (self.clicks[batch.history_items][..., None] * clicks_BC[:, None]).clamp(min=1).sqrt()
         after_BNC = after_BNC / norm_BNC
         if own:
@@ -332,13 +331,22 @@ def unit(vectors: Tensor) -> Tensor:
 
 
 def history_weights(batch: Batch) -> tuple[Tensor, Tensor]:
-    """DECAY^age of history items [B, N], 0 for padding, and their age, 0 = newest, STEPS for what does not
-    count. An item that follows itself (searched for and recommended at one time) counts once."""
+    """DECAY^age of history items [B, N], 0 for padding, and their age, 0 = newest. An item that follows
+    itself counts once."""
     items, mask = batch.history_items, batch.history_mask
     once = mask.clone()
     once[:, :-1] &= (items[:, :-1] != items[:, 1:]) | ~mask[:, 1:]
     age = (once.flip(1).cumsum(1).flip(1) - 1).clamp(min=0)
-    return DECAY ** age.float() * once, age.masked_fill(~once, STEPS)
+    return DECAY ** age.float() * once, age
+
+
+def own_followers(batch: Batch) -> Tensor:
+    """What an event's own click added to the count of followers of each history item, [B, N]: for each time
+    that the item stands among the last STEPS."""
+    items, mask = batch.history_items, batch.history_mask
+    age_BN = mask.flip(1).cumsum(1).flip(1) - 1  # repetitions count here: each click is a step
+    step_BN = STEP_DECAY ** age_BN.float() * (age_BN < STEPS) * mask
+    return ((items[..., None] == items[:, None]) * step_BN[:, None]).sum(2)
 
 
 def first_of_each(tokens: Tensor) -> Tensor:

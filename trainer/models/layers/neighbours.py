@@ -22,14 +22,16 @@ def common_users(clicked_IU: sparse.csr_matrix) -> Iterator[tuple[np.ndarray, np
 
 
 def followers(
-    user: np.ndarray, item: np.ndarray, num_items: int, steps: int, step_decay: float
+    user: np.ndarray, item: np.ndarray, start: np.ndarray, num_items: int, steps: int, step_decay: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """(item a, item b, n(a → b), T(a → b)) of every pair whose b followed a within `steps` clicks; equations:
-    models/baselines/transitions.py. user, item: clicks by user and time."""
+    models/baselines/transitions.py. user, item: clicks by user and time; start: where the moment of each
+    begins, from which steps are counted back: clicks of one moment are not before each other."""
     counts = sparse.csr_matrix((num_items, num_items), dtype=np.float64)
     for step in range(1, steps + 1):
-        same = user[:-step] == user[step:]
-        pairs = (item[:-step][same], item[step:][same])
+        before = start - step
+        same = (before >= 0) & (user[np.maximum(before, 0)] == user)
+        pairs = (item[before[same]], item[same])
         weights = np.full(len(pairs[0]), step_decay ** (step - 1))
         counts += sparse.csr_matrix((weights, pairs), shape=counts.shape)
     found = counts.tocoo()
