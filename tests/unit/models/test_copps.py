@@ -24,9 +24,10 @@ CLICKS = [
 ]
 
 
-def make_model(**settings):
-    user, task, item, query = (torch.tensor(column) for column in zip(*CLICKS, strict=True))
-    clicks = TrainClicks(user=user, task=task, item=item, query=query, time=torch.arange(len(CLICKS)))
+def make_model(rows=CLICKS, times=None, **settings):
+    user, task, item, query = (torch.tensor(column) for column in zip(*rows, strict=True))
+    time = torch.tensor(times or range(len(rows)))
+    clicks = TrainClicks(user=user, task=task, item=item, query=query, time=time)
     world = replace(make_world(num_words=9), clicks=lambda: clicks)
     return Copps(CoppsSettings(dim=8, num_heads=2, dropout=0.0, **settings), world)
 
@@ -83,6 +84,17 @@ def test_the_history_of_a_click_came_before_it(history, expected):
     assert ids.tolist() == [expected, [0, 0, 0], [0, 0, 0]]
     assert torch.equal(words[:2], model.tables.query_words[[3, 4]])
     assert not words[2].any()
+
+
+@pytest.mark.parametrize(("history", "expected"), [("all", [12, 13]), ("src", [11, 12])])
+def test_the_history_of_a_click_is_that_of_its_event(history, expected):
+    """An item of a moment once, nothing of the click's own moment; the newest searches, not the searches
+    among the newest."""
+    kinds = [(SRC, 10), (SRC, 11), (REC, 11), (REC, 12), (REC, 14), (SRC, 13), (REC, 13)]
+    rows = [(0, SRC, 9, 3)] + [(1, task, item, 3 if task == SRC else NO_QUERY) for task, item in kinds]
+    model = make_model(rows, [0, 1, 2, 2, 3, 4, 4, 4], history=history)
+
+    assert model.row_of_click(torch.tensor([6]), 2)[0].tolist() == [expected]
 
 
 def test_neighbours_share_a_query_or_a_category():

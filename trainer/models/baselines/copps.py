@@ -11,7 +11,7 @@ user sequences". What follows is ours.
     3 between   another user's search with the same query, else with the same clicked item, with the history
                 that came before it; events without such a search take no part
 
-Scoring is TEM's (tem.py). While it trains, the clicks of the training split lie on the device, 48 bytes each.
+Scoring is TEM's (tem.py). While it trains, the clicks of the training split lie on the device, 68 bytes each.
 Shapes: query words [B, Q], history ids [B, N] padded at the end with 0, z [B, D].
 """
 
@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data_shards import settings as s
+from data_shards.histories import in_histories, windows
 from data_shards.schema import SRC
 from trainer.batch import Batch, TrainClicks
 from trainer.config import Fraction, NonNegativeFloat, PositiveFloat
@@ -124,14 +125,15 @@ class Copps(Tem):
         return torch.where(of_query >= 0, of_query, of_item)
 
     def row_of_click(self, rows_B: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """History ids [B, length] and query words [B, Q] of training clicks; padding for row −1."""
-        clicks = self._clicks[0]
-        before_BN = rows_B[:, None] + torch.arange(-length, 0, device=rows_B.device)
-        place_BN = before_BN.clamp(min=0)
-        kept_BN = (before_BN >= 0) & (clicks.user[place_BN] == _looked_up(clicks.user, rows_B)[:, None])
+        """History ids [B, length] and query words [B, Q] of training clicks, as events of these clicks have
+        them; padding for row −1."""
+        clicks, (shown, first, count) = self._clicks[0], self._histories
+        place_W = torch.arange(self.world.data.history_max, device=rows_B.device)
+        kept_BW = place_W < _looked_up(count, rows_B)[:, None]
+        row_BW = shown[(_looked_up(first, rows_B)[:, None] + place_W) * kept_BW]
         if self.settings.history == "src":
-            kept_BN = kept_BN & (clicks.task[place_BN] == SRC)
-        ids_BN = newest(clicks.item[place_BN] + 1, kept_BN, length)
+            kept_BW = kept_BW & (clicks.task[row_BW] == SRC)
+        ids_BN = newest(clicks.item[row_BW] + 1, kept_BW, length)
         return ids_BN, self.query_words(_looked_up(clicks.query, rows_B))
 
     # ---- what they are drawn from --------------------------------------------------------------------------
@@ -146,6 +148,19 @@ class Copps(Tem):
         clicks = replace(clicks, **on_device)
         searches = clicks.task == SRC
         return clicks, Groups(clicks.query), Groups(clicks.item.masked_fill(~searches, -1))
+
+    @cached_property
+    def _histories(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows of the clicks that histories show, and of each click the first of them in its own history and
+        how many follow: by the rule of the shards."""
+        clicks = self.world.clicks()
+        user, time, item, task = (
+            column.numpy() for column in (clicks.user, clicks.time, clicks.item, clicks.task)
+        )
+        kept = in_histories(user, time, item, task)
+        found = (kept.nonzero()[0], *windows(user, time, kept, self.world.data.history_max))
+        shown, first, count = (torch.from_numpy(rows).to(self.device) for rows in found)
+        return shown, first, count
 
     @cached_property
     def _categories(self) -> tuple[Tensor, Groups] | None:
