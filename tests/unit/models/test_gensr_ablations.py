@@ -8,7 +8,11 @@ import torch
 
 from tests.tiny_model import make_tiny_model
 from trainer.cf.build import train_cf
+from trainer.configs import load_config
+from trainer.data.folder import PreparedFolder
+from trainer.errors import ConfigError
 from trainer.models.gensr.model import GenSR
+from trainer.runs.weights import build_model
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +35,16 @@ def test_every_weight_keeps_a_gradient(folder: Path, setting: str) -> None:
     assert loss.isfinite() and ("contrastive_loss" in report) == (setting[-2:] not in ("cf", "ic"))
     without = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert not without
+
+
+@pytest.mark.parametrize(("cf_width", "named"), [(16, r"CF table's width 16"), (15, "scratch:nano")])
+def test_heads_that_do_not_divide_a_width_are_refused(folder: Path, cf_width: int, named: str) -> None:
+    config = load_config(None, ["model.backbone=scratch:nano", "model.num_heads=3"])
+    prepared = PreparedFolder.at(folder)
+    tables = prepared.tables(GenSR.needs, with_folds=False)
+    tables = replace(tables, cf=torch.zeros(tables.num_items, cf_width))
+    with pytest.raises(ConfigError, match=named):
+        build_model(config, prepared, tables)
 
 
 def changed_cf(model: GenSR) -> GenSR:

@@ -129,6 +129,10 @@ def test_norms_are_in_the_loss_if_asked_and_refused_where_no_rank_has_a_table():
     assert Hem.refusals(settings, 2) == Hem.refusals(HemSettings(), 3) == []
 
 
-def test_heads_that_do_not_divide_the_width_are_refused():
-    with pytest.raises(ConfigError, match=r"model\.num_heads=5"):
-        Aem(AemSettings(dim=8, form="multihead"), make_world(num_words=NUM_WORDS))
+@pytest.mark.parametrize(
+    ("model", "settings"),
+    [(Aem, AemSettings(dim=8, form="multihead")), (Tem, TemSettings(dim=8, num_heads=5))],
+)
+def test_heads_that_do_not_divide_the_width_are_refused(model, settings):
+    with pytest.raises(ConfigError, match=r"model\.dim=8 .* model\.num_heads=5"):
+        model(settings, make_world(num_words=NUM_WORDS))

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from data_shards import settings as s
 from trainer.batch import Batch
 from trainer.config import Positive
-from trainer.errors import ConfigError
 from trainer.models.contract import World
 from trainer.models.layers.attention import Attention, masked_softmax
 from trainer.models.layers.mlp import init_xavier
@@ -99,8 +98,6 @@ class AemCore(ProductSearchCore):
     def __init__(self, world: World, settings: AemSettings) -> None:
         dim, heads, projected = settings.dim, settings.num_heads, settings.form == "projected"
         super().__init__(world.num_items, world.num_terms, settings, item_bias=projected)
-        if not projected and dim % heads:
-            raise ConfigError(f"model.dim={dim} is no multiple of model.num_heads={heads}. Take 8 heads")
         self.attention: nn.Module
         if projected:
             self.attention = ProjectedAttention(dim, heads, self.zero)

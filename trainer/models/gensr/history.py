@@ -54,7 +54,6 @@ class SoftFilter(nn.Module):
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
-        assert width % num_heads == 0, (width, num_heads)
         self.num_heads = num_heads
         self.query = nn.Linear(width, width)
         self.key = nn.Linear(width, width)

@@ -35,6 +35,7 @@ from trainer.models.gensr.prompt import (
 )
 from trainer.models.gensr.settings import GenSRSettings
 from trainer.models.gensr.views import gensr_pre_ranking, gensr_views
+from trainer.models.layers.attention import check_heads
 from trainer.models.losses import answer_loss, contrastive_loss, listwise_loss
 
 SLOT_VIEWS = ("cf", "semantic", "cf", "semantic", "cf", "semantic", "semantic")  # what each slot holds
@@ -97,6 +98,8 @@ class GenSR(Ranker):
         self.scaled = is_pretrained(settings.backbone)
         if self.scaled:
             self.register_buffer("token_scale", self._token_scale())
+        check_heads(f"the CF table's width {cf_width} (cf.dim)", cf_width, settings.num_heads)
+        check_heads(f"the width {width} of model.backbone={settings.backbone}", width, settings.num_heads)
         encoder = (settings.num_heads, settings.dropout, data.history_max)
         self.cf_encoder = HistoryEncoder(cf_width, *encoder, ordered=extended)
         self.sem_encoder = HistoryEncoder(width, *encoder, ordered=extended)

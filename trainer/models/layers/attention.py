@@ -4,6 +4,7 @@ never the mean of its padding."""
 import torch
 from torch import Tensor, nn
 
+from trainer.errors import ConfigError
 from trainer.models.layers.dropout import Dropout
 
 
@@ -21,13 +22,21 @@ def masked_mean(vectors: Tensor, mask: Tensor) -> Tensor:
     return total / mask.sum(-1, keepdim=True).clamp(min=1)
 
 
+def check_heads(name: str, width: int, heads: int) -> None:
+    """Raises ConfigError where heads cannot have equal parts of a width. name: of the width, for people."""
+    if width % heads:
+        raise ConfigError(
+            f"{name} is no multiple of model.num_heads={heads}. Set model.num_heads to a number that divides "
+            f"{width}"
+        )
+
+
 class Attention(nn.Module):
     """Multi-head attention (Vaswani et al. 2017): four linear maps with biases, scores / √(width / heads)."""
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
-        if width % heads:
-            raise ValueError(f"a width of {width} cannot be split into {heads} heads")
+        check_heads(f"model.dim={width}", width, heads)
         self.heads = heads
         self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
         self.output = nn.Linear(width, width)
