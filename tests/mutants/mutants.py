@@ -500,8 +500,8 @@ COUNTED = [
     mutant(
         "the farthest neighbours are kept",
         NEIGHBOURS,
-        "np.lexsort((other, -by, row))",
-        "np.lexsort((other, by, row))",
+        "np.lexsort((other[found], -by[found]))",
+        "np.lexsort((other[found], by[found]))",
         COUNTS,
     ),
     mutant(
