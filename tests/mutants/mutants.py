@@ -395,7 +395,7 @@ COUNTED = [
     mutant(
         "own click stays among an item's users",
         EVIDENCE,
-        "users_BC = self.users[batch.candidates] - is_own_BC.float()",
+        "users_BC = self.users[batch.candidates] - leaves_BC",
         "users_BC = self.users[batch.candidates]",
         NUMBERS,
     ),
@@ -409,7 +409,7 @@ COUNTED = [
     mutant(
         "own click stays among the neighbours",
         EVIDENCE,
-        "common_BNC = (common_BNC - is_own_BC[:, None].float()).clamp(min=0)",
+        "common_BNC = (common_BNC - leaves_BC[:, None]).clamp(min=0)",
         "common_BNC = common_BNC.clamp(min=0)",
         NUMBERS,
     ),
@@ -430,7 +430,7 @@ COUNTED = [
     mutant(
         "own click stays in its category",
         EVIDENCE,
-        "self.category_users[category_BC] - is_own_BC",
+        "self.category_users[category_BC] - leaves_BC",
         "self.category_users[category_BC]",
         NUMBERS,
     ),

@@ -147,12 +147,14 @@ class SlowEvidence:
         own: bool,
     ) -> list[float]:
         """The rows of README.md's table, in its order."""
-        users, clicks = self.users[candidate] - own, self.clicks[candidate] - own
+        leaves = own and candidate not in history  # whether the user is none of the item's without the click
+        users, clicks = self.users[candidate] - leaves, self.clicks[candidate] - own
         weighted = self.weighted_history(history)
         total = sum(weight for _, _, weight in weighted)
         near = near_newest = after = after_newest = taste = words = 0.0
         for item, age, weight in weighted:
-            similar = self._similar(item, candidate, self.common(item, candidate, own), own)
+            common = self.common(item, candidate, leaves)
+            similar = self._similar(item, candidate, common, leaves)
             here = self.follow[item].get(candidate, 0)
             if own:
                 newest = enumerate(history[: -STEPS - 1 : -1])
@@ -181,7 +183,7 @@ class SlowEvidence:
             float(last),
             covered,
             float(users == 0),
-            *(self.categories(history, candidate, own) if self.with_categories else []),
+            *(self.categories(history, candidate, leaves) if self.with_categories else []),
         ]
 
     def categories(self, history: Sequence[int], candidate: int, own: bool) -> list[float]:
@@ -254,6 +256,7 @@ class SlowEvidence:
     ) -> float:
         """q · items: how much more often than by chance a candidate is drawn, before any is refused. The
         clicked one as if its click had not been counted."""
+        own = own and candidate not in history
         draws = self.mined(history, query)
         uniform = 1 - mined_share * sum(draws.values())  # the uniform draw stays where mining finds none
         by_mining = draws.get(candidate, 0.0)

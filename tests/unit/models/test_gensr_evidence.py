@@ -72,14 +72,15 @@ def test_neighbours_and_followers_are_counted():
         ([0, 1, 1, 2], [4, 1, 2, 3]),  # several before it at one moment
         ([0, 1, 2, 3], [1, 2, 1, 3]),  # one before it twice
         ([0, 1, 2, 3, 4], [2, 1, 1, 1, 3]),
+        ([0, 1, 2, 3], [3, 1, 2, 3]),
     ],
-    ids=["one by one", "own moment", "one moment", "again", "again and again"],
+    ids=["one by one", "own moment", "one moment", "again", "again and again", "clicked before"],
 )
 def test_a_training_event_is_seen_as_if_its_click_had_not_been_counted(times, items):
     others = [pair for pair in CLICKS if pair[0]]
     pairs, times = [(0, item) for item in items] + others, times + [10 * n for n in range(len(others))]
     history = [item for item, time in zip(items, times, strict=False) if time < times[len(items) - 1]]
-    batch = make_batch([history], torch.tensor([[3, 4]]), user=torch.tensor([0]))
+    batch = make_batch([history], torch.tensor([[3, 5]]), user=torch.tensor([0]))
     own_place = len(items) - 1
     without = [column[:own_place] + column[own_place + 1 :] for column in (pairs, times)]
     ours, theirs = (

@@ -140,11 +140,14 @@ class Evidence(nn.Module):
     def forward(self, batch: Batch, tables: ItemTables, cf_BNK: Tensor, cf_BCK: Tensor, own: bool) -> Seen:
         """own: the clicked candidates' own clicks are among the counts, and are taken out."""
         is_own_BC = batch.labels > 0 if own else torch.zeros_like(batch.labels, dtype=torch.bool)
+        # a user whose history holds the item stays among its users; clicks after the event are not known here
+        known_BNC = batch.history_items[..., None] == batch.candidates[:, None]
+        leaves_BC = (is_own_BC & ~(known_BNC & batch.history_mask[..., None]).any(1)).float()
         weight_BN, age_BN = history_weights(batch)
-        users_BC = self.users[batch.candidates] - is_own_BC.float()
+        users_BC = self.users[batch.candidates] - leaves_BC
         clicks_BC = self.clicks[batch.candidates] - is_own_BC.float()
         common_BNC = looked_up(self.near, self.near_users, batch.history_items, batch.candidates)
-        common_BNC = (common_BNC - is_own_BC[:, None].float()).clamp(min=0)
+        common_BNC = (common_BNC - leaves_BC[:, None]).clamp(min=0)
         norm_BNC = (self.users[batch.history_items][..., None] * users_BC[:, None].clamp(min=1)).sqrt()
         near_BNC = common_BNC / (norm_BNC + SHRINK)
         if own:  # nothing of it is paid in evaluation and service
@@ -184,7 +187,7 @@ class Evidence(nn.Module):
             (users_BC == 0).float(),
         ]
         if self.with_categories:
-            features += self._categories(batch, tables, users_BC, is_own_BC.float(), age_BN, weight_BN > 0)
+            features += self._categories(batch, tables, users_BC, leaves_BC, age_BN, weight_BN > 0)
         return Seen(torch.stack(features, -1), common_BNC > 0, inside_BC, weight_BN)
 
     def _categories(
@@ -192,7 +195,7 @@ class Evidence(nn.Module):
         batch: Batch,
         tables: ItemTables,
         users_BC: Tensor,
-        is_own_BC: Tensor,
+        leaves_BC: Tensor,
         age_BN: Tensor,
         counts_BN: Tensor,
     ) -> list[Tensor]:
@@ -201,8 +204,8 @@ class Evidence(nn.Module):
         category_BN, category_BC = (
             last_category(tables.item_category[items]) for items in (batch.history_items, batch.candidates)
         )
-        category_users_BC = self.category_users[category_BC] - is_own_BC
-        share_BC = (1 + category_users_BC) / (1 + self.users.sum() - is_own_BC)
+        category_users_BC = self.category_users[category_BC] - leaves_BC
+        share_BC = (1 + category_users_BC) / (1 + self.users.sum() - leaves_BC)
         same_BNC = (category_BN[..., None] == category_BC[:, None]) & (category_BC > 0)[:, None]
 
         def of_history(weight_BN: Tensor, prior: float) -> Tensor:
