@@ -140,9 +140,7 @@ class Evidence(nn.Module):
     def forward(self, batch: Batch, tables: ItemTables, cf_BNK: Tensor, cf_BCK: Tensor, own: bool) -> Seen:
         """own: the clicked candidates' own clicks are among the counts, and are taken out."""
         is_own_BC = batch.labels > 0 if own else torch.zeros_like(batch.labels, dtype=torch.bool)
-        # a user whose history holds the item stays among its users; clicks after the event are not known here
-        known_BNC = batch.history_items[..., None] == batch.candidates[:, None]
-        leaves_BC = (is_own_BC & ~(known_BNC & batch.history_mask[..., None]).any(1)).float()
+        leaves_BC = (is_own_BC & ~in_history(batch)).float() if own else is_own_BC.float()
         weight_BN, age_BN = history_weights(batch)
         users_BC = self.users[batch.candidates] - leaves_BC
         clicks_BC = self.clicks[batch.candidates] - is_own_BC.float()
@@ -154,7 +152,8 @@ class Evidence(nn.Module):
             stays_BNC = self._stays("near", batch, is_own_BC, near_BNC)
             common_BNC, near_BNC = common_BNC * stays_BNC, near_BNC * stays_BNC
         after_BNC = looked_up(self.follow, self.follow_weight, batch.history_items, batch.candidates)
-        after_BNC = (after_BNC - own_followers(batch)[..., None] * is_own_BC[:, None]).clamp(min=0)
+        if own:
+            after_BNC = (after_BNC - own_followers(batch)[..., None] * is_own_BC[:, None]).clamp(min=0)
         norm_BNC = (self.clicks[batch.history_items][..., None] * clicks_BC[:, None]).clamp(min=1).sqrt()
         after_BNC = after_BNC / norm_BNC
         if own:
@@ -341,6 +340,12 @@ def history_weights(batch: Batch) -> tuple[Tensor, Tensor]:
     once[:, :-1] &= (items[:, :-1] != items[:, 1:]) | ~mask[:, 1:]
     age = (once.flip(1).cumsum(1).flip(1) - 1).clamp(min=0)
     return DECAY ** age.float() * once, age
+
+
+def in_history(batch: Batch) -> Tensor:
+    """[B, C]: of these items the user is counted once more. Clicks after the event are not known here."""
+    known_BNC = batch.history_items[..., None] == batch.candidates[:, None]
+    return (known_BNC & batch.history_mask[..., None]).any(1)
 
 
 def own_followers(batch: Batch) -> Tensor:
