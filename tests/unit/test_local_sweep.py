@@ -81,8 +81,9 @@ def test_drawn_settings_stay_in_the_space_and_resume(trained: list[Cell], search
     assert all(1e-4 <= config.optim.lr <= 1e-2 and config.optim.beta2 in (0.9, 0.99) for config in configs)
     assert len({config.optim.lr for config in configs}) == 6
     assert max(len(cell.name) for cell in trained) < len("00-lr-0.0000000-beta2-0.99")  # for people: rounded
+    (failed,) = (cell.name for cell, config in zip(trained, configs, strict=True) if config.optim.lr < 2e-4)
     local_sweep.run(sweep, "none")
-    assert len(trained) == 6  # its journal knows what was drawn, and what failed
+    assert [cell.name for cell in trained[6:]] == [failed]  # its journal knows what was drawn
 
 
 @pytest.mark.parametrize("search", ["random", "tpe"])
@@ -158,6 +159,63 @@ def test_all_failed(trained: list[Cell]) -> None:
     sweep = sweep_of("preset: demo\nsettings: {data.dir: x}\nspace: {optim.lr: [1e-4]}")
     with pytest.raises(RunError, match="all 1 runs failed; the last: gensr train: too low"):
         local_sweep.run(sweep, "none")
+
+
+def test_a_search_whose_runs_all_failed_begins_again(
+    trained: list[Cell], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(cell: Cell) -> None:
+        raise CellFailed("gensr train: no data")
+
+    sweep = sweep_of(TPE.format(search="random").replace("trials: 6", "trials: 2"))
+    with monkeypatch.context() as patch:
+        patch.setattr(local_sweep, "train_cell", failing)
+        for _ in range(2):
+            with pytest.raises(RunError, match="all 2 runs failed; the last: gensr train: no data"):
+                local_sweep.run(sweep, "none")
+    assert len(local_sweep.run(sweep, "none")["runs"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "message"),
+    [
+        ("low: 1e-4", "low: 2e-4", "space was .*0.0001.*, is .*0.0002"),
+        ("{low: 1e-4, high: 1e-2, log: true}", "[1e-3]", "begun with another search: space was"),
+        ("[0.9, 0.99]", "[0.9, 0.99, 0.999]", "space was"),
+        ("seed: 3", "seed: 4", "seed was 3, is 4"),
+        ("search: random", "search: tpe", "search was random, is tpe"),
+        ("max_steps: 20", "max_steps: 30", "run.max_steps was 20, is 30"),
+        ("data/x", "data/y", "data was .*data/x, is .*data/y"),
+    ],
+)
+def test_a_search_does_not_go_on_as_another(trained: list[Cell], before: str, now: str, message: str) -> None:
+    text = TPE.format(search="random").replace("trials: 6", "trials: 1")
+    local_sweep.run(sweep_of(text), "none")
+    assert before in text
+    with pytest.raises(ConfigError, match=message):
+        local_sweep.run(sweep_of(text.replace(before, now)), "none")
+    assert len(trained) == 1
+
+
+def test_a_grid_that_was_changed_ranks_its_own_runs(trained: list[Cell]) -> None:
+    text = "preset: demo\nsettings: {data.dir: x}\nspace: {optim.lr: [1e-3, 3e-4]}"
+    local_sweep.run(sweep_of(text), "none")
+    ranked = local_sweep.run(sweep_of(text.replace("[1e-3", "[5e-4")), "none")["runs"]
+    assert [row["run"] for row in ranked] == ["00-lr-5e-4", "01-lr-3e-4"]
+    with pytest.raises(
+        ConfigError, match=r"00-lr-5e-4 was trained with other settings: run\.seed was 0, is 7"
+    ):
+        local_sweep.run(sweep_of(text.replace("[1e-3", "[5e-4"), "run.seed=7"), "none")
+
+
+def test_between_integers_integers_are_drawn(trained: list[Cell]) -> None:
+    space = "space: {optim.lr: [1e-3], optim.warmup_steps: {low: 1, high: 1e3, log: true}}"
+    text = f"preset: demo\nsearch: random\ntrials: 3\nsettings: {{data.dir: x}}\n{space}"
+    local_sweep.run(sweep_of(text), "none")
+    drawn = {load_config("demo", cell.words).optim.warmup_steps for cell in trained}
+    assert len(drawn) == 3 and all(1 <= number <= 1000 for number in drawn)
+    with pytest.raises(ConfigError, match=r"low and high must be integers, as optim\.warmup_steps is"):
+        sweep_of(text.replace("low: 1,", "low: 1.5,"))
 
 
 @pytest.mark.parametrize(

@@ -10,30 +10,35 @@
 
 or a list of settings, the file of `gensr submit --sweep` (experiments/sweep.py), with PRESET and the settings
 of every run on the command line. The objective is the best value of run.select_metric on validation. Each run
-has a folder below run.dir; the same command again runs what is missing.
+has a folder below run.dir; the same command again runs what is missing, and what has failed.
 """
 
 import contextlib
 import itertools
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from annotated_types import Ge, Gt
 from pydantic import Field
 
 from data_shards import settings as s
-from data_shards.settings import flatten, parse_yaml
-from trainer.configs import load_config
+from data_shards.errors import DataError
+from data_shards.schema import read_manifest
+from data_shards.settings import flatten, parse_yaml, to_dict
+from trainer.config import Config
+from trainer.configs import MICRO_BATCH, load_config
 from trainer.errors import ConfigError, GensrError, RunError
 from trainer.experiments.pool import Pool, Steps, interruptible
 from trainer.experiments.sweep import Point, point_of, read_sweep, summarize
 from trainer.experiments.table.cells import Cell, evaluate_cell, train_cell
-from trainer.experiments.table.tuning import search
-from trainer.runs.run_folder import RunFolder
+from trainer.experiments.table.tuning import Sampler, begun, search
+from trainer.runs.checkpoint import fixed_settings
+from trainer.runs.run_folder import RunFolder, read_json
 
 JOURNAL = "sweep.journal"
 MAX_GRID = 10_000
@@ -71,6 +76,10 @@ class Sweep:
     def num_runs(self) -> int:
         return self.drawn.trials if self.drawn is not None else len(self.points)
 
+    @property
+    def journal(self) -> Path:
+        return self.folder / JOURNAL
+
 
 def read(file: str | Path, preset: str | None = None, words: Sequence[str] = ()) -> Sweep:
     """Raises ConfigError for whatever would stop a run at its start."""
@@ -82,10 +91,12 @@ def read(file: str | Path, preset: str | None = None, words: Sequence[str] = ())
         points = tuple(read_sweep(file))
     else:
         given = s.load(SweepSettings, file, keys_command="gensr sweep --help")
-        given = replace(given, space={key: _as_numbers(domain) for key, domain in given.space.items()})
         preset = preset or given.preset
         words = [*_words(given.settings), *words]
-        _check_space(file, given)
+        values = flatten(to_dict(load_config(preset, words)))
+        space = {key: _as_numbers(domain, values.get(key)) for key, domain in given.space.items()}
+        given = replace(given, space=space)
+        _check_space(file, given, values)
         if given.search == "grid":
             points = _grid(file, given.space)
         else:
@@ -106,12 +117,17 @@ def run(
 ) -> dict[str, Any]:
     """Train every run, `jobs` at once, evaluate (none, best or all of them) and summarize → as
     experiments/sweep.py's summarize. A run that fails is named; the others continue. Raises ConfigError for
-    too many jobs, RunError when all failed, KeyboardInterrupt when it is stopped: what is done stays."""
+    too many jobs and for a folder that was begun with other settings, RunError when all failed,
+    KeyboardInterrupt when it is stopped: what is done stays."""
     with interruptible(), Pool(jobs) as pool:
+        _check_begun(sweep)
         failed = _train(sweep, Steps(sweep.num_runs, notify, jobs), pool)
         if len(failed) >= sweep.num_runs:
+            if sweep.drawn is not None:  # a sampler has learned nothing from them
+                sweep.journal.unlink()
             raise RunError(f"all {sweep.num_runs} runs failed; the last: {failed[-1]}")
-        ranking = [row for row in summarize(sweep.folder)["runs"] if row["status"] == "finished"]
+        names = [point.name for point in _points(sweep)]
+        ranking = [row for row in summarize(sweep.folder, names)["runs"] if row["status"] == "finished"]
         evaluations = []
         for row in ranking if evaluate == "all" else ranking[:1] if evaluate == "best" else []:
             notify(f"evaluating {row['run']}")
@@ -119,7 +135,53 @@ def run(
             evaluations.append(pool.submit(partial(evaluate_cell, cell, ["sampled"], 0)))
         for evaluation in evaluations:
             evaluation.result()
-    return summarize(sweep.folder)
+    return summarize(sweep.folder, names)
+
+
+def _points(sweep: Sweep, failed: bool = False) -> list[Point]:
+    """Its runs, as far as they are drawn; failed: only those that have failed."""
+    if (drawn := sweep.drawn) is None:
+        return list(sweep.points)
+    trials = begun(sweep.journal, drawn.space, cast(Sampler, drawn.search), drawn.seed)
+    return [
+        _point(trial.number, trial.words)
+        for trial in trials
+        if trial.number < drawn.trials and (trial.failed or not failed)
+    ]
+
+
+def _point(number: int, words: Sequence[str]) -> Point:
+    return point_of(number, {key: parse_yaml(text) for key, _, text in (w.partition("=") for w in words)})
+
+
+def _check_begun(sweep: Sweep) -> None:
+    """A finished run of other settings or data would stand in the ranking as one of these."""
+    for point in _points(sweep):
+        run = RunFolder(sweep.folder / point.name)
+        if not run.has_ended_well:
+            continue
+        now = load_config(sweep.preset, [*sweep.words, *point.overrides])
+        before = run.read_config()
+        old, new = fixed_settings(before), fixed_settings(now)
+        old["data"], new["data"] = _data_of(run, before, now)
+        # the micro-batch follows the number of processes
+        keys = sorted(key for key in {*old, *new} - {MICRO_BATCH} if old.get(key) != new.get(key))
+        if keys:
+            changed = "; ".join(f"{key} was {old.get(key)}, is {new.get(key)}" for key in keys)
+            raise ConfigError(
+                f"{run.path} was trained with other settings: {changed}. Give the same ones, or choose "
+                "another run.dir"
+            )
+
+
+def _data_of(run: RunFolder, before: Config, now: Config) -> tuple[str, str]:
+    """The hash of the prepared folder that a run was trained on, and of the one that is asked for: a folder
+    may move. Their places where one of them is not known."""
+    then = read_json(run.model / "model.json").get("manifest_hash")
+    with contextlib.suppress(DataError):
+        if then:
+            return str(then), read_manifest(now.data.dir).hash
+    return os.path.abspath(before.data.dir), os.path.abspath(now.data.dir)
 
 
 def _train(sweep: Sweep, steps: Steps, pool: Pool) -> list[str]:
@@ -141,23 +203,27 @@ def _train(sweep: Sweep, steps: Steps, pool: Pool) -> list[str]:
         steps.notify(f"  {point.name}: {value:.4f}")
         return value
 
-    def trial(number: int, words: tuple[str, ...]) -> float:
-        settings = {key: parse_yaml(text) for key, _, text in (word.partition("=") for word in words)}
-        return train(point_of(number, settings))
-
     def start(task: Callable[[], float]) -> Callable[[], float]:
         return pool.submit(task).result
 
-    if (drawn := sweep.drawn) is not None:
-        kind: Literal["tpe", "random"] = "tpe" if drawn.search == "tpe" else "random"
-        journal = sweep.folder / JOURNAL
-        return search(journal, drawn.space, drawn.trials, trial, None, kind, drawn.seed, pool.jobs, start)
-    failed = []
-    for waiting in [start(partial(train, point)) for point in sweep.points]:
+    drawn, failed = sweep.drawn, []
+    # the sampler remembers a drawn run as failed, so that what it draws next is what it would have drawn
+    for waiting in [start(partial(train, point)) for point in _points(sweep, failed=True)]:
         try:
             waiting()
         except GensrError as error:
             failed.append(str(error))
+    if drawn is not None:
+        failed += search(
+            sweep.journal,
+            drawn.space,
+            drawn.trials,
+            lambda number, words: train(_point(number, words)),
+            sampler=cast(Sampler, drawn.search),
+            seed=drawn.seed,
+            jobs=pool.jobs,
+            start=start,
+        )
     return failed
 
 
@@ -181,18 +247,23 @@ def _words(settings: Mapping[str, Any]) -> list[str]:
     return list(point_of(0, flatten(settings)).overrides) if settings else []
 
 
-def _as_numbers(domain: Any) -> Any:
-    """YAML reads 1e-4 as text."""
+def _as_numbers(domain: Any, value: Any) -> Any:
+    """YAML reads 1e-4 as text. value: of the preset; between two integers only integers are drawn."""
     if not isinstance(domain, Mapping):
         return domain
     numbers = dict(domain)
     for end in ("low", "high"):
         with contextlib.suppress(KeyError, TypeError, ValueError):
-            numbers[end] = float(numbers[end])
+            number = float(numbers[end])
+            numbers[end] = int(number) if _is_whole(value) and number.is_integer() else number
     return numbers
 
 
-def _check_space(file: str | Path, given: SweepSettings) -> None:
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_space(file: str | Path, given: SweepSettings, values: Mapping[str, Any]) -> None:
     problems = []
     for key, domain in given.space.items():
         if isinstance(domain, list) and domain:
@@ -205,6 +276,8 @@ def _check_space(file: str | Path, given: SweepSettings) -> None:
             problems.append((key, f"low and high must be numbers, got {domain}"))
         elif not domain["low"] < domain["high"] or (domain.get("log") and domain["low"] <= 0):
             problems.append((key, f"low must be below high, and above 0 with log, got {domain}"))
+        elif _is_whole(values.get(key)) and not (_is_whole(domain["low"]) and _is_whole(domain["high"])):
+            problems.append((key, f"low and high must be integers, as {key} is, got {domain}"))
     if not given.space:
         problems.append(("space", "is empty: name at least one key"))
     if problems:

@@ -92,8 +92,9 @@ def point_of(number: int, settings: Mapping[str, Any]) -> Point:
 # ---- the end of a sweep ------------------------------------------------------------------------------------
 
 
-def summarize(folder: str | Path) -> dict[str, Any]:
-    """Write the table of a sweep's runs and give them their parent in MLflow. Can be repeated.
+def summarize(folder: str | Path, names: Sequence[str] | None = None) -> dict[str, Any]:
+    """Write the table of a sweep's runs and give them their parent in MLflow. Can be repeated. names:
+    of their folders; None: every run folder below `folder`.
 
     Returns {"runs": [{"run", "status", "step", "best_step", "metric", "best"}] best first, "comparison": as
     `gensr compare`, or {}, "mlflow_run_id": the parent or ""}. Raises RunError when no run has started.
@@ -102,7 +103,12 @@ def summarize(folder: str | Path) -> dict[str, Any]:
 
     folder = Path(folder)
     run_dirs = sorted(
-        {path.parent for name in ("config.yaml", JOB_FILE) for path in folder.glob(f"*/{name}")}
+        {
+            path.parent
+            for name in ("config.yaml", JOB_FILE)
+            for path in folder.glob(f"*/{name}")
+            if names is None or path.parent.name in names
+        }
     )
     configs = {
         run_dir: RunFolder(run_dir).read_config()

@@ -8,6 +8,7 @@ best value of run.select_metric on validation; the test split is never looked at
 import json
 from collections import deque
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from importlib import resources
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from data_shards.settings import flatten, parse_yaml, to_dict
 from trainer.config import Config
-from trainer.errors import GensrError, RunError
+from trainer.errors import ConfigError, GensrError, RunError
 from trainer.runs.run_folder import read_json
 from trainer.runtime.files import atomic
 
@@ -23,9 +24,19 @@ if TYPE_CHECKING:
     from optuna.study import Study
 
 SEED = 0
+Sampler = Literal["tpe", "random"]
 Space = dict[str, Any]  # key → list of choices, or {low, high, log}
 RunTrial = Callable[[int, tuple[str, ...]], float]
 """(number, settings as words) → the objective; raises a GensrError when the trial failed."""
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A trial of an earlier call."""
+
+    number: int
+    words: tuple[str, ...]
+    failed: bool
 
 
 def space_of(config: Config) -> Space:
@@ -87,7 +98,7 @@ def search(
     num_trials: int,
     run_trial: RunTrial,
     first: Mapping[str, Any] | None = None,
-    sampler: Literal["tpe", "random"] = "tpe",
+    sampler: Sampler = "tpe",
     seed: int = SEED,
     jobs: int = 1,
     start: Callable[[Callable[[], float]], Callable[[], float]] = lambda trial: trial,
@@ -96,11 +107,12 @@ def search(
 
     jobs: trials at once; `start` begins one and returns what waits for its value. Trial n is drawn when all
     up to n - jobs have ended, and knows these alone, whatever else has ended: so it is always the same.
+    Raises ConfigError when the journal is one of another space, sampler or seed.
     """
     from optuna.samplers import RandomSampler, TPESampler
     from optuna.trial import TrialState
 
-    study = open_study(journal)
+    study = _open_search(journal, space, sampler, seed)
     if not study.trials and first is not None:
         study.enqueue_trial(dict(first))
     unfinished = [t.number for t in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))]
@@ -134,6 +146,33 @@ def search(
             study.tell(number, state=TrialState.FAIL)
 
 
+def begun(journal: Path, space: Space, sampler: Sampler, seed: int) -> list[Begun]:
+    """What search() has drawn so far. Raises ConfigError as it does."""
+    from optuna.trial import TrialState
+
+    if not journal.is_file():
+        return []
+    return [
+        Begun(t.number, words_of({key: t.params[key] for key in space}), t.state == TrialState.FAIL)
+        for t in _open_search(journal, space, sampler, seed).trials
+        if set(t.params) == set(space)
+    ]
+
+
+def _open_search(journal: Path, space: Space, sampler: Sampler, seed: int) -> "Study":
+    """Trials of two searches in one journal would count as one search's, or no sampler could read them."""
+    study = open_study(journal)
+    asked = json.loads(json.dumps({"space": space, "search": sampler, "seed": seed}))
+    known = study.user_attrs.get("asked", asked)
+    if changed := [f"{key} was {known[key]}, is {asked[key]}" for key in asked if known[key] != asked[key]]:
+        raise ConfigError(
+            f"{journal} was begun with another search: {'; '.join(changed)}. Give the same one, choose "
+            "another folder, or delete the file to begin again"
+        )
+    study.set_user_attr("asked", asked)
+    return study
+
+
 def open_study(journal: Path) -> "Study":
     import optuna
     from optuna.storages import JournalStorage
@@ -148,11 +187,13 @@ def open_study(journal: Path) -> "Study":
 
 
 def _distributions(space: Space) -> dict[str, Any]:
-    from optuna.distributions import CategoricalDistribution, FloatDistribution
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-    return {
-        key: CategoricalDistribution(domain)
-        if isinstance(domain, list)
-        else FloatDistribution(domain["low"], domain["high"], log=bool(domain.get("log")))
-        for key, domain in space.items()
-    }
+    def of(domain: Any) -> Any:
+        if isinstance(domain, list):
+            return CategoricalDistribution(domain)
+        low, high = domain["low"], domain["high"]
+        kind = IntDistribution if isinstance(low, int) and isinstance(high, int) else FloatDistribution
+        return kind(low, high, log=bool(domain.get("log")))
+
+    return {key: of(domain) for key, domain in space.items()}
