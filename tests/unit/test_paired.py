@@ -158,10 +158,30 @@ def test_tasks_may_differ_for_a_table_and_not_for_a_gate(tmp_path: Path) -> None
         check_same(a, b)
 
 
+def test_samples_of_the_whole_catalogue_are_compared_on_the_events_of_both(tmp_path: Path) -> None:
+    """A joint model's sample has fewer events of a task than that of a model of this task alone."""
+    runs = [
+        write_run(tmp_path / "joint", candidates="full"),
+        write_run(tmp_path / "rec", 0.5, ("rec",), candidates="full", first_event=100),
+        write_run(tmp_path / "apart", 0.5, ("rec",), candidates="full", first_event=1000),
+    ]
+    for run in runs:
+        for ending in ("json", "parquet"):
+            (run / f"evaluation-test.{ending}").rename(run / f"evaluation-test-full.{ending}")
+    comparison = compare(runs[:2], candidates="full")
+    found = comparison["paired"]["runs"][str(runs[1])]
+    assert list(found) == ["rec"] and found["rec"]["ndcg@10"]["num_events"] == 300
+    assert any(line.endswith("(300 events)") for line in compare_lines(comparison))
+    with pytest.raises(RunError, match=r"no event was ranked by all.*--candidates full --events 0"):
+        compare(runs, candidates="full")
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     run = write_run(tmp_path / "a")
     (run / "evaluation-test.parquet").unlink()
-    with pytest.raises(RunError, match=r"evaluation-test\.parquet is missing"):
+    with pytest.raises(
+        RunError, match=rf"evaluation-test\.parquet is missing\..*evaluate {run} --split test"
+    ):
         compare([run])
 
 

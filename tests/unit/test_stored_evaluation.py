@@ -31,6 +31,15 @@ def test_what_is_no_number_is_refused(tmp_path: Path, value: Any) -> None:
             read_evaluation_file(written(tmp_path, {**FULL, "rec": report}))
 
 
+def test_the_command_that_mends_a_damaged_file_is_named(tmp_path: Path) -> None:
+    path = written(tmp_path, {})
+    with pytest.raises(RunError, match="gensr evaluate RUN --split test --candidates full"):
+        read_evaluation_file(path)
+    (tmp_path / "config.yaml").touch()  # a run
+    with pytest.raises(RunError, match=f"gensr evaluate {tmp_path} --split test --candidates full"):
+        read_evaluation_file(path)
+
+
 def test_an_interval_that_ends_before_it_begins_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="damaged"):
         read_evaluation_file(written(tmp_path, {**FULL, "rec": {**REPORT, "ci95": {"ndcg@10": [0.6, 0.4]}}}))

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_shards.settings import flatten, key_help, parse_yaml, to_dict
+from data_shards.settings import flatten, key_help, parse_yaml, to_dict, to_yaml
 from tests.tiny_folder import make_tiny_folder
 from trainer.analysis.significance import paired_difference
 from trainer.configs import config_type, load_config, preset_names
@@ -189,7 +189,8 @@ def test_the_line_that_names_an_error(tmp_path: Path, text: str, code: int, line
 def test_each_kind_of_candidates_is_evaluated_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cell = Cell("sasrec", "seed-0", tmp_path, tmp_path, (), tmp_path / "log")
     (tmp_path / "status.json").write_text('{"status": "finished"}')
-    (tmp_path / "evaluation-test.json").write_text("{}")
+    for name in ("test.json", "test.parquet", "test-full.json"):  # the ranks of test-full are missing
+        (tmp_path / f"evaluation-{name}").write_text("{}")
     ran: list[list[str]] = []
     monkeypatch.setattr(cells, "_run", lambda words, log, mode: ran.append(list(words)))
     kinds = ("sampled", "hard", "full")
@@ -199,9 +200,10 @@ def test_each_kind_of_candidates_is_evaluated_once(tmp_path: Path, monkeypatch: 
         [*asked, "hard", "--no-baselines"],  # every event of the split, as with sampled candidates
         [*asked, "full", "--events", "50", "--no-baselines"],
     ]
-    (tmp_path / "evaluation-test-full.json").write_text("{}")
+    (tmp_path / "evaluation-test-full.parquet").write_text("")
     assert cells.is_done(cell, ("sampled", "full")) and not cells.is_done(cell, kinds)
-    (tmp_path / "evaluation-test-hard.json").write_text("{}")
+    for ending in ("json", "parquet"):
+        (tmp_path / f"evaluation-test-hard.{ending}").write_text("{}")
     assert cells.is_done(cell, kinds)
 
 
@@ -245,11 +247,12 @@ def test_a_failed_cell_is_named_and_the_rest_goes_on(
         (cell.run_dir / "status.json").write_text('{"status": "finished"}')
 
     def evaluate_cell(cell: Cell, candidates: tuple[str, ...], events: int) -> None:
-        (cell.run_dir / "evaluation-test.json").write_text("{}")
+        for ending in ("json", "parquet"):
+            (cell.run_dir / f"evaluation-test.{ending}").write_text("{}")
 
     def read_results(plan: Any, cells: Any, errors: dict[str, str]) -> dict[str, Any]:
         errors_seen.append(errors)
-        return {}
+        return {"rows": []}
 
     errors_seen: list[dict[str, str]] = []
     monkeypatch.setattr(run, "train_cell", train_cell)
@@ -281,7 +284,9 @@ def test_each_system_against_the_best_other_one() -> None:
     assert found["b"]["difference"] == pytest.approx(0.05) and found["a"]["difference"] == pytest.approx(
         -0.05
     )
-    p = {name: paired_difference(values["b"], values[name], users).p_value for name in ("a", "c")}
+    alone = {name: paired_difference(values["b"], values[name], users) for name in ("a", "c")}
+    assert found["c"]["low"] == pytest.approx(alone["c"].low), "the same resamples as one by one"
+    p = {name: difference.p_value for name, difference in alone.items()}
     smallest = min(p.values())
     assert found["a"]["p_holm"] == pytest.approx(2 * smallest) and found["b"]["p"] == p["a"]
     assert results.against_best({"a": base}, users) == {}
@@ -302,6 +307,14 @@ def write_ranks(run_dir: Path, ranks: dict[int, float], name: str = "test") -> C
     return Cell(run_dir.parent.name, run_dir.name, run_dir, run_dir, (), run_dir)
 
 
+def compare_task(done: dict[str, list[Cell]], kind: str) -> tuple[int, dict[str, dict[str, Any]]]:
+    values = {
+        name: [results.event_values(cell.run_dir, kind) for cell in of_model]
+        for name, of_model in done.items()
+    }
+    return results.compare_task(values, "rec")
+
+
 def test_values_are_those_of_the_events_that_every_run_ranked(tmp_path: Path) -> None:
     done = {
         "sasrec": [
@@ -312,13 +325,45 @@ def test_values_are_those_of_the_events_that_every_run_ranked(tmp_path: Path) ->
         "gru4rec": [],
         "bm25": [write_ranks(tmp_path / "bm25" / "seed-0", {0: 1})],  # does not recommend
     }
-    num_events, found = results.compare_task(done, "sampled", "rec")
+    num_events, found = compare_task(done, "sampled")
     assert num_events == 2 and set(found) == {"sasrec", "popularity"}
     recall = found["sasrec"]["recall@5"]
     assert recall["seeds"] == [0.5, 0.0] and recall["value"] == 0.25 and recall["low"] < 0 < recall["high"]
     assert found["popularity"]["recall@10"] == {"value": 1.0, "low": None, "high": None, "seeds": [1.0]}
     assert found["popularity"]["ndcg@10"]["value"] == pytest.approx(1 / 3)
     assert found["sasrec"]["against"]["model"] == "popularity"
+
+
+@pytest.mark.parametrize("ending", ["json", "parquet"])
+def test_a_cell_whose_files_are_damaged_is_named_and_the_rest_counts(
+    data: Path, tmp_path: Path, ending: str
+) -> None:
+    request = Request(str(data), tmp_path, models=("popularity", "item_knn"), candidates=("sampled",))
+    plan, made = make_plan(request), []
+    for name in request.models:
+        cell = write_ranks(request.runs_of(name) / "seed-0", {0: 1, 1: 7})
+        protocol = {"candidates": "sampled", "num_negatives": 20, "candidates_per_s": 1.0}
+        document = {"protocol": protocol, "rec": {"num_events": 2}}
+        (cell.run_dir / "evaluation-test.json").write_text(json.dumps(document))
+        (cell.run_dir / "status.json").write_text('{"status": "finished"}')
+        (cell.run_dir / "metrics.jsonl").touch()
+        (cell.run_dir / "config.yaml").write_text(to_yaml(plan.configs[name]))
+        made.append(cell)
+    whole = results.read_results(plan, made, {})
+    assert [len(row["cells"]) for row in whole["rows"]] == [1, 1]
+    (made[0].run_dir / f"evaluation-test.{ending}").write_text("half")
+    rows = {row["model"]: row for row in results.read_results(plan, made, {})["rows"]}
+    assert f"gensr evaluate {made[0].run_dir} --split" in rows["popularity"]["errors"]["popularity seed-0"]
+    assert not rows["popularity"]["results"] and not rows["item_knn"]["errors"]
+    assert rows["item_knn"]["results"]["sampled"]["rec"]["recall@5"]["value"] == 0.5
+
+
+def test_a_file_without_ties_is_read(tmp_path: Path) -> None:
+    cell = write_ranks(tmp_path / "sasrec" / "seed-0", {0: 1, 1: 7})
+    path = cell.run_dir / "evaluation-test.parquet"
+    with_ties = results.event_values(cell.run_dir, "sampled")["rec"]
+    pq.write_table(pq.read_table(path).drop_columns(["num_tied"]), path)
+    assert (results.event_values(cell.run_dir, "sampled")["rec"].metrics == with_ties.metrics).all()
 
 
 def test_the_planted_optimum_is_a_row_where_it_ranked_the_same_events(tmp_path: Path) -> None:
@@ -358,7 +403,7 @@ def test_hard_ranks_are_compared_by_themselves(tmp_path: Path) -> None:
     for model, hard in (("sasrec", 3), ("popularity", 1)):
         write_ranks(tmp_path / model / "seed-0", {0: 1, 1: 1})
         done[model] = [write_ranks(tmp_path / model / "seed-0", {0: hard, 1: hard}, "test-hard")]
-    found = {kind: results.compare_task(done, kind, "rec")[1] for kind in ("sampled", "hard")}
+    found = {kind: compare_task(done, kind)[1] for kind in ("sampled", "hard")}
     mrr = {kind: {model: of[model]["mrr"]["value"] for model in of} for kind, of in found.items()}
     assert mrr["sampled"] == {"sasrec": 1.0, "popularity": 1.0}
     assert mrr["hard"] == {"sasrec": pytest.approx(1 / 3), "popularity": 1.0}
@@ -526,8 +571,8 @@ def test_missing_cells_become_arrays(data: Path, tmp_path: Path, monkeypatch: py
     run_dir = tmp_path / "runs" / "popularity" / "seed-0"
     run_dir.mkdir(parents=True)
     (run_dir / "status.json").write_text('{"status": "finished"}')
-    for kind in ("test", "test-full"):
-        (run_dir / f"evaluation-{kind}.json").write_text("{}")
+    for name in ("test.json", "test.parquet", "test-full.json", "test-full.parquet"):
+        (run_dir / f"evaluation-{name}").write_text("{}")
     plan = make_plan(request)
     made = plan_submission(plan, jobs.Machines(gpus_per_node=0), "gensr table")
     train, *evaluations = made.jobs

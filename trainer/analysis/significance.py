@@ -12,7 +12,9 @@ from trainer.evaluation.bootstrap import (
     Interval,
     cluster_means,
     mean_interval,
+    mean_intervals,
     paired_difference,
+    paired_differences,
 )
 
 __all__ = [
@@ -22,7 +24,9 @@ __all__ = [
     "cluster_means",
     "holm",
     "mean_interval",
+    "mean_intervals",
     "paired_difference",
+    "paired_differences",
     "seed_interval",
 ]
 

@@ -30,7 +30,7 @@ from trainer.cli.base import (
     stage_lines,
     verb,
 )
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, RunError
 from trainer.runtime.progress import waiting_for
 
 if TYPE_CHECKING:
@@ -371,6 +371,8 @@ def table_of_systems(
     with resumable():
         document = make_table(request, notify=note)
     answer(document, as_json, *markdown(document), "", f"wrote {out / 'table.html'}, .md, .csv and .json")
+    if not any(row["results"] for row in document["rows"] if "about" not in row):
+        raise RunError(f"no run of the table has results: {out / 'table.md'} says what failed")
 
 
 def _machine_of_jobs(gpus_per_node: int) -> "Machine":

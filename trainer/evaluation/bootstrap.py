@@ -71,8 +71,17 @@ def mean_interval(
     values: ArrayLike, users: ArrayLike, num_resamples: int = NUM_RESAMPLES, seed: int = 0
 ) -> Interval:
     """Mean of values [n] over events, with the percentile interval of the bootstrap over users [n]."""
-    low, high = np.quantile(cluster_means(values, users, num_resamples, seed), [0.025, 0.975])
-    return Interval(float(np.mean(np.asarray(values, dtype=np.float64))), float(low), float(high))
+    return mean_intervals(np.asarray(values, dtype=np.float64)[:, None], users, num_resamples, seed)[0]
+
+
+def mean_intervals(
+    values: ArrayLike, users: ArrayLike, num_resamples: int = NUM_RESAMPLES, seed: int = 0
+) -> list[Interval]:
+    """mean_interval() of each column of values [n, M], all on the same resamples of users [n]."""
+    columns = np.asarray(values, dtype=np.float64)
+    low, high = np.quantile(cluster_means(columns, users, num_resamples, seed), [0.025, 0.975], axis=0)
+    means = (float(columns[:, i].mean()) for i in range(columns.shape[1]))
+    return [Interval(mean, float(low[i]), float(high[i])) for i, mean in enumerate(means)]
 
 
 def paired_difference(

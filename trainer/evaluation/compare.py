@@ -1,6 +1,5 @@
 """`gensr compare`: runs side by side, their differences event by event, and the settings that differ."""
 
-import itertools
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 from data_shards.secrets import masked
 from data_shards.settings import flatten, to_dict
 from trainer.evaluation.evaluated_weights import warnings_of
-from trainer.evaluation.paired import check_same, paired, read_stored
+from trainer.evaluation.paired import comparable, paired, read_stored
 from trainer.evaluation.segments import BUCKETS, METRIC
 from trainer.evaluation.summary import (
     TASK_TITLES,
@@ -41,9 +40,7 @@ def compare(
     folders = [Path(run_dir) for run_dir in run_dirs]
     file = evaluation_name(split, candidates)
     evaluations = {str(folder): read_evaluation(folder, split, candidates) for folder in folders}
-    stored = [read_stored(Path(name), file, name) for name in evaluations]
-    for one, other in itertools.combinations(stored, 2):
-        check_same(one, other, same_tasks=False)
+    stored = comparable([read_stored(Path(name), file, name) for name in evaluations])
     # as they are understood today: a key that came later has its default in an older run
     configs = {str(folder): flatten(masked(to_dict(RunFolder(folder).read_config()))) for folder in folders}
     keys = sorted({key for config in configs.values() for key in config})
@@ -89,7 +86,7 @@ def compare_lines(comparison: Mapping[str, Any], with_segments: bool = False) ->
         f"Candidates: {comparison['candidates']}",
         *(f"  {name}: with the retriever {words}" for name, words in comparison["retrievers"].items()),
         *table(rows),
-        *paired_lines(comparison["paired"]),
+        *paired_lines(comparison["paired"], with_events=comparison["candidates"] == "full"),
     ]
     if with_segments:
         lines += segment_lines({n: {"segments": of_run} for n, of_run in comparison["segments"].items()})
@@ -115,15 +112,17 @@ def _written(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value) or "''"
 
 
-def paired_lines(comparison: Mapping[str, Any]) -> list[str]:
-    """The differences of compare(), of two metrics."""
+def paired_lines(comparison: Mapping[str, Any], with_events: bool = False) -> list[str]:
+    """The differences of compare(), of two metrics; with_events: on how many events, where runs may have
+    ranked different samples."""
     if not comparison["runs"]:
         return []
     lines = [f"Difference from {comparison['against']} on the same candidates, 95 % bootstrap over users"]
     for name, tasks in comparison["runs"].items():
         for task, metrics in tasks.items():
             shown = [f"{metric} {difference_cell(metrics[metric])}" for metric in ("recall@10", METRIC)]
-            lines.append(f"  {name}  {task}  {'  '.join(shown)}")
+            events = f"  ({metrics[METRIC]['num_events']:,} events)" if with_events else ""
+            lines.append(f"  {name}  {task}  {'  '.join(shown)}{events}")
     return lines
 
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from trainer.evaluation.stored import evaluate_command
 from trainer.runs.run_folder import RunFolder, read_json, words_of
 
 
@@ -45,7 +46,7 @@ def outdated_line(run_dir: str | Path, name: str, protocol: Mapping[str, Any]) -
         return ""
     return (
         f"{RunFolder(run_dir).evaluation(name)} is of {_words(then)}, RUN/model is now of "
-        f"{_words(now)}. Evaluate again with: gensr evaluate {run_dir}"
+        f"{_words(now)}. Evaluate again with: {evaluate_command(run_dir, name)}"
     )
 
 

@@ -3,7 +3,10 @@
 RUN/evaluation-NAME.{json,parquet} ─read_stored─▶ StoredRanks ─check_same─▶ paired bootstrap over users
 """
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ from trainer.errors import RunError
 from trainer.evaluation.bootstrap import Difference, paired_differences
 from trainer.evaluation.metrics import METRICS, fewest_tied, metric_values
 from trainer.evaluation.segments import BUCKETS, METRIC
-from trainer.evaluation.stored import read_evaluation_file, read_ranks_file
+from trainer.evaluation.stored import evaluate_command, read_evaluation_file, read_ranks_file
 from trainer.runs.run_folder import RunFolder
 
 # of a protocol: what differs, in words, when the values do
@@ -58,7 +61,7 @@ def read_stored(folder: Path, name: str, where: str) -> StoredRanks:
     missing or damaged."""
     document, rows = (RunFolder(folder).evaluation(name), RunFolder(folder).ranks(name))
     if lacking := next((path for path in (document, rows) if not path.is_file()), None):
-        raise RunError(f"{where}: {lacking.name} is missing. Make it with: gensr evaluate")
+        raise RunError(f"{where}: {lacking.name} is missing. Make it with: {evaluate_command(folder, name)}")
     protocol = read_evaluation_file(document)["protocol"]
     table = read_ranks_file(rows)
     rank = table["rank"].to_numpy()
@@ -100,6 +103,28 @@ def check_same(a: StoredRanks, b: StoredRanks, same_tasks: bool = True) -> None:
                 f"{a.where} and {b.where} were evaluated on different events of task {task} and cannot be "
                 "compared. Evaluate both on the same events of the split"
             )
+
+
+def comparable(stored: Sequence[StoredRanks]) -> list[StoredRanks]:
+    """The same runs, each two of which can be compared on the tasks that both have. A ranking of the whole
+    catalogue counts on the events that all runs of its task ranked: their samples are drawn from the events
+    of the tasks that a model does. Raises RunError as check_same()."""
+    if stored and all(one.protocol.get("candidates") == "full" for one in stored):
+        samples = {task: [one.event_id[one.task == task] for one in stored] for task in TASKS}
+        ranked = {task: [events for events in of_task if len(events)] for task, of_task in samples.items()}
+        common = {task: reduce(np.intersect1d, of_task) for task, of_task in ranked.items() if of_task}
+        if not all(map(len, common.values())):
+            raise RunError(
+                f"{', '.join(one.where for one in stored)}: no event was ranked by all of them. Evaluate "
+                "them again on every event: gensr evaluate RUN --candidates full --events 0"
+            )
+        stored = [
+            one._take(sum((one.task == task) & np.isin(one.event_id, common[task]) for task in common) > 0)
+            for one in stored
+        ]
+    for one, other in itertools.combinations(stored, 2):
+        check_same(one, other, same_tasks=False)
+    return list(stored)
 
 
 def paired(a: StoredRanks, b: StoredRanks) -> dict[str, dict[str, dict[str, Any]]]:

@@ -1,5 +1,6 @@
 """RUN/evaluation-NAME.json and .parquet as files that may be damaged."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,20 @@ import pyarrow.parquet as pq
 from data_shards.schema import TASKS
 from trainer.errors import RunError
 from trainer.evaluation.segments import METRIC
-from trainer.runs.run_folder import is_number, read_json
+from trainer.runs.run_folder import RunFolder, is_number, read_json
 
-AGAIN = "Make it again with: gensr evaluate"
+
+def evaluate_command(run_dir: str | Path, name: str) -> str:
+    """What makes RUN/evaluation-NAME.*; name: test, valid-hard, …"""
+    split, _, candidates = name.partition("-")
+    option = f" --candidates {candidates}" if candidates else ""
+    return f"gensr evaluate {shlex.quote(str(run_dir))} --split {split}{option}"
+
+
+def _again(path: Path) -> str:
+    """A registered version holds an evaluation, too, and is no run that could make it."""
+    run_dir = path.parent if RunFolder(path.parent).config.is_file() else "RUN"
+    return f"Make it again with: {evaluate_command(run_dir, path.stem.removeprefix('evaluation-'))}"
 
 
 def read_evaluation_file(path: Path) -> dict[str, Any]:
@@ -26,7 +38,7 @@ def read_evaluation_file(path: Path) -> dict[str, Any]:
     whole = whole and all(map(_is_report, [*reports, *parts])) and all(map(_is_part, parts))
     decodes = whole and document["protocol"].get("num_beams")
     if not whole or (decodes and not all("share_reached" in report for report in mine)):
-        raise RunError(f"{path} is damaged. {AGAIN}")
+        raise RunError(f"{path} is damaged. {_again(path)}")
     return document
 
 
@@ -63,7 +75,7 @@ def read_ranks_file(path: Path) -> pa.Table:
     try:
         table = pq.read_table(path)
     except (OSError, pa.ArrowException) as error:
-        raise RunError(f"{path}: cannot be read: {error}. {AGAIN}") from error
+        raise RunError(f"{path}: cannot be read: {error}. {_again(path)}") from error
     if lacking := {"event_id", "task", "user_id", "rank"} - set(table.column_names):
-        raise RunError(f"{path} has no column {', '.join(sorted(lacking))}. {AGAIN}")
+        raise RunError(f"{path} has no column {', '.join(sorted(lacking))}. {_again(path)}")
     return table

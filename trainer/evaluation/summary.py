@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import ConfigError, RunError
-from trainer.evaluation.stored import read_evaluation_file
+from trainer.evaluation.stored import evaluate_command, read_evaluation_file
 from trainer.runs.retriever_facts import retriever_of, retriever_words
 from trainer.runs.run_folder import RunFolder
 
@@ -49,10 +49,10 @@ def evaluation_name(split: str, candidates: str) -> str:
 def read_evaluation(run_dir: str | Path, split: str = "test", candidates: str = "sampled") -> dict[str, Any]:
     """RUN/evaluation-NAME.json. Raises RunError when the run has not been evaluated,
     or the file is damaged."""
-    path = RunFolder(run_dir).evaluation(evaluation_name(split, candidates))
+    name = evaluation_name(split, candidates)
+    path = RunFolder(run_dir).evaluation(name)
     if not path.is_file():
-        option = "" if candidates == "sampled" else f" --candidates {candidates}"
-        raise RunError(f"{path} is missing. Make it with: gensr evaluate {run_dir} --split {split}{option}")
+        raise RunError(f"{path} is missing. Make it with: {evaluate_command(run_dir, name)}")
     return read_evaluation_file(path)
 
 

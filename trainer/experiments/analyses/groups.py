@@ -12,9 +12,9 @@ import numpy as np
 from data_shards.schema import TASKS
 from data_shards.secrets import masked
 from data_shards.settings import flatten, to_dict
-from trainer.analysis.significance import holm, mean_interval, paired_difference, seed_interval
+from trainer.analysis.significance import holm, mean_intervals, paired_differences, seed_interval
 from trainer.errors import RunError
-from trainer.evaluation.paired import check_same, read_stored
+from trainer.evaluation.paired import comparable, read_stored
 from trainer.evaluation.summary import evaluation_name
 from trainer.experiments.table.results import SHOWN, Values, event_values
 from trainer.runs.run_folder import RunFolder
@@ -35,9 +35,7 @@ def grouped(runs: Sequence[Path], candidates: str = "sampled") -> list[Group]:
     """In the order in which the first run of each is given. Raises RunError when a seed occurs twice in one
     group, or runs did not rank the same candidates of the same events."""
     name = evaluation_name("test", candidates)
-    stored = [read_stored(run, name, str(run)) for run in runs]
-    for other in stored[1:]:
-        check_same(stored[0], other, same_tasks=False)
+    comparable([read_stored(run, name, str(run)) for run in runs])
     # read with defaults: a run of before a setting was made is alike one that leaves it as it is
     settings = [flatten(masked(to_dict(RunFolder(run).read_config()))) for run in runs]
     keys = sorted({key for of_run in settings for key in of_run if not _is_apart(key)})
@@ -71,8 +69,9 @@ def results(groups: Sequence[Group], candidates: str, reference: int = 0) -> lis
         {"settings": dict(group.settings), "runs": [str(run) for run in group.runs], "tasks": {}}
         for group in groups
     ]
+    of_runs = [[event_values(run, candidates) for run in group.runs] for group in groups]
     for task in TASKS:
-        values = [[event_values(run, candidates, task) for run in group.runs] for group in groups]
+        values = [[of_run[task] for of_run in seeds] for seeds in of_runs]
         having = [number for number, seeds in enumerate(values) if all(len(v.events) for v in seeds)]
         if not having:
             continue
@@ -80,22 +79,25 @@ def results(groups: Sequence[Group], candidates: str, reference: int = 0) -> lis
         chosen = {number: [v.of(events) for v in values[number]] for number in having}
         against = _against(chosen, reference)
         for number, seeds in chosen.items():
-            metrics = {metric: _summary(seeds, column) for column, metric in enumerate(SHOWN)}
             rows[number]["tasks"][task] = {
-                **metrics,
+                **_summary(seeds),
                 "num_events": len(events),
                 "against": against.get(number, {}),
             }
     return rows
 
 
-def _summary(seeds: Sequence[Values], column: int) -> dict[str, Any]:
-    means = [float(values.metrics[:, column].mean()) for values in seeds]
-    if len(means) > 1:
-        found, kind = seed_interval(means), "seeds"
+def _summary(seeds: Sequence[Values]) -> dict[str, dict[str, Any]]:
+    """By metric."""
+    means = [[float(values.metrics[:, column].mean()) for values in seeds] for column in range(len(SHOWN))]
+    if len(seeds) > 1:
+        intervals, kind = [seed_interval(of_metric) for of_metric in means], "seeds"
     else:
-        found, kind = mean_interval(seeds[0].metrics[:, column], seeds[0].users), "users"
-    return {"value": found.value, "low": found.low, "high": found.high, "seeds": means, "interval": kind}
+        intervals, kind = mean_intervals(seeds[0].metrics, seeds[0].users), "users"
+    return {
+        metric: {"value": i.value, "low": i.low, "high": i.high, "seeds": of_metric, "interval": kind}
+        for metric, i, of_metric in zip(SHOWN, intervals, means, strict=True)
+    }
 
 
 def _against(chosen: Mapping[int, Sequence[Values]], reference: int) -> dict[int, dict[str, Any]]:
@@ -107,11 +109,10 @@ def _against(chosen: Mapping[int, Sequence[Values]], reference: int) -> dict[int
         number: np.mean([v.metrics[:, column] for v in seeds], axis=0) for number, seeds in chosen.items()
     }
     users = chosen[reference][0].users
-    found = {
-        number: paired_difference(gains[reference], gain, users)
-        for number, gain in gains.items()
-        if number != reference
-    }
+    others = [number for number in gains if number != reference]
+    columns = np.stack([gains[number] for number in others], axis=1)
+    differences = paired_differences(gains[reference][:, None], columns, users)  # on the same resamples
+    found = dict(zip(others, differences, strict=True))
     adjusted = holm({str(number): difference.p_value for number, difference in found.items()})
     return {
         number: {

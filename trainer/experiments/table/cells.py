@@ -49,7 +49,8 @@ class Cell:
 
 
 def is_evaluated(cell: Cell, candidates: str) -> bool:
-    return RunFolder(cell.run_dir).evaluation(evaluation_name(SPLIT, candidates)).is_file()
+    run, name = RunFolder(cell.run_dir), evaluation_name(SPLIT, candidates)
+    return run.evaluation(name).is_file() and run.ranks(name).is_file()
 
 
 def is_done(cell: Cell, candidates: Sequence[str]) -> bool:

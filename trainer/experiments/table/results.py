@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 
 import trainer
@@ -22,9 +22,11 @@ from data_shards.schema import TASKS, Manifest
 from data_shards.secrets import masked
 from data_shards.settings import flatten, parse_yaml, read_yaml
 from trainer.analysis.figures import read_records
-from trainer.analysis.significance import holm, paired_difference, seed_interval
-from trainer.evaluation.metrics import METRICS, metric_values
+from trainer.analysis.significance import holm, paired_differences, seed_interval
+from trainer.errors import RunError
+from trainer.evaluation.metrics import METRICS, fewest_tied, metric_values
 from trainer.evaluation.optimum import TITLE, read_optimum
+from trainer.evaluation.stored import read_ranks_file
 from trainer.evaluation.summary import beams_words, evaluation_name, read_evaluation
 from trainer.experiments.table.cells import SPLIT, Cell, is_done
 from trainer.experiments.table.plan import Plan
@@ -50,24 +52,40 @@ class Values:
         return Values(events, self.users[rows], self.metrics[rows])
 
 
-def event_values(run_dir: Path, candidates: str, task: str) -> Values:
-    """From RUN/evaluation-test*.parquet. n = 0 for a task that the model does not do."""
-    path = RunFolder(run_dir).ranks(evaluation_name(SPLIT, candidates))
-    table = pq.read_table(path, columns=["task", "user_id", "rank", "num_tied", "event_id"])
-    table = table.filter(pc.equal(table["task"], task)).sort_by("event_id")
-    ranks, num_tied = (torch.from_numpy(table[name].to_numpy().copy()) for name in ("rank", "num_tied"))
-    chosen = [METRICS.index(name) for name in SHOWN]
+def event_values(run_dir: Path, candidates: str) -> dict[str, Values]:
+    """From RUN/evaluation-test*.parquet, by task; n = 0 for one that the model does not do. Raises RunError
+    for a file that is missing or damaged."""
+    table = read_ranks_file(RunFolder(run_dir).ranks(evaluation_name(SPLIT, candidates))).sort_by("event_id")
+    return {task: _values(table.filter(pc.equal(table["task"], task))) for task in TASKS}
+
+
+def _values(table: pa.Table) -> Values:
+    ranks = table["rank"].to_numpy().copy()
+    with_ties = "num_tied" in table.column_names
+    num_tied = table["num_tied"].to_numpy().copy() if with_ties else fewest_tied(ranks)
+    metrics = metric_values(torch.from_numpy(ranks), torch.from_numpy(num_tied)).numpy()
     users = np.asarray(table["user_id"].to_pylist())
-    return Values(table["event_id"].to_numpy(), users, metric_values(ranks, num_tied)[:, chosen].numpy())
+    chosen = [METRICS.index(name) for name in SHOWN]
+    return Values(table["event_id"].to_numpy(), users, metrics[:, chosen])
 
 
 # ---- the document ------------------------------------------------------------------------------------------
 
 
 def read_results(plan: Plan, cells: Sequence[Cell], errors: Mapping[str, str]) -> dict[str, Any]:
-    """errors: cell's or model's title → first line of what went wrong."""
-    kinds = plan.request.candidates
-    done = {name: [c for c in cells if c.model == name and is_done(c, kinds)] for name in plan.configs}
+    """errors: cell's or model's title → first line of what went wrong. A cell whose files cannot be read is
+    one more."""
+    kinds, errors = plan.request.candidates, dict(errors)
+    done: dict[str, list[tuple[Cell, dict[str, Any]]]] = {name: [] for name in plan.configs}
+    values: dict[str, list[dict[str, dict[str, Values]]]] = {name: [] for name in plan.configs}
+    for cell in cells:
+        if cell.model in done and is_done(cell, kinds):
+            try:
+                facts = _cell(cell, kinds)
+                values[cell.model].append({kind: event_values(cell.run_dir, kind) for kind in kinds})
+                done[cell.model].append((cell, facts))
+            except RunError as error:
+                errors[cell.title] = str(error)
     published = published_numbers(plan.folder.manifest)
     rows = []
     for name, of_model in done.items():
@@ -76,7 +94,8 @@ def read_results(plan: Plan, cells: Sequence[Cell], errors: Mapping[str, str]) -
     num_events: dict[str, dict[str, int]] = {}
     for kind in kinds:
         for task in TASKS:
-            numbers, results = compare_task(done, kind, task)
+            of_kind = {name: [of_cell[kind] for of_cell in seeds] for name, seeds in values.items()}
+            numbers, results = compare_task(of_kind, task)
             num_events.setdefault(kind, {})[task] = numbers
             for row in rows:
                 if row["model"] in results:
@@ -109,12 +128,14 @@ def read_results(plan: Plan, cells: Sequence[Cell], errors: Mapping[str, str]) -
     }
 
 
-def _row(plan: Plan, name: str, cells: Sequence[Cell], errors: Mapping[str, str]) -> dict[str, Any]:
-    """What a system is and what it took, apart from its metrics."""
-    kind, facts = model_class(name), [_cell(cell, plan.request.candidates) for cell in cells]
+def _row(
+    plan: Plan, name: str, done: Sequence[tuple[Cell, dict[str, Any]]], errors: Mapping[str, str]
+) -> dict[str, Any]:
+    """What a system is and what it took, apart from its metrics. done: its cells, with their _cell()."""
+    kind, facts = model_class(name), [of_cell for _, of_cell in done]
     config = plan.configs[name]
     tuned = read_json(plan.request.tuning_file(name)) if plan.request.trials_of(name) else {}
-    runs = [RunFolder(run.run_dir).read_environment() for run in (cells[0].runs if cells else [])]
+    runs = [RunFolder(run.run_dir).read_environment() for run in (done[0][0].runs if done else [])]
     return {
         "model": name,
         "title": kind.title,
@@ -122,7 +143,7 @@ def _row(plan: Plan, name: str, cells: Sequence[Cell], errors: Mapping[str, str]
         "trained": kind.trained,
         "stages": _stages(name),
         "beams": facts[0]["beams"] if facts else "",  # of the first seed
-        "parameters": sum(run.get("parameters", {}).get("trainable", 0) for run in runs) if cells else None,
+        "parameters": sum(run.get("parameters", {}).get("trainable", 0) for run in runs) if done else None,
         "train_s": _mean([fact["train_s"] for fact in facts]),
         "score_s": {
             which: _mean([fact["score_s"][which] for fact in facts]) for which in plan.request.candidates
@@ -233,21 +254,22 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def compare_task(
-    done: Mapping[str, Sequence[Cell]], candidates: str, task: str
+    values: Mapping[str, Sequence[Mapping[str, Values]]], task: str
 ) -> tuple[int, dict[str, dict[str, Any]]]:
-    """(events that every run ranked, model → {metric: {value, low, high, seeds}, "against": {…}})."""
+    """values: model → event_values() of its seeds. Returns (events that every run ranked, model →
+    {metric: {value, low, high, seeds}, "against": {…}})."""
     runs = {
-        name: [event_values(cell.run_dir, candidates, task) for cell in cells]
-        for name, cells in done.items()
-        if cells and TASKS.index(task) in model_class(name).tasks
+        name: [of_run[task] for of_run in seeds]
+        for name, seeds in values.items()
+        if seeds and TASKS.index(task) in model_class(name).tasks
     }
-    runs = {name: seeds for name, seeds in runs.items() if all(len(values.events) for values in seeds)}
+    runs = {name: seeds for name, seeds in runs.items() if all(len(of_run.events) for of_run in seeds)}
     if not runs:
         return 0, {}
-    common = reduce(np.intersect1d, [values.events for seeds in runs.values() for values in seeds])
+    common = reduce(np.intersect1d, [of_run.events for seeds in runs.values() for of_run in seeds])
     if not len(common):
         return 0, {}
-    runs = {name: [values.of(common) for values in seeds] for name, seeds in runs.items()}
+    runs = {name: [of_run.of(common) for of_run in seeds] for name, seeds in runs.items()}
     results: dict[str, dict[str, Any]] = {name: _over_seeds(seeds) for name, seeds in runs.items()}
     tested = SHOWN.index(TESTED)
     gains = {name: np.mean([v.metrics[:, tested] for v in seeds], axis=0) for name, seeds in runs.items()}
@@ -280,7 +302,9 @@ def against_best(values: Mapping[str, np.ndarray], users: np.ndarray) -> dict[st
     if len(order) < 2:
         return {}
     best, second = order[0], order[1]
-    found = {name: paired_difference(values[best], values[name], users) for name in order[1:]}
+    others = np.stack([values[name] for name in order[1:]], axis=1)
+    differences = paired_differences(values[best][:, None], others, users)  # on the same resamples
+    found = dict(zip(order[1:], differences, strict=True))
     adjusted = holm({name: difference.p_value for name, difference in found.items()})
     report: dict[str, dict[str, Any]] = {
         name: {

@@ -41,7 +41,8 @@ def make_table(request: Request, notify: Notify = lambda line: None) -> dict[str
         cells, errors = making.cells, making.errors
         document = read_results(plan, cells, errors)
         written = write_table(document, request.out)
-        document["mlflow_run_id"] = _parent_run(plan, cells, written, bool(errors))
+        failed = any(row["errors"] for row in document["rows"])
+        document["mlflow_run_id"] = _parent_run(plan, cells, written, failed)
     return document
 
 
