@@ -88,6 +88,18 @@ def test_other_settings_are_refused_and_more_cells_are_not(data: Path, tmp_path:
         make_plan(Request(**{**first, "trials": 4}))
 
 
+def test_a_table_and_its_data_may_move(data: Path, tmp_path: Path) -> None:
+    first: dict[str, Any] = {"folder": str(data), "out": tmp_path / "a", "models": ("popularity",)}
+    make_plan(Request(**first))
+    (tmp_path / "a").rename(tmp_path / "b")
+    shutil.copytree(data, tmp_path / "data")
+    moved = {**first, "out": tmp_path / "b", "folder": str(tmp_path / "data")}
+    plan = make_plan(Request(**moved))
+    assert plan.configs["popularity"].tracking.uri == f"sqlite:///{tmp_path}/b/mlflow.db"
+    with pytest.raises(ConfigError, match=r"popularity's tracking\.uri"):
+        make_plan(Request(**moved, settings=("tracking.uri=sqlite:////elsewhere/runs.db",)))
+
+
 def test_a_preset_reads_the_histories_that_the_folder_has(data: Path, tmp_path: Path) -> None:
     """Presets name the length of the paper's data; a folder with shorter histories is read whole."""
     length = PreparedFolder.at(data).manifest.history_max

@@ -4,6 +4,7 @@ that fails."""
 import errno
 import json
 import logging
+import os
 import socket
 import sqlite3
 import subprocess
@@ -309,6 +310,24 @@ def test_an_import_is_not_blocked_either(runs: Path, monkeypatch: pytest.MonkeyP
     assert (done.left_out, done.added) == (number, 2) and f"{number} records left out" in said[0]
     points = connect(into).get_metric_history(done.run_id, "train/loss")
     assert sorted((point.step, point.value) for point in points) == [(1, 2.0), (7, 0.5)]
+
+
+def test_an_import_sends_the_figures_of_a_repeated_evaluation(runs: Path) -> None:
+    """They stand at the same step, and the file has the same size."""
+    run_dir = run_folder(runs, "evaluated-again")
+    (run_dir / "config.yaml").write_text("{}")
+    (run_dir / "metrics.jsonl").touch()
+    path, into = run_dir / "evaluation-test.json", target_of(str(run_dir))
+    for number, value in enumerate((0.25, 0.75, 0.5)):
+        path.write_text(json.dumps({"protocol": {}, "rec": {"num_events": 8, "mrr": value}}))
+        os.utime(path, (1e9 + number, 1e9 + number))
+        added = [import_runs(str(run_dir), into)[0].added for _ in range(2)]
+        assert added == [1 if number else 2, 0]
+        (done,) = import_runs(str(run_dir), into)
+        client = connect(into)
+        assert client.get_run(done.run_id).data.metrics["test/rec/mrr"] == value
+        stored = client.download_artifacts(done.run_id, path.name, str(runs))
+        assert json.loads(Path(stored).read_text())["rec"]["mrr"] == value
 
 
 def test_a_long_line_that_is_still_written_is_waited_for(

@@ -160,16 +160,19 @@ def _import(target: "MlflowClient", into: str, run: Source) -> Imported:
             experiment_id, start_time=run.start_ms, tags=tags, run_name=run.name
         ).info.run_id
     there = target.get_run(run_id)
-    known = {
-        (key, point.step) for key in there.data.metrics for point in target.get_metric_history(run_id, key)
+    known = {  # (key, step) → the newest (time, value)
+        (key, point.step): (point.timestamp, point.value)
+        for key in there.data.metrics
+        for point in sorted(target.get_metric_history(run_id, key), key=lambda point: point.timestamp)
     }
     records, added = [], 0
     for record in run.records:
         if is_point(record):
-            key, _, _, step = record["metric"]
-            if (key, step) in known:
-                continue
-            known.add((key, step))
+            key, value, time_ms, step = record["metric"]
+            then_ms, there_now = known.get((key, step), (-math.inf, None))
+            if value == there_now or time_ms <= then_ms:
+                continue  # an evaluation that was repeated has other figures at the same step
+            known[key, step] = (time_ms, value)
             added += 1
         elif isinstance(record.get("params"), dict):
             record = {
@@ -209,7 +212,7 @@ def _find(target: "MlflowClient", experiment_id: str, source_id: str) -> str:
 
 
 def _send_files(target: "MlflowClient", run_id: str, files: Iterable[tuple[Path, str]]) -> None:
-    """Those that the target does not have at this size."""
+    """Those that the target does not have at this size; figures may change and keep it."""
     sizes: dict[str, dict[str, int]] = {}
     for path, folder in files:
         if folder not in sizes:
@@ -218,8 +221,15 @@ def _send_files(target: "MlflowClient", run_id: str, files: Iterable[tuple[Path,
                 for entry in target.list_artifacts(run_id, folder or None)
                 if not entry.is_dir
             }
-        if sizes[folder].get(f"{folder}/{path.name}" if folder else path.name) != path.stat().st_size:
+        name = f"{folder}/{path.name}" if folder else path.name
+        same = sizes[folder].get(name) == path.stat().st_size
+        if not same or (path.suffix == ".json" and _content(target, run_id, name) != path.read_bytes()):
             target.log_artifact(run_id, str(path), folder or None)
+
+
+def _content(target: "MlflowClient", run_id: str, name: str) -> bytes:
+    with tempfile.TemporaryDirectory(prefix="gensr-import-") as folder:
+        return Path(target.download_artifacts(run_id, name, folder)).read_bytes()
 
 
 def is_same(source: str, into: str) -> bool:
@@ -256,7 +266,8 @@ def _of_store(client: "MlflowClient", folder: Path | None) -> Iterator[Source]:
         page = client.search_runs(list(experiments), max_results=PAGE, page_token=token)
         for run in page:
             count += 1
-            yield _of_run(client, run, experiments[run.info.experiment_id], folder)
+            with tempfile.TemporaryDirectory(prefix="gensr-import-") as scratch:  # until the next run
+                yield _of_run(client, run, experiments[run.info.experiment_id], folder, Path(scratch))
         token = page.token
         if not token:
             break
@@ -264,7 +275,7 @@ def _of_store(client: "MlflowClient", folder: Path | None) -> Iterator[Source]:
         raise RunError("the store to import from holds no runs")
 
 
-def _of_run(client: "MlflowClient", run: Any, experiment: str, folder: Path | None) -> Source:
+def _of_run(client: "MlflowClient", run: Any, experiment: str, folder: Path | None, scratch: Path) -> Source:
     info, data = run.info, run.data
     records: list[Record] = [{"params": dict(data.params)}] if data.params else []
     for key in data.metrics:
@@ -273,7 +284,7 @@ def _of_run(client: "MlflowClient", run: Any, experiment: str, folder: Path | No
             for point in client.get_metric_history(info.run_id, key)
         ]
     records += [{"dataset_input": entry} for entry in (run.inputs.dataset_inputs if run.inputs else [])]
-    files = list(_artifacts(client, run, folder))
+    files = list(_artifacts(client, run, folder, scratch))
     return Source(
         info.run_id,
         info.run_name,
@@ -287,15 +298,17 @@ def _of_run(client: "MlflowClient", run: Any, experiment: str, folder: Path | No
     )
 
 
-def _artifacts(client: "MlflowClient", run: Any, folder: Path | None) -> Iterator[tuple[Path, str]]:
-    """Files of a run and their folders; where the store was copied here from another machine, its artifacts
-    are beside it."""
+def _artifacts(
+    client: "MlflowClient", run: Any, folder: Path | None, scratch: Path
+) -> Iterator[tuple[Path, str]]:
+    """Files of a run and their folders, fetched into `scratch` from a server; where the store was copied here
+    from another machine, its artifacts are beside it."""
     location = run.info.artifact_uri
     root = path_of_file_uri(location)
     if folder is not None and not root.is_dir():
         root = folder / "mlartifacts" / str(root).partition("/mlartifacts/")[2]
     if is_server(location) or location.startswith("mlflow-artifacts:"):
-        root = Path(tempfile.mkdtemp(prefix="gensr-import-"))
+        root = scratch
         if client.list_artifacts(run.info.run_id):
             client.download_artifacts(run.info.run_id, "", str(root))
     for path in sorted(file for file in root.rglob("*") if file.is_file()):
@@ -326,7 +339,8 @@ def of_folder(folder: Path) -> Source:
         path = RunFolder(folder).evaluation(evaluated)
         if path.is_file():
             figures = metrics_of(read_evaluation_file(path), evaluated)
-            records += [{"metric": [name, value, start_ms, 0]} for name, value in figures.items()]
+            made_ms = path.stat().st_mtime_ns // 1_000_000
+            records += [{"metric": [name, value, made_ms, 0]} for name, value in figures.items()]
             files.append((path, ""))
     files += [(path, "report") for path in sorted((folder / "report").glob("*.png"))]
     seconds = status.get("progress", {}).get("train_s", 0.0)

@@ -23,6 +23,7 @@ from trainer.experiments.analyses import Options, analyse, load_section
 from trainer.experiments.analyses.ablations import label
 from trainer.experiments.analyses.gradients import block_of
 from trainer.experiments.analyses.mutual_information import answer_information
+from trainer.experiments.analyses.options import titled
 from trainer.models.contract import clicked_only
 from trainer.models.gensr.model import GenSR
 from trainer.runs.weights import load_run_model
@@ -216,6 +217,13 @@ def test_labels_of_ablations() -> None:
     base = {"model.views": "both", "optim.lr": 0.1}
     assert label({"model.views": "cf", "optim.lr": 0.1}, base) == "without semantic view"
     assert label({"model.views": "both", "optim.lr": 0.2}, base) == "lr 0.2"
+
+
+def test_runs_of_one_title_are_told_apart_by_their_folders() -> None:
+    places = ("T/runs/gensr/seed-0", "P/variants/no-cf/seed-0", "T/runs/sasrec/seed-0")
+    runs = [{"title": "SASRec" if "sasrec" in place else "GenSR", "run": place} for place in places]
+    assert titled(runs) == ["GenSR gensr/seed-0", "GenSR no-cf/seed-0", "SASRec"]
+    assert titled(runs[1:]) == ["GenSR", "SASRec"]
 
 
 # ---- the verb ----------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from trainer.errors import ConfigError
 from trainer.experiments.costs import Machine, Size
 from trainer.experiments.paper.budget import LEVELS, WHOLE
 from trainer.experiments.paper.finished import FinishedTable
-from trainer.experiments.paper.page import paper_cell
+from trainer.experiments.paper.page import _what_was_run, paper_cell
 from trainer.experiments.paper.plan import PaperRequest, dry_run, keep, make_plan, parts_of, seconds_of
 from trainer.experiments.table import Request, make_table
 from trainer.experiments.table.cells import Cell
@@ -88,6 +88,37 @@ def test_wrong_arguments_are_named(tmp_path: Path) -> None:
             make_plan(request(tmp_path, **wrong), SIZE)
     with pytest.raises(ConfigError, match="give the folder of raw files with --raw"):
         paper_run.prepare_data(PaperRequest("scientific", tmp_path), lambda line: None)
+
+
+def test_the_time_in_training_counts_trials(tmp_path: Path) -> None:
+    plan = make_plan(request(tmp_path, budget="30"), SIZE)
+    trial = plan.table.runs_of(plan.systems[0]) / "trial-0"
+    trial.mkdir(parents=True)
+    (trial / "status.json").write_text('{"status": "finished", "progress": {"train_s": 7200.0}}')
+    facts = _what_was_run(plan, {"rows": [], "gensr_version": "1"}).parts[0].rows  # type: ignore[union-attr]
+    assert ["time in training", "2.00 hours"] in facts
+
+
+def test_an_analysis_whose_document_is_gone_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = make_plan(request(tmp_path, budget="30"), SIZE)
+    document, made = plan.request.analyses / "separability.json", []
+
+    def analyse(what: str, runs: Sequence[Path], out: Path, *others: Any) -> None:
+        made.append(what)
+        document.write_text("{}")
+
+    monkeypatch.setattr(paper_run, "runs_of", lambda plan: {"separability": []})
+    monkeypatch.setattr(paper_run, "analyse", analyse)
+    monkeypatch.setattr(paper_run, "load_section", lambda what, out: document.is_file() or None)
+    plan.request.analyses.mkdir(parents=True)
+    for _ in range(2):
+        paper_run.run_analyses(plan, {}, lambda line: None)
+    assert len(made) == 1
+    document.unlink()
+    paper_run.run_analyses(plan, {}, lambda line: None)
+    assert len(made) == 2
 
 
 def test_a_begun_evaluation_keeps_its_plan(tmp_path: Path) -> None:

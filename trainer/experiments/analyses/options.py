@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from trainer.errors import RunError
@@ -31,12 +32,18 @@ def name_of(run_dir: Any) -> dict[str, Any]:
 
 
 def titled(runs: list[dict[str, Any]]) -> list[str]:
-    """A name for each run, in pictures: its title, with the folder's name where a title stands twice."""
-    titles = [run["title"] for run in runs]
-    return [
-        title if titles.count(title) == 1 else f"{title} {run['run'].rstrip('/').rpartition('/')[2]}"
-        for title, run in zip(titles, runs, strict=True)
-    ]
+    """A name for each run, in pictures: its title, with as many of its last folders as set apart those of one
+    title."""
+    titles, places = [run["title"] for run in runs], [Path(run["run"]).parts for run in runs]
+    names = titles
+    for depth in range(1, max(map(len, places), default=0) + 1):
+        if len(set(names)) == len(names):
+            break
+        names = [
+            title if titles.count(title) == 1 else f"{title} {'/'.join(parts[-depth:])}"
+            for title, parts in zip(titles, places, strict=True)
+        ]
+    return names
 
 
 def need_runs(runs: Any, what: str, least: int = 1) -> None:

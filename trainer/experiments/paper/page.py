@@ -51,8 +51,10 @@ def write_paper_page(plan: PaperPlan, errors: Mapping[str, str]) -> Path:
 def _what_was_run(plan: PaperPlan, table: Mapping[str, Any]) -> Section:
     budget = plan.budget
     trained = sum(row["train_s"] * len(row["cells"]) for row in table["rows"] if row["train_s"])
-    variants = [RunFolder(cell.run_dir).read_status().get("progress", {}) for cell in plan.cells()]
-    trained += sum(float(progress.get("train_s", 0.0)) for progress in variants)
+    trials = [run for name in plan.table.names for run in plan.table.runs_of(name).glob("trial-*")]
+    others = [*trials, *(cell.run_dir for cell in plan.cells())]
+    progress = [RunFolder(run).read_status().get("progress", {}) for run in others]
+    trained += sum(float(of_run.get("train_s", 0.0)) for of_run in progress)
     rows = [
         ["systems", ", ".join(row["title"] for row in table["rows"] if "about" not in row)],
         ["seeds of each trained system", str(budget.seeds)],

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from data_shards.simulate.oracle import OPTIMUM_FILE
 from trainer.data.folder import PreparedFolder
-from trainer.errors import ConfigError, GensrError, RunError
+from trainer.errors import ConfigError, DataError, GensrError, RunError
 from trainer.evaluation.optimum import write_optimum
-from trainer.experiments.analyses import Options, analyse
+from trainer.experiments.analyses import Options, analyse, load_section
 from trainer.experiments.paper.page import write_paper_page
 from trainer.experiments.paper.plan import (
     VARIANT_CANDIDATES,
@@ -109,7 +109,7 @@ def run_analyses(plan: PaperPlan, errors: dict[str, str], notify: Notify) -> Non
             continue
         stamp = plan.request.analyses / f"{what}.runs.json"
         wanted = {"runs": [[str(run), _age(run)] for run in runs], "events": options.num_events}
-        if read_json(stamp) == json.loads(json.dumps(wanted)):
+        if read_json(stamp) == json.loads(json.dumps(wanted)) and _is_there(what, plan.request.analyses):
             continue
         notify(f"analysis: {what}")
         try:
@@ -120,6 +120,14 @@ def run_analyses(plan: PaperPlan, errors: dict[str, str], notify: Notify) -> Non
             continue
         with atomic(stamp) as temporary:
             temporary.write_text(json.dumps(wanted) + "\n", encoding="utf-8")
+
+
+def _is_there(what: str, analyses: Path) -> bool:
+    """Its document, which somebody may have removed or damaged."""
+    try:
+        return load_section(what, analyses) is not None
+    except DataError:
+        return False
 
 
 def _age(run: Path) -> int:

@@ -1,7 +1,8 @@
 """What was asked for, checked as a whole, and each system's settings: OUT/settings/MODEL.yaml.
 
 A second call with other settings would mix two experiments in one table, so it is refused. More models, more
-seeds or another kind of candidates only add cells. With a budget, a later call keeps the epochs of the first.
+seeds or another kind of candidates only add cells. OUT and FOLDER may move: the manifest's hash says which
+data it is. With a budget, a later call keeps the epochs of the first.
 """
 
 import json
@@ -25,7 +26,7 @@ from trainer.experiments.table.budget import Runs, Times, plan_times, within
 from trainer.models.zoo import model_class, model_names
 from trainer.runs.run_folder import read_json
 from trainer.runtime.files import SECRET_MODE, atomic
-from trainer.tracking.store import sqlite_uri
+from trainer.tracking.store import sqlite_path, sqlite_uri
 
 OWNED = ("data.dir", "run.dir", "run.seed", "model.name")  # settings that the table decides
 RUN_LENGTHS = ("run.max_epochs", "run.max_steps")  # and with a budget these
@@ -139,7 +140,7 @@ def _read(request: Request, machine: Machine | None) -> Plan:
         configs = {name: within(config, times.of(name)) for name, config in configs.items()}
     if not changed:
         for name, config in configs.items():
-            changed += _differences(name, request.settings_file(name), config)
+            changed += _differences(request, name, config)
     if changed:
         raise ConfigError(
             f"{request.out} was begun with other settings: {'; '.join(changed)}. Give the same ones, or "
@@ -227,7 +228,7 @@ def _config(request: Request, name: str, manifest: Manifest) -> Config:
         raise ConfigError(f"--preset {name}={preset}: that preset is one of {config.model.name}")
     words = [*chosen, f"data.dir={request.folder}"]
     if not config.tracking.uri:
-        words.append(f"tracking.uri={sqlite_uri((request.out / 'mlflow.db').resolve())}")
+        words.append(f"tracking.uri={_own_store(request)}")
     if request.epochs:
         words += [f"run.max_epochs={request.epochs}", "run.max_steps=0"]
     if request.max_steps:
@@ -236,13 +237,22 @@ def _config(request: Request, name: str, manifest: Manifest) -> Config:
     return load_config(preset, [*words, *request.own_settings.get(name, ()), *request.settings])
 
 
-def _differences(name: str, path: Path, config: Config) -> Sequence[str]:
+def _own_store(request: Request) -> str:
+    return sqlite_uri((request.out / "mlflow.db").resolve())
+
+
+def _differences(request: Request, name: str, config: Config) -> Sequence[str]:
+    path = request.settings_file(name)
     if not path.is_file():
         return []
     # read with defaults: a table of before a setting was made is alike one that leaves it as it is
     trees = (to_dict(one) for one in (config_from_dict(read_yaml(path)), config))
     before, now = (flatten(json.loads(json.dumps(tree))) for tree in trees)
-    hidden = [key for key in {*before, *now} if before.get(key) != now.get(key)]
+    apart = {"data.dir"}  # its manifest is compared
+    store = sqlite_path(str(before["tracking.uri"]))
+    if now["tracking.uri"] == _own_store(request) and store is not None and store.name == "mlflow.db":
+        apart.add("tracking.uri")  # beside OUT, wherever that was
+    hidden = [key for key in {*before, *now} - apart if before.get(key) != now.get(key)]
     return [
         f"{name}'s {key} was {before.get(key)}, is {now.get(key)}"
         if key != "tracking.uri"
