@@ -12,10 +12,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from typer.testing import CliRunner
 
 from data_shards.settings import flatten, key_help, parse_yaml, to_dict, to_yaml
 from tests.tiny_folder import make_tiny_folder
 from trainer.analysis.significance import paired_difference
+from trainer.cli import app
 from trainer.configs import config_type, load_config, preset_names
 from trainer.data.folder import PreparedFolder
 from trainer.errors import ConfigError, DataError, RunError
@@ -281,6 +283,15 @@ def test_a_failed_cell_is_named_and_the_rest_goes_on(
     failing.clear()
     run.make_table(request, lines.append)
     assert trained == ["sasrec seed-0"] and errors_seen[1] == {}
+
+
+def test_a_table_without_any_result_ends_in_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    document = made_up()
+    monkeypatch.setattr("trainer.experiments.table.make_table", lambda request, notify: document)
+    assert CliRunner().invoke(app, ["table", "data", str(tmp_path)]).exit_code == 0
+    document["rows"] = [row for row in document["rows"] if not row["results"]]
+    done = CliRunner().invoke(app, ["table", "data", str(tmp_path)])
+    assert "no run of the table has results" in str(done.exception) and "wrote" in done.output
 
 
 # ---- results -----------------------------------------------------------------------------------------------
