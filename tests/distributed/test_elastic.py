@@ -16,6 +16,7 @@ from tests.tiny_folder import make_tiny_folder
 SETTINGS = [
     "model.backbone=scratch:nano",
     "model.dropout=0",
+    "model.evidence=true",  # whose counts are buffers, of no optimizer
     "data.item_tokens=8",
     "data.history_tokens=4",
     "data.history_max=8",

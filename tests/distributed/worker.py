@@ -27,6 +27,7 @@ from trainer.config import Config
 from trainer.configs import load_config
 from trainer.data.folder import PreparedFolder
 from trainer.errors import GensrError
+from trainer.runs.checkpoint import persistent_buffers
 from trainer.runs.checkpoint_writer import CheckpointWriter
 from trainer.runtime.stopping import StopSignal
 
@@ -44,8 +45,8 @@ trainer.analysis.figures.plot_run = lambda run_dir: []  # pictures of four steps
 
 
 def full_states(model: Any, optimizer: Any) -> dict[str, torch.Tensor]:
-    """NAME/fp32, NAME/exp_avg, … of what is trained, whole, through DeepSpeed's debugging interface; on all
-    ranks."""
+    """NAME/fp32, NAME/exp_avg, … of what is trained, whole, through DeepSpeed's debugging interface, and
+    buffers, which are counted; on all ranks."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     states = {}
@@ -66,6 +67,7 @@ def full_states(model: Any, optimizer: Any) -> dict[str, torch.Tensor]:
             states |= {f"{name}/{key}": get(key) for key in ("exp_avg", "exp_avg_sq")}
     steps = {float(state["step"]) for state in inner.state.values()}
     assert len(steps) == 1
+    states |= persistent_buffers(getattr(model, "module", model))
     return {name: tensor.detach().float().clone() for name, tensor in states.items()} | {
         "step": torch.tensor(steps.pop())
     }

@@ -9,15 +9,18 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from data_shards.schema import Manifest
 from tests.runs import checkpoints_of
 from trainer.configs import load_config
 from trainer.errors import EnvironmentProblem, RunError
 from trainer.runs import checkpoint
+from trainer.runs import checkpoint_convert as elastic
 from trainer.runs.checkpoint import Progress
 from trainer.runs.checkpoint_writer import CheckpointWriter, copied
+from trainer.runs.weights_only import check_random_states, no_unpickling
+from trainer.training.optimizer import trained_shapes
 
 MANIFEST = Manifest(raw={"split": {"fingerprint": "f"}}, hash="h")
 
@@ -86,6 +89,59 @@ def test_frozen_weights_are_not_saved_and_not_missed(accelerator: Accelerator, t
         checkpoint.put_back(torch.nn.Linear(3, 2, bias=False), checkpoint.whole_weights(path), path)
 
 
+class Counted(torch.nn.Module):
+    """What is counted by fit() lies in a buffer beside frozen and trained weights, or trained ones alone."""
+
+    clicks: torch.Tensor
+
+    def __init__(self, frozen: bool) -> None:
+        super().__init__()
+        self.frozen, self.trained = torch.nn.Linear(3, 3).requires_grad_(not frozen), torch.nn.Linear(3, 2)
+        self.register_buffer("clicks", torch.zeros(4))
+        self.register_buffer("tokens", torch.zeros(4), persistent=False)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("world_size", [1, 2], ids=["same layout", "another"])
+def test_what_is_counted_comes_back(
+    accelerator: Accelerator, tmp_path: Path, frozen: bool, world_size: int
+) -> None:
+    """It is counted once, for a new run: a continued one does not count again."""
+    module = Counted(frozen)
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    model, optimizer = accelerator.prepare(module, torch.optim.AdamW(trained))
+    module.clicks.copy_(torch.arange(4))
+    path = save(CheckpointWriter(accelerator, model, optimizer, tmp_path, keep=2), 3)
+    held = load_file(path / "model.safetensors").keys()
+    assert "clicks" in held and not held & {"tokens", *(["frozen.weight"] if frozen else [])}
+
+    def load() -> None:
+        module.clicks.zero_()
+        found, _ = checkpoint.newest_whole(accelerator, tmp_path)
+        assert found is not None
+        now = found.identity | {"world_size": world_size}
+        if world_size == 1:
+            checkpoint.load(accelerator, model, optimizer, found)
+        else:
+            elastic.load(accelerator, model, optimizer, trained_shapes(module, optimizer), found, now)
+
+    load()
+    assert module.clicks.tolist() == [0, 1, 2, 3]
+    found = checkpoint.read_checkpoint(path)
+    assert not checkpoint.without_counted(found, module)
+    old = {name: tensor for name, tensor in load_file(path / "model.safetensors").items() if name != "clicks"}
+    save_file(old, path / "model.safetensors")
+    expected = json.loads((path / "files.json").read_text())
+    expected["model.safetensors"] = checkpoint.checksum(path / "model.safetensors")
+    (path / "files.json").write_text(json.dumps(expected))
+    assert checkpoint.without_counted(found, module) == frozen, "adapters alone, as it was once"
+    if frozen:
+        load()
+    else:
+        with pytest.raises(RunError, match="clicks"):
+            load()
+
+
 def test_newest_and_best_are_kept(writer: CheckpointWriter, tmp_path: Path) -> None:
     for step in (1, 2, 3, 4, 5):
         save(writer, step, best_step=min(step, 2))
@@ -127,6 +183,33 @@ def test_a_damaged_checkpoint_is_never_loaded(
     again, skipped = checkpoint.newest_whole(accelerator, tmp_path)
     assert again is not None and again.progress.step == 2 and skipped == []
     assert not list((tmp_path / "checkpoints").glob(f"{checkpoint.PARTIAL}*"))
+
+
+def test_a_run_without_a_whole_checkpoint_does_not_begin_anew(
+    accelerator: Accelerator, writer: CheckpointWriter, tmp_path: Path
+) -> None:
+    for step in (1, 2):
+        damage_truncate(save(writer, step))
+    told = r"no whole checkpoint is left: .*step-00000002 is damaged .*step-00000001 is damaged .*run\.dir"
+    with pytest.raises(RunError, match=f"{told}$"):
+        checkpoint.newest_whole(accelerator, tmp_path)
+    (tmp_path / "model").mkdir()
+    with pytest.raises(RunError, match=rf"{told}, .*run\.init_from={tmp_path}$"):
+        checkpoint.newest_whole(accelerator, tmp_path)
+
+
+def test_a_gpu_goes_on_where_a_cpu_stopped(writer: CheckpointWriter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The random numbers of a CPU's run are read, and there are none for the GPU."""
+    path = save(writer, 1) / "random_states_0.pkl"
+    states = torch.load(path, weights_only=False)
+    states.pop("torch_cuda_manual_seed", None)
+    torch.save(states, path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with no_unpickling(path):
+        check_random_states(path)
+        path.write_bytes(path.read_bytes()[:-99])
+        with pytest.raises(RunError, match="random numbers of this process cannot be read"):
+            check_random_states(path)
 
 
 def test_killed_between_rename_and_latest(

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -226,18 +227,23 @@ def checksum(path: Path, sync: bool = False) -> list[Any]:
 
 def newest_whole(accelerator: "Accelerator", run_dir: str | Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint that is whole, and a message for each newer one that was skipped. The same answer
-    on every rank."""
+    on every rank. Raises RunError where none of them is whole: a new start would write over the run."""
     folder = RunFolder(run_dir).checkpoints
-    skipped: list[str] = []
+    damaged: list[str] = []
     for name in on_main(accelerator, lambda: _candidates(folder)):
         path = folder / name
         problem = on_main(accelerator, lambda path=path: _expected_files(path)[1])  # type: ignore[misc]
         if not problem:
             problem = _compare(_expected_files(path)[0], _shared_checksums(accelerator, path))
         if not problem:
-            return read_checkpoint(path), skipped
-        skipped.append(f"checkpoint {path} is damaged ({problem}): taking the one before")
-    return None, skipped
+            return read_checkpoint(path), [f"{each}: taking the one before" for each in damaged]
+        damaged.append(f"checkpoint {path} is damaged ({problem})")
+    if damaged:
+        fix = "Choose another run.dir"
+        if on_main(accelerator, RunFolder(run_dir).model.exists):
+            fix += f", and begin with the best weights so far: run.init_from={run_dir}"
+        raise RunError(f"no whole checkpoint is left: {'; '.join(damaged)}. {fix}")
+    return None, []
 
 
 def _shared_checksums(accelerator: "Accelerator", folder: Path) -> dict[str, list[Any]]:
@@ -315,21 +321,37 @@ def load(accelerator: "Accelerator", model: "nn.Module", optimizer: Any, found: 
 
 def kept_weights(module: "nn.Module") -> dict[str, Tensor]:
     """What a checkpoint of a run without DeepSpeed holds of a model: everything, or (adapters) what is
-    trained."""
+    trained and what is counted."""
     if has_frozen(module):
-        return {
-            name: parameter.detach()
-            for name, parameter in module.named_parameters()
-            if parameter.requires_grad
-        }
+        trained = {name: each.detach() for name, each in module.named_parameters() if each.requires_grad}
+        return trained | persistent_buffers(module)
     weights: dict[str, Tensor] = module.state_dict()
     return weights
+
+
+def persistent_buffers(module: "nn.Module") -> dict[str, Tensor]:
+    """What fit() and running statistics leave in a model: counted, so no optimizer knows of it."""
+    saved = module.state_dict().keys()
+    return {name: buffer for name, buffer in module.named_buffers() if name in saved}
+
+
+def without_counted(found: Checkpoint, module: "nn.Module") -> bool:
+    """Whether a checkpoint holds nothing of what fit() counts: one with adapters alone, of before that was
+    kept. It must be counted again then."""
+    if found.identity["zero_stage"] != "none" or not has_frozen(module):
+        return False
+    with safe_open(found.path / "model.safetensors", framework="pt") as file:
+        held = {name.removeprefix("module.") for name in file.keys()}  # noqa: SIM118 (it is no dict)
+    buffers = persistent_buffers(module).keys()
+    return bool(buffers) and not buffers & held
 
 
 def put_back(module: "nn.Module", weights: Mapping[str, Tensor], path: Path) -> None:
     """kept_weights() into a model that was built as before. Raises RunError when they are another model's."""
     fit = module.load_state_dict(weights, strict=False)
     missing = set(fit.missing_keys) & set(kept_weights(module))
+    if has_frozen(module) and missing == set(persistent_buffers(module)):
+        missing = set()  # see without_counted()
     if missing or fit.unexpected_keys:
         raise RunError(
             f"{path} is of another model: missing {sorted(missing)[:3]}, unexpected "

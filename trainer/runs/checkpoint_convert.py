@@ -8,15 +8,17 @@ from there:
 
     U = zero/NAME/{fp32,exp_avg,exp_avg_sq,step}.pt
 
-Weights, AdamW's moments and its step come over exactly. What else a checkpoint holds needs no conversion:
-data and schedule follow from the step. Only the random numbers of dropout are drawn anew, since there are
-other ranks.
+Weights, AdamW's moments and its step come over exactly. So do buffers, what is counted rather than trained:
+every layout holds them whole, and load() copies them. What else a checkpoint holds needs no conversion: data
+and schedule follow from the step. Only the random numbers of dropout are drawn anew, since there are other
+ranks.
 """
 
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +27,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from trainer.errors import EnvironmentProblem, RunError
-from trainer.runs.checkpoint import PARTIAL, ROWS, TAG, Checkpoint, Progress, whole_weights
+from trainer.runs.checkpoint import (
+    PARTIAL,
+    ROWS,
+    TAG,
+    Checkpoint,
+    Progress,
+    persistent_buffers,
+    whole_weights,
+    without_counted,
+)
 from trainer.runs.weights_only import no_unpickling
 from trainer.runtime.distributed import on_main
 from trainer.runtime.files import writing
@@ -36,6 +47,7 @@ if TYPE_CHECKING:
 
 Shapes = dict[str, torch.Size]  # of what is trained, in the optimizer's order
 STATES = ("fp32", "exp_avg", "exp_avg_sq")
+BUFFERS = "buffers.pt"  # beside U
 # which one is read depends on the stage
 HEADERS = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")
 
@@ -69,12 +81,20 @@ def load(
     EnvironmentProblem when it cannot be made.
     """
     folder = found.path.with_name(f"{PARTIAL}universal-{found.path.name}")
+    module = getattr(model, "module", model)  # of DeepSpeed's engine, or DDP's
+    # of an old checkpoint without them: what fit() has just counted
+    buffers = {} if without_counted(found, module) else persistent_buffers(module)
 
     def write() -> None:
         with writing(folder), no_unpickling(found.path):
             _write_universal(found, folder / TAG, shapes, num_groups=len(optimizer.param_groups))
+            torch.save(_buffers_in(found, list(buffers)), folder / BUFFERS)
 
     on_main(accelerator, write)
+    with no_unpickling(folder):
+        kept = torch.load(folder / BUFFERS, map_location="cpu", weights_only=True)
+    for name, buffer in buffers.items():
+        buffer.copy_(kept[name])
     # torch's AdamW inside DeepSpeed's engine or accelerate's wrapper
     inner = getattr(model, "basic_optimizer", None) or optimizer.optimizer
     if _sharded(now):
@@ -181,17 +201,31 @@ def _take_apart(found: Checkpoint, names: list[str]) -> dict[str, dict[str, Tens
     else:
         whole = torch.load(found.path / TAG / HEADERS[0], map_location="cpu", weights_only=True)
         weights, moments = whole["module"], whole["optimizer"]["state"]
-    missing = [name for name in names if name not in weights]
-    if missing:
-        raise RunError(
-            f"{found.path} does not hold {', '.join(missing[:3])}: it cannot be continued by another number "
-            "of processes or ZeRO stage."
-        )
+    _check_all_there(found, names, weights)
     apart = {}
     for index, name in enumerate(names):
         state, fp32 = moments.get(index, {}), weights[name].float()
         apart[name] = {"fp32": fp32, **{key: state.get(key, torch.zeros_like(fp32)) for key in STATES[1:]}}
     return apart
+
+
+def _buffers_in(found: Checkpoint, names: list[str]) -> dict[str, Tensor]:
+    """Copies of the buffers `names`; of a file with all the weights no more than they are read."""
+    if found.identity["zero_stage"] == "none":
+        held = whole_weights(found.path)
+    else:
+        header = next(path for name in HEADERS if (path := found.path / TAG / name).is_file())
+        held = torch.load(header, map_location="cpu", weights_only=True, mmap=True)["module"]
+    _check_all_there(found, names, held)
+    return {name: held[name].clone() for name in names}
+
+
+def _check_all_there(found: Checkpoint, names: list[str], held: Mapping[str, Tensor]) -> None:
+    if missing := [name for name in names if name not in held]:
+        raise RunError(
+            f"{found.path} does not hold {', '.join(missing[:3])}: it cannot be continued by another number "
+            "of processes or ZeRO stage."
+        )
 
 
 def _deepspeed_version() -> str:

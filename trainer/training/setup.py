@@ -1,14 +1,17 @@
 """Everything up to the first step: model, optimizer and streams as a new run or the newest whole checkpoint
 has them."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from data_shards.hashing import derive_seed
+from trainer.batch import Batch
 from trainer.config import CfSettings, Config
 from trainer.data import EvalStream, TrainStream
 from trainer.data.cf_table import CfTable
@@ -98,6 +101,7 @@ def set_up(
     taken = ""
     if found is None:
         taken = init_from(module, config.run.init_from) if config.run.init_from else ""
+    if found is None or checkpoint.without_counted(found, module):
         module.fit()
     size = plan.size_of(module, config.optim.sparse_rows)
     facts = {
@@ -133,7 +137,11 @@ def set_up(
         notify=listeners.on_checkpoint,
         rows=rows.state if rows is not None else None,
     )
-    skipping = config.run.on_nan == "skip"
+    bad_batches = None
+    if config.run.on_nan == "skip":
+        before = partial(batch_before, config, stream, module, accelerator.device)
+        given = before if progress.step else None
+        bad_batches = BadBatches(accelerator, model, config.run.max_skipped_batches, given)
     return Run(
         config=config,
         folder=folder,
@@ -150,7 +158,7 @@ def set_up(
         listeners=listeners,
         progress=progress,
         writer=writer,
-        bad_batches=BadBatches(accelerator, model, config.run.max_skipped_batches) if skipping else None,
+        bad_batches=bad_batches,
         identity=identity,
         chance_threshold=threshold,
     )
@@ -234,10 +242,12 @@ def prepared(
         return model, optimizer, rows, Progress()
     if rows is not None:
         rows.load(found.path / checkpoint.ROWS)
-    if not other_layout:  # brings the random numbers of each rank
+    anew = derive_seed(dropout_seed, found.progress.step) % 2**32
+    if not other_layout:
+        set_seed(anew)  # for a GPU where a CPU wrote the checkpoint; else it brings the numbers of each rank
         return model, optimizer, rows, checkpoint.load(accelerator, model, optimizer, found)
     progress = elastic.load(accelerator, model, optimizer, shapes, found, identity)
-    set_seed(derive_seed(dropout_seed, progress.step) % 2**32)
+    set_seed(anew)
     return model, optimizer, rows, progress
 
 
@@ -279,6 +289,13 @@ def make_streams(
         folder, "valid", data, run.eval_batch_size, rank, world_size, run.valid_events, tasks=tasks
     )
     return stream, valid
+
+
+def batch_before(config: Config, stream: TrainStream, module: Ranker, device: Any) -> Batch:
+    """This rank's first micro-batch of the step before those of `stream`, ready for its device."""
+    earlier = copy.copy(stream)
+    earlier.start_event = max(0, stream.start_event - config.optim.global_batch_size)
+    return module.prepare(next(iter(earlier))).to(device)
 
 
 def start_tracker(config: Config, accelerator: Any, facts: dict[str, Any], resume_run_id: str) -> Tracker:

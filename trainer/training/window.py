@@ -5,6 +5,7 @@ at each before it is learned from.
 """
 
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -102,8 +103,16 @@ class BadBatches:
     """run.on_nan=skip: a micro-batch whose loss is not finite on some rank is left out on all of them, so
     that ranks stay in step."""
 
-    def __init__(self, accelerator: "Accelerator", model: nn.Module, max_in_a_row: int) -> None:
+    def __init__(
+        self,
+        accelerator: "Accelerator",
+        model: nn.Module,
+        max_in_a_row: int,
+        before: Callable[[], Batch] | None = None,
+    ) -> None:
+        """before: of a continued run, a batch that was trained on before its checkpoint."""
         self._accelerator, self._model, self._max_in_a_row = accelerator, model, max_in_a_row
+        self._before = before
         self._last_good: Batch | None = None
         self._in_a_row = 0
 
@@ -112,10 +121,10 @@ class BadBatches:
         ranks, before the backward pass.
 
         In place of a bad loss there is the last good batch's, times 0: every parameter gets a gradient, and
-        it is zero. Raises RunError for one too many in a row, and for a bad batch before the first good one.
+        it is zero. Raises RunError for one too many in a row, and where there is no good one.
         """
         bad = ~torch.isfinite(loss.detach())
-        if not bool(self._accelerator.gather(bad.reshape(1)).any()):
+        if not self._on_any_rank(bad):
             self._last_good, self._in_a_row = batch, 0
             return loss, []
         self._in_a_row += 1
@@ -124,15 +133,27 @@ class BadBatches:
             for ids in gather_objects(self._accelerator, batch.event_id.tolist() if bool(bad) else [])
             for event in ids
         ]
-        if self._last_good is None or self._in_a_row > self._max_in_a_row:
-            count = f"{self._in_a_row} batches in a row" if self._last_good is not None else "the first batch"
-            raise RunError(
-                f"the loss is not finite for {count}, now with event ids {shown(ids)}. Earlier checkpoints "
-                "are intact. "
-                "Try a smaller optim.lr or run.precision=fp32; run.max_skipped_batches says how many are "
-                "left out."
-            )
-        return self._model(self._last_good)[0] * 0.0, ids
+        if self._last_good is None and self._before is not None:
+            self._last_good = self._before()
+        if self._last_good is None:
+            raise _not_finite("the first batch", ids)
+        if self._in_a_row > self._max_in_a_row:
+            raise _not_finite(f"{self._in_a_row} batches in a row", ids)
+        nothing: Tensor = self._model(self._last_good)[0] * 0.0
+        if self._on_any_rank(~torch.isfinite(nothing.detach())):  # times 0 it would still be learned from
+            raise _not_finite("a batch and the one before", ids)
+        return nothing, ids
+
+    def _on_any_rank(self, bad: Tensor) -> bool:
+        return bool(self._accelerator.gather(bad.reshape(1)).any())
+
+
+def _not_finite(batches: str, ids: list[int]) -> RunError:
+    return RunError(
+        f"the loss is not finite for {batches}, now with event ids {shown(ids)}. Earlier checkpoints are "
+        "intact. Try a smaller optim.lr or run.precision=fp32; run.max_skipped_batches says how many are "
+        "left out."
+    )
 
 
 def shown(ids: list[int]) -> str:
