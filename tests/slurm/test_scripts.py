@@ -86,6 +86,7 @@ CASES: dict[str, dict[str, Any]] = {
     "whatever the launcher's exit code": {"plan": "finished"},
     "a rank was killed": {"plan": "killed finished"},
     "an error that the user must mend": {"plan": "failed finished"},
+    "refused after it had finished": {"plan": "stuck", "status": "finished"},
     "no step forward": {"plan": "stuck finished"},
     "a step forward, then none once": {"plan": "crashed stuck finished"},
     "a step forward, then none": {"plan": "crashed stuck stuck finished"},
@@ -128,6 +129,8 @@ def ended(slurm: cluster.Slurm, work: Path, tmp_path_factory: pytest.TempPathFac
             (work / "slurm" / "env.sh").read_text() + f'PATH="{folder}:$PATH"\n' + case.get("site", "")
         )
         run_dirs[name].mkdir()
+        if "status" in case:  # of an attempt before
+            (run_dirs[name] / "status.json").write_text(f'{{\n  "status": "{case["status"]}"\n}}')
         env = {
             "GENSR_ENV": str(site),
             "RUN": str(run_dirs[name]),
@@ -162,6 +165,7 @@ def ended(slurm: cluster.Slurm, work: Path, tmp_path_factory: pytest.TempPathFac
         ("whatever the launcher's exit code", "COMPLETED", 0),
         ("a rank was killed", "COMPLETED", 1),
         ("an error that the user must mend", "FAILED", 0),
+        ("refused after it had finished", "FAILED", 0),
         ("no step forward", "FAILED", 0),
         ("a step forward, then none once", "COMPLETED", 2),
         ("a step forward, then none", "FAILED", 2),
