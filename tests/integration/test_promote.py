@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from trainer.cli import app
 from trainer.errors import ConfigError, RunError
 from trainer.evaluation.bootstrap import paired_difference
+from trainer.registry import promote as module
 from trainer.registry.promote import judge, promote, rollback
 from trainer.tracking.store import connect
 
@@ -131,6 +132,35 @@ def test_first_better_worse_and_back(registry: tuple[Any, str, Callable[..., int
     assert not promote(name, margin=0.5).promoted  # candidate is still the version that was rolled back
     assert rollback(name) == (better, first)
     with pytest.raises(RunError, match="first champion"):
+        rollback(name)
+
+
+def test_a_champion_that_has_moved_meanwhile_is_not_overruled(
+    registry: tuple[Any, str, Callable[..., int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two jobs at once: the comparison was with another champion."""
+    client, name, add = registry
+    first = add()
+    promote(name)
+    second, third = add(rec=0.45), add(rec=0.6)
+
+    def slow(*arguments: Any) -> Any:
+        client.set_registered_model_alias(name, "champion", str(second))
+        return decide(*arguments)
+
+    decide = module._decide
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_decide", slow)
+        with pytest.raises(RunError, match=f"champion has become version {second} meanwhile"):
+            promote(name)
+    assert champion(client, name) == second
+    assert not [tag for tag in client.get_model_version(name, str(third)).tags if tag.startswith("promote")]
+    assert promote(name).promoted
+    found = module.find_version
+    seen = iter([found(client, name, "champion")])  # by rollback, before it moves
+    client.set_registered_model_alias(name, "champion", str(first))
+    monkeypatch.setattr(module, "find_version", lambda *given: next(seen, None) or found(*given))
+    with pytest.raises(RunError, match="champion has become"):
         rollback(name)
 
 

@@ -83,8 +83,8 @@ def promote(
 
     margin, segment_margin: NDCG@10, ≥ 0; segment_margin=None asks for no segment. dry_run: changes nothing.
     candidates: which test evaluation decides, sampled, hard or full. Raises ConfigError for another kind,
-    RunError when there is no candidate, a version holds no such evaluation, or the two were not evaluated on
-    the same events and candidates.
+    RunError when there is no candidate, a version holds no such evaluation, the two were not evaluated on
+    the same events and candidates, or champion has moved meanwhile.
     """
     check_candidates(candidates)
     if not margin >= 0:
@@ -121,6 +121,7 @@ def promote(
             )
         decision = _decide(name, number, before, uri, margin, segment_margin, candidates)
         if not dry_run:
+            _check_champion(client, name, champion)
             tags = {
                 "promote.decision": "promoted" if decision.promoted else "refused",
                 **decision_tags(decision, margin, segment_margin),
@@ -150,10 +151,20 @@ def rollback(name: str, uri: str = "", dry_run: bool = False) -> tuple[int, int]
             )
         if not dry_run:
             client.get_model_version(name, previous)  # raises when it has been deleted
+            _check_champion(client, name, champion)
             client.set_model_version_tag(name, str(champion.version), "promote.decision", ROLLED_BACK)
             client.set_model_version_tag(name, str(champion.version), "promote.decided_at", _now())
             client.set_registered_model_alias(name, CHAMPION, previous)
     return int(champion.version), int(previous)
+
+
+def _check_champion(client: Any, name: str, expected: Any) -> None:
+    """Before the alias moves: raises RunError where somebody else has moved it since it was read."""
+    now = find_version(client, name, CHAMPION)
+    before, after = (version and version.version for version in (expected, now))
+    if after != before:
+        standing = f"version {after}" if now is not None else "no version"
+        raise RunError(f"{name}: champion has become {standing} meanwhile. Nothing was changed: run it again")
 
 
 def _decide(
