@@ -203,7 +203,7 @@ def test_chance_among_one_and_ninety_nine(metric: str, value: float) -> None:
 
 
 def test_an_unknown_metric_is_refused() -> None:
-    for name in ("mean/precision@10", "recall", "ndcg@x"):
+    for name in ("mean/precision@10", "recall", "ndcg@x", "mean/ndcg@7", "ndcg@10", "all/mrr"):
         with pytest.raises(ConfigError, match=r"run\.select_metric"):
             chance(name, 100)
 
@@ -432,6 +432,16 @@ def test_a_local_folder_is_counted_from_its_config(tmp_path: Path) -> None:
         json.dumps({"model_type": "t5", "decoder_start_token_id": 0, **shape})
     )
     assert gensr_on_meta(f"model.backbone={tmp_path}").backbone.width == 32
+
+
+@pytest.mark.parametrize(
+    ("words", "said"), [([], "not open yet, points are kept"), (["tracking.enabled=false"], "off")]
+)
+def test_a_run_that_mlflow_has_not_opened_yet_is_not_off(words: list[str], said: str) -> None:
+    config = load_config(None, words)
+    schedule = make_schedule(config, DATA.train_events, 1)
+    rows = plan.banner_rows(config, DATA, BILLION, schedule, Launch(), 9, "1 × CPU", "")
+    assert ("MLflow", said) in rows
 
 
 def test_what_dry_run_cannot_know_is_an_error_with_the_fix(tmp_path: Path) -> None:

@@ -17,10 +17,11 @@ from trainer.runs import folder as runfolder
 from trainer.runs.checkpoint import Progress
 from trainer.runs.provenance import environment_facts
 from trainer.runs.run_folder import RunFolder
-from trainer.runs.weights import build_model, save_model
+from trainer.runs.weights import build_model, learnable_tasks, save_model
 from trainer.runtime.distributed import gather_objects, on_main
 from trainer.runtime.launch import devices
 from trainer.tracking.tracker import Tracker
+from trainer.training import plan
 
 
 def count(config: Config, folder: PreparedFolder, accelerator: Any) -> tuple[dict[str, float], float]:
@@ -29,6 +30,7 @@ def count(config: Config, folder: PreparedFolder, accelerator: Any) -> tuple[dic
     started = time.monotonic()
     folder.check_settings(config.data)
     kind = model_class(config.model.name)
+    plan.check_metric(config, learnable_tasks(kind, folder))
     model = build_model(config, folder, folder.tables(kind.reads(config.model)).to(accelerator.device))
     model.fit()
     model.to(accelerator.device).eval()
@@ -48,8 +50,9 @@ def count(config: Config, folder: PreparedFolder, accelerator: Any) -> tuple[dic
         return model.score(model.prepare(batch).to(accelerator.device))
 
     metrics = validate(score, valid, lambda rows: gather_objects(accelerator, rows))
+    best = plan.selected(config, metrics)
     seconds = time.monotonic() - started
-    on_main(accelerator, lambda: _write(config, folder, model, metrics, seconds, devices(accelerator)))
+    on_main(accelerator, lambda: _write(config, folder, model, metrics, best, seconds, devices(accelerator)))
     return metrics, seconds
 
 
@@ -58,6 +61,7 @@ def _write(
     folder: PreparedFolder,
     model: Any,
     metrics: dict[str, float],
+    best: float,
     seconds: float,
     machine: str,
 ) -> None:
@@ -70,6 +74,5 @@ def _write(
     tracker = Tracker.start(config, run_dir, {**facts, "manifest": folder.manifest})
     tracker.log_metrics({f"valid/{name}": value for name, value in metrics.items()}, 0)
     tracker.finish("FINISHED")
-    best = metrics.get(config.run.select_metric, 0.0)
     progress = Progress(best_value=best, best_metrics=dict(metrics), train_s=seconds)
     runfolder.write_status(run_dir, "finished", progress)

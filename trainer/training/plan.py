@@ -36,7 +36,7 @@ from trainer.training.costs import (
     numel,
     rows_read,
 )
-from trainer.training.schedule import Schedule, above_chance, chance, make_schedule
+from trainer.training.schedule import Schedule, above_chance, chance, check_measured, make_schedule
 from trainer.training.sparse_rows import large_tables
 
 WORLD_SIZES = (1, 2, 4, 8, 16)
@@ -204,12 +204,13 @@ def banner_rows(
     """The block before training."""
     import torch
 
+    not_open = "not open yet, points are kept" if config.tracking.enabled else "off"
     return [
         *run_rows(config, data, model, schedule, launch),
         ("sample", f"{num_valid_events:,} validation events"),
         ("devices", f"{devices}, {_count(torch.get_num_threads(), 'CPU thread', 'CPU threads')} a process"),
         ("run", config.run.dir),
-        ("MLflow", f"run {mlflow_run_id}" if mlflow_run_id else "off"),
+        ("MLflow", f"run {mlflow_run_id}" if mlflow_run_id else not_open),
         *([("page", mlflow_page)] if mlflow_page else []),
     ]
 
@@ -360,14 +361,25 @@ def check_stage(config: Config, launch: Launch) -> None:
 
 
 def check_metric(config: Config, tasks: tuple[int, ...]) -> None:
-    """Raises ConfigError when run.select_metric is of a task that the model has not, or that there are no
-    training events of."""
+    """Raises ConfigError when run.select_metric is not measured, or of a task that the model has not, or
+    that there are no training events of."""
+    check_measured(config.run.select_metric)
     part, names = config.run.select_metric.partition("/")[0], [TASKS[task] for task in tasks]
     if part in TASKS and part not in names:
         raise ConfigError(
             f"run.select_metric={config.run.select_metric}, but only {names[0]} is learned here. Set it to "
             f"mean/ndcg@10 or {names[0]}/ndcg@10"
         )
+
+
+def selected(config: Config, metrics: dict[str, float]) -> float:
+    """The value of run.select_metric. Raises ConfigError when there are no validation events for it."""
+    name = config.run.select_metric
+    if name not in metrics:
+        raise ConfigError(
+            f"run.select_metric={name} is not measured on this data. There are: {', '.join(sorted(metrics))}"
+        )
+    return metrics[name]
 
 
 def _check_folder(config: Config) -> None:

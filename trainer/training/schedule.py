@@ -8,8 +8,10 @@ be checkpointed.
 import math
 from dataclasses import dataclass
 
+from data_shards.schema import TASKS
 from trainer.config import Config
 from trainer.errors import ConfigError
+from trainer.evaluation.metrics import METRICS
 
 VALIDATIONS_PER_RUN = 5  # run.validate_every_steps = 0
 NUM_SIGMAS = 3.0  # a first validation counts as better than chance from here on
@@ -109,13 +111,24 @@ def make_schedule(config: Config, num_train_events: int, world_size: int) -> Sch
     )
 
 
+def check_measured(metric: str) -> None:
+    """Raises ConfigError for a metric that no validation measures."""
+    part, _, name = metric.partition("/")
+    if part not in (*TASKS, "mean") or name not in METRICS:
+        raise ConfigError(
+            f"run.select_metric={metric} is not measured. Give mean/, {'/ or '.join(TASKS)}/ and one of "
+            f"{', '.join(METRICS)}"
+        )
+
+
 def chance(metric: str, num_candidates: int) -> tuple[float, float]:
     """Mean and standard deviation over events of a ranking metric when the rank is uniform in 1 …
     num_candidates.
 
-    `metric` ends in recall@K, ndcg@K or mrr. Among 1 + 99 candidates: recall@10 .100, ndcg@10 .045, mrr .052.
-    Raises ConfigError for another metric.
+    Among 1 + 99 candidates: recall@10 .100, ndcg@10 .045, mrr .052. Raises ConfigError for a metric that no
+    validation measures.
     """
+    check_measured(metric)
     name, _, k = metric.rpartition("/")[2].partition("@")
     cutoff = int(k) if k.isdigit() else num_candidates
     gains = {
@@ -123,10 +136,6 @@ def chance(metric: str, num_candidates: int) -> tuple[float, float]:
         "ndcg": lambda rank: 1 / math.log2(rank + 1),
         "mrr": lambda rank: 1 / rank,
     }
-    if name not in gains or (name != "mrr" and not k.isdigit()):
-        raise ConfigError(
-            f"run.select_metric={metric}: must end in recall@K, ndcg@K or mrr, such as mean/ndcg@10"
-        )
     values = [gains[name](rank) if rank <= cutoff else 0.0 for rank in range(1, num_candidates + 1)]
     mean = sum(values) / num_candidates
     return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / num_candidates)
