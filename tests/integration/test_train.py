@@ -194,14 +194,15 @@ def test_a_resumed_run_equals_the_undisturbed_one_bit_for_bit(
 def test_adapters_go_on_bit_for_bit_from_checkpoints_without_the_backbone(
     data: Path, tmp_path: Path, stop_after: Any
 ) -> None:
-    train(config_of(data, tmp_path / "undisturbed", "model.lora.rank=2"))
+    settings = ("model.lora.rank=2", "model.evidence=true")  # whose counts are buffers
+    train(config_of(data, tmp_path / "undisturbed", *settings))
     stop_after(5)
-    assert train(config_of(data, tmp_path / "run", "model.lora.rank=2")).status == "stopped"
+    assert train(config_of(data, tmp_path / "run", *settings)).status == "stopped"
     saved = load_file(tmp_path / "run" / "checkpoints" / "step-00000005" / "model.safetensors")
     assert any("lora_A" in name for name in saved) and not any(
         name.endswith("base_layer.weight") for name in saved
     )
-    train(config_of(data, tmp_path / "run", "model.lora.rank=2"), resume="auto")
+    train(config_of(data, tmp_path / "run", *settings), resume="auto")
     assert records(tmp_path / "run") == records(tmp_path / "undisturbed")
     assert same_model(tmp_path / "run", tmp_path / "undisturbed")
 
@@ -326,6 +327,9 @@ def test_what_must_be_given_and_what_must_fit(data: Path, tmp_path: Path) -> Non
         train(config_of(data, tmp_path / "a", "model.cf_holdout=last"))
     with pytest.raises(ConfigError, match=r"run\.select_metric=mean/precision"):
         train(config_of(data, tmp_path / "b", "run.select_metric=mean/precision@5"))
+    counted = ("model.name=popularity", "tracking.enabled=false", "run.select_metric=mean/ndcg@7")
+    with pytest.raises(ConfigError, match=r"run\.select_metric=mean/ndcg@7 is not measured"):
+        train(load_config(None, [f"data.dir={data}", f"run.dir={tmp_path / 'c'}", *counted]))
 
 
 # ---- accidents ---------------------------------------------------------------------------------------------
@@ -405,6 +409,27 @@ def test_a_loss_that_is_not_finite_is_left_out_where_asked(
     state = load_file(tmp_path / "run" / "model" / "model.safetensors")
     assert all(bool(torch.isfinite(tensor).all()) for tensor in state.values())
     assert json.loads((tmp_path / "run" / "status.json").read_text())["progress"]["skipped_batches"] == 2
+
+
+def test_a_continued_run_leaves_out_its_first_batch_too(
+    data: Path, tmp_path: Path, poison: Any, stop_after: Any
+) -> None:
+    config = config_of(data, tmp_path / "run", "run.on_nan=skip", "model.dropout=0")
+    seen = poison({9})
+    stop_after(4)
+    train(config)
+    train(config, resume="auto")
+    assert seen[9] == seen[6], "a batch of the step before the checkpoint stands in, times 0"
+    assert [r["event_ids"] for r in records(tmp_path / "run") if r["kind"] == "skipped"] == [seen[8]]
+    state = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in state.values())
+
+
+def test_a_stand_in_that_is_not_finite_is_not_learned_from(data: Path, tmp_path: Path, poison: Any) -> None:
+    """0 times infinity is no gradient of 0."""
+    poison({10, 11})
+    with pytest.raises(RunError, match=r"a batch and the one before.*event ids \d+"):
+        train(config_of(data, tmp_path / "run", "run.on_nan=skip"))
 
 
 def test_too_many_in_a_row_end_the_run(data: Path, tmp_path: Path, poison: Any) -> None:
@@ -539,6 +564,26 @@ def test_patience_counts_only_after_the_first_gain_over_chance(
     # the newest and the best
     assert list(checkpoints_of(tmp_path / "run")) == ["step-00000007", "step-00000005"]
     assert json.loads((tmp_path / "run" / "status.json").read_text())["status"] == "finished"
+
+
+def test_an_early_stop_is_not_forgotten(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_after: Any
+) -> None:
+    """Neither by a process that dies before it has said so, nor for a signal in the same step."""
+    config = config_of(data, tmp_path / "run", "run.validate_every_steps=1", "run.early_stop_patience=1")
+    scripted(monkeypatch, [0.9, 0.5])
+    stop_after(2)
+
+    def lost(run: Run, status: str) -> None:
+        run.writer.finish()
+        raise RuntimeError("connection closed by peer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.training.loop, "conclude", lost)
+        with pytest.raises(RuntimeError, match="closed by peer"):
+            train(config)
+    result = train(config, resume="auto")
+    assert (result.status, result.step, result.best_step) == ("early_stopped", 2, 1)
 
 
 @pytest.mark.pictures

@@ -120,6 +120,8 @@ def fit(run: Run, stop: StopSignal) -> Status:
     """Steps until the last one, an early stop or a signal."""
     schedule, progress = run.schedule, run.progress
     window = Window(run.accelerator, schedule.grad_accum_steps)
+    if early_stop(run):  # of a process that died before it could say so
+        return "early_stopped"
     run.console.start_bar()
     with training_batches(run) as batches:
         while progress.step < schedule.num_steps:
@@ -138,26 +140,31 @@ def fit(run: Run, stop: StopSignal) -> Status:
             gained = validate_now(run, stop) if validating else False
             if saving or gained or stopping:
                 save(run)
+            if early_stop(run):
+                return "early_stopped"
             if stopping:
                 run.console.say(
                     f"stopped by {stop.received or 'a signal on another rank'} after step {progress.step:,}; "
                     "continue with --resume auto"
                 )
                 return "stopped"
-            patience = run.config.run.early_stop_patience
-            if (
-                validating
-                and patience
-                and progress.validations_without_gain >= patience
-                and progress.step < schedule.num_steps
-            ):
-                run.console.say(
-                    f"early stop: {patience} validations without gain since step {progress.best_step:,}"
-                )
-                return "early_stopped"
             if validating or saving:
                 window.restart_clock()
     return "finished"
+
+
+def early_stop(run: Run) -> bool:
+    """Whether the validation after the last step was one too many without gain."""
+    progress, patience = run.progress, run.config.run.early_stop_patience
+    if (
+        not patience
+        or progress.validations_without_gain < patience
+        or progress.step >= run.schedule.num_steps
+        or not run.schedule.is_validation_step(progress.step)
+    ):
+        return False
+    run.console.say(f"early stop: {patience} validations without gain since step {progress.best_step:,}")
+    return True
 
 
 @contextmanager
@@ -237,11 +244,7 @@ def validate_now(run: Run, stop: StopSignal) -> bool:
     run.model.train()
     run.console.doing("training")
     progress, name = run.progress, run.config.run.select_metric
-    if name not in metrics:
-        raise ConfigError(
-            f"run.select_metric={name} is not measured on this data. There are: {', '.join(sorted(metrics))}"
-        )
-    value = metrics[name]
+    value = plan.selected(run.config, metrics)
     gained = progress.best_step == 0 or value > progress.best_value
     progress.above_chance = progress.above_chance or value > run.chance_threshold
     if gained:
