@@ -21,6 +21,7 @@ from trainer.experiments.submit import check_folder
 from trainer.runs import weights
 from trainer.runs.folder import holds_run
 from trainer.runtime.files import SECRET_MODE, create
+from trainer.tracking import also
 from trainer.training.loop import train
 
 
@@ -88,6 +89,21 @@ def test_a_claim_on_a_full_disk_leaves_nothing(data: Path, small_disk: Path) -> 
             train(config)
     filler.unlink()
     assert not list((small_disk / "run").glob("*"))
+
+
+def test_a_tracker_that_does_not_start_leaves_no_folder(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(name: str, config: Config, run_dir: Path) -> None:
+        (run_dir / "tensorboard").mkdir()
+        (run_dir / "tracking-spool.jsonl").touch()
+        raise EnvironmentProblem("tracking.also: cannot be started")
+
+    monkeypatch.setattr(also, "check_packages", lambda config: None)
+    monkeypatch.setattr(also, "start", refused)
+    with pytest.raises(EnvironmentProblem, match="cannot be started"):
+        train(config_of(data, tmp_path / "run", "tracking.also=tensorboard"))
+    assert not (tmp_path / "run").exists()
 
 
 def _create(path: Path, number: int, barrier: Any, answers: Any) -> None:

@@ -187,6 +187,24 @@ def test_resume_continues_the_run_without_doubles(runs: Path) -> None:
     assert client.get_run(first.run_id).info.status == "FINISHED"
 
 
+def test_a_run_that_goes_on_in_another_store_or_was_deleted_is_recorded_anew(runs: Path) -> None:
+    run_dir = run_folder(runs, "moved")
+    first = Tracker.start(config_for(), run_dir, FACTS)
+    first.finish("KILLED")
+    elsewhere = config_for(uri=f"sqlite:///{runs}/elsewhere.db")
+    client, ids = connect(elsewhere.tracking.uri), [first.run_id]
+    for step in (10, 20):
+        tracker = Tracker.start(elsewhere, run_dir, FACTS, resume_run_id=first.run_id)
+        tracker.log_metrics({"train/loss": 1.0}, step)
+        tracker.finish("FINISHED")
+        run = client.get_run(tracker.run_id)
+        assert run.data.params["optim.lr"] == "0.001" and run.info.status == "FINISHED"
+        assert [point.step for point in client.get_metric_history(tracker.run_id, "train/loss")] == [step]
+        assert read_run_file(run_dir, elsewhere.tracking.uri) == tracker.run_id not in ids
+        ids.append(tracker.run_id)
+        client.delete_run(tracker.run_id)
+
+
 def test_a_server_that_never_answers_costs_training_nothing(
     runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,6 +12,7 @@ import pytest
 from trainer.configs import load_config
 from trainer.errors import ConfigError, EnvironmentProblem
 from trainer.tracking import also
+from trainer.tracking.store import connect, read_run_file
 from trainer.tracking.tracker import NullTracker, Tracker
 
 
@@ -85,10 +86,27 @@ def test_one_that_does_not_start_says_why(wandb: FakeWandb, tmp_path: Path) -> N
         started(tmp_path, "tracking.also=wandb")
 
 
+def test_mlflow_hears_of_a_run_that_does_not_start(wandb: FakeWandb, tmp_path: Path) -> None:
+    wandb.broken = True
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    config = load_config(None, [f"tracking.uri={uri}", "tracking.also=wandb"])
+    with pytest.raises(EnvironmentProblem, match="cannot be started"):
+        Tracker.start(config, tmp_path, {})
+    assert connect(uri).get_run(read_run_file(tmp_path, uri)).info.status == "FAILED"
+
+
+def test_the_page_is_that_of_the_first(tmp_path: Path) -> None:
+    class Shown(NullTracker):
+        page = "http://host/page"
+
+    assert also.Several(Shown(), []).page == "http://host/page"
+
+
 def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(also.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(EnvironmentProblem, match=r"pip install 'gensr\[tensorboard\]'"):
-        started(tmp_path, "tracking.also=tensorboard")
+        started(tmp_path, "tracking.also=tensorboard", "tracking.enabled=true")
+    assert not list(tmp_path.iterdir()), "no run is opened before"
 
 
 def test_another_name_is_a_problem_of_the_configuration() -> None:

@@ -9,6 +9,7 @@ import contextlib
 import json
 import logging
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -37,7 +38,9 @@ MADE_BEFORE_THE_FIRST_STEP = (
     "train.log",
     "metrics.jsonl",
     "tracking.json",
+    "tracking-spool.jsonl",
 )
+FOLDERS_OF_TRACKERS = ("tensorboard", "wandb")  # tracking.also, made then as well
 
 
 @dataclass
@@ -70,6 +73,8 @@ class Claim:
             ):  # a disk that has become read-only; or it held something before
                 for name in MADE_BEFORE_THE_FIRST_STEP:
                     (self.folder / name).unlink(missing_ok=True)
+                for name in FOLDERS_OF_TRACKERS:
+                    shutil.rmtree(self.folder / name, ignore_errors=True)
                 self.folder.rmdir()
 
 

@@ -22,13 +22,16 @@ log = logging.getLogger(__name__)
 def beside(main: Tracker, config: Config, run_dir: Path) -> Tracker:
     """`main`, and with it those of tracking.also. Raises EnvironmentProblem where a package is missing or the
     service refuses."""
-    names = [name for name in config.tracking.also.split(",") if name]
-    return Several(main, [start(name, config, run_dir) for name in names]) if names else main
+    others = [start(name, config, run_dir) for name in _names(config)]
+    return Several(main, others) if others else main
+
+
+def _names(config: Config) -> list[str]:
+    return [name for name in config.tracking.also.split(",") if name]
 
 
 def start(name: str, config: Config, run_dir: Path) -> Any:
     """accelerate's tracker of that name, started, with the run's settings."""
-    check_package(name)
     from accelerate import PartialState
     from accelerate.tracking import TensorBoardTracker, WandBTracker
 
@@ -52,12 +55,14 @@ def start(name: str, config: Config, run_dir: Path) -> Any:
     return tracker
 
 
-def check_package(name: str) -> None:
-    if not any(importlib.util.find_spec(package) for package in ALSO[name]):
-        raise EnvironmentProblem(
-            f"tracking.also={name}: the package is not installed. Install it (pip install {name}, or pip "
-            f"install 'gensr[{name}]'), or leave it out: tracking.also="
-        )
+def check_packages(config: Config) -> None:
+    """Raises EnvironmentProblem where one of tracking.also is not installed."""
+    for name in _names(config):
+        if not any(importlib.util.find_spec(package) for package in ALSO[name]):
+            raise EnvironmentProblem(
+                f"tracking.also={name}: the package is not installed. Install it (pip install {name}, or pip "
+                f"install 'gensr[{name}]'), or leave it out: tracking.also="
+            )
 
 
 class Several(Tracker):
@@ -69,6 +74,10 @@ class Several(Tracker):
     @property
     def run_id(self) -> str:
         return self._main.run_id
+
+    @property
+    def page(self) -> str:
+        return self._main.page
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         self._main.log_metrics(metrics, step)

@@ -260,6 +260,18 @@ def read_run_file(folder: str | Path, uri: str = "") -> str:
     return str(document.get("run_id") or "") if same else ""
 
 
+def has_run(client: "MlflowClient", run_id: str) -> bool:
+    """Whether records of a run are taken: not of one that was deleted."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return bool(client.get_run(run_id).info.lifecycle_stage == "active")
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return False
+
+
 def log_figures(client: "MlflowClient", run_id: str, figures: Mapping[str, float]) -> None:
     """Figures that belong to a run as a whole, at step 0; those that it has already are not repeated."""
     from mlflow.entities import Metric

@@ -20,8 +20,10 @@ from trainer.runs.run_folder import RunFolder
 from trainer.tracking.about import about_run, dataset_records
 from trainer.tracking.delivery import Record, Sender
 from trainer.tracking.store import (
+    RUN_FILE,
     connect,
     dump,
+    has_run,
     is_server,
     log_figures,
     metric_name,
@@ -68,8 +70,8 @@ class Tracker:
         enabled: bool = True,
         resume_run_id: str | None = None,
     ) -> "Tracker":
-        """Open a new MLflow run, or continue `resume_run_id`, or the one that RUN/tracking.json names
-        for this store.
+        """Open a new MLflow run, or continue the one that RUN/tracking.json names for this store, or
+        without that file `resume_run_id`.
 
         `facts` describes data, code and machine as nested plain values. Known keys: "manifest" (a Manifest,
         becomes the run's dataset), "git" with "commit", "dirty", "diff"; everything else becomes tags. Raises
@@ -78,11 +80,16 @@ class Tracker:
         """
         if not enabled:
             return NullTracker()
-        from trainer.tracking.also import beside
+        from trainer.tracking.also import beside, check_packages
 
+        check_packages(config)
         in_mlflow = config.tracking.enabled
         main = MlflowTracker(config, Path(run_dir), facts, resume_run_id) if in_mlflow else NullTracker()
-        return beside(main, config, Path(run_dir))
+        try:
+            return beside(main, config, Path(run_dir))
+        except EnvironmentProblem:
+            main.finish("FAILED")  # nobody else would: this run does not begin
+            raise
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """All of `metrics` at one step. "@" in names becomes "_at_": rec/recall@10 → rec/recall_at_10."""
@@ -109,10 +116,16 @@ class MlflowTracker(Tracker):
         self, config: Config, run_dir: Path, facts: Mapping[str, Any], resume_run_id: str | None
     ) -> None:
         self.uri, self._run_dir = tracking_uri(config, run_dir), run_dir
-        known = resume_run_id or read_run_file(run_dir, self.uri)
+        known = read_run_file(run_dir, self.uri)
+        if not (run_dir / RUN_FILE).is_file():  # else it says which store the id of the checkpoint is of
+            known = resume_run_id or ""
 
         def open_run(client: "MlflowClient") -> str:
-            return known or self._create(client, config, run_dir)
+            if known and has_run(client, known):
+                return known
+            if known:  # deleted meanwhile
+                self._sender.put(describe(config, run_dir, facts, facts.get("manifest")))
+            return self._create(client, config, run_dir)
 
         self._sender = Sender(self.uri, run_dir, open_run, resumed=bool(known))
         self._sender.run_id = known
