@@ -64,6 +64,15 @@ def test_scores_do_not_depend_on_padding_other_rows_or_other_candidates():
     torch.testing.assert_close(whole, scores, atol=1e-6, rtol=0)
 
 
+def test_before_training_what_is_more_like_the_question_scores_higher():
+    model, batch = make_user(), make_events()
+    question, items = model._question(batch), model._item_vectors(batch.candidates)
+
+    likeness = model.core.cosines(question, items).sum(-1)
+
+    torch.testing.assert_close(model.score(batch), (likeness / 2).tanh())
+
+
 def test_a_search_reads_its_query_and_a_recommendation_its_user():
     model, batch = make_user(), make_events()
     scores = model.score(batch)

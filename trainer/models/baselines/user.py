@@ -13,9 +13,11 @@ is read, so a layer computes just that: d looks at the older entries and at itse
 
 Differs from the published code: its 122 hand-made features are left out; each candidate meets its own user's
 history; W of the co-attention is learned, and padding words have no weight there
-(padding_in_co_attention=true gives them one); texts and sessions of padding only are 0, not NaN. [?] Our logs
-have no sessions: the newest `session_length` clicks are the current one, and older ones are cut alike. An
-unknown user and an item without text are zero vectors. Texts are cut at `text_words`.
+(padding_in_co_attention=true gives them one); texts and sessions of padding only are 0, not NaN. The four
+weights of s start at .5, its bias at 0; there, their signs are drawn, and short training does not turn one
+that ranks last what is most like the question. [?] Our logs have no sessions: the newest `session_length`
+clicks are the current one, and older ones are cut alike. An unknown user and an item without text are zero
+vectors. Texts are cut at `text_words`.
 Shapes: texts […, W] with 0 = padding, sessions [B, S, K, D], candidates [B, C, D], scores [B, C] in (−1, 1).
 """
 
@@ -173,6 +175,8 @@ class UserCore(nn.Module):
         self.word_pool = AdditivePooling(dim, dim)
         self.co_attention = CoAttention(dim, settings.padding_in_co_attention)
         self.scorer = nn.Linear(4, 1)
+        nn.init.constant_(self.scorer.weight, 0.5)
+        nn.init.zeros_(self.scorer.bias)
 
     def encode_words(self, texts: Tensor) -> Tensor:
         """[…, W] → […, W, D]; 0 at padding. Each text is read once, however often it is there."""
