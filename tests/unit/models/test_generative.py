@@ -250,6 +250,19 @@ def test_idgenrec_beams_reach_legal_ids_only_and_all_of_them_when_there_are_enou
         assert share.le(2 / batch.candidates.shape[1] + 1e-6).all() and share.gt(0).all()
 
 
+def test_idgenrec_among_legal_words_gives_all_items_a_probability_of_1(folder: PreparedFolder) -> None:
+    settings = dict(id_tokens=4, legal_only=True, length_penalty=0.0)
+    model, batch = made(folder, "idgenrec", catalogue_beams=0, **settings)
+    searching, _ = made(folder, "idgenrec", catalogue_beams=500, **settings)
+    with torch.no_grad():
+        everything = model.score_catalogue(batch)
+        torch.testing.assert_close(everything.exp().sum(1), torch.ones(batch.num_events))
+        torch.testing.assert_close(searching.score_catalogue(batch), everything, atol=1e-4, rtol=0)
+        item = batch.candidates.gather(1, batch.labels.argmax(1, keepdim=True))
+        lengths = model.ids[item[:, 0]].ne(END).sum(1) + 1
+        torch.testing.assert_close(model.loss(batch)[0], -(everything.gather(1, item)[:, 0] / lengths).mean())
+
+
 def test_idgenrec_trains_one_part_a_stage(folder: PreparedFolder) -> None:
     written = dict(ids="generator", generator="scratch:nano", id_tokens=3)
     model, batch = made(folder, "idgenrec", **written)

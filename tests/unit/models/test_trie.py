@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from trainer.models.contract import UNREACHED
-from trainer.models.layers.trie import END, beam_search, id_lengths, token_log_probs, trie_nodes
+from trainer.models.layers.trie import END, Children, beam_search, id_lengths, token_log_probs, trie_nodes
 
 VOCABULARY, LENGTH = 7, 4
 
@@ -106,4 +106,28 @@ def test_tokens_behind_the_end_cost_nothing() -> None:
     logits = torch.randn(2, 3, VOCABULARY)
     log = logits.log_softmax(-1)
     expected = [[log[0, 0, 3], log[0, 1, END], 0.0], [log[1, 0, 3], log[1, 1, 4], log[1, 2, 5]]]
-    torch.testing.assert_close(token_log_probs(logits, ids), torch.tensor(expected))
+    torch.testing.assert_close(token_log_probs(logits, ids, trie_nodes(ids).T), torch.tensor(expected))
+
+
+def test_among_legal_tokens_the_ids_share_all_probability() -> None:
+    ids = random_ids(30, 5)
+    nodes = trie_nodes(ids)
+    legal = Children.of(ids, nodes)
+    begun = [[tuple(word[:length]) for length in range(LENGTH)] for word in ids.tolist()]
+    logits = torch.stack([torch.stack([next_logits(0, some) for some in word]) for word in begun])
+    logits.requires_grad_()
+    found = token_log_probs(logits, ids, nodes.T, legal)
+    slow = torch.zeros(found.shape)
+    for item, word in enumerate(ids.tolist()):
+        for place in range(int(id_lengths(ids)[item])):
+            children = sorted({other[place] for other in ids.tolist() if other[:place] == word[:place]})
+            slow[item, place] = logits[item, place, word[place]] - logits[item, place, children].logsumexp(0)
+    torch.testing.assert_close(found, slow)
+    assert found.sum(1).exp().sum().item() == pytest.approx(1)
+    some = torch.randn(found.shape)
+    (fast_gradient,), (slow_gradient,) = (
+        torch.autograd.grad((each * some).sum(), logits) for each in (found, slow)
+    )
+    torch.testing.assert_close(fast_gradient, slow_gradient)
+    searched = beam_search(batched, ids[None, 7:], nodes.T[None, 7:], len(ids), legal)
+    torch.testing.assert_close(searched[0], found.sum(1)[7:])

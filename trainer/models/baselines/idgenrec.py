@@ -20,7 +20,8 @@ included); an item that finds no free id in nine rounds gets its first wording a
 published code allows ten tokens more; ids are tokens, not joined to text and cut anew; 5 wordings of the
 prompt, one drawn a micro-batch, for 21, three of them drawn a row; punctuation is kept in ids and zeroed in
 the soft ones, as published; probabilities of illegal tokens are not given to the legal ones, as in its
-beam search. num_beams=0 spells every candidate: scores then do not depend on the other candidates.
+beam search, unless legal_only=true: a word then costs what tells it from the other words that an item has
+there. num_beams=0 spells every candidate: scores then do not depend on the other candidates.
 Shapes: B events, C candidates, N history, L tokens of an id, V vocabulary, D width.
 """
 
@@ -43,7 +44,7 @@ from trainer.models.backbones.language import language_model
 from trainer.models.contract import UNREACHED, Ranker, World
 from trainer.models.layers.history import HistoryKind, clicked, history_ids, pack
 from trainer.models.layers.item_ids import Tokens, as_matrix, distinct_ids, diverse_greedy, rare_words
-from trainer.models.layers.trie import beam_search, id_lengths, token_log_probs, trie_nodes
+from trainer.models.layers.trie import Children, beam_search, id_lengths, token_log_probs, trie_nodes
 
 GROUPS, PENALTIES = 10, range(1, 10)  # of diverse beam search
 SUFFIX = 7  # tokens that a number may add to an id
@@ -83,6 +84,8 @@ class IdGenRecSettings(ModelSettings):
     """beams in the trie of all items; 0 spells all of them"""
     length_penalty: NonNegativeFloat = 1.0
     """log P is divided by the id's length to this power"""
+    legal_only: bool = False
+    """probabilities are among the words that go on to some item's id, and sum to 1 over all items"""
     dropout: Fraction = 0.1
     """dropout of backbones from scratch"""
     activation_checkpointing: bool = False
@@ -115,7 +118,7 @@ class IdGenRec(Ranker):
         self.register_buffer(
             "ids", torch.zeros((world.num_items, settings.id_tokens + SUFFIX + 1), dtype=torch.int64)
         )
-        self._spelling: tuple[Tensor, Tensor] | None = None
+        self._spelling: tuple[Tensor, Tensor, Children | None] | None = None
         if world.tokenizer is not None:
             self._set_texts(world.tokenizer())
 
@@ -209,12 +212,14 @@ class IdGenRec(Ranker):
     # ---- loss ----------------------------------------------------------------------------------------------
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        ids_IL, _ = self._ids()
-        target_BL = ids_IL[clicked(batch) - 1]
+        ids_IL, nodes_IX, legal = self._ids()
+        target_B = clicked(batch) - 1
+        target_BL = ids_IL[target_B]
         number = int(torch.randint(len(WORDINGS), ())) if self.training else 0
         read = self.backbone.reader(self._prompt(batch, number))
         hidden_BLD = read(target_BL[:, None, :-1])[:, 0]
-        log_p_BL = token_log_probs(self.backbone.token_logits(hidden_BLD), target_BL)
+        logits_BLV = self.backbone.token_logits(hidden_BLD)
+        log_p_BL = token_log_probs(logits_BLV, target_BL, nodes_IX[target_B], legal)
         return -(log_p_BL.sum(1) / id_lengths(target_BL)).mean(), {}
 
     # ---- scores --------------------------------------------------------------------------------------------
@@ -235,39 +240,47 @@ class IdGenRec(Ranker):
         return self.settings.catalogue_beams if catalogue else self.settings.num_beams
 
     def _ranked(self, batch: Batch, candidates: Tensor, num_beams: int) -> Tensor:
-        ids_IL, nodes_IX = self._ids()
-        ids_BCL = ids_IL[candidates]
+        ids_IL, nodes_IX, legal = self._ids()
+        ids_BCL, nodes_BCX = ids_IL[candidates], nodes_IX[candidates]
         read = self.backbone.reader(self._prompt(batch, 0))
         if num_beams:
             logits = self.backbone.token_logits
             log_p_BC = beam_search(
-                lambda begun: logits(read(begun)[:, :, -1]), ids_BCL, nodes_IX[candidates], num_beams
+                lambda begun: logits(read(begun)[:, :, -1]), ids_BCL, nodes_BCX, num_beams, legal
             )
         else:
-            log_p_BC = self._spelled(read, ids_BCL)
+            log_p_BC = self._spelled(read, ids_BCL, nodes_BCX, legal)
         lengths_BC = id_lengths(ids_BCL).float() ** self.settings.length_penalty
         return torch.where(log_p_BC > UNREACHED, log_p_BC / lengths_BC, UNREACHED)
 
-    def _spelled(self, read: Callable[[Tensor], Tensor], ids_BCL: Tensor) -> Tensor:
+    def _spelled(
+        self,
+        read: Callable[[Tensor], Tensor],
+        ids_BCL: Tensor,
+        nodes_BCX: Tensor,
+        legal: Children | None,
+    ) -> Tensor:
         """log P of every candidate's id [B, C]."""
         num_events, _, length = ids_BCL.shape
         at_once = max(1, LOGITS_AT_ONCE // (num_events * length * self.backbone.vocab_size))
         parts = []
-        for part_BcL in ids_BCL.split(at_once, 1):
+        for part_BcL, nodes_BcX in zip(ids_BCL.split(at_once, 1), nodes_BCX.split(at_once, 1), strict=True):
             logits = self.backbone.token_logits(read(part_BcL[..., :-1]))
-            parts.append(token_log_probs(logits, part_BcL).sum(-1))
+            parts.append(token_log_probs(logits, part_BcL, nodes_BcX, legal).sum(-1))
         return torch.cat(parts, 1).clamp(min=UNREACHED + 1)
 
-    def _ids(self) -> tuple[Tensor, Tensor]:
-        """Ids without the columns that nobody uses [I, L], and their trie [I, L + 1]: made at the first use,
-        when the weights are there."""
+    def _ids(self) -> tuple[Tensor, Tensor, Children | None]:
+        """Ids without the columns that nobody uses [I, L], their trie [I, L + 1], and with legal_only its
+        children: made at the first use, when the weights are there."""
         if self._spelling is None or self._spelling[0].device != self.ids.device:
             ids_IL = self.ids[:, : int(id_lengths(self.ids).max())]
-            self._spelling = ids_IL, trie_nodes(ids_IL).T.contiguous()
+            nodes_XI = trie_nodes(ids_IL)
+            legal = Children.of(ids_IL, nodes_XI) if self.settings.legal_only else None
+            self._spelling = ids_IL, nodes_XI.T.contiguous(), legal
         return self._spelling
 
     def probability(self, scores: Tensor) -> Tensor:
-        """Of the id, a token on average (length_penalty=1)."""
+        """Of the id (length_penalty=0), or of a token of it on average (1)."""
         return scores.exp()
 
     # ---- prompt --------------------------------------------------------------------------------------------
