@@ -8,6 +8,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+ITEM_SLICE = 65_536  # items whose text is read at once where all are: bounds memory
+
 
 @dataclass(frozen=True)
 class Group:
@@ -148,3 +150,12 @@ def rows_of(table: Tensor, index: Tensor) -> Tensor:
     if table.dtype == torch.uint16:
         return table.view(torch.int16)[index].long() & 0xFFFF
     return table[index].long()
+
+
+def term_counts(table: Tensor, size: int) -> Tensor:
+    """[size] int64 on the CPU: how often a table of words or tokens has each id below `size`."""
+    counts = torch.zeros(size, dtype=torch.int64)
+    for start in range(0, len(table), ITEM_SLICE):
+        terms = rows_of(table, torch.arange(start, min(start + ITEM_SLICE, len(table))))
+        counts += torch.bincount(terms.flatten().cpu(), minlength=size)
+    return counts

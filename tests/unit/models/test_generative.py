@@ -16,7 +16,9 @@ from trainer.data import TrainStream
 from trainer.data.folder import PreparedFolder
 from trainer.errors import ConfigError
 from trainer.evaluation.ranking import share_reached
+from trainer.models.baselines import idgenrec
 from trainer.models.contract import UNREACHED, Ranker
+from trainer.models.layers.item_ids import Tokens, rare_words
 from trainer.models.layers.trie import END
 from trainer.models.zoo import model_class
 from trainer.runs.weights import build_model, load_model, save_model
@@ -248,6 +250,24 @@ def test_idgenrec_beams_reach_legal_ids_only_and_all_of_them_when_there_are_enou
         torch.testing.assert_close(few[reached], everything[reached], atol=1e-4, rtol=0)
         share = share_reached(narrow.score(batch))
         assert share.le(2 / batch.candidates.shape[1] + 1e-6).all() and share.gt(0).all()
+
+
+def test_idgenrec_makes_a_longer_wording_only_where_the_shorter_is_taken(
+    folder: PreparedFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made_of: list[tuple[int, int]] = []  # how many texts, of which size
+
+    def counted(texts: torch.Tensor, counts: torch.Tensor, size: int) -> list[Tokens]:
+        made_of.append((len(texts), size))
+        return rare_words(texts, counts, size)
+
+    monkeypatch.setattr(idgenrec, "rare_words", counted)
+    monkeypatch.setattr(idgenrec, "ITEM_SLICE", 100)
+    model, _ = made(folder, "idgenrec", id_tokens=4, shortest_id=1)
+    lengths = model.ids.ne(END).sum(1)
+    first = [number for number, size in made_of if size == 1]
+    assert max(first) == 100 and sum(first) == model.world.num_items
+    assert sum(number for number, size in made_of if size == 2) == int(lengths.gt(1).sum()) > 0
 
 
 def test_idgenrec_among_legal_words_gives_all_items_a_probability_of_1(folder: PreparedFolder) -> None:

@@ -2,6 +2,7 @@
 
 import torch
 
+from trainer.batch import term_counts
 from trainer.models.layers.item_ids import as_matrix, distinct_ids, diverse_greedy, rare_words
 from trainer.models.layers.trie import END
 
@@ -46,10 +47,14 @@ def test_every_item_gets_an_id_of_its_own() -> None:
     assert len(set(ids)) == 50 and ids[0] == (2, 3)
     matrix = as_matrix(ids, 6)
     assert matrix.shape == (50, 6) and matrix[:, -1].eq(END).all()
+    assert [tuple(token for token in row if token != END) for row in matrix.tolist()] == ids
 
 
 def test_the_rarest_words_stay_in_the_order_of_the_text() -> None:
     # 5 occurs four times, 6 twice, 7 and 8 once
     texts = torch.tensor([[5, 8, 6, 7], [5, 5, 6, 0], [5, 0, 0, 0], [0, 0, 0, 0]])
-    expected = [[(8, 7), (8, 6, 7), (5, 8, 6, 7)], [(5, 6)], [(5,)], [()]]
-    assert rare_words(texts, 2, 9) == expected
+    counts = term_counts(texts, 9)
+    assert counts.tolist() == [8, 0, 0, 0, 0, 4, 2, 1, 1]
+    assert rare_words(texts, counts, 2) == [(8, 7), (5, 6), (5,), ()]
+    assert rare_words(texts, counts, 3) == [(8, 6, 7), (5, 6), (5,), ()]
+    assert rare_words(texts, counts, 9) == [(5, 8, 6, 7), (5, 6), (5,), ()]

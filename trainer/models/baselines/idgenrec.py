@@ -36,7 +36,7 @@ from torch import Tensor
 
 from data_shards import settings as s
 from data_shards.schema import PAD, REC
-from trainer.batch import Batch, rows_of
+from trainer.batch import ITEM_SLICE, Batch, rows_of, term_counts
 from trainer.config import Fraction, ModelSettings, NonNegative, NonNegativeFloat, Positive
 from trainer.errors import ConfigError, DataError
 from trainer.models.backbones.backbone import Backbone, Prompt
@@ -60,6 +60,8 @@ WORDINGS = (  # the first one is asked with outside training
     "Name the item that follows:",
 )
 WRITE = "Tags of this item:"
+
+Round = Callable[[list[int]], Iterator[list[Tokens]]]  # wordings of items, from the best on
 
 
 @s.settings
@@ -152,30 +154,38 @@ class IdGenRec(Ranker):
 
     def fit(self) -> None:
         """Writes the ids, with the generator as it is. Raises DataError when no item has text."""
-        if not bool(rows_of(self.tables.item_tokens, torch.arange(self.world.num_items)).any()):
+        counts = term_counts(self.tables.item_tokens, self.backbone.vocab_size)
+        if not counts[PAD + 1 :].any():
             raise DataError(
                 f"{self.world.data.dir}: no item has text in words, and IDGenRec makes ids of it. Choose "
                 "another model, such as bsr."
             )
         settings, num_items = self.settings, self.world.num_items
-        rounds = self._written() if self.generator is not None else iter([self._words])
+        rounds = self._written() if self.generator is not None else self._worded(counts)
         ids = distinct_ids(rounds, num_items, self._number)
         self.ids.copy_(as_matrix(ids, settings.id_tokens + SUFFIX + 1))
         self._spelling = None
 
-    def _words(self, items: list[int]) -> list[list[Tokens]]:
-        texts = rows_of(self.tables.item_tokens, torch.tensor(items, device=self.device))
-        return rare_words(texts.cpu(), self.settings.shortest_id, self.settings.id_tokens)
+    def _worded(self, counts: Tensor) -> Iterator[Round]:
+        """One round for each length: ids of different lengths never collide."""
+        for size in range(self.settings.shortest_id, self.settings.id_tokens + 1):
+            yield partial(self._words, counts=counts, size=size)
 
-    def _written(self) -> Iterator[Callable[[list[int]], list[list[Tokens]]]]:
+    def _words(self, items: list[int], counts: Tensor, size: int) -> Iterator[list[Tokens]]:
+        for start in range(0, len(items), ITEM_SLICE):
+            rows = torch.tensor(items[start : start + ITEM_SLICE], device=self.device)
+            for tokens in rare_words(rows_of(self.tables.item_tokens, rows).cpu(), counts, size):
+                yield [tokens]
+
+    def _written(self) -> Iterator[Round]:
         """One round for each penalty."""
         for penalty in PENALTIES:
             yield partial(self._write, penalty=float(penalty))
 
     @torch.no_grad()
-    def _write(self, items: list[int], penalty: float) -> list[list[Tokens]]:
+    def _write(self, items: list[int], penalty: float) -> Iterator[list[Tokens]]:
         assert self.generator is not None
-        was_training, wordings = self.training, []
+        was_training = self.training
         self.eval()
         for start in range(0, len(items), ITEMS_AT_ONCE):
             rows = torch.tensor(items[start : start + ITEMS_AT_ONCE], device=self.device)
@@ -188,9 +198,8 @@ class IdGenRec(Ranker):
                 self.get_buffer("text_stops"),
             )
             for groups in written.tolist():
-                wordings.append([tuple(token for token in group if token != PAD) for group in groups])
+                yield [tuple(token for token in group if token != PAD) for group in groups]
         self.train(was_training)
-        return wordings
 
     def _generates(self, items_M: Tensor) -> Callable[[Tensor], Tensor]:
         """Beginnings [M, G, l] of ids of items → logits of the next token [M, G, V]."""

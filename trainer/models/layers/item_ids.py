@@ -2,6 +2,7 @@
 no two alike."""
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ Tokens = tuple[int, ...]
 
 
 def distinct_ids(
-    proposals: Iterable[Callable[[list[int]], Sequence[Sequence[Tokens]]]],
+    proposals: Iterable[Callable[[list[int]], Iterable[Sequence[Tokens]]]],
     num_items: int,
     number: Callable[[int], Tokens],
 ) -> list[Tokens]:
@@ -49,18 +50,16 @@ def distinct_ids(
     return [found[item] for item in range(num_items)]
 
 
-def rare_words(item_tokens: Tensor, shortest: int, longest: int) -> list[list[Tokens]]:
-    """Wordings from an item's own text: its `shortest` rarest tokens in the order of the text, then one more,
-    up to `longest`. item_tokens [I, L], 0 = padding."""
-    tokens_IL = item_tokens.long()
-    count = torch.bincount(tokens_IL.flatten())  # how often a token occurs in all texts
-    wordings: list[list[Tokens]] = []
-    for row in tokens_IL.tolist():
-        text = list(dict.fromkeys(token for token in row if token != PAD))
-        by_rarity = sorted(range(len(text)), key=lambda place: (int(count[text[place]]), place))
-        sizes = range(min(shortest, len(text)), min(longest, len(text)) + 1)
-        wordings.append([tuple(text[place] for place in sorted(by_rarity[:size])) for size in sizes])
-    return wordings
+def rare_words(texts_IL: Tensor, counts: Tensor, size: int) -> list[Tokens]:
+    """Of each text its `size` rarest tokens (all of a shorter one) in the order of the text. texts: 0 =
+    padding. counts [V]: how often each token occurs in all texts."""
+    ids: list[Tokens] = []
+    for row, rarity in zip(texts_IL.tolist(), counts[texts_IL].tolist(), strict=True):
+        # of each token its first place
+        places = {token: place for place, token in reversed(list(enumerate(row))) if token != PAD}
+        rarest = sorted(places.values(), key=lambda place: (rarity[place], place))[:size]
+        ids.append(tuple(row[place] for place in sorted(rarest)))
+    return ids
 
 
 def diverse_greedy(
@@ -98,4 +97,7 @@ def diverse_greedy(
 def as_matrix(ids: Sequence[Tokens], length: int) -> Tensor:
     """[I, length] int64, END behind each; longer ones are refused by assertion."""
     assert max(map(len, ids), default=0) < length, "an id leaves no room for its end"
-    return torch.tensor([[*tokens, *[END] * (length - len(tokens))] for tokens in ids]).view(-1, length)
+    matrix_IL = torch.full((len(ids), length), END)
+    lengths_I = torch.tensor([len(tokens) for tokens in ids], dtype=torch.int64)
+    tokens = torch.tensor(list(chain.from_iterable(ids)), dtype=torch.int64)
+    return matrix_IL.masked_scatter_(torch.arange(length) < lengths_I[:, None], tokens)

@@ -5,10 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.batch import rows_of
+from trainer.batch import term_counts
 
 NOISE_EXPONENT = 0.75  # word2vec's (Mikolov et al. 2013), which product search took over
-ITEM_SLICE = 65_536  # items whose words are counted at once: bounds memory
 
 
 def sampled_bce(scores_BC: Tensor, labels_BC: Tensor) -> Tensor:
@@ -33,12 +32,9 @@ class NoiseWords(nn.Module):
 
     def count(self, item_terms: Tensor) -> None:
         """Frequency: occurrences in the texts of the catalogue, item_terms [num_items, T], 0 = padding."""
-        counts = torch.zeros(len(self.cumulative) + 1, dtype=torch.float64)
-        for start in range(0, len(item_terms), ITEM_SLICE):
-            terms = rows_of(item_terms, torch.arange(start, min(start + ITEM_SLICE, len(item_terms))))
-            counts += torch.bincount(terms.flatten().cpu(), minlength=len(counts))
-        if counts[1:].any():
-            self.cumulative.copy_(counts[1:].pow(NOISE_EXPONENT).cumsum(0))
+        counts = term_counts(item_terms, len(self.cumulative) + 1)[1:]
+        if counts.any():
+            self.cumulative.copy_(counts.double().pow(NOISE_EXPONENT).cumsum(0))
 
     def draw(self, *shape: int) -> Tensor:
         """Ids of words, int64 in 1 … num_terms."""
