@@ -152,6 +152,11 @@ def rows_of(table: Tensor, index: Tensor) -> Tensor:
     return table[index].long()
 
 
+def query_terms_of(tables: ItemTables, rows: Tensor) -> Tensor:
+    """Words or tokens of queries […, T], padding for row -1. Tables have a row also without any query."""
+    return rows_of(tables.query_terms, rows.clamp(min=0)) * (rows >= 0)[..., None]
+
+
 def term_counts(table: Tensor, size: int) -> Tensor:
     """[size] int64 on the CPU: how often a table of words or tokens has each id below `size`."""
     counts = torch.zeros(size, dtype=torch.int64)

@@ -13,11 +13,13 @@ import torch
 from data_shards.hashing import click_fold
 from data_shards.schema import Manifest, read_manifest
 from tests.tiny_folder import change_events, make_tiny_folder
+from trainer.batch import no_tables, query_terms_of
 from trainer.cf.build import held_in, last_clicks, unique_rec_clicks
 from trainer.config import CfConfig, DataConfig
 from trainer.data import EvalStream, TrainStream, blocks, prefetched
 from trainer.data.blocks import check_ids, check_shard
 from trainer.data.folder import PreparedFolder
+from trainer.data.item_tables import _at_least_one_row
 from trainer.data.negatives import NegativeSampler
 from trainer.errors import ConfigError, DataError
 
@@ -284,6 +286,14 @@ def test_words_reach_the_model(prepared_words: Path) -> None:
         and int(tables.item_words.int().max()) <= manifest.num_words
     )
     assert int(tables.query_words.max()) <= manifest.num_words and bool((tables.query_words[:, 0] > 0).any())
+
+
+def test_words_of_no_query_are_padding_also_where_there_are_no_queries() -> None:
+    tables = no_tables(num_items=3, num_queries=2)
+    tables.query_words = torch.tensor([[5, 0], [6, 7]])
+    assert query_terms_of(tables, torch.tensor([[1, -1]])).tolist() == [[[6, 7], [0, 0]]]
+    tables.query_words = _at_least_one_row(tables.query_words[:0])
+    assert query_terms_of(tables, torch.tensor([-1])).tolist() == [[0, 0]]
 
 
 def test_tasks_are_mixed_by_share_whatever_the_manifest_says(folder: Path) -> None:

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from data_shards import settings as s
 from data_shards.schema import REC, SRC
-from trainer.batch import Batch, rows_of
+from trainer.batch import Batch, query_terms_of
 from trainer.config import Fraction, ModelSettings, Positive
 from trainer.models.backbones.backbone import Prompt
 from trainer.models.backbones.language import language_model
@@ -166,11 +166,9 @@ class Bsr(Ranker):
         ]
         ids_BN = history_ids(batch, self.settings.history, self.world.data.history_max)
         parts.append((self.items(ids_BN), (ids_BN != 0) & ~search_B1))
-        if self.world.num_queries:
-            terms_BQ = rows_of(self.tables.query_terms, batch.query.clamp(min=0))
-            terms_BQ = terms_BQ * (batch.query >= 0)[:, None]
-            vectors = self.words(terms_BQ) if self.world.num_words else self.backbone.embed(terms_BQ)
-            parts.append((vectors, (terms_BQ != 0) & search_B1))
+        terms_BQ = query_terms_of(self.tables, batch.query)
+        vectors = self.words(terms_BQ) if self.world.num_words else self.backbone.embed(terms_BQ)
+        parts.append((vectors, (terms_BQ != 0) & search_B1))
         mask_BS = torch.cat([mask.expand(vectors.shape[:2]) for vectors, mask in parts], 1)
         vectors_BSD = torch.cat([vectors.to(parts[0][0].dtype) for vectors, _ in parts], 1)
         longest = int(mask_BS.sum(1).max())

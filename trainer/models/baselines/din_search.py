@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from data_shards import settings as s
 from data_shards.schema import REC, SRC
-from trainer.batch import Batch, rows_of
+from trainer.batch import Batch, query_terms_of
 from trainer.config import ModelSettings, Positive
 from trainer.models.baselines.din import Head, InterestUnit
 from trainer.models.contract import GatherRows, Ranker, World
@@ -105,10 +105,7 @@ class DinSearch(Ranker):
     def _query_words(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Words [B, N, W] and which slots have a query [B, N]."""
         known_BN = batch.history_mask & (batch.history_tasks == SRC) & (batch.history_queries >= 0)
-        if self.world.num_queries == 0:
-            return known_BN.new_zeros((*known_BN.shape, 1), dtype=torch.int64), known_BN
-        words = rows_of(self.tables.query_terms, batch.history_queries.clamp(min=0))
-        return words * known_BN[..., None], known_BN
+        return query_terms_of(self.tables, torch.where(known_BN, batch.history_queries, -1)), known_BN
 
 
 MODEL = DinSearch

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from data_shards import settings as s
 from data_shards.schema import SRC
-from trainer.batch import Batch, rows_of
+from trainer.batch import Batch, query_terms_of, rows_of
 from trainer.config import Fraction, ModelSettings, NonNegative, NonNegativeFloat, Positive, Share
 from trainer.models.contract import Ranker, World
 from trainer.models.layers.attention import masked_softmax
@@ -170,7 +170,7 @@ class Jsr(Ranker):
         scores_BC = self.core.interactions(batch.user + 1, batch.candidates + 1)
         rec = weighted_mean(interaction_losses(scores_BC, batch.labels), weights_B)
         published = self.settings.published_word_loss
-        words_B = self.core.word_losses(self._query_words(batch), clicked(batch), published)
+        words_B = self.core.word_losses(query_terms_of(self.tables, batch.query), clicked(batch), published)
         words = weighted_mean(words_B, weights_B if published else weights_B * (batch.task == SRC))
         return rec + self.settings.word_weight * words, {
             "rec_loss": rec.detach(),
@@ -187,13 +187,9 @@ class Jsr(Ranker):
     def _scores(self, batch: Batch, items_BC: Tensor) -> Tensor:
         self.check_history(batch)
         terms_BCT = rows_of(self.tables.item_terms, items_BC)
-        rec_BC, src_BC = self.core(batch.user + 1, self._query_words(batch), items_BC + 1, terms_BCT)
+        words_BQ = query_terms_of(self.tables, batch.query)
+        rec_BC, src_BC = self.core(batch.user + 1, words_BQ, items_BC + 1, terms_BCT)
         return torch.where((batch.task == SRC)[:, None], src_BC, rec_BC)
-
-    def _query_words(self, batch: Batch) -> Tensor:
-        """[B, Q], padding where there is no query."""
-        words_BQ = rows_of(self.tables.query_terms, batch.query.clamp(min=0))
-        return words_BQ * (batch.query >= 0)[:, None]
 
 
 MODEL = Jsr

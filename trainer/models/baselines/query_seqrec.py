@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from data_shards import settings as s
 from data_shards.schema import SRC
-from trainer.batch import Batch, rows_of
+from trainer.batch import Batch, query_terms_of
 from trainer.config import Fraction, ModelSettings, Positive, Share
 from trainer.models.contract import World
 from trainer.models.layers.attention import Attention, masked_mean
@@ -219,13 +219,9 @@ class QuerySeqRec(NextItemRanker):
 
     def _words(self, queries_BN: Tensor) -> Tensor:
         """Ids of words in the table of tokens, [B, N, W] with W ≥ 1; 0 is padding."""
-        if self.world.num_queries == 0:
-            return torch.zeros_like(queries_BN)[..., None]
-        rows = rows_of(self.tables.query_terms, (queries_BN - 1).clamp(min=0))[
-            ..., : self.settings.query_words
-        ]
+        rows = query_terms_of(self.tables, queries_BN - 1)[..., : self.settings.query_words]
         words = F.pad(rows, (0, 1)) if rows.shape[-1] == 0 else rows
-        return (words + self.world.num_items) * ((words != 0) & (queries_BN != 0)[..., None])
+        return (words + self.world.num_items) * (words != 0)
 
 
 def neighbours(sources: Tensor, targets: Tensor, num_sources: int, columns: int) -> Tensor:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from data_shards import settings as s
 from data_shards.schema import REC, SRC
-from trainer.batch import Batch, rows_of
+from trainer.batch import Batch, query_terms_of
 from trainer.config import Fraction, ModelSettings, NonNegativeFloat, Positive, PositiveFloat
 from trainer.models.contract import Ranker, World
 from trainer.models.layers.attention import TargetAttention, masked_mean, masked_softmax
@@ -298,11 +298,7 @@ class SesRec(Ranker):
 
     def _queries(self, rows: Tensor) -> Tensor:
         """Vectors of rows of the query tables; 0 for row -1."""
-        if self.world.num_queries:
-            words = rows_of(self.tables.query_terms, rows.clamp(min=0))
-        else:
-            words = rows.new_zeros((*rows.shape, 1))
-        return self.core.query_vectors(rows + 1, words)
+        return self.core.query_vectors(rows + 1, query_terms_of(self.tables, rows))
 
 
 MODEL = SesRec

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from data_shards import settings as s
 from data_shards.schema import REC, SRC
-from trainer.batch import Batch, rows_of
+from trainer.batch import Batch, query_terms_of, rows_of
 from trainer.config import Fraction, ModelSettings, NonNegativeFloat, Positive, PositiveFloat
 from trainer.models.contract import Ranker, View, World
 from trainer.models.layers.dropout import Dropout
@@ -156,7 +156,7 @@ class TwoTower(Ranker):
 
     def _asked(self, batch: Batch) -> Tensor:
         history_BND = self._items(batch.history_items)[..., :-1]
-        words_BW = rows_of(self.tables.query_terms, batch.query.clamp(min=0)) * (batch.query >= 0)[:, None]
+        words_BW = query_terms_of(self.tables, batch.query)
         return self.towers.asked(history_BND, batch.history_mask, words_BW, batch.task)
 
 

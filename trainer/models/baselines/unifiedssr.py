@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from data_shards import settings as s
 from data_shards.schema import SRC
-from trainer.batch import Batch, rows_of
+from trainer.batch import Batch, query_terms_of
 from trainer.config import Fraction, ModelSettings, NonNegativeFloat, Positive
 from trainer.models.contract import Ranker, World
 from trainer.models.layers.attention import Attention
@@ -329,15 +329,10 @@ class UnifiedSsr(Ranker):
         queries = F.pad(newest(batch.history_queries + 1, kept_BN, length), (0, 1))
         queries = queries.scatter(1, count_B[:, None], batch.query[:, None] + 1)
         mask = torch.arange(products.shape[1], device=count_B.device) <= count_B[:, None]
-        both = self.core.search(batch.user + 1, products, self._words(queries - 1), mask, mask)
+        words = query_terms_of(self.tables, queries - 1)
+        both = self.core.search(batch.user + 1, products, words, mask, mask)
         p, q = (self.core.with_sessions(steps, mask, count_B + 1) for steps in both)
         return p, last_step(p.steps, count_B + 1), q, last_step(q.steps, count_B + 1), products
-
-    def _words(self, rows: Tensor) -> Tensor:
-        """Words of queries […, W], padding for row -1."""
-        if self.world.num_queries == 0:
-            return rows.new_zeros((*rows.shape, 1))
-        return rows_of(self.tables.query_terms, rows.clamp(min=0)) * (rows >= 0)[..., None]
 
 
 def mean_or_zero(values_BS: Tensor) -> Tensor:

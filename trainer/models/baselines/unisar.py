@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from data_shards import settings as s
 from data_shards.schema import SRC
-from trainer.batch import Batch, rows_of
+from trainer.batch import Batch, query_terms_of, rows_of
 from trainer.config import Fraction, ModelSettings, NonNegativeFloat, Positive, PositiveFloat
 from trainer.models.contract import ONE_PROCESS, Ranker, Ranks, World, clicked_only
 from trainer.models.layers.attention import TargetAttention, masked_mean
@@ -288,7 +288,7 @@ class UniSar(Ranker):
         batch = clicked_only(batch)
         histories, *_ = self._histories(batch)
         search_B, items_BCD = batch.task == SRC, self._items(batch.candidates)
-        query_BD = self.core.query_vectors(self._query_words(batch.query), search_B)
+        query_BD = self.core.query_vectors(query_terms_of(self.tables, batch.query), search_B)
         features_BCD = self.core.features(
             histories, items_BCD, self.core.user_vectors(batch.user + 1), query_BD
         )
@@ -310,7 +310,8 @@ class UniSar(Ranker):
         src_BN = mask_BN & (batch.history_tasks == SRC)
         known_BN = src_BN & (batch.history_queries >= 0)
         items_BND = self._items(items_BN) * mask_BN[..., None]
-        queries_BND = self.core.text_vectors(self._query_words(batch.history_queries)) * known_BN[..., None]
+        words_BNW = query_terms_of(self.tables, batch.history_queries)
+        queries_BND = self.core.text_vectors(words_BNW) * known_BN[..., None]
         first_BN, same_BNN = sessions(src_BN, batch.history_queries)
         clicks_BND = same_BNN.to(items_BND.dtype) @ items_BND / same_BNN.sum(2, keepdim=True).clamp(min=1)
         slots_BND = torch.where(src_BN[..., None], queries_BND + clicks_BND, items_BND)
@@ -320,7 +321,7 @@ class UniSar(Ranker):
 
     def _scores(self, batch: Batch, histories: Histories) -> Tensor:
         search_B = batch.task == SRC
-        query_BD = self.core.query_vectors(self._query_words(batch.query), search_B)
+        query_BD = self.core.query_vectors(query_terms_of(self.tables, batch.query), search_B)
         items_BCD, user_BD = self._items(batch.candidates), self.core.user_vectors(batch.user + 1)
         scores_BC: Tensor = self.core(histories, items_BCD, user_BD, query_BD, search_B)
         return scores_BC
@@ -329,7 +330,8 @@ class UniSar(Ranker):
         """[B, N]; 0 for slots that are no pair."""
         draws, device = (self.settings.num_contrast,), items_BND.device
         other_items = self._items(torch.randint(self.world.num_items, draws, device=device))
-        words = self._query_words(torch.randint(max(self.world.num_queries, 1), draws, device=device))
+        other_rows = torch.randint(max(self.world.num_queries, 1), draws, device=device)
+        words = query_terms_of(self.tables, other_rows)
         losses_P = self.core.query_item(
             queries_BND[pairs_BN], items_BND[pairs_BN], self.core.text_vectors(words), other_items
         )
@@ -339,12 +341,6 @@ class UniSar(Ranker):
         """Vectors of rows of the item tables."""
         words = rows_of(self.tables.item_terms, rows)
         return self.core.item_vectors(rows + 1, words, rows_of(self.tables.item_category, rows))
-
-    def _query_words(self, rows: Tensor) -> Tensor:
-        """Padding only where there is no query (row -1)."""
-        if self.world.num_queries == 0:
-            return rows.new_zeros((*rows.shape, 1))
-        return rows_of(self.tables.query_terms, rows.clamp(min=0)) * (rows >= 0)[..., None]
 
 
 def weighted(values: Tensor, weights: Tensor, counted: Tensor, ranks: Ranks) -> Tensor:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from data_shards import settings as s
 from data_shards.schema import SRC
-from trainer.batch import Batch, rows_of
+from trainer.batch import Batch, query_terms_of, rows_of
 from trainer.config import Fraction, ModelSettings, Positive
 from trainer.models.contract import Ranker, World
 from trainer.models.layers.attention import AdditivePooling, masked_softmax
@@ -309,9 +309,7 @@ class User(Ranker):
 
     def _queries(self, rows: Tensor) -> Tensor:
         """Words of queries […, Q], padding for row -1."""
-        if self.world.num_queries == 0:
-            return rows.new_zeros((*rows.shape, 1))
-        return self._cut(rows_of(self.tables.query_terms, rows.clamp(min=0))) * (rows >= 0)[..., None]
+        return self._cut(query_terms_of(self.tables, rows))
 
     def _cut(self, words: Tensor) -> Tensor:
         """At least one word, at most text_words."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from data_shards import settings as s
 from data_shards.schema import SRC
-from trainer.batch import Batch, rows_of
+from trainer.batch import Batch, query_terms_of, rows_of
 from trainer.config import Fraction, ModelSettings, NonNegativeFloat, Positive, PositiveFloat
 from trainer.models.contract import Ranker, World
 from trainer.models.layers.embedding import ItemTable, inner_products
@@ -152,7 +152,7 @@ class ProductSearch(Ranker):
 
     def query_words(self, query_B: Tensor) -> Tensor:
         """Words of queries [B, Q], padding where there is no query (−1)."""
-        return rows_of(self.tables.query_terms, query_B.clamp(min=0)) * (query_B >= 0)[:, None]
+        return query_terms_of(self.tables, query_B)
 
     def history(self, batch: Batch) -> Tensor:
         """Ids of the newest clicks, oldest first, padded at the end, [B, N] with N ≥ 1."""
