@@ -59,7 +59,7 @@ SAMPLER = "trainer/data/negatives.py"
 STREAM = "trainer/data/train_stream.py"
 EVAL_STREAM = "trainer/data/eval_stream.py"
 ATTENTION = "trainer/models/layers/attention.py"
-UNISAR = "trainer/models/baselines/unisar.py"
+CONTRAST = "trainer/models/layers/contrast.py"
 USER = "trainer/models/baselines/user.py"
 RETRIEVER = "trainer/serving/retriever.py"
 STORED = "data_shards/negatives.py"
@@ -1242,7 +1242,7 @@ SYSTEMS = [
     ),
     mutant(
         "UniSAR's pairs the wrong way round",
-        UNISAR,
+        CONTRAST,
         "queries_BND[pairs_BN], items_BND[pairs_BN]",
         "items_BND[pairs_BN], queries_BND[pairs_BN]",
         UNISAR_PAIRS,

@@ -52,6 +52,21 @@ def test_searches_become_queries_with_the_mean_of_their_clicks():
     assert src.mask.sum(1).tolist() == [2, 0, 2, 0]
 
 
+def test_a_catalogue_is_encoded_once_for_all_events(monkeypatch):
+    model, batch = make_sesrec(), make_events()
+    encode, encoded = model.core.item_vectors, []
+
+    def counted(ids, *parts):
+        encoded.append(ids.numel())
+        return encode(ids, *parts)
+
+    monkeypatch.setattr(model.core, "item_vectors", counted)
+
+    model.score_catalogue(batch)
+
+    assert sum(encoded) == batch.history_items.numel() + model.world.num_items
+
+
 def test_scores_do_not_depend_on_padding_other_rows_or_other_candidates():
     for padding in (False, True):
         model, batch = make_sesrec(padding_in_co_attention=padding), make_events()

@@ -44,6 +44,21 @@ def test_a_session_is_a_run_of_clicks_for_one_known_query():
     assert same[0, 0, 1] and same[0, 1, 0]
 
 
+def test_a_catalogue_is_encoded_once_for_all_events(monkeypatch):
+    model, batch = make_unisar(), make_events()
+    encode, encoded = model.core.item_vectors, []
+
+    def counted(ids, *parts):
+        encoded.append(ids.numel())
+        return encode(ids, *parts)
+
+    monkeypatch.setattr(model.core, "item_vectors", counted)
+
+    model.score_catalogue(batch)
+
+    assert sum(encoded) == batch.history_items.numel() + model.world.num_items
+
+
 def test_scores_do_not_depend_on_padding_other_rows_or_other_candidates():
     model, batch = make_unisar(), make_events()
     scores = model.score(batch)

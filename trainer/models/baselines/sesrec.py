@@ -239,19 +239,20 @@ class SesRec(Ranker):
 
     def score(self, batch: Batch) -> Tensor:
         rec, src, *_ = self._histories(batch)
-        return self._scores(batch, rec, src)
+        return self._scores(batch, self.core.item_vectors(batch.candidates + 1), rec, src)
 
     def score_catalogue(self, batch: Batch) -> Tensor:
         rec, src, *_ = self._histories(batch)
         parts = []
-        for slice_C in self.catalogue_slices():
-            candidates_BC = slice_C.expand(batch.num_events, -1)
-            parts.append(self._scores(batch.with_candidates(candidates_BC, candidates_BC.float()), rec, src))
+        for rows in self.catalogue_slices():
+            items_CD = self.core.item_vectors(rows + 1)
+            parts.append(self._scores(batch, items_CD.expand(batch.num_events, -1, -1), rec, src))
         return torch.cat(parts, 1)
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         rec, src, queries_BND, items_BND, pairs_BN = self._histories(batch)
-        scores_BC, settings = self._scores(batch, rec, src), self.settings
+        items_BCD, settings = self.core.item_vectors(batch.candidates + 1), self.settings
+        scores_BC = self._scores(batch, items_BCD, rec, src)
         pair_losses_BN = self._query_item_losses(queries_BND, items_BND, pairs_BN)
         terms = {
             "click_loss": F.binary_cross_entropy_with_logits(scores_BC, batch.labels),
@@ -280,8 +281,7 @@ class SesRec(Ranker):
         )
         return rec, src, queries_BND, items_BND, known_BN
 
-    def _scores(self, batch: Batch, rec: Interests, src: Interests) -> Tensor:
-        items_BCD = self.core.item_vectors(batch.candidates + 1)
+    def _scores(self, batch: Batch, items_BCD: Tensor, rec: Interests, src: Interests) -> Tensor:
         scores_BC: Tensor = self.core(rec, src, items_BCD, self.core.users(batch.user + 1))
         return scores_BC
 
@@ -291,10 +291,8 @@ class SesRec(Ranker):
         other_items = self.core.item_vectors(torch.randint(1, 1 + self.world.num_items, draws, device=device))
         num_queries = self.world.num_queries
         other_rows = torch.randint(min(num_queries, 1), 1 + num_queries, draws, device=device) - 1
-        losses_P = self.core.query_item(
-            queries_BND[pairs_BN], items_BND[pairs_BN], self._queries(other_rows), other_items
-        )
-        return torch.zeros(pairs_BN.shape, device=device).masked_scatter(pairs_BN, losses_P)
+        others = self._queries(other_rows), other_items
+        return self.core.query_item.of_slots(queries_BND, items_BND, pairs_BN, *others)
 
     def _queries(self, rows: Tensor) -> Tensor:
         """Vectors of rows of the query tables; 0 for row -1."""

@@ -252,20 +252,21 @@ class UniSar(Ranker):
 
     def score(self, batch: Batch) -> Tensor:
         histories, *_ = self._histories(batch)
-        return self._scores(batch, histories)
+        return self._scores(batch, self._items(batch.candidates), histories)
 
     def score_catalogue(self, batch: Batch) -> Tensor:
         histories, *_ = self._histories(batch)
         parts = []
-        for slice_C in self.catalogue_slices():
-            candidates_BC = slice_C.expand(batch.num_events, -1)
-            parts.append(self._scores(batch.with_candidates(candidates_BC, candidates_BC.float()), histories))
+        for rows in self.catalogue_slices():
+            items_BCD = self._items(rows).expand(batch.num_events, -1, -1)
+            parts.append(self._scores(batch, items_BCD, histories))
         return torch.cat(parts, 1)
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Means over events, those of a search weighted with α and, as all models do, with data.weight_*."""
         histories, queries_BND, items_BND, pairs_BN = self._histories(batch)
-        scores_BC, settings, data = self._scores(batch, histories), self.settings, self.world.data
+        scores_BC = self._scores(batch, self._items(batch.candidates), histories)
+        settings, data = self.settings, self.world.data
         search_B = batch.task == SRC
         weights_B = torch.where(search_B, data.weight_src * settings.search_weight, data.weight_rec).float()
         click_B = F.binary_cross_entropy_with_logits(scores_BC, batch.labels, reduction="none").mean(1)
@@ -319,10 +320,10 @@ class UniSar(Ranker):
         histories = self.core.encode(pack(slots_BND, kept_BN), pack(src_BN, kept_BN), pack(kept_BN, kept_BN))
         return histories, queries_BND, items_BND, known_BN
 
-    def _scores(self, batch: Batch, histories: Histories) -> Tensor:
+    def _scores(self, batch: Batch, items_BCD: Tensor, histories: Histories) -> Tensor:
         search_B = batch.task == SRC
         query_BD = self.core.query_vectors(query_terms_of(self.tables, batch.query), search_B)
-        items_BCD, user_BD = self._items(batch.candidates), self.core.user_vectors(batch.user + 1)
+        user_BD = self.core.user_vectors(batch.user + 1)
         scores_BC: Tensor = self.core(histories, items_BCD, user_BD, query_BD, search_B)
         return scores_BC
 
@@ -332,10 +333,8 @@ class UniSar(Ranker):
         other_items = self._items(torch.randint(self.world.num_items, draws, device=device))
         other_rows = torch.randint(max(self.world.num_queries, 1), draws, device=device)
         words = query_terms_of(self.tables, other_rows)
-        losses_P = self.core.query_item(
-            queries_BND[pairs_BN], items_BND[pairs_BN], self.core.text_vectors(words), other_items
-        )
-        return torch.zeros(pairs_BN.shape, device=device).masked_scatter(pairs_BN, losses_P)
+        others = self.core.text_vectors(words), other_items
+        return self.core.query_item.of_slots(queries_BND, items_BND, pairs_BN, *others)
 
     def _items(self, rows: Tensor) -> Tensor:
         """Vectors of rows of the item tables."""

@@ -42,6 +42,18 @@ class QueryItemContrast(_Similarity):
         of_item = self._loss(items_PD, queries_PD, other_queries_ND)
         return (of_query + of_item) / 2
 
+    def of_slots(
+        self,
+        queries_BND: Tensor,
+        items_BND: Tensor,
+        pairs_BN: Tensor,
+        other_queries_ND: Tensor,
+        other_items_ND: Tensor,
+    ) -> Tensor:
+        """Losses of histories' slots [B, N]; 0 for those that are no pair."""
+        losses_P = self(queries_BND[pairs_BN], items_BND[pairs_BN], other_queries_ND, other_items_ND)
+        return losses_P.new_zeros(pairs_BN.shape).masked_scatter(pairs_BN, losses_P)
+
     def _loss(self, left_PD: Tensor, right_PD: Tensor, others_ND: Tensor) -> Tensor:
         positive_P1 = self.pairs(left_PD, right_PD)[:, None]
         return -torch.cat([positive_P1, self.matrix(left_PD, others_ND)], 1).log_softmax(1)[:, 0]
