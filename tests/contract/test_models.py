@@ -101,7 +101,10 @@ def test_it_says_what_it_is(name: str, texts: PreparedFolder) -> None:
 def test_the_loss_falls_on_the_planted_world(name: str, texts: PreparedFolder) -> None:
     model, losses = fitted(name, texts.path)
     at_start, at_end = sum(losses[:4]) / 4, sum(losses[-4:]) / 4  # each of the four batches once
-    assert len(losses) == FIT_STEPS and at_end < 0.9 * at_start, (at_start, at_end)
+    assert len(losses) == FIT_STEPS
+    assert at_end < 0.9 * at_start, (
+        f"in {FIT_STEPS} steps on four batches the loss must fall by 10 %: {at_start:.4g} → {at_end:.4g}"
+    )
     (batch,) = training_batches(name, texts, 64, 64)
     place = (scores_of(model, batch) >= scores_of(model, batch).gather(1, clicked(batch))).sum(1)
     assert (place.float().reciprocal()).mean() > 0.6, "what lowers the loss ranks the clicked item up"
@@ -132,7 +135,8 @@ def test_the_weight_of_a_task_is_that_in_the_loss(name: str, texts: PreparedFold
         loss_and_gradients(new_model(name, texts, *no_dropout(name), f"data.weight_src={weight}"), batch)[0]
         for weight in (1, 3)
     ]
-    assert set(batch.task.tolist()) == {REC, SRC} and losses[1] > losses[0]
+    assert set(batch.task.tolist()) == {REC, SRC}
+    assert losses[1] > losses[0], "loss() must weigh each event by data.weight_rec or data.weight_src"
 
 
 def loss_and_gradients(model: Ranker, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:

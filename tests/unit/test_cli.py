@@ -24,6 +24,8 @@ from trainer.cli.base import fitting, lacking, quoted, resumable
 from trainer.config import Config
 from trainer.configs import load_config
 from trainer.errors import ConfigError
+from trainer.models.zoo import model_class
+from trainer.training.plan import dry_run
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = (".py", ".typed", ".yaml", ".json", ".md", ".sbatch", ".sh")
@@ -265,6 +267,32 @@ def test_misspelt_presets_and_sources_get_a_suggestion(tmp_path: Path) -> None:
         prepare("tablse", tmp_path, tmp_path / "out")
     with pytest.raises(ConfigError, match=r"no such source\. Sources: "):
         prepare("postgres", tmp_path, tmp_path / "out")
+
+
+def test_a_model_without_a_preset_has_its_defaults() -> None:
+    assert load_config("gensr", ["optim.lr=3e-4"]) == load_config(None, ["optim.lr=3e-4"])
+    assert dry_run(load_config("gensr"), "demo").facts
+    with pytest.raises(ConfigError, match=r"there is no preset that documents typical sizes"):
+        dry_run(load_config("gensr"), "gensr")
+
+
+def test_a_preset_is_not_another_models() -> None:
+    told = r"^preset demo is for gensr; model\.name=sasrec has other settings\. Put sasrec in place of demo$"
+    with pytest.raises(ConfigError, match=told):
+        load_config("demo", ["model.name=sasrec"])
+    assert load_config("demo", ["model.name=gensr"]) == load_config("demo")
+
+
+def test_a_models_file_says_its_class_and_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    from trainer.models.baselines import bm25, sasrec
+
+    monkeypatch.delattr(bm25, "MODEL")
+    monkeypatch.setattr(sasrec.MODEL, "Settings", bm25.Bm25Settings)
+    with pytest.raises(ConfigError, match=r"bm25\.py: must end with MODEL = YourClass$"):
+        model_class("bm25")
+    told = r"sasrec\.py: name of Bm25Settings is 'bm25', and must be the file's, 'sasrec'$"
+    with pytest.raises(ConfigError, match=told):
+        model_class("sasrec")
 
 
 def test_a_stopped_verb_ends_with_75_and_says_how_it_continues(capsys: pytest.CaptureFixture[str]) -> None:

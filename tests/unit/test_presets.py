@@ -82,9 +82,7 @@ def test_every_preset_fits_so_many_processes(preset: str, world_size: int) -> No
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_preset_header_has_launch_line_memory_time_and_sizes(preset: str) -> None:
-    header = "".join(
-        line for line in preset_path(preset).read_text().splitlines(keepends=True) if line.startswith("#")
-    )
+    header = header_of(preset)
     for part in (f"# {preset}:", "# launch ", "# memory ", "# time ", "# sizes: "):
         assert part in header, part
     assert re.search(rf"trainer train {preset} |make demo", header)
@@ -92,12 +90,16 @@ def test_preset_header_has_launch_line_memory_time_and_sizes(preset: str) -> Non
         assert (named[0] or named[1]) in ds_configs.names()
 
 
+def header_of(preset: str) -> str:
+    path = preset_path(preset)
+    assert path is not None
+    return "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
+
+
 def test_headers_say_the_speed_that_plans_are_made_of() -> None:
     for name, speed in read_speeds()["models"].items():
         if name in preset_names() and not speed.get("preset"):
-            assert f"# time     {speed['events_per_s']:,} events/s on one" in preset_path(name).read_text(), (
-                name
-            )
+            assert f"# time     {speed['events_per_s']:,} events/s on one" in header_of(name), name
 
 
 @pytest.mark.parametrize("preset", ["demo", "scientific_small"])

@@ -120,7 +120,7 @@ Preset = Annotated[
     str,
     typer.Argument(
         metavar="PRESET|FILE",
-        help="a preset's name, or a YAML file (RUN/config.yaml repeats a run)",
+        help="a preset's name, a model's (its defaults), or a YAML file (RUN/config.yaml repeats a run)",
         autocompletion=completion.presets,
     ),
 ]

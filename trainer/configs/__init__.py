@@ -3,7 +3,7 @@ configuration is read: the section model.* has the keys of the model that model.
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 from data_shards import settings as s
 from trainer.config import ALSO, Config
 from trainer.errors import ConfigError
-from trainer.models.zoo import GENSR, settings_class
+from trainer.models.zoo import GENSR, model_names, settings_class
 
 MICRO_BATCH = "optim.micro_batch_size"
 
@@ -32,15 +32,18 @@ def preset_of(model: str, named: str | None = None) -> tuple[str | None, list[st
     return preset, [] if preset else [f"model.name={model}"]
 
 
-def preset_path(preset_or_file: str) -> Path:
-    """A preset's name or a YAML file's path → the file. Raises ConfigError that lists the presets."""
+def preset_path(preset_or_file: str) -> Path | None:
+    """A preset's name or a YAML file's path → the file; None for a model that has no preset: its defaults
+    hold. Raises ConfigError that lists the presets."""
     as_file = Path(preset_or_file)
     if as_file.suffix in (".yaml", ".yml"):
         if not as_file.is_file():
             raise ConfigError(f"{preset_or_file}: no such file. Presets: {', '.join(preset_names())}")
         return as_file
-    if preset_or_file not in preset_names():
-        names = preset_names()
+    names = preset_names()
+    if preset_or_file not in names:
+        if preset_or_file in model_names():
+            return None
         raise ConfigError(
             f"{preset_or_file}: no such preset.{s.did_you_mean(preset_or_file, names)} Presets: "
             f"{', '.join(names)}. A file's name must end in .yaml"
@@ -49,14 +52,18 @@ def preset_path(preset_or_file: str) -> Path:
 
 
 def load_config(preset_or_file: str | None, overrides: Sequence[str] = (), world_size: int = 1) -> Config:
-    """Preset or file, then `section.key=value` overrides → Config, checked as a whole.
+    """Preset, file or a model without a preset, then `section.key=value` overrides → Config, checked as a
+    whole.
 
     A micro-batch that comes from a preset or the defaults is lowered until it divides what each of
     `world_size` processes has of a step; one that the user gave stays. Raises ConfigError with every problem
     at once.
     """
     path = preset_path(preset_or_file) if preset_or_file else None
+    if preset_or_file and path is None:
+        overrides = [*preset_of(preset_or_file)[1], *overrides]
     given = s.read_yaml(path) if path is not None else {}
+    _refuse_another_model(given, overrides, preset_or_file)
     config: Config = s.load(config_type(_model_name(given, overrides)), path, overrides)
     if not gives_micro_batch(preset_or_file, overrides):
         config = with_micro_batch(config, config.optim.micro_batch_size, world_size)
@@ -70,9 +77,8 @@ def gives_micro_batch(preset_or_file: str | None, overrides: Sequence[str] = ())
     """Whether the user says optim.micro_batch_size, in overrides or in a file that is no preset."""
     if any(override.partition("=")[0] == MICRO_BATCH for override in overrides):
         return True
-    if not preset_or_file or preset_or_file in preset_names():
-        return False
-    return MICRO_BATCH in s.flatten(s.read_yaml(preset_path(preset_or_file)))
+    path = preset_path(preset_or_file) if preset_or_file and preset_or_file not in preset_names() else None
+    return path is not None and MICRO_BATCH in s.flatten(s.read_yaml(path))
 
 
 def with_micro_batch(config: Config, largest: int, world_size: int) -> Config:
@@ -125,6 +131,21 @@ def _model_name(tree: Mapping[str, Any], overrides: Sequence[str] = ()) -> str:
         key, _, text = override.partition("=")
         name = text if key == "model.name" else name
     return str(name)
+
+
+def _refuse_another_model(given: Mapping[str, Any], overrides: Sequence[str], source: str | None) -> None:
+    """Raises ConfigError where model.name of an override is not the file's model and does not know its keys:
+    a list of unknown keys would not say that the name is what is wrong."""
+    of_file, wanted = _model_name(given), _model_name(given, overrides)
+    section = given.get("model")
+    if wanted == of_file or not isinstance(section, Mapping):
+        return
+    if section.keys() - {field.name for field in fields(settings_class(wanted))}:
+        kind = "preset " if source in preset_names() else ""
+        raise ConfigError(
+            f"{kind}{source} is for {of_file}; model.name={wanted} has other settings. Put {wanted} in place "
+            f"of {source}"
+        )
 
 
 def cross_field_problems(config: Config) -> list[tuple[str, str]]:

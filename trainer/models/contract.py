@@ -2,7 +2,7 @@
 evaluation, registry and service ask of it (`Ranker`).
 
 A model is one file: trainer/models/baselines/NAME.py (or a folder, as gensr/) that ends with `MODEL = Name`.
-zoo.py finds it by the file's name, and `model.name=NAME` trains it. Letters of tensor names:
+zoo.py finds it by the file's name, and `gensr train NAME` trains it. Letters of tensor names:
 trainer/README.md.
 """
 
@@ -143,7 +143,8 @@ class Ranker(nn.Module):
 
         Micro-batches of equal size must add up to the whole batch's gradient, and so must the ranks' batches.
         With `in_batch` only the latter: what is compared is gathered by world.ranks. Every trained weight has
-        a gradient, if only 0, whatever the events are: DDP and ZeRO wait for it on all ranks."""
+        a gradient, if only 0, whatever the events are: DDP and ZeRO wait for it on all ranks. A model of both
+        tasks weighs each event's loss by data.weight_rec or data.weight_src, as its task is."""
         raise NotImplementedError
 
     def score(self, batch: Batch) -> Tensor:

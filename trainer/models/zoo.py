@@ -27,10 +27,19 @@ def _baselines() -> list[str]:
 
 
 def model_class(name: str) -> "type[Ranker]":
-    """Raises ConfigError that lists the names."""
+    """Raises ConfigError that lists the names, or says what a model's file lacks."""
     _check(name)
-    module = "trainer.models.gensr.model" if name == GENSR else f"trainer.models.baselines.{name}"
-    found: type[Ranker] = importlib.import_module(module).MODEL
+    module = importlib.import_module(
+        "trainer.models.gensr.model" if name == GENSR else f"trainer.models.baselines.{name}"
+    )
+    if not hasattr(module, "MODEL"):
+        raise ConfigError(f"{module.__file__}: must end with MODEL = YourClass")
+    found: type[Ranker] = module.MODEL
+    if found.Settings().name != name:
+        raise ConfigError(
+            f"{module.__file__}: name of {found.Settings.__name__} is {found.Settings().name!r}, and must be "
+            f"the file's, {name!r}"
+        )
     return found
 
 

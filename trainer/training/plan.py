@@ -63,10 +63,8 @@ def data_size(config: Config, preset: str | None = None) -> DataSize:
     says."""
     if config.data.dir:
         return size_of_folder(PreparedFolder.open(config.data))
-    if preset:
-        documented = re.search(
-            r"^# sizes: (.+)$", preset_path(preset).read_text(encoding="utf-8"), re.MULTILINE
-        )
+    if preset and (path := preset_path(preset)):
+        documented = re.search(r"^# sizes: (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
         if documented:
             counts = {
                 key: int(value.replace("_", ""))

@@ -304,7 +304,8 @@ def keep(plan: PaperPlan) -> PaperPlan:
 
 def documented_size(preset: str) -> Size:
     """From the preset's `# sizes:` line."""
-    for line in preset_path(preset).read_text(encoding="utf-8").splitlines():
+    path = preset_path(preset)
+    for line in path.read_text(encoding="utf-8").splitlines() if path else ():
         if line.startswith("# sizes: "):
             counts = dict(part.split("=") for part in line.removeprefix("# sizes: ").split())
             train, test, items = (int(counts[key]) for key in ("train_events", "valid_events", "items"))
