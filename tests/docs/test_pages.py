@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from tests.docs.pages import PAGES, ROOT, anchors, fenced, prose, text_of
+from tests.tiny_folder import make_tiny_folder
 
 SOURCES = ("trainer", "data_shards", "benchmarks", "ds_configs", "slurm", "tests", "docs", ".ci")
 SUFFIXES = r"(?:py|md|sh|sbatch|ya?ml|json|cfg|toml|png|html|css|js)"
@@ -105,6 +106,18 @@ def test_citation_and_readme_agree() -> None:
     for author in paper["authors"]:
         assert f"{author['given-names']} {author['family-names']}" in readme
         assert f"{author['family-names']}, {author['given-names']}" in readme
+
+
+@pytest.mark.parametrize("with_categories", [True, False])
+def test_the_sample_of_the_format_reads_every_folder(
+    prepared: Path, tmp_path: Path, with_categories: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = prepared if with_categories else make_tiny_folder(tmp_path / "tiny")
+    after = text_of(ROOT / "data_shards" / "README.md").split("<!-- run by tests/docs -->\n```python\n")[1]
+    exec(after.split("```")[0].replace("OUT/", f"{folder}/"), {})
+    said = capsys.readouterr().out
+    assert re.search(r"^item \d+ \['\w+'\]$" if with_categories else r"^item \d+ \[\]$", said, re.MULTILINE)
+    assert "before: " in said and "recommended" in said and "found by '" in said
 
 
 def test_the_model_in_contributing_is_the_file() -> None:
