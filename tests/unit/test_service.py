@@ -81,7 +81,12 @@ def test_answers_health_and_the_page(client: TestClient) -> None:
             {"history": [{"item_id": 1, "task": "buy"}]},
             "history.0.task: Input should be 'rec' or 'src'",
         ),
-        ("/recommend", {"user": 3}, "user: Extra inputs are not permitted"),
+        ("/recommend", {"user": 3}, "user: the field 'user' is not read. Did you mean user_id?"),
+        (
+            "/recommend",
+            {"history": [{"item_id": 1, "item": 1}]},
+            "history.0.item: the field 'item' is not read. Did you mean item_id?",
+        ),
         ("/score", {"task": "rec"}, "candidates: Field required"),
         ("/score", {"task": "rec", "candidates": []}, "candidates: List should have at least 1 item"),
         ("/recommend", {"k": "many"}, "k: Input should be a valid integer"),

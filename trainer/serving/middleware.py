@@ -18,9 +18,11 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from data_shards.settings import did_you_mean
 from trainer.errors import RequestError
 from trainer.serving.batching import Refused
 from trainer.serving.metrics import Metrics
+from trainer.serving.payloads import Ask, Click
 
 HEADERS = {
     "Content-Security-Policy": "default-src 'self'; frame-ancestors 'none'",
@@ -81,6 +83,10 @@ def _problem(problem: Any) -> str:
         for part in problem["loc"][1:]
         if not (isinstance(part, str) and ("[" in part or part in ("int", "str", "constrained-str")))
     )
+    if problem["type"] == "extra_forbidden":
+        name = str(problem["loc"][-1])
+        known = Click.model_fields if "history" in problem["loc"] else Ask.model_fields
+        return f"{place}: the field {name!r} is not read.{did_you_mean(name, list(known))}"
     return f"{place or 'the request'}: {problem['msg']}"
 
 
