@@ -75,7 +75,7 @@ def paper(
     table: Annotated[
         Path | None,
         typer.Option(
-            metavar="TABLE", help="OUT of a gensr table that is there: only GenSR's variants are trained"
+            metavar="TABLE", help="of a gensr table that is there: only GenSR's variants are trained"
         ),
     ] = None,
     budget: Annotated[

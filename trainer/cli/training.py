@@ -284,8 +284,8 @@ def compare(
     "table", epilog="Example: gensr table data/mine runs/table --models popularity,sasrec,gensr --seeds 3"
 )
 def table_of_systems(
-    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="prepared folder")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="folder of the table and its runs")],
+    folder: Annotated[str, typer.Argument(metavar="OUT", help="prepared folder")],
+    out: Annotated[Path, typer.Argument(metavar="TABLE", help="folder of the table and its runs")],
     overrides: Overrides = None,
     models: Annotated[str, typer.Option(help="comma-separated; empty = every model")] = "",
     seeds: Annotated[int, typer.Option(help="runs of each trained system", min=1)] = 3,
@@ -318,11 +318,12 @@ def table_of_systems(
     ] = False,
     gpus_per_node: Annotated[int, typer.Option(help="with --submit; 0 trains on CPU", min=0)] = 1,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="print runs, epochs and hours; write nothing")
+        bool, typer.Option("--dry-run", help="print runs, epochs and times; write nothing")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train, tune, evaluate and compare systems on one prepared folder; writes OUT/table.{html,md,csv,json}.
+    """Train, tune, evaluate and compare systems on one prepared folder; writes TABLE/table.html, .md, .csv
+    and .json.
 
     The same command resumes after an interruption. A run that fails is named in the table; the others
     continue.

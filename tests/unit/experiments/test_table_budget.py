@@ -168,7 +168,14 @@ def test_what_is_cut_is_said() -> None:
     assert said == {"slow": "trained for 8.9 of the preset's 100 epochs, by --budget", "quick": ""}
     assert times({"slow": runs_of(100, 60.0)}, 0).of("slow").note == ""  # no budget
     text = "\n".join(cut.lines())
-    assert "budget 10 minutes: 2 runs" in text and "no run trains longer than 8.9 minutes" in text
+    assert "budget 10 minutes: 2 runs, about 10.0 minutes on" in text
+    assert "no run trains longer than 8.9 minutes" in text
+    head, slow = (line.split() for line in cut.lines()[1:3])
+    assert head == ["system", "runs", "epochs", "of", "preset", "time"]
+    assert slow[:4] == ["slow", "1", "8.9", "100"] and slow[5] == "minutes"
+    uncut = times({"slow": runs_of(1.07293, 60 * 60.0)}, 0).lines()[:3]
+    assert "of preset" not in uncut[1] and uncut[2].split()[:3] == ["slow", "1", "1.07"]
+    assert "1 runs, about 1.08 hours on" in uncut[0]
 
 
 def test_the_whole_scientific_table_fits_six_hours_on_two_cores() -> None:

@@ -20,7 +20,7 @@ FILES = ("table.json", "table.md", "table.csv", "table.html")
 
 @dataclass(frozen=True)
 class FinishedTable:
-    """OUT of `gensr table`. Its document and settings are read once."""
+    """TABLE of `gensr table`. Its document and settings are read once."""
 
     out: Path
 
@@ -28,7 +28,7 @@ class FinishedTable:
     def document(self) -> Mapping[str, Any]:
         """Raises ConfigError where there is no table, or none with GenSR on sampled candidates."""
         found = read_json(self.out / "table.json")
-        again = f"Make it with: gensr table FOLDER {self.out} --models gensr,..."
+        again = f"Make it with: gensr table OUT {self.out} --models gensr,..."
         if not found:
             raise ConfigError(f"--table {self.out} holds no table.json. {again}")
         if not any(row["model"] == GENSR and row["results"].get("sampled") for row in found["rows"]):

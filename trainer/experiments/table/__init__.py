@@ -1,6 +1,6 @@
 """`gensr table`: every system of the zoo on one prepared folder, trained, tuned, evaluated and compared.
 
-plan.py        what was asked for, and OUT/settings/MODEL.yaml: each system's settings
+plan.py        what was asked for, and TABLE/settings/MODEL.yaml: each system's settings
 budget.py      minutes → each system's epochs, from ../costs.py
 tuning.py      the same number of trials for each trained system
 cells.py       one run folder a model and seed, made by processes of their own

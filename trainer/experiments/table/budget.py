@@ -3,7 +3,7 @@
 The rule is the same for all: no run trains longer than T seconds, with T the largest for which everything
 fits: trials, seeds, and what each run takes however short it is (start, last validation, evaluation). A
 system whose settings ask for less keeps them. T becomes run.max_epochs by the speeds of ../costs.py, so no
-clock decides what is trained. OUT/plan.json keeps T and the epochs, and later calls with more seeds or
+clock decides what is trained. TABLE/plan.json keeps T and the epochs, and later calls with more seeds or
 systems keep to them.
 
 With --jobs N the same minutes hold N times as much work; of it the longest chain of one system (its trials
@@ -76,7 +76,7 @@ class Times:
         }
 
     def lines(self) -> list[str]:
-        head = f"{sum(system.runs for system in self.systems)} runs, about {_hours(self.seconds)} hours on "
+        head = f"{sum(system.runs for system in self.systems)} runs, about {_time(self.seconds)} on "
         head += self.machine.title
         if self.jobs > 1:
             head += f" each, {self.jobs} at once"
@@ -85,16 +85,29 @@ class Times:
         if self.longest_s is not None:
             head += f"; no run trains longer than {self.longest_s / 60:.1f} minutes"
         width = max([16, *(len(system.model) for system in self.systems)])
+        rows = [("runs", "epochs", "of preset", "time")]
+        rows += [
+            (
+                str(system.runs),
+                _epochs(system.epochs, system),
+                _epochs(system.preset_epochs, system),
+                _time(system.seconds),
+            )
+            for system in self.systems
+        ]
         return [
             head,
-            f"  {'system':<{width}}{'runs':>6}{'epochs':>9}{'of preset':>11}{'hours':>8}",
             *(
-                f"  {system.model:<{width}}{system.runs:>6}{_epochs(system.epochs, system):>9}"
-                f"{_epochs(system.preset_epochs, system):>11}{_hours(system.seconds):>8}"
-                for system in self.systems
+                f"  {name:<{width}}{runs:>6}{epochs:>9}"
+                # without a budget nothing is cut: the epochs are what was asked for
+                + (f"{of_preset:>11}" if self.minutes else "")
+                + f"{time:>14}"
+                for name, (runs, epochs, of_preset, time) in zip(
+                    ["system", *(system.model for system in self.systems)], rows, strict=True
+                )
             ),
-            "  hours are estimates from trainer/experiments/speeds.yaml; stopping early takes less",
-            *(["  hours of a system are those of its runs one after the other"] if self.jobs > 1 else []),
+            "  times are estimates from trainer/experiments/speeds.yaml; stopping early takes less",
+            *(["  the time of a system is that of its runs one after the other"] if self.jobs > 1 else []),
         ]
 
 
@@ -104,11 +117,11 @@ def _facts(system: System) -> dict[str, Any]:
 
 
 def _epochs(number: float, system: System) -> str:
-    return f"{number:g}" if system.trained else "counted"
+    return f"{number:.{DIGITS}g}" if system.trained else "counted"
 
 
-def _hours(seconds: float) -> str:
-    return f"{seconds / 3600:.2f}"
+def _time(seconds: float) -> str:
+    return f"{seconds / 3600:.2f} hours" if seconds >= 3600 else f"{seconds / 60:.1f} minutes"
 
 
 def within(config: Config, system: System) -> Config:
@@ -182,7 +195,7 @@ def plan_times(
     known: Mapping[str, Any] | None = None,
     jobs: int = 1,
 ) -> Times:
-    """Each system's epochs. known: Times.facts() of the first call with this OUT, whose T and epochs stay.
+    """Each system's epochs. known: Times.facts() of the first call with this TABLE, whose T and epochs stay.
     Raises ConfigError for a budget that is too small, naming the smallest that works."""
     known = known or {}
     if known:
@@ -199,7 +212,7 @@ def plan_times(
         raise ConfigError(
             f"--budget {minutes:g}: with the epochs of the first call, which stay, all of it takes about "
             f"{math.ceil(times.seconds / 60)} minutes. Give --budget {math.ceil(times.seconds / 60)}, fewer "
-            "seeds or models, or choose another OUT"
+            "seeds or models, or choose another TABLE"
         )
     return times
 

@@ -1,5 +1,5 @@
 """One cell of the table: a run folder that `gensr train` and `gensr evaluate` make, each in a process of its
-own, so that a crash of one leaves the others alone. What they print goes to OUT/logs/."""
+own, so that a crash of one leaves the others alone. What they print goes to TABLE/logs/."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What was asked for, checked as a whole, and each system's settings: OUT/settings/MODEL.yaml.
+"""What was asked for, checked as a whole, and each system's settings: TABLE/settings/MODEL.yaml.
 
 A second call with other settings would mix two experiments in one table, so it is refused. More models, more
 seeds or another kind of candidates only add cells. OUT and FOLDER may move: the manifest's hash says which
@@ -89,8 +89,8 @@ class Plan:
 
 
 def make_plan(request: Request, machine: Machine | None = None) -> Plan:
-    """Writes OUT/plan.json and OUT/settings/. machine: that a budget speaks of; None: this one. Raises
-    ConfigError for what cannot be, or differs from what OUT was begun with; DataError when FOLDER is not a
+    """Writes TABLE/plan.json and TABLE/settings/. machine: that a budget speaks of; None: this one. Raises
+    ConfigError for what cannot be, or differs from what TABLE was begun with; DataError when FOLDER is not a
     prepared folder, or lacks the hard candidates."""
     plan = _read(request, machine)
     for name, config in plan.configs.items():
@@ -118,7 +118,7 @@ def dry_run(request: Request, machine: Machine | None = None) -> Times:
 
 
 def _read(request: Request, machine: Machine | None) -> Plan:
-    """The plan, checked against what OUT was begun with."""
+    """The plan, checked against what TABLE was begun with."""
     _check(request)
     of_data = [word for word in request.settings if word.startswith("data.")]
     folder = PreparedFolder.open(load_config(None, [f"data.dir={request.folder}", *of_data]).data)
@@ -144,7 +144,7 @@ def _read(request: Request, machine: Machine | None) -> Plan:
     if changed:
         raise ConfigError(
             f"{request.out} was begun with other settings: {'; '.join(changed)}. Give the same ones, or "
-            "choose another OUT"
+            "choose another TABLE"
         )
     return Plan(request, folder, configs, times)
 

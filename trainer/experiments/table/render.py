@@ -21,7 +21,7 @@ CSV_COLUMNS = (
 
 
 def write_table(document: Mapping[str, Any], out: Path) -> list[Path]:
-    """OUT/table.{json,md,csv,html} → their paths."""
+    """TABLE/table.{json,md,csv,html} → their paths."""
     texts = {
         "table.json": json.dumps(document, indent=2, allow_nan=False) + "\n",
         "table.md": "\n".join(markdown(document)) + "\n",

@@ -21,7 +21,7 @@ TRIAL_SEED = 0
 
 
 def make_table(request: Request, notify: Notify = lambda line: None) -> dict[str, Any]:
-    """OUT/table.{json,md,csv,html} → the document. Can be repeated: what is done is not done again.
+    """TABLE/table.{json,md,csv,html} → the document. Can be repeated: what is done is not done again.
 
     A cell that fails stands in the document's `errors`; the others go on. Raises ConfigError for arguments
     that cannot be, KeyboardInterrupt when it is stopped: the same command goes on.
