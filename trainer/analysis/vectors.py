@@ -59,14 +59,18 @@ class Vectors:
         return [name for number, name in enumerate(TASKS) if (self.task == number).any()]
 
 
-def load_vectors(run_dir: str | Path, split: str = "test", num_events: int = 2000) -> Vectors:
+def load_vectors(
+    run_dir: str | Path, split: str = "test", num_events: int = 2000, min_users: int = 0
+) -> Vectors:
     """Of a run's best weights. num_events: of each task, a fixed sample that is the same for every run on one
     prepared folder; 0 = all. Raises RunError for a folder without a model, DataError for a model that has no
-    layers to look at."""
+    layers to look at, or where the events of a task are of fewer users than min_users."""
     from trainer.runs.weights import load_run_model  # transformers: seconds to import
 
     device = "cuda" if has_gpu() else "cpu"
     model, config, folder = load_run_model(run_dir, device)
+    for task in model.tasks if min_users else ():
+        _check_users(_stream(folder, split, config.data, num_events, task), task, min_users)
     with autocast(device, config.run.precision):
         return vectors_of(model, folder, config.data, split, num_events)
 
@@ -81,14 +85,28 @@ def vectors_of(
         for task in model.tasks:
             if task not in present:
                 continue
-            stream = EvalStream(folder, split, data, BATCH_EVENTS, max_events=num_events, tasks=(task,))
-            for batch in stream:
+            for batch in _stream(folder, split, data, num_events, task):
                 columns, recorded = _rows(model, batch.to(model.device), label)
                 parts.append({name: column[batch.event_id.numpy() >= 0] for name, column in columns.items()})
     if not parts:
         raise DataError(f"{folder.name}: the {split} split has no events of the model's tasks")
     joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     return Vectors(**joined, recorded=recorded)
+
+
+def _stream(folder: PreparedFolder, split: str, data: DataConfig, num_events: int, task: int) -> EvalStream:
+    return EvalStream(folder, split, data, BATCH_EVENTS, max_events=num_events, tasks=(task,))
+
+
+def _check_users(stream: EvalStream, task: int, min_users: int) -> None:
+    """Reading the events takes seconds, their vectors may take hours: so it is said before."""
+    users = torch.cat([torch.empty(0, dtype=torch.long), *(b.user[b.event_id >= 0] for b in stream)])
+    num_users = len(users.unique())
+    if 0 < num_users < min_users:
+        raise DataError(
+            f"{num_users} users among {len(users)} {TASKS[task]} events; at least {min_users} needed: raise "
+            "--events"
+        )
 
 
 @torch.no_grad()

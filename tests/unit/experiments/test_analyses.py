@@ -13,7 +13,7 @@ import torch
 from typer.testing import CliRunner
 
 from tests.runs import make_run
-from trainer.analysis.vectors import vectors_of
+from trainer.analysis.vectors import load_vectors, vectors_of
 from trainer.cli import app
 from trainer.config import DataConfig
 from trainer.data import EvalStream
@@ -94,6 +94,15 @@ def test_information_of_answers_that_are_known() -> None:
     half = answer_information(np.repeat([0.0, 0.0, 0.0, 0.8], 1000), users)  # E[p] = .2, H(.2) = H(.8)
     by_hand = -0.75 * (0.2 * np.log(0.2) + 0.8 * np.log(0.8))
     assert half.value == pytest.approx(by_hand, abs=1e-6) and half.low <= half.value <= half.high
+
+
+def test_too_few_users_are_told_before_anything_is_computed(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainer.analysis.vectors.vectors_of", None)
+    told = r"^\d users among 9 rec events; at least 100 needed: raise --events$"
+    with pytest.raises(DataError, match=told):
+        load_vectors(run_dir, num_events=9, min_users=100)
 
 
 # ---- gradients ---------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from sklearn.decomposition import PCA
 
 from trainer.analysis.drawing import Bar, bars_with_intervals, write_figure
-from trainer.analysis.mutual_information import Estimate, info_nce, mine
+from trainer.analysis.mutual_information import MIN_SAMPLES, Estimate, info_nce, mine
 from trainer.analysis.mutual_information_knn import ksg, ross
 from trainer.analysis.pages import Picture, Section, Table, Text
 from trainer.analysis.significance import cluster_means
@@ -49,7 +49,7 @@ def measure(runs: Sequence[Path], options: Options, notify: Notify) -> dict[str,
     found = []
     for run in runs:
         notify(f"{run}: vectors of test events")
-        vectors = load_vectors(run, options.split, options.num_events)
+        vectors = load_vectors(run, options.split, options.num_events, MIN_SAMPLES)
         tasks = {}
         for task in vectors.tasks:
             notify(f"{run}: {task}, estimators")
