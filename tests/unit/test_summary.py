@@ -24,6 +24,13 @@ def test_the_run_s_own_model_has_a_name_in_tables() -> None:
     assert "  SASRec" in "\n".join(table(rows_of(document("SASRec")), ["ndcg@10"]))
 
 
+def test_a_baseline_that_is_the_model_itself_is_shown_once() -> None:
+    names = [(row.model, row.task) for row in rows_of(document("BM25"))]
+    assert names == [("BM25", "rec"), ("popularity", "rec"), ("BM25", "src")]
+    other = document("BM25") | {"src": METRICS | {"ndcg@10": 0.4}}
+    assert [row.model for row in rows_of(other) if row.task == "src"] == ["BM25", "BM25"]
+
+
 @pytest.mark.parametrize(("columns", "shown"), [(80, 2), (120, 4)])
 def test_a_table_fits_the_terminal(monkeypatch: pytest.MonkeyPatch, columns: int, shown: int) -> None:
     metrics = dict.fromkeys(SHOWN_METRICS, 0.5) | {"ci95": {name: [0.4, 0.6] for name in SHOWN_METRICS}}

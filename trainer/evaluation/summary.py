@@ -63,7 +63,7 @@ def title_of(evaluation: Mapping[str, Any]) -> str:
 
 def rows_of(evaluation: Mapping[str, Any], name: str = "", with_baselines: bool = True) -> list[Row]:
     """The model first, by its title or under another name, then the baselines, for each task that has
-    events."""
+    events. A baseline that is the model itself is not shown twice."""
     rows = [
         Row(name or title_of(evaluation), task, evaluation[task])
         for task in TASK_TITLES
@@ -74,9 +74,16 @@ def rows_of(evaluation: Mapping[str, Any], name: str = "", with_baselines: bool 
             rows += [
                 Row(BASELINE_TITLES.get(key, key), task, metrics)
                 for task, metrics in reports.items()
-                if metrics.get("num_events")
+                if metrics.get("num_events") and not _is_the_model(key, task, evaluation)
             ]
     return sorted(rows, key=lambda row: list(TASK_TITLES).index(row.task))
+
+
+def _is_the_model(key: str, task: str, evaluation: Mapping[str, Any]) -> bool:
+    """Whether a baseline is the run's own model: one of its kind with the same figures."""
+    own, baseline = evaluation.get(task, {}), evaluation["baselines"][key][task]
+    kind = BASELINE_TITLES.get(key, key).partition(",")[0]
+    return kind == title_of(evaluation) and all(own.get(m) == baseline.get(m) for m in SHOWN_METRICS)
 
 
 def protocol_line(evaluation: Mapping[str, Any]) -> str:
