@@ -81,7 +81,7 @@ class PrepareSettings:
     compression: Literal["none", "lz4", "zstd"] = "none"
     """of Arrow blocks; none reads fastest"""
     memory_limit: Annotated[str, StringConstraints(pattern=MEMORY_LIMIT)] = "1500MB"
-    """duckdb's share of memory; the whole program needs about 400 MB more (address_space.py)"""
+    """duckdb's share of memory; the whole program needs about 400 MB more"""
     threads: Positive = 2
     """threads of duckdb and of the tokenizer; the output does not depend on it"""
     overwrite: bool = False
@@ -120,12 +120,15 @@ def source_keys(source: str) -> list[dict[str, Any]]:
     """The settings that a source reads, as `gensr config keys` lists them, with its own defaults. One whose
     help names other sources in parentheses is not among them."""
     others = set(SOURCE_DEFAULTS) - {source}
+    stores_splits = SOURCE_DEFAULTS[source].get("split") == "stored"
     return [
         {
             "key": key,
             "default": SOURCE_DEFAULTS[source].get(key, default),
             "help": text,
-            "allowed": s.allowed(PrepareSettings, key),
+            "allowed": s.allowed(PrepareSettings, key).removeprefix(
+                "stored, " if key == "split" and not stores_splits else ""
+            ),
         }
         for key, default, text in s.key_help(PrepareSettings)
         if not others & set(re.findall(r"\(([a-z]+)\)", text))

@@ -136,9 +136,12 @@ def refuse_repeated(path: Path, names: Sequence[str]) -> None:
 def require_columns(path: Path, found: Sequence[str], required: Sequence[str]) -> None:
     missing = [name for name in required if name not in found]
     if missing:
+        are = "columns {} are" if len(missing) > 1 else "column {} is"
+        marks = [mark for mark in (";", "\t", "|") if len(found) == 1 and mark in found[0]]
+        hint = f" The columns are separated by {marks[0]!r}: write commas." if marks else ""
         raise DataError(
-            f"{path}: column {', '.join(missing)} is missing. Found: {', '.join(found)}. Needed: "
-            f"{', '.join(required)}."
+            f"{path}: {are.format(', '.join(missing))} missing. Found: {', '.join(found)}. Needed: "
+            f"{', '.join(required)}.{hint}"
         )
 
 

@@ -172,8 +172,10 @@ def test_config_keys_says_what_a_key_takes() -> None:
 def test_help_of_prepare_lists_the_settings_of_a_source(source: str) -> None:
     listed = CliRunner().invoke(app, ["prepare", source, "--help"]).output
     rule = "leave_one_out" if source == "amazon" else "time"
-    assert f"  split={rule} " in listed
+    assert f"  split={rule} " in listed and "[time, leave_one_out]" in " ".join(listed.split())
     assert ("  text_order=" in listed) == (source == "amazon")
+    unisar = CliRunner().invoke(app, ["prepare", "unisar", "--help"]).output
+    assert "[stored, time, leave_one_out]" in " ".join(unisar.split())
     assert "Settings of" not in CliRunner().invoke(app, ["prepare", "--help"]).output
 
 

@@ -360,7 +360,7 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
     )
     refused(r"src_inter\.csv: empty file; expected a header line", "src_inter", lambda lines: [])
     refused(
-        r"column user_id, item_id, .* is missing\. Found: user_id;item_id",
+        r"columns user_id, item_id, .* are missing\. Found: user_id;item_id.* separated by ';': write commas",
         "rec_inter",
         lambda lines: [line.replace(",", ";") for line in lines],
     )
