@@ -137,6 +137,9 @@ def test_without_a_terminal_there_are_lines(monkeypatch: pytest.MonkeyPatch) -> 
     assert isinstance(shown, StageLines)
     shown._spoke_s -= 10
     progress.report("sort", 2, 4)
+    assert stream.getvalue() == "", "a stage that has just begun may be over soon"
+    shown._started_s -= 1
+    progress.report("sort", 2, 4)
     progress.waiting_for("loading")
     assert stream.getvalue().startswith("  sort         2/4   50 %")
     assert len(stream.getvalue().splitlines()) == 1

@@ -297,7 +297,8 @@ def describe_cost(clicks: Edges, config: CfConfig, num_tables: int, batch_size: 
     """What is about to be trained, its memory, and the longest it can take (from one measured step of
     `step_s` seconds)."""
     nodes, edges = clicks.num_users + clicks.num_items, len(clicks.users)
-    epoch_s = step_s * -(-edges // batch_size)
+    steps = -(-edges // batch_size)
+    epoch_s = step_s * steps
     vector_bytes = config.dim * 4
     # parameters, Adam's two moments, gradient, two layers of it, the best vectors so far and four that lie in
     # holes (measured); CSR twice, clicks and keys
@@ -313,8 +314,11 @@ def describe_cost(clicks: Edges, config: CfConfig, num_tables: int, batch_size: 
         f"{clicks.catalog_size:,} items, "
         f"d {config.dim}, {config.layers} layers: "
         f"{num_tables} table{'s' if num_tables > 1 else ''} (holdout={config.holdout}), batch {batch_size:,} "
-        f"({-(-edges // batch_size)} steps an epoch of {epoch_s:.1f} s), at most {config.max_epochs} epochs "
-        "each: "
-        f"at most {epoch_s * config.max_epochs * num_tables / 60:.1f} min, about "
-        f"{max(training_bytes, written_bytes) / 1e9:.2f} GB"
+        f"({steps} step{'s' if steps > 1 else ''} an epoch of {_short(epoch_s)} s), at most "
+        f"{config.max_epochs} epochs each: at most {_short(epoch_s * config.max_epochs * num_tables / 60)} "
+        f"min, about {_short(max(training_bytes, written_bytes) / 1e9)} GB"
     )
+
+
+def _short(number: float) -> str:
+    return f"{number:,.1f}" if number >= 1 else f"{number:.2g}"

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 EVERY_S = 3.0  # between two lines
 REFRESH_S = 0.1  # between two pictures of a bar
-LASTS_S = 0.5  # a stage that is over sooner shows no bar
+LASTS_S = 0.5  # a stage that is over sooner shows no bar and no line
 STAGE_WIDTH = 12
 
 Notify = Callable[[str], None]
@@ -168,8 +168,8 @@ def stage_numbers(done: int, total: int, seconds: float, room: int) -> str:
 
 
 class StageLines:
-    """Callable as progress(stage, done, total); total = 0 where it is not known. A new stage speaks at once
-    when it lasts."""
+    """Callable as progress(stage, done, total); total = 0 where it is not known. A stage that lasts
+    speaks."""
 
     def __init__(self, stream: TextIO | None = None, every_s: float = EVERY_S, enabled: bool = True) -> None:
         self._stream, self._every_s, self._enabled = stream, every_s, enabled
@@ -180,7 +180,8 @@ class StageLines:
         now = time.monotonic()
         if stage != self._stage:
             self._stage, self._started_s = stage, now
-        if self._enabled and now - self._spoke_s >= self._every_s:
+        lasts = now - self._started_s >= LASTS_S  # shorter ones, such as epochs, are not worth a line each
+        if self._enabled and lasts and now - self._spoke_s >= self._every_s:
             self._spoke_s = now
             stream = self._stream or sys.stderr
             stream.write(stage_line(stage, done, total, now - self._started_s) + "\n")
