@@ -107,6 +107,7 @@ def test_dry_run_reads_a_prepared_folder(preset: str, tmp_path: Path) -> None:
     folder = make_tiny_folder(tmp_path / "data")
     plan = dry_run(load_config(preset, [f"data.dir={folder}"]), preset)
     assert plan.facts["data"]["train_events"] == 96 and plan.facts["data"]["items"] == 130
+    assert "largest calculated to fit: the whole batch on" in "\n".join(plan.lines)
 
 
 def test_dry_run_fits_eight_gpus_and_two_nodes() -> None:

@@ -271,7 +271,7 @@ def dry_run(config: Config, preset: str | None = None, launch: Launch | None = N
         ),
         *(("", line) for line in _memory_table(config, model, data)),
         *(("large table", line) for line in _large_table(config, model, launch.world_size)),
-        ("micro-batch", _micro_batches(config, model, data, stage, launch.world_size)),
+        ("micro-batch", _micro_batches(config, model, data, stage, schedule)),
         *([("scaling", _scaling(config, model, schedule, launch))] if launch.world_size > 1 else []),
         *(
             ("time" if number == 0 else "", f"≈ {_hours(value)} on {name}")
@@ -291,14 +291,16 @@ def dry_run(config: Config, preset: str | None = None, launch: Launch | None = N
 
 
 def _micro_batches(
-    config: Config, model: ModelSize, data: DataSize, stage: int | None, world_size: int
+    config: Config, model: ModelSize, data: DataSize, stage: int | None, schedule: Schedule
 ) -> str:
+    share = schedule.global_batch_size // schedule.world_size
     fits = {
-        name: largest_micro_batch(config, model, data, stage, world_size, size)
+        name: largest_micro_batch(config, model, data, stage, schedule.world_size, size)
         for name, size in GPU_MEMORY.items()
     }
+    whole = "the whole batch" if schedule.world_size == 1 else "a process's whole share of the batch"
     return "largest calculated to fit: " + ", ".join(
-        f"{size or 'none'} on {name}" for name, size in fits.items()
+        f"{whole if size == share else size or 'none'} on {name}" for name, size in fits.items()
     )
 
 
