@@ -258,6 +258,17 @@ def _put_together(folder: Path, optimizer: torch.optim.Optimizer, shapes: Shapes
 # ---- weights alone -----------------------------------------------------------------------------------------
 
 
+def _deepspeed_weights(found: Checkpoint, shapes: Shapes) -> dict[str, Tensor]:
+    if not _sharded(found.identity):
+        header = torch.load(found.path / TAG / HEADERS[0], map_location="cpu", weights_only=True)
+        weights: dict[str, Tensor] = header["module"]
+        return weights
+    with tempfile.TemporaryDirectory(prefix="gensr-weights-") as folder, writing(folder):
+        _convert(found, Path(folder))
+        paths = {name: Path(folder) / "zero" / name / "fp32.pt" for name in shapes}
+        return {name: _tensor_in(path, found) for name, path in paths.items()}
+
+
 def trained_weights(found: Checkpoint, shapes: Shapes) -> dict[str, Tensor]:
     """What a checkpoint of any layout holds of the trained parameters, float32, in this one process: for
     analyses. shapes: name → shape of each. A checkpoint of ZeRO 1–3 needs room for as much again in the
@@ -265,18 +276,11 @@ def trained_weights(found: Checkpoint, shapes: Shapes) -> dict[str, Tensor]:
     rows = load_file(found.path / ROWS) if (found.path / ROWS).is_file() else {}
     apart = {name: rows[name].reshape(shape) for name, shape in shapes.items() if name in rows}
     shapes = {name: shape for name, shape in shapes.items() if name not in rows}
-    with no_unpickling(found.path):
-        if found.identity["zero_stage"] == "none":
-            weights = whole_weights(found.path)
-        elif not _sharded(found.identity):
-            weights = torch.load(found.path / TAG / HEADERS[0], map_location="cpu", weights_only=True)[
-                "module"
-            ]
-        else:
-            with tempfile.TemporaryDirectory(prefix="gensr-weights-") as folder, writing(folder):
-                _convert(found, Path(folder))
-                paths = {name: Path(folder) / "zero" / name / "fp32.pt" for name in shapes}
-                weights = {name: _tensor_in(path, found) for name, path in paths.items()}
+    if found.identity["zero_stage"] == "none":
+        weights = whole_weights(found.path)  # no pickles: what would read them imports DeepSpeed, which warns
+    else:
+        with no_unpickling(found.path):
+            weights = _deepspeed_weights(found, shapes)
     if missing := [name for name in shapes if name not in weights]:
         raise RunError(f"{found.path} does not hold {', '.join(missing[:3])}: it is of another model")
     return apart | {name: weights[name].float().reshape(shape) for name, shape in shapes.items()}
