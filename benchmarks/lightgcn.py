@@ -20,6 +20,7 @@ import numpy as np
 import psutil
 import torch
 
+from data_shards.negatives import user_item_keys
 from trainer.runtime.device import default_device, wait_for
 from trainer.runtime.memory import keep_freed_memory, peak_memory_bytes
 
@@ -32,7 +33,7 @@ def random_clicks(num_edges: int, num_users: int, num_items: int) -> tuple[np.nd
     generator = np.random.default_rng(0)
     users = generator.integers(num_users, size=num_edges)
     items = (num_items * generator.random(num_edges) ** 3).astype(np.int64)
-    keys = np.unique(users * num_items + items)
+    keys = user_item_keys(users, items, num_items)
     return keys // num_items, keys % num_items
 
 

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from scipy import sparse
 
 from data_shards.histories import ragged_rows
-from data_shards.negatives import KeySet
+from data_shards.negatives import KeySet, user_item_keys
 from data_shards.schema import SRC
 from data_shards.split import TRAIN
 from data_shards.write import EventColumns
@@ -85,7 +85,7 @@ def neighbours(user: np.ndarray, item: np.ndarray, num_items: int) -> sparse.csr
     row."""
     end = np.searchsorted(user, user, side="right")  # behind the user's last click
     newest = end - np.arange(len(user)) <= CLICKS_OF_USER
-    pairs = np.unique(user[newest].astype(np.int64) * num_items + item[newest])
+    pairs = user_item_keys(user[newest], item[newest], num_items)
     of_user, of_item = pairs // num_items, pairs % num_items
     shape = (int(user.max(initial=-1)) + 1, num_items)
     by_user = sparse.csr_matrix((np.ones(len(pairs)), (of_user, of_item)), shape=shape)

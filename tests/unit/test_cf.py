@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from pathlib import Path
 
 import numpy as np
@@ -228,6 +229,21 @@ def test_items_that_nobody_clicked_cost_no_row_but_are_ranked() -> None:
     assert sampled_ndcg(user, item, users, clicks.rows_of(candidates)) == sampled_ndcg(
         user, clicks.in_catalog(item), users, candidates
     )
+
+
+def test_clicks_are_sorted_not_hashed() -> None:
+    """np.unique of numpy ≥ 2.3 takes 60 sorts at this size, and 40 s at 15 million clicks."""
+    generator, size = np.random.default_rng(0), 200_000
+    users, items = generator.integers(10_000, size=size), generator.integers(300_000, size=size)
+    started_s = time.process_time()
+    np.sort(users * 300_000 + items)
+    sorted_s = time.process_time()
+    clicks = unique_clicks(users, items, 10_000, 300_000)
+    assert time.process_time() - sorted_s < 15 * (sorted_s - started_s)
+    pairs = set(zip(clicks.users.tolist(), clicks.items_in_catalog.tolist(), strict=True))
+    assert pairs == set(zip(users.tolist(), items.tolist(), strict=True))
+    assert len(pairs) == len(clicks.users)
+    assert len(clicks.item_ids) == clicks.items.max() + 1 == len({item for _, item in pairs})
 
 
 def test_rotation_keeps_scores_and_undoes_a_rotation():

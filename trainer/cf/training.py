@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from data_shards.hashing import derive_seed
+from data_shards.negatives import user_item_keys
 from trainer.cf.lightgcn import Graph, LightGCN, build_graph
 from trainer.cf.partial import Slot
 from trainer.config import CfConfig
@@ -62,9 +63,11 @@ class Edges:
 
 def unique_clicks(users: np.ndarray, catalog_rows: np.ndarray, num_users: int, catalog_size: int) -> Edges:
     """Edges of the graph: each pair (user, item of the catalogue) once."""
-    keys = np.unique(users.astype(np.int64) * catalog_size + catalog_rows)
-    item_ids, items = np.unique(keys % catalog_size, return_inverse=True)
-    return Edges(keys // catalog_size, items, item_ids, num_users, catalog_size)
+    keys = user_item_keys(users, catalog_rows, catalog_size)
+    rows, clicked = keys % catalog_size, np.zeros(catalog_size, bool)
+    clicked[rows] = True
+    items = (np.cumsum(clicked) - 1)[rows]
+    return Edges(keys // catalog_size, items, np.flatnonzero(clicked), num_users, catalog_size)
 
 
 def choose_batch_size(num_clicks: int) -> int:

@@ -13,6 +13,7 @@ import pyarrow as pa
 import torch
 
 from data_shards.hashing import click_fold, derive_seed
+from data_shards.negatives import sorted_unique
 from data_shards.schema import REC, SRC, TASKS, Manifest, Shard
 from trainer.batch import Batch
 from trainer.config import DataConfig
@@ -214,7 +215,7 @@ class TrainStream(torch.utils.data.IterableDataset):
                 seen = to_numpy(table["task"]) == REC
                 seen &= heldout_item[to_numpy(table["user"])] != to_numpy(table["item"])
                 found.append(self._keys(table)[seen])
-        return np.unique(np.concatenate(found)) if found else np.zeros(0, np.int64)
+        return sorted_unique(np.concatenate(found)) if found else np.zeros(0, np.int64)
 
     def _keys(self, table: pa.Table) -> np.ndarray:
         """User and item of each event as one number."""

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 
+from data_shards.negatives import sorted_unique
 from data_shards.schema import NO_QUERY, TASKS
 from trainer.data.blocks import read_blocks, to_numpy
 from trainer.data.folder import PreparedFolder
@@ -75,7 +76,7 @@ def items_of_queries(folder: PreparedFolder) -> np.ndarray:
     train = folder.columns("train", ["query", "item"])
     searches = train["query"] != NO_QUERY
     query, item = (train[name][searches].astype(np.int64) for name in ("query", "item"))
-    pairs = np.unique(query * folder.manifest.num_items + item)
+    pairs = sorted_unique(query * folder.manifest.num_items + item)
     return np.bincount(pairs // folder.manifest.num_items, minlength=folder.manifest.num_queries)
 
 
