@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from trainer.training.costs import (
     bytes_sent,
     efficiency,
     largest_micro_batch,
+    measured_flops,
     memory,
 )
 from trainer.training.plan import (
@@ -451,3 +453,12 @@ def test_what_dry_run_cannot_know_is_an_error_with_the_fix(tmp_path: Path) -> No
         dry_run(load_config("demo", ["model.backbone=nobody/nothing"]), "demo")
     with pytest.raises(ConfigError, match=r"run\.select_metric"):
         dry_run(load_config("demo", ["run.select_metric=loss"]), "demo")
+
+
+def test_the_rate_of_products_is_not_that_of_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[str] = []
+    monkeypatch.setattr("trainer.runtime.device.wait_for", waits.append)
+    started_s = time.perf_counter()
+    rate = measured_flops(0.05)
+    products = rate * (time.perf_counter() - started_s) / (2 * 512**3)
+    assert products > 9 * (len(waits) - 1) > 0

@@ -124,9 +124,10 @@ def measured_flops(seconds: float = 0.3, device: str = "cpu", dtype: Any = None)
     wait_for(device)
     count, start = 0, time.perf_counter()
     while time.perf_counter() - start < seconds:
-        a @ a
+        for _ in range(10):  # a wait after each of a GPU's products of a millisecond would slow it
+            a @ a
         wait_for(device)
-        count += 1
+        count += 10
     return 2 * size**3 * count / (time.perf_counter() - start)
 
 
