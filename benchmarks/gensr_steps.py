@@ -1,5 +1,5 @@
 """Training steps or scoring as gensr does them, measured. argv: a JSON object (see reference.py), also
-`trace`: a file for torch's profiler."""
+`trace`: a file for torch's profiler; `tasks`: whose events are trained on (both)."""
 
 import contextlib
 import json
@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.measuring import Meter, open_folder, scored_events
+from benchmarks.measuring import Meter, forget_building, open_folder, scored_events
+from data_shards.schema import REC, SRC
 from trainer.batch import Batch
 from trainer.config import Config
 from trainer.data import PreparedFolder, TrainStream, prefetched
@@ -45,6 +46,7 @@ class Steps:
             stream(request, folder, self.config), prepare=module.prepare, device=self.device
         )
         self.prompts = PromptLengths(module)
+        forget_building()
 
     def __call__(self, meter: Meter) -> None:
         with meter.step():
@@ -100,7 +102,8 @@ def stream(request: dict[str, Any], folder: PreparedFolder, config: Config) -> I
     """Batches of `pairs` pairs: events × (1 + negatives) in training, × candidates in evaluation."""
     if request["mode"] == "train":
         events = request["pairs"] // (1 + config.data.num_negatives)
-        return iter(TrainStream(folder, config.data, config.run.seed, events, events))
+        tasks = tuple(request.get("tasks", (REC, SRC)))
+        return iter(TrainStream(folder, config.data, config.run.seed, events, events, tasks=tasks))
     return scored_events(request, folder, config)
 
 

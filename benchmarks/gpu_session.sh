@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# gpu_session.sh OUT [--minutes 9] [--rehearse] [--data FOLDER] [--only PART ...]: everything about GPUs measured on a
-# machine without a network, in order of value (docs/gpu.md). Packages that are missing come from the folder
+# gpu_session.sh OUT [--minutes 9] [--rehearse] [--data FOLDER] [--keep FOLDER] [--only PART ...]: everything
+# about GPUs measured on a machine without a network (docs/gpu.md). Packages that are missing come from the folder
 # of wheels that gpu_wheels.sh made (GENSR_WHEELS, else benchmarks/wheels). PYTHON picks the interpreter.
 set -euo pipefail
 started=$(date +%s) # --minutes counts the installing below, too
@@ -8,7 +8,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 python=${PYTHON:-python3}
 wheels=${GENSR_WHEELS:-$here/wheels}
 if [[ $# == 0 || $1 == -* ]]; then
-  echo "usage: $0 OUT [--minutes 9] [--rehearse] [--data FOLDER] [--only PART ...]" >&2
+  echo "usage: $0 OUT [--minutes 9] [--rehearse] [--data FOLDER] [--keep FOLDER] [--only PART ...]" >&2
   exit 2
 fi
 mkdir -p "$1"

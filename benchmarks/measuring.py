@@ -15,7 +15,7 @@ from trainer.data.folder import PreparedFolder
 from trainer.models.gensr.model import GenSR
 from trainer.models.gensr.prompt import answer_tokens
 from trainer.runs.world import load_tokenizer
-from trainer.runtime.device import default_device, wait_for
+from trainer.runtime.device import default_device, has_gpu, wait_for
 from trainer.runtime.memory import peak_memory_bytes
 
 
@@ -30,6 +30,15 @@ def open_folder(
     folder = PreparedFolder.at(request["folder"])
     tables = folder.tables(GenSR.needs).to(device)
     return config, folder, tables, answer_tokens(load_tokenizer(folder.tokenizer)), device
+
+
+def forget_building() -> None:
+    """A GPU's peak of memory counts from here on: what building alone needed (weights in float32 before they
+    are cast) is no part of a step."""
+    if has_gpu():
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 def scored_events(request: dict[str, Any], folder: PreparedFolder, config: Config) -> Iterator[Batch]:

@@ -24,7 +24,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import T5Config, T5ForConditionalGeneration
 
-from benchmarks.measuring import Meter, open_folder, scored_events
+from benchmarks.measuring import Meter, forget_building, open_folder, scored_events
 from data_shards.schema import SRC
 from trainer.batch import Batch, ItemTables, rows_of
 from trainer.config import Config
@@ -211,7 +211,9 @@ def batches(
 
 def measured(request: dict[str, Any]) -> dict[str, Any]:
     config, folder, tables, answers, device = open_folder(request)
-    model = build(config, tables, answers, int(folder.manifest.raw["text"]["vocab_size"])).to(device)
+    with torch.device(device):  # a GPU draws the random weights in a moment, a CPU in seconds
+        model = build(config, tables, answers, int(folder.manifest.raw["text"]["vocab_size"])).to(device)
+    forget_building()
     collate = Collator(Path(request["folder"]), model.settings.prompt, answers, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     model.train(request["mode"] == "train")

@@ -48,7 +48,7 @@ def measure(task: Task, report: Report, what: str, backbone: str, *more: str) ->
             request = speed.request_of(
                 task, mode, pairs, 1 if task.rehearse else 5, f"model.backbone={backbone}", *LORA, *more
             )
-            found = speed.measure(request | {"weights_on_device": True})
+            found = speed.measure(request)
         except Exception as error:  # out of memory, or a library that refuses: the others go on
             report.note(f"{what}, {speed.NAME[mode]}", failure(error))
             continue

@@ -21,8 +21,10 @@ def run(task: Task, report: Report) -> None:
     keep_freed_memory()
     num_edges, num_users, num_items = TINY if task.rehearse else KUAISAR
     users, items = random_clicks(num_edges, num_users, num_items)
-    trainer = TableTrainer(unique_clicks(users, items, num_users, num_items), CfConfig(), report_nothing)
-    report.add("clicks", len(trainer.users))
+    clicks = unique_clicks(users, items, num_users, num_items)
+    report.add("clicks", len(clicks.users))
+    report.add("drawing the clicks", time.monotonic() - started_s, "s")
+    trainer = TableTrainer(clicks, CfConfig(), report_nothing)
     report.add("making the graph", time.monotonic() - started_s, "s")
     step_s = trainer.step_seconds()
     report.add(f"a step of {trainer.batch_size:,} clicks", step_s, "s")

@@ -41,10 +41,12 @@ def rate(task: Task, what: str, default: float) -> float:
 
 def affordable_steps(task: Task, manifest: Manifest, candidates: int, left_s: float) -> int:
     """What is left when all test events are evaluated; `extended` and validation take a share of it. At most
-    MAX_EPOCHS."""
+    MAX_EPOCHS; 0 when nothing is left."""
     to_score = manifest.num_events("test") * (1 + manifest.num_negatives)
     evaluating_s = to_score / rate(task, "scoring, compact prompt", 14_000.0)
     training_s = left_s - 2 * START_S - 1.3 * evaluating_s
+    if training_s <= 0:
+        return 0
     examples = TRAINING_SHARE * training_s * rate(task, "training, compact prompt", 4000.0)
     an_epoch = max(1, manifest.num_events("train") // BATCH)
     return max(10, min(int(examples / (BATCH * candidates)), MAX_EPOCHS * an_epoch))
@@ -62,6 +64,9 @@ def run(task: Task, report: Report) -> None:
     candidates = 1 + settings.data.num_negatives + settings.model.mined_negatives
     left_s = task.seconds - (time.monotonic() - started_s)
     steps = 4 if task.rehearse else affordable_steps(task, manifest, candidates, left_s)
+    if not steps:
+        report.note("training", f"skipped: {left_s:.0f} s are left")
+        return
     gensr(
         "train",
         preset,

@@ -20,6 +20,7 @@ from trainer.configs import load_config
 from trainer.data.folder import PreparedFolder
 from trainer.models.gensr.model import GenSR
 from trainer.runs.weights import build_model, save_model
+from trainer.runtime.device import default_device
 
 
 def untrained_run(task: Task) -> Path:
@@ -32,7 +33,9 @@ def untrained_run(task: Task) -> Path:
     config = load_config(None, [*settings, "run.precision=bf16"])
     folder = PreparedFolder.at(data)
     torch.manual_seed(0)
-    model = build_model(config, folder, folder.tables(GenSR.needs, with_folds=True))
+    device = default_device()
+    with torch.device(device):  # a GPU draws the random weights in a moment, a CPU in seconds
+        model = build_model(config, folder, folder.tables(GenSR.needs, with_folds=True).to(device))
     save_model(run_dir / "model", model, model.state_dict(), config, folder)
     (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     (run_dir / "environment.json").write_text(json.dumps({"git": None}), encoding="utf-8")

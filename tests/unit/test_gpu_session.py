@@ -5,16 +5,18 @@ import json
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import pytest
 
-from benchmarks.gpu import bars, quality, session
+from benchmarks.gpu import bars, compiled, parity, quality, session, speed
 from benchmarks.gpu.report import HEADER, Report, add_line, table_line
 from benchmarks.gpu.task import ROOT, Task
 from benchmarks.gpu.trace import kind_of, summary
+from benchmarks.measuring import Meter
 from data_shards.schema import Manifest
 
 SCRIPTS = [ROOT / "benchmarks" / name for name in ("gpu_session.sh", "gpu_wheels.sh")]
@@ -110,27 +112,101 @@ def test_kernels_are_sorted(kernel: str, kind: str) -> None:
 
 
 def test_a_kernel_counts_once() -> None:
-    """Of a GPU torch lists marked regions, too: `Optimizer.step` holds the optimiser's kernels."""
+    """Of a GPU torch lists marked regions, too: `Optimizer.step` holds the optimiser's kernels. The wait for a
+    step's end is the measurement's."""
 
-    def event(key: str, device: str, microseconds: float, is_region: bool = False) -> SimpleNamespace:
+    def event(name: str, device: str, microseconds: int, is_region: bool = False) -> SimpleNamespace:
         return SimpleNamespace(
-            key=key,
-            device_type=f"DeviceType.{device}",
-            count=2,
-            self_device_time_total=microseconds,
-            self_cpu_time_total=0.0 if device == "CUDA" else microseconds,
-            is_user_annotation=is_region,
+            name=lambda: name,
+            device_type=lambda: f"DeviceType.{device}",
+            duration_ns=lambda: 1000 * microseconds,
+            is_user_annotation=lambda: is_region,
         )
 
     events = [
-        event("nvjet_hsh_128x256", "CUDA", 600_000),
+        event("nvjet_hsh_128x256", "CUDA", 300_000),
+        event("nvjet_hsh_128x256", "CUDA", 300_000),
         event("multi_tensor_apply_kernel", "CUDA", 200_000),
         event("Optimizer.step#AdamW.step", "CUDA", 250_000, is_region=True),
         event("cudaLaunchKernelExC", "CPU", 5),
+        event("cudaLaunchKernel", "CPU", 5),
+        event("cudaStreamSynchronize", "CPU", 7000),
+        event("cudaDeviceSynchronize", "CPU", 90_000),
     ]
     found = summary(events, wall_s=1.0, on_gpu=True)
     assert found["shares"] == pytest.approx({"matrix products": 0.75, "optimiser": 0.25})
     assert found["idle"] == pytest.approx(0.2) and found["launches"] == 2
+    assert found["waits"] == 1 and found["waiting_s"] == pytest.approx(0.007)
+
+
+def test_the_sweep_ends_before_the_parts_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock_s, requests = [0.0], []
+
+    def measure(request: dict[str, Any], program: Any = None) -> dict[str, Any]:
+        clock_s[0] += 13
+        requests.append(request)
+        return {"per_s": 1.0, "peak_memory_bytes": 1, "mfu": None}
+
+    monkeypatch.setattr(speed, "measure", measure)
+    monkeypatch.setattr(speed, "time", SimpleNamespace(monotonic=lambda: clock_s[0]))
+    monkeypatch.setattr(Task, "text_folder", lambda self: tmp_path)
+    speed.run(Task("speed", tmp_path, 6 * 13 + 2 * 13 + 10), Report("speed", tmp_path, "cpu"))
+    assert len(requests) == 6 + 2
+    assert all(request["weights_on_device"] for request in requests)
+    assert sum(request["mfu"] for request in requests) == 4
+
+
+def test_compiling_is_reported_before_the_other_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A part that is killed later has this."""
+
+    class Steps:
+        def __init__(self, request: dict[str, Any]) -> None:
+            self.device = "cpu"
+
+        def __call__(self, meter: Meter) -> None:
+            with meter.step():
+                if meter.num_steps:
+                    raise TimeoutError
+
+    monkeypatch.setattr(compiled.gensr_steps, "Steps", Steps)
+    with pytest.raises(TimeoutError):
+        compiled.measure(Report("compiled", tmp_path, "cpu"), "training", {"warmup": 1, "steps": 1})
+    assert "training: the first step" in json.loads((tmp_path / "compiled.json").read_text())["values"]
+
+
+def test_tests_that_have_ended_are_counted() -> None:
+    log = "tests/gpu/a.py::test_one[x-y z] PASSED [ 1%]\ntests/gpu/a.py::test_two FAILED [ 2%]\n"
+    found = parity.outcomes(f"FAILED is no outcome here\n{log}tests/gpu/a.py::test_three[PASSED]")
+    assert found == {"passed": 1, "failed": 1, "error": 0, "skipped": 0}
+
+
+def test_results_are_kept_after_each_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, keep = tmp_path / "out", tmp_path / "keep"
+    (out / "work").mkdir(parents=True)
+    (out / "work" / "large").write_text("checkpoint")
+    seen = []
+
+    def supervise(task: Task, limit_s: float) -> str:
+        seen.append((keep / "table.md").read_text() if keep.exists() else "")
+        add_line(out, table_line(task.part, "a number", "1"))
+        return ""
+
+    monkeypatch.setattr(session, "supervise", supervise)
+    assert session.session(out, 9.0, True, None, ["speed", "trace"], keep=keep) == 0
+    assert [text.count("a number") for text in seen] == [0, 1, 2]
+    assert (keep / "table.md").read_text() == (out / "table.md").read_text()
+    with tarfile.open(keep / "results.tar.gz") as archive:
+        assert [name for name in archive.getnames() if name != "."] == ["./table.md"]
+    keep_in_a_file = tmp_path / "out" / "table.md"
+    session.keep_results(out, keep_in_a_file)  # what cannot be kept does not end a session
+
+
+def test_a_copied_tree_is_told_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GENSR_COMMIT", "0123abc")
+    session.check(Report("check", tmp_path, "cpu"))
+    assert json.loads((tmp_path / "check.json").read_text())["machine"]["commit"] == "0123abc"
 
 
 @pytest.mark.parametrize("part", session.PARTS, ids=lambda part: part.name)
@@ -161,7 +237,8 @@ def test_quality_keeps_time_for_its_evaluation(tmp_path: Path) -> None:
     steps = quality.affordable_steps(task, counts, 8, 200.0)
     training_s = steps * quality.BATCH * 8 / 10_000
     assert 60 < training_s < 200 - 42
-    assert quality.affordable_steps(task, counts, 8, 50.0) == 10
+    assert quality.affordable_steps(task, counts, 8, 50.0) == 0
+    assert quality.affordable_steps(task, counts, 8, 85.0) == 10
     assert quality.affordable_steps(task, counts, 8, 1e6) == quality.MAX_EPOCHS * (82_615 // quality.BATCH)
 
 
