@@ -1,7 +1,7 @@
 """python -m benchmarks.gpu.session OUT [--minutes 9] [--rehearse] [--data FOLDER] [--keep FOLDER]
 [--only PART …]
 
-Runs the parts in order of value, each in a process of its own under its own limit. Started by
+Runs the parts in the order of docs/gpu.md, each in a process of its own under its own limit. Started by
 benchmarks/gpu_session.sh, which installs what is missing. Every part writes OUT/PART.json, OUT/PART.log and
 lines of OUT/table.md as soon as a number is there. A part that fails or does not end is named, and the next
 one begins.

@@ -56,7 +56,7 @@ def summary(events: Iterable[Any], wall_s: float, on_gpu: bool) -> dict[str, Any
 
 
 def run(task: Task, report: Report) -> None:
-    # Where there are kernels, the CPU's operators are not wanted: they are four events of five, and torch's
+    # Where there are kernels, the CPU's operators are not wanted: they are most of the events, and torch's
     # summary of them takes longer than the part has. CUDA's activities hold the host's calls of CUDA, too.
     activities = [ProfilerActivity.CUDA if has_gpu() else ProfilerActivity.CPU]
     for mode in ("train", "evaluate"):

@@ -112,8 +112,8 @@ def test_kernels_are_sorted(kernel: str, kind: str) -> None:
 
 
 def test_a_kernel_counts_once() -> None:
-    """Of a GPU torch lists marked regions, too: `Optimizer.step` holds the optimiser's kernels. The wait for a
-    step's end is the measurement's."""
+    """Of a GPU torch lists marked regions, too: `Optimizer.step` holds the optimiser's kernels. The wait for
+    a step's end is the measurement's."""
 
     def event(name: str, device: str, microseconds: int, is_region: bool = False) -> SimpleNamespace:
         return SimpleNamespace(
