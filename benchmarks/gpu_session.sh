@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # gpu_session.sh OUT [--minutes 9] [--rehearse] [--data FOLDER] [--keep FOLDER] [--only PART ...]: everything
-# about GPUs measured on a machine without a network (docs/gpu.md). Packages that are missing come from the folder
-# of wheels that gpu_wheels.sh made (GENSR_WHEELS, else benchmarks/wheels). PYTHON picks the interpreter.
+# about GPUs measured on a machine without a network (docs/gpu.md). Packages that are missing come from the
+# folder of wheels that gpu_wheels.sh made (GENSR_WHEELS, else benchmarks/wheels). PYTHON picks the interpreter.
 set -euo pipefail
 started=$(date +%s) # --minutes counts the installing below, too
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
