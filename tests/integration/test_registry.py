@@ -134,7 +134,7 @@ def test_long_candidate_lists_are_split(scorer: Scorer, monkeypatch: pytest.Monk
         ({"history": ["i1"]}, "history entries look like"),
         ({"task": "buy"}, "task must be 'rec' or 'src', got 'buy'"),
         ({"task": "src"}, "query is missing"),
-        ({"query": "lamp"}, "a query is given"),
+        ({"query": "lamp"}, "a recommendation takes no query"),
         ({"task": "src", "query": 3.5}, "query must be text"),
     ],
 )

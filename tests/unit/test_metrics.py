@@ -85,7 +85,11 @@ def test_a_constant_model_is_at_chance(num_candidates):
     rank = torch.tensor([(num_candidates + 1) / 2], dtype=torch.float64)
     ours = dict(zip(METRICS, metric_values(rank, torch.tensor([num_candidates]))[0].tolist(), strict=True))
     for metric in METRICS:
-        mean = chance(metric, num_candidates)[0] if metric != "mrr@10" else sum(1 / r for r in range(1, 11))
+        mean = (
+            chance(f"mean/{metric}", num_candidates)[0]
+            if metric != "mrr@10"
+            else sum(1 / r for r in range(1, 11))
+        )
         assert ours[metric] == pytest.approx(mean if metric != "mrr@10" else mean / num_candidates)
     assert ours["recall@10"] == pytest.approx(10 / num_candidates)
 

@@ -278,4 +278,4 @@ def test_a_damaged_file_has_none() -> None:
 def test_given_candidates_need_none(candidates: str) -> None:
     words = ["evaluate", "runs/a", "--candidates", candidates, "--retriever", "runs/b"]
     error = CliRunner().invoke(app, words).exception
-    assert isinstance(error, ConfigError) and f"those of {candidates} are given" in str(error)
+    assert isinstance(error, ConfigError) and f"the {candidates} ones are given" in str(error)
