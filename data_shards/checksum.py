@@ -25,3 +25,8 @@ def file_sha256(path: str | Path) -> str:
         for piece in pieces(file):
             digest.update(piece)
     return digest.hexdigest()
+
+
+def has_sha256(path: Path, digest: Path) -> bool:
+    """Whether a file's sha256 is the first word of the file `digest`, as sha256sum writes it."""
+    return digest.read_text(errors="replace").split()[:1] == [file_sha256(path)]

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_shards.blocks import decode_blocks, tar_entries
-from data_shards.checksum import file_sha256
+from data_shards.checksum import file_sha256, has_sha256
 from data_shards.errors import DataError
 from data_shards.matrices import matrix_parts
 from data_shards.schema import NO_QUERY, SPLITS, SRC, Manifest, Shard
@@ -178,7 +178,7 @@ def _check_cf(folder: Path) -> None:
     path, digest = folder / CF_TABLE, folder / CF_DIGEST
     if not path.is_file():
         return
-    if digest.is_file() and digest.read_text(errors="replace").split()[:1] != [file_sha256(path)]:
+    if digest.is_file() and not has_sha256(path, digest):
         raise DataError(f"{path} differs from its checksum in {digest.name}. {_again(folder)}")
     from safetensors import SafetensorError, safe_open
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -81,3 +82,16 @@ def make_batch(
         candidates=candidates,
         labels=labels,
     )
+
+
+def count_encoded(monkeypatch: pytest.MonkeyPatch, core: Any) -> list[int]:
+    """How many items each call of core.item_vectors() gets, from here on."""
+    encode = core.item_vectors
+    encoded: list[int] = []
+
+    def counted(ids: Tensor, *parts: Tensor) -> Any:
+        encoded.append(ids.numel())
+        return encode(ids, *parts)
+
+    monkeypatch.setattr(core, "item_vectors", counted)
+    return encoded

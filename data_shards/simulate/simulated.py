@@ -10,10 +10,10 @@ from pydantic import TypeAdapter, ValidationError
 
 from data_shards.documents import parse_json
 from data_shards.errors import DataError
+from data_shards.options import Positive
 from data_shards.simulate.world import World, make_world
 
 FILE = "simulated.json"
-Positive = Annotated[int, Gt(0)]
 
 
 @dataclass(frozen=True)

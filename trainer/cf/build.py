@@ -23,6 +23,7 @@ from torch import Tensor
 
 import trainer
 from data_shards import settings as s
+from data_shards.checksum import has_sha256
 from data_shards.hashing import click_fold, derive_seed, mix64
 from data_shards.schema import REC, Manifest
 from trainer.cf.partial import CfWork, Slot
@@ -32,7 +33,6 @@ from trainer.data.cf_table import CfTable, cf_path, save_cf, write_checksum
 from trainer.data.folder import PreparedFolder
 from trainer.errors import DataError, RunError
 from trainer.runtime.device import default_device
-from trainer.runtime.files import file_sha256
 from trainer.runtime.memory import give_back_freed_memory, keep_freed_memory
 from trainer.runtime.progress import Notify
 
@@ -116,7 +116,7 @@ def _check_existing(folder: PreparedFolder, config: CfConfig) -> None:
     checksum = path.with_suffix(".sha256")
     if not checksum.is_file():
         write_checksum(path)
-    elif checksum.read_text(errors="replace").split()[:1] != [file_sha256(path)]:
+    elif not has_sha256(path, checksum):
         raise RunError(
             f"{path} differs from its checksum in {checksum.name}. Add overwrite=true to train it again."
         )

@@ -16,14 +16,13 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from data_shards.schema import Manifest
@@ -340,10 +339,8 @@ def without_counted(found: Checkpoint, module: "nn.Module") -> bool:
     kept. It must be counted again then."""
     if found.identity["zero_stage"] != "none" or not has_frozen(module):
         return False
-    with safe_open(found.path / "model.safetensors", framework="pt") as file:
-        held = {name.removeprefix("module.") for name in file.keys()}  # noqa: SIM118 (it is no dict)
-    buffers = persistent_buffers(module).keys()
-    return bool(buffers) and not buffers & held
+    buffers = persistent_buffers(module)
+    return bool(buffers) and not whole_weights(found.path, buffers)
 
 
 def put_back(module: "nn.Module", weights: Mapping[str, Tensor], path: Path) -> None:
@@ -359,12 +356,13 @@ def put_back(module: "nn.Module", weights: Mapping[str, Tensor], path: Path) -> 
         )
 
 
-def whole_weights(path: Path) -> dict[str, Tensor]:
-    """The weights in a checkpoint of a run without DeepSpeed."""
-    # module.: DDP's, once
-    return {
-        name.removeprefix("module."): tensor for name, tensor in load_file(path / "model.safetensors").items()
-    }
+def whole_weights(path: Path, names: Container[str] | None = None) -> dict[str, Tensor]:
+    """The weights in a checkpoint of a run without DeepSpeed: all of them, or those of `names` that it
+    holds."""
+    with safe_open(path / "model.safetensors", framework="pt") as file:
+        # module.: DDP's, once
+        keys = {key.removeprefix("module."): key for key in file.keys()}  # noqa: SIM118 (it is no dict)
+        return {name: file.get_tensor(key) for name, key in keys.items() if names is None or name in names}
 
 
 def has_frozen(model: "nn.Module") -> bool:

@@ -212,7 +212,7 @@ def _take_apart(found: Checkpoint, names: list[str]) -> dict[str, dict[str, Tens
 def _buffers_in(found: Checkpoint, names: list[str]) -> dict[str, Tensor]:
     """Copies of the buffers `names`; of a file with all the weights no more than they are read."""
     if found.identity["zero_stage"] == "none":
-        held = whole_weights(found.path)
+        held = whole_weights(found.path, names)
     else:
         header = next(path for name in HEADERS if (path := found.path / TAG / name).is_file())
         held = torch.load(header, map_location="cpu", weights_only=True, mmap=True)["module"]

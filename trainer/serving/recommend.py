@@ -173,13 +173,13 @@ class Recommender:
         answers = iter(self._answers([one for one in read if not isinstance(one, RequestError)]))
         return [one if isinstance(one, RequestError) else next(answers) for one in read]
 
-    def _answers(self, read: Sequence["Read"]) -> list[dict[str, Any]]:
+    def _answers(self, read: Sequence[Read]) -> list[dict[str, Any]]:
         scores = self.scorer.score_parsed([one.found for one in read])
         return [self._answer(one, row) for one, row in zip(read, scores, strict=True)]
 
     # ---- one request ---------------------------------------------------------------------------------------
 
-    def _read(self, request: Mapping[str, Any], where: str) -> "Read":
+    def _read(self, request: Mapping[str, Any], where: str) -> Read:
         refuse_misspelt(request, where)
         for name, default in SETTINGS.items():
             if isinstance(default, bool):
@@ -224,7 +224,7 @@ class Recommender:
             _nothing_to_ask(parsed, where)
         return self.scorer.pre_ranked(parsed, self.retrieval, questions, num_candidates, exclude, beside)
 
-    def _answer(self, asked: "Read", scores: list[float]) -> dict[str, Any]:
+    def _answer(self, asked: Read, scores: list[float]) -> dict[str, Any]:
         request, parsed = asked.request, asked.found
         # stable: ties keep the order of retrieval, or the one given
         order = sorted(range(len(scores)), key=lambda place: -scores[place])

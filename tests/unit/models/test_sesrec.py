@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from tests.tiny_world import make_batch, make_world
+from tests.tiny_world import count_encoded, make_batch, make_world
 from trainer.models.baselines.sesrec import Interests, SesRec, SesRecSettings
 
 CANDIDATES = torch.arange(12).view(4, 3)
@@ -54,13 +54,7 @@ def test_searches_become_queries_with_the_mean_of_their_clicks():
 
 def test_a_catalogue_is_encoded_once_for_all_events(monkeypatch):
     model, batch = make_sesrec(), make_events()
-    encode, encoded = model.core.item_vectors, []
-
-    def counted(ids, *parts):
-        encoded.append(ids.numel())
-        return encode(ids, *parts)
-
-    monkeypatch.setattr(model.core, "item_vectors", counted)
+    encoded = count_encoded(monkeypatch, model.core)
 
     model.score_catalogue(batch)
 

@@ -3,7 +3,7 @@ lack a kind of history."""
 
 import torch
 
-from tests.tiny_world import make_batch, make_world
+from tests.tiny_world import count_encoded, make_batch, make_world
 from trainer.models.baselines.unisar import UniSar, UniSarSettings, sessions
 
 HISTORIES = [[3, 4, 5, 6], [7, 8], [1, 2], []]
@@ -46,13 +46,7 @@ def test_a_session_is_a_run_of_clicks_for_one_known_query():
 
 def test_a_catalogue_is_encoded_once_for_all_events(monkeypatch):
     model, batch = make_unisar(), make_events()
-    encode, encoded = model.core.item_vectors, []
-
-    def counted(ids, *parts):
-        encoded.append(ids.numel())
-        return encode(ids, *parts)
-
-    monkeypatch.setattr(model.core, "item_vectors", counted)
+    encoded = count_encoded(monkeypatch, model.core)
 
     model.score_catalogue(batch)
 

@@ -85,9 +85,10 @@ class Times:
         if self.longest_s is not None:
             head += f"; no run trains longer than {self.longest_s / 60:.1f} minutes"
         width = max([16, *(len(system.model) for system in self.systems)])
-        rows = [("runs", "epochs", "of preset", "time")]
+        rows = [("system", "runs", "epochs", "of preset", "time")]
         rows += [
             (
+                system.model,
                 str(system.runs),
                 _epochs(system.epochs, system),
                 _epochs(system.preset_epochs, system),
@@ -102,9 +103,7 @@ class Times:
                 # without a budget nothing is cut: the epochs are what was asked for
                 + (f"{of_preset:>11}" if self.minutes else "")
                 + f"{time:>14}"
-                for name, (runs, epochs, of_preset, time) in zip(
-                    ["system", *(system.model for system in self.systems)], rows, strict=True
-                )
+                for name, runs, epochs, of_preset, time in rows
             ),
             "  times are estimates from trainer/experiments/speeds.yaml; stopping early takes less",
             *(["  the time of a system is that of its runs one after the other"] if self.jobs > 1 else []),
