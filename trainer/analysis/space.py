@@ -3,7 +3,6 @@
     pca_projection, tsne_projection   both groups in one plane
     density_contours                  kernel density of each group on a common grid
     bhattacharyya_grid                ∫ √(p q) of two such densities: 1 for equal, 0 for disjoint groups
-    bhattacharyya_gaussian            the same in closed form for Gaussians of any dimension
     two_sample_test                   how well a classifier tells them apart (C2ST, Lopez-Paz & Oquab 2017)
 
 A picture of t-SNE can show gaps where there are none and no distance in it has a meaning, so a claim about
@@ -117,29 +116,6 @@ def density_contours(projection: Projection, masses: Sequence[float] = MASSES) -
 def bhattacharyya_grid(contours: Contours) -> float:
     """Bhattacharyya coefficient of the two densities on the grid, 0 to 1."""
     return min(1.0, float(np.sqrt(contours.first * contours.second).sum()))
-
-
-def bhattacharyya_gaussian(first: ArrayLike, second: ArrayLike) -> float:
-    """Bhattacharyya coefficient of Gaussians fitted to the groups. first [n, d], second [m, d].
-
-    exp(−D),  D = ⅛ (μ₁ − μ₂)ᵀ Σ⁻¹ (μ₁ − μ₂) + ½ log( |Σ| / √(|Σ₁| |Σ₂|) ),  Σ = (Σ₁ + Σ₂) / 2. In many
-    dimensions estimation errors alone bring it far below 1: use projections. Raises DataError when a
-    covariance is singular.
-    """
-    groups = _checked(first, second)
-    means = [rows.mean(axis=0) for rows in groups]
-    covariances = [np.cov(rows, rowvar=False).reshape(rows.shape[1], rows.shape[1]) for rows in groups]
-    middle = (covariances[0] + covariances[1]) / 2
-    ranks = [int(np.linalg.matrix_rank(covariance)) for covariance in covariances]
-    if min(ranks) < len(middle):
-        raise DataError(
-            f"{len(middle)} dimensions, but a group spans only {min(ranks)}: project to fewer dimensions"
-        )
-    apart = means[0] - means[1]
-    half_logs = [np.linalg.slogdet(covariance)[1] / 2 for covariance in covariances]
-    distance = apart @ np.linalg.solve(middle, apart) / 8
-    distance += (np.linalg.slogdet(middle)[1] - sum(half_logs)) / 2
-    return min(1.0, float(np.exp(-distance)))
 
 
 def two_sample_test(

@@ -1,12 +1,10 @@
 """Results as files: figures are drawn from what was stored, so they can be drawn again without the model.
 
 A dataclass with arrays goes into one .npz: each array under its name, the other fields as JSON under `facts`.
-Dataclasses without arrays go into a .json, as a list of objects.
 """
 
 import dataclasses
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,32 +35,10 @@ def load_arrays(path: str | Path, kind: type[Stored]) -> Stored:
         with np.load(path, allow_pickle=False) as file:
             values: dict[str, Any] = {name: file[name] for name in file.files}
         facts = json.loads(str(values.pop(FACTS)))
-        return _made(kind, {**values, **facts})
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _other(path, kind, error) from error
-
-
-def save_rows(path: str | Path, rows: Sequence[Any]) -> Path:
-    """Write dataclasses of numbers, words and tuples to path (.json), atomically. NaN raises ValueError."""
-    objects = [dataclasses.asdict(row) for row in rows]
-    text = json.dumps(objects, indent=1, allow_nan=False, ensure_ascii=False)
-    with atomic(path) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
-    return Path(path)
-
-
-def load_rows(path: str | Path, kind: type[Stored]) -> list[Stored]:
-    """What save_rows() wrote of that dataclass. Raises DataError for any other file."""
-    try:
-        return [_made(kind, row) for row in json.loads(Path(path).read_text(encoding="utf-8"))]
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise _other(path, kind, error) from error
-
-
-def _made(kind: type[Stored], values: dict[str, Any]) -> Stored:
-    """A dataclass from its fields. JSON has no tuples: lists come back as such."""
-    return kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
-
-
-def _other(path: str | Path, kind: type[Any], error: Exception) -> DataError:
-    return DataError(f"{path} does not hold a stored {kind.__name__}: {error}. Run its analysis again")
+        # JSON has no tuples: lists come back as such
+        facts = {name: tuple(value) if isinstance(value, list) else value for name, value in facts.items()}
+        return kind(**values, **facts)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{path} does not hold a stored {kind.__name__}: {error}. Run its analysis again"
+        ) from error

@@ -9,7 +9,6 @@ from trainer.analysis.space import (
     Contours,
     Projection,
     _wilson,
-    bhattacharyya_gaussian,
     bhattacharyya_grid,
     density_contours,
     pca_projection,
@@ -109,29 +108,15 @@ def test_bhattacharyya_of_two_gaussians(apart):
     """exp(−apart² / 8) for equal, unit covariances."""
     found = plane(apart, num_rows=3000)
     truth = math.exp(-(apart**2) / 8)
-    assert bhattacharyya_gaussian(found.first, found.second) == pytest.approx(truth, abs=0.02)
     # Kernels widen both groups, so the grid's overlap is a little larger.
     assert bhattacharyya_grid(density_contours(found)) == pytest.approx(truth, abs=0.06)
 
 
-def test_bhattacharyya_of_covariances_by_hand():
-    """One dimension, deviations 1 and 3: √(2 · 1 · 3 / (1 + 9))."""
-    generator = np.random.default_rng(0)
-    first, second = generator.normal(size=(2, 20_000, 1)) * np.array([1.0, 3.0])[:, None, None]
-    assert bhattacharyya_gaussian(first, second) == pytest.approx(math.sqrt(6 / 10), abs=0.01)
-
-
 def test_bhattacharyya_of_a_group_with_itself_is_one():
     first, _ = groups(0.0, num_dims=5)
-    assert bhattacharyya_gaussian(first, first) == pytest.approx(1)
     assert bhattacharyya_grid(density_contours(Projection(first[:, :2], first[:, :2], "pca", None, 0))) == (
         pytest.approx(1)
     )
-
-
-def test_bhattacharyya_wants_more_rows_than_dimensions():
-    with pytest.raises(DataError, match="30 dimensions, but a group spans only 24"):
-        bhattacharyya_gaussian(*groups(0.0, num_rows=25, num_dims=30))
 
 
 @pytest.mark.parametrize("classifier", ["logistic", "knn"])

@@ -1,12 +1,12 @@
 """Results come back from their files as they were."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 
 from trainer.analysis.mutual_information import Estimate
-from trainer.analysis.stored import load_arrays, load_rows, save_arrays, save_rows
+from trainer.analysis.stored import load_arrays, save_arrays
 from trainer.errors import DataError
 
 
@@ -19,7 +19,6 @@ class Cloud:
 
 
 CLOUD = Cloud(np.arange(6.0).reshape(3, 2), 3, "täglich", (0.5, 1.0))
-ESTIMATE = Estimate(0.5, 0.4, 0.6, "mine", 300, None, (0.5, 0.45))
 
 
 def test_arrays_and_facts_come_back(tmp_path):
@@ -33,27 +32,16 @@ def test_the_same_result_gives_the_same_bytes(tmp_path):
     assert first == second
 
 
-def test_rows_come_back(tmp_path):
-    assert load_rows(save_rows(tmp_path / "rows.json", [ESTIMATE, ESTIMATE]), Estimate) == [
-        ESTIMATE,
-        ESTIMATE,
-    ]
-
-
 def test_nothing_is_left_behind_when_a_result_cannot_be_stored(tmp_path):
     with pytest.raises(ValueError):
-        save_rows(tmp_path / "rows.json", [Estimate(float("nan"), 0, 0, "mine", 1, None)])
+        save_arrays(tmp_path / "cloud.npz", replace(CLOUD, spread=(float("nan"),)))
     assert not list(tmp_path.iterdir())
 
 
 def test_other_files_are_refused(tmp_path):
     save_arrays(tmp_path / "cloud.npz", CLOUD)
-    save_rows(tmp_path / "rows.json", [ESTIMATE])
     (tmp_path / "text").write_text("no such thing")
     np.save(tmp_path / "pickled.npy", np.array([object()]), allow_pickle=True)
     for name in ("cloud.npz", "missing", "text", "pickled.npy"):
         with pytest.raises(DataError, match="Run its analysis again"):
             load_arrays(tmp_path / name, Estimate)
-    for name in ("rows.json", "missing", "text"):
-        with pytest.raises(DataError, match="Run its analysis again"):
-            load_rows(tmp_path / name, Cloud)
