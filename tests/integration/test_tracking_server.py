@@ -17,8 +17,8 @@ from trainer.configs import load_config
 from trainer.errors import EnvironmentProblem, RunError
 from trainer.experiments.import_runs import import_runs
 from trainer.experiments.sweep import summarize
+from trainer.runs.run_folder import RunFolder
 from trainer.tracking import delivery
-from trainer.tracking.delivery import SPOOL_NAME
 from trainer.tracking.tracker import Tracker
 from trainer.training.loop import train
 
@@ -103,10 +103,10 @@ def test_a_server_killed_in_the_middle_of_a_run_loses_nothing(
         tracker.log_metrics({"train/loss": float(step)}, step)
     tracker.log_artifact(tmp_path / "loss.png", "report")
     assert time.process_time() - started_s < 2.0
-    assert (tmp_path / SPOOL_NAME).exists()
+    assert RunFolder(tmp_path).spool.exists()
     server.start()
     tracker.finish("FINISHED")
-    assert not (tmp_path / SPOOL_NAME).exists()
+    assert not RunFolder(tmp_path).spool.exists()
     assert [p.step for p in server.client.get_metric_history(tracker.run_id, "train/loss")] == list(
         range(300)
     )
@@ -154,14 +154,14 @@ def test_a_server_that_is_down_at_the_end_gets_the_end_when_it_is_back(
     server.start()
     finishing.join(240)
     assert server.client.get_run(tracker.run_id).info.status == "FINISHED"
-    assert not (tmp_path / SPOOL_NAME).exists()
+    assert not RunFolder(tmp_path).spool.exists()
 
 
 def test_an_address_that_is_no_mlflow_is_refused_at_the_start(server: Server, tmp_path: Path) -> None:
     config = load_config(None, [f"tracking.uri={server.uri}/somewhere/else"])
     with pytest.raises(EnvironmentProblem, match=r"tracking\.uri"):
         Tracker.start(config, tmp_path, {})
-    assert not (tmp_path / SPOOL_NAME).exists()
+    assert not RunFolder(tmp_path).spool.exists()
 
 
 def test_runs_of_an_offline_node_are_imported_once(server: Server, offline: Path) -> None:

@@ -26,9 +26,10 @@ from trainer.errors import EnvironmentProblem, RunError
 from trainer.experiments.import_runs import import_runs, target_of
 from trainer.registry.promote import promote, rollback
 from trainer.registry.versions import open_model
+from trainer.runs.run_folder import RunFolder
 from trainer.tracking import delivery
 from trainer.tracking import tracker as tracking
-from trainer.tracking.delivery import SPOOL_NAME, JsonLines, Spool
+from trainer.tracking.delivery import JsonLines, Spool
 from trainer.tracking.machine import measured, node_name
 from trainer.tracking.store import (
     connect,
@@ -77,7 +78,7 @@ def run_folder(runs: Path, name: str) -> Path:
 def arrived(run_dir: Path) -> None:
     """Wait until the sender has sent all there is."""
     deadline_s = time.monotonic() + 60
-    while (run_dir / SPOOL_NAME).exists():
+    while RunFolder(run_dir).spool.exists():
         assert time.monotonic() < deadline_s
         time.sleep(0.01)
 
@@ -120,7 +121,7 @@ def test_one_run_has_everything(runs: Path) -> None:
     }
     assert Path(run.info.artifact_uri.removeprefix("file://")).is_relative_to(runs / "mlartifacts")
     assert json.loads((run_dir / "tracking.json").read_text())["run_id"] == tracker.run_id
-    assert not (run_dir / SPOOL_NAME).exists()
+    assert not RunFolder(run_dir).spool.exists()
 
 
 def test_a_run_says_who_how_and_what_and_names_its_datasets(runs: Path) -> None:
@@ -221,7 +222,7 @@ def test_a_server_that_never_answers_costs_training_nothing(
             tracker.log_metrics({"train/loss": 1.0, "train/lr": 2.0}, step)
         assert time.process_time() - started_s < 2.0  # one write each
         tracker.finish("FINISHED")
-    records = [json.loads(line) for line in (run_dir / SPOOL_NAME).read_text().splitlines()]
+    records = [json.loads(line) for line in RunFolder(run_dir).spool.read_text().splitlines()]
     assert len([record for record in records if "metric" in record]) == 1000
     assert records[-1]["status"] == "FINISHED"
 
@@ -254,7 +255,7 @@ def test_a_failing_store_is_reported_once_and_caught_up(
     tracker.finish("FINISHED")  # the store is back
     client = connect(tracking_uri(config_for(), run_dir))
     assert [p.step for p in client.get_metric_history(tracker.run_id, "train/loss")] == [1, 2, 3]
-    assert not (run_dir / SPOOL_NAME).exists()
+    assert not RunFolder(run_dir).spool.exists()
 
 
 def test_a_record_that_no_store_takes_does_not_hold_up_the_others(
@@ -289,7 +290,7 @@ def spoil(run_dir: Path) -> int:
     """A spool with records that nobody can send in front of a good one; how many they are."""
     long_line = json.dumps({"text": "x" * (delivery.MAX_BYTES + 10), "file": "long.txt"})
     good = {"metric": ["train/loss", 0.5, 1_700_000_000_000, 7]}
-    with (run_dir / SPOOL_NAME).open("a") as spool:
+    with RunFolder(run_dir).spool.open("a") as spool:
         for line in (*BAD_LINES, long_line, json.dumps(good)):
             spool.write(line + "\n")
     return len(BAD_LINES) + 1
@@ -309,7 +310,7 @@ def test_what_cannot_be_sent_blocks_nothing_and_is_counted(
     client = connect(tracking_uri(config_for(), run_dir))
     points = client.get_metric_history(first.run_id, "train/loss")
     assert sorted((point.step, point.value) for point in points) == [(7, 0.5), (8, 0.25)]
-    assert not (run_dir / SPOOL_NAME).exists()
+    assert not RunFolder(run_dir).spool.exists()
     assert f"{number} records of this run were left out" in caplog.text
     assert caplog.text.count("is left out, the rest is sent") == 1
 
@@ -561,7 +562,7 @@ def test_a_spool_left_by_a_killed_process_is_sent_on_resume(
     tracker.log_metrics({"train/loss": 1.0}, 10)
     arrived(run_dir)
     assert read_run_file(run_dir) == tracker.run_id
-    with (run_dir / SPOOL_NAME).open("a") as spool:
+    with RunFolder(run_dir).spool.open("a") as spool:
         spool.write(
             json.dumps({"metric": ["train/loss", 0.5, 1_700_000_000_000, 20]}) + '\n{"metric": ["train/lo'
         )

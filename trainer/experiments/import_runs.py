@@ -34,8 +34,6 @@ from trainer.evaluation.summary import CANDIDATES, evaluation_name
 from trainer.registry.model_card import metrics_of
 from trainer.runs.run_folder import RunFolder, is_number
 from trainer.tracking.delivery import (
-    MACHINE_DIR,
-    SPOOL_NAME,
     JsonLines,
     Record,
     is_point,
@@ -323,7 +321,7 @@ def of_folder(folder: Path) -> Source:
     status = RunFolder(folder).read_status()
     start_ms = int(RunFolder(folder).config.stat().st_ctime * 1000)
     lines, num_skipped = _lines(RunFolder(folder).metrics)
-    spooled, skipped = _lines(folder / SPOOL_NAME)
+    spooled, skipped = _lines(RunFolder(folder).spool)
     num_skipped += skipped
     records: list[Record] = [
         record for record in spooled if "artifact" not in record and "status" not in record
@@ -331,7 +329,7 @@ def of_folder(folder: Path) -> Source:
     records += describe(config, folder, facts, _manifest(config))
     records += list(_points(lines, start_ms))
     files = []
-    for path in sorted((folder / MACHINE_DIR).glob("*.jsonl")):
+    for path in sorted(RunFolder(folder).machine.glob("*.jsonl")):
         samples, skipped = _lines(path)
         num_skipped += skipped
         records += [point for sample in samples for point in machine_points(path.stem, sample)]
@@ -342,7 +340,7 @@ def of_folder(folder: Path) -> Source:
             made_ms = path.stat().st_mtime_ns // 1_000_000
             records += [{"metric": [name, value, made_ms, 0]} for name, value in figures.items()]
             files.append((path, ""))
-    files += [(path, "report") for path in sorted((folder / "report").glob("*.png"))]
+    files += [(path, "report") for path in sorted(RunFolder(folder).report.glob("*.png"))]
     seconds = status.get("progress", {}).get("train_s", 0.0)
     name, state = (
         config.tracking.run_name or folder.resolve().name,

@@ -54,7 +54,6 @@ from trainer.serving.retriever import Retriever, chosen_retriever, open_retrieve
 from trainer.serving.scorer import Scorer
 from trainer.tracking.about import about_run
 from trainer.tracking.store import (
-    RUN_FILE,
     connect,
     is_server,
     log_figures,
@@ -65,7 +64,6 @@ from trainer.tracking.store import (
     tracking_uri,
 )
 
-REGISTRY_FILE = "registry.json"  # where a run folder says which version it became
 ALIAS = "candidate"
 URI_VARIABLE = "MLFLOW_TRACKING_URI"
 MAX_NAME = 256  # characters that every database of MLflow takes
@@ -145,7 +143,7 @@ def register(
             client.update_registered_model(name, description=model_line(facts))
         client.set_registered_model_alias(name, alias, str(number))
     kept = f"models:/{name}/{number} is registered, also as models:/{name}@{alias}"
-    with atomic(run_dir / REGISTRY_FILE, kept=kept) as path:
+    with atomic(RunFolder(run_dir).registry, kept=kept) as path:
         path.write_text(
             json.dumps(
                 {"name": name, "version": number, "alias": alias, "uri": mask_secrets(uri), "run_id": run_id},
@@ -398,8 +396,8 @@ def _check_place(uri: str, run_dir: Path) -> None:
 
 def _run_id(run_dir: Path, client: Any) -> str:
     """The MLflow run of training, else of an earlier registration; "" when the store does not have it."""
-    for name in (RUN_FILE, REGISTRY_FILE):
-        run_id = read_json(run_dir / name).get("run_id", "")
+    for file in (RunFolder(run_dir).tracking, RunFolder(run_dir).registry):
+        run_id = read_json(file).get("run_id", "")
         if run_id:
             with contextlib.suppress(_mlflow_exception()):
                 return str(client.get_run(run_id).info.run_id)

@@ -32,15 +32,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MADE_BEFORE_THE_FIRST_STEP = (
-    "config.yaml",
-    "environment.json",
-    "train.log",
-    "metrics.jsonl",
-    "tracking.json",
-    "tracking-spool.jsonl",
-)
-FOLDERS_OF_TRACKERS = ("tensorboard", "wandb")  # tracking.also, made then as well
+FOLDERS_OF_TRACKERS = ("tensorboard", "wandb")  # tracking.also, made before the first step as well
+
+
+def _made_before_the_first_step(folder: Path) -> list[Path]:
+    run = RunFolder(folder)
+    return [run.config, run.environment, run.log, run.metrics, run.tracking, run.spool]
 
 
 @dataclass
@@ -71,8 +68,8 @@ class Claim:
             with contextlib.suppress(
                 OSError
             ):  # a disk that has become read-only; or it held something before
-                for name in MADE_BEFORE_THE_FIRST_STEP:
-                    (self.folder / name).unlink(missing_ok=True)
+                for path in _made_before_the_first_step(self.folder):
+                    path.unlink(missing_ok=True)
                 for name in FOLDERS_OF_TRACKERS:
                     shutil.rmtree(self.folder / name, ignore_errors=True)
                 self.folder.rmdir()
@@ -107,7 +104,8 @@ def _claim(config: Config, resume: str, lock: list[IO[str]]) -> tuple[bool, bool
         raise RunError(f"{folder} was claimed by another run just now. Choose another run.dir.")
     lock.append(_lock(folder))
     remove_partial(folder)
-    remove_temporaries(folder, *MADE_BEFORE_THE_FIRST_STEP, "status.json")
+    written = [*_made_before_the_first_step(folder), RunFolder(folder).status]
+    remove_temporaries(folder, *(file.name for file in written))
     return found, finished
 
 

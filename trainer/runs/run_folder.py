@@ -91,6 +91,11 @@ class RunFolder:
         return self.path / "tracking-spool.jsonl"
 
     @property
+    def machine(self) -> Path:
+        """NODE.jsonl: what each node measures of itself."""
+        return self.path / "machine"
+
+    @property
     def registry(self) -> Path:
         """Which version it became."""
         return self.path / "registry.json"

@@ -213,7 +213,7 @@ def init_from(model: Ranker, run_dir: str | Path) -> str:
 
     Raises RunError when the run holds no model, or none of its weights fits.
     """
-    path = Path(run_dir) / "model"
+    path = RunFolder(run_dir).model
     document = read_model_document(path)
     found = load_file(path / "model.safetensors")
     parameters = dict(model.named_parameters())

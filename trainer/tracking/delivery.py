@@ -21,14 +21,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from data_shards.secrets import mask_secrets
+from trainer.runs.run_folder import RunFolder
 from trainer.tracking.store import chunks, connect, dataset_input, is_server, one_line
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 Record = Mapping[str, Any]
-MACHINE_DIR = "machine"  # of a run folder: what each node measures of itself
-SPOOL_NAME = "tracking-spool.jsonl"
 RETRY_EVERY_S = 30.0
 RETRY_AT_THE_END_S = 2.0  # in close()
 LOOK_EVERY_S = 10.0  # at what other nodes have written
@@ -130,7 +129,7 @@ class Sender(threading.Thread):
         self.num_left_out = 0  # records that no store takes
         self.opened = threading.Event()  # or refused
         self._open_run, self._run_dir = open_run, run_dir
-        self.spool = Spool(run_dir / SPOOL_NAME)
+        self.spool = Spool(RunFolder(run_dir).spool)
         self._machines: dict[Path, JsonLines] = {}
         self._last_step: dict[str, int] | None = None if resumed else {}
         self._news, self._closing, self._warned = threading.Event(), threading.Event(), False
@@ -192,7 +191,7 @@ class Sender(threading.Thread):
             self._send(client, records)
             self.spool.sent(position)
             self._say_left_out()
-        for path in sorted((self._run_dir / MACHINE_DIR).glob("*.jsonl")):
+        for path in sorted(RunFolder(self._run_dir).machine.glob("*.jsonl")):
             lines = self._machines.setdefault(path, JsonLines(path))
             samples, position = lines.read()
             self._send(client, [point for sample in samples for point in machine_points(path.stem, sample)])

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from trainer.tracking.delivery import MACHINE_DIR
+from trainer.runs.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ def measured(run_dir: str | Path, every_s: float, enabled: bool = True) -> Itera
         yield
         return
     done = threading.Event()
-    path = Path(run_dir) / MACHINE_DIR / f"{node_name()}.jsonl"
+    path = RunFolder(run_dir).machine / f"{node_name()}.jsonl"
     thread = threading.Thread(target=_measure, args=(path, every_s, done), name="machine", daemon=True)
     thread.start()
     try:

@@ -20,7 +20,7 @@ import yaml
 from data_shards.secrets import mask_secrets
 from trainer.config import Config
 from trainer.errors import EnvironmentProblem, RunError
-from trainer.runs.run_folder import read_json
+from trainer.runs.run_folder import RunFolder, read_json
 from trainer.runtime.files import atomic, writing
 
 if TYPE_CHECKING:
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 # of an experiment: MLflow's pages then show training runs, not traces of language models
 KIND = {"mlflow.experimentKind": "custom_model_development"}
 MAX_DIGEST = 36  # characters, MLflow's limit
-RUN_FILE = "tracking.json"  # where a run folder says which MLflow run is its own
 
 
 def tracking_uri(config: Config, run_dir: str | Path) -> str:
@@ -237,7 +236,7 @@ def is_server(uri: str) -> bool:
 
 def write_run_file(folder: Path, uri: str, experiment_id: str, run_id: str) -> None:
     """folder/tracking.json: which MLflow run is this folder's."""
-    with atomic(folder / RUN_FILE) as path:
+    with atomic(RunFolder(folder).tracking) as path:
         path.write_text(
             json.dumps({"uri": mask_secrets(uri), "experiment_id": experiment_id, "run_id": run_id}, indent=2)
             + "\n"
@@ -246,16 +245,12 @@ def write_run_file(folder: Path, uri: str, experiment_id: str, run_id: str) -> N
 
 def read_experiment_id(folder: str | Path) -> str:
     """The experiment of the folder's MLflow run, "" when it has none."""
-    try:
-        document = json.loads((Path(folder) / RUN_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return ""
-    return str(document.get("experiment_id", ""))
+    return str(read_json(RunFolder(folder).tracking).get("experiment_id", ""))
 
 
 def read_run_file(folder: str | Path, uri: str = "") -> str:
     """The id of the folder's MLflow run, "" when it has none (in the store at `uri`, if one is given)."""
-    document = read_json(Path(folder) / RUN_FILE)
+    document = read_json(RunFolder(folder).tracking)
     same = not uri or mask_secrets(str(document.get("uri"))) == mask_secrets(uri)
     return str(document.get("run_id") or "") if same else ""
 

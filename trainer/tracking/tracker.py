@@ -20,7 +20,6 @@ from trainer.runs.run_folder import RunFolder
 from trainer.tracking.about import about_run, dataset_records
 from trainer.tracking.delivery import Record, Sender
 from trainer.tracking.store import (
-    RUN_FILE,
     connect,
     dump,
     has_run,
@@ -117,7 +116,8 @@ class MlflowTracker(Tracker):
     ) -> None:
         self.uri, self._run_dir = tracking_uri(config, run_dir), run_dir
         known = read_run_file(run_dir, self.uri)
-        if not (run_dir / RUN_FILE).is_file():  # else it says which store the id of the checkpoint is of
+        # where the file is there, it says which store the id of the checkpoint is of
+        if not RunFolder(run_dir).tracking.is_file():
             known = resume_run_id or ""
 
         def open_run(client: "MlflowClient") -> str:

@@ -22,7 +22,7 @@ from trainer.experiments.submit import Machines, Submission
 from trainer.experiments.table import make_table
 from trainer.experiments.table.cells import is_done
 from trainer.experiments.table.run import first_line, run_cells
-from trainer.runs.run_folder import read_json
+from trainer.runs.run_folder import RunFolder, read_json
 from trainer.runtime.files import atomic
 from trainer.runtime.progress import Notify, StageLines
 
@@ -132,7 +132,7 @@ def _is_there(what: str, analyses: Path) -> bool:
 
 def _age(run: Path) -> int:
     """When a run was evaluated: its analyses are older or newer than that."""
-    return (run / "evaluation-test.json").stat().st_mtime_ns
+    return RunFolder(run).evaluation("test").stat().st_mtime_ns
 
 
 def runs_of(plan: PaperPlan) -> dict[str, list[Path]]:
@@ -168,7 +168,7 @@ def _shared(plan: PaperPlan) -> list[Path]:
 
 
 def _is_evaluated(run: Path) -> bool:
-    return (run / "evaluation-test.json").is_file()
+    return RunFolder(run).evaluation("test").is_file()
 
 
 def submit_paper(request: PaperRequest, gpus_per_node: int, command: str, notify: Notify) -> list[Submission]:
