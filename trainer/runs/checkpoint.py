@@ -25,6 +25,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from data_shards.checksum import pieces
 from data_shards.schema import Manifest
 from data_shards.settings import flatten, to_dict
 from trainer.config import Config
@@ -32,7 +33,7 @@ from trainer.errors import RunError
 from trainer.runs.run_folder import RunFolder, read_json
 from trainer.runs.weights_only import check_random_states, no_unpickling
 from trainer.runtime.distributed import gather_objects, on_main, uses_deepspeed, without_ddp
-from trainer.runtime.files import atomic, file_sha256, remove_temporaries, writing
+from trainer.runtime.files import atomic, remove_temporaries, writing
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -42,7 +43,6 @@ FORMAT = 1
 PARTIAL = ".partial-"
 TAG = "pytorch_model"  # the folder of DeepSpeed's files
 ROWS = "rows.safetensors"  # tables of optim.sparse_rows: weights and moments, whole, in every layout
-CHUNK_BYTES = 1 << 22
 
 # Settings that may change between a checkpoint and its continuation: none of them changes what is computed.
 FREE_KEYS = {
@@ -204,18 +204,13 @@ def _step_folders(folder: Path) -> list[Path]:
     return [path for path in folder.glob("step-*") if path.is_dir() and path.name[5:].isdigit()]
 
 
-def file_checksum(path: Path) -> str:
-    """sha256 of a file; "" when it is missing."""
-    return file_sha256(path) if path.is_file() else ""
-
-
 def checksum(path: Path, sync: bool = False) -> list[Any]:
     """[bytes, sha256] of a file; sync: once it is on the disk."""
     digest, num_bytes = hashlib.sha256(), 0
     with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
-            num_bytes += len(chunk)
+        for piece in pieces(file):
+            digest.update(piece)
+            num_bytes += len(piece)
         if sync:
             os.fsync(file.fileno())
     return [num_bytes, digest.hexdigest()]
@@ -229,7 +224,7 @@ def newest_whole(accelerator: "Accelerator", run_dir: str | Path) -> tuple[Check
     on every rank. Raises RunError where none of them is whole: a new start would write over the run."""
     folder = RunFolder(run_dir).checkpoints
     damaged: list[str] = []
-    for name in on_main(accelerator, lambda: _candidates(folder)):
+    for name in on_main(accelerator, lambda: listed(run_dir)):
         path = folder / name
         problem = on_main(accelerator, lambda path=path: _expected_files(path)[1])  # type: ignore[misc]
         if not problem:
@@ -262,10 +257,10 @@ def _shared_checksums(accelerator: "Accelerator", folder: Path) -> dict[str, lis
     return merged
 
 
-def _candidates(folder: Path) -> list[str]:
-    """Names of checkpoints, newest first. A folder newer than `latest` was renamed but not yet announced:
-    whole as well."""
-    return sorted((path.name for path in _step_folders(folder)), reverse=True)
+def listed(run_dir: str | Path) -> list[str]:
+    """Names of the checkpoints of a run, newest first. A folder newer than `latest` was renamed but not yet
+    announced: whole as well."""
+    return sorted((path.name for path in _step_folders(RunFolder(run_dir).checkpoints)), reverse=True)
 
 
 def _expected_files(path: Path) -> tuple[dict[str, list[Any]], str]:
@@ -377,8 +372,3 @@ def remove_partial(run_dir: str | Path) -> None:
     for stale in folder.glob(f"{PARTIAL}*"):
         shutil.rmtree(stale, ignore_errors=True)
     remove_temporaries(folder, "latest")
-
-
-def listed(run_dir: str | Path) -> list[str]:
-    """Names of the checkpoints of a run, newest first."""
-    return _candidates(RunFolder(run_dir).checkpoints)

@@ -37,6 +37,7 @@ from trainer.runs.checkpoint import (
     whole_weights,
     without_counted,
 )
+from trainer.runs.provenance import package_version
 from trainer.runs.weights_only import no_unpickling
 from trainer.runtime.distributed import on_main
 from trainer.runtime.files import writing
@@ -145,7 +146,7 @@ def _write_universal(found: Checkpoint, folder: Path, shapes: Shapes, num_groups
     # own.
     for_stage_3 = {"state": {0: {"step": step}}, "param_groups": [{}]}
     common = {
-        "ds_version": _deepspeed_version(),
+        "ds_version": package_version("deepspeed"),  # "" without it: then nobody will read it
         "param_groups": [{}] * num_groups,
         "optimizer_state_dict": for_stage_3,
     }
@@ -226,15 +227,6 @@ def _check_all_there(found: Checkpoint, names: list[str], held: Mapping[str, Ten
             f"{found.path} does not hold {', '.join(missing[:3])}: it cannot be continued by another number "
             "of processes or ZeRO stage."
         )
-
-
-def _deepspeed_version() -> str:
-    from importlib import metadata
-
-    try:
-        return metadata.version("deepspeed")
-    except metadata.PackageNotFoundError:  # then nobody will read it
-        return ""
 
 
 # ---- from the universal layout -----------------------------------------------------------------------------

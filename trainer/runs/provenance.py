@@ -37,7 +37,7 @@ def environment_facts() -> dict[str, Any]:
     facts: dict[str, Any] = {
         "git": git_facts(),
         "python": platform.python_version(),
-        "packages": {name: version for name in PACKAGES if (version := _version(name))},
+        "packages": {name: version for name in PACKAGES if (version := package_version(name))},
         "platform": platform.platform(),
         "cpu_cores": num_cores(),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
@@ -78,7 +78,8 @@ def git_facts(folder: Path = Path(__file__).parent) -> dict[str, Any]:
     return {"commit": commit, "dirty": bool(diff), "diff": diff[:MAX_DIFF_BYTES]}
 
 
-def _version(package: str) -> str:
+def package_version(package: str) -> str:
+    """Of what is installed; "" where it is not."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
