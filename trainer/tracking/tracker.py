@@ -78,12 +78,12 @@ class Tracker:
         a server that does not answer gets the run when it does.
         """
         if not enabled:
-            return NullTracker()
+            return Tracker()
         from trainer.tracking.also import beside, check_packages
 
         check_packages(config)
         in_mlflow = config.tracking.enabled
-        main = MlflowTracker(config, Path(run_dir), facts, resume_run_id) if in_mlflow else NullTracker()
+        main = MlflowTracker(config, Path(run_dir), facts, resume_run_id) if in_mlflow else Tracker()
         try:
             return beside(main, config, Path(run_dir))
         except EnvironmentProblem:
@@ -102,10 +102,6 @@ class Tracker:
     def finish(self, status: Status) -> None:
         """Send what is left and close the run. Do not call it for a job that will be requeued: its run stays
         RUNNING."""
-
-
-class NullTracker(Tracker):
-    """Records nothing."""
 
 
 class MlflowTracker(Tracker):

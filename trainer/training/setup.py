@@ -30,7 +30,7 @@ from trainer.runtime import compiling
 from trainer.runtime.distributed import gather_objects, gather_rows, on_main
 from trainer.runtime.launch import Launch, devices
 from trainer.runtime.progress import waiting_for
-from trainer.tracking.tracker import NullTracker, Tracker
+from trainer.tracking.tracker import Tracker
 from trainer.training import plan
 from trainer.training.callbacks import Callback, Listeners, Shown, Tracked
 from trainer.training.console import RunConsole
@@ -307,4 +307,4 @@ def start_tracker(config: Config, accelerator: Any, facts: dict[str, Any], resum
         trackers.append(Tracker.start(config, config.run.dir, facts, resume_run_id=resume_run_id or None))
 
     on_main(accelerator, start)
-    return trackers[0] if trackers else NullTracker()
+    return trackers[0] if trackers else Tracker()
