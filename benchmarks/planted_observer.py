@@ -139,8 +139,7 @@ def observer(oracle: Oracle) -> ScoreFunction:
 
 def clicks_of(oracle: Oracle, batch: Batch) -> np.ndarray:
     """The row of oracle.clicks that each event of a batch is."""
-    clicked = batch.candidates.gather(1, batch.labels.argmax(1, keepdim=True))[:, 0].numpy()
-    key = oracle.user[batch.user.numpy()] * oracle.world.num_items + oracle.item[clicked]
+    key = oracle.user[batch.user.numpy()] * oracle.world.num_items + oracle.item[batch.clicked.numpy()]
     return np.searchsorted(oracle.key, key)
 
 

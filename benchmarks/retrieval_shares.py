@@ -13,7 +13,7 @@ import numpy as np
 from data_shards.schema import TASKS
 from trainer.config import DataConfig
 from trainer.data import EvalStream
-from trainer.evaluation.full import clicked_items, place_of, retrieved
+from trainer.evaluation.full import place_of, retrieved
 from trainer.runs.weights import load_run_model
 from trainer.serving.retrieval import run_retrieval
 from trainer.serving.users import read_clicks
@@ -28,7 +28,7 @@ def main(run_dir: Path, num_events: int) -> None:
     stream = EvalStream(folder, "test", config.data, num_events, max_events=num_events)
     batch = next(iter(stream))
     whole = next(iter(stream.read_as(DataConfig(history_max=folder.manifest.history_max))))
-    clicked = clicked_items(batch)
+    clicked = batch.clicked.numpy()
     for task, name in enumerate(TASKS):
         mine = batch.take(batch.task == task)
         for share in SHARES:
@@ -36,11 +36,9 @@ def main(run_dir: Path, num_events: int) -> None:
             views = {view: replace(v, share=shares[view]) for view, v in retrieval.views.items()}
             by_shares = replace(retrieval, views=views, pre_ranking=None)
             lists = retrieved(
-                *(model, by_shares, mine, whole.take(batch.task == task), clicked_items(mine), clicks)
+                *(model, by_shares, mine, whole.take(batch.task == task), mine.clicked.numpy(), clicks)
             )
-            places = [
-                place_of(int(item), found) for item, found in zip(clicked_items(mine), lists, strict=True)
-            ]
+            places = [place_of(int(item), found) for item, found in zip(mine.clicked, lists, strict=True)]
             recalls = "  ".join(f"recall@{k} {np.mean(np.array(places) <= k):.3f}" for k in CUTOFFS)
             print(f"{name}  {mine.num_events} events of {len(clicked)}  CF share {share:.2f}  {recalls}")
 

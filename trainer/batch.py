@@ -46,6 +46,11 @@ class Batch:
     def num_events(self) -> int:
         return self.candidates.shape[0]
 
+    @property
+    def clicked(self) -> Tensor:
+        """[B] int64, the clicked item of each event of a batch with labels."""
+        return self.candidates.gather(1, self.labels.argmax(1, keepdim=True))[:, 0]
+
     def to(self, device: torch.device | str) -> "Batch":
         """On a device. From pinned memory nobody waits for the copy."""
         return self._with(lambda tensor: tensor.to(device, non_blocking=True), self.groups)

@@ -14,7 +14,7 @@ from tests.runs import make_run
 from trainer.data import EvalStream
 from trainer.errors import RunError
 from trainer.evaluation import full as module
-from trainer.evaluation.full import clicked_items, evaluate_full
+from trainer.evaluation.full import evaluate_full
 from trainer.evaluation.summary import full_lines, protocol_line
 from trainer.runs.weights import load_run_model
 
@@ -120,7 +120,7 @@ def test_what_the_user_clicked_before_is_left_out(run_dir: Path) -> None:
     clicks = module.read_clicks(folder)
     everything = pd.DataFrame({name: getattr(clicks, name) for name in ("event_id", "user", "item", "time")})
     for batch in EvalStream(folder, "test", config.data, 4, max_events=8):
-        for event_id, item in zip(batch.event_id.tolist(), clicked_items(batch).tolist(), strict=True):
+        for event_id, item in zip(batch.event_id.tolist(), batch.clicked.tolist(), strict=True):
             event = everything[everything.event_id == event_id].iloc[0]
             assert event["item"] == item
             mine = everything[(everything.user == event.user) & (everything.time < event.time)]

@@ -682,7 +682,7 @@ COUNTED = [
     mutant(
         "the clicked item is its own negative",
         MINING,
-        "taken |= found_BH == item_B1",
+        "taken |= found_BH == batch.clicked[:, None]",
         "pass",
         ALLOWED,
     ),

@@ -190,7 +190,7 @@ def rank_retrieved(
     batches = zip(stream, whole_histories, read_by(retriever, stream), strict=True)
     for number, (batch, whole, same_events) in enumerate(batches, start=1):
         batch = batch.take(batch.event_id >= 0)
-        clicked = clicked_items(batch)
+        clicked: np.ndarray = batch.clicked.numpy()
         lists = retrieved(model, retrieval, batch, whole, clicked, clicks, retriever, same_events)
         places += [place_of(int(item), rows) for item, rows in zip(clicked, lists, strict=True)]
         scores_BC, candidates_BC = score_lists(scorer, batch, [rows[:NUM_CANDIDATES] for rows in lists])
@@ -272,11 +272,6 @@ def ranks_among(scores_BC: Tensor, items_BC: np.ndarray, batch: Batch, clicked: 
     )
 
 
-def clicked_items(batch: Batch) -> np.ndarray:
-    items: np.ndarray = batch.candidates.gather(1, batch.labels.argmax(1, keepdim=True))[:, 0].numpy()
-    return items
-
-
 def top_items(scores_BC: Tensor, items_BC: np.ndarray) -> np.ndarray:
     """The TOP best-scored items of each row, [B, TOP], −1 where there are fewer."""
     best = torch.topk(scores_BC, min(TOP, scores_BC.shape[1]), dim=1)
@@ -302,7 +297,9 @@ def rank_everything(
     def without_seen(batch: Batch) -> Tensor:
         with autocast(model.device, precision):
             scores_BI = model.score_catalogue(model.prepare(batch).to(model.device)).float().cpu().clone()
-        for row, (event, item) in enumerate(zip(batch.event_id.tolist(), clicked_items(batch), strict=True)):
+        for row, (event, item) in enumerate(
+            zip(batch.event_id.tolist(), batch.clicked.tolist(), strict=True)
+        ):
             scores_BI[row, np.setdiff1d(clicks.before(event), [item])] = -torch.inf
         tops.append(top_items(scores_BI, batch.candidates.numpy()))
         return scores_BI
@@ -320,7 +317,7 @@ def whole_catalogue(stream: EvalStream, num_items: int, tasks: tuple[int, ...]) 
         for start in range(0, batch.num_events, at_once):
             part = batch.rows(start, start + at_once)
             labels_BI = torch.zeros(part.num_events, num_items)
-            labels_BI[torch.arange(part.num_events), torch.from_numpy(clicked_items(part))] = 1.0
+            labels_BI[torch.arange(part.num_events), part.clicked] = 1.0
             yield part.with_candidates(torch.arange(num_items).expand(part.num_events, -1), labels_BI)
 
 

@@ -45,8 +45,7 @@ def optimum_report(folder: PreparedFolder, raw: str | Path, split: str = "test")
     oracle = Oracle(Path(raw), folder.user_ids(), folder.item_ids())
 
     def score(batch: Batch) -> Tensor:
-        clicked = batch.candidates.gather(1, batch.labels.argmax(1, keepdim=True))[:, 0]
-        rows = (batch.user, clicked, batch.task, batch.candidates)
+        rows = (batch.user, batch.clicked, batch.task, batch.candidates)
         scores: np.ndarray = oracle.scores(*(row.numpy() for row in rows))
         return torch.from_numpy(scores)
 

@@ -101,8 +101,7 @@ def rank_events(
 def _rank_batch(scorer: ScoreFunction, batch: Batch) -> EventRanks:
     scores_BC = scorer(batch).float().cpu()
     assert scores_BC.shape == batch.candidates.shape, (scores_BC.shape, batch.candidates.shape)
-    clicked_B = batch.candidates.gather(1, batch.labels.argmax(1, keepdim=True))[:, 0]
-    ranks = ranks_of(scores_BC, batch.labels, batch, clicked_B)
+    ranks = ranks_of(scores_BC, batch.labels, batch, batch.clicked)
     return ranks.take((batch.event_id >= 0).numpy())
 
 

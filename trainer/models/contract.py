@@ -306,8 +306,7 @@ class Ranker(nn.Module):
 
 def clicked_only(batch: Batch) -> Batch:
     """The events with one candidate each: the clicked item."""
-    clicked_B1 = batch.labels.argmax(1, keepdim=True)
-    item_B1 = batch.candidates.gather(1, clicked_B1)
+    item_B1 = batch.clicked[:, None]
     return replace(batch, groups=None).with_candidates(item_B1, torch.ones_like(item_B1, dtype=torch.float32))
 
 

@@ -13,7 +13,7 @@ from trainer.analysis.calibration import Reliability, reliability
 from trainer.batch import Batch
 from trainer.data import EvalStream
 from trainer.data.folder import PreparedFolder
-from trainer.models.contract import Ranker
+from trainer.models.contract import Ranker, clicked_only
 from trainer.runtime.device import autocast, default_device
 
 NUM_EXAMPLES = 3  # best, and worst, of each task
@@ -142,11 +142,9 @@ class _Texts:
 
 
 def _event(model: Ranker, event: Batch, texts: _Texts) -> dict[str, Any]:
-    clicked = event.candidates.gather(1, event.labels.argmax(1, keepdim=True))
-    only = event.with_candidates(clicked, torch.ones_like(clicked, dtype=torch.float32))
     weights = {
         name: of_view[0, 0].float().cpu().numpy()
-        for name, of_view in model.explain(only.to(model.device)).items()
+        for name, of_view in model.explain(clicked_only(event).to(model.device)).items()
     }
     real = int(event.history_mask.sum())
     total = sum(weights.values()) if weights else np.arange(event.history_mask.shape[1], dtype=np.float64)
@@ -161,7 +159,7 @@ def _event(model: Ranker, event: Batch, texts: _Texts) -> dict[str, Any]:
     return {
         "user": str(texts.user_ids[int(event.user[0])]),
         "query": texts.query(int(event.query[0])),
-        "clicked": texts.item(int(clicked[0, 0])),
+        "clicked": texts.item(int(event.clicked)),
         "num_history": real,
         "history": tuple(read),
     }

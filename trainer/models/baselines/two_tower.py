@@ -112,8 +112,7 @@ class TwoTower(Ranker):
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         asked_BD = self._asked(batch)
         own_BCD = self._items(batch.candidates)
-        clicked_B1 = batch.labels.argmax(1, keepdim=True)
-        item_B = batch.candidates.gather(1, clicked_B1)[:, 0]
+        clicked_B1, item_B = batch.labels.argmax(1, keepdim=True), batch.clicked
         clicked_BD = own_BCD.gather(1, clicked_B1[..., None].expand(-1, -1, own_BCD.shape[2]))[:, 0]
         tau, correction = self.settings.temperature, self.settings.correction
         with torch.autocast(asked_BD.device.type, enabled=False):

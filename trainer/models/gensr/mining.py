@@ -48,8 +48,7 @@ def mined(
     found_BH = torch.where(of_category_BH >= 0, of_category_BH, near_BH)
     known_BN = torch.where(batch.history_mask, batch.history_items, -1)
     taken = (found_BH[..., None] == known_BN[:, None]).any(-1) | (found_BH < 0)
-    item_B1 = batch.candidates.gather(1, batch.labels.argmax(1, keepdim=True))
-    taken |= found_BH == item_B1
+    taken |= found_BH == batch.clicked[:, None]
     if len(mine.clicked):
         wanted = batch.user[:, None] * num_items + found_BH
         place = torch.searchsorted(mine.clicked, wanted).clamp(max=len(mine.clicked) - 1)

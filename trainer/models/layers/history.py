@@ -67,5 +67,4 @@ def left_padded(ids_BN: Tensor, length: int) -> Tensor:
 
 def clicked(batch: Batch) -> Tensor:
     """Id of each event's clicked item [B], in a batch with labels."""
-    position_B1 = batch.labels.argmax(1, keepdim=True)
-    return batch.candidates.gather(1, position_B1)[:, 0] + 1
+    return batch.clicked + 1
