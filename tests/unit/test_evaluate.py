@@ -121,10 +121,12 @@ def test_what_beams_reach_is_reported(folder, manifest):
         return item_id_scorer(batch).masked_fill(torch.arange(100) % 4 > 0, UNREACHED)
 
     ranks = rank_events(decoder, stream_of(folder, manifest))
-    document = report(task_reports(ranks), PreparedFolder.at(folder), "test")
+    document = report(task_reports(ranks), PreparedFolder.at(folder), "test", Config())
     assert "num_beams" not in document["protocol"] and "share_reached" not in document["rec"]
     assert beams_words(document) == ""
-    document = report(task_reports(ranks, num_beams=25), PreparedFolder.at(folder), "test", num_beams=25)
+    document = report(
+        task_reports(ranks, num_beams=25), PreparedFolder.at(folder), "test", Config(), num_beams=25
+    )
     assert document["protocol"]["num_beams"] == 25
     assert (document["rec"]["share_reached"], document["src"]["share_reached"]) == (0.25, 0.25)
     assert "; 25 beams reach .250 and .250 of the candidates; 95 %" in protocol_line(document)

@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_shards.schema import NO_QUERY, TASKS
-from trainer.config import DataConfig
+from trainer.config import Config, DataConfig
 from trainer.data import EvalStream
 from trainer.data.blocks import read_blocks
 from trainer.data.folder import PreparedFolder
@@ -94,7 +94,7 @@ def test_reports_are_means_of_the_parts_and_are_stored(folder, ranks, tmp_path):
                 assert one["ndcg@10"] == pytest.approx(values[mine].mean())
                 low, high = one["ci95"]["ndcg@10"]
                 assert low <= one["ndcg@10"] <= high
-    document = report(task_reports(ranks), folder, "test", segments=reports)
+    document = report(task_reports(ranks), folder, "test", Config(), segments=reports)
     assert document["segments"] == reports
     write_evaluation(tmp_path, folder, "test", ranks, document, segments)
     table = pq.read_table(tmp_path / "evaluation-test.parquet")

@@ -38,6 +38,7 @@ from trainer.evaluation.ranking import (
 )
 from trainer.evaluation.sampled import report, task_reports, write_evaluation
 from trainer.evaluation.segments import segment_reports, segments_of
+from trainer.evaluation.summary import evaluation_name
 from trainer.models.contract import Ranker, task_names
 from trainer.runs.retriever_facts import RETRIEVER
 from trainer.runs.run_folder import RunFolder
@@ -146,7 +147,7 @@ def evaluate_full(
         **({RETRIEVER: dict(other.facts)} if other is not None else {}),
         "events_per_s": round(stream.num_events / max(seconds, 1e-9), 2),
     }
-    write_evaluation(run_dir, folder, f"{split}-full", ours.ranks, document, segments)
+    write_evaluation(run_dir, folder, evaluation_name(split, "full"), ours.ranks, document, segments)
     return document
 
 

@@ -36,6 +36,7 @@ from trainer.evaluation.ranking import (
     rank_events,
 )
 from trainer.evaluation.segments import Segments, segment_reports, segments_of
+from trainer.evaluation.summary import evaluation_name
 from trainer.models.contract import Ranker
 from trainer.models.zoo import model_class
 from trainer.runs.provenance import git_commit, hardware
@@ -76,7 +77,7 @@ def report(
     tasks: dict[str, dict[str, Any]],
     folder: PreparedFolder,
     split: str,
-    config: Config | None = None,
+    config: Config,
     baselines: dict[str, Any] | None = None,
     segments: dict[str, Any] | None = None,
     candidates: str = "sampled",
@@ -85,8 +86,8 @@ def report(
     """The content of evaluation-SPLIT.json. tasks, segments: what task_reports() and segment_reports() make;
     candidates: sampled, hard or full; num_beams: Ranker.beams of the model."""
     protocol = {
-        "model": config.model.name if config is not None else None,
-        "model_title": model_class(config.model.name).title if config is not None else None,
+        "model": config.model.name,
+        "model_title": model_class(config.model.name).title,
         "candidates": candidates,
         "num_negatives": num_negatives(folder.manifest, candidates),
         "ties": "expected",
@@ -96,8 +97,8 @@ def report(
         "manifest_hash": folder.manifest.hash,
         "intervals": INTERVALS,
         "seed": BOOTSTRAP_SEED,
-        "config_hash": config_hash(config) if config is not None else None,
-        "precision": config.run.precision if config is not None else None,
+        "config_hash": config_hash(config),
+        "precision": config.run.precision,
         "gensr_version": trainer.__version__,
         "git_commit": git_commit(),
         "hardware": hardware(),
@@ -237,8 +238,7 @@ def evaluate_run(
         document["protocol"] |= {**stood, "num_processes": launch.world_size}
         document["protocol"]["candidates_per_s"] = round(num_pairs / max(seconds, 1e-9), 1)
         if launch.rank == 0:
-            name = split if candidates == "sampled" else f"{split}-{candidates}"
-            write_evaluation(run_dir, folder, name, ranks, document, segments)
+            write_evaluation(run_dir, folder, evaluation_name(split, candidates), ranks, document, segments)
     finally:
         if started_group:
             torch.distributed.destroy_process_group()
