@@ -2,6 +2,7 @@
 configuration is read: the section model.* has the keys of the model that model.name names."""
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from functools import cache
@@ -49,6 +50,13 @@ def preset_path(preset_or_file: str) -> Path | None:
             f"{', '.join(names)}. A file's name must end in .yaml"
         )
     return Path(str(resources.files(__package__) / f"{preset_or_file}.yaml"))
+
+
+def documented_sizes(preset: str) -> dict[str, int]:
+    """Counts of a data set that a preset is meant for, from its `# sizes:` line; {} where it has none."""
+    path = preset_path(preset)
+    line = path and re.search(r"^# sizes: (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return {key: int(value) for key, value in (part.split("=") for part in line[1].split())} if line else {}
 
 
 def load_config(preset_or_file: str | None, overrides: Sequence[str] = (), world_size: int = 1) -> Config:

@@ -6,14 +6,13 @@ without the backbone's weights. Memory and time are estimates; where their const
 them.
 """
 
-import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from data_shards.schema import TASKS
 from trainer.config import Config
-from trainer.configs import preset_path
+from trainer.configs import documented_sizes
 from trainer.data.folder import PreparedFolder
 from trainer.errors import ConfigError
 from trainer.models.backbones.known import T5_TOKENS
@@ -63,14 +62,8 @@ def data_size(config: Config, preset: str | None = None) -> DataSize:
     says."""
     if config.data.dir:
         return size_of_folder(PreparedFolder.open(config.data))
-    if preset and (path := preset_path(preset)):
-        documented = re.search(r"^# sizes: (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
-        if documented:
-            counts = {
-                key: int(value.replace("_", ""))
-                for key, _, value in (part.partition("=") for part in documented[1].split())
-            }
-            return DataSize(**counts, source=f"documented in preset {preset}")
+    if preset and (counts := documented_sizes(preset)):
+        return DataSize(**counts, source=f"documented in preset {preset}")
     raise ConfigError(
         "data.dir is not set, and there is no preset that documents typical sizes. Add data.dir=OUT (made by "
         "gensr prepare)."

@@ -12,7 +12,7 @@ from typing import Any
 
 from data_shards.settings import flatten, parse_yaml, to_dict
 from trainer.config import Config
-from trainer.configs import load_config, preset_of, preset_path
+from trainer.configs import documented_sizes, load_config, preset_of
 from trainer.errors import ConfigError
 from trainer.experiments.costs import (
     MIN_EPOCHS,
@@ -304,13 +304,10 @@ def keep(plan: PaperPlan) -> PaperPlan:
 
 def documented_size(preset: str) -> Size:
     """From the preset's `# sizes:` line."""
-    path = preset_path(preset)
-    for line in path.read_text(encoding="utf-8").splitlines() if path else ():
-        if line.startswith("# sizes: "):
-            counts = dict(part.split("=") for part in line.removeprefix("# sizes: ").split())
-            train, test, items = (int(counts[key]) for key in ("train_events", "valid_events", "items"))
-            return Size.of_halves(train, test, items)
-    raise ConfigError(f"the preset {preset} documents no sizes")
+    counts = documented_sizes(preset)
+    if not counts:
+        raise ConfigError(f"the preset {preset} documents no sizes")
+    return Size.of_halves(counts["train_events"], counts["valid_events"], counts["items"])
 
 
 def parts_of(plan: PaperPlan, size: Size, machine: Machine | None = None) -> list[tuple[str, int, float]]:
@@ -432,7 +429,7 @@ def size_of_data(request: PaperRequest) -> Size | None:
 
 def _disk_gb(plan: PaperPlan, runs: int) -> float:
     """Weights and two checkpoints with AdamW's state of GenSR, for every run: most others are smaller."""
-    size = _gensr_size(plan)
+    size = _size_of(plan.request.preset, plan.request.settings)
     return float(runs * (4 * size.total + 2 * 12 * size.trainable) / 1e9)
 
 
@@ -442,10 +439,6 @@ def _size_of(preset: str, settings: tuple[str, ...]) -> Any:
 
     config = load_config(preset, list(settings))
     return model_size(config, data_size(config, preset))
-
-
-def _gensr_size(plan: PaperPlan) -> Any:
-    return _size_of(plan.request.preset, plan.request.settings)
 
 
 @cache
