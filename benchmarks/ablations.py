@@ -18,12 +18,13 @@ import numpy as np
 from data_shards.settings import to_yaml
 from trainer.analysis.figures import read_records
 from trainer.analysis.significance import seed_interval
-from trainer.bench.data import commit, hardware
+from trainer.bench.data import hardware
 from trainer.configs import load_config
 from trainer.evaluation.summary import short, signed
 from trainer.experiments.pool import interruptible
 from trainer.experiments.table.cells import Cell
 from trainer.experiments.table.run import run_cells
+from trainer.runs.provenance import git_commit
 from trainer.runtime.files import atomic
 
 PRESET = "as the preset"
@@ -98,7 +99,7 @@ def main() -> None:
     print(
         f"{args.preset}, {args.steps} steps, {args.seeds} seeds, {events} validation events, sampled NDCG@10"
     )
-    print("commit {}; {cpu}, {cores} cores\n".format(commit(), **hardware()))
+    print("commit {}; {cpu}, {cores} cores\n".format(git_commit(), **hardware()))
     print("| | " + " | ".join(f"{title} | difference" for title in METRICS.values()) + " |")
     print("|---|" + "---|" * 2 * len(METRICS))
     base = {metric: values_of(cells[PRESET], metric) for metric in METRICS}

@@ -26,11 +26,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from benchmarks.measuring import open_folder
-from trainer.bench.data import commit
 from trainer.data import EvalStream, TrainStream
 from trainer.models.backbones import t5_layers
 from trainer.models.gensr import grouping
 from trainer.models.layers import dropout, norm
+from trainer.runs.provenance import git_commit
 from trainer.runs.weights import build_model
 from trainer.runtime.device import autocast
 from trainer.training.costs import GB, H200_FLOPS
@@ -252,7 +252,7 @@ def main() -> None:
                 for kind, seconds in collections.Counter(kernels.seconds).most_common(arguments.top):
                     work = f"{kernels.bytes[kind] / 1e9:7.2f} GB  {kernels.flops[kind] / 1e12:6.2f} TFLOP"
                     print(f"    {seconds * 1e3:7.2f} ms  {kernels.count[kind]:6,} kernels  {work}  {kind}")
-    print(f"settings {[*DEFAULTS, *arguments.settings]}; calculated for one H200; commit {commit()}")
+    print(f"settings {[*DEFAULTS, *arguments.settings]}; calculated for one H200; commit {git_commit()}")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from transformers.models.t5.modeling_t5 import T5Attention, T5DenseGatedActDense
 
 from benchmarks.measuring import Meter, open_folder
 from trainer.batch import Batch
-from trainer.bench.data import commit, hardware
+from trainer.bench.data import hardware
 from trainer.config import Config
 from trainer.data import TrainStream
 from trainer.models.backbones.backbone import Backbone
@@ -34,6 +34,7 @@ from trainer.models.backbones.t5_layers import AbsorbedCrossAttention, EncoderSe
 from trainer.models.gensr import grouping
 from trainer.models.gensr.model import GenSR
 from trainer.models.layers.norm import Norm
+from trainer.runs.provenance import git_commit
 from trainer.runs.weights import build_model
 from trainer.runtime.device import autocast
 from trainer.runtime.launch import Launch, make_accelerator
@@ -178,7 +179,7 @@ def main() -> None:
     print("| taken away | CPU seconds of a step, × |\n|---|---|")
     for name, ratios in measured.items():
         print(f"| {name} | {statistics.median(ratios):.2f} |")
-    print(f"{vars(arguments)}; {hardware()}; commit {commit()}")
+    print(f"{vars(arguments)}; {hardware()}; commit {git_commit()}")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from pathlib import Path
 from benchmarks.gpu.report import Report, add_line, card_name, failure, table_line
 from benchmarks.gpu.task import ROOT, Task
 from tests.distributed.launching import end_with_children
-from trainer.bench.data import commit, hardware
+from trainer.bench.data import hardware
 from trainer.errors import EnvironmentProblem
 from trainer.runtime.files import atomic
 
@@ -82,6 +82,7 @@ def check(report: Report) -> None:
     """What the machine is, in a few seconds: without the packages no part could run."""
     import torch
 
+    from trainer.runs.provenance import git_commit
     from trainer.runtime.device import default_device, has_gpu
     from trainer.training.costs import measured_flops
 
@@ -91,7 +92,7 @@ def check(report: Report) -> None:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = ""
-    source = os.environ.get("GENSR_COMMIT") or commit()  # a copied tree may have no .git
+    source = os.environ.get("GENSR_COMMIT") or git_commit()  # a copied tree may have no .git
     machine = {**hardware(), "python": platform.python_version(), "commit": source, "versions": versions}
     report.keep("machine", machine)
     found = ", ".join(f"{name} {version or 'missing'}" for name, version in versions.items())

@@ -90,6 +90,8 @@ def bench_data(
     temporary folder). Raises ConfigError without benchmarks/ (it is part of the repository, not of the
     package), BenchError when a measured program fails.
     """
+    from trainer.runs.provenance import git_commit
+
     if not BENCHMARKS.is_dir():
         raise ConfigError(f"{BENCHMARKS} is missing: gensr bench needs a checkout of the repository.")
     if not rows or min(rows) < 20_000:
@@ -130,7 +132,7 @@ def bench_data(
             "batch_size": batch_size,
         },
         "hardware": hardware(),
-        "commit": commit(),
+        "commit": git_commit(),
     }
 
 
@@ -263,10 +265,11 @@ def bench_lines(document: dict[str, Any]) -> list[str]:
 
 
 def hardware() -> dict[str, Any]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    from trainer.runtime.launch import num_cores
+
     return {
         "cpu": platform.processor() or platform.machine(),
-        "cores": cores,
+        "cores": num_cores(),
         "memory_gb": round(psutil.virtual_memory().total / 1e9),
     }
 
@@ -277,13 +280,6 @@ def machine_line(document: dict[str, Any], remark: str = "") -> str:
     device = [machine["device"]] if "device" in machine else []
     parts = [*device, f"{machine['cores']} cores", f"{machine['memory_gb']} GB", machine["cpu"]]
     return f"  {', '.join(parts)};{remark} commit {document['commit']}"
-
-
-def commit() -> str | None:
-    from trainer.runs.provenance import git_facts
-
-    facts = git_facts()
-    return f"{facts['commit']}{'-dirty' if facts['dirty'] else ''}" if facts else None
 
 
 def _count_lines(path: Path) -> int:

@@ -16,11 +16,12 @@ from typing import Any
 import psutil
 import torch
 
-from trainer.bench.data import Measured, StageProgress, commit, hardware, machine_line, measure
+from trainer.bench.data import Measured, StageProgress, hardware, machine_line, measure
 from trainer.config import Config
 from trainer.configs import load_config
 from trainer.data.folder import PreparedFolder
 from trainer.errors import BenchError, ConfigError
+from trainer.runs.provenance import git_commit
 from trainer.runtime.device import wait_for
 from trainer.runtime.launch import devices, make_accelerator, read_launch
 from trainer.runtime.memory import peak_memory_bytes
@@ -83,7 +84,7 @@ def bench_micro_batch(
         "best": best_of(done),
         "configuration": {"preset": preset, "overrides": list(overrides), "steps": steps, "threads": threads},
         "hardware": {**hardware(), "device": done[0]["device"]},
-        "commit": commit(),
+        "commit": git_commit(),
     }
 
 

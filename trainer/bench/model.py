@@ -14,9 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from trainer.bench.data import BENCHMARKS, Measured, StageProgress, commit, hardware, machine_line, measure
+from trainer.bench.data import BENCHMARKS, Measured, StageProgress, hardware, machine_line, measure
 from trainer.configs import load_config
 from trainer.errors import ConfigError
+from trainer.runs.provenance import git_commit
 from trainer.training.costs import measured_flops
 
 # flan-t5-base's shape with random weights; run.precision is what this device multiplies faster in
@@ -180,7 +181,7 @@ def _document(
         "reference_prompt_tokens": reference["prompt_tokens"],
         "configuration": configuration,
         "hardware": {**hardware(), "device": ours["device"]},
-        "commit": commit(),
+        "commit": git_commit(),
     }
     if mode == "train":
         # one process has nobody to talk to

@@ -112,6 +112,11 @@ class Cost:
     saved_bytes: float = 0.0  # frozen weights that are held in less than float32
 
 
+def numel(parameter: Any) -> int:
+    """Also of a parameter that ZeRO-3 has partitioned."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
 class Ranker(nn.Module):
     """A model that ranks candidates for events: recommendations, searches, or both.
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from data_shards.checksum import file_sha256
+from data_shards.publish import sync_folder
 from trainer.errors import EnvironmentProblem
 
 __all__ = ["SECRET_MODE", "atomic", "create", "file_sha256", "writing"]
@@ -123,15 +124,6 @@ def _appear(temporary: Path, path: Path) -> bool:
                 return False
         os.replace(temporary, path)
     return True
-
-
-def sync_folder(folder: Path) -> None:
-    """Names of files in it are on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def remove_temporaries(folder: Path, *names: str) -> None:

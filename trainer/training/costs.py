@@ -196,8 +196,3 @@ def largest_micro_batch(
         if memory(tried, model, data, zero_stage, world_size).total <= MICRO_BATCH_MEMORY * memory_bytes:
             return size
     return 0
-
-
-def numel(parameter: Any) -> int:
-    """Also of a parameter that ZeRO-3 has partitioned."""
-    return int(getattr(parameter, "ds_numel", parameter.numel()))

@@ -16,7 +16,7 @@ from trainer.configs import documented_sizes
 from trainer.data.folder import PreparedFolder
 from trainer.errors import ConfigError
 from trainer.models.backbones.known import T5_TOKENS
-from trainer.models.contract import Cost
+from trainer.models.contract import Cost, numel
 from trainer.models.layers.embedding import ItemTable
 from trainer.models.zoo import model_class
 from trainer.runs.weights import learnable_tasks
@@ -32,7 +32,6 @@ from trainer.training.costs import (
     largest_micro_batch,
     measured_flops,
     memory,
-    numel,
     rows_read,
 )
 from trainer.training.schedule import Schedule, above_chance, chance, check_measured, make_schedule

@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from trainer.models.contract import Cost
+from trainer.models.contract import Cost, numel
 
 if TYPE_CHECKING:
     from trainer.models.gensr.model import GenSR
@@ -97,8 +97,3 @@ def flops_per_event(settings: Any, size: BackboneSize, num_candidates: int, toke
 
 def _read_once_a_token(stack: Any) -> int:
     return sum(numel(p) for name, p in stack.named_parameters() if "embed_tokens" not in name)
-
-
-def numel(parameter: Any) -> int:
-    """Also of a parameter that ZeRO-3 has partitioned."""
-    return int(getattr(parameter, "ds_numel", parameter.numel()))
