@@ -1,12 +1,22 @@
 """Verbs that look at runs: analyse, paper."""
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trainer.cli.base import AsJson, Jobs, Overrides, answer, app, note, refuse_jobs_of_arrays, resumable
+from trainer.cli.base import (
+    AsJson,
+    Jobs,
+    Overrides,
+    answer,
+    app,
+    job_lines,
+    note,
+    own_command,
+    refuse_jobs_of_arrays,
+    resumable,
+)
 from trainer.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -117,19 +127,14 @@ def paper(
 
 
 def _submit_paper(request: "PaperRequest", gpus_per_node: int, as_json: bool) -> None:
-    import shlex
-
-    from data_shards.secrets import mask_secrets
     from trainer.experiments import submit as jobs
     from trainer.experiments.paper.run import submit_paper
 
-    command = shlex.join(["gensr", *map(mask_secrets, sys.argv[1:])])
     ids: list[str] = []
     lines: list[str] = []
-    for submission in submit_paper(request, gpus_per_node, command, note):
+    for submission in submit_paper(request, gpus_per_node, own_command(), note):
         made = jobs.submit(submission)
         ids += made
-        scripts = [str(job.path) for job in submission.jobs]
-        lines += [f"job {job_id}  {path}" for job_id, path in zip(made, scripts, strict=True)]
+        lines += job_lines(made, (job.path for job in submission.jobs))
     lines.append("when all have ended, the same command without --submit makes analyses and report")
     answer({"job_ids": ids}, as_json, *lines)

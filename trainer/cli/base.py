@@ -292,5 +292,17 @@ def preset_and_settings(preset: str | None, overrides: list[str] | None) -> tupl
     return (None, [preset, *settings]) if preset is not None and "=" in preset else (preset, settings)
 
 
+def own_command() -> str:
+    """This command, for the scripts that it makes; secrets in it are masked."""
+    from data_shards.secrets import mask_secrets
+
+    return shlex.join(["gensr", *map(mask_secrets, sys.argv[1:])])
+
+
+def job_lines(ids: Iterable[str], paths: Iterable[Path]) -> list[str]:
+    """Jobs that were submitted, with their scripts."""
+    return [f"job {job_id}  {path}" for job_id, path in zip(ids, paths, strict=True)]
+
+
 def stage_lines() -> StageProgress:
     return show_stages(enabled=RANK == 0)

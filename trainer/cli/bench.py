@@ -1,7 +1,7 @@
 """Measurements: bench data, train, evaluate, micro-batch."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -77,12 +77,7 @@ def bench_train(
 ) -> None:
     """Training steps against a reference written straight from the paper; flan-t5-base's shape with random
     weights unless settings say otherwise."""
-    from trainer.bench.model import bench_model, bench_model_lines
-
-    document = bench_model(
-        "train", overrides or [], pairs, steps, turns, threads, profile, progress=stage_lines()
-    )
-    answer(document, as_json, *bench_model_lines(document))
+    _bench_model("train", overrides, pairs, steps, turns, threads, profile, as_json)
 
 
 @bench_app.command(name="evaluate", epilog="Example: gensr bench evaluate data.dir=data/prepared --pairs 100")
@@ -97,11 +92,23 @@ def bench_evaluate(
 ) -> None:
     """Scoring the candidates of events against the reference, which encodes every pair by itself and calls
     generate()."""
+    _bench_model("evaluate", overrides, pairs, steps, turns, threads, profile, as_json)
+
+
+def _bench_model(
+    mode: Literal["train", "evaluate"],
+    overrides: list[str] | None,
+    pairs: int | None,
+    steps: int,
+    turns: int,
+    threads: int,
+    profile: Path | None,
+    as_json: bool,
+) -> None:
     from trainer.bench.model import bench_model, bench_model_lines
 
-    document = bench_model(
-        "evaluate", overrides or [], pairs, steps, turns, threads, profile, progress=stage_lines()
-    )
+    asked = (pairs, steps, turns, threads, profile)
+    document = bench_model(mode, overrides or [], *asked, progress=stage_lines())
     answer(document, as_json, *bench_model_lines(document))
 
 

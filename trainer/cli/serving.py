@@ -12,6 +12,11 @@ from trainer.cli.base import AsJson, Retriever, answer, next_steps, note, say, s
 from trainer.errors import ConfigError, RequestError
 from trainer.runtime.progress import waiting_for
 
+Model = Annotated[str, typer.Argument(help="run folder, or models:/NAME@alias")]
+Registry = Annotated[
+    str, typer.Option(help="MLflow registry; default: MLFLOW_TRACKING_URI, else runs/mlflow.db")
+]
+
 
 @verb("gensr register runs/mine gensr-mine")
 def register(
@@ -62,9 +67,7 @@ def promote(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="say what would be done, change nothing")
     ] = False,
-    uri: Annotated[
-        str, typer.Option(help="MLflow registry; default: MLFLOW_TRACKING_URI, else runs/mlflow.db")
-    ] = "",
+    uri: Registry = "",
     as_json: AsJson = False,
 ) -> None:
     """Move the alias champion to the candidate if, on the same test events, one task gains and none falls by
@@ -92,7 +95,7 @@ def promote(
 
 @verb("gensr score models:/gensr-demo@candidate requests.jsonl")
 def score(
-    model: Annotated[str, typer.Argument(help="run folder, or models:/NAME@alias")],
+    model: Model,
     requests: Annotated[
         Path,
         typer.Argument(
@@ -111,9 +114,7 @@ def score(
         bool, typer.Option(help="a bad request becomes an error in its row instead of ending the job")
     ] = False,
     retriever: Retriever = None,
-    uri: Annotated[
-        str, typer.Option(help="MLflow registry; default: MLFLOW_TRACKING_URI, else runs/mlflow.db")
-    ] = "",
+    uri: Registry = "",
 ) -> None:
     """Score given candidates from histories, one request or millions."""
     from trainer.serving.score_file import answer_lines, count_requests, part_of, score_file
@@ -158,9 +159,6 @@ History = Annotated[
 HowMany = Annotated[int, typer.Option("-k", help="items to answer")]
 Candidates = Annotated[int, typer.Option("--candidates", help="items that retrieval hands to the ranking")]
 Seen = Annotated[bool, typer.Option("--seen", help="also answer items of the history")]
-Registry = Annotated[
-    str, typer.Option(help="MLflow registry; default: MLFLOW_TRACKING_URI, else runs/mlflow.db")
-]
 Prepared = Annotated[
     str,
     typer.Option(
@@ -171,7 +169,7 @@ Prepared = Annotated[
 
 @verb("gensr recommend runs/mine --user u17 -k 10")
 def recommend(
-    model: Annotated[str, typer.Argument(help="run folder, or models:/NAME@alias")],
+    model: Model,
     user: User = "",
     history: History = None,
     k: HowMany = 10,
@@ -192,7 +190,7 @@ def recommend(
 
 @verb("gensr search runs/mine --query 'red lamp' --user u17")
 def search(
-    model: Annotated[str, typer.Argument(help="run folder, or models:/NAME@alias")],
+    model: Model,
     query: Annotated[str, typer.Option(help="text; for anonymised data word numbers separated by spaces")],
     user: User = "",
     history: History = None,
@@ -261,7 +259,7 @@ Compare = Annotated[
 
 @verb("gensr serve models:/gensr-demo@candidate --port 8000")
 def serve(
-    model: Annotated[str, typer.Argument(help="run folder, or models:/NAME@alias")],
+    model: Model,
     host: Host = "127.0.0.1",
     port: Port = 8000,
     max_batch: Annotated[int, typer.Option(min=1, help="requests ranked together")] = 16,
@@ -294,7 +292,7 @@ def serve(
 
 @verb("gensr ui runs/demo")
 def ui(
-    model: Annotated[str, typer.Argument(help="run folder, or models:/NAME@alias")],
+    model: Model,
     port: Port = 8000,
     compare: Compare = None,
     retriever: Retriever = None,

@@ -1,7 +1,6 @@
 """Verbs about runs: train, submit, evaluate, report, compare, table, runs."""
 
 import dataclasses
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,8 +18,10 @@ from trainer.cli.base import (
     answer,
     app,
     fitting,
+    job_lines,
     next_steps,
     note,
+    own_command,
     preset_and_settings,
     quoted,
     refuse_jobs_of_arrays,
@@ -121,13 +122,12 @@ def submit(
     """Check a training run for these nodes, write its script into the run folder and submit it to SLURM."""
     import shlex
 
-    from data_shards.secrets import mask_secrets
     from trainer.experiments import submit as jobs
     from trainer.experiments.sweep import read_sweep
 
     options, settings = jobs.split_words(words or [])
     machines = jobs.Machines(nodes, gpus_per_node, processes_per_node, deepspeed)
-    command = shlex.join(["gensr", *map(mask_secrets, sys.argv[1:])])
+    command = own_command()
     if sweep is None:
         submission = jobs.plan_run(preset, settings, machines, options, command)
     else:
@@ -149,7 +149,7 @@ def submit(
         lines = [
             *submission.plan_lines,
             "",
-            *(f"job {job_id}  {path}" for job_id, path in zip(ids, paths, strict=True)),
+            *job_lines(ids, (job.path for job in submission.jobs)),
         ]
     answer({"job_ids": ids, "runs": [str(path) for path in submission.run_dirs], **scripts}, as_json, *lines)
 
@@ -250,9 +250,9 @@ def report(
     say(f"wrote {write_report(run_dir, events)} and pictures beside it")
     for split in ("valid", "test"):
         for candidates in ("sampled", "hard"):
-            if RunFolder(run_dir).evaluation(evaluation_name(split, candidates)).is_file():
+            name = evaluation_name(split, candidates)
+            if RunFolder(run_dir).evaluation(name).is_file():
                 document = read_evaluation(run_dir, split, candidates)
-                name = evaluation_name(split, candidates)
                 lines = [protocol_line(document), *warnings_of(run_dir, name, document["protocol"])]
                 say("", f"{split} split", *table(rows_of(document)), *fitting(lines, 2))
     say("", *next_steps(f"gensr register {quoted(run_dir)} NAME", f"gensr ui {quoted(run_dir)}"))
@@ -385,21 +385,17 @@ def _machine_of_jobs(gpus_per_node: int) -> "Machine":
 
 
 def _submit_table(request: "Request", machine: "Machine", gpus_per_node: int, as_json: bool) -> None:
-    import shlex
-
-    from data_shards.secrets import mask_secrets
     from trainer.experiments import submit as jobs
     from trainer.experiments.table.plan import make_plan
     from trainer.experiments.table.submission import plan_submission
 
-    command = shlex.join(["gensr", *map(mask_secrets, sys.argv[1:])])
     plan = make_plan(request, machine)
     for line in plan.times.lines() if plan.times else ():
         note(line)
-    submission = plan_submission(plan, jobs.Machines(gpus_per_node=gpus_per_node), command)
+    submission = plan_submission(plan, jobs.Machines(gpus_per_node=gpus_per_node), own_command())
     ids = jobs.submit(submission)
     scripts = [str(job.path) for job in submission.jobs]
-    lines = [f"job {job_id}  {path}" for job_id, path in zip(ids, scripts, strict=True)]
+    lines = job_lines(ids, (job.path for job in submission.jobs))
     lines.append("when all have ended, the same command without --submit writes the table")
     runs = [str(path) for path in submission.run_dirs]
     answer({"job_ids": ids, "runs": runs, "scripts": scripts}, as_json, *submission.plan_lines, "", *lines)
