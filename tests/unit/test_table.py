@@ -16,11 +16,12 @@ from typer.testing import CliRunner
 
 from data_shards.settings import flatten, key_help, parse_yaml, to_dict, to_yaml
 from tests.tiny_folder import make_tiny_folder
-from trainer.analysis.significance import paired_difference
 from trainer.cli import app
 from trainer.configs import config_type, load_config, preset_names
 from trainer.data.folder import PreparedFolder
 from trainer.errors import ConfigError, DataError, RunError
+from trainer.evaluation.bootstrap import paired_difference
+from trainer.evaluation.metrics import FIGURES
 from trainer.evaluation.summary import read_evaluation
 from trainer.experiments import submit as jobs
 from trainer.experiments.table import cells, results, run, tuning
@@ -395,7 +396,7 @@ def test_the_planted_optimum_is_a_row_where_it_ranked_the_same_events(tmp_path: 
     plan = make_plan(request)
     num_events = {"sampled": {"rec": 20, "src": 10}}
     assert results.optimum_results(plan, num_events) == {}
-    figures = dict.fromkeys(results.SHOWN, 0.75)
+    figures = dict.fromkeys(FIGURES, 0.75)
     report = {"split_fingerprint": folder.manifest.fingerprint, "src": {**figures, "num_events": 9}}
     (folder.path / "optimum.json").write_text(json.dumps({**report, "rec": {**figures, "num_events": 20}}))
     found = results.optimum_results(plan, num_events)
@@ -460,7 +461,7 @@ def test_published_numbers_where_the_data_set_is_the_papers() -> None:
 
 def metrics_of(value: float, seeds: int) -> dict[str, Any]:
     ends = {"low": value - 0.02, "high": value + 0.02} if seeds > 1 else {"low": None, "high": None}
-    return {name: {"value": value, **ends, "seeds": [value] * seeds} for name in results.SHOWN}
+    return {name: {"value": value, **ends, "seeds": [value] * seeds} for name in FIGURES}
 
 
 def row_of(model: str, title: str, value: float, seeds: int, **more: Any) -> dict[str, Any]:
@@ -495,7 +496,7 @@ def made_up() -> dict[str, Any]:
         "budget": {"minutes": 360.0, "longest_s": 742.0},
         "candidates": ["sampled"],
         "num_events": {"sampled": {"rec": 1000, "src": 0}},
-        "metrics": list(results.SHOWN),
+        "metrics": list(FIGURES),
         "tested": "ndcg@10",
         "rows": [
             row_of(
@@ -561,7 +562,7 @@ def test_a_system_that_decodes_says_what_its_beams_reach(tmp_path: Path) -> None
 
 def test_csv_has_a_line_for_each_metric() -> None:
     lines = list(csv.DictReader(io.StringIO(csv_text(made_up()))))
-    assert len(lines) == 2 * len(results.SHOWN)
+    assert len(lines) == 2 * len(FIGURES)
     tested = [line for line in lines if line["metric"] == "ndcg@10"]
     assert [line["model"] for line in tested] == ["sasrec", "popularity"] and tested[1]["low"] == ""
     assert (

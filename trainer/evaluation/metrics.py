@@ -20,6 +20,7 @@ from trainer.evaluation.bootstrap import NUM_RESAMPLES, cluster_means
 
 CUTOFFS = (5, 10, 20)
 METRICS = (*(f"recall@{k}" for k in CUTOFFS), *(f"ndcg@{k}" for k in CUTOFFS), "mrr", "mrr@10")
+FIGURES = ("recall@5", "recall@10", "ndcg@5", "ndcg@10", "mrr")  # of every table of this project
 INTERVALS = f"95 % bootstrap over users, {NUM_RESAMPLES:,} resamples"
 
 

@@ -16,7 +16,7 @@ import torch
 from data_shards.schema import TASKS
 from trainer.errors import RunError
 from trainer.evaluation.bootstrap import Difference, paired_differences
-from trainer.evaluation.metrics import METRICS, fewest_tied, metric_values
+from trainer.evaluation.metrics import METRICS, metric_values
 from trainer.evaluation.segments import BUCKETS, METRIC
 from trainer.evaluation.stored import evaluate_command, read_evaluation_file, read_ranks_file
 from trainer.runs.run_folder import RunFolder
@@ -64,16 +64,14 @@ def read_stored(folder: Path, name: str, where: str) -> StoredRanks:
         raise RunError(f"{where}: {lacking.name} is missing. Make it with: {evaluate_command(folder, name)}")
     protocol = read_evaluation_file(document)["protocol"]
     table = read_ranks_file(rows)
-    rank = table["rank"].to_numpy()
-    with_ties = "num_tied" in table.column_names
     stored = StoredRanks(
         where,
         protocol,
         event_id=table["event_id"].to_numpy(),
         task=table["task"].to_numpy(),
         user=table["user_id"].combine_chunks().dictionary_encode().indices.to_numpy(),
-        rank=rank,
-        num_tied=table["num_tied"].to_numpy() if with_ties else fewest_tied(rank),
+        rank=table["rank"].to_numpy(),
+        num_tied=table["num_tied"].to_numpy(),
         segments={name: table[name].to_numpy() for name in BUCKETS if name in table.column_names},
     )
     return stored._take(np.argsort(stored.event_id, kind="stable"))

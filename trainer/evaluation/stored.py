@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 
 from data_shards.schema import TASKS
 from trainer.errors import RunError
+from trainer.evaluation.metrics import fewest_tied
 from trainer.evaluation.segments import METRIC
 from trainer.runs.run_folder import RunFolder, is_number, read_json
 
@@ -71,11 +72,14 @@ def _is_part(report: dict[str, Any]) -> bool:
 
 
 def read_ranks_file(path: Path) -> pa.Table:
-    """The rows of evaluation-NAME.parquet. Raises RunError for a file that is none."""
+    """The rows of evaluation-NAME.parquet; num_tied is worked out where an older one does not have it. Raises
+    RunError for a file that is none."""
     try:
         table = pq.read_table(path)
     except (OSError, pa.ArrowException) as error:
         raise RunError(f"{path}: cannot be read: {error}. {_again(path)}") from error
     if lacking := {"event_id", "task", "user_id", "rank"} - set(table.column_names):
         raise RunError(f"{path} has no column {', '.join(sorted(lacking))}. {_again(path)}")
+    if "num_tied" not in table.column_names:
+        table = table.append_column("num_tied", pa.array(fewest_tied(table["rank"].to_numpy())))
     return table

@@ -10,14 +10,13 @@ from data_shards.schema import TASKS, Manifest
 from data_shards.secrets import mask_secrets
 from trainer.config import Config
 from trainer.data.node_cache import is_url
+from trainer.evaluation.metrics import FIGURES
 from trainer.evaluation.stored import read_evaluation_file
 from trainer.models.zoo import model_class
 from trainer.runs.retriever_facts import RETRIEVER, retriever_of, retriever_words
 from trainer.runs.run_folder import RunFolder
 from trainer.tracking.store import metric_name
 
-# The five figures of every table of this project, for each task a model serves.
-DECIDING = ("recall@5", "recall@10", "ndcg@5", "ndcg@10", "mrr")
 COMPARED = re.compile(r"/(recall@10|ndcg@10|mrr|mrr@10)(_low|_high)?$")  # of baselines
 # RUN/evaluation-NAME.json → where run_facts() has it
 EVALUATIONS = {"test": "evaluation", "test-hard": "hard_evaluation", "test-full": "full_evaluation"}
@@ -58,7 +57,7 @@ def _evaluation(path: Path) -> dict[str, Any]:
 
 
 def version_tags(facts: Mapping[str, Any], run_id: str) -> dict[str, str]:
-    """Where a version comes from, and its DECIDING figures of the sampled test evaluation."""
+    """Where a version comes from, and its FIGURES of the sampled test evaluation."""
     tags = {
         key: str(facts[key])
         for key in (
@@ -69,7 +68,7 @@ def version_tags(facts: Mapping[str, Any], run_id: str) -> dict[str, str]:
     figures = {
         metric_name(f"test/{task}/{metric}"): f"{facts['evaluation'][task][metric]:.6g}"
         for task in TASKS
-        for metric in DECIDING
+        for metric in FIGURES
         if metric in facts["evaluation"].get(task, {})
     }
     retriever = {RETRIEVER: words} if (words := retriever_words(retriever_of(facts))) else {}
@@ -110,11 +109,9 @@ def named_evaluations(facts: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 
 def model_line(facts: Mapping[str, Any]) -> str:
     """What all versions of a registered model are, for MLflow's list of models."""
-    answers = " and ".join({"rec": "recommendation", "src": "search"}[task] for task in facts["tasks"])
     source = facts["source"].get("name", "unknown")
-    return (
-        f"{facts['title']} for {answers}, trained on {source}. Each version's description is its model card."
-    )
+    what = f"{facts['title']} for {_answers(facts)}, trained on {source}"
+    return f"{what}. Each version's description is its model card."
 
 
 def model_card(name: str, facts: Mapping[str, Any]) -> str:
@@ -155,9 +152,14 @@ def model_card(name: str, facts: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _answers(facts: Mapping[str, Any]) -> str:
+    """`recommendation and search`."""
+    return " and ".join({"rec": "recommendation", "src": "search"}[task] for task in facts["tasks"])
+
+
 def _what_it_is(facts: Mapping[str, Any]) -> list[str]:
     """Of GenSR and of any other model of the house."""
-    answers = " and ".join({"rec": "recommendation", "src": "search"}[task] for task in facts["tasks"])
+    answers = _answers(facts)
     if facts["model"] != "gensr":
         return [
             f"{facts['title']}, for {answers}. It ranks given items, or finds them in its whole catalogue, "
@@ -194,7 +196,7 @@ def _metric_lines(evaluation: Mapping[str, Any]) -> list[str]:
     ]
     return lines + _task_rows(
         evaluation,
-        lambda result: _with_intervals(result, "recall@5", "recall@10", "ndcg@5", "ndcg@10", "mrr"),
+        lambda result: _with_intervals(result, *FIGURES),
     )
 
 

@@ -12,11 +12,13 @@ import numpy as np
 from data_shards.schema import TASKS
 from data_shards.secrets import masked
 from data_shards.settings import flatten, to_dict
-from trainer.analysis.significance import holm, mean_intervals, paired_differences, seed_interval
+from trainer.analysis.significance import seed_interval
 from trainer.errors import RunError
+from trainer.evaluation.bootstrap import mean_intervals
+from trainer.evaluation.metrics import FIGURES
 from trainer.evaluation.paired import comparable, read_stored
 from trainer.evaluation.summary import evaluation_name
-from trainer.experiments.table.results import SHOWN, Values, event_values
+from trainer.experiments.table.results import TESTED, Values, differences_from, event_values
 from trainer.runs.run_folder import RunFolder
 
 # where a run lies, what it is called, what it may take; none of it changes what is learned
@@ -89,14 +91,14 @@ def results(groups: Sequence[Group], candidates: str, reference: int = 0) -> lis
 
 def _summary(seeds: Sequence[Values]) -> dict[str, dict[str, Any]]:
     """By metric."""
-    means = [[float(values.metrics[:, column].mean()) for values in seeds] for column in range(len(SHOWN))]
+    means = [[float(values.metrics[:, column].mean()) for values in seeds] for column in range(len(FIGURES))]
     if len(seeds) > 1:
         intervals, kind = [seed_interval(of_metric) for of_metric in means], "seeds"
     else:
         intervals, kind = mean_intervals(seeds[0].metrics, seeds[0].users), "users"
     return {
         metric: {"value": i.value, "low": i.low, "high": i.high, "seeds": of_metric, "interval": kind}
-        for metric, i, of_metric in zip(SHOWN, intervals, means, strict=True)
+        for metric, i, of_metric in zip(FIGURES, intervals, means, strict=True)
     }
 
 
@@ -104,26 +106,13 @@ def _against(chosen: Mapping[int, Sequence[Values]], reference: int) -> dict[int
     """Each group − the reference, on the seeds' mean of NDCG@10 of each event."""
     if reference not in chosen or len(chosen) < 2:
         return {}
-    column = SHOWN.index("ndcg@10")
+    column = FIGURES.index(TESTED)
     gains = {
         number: np.mean([v.metrics[:, column] for v in seeds], axis=0) for number, seeds in chosen.items()
     }
-    users = chosen[reference][0].users
-    others = [number for number in gains if number != reference]
-    columns = np.stack([gains[number] for number in others], axis=1)
-    differences = paired_differences(gains[reference][:, None], columns, users)  # on the same resamples
-    found = dict(zip(others, differences, strict=True))
-    adjusted = holm({str(number): difference.p_value for number, difference in found.items()})
-    return {
-        number: {
-            "difference": difference.value,
-            "low": difference.low,
-            "high": difference.high,
-            "p": difference.p_value,
-            "p_holm": adjusted[str(number)],
-        }
-        for number, difference in found.items()
-    }
+    others = {str(number): gain for number, gain in gains.items() if number != reference}
+    found = differences_from(gains[reference], others, chosen[reference][0].users)
+    return {int(name): difference for name, difference in found.items()}
 
 
 def settings_label(settings: Mapping[str, Any], reference: Mapping[str, Any]) -> str:

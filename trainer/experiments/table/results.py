@@ -22,9 +22,10 @@ from data_shards.schema import TASKS, Manifest
 from data_shards.secrets import masked
 from data_shards.settings import flatten, parse_yaml, read_yaml
 from trainer.analysis.figures import read_records
-from trainer.analysis.significance import holm, paired_differences, seed_interval
+from trainer.analysis.significance import holm, seed_interval
 from trainer.errors import RunError
-from trainer.evaluation.metrics import METRICS, fewest_tied, metric_values
+from trainer.evaluation.bootstrap import paired_differences
+from trainer.evaluation.metrics import FIGURES, METRICS, metric_values
 from trainer.evaluation.optimum import TITLE, read_optimum
 from trainer.evaluation.stored import read_ranks_file
 from trainer.evaluation.summary import beams_words, evaluation_name, read_evaluation
@@ -33,7 +34,6 @@ from trainer.experiments.table.plan import Plan
 from trainer.models.zoo import model_class
 from trainer.runs.run_folder import RunFolder, read_json
 
-SHOWN = ("recall@5", "recall@10", "ndcg@5", "ndcg@10", "mrr")
 TESTED = "ndcg@10"  # one hypothesis a system, task and kind of candidates
 PUBLISHED_WITHIN = 0.1  # of the paper's numbers of users and items: the same data set, filtered again
 
@@ -44,7 +44,7 @@ class Values:
 
     events: np.ndarray  # [n]
     users: np.ndarray  # [n]
-    metrics: np.ndarray  # [n, len(SHOWN)]
+    metrics: np.ndarray  # [n, len(FIGURES)]
 
     def of(self, events: np.ndarray) -> "Values":
         """events: sorted, all of them here."""
@@ -60,12 +60,10 @@ def event_values(run_dir: Path, candidates: str) -> dict[str, Values]:
 
 
 def _values(table: pa.Table) -> Values:
-    ranks = table["rank"].to_numpy().copy()
-    with_ties = "num_tied" in table.column_names
-    num_tied = table["num_tied"].to_numpy().copy() if with_ties else fewest_tied(ranks)
-    metrics = metric_values(torch.from_numpy(ranks), torch.from_numpy(num_tied)).numpy()
+    ranks, num_tied = (torch.from_numpy(table[name].to_numpy().copy()) for name in ("rank", "num_tied"))
+    metrics = metric_values(ranks, num_tied).numpy()
     users = np.asarray(table["user_id"].to_pylist())
-    chosen = [METRICS.index(name) for name in SHOWN]
+    chosen = [METRICS.index(name) for name in FIGURES]
     return Values(table["event_id"].to_numpy(), users, metrics[:, chosen])
 
 
@@ -121,7 +119,7 @@ def read_results(plan: Plan, cells: Sequence[Cell], errors: Mapping[str, str]) -
         "budget": plan.times.facts() if plan.times else {},
         "candidates": list(kinds),
         "num_events": num_events,
-        "metrics": list(SHOWN),
+        "metrics": list(FIGURES),
         "tested": TESTED,
         "gensr_version": trainer.__version__,
         "rows": rows,
@@ -219,7 +217,7 @@ def optimum_results(plan: Plan, num_events: Mapping[str, Mapping[str, int]]) -> 
     return {
         task: {
             metric: {"value": found[task][metric], "low": None, "high": None, "seeds": [found[task][metric]]}
-            for metric in SHOWN
+            for metric in FIGURES
         }
         for task, number in num_events.get("sampled", {}).items()
         if number and found.get(task, {}).get("num_events") == number
@@ -271,7 +269,7 @@ def compare_task(
         return 0, {}
     runs = {name: [of_run.of(common) for of_run in seeds] for name, seeds in runs.items()}
     results: dict[str, dict[str, Any]] = {name: _over_seeds(seeds) for name, seeds in runs.items()}
-    tested = SHOWN.index(TESTED)
+    tested = FIGURES.index(TESTED)
     gains = {name: np.mean([v.metrics[:, tested] for v in seeds], axis=0) for name, seeds in runs.items()}
     users = next(iter(runs.values()))[0].users
     for name, difference in against_best(gains, users).items():
@@ -282,7 +280,7 @@ def compare_task(
 def _over_seeds(seeds: Sequence[Values]) -> dict[str, Any]:
     means = np.stack([values.metrics.mean(axis=0) for values in seeds])
     summary: dict[str, Any] = {}
-    for column, metric in enumerate(SHOWN):
+    for column, metric in enumerate(FIGURES):
         values = [float(value) for value in means[:, column]]
         summary[metric] = {"value": float(np.mean(values)), "low": None, "high": None, "seeds": values}
         if len(values) > 1:
@@ -302,13 +300,24 @@ def against_best(values: Mapping[str, np.ndarray], users: np.ndarray) -> dict[st
     if len(order) < 2:
         return {}
     best, second = order[0], order[1]
-    others = np.stack([values[name] for name in order[1:]], axis=1)
-    differences = paired_differences(values[best][:, None], others, users)  # on the same resamples
-    found = dict(zip(order[1:], differences, strict=True))
+    found = differences_from(values[best], {name: values[name] for name in order[1:]}, users)
+    report = {name: {"model": best, **difference} for name, difference in found.items()}
+    of_second = found[second]
+    ends = {"low": -of_second["high"], "high": -of_second["low"]}
+    turned = {"model": second, **of_second, **ends, "difference": -of_second["difference"]}
+    return {**report, best: turned}
+
+
+def differences_from(
+    reference: np.ndarray, others: Mapping[str, np.ndarray], users: np.ndarray
+) -> dict[str, dict[str, float]]:
+    """Each of the others [n] − the reference [n], on the same resamples of users: {"difference", "low",
+    "high", "p", "p_holm"}."""
+    columns = np.stack(list(others.values()), axis=1)
+    found = dict(zip(others, paired_differences(reference[:, None], columns, users), strict=True))
     adjusted = holm({name: difference.p_value for name, difference in found.items()})
-    report: dict[str, dict[str, Any]] = {
+    return {
         name: {
-            "model": best,
             "difference": difference.value,
             "low": difference.low,
             "high": difference.high,
@@ -317,9 +326,6 @@ def against_best(values: Mapping[str, np.ndarray], users: np.ndarray) -> dict[st
         }
         for name, difference in found.items()
     }
-    ends = {"low": -found[second].high, "high": -found[second].low}
-    turned = {**report[second], **ends, "model": second, "difference": -found[second].value}
-    return {**report, best: turned}
 
 
 # ---- published numbers -------------------------------------------------------------------------------------
