@@ -39,8 +39,8 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
-from trainer.analysis.significance import cluster_means
 from trainer.errors import DataError
+from trainer.evaluation.bootstrap import cluster_means
 
 NUM_SHUFFLES = 8  # pairs of the marginals for each held-out sample
 MAX_CANDIDATES = 2048  # N of InfoNCE on the held-out samples

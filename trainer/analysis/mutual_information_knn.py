@@ -15,8 +15,8 @@ from scipy.special import digamma
 from torch import Tensor
 
 from trainer.analysis.mutual_information import Estimate, as_columns, check_samples, standardised
-from trainer.analysis.significance import mean_interval
 from trainer.errors import DataError
+from trainer.evaluation.bootstrap import mean_interval
 
 NUM_NEIGHBOURS = 3  # as the authors suggest: 2 to 4
 JITTER = 1e-8  # in units of a column's deviation: parts equal values, too small to matter otherwise

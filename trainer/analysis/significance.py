@@ -6,29 +6,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from trainer.errors import DataError
-from trainer.evaluation.bootstrap import (
-    NUM_RESAMPLES,
-    Difference,
-    Interval,
-    cluster_means,
-    mean_interval,
-    mean_intervals,
-    paired_difference,
-    paired_differences,
-)
-
-__all__ = [
-    "NUM_RESAMPLES",
-    "Difference",
-    "Interval",
-    "cluster_means",
-    "holm",
-    "mean_interval",
-    "mean_intervals",
-    "paired_difference",
-    "paired_differences",
-    "seed_interval",
-]
+from trainer.evaluation.bootstrap import Interval
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:

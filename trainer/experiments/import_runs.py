@@ -31,6 +31,7 @@ from trainer.configs import config_from_dict
 from trainer.errors import EnvironmentProblem, GensrError, RunError
 from trainer.evaluation.stored import read_evaluation_file
 from trainer.evaluation.summary import CANDIDATES, evaluation_name
+from trainer.experiments.sweep import PARENT_TAG
 from trainer.registry.model_card import metrics_of
 from trainer.runs.run_folder import RunFolder, is_number
 from trainer.tracking.delivery import (
@@ -58,7 +59,7 @@ from trainer.tracking.tracker import describe
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
-SOURCE_TAG, PARENT_TAG = "gensr.source", "mlflow.parentRunId"
+SOURCE_TAG = "gensr.source"
 STATUS = {
     "finished": "FINISHED",
     "failed": "FAILED",

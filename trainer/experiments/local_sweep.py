@@ -39,11 +39,10 @@ from trainer.experiments.table.cells import Cell, evaluate_cell, train_cell
 from trainer.experiments.table.tuning import Sampler, begun, search
 from trainer.runs.checkpoint import fixed_settings
 from trainer.runs.run_folder import RunFolder, read_json
+from trainer.runtime.progress import Notify
 
 JOURNAL = "sweep.journal"
 MAX_GRID = 10_000
-
-Notify = Callable[[str], None]
 
 
 @s.settings

@@ -5,14 +5,9 @@ import time
 import numpy as np
 import pytest
 
-from trainer.analysis.significance import (
-    cluster_means,
-    holm,
-    mean_interval,
-    paired_difference,
-    seed_interval,
-)
+from trainer.analysis.significance import holm, seed_interval
 from trainer.errors import DataError
+from trainer.evaluation.bootstrap import cluster_means, mean_interval, paired_difference
 
 
 def clustered(num_users=200, events=10, between=1.0, within=0.3, seed=0):

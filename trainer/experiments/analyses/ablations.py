@@ -8,7 +8,8 @@ from trainer.analysis.drawing import Bar, bars_with_intervals, write_figure
 from trainer.analysis.pages import Picture, Section, Table, Text
 from trainer.evaluation.summary import metric_title, short
 from trainer.experiments.analyses.groups import grouped, results, seeds_note, settings_label
-from trainer.experiments.analyses.options import TASK_TITLES, Notify, Options, need_runs
+from trainer.experiments.analyses.options import TASK_TITLES, Options, need_runs
+from trainer.runtime.progress import Notify
 
 WHAT = "ablations"
 # setting → value → what a picture calls it; the first four are the paper's

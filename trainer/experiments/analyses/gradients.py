@@ -22,12 +22,13 @@ from trainer.batch import Batch
 from trainer.data import TrainStream
 from trainer.data.folder import PreparedFolder
 from trainer.errors import DataError, RunError
-from trainer.experiments.analyses.options import Notify, Options, name_of, need_runs, titled
+from trainer.experiments.analyses.options import Options, name_of, need_runs, titled
 from trainer.models.contract import Ranker
 from trainer.models.zoo import model_class
 from trainer.runs.checkpoint import listed, read_checkpoint
 from trainer.runs.checkpoint_convert import trained_weights
 from trainer.runs.run_folder import RunFolder
+from trainer.runtime.progress import Notify
 
 WHAT = "gradients"
 BATCH_EVENTS = 64

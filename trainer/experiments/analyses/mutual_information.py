@@ -23,9 +23,10 @@ from trainer.analysis.drawing import Bar, bars_with_intervals, write_figure
 from trainer.analysis.mutual_information import MIN_SAMPLES, Estimate, info_nce, mine
 from trainer.analysis.mutual_information_knn import ksg, ross
 from trainer.analysis.pages import Picture, Section, Table, Text
-from trainer.analysis.significance import cluster_means
 from trainer.analysis.vectors import Vectors, load_vectors
-from trainer.experiments.analyses.options import TASK_TITLES, Notify, Options, name_of, need_runs, titled
+from trainer.evaluation.bootstrap import cluster_means
+from trainer.experiments.analyses.options import TASK_TITLES, Options, name_of, need_runs, titled
+from trainer.runtime.progress import Notify
 
 WHAT = "mutual-information"
 CRITIC_DIMS, NEIGHBOUR_DIMS = 16, 8  # principal components of X that a critic reads, that distances are of

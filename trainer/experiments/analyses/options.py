@@ -1,6 +1,5 @@
 """What every analysis may be asked with."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,6 @@ from typing import Any
 from trainer.errors import RunError
 from trainer.runs.run_folder import RunFolder
 
-Notify = Callable[[str], None]
 TASK_TITLES = {"src": "Search", "rec": "Recommendation"}  # in the order of the paper's tables
 
 

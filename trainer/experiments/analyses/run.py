@@ -9,8 +9,9 @@ from typing import Any
 
 from trainer.analysis.pages import Section, write_page
 from trainer.errors import ConfigError, DataError
-from trainer.experiments.analyses.options import Notify, Options
+from trainer.experiments.analyses.options import Options
 from trainer.runtime.files import atomic
+from trainer.runtime.progress import Notify
 
 # what → what it is read for, in the order of a report
 ANALYSES = {

@@ -8,7 +8,8 @@ from typing import Any
 from trainer.analysis.drawing import Curve, curves_with_intervals, write_figure
 from trainer.analysis.pages import Picture, Section, Table, Text
 from trainer.analysis.separability import separability
-from trainer.experiments.analyses.options import Notify, Options
+from trainer.experiments.analyses.options import Options
+from trainer.runtime.progress import Notify
 
 WHAT = "separability"
 WORLDS = {"gaussian": "Gaussian classes, as in the lemma", "skewed": "skewed classes, which it excludes"}

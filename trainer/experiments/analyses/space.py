@@ -29,7 +29,8 @@ from trainer.analysis.space import (
 from trainer.analysis.stored import load_arrays, save_arrays
 from trainer.analysis.vectors import Vectors, load_vectors
 from trainer.errors import DataError, RunError
-from trainer.experiments.analyses.options import Notify, Options, name_of, need_runs, titled
+from trainer.experiments.analyses.options import Options, name_of, need_runs, titled
+from trainer.runtime.progress import Notify
 
 WHAT = "space"
 NAMES = ("search", "recommendation")

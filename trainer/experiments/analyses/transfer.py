@@ -14,7 +14,8 @@ from trainer.errors import RunError
 from trainer.evaluation.summary import metric_title
 from trainer.experiments.analyses.ablations import difference_cells
 from trainer.experiments.analyses.groups import grouped, results, seeds_note
-from trainer.experiments.analyses.options import TASK_TITLES, Notify, Options, need_runs
+from trainer.experiments.analyses.options import TASK_TITLES, Options, need_runs
+from trainer.runtime.progress import Notify
 
 WHAT = "transfer"
 JOINT, ONLY = "both tasks", {"src": "search only", "rec": "recommendation only"}
