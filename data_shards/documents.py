@@ -35,11 +35,11 @@ def parse_json(content: str | bytes, where: str, fix: str = "") -> Any:
         raise DataError(f"{where}: not valid JSON ({reason}).{fix and ' '}{fix}") from error
 
 
-def first_keys(path: Path, lines: int = 1000) -> list[str]:
-    """Keys of the first objects of a file with one JSON object a line, for messages."""
+def first_keys(path: Path) -> list[str]:
+    """Keys of the first 1000 objects of a file with one JSON object a line, for messages."""
     keys: dict[str, None] = {}
     with open(path, encoding="utf-8", errors="replace") as file:
-        for line in itertools.islice(file, lines):
+        for line in itertools.islice(file, 1000):
             try:
                 keys.update(dict.fromkeys(storable(key) for key in json.loads(line)))
             except (ValueError, TypeError, RecursionError):

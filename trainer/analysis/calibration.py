@@ -38,9 +38,7 @@ class Reliability:
     num_pairs: int
 
 
-def reliability(
-    probabilities: ArrayLike, labels: ArrayLike, users: ArrayLike, num_bins: int = NUM_BINS
-) -> Reliability:
+def reliability(probabilities: ArrayLike, labels: ArrayLike, users: ArrayLike) -> Reliability:
     """probabilities, labels (0, 1) and users [n]; bins hold equally many pairs. Equal probabilities stay in
     one bin. Raises DataError for no pairs and for numbers outside 0 … 1."""
     p, y, owners = (np.asarray(values) for values in (probabilities, labels, users))
@@ -51,7 +49,7 @@ def reliability(
         )
     if not ((p >= 0) & (p <= 1)).all():
         raise DataError("probabilities must lie between 0 and 1")
-    bins = tuple(_bin(p[rows], y[rows], owners[rows]) for rows in _rows(p, num_bins))
+    bins = tuple(_bin(p[rows], y[rows], owners[rows]) for rows in _rows(p, NUM_BINS))
     distances = [abs(found.probability - found.share) * found.num_pairs for found in bins]
     return Reliability(
         bins=bins,

@@ -29,6 +29,7 @@ from trainer.runtime.progress import StageProgress
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 # KuaiSAR; other sizes are in proportion to it
 ROWS, USERS, ITEMS, DAYS, ROWS_PER_DAY = 19_664_885, 25_877, 6_890_707, 19, 40
+BATCH_SIZE = 256  # events, of the loader
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,6 @@ def bench_data(
     seconds: float = 5.0,
     threads: int = 2,
     memory_limit: str = "1000MB",
-    batch_size: int = 256,
     folder: Path | None = None,
     progress: StageProgress | None = None,
 ) -> dict[str, Any]:
@@ -107,12 +107,12 @@ def bench_data(
         scaling = []
         for wanted in rows:
             prepared = _prepare(work, wanted, turns, threads, memory_limit, progress)
-            stream = _program("stream_loader.py", work / "prepared", seconds, batch_size)
+            stream = _program("stream_loader.py", work / "prepared", seconds)
             scaling.append(
                 prepared | {"loader_examples_per_s_per_core": round(stream["examples"] / stream["cpu_s"])}
             )
             scaling[-1]["loader_rss_bytes"] = stream["rss_bytes"]
-        loader = _loader(work / "prepared", turns, seconds, batch_size, progress)
+        loader = _loader(work / "prepared", turns, seconds, progress)
     finally:
         if folder is None:
             shutil.rmtree(work, ignore_errors=True)
@@ -129,7 +129,7 @@ def bench_data(
             "loader_cpu_s": seconds,
             "threads": threads,
             "memory_limit": memory_limit,
-            "batch_size": batch_size,
+            "batch_size": BATCH_SIZE,
         },
         "hardware": hardware(),
         "commit": git_commit(),
@@ -204,9 +204,7 @@ def _prepare(
     }
 
 
-def _loader(
-    prepared: Path, turns: int, seconds: float, batch_size: int, progress: StageProgress
-) -> dict[str, Any]:
+def _loader(prepared: Path, turns: int, seconds: float, progress: StageProgress) -> dict[str, Any]:
     """The training stream and the per-example collator, alternately. Rates are examples per second of CPU
     time: per core, whatever else runs."""
     rates: list[tuple[float, float]] = []
@@ -214,8 +212,7 @@ def _loader(
     for turn in range(turns):
         progress("loader", 2 * turn, 2 * turns)
         ours, theirs = (
-            _program(name, prepared, seconds, batch_size)
-            for name in ("stream_loader.py", "per_example_collator.py")
+            _program(name, prepared, seconds) for name in ("stream_loader.py", "per_example_collator.py")
         )
         answers.append(ours)
         rates.append((ours["examples"] / ours["cpu_s"], theirs["examples"] / theirs["cpu_s"]))
@@ -229,10 +226,10 @@ def _loader(
     }
 
 
-def _program(name: str, prepared: Path, seconds: float, batch_size: int) -> dict[str, Any]:
+def _program(name: str, prepared: Path, seconds: float) -> dict[str, Any]:
     """What a program of benchmarks/ that makes batches of `prepared` for some CPU seconds says."""
     return measure(
-        [sys.executable, str(BENCHMARKS / name), str(prepared), str(seconds), str(batch_size)], threads=1
+        [sys.executable, str(BENCHMARKS / name), str(prepared), str(seconds), str(BATCH_SIZE)], threads=1
     ).answer
 
 

@@ -36,8 +36,8 @@ def read_optimum(folder: PreparedFolder) -> dict[str, Any]:
     return found if found.get("split_fingerprint") == folder.manifest.fingerprint else {}
 
 
-def optimum_report(folder: PreparedFolder, raw: str | Path, split: str = "test") -> dict[str, Any]:
-    """{"split": …, "split_fingerprint": …, "rec": {"ndcg@10": …}, "src": {…}}, as in evaluation-SPLIT.json.
+def optimum_report(folder: PreparedFolder, raw: str | Path) -> dict[str, Any]:
+    """{"split", "split_fingerprint", "rec": {"ndcg@10": …}, "src": {…}}, as in evaluation-test.json.
 
     raw: the logs that `gensr simulate` wrote and the folder was prepared from. Raises DataError when they are
     others.
@@ -50,5 +50,5 @@ def optimum_report(folder: PreparedFolder, raw: str | Path, split: str = "test")
         return torch.from_numpy(scores)
 
     data = DataConfig(history_max=folder.manifest.history_max)
-    ranks = rank_events(score, EvalStream(folder, split, data, BASELINE_BATCH))
-    return {"split": split, "split_fingerprint": folder.manifest.fingerprint, **task_reports(ranks)}
+    ranks = rank_events(score, EvalStream(folder, "test", data, BASELINE_BATCH))
+    return {"split": "test", "split_fingerprint": folder.manifest.fingerprint, **task_reports(ranks)}

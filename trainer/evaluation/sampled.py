@@ -54,9 +54,7 @@ STORED = {"sampled": "stored", "hard": "hard"}  # candidates of the protocol →
 # ---- the report --------------------------------------------------------------------------------------------
 
 
-def task_reports(
-    ranks: EventRanks, seed: int = BOOTSTRAP_SEED, num_beams: int | None = None
-) -> dict[str, dict[str, Any]]:
+def task_reports(ranks: EventRanks, num_beams: int | None = None) -> dict[str, dict[str, Any]]:
     """{"rec": {"recall@5": …, "ci95": {…}, …}, "src": {…}}: the tasks that have events. num_beams: of a model
     that decodes (Ranker.beams); each task has share_reached then, of the candidates that some beam spells, on
     average over events."""
@@ -65,7 +63,7 @@ def task_reports(
         chosen = ranks.of_task(task)
         if len(chosen.rank):
             reports[name] = summarise(
-                torch.from_numpy(chosen.rank), torch.from_numpy(chosen.num_tied), chosen.user, seed
+                torch.from_numpy(chosen.rank), torch.from_numpy(chosen.num_tied), chosen.user, BOOTSTRAP_SEED
             )
             reports[name]["num_nan_scores"] = int(chosen.num_nan.sum())
             if num_beams is not None:

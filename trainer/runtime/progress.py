@@ -29,9 +29,9 @@ StageProgress = Callable[[str, int, int], None]
 """(stage, done, in all), as StageLines takes them."""
 
 
-def is_terminal(stream: TextIO | None = None) -> bool:
+def is_terminal() -> bool:
     """Whether a person watches; GENSR_NO_BAR=1 says no."""
-    return (stream or sys.stderr).isatty() and not os.environ.get("GENSR_NO_BAR")
+    return sys.stderr.isatty() and not os.environ.get("GENSR_NO_BAR")
 
 
 # ---- a bar in place ----------------------------------------------------------------------------------------
@@ -171,8 +171,8 @@ class StageLines:
     """Callable as progress(stage, done, total); total = 0 where it is not known. A stage that lasts
     speaks."""
 
-    def __init__(self, stream: TextIO | None = None, every_s: float = EVERY_S, enabled: bool = True) -> None:
-        self._stream, self._every_s, self._enabled = stream, every_s, enabled
+    def __init__(self, enabled: bool = True) -> None:
+        self._enabled = enabled
         self._stage = ""
         self._started_s = self._spoke_s = time.monotonic()
 
@@ -181,11 +181,10 @@ class StageLines:
         if stage != self._stage:
             self._stage, self._started_s = stage, now
         lasts = now - self._started_s >= LASTS_S  # shorter ones, such as epochs, are not worth a line each
-        if self._enabled and lasts and now - self._spoke_s >= self._every_s:
+        if self._enabled and lasts and now - self._spoke_s >= EVERY_S:
             self._spoke_s = now
-            stream = self._stream or sys.stderr
-            stream.write(stage_line(stage, done, total, now - self._started_s) + "\n")
-            stream.flush()
+            sys.stderr.write(stage_line(stage, done, total, now - self._started_s) + "\n")
+            sys.stderr.flush()
 
 
 def stage_line(stage: str, done: int, total: int, seconds: float) -> str:

@@ -80,12 +80,11 @@ def build_index(
     vectors: Vectors,
     num_items: int,
     width: int,
-    seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Index | None:
     """An index of all items that have a vector, made chunk by chunk; None when no item has one. Recall is
     measured against exact search on the way."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     sample = vectors(np.sort(rng.choice(num_items, min(num_items, TRAINING_VECTORS), replace=False)))
     sample = sample[sample.any(1)]
     if len(sample) == 0:

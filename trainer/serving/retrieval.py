@@ -12,6 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from trainer.models.contract import PreRanking, Ranker, View
 from trainer.runs.run_folder import RunFolder, read_json
 from trainer.runs.weights import document_path
 from trainer.runtime.files import atomic, file_sha256, writing
-from trainer.runtime.progress import Notify, StageProgress, report
+from trainer.runtime.progress import Notify, report
 from trainer.serving.index import TRAINING_VECTORS, Index, build_index, plan_index, unit
 
 FORMAT = 1
@@ -204,34 +205,25 @@ def mean_vector(model: Ranker, view: View) -> Tensor:
 # ---- building, keeping, loading ----------------------------------------------------------------------------
 
 
-def build_retrieval(
-    model: Ranker, notify: Notify = silent, progress: StageProgress = report
-) -> Retrieval | None:
+def build_retrieval(model: Ranker, notify: Notify = silent) -> Retrieval | None:
     """An index for each view; None for a model without views. The memory that each needs is said before it is
     built, its recall afterwards."""
     views = model.views()
     if not views:
         return None
     means = {name: mean_vector(model, view) for name, view in views.items()}
-    indexes = {name: _build(model, name, view, means[name], notify, progress) for name, view in views.items()}
+    indexes = {name: _build(model, name, view, means[name], notify) for name, view in views.items()}
     return Retrieval(views, means, indexes, model.tables.num_items, model.pre_ranking())
 
 
-def _build(
-    model: Ranker,
-    name: str,
-    view: View,
-    mean: Tensor,
-    notify: Notify,
-    progress: StageProgress,
-) -> Index | None:
+def _build(model: Ranker, name: str, view: View, mean: Tensor, notify: Notify) -> Index | None:
     num_items = model.tables.num_items
     notify(plan_index(num_items, view.width).line(name, num_items, view.width))
     index = build_index(
         lambda rows: unit_vectors(model, view, mean, rows),
         num_items,
         view.width,
-        progress=lambda done, total: progress(f"index {name}", done, total),
+        progress=partial(report, f"index {name}"),
     )
     if index is None:
         notify(f"index {name}: no item has a vector, left out")
