@@ -196,9 +196,7 @@ class Recommender:
             history = self.users.history(request["user_id"], self.scorer.item_ids, where)
             parsed = self._parse({**request, "user_id": None, "history": history}, where)
             return replace(parsed, user=self.users.row(request["user_id"], where))
-        if is_absent(request.get("candidates")):
-            return self.scorer.parse(request, where, needs_candidates=False)
-        return self.scorer.parse(request, where)
+        return self.scorer.parse(request, where, needs_candidates=not is_absent(request.get("candidates")))
 
     def _retrieved(self, parsed: ParsedRequest, request: Mapping[str, Any], where: str) -> ParsedRequest:
         """The request with candidates from the whole catalogue."""
@@ -301,10 +299,8 @@ class Recommender:
         if isinstance(self.users, str):
             raise RequestError(self.users)
         clicks = self.users.history(user_id, self.scorer.item_ids)
-        items, _ = self.users.rows(user_id)
-        return [
-            {**click, "text": self.text(item)} for click, item in zip(clicks, items.tolist(), strict=True)
-        ]
+        items = self.users.items(user_id).tolist()
+        return [{**click, "text": self.text(item)} for click, item in zip(clicks, items, strict=True)]
 
 
 def _retriever_for(

@@ -79,10 +79,9 @@ class Users:
             )
         return self._row_of[id_text(user_id)]
 
-    def rows(self, user_id: Any, where: str = "user") -> tuple[np.ndarray, np.ndarray]:
-        """The user's clicks, oldest first, as rows of the catalogue and codes of tasks."""
-        clicks = self._clicks_of(self.row(user_id, where))
-        return self._columns[0][clicks], self._columns[1][clicks]
+    def items(self, user_id: Any) -> np.ndarray:
+        """Rows of the items that the user clicked, oldest first."""
+        return self._columns[0][self._clicks_of(self.row(user_id))]
 
     def some(self, count: int) -> list[str]:
         """The first `count` users with at least one click."""

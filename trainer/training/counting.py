@@ -3,6 +3,7 @@ other."""
 
 import json
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -65,7 +66,7 @@ def _write(
     seconds: float,
     machine: str,
 ) -> None:
-    run_dir = runfolder.Path(config.run.dir)
+    run_dir = Path(config.run.dir)
     facts = {**environment_facts(), "parameters": {"total": 0, "trainable": 0}, "devices": machine}
     runfolder.write_facts(config, facts)
     save_model(RunFolder(run_dir).model, model, model.state_dict(), config, folder)

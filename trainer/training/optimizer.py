@@ -1,4 +1,4 @@
-"""AdamW for a GenSR, and its learning rate."""
+"""AdamW for a model, and its learning rate."""
 
 from typing import Any
 
