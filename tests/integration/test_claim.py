@@ -16,7 +16,7 @@ from tests.unit.test_files import small_disk  # noqa: F401 (a fixture)
 from trainer import cli
 from trainer.config import Config
 from trainer.configs import load_config
-from trainer.errors import EnvironmentProblem, RunError
+from trainer.errors import ConfigError, EnvironmentProblem, RunError
 from trainer.experiments.submit import check_folder
 from trainer.runs import weights
 from trainer.runs.folder import holds_run
@@ -109,6 +109,17 @@ def test_a_tracker_that_does_not_start_leaves_no_folder(
 def _create(path: Path, number: int, barrier: Any, answers: Any) -> None:
     barrier.wait()
     answers.put((number, create(path, f"run {number}\n", SECRET_MODE)))
+
+
+def test_a_run_that_does_not_begin_leaves_what_was_there(data: Path, tmp_path: Path) -> None:
+    """--resume auto, as jobs have it, begins in a folder that is not empty, too."""
+    theirs = [tmp_path / name for name in ("metrics.jsonl", "wandb/run-1/run.log", "tensorboard/events")]
+    for path in theirs:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("of another program")
+    with pytest.raises(ConfigError, match="num_heads"):
+        train(config_of(data, tmp_path, "model.num_heads=3"), resume="auto")
+    assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == sorted(theirs)
 
 
 def test_only_one_of_several_creates_a_file(tmp_path: Path) -> None:

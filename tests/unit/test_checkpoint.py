@@ -271,6 +271,22 @@ def test_what_may_change_and_what_not(
         checkpoint.check_identity(found, now)
 
 
+@pytest.mark.parametrize(("model", "key"), [("gensr", "optim.sparse_rows"), ("idgenrec", "model.legal_only")])
+def test_a_checkpoint_of_before_a_setting_was_made_is_continued_as_it_was(
+    writer: CheckpointWriter, model: str, key: str
+) -> None:
+    path = save(writer, 1)
+    document = json.loads((path / "state.json").read_text())
+    now = checkpoint.identity_of(load_config(None, [f"model.name={model}"]), MANIFEST, 1, None, "c")
+    document["identity"] = {**now, "settings": {k: v for k, v in now["settings"].items() if k != key}}
+    (path / "state.json").write_text(json.dumps(document))
+    found = checkpoint.read_checkpoint(path)
+    checkpoint.check_identity(found, now)
+    changed = {**now, "settings": {**now["settings"], key: 7}}
+    with pytest.raises(RunError, match=rf"{key}   was (0|False), is 7 now"):
+        checkpoint.check_identity(found, changed)
+
+
 def test_training_goes_on_while_a_checkpoint_is_written(
     accelerator: Accelerator,
     prepared: tuple[Any, Any],

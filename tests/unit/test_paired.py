@@ -164,6 +164,7 @@ def test_samples_of_the_whole_catalogue_are_compared_on_the_events_of_both(tmp_p
         write_run(tmp_path / "joint", candidates="full"),
         write_run(tmp_path / "rec", 0.5, ("rec",), candidates="full", first_event=100),
         write_run(tmp_path / "apart", 0.5, ("rec",), candidates="full", first_event=1000),
+        write_run(tmp_path / "other", candidates="full", first_event=1000, manifest_hash="def"),
     ]
     for run in runs:
         for ending in ("json", "parquet"):
@@ -173,6 +174,8 @@ def test_samples_of_the_whole_catalogue_are_compared_on_the_events_of_both(tmp_p
     assert list(found) == ["rec"] and found["rec"]["ndcg@10"]["num_events"] == 300
     assert any(line.endswith("(300 events)") for line in compare_lines(comparison))
     with pytest.raises(RunError, match=r"no event was ranked by all.*--candidates full --events 0"):
+        compare(runs[:3], candidates="full")
+    with pytest.raises(RunError, match="different data"):  # no further ranking would help
         compare(runs, candidates="full")
 
 

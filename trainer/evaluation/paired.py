@@ -80,14 +80,7 @@ def read_stored(folder: Path, name: str, where: str) -> StoredRanks:
 def check_same(a: StoredRanks, b: StoredRanks, same_tasks: bool = True) -> None:
     """Raises RunError unless both ranked the same candidates of the same events: prepared folder (manifest
     hash), kind and number of candidates, event ids. same_tasks=False: of the tasks that both have, if any."""
-    for key, meaning in SAME.items():
-        values = [one.protocol.get(key) for one in (a, b)]
-        if values[0] != values[1]:
-            raise RunError(
-                f"{a.where} and {b.where} were evaluated on different {meaning} ({key} "
-                f"{str(values[0])[:12]} and {str(values[1])[:12]}) and cannot be compared. Evaluate one of "
-                "them on the other's prepared folder and candidates"
-            )
+    _check_protocols(a, b)
     tasks = [{task for task in TASKS if (one.task == task).any()} for one in (a, b)]
     shared = tasks[0] & tasks[1]
     if same_tasks and tasks[0] != tasks[1]:
@@ -103,11 +96,24 @@ def check_same(a: StoredRanks, b: StoredRanks, same_tasks: bool = True) -> None:
             )
 
 
+def _check_protocols(a: StoredRanks, b: StoredRanks) -> None:
+    for key, meaning in SAME.items():
+        values = [one.protocol.get(key) for one in (a, b)]
+        if values[0] != values[1]:
+            raise RunError(
+                f"{a.where} and {b.where} were evaluated on different {meaning} ({key} "
+                f"{str(values[0])[:12]} and {str(values[1])[:12]}) and cannot be compared. Evaluate one of "
+                "them on the other's prepared folder and candidates"
+            )
+
+
 def comparable(stored: Sequence[StoredRanks]) -> list[StoredRanks]:
     """The same runs, each two of which can be compared on the tasks that both have. A ranking of the whole
     catalogue counts on the events that all runs of its task ranked: their samples are drawn from the events
     of the tasks that a model does. Raises RunError as check_same()."""
-    if stored and all(one.protocol.get("candidates") == "full" for one in stored):
+    for other in stored[1:]:  # before their events: those of other data need have none in common
+        _check_protocols(stored[0], other)
+    if stored and stored[0].protocol.get("candidates") == "full":
         samples = {task: [one.event_id[one.task == task] for one in stored] for task in TASKS}
         ranked = {task: [events for events in of_task if len(events)] for task, of_task in samples.items()}
         common = {task: reduce(np.intersect1d, of_task) for task, of_task in ranked.items() if of_task}

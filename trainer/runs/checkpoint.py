@@ -29,6 +29,7 @@ from data_shards.checksum import pieces
 from data_shards.schema import Manifest
 from data_shards.settings import flatten, to_dict
 from trainer.config import Config
+from trainer.configs import config_type
 from trainer.errors import RunError
 from trainer.runs.run_folder import RunFolder, read_json
 from trainer.runs.weights_only import check_random_states, no_unpickling
@@ -100,8 +101,6 @@ def fixed_settings(config: Config) -> dict[str, Any]:
         for key, value in flatten(to_dict(config)).items()
         if key not in FREE_KEYS and not key.startswith(("tracking.", "serving."))
     }
-    if not fixed["optim.sparse_rows"]:  # as in checkpoints of before there was the key
-        del fixed["optim.sparse_rows"]
     as_json: dict[str, Any] = json.loads(json.dumps(fixed))
     return as_json
 
@@ -135,11 +134,10 @@ def check_identity(found: Checkpoint, now: dict[str, Any], accepted: str = "") -
     old, new = (
         {meaning: identity[key] for key, meaning in plain.items()} for identity in (found.identity, now)
     )
-    _refuse(
-        _differences(found.identity["settings"], now["settings"]) + _differences(old, new),
-        accepted,
-        found.path,
-    )
+    # a checkpoint of before a setting was made is alike one that leaves it as it is
+    defaults = fixed_settings(config_type(now["settings"]["model.name"])())
+    settings = defaults | found.identity["settings"]
+    _refuse(_differences(settings, now["settings"]) + _differences(old, new), accepted, found.path)
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:

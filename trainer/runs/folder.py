@@ -47,6 +47,7 @@ class Claim:
     folder: Path
     continuing: bool
     finished: bool
+    held: frozenset[str]  # names that were in the folder before
     lock: IO[str] | None  # rank 0's
 
     def close(self) -> None:
@@ -65,12 +66,11 @@ class Claim:
         """A run that failed before its first step leaves the folder as it was, so that the same command can
         be given again."""
         if self.lock is not None and not self.continuing:
-            with contextlib.suppress(
-                OSError
-            ):  # a disk that has become read-only; or it held something before
+            with contextlib.suppress(OSError):  # a disk that is read-only now; or it held something before
                 for path in _made_before_the_first_step(self.folder):
-                    path.unlink(missing_ok=True)
-                for name in FOLDERS_OF_TRACKERS:
+                    if path.name not in self.held:
+                        path.unlink(missing_ok=True)
+                for name in set(FOLDERS_OF_TRACKERS) - self.held:
                     shutil.rmtree(self.folder / name, ignore_errors=True)
                 self.folder.rmdir()
 
@@ -79,17 +79,18 @@ def claim(accelerator: "Accelerator", config: Config, resume: str) -> Claim:
     """Take run.dir for this run, on all ranks. Raises RunError when it holds another run, or one that is
     still going on."""
     lock: list[IO[str]] = []
-    continuing, finished = on_main(accelerator, lambda: _claim(config, resume, lock))
-    return Claim(Path(config.run.dir), continuing, finished, lock[0] if lock else None)
+    continuing, finished, held = on_main(accelerator, lambda: _claim(config, resume, lock))
+    return Claim(Path(config.run.dir), continuing, finished, held, lock[0] if lock else None)
 
 
-def _claim(config: Config, resume: str, lock: list[IO[str]]) -> tuple[bool, bool]:
+def _claim(config: Config, resume: str, lock: list[IO[str]]) -> tuple[bool, bool, frozenset[str]]:
     folder = Path(config.run.dir)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     path = RunFolder(folder).config
     found = holds_run(folder)
-    if resume != "auto" and any(not _is_left_by_a_full_disk(entry) for entry in folder.iterdir()):
+    held = frozenset(entry.name for entry in folder.iterdir() if not _is_left_by_a_full_disk(entry))
+    if resume != "auto" and held:
         standing = RunFolder(folder).standing()
         which = f": {standing}" if standing else ""
         raise RunError(
@@ -106,7 +107,7 @@ def _claim(config: Config, resume: str, lock: list[IO[str]]) -> tuple[bool, bool
     remove_partial(folder)
     written = [*_made_before_the_first_step(folder), RunFolder(folder).status]
     remove_temporaries(folder, *(file.name for file in written))
-    return found, finished
+    return found, finished, held
 
 
 def holds_run(folder: Path) -> bool:
