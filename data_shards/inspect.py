@@ -133,10 +133,9 @@ def count_table(facts: dict[str, Any]) -> list[str]:
         lines += ["", *query_lines(facts["source"], paths)]
     if levels := facts["source"].get("category_levels"):
         found = ", ".join(f"{count:,} of {depth}" for depth, count in levels.items())
-        lines += [
-            "",
-            f"  categories were split at {facts['source']['category_separator']!r}; levels: {found}",
-        ]
+        separator = facts["source"]["category_separator"]
+        split = f"split at {separator!r}" if separator else "not split"
+        lines += ["", f"  categories were {split}; levels: {found}"]
     return lines
 
 

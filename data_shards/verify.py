@@ -6,6 +6,7 @@ later.
 """
 
 import json
+import shlex
 import tarfile
 from pathlib import Path
 
@@ -191,7 +192,7 @@ def _check_cf(folder: Path) -> None:
 
 
 def _again(folder: Path) -> str:
-    return f"Make it again with: gensr cf {folder} overwrite=true"
+    return f"Make it again with: gensr cf {shlex.quote(str(folder))} overwrite=true"
 
 
 def _check_finite(path: Path, name: str, values: np.ndarray) -> None:

@@ -36,9 +36,14 @@ STOP_WORDS = frozenset(
     the their then there these they this to was we will with you your""".split()  # noqa: SIM905
 )
 WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)?")
-# levels are separated by a comma that no space follows: names themselves contain ", "
-PATH_COMMA = re.compile(r",(?!\s)")
-BLANK_COMMA = re.compile(r",\s+")  # in a file where nothing is split by the comma above
+# What separates the levels of a path written as text: the first of these that is anywhere in the file. Names
+# contain ", ", which is therefore the last.
+SEPARATORS = {
+    ",": re.compile(r",(?!\s)"),
+    " > ": re.compile(r"\s+>\s+"),
+    "|": re.compile(r"\s*\|\s*"),
+    ", ": re.compile(r",\s+"),
+}
 ROWS = 50_000
 # Section 6.1.1 of the GenSR paper (arXiv:2504.06714)
 KINDLE = {
@@ -146,7 +151,7 @@ def _item_row(item_id: Any, title: Any, path: list[str], text_order: str) -> dic
 def _read_pair(work: Work, inter_path: Path, item_path: Path, settings: PrepareSettings) -> Tables:
     histories, items = _json_object(inter_path), _json_object(item_path)
     to_id = _id_converter([*histories, *items])
-    levels = Levels(item_path, lambda: (_category_path(fields) for fields in items.values()))
+    levels = Levels(lambda: (_category_path(fields) for fields in items.values()))
     item_rows = []
     for number, (key, fields) in enumerate(items.items(), start=1):
         where = f"{item_path}:row {number} ({key})"
@@ -217,7 +222,7 @@ def _id_converter(keys: list[str]) -> type[int] | type[str]:
 
 def _read_release(work: Work, reviews: Path, meta: Path, settings: PrepareSettings) -> Tables:
     dropped: Counter[str] = Counter()
-    levels = Levels(meta, lambda: (_category_path(record) for _, record in read_records(meta)))
+    levels = Levels(lambda: (_category_path(record) for _, record in read_records(meta)))
     _write_parquet(
         work.folder / "meta.parquet",
         _meta_rows(meta, settings.text_order, dropped, levels),
@@ -284,15 +289,12 @@ def _category_path(record: Any) -> Any:
 class Levels:
     """Splits category paths into levels, counting them.
 
-    A path written as text is split at commas that no space follows, because names themselves contain ", "; in
-    a file where no path has such a comma, at every ", ".
-
-    paths: the raw paths of the whole file, asked for only if a text has ", ".
+    paths: the raw paths of the whole file, asked for only if one is text.
     """
 
-    def __init__(self, file: Path, paths: Callable[[], Iterable[Any]]) -> None:
-        self.file, self.paths = file, paths
-        self.separator: re.Pattern[str] | None = None
+    def __init__(self, paths: Callable[[], Iterable[Any]]) -> None:
+        self.paths = paths
+        self.separator: str | None = None  # of paths written as text; "" when nothing separates
         self.counts: Counter[int] = Counter()
 
     def split(self, path: Any, where: str) -> list[str]:
@@ -300,7 +302,9 @@ class Levels:
         if path is None or path == "":
             levels: list[str] = []
         elif isinstance(path, str):
-            levels = self._separator(path).split(path)
+            if self.separator is None:
+                self.separator = self._find_separator()
+            levels = SEPARATORS[self.separator].split(path) if self.separator else [path]
         elif isinstance(path, list) and all(isinstance(level, str) or level is None for level in path):
             levels = [level for level in path if level is not None]
         else:
@@ -308,18 +312,23 @@ class Levels:
         self.counts[len(levels)] += 1
         return levels
 
-    def _separator(self, path: str) -> re.Pattern[str]:
-        if self.separator is None and ", " in path:
-            split = any(isinstance(other, str) and PATH_COMMA.search(other) for other in self.paths())
-            self.separator = PATH_COMMA if split else BLANK_COMMA
-        return self.separator or PATH_COMMA
+    def _find_separator(self) -> str:
+        first = len(SEPARATORS)
+        for path in self.paths():
+            for rank, separator in enumerate(list(SEPARATORS.values())[:first]):
+                if isinstance(path, str) and separator.search(path):
+                    first = rank
+                    break
+            if not first:
+                break
+        return [*SEPARATORS, ""][first]
 
     def notes(self) -> dict[str, Any]:
         """Facts for the manifest where the unusual rule was used."""
-        if self.separator is not BLANK_COMMA:
+        if self.separator in (None, ","):
             return {}
         return {
-            "category_separator": ", ",
+            "category_separator": self.separator,
             "category_levels": {str(depth): count for depth, count in sorted(self.counts.items())},
         }
 

@@ -40,12 +40,14 @@ def open_file(work: Work, path: Path, required: Sequence[str], optional: Sequenc
     if path.suffix == ".csv":
         header = csv_header(path)
         require_columns(path, header, required)
+        _refuse_respelt(path, header, optional)
         return File(path, csv_scan(path, {}, null_strings=[""]), dict.fromkeys(header, "VARCHAR"))
     if path.suffix == ".jsonl":
         return _open_json(work, path, required, optional)
     scan = parquet_scan(path)
     types = describe(work.con, scan)
     require_columns(path, list(types), required)
+    _refuse_respelt(path, list(types), optional)
     for name in (*required, *optional):
         kind = types.get(name, "")
         if kind.startswith(("STRUCT", "MAP", "UNION")) or (kind.endswith("]") and name not in LISTS):
@@ -74,10 +76,19 @@ def _open_json(work: Work, path: Path, required: Sequence[str], optional: Sequen
         keys = first_keys(path)
         require_columns(path, [*keys, *(name for name in names if held[name] and name not in keys)], missing)
     present = [name for name in names if held[name] or name in required]
+    _refuse_respelt(path, [*present, *first_keys(path)], optional)
     for name in filter(suspect.get, present):
         _refuse_nested(work, path, name)
     gaps = [name for name in optional if 0 < held[name] < total and not _explicit_nulls(work, path, name)]
     return File(path, scan, dict.fromkeys(present, "VARCHAR"), frozenset(gaps))
+
+
+def _refuse_respelt(path: Path, found: Sequence[str], optional: Sequence[str]) -> None:
+    """Raises DataError for an optional column in another spelling: rows without it mean something else."""
+    for name in found:
+        meant = name.strip().lower()
+        if meant in optional and meant not in found:
+            raise DataError(f"{path}: column {name!r} is not read. Name it {meant}, or remove it.")
 
 
 def _begins_nested(name: str) -> str:
@@ -119,7 +130,7 @@ def plain_id(file: File, column: str) -> str:
     if kind in INTEGERS:
         return text
     if kind in EXACT_UP_TO:
-        return f"CASE WHEN NOT isnan({value}) THEN CAST(CAST({value} AS BIGINT) AS VARCHAR) END"
+        return f"CAST(TRY_CAST({value} AS BIGINT) AS VARCHAR)"  # duckdb may cast before it asks a CASE
     if kind == "VARCHAR" and file.path.suffix == ".parquet":
         return f"nullif({text}, '')"
     whole = f"regexp_replace({text}, '^(-?[0-9]+)\\.0+$', '\\1')"

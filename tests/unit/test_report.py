@@ -48,14 +48,14 @@ def test_table_of_metrics() -> None:
 
 
 def test_the_last_screen_says_what_next(tmp_path: Path) -> None:
-    text = "\n".join(
-        last_screen(tmp_path, Progress(step=20, best_step=10, best_metrics=METRICS, train_s=61), 500)
-    )
+    """In words that can be copied: a path may have blanks."""
+    run = tmp_path / "my run"
+    text = "\n".join(last_screen(run, Progress(step=20, best_step=10, best_metrics=METRICS, train_s=61), 500))
     for part in (
         "best step 10 of 20, 0:01:01",
         "500 events, sampled",
-        f"gensr evaluate {tmp_path}",
-        f"gensr register {tmp_path}",
+        f"gensr evaluate '{run}' --split",
+        f"gensr register '{run}' NAME",
     ):
         assert part in text
 

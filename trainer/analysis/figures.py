@@ -2,6 +2,7 @@
 on."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,7 @@ def metric_rows(metrics: dict[str, float]) -> list[str]:
 
 def last_screen(run_dir: str | Path, progress: Progress, num_valid_events: int) -> list[str]:
     """What a finished run says: the best step and its metrics, where things are, what to do next."""
+    place = shlex.quote(str(run_dir))
     return [
         "",
         f"best step {progress.best_step:,} of {progress.step:,}, {clock(progress.train_s)} of training",
@@ -127,6 +129,6 @@ def last_screen(run_dir: str | Path, progress: Progress, num_valid_events: int) 
         *metric_rows(progress.best_metrics),
         f"model     {Path(run_dir) / 'model'}",
         f"pictures  {Path(run_dir) / 'report'}",
-        f"next      gensr evaluate {run_dir} --split test",
-        f"          gensr register {run_dir} NAME",
+        f"next      gensr evaluate {place} --split test",
+        f"          gensr register {place} NAME",
     ]

@@ -275,7 +275,7 @@ def fitting(lines: Iterable[str], indent: int, stream: TextIO | None = None) -> 
     return [part for line in lines for part in wrapped(line, width, indent) or [""]]
 
 
-def quoted(path: Path) -> str:
+def quoted(path: str | Path) -> str:
     """A path as a word of a command to be copied."""
     return shlex.quote(str(path))
 

@@ -84,8 +84,8 @@ def train(
         )
     elif result.status == "finished" and not result.step:  # counted, in one go
         note(
-            f"{result.run_dir}: counted in {result.train_s:.0f} s. Next: gensr evaluate {result.run_dir} "
-            "--split test"
+            f"{result.run_dir}: counted in {result.train_s:.0f} s. Next: gensr evaluate "
+            f"{quoted(result.run_dir)} --split test"
         )
     if result.exit_code:
         raise typer.Exit(result.exit_code)

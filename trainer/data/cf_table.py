@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shlex
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,19 +167,20 @@ def load_cf(folder: str | Path, manifest: Manifest, users: bool = True, folds: b
                 gensr_version=metadata["gensr_version"],
             )
     except (SafetensorError, KeyError, ValueError, OSError) as error:
-        raise DataError(
-            f"{path} cannot be read: {error}. Make it again with: gensr cf {folder} overwrite=true"
-        ) from error
+        raise DataError(f"{path} cannot be read: {error}. {_again(folder)}") from error
     if len(item) != manifest.num_items or (users and len(table.user) != manifest.num_users):
         raise DataError(
-            f"{path} holds {len(item)} items, the manifest says {manifest.num_items}. Make it again with: "
-            f"gensr cf {folder} overwrite=true"
+            f"{path} holds {len(item)} items, the manifest says {manifest.num_items}. {_again(folder)}"
         )
     return table
 
 
+def _again(folder: str | Path) -> str:
+    return f"Make it again with: gensr cf {shlex.quote(str(folder))} overwrite=true"
+
+
 def _check_metadata(path: Path, metadata: dict[str, str], manifest: Manifest, folder: str | Path) -> None:
-    again = f"Make it again with: gensr cf {folder} overwrite=true"
+    again = _again(folder)
     if metadata.get("format") != CF_FORMAT:
         raise DataError(
             f"{path} has format {metadata.get('format')!r}, this gensr reads {CF_FORMAT!r}. {again}"

@@ -1,6 +1,7 @@
 """Validation and test events → batches with their stored candidates."""
 
 import copy
+import shlex
 from collections.abc import Iterator
 
 import numpy as np
@@ -65,7 +66,7 @@ class EvalStream:
         if not self.num_events:
             raise DataError(
                 f"{folder.name}: the {split} split has no events of {_named(tasks)}. "
-                f"Look at it with: gensr inspect {folder.name}"
+                f"Look at it with: gensr inspect {shlex.quote(folder.name)}"
             )
         if 0 < max_events < self.num_events:
             sample = np.sort(np.argsort(mix64(self.column("event_id"), 31), kind="stable")[:max_events])

@@ -4,6 +4,7 @@ once on a node, and again only after it has changed: CACHE/verified/ remembers s
 import contextlib
 import hashlib
 import json
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -49,9 +50,8 @@ def _state(path: Path) -> tuple[int, int]:
 
 def _check(folder: Path, name: str, num_bytes: int, sha256: str, fix: str) -> list[object]:
     path, again = folder / name, "Restore the file, or make it again"
-    fix = fix or (
-        f"{again}: gensr cf {folder} overwrite=true" if name.startswith("cf/") else f"{again}: gensr prepare"
-    )
+    cf = f"gensr cf {shlex.quote(str(folder))} overwrite=true"
+    fix = fix or f"{again}: {cf if name.startswith('cf/') else 'gensr prepare'}"
     state = _state(path)  # before it is read: what is written meanwhile is looked at again
     if state[0] < 0:
         raise DataError(f"{path}: missing. {fix}")

@@ -185,7 +185,8 @@ def refuse_other_retriever(run_dir: Path, facts: dict[str, Any]) -> None:
         return
     then, now = retriever_of(evaluation["protocol"]), retriever_of(facts)
     if then.get("weights_sha256") != now.get("weights_sha256"):
-        again = f"gensr evaluate {run_dir} --candidates full --retriever {shlex.quote(now.get('run', ''))}"
+        run, retriever = shlex.quote(str(run_dir)), shlex.quote(now.get("run", ""))
+        again = f"gensr evaluate {run} --candidates full --retriever {retriever}"
         raise RunError(
             f"{RunFolder(run_dir).evaluation('test-full')} was made with the retriever "
             f"{retriever_words(then) or 'none'}, and the version would have "

@@ -9,6 +9,7 @@ model/  model.safetensors  model.json (name, settings, what it was trained on)  
 import dataclasses
 import json
 import os
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,8 @@ def learnable_tasks(kind: type[Ranker], folder: PreparedFolder) -> tuple[int, ..
     if not tasks:
         raise DataError(
             f"{folder.name}: no training events of {' and '.join(TASKS[task] for task in kind.tasks)}, the "
-            f"task of {kind.title or kind.__name__}. Look at it with: gensr inspect {folder.name}"
+            f"task of {kind.title or kind.__name__}. Look at it with: gensr inspect "
+            f"{shlex.quote(folder.name)}"
         )
     return tasks
 
@@ -141,7 +143,8 @@ def read_model_document(path: str | Path) -> dict[str, Any]:
         run = RunFolder(path.parent)
         standing = run.standing()
         fix = (
-            f"{standing[0].upper()}{standing[1:]}. Continue it with: gensr train {run.config} --resume auto"
+            f"{standing[0].upper()}{standing[1:]}. Continue it with: gensr train "
+            f"{shlex.quote(str(run.config))} --resume auto"
             if standing and run.config.is_file()
             else "Train one with: gensr train"
         )

@@ -5,6 +5,7 @@ FOLDER/model  items  retrieval      what a registered version holds of it, in ar
                                     version's own, with "retriever" in items/serving.json
 """
 
+import shlex
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -185,8 +186,8 @@ def _check_run(run: RunFolder, model_dir: Path, tasks: Sequence[str]) -> None:
     status = run.read_status().get("status")
     if status not in (None, "finished"):  # None: an older run does not say
         raise RunError(
-            f"{where} is not finished (it {words_of(status)}). Continue it with: gensr train {run.config} "
-            "--resume auto"
+            f"{where} is not finished (it {words_of(status)}). Continue it with: gensr train "
+            f"{shlex.quote(str(run.config))} --resume auto"
         )
     if model_identity(run.model) == model_identity(model_dir):
         raise ConfigError(f"{where} is the model itself. Give the run of another one, or leave it out")

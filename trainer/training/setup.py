@@ -2,6 +2,7 @@
 has them."""
 
 import copy
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -216,7 +217,7 @@ def training_holdout(config: Config, cf: CfTable) -> str:
         return "none"
     raise ConfigError(
         f"model.cf_holdout={wanted}, but the folder's table was made with cf.holdout={cf.holdout}. "
-        f"Make it again: gensr cf {config.data.dir} cf.holdout={wanted} overwrite=true"
+        f"Make it again: gensr cf {shlex.quote(config.data.dir)} cf.holdout={wanted} overwrite=true"
     )
 
 

@@ -13,7 +13,7 @@ from data_shards.documents import storable
 from data_shards.errors import DataError
 from data_shards.inspect import count_table
 from data_shards.prepare import prepare
-from data_shards.sources.amazon import PATH_COMMA, category_query, item_text
+from data_shards.sources.amazon import SEPARATORS, category_query, item_text
 from tests.unit.data_shards.test_categories import paths_by_item
 from tests.unit.data_shards.test_reference import read_back
 
@@ -48,7 +48,7 @@ def test_a_query_is_the_words_of_the_path_once_without_stop_words() -> None:
     )
     assert category_query(["Men's Books", "Self-Help"]) == "men's books self help"
     assert category_query([]) == ""
-    assert PATH_COMMA.split("Tools,Nuts, Bolts,Wing Nuts") == ["Tools", "Nuts, Bolts", "Wing Nuts"]
+    assert SEPARATORS[","].split("Tools,Nuts, Bolts,Wing Nuts") == ["Tools", "Nuts, Bolts", "Wing Nuts"]
 
 
 def test_the_text_is_the_path_below_the_root_and_the_title() -> None:
@@ -204,18 +204,28 @@ def categories_of(out: Path) -> list[Any]:
 
 
 @pytest.mark.parametrize(
-    ("categories", "expected"),
+    ("categories", "expected", "note"),
     [
         (
             [*["Office, Paper, Copy"] * 3, "Office, Pens", None],
             [*["Office > Paper > Copy"] * 3, "Office > Pens", None],
+            "split at ', '; levels: 1 of 0, 1 of 2, 3 of 3",
         ),
-        (["Tools,Nuts, Bolts"] * 4 + ["Nuts, Bolts"], ["Tools > Nuts, Bolts"] * 4 + ["Nuts, Bolts"]),
-        ([["Office", "Paper, Thin"]] * 4 + [[]], ["Office > Paper, Thin"] * 4 + [None]),
-        ([None, "", [None], "A", ["A"]], [None, None, None, "A", "A"]),
+        (["Tools,Nuts, Bolts"] * 4 + ["Nuts, Bolts"], ["Tools > Nuts, Bolts"] * 4 + ["Nuts, Bolts"], ""),
+        (
+            [*["Nuts, Bolts"], *["Tools > Nuts, Bolts"] * 4],
+            [*["Nuts, Bolts"], *["Tools > Nuts, Bolts"] * 4],
+            "split at ' > '; levels: 1 of 1, 4 of 2",
+        ),
+        (["Tools|Nuts, Bolts"] * 5, ["Tools > Nuts, Bolts"] * 5, "split at '|'; levels: 5 of 2"),
+        (["Tools;Nuts"] * 5, ["Tools;Nuts"] * 5, "not split; levels: 5 of 1"),
+        ([["Office", "Paper, Thin"]] * 4 + [[]], ["Office > Paper, Thin"] * 4 + [None], ""),
+        ([None, "", [None], "A", ["A"]], [None, None, None, "A", "A"], "not split; levels: 3 of 0, 2 of 1"),
     ],
 )  # fmt: skip
-def test_category_paths_of_a_pair(tmp_path: Path, categories: list[Any], expected: list[Any]) -> None:
+def test_category_paths_of_a_pair(
+    tmp_path: Path, categories: list[Any], expected: list[Any], note: str
+) -> None:
     manifest = prepare(
         "amazon",
         write_pair(tmp_path / "raw", categories),
@@ -223,12 +233,9 @@ def test_category_paths_of_a_pair(tmp_path: Path, categories: list[Any], expecte
         ["num_negatives=1", "vocab_size=300"],
     )
     assert categories_of(tmp_path / "out") == expected
-    blank = categories[0] == "Office, Paper, Copy"
-    assert manifest.raw["source"].get("category_levels") == ({"0": 1, "2": 1, "3": 3} if blank else None)
-    assert (
-        any("split at ', '; levels: 1 of 0, 1 of 2, 3 of 3" in line for line in count_table(manifest.raw))
-        == blank
-    )
+    said = [line for line in count_table(manifest.raw) if "categories were" in line]
+    assert said == ([f"  categories were {note}"] if note else [])
+    assert ("category_levels" in manifest.raw["source"]) == bool(note)
 
 
 @pytest.mark.parametrize("wrong", [7, {"a": 1}, [1, 2], True, [["a"], "b"]])

@@ -128,6 +128,25 @@ def test_columns_that_differ_in_case_only_are_named(raw: Path) -> None:
     refused(raw, r"events\.csv: column time is there 2 times \(time, Time\)\. Rename")
 
 
+@pytest.mark.parametrize("name", ["Clicked", "TASK"])
+def test_an_optional_column_in_another_spelling_is_not_dropped(raw: Path, name: str) -> None:
+    spelt = name.lower()
+    change_lines(
+        raw / "events.jsonl", lambda _, row: {key: row[key] for key in row if key != spelt} | {name: 1}
+    )
+    fix = rf"column {name!r} is not read\. Name it {spelt}"
+    refused(raw, r"events\.jsonl: " + fix)
+    (raw / "events.jsonl").unlink()
+    (raw / "events.csv").write_text(f"user_id,item_id,time,{name}\nu1,i1,1700000000000,1\n")
+    refused(raw, r"events\.csv: " + fix)
+    (raw / "events.csv").unlink()
+    pq.write_table(
+        pa.table({"user_id": ["u1"], "item_id": ["i1"], "time": [1700000000000], name: [1]}),
+        raw / "events.parquet",
+    )
+    refused(raw, r"events\.parquet: " + fix)
+
+
 def test_a_csv_row_with_too_few_columns_is_named(raw: Path) -> None:
     (raw / "events.jsonl").unlink()
     (raw / "events.csv").write_text("user_id,item_id,time\nu1,i1,1700000000000\nu1,i2\n")

@@ -256,6 +256,18 @@ def test_ids_in_floating_point_columns(
         prepare("tables", raw, tmp_path / "out", FAST)
 
 
+@pytest.mark.parametrize("kind", [pa.float64(), pa.float32()])
+def test_an_id_that_is_not_a_number_is_no_id(world: Path, tmp_path: Path, kind: pa.DataType) -> None:
+    """A join or pandas makes floats of integers, and NaN of what is absent."""
+    raw = as_parquet(
+        world, tmp_path, "user_id", lambda ids: pa.array([n or float("nan") for n in numbered(ids)], kind)
+    )
+    dropped = prepare("tables", raw, tmp_path / "out", FAST).raw["dropped"]
+    assert dropped["no user_id"] > 0
+    found = pq.read_table(tmp_path / "out" / "catalog" / "users.parquet")["user_id"].to_pylist()
+    assert sorted(found) == list(range(1, 12))
+
+
 @pytest.mark.parametrize(
     ("ids", "message"),
     [
