@@ -68,7 +68,7 @@ def learnable_tasks(kind: type[Ranker], folder: PreparedFolder) -> tuple[int, ..
     if not tasks:
         raise DataError(
             f"{folder.name}: no training events of {' and '.join(TASKS[task] for task in kind.tasks)}, the "
-            f"task of {kind.title or kind.__name__}. Look at it with: gensr inspect {folder.name}"
+            f"task of {kind.title}. Look at it with: gensr inspect {folder.name}"
         )
     return tasks
 
