@@ -94,6 +94,13 @@ def test_it_says_what_it_is(name: str, texts: PreparedFolder) -> None:
     ), "a dry run counts what is built"
 
 
+def test_a_model_without_a_title_is_called_by_its_class() -> None:
+    class Untitled(model_class("popularity")):  # type: ignore[misc]
+        pass
+
+    assert Untitled.title == "Untitled"
+
+
 # ---- loss --------------------------------------------------------------------------------------------------
 
 

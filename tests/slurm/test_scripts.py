@@ -35,6 +35,12 @@ def test_shellcheck_has_nothing_to_say() -> None:
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_what_is_requeued_keeps_the_log_of_the_attempt_before(script: Path) -> None:
+    text = script.read_text()
+    assert "#SBATCH --requeue\n" not in text or "#SBATCH --open-mode=append\n" in text
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_a_controller_accepts_every_script(slurm: cluster.Slurm, script: Path) -> None:
     slurm.run(["sbatch", "--test-only", str(script), "x", "y", "z"])  # raises when it is refused
 

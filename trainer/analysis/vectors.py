@@ -119,8 +119,7 @@ def _rows(model: Ranker, batch: Batch, label: int) -> tuple[dict[str, NDArray[An
     if not shown:
         if not seen:
             raise DataError(
-                f"{model.title or type(model).__name__} has no layer between an event and its score: there "
-                "is nothing to look at"
+                f"{model.title} has no layer between an event and its score: there is nothing to look at"
             )
         (recorded, hidden_BD), *_ = seen.items()
         shown = dict.fromkeys(KINDS, hidden_BD)

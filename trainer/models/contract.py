@@ -126,7 +126,7 @@ class Ranker(nn.Module):
     """
 
     Settings: ClassVar[type[ModelSettings]]
-    title: ClassVar[str] = ""  # how tables call it
+    title: ClassVar[str] = ""  # how tables call it; "": by the class's name
     tasks: ClassVar[tuple[int, ...]] = (REC, SRC)  # stream, validation and reports follow it
     # of: cf, cf_users, item_text, history_queries, users, item_category, texts
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -134,6 +134,9 @@ class Ranker(nn.Module):
     trained: ClassVar[bool] = True  # False: fit() is all there is to learn, no step is made
     # True: the loss compares events of a batch with each other (in-batch negatives, batch statistics)
     in_batch: ClassVar[bool] = False
+
+    def __init_subclass__(cls) -> None:
+        cls.title = vars(cls).get("title") or cls.__name__
 
     def __init__(self, settings: ModelSettings, world: World) -> None:
         super().__init__()

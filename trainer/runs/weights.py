@@ -69,8 +69,7 @@ def learnable_tasks(kind: type[Ranker], folder: PreparedFolder) -> tuple[int, ..
     if not tasks:
         raise DataError(
             f"{folder.name}: no training events of {' and '.join(TASKS[task] for task in kind.tasks)}, the "
-            f"task of {kind.title or kind.__name__}. Look at it with: gensr inspect "
-            f"{shlex.quote(folder.name)}"
+            f"task of {kind.title}. Look at it with: gensr inspect {shlex.quote(folder.name)}"
         )
     return tasks
 

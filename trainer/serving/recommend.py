@@ -271,7 +271,7 @@ class Recommender:
     @property
     def title(self) -> str:
         """How tables call the model."""
-        return self.scorer.model.title or type(self.scorer.model).__name__
+        return self.scorer.model.title
 
     @property
     def tasks(self) -> tuple[str, ...]:

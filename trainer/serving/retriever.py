@@ -67,7 +67,7 @@ class Retriever:
         facts = {
             "run": str(run_dir),
             "model": scorer.model.settings.name,
-            "title": scorer.model.title or scorer.model.settings.name,
+            "title": scorer.model.title,
             "tasks": list(task_names(scorer.model)),
             "weights_sha256": file_sha256(RunFolder(run_dir).model / "model.safetensors"),
         }

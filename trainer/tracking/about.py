@@ -36,7 +36,7 @@ def source_name(command: str) -> str:
 def described(config: Config, manifest: Manifest | None) -> str:
     """A run in two lines of Markdown."""
     kind = model_class(config.model.name)
-    lines = [f"**{kind.title or kind.__name__}**: {config.model.describe()}"]
+    lines = [f"**{kind.title}**: {config.model.describe()}"]
     if manifest is not None:
         counts = manifest.raw.get("counts", {})
         sizes = [f"{counts[name]:,} {name}" for name in ("users", "items", "queries") if name in counts]

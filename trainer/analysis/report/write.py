@@ -22,7 +22,7 @@ def write_report(run_dir: str | Path, num_events: int = 200) -> Path:
     config = run.read_config()
     records = read_records(run_dir) if run.metrics.is_file() else []
     run.report.mkdir(parents=True, exist_ok=True)
-    title = model_class(config.model.name).title or config.model.name
+    title = model_class(config.model.name).title
     found = [*sections.results(run), *sections.training(run, records), *sections.segments(run)]
     if num_events:
         try:

@@ -25,7 +25,7 @@ def name_of(run_dir: Any) -> dict[str, Any]:
 
     config = RunFolder(run_dir).read_config()
     model = config.model.name
-    title = model_class(model).title or model
+    title = model_class(model).title
     return {"run": str(run_dir), "model": model, "title": title, "seed": config.run.seed}
 
 
