@@ -338,6 +338,15 @@ def test_every_recipe_fits_its_systems() -> None:
             assert config.model.name == model and config.data.negatives == "uniform"
 
 
+@pytest.mark.parametrize(("model", "published", "own"), [("gru4rec", 1e-3, 5e-3)])
+def test_the_demo_has_its_own_rates_and_presets_the_published(
+    model: str, published: float, own: float
+) -> None:
+    words = recipe_of("demo")["own_settings"][model]
+    assert load_config(model).optim.lr == published
+    assert load_config(model, words).optim.lr == own
+
+
 def test_a_budget_of_arrays_speaks_of_what_a_job_gets(
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
