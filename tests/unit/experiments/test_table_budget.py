@@ -338,6 +338,16 @@ def test_every_recipe_fits_its_systems() -> None:
             assert config.model.name == model and config.data.negatives == "uniform"
 
 
+def test_recipes_for_short_training_leave_presets_as_published() -> None:
+    own = recipe_of("demo")["own_settings"]
+    assert load_config("gru4rec").optim.lr == 1e-3
+    assert load_config("gru4rec", own["gru4rec"]).optim.lr == 5e-3
+    for recipe, dropout, warmup in (("", 0.5, 4000), ("demo", 0.1, 50), ("scientific", 0.1, 50)):
+        words = recipe_of(recipe)["own_settings"]["unifiedssr"] if recipe else ()
+        config = load_config("unifiedssr", words)
+        assert (vars(config.model)["dropout"], config.optim.warmup_steps) == (dropout, warmup)
+
+
 def test_a_budget_of_arrays_speaks_of_what_a_job_gets(
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
