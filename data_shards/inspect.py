@@ -131,8 +131,8 @@ def count_table(facts: dict[str, Any]) -> list[str]:
     shown = [(name, *(f"{row[key]:,}" if key in row else "" for key in names)) for name, row in rows.items()]
     lines = aligned(("", *names), shown)
     for before in facts.get("appended", [])[-1:]:
-        sizes = " and ".join(f"{before[name]:,} {name}" for name in ("users", "items", "queries"))
-        lines += ["", f"  goes on from {before['manifest'][:12]}: its {sizes} keep their numbers"]
+        sizes = ", ".join(f"{before[name]:,} {name}" for name in ("users", "items", "queries"))
+        lines += ["", f"  goes on from {before['manifest'][:12]}: its numbers stay ({sizes})"]
     if paths := facts["source"].get("paths"):
         lines += ["", *query_lines(facts["source"], paths)]
     if levels := facts["source"].get("category_levels"):
