@@ -2,7 +2,7 @@
 table lies in memory as a whole."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from data_shards.append import Base
 from data_shards.categories import CategoryWriter
 from data_shards.errors import DataError
 from data_shards.matrices import MatrixWriter, compact_type
@@ -134,15 +135,22 @@ def mark_train_queries(work: Work, columns: EventColumns, num_queries: int) -> N
 
 
 def write_catalog(
-    work: Work, settings: PrepareSettings, columns: EventColumns, read: dict[str, Any], sizes: dict[str, int]
+    work: Work,
+    settings: PrepareSettings,
+    columns: EventColumns,
+    read: dict[str, Any],
+    sizes: dict[str, int],
+    base: Base | None = None,
 ) -> dict[str, Any]:
     """Stage: catalog/ and tokenizer/ of the tree. `read`: result of the read stage; sizes: num_users,
-    num_items, num_queries."""
+    num_items, num_queries; base: the folder whose words and categories keep their ids."""
     mode = word_mode(settings, read["anonymised"])
     folder = work.tree / "catalog"
     folder.mkdir(parents=True, exist_ok=True)
     mark_train_queries(work, columns, sizes["num_queries"])
-    words = collect_words(work, settings.min_word_count) if mode == "words" else None
+    words = collect_words(work, settings.min_word_count) if mode == "words" and base is None else None
+    if base is not None and base.words is not None:
+        words = Words(base.words)
     if words is not None:
         np.save(folder / "words.npy", words.vocabulary)  # so that queries asked later can be read
     tokenizer = get_tokenizer(settings, training_texts(work, with_queries=mode == "natural"))
@@ -150,14 +158,21 @@ def write_catalog(
     tokenizer_file.parent.mkdir(exist_ok=True)
     tokenizer.save(str(tokenizer_file))
     repeated, categories = _write_items(
-        work, settings, tokenizer, words, mode, read, train_click_counts(columns, sizes["num_items"])
+        work,
+        settings,
+        tokenizer,
+        words,
+        mode,
+        read,
+        train_click_counts(columns, sizes["num_items"]),
+        base.categories if base is not None else (),
     )
     _write_queries(work, settings, tokenizer, words, mode, sizes["num_queries"])
     _write_users(work, folder / "users.parquet")
     return {
         "text": {
             "mode": mode,
-            "tokenizer": (settings.tokenizer and Path(settings.tokenizer).name) or "trained",
+            "tokenizer": tokenizer_name(settings, base),
             "vocab_size": tokenizer.get_vocab_size(),
             "num_words": len(words) if words is not None else 0,
             "item_tokens": settings.item_tokens,
@@ -165,6 +180,12 @@ def write_catalog(
         },
         "repeated_items": repeated, "categories": categories,
     }  # fmt: skip
+
+
+def tokenizer_name(settings: PrepareSettings, base: Base | None) -> str:
+    if base is not None:
+        return str(base.manifest.raw["text"].get("tokenizer", "trained"))
+    return (settings.tokenizer and Path(settings.tokenizer).name) or "trained"
 
 
 def _write_users(work: Work, path: Path) -> None:
@@ -183,6 +204,7 @@ def _write_items(
     mode: str,
     read: dict[str, Any],
     clicks: np.ndarray,
+    known: Sequence[tuple[str, ...]],
 ) -> tuple[int, dict[str, int]]:
     """→ rows left out as repeated, and counts of categories."""
     num_items = clicks.shape[1]
@@ -195,7 +217,7 @@ def _write_items(
         words,
         settings.lowers_texts,
     )
-    categories = CategoryWriter(work.tree / "catalog", num_items, settings.category_levels)
+    categories = CategoryWriter(work.tree / "catalog", num_items, settings.category_levels, known)
     done = repeated = 0
     for batch, extra in item_batches(work, read["duplicate_items"]):
         repeated += extra

@@ -4,6 +4,7 @@ A category is a place in the tree: the names from the root down to it. "Accessor
 "Accessories" below "Cars" are two categories.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,16 +18,27 @@ PATH_MARK = "\x1f"  # ASCII's unit separator, between the names of a path: no na
 SCHEMA = pa.schema([("id", pa.int32()), ("level", pa.int32()), ("name", pa.string()), ("parent", pa.int32())])
 
 
+def read_categories(catalog: Path) -> list[tuple[str, ...]]:
+    """Names from the root down of categories 1, 2, … of catalog/categories.parquet."""
+    table = pq.read_table(catalog / "categories.parquet", columns=["name", "parent"])
+    paths: list[tuple[str, ...]] = [()]
+    for name, parent in zip(table["name"].to_pylist(), table["parent"].to_pylist(), strict=True):
+        paths.append((*paths[parent], name))  # parents come first
+    return paths[1:]
+
+
 class CategoryWriter:
     """Collects the category path of each item, then writes catalog/item_category-*.npy and
     catalog/categories.parquet.
 
-    Ids are 1 … num_categories, by level and then by path, so those of one level follow one another. Neither
-    file is written when no item has a category.
+    Ids are 1 … num_categories: those of `known`, then the others by level and then by path. Neither file is
+    written when no item has a category.
     """
 
-    def __init__(self, folder: Path, num_items: int, max_levels: int) -> None:
-        self.folder, self.max_levels = folder, max_levels
+    def __init__(
+        self, folder: Path, num_items: int, max_levels: int, known: Sequence[tuple[str, ...]] = ()
+    ) -> None:
+        self.folder, self.max_levels, self.known = folder, max_levels, known
         self.numbers = {"": 0}  # of each path as it was written
         self.number_of_item = np.zeros(num_items, np.int32)
         self.filled = 0
@@ -45,9 +57,10 @@ class CategoryWriter:
         assert self.filled == len(self.number_of_item), f"{self.filled} of {len(self.number_of_item)} items"
         paths = [_names(text)[: self.max_levels] for text in self.numbers]
         nodes = {path[:length] for path in paths for length in range(1, len(path) + 1)}
-        in_order = sorted(nodes, key=lambda node: (len(node), node))
+        others = nodes.difference(self.known)
+        in_order = [*self.known, *sorted(others, key=lambda node: (len(node), node))]
         id_of = {node: number for number, node in enumerate(in_order, start=1)}
-        depth = max(map(len, paths))
+        depth = max(map(len, [*paths, *self.known]))
         if depth:
             self._write_matrix(paths, id_of, depth)
             rows = [(id_of[node], len(node) - 1, node[-1], id_of.get(node[:-1], 0)) for node in in_order]

@@ -5,7 +5,7 @@ read from them.
 """
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -98,31 +98,38 @@ def _raise_wrong_values(work: Work, tables: Tables, problems: Iterable[str]) -> 
             raise tables.locate("error: query", found[0][0])
 
 
-def encode_keys(work: Work, settings: PrepareSettings, items: dict[str, str]) -> dict[str, Any]:
+def encode_keys(
+    work: Work, settings: PrepareSettings, items: dict[str, str], known: Mapping[str, int] | None = None
+) -> dict[str, Any]:
     """Stage: original users, items and queries of clicks → codes 0, 1, … in hashed order (tables users_codes,
-    items_codes, queries_codes)."""
+    items_codes, queries_codes). known: how many of each have a code already (tables known_users and so on);
+    the others follow."""
+    known = known or {}
     every_item = (
         f" UNION SELECT item_id FROM {items['scan']} WHERE item_id IS NOT NULL"
         if settings.min_interactions == 0
         else ""
     )
     return {
-        "users": _encode(work, "users", derive_seed(settings.seed, USER_SEED)),
-        "items": _encode(work, "items", derive_seed(settings.seed, ITEM_SEED), every_item),
-        "queries": _encode(work, "queries", derive_seed(settings.seed, QUERY_SEED)),
+        "users": _encode(work, "users", derive_seed(settings.seed, USER_SEED), known),
+        "items": _encode(work, "items", derive_seed(settings.seed, ITEM_SEED), known, every_item),
+        "queries": _encode(work, "queries", derive_seed(settings.seed, QUERY_SEED), known),
     }
 
 
-def _encode(work: Work, name: str, seed: int, more: str = "") -> int:
+def _encode(work: Work, name: str, seed: int, known: Mapping[str, int], more: str = "") -> int:
     """Table {name}_codes (key, code) of the keys of clicks and those that `more` adds. Returns how many there
     are."""
+    first = known.get(name, 0)
+    others = f" WHERE key NOT IN (SELECT key FROM known_{name})" if known else ""
     keys = work.con.sql(
-        f"SELECT key FROM (SELECT key FROM {name}_keys WHERE clicked{more}) ORDER BY key"
+        f"SELECT key FROM (SELECT key FROM {name}_keys WHERE clicked{more}){others} ORDER BY key"
     ).to_arrow_table()
-    work.put_table(
-        f"{name}_codes", keys.append_column("code", pa.array(permutation(keys.num_rows, seed), pa.int32()))
-    )
-    return int(keys.num_rows)
+    codes = first + permutation(keys.num_rows, seed)
+    work.put_table(f"{name}_codes", keys.append_column("code", pa.array(codes, pa.int32())))
+    if known:
+        work.con.execute(f"INSERT INTO {name}_codes SELECT key, code FROM known_{name}")
+    return first + int(keys.num_rows)
 
 
 def sort_clicks(work: Work, total: int) -> dict[str, Any]:

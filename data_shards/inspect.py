@@ -46,7 +46,8 @@ def inspect(out: str | Path) -> dict[str, Any]:
         "counts": raw["counts"],
         "published": raw.get("published", {}),
         "dropped": raw.get("dropped", {}),
-        **({"removed": raw["removed"]} if "removed" in raw else {}),  # older folders have none
+        # older folders have no "removed", and most no "appended"
+        **{key: raw[key] for key in ("removed", "appended") if key in raw},
         "splits": {**raw["split"], **{split: raw["counts"][split] for split in SPLITS}},
         "shards": shards,
         "catalog": {file["name"]: file["num_bytes"] for file in raw["catalog"]},
@@ -129,6 +130,9 @@ def count_table(facts: dict[str, Any]) -> list[str]:
     }
     shown = [(name, *(f"{row[key]:,}" if key in row else "" for key in names)) for name, row in rows.items()]
     lines = aligned(("", *names), shown)
+    for before in facts.get("appended", [])[-1:]:
+        sizes = ", ".join(f"{before[name]:,} {name}" for name in ("users", "items", "queries"))
+        lines += ["", f"  goes on from {before['manifest'][:12]}: its numbers stay ({sizes})"]
     if paths := facts["source"].get("paths"):
         lines += ["", *query_lines(facts["source"], paths)]
     if levels := facts["source"].get("category_levels"):

@@ -105,6 +105,16 @@ class Removed(TypedDict):
     src: NotRequired[int]
 
 
+class Forebear(TypedDict):
+    """A folder that this one goes on from: its identity, and how many rows it has given."""
+
+    manifest: Sha256
+    users: Rows
+    items: Rows
+    queries: Rows
+    categories: Rows
+
+
 class LeakCheck(TypedDict):
     checked: Size
     violations: Size
@@ -128,6 +138,7 @@ class Document(TypedDict):
     removed: NotRequired[list[Removed]]
     published: NotRequired[dict[str, dict[str, Size]]]
     leak_checks: NotRequired[dict[str, LeakCheck]]
+    appended: NotRequired[list[Forebear]]  # oldest first
 
 
 _DOCUMENT = TypeAdapter(Document)

@@ -1,7 +1,7 @@
 """Settings of `gensr prepare`, and what each source changes in them."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
@@ -106,12 +106,15 @@ SOURCE_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
-def load_prepare_settings(source: str, overrides: Sequence[str] = ()) -> PrepareSettings:
-    """Defaults of the source ← overrides. Raises ConfigError with every problem."""
+def load_prepare_settings(
+    source: str, overrides: Sequence[str] = (), own: Mapping[str, Any] | None = None
+) -> PrepareSettings:
+    """Defaults of the source ← `own`, those of another folder ← overrides. Raises ConfigError with every
+    problem."""
     return s.load(
         PrepareSettings,
         overrides=overrides,
-        base=SOURCE_DEFAULTS[source],
+        base={**SOURCE_DEFAULTS[source], **(own or {})},
         keys_command="gensr config keys prepare",
     )
 

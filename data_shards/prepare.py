@@ -13,6 +13,7 @@ import duckdb
 import numpy as np
 
 from data_shards import encode, impressions, stored
+from data_shards.append import Base, appended, open_base
 from data_shards.catalog import name_ids, write_catalog
 from data_shards.checks import check_prepared
 from data_shards.errors import ConfigError, DataError, GensrError
@@ -65,9 +66,13 @@ def prepare(
     out: str | Path,
     overrides: Sequence[str] = (),
     progress: Progress | None = None,
+    append: str | Path = "",
 ) -> Manifest:
     """Raw logs of `source` (kuaisar, amazon, jdsearch, unisar, tables) in `raw` → the prepared folder `out`.
     overrides: "key=value" of PrepareSettings.
+
+    append: a prepared folder that `raw` goes on from. `out` holds the clicks of both, its settings and its
+    numbering (append.py).
 
     An interrupted call leaves `out` as it was; the same call again resumes after the last finished stage (in
     OUT.partial). Raises ConfigError for bad settings, DataError for input that cannot be used or a disk that
@@ -76,7 +81,9 @@ def prepare(
     if source not in SOURCES:
         hint = did_you_mean(source, SOURCES)
         raise ConfigError(f"{source}: no such source.{hint} Sources: {', '.join(SOURCES)}")
-    settings, raw, out = load_prepare_settings(source, overrides), Path(raw), Path(out)
+    raw, out = Path(raw), Path(out)
+    base = open_base(Path(append), source, out) if append else None
+    settings = base.settings(source, overrides) if base else load_prepare_settings(source, overrides)
     if not raw.exists():
         raise DataError(f"{raw}: no such file or folder. RAW holds the raw logs of source {source}.")
     target = out.resolve() if out.is_symlink() else out  # a link stays, and so does the disk it leads to
@@ -88,7 +95,9 @@ def prepare(
         )
     if out.exists() and not (out / "manifest.json").is_file():
         raise DataError(f"{out} exists and is no prepared folder: not replacing it. Choose another folder.")
-    reader = open_source(source, raw, settings)
+    reader = open_source(source, raw, settings, base.manifest.raw["text"]["mode"] if base else "")
+    if base is not None:
+        reader = appended(reader, base)
     _check_stored(settings, reader)
     if settings.split == "time" and not reader.has_clock:
         raise ConfigError(
@@ -97,7 +106,10 @@ def prepare(
         )
     key = hashlib.sha256(
         json.dumps(
-            [PIPELINE_VERSION, source, settings_with_effect(settings), _describe_files(reader)]
+            [
+                *(PIPELINE_VERSION, source, settings_with_effect(settings), _describe_files(reader)),
+                *([base.manifest.hash] if base else []),
+            ]
         ).encode()
     ).hexdigest()
     try:
@@ -109,7 +121,7 @@ def prepare(
             progress or (lambda stage, done, total: None),
         )
         try:
-            _run(work, reader, settings)
+            _run(work, reader, settings, base)
             manifest = read_manifest(work.tree)  # what cannot be read must not replace what can
             work.publish(target)
         except GensrError:  # bad input or settings: nothing here is of use to another attempt
@@ -131,11 +143,14 @@ def prepare(
     return manifest
 
 
-def _run(work: Work, source: Source, settings: PrepareSettings) -> None:
+def _run(work: Work, source: Source, settings: PrepareSettings, base: Base | None) -> None:
     read = work.stage("read", lambda: encode.read_rows(work, source))
-    codes = work.stage("encode", lambda: encode.encode_keys(work, settings, read["items"]))
+    known = base.manifest.raw["counts"] if base else None
+    codes = work.stage("encode", lambda: encode.encode_keys(work, settings, read["items"], known))
     clicks = work.stage("sort", lambda: encode.sort_clicks(work, read["counts"]["clicks"]))
     kept = work.stage("filter", lambda: encode.filter_clicks(work, settings, codes))
+    if base is not None:
+        base.check_kept(work)
     work.stage("names", lambda: name_ids(work, read))
     matched = (
         work.stage("stored", lambda: stored.match_rows(work, read["stored"]))
@@ -146,7 +161,7 @@ def _run(work: Work, source: Source, settings: PrepareSettings) -> None:
     work.stage("histories", lambda: _histories(work, settings, read["stored"]))
     work.stage("impressions", lambda: impressions.attach_shown(work, settings, kept["num_users"]))
     columns = _event_columns(work)
-    catalog = work.stage("catalog", lambda: write_catalog(work, settings, columns, read, kept))
+    catalog = work.stage("catalog", lambda: write_catalog(work, settings, columns, read, kept, base))
     work.close_database()
     if settings.split == "stored":
         work.stage("negatives", lambda: _stored_negatives(work, read["stored"]))
@@ -167,6 +182,9 @@ def _run(work: Work, source: Source, settings: PrepareSettings) -> None:
         manifest["dropped"]["stored row of a click that another row has"] = repeated
     if hard:
         manifest["hard_negatives"] = hard
+    if base is not None:
+        manifest["appended"] = base.lineage
+        manifest["settings"]["tokenizer"] = base.manifest.raw["settings"].get("tokenizer", "")
     write_text_atomic(work.tree / "manifest.json", json.dumps(manifest, indent=1, sort_keys=True) + "\n")
     for folder in (work.tree / "shards", work.tree / "catalog", work.tree):
         sync_folder(folder)

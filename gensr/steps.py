@@ -24,14 +24,15 @@ def prepare(
     out: str | Path,
     *,
     source: str = "tables",
+    append: str | Path = "",
     **settings: Any,
 ) -> "Manifest":
     """Raw logs → the prepared folder `out`: splits, histories, negatives, tokens, shards, leak checks.
 
     raw: a folder, or (events, items) as data frames. events has user_id, item_id, time (integer ms, ISO 8601
     or timestamps), task (rec or src), query and, if not every row is a click, clicked; items has item_id and
-    text. source: tables (these columns), kuaisar, amazon, jdsearch or unisar. settings: `gensr config keys
-    prepare`. Raises GensrError.
+    text. source: tables (these columns), kuaisar, amazon, jdsearch or unisar. append: a prepared folder that
+    the logs go on from. settings: `gensr config keys prepare`. Raises GensrError.
 
     >>> import gensr, pandas as pd
     >>> events = pd.read_json("raw/events.jsonl", lines=True)
@@ -43,7 +44,7 @@ def prepare(
     from data_shards.prepare import prepare as run
 
     if isinstance(raw, str | Path):
-        return run(source, raw, out, overrides_of(settings))
+        return run(source, raw, out, overrides_of(settings), append=append)
     import pandas as pd
     import pyarrow as pa
 
@@ -61,7 +62,7 @@ def prepare(
                 raise DataError(
                     f"{name}: a data frame that parquet cannot hold; give each column one type: {error}"
                 ) from error
-        return run(source, folder, out, overrides_of(settings))
+        return run(source, folder, out, overrides_of(settings), append=append)
 
 
 def cf(data: str | Path, settings: Mapping[str, Any] | None = None) -> Path:

@@ -83,10 +83,13 @@ EARLIEST_MS = 31_536_000_000  # 1971: what lies before is a missing date, or a t
 TOO_EARLY = "time before 1971 (in seconds? it must be ms)"
 LATEST_MS = 4_102_444_800_000  # 2100
 TOO_LATE = "time after 2099 (in microseconds? it must be ms)"
+NOT_IN_ITEMS = "item not in items"  # unless the folder that a log goes on from has it
 SOURCES = tuple(SOURCE_DEFAULTS)
 
 
-def open_source(name: str, raw: Path, settings: PrepareSettings) -> Source:
-    """Find the raw files. Raises DataError when one is missing."""
-    source: Source = import_module(f"data_shards.sources.{name}").open_source(raw, settings)
+def open_source(name: str, raw: Path, settings: PrepareSettings, goes_on: str = "") -> Source:
+    """Find the raw files. goes_on: the text mode of the folder that the log goes on from, if it does (tables
+    need no items' file then). Raises DataError when one is missing."""
+    more = {"goes_on": goes_on} if name == "tables" else {}
+    source: Source = import_module(f"data_shards.sources.{name}").open_source(raw, settings, **more)
     return source

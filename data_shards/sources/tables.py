@@ -14,7 +14,16 @@ from pathlib import Path
 from data_shards.categories import PATH_MARK
 from data_shards.errors import DataError
 from data_shards.options import PrepareSettings
-from data_shards.sources import EARLIEST_MS, LATEST_MS, TOO_EARLY, TOO_LATE, ItemSql, Source, Tables
+from data_shards.sources import (
+    EARLIEST_MS,
+    LATEST_MS,
+    NOT_IN_ITEMS,
+    TOO_EARLY,
+    TOO_LATE,
+    ItemSql,
+    Source,
+    Tables,
+)
 from data_shards.sources.columns import INTEGERS, File, id_type, open_file, plain_id, row_number
 from data_shards.sources.reading import is_words, no_words, words_text
 from data_shards.sql import literal
@@ -25,14 +34,18 @@ EVENT_COLUMNS = ("user_id", "item_id", "time", "task", "query", "clicked")  # th
 OFFSET = r"(:[0-9]{2}(?:\.[0-9]+)?[-+][0-9]{2})([0-9]{2})$"  # +0800: not every version of duckdb reads it
 
 
-def open_source(raw: Path, settings: PrepareSettings) -> Source:
-    events, items = _find(raw, "events"), _find(raw, "items")
-    return Source(name="tables", files=(events, items), read=lambda work: _read(work, events, items))
+def open_source(raw: Path, settings: PrepareSettings, goes_on: str = "") -> Source:
+    """goes_on: the text mode of the folder that this log goes on from. It may then be without new items."""
+    events = _found(raw, "events")[0]
+    items = _found(raw, "items", optional=bool(goes_on))
+    files = (events, *items)
+    return Source(name="tables", files=files, read=lambda work: _read(work, events, items, goes_on))
 
 
-def _find(raw: Path, stem: str) -> Path:
+def _found(raw: Path, stem: str, optional: bool = False) -> list[Path]:
+    """The one file of a table, or none where it is optional."""
     found = [raw / f"{stem}.{suffix}" for suffix in FORMATS if (raw / f"{stem}.{suffix}").is_file()]
-    if not found:
+    if not found and not optional:
         raise DataError(
             f"{raw}: no {stem}.parquet, {stem}.csv or {stem}.jsonl in it. gensr prepare tables needs events "
             "and items."
@@ -41,12 +54,17 @@ def _find(raw: Path, stem: str) -> Path:
         raise DataError(
             f"{raw}: {' and '.join(path.name for path in found)} are both there. Keep one of them."
         )
-    return found[0]
+    return found
 
 
-def _read(work: Work, events_path: Path, items_path: Path) -> Tables:
+def _read(work: Work, events_path: Path, found: list[Path], goes_on: str) -> Tables:
     events = open_file(work, events_path, EVENT_COLUMNS[:3], EVENT_COLUMNS[3:])
-    items = open_file(work, items_path, ["item_id"], ["text", "words", "category"])
+    items_path = found[0] if found else events_path.parent / "items.jsonl"
+    items = (
+        open_file(work, items_path, ["item_id"], ["text", "words", "category"])
+        if found
+        else _no_items(items_path, goes_on)
+    )
     if "text" not in items.types and "words" not in items.types:
         raise DataError(f"{items_path}: column text (or words) is missing. Found: {', '.join(items.types)}.")
     if events.types["time"] == "FLOAT":
@@ -66,6 +84,12 @@ def _read(work: Work, events_path: Path, items_path: Path) -> Tables:
         anonymised=anonymised,
         locate=lambda problem, value: _locate(work, events, (user_type, item_type), anonymised, problem),
     )
+
+
+def _no_items(path: Path, goes_on: str) -> File:
+    columns = ("item_id", "text" if goes_on == "natural" else "words")
+    nothing = ", ".join(f"NULL::VARCHAR AS {name}" for name in columns)
+    return File(path, f"(SELECT {nothing} WHERE false)", dict.fromkeys(columns, "VARCHAR"))
 
 
 def _words_text(file: File, column: str) -> str:
@@ -160,7 +184,7 @@ def _events_sql(events: File, user_type: str, item_type: str, anonymised: bool, 
             WHEN {clicked} IS NULL THEN 'error: clicked'
             WHEN task = 1 AND query IS NULL THEN 'search without a query'
             WHEN {wrong_query} THEN 'error: query'
-            WHEN item_rows.item_id IS NULL THEN 'item not in items'
+            WHEN item_rows.item_id IS NULL THEN '{NOT_IN_ITEMS}'
             END AS problem
         FROM (SELECT {f"{carried} AS carried, " if carried else ""}
                 CAST({plain_id(events, "user_id")} AS {user_type}) AS user_id,

@@ -102,6 +102,12 @@ def prepare(
     raw: Annotated[Path, typer.Argument(help="folder of raw files")],
     out: Annotated[Path, typer.Argument(help="prepared folder to write")],
     overrides: Overrides = None,
+    append: Annotated[
+        str,
+        typer.Option(
+            metavar="FOLDER", help="prepared folder that the logs go on from; rows keep their numbers"
+        ),
+    ] = "",
     as_json: AsJson = False,
 ) -> None:
     """Turn raw logs into a prepared folder: splits, histories, negatives, text, shards, leak checks.
@@ -112,7 +118,7 @@ def prepare(
     from data_shards.prepare import prepare as run
     from data_shards.steps import difference_table, removed_table
 
-    facts = run(source, raw, out, overrides or [], progress=stage_lines()).raw
+    facts = run(source, raw, out, overrides or [], progress=stage_lines(), append=append).raw
     counts = facts["counts"]
     lines = [
         f"  {split:<6} {counts[split]['rec']:>12,} recommendation {counts[split]['src']:>12,} search"

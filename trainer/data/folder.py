@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from data_shards.categories import read_categories
 from data_shards.schema import TASKS, Manifest, read_manifest
 from data_shards.secrets import mask_secrets
 from trainer.batch import ItemTables, TrainClicks
@@ -154,12 +155,7 @@ class PreparedFolder:
 
     def category_paths(self) -> list[tuple[str, ...]]:
         """Names from the root down of categories 0 (none), 1, … num_categories."""
-        paths: list[tuple[str, ...]] = [()]
-        if self.manifest.num_categories:
-            table = pq.read_table(self.catalog / "categories.parquet", columns=["name", "parent"])
-            for name, parent in zip(*(column.to_pylist() for column in table.columns), strict=True):
-                paths.append((*paths[parent], name))  # parents come first
-        return paths
+        return [(), *(read_categories(self.catalog) if self.manifest.num_categories else ())]
 
     def user_ids(self) -> list[Any]:
         ids: list[Any] = pq.read_table(self.catalog / "users.parquet", columns=["user_id"])[
