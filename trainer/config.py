@@ -210,6 +210,9 @@ class CfConfig:
     from scratch"""
     seed: Seed = 0
     """seeds initial vectors, sampling and folds"""
+    onto: str = ""
+    """prepared folder that this one goes on from (gensr prepare --append): the table is rotated into the
+    space of the table there, so that a model trained there can read it. No score changes"""
 
 
 @s.settings

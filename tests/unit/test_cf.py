@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from data_shards.hashing import click_fold
+from data_shards.prepare import prepare
 from data_shards.schema import REC, SRC, Manifest, read_manifest
 from tests.tiny_folder import make_tiny_folder
+from tests.worlds import DAY_MS, START_MS, write_tables
 from trainer.cf.build import (
     fold_table,
     held_in,
@@ -280,6 +282,38 @@ def test_batch_size_grows_with_the_graph(clicks, batch_size):
 @pytest.fixture
 def folder(tmp_path):
     return make_tiny_folder(tmp_path)
+
+
+def test_a_table_of_tomorrow_lies_in_the_space_of_todays(tmp_path):
+    """Another seed is another basis. Rotated onto yesterday's table, items lie near where they did, and every
+    score is what it was without."""
+    raw = write_tables(tmp_path / "raw", users=40, items=80)
+    rows = [json.loads(line) for line in (raw / "events.jsonl").read_text().splitlines()]
+    early = [row for row in rows if row["time"] < START_MS + 7 * DAY_MS]
+    first = tmp_path / "first"
+    first.mkdir()
+    (first / "items.jsonl").write_bytes((raw / "items.jsonl").read_bytes())
+    (first / "events.jsonl").write_text("".join(json.dumps(row) + "\n" for row in early))
+    prepare("tables", first, tmp_path / "old", ["vocab_size=300", "num_negatives=10"])
+    prepare("tables", raw, tmp_path / "new", append=tmp_path / "old")
+    quick = ["cf.dim=8", "cf.max_epochs=40", "cf.patience=40", "cf.num_folds=2"]
+    train_cf(tmp_path / "old", [*quick, "cf.holdout=none"])
+    train_cf(tmp_path / "new", [*quick, "cf.seed=1", "cf.holdout=none"])
+    apart = load_cf(tmp_path / "new", read_manifest(tmp_path / "new"))
+    train_cf(tmp_path / "new", [*quick, "cf.seed=1", f"cf.onto={tmp_path / 'old'}", "overwrite=true"])
+    turned = load_cf(tmp_path / "new", read_manifest(tmp_path / "new"))
+    before = load_cf(tmp_path / "old", read_manifest(tmp_path / "old")).item
+
+    def likeness(table):
+        return float(torch.cosine_similarity(table[: len(before)], before, dim=1).mean())
+
+    torch.testing.assert_close(turned.user @ turned.item.T, apart.user @ apart.item.T, atol=1e-5, rtol=1e-4)
+    assert likeness(apart.item) < 0.3 < 0.7 < likeness(turned.item)
+    assert min(likeness(fold) for fold in turned.item_folds) > likeness(apart.item) + 0.2
+    with pytest.raises(ConfigError, match="does not go on from it"):
+        train_cf(tmp_path / "old", [*quick, f"cf.onto={tmp_path / 'new'}", "overwrite=true"])
+    with pytest.raises(ConfigError, match=r"Use cf\.dim=8"):
+        train_cf(tmp_path / "new", ["cf.dim=4", f"cf.onto={tmp_path / 'old'}", "overwrite=true"])
 
 
 def test_train_cf_writes_a_table_that_load_cf_reads(folder):

@@ -31,7 +31,7 @@ from trainer.cf.training import Edges, TableTrainer, unique_clicks
 from trainer.config import CfConfig, CfRoot
 from trainer.data.cf_table import CfTable, cf_path, save_cf, write_checksum
 from trainer.data.folder import PreparedFolder
-from trainer.errors import DataError, RunError
+from trainer.errors import ConfigError, DataError, RunError
 from trainer.runtime.device import default_device
 from trainer.runtime.memory import give_back_freed_memory, keep_freed_memory
 from trainer.runtime.progress import Notify
@@ -76,12 +76,31 @@ def train_cf(out: str | Path, overrides: Sequence[str] = (), progress: Notify | 
             f"{work.folder} holds {', '.join(others)} of a training with other settings, split or version: "
             "not continued, soon replaced. Stop now to keep it."
         )
+    target = items_before(folder, config) if config.onto else None
     keep_freed_memory()
-    table = train_tables(clicks, columns, valid_candidates(folder, config.seed), manifest, config, work, say)
+    valid = valid_candidates(folder, config.seed)
+    table = train_tables(clicks, columns, valid, manifest, config, work, say, target)
     save_cf(out, table)
     work.remove()
     say(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
     return path
+
+
+def items_before(folder: PreparedFolder, config: CfConfig) -> Tensor:
+    """Item vectors of the folder that cf.onto names, [J, K]: this one's first J items. Raises ConfigError
+    when this folder does not go on from it, or for another width."""
+    before = PreparedFolder.at(config.onto)
+    if before.manifest.hash not in {one["manifest"] for one in folder.manifest.raw.get("appended", [])}:
+        raise ConfigError(
+            f"cf.onto={config.onto}: {folder.name} does not go on from it, so its items have other rows. "
+            "Name the folder that gensr prepare --append was given, or leave it out."
+        )
+    item = before.cf(users=False, folds=False).item
+    if item.shape[1] != config.dim:
+        raise ConfigError(
+            f"cf.onto={config.onto}: its vectors have {item.shape[1]} numbers. Use cf.dim={item.shape[1]}."
+        )
+    return item
 
 
 def empty_table(manifest: Manifest, config: CfConfig) -> CfTable:
@@ -176,9 +195,10 @@ def train_tables(
     config: CfConfig,
     work: CfWork,
     say: Notify,
+    target: Tensor | None = None,
 ) -> CfTable:
     """The full table, then those of cf.holdout for as many epochs as the full one took (validation is asked
-    once)."""
+    once). target: vectors of the first items of the catalogue, whose space the tables get."""
     heldout = last_clicks(columns, clicks.num_users) if config.holdout == "last" else None
     keep = held_in(clicks, config, heldout)
     started = time.monotonic()
@@ -187,6 +207,9 @@ def train_tables(
         full = TableTrainer(clicks, config, say)
         say(describe_cost(clicks, config, 1 + len(keep), full.batch_size, full.step_seconds()))
         user, item, validation = full.fit_until_valid(valid, slot)
+        if target is not None:
+            turn = rotation(clicks.in_catalog(item)[: len(target)], target)
+            user, item = user @ turn, item @ turn
         return {"user": user, "item": item}, validation
 
     tables, validation = finished_or(work, "full", train_full)
@@ -284,13 +307,16 @@ def held_in(clicks: Edges, config: CfConfig, heldout: np.ndarray | None) -> list
 
 
 def rotate_onto(source: Tensor, target: Tensor) -> Tensor:
-    """Orthogonal Procrustes: source @ R with R = argmin ‖source R − target‖ over rotations, [I, K] each.
+    """source in the space of target, [I, K] each. Scores inside a table do not change; the tables become
+    interchangeable for what reads them."""
+    return source @ rotation(source, target)
 
-    Scores inside a table do not change; the tables become interchangeable for what reads them. Zero rows do
-    not take part.
-    """
+
+def rotation(source: Tensor, target: Tensor) -> Tensor:
+    """Orthogonal Procrustes: R [K, K] = argmin ‖source R − target‖ over rotations. Zero rows do not take
+    part."""
     left, _, right = torch.linalg.svd(source.double().T @ target.double())
-    return source @ (left @ right).to(source.dtype)
+    return (left @ right).to(source.dtype)
 
 
 def describe_cost(clicks: Edges, config: CfConfig, num_tables: int, batch_size: int, step_s: float) -> str:
