@@ -296,7 +296,7 @@ def test_a_table_of_tomorrow_lies_in_the_space_of_todays(tmp_path):
     (first / "events.jsonl").write_text("".join(json.dumps(row) + "\n" for row in early))
     prepare("tables", first, tmp_path / "old", ["vocab_size=300", "num_negatives=10"])
     prepare("tables", raw, tmp_path / "new", append=tmp_path / "old")
-    quick = ["cf.dim=8", "cf.max_epochs=40", "cf.patience=40", "cf.num_folds=2"]
+    quick = ["cf.dim=8", "cf.max_epochs=60", "cf.patience=60", "cf.num_folds=2"]
     train_cf(tmp_path / "old", [*quick, "cf.holdout=none"])
     train_cf(tmp_path / "new", [*quick, "cf.seed=1", "cf.holdout=none"])
     apart = load_cf(tmp_path / "new", read_manifest(tmp_path / "new"))
@@ -308,7 +308,7 @@ def test_a_table_of_tomorrow_lies_in_the_space_of_todays(tmp_path):
         return float(torch.cosine_similarity(table[: len(before)], before, dim=1).mean())
 
     torch.testing.assert_close(turned.user @ turned.item.T, apart.user @ apart.item.T, atol=1e-5, rtol=1e-4)
-    assert likeness(apart.item) < 0.3 < 0.7 < likeness(turned.item)
+    assert likeness(apart.item) + 0.4 < likeness(turned.item)
     assert min(likeness(fold) for fold in turned.item_folds) > likeness(apart.item) + 0.2
     with pytest.raises(ConfigError, match="does not go on from it"):
         train_cf(tmp_path / "old", [*quick, f"cf.onto={tmp_path / 'new'}", "overwrite=true"])
