@@ -400,7 +400,7 @@ def test_a_table_of_another_shape_is_left_as_it_is(
 ) -> None:
     save_small("sasrec", folder, tmp_path / "run")
     longer = make_tiny_folder(tmp_path / "longer", num_items=137)
-    goes_on_from(longer, folder if known else longer)
+    goes_on_from(longer, folder if known else make_tiny_folder(tmp_path / "another", seed=1))
     model, _, prepared = small("sasrec", longer, *overrides)
     fresh = model.get_parameter(left).clone()
     taken = init_from(model, tmp_path / "run", prepared.manifest)
