@@ -113,6 +113,12 @@ class Manifest:
         """Levels of the longest category path = columns of item_category."""
         return self.raw["counts"].get("category_depth", 0)
 
+    @property
+    def appended(self) -> list[dict[str, Any]]:
+        """The folders whose row numbers this one keeps, oldest first: the hash of each one's manifest, and
+        how many users, items, queries and categories it had."""
+        return self.raw.get("appended", [])
+
     def check_holds(self, needs: Iterable[str], folder: str | Path) -> None:
         """Raises DataError naming what a model needs and this folder lacks. needs: names of which
         history_queries and item_category are looked at."""

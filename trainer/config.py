@@ -110,7 +110,7 @@ class RunConfig:
     """seeds weights, dropout, data order and negatives"""
     init_from: str = ""
     """run folder whose weights a new run begins with, where name and shape are equal: the second stage of a
-    method, or another data set"""
+    method, or another data set; of one that goes on from the run's, tables take the rows that they had"""
     max_epochs: PositiveFloat = 1.0
     """passes over the training events"""
     max_steps: NonNegative = 0

@@ -1,6 +1,8 @@
-"""A run with optim.sparse_rows, in one process: its model is written whole, and an interrupted one ends where
-the undisturbed one does. Several processes: tests/distributed/test_sparse_rows_of_ranks.py."""
+"""A run with optim.sparse_rows, in one process: its model is written whole, an interrupted one ends where the
+undisturbed one does, and one on a folder that goes on begins with the rows. Several processes:
+tests/distributed/test_sparse_rows_of_ranks.py."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,7 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from data_shards.schema import read_manifest
 from tests.contract.models import BASE
+from tests.tiny_folder import make_tiny_folder
 from trainer.config import Config
 from trainer.configs import load_config
 from trainer.errors import ConfigError, RunError
@@ -71,3 +75,21 @@ def test_a_loss_that_scores_every_item_is_refused(config_of: Callable[..., Confi
     with pytest.raises(ConfigError, match=r"every row has a gradient.*model\.loss=bce"):
         train(config_of("run", "model.loss=ce"))
     assert not (tmp_path / "run" / "model").exists()
+
+
+def test_a_run_on_a_folder_that_goes_on_begins_with_the_rows_of_another(
+    config_of: Callable[..., Config], tmp_path: Path
+) -> None:
+    one, two = make_tiny_folder(tmp_path / "one"), make_tiny_folder(tmp_path / "two", num_items=137)
+    train(config_of("first", f"data.dir={one}"))
+    counts = {"users": 24, "items": 130, "queries": 12, "categories": 0}
+    raw = json.loads((two / "manifest.json").read_text())
+    raw["appended"] = [{"manifest": read_manifest(one).hash, **counts}]
+    (two / "manifest.json").write_text(json.dumps(raw))
+
+    train(config_of("second", f"data.dir={two}", f"run.init_from={tmp_path}/first", "optim.lr=1e-9"))
+
+    was, rows = (load_file(tmp_path / run / "model/model.safetensors")[ITEMS] for run in ("first", "second"))
+    assert (len(was), len(rows)) == (131, 138)
+    torch.testing.assert_close(rows[:131], was, atol=1e-7, rtol=0)
+    assert "items: 130 of 137 rows" in (tmp_path / "second" / "train.log").read_text()

@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from data_shards.schema import read_manifest
 from data_shards.settings import to_yaml
@@ -27,6 +28,7 @@ from trainer.data.cf_table import cf_digest, cf_path, load_cf, save_cf
 from trainer.data.folder import PreparedFolder
 from trainer.errors import DataError, RunError
 from trainer.models.backbones.frozen import check_frozen, save_frozen_identity
+from trainer.models.contract import Ranker
 from trainer.models.gensr.model import GenSR
 from trainer.runs.checkpoint import Checkpoint, Progress, check_identity
 from trainer.runs.data_identity import check_data, what_is_read
@@ -284,7 +286,7 @@ def test_a_run_begins_with_the_weights_of_another_where_they_fit(folder: Path, t
     second = build_model(config, prepared, prepared.tables(GenSR.needs, with_folds=True))
     new = {name: parameter.clone() for name, parameter in second.named_parameters()}
 
-    taken = init_from(second, tmp_path / "first")
+    taken = init_from(second, tmp_path / "first", prepared.manifest)
 
     theirs, same, others = dict(first.named_parameters()), 0, []
     for name, parameter in second.named_parameters():
@@ -307,9 +309,104 @@ def test_a_run_does_not_begin_with_what_fits_nowhere(folder: Path, tmp_path: Pat
         prepared.tables(frozenset()),
     )
     with pytest.raises(RunError, match=r"run\.init_from=.*model\.name=bpr_mf.*gensr"):
-        init_from(other, tmp_path / "first")
+        init_from(other, tmp_path / "first", prepared.manifest)
     with pytest.raises(RunError, match="no trained model"):
-        init_from(other, tmp_path / "nothing")
+        init_from(other, tmp_path / "nothing", prepared.manifest)
+
+
+def small(name: str, folder: Path, *overrides: str) -> tuple[Ranker, Config, PreparedFolder]:
+    """A new model; the same weights for the same arguments."""
+    settings = [f"model.name={name}", "data.history_max=6", f"data.dir={folder}", *overrides]
+    config, prepared = load_config(None, settings), PreparedFolder.at(folder)
+    torch.manual_seed(0)
+    return build_model(config, prepared, prepared.tables(frozenset({"item_text"}))), config, prepared
+
+
+def save_small(name: str, folder: Path, run: Path, *overrides: str) -> dict[str, Tensor]:
+    """A run with a model whose weights are all others. → they"""
+    model, config, prepared = small(name, folder, *overrides)
+    for parameter in model.parameters():
+        parameter.data.add_(1.0)
+    run.mkdir()
+    save_model(run / "model", model, model.state_dict(), config, prepared)
+    return dict(model.named_parameters())
+
+
+def goes_on_from(folder: Path, *others: Path) -> Path:
+    """The folder, whose manifest says so."""
+    manifests = [read_manifest(other) for other in others]
+    kinds = ("users", "items", "queries", "categories")
+    entries = [{"manifest": m.hash, **{kind: getattr(m, f"num_{kind}") for kind in kinds}} for m in manifests]
+    path = folder / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "appended": entries}))
+    return folder
+
+
+def test_tables_of_a_folder_that_goes_on_keep_the_rows_of_the_runs(folder: Path, tmp_path: Path) -> None:
+    between = make_tiny_folder(tmp_path / "between", num_users=25, num_items=132)
+    longer = make_tiny_folder(tmp_path / "longer", num_users=27, num_items=137)
+    was = save_small("bpr_mf", folder, tmp_path / "run")
+    model, _, prepared = small("bpr_mf", goes_on_from(longer, folder, between))
+    fresh = {name: weight.clone() for name, weight in model.named_parameters()}
+
+    taken = init_from(model, tmp_path / "run", prepared.manifest)
+
+    assert taken == (
+        f"2 of 2 weights from {tmp_path}/run (bpr_mf); users: 24 of 27 rows; items: 130 of 137 rows"
+    )
+    for name, weight in model.named_parameters():
+        then = len(was[name])
+        assert weight[:then].equal(was[name]) and weight[then:].equal(fresh[name][then:]), name
+    assert len(was) == 2
+
+
+def test_what_stands_behind_the_items_is_not_taken_for_an_item(folder: Path, tmp_path: Path) -> None:
+    longer = goes_on_from(make_tiny_folder(tmp_path / "longer", num_items=137), folder)
+    for name in ("bert4rec", "query_seqrec"):  # [MASK]; words
+        was = save_small(name, folder, tmp_path / name)["core.items.weight"]
+        model, _, prepared = small(name, longer)
+        fresh = model.get_parameter("core.items.weight").clone()
+
+        taken = init_from(model, tmp_path / name, prepared.manifest)
+
+        items = model.get_parameter("core.items.weight")
+        assert "items: 130 of 137 rows" in taken and len(items) > 138
+        assert items[:131].equal(was[:131]) and items[138:].equal(was[131:]), name
+        assert items[131:138].equal(fresh[131:138]), name
+
+
+def test_users_and_items_that_grow_alike_are_told_apart_by_their_tables(folder: Path, tmp_path: Path) -> None:
+    one = make_tiny_folder(tmp_path / "one", num_users=130)
+    two = goes_on_from(make_tiny_folder(tmp_path / "two", num_users=137, num_items=137), one)
+    was = save_small("bpr_mf", one, tmp_path / "run")
+    model, _, prepared = small("bpr_mf", two)
+    assert init_from(model, tmp_path / "run", prepared.manifest).endswith(
+        "(bpr_mf); users or items: 130 of 137 rows"
+    )
+    for name, weight in model.named_parameters():
+        assert weight[:131].equal(was[name]), name
+
+
+@pytest.mark.parametrize(
+    ("known", "overrides", "left"),
+    [
+        (False, (), "core.items.weight"),
+        (True, ("data.history_max=13",), "core.positions.weight"),  # seven more, as the items are
+        (True, ("model.dim=32",), "core.items.weight"),
+    ],
+)
+def test_a_table_of_another_shape_is_left_as_it_is(
+    folder: Path, tmp_path: Path, known: bool, overrides: tuple[str, ...], left: str
+) -> None:
+    save_small("sasrec", folder, tmp_path / "run")
+    longer = make_tiny_folder(tmp_path / "longer", num_items=137)
+    goes_on_from(longer, folder if known else make_tiny_folder(tmp_path / "another", seed=1))
+    model, _, prepared = small("sasrec", longer, *overrides)
+    fresh = model.get_parameter(left).clone()
+    taken = init_from(model, tmp_path / "run", prepared.manifest)
+    assert model.get_parameter(left).equal(fresh)
+    assert left in taken.partition("another shape, new: ")[2]
+    assert ("items: 130 of 137 rows" in taken) == (left == "core.positions.weight")
 
 
 def flip_weight(model: Path) -> None:

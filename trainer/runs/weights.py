@@ -14,11 +14,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from data_shards.schema import TASKS
+from data_shards.schema import TASKS, Manifest
 from data_shards.settings import flatten
 from trainer.batch import ItemTables
 from trainer.config import Config, DataConfig
@@ -27,7 +26,8 @@ from trainer.data.folder import PreparedFolder
 from trainer.data.node_cache import refuse_command
 from trainer.errors import DataError, RunError
 from trainer.models.contract import Ranker, Ranks, task_names
-from trainer.models.layers.embedding import tables_by_rows
+from trainer.models.layers.batch_norm import running_statistics
+from trainer.models.layers.embedding import table_sizes, tables_by_rows
 from trainer.models.zoo import model_class, settings_class
 from trainer.runs.checkpoint import FREE_KEYS
 from trainer.runs.data_identity import check_data, what_is_read
@@ -209,31 +209,61 @@ def load_model(
     return model.to(device).eval()
 
 
-def init_from(model: Ranker, run_dir: str | Path) -> str:
-    """Copies the weights of RUN/model into a new model's parameters of the same name and shape; the others
-    stay as they are → what was taken, for the log.
+def init_from(model: Ranker, run_dir: str | Path, manifest: Manifest) -> str:
+    """Copies the weights of RUN/model into those of a new model that have their name and shape. Where the new
+    model's prepared folder (manifest) goes on from the run's, also the rows that tables of users, items,
+    queries and categories had then. What is left stays as it is, and what is counted is for fit() to count
+    anew → what was taken, for the log.
 
     Raises RunError when the run holds no model, or none of its weights fits.
     """
     path = RunFolder(run_dir).model
     document = read_model_document(path)
     found = load_file(path / "model.safetensors")
-    parameters = dict(model.named_parameters())
-    taken = [name for name, p in parameters.items() if name in found and found[name].shape == p.shape]
+    growth, sizes = _growth(document, manifest), table_sizes(model)
+    weights = {**dict(model.named_parameters()), **running_statistics(model)}
+    taken, grown = [], set()
+    for name in (name for name in weights if name in found):
+        old, new = found[name], weights[name].detach()
+        now = sizes.get(name, 0)
+        then = len(old) - len(new) + now if now else 0
+        if old.shape == new.shape:
+            new.copy_(old)
+        elif (then, now) in growth and old.shape[1:] == new.shape[1:]:
+            new[: 1 + then].copy_(old[: 1 + then])
+            new[1 + now :].copy_(old[1 + then :])
+            grown.add((then, now))
+        else:
+            continue
+        taken.append(name)
     if not taken:
         raise RunError(
             f"run.init_from={run_dir}: none of its weights has a name and shape of model.name="
             f"{model.settings.name}. It holds {document['name']}."
         )
-    with torch.no_grad():
-        for name in taken:
-            parameters[name].copy_(found[name])
-    other_shape = sorted(set(parameters) & set(found) - set(taken))
-    new = sorted(set(parameters) - set(found))
-    parts = [f"{len(taken)} of {len(parameters)} weights from {run_dir} ({document['name']})"]
+    other_shape = sorted(set(weights) & set(found) - set(taken))
+    parts = [f"{len(taken)} of {len(weights)} weights from {run_dir} ({document['name']})"]
+    parts += [
+        f"{kind}: {then:,} of {now:,} rows" for (then, now), kind in growth.items() if (then, now) in grown
+    ]
     parts += [f"another shape, new: {_named(other_shape)}"] if other_shape else []
-    parts += [f"not in it, new: {_named(new)}"] if new else []
+    new_names = sorted(set(weights) - set(found))
+    parts += [f"not in it, new: {_named(new_names)}"] if new_names else []
     return "; ".join(parts)
+
+
+def _growth(document: dict[str, Any], manifest: Manifest) -> dict[tuple[int, int], str]:
+    """(how many there were, how many there are now) → of what, for a folder that goes on from the one that
+    the model of `document` was trained on; {} for any other."""
+    growth: dict[tuple[int, int], str] = {}
+    for before in manifest.appended:
+        if before["manifest"] != document.get("manifest_hash"):
+            continue
+        for kind in ("users", "items", "queries", "categories"):
+            pair = before[kind], getattr(manifest, f"num_{kind}")
+            if pair[0] < pair[1]:
+                growth[pair] = f"{growth[pair]} or {kind}" if pair in growth else kind
+    return growth
 
 
 def _named(names: list[str], shown: int = 8) -> str:

@@ -101,7 +101,8 @@ def set_up(
     module, cf, holdout = make_model(config, folder, accelerator)
     taken = ""
     if found is None:
-        taken = init_from(module, config.run.init_from) if config.run.init_from else ""
+        started = config.run.init_from
+        taken = init_from(module, started, folder.manifest) if started else ""
     if found is None or checkpoint.without_counted(found, module):
         module.fit()
     size = plan.size_of(module, config.optim.sparse_rows)

@@ -48,3 +48,13 @@ class BatchNorm(nn.Module):
 
     def _of_all_ranks(self, total: Tensor) -> Tensor:
         return total if self.gather is None else self.gather(total[None])[0].sum(0)
+
+
+def running_statistics(model: nn.Module) -> dict[str, Tensor]:
+    """By name. They are learned with the weights, and belong to them."""
+    return {
+        f"{name}.{key}": statistic
+        for name, module in model.named_modules()
+        if isinstance(module, BatchNorm)
+        for key, statistic in module.named_buffers()
+    }

@@ -102,6 +102,18 @@ class WordMean(nn.Module):
         return means.view(*words.shape[:-1], means.shape[-1])
 
 
+def table_sizes(model: nn.Module) -> dict[str, int]:
+    """Name of a table's weight → how many items (users, words, …) it holds vectors of. Row 0 is padding, they
+    follow, and behind them is what else the table holds (`extra`)."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, ItemTable):
+            found[f"{name}.weight"] = module.num_items
+        elif isinstance(module, WordMean):
+            found[f"{name}.words.weight"] = module.words.num_embeddings - 1
+    return found
+
+
 class Positions(nn.Module):
     """Adds a learned vector of each position, counted from the left, to x [B, N, width]. Slots from
     `length` on are left as they are: they can only be padding."""
