@@ -69,7 +69,7 @@ class Base:
             "queries": manifest.num_queries,
             "categories": manifest.num_categories,
         }
-        return [*manifest.raw.get("appended", []), itself]
+        return [*manifest.appended, itself]
 
     def settings(self, source: str, overrides: Any) -> PrepareSettings:
         """Its own settings ← overrides. Raises ConfigError for another vocabulary."""

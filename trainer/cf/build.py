@@ -90,7 +90,7 @@ def items_before(folder: PreparedFolder, config: CfConfig) -> Tensor:
     """Item vectors of the folder that cf.onto names, [J, K]: this one's first J items. Raises ConfigError
     when this folder does not go on from it, or for another width."""
     before = PreparedFolder.at(config.onto)
-    if before.manifest.hash not in {one["manifest"] for one in folder.manifest.raw.get("appended", [])}:
+    if before.manifest.hash not in {one["manifest"] for one in folder.manifest.appended}:
         raise ConfigError(
             f"cf.onto={config.onto}: {folder.name} does not go on from it, so its items have other rows. "
             "Name the folder that gensr prepare --append was given, or leave it out."
