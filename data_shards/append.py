@@ -33,6 +33,7 @@ from data_shards.work import Work
 
 # what a row of tokens or words means
 VOCABULARY = ("tokenizer", "vocab_size", "lowercase", "words", "min_word_count")
+GO_ON = ("kuaisar", "tables")  # sources whose days can be read one after the other
 KEYS = {"users": ("user_id", "user"), "items": ("item_id", "item"), "queries": ("text", "query")}
 # the words at the end of an item's text in a folder of anonymised logs (catalog/items.parquet)
 LAST_WORDS = r"(^| )[0-9]+( [0-9]+)*$"
@@ -116,12 +117,12 @@ def open_base(folder: Path, source: str, out: Path) -> Base:
 
 
 def appended(source: Source, base: Base) -> Source:
-    """The source whose tables hold the clicks and items of `base`, too. Raises ConfigError for a log whose
-    times are positions: those of two logs cannot be told apart."""
-    if not source.has_clock or base.manifest.raw["split"]["rule"] == "stored":
+    """The source whose tables hold the clicks and items of `base`, too. Raises ConfigError for a log that
+    means something only as a whole."""
+    if source.name not in GO_ON:
         raise ConfigError(
-            f"--append: {source.name} logs have no clock, or splits of their own: what comes later cannot be "
-            "told. Prepare the whole log anew."
+            f"--append goes on with logs of {' and '.join(GO_ON)}: those of {source.name} have no clock, "
+            "splits of their own, or queries made from the whole log. Prepare the whole log anew."
         )
     return dataclasses.replace(source, read=lambda work: _both(work, source.read(work), base))
 

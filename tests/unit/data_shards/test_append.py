@@ -275,6 +275,16 @@ def test_a_folder_that_cannot_be_gone_on_from_is_named(
         prepare("tables", old.path.parent / "rest", tmp_path / "out", append=copy)
 
 
+def test_a_log_that_means_something_only_as_a_whole_is_refused(tmp_path: Path) -> None:
+    """amazon counts the items of a path in the whole log before it makes queries of it."""
+    (tmp_path / "Tiny.inter.json").write_text(json.dumps({"0": [0, 1, 2, 3], "1": [3, 4, 0]}))
+    items = {str(number): {"title": f"Title {number}", "categories": "Root,Kind"} for number in range(6)}
+    (tmp_path / "Tiny.item.json").write_text(json.dumps(items))
+    prepare("amazon", tmp_path, tmp_path / "old", ["num_negatives=1", "vocab_size=300"])
+    with pytest.raises(ConfigError, match="--append goes on with logs of kuaisar and tables"):
+        prepare("amazon", tmp_path, tmp_path / "new", append=tmp_path / "old")
+
+
 def test_out_is_another_folder(parts: tuple[Folder, ...]) -> None:
     old, *_ = parts
     with pytest.raises(DataError, match="OUT is the same folder"):
