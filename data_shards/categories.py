@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_shards.matrices import MatrixWriter
-from data_shards.work import BATCH_ROWS
 
 PATH_MARK = "\x1f"  # ASCII's unit separator, between the names of a path: no name holds it
+ROWS_AT_ONCE = 250_000  # not work.py's: training reads this module, and needs no duckdb for it
 SCHEMA = pa.schema([("id", pa.int32()), ("level", pa.int32()), ("name", pa.string()), ("parent", pa.int32())])
 
 
@@ -76,8 +76,8 @@ class CategoryWriter:
             ids_of_path[number, : len(path)] = [id_of[path[: level + 1]] for level in range(len(path))]
         num_items = len(self.number_of_item)
         writer = MatrixWriter(self.folder, "item_category", num_items, depth, np.int32)
-        for start in range(0, num_items, BATCH_ROWS):
-            writer.append(ids_of_path[self.number_of_item[start : start + BATCH_ROWS]])
+        for start in range(0, num_items, ROWS_AT_ONCE):
+            writer.append(ids_of_path[self.number_of_item[start : start + ROWS_AT_ONCE]])
         writer.close()
 
 

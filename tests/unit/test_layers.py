@@ -172,6 +172,11 @@ def test_nothing_heavy_before_it_is_needed(package: str) -> None:
     assert loaded_by(package, heavy) == "[]"
 
 
+@pytest.mark.parametrize("package", ["trainer.training.loop", "trainer.serving.recommend"])
+def test_who_reads_a_prepared_folder_needs_no_duckdb(package: str) -> None:
+    assert loaded_by(package, {"duckdb"}) == "[]"
+
+
 def test_third_party_imports_are_declared() -> None:
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
