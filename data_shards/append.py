@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 
 from data_shards.blocks import decode_blocks, tar_entries
 from data_shards.categories import PATH_MARK, read_categories
+from data_shards.encode import ID_TABLES
 from data_shards.errors import ConfigError, DataError
 from data_shards.matrices import matrix_parts
 from data_shards.options import PrepareSettings, load_prepare_settings
@@ -28,13 +29,14 @@ from data_shards.schema import SPLITS, Manifest, read_manifest
 from data_shards.sources import NOT_IN_ITEMS, ItemSql, Source, Tables
 from data_shards.sources.reading import no_words, words_text
 from data_shards.sql import file_literal, literal, parquet_scan
+from data_shards.text import Words
 from data_shards.verify import verify
 from data_shards.work import Work
 
 # what a row of tokens or words means
 VOCABULARY = ("tokenizer", "vocab_size", "lowercase", "words", "min_word_count")
 GO_ON = ("kuaisar", "tables")  # sources whose days can be read one after the other
-KEYS = {"users": ("user_id", "user"), "items": ("item_id", "item"), "queries": ("text", "query")}
+KEYS = {"users": "user_id", "items": "item_id", "queries": "text"}  # columns of the catalogue's tables
 # the words at the end of an item's text in a folder of anonymised logs (catalog/items.parquet)
 LAST_WORDS = r"(^| )[0-9]+( [0-9]+)*$"
 
@@ -46,13 +48,10 @@ class Base:
     folder: Path
     manifest: Manifest
 
-    @cached_property
-    def words(self) -> np.ndarray | None:
-        """The log's numbers of word ids 1, 2, …, ascending; None where words have no table."""
-        if self.manifest.raw["text"]["mode"] != "words":
-            return None
-        words: np.ndarray = np.load(self.folder / "catalog" / "words.npy", allow_pickle=False)
-        return words
+    @property
+    def words(self) -> Words:
+        """The word table, of a folder that has one."""
+        return Words(np.load(self.folder / "catalog" / "words.npy", allow_pickle=False))
 
     @cached_property
     def categories(self) -> list[tuple[str, ...]]:
@@ -89,7 +88,7 @@ class Base:
 
     def check_kept(self, work: Work) -> None:
         """Raises DataError unless the filter has kept all that this folder holds."""
-        for plural, (_, singular) in KEYS.items():
+        for plural, singular in ID_TABLES.items():
             count = self.manifest.raw["counts"][plural]
             kept = np.asarray(work.column(f"{singular}_code", "i4")[:count])
             lost = count - int((kept < count).sum())
@@ -102,7 +101,13 @@ class Base:
 
 
 def open_base(folder: Path, source: str, out: Path) -> Base:
-    """Raises DataError when OUT_OLD is damaged or cannot be gone on from."""
+    """Raises ConfigError for a log that means something only as a whole, DataError for a folder that it
+    cannot go on from. Only its manifest is read."""
+    if source not in GO_ON:
+        raise ConfigError(
+            f"--append goes on with logs of {' and '.join(GO_ON)}: those of {source} have no clock, splits "
+            "of their own, or queries made from the whole log. Prepare the whole log anew."
+        )
     manifest = read_manifest(folder)
     made_by = manifest.raw["source"]["name"]
     if made_by != source:
@@ -112,18 +117,13 @@ def open_base(folder: Path, source: str, out: Path) -> Base:
         )
     if folder.resolve() == out.resolve():
         raise DataError(f"--append {folder}: OUT is the same folder. Choose another OUT.")
-    verify(folder, manifest)
     return Base(folder, manifest)
 
 
 def appended(source: Source, base: Base) -> Source:
-    """The source whose tables hold the clicks and items of `base`, too. Raises ConfigError for a log that
-    means something only as a whole."""
-    if source.name not in GO_ON:
-        raise ConfigError(
-            f"--append goes on with logs of {' and '.join(GO_ON)}: those of {source.name} have no clock, "
-            "splits of their own, or queries made from the whole log. Prepare the whole log anew."
-        )
+    """The source whose tables hold the clicks and items of `base`, too. Raises DataError when the folder is
+    damaged: all of it is read, so this comes after what takes no time to refuse."""
+    verify(base.folder, base.manifest)
     return dataclasses.replace(source, read=lambda work: _both(work, source.read(work), base))
 
 
@@ -136,7 +136,7 @@ def _both(work: Work, new: Tables, base: Base) -> Tables:
             f"{kinds[mode == 'natural']} in {base.folder}: they cannot be joined."
         )
     types = _id_types(work, new, base)
-    for plural, (column, _) in KEYS.items():
+    for plural, column in KEYS.items():
         _known_keys(work, base, plural, column, types.get(column, "VARCHAR"))
     return dataclasses.replace(
         new, events=_events(work, new, base, types), items=_items(work, new, base, types["item_id"])

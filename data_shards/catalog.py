@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from data_shards.append import Base
 from data_shards.categories import CategoryWriter
+from data_shards.encode import ID_TABLES
 from data_shards.errors import DataError
 from data_shards.matrices import MatrixWriter, compact_type
 from data_shards.options import PrepareSettings
@@ -34,8 +35,6 @@ from data_shards.write import EventColumns
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-
-ID_TABLES = {"users": "user", "items": "item", "queries": "query"}
 
 
 def name_ids(work: Work, read: dict[str, Any]) -> dict[str, Any]:
@@ -148,9 +147,9 @@ def write_catalog(
     folder = work.tree / "catalog"
     folder.mkdir(parents=True, exist_ok=True)
     mark_train_queries(work, columns, sizes["num_queries"])
-    words = collect_words(work, settings.min_word_count) if mode == "words" and base is None else None
-    if base is not None and base.words is not None:
-        words = Words(base.words)
+    words = None
+    if mode == "words":
+        words = base.words if base is not None else collect_words(work, settings.min_word_count)
     if words is not None:
         np.save(folder / "words.npy", words.vocabulary)  # so that queries asked later can be read
     tokenizer = get_tokenizer(settings, training_texts(work, with_queries=mode == "natural"))

@@ -24,6 +24,7 @@ from data_shards.work import BATCH_ROWS, Work, chunk_bounds, in_threads
 
 EVENT_DTYPES = {"user": "i4", "item": "i4", "time": "i8", "task": "i1", "query": "i4"}
 KEY_COLUMNS = {"users": "user_id", "items": "item_id", "queries": "query"}
+ID_TABLES = {"users": "user", "items": "item", "queries": "query"}
 USER_SEED, ITEM_SEED, QUERY_SEED, TIE_SEED = 11, 12, 13, 14  # what a hash is for
 
 

@@ -313,12 +313,11 @@ class Levels:
         return levels
 
     def _find_separator(self) -> str:
-        first = len(SEPARATORS)
-        for path in self.paths():
-            for rank, separator in enumerate(list(SEPARATORS.values())[:first]):
-                if isinstance(path, str) and separator.search(path):
-                    first = rank
-                    break
+        patterns = list(SEPARATORS.values())
+        first = len(patterns)
+        for path in filter(lambda path: isinstance(path, str), self.paths()):
+            found = (rank for rank, pattern in enumerate(patterns[:first]) if pattern.search(path))
+            first = next(found, first)
             if not first:
                 break
         return [*SEPARATORS, ""][first]
