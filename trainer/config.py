@@ -111,8 +111,9 @@ class RunConfig:
     init_from: str = ""
     """run folder whose weights a new run begins with, where name and shape are equal: the second stage of a
     method, or another data set; of one that goes on from the run's, tables take the rows that they had"""
-    max_epochs: PositiveFloat = 1.0
-    """passes over the training events"""
+    max_epochs: NonNegativeFloat = 1.0
+    """passes over the training events; 0 (and max_steps=0) trains nothing: the model as it begins, measured
+    and saved, with init_from another run's on this folder"""
     max_steps: NonNegative = 0
     """optimizer steps; 0 derives them from max_epochs"""
     precision: Literal["fp32", "bf16"] = "fp32"

@@ -12,11 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
+from data_shards.checksum import file_sha256
 from trainer.cli import app
 from trainer.errors import ConfigError, RunError
 from trainer.evaluation.bootstrap import paired_difference
 from trainer.registry import promote as module
-from trainer.registry.promote import judge, promote, rollback
+from trainer.registry.promote import decided, judge, promote, rollback
 from trainer.tracking.store import connect
 
 EVENTS = 600  # of each task
@@ -133,6 +134,46 @@ def test_first_better_worse_and_back(registry: tuple[Any, str, Callable[..., int
     assert rollback(name) == (better, first)
     with pytest.raises(RunError, match="first champion"):
         rollback(name)
+
+
+def test_a_run_may_stand_for_the_champion(
+    registry: tuple[Any, str, Callable[..., int]], store: str, tmp_path: Path
+) -> None:
+    """A candidate of newer data, whose events the champion's own evaluation does not have."""
+    client, name, add = registry
+    first = add()
+    promote(name)
+    weights = tmp_path / "version-1" / "artifacts" / "model" / "model.safetensors"
+    weights.parent.mkdir()
+    weights.write_bytes(b"weights")
+    newer: dict[str, Any] = {"manifest_hash": "newer", "first_event": 5000}
+    second = add(rec=0.3, src=0.3, **newer)
+    with pytest.raises(RunError, match="different data"):
+        promote(name)
+    run, other = (tmp_path.parent / f"{tmp_path.name}-{kind}" for kind in ("carried", "other"))
+    for folder, digest in ((run, file_sha256(weights)), (other, "another")):
+        write_evaluation(folder, {"rec": 0.3, "src": 0.3}, begun_with=digest, **newer)
+        for file in (folder / "artifacts" / "evaluation").iterdir():
+            file.rename(folder / file.name)
+    with pytest.raises(RunError, match="not evaluated with the weights of version 1"):
+        promote(name, against=other)
+    refused = promote(name, against=run)
+    assert (refused.promoted, refused.reason) == (False, "no task gains beyond what chance explains")
+    assert refused.lines()[1] == f"  champion: its weights on the candidate's data, {run}"
+    assert decided(name, second, store)["decision"] == "refused"
+    assert champion(client, name) == first
+    accepted = promote(name, against=run, gain=False)
+    assert accepted.promoted and champion(client, name) == second
+    tags = client.get_model_version(name, str(second)).tags
+    assert (tags["promote.against"], tags["promote.gain"]) == (str(run), "not asked")
+    found = decided(name, second, store)
+    assert (found["decision"], found["champion"]) == ("promoted", "1")
+    assert found["figures"]["rec"]["difference"] == 0
+    assert found["figures"]["src"]["candidate"] == pytest.approx(accepted.figures["src"]["b"], rel=1e-5)
+    assert decided(name, first, store)["figures"] == {}
+    client.set_registered_model_alias(name, "champion", str(first))
+    add(rec=0.2, src=0.3, **newer)
+    assert "rec may fall" in promote(name, against=run, gain=False).reason
 
 
 def test_a_champion_that_has_moved_meanwhile_is_not_overruled(

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 import trainer.training.loop
+from data_shards.checksum import file_sha256
 from data_shards.schema import read_manifest
 from data_shards.settings import read_yaml
 from tests.runs import checkpoints_of
@@ -330,6 +331,30 @@ def test_what_must_be_given_and_what_must_fit(data: Path, tmp_path: Path) -> Non
     counted = ("model.name=popularity", "tracking.enabled=false", "run.select_metric=mean/ndcg@7")
     with pytest.raises(ConfigError, match=r"run\.select_metric=mean/ndcg@7 is not measured"):
         train(load_config(None, [f"data.dir={data}", f"run.dir={tmp_path / 'c'}", *counted]))
+
+
+def test_a_run_without_a_step_is_the_model_as_it_begins(
+    undisturbed: Path, data: Path, tmp_path: Path
+) -> None:
+    none = ("run.max_epochs=0", "run.max_steps=0", "tracking.enabled=false")
+    config = config_of(data, tmp_path / "run", f"run.init_from={undisturbed}", *none)
+    plan = dry_run(config)
+    assert plan.facts["schedule"]["num_steps"] == 0 and "seconds" not in plan.facts
+    assert plan.lines[-1].endswith(f"as it begins with the weights of {undisturbed}")
+    result = train(config)
+    assert (result.status, result.step) == ("finished", 0)
+    then, now = (RunFolder(run).model / "model.safetensors" for run in (undisturbed, tmp_path / "run"))
+    assert then.read_bytes() == now.read_bytes()
+    facts = json.loads((tmp_path / "run" / "model" / "model.json").read_text())
+    assert facts["begun_with"] == file_sha256(then)
+    best = json.loads((undisturbed / "status.json").read_text())["progress"]["best_metrics"]
+    assert result.metrics == pytest.approx(best, abs=1e-6)
+    assert "init_from: " in (tmp_path / "run" / "train.log").read_text()
+    environment = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert environment["parameters"]["trainable"] > 1000
+    assert train(config, resume="auto").status == "already_finished"
+    untrained = train(config_of(data, tmp_path / "new", *none))
+    assert untrained.status == "finished" and untrained.metrics != result.metrics
 
 
 # ---- accidents ---------------------------------------------------------------------------------------------

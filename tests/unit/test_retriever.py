@@ -266,7 +266,7 @@ def test_the_runs_own_key(run_dir: Path, sasrec: Path) -> None:
 def test_decisions_name_it() -> None:
     decision = Decision("n", 2, 1, True, "why", retrievers={"candidate": "SASRec (runs/s, weights 01)"})
     assert "  candidate: with the retriever SASRec (runs/s, weights 01)" in decision.lines()
-    assert decision_tags(decision, 0.01)["promote.candidate.retriever"] == "SASRec (runs/s, weights 01)"
+    assert decision_tags(decision)["promote.candidate.retriever"] == "SASRec (runs/s, weights 01)"
 
 
 def test_a_damaged_file_has_none() -> None:

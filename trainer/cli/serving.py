@@ -61,6 +61,17 @@ def promote(
     candidates: Annotated[
         str, typer.Option(help="which test evaluation of the versions decides: sampled, hard or full")
     ] = "sampled",
+    gain: Annotated[
+        bool, typer.Option(help="whether a task has to gain; without, it is enough that none falls")
+    ] = True,
+    against: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="RUN",
+            help="evaluated run of the champion's weights on the candidate's data, where that is newer "
+            "(docs/continue.md)",
+        ),
+    ] = None,
     back: Annotated[
         bool, typer.Option("--rollback", help="give the alias back to the champion before; compares nothing")
     ] = False,
@@ -86,7 +97,7 @@ def promote(
         )
         answer({"name": name, "from": left, "champion": now, "dry_run": dry_run}, as_json, line)
         return
-    decision = run(name, uri, margin, dry_run, segment_margin, candidates)
+    decision = run(name, uri, margin, dry_run, segment_margin, candidates, gain, against or "")
     dry_line = ["dry run: nothing was changed"] if dry_run else []
     after = next_steps(f"gensr serve models:/{name}@champion{f' --uri {uri}' if uri else ''}")
     lines = [*decision.lines(), *dry_line, *(after if decision.promoted and not dry_run else [])]

@@ -82,9 +82,9 @@ def train(
             f"{result.run_dir}: already finished at step {result.step:,}, nothing was trained. Train on with "
             "run.max_steps=N run.accept_changes=run.max_steps, or choose another run.dir."
         )
-    elif result.status == "finished" and not result.step:  # counted, in one go
+    elif result.status == "finished" and not result.step:  # nothing else was said
         note(
-            f"{result.run_dir}: counted in {result.train_s:.0f} s. Next: gensr evaluate "
+            f"{result.run_dir}: ready in {result.train_s:.0f} s, without a step. Next: gensr evaluate "
             f"{quoted(result.run_dir)} --split test"
         )
     if result.exit_code:
@@ -443,6 +443,45 @@ def sweep(
     best = planned.folder / document["runs"][0]["run"]
     after = next_steps(f"gensr report {quoted(best)}", f"gensr register {quoted(best)} NAME")
     answer(document, as_json, *lines_of(document), "", *after)
+
+
+@verb("gensr daily daily.yaml")
+def daily(
+    file: Annotated[
+        Path,
+        typer.Argument(metavar="FILE", help="YAML: logs, run, name, out, settings, … (docs/continue.md)"),
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="of FILE's settings", show_default=False),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="print the commands of the days that wait, run nothing")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Take every new day of a log from raw files to the registry: prepare, cf, train on from the champion,
+    evaluate both on the new day, register, promote.
+
+    The same command resumes after an interruption, and does nothing while no new day is there: it is made for
+    cron. Exit code 0 also when no new model was better.
+    """
+    waiting_for("loading PyTorch and MLflow")
+    from trainer.experiments.daily.plan import read
+    from trainer.experiments.daily.report import commands, lines_of
+    from trainer.experiments.daily.run import run
+    from trainer.registry.versions import uri_option
+
+    plan = read(file, overrides or [])
+    if dry_run:
+        days, late = plan.waiting()
+        lines = commands(plan)
+        answer({"days": days, "late": late, "commands": lines}, as_json, *(lines or ["no day waits"]))
+        return
+    with resumable():
+        document = run(plan, note)
+    after = next_steps(f"gensr serve models:/{plan.settings.name}@champion{uri_option(plan.uri)}")
+    answer(document, as_json, *lines_of(document["days"]), "", *after)
 
 
 @runs_app.command(

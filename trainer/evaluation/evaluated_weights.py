@@ -11,12 +11,12 @@ from trainer.runs.run_folder import RunFolder, read_json, words_of
 
 def evaluated_weights(run_dir: str | Path) -> dict[str, Any]:
     """{"model_step": optimizer steps that made RUN/model, "run_status": that of status.json}, which an
-    evaluation's protocol holds; None where a run, an older one perhaps, does not say."""
+    evaluation's protocol holds; None where a run, an older one perhaps, does not say. A run without steps
+    that began with another's weights adds "begun_with", their sha256."""
     run = RunFolder(run_dir)
-    return {
-        "model_step": read_json(run.model / "model.json").get("step"),
-        "run_status": run.read_status().get("status"),
-    }
+    document = read_json(run.model / "model.json")
+    stood = {"model_step": document.get("step"), "run_status": run.read_status().get("status")}
+    return stood | {key: document[key] for key in ("begun_with",) if key in document}
 
 
 def warnings_of(run_dir: str | Path, name: str, protocol: Mapping[str, Any]) -> list[str]:

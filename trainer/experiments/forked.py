@@ -85,3 +85,8 @@ def run_verb(*arguments: str) -> None:
     """`python -m gensr arguments`: by its name, since nothing imports the front door."""
     sys.argv = ["gensr", *arguments]
     runpy.run_module("gensr", run_name="__main__")
+
+
+def run_program(*words: str) -> None:
+    """Another program in the child's place, which has its output, its session and its signals."""
+    os.execvp(words[0], words)

@@ -132,6 +132,9 @@ class Ranker(nn.Module):
     needs: ClassVar[frozenset[str]] = frozenset()
     may_read: ClassVar[frozenset[str]] = frozenset()  # of the same, what it reads where a folder holds it
     trained: ClassVar[bool] = True  # False: fit() is all there is to learn, no step is made
+    # counted buffers with a row an item, by which trained weights know it: where a folder goes on from a
+    # run's, fit() finds the rows of that run, and keeps them
+    kept: ClassVar[tuple[str, ...]] = ()
     # True: the loss compares events of a batch with each other (in-batch negatives, batch statistics)
     in_batch: ClassVar[bool] = False
 

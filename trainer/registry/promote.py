@@ -8,14 +8,21 @@ also refuses a candidate of which a segment surely falls by more than it: the wh
 −segment margin. (Segments are small: the rule for tasks would refuse nearly everything.) Without a champion
 the candidate becomes the first; a version that was rolled back does not come again. The decision and its
 figures are tags of the candidate's version.
+
+A candidate of newer data ranked other events than the champion did. Then a run stands for the champion
+(against): its weights on the candidate's prepared folder, without a step of training. gain=False lets through
+what gains nothing: the newer data may be reason enough.
 """
 
+import json
 import math
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from data_shards.checksum import file_sha256
+from data_shards.schema import TASKS
 from trainer.errors import RunError
 from trainer.evaluation.paired import StoredRanks, check_same, paired, paired_segments, read_stored
 from trainer.evaluation.summary import check_candidates, evaluation_name
@@ -23,6 +30,7 @@ from trainer.registry.versions import ALIAS, default_uri, fetch, find_version, m
 from trainer.runs.retriever_facts import RETRIEVER, retriever_of, retriever_words
 from trainer.runs.run_folder import RunFolder
 from trainer.runs.sealed import check_sealed
+from trainer.runs.weights import WEIGHTS
 from trainer.tracking.store import connect, must_exist
 
 CHAMPION = "champion"
@@ -30,6 +38,7 @@ CHAMPION = "champion"
 PREVIOUS = "promote.previous_champion"
 ROLLED_BACK = "rolled back"
 METRIC = "ndcg@10"
+FIGURES = ("champion", "candidate", "difference", "ci95")  # of a task, among the tags
 # two runs of one configuration differ by ± 0.007 on 8,000 events: equals pass, a loss that users could notice
 # does not
 MARGIN = 0.01
@@ -51,6 +60,7 @@ class Decision:
     candidates: str = "sampled"  # of the evaluations that were compared
     # {"champion": words, "candidate": words} of those that were evaluated with a retriever
     retrievers: dict[str, str] = field(default_factory=dict)
+    against: str = ""  # the run that stood for the champion
 
     def lines(self) -> list[str]:
         rows = [
@@ -64,10 +74,30 @@ class Decision:
         )
         return [
             f"{self.name}: candidate is version {self.candidate}, {against}",
+            *([f"  champion: its weights on the candidate's data, {self.against}"] if self.against else []),
             *(f"  {role}: with the retriever {words}" for role, words in self.retrievers.items()),
             *rows,
             f"{'promoted' if self.promoted else 'not promoted'}: {self.reason}",
         ]
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What a candidate has to pass."""
+
+    margin: float
+    segment_margin: float | None
+    candidates: str
+    gain: bool
+    against: str
+
+    def tags(self) -> dict[str, str]:
+        tags = {"promote.margin": f"{self.margin:g}", "promote.metric": f"{METRIC}, {self.candidates}"}
+        if self.segment_margin is not None:
+            tags["promote.segment_margin"] = f"{self.segment_margin:g}"
+        if not self.gain:
+            tags["promote.gain"] = "not asked"
+        return tags
 
 
 def promote(
@@ -77,16 +107,21 @@ def promote(
     dry_run: bool = False,
     segment_margin: float | None = None,
     candidates: str = "sampled",
+    gain: bool = True,
+    against: str | Path = "",
 ) -> Decision:
     """Compare the versions that the aliases candidate and champion name; move champion if the rule above says
     so, and tag the candidate either way.
 
     margin, segment_margin: NDCG@10, ≥ 0; segment_margin=None asks for no segment. dry_run: changes nothing.
-    candidates: which test evaluation decides, sampled, hard or full. Raises ConfigError for another kind,
-    RunError when there is no candidate, a version holds no such evaluation, the two were not evaluated on
-    the same events and candidates, or champion has moved meanwhile.
+    candidates: which test evaluation decides, sampled, hard or full. gain: whether a task has to gain.
+    against: an evaluated run of the champion's weights (run.init_from, run.max_epochs=0), whose ranks count
+    as the champion's. Raises ConfigError for another kind, RunError when there is no candidate, a version
+    holds no such evaluation, the two were not evaluated on the same events and candidates, `against` is of
+    other weights, or champion has moved meanwhile.
     """
     check_candidates(candidates)
+    gate = Gate(margin, segment_margin, candidates, gain, str(against))
     if not margin >= 0:
         raise RunError(f"--margin must be 0 or more, got {margin}")
     if segment_margin is not None and not segment_margin >= 0:
@@ -119,12 +154,13 @@ def promote(
                 reason=f"version {number} was rolled back; to try it again, register its run again",
                 candidates=candidates,
             )
-        decision = _decide(name, number, before, uri, margin, segment_margin, candidates)
+        decision = _decide(name, number, before, uri, gate)
         if not dry_run:
             _check_champion(client, name, champion)
             tags = {
                 "promote.decision": "promoted" if decision.promoted else "refused",
-                **decision_tags(decision, margin, segment_margin),
+                **gate.tags(),
+                **decision_tags(decision),
             }
             if decision.promoted and champion is not None:
                 tags[PREVIOUS] = str(decision.champion)
@@ -167,35 +203,47 @@ def _check_champion(client: Any, name: str, expected: Any) -> None:
         raise RunError(f"{name}: champion has become {standing} meanwhile. Nothing was changed: run it again")
 
 
-def _decide(
-    name: str,
-    candidate: int,
-    champion: int | None,
-    uri: str,
-    margin: float,
-    segment_margin: float | None,
-    candidates: str,
-) -> Decision:
-    def ranks_of(number: int) -> StoredRanks:
-        return read_ranks(fetch(f"models:/{name}/{number}", uri), f"version {number} of {name}", candidates)
+def _decide(name: str, candidate: int, champion: int | None, uri: str, gate: Gate) -> Decision:
+    def version(number: int) -> tuple[Path, str]:
+        return fetch(f"models:/{name}/{number}", uri), f"version {number} of {name}"
 
-    if champion is None:
-        after = ranks_of(candidate)  # a champion must be comparable to those after it
+    after = read_ranks(*version(candidate), gate.candidates)
+    if champion is None:  # a champion must be comparable to those after it, so its ranks were read
         with_ = _retrievers(candidate=after)
         return Decision(
-            *(name, candidate, None, True, "first champion"), candidates=candidates, retrievers=with_
+            *(name, candidate, None, True, "first champion"), candidates=gate.candidates, retrievers=with_
         )
-    before, after = ranks_of(champion), ranks_of(candidate)
+    if gate.against:
+        before = _stand_in(Path(gate.against), *version(champion), gate.candidates)
+    else:
+        before = read_ranks(*version(champion), gate.candidates)
     check_same(before, after)
     figures = {task: of_task[METRIC] for task, of_task in paired(before, after).items()}
-    promoted, reason = judge(figures, margin)
+    promoted, reason = judge(figures, gate.margin, gate.gain)
     segments = {}
-    if segment_margin is not None:
+    if gate.segment_margin is not None:
         segments = paired_segments(before, after)
-        if promoted and (fallen := fallen_segments(segments, segment_margin)):
-            promoted, reason = False, f"{'; '.join(fallen)} falls by more than {segment_margin:g}"
-    with_ = _retrievers(champion=before, candidate=after)
-    return Decision(name, candidate, champion, promoted, reason, figures, segments, candidates, with_)
+        if promoted and (fallen := fallen_segments(segments, gate.segment_margin)):
+            promoted, reason = False, f"{'; '.join(fallen)} falls by more than {gate.segment_margin:g}"
+    return Decision(
+        *(name, candidate, champion, promoted, reason, figures, segments, gate.candidates),
+        retrievers=_retrievers(champion=before, candidate=after),
+        against=gate.against,
+    )
+
+
+def _stand_in(run: Path, version: Path, where: str, candidates: str) -> StoredRanks:
+    """The ranks of a run without a step, whose weights are those of the champion's version. Raises RunError
+    for other weights."""
+    stored = read_stored(run, evaluation_name("test", candidates), str(run))
+    weights = file_sha256(version / "artifacts" / "model" / WEIGHTS)
+    if stored.protocol.get("begun_with") != weights:
+        raise RunError(
+            f"{run} was not evaluated with the weights of {where}, the champion. Make a run of them on the "
+            "candidate's prepared folder, and evaluate it: gensr train FILE data.dir=OUT run.dir=RUN "
+            "run.init_from=CHAMPION_RUN run.max_epochs=0 run.max_steps=0"
+        )
+    return stored
 
 
 def _retrievers(**evaluations: StoredRanks) -> dict[str, str]:
@@ -204,9 +252,9 @@ def _retrievers(**evaluations: StoredRanks) -> dict[str, str]:
     return {role: text for role, text in words.items() if text}
 
 
-def judge(figures: dict[str, dict[str, Any]], margin: float) -> tuple[bool, str]:
+def judge(figures: dict[str, dict[str, Any]], margin: float, gain: bool = True) -> tuple[bool, str]:
     """{task: {"difference", "ci95": [low, high]}} of candidate − champion → whether to promote, and why or
-    why not."""
+    why not. gain: whether a task has to."""
     unknown = [
         task
         for task, f in figures.items()
@@ -218,9 +266,10 @@ def judge(figures: dict[str, dict[str, Any]], margin: float) -> tuple[bool, str]
     gained = [task for task, f in figures.items() if f["ci95"][0] > 0]
     if fallen:
         return False, f"{' and '.join(fallen)} may fall by more than the margin of {margin:g}"
+    held = f"no task falls by more than the margin of {margin:g}"
     if not gained:
-        return False, "no task gains beyond what chance explains"
-    return True, f"{' and '.join(gained)} gains, no task falls by more than the margin of {margin:g}"
+        return (False, "no task gains beyond what chance explains") if gain else (True, held)
+    return True, f"{' and '.join(gained)} gains, {held}"
 
 
 def fallen_segments(segments: dict[str, dict[str, dict[str, Any]]], margin: float) -> list[str]:
@@ -248,16 +297,14 @@ def read_ranks(version_dir: Path, where: str, candidates: str = "sampled") -> St
     return read_stored(folder, name, where)
 
 
-def decision_tags(decision: Decision, margin: float, segment_margin: float | None = None) -> dict[str, str]:
+def decision_tags(decision: Decision) -> dict[str, str]:
     tags = {
         "promote.reason": decision.reason,
         "promote.champion": str(decision.champion or "none"),
-        "promote.margin": f"{margin:g}",
-        "promote.metric": f"{METRIC}, {decision.candidates}",
         "promote.decided_at": _now(),
     }
-    if segment_margin is not None:
-        tags["promote.segment_margin"] = f"{segment_margin:g}"
+    if decision.against:
+        tags["promote.against"] = decision.against
     tags |= {f"promote.{role}.{RETRIEVER}": words for role, words in decision.retrievers.items()}
     for task, f in decision.figures.items():
         tags |= {
@@ -266,6 +313,22 @@ def decision_tags(decision: Decision, margin: float, segment_margin: float | Non
         }
         tags |= {f"promote.{task}.champion": f"{f['a']:.6g}", f"promote.{task}.candidate": f"{f['b']:.6g}"}
     return tags
+
+
+def decided(name: str, version: int, uri: str) -> dict[str, Any]:
+    """What promote() has decided of a version, from its tags: {"decision", "reason", "champion": before,
+    "figures": {task: {"champion", "candidate", "difference", "ci95"}}}; {} where it has not."""
+    with mlflow_errors(f"MLflow at {uri} does not say what was decided of version {version} of {name}"):
+        tags = connect(uri).get_model_version(name, str(version)).tags
+    if "promote.decision" not in tags:
+        return {}
+    figures = {
+        task: {key: json.loads(tags[f"promote.{task}.{key}"]) for key in FIGURES}
+        for task in TASKS
+        if f"promote.{task}.difference" in tags
+    }
+    of_version = {key: tags.get(f"promote.{key}", "") for key in ("decision", "reason", "champion")}
+    return {**of_version, "figures": figures}
 
 
 def _now() -> str:

@@ -32,7 +32,6 @@ from trainer.config import Config
 from trainer.data.folder import PreparedFolder
 from trainer.errors import ConfigError, EnvironmentProblem, RunError
 from trainer.evaluation.evaluated_weights import evaluated_weights, outdated_line, unfinished_line
-from trainer.models.contract import Ranker
 from trainer.registry.model_card import (
     EVALUATIONS,
     metrics_of,
@@ -113,7 +112,7 @@ def register(
     _check_place(uri, run_dir)
     folder = PreparedFolder.open(config.data)
     scorer = Scorer.from_run(run_dir)
-    refuse_unservable(scorer.model, run_dir)
+    refuse_unservable(scorer.model.reads(config.model), config.model.name, run_dir)
     indexes = run_retrieval(run_dir, scorer.model, notify, must_be_kept=True)
     facts = run_facts(run_dir, config, folder.manifest, scorer.model.tasks)
     chosen = chosen_retriever(config, retriever)
@@ -121,7 +120,8 @@ def register(
         *(chosen, RunFolder(run_dir).model, facts["tasks"], scorer.item_ids, indexes), notify=notify
     )
     if other is not None:
-        refuse_unservable(other.scorer.model, Path(chosen))
+        ranker = other.scorer.model
+        refuse_unservable(ranker.reads(ranker.settings), ranker.settings.name, Path(chosen))
         facts[RETRIEVER] = dict(other.facts)
     refuse_outdated(run_dir, facts)
     refuse_other_retriever(run_dir, facts)
@@ -155,16 +155,15 @@ def register(
     return number
 
 
-def refuse_unservable(model: Ranker, run_dir: Path) -> None:
-    """Raises RunError for a model that cannot answer without the prepared folder."""
+def refuse_unservable(needs: frozenset[str], name: str, run_dir: Path) -> None:
+    """Raises RunError for a model that cannot answer without the prepared folder. needs: Ranker.reads()."""
     reasons = {
         "texts": "it reads the texts of the prepared folder",
         "users": "it knows the users of the training data only, by their rows",
     }
-    if lacking := [reason for need, reason in reasons.items() if need in model.reads(model.settings)]:
+    if lacking := [reason for need, reason in reasons.items() if need in needs]:
         raise RunError(
-            f"{run_dir}: {model.settings.name} cannot be registered: {' and '.join(lacking)}, and a version "
-            "has to "
+            f"{run_dir}: {name} cannot be registered: {' and '.join(lacking)}, and a version has to "
             "answer without them. Evaluate it where it is: gensr evaluate RUN"
         )
 
@@ -257,6 +256,19 @@ def find_version(client: Any, name: str, alias: str) -> Any | None:
         if getattr(error, "error_code", "") in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             return None
         raise
+
+
+def number_of(name: str, alias: str, uri: str) -> int:
+    """The version that an alias names; 0 where there is none."""
+    with mlflow_errors(f"MLflow at {uri} does not say what {name}@{alias} is"):
+        found = find_version(connect(uri), name, alias)
+    return int(found.version) if found is not None else 0
+
+
+def registered_as(run_dir: str | Path, name: str) -> int:
+    """The version of `name` that a run has become; 0 where it has not."""
+    document = read_json(RunFolder(run_dir).registry)
+    return int(document["version"]) if document.get("name") == name else 0
 
 
 def check_names(name: str, alias: str) -> None:

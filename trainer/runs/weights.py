@@ -11,6 +11,7 @@ import json
 import os
 import shlex
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from trainer.runs.world import counts_of, new_world, saved_world
 
 MODEL_FORMAT = 2  # 1: gensr.json, GenSR only
 DOCUMENT, OLD_DOCUMENT = "model.json", "gensr.json"
+WEIGHTS = "model.safetensors"
 
 
 def build_model(
@@ -81,20 +83,22 @@ def save_model(
     config: Config,
     folder: PreparedFolder,
     step: int = 0,
+    begun_with: str = "",
 ) -> None:
     """Write RUN/model atomically. `full_state` is the consolidated state dict (accelerator.get_state_dict),
     with the tables that are trained by rows; `model` the unwrapped module. step: optimizer steps that made
-    it; 0 for one that is counted."""
+    it; 0 for one that made none, which begun_with then says of which weights it is (sha256)."""
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     names = model.saved_names() | set(tables_by_rows(model))
     state = {name: full_state[name].detach().contiguous().cpu() for name in sorted(names)}
-    save_file(state, partial / "model.safetensors", metadata={"format": "pt"})
+    save_file(state, partial / WEIGHTS, metadata={"format": "pt"})
     shutil.copytree(folder.tokenizer, partial / "tokenizer")
     model.save_extra(partial)
     document = {**describe_model(model, config, folder), "step": step}
+    document |= {"begun_with": begun_with} if begun_with else {}
     text = json.dumps(document, indent=2) + "\n"
     (partial / DOCUMENT).write_text(text, encoding="utf-8")
     seal(partial)
@@ -196,11 +200,11 @@ def load_model(
     model = model_class(document["name"])(config.model, world)
     if "tasks" in document:  # models of before it was noted serve all tasks of their kind
         model.set_tasks(tuple(TASKS.index(name) for name in document["tasks"]))
-    state = load_file(path / "model.safetensors")
+    state = load_file(path / WEIGHTS)
     missing, unexpected = model.saved_names() - set(state), set(state) - set(model.state_dict())
     if missing or unexpected:
         raise RunError(
-            f"{path}/model.safetensors does not fit the model: missing {sorted(missing)[:5]}, unexpected "
+            f"{path / WEIGHTS} does not fit the model: missing {sorted(missing)[:5]}, unexpected "
             f"{sorted(unexpected)[:5]}"
         )
     model.load_state_dict(state, strict=False)
@@ -212,15 +216,16 @@ def load_model(
 def init_from(model: Ranker, run_dir: str | Path, manifest: Manifest) -> str:
     """Copies the weights of RUN/model into those of a new model that have their name and shape. Where the new
     model's prepared folder (manifest) goes on from the run's, also the rows that tables of users, items,
-    queries and categories had then. What is left stays as it is, and what is counted is for fit() to count
-    anew → what was taken, for the log.
+    queries and categories had then, and Ranker.kept. What is left stays as it is, and what is counted is for
+    fit() to count anew → what was taken, for the log.
 
     Raises RunError when the run holds no model, or none of its weights fits.
     """
     path = RunFolder(run_dir).model
     document = read_model_document(path)
-    found = load_file(path / "model.safetensors")
-    growth, sizes = _growth(document, manifest), table_sizes(model)
+    found = load_file(path / WEIGHTS)
+    before = next((b for b in manifest.appended if b["manifest"] == document.get("manifest_hash")), None)
+    growth, sizes = _growth(before, manifest) if before else {}, table_sizes(model)
     weights = {**dict(model.named_parameters()), **running_statistics(model)}
     taken, grown = [], set()
     for name in (name for name in weights if name in found):
@@ -241,29 +246,39 @@ def init_from(model: Ranker, run_dir: str | Path, manifest: Manifest) -> str:
             f"run.init_from={run_dir}: none of its weights has a name and shape of model.name="
             f"{model.settings.name}. It holds {document['name']}."
         )
+    kept = _keep(model, found, before["items"]) if before else []
     other_shape = sorted(set(weights) & set(found) - set(taken))
     parts = [f"{len(taken)} of {len(weights)} weights from {run_dir} ({document['name']})"]
     parts += [
         f"{kind}: {then:,} of {now:,} rows" for (then, now), kind in growth.items() if (then, now) in grown
     ]
+    parts += [f"kept: {_named(kept)}"] if kept else []
     parts += [f"another shape, new: {_named(other_shape)}"] if other_shape else []
     new_names = sorted(set(weights) - set(found))
     parts += [f"not in it, new: {_named(new_names)}"] if new_names else []
     return "; ".join(parts)
 
 
-def _growth(document: dict[str, Any], manifest: Manifest) -> dict[tuple[int, int], str]:
-    """(how many there were, how many there are now) → of what, for a folder that goes on from the one that
-    the model of `document` was trained on; {} for any other."""
+def _growth(before: Mapping[str, Any], manifest: Manifest) -> dict[tuple[int, int], str]:
+    """(how many there were, how many there are now) → of what. before: the entry of manifest.appended that is
+    the run's folder."""
     growth: dict[tuple[int, int], str] = {}
-    for before in manifest.appended:
-        if before["manifest"] != document.get("manifest_hash"):
-            continue
-        for kind in ("users", "items", "queries", "categories"):
-            pair = before[kind], getattr(manifest, f"num_{kind}")
-            if pair[0] < pair[1]:
-                growth[pair] = f"{growth[pair]} or {kind}" if pair in growth else kind
+    for kind in ("users", "items", "queries", "categories"):
+        pair = before[kind], getattr(manifest, f"num_{kind}")
+        if pair[0] < pair[1]:
+            growth[pair] = f"{growth[pair]} or {kind}" if pair in growth else kind
     return growth
+
+
+def _keep(model: Ranker, found: Mapping[str, Tensor], num_items: int) -> list[str]:
+    """Copies the rows that Ranker.kept had → the names of those that were there."""
+    kept = []
+    for name in model.kept:
+        rows, buffer = found.get(name), model.get_buffer(name)
+        if rows is not None and rows.shape == (num_items, *buffer.shape[1:]):
+            buffer[:num_items].copy_(rows)
+            kept.append(name)
+    return kept
 
 
 def _named(names: list[str], shown: int = 8) -> str:

@@ -1,38 +1,40 @@
-"""A model without steps (popularity, item-kNN, BM25): counted once, measured on validation, saved as any
-other."""
+"""A run without steps: a model that is counted (popularity, item-kNN, BM25), or any other as it begins
+(run.max_epochs=0). Measured once on validation, saved as one that was trained."""
 
-import json
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from trainer.batch import Batch
+from data_shards.checksum import file_sha256
 from trainer.config import Config
 from trainer.data import EvalStream
 from trainer.data.folder import PreparedFolder
-from trainer.evaluation.ranking import validate
+from trainer.evaluation.ranking import autocast_scorer, validate
 from trainer.models.zoo import model_class
 from trainer.runs import folder as runfolder
 from trainer.runs.checkpoint import Progress
 from trainer.runs.provenance import environment_facts
 from trainer.runs.run_folder import RunFolder
-from trainer.runs.weights import build_model, learnable_tasks, save_model
+from trainer.runs.weights import WEIGHTS, build_model, init_from, learnable_tasks, save_model
 from trainer.runtime.distributed import gather_objects, on_main
 from trainer.runtime.launch import devices
 from trainer.tracking.tracker import Tracker
 from trainer.training import plan
+from trainer.training.console import RunConsole
 
 
 def count(config: Config, folder: PreparedFolder, accelerator: Any) -> tuple[dict[str, float], float]:
     """Writes RUN/model and what a trained run writes beside it → (validation metrics, seconds), on every
     process of a launch. Raises a GensrError for anything the user can mend."""
+    from accelerate.utils import set_seed
+
     started = time.monotonic()
     folder.check_settings(config.data)
     kind = model_class(config.model.name)
     plan.check_metric(config, learnable_tasks(kind, folder))
+    set_seed(config.run.seed)  # the same weights on every rank
     model = build_model(config, folder, folder.tables(kind.reads(config.model)).to(accelerator.device))
+    taken = init_from(model, config.run.init_from, folder.manifest) if config.run.init_from else ""
     model.fit()
     model.to(accelerator.device).eval()
     rank, world_size = accelerator.process_index, accelerator.num_processes
@@ -46,14 +48,12 @@ def count(config: Config, folder: PreparedFolder, accelerator: Any) -> tuple[dic
         config.run.valid_events,
         tasks=model.tasks,
     )
-
-    def score(batch: Batch) -> torch.Tensor:
-        return model.score(model.prepare(batch).to(accelerator.device))
-
+    score = autocast_scorer(model, str(accelerator.device), config.run.precision)
     metrics = validate(score, valid, lambda rows: gather_objects(accelerator, rows))
     best = plan.selected(config, metrics)
     seconds = time.monotonic() - started
-    on_main(accelerator, lambda: _write(config, folder, model, metrics, best, seconds, devices(accelerator)))
+    where = devices(accelerator)
+    on_main(accelerator, lambda: _write(config, folder, model, metrics, best, seconds, where, taken))
     return metrics, seconds
 
 
@@ -65,13 +65,20 @@ def _write(
     best: float,
     seconds: float,
     machine: str,
+    taken: str,
 ) -> None:
     run_dir = Path(config.run.dir)
-    facts = {**environment_facts(), "parameters": {"total": 0, "trainable": 0}, "devices": machine}
+    size = plan.size_of(model)
+    parameters = {"total": size.total, "trainable": size.trainable}
+    facts = {**environment_facts(), "parameters": parameters, "devices": machine}
     runfolder.write_facts(config, facts)
-    save_model(RunFolder(run_dir).model, model, model.state_dict(), config, folder)
-    record = {"kind": "valid", "step": 0, **metrics}
-    RunFolder(run_dir).metrics.write_text(json.dumps(record) + "\n", encoding="utf-8")
+    started = config.run.init_from
+    begun_with = file_sha256(RunFolder(started).model / WEIGHTS) if started else ""
+    path = RunFolder(run_dir).model
+    save_model(path, model, model.state_dict(), config, folder, begun_with=begun_with)
+    with RunConsole(run_dir, num_steps=0) as console:
+        console.say(*([f"init_from: {taken}"] if taken else []))
+        console.record({"kind": "valid", "step": 0, **metrics})
     tracker = Tracker.start(config, run_dir, {**facts, "manifest": folder.manifest})
     tracker.log_metrics({f"valid/{name}": value for name, value in metrics.items()}, 0)
     tracker.finish("FINISHED")

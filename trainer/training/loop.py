@@ -23,7 +23,6 @@ from trainer.data import prefetched
 from trainer.data.folder import PreparedFolder
 from trainer.errors import ConfigError, GensrError, RunError, out_of_memory
 from trainer.evaluation.ranking import validate
-from trainer.models.zoo import model_class
 from trainer.runs import folder as runfolder
 from trainer.runs.run_folder import RunFolder
 from trainer.runs.weights import save_model
@@ -73,7 +72,7 @@ def train(
     """Train as `config` says, on every process that the launcher started.
 
     resume="auto" continues run.dir from its newest whole checkpoint, or starts it. callbacks are told what
-    happens, on rank 0; a model that is counted rather than trained tells nothing. Raises a GensrError for
+    happens, on rank 0; a run without steps tells nothing. Raises a GensrError for
     anything the user can mend; earlier results stay as they are.
     """
     given = (("data.dir=OUT", config.data.dir), ("run.dir=RUN", config.run.dir))
@@ -88,7 +87,7 @@ def train(
     with process_group(accelerator), closing(runfolder.claim(accelerator, config, resume)) as claim:
         if claim.finished:
             return _already_finished(config)
-        if not model_class(config.model.name).trained:
+        if not plan.makes_steps(config):
             with claim.undone_on_error():
                 return _counted(config, folder, accelerator)
         with claim.undone_on_error():

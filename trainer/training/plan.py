@@ -6,7 +6,7 @@ without the backbone's weights. Memory and time are estimates; where their const
 them.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +155,7 @@ def run_rows(
     deepspeed = (
         "no DeepSpeed" if stage is None else f"DeepSpeed ZeRO-{stage} ({Path(launch.deepspeed_file).name})"
     )
-    return [
+    what = [
         (
             "data",
             f"{data.source}: {data.train_events:,} training events, {data.items:,} items, {data.queries:,} "
@@ -163,6 +163,12 @@ def run_rows(
         ),
         ("model", config.model.describe()),
         ("parameters", f"{model.total:,}, {_trained(model)}"),
+    ]
+    if not makes_steps(config):
+        begun = f" with the weights of {config.run.init_from}" if config.run.init_from else ""
+        return [*what, ("steps", f"none: the model is measured and saved as it begins{begun}")]
+    return [
+        *what,
         ("batch", f"{batch_arithmetic(s)}; {1 + config.data.num_negatives} candidates an event"),
         *(("", line) for line in _lowered(config)),
         (
@@ -222,6 +228,8 @@ def dry_run(config: Config, preset: str | None = None, launch: Launch | None = N
     launch = launch or read_launch()
     data = data_size(config, preset)
     schedule = make_schedule(config, data.train_events, launch.world_size)
+    if not makes_steps(config):
+        schedule = replace(schedule, num_steps=0, warmup_steps=0)
     above_chance(config.run.select_metric, 1 + data.num_negatives, data.valid_events)
     if launch.deepspeed_file:
         filled_deepspeed_config(
@@ -234,6 +242,23 @@ def dry_run(config: Config, preset: str | None = None, launch: Launch | None = N
         _check_folder(config)
     check_stage(config, launch)
     model = model_size(config, data)
+    facts = {
+        "data": asdict(data),
+        "model": asdict(model),
+        "schedule": asdict(schedule),
+        "launch": {**asdict(launch), "zero_stage": launch.zero_stage},
+    }
+    rows = run_rows(config, data, model, schedule, launch)
+    if makes_steps(config):
+        more, costs = _costs(config, data, model, schedule, launch)
+        rows, facts = [*rows, *more], {**facts, **costs}
+    return DryRun([f"{name:<{NAME_WIDTH}}{text}" for name, text in rows], facts)
+
+
+def _costs(
+    config: Config, data: DataSize, model: ModelSize, schedule: Schedule, launch: Launch
+) -> tuple[list[tuple[str, str]], dict[str, Any]]:
+    """Memory and time of training → rows for people, facts."""
     stage = launch.zero_stage
     here = memory(config, model, data, stage, launch.world_size, "offload" in launch.deepspeed_file)
     flops = model.cost.flops * schedule.num_events
@@ -246,7 +271,6 @@ def dry_run(config: Config, preset: str | None = None, launch: Launch | None = N
     if on_cpu <= MAX_CPU_S or not seconds:
         seconds["this machine's CPU, one process (rough)"] = on_cpu
     rows = [
-        *run_rows(config, data, model, schedule, launch),
         (
             "launch",
             f"{_count(launch.world_size, 'process', 'processes')} on "
@@ -270,16 +294,7 @@ def dry_run(config: Config, preset: str | None = None, launch: Launch | None = N
             for number, (name, value) in enumerate(seconds.items())
         ),
     ]
-    lines = [f"{name:<{NAME_WIDTH}}{text}" for name, text in rows]
-    facts = {
-        "data": asdict(data),
-        "model": asdict(model),
-        "schedule": asdict(schedule),
-        "launch": {**asdict(launch), "zero_stage": stage},
-        "memory_bytes": {**asdict(here), "total": here.total},
-        "seconds": seconds,
-    }
-    return DryRun(lines, facts)
+    return rows, {"memory_bytes": {**asdict(here), "total": here.total}, "seconds": seconds}
 
 
 def _micro_batches(
@@ -339,6 +354,11 @@ def _memory_table(config: Config, model: ModelSize, data: DataSize) -> list[str]
         cells = [memory(config, model, data, stage, n, offload).total / size for n in WORLD_SIZES]
         lines.append(f"{name:<28}" + "".join(f"{cell:>8.{places}f}" for cell in cells))
     return lines
+
+
+def makes_steps(config: Config) -> bool:
+    """False for a model that is counted (popularity), and for run.max_epochs=0."""
+    return model_class(config.model.name).trained and bool(config.run.max_steps or config.run.max_epochs)
 
 
 def check_stage(config: Config, launch: Launch) -> None:

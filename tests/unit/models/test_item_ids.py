@@ -39,6 +39,13 @@ def test_ids_are_the_first_free_wording_then_a_number() -> None:
     rounds = [{0: [(3, 4)], 1: [(3, 4), (5,)], 2: [(5,), (3, 4)], 3: [()]}, {2: [(5,)], 3: [(3, 4)]}]
     calls = [lambda items, said=said: [said[item] for item in items] for said in rounds]
     assert distinct_ids(calls, 4, lambda n: (100 + n,)) == [(3, 4), (5,), (5, 101), (101,)]
+    known = {0: (5,), 2: (9, 9)}  # of items that had one before: kept, and taken
+    assert distinct_ids([lambda items: [[(5,), (7,)]] * len(items)], 4, lambda n: (100 + n,), known) == [
+        (5,),
+        (7,),
+        (9, 9),
+        (5, 101),
+    ]
 
 
 def test_every_item_gets_an_id_of_its_own() -> None:

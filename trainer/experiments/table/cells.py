@@ -7,7 +7,7 @@ from pathlib import Path
 
 from trainer.errors import GensrError
 from trainer.evaluation.summary import evaluation_name
-from trainer.experiments.forked import run_verb
+from trainer.experiments.forked import run_program, run_verb
 from trainer.experiments.pool import run_child
 from trainer.runs.run_folder import RunFolder
 from trainer.runtime.files import writing
@@ -63,7 +63,7 @@ def train_cell(cell: Cell) -> None:
     for run in cell.runs:
         if not RunFolder(run.run_dir).has_ended_well:
             command = ["train", str(run.settings_file), *run.training_words, "--resume", "auto"]
-            _run(command, run.log, "w")
+            run_words(command, run.log)
 
 
 def evaluate_cell(cell: Cell, candidates: Sequence[str], events: int) -> None:
@@ -71,18 +71,21 @@ def evaluate_cell(cell: Cell, candidates: Sequence[str], events: int) -> None:
         if not is_evaluated(cell, kind):
             sample = ["--events", str(events)] if kind == "full" else []
             command = ["evaluate", str(cell.run_dir), "--split", SPLIT, "--candidates", kind, *sample]
-            _run([*command, "--no-baselines"], cell.log, "a")
+            run_words([*command, "--no-baselines"], cell.log, mode="a")
 
 
-def _run(arguments: Sequence[str], log: Path, mode: str) -> None:
+def run_words(words: Sequence[str], log: Path, launch: Sequence[str] = (), mode: str = "w") -> None:
+    """`gensr WORDS`, or `LAUNCH -m gensr WORDS`, in a child whose output goes to the log. Raises CellFailed,
+    and KeyboardInterrupt when it was stopped."""
     with writing(log):
         log.parent.mkdir(parents=True, exist_ok=True)
         log.open(mode).close()
-    code = run_child(log, run_verb, *arguments)
+    launched = [*launch, "-m", "gensr", *words]
+    code = run_child(log, run_program, *launched) if launch else run_child(log, run_verb, *words)
     if code == STOPPED:
         raise KeyboardInterrupt
     if code:
-        raise CellFailed(f"gensr {arguments[0]}: {error_line(log, code)}")
+        raise CellFailed(f"gensr {words[0]}: {error_line(log, code)}")
 
 
 def error_line(log: Path, code: int) -> str:

@@ -8,7 +8,8 @@ LLM-RecSys Alignment with Textual ID Learning", SIGIR 2024). Recommendation only
            the recommender's table; the recommender is frozen                         stage=generator
 
 The published alternation is a chain of runs, each begun with run.init_from of the one before: recommender,
-generator, recommender, … A new run writes the ids anew (fit) with the generator it begins with. Ids: diverse
+generator, recommender, … A new run writes the ids anew (fit) with the generator it begins with; on a folder
+that goes on from the run's, those of new items alone. Ids: diverse
 beam search, 10 groups of one beam, penalty 1, 2, … 9 until an item has one that is not taken.
 
 ids=words (default) writes no ids by a model: the rarest tokens of the item's text. A generator from scratch
@@ -101,6 +102,7 @@ class IdGenRec(Ranker):
     title = "IDGenRec"
     tasks = (REC,)
     needs = frozenset({"item_text"})
+    kept = ("ids",)
     settings: IdGenRecSettings
     ids: Tensor  # [I, L] int64, END behind each
 
@@ -153,7 +155,8 @@ class IdGenRec(Ranker):
     # ---- ids -----------------------------------------------------------------------------------------------
 
     def fit(self) -> None:
-        """Writes the ids, with the generator as it is. Raises DataError when no item has text."""
+        """Writes the ids, with the generator as it is; items that have one keep it. Raises DataError when no
+        item has text."""
         counts = term_counts(self.tables.item_tokens, self.backbone.vocab_size)
         if not counts[PAD + 1 :].any():
             raise DataError(
@@ -162,7 +165,9 @@ class IdGenRec(Ranker):
             )
         settings, num_items = self.settings, self.world.num_items
         rounds = self._written() if self.generator is not None else self._worded(counts)
-        ids = distinct_ids(rounds, num_items, self._number)
+        rows, lengths = self.ids.tolist(), id_lengths(self.ids).tolist()
+        known = {item: tuple(rows[item][:length]) for item, length in enumerate(lengths) if length}
+        ids = distinct_ids(rounds, num_items, self._number, known)
         self.ids.copy_(as_matrix(ids, settings.id_tokens + SUFFIX + 1))
         self._spelling = None
 

@@ -1,7 +1,7 @@
 """Ids of items as short token sequences (IDGenRec): written by a language model or taken from the text, and
 no two alike."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 
 import torch
@@ -17,16 +17,18 @@ def distinct_ids(
     proposals: Iterable[Callable[[list[int]], Iterable[Sequence[Tokens]]]],
     num_items: int,
     number: Callable[[int], Tokens],
+    known: Mapping[int, Tokens] | None = None,
 ) -> list[Tokens]:
     """The first proposal of each item that no item before it has taken.
 
     proposals: rounds; each gives, for the items still without an id, their wordings from the best on.
     number: tokens of a number, put behind an item's first wording where all rounds fail; no two are alike.
+    known: ids that items have already.
     """
-    found: dict[int, Tokens] = {}
-    taken: set[Tokens] = set()
+    found: dict[int, Tokens] = dict(known or {})
+    taken: set[Tokens] = set(found.values())
     first: dict[int, Tokens] = {}
-    waiting = list(range(num_items))
+    waiting = [item for item in range(num_items) if item not in found]
     for proposed in proposals:
         if not waiting:
             break

@@ -1,0 +1,207 @@
+"""`gensr daily`: days of a log from raw files to the registry, as cron would run it."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from data_shards.checksum import file_sha256
+from data_shards.prepare import prepare
+from data_shards.schema import read_manifest
+from data_shards.settings import to_yaml
+from tests.unit.data_shards.test_append import FAST, cut
+from tests.worlds import DAY_MS, START_MS, write_tables
+from trainer.cf.build import train_cf
+from trainer.cli import app
+from trainer.configs import load_config
+from trainer.errors import ConfigError, RunError
+from trainer.experiments.daily import run as daily_run
+from trainer.experiments.daily.plan import read, words_of
+from trainer.registry.promote import promote
+from trainer.runs.run_folder import RunFolder
+from trainer.training.loop import train
+
+TRAINING = ["model.backbone=scratch:nano", "run.max_steps=2", "run.valid_events=16", "optim.warmup_steps=0"]
+DAYS = ["2023-11-20", "2023-11-21"]
+
+
+@pytest.fixture(scope="module")
+def yesterday(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """data: a prepared folder of six days, with a CF table; runs/first, a run on it; hold/DAY, two days."""
+    root = tmp_path_factory.mktemp("yesterday")
+    raw = write_tables(root / "raw", users=30, items=80)
+    cut(raw, START_MS + 6 * DAY_MS, root / "base", root / "rest")
+    cut(root / "rest", START_MS + 7 * DAY_MS, root / "hold" / DAYS[0], root / "hold" / DAYS[1])
+    for name in DAYS:  # items of a day that yesterday knows are not written again
+        known = root / "rest" / "items.jsonl"
+        if known.is_file():
+            shutil.copy(known, root / "hold" / name)
+    prepare("tables", root / "base", root / "data", FAST)
+    train_cf(root / "data", ["cf.dim=16", "cf.max_epochs=2", "cf.num_folds=2"])
+    words = [f"data.dir={root / 'data'}", f"run.dir={root / 'runs' / 'first'}", *TRAINING]
+    train(load_config(None, words))
+    return root
+
+
+@pytest.fixture
+def world(yesterday: Path, tmp_path: Path) -> Path:
+    """FILE in a place of its own; no day is there yet."""
+    shutil.copytree(yesterday / "runs", tmp_path / "runs")
+    (tmp_path / "logs").mkdir()
+    places = {"logs": "logs", "run": "runs/first", "out": "out"}
+    lines = [f"{key}: {tmp_path / place}" for key, place in places.items()]
+    lines += ["name: tiny", "settings: {run: {max_steps: 3}}", "margin: 1", "gain: false"]
+    (tmp_path / "daily.yaml").write_text("\n".join(lines) + "\n")
+    return tmp_path
+
+
+def arrive(yesterday: Path, world: Path, day: str) -> None:
+    shutil.copytree(yesterday / "hold" / day, world / "logs" / day)
+
+
+def daily(world: Path, *words: str) -> Result:
+    return CliRunner().invoke(app, ["daily", str(world / "daily.yaml"), *words])
+
+
+def rows(world: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads((world / "out" / "daily.json").read_text())["days"]
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_days_go_on_from_one_another(yesterday: Path, world: Path) -> None:
+    out = world / "out"
+    assert "no day is done yet" in daily(world).output
+    arrive(yesterday, world, DAYS[0])
+    dry = json.loads(daily(world, "--dry-run", "--json").stdout)
+    assert dry["days"] == DAYS[:1] and not (out / "folders").exists()
+    assert [line.split()[1] for line in dry["commands"][1:]] == (
+        ["prepare", "cf", "train", "evaluate", "register", "train", "evaluate", "promote"]
+    )
+
+    # the file of a day is damaged: named, with its log; mended, what was done stays
+    events = world / "logs" / DAYS[0] / "events.jsonl"
+    good = events.read_text()
+    events.write_text('{"user_id": "u1", "item_id": "i1"}\n')
+    failed = daily(world)
+    assert failed.exit_code == 1 and isinstance(failed.exception, RunError)
+    assert f"{DAYS[0]}: gensr prepare" in str(failed.exception)
+    assert str(out / "logs" / f"{DAYS[0]}-prepare.log") in str(failed.exception)
+    events.write_text(good)
+    first = daily(world)
+    assert first.exit_code == 0, first.output
+    assert [row["day"] for row in rows(world)] == DAYS[:1]
+    first_row = rows(world)[0]
+    assert (first_row["version"], first_row["champion"], first_row["decision"]) == (2, "1", "promoted")
+
+    # the day's run began with the champion; what stood for the champion made no step
+    new, carried = RunFolder(out / "runs" / DAYS[0]), RunFolder(out / "runs" / f"{DAYS[0]}-version-1")
+    champion = RunFolder(out / "champions" / "1")
+    assert new.read_config().run.init_from == str(champion.path)
+    assert new.read_status()["progress"]["step"] == 3 and carried.read_status()["progress"]["step"] == 0
+    begun = json.loads((carried.model / "model.json").read_text())["begun_with"]
+    assert begun == file_sha256(RunFolder(world / "runs" / "first").model / "model.safetensors")
+    for task, figures in first_row["figures"].items():
+        for run, key in ((carried, "champion"), (new, "candidate")):
+            evaluation = json.loads(run.evaluation("test").read_text())[task]
+            assert figures[key] == pytest.approx(evaluation["ndcg@10"], rel=1e-5)
+    folder = read_manifest(out / "folders" / DAYS[0])
+    assert folder.appended[-1]["manifest"] == read_manifest(yesterday / "data").hash
+
+    # nothing is done twice, and the next day goes on from this one
+    before = (out / "daily.json").read_bytes()
+    assert daily(world).exit_code == 0 and (out / "daily.json").read_bytes() == before
+    arrive(yesterday, world, DAYS[1])
+    (world / "logs" / "2023-11-19").mkdir()  # came too late
+    (world / "logs" / "2023-11-22").mkdir()  # not whole: DAY 1 and 2 are
+    for name in DAYS:
+        (world / "logs" / name / "_SUCCESS").touch()
+    (world / "logs" / "2023-11-19" / "_SUCCESS").touch()
+    second = daily(world, "done_file=_SUCCESS", "keep=1")
+    assert second.exit_code == 0, second.output
+    assert "2023-11-19 came after a later day" in second.stderr
+    assert [(row["day"], row["version"], row["champion"]) for row in rows(world)] == [
+        (DAYS[0], 2, "1"),
+        (DAYS[1], 3, "2"),
+    ]
+    assert not (out / "folders" / DAYS[0]).exists()  # keep=1, and it is the champion's no more
+    folder = read_manifest(out / "folders" / DAYS[1])
+    assert folder.appended[0]["manifest"] == read_manifest(yesterday / "data").hash
+    assert len(folder.appended) == 2
+    text = (out / "daily.txt").read_text()
+    assert all(name in text for name in DAYS) and (out / "daily.png").stat().st_size > 5000
+    with pytest.raises(RunError, match="not evaluated with the weights of version 3"):
+        register_again(world, out)
+
+
+def register_again(world: Path, out: Path) -> None:
+    """Another candidate, against a run of weights that the champion has not."""
+    from trainer.registry.versions import register, registry_of
+
+    run = out / "runs" / DAYS[1]
+    register(run, "tiny")
+    promote("tiny", registry_of(run), against=out / "runs" / f"{DAYS[1]}-version-2")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_what_was_interrupted_is_not_done_again(
+    yesterday: Path, world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between the decision and its row: the version is decided, and the day is written."""
+    arrive(yesterday, world, DAYS[0])
+
+    def killed(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(daily_run, "write_report", killed)
+        assert daily(world).exit_code == 75
+    assert not (world / "out" / "daily.json").exists()
+    model = RunFolder(world / "out" / "runs" / DAYS[0]).model / "model.safetensors"
+    written_ns = model.stat().st_mtime_ns
+    again = daily(world)
+    assert again.exit_code == 0, again.output
+    assert again.stderr.count("done before") == 5 and model.stat().st_mtime_ns == written_ns
+    assert [(row["day"], row["version"]) for row in rows(world)] == [(DAYS[0], 2)]
+
+
+def test_every_problem_of_the_file_is_told_at_once(world: Path) -> None:
+    file = world / "daily.yaml"
+    text = file.read_text().replace("settings: {run: {max_steps: 3}}", "settings: {run.dir: x, run.seed: -1}")
+    file.write_text(text.replace("name: tiny", "name: a/b\nlaunch: nosuchprogram x\ncf: {cf.dim: 0}"))
+    with pytest.raises(ConfigError) as caught:
+        read(file, [f"logs={world / 'nowhere'}", "candidates=hard"])
+    problems = str(caught.value)
+    assert problems.startswith("6 problems")
+    for part in ("nowhere is no folder", "settings.run.dir", "nosuchprogram", "'a/b'", "run.seed", "cf.dim"):
+        assert part in problems
+    file.write_text(text.replace("run.dir: x, run.seed: -1", "run.max_steps: 1"))
+    with pytest.raises(ConfigError, match="hard_negatives=99"):
+        read(file, ["candidates=hard"])
+
+
+def test_only_what_is_trained_and_served_goes_on(world: Path, yesterday: Path) -> None:
+    config = RunFolder(world / "runs" / "first").config
+    text = config.read_text()
+    for name, problem in (("popularity", "counted, not trained"), ("jsr", "cannot be registered")):
+        settings = {"data.dir": str(yesterday / "data"), "model.name": name}
+        config.write_text(to_yaml(load_config(None, words_of(settings))))
+        with pytest.raises(ConfigError, match=problem):
+            read(world / "daily.yaml")
+    config.write_text(text)
+    assert read(world / "daily.yaml").cf == {"cf.dim": 16, "cf.max_epochs": 2, "cf.num_folds": 2}
+    held = daily_run._alone(world / "out")
+    with held, pytest.raises(RunError, match="another gensr daily"), daily_run._alone(world / "out"):
+        pass
+
+
+def test_a_damaged_list_of_days_is_not_begun_anew(world: Path) -> None:
+    (world / "out").mkdir()
+    (world / "out" / "daily.json").write_text('{"days": [{"da')
+    with pytest.raises(ConfigError, match=r"daily\.json is damaged"):
+        read(world / "daily.yaml")

@@ -1,0 +1,190 @@
+"""What FILE says:
+
+logs: logs                        # a folder a day, LOGS/2026-11-29, read in the order of their names
+run: runs/mine                    # the first champion; the first day goes on from its prepared folder
+name: mine                        # registered model
+out: daily
+settings: {run.max_epochs: 0.2}   # of every training, beside those of RUN/config.yaml
+"""
+
+import os
+import shlex
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge
+from pydantic import Field
+
+from data_shards import settings as s
+from data_shards.append import open_base
+from data_shards.errors import GensrError
+from data_shards.schema import read_manifest
+from data_shards.settings import flatten
+from trainer.config import CfConfig, CfRoot, Config
+from trainer.configs import load_config
+from trainer.data.folder import PreparedFolder
+from trainer.errors import ConfigError, RunError
+from trainer.experiments.sweep import point_of
+from trainer.models.zoo import model_class
+from trainer.registry.promote import MARGIN
+from trainer.registry.versions import ALIAS, check_names, refuse_unservable, registry_of
+from trainer.runs.run_folder import RunFolder, read_json
+from trainer.runs.weights import is_model
+
+DOCUMENT = "daily.json"
+OURS = ("data.dir", "run.dir", "run.init_from")
+HELP = "gensr daily --help"
+
+
+@s.settings
+class DailySettings:
+    logs: str
+    """folder of the raw logs: a folder a day in it, read in the order of their names"""
+    run: str
+    """trained run: the first champion, and the settings of those to come"""
+    name: str
+    """registered model"""
+    out: str
+    """where everything goes: folders, runs, logs, daily.txt, .json, .png and .svg"""
+    settings: dict[str, Any] = Field(default_factory=dict)
+    """of every training, beside those of RUN/config.yaml: how long it is, above all"""
+    prepare: dict[str, Any] = Field(default_factory=dict)
+    """of every preparation, beside those of the folder that it goes on from"""
+    cf: dict[str, Any] = Field(default_factory=dict)
+    """of every CF table, beside those of the table before"""
+    candidates: Literal["sampled", "hard", "full"] = "sampled"
+    """which test evaluation decides"""
+    events: Annotated[int, Ge(0)] = 2000
+    """with full: events in a fixed sample, 0 = all"""
+    margin: Annotated[float, Ge(0)] = MARGIN
+    """NDCG@10 that no task may lose, at the low end of its 95 % interval"""
+    gain: bool = True
+    """whether a task has to gain; false publishes whatever does not fall: it knows the newest items"""
+    launch: str = ""
+    """what trains and evaluates, `accelerate launch --config_file …`; empty: one process"""
+    done_file: str = ""
+    """file that says that a day's folder is whole, _SUCCESS for example; empty: every folder is"""
+    keep: Annotated[int, Ge(0)] = 0
+    """prepared folders of so many newest days are kept, and the champion's; 0 = all"""
+
+    def folder(self, day: str) -> Path:
+        """The prepared folder of a day."""
+        return Path(self.out) / "folders" / day
+
+
+@dataclass(frozen=True)
+class Daily:
+    """FILE, checked."""
+
+    settings: DailySettings
+    config: Config  # of every training, but for its places
+    source: str  # of the logs
+    uri: str  # of the registry
+    cf: Mapping[str, Any] | None  # settings of every CF table; None: the model reads none
+
+    @property
+    def out(self) -> Path:
+        return Path(self.settings.out)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Of the days that are done, oldest first (report.py)."""
+        return _rows(self.settings)
+
+    def waiting(self) -> tuple[list[str], list[str]]:
+        """Days to do, oldest first, and days that came after a later one was done."""
+        given, done = self.settings, {row["day"] for row in self.rows()}
+        there = [path for path in Path(given.logs).iterdir() if path.is_dir() and path.name[0] != "."]
+        whole = [path.name for path in there if not given.done_file or (path / given.done_file).is_file()]
+        newest = max(done, default="")
+        days = sorted(set(whole) - done)
+        return [day for day in days if day > newest], [day for day in days if day < newest]
+
+    def before(self, rows: Sequence[Mapping[str, Any]]) -> Path:
+        """The prepared folder that the day after these goes on from."""
+        return self.settings.folder(rows[-1]["day"]) if rows else Path(self.config.data.dir)
+
+
+def words_of(settings: Mapping[str, Any]) -> list[str]:
+    """{"optim.lr": 1e-3} or {"optim": {"lr": 1e-3}} → ["optim.lr=0.001"]."""
+    return list(point_of(0, flatten(settings)).overrides) if settings else []
+
+
+def read(file: str | Path, overrides: Sequence[str] = ()) -> Daily:
+    """Raises ConfigError with all that would stop a day."""
+    given: DailySettings = s.load(DailySettings, file, overrides, keys_command=HELP)
+    given = replace(given, **{key: os.path.abspath(getattr(given, key)) for key in ("logs", "run", "out")})
+    problems: list[tuple[str, str]] = []
+
+    def checked(key: str, look: Callable[[], Any]) -> Any:
+        try:
+            return look()
+        except GensrError as error:
+            problems.append((key, str(error).replace("\n", "; ")))
+
+    if not Path(given.logs).is_dir():
+        problems.append(("logs", f"{given.logs} is no folder"))
+    for key in OURS:
+        if key in flatten(given.settings):
+            problems.append((f"settings.{key}", "is set by gensr daily"))
+    if given.launch and not shutil.which(shlex.split(given.launch)[0]):
+        problems.append(("launch", f"{shlex.split(given.launch)[0]}: no such program"))
+    checked("name", lambda: check_names(given.name, ALIAS))
+    rows = checked("out", lambda: _rows(given))
+    table = checked("cf", lambda: s.load(CfRoot, overrides=words_of(given.cf)))
+    config = checked(
+        "settings", lambda: load_config(str(RunFolder(given.run).config), words_of(given.settings))
+    )
+    plan = Daily(given, config, "", "", None)
+    if config is not None:
+        checked("run", lambda: _check_run(given, config))
+    if config is not None and rows is not None:
+        source = checked("prepare", lambda: _check_folder(given, plan.before(rows)))
+        reads = model_class(config.model.name).reads(config.model) & {"cf", "cf_users"}
+        of_table = checked("cf", lambda: _cf_settings(plan.before(rows))) if reads and table else None
+    if problems:
+        raise ConfigError(s.format_problems(problems, str(file), HELP))
+    cf = {**of_table, **given.cf} if of_table is not None else None
+    return replace(plan, source=source, uri=config.tracking.uri or registry_of(given.run), cf=cf)
+
+
+def _rows(given: DailySettings) -> list[dict[str, Any]]:
+    """Raises RunError for a damaged daily.json: a day that was done would be done again."""
+    path = Path(given.out) / DOCUMENT
+    if not path.is_file():
+        return []
+    rows = read_json(path).get("days")
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and "day" in row for row in rows):
+        raise RunError(f"{path} is damaged. Restore it: it says which days are done")
+    return rows
+
+
+def _check_run(given: DailySettings, config: Config) -> None:
+    kind = model_class(config.model.name)
+    if not kind.trained:
+        raise ConfigError(f"{kind.title} is counted, not trained: it has no weights to go on with")
+    refuse_unservable(kind.reads(config.model), config.model.name, Path(given.run))
+    if not is_model(RunFolder(given.run).model):
+        raise ConfigError(f"{given.run} holds no trained model")
+
+
+def _check_folder(given: DailySettings, before: Path) -> str:
+    """→ the source that it was prepared from. Raises for a folder that nothing can be appended to."""
+    manifest = read_manifest(before)
+    source = str(manifest.raw["source"]["name"])
+    open_base(before, source, given.folder("next")).settings(source, words_of(given.prepare))
+    if given.candidates == "hard" and not manifest.num_hard_negatives:
+        raise ConfigError(f"candidates: hard, but {before} has none (hard_negatives=99 of gensr prepare)")
+    return source
+
+
+def _cf_settings(before: Path) -> dict[str, Any]:
+    """Those of a folder's table that are no defaults, so that the next one is made in the same way."""
+    table, defaults = PreparedFolder.at(before).cf(users=False, folds=False), asdict(CfConfig())
+    return {
+        f"cf.{key}": value
+        for key, value in table.settings.items()
+        if key != "onto" and value != defaults.get(key)
+    }

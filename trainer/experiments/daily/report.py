@@ -1,0 +1,100 @@
+"""What is said of the days: OUT/daily.json, a row a day, the same as text and as a picture; and the commands
+of a dry run."""
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from data_shards.secrets import mask_secrets
+from trainer.evaluation.summary import TASK_TITLES
+from trainer.experiments.daily.day import Day
+from trainer.experiments.daily.plan import DOCUMENT, Daily
+from trainer.registry.promote import CHAMPION
+from trainer.registry.versions import number_of
+from trainer.runtime.files import atomic
+
+Rows = Sequence[Mapping[str, Any]]
+TABLE, PICTURE = "daily.txt", "daily"
+SPAN = 0.1  # of NDCG@10, at least: days that hardly differ look so
+
+
+def write_report(out: Path, rows: Rows) -> None:
+    text = {TABLE: "\n".join(lines_of(rows)), DOCUMENT: json.dumps({"days": rows}, indent=2)}
+    draw(rows, out / PICTURE)
+    for name, content in text.items():  # daily.json last: it says what is done
+        with atomic(out / name) as path:
+            path.write_text(content + "\n", encoding="utf-8")
+
+
+def lines_of(rows: Rows) -> list[str]:
+    """A line a day and task: NDCG@10 of the champion and of the new model on the events of that day."""
+    if not rows:
+        return ["no day is done yet"]
+    width = max(len("day"), *(len(str(row["day"])) for row in rows))
+    lines = [f"{'day':<{width}}  version  task  champion     new  difference  95 % interval     decision"]
+    for row in rows:
+        head = f"{row['day']:<{width}}  {row['version']:>7}"
+        decision = row["decision"]
+        for task, f in row["figures"].items():
+            interval = f"{f['ci95'][0]:+.3f} to {f['ci95'][1]:+.3f}"
+            figures = f"{f['champion']:>8.3f}  {f['candidate']:>6.3f}  {f['difference']:>+10.3f}"
+            lines.append(f"{head}  {task:<4}  {figures}  {interval}  {decision}".rstrip())
+            head, decision = " " * len(head), ""
+    return lines
+
+
+def draw(rows: Rows, path: Path) -> None:
+    """A panel a task: the new model and the champion on the events of each day."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    from trainer.analysis.drawing import Curve, curves_with_intervals, write_figure
+
+    names = {number: str(row["day"]) for number, row in enumerate(rows, 1)}
+    panels: dict[str, list[Curve]] = {}
+    for task, title in TASK_TITLES.items():
+        found = [
+            (number, row["figures"][task]) for number, row in enumerate(rows, 1) if task in row["figures"]
+        ]
+        if found:
+            days = [number for number, _ in found]
+            panels[f"{title}, NDCG@10"] = [
+                Curve("new", days, [f["candidate"] for _, f in found], task=task),
+                Curve("champion", days, [f["champion"] for _, f in found]),
+            ]
+    if panels:
+        figure = curves_with_intervals(panels, "", least_span=SPAN)
+        for axes in figure.axes:
+            axes.xaxis.set_major_locator(MaxNLocator(nbins=3, integer=True))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda number, place: names.get(number, "")))
+        write_figure(figure, path)
+
+
+def commands(plan: Daily) -> list[str]:
+    """Those of the days that wait, to copy; a champion that is not known yet is N."""
+    lines: list[str] = []
+    rows: list[Mapping[str, Any]] = list(plan.rows())
+    number = number_of(plan.settings.name, CHAMPION, plan.uri)
+    weights = plan.out / "champions" / (str(number) if number else "N")
+    for name in plan.waiting()[0]:
+        day = Day(plan, name, plan.before(rows))
+        steps = [
+            *day.data_steps(),
+            day.train(weights),
+            day.evaluate(day.new, "evaluate"),
+            day.register(),
+            day.carry(number, weights),
+            day.evaluate(day.carried(number), "evaluate champion", "--no-baselines"),
+        ]
+        lines += [f"# {name}", *(day.command(step) for step in steps if not step.is_done())]
+        lines.append(_promote_command(plan, day.carried(number).path))
+        rows.append({"day": name})
+    return [mask_secrets(line) for line in lines]
+
+
+def _promote_command(plan: Daily, against: Path) -> str:
+    given = plan.settings
+    words = ["gensr", "promote", given.name, "--against", str(against), "--uri", plan.uri]
+    words += ["--candidates", given.candidates, "--margin", f"{given.margin:g}"]
+    return shlex.join([*words, *([] if given.gain else ["--no-gain"])])
