@@ -53,7 +53,7 @@ def world(yesterday: Path, tmp_path: Path) -> Path:
     (tmp_path / "logs").mkdir()
     places = {"logs": "logs", "run": "runs/first", "out": "out"}
     lines = [f"{key}: {tmp_path / place}" for key, place in places.items()]
-    lines += ["name: tiny", "settings: {run: {max_steps: 3}}", "margin: 1", "gain: false"]
+    lines += ["name: tiny", "settings: {run: {max_steps: 3}}", "margin: 1", "gain: false", "min_events: 1"]
     (tmp_path / "daily.yaml").write_text("\n".join(lines) + "\n")
     return tmp_path
 
@@ -79,9 +79,11 @@ def test_days_go_on_from_one_another(yesterday: Path, world: Path) -> None:
     arrive(yesterday, world, DAYS[0])
     dry = json.loads(daily(world, "--dry-run", "--json").stdout)
     assert dry["days"] == DAYS[:1] and not (out / "folders").exists()
-    assert [line.split()[1] for line in dry["commands"][1:]] == (
-        ["prepare", "cf", "train", "evaluate", "register", "train", "evaluate", "promote"]
-    )
+    assert [line.split()[1] for line in dry["commands"][1:]] == [
+        *("evaluate", "register", "promote"),  # RUN becomes the first champion
+        *("train", "prepare", "cf", "train", "evaluate", "register"),
+        *("train", "evaluate", "promote"),  # the champion without a step
+    ]
 
     # the file of a day is damaged: named, with its log; mended, what was done stays
     events = world / "logs" / DAYS[0] / "events.jsonl"
@@ -92,18 +94,19 @@ def test_days_go_on_from_one_another(yesterday: Path, world: Path) -> None:
     assert f"{DAYS[0]}: gensr prepare" in str(failed.exception)
     assert str(out / "logs" / f"{DAYS[0]}-prepare.log") in str(failed.exception)
     events.write_text(good)
-    first = daily(world)
+    first = daily(world, "settings.data.history_max=7")
     assert first.exit_code == 0, first.output
     assert [row["day"] for row in rows(world)] == DAYS[:1]
     first_row = rows(world)[0]
     assert (first_row["version"], first_row["champion"], first_row["decision"]) == (2, "1", "promoted")
 
     # the day's run began with the champion; what stood for the champion made no step
-    new, carried = RunFolder(out / "runs" / DAYS[0]), RunFolder(out / "runs" / f"{DAYS[0]}-version-1")
-    champion = RunFolder(out / "champions" / "1")
+    new, carried = RunFolder(out / "runs" / DAYS[0]), RunFolder(out / "runs" / f"{DAYS[0]}-tiny-1")
+    champion = RunFolder(out / "champions" / "tiny-1")
     assert new.read_config().run.init_from == str(champion.path)
     assert new.read_status()["progress"]["step"] == 3 and carried.read_status()["progress"]["step"] == 0
     begun = json.loads((carried.model / "model.json").read_text())["begun_with"]
+    assert carried.read_config().data.history_max != new.read_config().data.history_max == 7
     assert begun == file_sha256(RunFolder(world / "runs" / "first").model / "model.safetensors")
     for task, figures in first_row["figures"].items():
         for run, key in ((carried, "champion"), (new, "candidate")):
@@ -112,9 +115,12 @@ def test_days_go_on_from_one_another(yesterday: Path, world: Path) -> None:
     folder = read_manifest(out / "folders" / DAYS[0])
     assert folder.appended[-1]["manifest"] == read_manifest(yesterday / "data").hash
 
-    # nothing is done twice, and the next day goes on from this one
+    # nothing is done twice, what comes too late is named, and the next day goes on from this one
     before = (out / "daily.json").read_bytes()
-    assert daily(world).exit_code == 0 and (out / "daily.json").read_bytes() == before
+    events.write_text(good + good.splitlines()[0] + "\n")
+    later = daily(world)
+    assert later.exit_code == 0 and (out / "daily.json").read_bytes() == before
+    assert f"{DAYS[0]} has changed since its day was done" in later.stderr
     arrive(yesterday, world, DAYS[1])
     (world / "logs" / "2023-11-19").mkdir()  # came too late
     (world / "logs" / "2023-11-22").mkdir()  # not whole: DAY 1 and 2 are
@@ -128,13 +134,13 @@ def test_days_go_on_from_one_another(yesterday: Path, world: Path) -> None:
         (DAYS[0], 2, "1"),
         (DAYS[1], 3, "2"),
     ]
-    assert not (out / "folders" / DAYS[0]).exists()  # keep=1, and it is the champion's no more
+    assert (out / "folders" / DAYS[0]).exists()  # keep=1, and a rollback would need it
     folder = read_manifest(out / "folders" / DAYS[1])
     assert folder.appended[0]["manifest"] == read_manifest(yesterday / "data").hash
     assert len(folder.appended) == 2
     text = (out / "daily.txt").read_text()
     assert all(name in text for name in DAYS) and (out / "daily.png").stat().st_size > 5000
-    with pytest.raises(RunError, match="not evaluated with the weights of version 3"):
+    with pytest.raises(RunError, match="has another data than version 3"):
         register_again(world, out)
 
 
@@ -144,7 +150,7 @@ def register_again(world: Path, out: Path) -> None:
 
     run = out / "runs" / DAYS[1]
     register(run, "tiny")
-    promote("tiny", registry_of(run), against=out / "runs" / f"{DAYS[1]}-version-2")
+    promote("tiny", registry_of(run), against=out / "runs" / f"{DAYS[1]}-tiny-2")
 
 
 @pytest.mark.slow
@@ -166,23 +172,67 @@ def test_what_was_interrupted_is_not_done_again(
     written_ns = model.stat().st_mtime_ns
     again = daily(world)
     assert again.exit_code == 0, again.output
-    assert again.stderr.count("done before") == 5 and model.stat().st_mtime_ns == written_ns
+    assert again.stderr.count("done before") == 6 and model.stat().st_mtime_ns == written_ns
     assert [(row["day"], row["version"]) for row in rows(world)] == [(DAYS[0], 2)]
 
 
 def test_every_problem_of_the_file_is_told_at_once(world: Path) -> None:
     file = world / "daily.yaml"
     text = file.read_text().replace("settings: {run: {max_steps: 3}}", "settings: {run.dir: x, run.seed: -1}")
-    file.write_text(text.replace("name: tiny", "name: a/b\nlaunch: nosuchprogram x\ncf: {cf.dim: 0}"))
+    more = "name: a/b\nlaunch: nosuchprogram x\ncf: {cf.dim: 0}\nprepare: {test_days: 2}"
+    file.write_text(text.replace("name: tiny", more))
     with pytest.raises(ConfigError) as caught:
-        read(file, [f"logs={world / 'nowhere'}", "candidates=hard"])
+        read(file, [f"logs={world / 'nowhere'}"])
     problems = str(caught.value)
-    assert problems.startswith("6 problems")
-    for part in ("nowhere is no folder", "settings.run.dir", "nosuchprogram", "'a/b'", "run.seed", "cf.dim"):
+    assert problems.startswith("7 problems"), problems
+    for part in ("nowhere is no folder", "settings.run.dir", "prepare.test_days", "nosuchprogram", "'a/b'"):
         assert part in problems
-    file.write_text(text.replace("run.dir: x, run.seed: -1", "run.max_steps: 1"))
-    with pytest.raises(ConfigError, match="hard_negatives=99"):
-        read(file, ["candidates=hard"])
+    for part in (
+        "cf.dim must be greater than 0, got 0\n",
+        "run.seed must be greater than or equal to 0, got -1\n",
+    ):
+        assert part in problems
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["candidates=hard"], "hard_negatives=99"),
+        (["cf.cf.dim=32"], "cf.dim=32: the table of .* has 16"),
+        (["settings.serving.retriever=runs/other"], "was trained on another folder"),
+        (["settings.tracking.uri=sqlite:////elsewhere/mlflow.db"], "is another registry than"),
+        (["launch=accelerate 'launch"], "No closing quotation"),
+        (["settings.run.max_epochs=-1"], "run.max_epochs must be"),
+    ],
+)
+def test_what_would_end_a_day_after_hours_is_told_before(world: Path, words: list[str], problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        read(world / "daily.yaml", words)
+
+
+def test_the_length_that_the_file_asks_for_counts(world: Path) -> None:
+    """RUN was made with run.max_steps, which would go before epochs."""
+    (world / "daily.yaml").write_text(
+        (world / "daily.yaml").read_text().replace("run: {max_steps: 3}", "run: {max_epochs: 0.5}")
+    )
+    plan = read(world / "daily.yaml")
+    assert (plan.config.run.max_epochs, plan.config.run.max_steps) == (0.5, 0)
+    assert "run.max_steps=0" in plan.training
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_day_that_says_too_little_is_not_decided(yesterday: Path, world: Path) -> None:
+    arrive(yesterday, world, DAYS[0])
+    few = daily(world, "min_events=1000")
+    assert few.exit_code == 1 and "too few to decide by (min_events=1000)" in str(few.exception)
+    assert not (world / "out" / "runs" / DAYS[0]).exists()
+    shutil.rmtree(world / "out" / "folders" / DAYS[0])
+    events = world / "logs" / DAYS[0] / "events.jsonl"
+    old = [json.dumps({**json.loads(line), "time": START_MS}) for line in events.read_text().splitlines()]
+    events.write_text("\n".join(old) + "\n")
+    nothing_new = daily(world)
+    assert nothing_new.exit_code == 1 and "no click of a later day" in str(nothing_new.exception)
 
 
 def test_only_what_is_trained_and_served_goes_on(world: Path, yesterday: Path) -> None:

@@ -55,6 +55,14 @@ def write_evaluation(folder: Path, quality: dict[str, float], seed: int = 0, **p
     return folder
 
 
+def write_model(folder: Path, **settings: Any) -> None:
+    """What is read of a model to tell it from another."""
+    folder.mkdir(exist_ok=True)
+    (folder / "model.safetensors").write_bytes(b"weights")
+    about = {"name": "gensr", "settings": {"layers": 2, **settings}, "data": {}, "precision": "fp32"}
+    (folder / "model.json").write_text(json.dumps({"format": 2, **about}))
+
+
 def write_ranks(folder: Path, name: str, table: pa.Table, protocol: dict[str, Any]) -> None:
     pq.write_table(table, folder / f"evaluation-{name}.parquet")
     (folder / f"evaluation-{name}.json").write_text(json.dumps({"protocol": protocol}))
@@ -144,8 +152,7 @@ def test_a_run_may_stand_for_the_champion(
     first = add()
     promote(name)
     weights = tmp_path / "version-1" / "artifacts" / "model" / "model.safetensors"
-    weights.parent.mkdir()
-    weights.write_bytes(b"weights")
+    write_model(weights.parent)
     newer: dict[str, Any] = {"manifest_hash": "newer", "first_event": 5000}
     second = add(rec=0.3, src=0.3, **newer)
     with pytest.raises(RunError, match="different data"):
@@ -155,8 +162,13 @@ def test_a_run_may_stand_for_the_champion(
         write_evaluation(folder, {"rec": 0.3, "src": 0.3}, begun_with=digest, **newer)
         for file in (folder / "artifacts" / "evaluation").iterdir():
             file.rename(folder / file.name)
+        write_model(folder / "model")
     with pytest.raises(RunError, match="not evaluated with the weights of version 1"):
         promote(name, against=other)
+    write_model(run / "model", layers=3)  # the weights fit where their names do
+    with pytest.raises(RunError, match="has another settings than version 1"):
+        promote(name, against=run)
+    write_model(run / "model", younger=True)
     refused = promote(name, against=run)
     assert (refused.promoted, refused.reason) == (False, "no task gains beyond what chance explains")
     assert refused.lines()[1] == f"  champion: its weights on the candidate's data, {run}"
@@ -172,6 +184,9 @@ def test_a_run_may_stand_for_the_champion(
     assert found["figures"]["src"]["candidate"] == pytest.approx(accepted.figures["src"]["b"], rel=1e-5)
     assert decided(name, first, store)["figures"] == {}
     client.set_registered_model_alias(name, "champion", str(first))
+    assert decided(name, second, store) == {}  # stopped before the alias moved: to be done again
+    with pytest.raises(RunError, match="version 2 was registered meanwhile"):
+        promote(name, version=first)
     add(rec=0.2, src=0.3, **newer)
     assert "rec may fall" in promote(name, against=run, gain=False).reason
 

@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import runpy
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -88,5 +89,8 @@ def run_verb(*arguments: str) -> None:
 
 
 def run_program(*words: str) -> None:
-    """Another program in the child's place, which has its output, its session and its signals."""
-    os.execvp(words[0], words)
+    """Another program as the child: a SIGTERM goes on to it."""
+    program = subprocess.Popen(words)
+    signal.signal(signal.SIGTERM, lambda number, frame: program.terminate())
+    code = program.wait()
+    sys.exit(code if code >= 0 else 128 - code)

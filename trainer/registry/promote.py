@@ -16,6 +16,9 @@ what gains nothing: the newer data may be reason enough.
 
 import json
 import math
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -30,14 +33,15 @@ from trainer.registry.versions import ALIAS, default_uri, fetch, find_version, m
 from trainer.runs.retriever_facts import RETRIEVER, retriever_of, retriever_words
 from trainer.runs.run_folder import RunFolder
 from trainer.runs.sealed import check_sealed
-from trainer.runs.weights import WEIGHTS
-from trainer.tracking.store import connect, must_exist
+from trainer.runs.weights import WEIGHTS, read_model_document
+from trainer.tracking.store import connect, is_server, must_exist
 
 CHAMPION = "champion"
 # tag of a champion: the version that was champion before, for rollback
 PREVIOUS = "promote.previous_champion"
 ROLLED_BACK = "rolled back"
 METRIC = "ndcg@10"
+VERDICT = "promote.decision"  # tag: promoted, refused or rolled back
 FIGURES = ("champion", "candidate", "difference", "ci95")  # of a task, among the tags
 # two runs of one configuration differ by ± 0.007 on 8,000 events: equals pass, a loss that users could notice
 # does not
@@ -92,12 +96,13 @@ class Gate:
     against: str
 
     def tags(self) -> dict[str, str]:
-        tags = {"promote.margin": f"{self.margin:g}", "promote.metric": f"{METRIC}, {self.candidates}"}
-        if self.segment_margin is not None:
-            tags["promote.segment_margin"] = f"{self.segment_margin:g}"
-        if not self.gain:
-            tags["promote.gain"] = "not asked"
-        return tags
+        return {
+            "promote.margin": f"{self.margin:g}",
+            "promote.metric": f"{METRIC}, {self.candidates}",
+            "promote.gain": "asked" if self.gain else "not asked",
+            "promote.against": self.against or "its own evaluation",
+            **({} if self.segment_margin is None else {"promote.segment_margin": f"{self.segment_margin:g}"}),
+        }
 
 
 def promote(
@@ -109,6 +114,7 @@ def promote(
     candidates: str = "sampled",
     gain: bool = True,
     against: str | Path = "",
+    version: int = 0,
 ) -> Decision:
     """Compare the versions that the aliases candidate and champion name; move champion if the rule above says
     so, and tag the candidate either way.
@@ -116,9 +122,9 @@ def promote(
     margin, segment_margin: NDCG@10, ≥ 0; segment_margin=None asks for no segment. dry_run: changes nothing.
     candidates: which test evaluation decides, sampled, hard or full. gain: whether a task has to gain.
     against: an evaluated run of the champion's weights (run.init_from, run.max_epochs=0), whose ranks count
-    as the champion's. Raises ConfigError for another kind, RunError when there is no candidate, a version
-    holds no such evaluation, the two were not evaluated on the same events and candidates, `against` is of
-    other weights, or champion has moved meanwhile.
+    as the champion's. version: of the candidate, where no other will do. Raises ConfigError for another kind
+    of candidates, RunError when there is no candidate, a version holds no such evaluation, the two were not
+    evaluated on the same events and candidates, `against` is another model, or champion has moved meanwhile.
     """
     check_candidates(candidates)
     gate = Gate(margin, segment_margin, candidates, gain, str(against))
@@ -136,6 +142,12 @@ def promote(
                 f"{name}"
             )
         number, before = int(candidate.version), int(champion.version) if champion is not None else None
+        if version and number != version:
+            raise RunError(
+                f"{name}: version {number} was registered meanwhile and is its candidate now, not version "
+                f"{version}. Nothing was changed. Give the alias back: register the run of version {version} "
+                "again"
+            )
         if number == before:
             return Decision(
                 name,
@@ -145,7 +157,7 @@ def promote(
                 reason=f"version {number} is the champion already",
                 candidates=candidates,
             )
-        if candidate.tags.get("promote.decision") == ROLLED_BACK:
+        if candidate.tags.get(VERDICT) == ROLLED_BACK:
             return Decision(
                 name,
                 number,
@@ -157,13 +169,11 @@ def promote(
         decision = _decide(name, number, before, uri, gate)
         if not dry_run:
             _check_champion(client, name, champion)
-            tags = {
-                "promote.decision": "promoted" if decision.promoted else "refused",
-                **gate.tags(),
-                **decision_tags(decision),
-            }
+            tags = {**gate.tags(), **decision_tags(decision)}
             if decision.promoted and champion is not None:
                 tags[PREVIOUS] = str(decision.champion)
+            # the verdict after what it is made of
+            tags[VERDICT] = "promoted" if decision.promoted else "refused"
             for key, value in tags.items():
                 client.set_model_version_tag(name, str(decision.candidate), key, value)
             if decision.promoted:  # last: who reads the alias finds the tags
@@ -188,7 +198,7 @@ def rollback(name: str, uri: str = "", dry_run: bool = False) -> tuple[int, int]
         if not dry_run:
             client.get_model_version(name, previous)  # raises when it has been deleted
             _check_champion(client, name, champion)
-            client.set_model_version_tag(name, str(champion.version), "promote.decision", ROLLED_BACK)
+            client.set_model_version_tag(name, str(champion.version), VERDICT, ROLLED_BACK)
             client.set_model_version_tag(name, str(champion.version), "promote.decided_at", _now())
             client.set_registered_model_alias(name, CHAMPION, previous)
     return int(champion.version), int(previous)
@@ -204,19 +214,16 @@ def _check_champion(client: Any, name: str, expected: Any) -> None:
 
 
 def _decide(name: str, candidate: int, champion: int | None, uri: str, gate: Gate) -> Decision:
-    def version(number: int) -> tuple[Path, str]:
-        return fetch(f"models:/{name}/{number}", uri), f"version {number} of {name}"
-
-    after = read_ranks(*version(candidate), gate.candidates)
+    after = _ranks_of(name, candidate, uri, gate.candidates)
     if champion is None:  # a champion must be comparable to those after it, so its ranks were read
         with_ = _retrievers(candidate=after)
         return Decision(
             *(name, candidate, None, True, "first champion"), candidates=gate.candidates, retrievers=with_
         )
     if gate.against:
-        before = _stand_in(Path(gate.against), *version(champion), gate.candidates)
+        before = _stand_in(Path(gate.against), name, champion, uri, gate.candidates)
     else:
-        before = read_ranks(*version(champion), gate.candidates)
+        before = _ranks_of(name, champion, uri, gate.candidates)
     check_same(before, after)
     figures = {task: of_task[METRIC] for task, of_task in paired(before, after).items()}
     promoted, reason = judge(figures, gate.margin, gate.gain)
@@ -232,18 +239,48 @@ def _decide(name: str, candidate: int, champion: int | None, uri: str, gate: Gat
     )
 
 
-def _stand_in(run: Path, version: Path, where: str, candidates: str) -> StoredRanks:
-    """The ranks of a run without a step, whose weights are those of the champion's version. Raises RunError
-    for other weights."""
+def _ranks_of(name: str, number: int, uri: str, candidates: str) -> StoredRanks:
+    with _fetched(f"models:/{name}/{number}", uri) as folder:
+        return read_ranks(folder, f"version {number} of {name}", candidates)
+
+
+def _stand_in(run: Path, name: str, number: int, uri: str, candidates: str) -> StoredRanks:
+    """The ranks of a run without a step that is the champion's version on newer data. Raises RunError for
+    another model, or other weights."""
     stored = read_stored(run, evaluation_name("test", candidates), str(run))
-    weights = file_sha256(version / "artifacts" / "model" / WEIGHTS)
-    if stored.protocol.get("begun_with") != weights:
+    with _fetched(f"models:/{name}/{number}/artifacts/model", uri) as model:
+        weights, theirs = file_sha256(model / WEIGHTS), read_model_document(model)
+    ours = read_model_document(RunFolder(run).model)
+    other = [key for key in ("name", "settings", "data", "precision") if _differs(theirs[key], ours[key])]
+    if stored.protocol.get("begun_with") != weights or other:
+        what = (
+            f"has another {' and another '.join(other)} than"
+            if other
+            else "was not evaluated with the weights of"
+        )
         raise RunError(
-            f"{run} was not evaluated with the weights of {where}, the champion. Make a run of them on the "
-            "candidate's prepared folder, and evaluate it: gensr train FILE data.dir=OUT run.dir=RUN "
-            "run.init_from=CHAMPION_RUN run.max_epochs=0 run.max_steps=0"
+            f"{run} {what} version {number} of {name}, the champion. Make a run of it on the candidate's "
+            "prepared folder, and evaluate that: gensr train CHAMPION_RUN/config.yaml data.dir=OUT "
+            "run.dir=RUN run.init_from=CHAMPION_RUN run.max_epochs=0 run.max_steps=0"
         )
     return stored
+
+
+def _differs(theirs: Any, ours: Any) -> bool:
+    """What an older model does not say is not compared."""
+    if isinstance(theirs, dict):
+        return any(ours.get(key) != value for key, value in theirs.items())
+    return bool(theirs != ours)
+
+
+@contextmanager
+def _fetched(model: str, uri: str) -> Iterator[Path]:
+    """What a server sends is kept no longer than it is read."""
+    if not is_server(uri):
+        yield fetch(model, uri)
+        return
+    with tempfile.TemporaryDirectory(prefix="gensr-promote-") as folder:
+        yield fetch(model, uri, into=Path(folder))
 
 
 def _retrievers(**evaluations: StoredRanks) -> dict[str, str]:
@@ -303,8 +340,6 @@ def decision_tags(decision: Decision) -> dict[str, str]:
         "promote.champion": str(decision.champion or "none"),
         "promote.decided_at": _now(),
     }
-    if decision.against:
-        tags["promote.against"] = decision.against
     tags |= {f"promote.{role}.{RETRIEVER}": words for role, words in decision.retrievers.items()}
     for task, f in decision.figures.items():
         tags |= {
@@ -317,18 +352,36 @@ def decision_tags(decision: Decision) -> dict[str, str]:
 
 def decided(name: str, version: int, uri: str) -> dict[str, Any]:
     """What promote() has decided of a version, from its tags: {"decision", "reason", "champion": before,
-    "figures": {task: {"champion", "candidate", "difference", "ci95"}}}; {} where it has not."""
+    "figures": {task: {"champion", "candidate", "difference", "ci95"}}}; {} where it has not, or was stopped
+    before the alias moved."""
     with mlflow_errors(f"MLflow at {uri} does not say what was decided of version {version} of {name}"):
-        tags = connect(uri).get_model_version(name, str(version)).tags
-    if "promote.decision" not in tags:
+        client = connect(uri)
+        tags = client.get_model_version(name, str(version)).tags
+        champion = find_version(client, name, CHAMPION)
+    before = tags.get("promote.champion", "")
+    standing = str(champion.version) if champion is not None else "none"
+    if VERDICT not in tags or (tags[VERDICT] == "promoted" and standing == before):
         return {}
     figures = {
         task: {key: json.loads(tags[f"promote.{task}.{key}"]) for key in FIGURES}
         for task in TASKS
         if f"promote.{task}.difference" in tags
     }
-    of_version = {key: tags.get(f"promote.{key}", "") for key in ("decision", "reason", "champion")}
-    return {**of_version, "figures": figures}
+    return {
+        "decision": tags[VERDICT],
+        "reason": tags.get("promote.reason", ""),
+        "champion": before,
+        "figures": figures,
+    }
+
+
+def champions(name: str, uri: str) -> set[int]:
+    """The champion's version, and the one that a rollback would bring."""
+    with mlflow_errors(f"MLflow at {uri} does not say which version of {name} is the champion"):
+        champion = find_version(connect(uri), name, CHAMPION)
+    if champion is None:
+        return set()
+    return {int(version) for version in (champion.version, champion.tags.get(PREVIOUS)) if version}
 
 
 def _now() -> str:

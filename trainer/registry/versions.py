@@ -59,6 +59,7 @@ from trainer.tracking.store import (
     must_exist,
     one_line,
     open_experiment,
+    sqlite_path,
     sqlite_uri,
     tracking_uri,
 )
@@ -238,12 +239,13 @@ def default_uri() -> str:
     return sqlite_uri(path.resolve())
 
 
-def fetch(model: str, uri: str) -> Path:
-    """The folder of a registered version (models:/…); of a store on this machine it is the store's own.
-    Raises RunError when there is no such model."""
+def fetch(model: str, uri: str, into: Path | None = None) -> Path:
+    """The folder of a registered version (models:/NAME/VERSION), or one in it (…/artifacts/model). into:
+    where a copy goes; without, a store on this machine gives its own, and a server a copy that stays. Raises
+    RunError when there is no such model."""
     mlflow = _mlflow_at(must_exist(uri))
     try:
-        return Path(mlflow.artifacts.download_artifacts(model))
+        return Path(mlflow.artifacts.download_artifacts(model, dst_path=str(into) if into else None))
     except (_mlflow_exception(), OSError) as error:
         raise RunError(f"{model}: no such model at {uri}: {one_line(error)}") from error
 
@@ -259,7 +261,10 @@ def find_version(client: Any, name: str, alias: str) -> Any | None:
 
 
 def number_of(name: str, alias: str, uri: str) -> int:
-    """The version that an alias names; 0 where there is none."""
+    """The version that an alias names; 0 where there is none, or no store yet."""
+    path = sqlite_path(uri)
+    if path is not None and not path.exists():
+        return 0
     with mlflow_errors(f"MLflow at {uri} does not say what {name}@{alias} is"):
         found = find_version(connect(uri), name, alias)
     return int(found.version) if found is not None else 0

@@ -1,25 +1,37 @@
 """A day of the log as steps, each a verb in a process of its own, which resumes where it was interrupted:
 
-    prepare --append ─▶ cf.onto ─┬▶ train, begun with the champion ─▶ evaluate ─▶ register
-                                 └▶ the champion on the new folder, no step ─▶ evaluate
+    check ─▶ prepare --append ─▶ cf.onto ─┬▶ train, begun with the champion ─▶ evaluate ─▶ register
+                                          └▶ the champion on the new folder, no step ─▶ evaluate
 
 What is done is read from what the verbs have left.
 """
 
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from trainer.data.cf_table import cf_path
 from trainer.errors import GensrError, RunError
 from trainer.evaluation.summary import evaluation_name
 from trainer.experiments.daily.plan import Daily, words_of
 from trainer.experiments.table.cells import run_words
-from trainer.registry.versions import registered_as
+from trainer.registry.versions import ALIAS, number_of, registered_as
+from trainer.runs.folder import holds_run
 from trainer.runs.run_folder import RunFolder
 
 NO_STEP = ("run.max_epochs=0", "run.max_steps=0")
+
+
+@dataclass(frozen=True)
+class Champion:
+    """A version of the registered model. weights: a run folder of which model/ is all that need be there;
+    document: its model.json."""
+
+    version: int
+    weights: Path
+    document: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -49,14 +61,27 @@ class Day:
         """The run of this day."""
         return RunFolder(self.plan.out / "runs" / self.name)
 
-    def carried(self, champion: int) -> RunFolder:
-        """The champion's weights on this day's folder, without a step."""
-        return RunFolder(self.plan.out / "runs" / f"{self.name}-version-{champion}")
+    def carried(self, champion: Champion) -> RunFolder:
+        """The champion on this day's folder, without a step."""
+        return RunFolder(self.plan.out / "runs" / f"{self.name}-{champion.weights.name}")
 
     # ---- steps ---------------------------------------------------------------------------------------------
 
+    def first_steps(self) -> list[Step]:
+        """What makes RUN a version: it becomes the first champion."""
+        first, name = RunFolder(self.plan.settings.run), self.plan.settings.name
+        register = ("register", str(first.path), name)
+        return [
+            self.evaluate(first, "evaluate first"),
+            Step("register first", register, lambda: self._is_candidate(first)),
+        ]
+
+    def _is_candidate(self, run: RunFolder) -> bool:
+        name = self.plan.settings.name
+        return 0 < registered_as(run.path, name) == number_of(name, ALIAS, self.plan.uri)
+
     def data_steps(self) -> list[Step]:
-        given, raw = self.plan.settings, Path(self.plan.settings.logs) / self.name
+        given, raw = self.plan.settings, self.plan.raw(self.name)
         words = ("prepare", self.plan.source, str(raw), str(self.folder), "--append", str(self.before))
         prepare = (*words, *words_of(given.prepare))
         steps = [Step("prepare", prepare, (self.folder / "manifest.json").is_file)]
@@ -65,21 +90,32 @@ class Day:
             steps.append(Step("cf", ("cf", str(self.folder), *settings), cf_path(self.folder).is_file))
         return steps
 
-    def train(self, champion: Path) -> Step:
-        """champion: run folder of its weights. A run that has begun keeps those that it began with."""
-        if self.new.config.is_file():
-            champion = Path(self.new.read_config().run.init_from)
-        return Step("train", self._training(self.new, champion), lambda: self.new.has_ended_well, True)
+    def check(self, champion: Champion) -> Step:
+        """All that can be checked of the training before there is a folder, on its processes."""
+        words = self._training(self.new, champion.weights, data=self.before)
+        return Step("check", (*words, "--dry-run"), lambda: holds_run(self.new.path), launched=True)
 
-    def carry(self, champion: int, weights: Path) -> Step:
-        run = self.carried(champion)
-        return Step("champion", self._training(run, weights, *NO_STEP), lambda: run.has_ended_well)
+    def train(self, champion: Champion) -> Step:
+        """A run that has begun keeps the weights that it began with."""
+        weights = champion.weights
+        if holds_run(self.new.path):
+            weights = Path(self.new.read_config().run.init_from)
+        words = (*self._training(self.new, weights), "--resume", "auto")
+        return Step("train", words, lambda: self.new.has_ended_well, launched=True)
 
-    def _training(self, run: RunFolder, weights: Path, *more: str) -> tuple[str, ...]:
+    def carry(self, champion: Champion) -> Step:
+        """With the champion's settings of model and data, whatever those of the new runs are."""
+        run, own = self.carried(champion), champion.document
+        settings = {"model": own["settings"], "data": own["data"], "run.precision": own["precision"]}
+        words = self._training(run, champion.weights, *words_of(settings), *NO_STEP)
+        return Step("champion", (*words, "--resume", "auto"), lambda: run.has_ended_well)
+
+    def _training(
+        self, run: RunFolder, weights: Path, *more: str, data: Path | None = None
+    ) -> tuple[str, ...]:
         given = self.plan.settings
-        places = (f"data.dir={self.folder}", f"run.dir={run.path}", f"run.init_from={weights}")
-        words = (*words_of({"tracking.uri": self.plan.uri, **given.settings}), *more)
-        return ("train", str(RunFolder(given.run).config), *places, *words, "--resume", "auto")
+        places = (f"data.dir={data or self.folder}", f"run.dir={run.path}", f"run.init_from={weights}")
+        return ("train", str(RunFolder(given.run).config), *places, *self.plan.training, *more)
 
     def evaluate(self, run: RunFolder, title: str, *options: str) -> Step:
         kind = self.plan.settings.candidates

@@ -33,9 +33,16 @@ from trainer.registry.promote import MARGIN
 from trainer.registry.versions import ALIAS, check_names, refuse_unservable, registry_of
 from trainer.runs.run_folder import RunFolder, read_json
 from trainer.runs.weights import is_model
+from trainer.tracking.store import sqlite_path, sqlite_uri
 
 DOCUMENT = "daily.json"
 OURS = ("data.dir", "run.dir", "run.init_from")
+OURS_OF_PREPARE = (
+    "split",
+    "test_days",
+    "valid_days",
+    "utc_offset_hours",
+)  # what is tested, and on which days
 HELP = "gensr daily --help"
 
 
@@ -65,8 +72,10 @@ class DailySettings:
     """whether a task has to gain; false publishes whatever does not fall: it knows the newest items"""
     launch: str = ""
     """what trains and evaluates, `accelerate launch --config_file …`; empty: one process"""
+    min_events: Annotated[int, Ge(1)] = 100
+    """test events that each task must have for a day to be decided"""
     done_file: str = ""
-    """file that says that a day's folder is whole, _SUCCESS for example; empty: every folder is"""
+    """file that says that a day's folder is whole, _SUCCESS for example; empty: it is when it appears"""
     keep: Annotated[int, Ge(0)] = 0
     """prepared folders of so many newest days are kept, and the champion's; 0 = all"""
 
@@ -83,6 +92,7 @@ class Daily:
     config: Config  # of every training, but for its places
     source: str  # of the logs
     uri: str  # of the registry
+    training: tuple[str, ...]  # KEY=VALUE of every training, beside RUN/config.yaml
     cf: Mapping[str, Any] | None  # settings of every CF table; None: the model reads none
 
     @property
@@ -96,15 +106,27 @@ class Daily:
     def waiting(self) -> tuple[list[str], list[str]]:
         """Days to do, oldest first, and days that came after a later one was done."""
         given, done = self.settings, {row["day"] for row in self.rows()}
-        there = [path for path in Path(given.logs).iterdir() if path.is_dir() and path.name[0] != "."]
+        there = [path for path in Path(given.logs).iterdir() if path.is_dir() and path.name[0] not in "._"]
         whole = [path.name for path in there if not given.done_file or (path / given.done_file).is_file()]
         newest = max(done, default="")
         days = sorted(set(whole) - done)
         return [day for day in days if day > newest], [day for day in days if day < newest]
 
+    def raw(self, day: str) -> Path:
+        return Path(self.settings.logs) / day
+
+    def champion(self, version: int) -> Path:
+        """Where the weights of a version are kept."""
+        return self.out / "champions" / f"{self.settings.name}-{version}"
+
     def before(self, rows: Sequence[Mapping[str, Any]]) -> Path:
         """The prepared folder that the day after these goes on from."""
         return self.settings.folder(rows[-1]["day"]) if rows else Path(self.config.data.dir)
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of all files."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def words_of(settings: Mapping[str, Any]) -> list[str]:
@@ -122,32 +144,55 @@ def read(file: str | Path, overrides: Sequence[str] = ()) -> Daily:
         try:
             return look()
         except GensrError as error:
-            problems.append((key, str(error).replace("\n", "; ")))
+            problems.append((key, _in_a_line(error)))
 
     if not Path(given.logs).is_dir():
         problems.append(("logs", f"{given.logs} is no folder"))
-    for key in OURS:
-        if key in flatten(given.settings):
-            problems.append((f"settings.{key}", "is set by gensr daily"))
-    if given.launch and not shutil.which(shlex.split(given.launch)[0]):
-        problems.append(("launch", f"{shlex.split(given.launch)[0]}: no such program"))
+    for section, ours in (("settings", OURS), ("prepare", OURS_OF_PREPARE)):
+        settings = flatten(getattr(given, section))
+        problems += [(f"{section}.{key}", "must stay as it is") for key in ours if key in settings]
+    checked("launch", lambda: _check_launch(given.launch))
     checked("name", lambda: check_names(given.name, ALIAS))
     rows = checked("out", lambda: _rows(given))
     table = checked("cf", lambda: s.load(CfRoot, overrides=words_of(given.cf)))
-    config = checked(
-        "settings", lambda: load_config(str(RunFolder(given.run).config), words_of(given.settings))
-    )
-    plan = Daily(given, config, "", "", None)
+    training = words_of(_of_training(flatten(given.settings)))
+    config = checked("settings", lambda: load_config(str(RunFolder(given.run).config), training))
+    plan = Daily(given, config, "", "", (), None)
+    source, uri, cf = "", "", None
     if config is not None:
-        checked("run", lambda: _check_run(given, config))
+        uri = checked("run", lambda: _check_run(given, config))
     if config is not None and rows is not None:
         source = checked("prepare", lambda: _check_folder(given, plan.before(rows)))
-        reads = model_class(config.model.name).reads(config.model) & {"cf", "cf_users"}
-        of_table = checked("cf", lambda: _cf_settings(plan.before(rows))) if reads and table else None
+        if table is not None and model_class(config.model.name).reads(config.model) & {"cf", "cf_users"}:
+            cf = checked("cf", lambda: _cf_settings(given, plan.before(rows)))
     if problems:
         raise ConfigError(s.format_problems(problems, str(file), HELP))
-    cf = {**of_table, **given.cf} if of_table is not None else None
-    return replace(plan, source=source, uri=config.tracking.uri or registry_of(given.run), cf=cf)
+    # where the database lies beside the run folders, those of new ones would have another
+    if not config.tracking.uri:
+        training.append(f"tracking.uri={uri}")
+    return replace(plan, source=source, uri=uri, training=tuple(training), cf=cf)
+
+
+def _in_a_line(error: GensrError) -> str:
+    """Of a list of problems those alone."""
+    lines = [" ".join(line.split()) for line in str(error).splitlines()]
+    return "; ".join(lines[1:-1] if lines[-1].startswith("Nothing was started") else lines)
+
+
+def _of_training(settings: dict[str, Any]) -> dict[str, Any]:
+    """RUN's own run.max_steps would count, not the epochs that FILE asks for; nor may a run be continued with
+    other settings because RUN once was."""
+    length = {"run.max_steps": 0} if "run.max_epochs" in settings and "run.max_steps" not in settings else {}
+    return {"run.accept_changes": "", **settings, **length}
+
+
+def _check_launch(launch: str) -> None:
+    try:
+        words = shlex.split(launch)
+    except ValueError as error:
+        raise ConfigError(f"{launch}: {error}") from error
+    if launch and not (words and shutil.which(words[0])):
+        raise ConfigError(f"{launch}: no such program")
 
 
 def _rows(given: DailySettings) -> list[dict[str, Any]]:
@@ -161,13 +206,29 @@ def _rows(given: DailySettings) -> list[dict[str, Any]]:
     return rows
 
 
-def _check_run(given: DailySettings, config: Config) -> None:
+def _check_run(given: DailySettings, config: Config) -> str:
+    """→ the registry's address."""
     kind = model_class(config.model.name)
     if not kind.trained:
         raise ConfigError(f"{kind.title} is counted, not trained: it has no weights to go on with")
     refuse_unservable(kind.reads(config.model), config.model.name, Path(given.run))
+    if config.serving.retriever:
+        raise ConfigError(
+            f"serving.retriever={config.serving.retriever} was trained on another folder than those of days "
+            "to come. Add settings: {serving.retriever: ''}"
+        )
     if not is_model(RunFolder(given.run).model):
         raise ConfigError(f"{given.run} holds no trained model")
+    uri = registry_of(given.run)
+    if config.tracking.uri and config.tracking.uri != uri:
+        raise ConfigError(f"settings.tracking.uri is another registry than {given.run}'s")
+    path = sqlite_path(uri)
+    if path is not None and not path.is_absolute():
+        raise ConfigError(
+            f"{given.run}/config.yaml: tracking.uri={uri} is another database in every folder that gensr is "
+            f"called from. Write {sqlite_uri(path.resolve())}"
+        )
+    return uri
 
 
 def _check_folder(given: DailySettings, before: Path) -> str:
@@ -180,11 +241,12 @@ def _check_folder(given: DailySettings, before: Path) -> str:
     return source
 
 
-def _cf_settings(before: Path) -> dict[str, Any]:
-    """Those of a folder's table that are no defaults, so that the next one is made in the same way."""
+def _cf_settings(given: DailySettings, before: Path) -> dict[str, Any]:
+    """Those of a folder's table that are no defaults, so that the next one is made in the same way, and those
+    of FILE. Raises ConfigError for another width."""
     table, defaults = PreparedFolder.at(before).cf(users=False, folds=False), asdict(CfConfig())
-    return {
-        f"cf.{key}": value
-        for key, value in table.settings.items()
-        if key != "onto" and value != defaults.get(key)
-    }
+    own = {f"cf.{key}": value for key, value in table.settings.items() if value != defaults.get(key)}
+    cf = {**own, **flatten(given.cf)}
+    if cf.get("cf.dim", defaults["dim"]) != (dim := table.item.shape[1]):
+        raise ConfigError(f"cf.dim={cf['cf.dim']}: the table of {before} has {dim}, and so has the model")
+    return {key: value for key, value in cf.items() if key != "cf.onto"}

@@ -9,10 +9,12 @@ from typing import Any
 
 from data_shards.secrets import mask_secrets
 from trainer.evaluation.summary import TASK_TITLES
-from trainer.experiments.daily.day import Day
+from trainer.experiments.daily.day import Champion, Day
 from trainer.experiments.daily.plan import DOCUMENT, Daily
 from trainer.registry.promote import CHAMPION
 from trainer.registry.versions import number_of
+from trainer.runs.run_folder import RunFolder
+from trainer.runs.weights import is_model, read_model_document
 from trainer.runtime.files import atomic
 
 Rows = Sequence[Mapping[str, Any]]
@@ -37,6 +39,8 @@ def lines_of(rows: Rows) -> list[str]:
     for row in rows:
         head = f"{row['day']:<{width}}  {row['version']:>7}"
         decision = row["decision"]
+        if not row["figures"]:
+            lines.append(f"{head}  {decision}: {row['reason']}")
         for task, f in row["figures"].items():
             interval = f"{f['ci95'][0]:+.3f} to {f['ci95'][1]:+.3f}"
             figures = f"{f['champion']:>8.3f}  {f['candidate']:>6.3f}  {f['difference']:>+10.3f}"
@@ -72,29 +76,40 @@ def draw(rows: Rows, path: Path) -> None:
 
 
 def commands(plan: Daily) -> list[str]:
-    """Those of the days that wait, to copy; a champion that is not known yet is N."""
+    """Those of the days that wait, to copy, as long as the champion stays the same."""
     lines: list[str] = []
     rows: list[Mapping[str, Any]] = list(plan.rows())
-    number = number_of(plan.settings.name, CHAMPION, plan.uri)
-    weights = plan.out / "champions" / (str(number) if number else "N")
+    champion = _champion(plan, rows)
     for name in plan.waiting()[0]:
         day = Day(plan, name, plan.before(rows))
+        carried = day.carried(champion)
+        first = day.first_steps() if not champion.version and name == plan.waiting()[0][0] else []
         steps = [
-            *day.data_steps(),
-            day.train(weights),
-            day.evaluate(day.new, "evaluate"),
-            day.register(),
-            day.carry(number, weights),
-            day.evaluate(day.carried(number), "evaluate champion", "--no-baselines"),
+            *(day.check(champion), *day.data_steps()),
+            *(day.train(champion), day.evaluate(day.new, "evaluate"), day.register()),
+            *(day.carry(champion), day.evaluate(carried, "evaluate champion", "--no-baselines")),
         ]
-        lines += [f"# {name}", *(day.command(step) for step in steps if not step.is_done())]
-        lines.append(_promote_command(plan, day.carried(number).path))
+        lines += [f"# {name}", *(day.command(step) for step in first if not step.is_done())]
+        lines += [_promote_command(plan)] if first else []
+        lines += [day.command(step) for step in steps if not step.is_done()]
+        lines.append(_promote_command(plan, carried.path))
         rows.append({"day": name})
     return [mask_secrets(line) for line in lines]
 
 
-def _promote_command(plan: Daily, against: Path) -> str:
+def _champion(plan: Daily, rows: Rows) -> Champion:
+    """With the weights where they are now; version 0: RUN becomes it."""
+    version = number_of(plan.settings.name, CHAMPION, plan.uri)
+    runs = [plan.out / "runs" / row["day"] for row in rows if row["version"] == version]
+    places = [plan.champion(version), *runs, Path(plan.settings.run)]
+    weights = next(place for place in places if is_model(RunFolder(place).model))
+    return Champion(version, weights, read_model_document(RunFolder(weights).model))
+
+
+def _promote_command(plan: Daily, against: Path | None = None) -> str:
     given = plan.settings
-    words = ["gensr", "promote", given.name, "--against", str(against), "--uri", plan.uri]
-    words += ["--candidates", given.candidates, "--margin", f"{given.margin:g}"]
-    return shlex.join([*words, *([] if given.gain else ["--no-gain"])])
+    words = ["gensr", "promote", given.name, "--uri", plan.uri, "--candidates", given.candidates]
+    if against is not None:
+        words += ["--against", str(against), "--margin", f"{given.margin:g}"]
+        words += [] if given.gain else ["--no-gain"]
+    return shlex.join(words)

@@ -3,27 +3,31 @@ a new day is there."""
 
 import fcntl
 import os
-import shlex
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data_shards.schema import read_manifest
+from data_shards.schema import TASKS, read_manifest
+from trainer.data.folder import PreparedFolder
 from trainer.errors import RunError
-from trainer.experiments.daily.day import Day, Step
-from trainer.experiments.daily.plan import Daily
+from trainer.experiments.daily.day import Champion, Day, Step
+from trainer.experiments.daily.plan import Daily, size_of
 from trainer.experiments.daily.report import write_report
 from trainer.experiments.pool import Pool, Steps, interruptible
-from trainer.registry.promote import CHAMPION, decided, promote
+from trainer.models.zoo import model_class
+from trainer.registry.promote import CHAMPION, champions, decided, promote
 from trainer.registry.versions import fetch, number_of, registered_as
 from trainer.runs.run_folder import RunFolder
-from trainer.runs.weights import read_model_document
+from trainer.runs.weights import learnable_tasks, read_model_document
 from trainer.runtime.files import writing
 from trainer.runtime.progress import Notify
+
+NOT_LOST = "Its clicks count if its files go into the folder of the next day"
+BY_HAND = {"decision": "promoted", "champion": "", "figures": {}}
 
 
 def run(plan: Daily, notify: Notify = lambda line: None) -> dict[str, Any]:
@@ -31,26 +35,30 @@ def run(plan: Daily, notify: Notify = lambda line: None) -> dict[str, Any]:
     naming the step that failed and its log; KeyboardInterrupt when it is stopped."""
     with _alone(plan.out), interruptible(), Pool() as pool:
         for name in plan.waiting()[1]:
-            notify(
-                f"warning: {name} came after a later day was done, and is left out. Its clicks count if its "
-                "files go into the folder of the next day"
-            )
+            notify(f"warning: {name} came after a later day was done, and is left out. {NOT_LOST}")
+        for row in plan.rows():
+            if (raw := plan.raw(row["day"])).is_dir() and size_of(raw) != row["bytes"]:
+                notify(
+                    f"warning: {raw} has changed since its day was done, which is not read again. {NOT_LOST}"
+                )
         while days := plan.waiting()[0]:
+            started = time.monotonic()
             rows = plan.rows()
             day = Day(plan, days[0], plan.before(rows))
             row = pool.submit(partial(_do, day, notify)).result()
             write_report(plan.out, [*rows, row])
             _forget(plan)
-            notify(f"{day.name}: done in {row['seconds'] / 60:.1f} minutes")
+            notify(f"{day.name}: done, {(time.monotonic() - started) / 60:.1f} minutes")
     return {"days": plan.rows()}
 
 
 def _do(day: Day, notify: Notify) -> dict[str, Any]:
     """→ the day's row of daily.json."""
     plan, given = day.plan, day.plan.settings
-    started = time.monotonic()
+    num_bytes = size_of(plan.raw(day.name))  # what comes while it is read counts as a change
+    champion = _champion(day, notify)
     data_steps = day.data_steps()
-    steps = Steps(len(data_steps) + 6, notify)
+    steps = Steps(len(data_steps) + 7, notify)
 
     def do(step: Step) -> None:
         title = f"{day.name} {step.title}"
@@ -61,16 +69,22 @@ def _do(day: Day, notify: Notify) -> dict[str, Any]:
         with steps.step(title):
             day.do(step)
 
-    for step in data_steps:
+    for step in (day.check(champion), *data_steps):
         do(step)
-    do(day.train(_champion(day, notify)[1]))
+    _check_events(day)
+    do(day.train(champion))
     do(day.evaluate(day.new, "evaluate"))
     do(day.register())
     version = registered_as(day.new.path, given.name)
-    if not decided(given.name, version, plan.uri):
-        number, weights = _champion(day, notify)  # it may have moved while the new one was trained
-        do(day.carry(number, weights))
-        do(day.evaluate(day.carried(number), "evaluate champion", "--no-baselines"))
+    row = decided(given.name, version, plan.uri)
+    if not row:
+        champion = _champion(day, notify)  # it may have moved while the new one was trained
+        if champion.version == version:
+            reason = "somebody made it the champion before it was compared"
+            return {"day": day.name, "bytes": num_bytes, "version": version, **BY_HAND, "reason": reason}
+        carried = day.carried(champion)
+        do(day.carry(champion))
+        do(day.evaluate(carried, "evaluate champion", "--no-baselines"))
         with steps.step(f"{day.name} promote"):
             decision = promote(
                 given.name,
@@ -78,58 +92,83 @@ def _do(day: Day, notify: Notify) -> dict[str, Any]:
                 given.margin,
                 candidates=given.candidates,
                 gain=given.gain,
-                against=day.carried(number).path,
+                against=carried.path,
+                version=version,
             )
         for line in decision.lines():
             notify(f"  {line}")
-    row = decided(given.name, version, plan.uri)
-    if not row:
-        raise RunError(
-            f"version {version} of {given.name}, that of {day.name}, is its candidate no more: another one "
-            f"was registered meanwhile. Register it again: gensr register {shlex.quote(str(day.new.path))} "
-            f"{given.name}"
-        )
-    return {"day": day.name, "version": version, **row, "seconds": round(time.monotonic() - started)}
+        row = decided(given.name, version, plan.uri)
+    return {"day": day.name, "bytes": num_bytes, "version": version, **row}
 
 
-def _champion(day: Day, notify: Notify) -> tuple[int, Path]:
-    """(version, run folder of its weights): OUT/champions/VERSION, a copy, so that what a run was begun with
-    stays whatever becomes of the registry. Where there is no champion the first run becomes it."""
+def _check_events(day: Day) -> None:
+    """Raises RunError for a day that has too few test events to decide by, or no newer ones."""
+    before, now = read_manifest(day.before), read_manifest(day.folder)
+    if before.raw["split"]["rule"] == "time":
+        then, there = (one.raw["split"]["boundaries"]["test_from"] for one in (before, now))
+        if there["ms"] <= then["ms"]:
+            raise RunError(
+                f"{day.name} holds no click of a later day than {day.before}, whose test split begins at "
+                f"{then['utc']}: there is nothing new to test on. Move it out of {day.plan.settings.logs}"
+            )
+    folder, fewest = PreparedFolder.at(day.folder), day.plan.settings.min_events
+    tasks = folder.columns("test", ["task"])["task"]
+    for task in learnable_tasks(model_class(day.plan.config.model.name), folder):
+        if (number := int((tasks == task).sum())) < fewest:
+            raise RunError(
+                f"{day.name}: the test split of {day.folder} has {number:,} events of task {TASKS[task]}, "
+                f"too few to decide by (min_events={fewest}). Clicks after midnight are a day of their own. "
+                f"Look at it with gensr inspect, mend {day.plan.raw(day.name)} and remove the folder"
+            )
+
+
+def _champion(day: Day, notify: Notify) -> Champion:
+    """The registry's champion, with a copy of its weights in OUT/champions, so that what a run began with
+    stays whatever becomes of the registry. Where there is none RUN becomes it."""
     plan, given = day.plan, day.plan.settings
     number = number_of(given.name, CHAMPION, plan.uri)
     if not number:
-        evaluate = day.evaluate(RunFolder(given.run), "evaluate first")
-        if not evaluate.is_done():
-            notify(f"{given.run}: evaluating what becomes the first champion of {given.name}")
-            day.do(evaluate)
-        notify(f"{given.run}: becomes the first champion of {given.name}")
-        day.do(Step("register first", ("register", given.run, given.name), lambda: False))
-        number = promote(given.name, plan.uri, candidates=given.candidates).candidate
-    weights = RunFolder(plan.out / "champions" / str(number))
+        first = RunFolder(given.run)
+        for step in day.first_steps():
+            if not step.is_done():
+                notify(
+                    f"{given.run}, the first champion of {given.name}: {step.title.removesuffix(' first')}"
+                )
+                day.do(step)
+        version = registered_as(first.path, given.name)
+        number = promote(given.name, plan.uri, candidates=given.candidates, version=version).candidate
+    weights = RunFolder(plan.champion(number))
     if not weights.model.is_dir():
-        copy = RunFolder(weights.path.with_name(f"{number}.partial"))
-        shutil.rmtree(copy.path, ignore_errors=True)
+        partial_copy = RunFolder(weights.path.with_name(f"{weights.path.name}.partial"))
+        shutil.rmtree(partial_copy.path, ignore_errors=True)
         with writing(weights.model):
-            model = fetch(f"models:/{given.name}/{number}", plan.uri) / "artifacts" / "model"
-            shutil.copytree(model, copy.model)
-            os.replace(copy.path, weights.path)
-    _check_kin(day, number, read_model_document(weights.model))
-    return number, weights.path
+            partial_copy.path.mkdir(parents=True)
+            model = fetch(f"models:/{given.name}/{number}/artifacts/model", plan.uri, into=partial_copy.path)
+            if model != partial_copy.model:
+                os.replace(model, partial_copy.model)
+            os.replace(partial_copy.path, weights.path)
+    champion = Champion(number, weights.path, read_model_document(weights.model))
+    _check_kin(day, champion)
+    return champion
 
 
-def _check_kin(day: Day, number: int, document: Mapping[str, Any]) -> None:
-    """Raises RunError for a champion whose weights mean something else on this day's folder."""
-    given, model = day.plan.settings, day.plan.config.model.name
+def _check_kin(day: Day, champion: Champion) -> None:
+    """Raises RunError for a champion whose weights mean something else on the folders of days to come."""
+    given, model, document = day.plan.settings, day.plan.config.model.name, champion.document
+    which = f"the champion of {given.name}, version {champion.version},"
     if document["name"] != model:
         raise RunError(
-            f"the champion of {given.name}, version {number}, is a {document['name']}, and {given.run} a "
-            f"{model}. Name a run of the champion's settings (run: …)"
+            f"{which} is a {document['name']}, and {given.run} a {model}. Name a run of the champion's "
+            "settings (run: …)"
         )
-    manifest = read_manifest(day.folder)
-    if document["manifest_hash"] not in {manifest.hash, *(one["manifest"] for one in manifest.appended)}:
+    manifest = read_manifest(day.before)
+    known = {manifest.hash, *(one["manifest"] for one in manifest.appended)}
+    if (day.folder / "manifest.json").is_file():  # of a day that was stopped when its run was the champion
+        known.add(read_manifest(day.folder).hash)
+    if document["manifest_hash"] not in known:
         raise RunError(
-            f"the champion of {given.name}, version {number}, was trained on a folder that {day.folder} does "
-            "not go on from: rows mean other items there. Name another model (name: …)"
+            f"{which} was trained on a folder that {day.before} does not go on from: rows mean other items "
+            "there. Name another model (name: …)"
         )
 
 
@@ -150,9 +189,10 @@ def _alone(out: Path) -> Iterator[None]:
 
 
 def _forget(plan: Daily) -> None:
-    """Deletes prepared folders of days before the newest `keep`; users are looked up in the champion's."""
+    """Deletes prepared folders of days before the newest `keep`, but for those in which users of the champion
+    (and of the one that a rollback would bring) are looked up."""
     given = plan.settings
-    champion = number_of(given.name, CHAMPION, plan.uri)
+    needed = champions(given.name, plan.uri)
     for row in plan.rows()[: -given.keep] if given.keep else []:
-        if row["version"] != champion:
+        if row["version"] not in needed:
             shutil.rmtree(given.folder(row["day"]), ignore_errors=True)
