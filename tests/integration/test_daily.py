@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from trainer.cli import app
 from trainer.configs import load_config
 from trainer.errors import ConfigError, RunError
 from trainer.experiments.daily import run as daily_run
-from trainer.experiments.daily.plan import read, words_of
+from trainer.experiments.daily.plan import DailySettings, read, words_of
 from trainer.registry.promote import promote
 from trainer.runs.run_folder import RunFolder
 from trainer.training.loop import train
@@ -255,3 +256,8 @@ def test_a_damaged_list_of_days_is_not_begun_anew(world: Path) -> None:
     (world / "out" / "daily.json").write_text('{"days": [{"da')
     with pytest.raises(ConfigError, match=r"daily\.json is damaged"):
         read(world / "daily.yaml")
+
+
+def test_the_help_names_every_key() -> None:
+    text = CliRunner().invoke(app, ["daily", "--help"]).output
+    assert not [field.name for field in fields(DailySettings) if field.name not in text]

@@ -449,7 +449,7 @@ def sweep(
 def daily(
     file: Annotated[
         Path,
-        typer.Argument(metavar="FILE", help="YAML: logs, run, name, out, settings, … (docs/continue.md)"),
+        typer.Argument(metavar="FILE", help="YAML, an example: docs/continue.md"),
     ],
     overrides: Annotated[
         list[str] | None,
@@ -465,6 +465,9 @@ def daily(
 
     The same command resumes after an interruption, and does nothing while no new day is there: it is made for
     cron. Exit code 0 also when no new model was better.
+
+    FILE has to hold logs, run, name and out; it may hold settings, prepare, cf, candidates, events, margin,
+    gain, min_events, launch, done_file and keep.
     """
     waiting_for("loading PyTorch and MLflow")
     from trainer.experiments.daily.plan import read
