@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tempfile
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from data_shards.checksum import file_sha256
 from data_shards.prepare import prepare
 from data_shards.schema import read_manifest
 from data_shards.settings import to_yaml
+from tests.mlflow_server import Server
 from tests.unit.data_shards.test_append import FAST, cut
 from tests.worlds import DAY_MS, START_MS, write_tables
 from trainer.cf.build import train_cf
@@ -159,7 +161,20 @@ def register_again(world: Path, out: Path) -> None:
 def test_what_was_interrupted_is_not_done_again(
     yesterday: Path, world: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed between the decision and its row: the version is decided, and the day is written."""
+    """Killed between the decision and its row: the version is decided, and the day is written. The registry
+    is a server, which sends what a store on this machine gives."""
+    (world / "server").mkdir()
+    server = Server(world / "server")
+    server.start()
+    try:
+        _interrupted(yesterday, world, monkeypatch, server.uri)
+    finally:
+        server.kill()
+
+
+def _interrupted(yesterday: Path, world: Path, monkeypatch: pytest.MonkeyPatch, uri: str) -> None:
+    config = RunFolder(world / "runs" / "first").config
+    config.write_text(to_yaml(load_config(str(config), [f"tracking.uri={uri}"])))
     arrive(yesterday, world, DAYS[0])
 
     def killed(*arguments: Any) -> None:
@@ -175,6 +190,8 @@ def test_what_was_interrupted_is_not_done_again(
     assert again.exit_code == 0, again.output
     assert again.stderr.count("done before") == 6 and model.stat().st_mtime_ns == written_ns
     assert [(row["day"], row["version"]) for row in rows(world)] == [(DAYS[0], 2)]
+    assert [path.name for path in (world / "out" / "champions" / "tiny-1").iterdir()] == ["model"]
+    assert not list(Path(tempfile.gettempdir()).glob("gensr-promote-*"))
 
 
 def test_every_problem_of_the_file_is_told_at_once(world: Path) -> None:

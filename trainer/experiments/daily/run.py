@@ -4,6 +4,7 @@ a new day is there."""
 import fcntl
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -139,14 +140,14 @@ def _champion(day: Day, notify: Notify) -> Champion:
         number = promote(given.name, plan.uri, candidates=given.candidates, version=version).candidate
     weights = RunFolder(plan.champion(number))
     if not weights.model.is_dir():
-        partial_copy = RunFolder(weights.path.with_name(f"{weights.path.name}.partial"))
-        shutil.rmtree(partial_copy.path, ignore_errors=True)
         with writing(weights.model):
-            partial_copy.path.mkdir(parents=True)
-            model = fetch(f"models:/{given.name}/{number}/artifacts/model", plan.uri, into=partial_copy.path)
-            if model != partial_copy.model:
-                os.replace(model, partial_copy.model)
-            os.replace(partial_copy.path, weights.path)
+            weights.path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".", dir=weights.path.parent) as folder:
+                whole = RunFolder(Path(folder) / "whole")
+                whole.path.mkdir()
+                model = f"models:/{given.name}/{number}/artifacts/model"
+                os.replace(fetch(model, plan.uri, into=Path(folder)), whole.model)
+                os.replace(whole.path, weights.path)
     champion = Champion(number, weights.path, read_model_document(weights.model))
     _check_kin(day, champion)
     return champion
