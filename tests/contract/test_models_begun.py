@@ -107,3 +107,7 @@ def test_on_a_folder_that_goes_on_from_the_runs_every_row_is_taken(
     assert told[0] == "all" and len(told) == 1 + len(expected) and set(told[1:]) == expected
     if name not in READ_ALL_ITEMS:
         assert_scores_as(of_run, model, batch)
+    for buffer in model.kept:  # of new items there are some, and no two alike
+        rows, old = model.get_buffer(buffer), of_run.get_buffer(buffer)
+        assert rows[: len(old)].equal(old) and len(rows.unique(dim=0)) == len(rows) > len(old)
+        assert (rows != 0).any(1).all()

@@ -45,7 +45,7 @@ from trainer.models.backbones.language import language_model
 from trainer.models.contract import UNREACHED, Ranker, World
 from trainer.models.layers.history import HistoryKind, clicked, history_ids, pack
 from trainer.models.layers.item_ids import Tokens, as_matrix, distinct_ids, diverse_greedy, rare_words
-from trainer.models.layers.trie import Children, beam_search, id_lengths, token_log_probs, trie_nodes
+from trainer.models.layers.trie import END, Children, beam_search, id_lengths, token_log_probs, trie_nodes
 
 GROUPS, PENALTIES = 10, range(1, 10)  # of diverse beam search
 SUFFIX = 7  # tokens that a number may add to an id
@@ -165,8 +165,8 @@ class IdGenRec(Ranker):
             )
         settings, num_items = self.settings, self.world.num_items
         rounds = self._written() if self.generator is not None else self._worded(counts)
-        rows, lengths = self.ids.tolist(), id_lengths(self.ids).tolist()
-        known = {item: tuple(rows[item][:length]) for item, length in enumerate(lengths) if length}
+        written = [tuple(token for token in row if token != END) for row in self.ids.tolist()]
+        known = {item: tokens for item, tokens in enumerate(written) if tokens}
         ids = distinct_ids(rounds, num_items, self._number, known)
         self.ids.copy_(as_matrix(ids, settings.id_tokens + SUFFIX + 1))
         self._spelling = None
