@@ -43,6 +43,7 @@ VERBS = [
     "compare",
     "table",
     "sweep",
+    "daily",
     "analyse",
     "paper",
     "register",

@@ -207,7 +207,7 @@ def test_each_kind_of_candidates_is_evaluated_once(tmp_path: Path, monkeypatch: 
     for name in ("test.json", "test.parquet", "test-full.json"):  # the ranks of test-full are missing
         (tmp_path / f"evaluation-{name}").write_text("{}")
     ran: list[list[str]] = []
-    monkeypatch.setattr(cells, "_run", lambda words, log, mode: ran.append(list(words)))
+    monkeypatch.setattr(cells, "run_words", lambda words, log, mode="w": ran.append(list(words)))
     kinds = ("sampled", "hard", "full")
     cells.evaluate_cell(cell, kinds, 50)
     asked = ["evaluate", str(tmp_path), "--split", "test", "--candidates"]
@@ -234,7 +234,7 @@ def test_the_stages_of_a_model_are_runs_that_follow_one_another(
         [f"run.dir={cell.run_dir}", *both, "model.stage=map", f"run.init_from={first}"],
     ]
     ran: list[str] = []
-    monkeypatch.setattr(cells, "_run", lambda words, log, mode: ran.append(words[2]))
+    monkeypatch.setattr(cells, "run_words", lambda words, log, mode="w": ran.append(words[2]))
     cells.train_cell(cell)
     first.mkdir(parents=True)
     (first / "status.json").write_text('{"status": "finished"}')
