@@ -22,7 +22,8 @@ from trainer.cli import app
 from trainer.configs import load_config
 from trainer.errors import ConfigError, RunError
 from trainer.experiments.daily import run as daily_run
-from trainer.experiments.daily.plan import DailySettings, read, words_of
+from trainer.experiments.daily.plan import DailySettings, read
+from trainer.experiments.sweep import words_of
 from trainer.registry.promote import promote
 from trainer.runs.run_folder import RunFolder
 from trainer.training.loop import train

@@ -16,7 +16,7 @@ def evaluated_weights(run_dir: str | Path) -> dict[str, Any]:
     run = RunFolder(run_dir)
     document = read_json(run.model / "model.json")
     stood = {"model_step": document.get("step"), "run_status": run.read_status().get("status")}
-    return stood | {key: document[key] for key in ("begun_with",) if key in document}
+    return stood | ({"begun_with": document["begun_with"]} if "begun_with" in document else {})
 
 
 def warnings_of(run_dir: str | Path, name: str, protocol: Mapping[str, Any]) -> list[str]:

@@ -34,7 +34,7 @@ from trainer.config import Config
 from trainer.configs import MICRO_BATCH, load_config
 from trainer.errors import ConfigError, GensrError, RunError
 from trainer.experiments.pool import Pool, Steps, interruptible
-from trainer.experiments.sweep import Point, point_of, read_sweep, summarize
+from trainer.experiments.sweep import Point, point_of, read_sweep, summarize, words_of
 from trainer.experiments.table.cells import Cell, evaluate_cell, train_cell
 from trainer.experiments.table.tuning import Sampler, begun, search
 from trainer.runs.checkpoint import fixed_settings
@@ -91,7 +91,7 @@ def read(file: str | Path, preset: str | None = None, words: Sequence[str] = ())
     else:
         given = s.load(SweepSettings, file, keys_command="gensr sweep --help")
         preset = preset or given.preset
-        words = [*_words(given.settings), *words]
+        words = [*words_of(given.settings), *words]
         values = flatten(to_dict(load_config(preset, words)))
         space = {key: _as_numbers(domain, values.get(key)) for key, domain in given.space.items()}
         given = replace(given, space=space)
@@ -100,7 +100,7 @@ def read(file: str | Path, preset: str | None = None, words: Sequence[str] = ())
             points = _grid(file, given.space)
         else:
             drawn = given
-    probe = points[0].overrides if points else tuple(_words(_some(drawn.space))) if drawn else ()
+    probe = points[0].overrides if points else tuple(words_of(_some(drawn.space))) if drawn else ()
     config = load_config(preset, [*words, *probe])
     needed = {"data.dir": config.data.dir, "run.dir": config.run.dir}
     if missing := " and ".join(f"{key}=…" for key, value in needed.items() if not value):
@@ -240,10 +240,6 @@ def _document(file: str | Path) -> Any:
         return parse_yaml(Path(file).read_text(encoding="utf-8"))
     except Exception as error:
         raise ConfigError(f"{file}: not a readable YAML or JSON file: {error}") from error
-
-
-def _words(settings: Mapping[str, Any]) -> list[str]:
-    return list(point_of(0, flatten(settings)).overrides) if settings else []
 
 
 def _as_numbers(domain: Any, value: Any) -> Any:

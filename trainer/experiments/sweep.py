@@ -75,6 +75,11 @@ def read_sweep(path: str | Path) -> list[Point]:
     return points
 
 
+def words_of(settings: Mapping[str, Any]) -> list[str]:
+    """{"optim.lr": 1e-3} or {"optim": {"lr": 1e-3}} → ["optim.lr=0.001"]."""
+    return list(point_of(0, flatten(settings)).overrides) if settings else []
+
+
 def point_of(number: int, settings: Mapping[str, Any]) -> Point:
     """`03-lr-3e-4-dropout-0.2`: the number keeps names apart, the rest is for people, rounded."""
     texts = {

@@ -323,7 +323,7 @@ def fallen_segments(segments: dict[str, dict[str, dict[str, Any]]], margin: floa
 def read_ranks(version_dir: Path, where: str, candidates: str = "sampled") -> StoredRanks:
     """Raises RunError when the version was registered without an evaluation of that kind."""
     folder, name = version_dir / "artifacts" / "evaluation", evaluation_name("test", candidates)
-    if not RunFolder(folder).ranks(name).is_file() or not RunFolder(folder).evaluation(name).is_file():
+    if not RunFolder(folder).is_evaluated(name):
         sampled = candidates == "sampled"
         lacking = "no evaluation" if sampled else f"no {candidates} evaluation"
         option = "" if sampled else f" --candidates {candidates}"

@@ -78,6 +78,9 @@ class RunFolder:
         """One row an event, beside evaluation(name)."""
         return self.path / f"evaluation-{name}.parquet"
 
+    def is_evaluated(self, name: str) -> bool:
+        return self.evaluation(name).is_file() and self.ranks(name).is_file()
+
     # ---- where else it is known ----------------------------------------------------------------------------
 
     @property

@@ -25,7 +25,7 @@ from trainer.models.contract import task_names
 from trainer.models.zoo import model_class
 from trainer.runs.retriever_facts import RETRIEVER, retriever_words
 from trainer.runs.run_folder import RunFolder, words_of
-from trainer.runs.weights import load_run_config, read_model_document
+from trainer.runs.weights import WEIGHTS, load_run_config, read_model_document
 from trainer.runtime.device import autocast
 from trainer.runtime.files import file_sha256
 from trainer.serving.artifacts import read_serving_facts, write_items
@@ -69,7 +69,7 @@ class Retriever:
             "model": scorer.model.settings.name,
             "title": scorer.model.title,
             "tasks": list(task_names(scorer.model)),
-            "weights_sha256": file_sha256(RunFolder(run_dir).model / "model.safetensors"),
+            "weights_sha256": file_sha256(RunFolder(run_dir).model / WEIGHTS),
         }
         return cls(scorer, run_retrieval(Path(run_dir), scorer.model, notify), facts)
 

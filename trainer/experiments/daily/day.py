@@ -15,7 +15,8 @@ from typing import Any
 from trainer.data.cf_table import cf_path
 from trainer.errors import GensrError, RunError
 from trainer.evaluation.summary import evaluation_name
-from trainer.experiments.daily.plan import Daily, words_of
+from trainer.experiments.daily.plan import Daily
+from trainer.experiments.sweep import words_of
 from trainer.experiments.table.cells import run_words
 from trainer.registry.versions import ALIAS, number_of, registered_as
 from trainer.runs.folder import holds_run
@@ -122,7 +123,7 @@ class Day:
         name = evaluation_name("test", kind)
         sample = ("--events", str(self.plan.settings.events)) if kind == "full" else ()
         words = ("evaluate", str(run.path), "--candidates", kind, *sample, *options)
-        return Step(title, words, lambda: run.evaluation(name).is_file() and run.ranks(name).is_file(), True)
+        return Step(title, words, lambda: run.is_evaluated(name), True)
 
     def register(self) -> Step:
         words = ("register", str(self.new.path), self.plan.settings.name)

@@ -27,7 +27,7 @@ from trainer.config import CfConfig, CfRoot, Config
 from trainer.configs import load_config
 from trainer.data.folder import PreparedFolder
 from trainer.errors import ConfigError, RunError
-from trainer.experiments.sweep import point_of
+from trainer.experiments.sweep import words_of
 from trainer.models.zoo import model_class
 from trainer.registry.promote import MARGIN
 from trainer.registry.versions import ALIAS, check_names, refuse_unservable, registry_of
@@ -122,17 +122,16 @@ class Daily:
 
     def before(self, rows: Sequence[Mapping[str, Any]]) -> Path:
         """The prepared folder that the day after these goes on from."""
-        return self.settings.folder(rows[-1]["day"]) if rows else Path(self.config.data.dir)
+        return _before(self.settings, self.config, rows)
+
+
+def _before(given: DailySettings, config: Config, rows: Sequence[Mapping[str, Any]]) -> Path:
+    return given.folder(rows[-1]["day"]) if rows else Path(config.data.dir)
 
 
 def size_of(folder: Path) -> int:
     """Bytes of all files."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def words_of(settings: Mapping[str, Any]) -> list[str]:
-    """{"optim.lr": 1e-3} or {"optim": {"lr": 1e-3}} → ["optim.lr=0.001"]."""
-    return list(point_of(0, flatten(settings)).overrides) if settings else []
 
 
 def read(file: str | Path, overrides: Sequence[str] = ()) -> Daily:
@@ -158,20 +157,20 @@ def read(file: str | Path, overrides: Sequence[str] = ()) -> Daily:
     table = checked("cf", lambda: s.load(CfRoot, overrides=words_of(given.cf)))
     training = words_of(_of_training(flatten(given.settings)))
     config = checked("settings", lambda: load_config(str(RunFolder(given.run).config), training))
-    plan = Daily(given, config, "", "", (), None)
     source, uri, cf = "", "", None
     if config is not None:
         uri = checked("run", lambda: _check_run(given, config))
     if config is not None and rows is not None:
-        source = checked("prepare", lambda: _check_folder(given, plan.before(rows)))
+        before = _before(given, config, rows)
+        source = checked("prepare", lambda: _check_folder(given, before))
         if table is not None and model_class(config.model.name).reads(config.model) & {"cf", "cf_users"}:
-            cf = checked("cf", lambda: _cf_settings(given, plan.before(rows)))
+            cf = checked("cf", lambda: _cf_settings(given, before))
     if problems:
         raise ConfigError(s.format_problems(problems, str(file), HELP))
     # where the database lies beside the run folders, those of new ones would have another
     if not config.tracking.uri:
         training.append(f"tracking.uri={uri}")
-    return replace(plan, source=source, uri=uri, training=tuple(training), cf=cf)
+    return Daily(given, config, source, uri, tuple(training), cf)
 
 
 def _in_a_line(error: GensrError) -> str:

@@ -80,10 +80,11 @@ def commands(plan: Daily) -> list[str]:
     lines: list[str] = []
     rows: list[Mapping[str, Any]] = list(plan.rows())
     champion = _champion(plan, rows)
-    for name in plan.waiting()[0]:
+    days = plan.waiting()[0]
+    for name in days:
         day = Day(plan, name, plan.before(rows))
         carried = day.carried(champion)
-        first = day.first_steps() if not champion.version and name == plan.waiting()[0][0] else []
+        first = day.first_steps() if not champion.version and name == days[0] else []
         steps = [
             *(day.check(champion), *day.data_steps()),
             *(day.train(champion), day.evaluate(day.new, "evaluate"), day.register()),

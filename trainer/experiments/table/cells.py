@@ -49,8 +49,7 @@ class Cell:
 
 
 def is_evaluated(cell: Cell, candidates: str) -> bool:
-    run, name = RunFolder(cell.run_dir), evaluation_name(SPLIT, candidates)
-    return run.evaluation(name).is_file() and run.ranks(name).is_file()
+    return RunFolder(cell.run_dir).is_evaluated(evaluation_name(SPLIT, candidates))
 
 
 def is_done(cell: Cell, candidates: Sequence[str]) -> bool:
