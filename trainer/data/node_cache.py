@@ -79,9 +79,8 @@ def url_of(origin: str, name: str) -> str:
     could leave the folder or its command."""
     if not _SAFE_NAME.fullmatch(name):
         raise DataError(
-            f"{mask_secrets(origin)}: its manifest lists {name!r}, which is no name of a file inside a "
-            "prepared "
-            "folder. Prepare the folder again."
+            f"{mask_secrets(origin)}: its manifest lists {name!r}, which does not name a file inside a "
+            "prepared folder. Prepare the folder again."
         )
     if not is_url(origin):
         return str(Path(origin) / name)

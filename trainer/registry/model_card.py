@@ -163,8 +163,7 @@ def _what_it_is(facts: Mapping[str, Any]) -> list[str]:
     if facts["model"] != "gensr":
         return [
             f"{facts['title']}, for {answers}. It ranks given items, or finds them in its whole catalogue, "
-            "from a "
-            "user's history (and a query). Scores order items; they are not calibrated.",
+            "from a user's history (and a query). Scores order items; they are not calibrated.",
         ]
     return [
         f"GenSR: one generative model for {answers}. It ranks given items, or finds them in "

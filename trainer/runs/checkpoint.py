@@ -157,8 +157,7 @@ def _refuse(differences: list[tuple[str, Any, Any]], accepted: str, where: Path)
         lines = [f"  {key:<{width}}   was {was}, is {is_now} now" for key, was, is_now in refused]
         fix = (
             "Give the same settings and data to continue, choose another run.dir, or accept the change by "
-            "name: "
-            f"run.accept_changes={','.join(key for key, _, _ in refused)}"
+            f"name: run.accept_changes={','.join(key for key, _, _ in refused)}"
         )
         raise RunError(
             "\n".join([f"{where} cannot be continued: it belongs to a different run", *lines, fix])

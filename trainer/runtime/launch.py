@@ -168,19 +168,17 @@ def make_accelerator(config: Config, launch: Launch, grad_accum_steps: int) -> "
             "Start as many processes as there are GPUs "
             "(--num_processes), or continue without them: CUDA_VISIBLE_DEVICES= before the command"
         )
-    use_deepspeed = bool(launch.deepspeed_file)
     if on_cpu:
         # accelerate's own CPU switches drop DeepSpeed silently; these two choose the device and nothing else.
         os.environ["DS_ACCELERATOR"] = os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
-        if use_deepspeed:
+        if launch.deepspeed_file:
             os.environ.pop("ACCELERATE_USE_CPU", None)
     _refuse_other_engines()
     set_up_cpu(config, launch)
     _quiet_libraries()
 
-    from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
+    from accelerate import InitProcessGroupKwargs
     from accelerate.state import AcceleratorState
-    from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 
     # an earlier run of this process (a notebook, a test) may have had another precision
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -191,48 +189,59 @@ def make_accelerator(config: Config, launch: Launch, grad_accum_steps: int) -> "
         timeout=timedelta(seconds=config.run.timeout_s),
         backend="gloo" if on_cpu and launch.launched else None,
     )
-    if use_deepspeed:
-        _refuse_launcher_precision(config)
-        _require_deepspeed()
-        document = filled_deepspeed_config(
-            read_deepspeed_json(launch.deepspeed_file), config, grad_accum_steps, launch.deepspeed_file
-        )
-        plugin = DeepSpeedPlugin(hf_ds_config=document, zero3_init_flag=False)
-        compiling.get_ready()
-        with compiling.explained():
-            accelerator = Accelerator(
-                deepspeed_plugin=plugin,
-                gradient_accumulation_steps=grad_accum_steps,
-                mixed_precision="no",
-                kwargs_handlers=[group],
-            )
-        # The model is built whole on every rank and partitioned by DeepSpeed afterwards: transformers must
-        # not partition while building.
-        from transformers.integrations import unset_hf_deepspeed_config
-
-        unset_hf_deepspeed_config()
+    if launch.deepspeed_file:
+        accelerator = _with_deepspeed(config, launch.deepspeed_file, grad_accum_steps, group)
     else:
-        precision = "bf16" if config.run.precision == "bf16" else "no"
-        ddp = DistributedDataParallelKwargs(broadcast_buffers=False)  # they are constants
-        accelerator = Accelerator(
-            cpu=on_cpu,
-            gradient_accumulation_steps=grad_accum_steps,
-            mixed_precision=precision,
-            kwargs_handlers=[group, ddp],
+        accelerator = _with_ddp(config, on_cpu, grad_accum_steps, group)
+    if accelerator.num_processes != launch.world_size:
+        raise EnvironmentProblem(
+            f"The launcher started {launch.world_size} processes, but this one sees "
+            f"{accelerator.num_processes}. Start with accelerate launch or torchrun."
         )
-    if use_deepspeed and accelerator.distributed_type != DistributedType.DEEPSPEED:
+    _refuse_environment(accelerator, config, grad_accum_steps, "cpu" if on_cpu else "cuda")
+    return accelerator
+
+
+def _with_deepspeed(config: Config, file: str, grad_accum_steps: int, group: Any) -> "Accelerator":
+    _refuse_launcher_precision(config)
+    _require_deepspeed()
+    from accelerate import Accelerator, DeepSpeedPlugin
+    from accelerate.utils import DistributedType
+
+    document = filled_deepspeed_config(read_deepspeed_json(file), config, grad_accum_steps, file)
+    plugin = DeepSpeedPlugin(hf_ds_config=document, zero3_init_flag=False)
+    compiling.get_ready()
+    with compiling.explained():
+        accelerator = Accelerator(
+            deepspeed_plugin=plugin,
+            gradient_accumulation_steps=grad_accum_steps,
+            mixed_precision="no",
+            kwargs_handlers=[group],
+        )
+    # The model is built whole on every rank and partitioned by DeepSpeed afterwards: transformers must not
+    # partition while building.
+    from transformers.integrations import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:
         raise EnvironmentProblem(
             f"DeepSpeed was asked for, but accelerate chose {accelerator.distributed_type}. Remove cpu or "
             "use_cpu from the launch configuration."
         )
-    if accelerator.num_processes != launch.world_size:
-        raise EnvironmentProblem(
-            f"The launcher started {launch.world_size} processes, but this one sees "
-            f"{accelerator.num_processes}. "
-            "Start with accelerate launch or torchrun."
-        )
-    _refuse_environment(accelerator, config, grad_accum_steps, "cpu" if on_cpu else "cuda")
     return accelerator
+
+
+def _with_ddp(config: Config, on_cpu: bool, grad_accum_steps: int, group: Any) -> "Accelerator":
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs
+
+    ddp = DistributedDataParallelKwargs(broadcast_buffers=False)  # they are constants
+    return Accelerator(
+        cpu=on_cpu,
+        gradient_accumulation_steps=grad_accum_steps,
+        mixed_precision="bf16" if config.run.precision == "bf16" else "no",
+        kwargs_handlers=[group, ddp],
+    )
 
 
 # Of another launch or a site's script: each makes Accelerator() train in another way than the run says.
@@ -248,8 +257,7 @@ def _refuse_other_engines() -> None:
     if set_ones:
         named = " and ".join(f"{name}={os.environ[name]}" for name in set_ones)
         raise ConfigError(
-            f"The environment says {named}, but runs are made for one process, DDP and DeepSpeed. Unset it, "
-            "or "
+            f"The environment says {named}, but a run uses one process, DDP or DeepSpeed. Unset it, or "
             "remove it from the launch configuration"
         )
 

@@ -94,8 +94,7 @@ class Window:
         ]
         raise RunError(
             f"the loss is not finite: {'; '.join(places)}. Nothing was saved since; earlier checkpoints are "
-            "intact. "
-            "Try a smaller optim.lr or run.precision=fp32; run.on_nan=skip leaves such batches out."
+            "intact. Try a smaller optim.lr or run.precision=fp32; run.on_nan=skip leaves such batches out."
         )
 
 
