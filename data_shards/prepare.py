@@ -88,13 +88,7 @@ def prepare(
         raise DataError(f"{raw}: no such file or folder. RAW holds the raw logs of source {source}.")
     target = out.resolve() if out.is_symlink() else out  # a link stays, and so does the disk it leads to
     finish_publishing(target)
-    if out.exists() and not settings.overwrite:
-        raise DataError(
-            f"{out} exists already. Choose another folder, or add overwrite=true to replace it once the new "
-            "one is complete."
-        )
-    if out.exists() and not (out / "manifest.json").is_file():
-        raise DataError(f"{out} exists and is no prepared folder: not replacing it. Choose another folder.")
+    _check_out(out, settings.overwrite)
     reader = open_source(source, raw, settings, base.manifest.raw["text"]["mode"] if base else "")
     if base is not None:
         reader = appended(reader, base)
@@ -104,42 +98,48 @@ def prepare(
             f"split=time: this {source} log has no common clock, only the order of each user's clicks. Use "
             "split=leave_one_out."
         )
-    key = hashlib.sha256(
-        json.dumps(
-            [
-                *(PIPELINE_VERSION, source, settings_with_effect(settings), _describe_files(reader)),
-                *([base.manifest.hash] if base else []),
-            ]
-        ).encode()
-    ).hexdigest()
+    what = [PIPELINE_VERSION, source, settings_with_effect(settings), _describe_files(reader)]
+    if base is not None:
+        what.append(base.manifest.hash)
+    key = hashlib.sha256(json.dumps(what).encode()).hexdigest()
     try:
-        work = Work(
-            target,
-            key,
-            settings.memory_limit,
-            settings.threads,
-            progress or (lambda stage, done, total: None),
-        )
-        try:
-            _run(work, reader, settings, base)
-            manifest = read_manifest(work.tree)  # what cannot be read must not replace what can
-            work.publish(target)
-        except GensrError:  # bad input or settings: nothing here is of use to another attempt
-            work.discard()
-            raise
-        except duckdb.Error as error:
-            if no_room(error):
-                raise
-            work.discard()
-            raise readable(error, reader.files) from error
-        finally:
-            work.close()
+        return _publish(target, key, reader, settings, base, progress or (lambda stage, done, total: None))
     except (OSError, duckdb.Error) as error:
         raise unreadable(error, reader.files) or DataError(
             f"writing {out.name} failed: {error}. {out} is as it was. Free space or memory, then run the "
-            "same command again: "
-            f"finished stages in {target}.partial are reused (or delete that folder)."
+            f"same command again: finished stages in {target}.partial are reused (or delete that folder)."
         ) from error
+
+
+def _check_out(out: Path, overwrite: bool) -> None:
+    if out.exists() and not overwrite:
+        raise DataError(
+            f"{out} exists already. Choose another folder, or add overwrite=true to replace it once the new "
+            "one is complete."
+        )
+    if out.exists() and not (out / "manifest.json").is_file():
+        raise DataError(f"{out} exists and is not a prepared folder: it stays. Choose another folder.")
+
+
+def _publish(
+    target: Path, key: str, reader: Source, settings: PrepareSettings, base: Base | None, progress: Progress
+) -> Manifest:
+    """Every stage that an earlier attempt with the same key has not finished, then `target` in one move."""
+    work = Work(target, key, settings.memory_limit, settings.threads, progress)
+    try:
+        _run(work, reader, settings, base)
+        manifest = read_manifest(work.tree)  # what cannot be read must not replace what can
+        work.publish(target)
+    except GensrError:  # bad input or settings: nothing here is of use to another attempt
+        work.discard()
+        raise
+    except duckdb.Error as error:
+        if no_room(error):
+            raise
+        work.discard()
+        raise readable(error, reader.files) from error
+    finally:
+        work.close()
     return manifest
 
 

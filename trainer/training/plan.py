@@ -367,8 +367,7 @@ def check_stage(config: Config, launch: Launch) -> None:
     if refused:
         raise ConfigError(
             f"{' and '.join(refused)} cannot be used under ZeRO-{launch.zero_stage} "
-            f"({launch.deepspeed_file}). "
-            "Take zero2.json, or set false"
+            f"({launch.deepspeed_file}). Take zero2.json, or set false"
         )
 
 

@@ -99,10 +99,8 @@ def set_up(
         waiting_for("building the model")
     set_seed(config.run.seed)  # the same weights on every rank
     module, cf, holdout = make_model(config, folder, accelerator)
-    taken = ""
-    if found is None:
-        started = config.run.init_from
-        taken = init_from(module, started, folder.manifest) if started else ""
+    started = config.run.init_from if found is None else ""
+    taken = init_from(module, started, folder.manifest) if started else ""
     if found is None or checkpoint.without_counted(found, module):
         module.fit()
     size = plan.size_of(module, config.optim.sparse_rows)
@@ -128,6 +126,7 @@ def set_up(
     console.say(*skipped, *([f"init_from: {taken}"] if taken else []))
     if found is not None:
         console.say(continuing_line(found, identity, progress, schedule))
+
     everyone = [Shown(console), Tracked(tracker), *callbacks]
     listeners = Listeners(everyone, enabled=accelerator.is_main_process)
     writer = CheckpointWriter(
@@ -139,11 +138,9 @@ def set_up(
         notify=listeners.on_checkpoint,
         rows=rows.state if rows is not None else None,
     )
-    bad_batches = None
-    if config.run.on_nan == "skip":
-        before = partial(batch_before, config, stream, module, accelerator.device)
-        given = before if progress.step else None
-        bad_batches = BadBatches(accelerator, model, config.run.max_skipped_batches, given)
+    before = partial(batch_before, config, stream, module, accelerator.device) if progress.step else None
+    skipping = config.run.on_nan == "skip"
+    most = config.run.max_skipped_batches
     return Run(
         config=config,
         folder=folder,
@@ -160,7 +157,7 @@ def set_up(
         listeners=listeners,
         progress=progress,
         writer=writer,
-        bad_batches=bad_batches,
+        bad_batches=BadBatches(accelerator, model, most, before) if skipping else None,
         identity=identity,
         chance_threshold=threshold,
     )
