@@ -276,7 +276,7 @@ def test_an_existing_folder_is_refused_and_then_replaced_on_request(raw: Path) -
     assert first.hash != second.hash
     assert not out.with_name("out.partial").exists()
     (raw.parent / "mine").mkdir()
-    with pytest.raises(DataError, match="no prepared folder: not replacing it"):
+    with pytest.raises(DataError, match="is not a prepared folder: it stays"):
         prepare("tables", raw, raw.parent / "mine", [*FAST, "overwrite=true"])
 
 
