@@ -75,7 +75,7 @@ def assert_scores_as(of_run: Ranker, model: Ranker, batch: Batch) -> None:
 def test_on_the_same_folder_it_scores_as_the_run(name: str, texts: PreparedFolder, tmp_path: Path) -> None:
     of_run, batch = saved(name, texts, tmp_path)
     model = new_model(name, texts)
-    init_from(model, tmp_path, texts.manifest)
+    init_from(model, tmp_path, texts)
     assert_scores_as(of_run, model, batch)
 
 
@@ -87,7 +87,7 @@ def test_on_a_folder_that_goes_on_from_the_runs_every_row_is_taken(
     folder, was = appended(texts), dict(of_run.named_parameters())
     model, fresh = new_model(name, folder), dict(new_model(name, folder).named_parameters())
 
-    taken = init_from(model, tmp_path, folder.manifest)
+    taken = init_from(model, tmp_path, folder)
 
     told = [re.sub(r"^(\d+) of \1 weights from .*", "all", part) for part in taken.split("; ")]
     assert ("kept: ids" in told) == bool(model.kept)

@@ -294,6 +294,22 @@ def test_a_change_that_is_named_is_accepted(data: Path, tmp_path: Path, stop_aft
     assert lrs[2:4] == pytest.approx([1e-3, 2 * 5e-3 / 6])
 
 
+def test_a_smaller_micro_batch_changes_no_step(data: Path, tmp_path: Path, stop_after: Any) -> None:
+    """Stopped after three steps of one micro-batch: two of a half make the fourth, both before its update."""
+    plain = ("model.dropout=0", "model.contrastive_weight=0", "optim.micro_batch_size=8", "run.max_steps=6")
+    train(config_of(data, tmp_path / "undisturbed", *plain))
+    stop_after(3)
+    train(config_of(data, tmp_path / "run", *plain))
+    assert read_status(tmp_path / "run").step % 2  # else two to a step begin where one to a step does
+    smaller = ("optim.micro_batch_size=4", "run.accept_changes=optim.micro_batch_size")
+    train(config_of(data, tmp_path / "run", *plain, *smaller), resume="auto")
+    expected, found = (
+        [r["loss"] for r in records(tmp_path / name) if r["kind"] == "train"]
+        for name in ("undisturbed", "run")
+    )
+    assert found == pytest.approx(expected, abs=1e-5)
+
+
 def test_changed_data_is_refused(data: Path, tmp_path: Path, stop_after: Any) -> None:
     stop_after(1)
     train(config_of(data, tmp_path / "run"))
@@ -358,6 +374,17 @@ def test_a_run_without_a_step_is_the_model_as_it_begins(
 
 
 # ---- accidents ---------------------------------------------------------------------------------------------
+
+
+def test_a_run_without_a_step_is_not_written_over_a_trained_one(data: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    train(config_of(data, run_dir, "run.max_steps=1"))
+    before = file_sha256(run_dir / "model" / "model.safetensors")
+    none = ("run.max_epochs=0", "run.max_steps=0", "run.accept_changes=run.max_epochs,run.max_steps")
+    with pytest.raises(RunError, match="holds a trained run"):
+        train(config_of(data, run_dir, *none), resume="auto")
+    assert file_sha256(run_dir / "model" / "model.safetensors") == before
+    assert RunFolder(run_dir).has_ended_well
 
 
 def test_a_damaged_checkpoint_is_skipped_for_the_one_before(
@@ -609,6 +636,18 @@ def test_an_early_stop_is_not_forgotten(
             train(config)
     result = train(config, resume="auto")
     assert (result.status, result.step, result.best_step) == ("early_stopped", 2, 1)
+
+
+def test_more_steps_begin_patience_anew(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a run that has stopped early: else it would stop again before its first step."""
+    overrides = ("run.validate_every_steps=1", "run.early_stop_patience=2")
+    scripted(monkeypatch, [0.9, 0.5, 0.5, 0.6, 0.95, 0.5, 0.5])
+    first = train(config_of(data, tmp_path / "run", *overrides))
+    assert (first.status, first.step, first.best_step) == ("early_stopped", 3, 1)
+    more = (*overrides, "run.max_steps=9", "run.accept_changes=run.max_steps")
+    longer = config_of(data, tmp_path / "run", *more)
+    result = train(longer, resume="auto")
+    assert (result.status, result.step, result.best_step) == ("early_stopped", 7, 5)
 
 
 @pytest.mark.pictures

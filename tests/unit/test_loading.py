@@ -286,7 +286,7 @@ def test_a_run_begins_with_the_weights_of_another_where_they_fit(folder: Path, t
     second = build_model(config, prepared, prepared.tables(GenSR.needs, with_folds=True))
     new = {name: parameter.clone() for name, parameter in second.named_parameters()}
 
-    taken = init_from(second, tmp_path / "first", prepared.manifest)
+    taken = init_from(second, tmp_path / "first", prepared)
 
     theirs, same, others = dict(first.named_parameters()), 0, []
     for name, parameter in second.named_parameters():
@@ -309,9 +309,9 @@ def test_a_run_does_not_begin_with_what_fits_nowhere(folder: Path, tmp_path: Pat
         prepared.tables(frozenset()),
     )
     with pytest.raises(RunError, match=r"run\.init_from=.*model\.name=bpr_mf.*gensr"):
-        init_from(other, tmp_path / "first", prepared.manifest)
+        init_from(other, tmp_path / "first", prepared)
     with pytest.raises(RunError, match="no trained model"):
-        init_from(other, tmp_path / "nothing", prepared.manifest)
+        init_from(other, tmp_path / "nothing", prepared)
 
 
 def small(name: str, folder: Path, *overrides: str) -> tuple[Ranker, Config, PreparedFolder]:
@@ -349,7 +349,7 @@ def test_tables_of_a_folder_that_goes_on_keep_the_rows_of_the_runs(folder: Path,
     model, _, prepared = small("bpr_mf", goes_on_from(longer, folder, between))
     fresh = {name: weight.clone() for name, weight in model.named_parameters()}
 
-    taken = init_from(model, tmp_path / "run", prepared.manifest)
+    taken = init_from(model, tmp_path / "run", prepared)
 
     assert taken == (
         f"2 of 2 weights from {tmp_path}/run (bpr_mf); users: 24 of 27 rows; items: 130 of 137 rows"
@@ -367,7 +367,7 @@ def test_what_stands_behind_the_items_is_not_taken_for_an_item(folder: Path, tmp
         model, _, prepared = small(name, longer)
         fresh = model.get_parameter("core.items.weight").clone()
 
-        taken = init_from(model, tmp_path / name, prepared.manifest)
+        taken = init_from(model, tmp_path / name, prepared)
 
         items = model.get_parameter("core.items.weight")
         assert "items: 130 of 137 rows" in taken and len(items) > 138
@@ -380,9 +380,7 @@ def test_users_and_items_that_grow_alike_are_told_apart_by_their_tables(folder: 
     two = goes_on_from(make_tiny_folder(tmp_path / "two", num_users=137, num_items=137), one)
     was = save_small("bpr_mf", one, tmp_path / "run")
     model, _, prepared = small("bpr_mf", two)
-    assert init_from(model, tmp_path / "run", prepared.manifest).endswith(
-        "(bpr_mf); users or items: 130 of 137 rows"
-    )
+    assert init_from(model, tmp_path / "run", prepared).endswith("(bpr_mf); users or items: 130 of 137 rows")
     for name, weight in model.named_parameters():
         assert weight[:131].equal(was[name]), name
 
@@ -403,7 +401,7 @@ def test_a_table_of_another_shape_is_left_as_it_is(
     goes_on_from(longer, folder if known else make_tiny_folder(tmp_path / "another", seed=1))
     model, _, prepared = small("sasrec", longer, *overrides)
     fresh = model.get_parameter(left).clone()
-    taken = init_from(model, tmp_path / "run", prepared.manifest)
+    taken = init_from(model, tmp_path / "run", prepared)
     assert model.get_parameter(left).equal(fresh)
     assert left in taken.partition("another shape, new: ")[2]
     assert ("items: 130 of 137 rows" in taken) == (left == "core.positions.weight")
@@ -473,3 +471,28 @@ def test_a_run_that_has_not_got_that_far_says_how_it_goes_on(tmp_path: Path) -> 
     )
     with pytest.raises(RunError, match=message):
         read_model_document(tmp_path / "model")
+
+
+def test_tables_are_not_taken_from_a_folder_whose_rows_are_others(folder: Path, tmp_path: Path) -> None:
+    """Of as many users and items; where it is the same ones under another split, they are."""
+    was = save_small("sasrec", folder, tmp_path / "run")
+    (tmp_path / "run" / "config.yaml").write_text(to_yaml(small("sasrec", folder)[1]))
+    other = make_tiny_folder(tmp_path / "other", seed=1)
+    for renamed in (False, True):
+        if renamed:
+            items = pq.read_table(other / "catalog" / "items.parquet")
+            ids = [f"other-{number}" for number in range(len(items))]
+            place = items.schema.get_field_index("item_id")
+            pq.write_table(items.set_column(place, "item_id", [ids]), other / "catalog" / "items.parquet")
+            relist(other)
+        model, _, prepared = small("sasrec", other)
+        fresh = model.get_parameter("core.items.weight").clone()
+        taken = init_from(model, tmp_path / "run", prepared)
+        items_now = model.get_parameter("core.items.weight")
+        assert items_now.equal(fresh if renamed else was["core.items.weight"])
+        assert ("rows of other users and items, new: core.items.weight" in taken) == renamed
+        assert model.get_parameter("core.positions.weight").equal(was["core.positions.weight"])
+    alone = small("bpr_mf", other)[0]
+    save_small("bpr_mf", folder, tmp_path / "tables")
+    with pytest.raises(RunError, match="rows mean others in"):
+        init_from(alone, tmp_path / "tables", prepared)

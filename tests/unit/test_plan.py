@@ -419,6 +419,22 @@ def test_model_size_is_the_real_one(tmp_path: Path) -> None:
         assert model_size(config, size_of_folder(folder), cf_dim=16) == size_of(real)
 
 
+@pytest.mark.parametrize("name", ["bpr_mf", "gensr"])
+def test_an_epoch_of_the_dry_run_is_that_of_the_training(tmp_path: Path, name: str) -> None:
+    """Of a model of one task: its events alone."""
+    from tests.tiny_folder import make_tiny_folder
+    from trainer.data import TrainStream
+
+    folder = make_tiny_folder(tmp_path, num_train=48)
+    words = [f"data.dir={folder}", f"model.name={name}", "data.history_max=8", "run.max_epochs=3"]
+    config = load_config(None, [*words, "optim.global_batch_size=8", "optim.micro_batch_size=8"])
+    tasks = model_class(name).tasks
+    stream = TrainStream(PreparedFolder.at(folder), config.data, 0, 8, 8, tasks=tasks)
+    assert stream.num_events == 24 * len(tasks)
+    num_steps = make_schedule(config, stream.num_events, 1).num_steps
+    assert dry_run(config).facts["schedule"]["num_steps"] == num_steps
+
+
 def test_a_local_folder_is_counted_from_its_config(tmp_path: Path) -> None:
     shape = dict(
         d_model=32,

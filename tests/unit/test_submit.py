@@ -120,6 +120,15 @@ def test_mistakes_do_not_queue(
         plan(*more, machines=machines)
 
 
+def test_a_run_folder_that_a_file_names_is_the_scripts_too(data: Path, tmp_path: Path) -> None:
+    """As of `gensr submit RUN/config.yaml`: the script reads status and checkpoints there."""
+    config = load_config("demo", [f"data.dir={data}", f"run.dir={tmp_path / 'a b'}", *SETTINGS])
+    file = tmp_path / "mine.yaml"
+    file.write_text(to_yaml(config))
+    job = jobs.plan_run(str(file), [], TWO_NODES, (), "gensr submit …").jobs[0]
+    assert arguments_of(job.text) == [str(file), f"run.dir={tmp_path / 'a b'}"]
+
+
 def test_a_folder_with_another_run_or_a_job_is_refused(
     plan: Callable[..., Submission], sbatch: Callable[[], list[str]], tmp_path: Path
 ) -> None:

@@ -22,6 +22,9 @@ from trainer.data.node_cache import CF_DIGEST, check_origin, local_folder, parse
 from trainer.data.verified import Known, check_files
 from trainer.errors import ConfigError
 
+# tables of the catalogue → the column that says what their rows are
+KEYS = {"users.parquet": "user_id", "items.parquet": "item_id", "queries.parquet": "text"}
+
 
 @dataclass(frozen=True)
 class PreparedFolder:
@@ -140,6 +143,15 @@ class PreparedFolder:
     def items(self, *columns: str) -> pa.Table:
         """Columns of catalog/items.parquet: item_id, text, category, train_rec_clicks, train_src_clicks."""
         return pq.read_table(self.catalog / "items.parquet", columns=list(columns))
+
+    def has_rows_of(self, other: "PreparedFolder") -> bool:
+        """Whether each row is the same user, item and query in both, whatever the events and their split."""
+        return all(
+            pq.read_table(self.catalog / name, columns=[column]).equals(
+                pq.read_table(other.catalog / name, columns=[column])
+            )
+            for name, column in KEYS.items()
+        )
 
     def item_ids(self) -> list[Any]:
         ids: list[Any] = self.items("item_id")["item_id"].to_pylist()

@@ -111,9 +111,11 @@ def plan_run(
     take it."""
     config, lines = checked(preset, settings, machines)
     folder = Path(config.run.dir)
+    # the script looks for run.dir among its words; here a file may have said it (runs/mine/config.yaml)
+    own = [] if any(word.startswith("run.dir=") for word in settings) else [f"run.dir={folder}"]
     text = job_script(
         "train.sbatch",
-        [[preset, *settings]],
+        [[preset, *settings, *own]],
         {**machines.options, "output": _output(folder)},
         options,
         machines.exports,

@@ -306,7 +306,10 @@ def load(accelerator: "Accelerator", model: "nn.Module", optimizer: Any, found: 
                 torch.load(found.path / "optimizer.bin", map_location=accelerator.device, weights_only=True)
             )
         check_random_states(found.path / f"random_states_{rank}.pkl")
-        accelerator.step = load_accelerator_state(str(found.path), [], [], [], [], rank).get("step", 0)
+        load_accelerator_state(str(found.path), [], [], [], [], rank)
+        # accelerate counts micro-batches to know the last one of a step. At a step boundary none waits; a
+        # count of micro-batches of another size (run.accept_changes=optim.micro_batch_size) would be off
+        accelerator.step = 0
     return found.progress
 
 

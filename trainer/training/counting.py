@@ -34,7 +34,7 @@ def count(config: Config, folder: PreparedFolder, accelerator: Any) -> tuple[dic
     plan.check_metric(config, learnable_tasks(kind, folder))
     set_seed(config.run.seed)  # the same weights on every rank
     model = build_model(config, folder, folder.tables(kind.reads(config.model)).to(accelerator.device))
-    taken = init_from(model, config.run.init_from, folder.manifest) if config.run.init_from else ""
+    taken = init_from(model, config.run.init_from, folder) if config.run.init_from else ""
     model.fit()
     model.to(accelerator.device).eval()
     rank, world_size = accelerator.process_index, accelerator.num_processes

@@ -24,6 +24,7 @@ from trainer.data.folder import PreparedFolder
 from trainer.errors import ConfigError, GensrError, RunError, out_of_memory
 from trainer.evaluation.ranking import validate
 from trainer.runs import folder as runfolder
+from trainer.runs.checkpoint import listed
 from trainer.runs.run_folder import RunFolder
 from trainer.runs.weights import save_model
 from trainer.runtime.distributed import (
@@ -88,6 +89,7 @@ def train(
         if claim.finished:
             return _already_finished(config)
         if not plan.makes_steps(config):
+            on_main(accelerator, lambda: _refuse_trained(config))
             with claim.undone_on_error():
                 return _counted(config, folder, accelerator)
         with claim.undone_on_error():
@@ -314,6 +316,16 @@ def _already_finished(config: Config) -> TrainResult:
     progress = runfolder.read_status(config.run.dir)
     best = (progress.best_step, progress.best_metrics)
     return TrainResult(config.run.dir, "already_finished", progress.step, *best, progress.train_s)
+
+
+def _refuse_trained(config: Config) -> None:
+    """Raises RunError where a run without steps would write the model as it begins over a trained one."""
+    if listed(config.run.dir):
+        raise RunError(
+            f"{config.run.dir} holds a trained run, and a run without steps would overwrite its model. "
+            "RUN/model is its best so far: gensr evaluate reads it. Or choose another run.dir, with "
+            f"run.init_from={config.run.dir}"
+        )
 
 
 def _counted(config: Config, folder: PreparedFolder, accelerator: Any) -> TrainResult:

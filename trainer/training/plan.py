@@ -85,6 +85,16 @@ def size_of_folder(folder: PreparedFolder) -> DataSize:
     )
 
 
+def trained_events(config: Config, data: DataSize) -> int:
+    """Events of an epoch: those of the model's tasks alone. Without a folder nobody knows how many those are;
+    which of them cf.holdout=last leaves out is not counted."""
+    if not config.data.dir:
+        return data.train_events
+    folder = PreparedFolder.open(config.data)
+    counts = folder.manifest.raw["counts"]["train"]
+    return sum(counts[TASKS[task]] for task in learnable_tasks(model_class(config.model.name), folder))
+
+
 def model_size(config: Config, data: DataSize, cf_dim: int = 64) -> ModelSize:
     """Counts parameters on torch's meta device: exact, in a second, without memory or weights. Raises
     ConfigError for an unknown backbone."""
@@ -227,7 +237,7 @@ def dry_run(config: Config, preset: str | None = None, launch: Launch | None = N
     """
     launch = launch or read_launch()
     data = data_size(config, preset)
-    schedule = make_schedule(config, data.train_events, launch.world_size)
+    schedule = make_schedule(config, trained_events(config, data), launch.world_size)
     if not makes_steps(config):
         schedule = replace(schedule, num_steps=0, warmup_steps=0)
     above_chance(config.run.select_metric, 1 + data.num_negatives, data.valid_events)

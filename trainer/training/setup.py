@@ -100,7 +100,7 @@ def set_up(
     set_seed(config.run.seed)  # the same weights on every rank
     module, cf, holdout = make_model(config, folder, accelerator)
     started = config.run.init_from if found is None else ""
-    taken = init_from(module, started, folder.manifest) if started else ""
+    taken = init_from(module, started, folder) if started else ""
     if found is None or checkpoint.without_counted(found, module):
         module.fit()
     size = plan.size_of(module, config.optim.sparse_rows)
@@ -111,6 +111,8 @@ def set_up(
         "zero_stage": identity["zero_stage"],
     }
     model, optimizer, rows, progress = prepared(accelerator, module, config, identity, found)
+    if found is not None and has_another_length(found, identity):
+        progress.validations_without_gain = 0
 
     stream, valid = make_streams(config, folder, accelerator, module.tasks, cf, holdout, progress.events_seen)
     schedule = make_schedule(config, stream.num_events, accelerator.num_processes)
@@ -161,6 +163,13 @@ def set_up(
         identity=identity,
         chance_threshold=threshold,
     )
+
+
+def has_another_length(found: Checkpoint, identity: dict[str, Any]) -> bool:
+    """Whether more steps are asked of a run than when the checkpoint was written: patience begins anew, or a
+    run that has stopped early would stop again at once."""
+    then, now = found.identity["settings"], identity["settings"]
+    return any(then.get(key) != now[key] for key in ("run.max_steps", "run.max_epochs"))
 
 
 def continuing_line(
