@@ -9,8 +9,8 @@
     model = gensr.load("runs/mine")                               # or models:/NAME@champion
     model.recommend(user="u3", k=10)
 
-The command `gensr` does the same and more; both read the same settings (`gensr config keys`). What a user did
-wrong raises a gensr.GensrError that says what, where and the fix.
+The command `gensr` does the same and more; both read the same settings (`gensr config keys`). A user's
+mistake raises a gensr.GensrError that says what, where and the fix.
 """
 
 from importlib import import_module
@@ -37,7 +37,7 @@ __all__ = [
     "train",
 ]
 
-# Where each name lives. Imported when it is first used, so that `import gensr` takes no time.
+# Where each name lives. Imported on first use, so that `import gensr` is instant.
 HOMES = {
     "Callback": "trainer.training.callbacks",
     "Evaluation": "gensr.steps",

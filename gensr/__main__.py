@@ -1,5 +1,5 @@
-"""`python -m gensr …` is `gensr …`, also where the current folder holds a file trainer.py of the user, which
-would hide `python -m trainer`."""
+"""`python -m gensr …` is `gensr …`, even if the current folder holds a user's file trainer.py, which would
+hide `python -m trainer`."""
 
 from gensr.own import prefer
 

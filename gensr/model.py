@@ -1,4 +1,4 @@
-"""A trained model that answers, from a run folder or from the registry."""
+"""A trained model that answers requests, from a run folder or from the registry."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,11 +17,11 @@ def load(
 ) -> "Model":
     """Open a run folder, or `models:/NAME@alias` or `models:/NAME/VERSION` of the MLflow registry.
 
-    data: prepared folder in which users are looked up; default: where the model was trained from.
+    data: prepared folder in which users are looked up; default: the one that the model was trained on.
     uri: the registry's address; default: MLFLOW_TRACKING_URI, else runs/mlflow.db.
-    retriever: run folder of another model that finds candidates, too; "" for none; default: the run's
-    serving.retriever, or what the version holds.
-    Raises GensrError when there is no such model.
+    retriever: run folder of another model that also finds candidates; "" for none; default: the run's
+    serving.retriever, or the version's own.
+    Raises GensrError if there is no such model.
 
     >>> import gensr
     >>> model = gensr.load("runs/mine")
@@ -79,8 +79,9 @@ class Model:
         """The k best items of the whole catalogue, best first: item_id, score (P(Yes)), text.
 
         Give a user of the training data, or a history, oldest first: item ids, or a data frame with the
-        column item_id and, if known, task and query. num_candidates: what retrieval hands to the ranking.
-        include_seen: also answer items of the history. Raises GensrError for an unknown user or item.
+        column item_id and, if known, task and query. num_candidates: how many items retrieval hands to the
+        ranking. include_seen: also return items of the history. Raises GensrError for an unknown user or
+        item.
 
         >>> model.recommend(user="u3", k=3).shape
         (3, 3)
@@ -114,12 +115,12 @@ class Model:
     def score(self, requests: "pd.DataFrame | Sequence[Mapping[str, Any]]") -> "pd.DataFrame":
         """Scores (P(Yes)) of given items. Two forms, both with user_id or history, and query for a search:
 
-        - one row a pair, with the column item_id: the same frame with the column `score`
-        - one row a request, with the column candidates (a list of item ids): the same frame with the column
+        - one row per pair, with the column item_id: the same frame with the column `score`
+        - one row per request, with the column candidates (a list of item ids): the same frame with the column
           `scores`, a list in the order of the candidates
 
-        task is rec or src; without that column, a row with a query is a search. Other columns are carried
-        along. Raises GensrError that names the first bad row.
+        task is rec or src; without that column, a row with a query is a search. Other columns are kept.
+        Raises a GensrError that names the first bad row.
 
         >>> import pandas as pd
         >>> pairs = pd.DataFrame({"user_id": ["u3", "u3", "u4"], "item_id": ["i1", "i2", "i1"]})

@@ -1,4 +1,4 @@
-"""The packages that belong to gensr, and what to do where a file of the user has the name of one."""
+"""The packages that belong to gensr, and what to do if a file of the user has the name of one."""
 
 import sys
 from importlib.util import find_spec
@@ -9,8 +9,8 @@ HOME = Path(__file__).resolve().parents[1]  # they are installed side by side
 
 
 def check() -> None:
-    """Raises ImportError where Python would find something else under the name of one of the packages, a
-    trainer.py beside the user's script for example."""
+    """Raises ImportError if Python would find something else under the name of one of the packages, for
+    example a trainer.py next to the user's script."""
     for name in PACKAGES:
         spec = find_spec(name)
         found = Path(spec.origin).resolve() if spec is not None and spec.origin else None

@@ -32,7 +32,7 @@ def prepare(
     raw: a folder, or (events, items) as data frames. events has user_id, item_id, time (integer ms, ISO 8601
     or timestamps), task (rec or src), query and, if not every row is a click, clicked; items has item_id and
     text. source: tables (these columns), kuaisar, amazon, jdsearch or unisar. append: a prepared folder that
-    the logs go on from. settings: `gensr config keys prepare`. Raises GensrError.
+    the logs extend. settings: `gensr config keys prepare`. Raises GensrError.
 
     >>> import gensr, pandas as pd
     >>> events = pd.read_json("raw/events.jsonl", lines=True)
@@ -66,7 +66,8 @@ def prepare(
 
 
 def cf(data: str | Path, settings: Mapping[str, Any] | None = None) -> Path:
-    """Train the LightGCN table of a prepared folder, into it. settings: `gensr config keys cf`. → its file.
+    """Train the LightGCN table of a prepared folder and store it there. settings: `gensr config keys cf`. →
+    its file.
 
     >>> gensr.cf("data/new", {"cf.dim": 16, "cf.max_epochs": 1, "cf.holdout": "none"}).name
     'lightgcn.safetensors'
@@ -124,7 +125,7 @@ def train(
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` found."""
+    """The result of `evaluate`."""
 
     document: dict[str, Any] = field(repr=False)
     """the content of run/evaluation-SPLIT.json: protocol, metrics with intervals, segments, baselines"""
@@ -132,7 +133,7 @@ class Evaluation:
 
     @property
     def metrics(self) -> "pd.DataFrame":
-        """One row a model and task, the trained one first: model, task, num_events, ndcg@10, ndcg@10_low,
+        """One row per model and task, the trained one first: model, task, num_events, ndcg@10, ndcg@10_low,
         ndcg@10_high (95 % interval) and so on for ndcg@5, recall@10, recall@5, mrr."""
         import pandas as pd
 
@@ -152,7 +153,7 @@ class Evaluation:
 
     @property
     def ranks(self) -> "pd.DataFrame":
-        """One row an event: task, user_id, item_id, rank (1 = first), num_tied, event_id, segments."""
+        """One row per event: task, user_id, item_id, rank (1 = first), num_tied, event_id, segments."""
         import pandas as pd
 
         return pd.read_parquet(self.ranks_file)
@@ -169,10 +170,10 @@ def evaluate(
 ) -> Evaluation:
     """Rank the candidates of every event of a split; writes run/evaluation-SPLIT.json and .parquet.
 
-    candidates: sampled (the stored negatives), hard (mined ones, where the folder has them) or full (the
+    candidates: sampled (the stored negatives), hard (mined ones, if the folder has them) or full (the
     whole catalogue, on a fixed sample of `events`). baselines: popularity, LightGCN and BM25 rank the same
-    candidates. retriever: with full, the run folder of another model that finds candidates, too; "" for none;
-    default: the run's serving.retriever. A tracked run gets the figures in MLflow, too. Raises GensrError.
+    candidates. retriever: with full, the run folder of another model that also finds candidates; "" for none;
+    default: the run's serving.retriever. The figures of a tracked run also go to MLflow. Raises GensrError.
 
     >>> found = gensr.evaluate("runs/mine", baselines=False)
     >>> found.metrics["task"].tolist()
@@ -205,8 +206,8 @@ def register(
     run: str | Path, name: str, *, alias: str = "candidate", retriever: str | Path | None = None
 ) -> str:
     """Register run/model as a version of `name` in MLflow and move `alias` to it. → its address, for `load`.
-    retriever: the run folder of another model, which the version then holds and which finds candidates, too;
-    "" for none; default: the run's serving.retriever. Raises GensrError."""
+    retriever: the run folder of another model that also finds candidates, and which the version then
+    includes; "" for none; default: the run's serving.retriever. Raises GensrError."""
     from trainer.registry.versions import register as run_registration
 
     return f"models:/{name}/{run_registration(run, name, alias, retriever=retriever)}"

@@ -1,8 +1,8 @@
-"""What the process imports that forks a table's runs (trainer/experiments/forked.py). It is imported by name
-there and nowhere else: it changes how the process takes signals.
+"""Imports for the process that forks a table's runs (trainer/experiments/forked.py). It is imported by name
+there and nowhere else: it changes how the process handles signals.
 
-The process outlives what stops its children, which have to save first: a session of its own keeps Ctrl-C
-away, and SIGTERM stays blocked. Children unblock it.
+The process must outlive its children, which have to save first: its own session keeps Ctrl-C away, and
+SIGTERM stays blocked. Children unblock it.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ import signal
 
 from gensr.own import prefer
 
-MODULES = (  # what training and evaluation of a small model take their time for
+MODULES = (  # what takes most of the time of training and evaluating a small model
     "torch",
     "torch._dynamo",  # an optimizer imports it
     "accelerate",

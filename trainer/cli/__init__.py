@@ -1,5 +1,5 @@
-"""The command `gensr`: one file a group of verbs, base.py what they share. `gensr --help` lists verbs in
-the order in which the files are imported."""
+"""The command `gensr`: one file per group of verbs; base.py has what they share. `gensr --help` lists verbs
+in the order in which the files are imported."""
 
 # isort: off
 from trainer.cli.base import app, main

@@ -1,4 +1,4 @@
-"""Verbs that look at runs: analyse, paper."""
+"""Verbs that analyse runs: analyse, paper."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -36,21 +36,21 @@ def analyse(
         list[Path],
         typer.Argument(metavar="RUN... OUT", help="run folders, then the folder to write to"),
     ],
-    split: Annotated[str, typer.Option(help="valid or test, of those that ask the model")] = "test",
+    split: Annotated[str, typer.Option(help="valid or test, for analyses that run the model")] = "test",
     events: Annotated[
-        int, typer.Option(help="of each task, in a fixed sample that a model is asked about; 0 = all", min=0)
+        int, typer.Option(help="events of each task, in a fixed sample, to run the model on; 0 = all", min=0)
     ] = 2000,
     candidates: Annotated[
-        str, typer.Option(help="of the evaluations that runs are compared by: sampled, hard or full")
+        str, typer.Option(help="evaluations to compare runs by: sampled, hard or full")
     ] = "sampled",
-    metric: Annotated[str, typer.Option(help="that bars and curves show")] = "ndcg@10",
-    seed: Annotated[int, typer.Option(help="of estimators and projections")] = 0,
+    metric: Annotated[str, typer.Option(help="metric of bars and curves")] = "ndcg@10",
+    seed: Annotated[int, typer.Option(help="seed of estimators and projections")] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Look into finished runs of any model: the paper's analyses, offline.
+    """Analyse finished runs of any model: the paper's analyses, offline.
 
-    Writes OUT/WHAT.json with every number, OUT/WHAT*.png and .svg, and the page OUT/WHAT.html. The first RUN
-    of ablations and sensitivity is what the others are compared with.
+    Writes OUT/WHAT.json with every number, OUT/WHAT*.png and .svg, and the page OUT/WHAT.html. In ablations
+    and sensitivity, the others are compared with the first RUN.
     """
     from trainer.evaluation.summary import check_candidates
     from trainer.experiments.analyses import Options
@@ -74,26 +74,26 @@ def paper(
     ],
     overrides: Overrides = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="folder of data, runs, analyses and report.html")
+        Path | None, typer.Option(metavar="DIR", help="folder for data, runs, analyses and report.html")
     ] = None,
     raw: Annotated[
-        Path | None, typer.Option(metavar="RAW", help="folder of raw files that is there; else DIR/raw")
+        Path | None, typer.Option(metavar="RAW", help="existing folder of raw files; else DIR/raw")
     ] = None,
     data: Annotated[
-        Path | None, typer.Option(metavar="OUT", help="prepared folder that is there; else DIR/data")
+        Path | None, typer.Option(metavar="OUT", help="existing prepared folder; else DIR/data")
     ] = None,
     table: Annotated[
         Path | None,
         typer.Option(
-            metavar="TABLE", help="of a gensr table that is there: only GenSR's variants are trained"
+            metavar="TABLE", help="folder of a finished gensr table: only GenSR's variants are trained"
         ),
     ] = None,
     budget: Annotated[
-        str, typer.Option(help="minutes, or paper: everything; empty: what the data set's recipe says")
+        str, typer.Option(help="minutes, or paper: everything; empty: as in the data set's recipe")
     ] = "",
     jobs: Jobs = 1,
     submit: Annotated[
-        bool, typer.Option("--submit", help="the missing runs as SLURM arrays; make no page yet")
+        bool, typer.Option("--submit", help="submit the missing runs as SLURM arrays; make no page yet")
     ] = False,
     gpus_per_node: Annotated[int, typer.Option(help="with --submit; 0 trains on CPU", min=0)] = 1,
     dry_run: Annotated[
@@ -103,14 +103,14 @@ def paper(
 ) -> None:
     """The paper's whole evaluation: data, every run, Tables 1 to 3, Figures 3 to 5, in DIR/report.html.
 
-    Interrupted, the same command goes on. A smaller budget takes fewer seeds, systems, variants and epochs,
-    and the report says what that costs in trust.
+    The same command continues after an interruption. A smaller budget takes fewer seeds, systems, variants
+    and epochs, and the report says what that costs in reliability.
     """
     from trainer.experiments.paper import FinishedTable, PaperRequest, make_paper
     from trainer.experiments.paper import dry_run as estimate
 
     if out is None:
-        raise ConfigError("--out is missing: the folder that data, runs and the report go to")
+        raise ConfigError("--out is missing: the folder for data, runs and the report")
     refuse_jobs_of_arrays(jobs, submit)
     finished = FinishedTable(table) if table else None
     request = PaperRequest(name, out, raw, data, budget, tuple(overrides or []), finished, jobs)

@@ -1,5 +1,4 @@
-"""The command `gensr`. Verbs are plain functions elsewhere; here are their arguments, their help and what is
-printed.
+"""The command `gensr`: arguments, help and output of the verbs, which are plain functions elsewhere.
 
 Exit code 0, or 1 with what, where and the fix on stderr (75: stopped by a signal and saved; run it again,
 training with --resume auto). Nothing heavy is imported before a verb needs it. Under a launcher only rank 0
@@ -33,7 +32,7 @@ Verb = Callable[..., Any]
 
 
 def as_help_shows_them(parameters: list[Any]) -> list[Any]:
-    """Arguments in capitals, flags without a type: typer writes {run}, and <bool> behind each --flag."""
+    """Arguments in capitals, flags without a type: typer writes {run}, and <bool> after each --flag."""
     for parameter in parameters:
         if parameter.metavar is None and parameter.param_type_name == "argument":
             parameter.metavar = parameter.name.upper()
@@ -51,7 +50,7 @@ class Command(TyperCommand):
         return as_help_shows_them(super().get_params(ctx))
 
     def collect_usage_pieces(self, ctx: Any) -> Any:
-        """`RUN [KEY=VALUE]...`; typer writes {RUN}, and dots behind a name that has some."""
+        """`RUN [KEY=VALUE]...`; typer writes {RUN}, and adds dots to a name that already has some."""
         pieces = super().collect_usage_pieces(ctx)
         return [re.sub(r"^\{(.*?)\}(\.\.\.)?$", _without_braces, piece) for piece in pieces]
 
@@ -67,8 +66,8 @@ class Group(TyperGroup):
 
 
 class Commands(typer.Typer):
-    """Verbs whose help is their docstring, less the line breaks of the source: a list of verbs would print
-    them."""
+    """Verbs whose help is their docstring without the source's line breaks, which a list of verbs would
+    print."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(cls=Group, **options)
@@ -93,7 +92,7 @@ app = Commands(
     pretty_exceptions_enable=False,
 )
 config_app = Commands(
-    help="Look at configurations.", epilog="Example: gensr config show demo", no_args_is_help=True
+    help="Show configurations.", epilog="Example: gensr config show demo", no_args_is_help=True
 )
 app.add_typer(config_app, name="config")
 runs_app = Commands(
@@ -111,7 +110,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="KEY=VALUE",
-        help="settings; all of them: gensr config keys",
+        help="settings; gensr config keys lists them all",
         show_default=False,
         autocompletion=completion.keys,
     ),
@@ -128,7 +127,7 @@ MaybePreset = Annotated[
     str | None,
     typer.Argument(
         metavar="PRESET|FILE",
-        help="nothing: the defaults",
+        help="if omitted: the defaults",
         show_default=False,
         autocompletion=completion.presets_and_keys,
     ),
@@ -138,8 +137,8 @@ Retriever = Annotated[
     typer.Option(
         "--retriever",
         metavar="RUN",
-        help="run folder of another model whose best items are ranked, too; '' for none; "
-        "default: serving.retriever, or what the version holds",
+        help="run folder of another model whose best items are also ranked; '' for none; "
+        "default: serving.retriever, or the version's own",
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout")]
@@ -148,7 +147,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object on s
 def main() -> None:
     """Entry point of `gensr` and `python -m trainer`. --debug anywhere keeps a user error's traceback."""
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
-    gc.disable()  # what verbs are declared with is no garbage; looking for it takes a tenth of --help
+    gc.disable()  # declaring the verbs leaves no garbage; looking for it takes a tenth of --help
     try:
         try:
             app(args=arguments, prog_name="gensr")
@@ -178,14 +177,14 @@ def main() -> None:
 
 
 def lacking(package: str) -> str:
-    """What to install where a package is missing: gensr's extras leave out what a machine does not need."""
+    """What to install if a package is missing: gensr's extras leave out what a machine does not need."""
     extras = _extras_with(package.partition(".")[0])
     fix = " or ".join(f"pip install 'gensr[{extra}]'" for extra in extras) or "make install"
     return f"this installation lacks the package {package}, which this needs. Install it with: {fix}"
 
 
 def _extras_with(package: str) -> list[str]:
-    """The extras of gensr that list a package; [] where none does, or its name is not that of its module."""
+    """The extras of gensr that list a package; [] if none does, or if its name is not that of its module."""
     from importlib import metadata  # 40 ms, which --help does not need
 
     try:
@@ -210,7 +209,7 @@ def options(
         bool, typer.Option("--version", help="show the version", callback=show_version, is_eager=True)
     ] = False,
     debug: Annotated[
-        bool, typer.Option("--debug", help="show the traceback of errors; may stand anywhere")
+        bool, typer.Option("--debug", help="show the traceback of errors; works anywhere")
     ] = False,
 ) -> None:
     """Read by main(), before the verb."""
@@ -230,14 +229,14 @@ def say(*lines: str) -> None:
 
 
 def note(line: str) -> None:
-    """What a person may want to know on the way; stdout is for answers."""
+    """Remarks for people, on stderr; stdout is for answers."""
     if RANK == 0:
         clear_bar()
         typer.echo(line, err=True)
 
 
 Jobs = Annotated[
-    int, typer.Option(help="runs at once on this machine, which share its cores or have a GPU each", min=1)
+    int, typer.Option(help="runs at once on this machine; they share its cores or get a GPU each", min=1)
 ]
 
 
@@ -251,7 +250,7 @@ def refuse_jobs_of_arrays(jobs: int, submit: bool) -> None:
 
 @contextmanager
 def resumable() -> Iterator[None]:
-    """A verb that was stopped in here, by Ctrl-C or SIGTERM, ends with code 75 and says how it continues."""
+    """A verb stopped in here by Ctrl-C or SIGTERM exits with code 75 and says how to continue."""
     try:
         yield
     except KeyboardInterrupt:
@@ -267,8 +266,8 @@ def answer(document: Any, as_json: bool, *lines: str) -> None:
 
 
 def fitting(lines: Iterable[str], indent: int, stream: TextIO | None = None) -> list[str]:
-    """Lines broken between words where the stream (stdout) is a terminal that is narrower; commands to be
-    copied do not go through here."""
+    """Lines broken between words if the stream (stdout) is a narrower terminal; commands to be copied do not
+    go through here."""
     if not (stream or sys.stdout).isatty():
         return list(lines)
     width = shutil.get_terminal_size().columns
@@ -281,13 +280,13 @@ def quoted(path: str | Path) -> str:
 
 
 def next_steps(*commands: str) -> list[str]:
-    """What people do after a verb; commands that are "" are left out. Paths in them: as quoted."""
+    """What people do after a verb; commands that are "" are left out. Paths in them should be quoted()."""
     kept = [command for command in commands if command]
     return [f"{'next' if number == 0 else '':<8}{command}" for number, command in enumerate(kept)]
 
 
 def preset_and_settings(preset: str | None, overrides: list[str] | None) -> tuple[str | None, list[str]]:
-    """Where the preset may be left out, the first word may be a setting."""
+    """If the preset may be left out, the first word may be a setting."""
     settings = overrides or []
     return (None, [preset, *settings]) if preset is not None and "=" in preset else (preset, settings)
 

@@ -22,7 +22,7 @@ def data(
     rows: Annotated[
         str,
         typer.Option(
-            help="log rows of each row of the scaling table, comma-separated; "
+            help="log rows for each row of the scaling table, comma-separated; "
             "the figures are those of the last"
         ),
     ] = "200000",
@@ -32,7 +32,7 @@ def data(
     memory_limit: Annotated[str, typer.Option(help="duckdb's memory in both preparations")] = "1000MB",
     folder: Annotated[
         Path | None,
-        typer.Option(help="where logs and prepared folders lie and are kept; default: a temporary folder"),
+        typer.Option(help="where logs and prepared folders are kept; default: a temporary folder"),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -51,12 +51,12 @@ def data(
 Pairs = Annotated[
     int | None,
     typer.Option(
-        help="(history, candidate) pairs of a step, on either side; else 20, or on a GPU what fills it and "
-        "the paper's 200 for the reference",
+        help="(history, candidate) pairs per step, on either side; else 20, or on a GPU as many as fill it, "
+        "and the paper's 200 for the reference",
         min=1,
     ),
 ]
-Steps = Annotated[int, typer.Option(help="measured steps of a turn, after three to warm up", min=1)]
+Steps = Annotated[int, typer.Option(help="measured steps per turn, after three to warm up", min=1)]
 Turns = Annotated[int, typer.Option(help="measurements of each side; the sides alternate", min=1)]
 Threads = Annotated[int, typer.Option(help="CPU threads of both sides", min=1)]
 Profile = Annotated[
@@ -90,7 +90,7 @@ def bench_evaluate(
     profile: Profile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Scoring the candidates of events against the reference, which encodes every pair by itself and calls
+    """Scoring the candidates of events against the reference, which encodes every pair separately and calls
     generate()."""
     _bench_model("evaluate", overrides, pairs, steps, turns, threads, profile, as_json)
 
@@ -118,12 +118,12 @@ def _bench_model(
 def bench_micro_batch(
     preset: MaybePreset = None,
     overrides: Overrides = None,
-    steps: Annotated[int, typer.Option(help="micro-batches that are timed, after one to warm up", min=1)] = 4,
+    steps: Annotated[int, typer.Option(help="timed micro-batches, after one to warm up", min=1)] = 4,
     threads: Threads = 2,
     as_json: AsJson = False,
 ) -> None:
-    """The fastest optim.micro_batch_size on this device, found by training with each, and what each takes of
-    its memory."""
+    """The fastest optim.micro_batch_size on this device, found by training with each, and how much of its
+    memory each takes."""
     from trainer.bench import micro_batch as bench
 
     preset, settings = preset_and_settings(preset, overrides)

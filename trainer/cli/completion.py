@@ -1,5 +1,5 @@
-"""What a shell completes beside verbs and options: presets, sources, keys of settings (`gensr
---install-completion`). Nothing heavy is imported: a person waits for each of them."""
+"""What a shell completes in addition to verbs and options: presets, sources, keys of settings
+(`gensr --install-completion`). Nothing heavy is imported, because a person is waiting."""
 
 import os
 from collections.abc import Iterable
@@ -21,8 +21,8 @@ def sources(incomplete: str) -> list[str]:
 
 
 def keys(ctx: typer.Context, incomplete: str) -> list[str]:
-    """`optim.lr=` and the like, of the verb. Behind the = of one there is nothing but files, which the shell
-    itself completes."""
+    """The verb's keys, such as `optim.lr=`. After the = only files can follow, which the shell itself
+    completes."""
     from data_shards.settings import leaf_fields
 
     before = os.environ.get("COMP_WORDS", "").removesuffix(incomplete).rstrip()  # bash splits words at =
@@ -32,7 +32,7 @@ def keys(ctx: typer.Context, incomplete: str) -> list[str]:
 
 
 def presets_and_keys(ctx: typer.Context, incomplete: str) -> list[str]:
-    """Where a preset may be left out."""
+    """For verbs whose preset may be left out."""
     return [*presets(incomplete), *keys(ctx, incomplete)]
 
 

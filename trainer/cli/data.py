@@ -30,13 +30,13 @@ def simulate(
     items: Annotated[int, typer.Option(help="items in the catalogue")] = 4000,
     days: Annotated[int, typer.Option(help="days of logs")] = 14,
     seed: Annotated[int, typer.Option(help="the same seed gives the same bytes")] = 0,
-    rows_per_day: Annotated[float, typer.Option(help="interactions of a user on a day, on average")] = 24.0,
+    rows_per_day: Annotated[float, typer.Option(help="average interactions of a user per day")] = 24.0,
     text: Annotated[
         str, typer.Option(help="anonymised (KuaiSAR's CSV schema) or natural (titles and queries in words)")
     ] = "anonymised",
     as_json: AsJson = False,
 ) -> None:
-    """Write raw logs from a planted preference model, for gensr prepare kuaisar; those of --text natural for
+    """Write raw logs from a planted preference model, for gensr prepare kuaisar, or with --text natural for
     gensr prepare tables.
 
     KuaiSAR's own size: --users 25877 --items 6890707 --days 19 --rows-per-day 40 (19.6 M rows, under 400 MB
@@ -62,7 +62,7 @@ def download(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="folder for the files")],
     as_json: AsJson = False,
 ) -> None:
-    """Fetch a public data set, resumed where it broke off, with size and checksum checks."""
+    """Fetch a public data set, with size and checksum checks; resumes interrupted downloads."""
     from data_shards.download import download as run
 
     files = run(name, folder, progress=stage_lines())
@@ -104,9 +104,7 @@ def prepare(
     overrides: Overrides = None,
     append: Annotated[
         str,
-        typer.Option(
-            metavar="FOLDER", help="prepared folder that the logs go on from; rows keep their numbers"
-        ),
+        typer.Option(metavar="FOLDER", help="prepared folder that the logs extend; rows keep their numbers"),
     ] = "",
     as_json: AsJson = False,
 ) -> None:
@@ -160,12 +158,12 @@ def inspect(out: Annotated[Path, typer.Argument(help="prepared folder")], as_jso
 @verb("gensr optimum data/prepared data/raw")
 def optimum(
     out: Annotated[Path, typer.Argument(help="prepared folder")],
-    raw: Annotated[Path, typer.Argument(help="logs of gensr simulate that it was prepared from")],
+    raw: Annotated[Path, typer.Argument(help="logs of gensr simulate from which it was prepared")],
     as_json: AsJson = False,
 ) -> None:
-    """Rank the test candidates by the preferences that gensr simulate has planted; writes OUT/optimum.json.
+    """Rank the test candidates by the preferences that gensr simulate planted; writes OUT/optimum.json.
 
-    No model can be expected to do better. gensr table has it as a row.
+    No model can be expected to do better. gensr table shows it as a row.
     """
     waiting_for("loading PyTorch")
     from data_shards.simulate.oracle import OPTIMUM_FILE

@@ -28,12 +28,12 @@ MAX_KEY_WIDTH = 38  # characters; a longer one pushes its text to the right
 @verb("gensr doctor data/mine")
 def doctor(
     folders: Annotated[
-        list[Path] | None, typer.Argument(help="prepared folders, of which every file is read and checked")
+        list[Path] | None, typer.Argument(help="prepared folders; every file is read and checked")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Check this machine: packages, compiler, GPUs, processes, disk, MLflow's database, SLURM. Exit code 1
-    when something is missing."""
+    if something is missing."""
     from trainer.doctor import run_checks
 
     checks = run_checks(prepared=folders or ())
@@ -64,12 +64,12 @@ def show(
 def keys(
     of: Annotated[
         str | None,
-        typer.Argument(metavar="train|cf|prepare|MODEL", help="nothing: all", show_default=False),
+        typer.Argument(metavar="train|cf|prepare|MODEL", help="if omitted: all", show_default=False),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List every key with its default, its meaning and, in brackets, what it takes. A model's name (sasrec)
-    lists its section model.*."""
+    """List every key with its default, its meaning and, in brackets, its allowed values. A model's name
+    (sasrec) lists its section model.*."""
     from data_shards.settings import allowed, key_help
     from trainer.configs import preset_names
     from trainer.models.zoo import model_names, settings_class
@@ -124,7 +124,7 @@ def _written(default: Any) -> str:
 
 @config_app.command(epilog="Example: gensr config schema > gensr.schema.json")
 def schema(
-    model: Annotated[str, typer.Argument(help="model.name whose section the schema has")] = "gensr",
+    model: Annotated[str, typer.Argument(help="model.name whose section the schema includes")] = "gensr",
 ) -> None:
     """Print the JSON schema of a training configuration, for editors."""
     from pydantic import TypeAdapter
@@ -147,11 +147,11 @@ def demo(
     data_dir: Annotated[Path, typer.Option(help="prepared folder; raw logs go to DATA_DIR-raw")] = Path(
         "data/demo"
     ),
-    run_dir: Annotated[Path, typer.Option(help="run folder; MLflow's database goes beside it")] = Path(
+    run_dir: Annotated[Path, typer.Option(help="run folder; MLflow's database goes next to it")] = Path(
         "runs/demo"
     ),
 ) -> None:
-    """The whole way, offline: simulate, prepare, cf, train, evaluate, register, and a summary."""
+    """Run every step offline: simulate, prepare, cf, train, evaluate, register, and a summary."""
     from trainer.demo import run_demo
 
     run_demo(data_dir, run_dir)

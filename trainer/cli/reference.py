@@ -1,5 +1,5 @@
-"""The reference of the documentation's site, from the code: verbs and their options, keys and what they
-take. docs/hooks.py puts it into the site."""
+"""The reference of the documentation site, generated from the code: verbs and their options, keys and their
+values. docs/hooks.py adds it to the site."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any

@@ -55,7 +55,7 @@ def train(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train. Also as: accelerate launch --config_file ds_configs/… -m trainer train …"""
+    """Train. On several processes: accelerate launch --config_file ds_configs/… -m trainer train …"""
     from trainer.runs.launch_config import load_launch_config
 
     if resume not in ("never", "auto"):
@@ -106,13 +106,13 @@ def submit(
         ),
     ] = None,
     nodes: Annotated[int, typer.Option(help="nodes", min=1)] = 1,
-    gpus_per_node: Annotated[int, typer.Option(help="GPUs of each node; 0 trains on CPU", min=0)] = 1,
-    processes_per_node: Annotated[int, typer.Option(help="0 = one a GPU (one on CPU)", min=0)] = 0,
-    deepspeed: Annotated[str, typer.Option(help="one of ds_configs/, or a path")] = "zero2.json",
+    gpus_per_node: Annotated[int, typer.Option(help="GPUs per node; 0 trains on CPU", min=0)] = 1,
+    processes_per_node: Annotated[int, typer.Option(help="0 = one per GPU (one on CPU)", min=0)] = 0,
+    deepspeed: Annotated[str, typer.Option(help="a file of ds_configs/, or a path")] = "zero2.json",
     sweep: Annotated[
         Path | None,
         typer.Option(
-            help="YAML or JSON list of settings: an array of runs below run.dir, their evaluation and a table"
+            help="YAML or JSON list of settings: an array of runs in run.dir, their evaluation and a table"
         ),
     ] = None,
     parallel: Annotated[int, typer.Option(help="runs of a sweep at once; 0 = all", min=0)] = 0,
@@ -164,7 +164,7 @@ def evaluate(
     candidates: Annotated[
         str,
         typer.Option(
-            help="sampled: the stored ones; hard: the mined ones, where the folder has them; "
+            help="sampled: the stored ones; hard: the mined ones, if the folder has them; "
             "full: the whole catalogue",
             autocompletion=completion.candidates,
         ),
@@ -236,18 +236,20 @@ def report(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="run folder")],
     events: Annotated[
         int,
-        typer.Option(help="of each task, for calibration and examples, which ask the model; 0 = none", min=0),
+        typer.Option(
+            help="events of each task for calibration and examples, which run the model; 0 = none", min=0
+        ),
     ] = 200,
 ) -> None:
     """Write RUN/report/report.html, one page that needs no network, with its pictures as PNG and SVG, and
-    print the results of a run."""
+    print the results of the run."""
     waiting_for("loading PyTorch and the model")
     from trainer.analysis.report import write_report
     from trainer.evaluation.evaluated_weights import warnings_of
     from trainer.evaluation.summary import evaluation_name, protocol_line, read_evaluation, rows_of, table
     from trainer.runs.run_folder import RunFolder
 
-    say(f"wrote {write_report(run_dir, events)} and pictures beside it")
+    say(f"wrote {write_report(run_dir, events)} and pictures next to it")
     for split in ("valid", "test"):
         for candidates in ("sampled", "hard"):
             name = evaluation_name(split, candidates)
@@ -267,12 +269,12 @@ def compare(
         typer.Option(help="which evaluation: sampled, hard or full", autocompletion=completion.candidates),
     ] = "sampled",
     segments: Annotated[
-        bool, typer.Option("--segments", help="NDCG@10 by history, popularity, query and time of day, too")
+        bool, typer.Option("--segments", help="also NDCG@10 by history, popularity, query and time of day")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Put the results of runs side by side, with their difference from the first run, event by event, and the
-    settings that differ. Runs that did not rank the same candidates are refused."""
+    """Show the results of runs side by side, with their difference from the first run, event by event, and
+    the settings that differ. Runs that did not rank the same candidates are refused."""
     from trainer.evaluation.compare import compare as run
     from trainer.evaluation.compare import compare_lines
 
@@ -290,31 +292,29 @@ def table_of_systems(
     models: Annotated[str, typer.Option(help="comma-separated; empty = every model")] = "",
     seeds: Annotated[int, typer.Option(help="runs of each trained system", min=1)] = 3,
     trials: Annotated[int, typer.Option(help="tuning runs of each trained system", min=0)] = 0,
-    epochs: Annotated[float, typer.Option(help="of every run; 0 = as its preset says", min=0)] = 0.0,
-    max_steps: Annotated[int, typer.Option(help="of every run; 0 = as its preset says", min=0)] = 0,
+    epochs: Annotated[float, typer.Option(help="epochs of every run; 0 = those of its preset", min=0)] = 0.0,
+    max_steps: Annotated[int, typer.Option(help="steps of every run; 0 = those of its preset", min=0)] = 0,
     budget: Annotated[
         float,
         typer.Option(
-            metavar="MINUTES", help="for all of it: no run trains longer than fits; 0 = no limit", min=0
+            metavar="MINUTES", help="for the whole table: no run trains longer than fits; 0 = no limit", min=0
         ),
     ] = 0.0,
-    candidates: Annotated[
-        str, typer.Option(help="of sampled, hard and full, with commas between")
-    ] = "sampled,full",
+    candidates: Annotated[str, typer.Option(help="sampled, hard, full; comma-separated")] = "sampled,full",
     events: Annotated[int, typer.Option(help="with full: events in a fixed sample, 0 = all", min=0)] = 2000,
     preset: Annotated[
         list[str] | None,
-        typer.Option(metavar="MODEL=PRESET|FILE", help="other settings than the preset of the model's name"),
+        typer.Option(
+            metavar="MODEL=PRESET|FILE", help="settings for a model other than the preset of its name"
+        ),
     ] = None,
     recipe: Annotated[
         str,
-        typer.Option(
-            metavar="DATA_SET", help="settings of single systems as gensr paper has them for this data set"
-        ),
+        typer.Option(metavar="DATA_SET", help="gensr paper's settings of single systems for this data set"),
     ] = "",
     jobs: Jobs = 1,
     submit: Annotated[
-        bool, typer.Option("--submit", help="the missing runs as SLURM arrays; write no table yet")
+        bool, typer.Option("--submit", help="submit the missing runs as SLURM arrays; write no table yet")
     ] = False,
     gpus_per_node: Annotated[int, typer.Option(help="with --submit; 0 trains on CPU", min=0)] = 1,
     dry_run: Annotated[
@@ -325,8 +325,7 @@ def table_of_systems(
     """Train, tune, evaluate and compare systems on one prepared folder; writes TABLE/table.html, .md, .csv
     and .json.
 
-    The same command resumes after an interruption. A run that fails is named in the table; the others
-    continue.
+    The same command resumes after an interruption. A failed run is named in the table; the others continue.
     """
     from trainer.experiments.table import Request, make_table
     from trainer.experiments.table import dry_run as plan
@@ -377,7 +376,7 @@ def table_of_systems(
 
 
 def _machine_of_jobs(gpus_per_node: int) -> "Machine":
-    """What one job of an array gets: the node that it runs on may be another than this one."""
+    """What one job of an array gets: it may run on another node than this one."""
     from trainer.experiments.costs import Machine
     from trainer.runtime.launch import num_cores
 
@@ -412,13 +411,13 @@ def sweep(
         typer.Argument(
             metavar="FILE",
             help="YAML: preset, settings, space, search (grid, random or tpe), trials, seed; or a list of "
-            "settings, then say PRESET",
+            "settings, which needs PRESET",
         ),
     ],
     preset: MaybePreset = None,
     overrides: Overrides = None,
     evaluate: Annotated[
-        str, typer.Option(help="best, all or none: which runs are evaluated on the test split at the end")
+        str, typer.Option(help="best, all or none: runs to evaluate on the test split at the end")
     ] = "best",
     jobs: Jobs = 1,
     as_json: AsJson = False,
@@ -426,9 +425,9 @@ def sweep(
     """Train several settings on this machine, one after the other or --jobs at once, and compare them by
     validation; writes SWEEP/sweep.txt and .json.
 
-    The same command resumes after an interruption. A run that fails is named; the others are trained. On a
-    cluster: gensr submit --sweep. docs/table.md shows a file. With --jobs N, search: tpe draws a run before
-    the last N - 1 have ended, so another N gives other settings; the same N always gives the same.
+    The same command resumes after an interruption. A failed run is named; the others are trained. On a
+    cluster, use gensr submit --sweep. docs/table.md shows a file. With --jobs N, search: tpe draws a run
+    before the last N - 1 have ended, so another N gives other settings; the same N always gives the same.
     """
     from trainer.experiments import local_sweep
     from trainer.experiments.sweep import lines_of
@@ -437,7 +436,7 @@ def sweep(
         raise ConfigError(f"--evaluate must be best, all or none, got {evaluate}")
     name, settings = preset_and_settings(preset, overrides)
     planned = local_sweep.read(file, name, settings)
-    note(f"{planned.num_runs} runs below {planned.folder}; what each prints: {planned.folder}/RUN.out")
+    note(f"{planned.num_runs} runs in {planned.folder}; output of each: {planned.folder}/RUN.out")
     with resumable():
         document = local_sweep.run(planned, evaluate, note, jobs)
     best = planned.folder / document["runs"][0]["run"]
@@ -449,24 +448,24 @@ def sweep(
 def daily(
     file: Annotated[
         Path,
-        typer.Argument(metavar="FILE", help="YAML, an example: docs/continue.md"),
+        typer.Argument(metavar="FILE", help="YAML; docs/continue.md has an example"),
     ],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="KEY=VALUE", help="of FILE's settings", show_default=False),
+        typer.Argument(metavar="KEY=VALUE", help="override FILE's settings", show_default=False),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="print the commands of the days that wait, run nothing")
+        bool, typer.Option("--dry-run", help="print the commands for the waiting days, run nothing")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Take every new day of a log from raw files to the registry: prepare, cf, train on from the champion,
-    evaluate both on the new day, register, promote.
+    """Take every new day of a log from raw files to the registry: prepare, cf, train starting from the
+    champion, evaluate both on the new day, register, promote.
 
-    The same command resumes after an interruption, and does nothing while no new day is there: it is made for
-    cron. Exit code 0 also when no new model was better.
+    The same command resumes after an interruption, and does nothing without a new day: it is made for cron.
+    The exit code is 0 even if no new model was better.
 
-    FILE has to hold logs, run, name and out; it may hold settings, prepare, cf, candidates, events, margin,
+    FILE must have logs, run, name and out; it may have settings, prepare, cf, candidates, events, margin,
     gain, min_events, launch, done_file and keep.
     """
     waiting_for("loading PyTorch and MLflow")
@@ -479,7 +478,7 @@ def daily(
     if dry_run:
         days, late = plan.waiting()
         lines = commands(plan)
-        answer({"days": days, "late": late, "commands": lines}, as_json, *(lines or ["no day waits"]))
+        answer({"days": days, "late": late, "commands": lines}, as_json, *(lines or ["no new day"]))
         return
     with resumable():
         document = run(plan, note)
@@ -495,18 +494,18 @@ def import_(
         str,
         typer.Argument(
             metavar="FROM",
-            help="mlflow.db of an offline node, a tracking URI, a run folder, or a folder of them",
+            help="mlflow.db of an offline node, a tracking URI, a run folder, or a folder of run folders",
         ),
     ],
     into: Annotated[
         str,
         typer.Option(
-            help="tracking URI of the target; default: the store that a run folder's own run belongs in"
+            help="tracking URI of the target; default: the store that a run folder's run belongs to"
         ),
     ] = "",
     as_json: AsJson = False,
 ) -> None:
-    """Bring runs that were tracked without a server into one. Repeated, it adds only what is new."""
+    """Copy runs that were tracked without a server to one. Repeated, it adds only what is new."""
     from trainer.experiments.import_runs import import_runs, target_of
 
     done = import_runs(source, into or target_of(source), progress=lambda line: typer.echo(line, err=True))
@@ -520,7 +519,7 @@ def summarize(
     folder: Annotated[Path, typer.Argument(metavar="SWEEP", help="folder of a sweep's run folders")],
     as_json: AsJson = False,
 ) -> None:
-    """Put the runs of a sweep into one table, SWEEP/sweep.txt and .json, and below one parent run in
+    """Collect the runs of a sweep in one table, SWEEP/sweep.txt and .json, and under one parent run in
     MLflow."""
     from trainer.experiments.sweep import lines_of
     from trainer.experiments.sweep import summarize as run
