@@ -1,4 +1,4 @@
-"""What each saving is worth on a CPU: a training step of gensr, and the same step with one saving taken away.
+"""What each saving is worth on a CPU: a training step of gensr, and the same step with one saving removed.
 
     python -m benchmarks.savings FOLDER [--backbone scratch:small] [--events 32] [--precision bf16] [--turns
     3]
@@ -139,11 +139,11 @@ def main() -> None:
             step(batch)
 
     without: dict[str, Callable[[Batch], None]] = {
-        "the history encoded once an event": lambda batch: step(as_pairs(batch)),
-        "searches of like length together": lambda batch: patched(
+        "the history encoded once per event": lambda batch: step(as_pairs(batch)),
+        "searches of similar length together": lambda batch: patched(
             mock.patch.object(grouping, "LENGTH_GROUPS", 1), batch
         ),
-        "position bias and mask made once for all layers": lambda batch: patched(
+        "position bias and mask computed once for all layers": lambda batch: patched(
             layers_of_transformers(model, {EncoderSelfAttention: T5Attention}), batch
         ),
         "absorbed cross-attention of one position": lambda batch: patched(
@@ -155,7 +155,7 @@ def main() -> None:
         "gradients of token rows, not of the table": lambda batch: patched(
             mock.patch.object(Backbone, "embed", gradient_of_the_table), batch
         ),
-        "four dropout decisions a draw": lambda batch: patched(one_draw_an_element(), batch),
+        "four dropout decisions per draw": lambda batch: patched(one_draw_an_element(), batch),
         "norms and feed-forward that cast once": lambda batch: patched(
             layers_of_transformers(model, {Norm: T5LayerNorm, GatedFeedForward: T5DenseGatedActDense}), batch
         ),
@@ -176,7 +176,7 @@ def main() -> None:
             ratio = seconds(run, batch) / seconds(step, batch)
             if turn:
                 measured[name].append(ratio)
-    print("| taken away | CPU seconds of a step, × |\n|---|---|")
+    print("| removed | CPU seconds of a step, × |\n|---|---|")
     for name, ratios in measured.items():
         print(f"| {name} | {statistics.median(ratios):.2f} |")
     print(f"{vars(arguments)}; {hardware()}; commit {git_commit()}")

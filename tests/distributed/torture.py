@@ -181,9 +181,9 @@ def check(run_dir: Path, undisturbed: Path) -> None:
 
 
 def table(history: list[Kill]) -> str:
-    """Markdown: what was hit × how often, time until all had gone, time to come back, steps made again."""
+    """Markdown: what was hit × how often, time until all had gone, time to come back, steps repeated."""
     lines = [
-        "| killed | while it was | kills | all gone after, s | back after, s | steps made again |",
+        "| killed | while it was | kills | all gone after, s | back after, s | steps repeated |",
         "|---|---|---|---|---|---|",
     ]
     for (victim, moment), count in sorted(
