@@ -36,7 +36,12 @@ def main(run_dir: Path, num_events: int) -> None:
             views = {view: replace(v, share=shares[view]) for view, v in retrieval.views.items()}
             by_shares = replace(retrieval, views=views, pre_ranking=None)
             lists = retrieved(
-                *(model, by_shares, mine, whole.take(batch.task == task), mine.clicked.numpy(), clicks)
+                model,
+                by_shares,
+                mine,
+                whole=whole.take(batch.task == task),
+                clicked=mine.clicked.numpy(),
+                clicks=clicks,
             )
             places = [place_of(int(item), found) for item, found in zip(mine.clicked, lists, strict=True)]
             recalls = "  ".join(f"recall@{k} {np.mean(np.array(places) <= k):.3f}" for k in CUTOFFS)

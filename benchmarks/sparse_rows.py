@@ -67,8 +67,14 @@ class System:
 
     def step(self, batch: Batch) -> None:
         SENT[0], started = 0.0, perf_counter()
-        trained = (self.accelerator, self.model, self.optimizer)
-        micro_step(*trained, batch, self.config.optim.grad_clip, rows=self.rows)
+        micro_step(
+            self.accelerator,
+            self.model,
+            self.optimizer,
+            batch,
+            self.config.optim.grad_clip,
+            rows=self.rows,
+        )
         self.seconds.append(perf_counter() - started)
         self.bytes.append(SENT[0])
 

@@ -325,9 +325,15 @@ def _name_groups(axes: Any, names: Sequence[str], colours: Sequence[str]) -> Non
     """Each group's name in its colour, in the corner: groups can lie on top of each other, names must not."""
     rim = [patheffects.withStroke(linewidth=3, foreground="white")]
     for place, (name, colour) in enumerate(zip(names, colours, strict=True)):
-        at = (0.02, 0.98 - 0.06 * place)
         axes.text(
-            *at, name, transform=axes.transAxes, color=colour, va="top", fontweight="bold", path_effects=rim
+            x=0.02,
+            y=0.98 - 0.06 * place,
+            s=name,
+            transform=axes.transAxes,
+            color=colour,
+            va="top",
+            fontweight="bold",
+            path_effects=rim,
         )
 
 

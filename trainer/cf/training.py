@@ -125,7 +125,7 @@ class TableTrainer:
         if len(valid[0]) == 0:
             user, item = self.fit(config.max_epochs, slot)
             return user, item, {"epochs": config.max_epochs, "ndcg@10": None, "num_events": 0, "curve": []}
-        valid = valid[0], self.clicks.rows_of(valid[1])
+        valid_users, valid_candidates = valid[0], self.clicks.rows_of(valid[1])
         every = max(1, round(MIN_STEPS_BETWEEN_VALIDATIONS / self.steps_per_epoch))
         best: dict[str, Tensor] = {}
         curve: list[list[float]] = []  # [epoch, NDCG@10]
@@ -144,7 +144,7 @@ class TableTrainer:
                 continue
             user, item = self.vectors()
             give_back_freed_memory()
-            ndcg = sampled_ndcg(user, item, *valid)
+            ndcg = sampled_ndcg(user, item, valid_users, valid_candidates)
             curve.append([self.epochs_done, ndcg])
             if ndcg > best_ndcg:
                 best_epoch, best_ndcg, best = self.epochs_done, ndcg, {"user": user, "item": item}

@@ -107,8 +107,16 @@ def _bench_model(
 ) -> None:
     from trainer.bench.model import bench_model, bench_model_lines
 
-    asked = (pairs, steps, turns, threads, profile)
-    document = bench_model(mode, overrides or [], *asked, progress=stage_lines())
+    document = bench_model(
+        mode,
+        overrides or [],
+        pairs=pairs,
+        steps=steps,
+        turns=turns,
+        threads=threads,
+        trace=profile,
+        progress=stage_lines(),
+    )
     answer(document, as_json, *bench_model_lines(document))
 
 

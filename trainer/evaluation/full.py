@@ -105,7 +105,13 @@ def evaluate_full(
     stream = EvalStream(folder, split, config.data, batch_size, max_events=max_events, tasks=model.tasks)
     chosen = chosen_retriever(config, retriever)
     other = open_retriever(
-        *(chosen, RunFolder(run_dir).model, task_names(model), folder.item_ids(), retrieval, device, notify)
+        chosen,
+        model_dir=RunFolder(run_dir).model,
+        tasks=task_names(model),
+        item_ids=folder.item_ids(),
+        retrieval=retrieval,
+        device=device,
+        notify=notify,
     )
     clicks = read_clicks(folder)
     started = time.monotonic()
@@ -242,7 +248,12 @@ def retrieved(
             event = nullcontext(on_device.rows(row, row + 1))
             lists.append(
                 retrieval.pre_ranked(
-                    *(questions, int(batch.task[row]), event, NUM_CANDIDATES, seen[row], beside[row])
+                    questions,
+                    task=int(batch.task[row]),
+                    asking=event,
+                    num_candidates=NUM_CANDIDATES,
+                    exclude=seen[row],
+                    beside=beside[row],
                 )
             )
     return lists

@@ -138,11 +138,10 @@ def paired(a: StoredRanks, b: StoredRanks) -> dict[str, dict[str, dict[str, Any]
     for task in TASKS:
         before, after = a.of_task(task), b.of_task(task)
         if len(before.rank) and len(after.rank):
-            values = before.metric_values(), after.metric_values()
-            found = paired_differences(*values, before.user)
+            first, second = before.metric_values(), after.metric_values()
+            found = paired_differences(first, second, before.user)
             figures[task] = {
-                metric: _figures(values[0][:, i], values[1][:, i], found[i])
-                for i, metric in enumerate(METRICS)
+                metric: _figures(first[:, i], second[:, i], found[i]) for i, metric in enumerate(METRICS)
             }
     return figures
 

@@ -212,13 +212,13 @@ def evaluate_run(
     try:
         stood = evaluated_weights(run_dir)
         model, config, folder = load_run_model(run_dir, device)
-        place = (launch.rank, launch.world_size)
         stream = EvalStream(
             folder,
             split,
             config.data,
             config.run.eval_batch_size,
-            *place,
+            launch.rank,
+            launch.world_size,
             tasks=model.tasks,
             candidates=STORED[candidates],
         )
@@ -226,7 +226,9 @@ def evaluate_run(
         started = time.monotonic()
         ranks = rank_events(autocast_scorer(model, device, config.run.precision), stream, gather, progress)
         seconds = time.monotonic() - started
-        baselines = baseline_reports(folder, split, *place, gather, candidates) if with_baselines else None
+        baselines = None
+        if with_baselines:
+            baselines = baseline_reports(folder, split, launch.rank, launch.world_size, gather, candidates)
         report_stage("intervals", 0)
         segments = segments_of(folder, split, ranks) if launch.rank == 0 else {}  # it reads the split again
         segments = gather(segments)[0] if gather is not None else segments

@@ -216,9 +216,14 @@ def _check_champion(client: Any, name: str, expected: Any) -> None:
 def _decide(name: str, candidate: int, champion: int | None, uri: str, gate: Gate) -> Decision:
     after = _ranks_of(name, candidate, uri, gate.candidates)
     if champion is None:  # a champion must be comparable to those after it, so its ranks were read
-        with_ = _retrievers(candidate=after)
         return Decision(
-            *(name, candidate, None, True, "first champion"), candidates=gate.candidates, retrievers=with_
+            name,
+            candidate,
+            champion=None,
+            promoted=True,
+            reason="first champion",
+            candidates=gate.candidates,
+            retrievers=_retrievers(candidate=after),
         )
     if gate.against:
         before = _stand_in(Path(gate.against), name, champion, uri, gate.candidates)
@@ -233,7 +238,14 @@ def _decide(name: str, candidate: int, champion: int | None, uri: str, gate: Gat
         if promoted and (fallen := fallen_segments(segments, gate.segment_margin)):
             promoted, reason = False, f"{'; '.join(fallen)} falls by more than {gate.segment_margin:g}"
     return Decision(
-        *(name, candidate, champion, promoted, reason, figures, segments, gate.candidates),
+        name,
+        candidate,
+        champion=champion,
+        promoted=promoted,
+        reason=reason,
+        figures=figures,
+        segments=segments,
+        candidates=gate.candidates,
         retrievers=_retrievers(champion=before, candidate=after),
         against=gate.against,
     )

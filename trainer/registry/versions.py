@@ -118,7 +118,12 @@ def register(
     facts = run_facts(run_dir, config, folder.manifest, scorer.model.tasks)
     chosen = chosen_retriever(config, retriever)
     other = open_retriever(
-        *(chosen, RunFolder(run_dir).model, facts["tasks"], scorer.item_ids, indexes), notify=notify
+        chosen,
+        model_dir=RunFolder(run_dir).model,
+        tasks=facts["tasks"],
+        item_ids=scorer.item_ids,
+        retrieval=indexes,
+        notify=notify,
     )
     if other is not None:
         ranker = other.scorer.model

@@ -184,11 +184,17 @@ def one_step(run: Run, batches: Iterator[Batch], window: Window, stop: StopSigna
     set_lr(run.optimizer, run.lr(run.progress.step))
     if run.rows is not None:
         set_lr(run.rows.optimizer, run.lr(run.progress.step))
-    trained = (run.accelerator, run.model, run.optimizer)
     for _ in range(run.schedule.grad_accum_steps):
         batch = next(batches).to(run.accelerator.device)
-        clip = run.config.optim.grad_clip
-        parts, left_out = micro_step(*trained, batch, clip, run.bad_batches, rows=run.rows)
+        parts, left_out = micro_step(
+            run.accelerator,
+            run.model,
+            run.optimizer,
+            batch,
+            run.config.optim.grad_clip,
+            run.bad_batches,
+            rows=run.rows,
+        )
         window.add(parts, batch.event_id, skipped=bool(left_out))
         if left_out:
             run.progress.skipped_batches += 1
@@ -314,8 +320,14 @@ def last_words(run: Run, reason: str) -> None:
 
 def _already_finished(config: Config) -> TrainResult:
     progress = runfolder.read_status(config.run.dir)
-    best = (progress.best_step, progress.best_metrics)
-    return TrainResult(config.run.dir, "already_finished", progress.step, *best, progress.train_s)
+    return TrainResult(
+        config.run.dir,
+        "already_finished",
+        step=progress.step,
+        best_step=progress.best_step,
+        metrics=progress.best_metrics,
+        train_s=progress.train_s,
+    )
 
 
 def _refuse_trained(config: Config) -> None:
@@ -330,4 +342,4 @@ def _refuse_trained(config: Config) -> None:
 
 def _counted(config: Config, folder: PreparedFolder, accelerator: Any) -> TrainResult:
     metrics, seconds = count(config, folder, accelerator)
-    return TrainResult(config.run.dir, "finished", 0, 0, metrics, seconds)
+    return TrainResult(config.run.dir, "finished", step=0, best_step=0, metrics=metrics, train_s=seconds)

@@ -123,8 +123,19 @@ def set_up(
     tracker = start_tracker(config, accelerator, {**facts, "manifest": folder.manifest}, run_id)
     first_step = progress.step if found is not None else None
     console = RunConsole(config.run.dir, schedule.num_steps, accelerator.is_main_process, first_step)
-    banner = (plan.size_of_folder(folder), size, schedule, launch, valid.num_events, facts["devices"])
-    console.banner(plan.banner_rows(config, *banner, tracker.run_id, tracker.page))
+    console.banner(
+        plan.banner_rows(
+            config,
+            data=plan.size_of_folder(folder),
+            model=size,
+            schedule=schedule,
+            launch=launch,
+            num_valid_events=valid.num_events,
+            devices=facts["devices"],
+            mlflow_run_id=tracker.run_id,
+            mlflow_page=tracker.page,
+        )
+    )
     console.say(*skipped, *([f"init_from: {taken}"] if taken else []))
     if found is not None:
         console.say(continuing_line(found, identity, progress, schedule))
