@@ -21,9 +21,8 @@ from trainer.analysis.significance import seed_interval
 from trainer.bench.data import hardware
 from trainer.configs import load_config
 from trainer.evaluation.summary import short, signed
+from trainer.experiments.cells import Cell, run_cells
 from trainer.experiments.pool import interruptible
-from trainer.experiments.table.cells import Cell
-from trainer.experiments.table.run import run_cells
 from trainer.runs.provenance import git_commit
 from trainer.runtime.files import atomic
 

@@ -13,7 +13,8 @@ from data_shards.settings import to_yaml
 from trainer.configs import load_config
 from trainer.errors import ConfigError, RunError
 from trainer.experiments import local_sweep
-from trainer.experiments.table.cells import Cell, CellFailed
+from trainer.experiments.cells import Cell
+from trainer.experiments.verbs import VerbFailed
 
 TPE = """
 preset: demo
@@ -38,7 +39,7 @@ def trained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Cell]:
         cells.append(cell)
         config = load_config(str(cell.settings_file), [f"run.dir={cell.run_dir}", *cell.words])
         if config.optim.lr < 2e-4:
-            raise CellFailed("gensr train: too low")
+            raise VerbFailed("gensr train: too low")
         cell.run_dir.mkdir(parents=True)
         (cell.run_dir / "config.yaml").write_text(to_yaml(config))
         value = 1 - abs(config.optim.lr - 1e-3)
@@ -165,7 +166,7 @@ def test_a_search_whose_runs_all_failed_begins_again(
     trained: list[Cell], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def failing(cell: Cell) -> None:
-        raise CellFailed("gensr train: no data")
+        raise VerbFailed("gensr train: no data")
 
     sweep = sweep_of(TPE.format(search="random").replace("trials: 6", "trials: 2"))
     with monkeypatch.context() as patch:

@@ -23,12 +23,14 @@ from trainer.errors import ConfigError, DataError, RunError
 from trainer.evaluation.bootstrap import paired_difference
 from trainer.evaluation.metrics import FIGURES
 from trainer.evaluation.summary import read_evaluation
+from trainer.experiments import cells, search, verbs
 from trainer.experiments import submit as jobs
-from trainer.experiments.table import cells, results, run, tuning
-from trainer.experiments.table.cells import Cell, CellFailed
+from trainer.experiments.cells import Cell
+from trainer.experiments.table import results, run, tuning
 from trainer.experiments.table.plan import Request, make_plan
 from trainer.experiments.table.render import csv_text, html, markdown
 from trainer.experiments.table.submission import plan_submission
+from trainer.experiments.verbs import VerbFailed
 from trainer.models.zoo import model_class, model_names
 
 SPACES = parse_yaml((Path(tuning.__file__).parent / "spaces.yaml").read_text())
@@ -139,7 +141,7 @@ def test_spaces_name_keys_that_exist_and_hold_the_published_values(name: str) ->
 
 def test_words_of_a_trial_are_read_back() -> None:
     settings = {"optim.lr": 3.2e-05, "model.num_layers": 3}
-    values = flatten(to_dict(load_config("sasrec", list(tuning.words_of(settings)))))
+    values = flatten(to_dict(load_config("sasrec", list(search.words_of(settings)))))
     assert {key: values[key] for key in settings} == settings
 
 
@@ -198,7 +200,7 @@ def test_a_search_whose_trials_all_fail_begins_again(tmp_path: Path) -> None:
 )
 def test_the_line_that_names_an_error(tmp_path: Path, text: str, code: int, line: str) -> None:
     (tmp_path / "log").write_text(text)
-    assert cells.error_line(tmp_path / "log", code) == line
+    assert verbs.error_line(tmp_path / "log", code) == line
 
 
 def test_each_kind_of_candidates_is_evaluated_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,7 +209,7 @@ def test_each_kind_of_candidates_is_evaluated_once(tmp_path: Path, monkeypatch: 
     for name in ("test.json", "test.parquet", "test-full.json"):  # the ranks of test-full are missing
         (tmp_path / f"evaluation-{name}").write_text("{}")
     ran: list[list[str]] = []
-    monkeypatch.setattr(cells, "run_words", lambda words, log, mode="w": ran.append(list(words)))
+    monkeypatch.setattr(cells, "run_gensr", lambda words, log, mode="w": ran.append(list(words)))
     kinds = ("sampled", "hard", "full")
     cells.evaluate_cell(cell, kinds, 50)
     asked = ["evaluate", str(tmp_path), "--split", "test", "--candidates"]
@@ -234,7 +236,7 @@ def test_the_stages_of_a_model_are_runs_that_follow_one_another(
         [f"run.dir={cell.run_dir}", *both, "model.stage=map", f"run.init_from={first}"],
     ]
     ran: list[str] = []
-    monkeypatch.setattr(cells, "run_words", lambda words, log, mode="w": ran.append(words[2]))
+    monkeypatch.setattr(cells, "run_gensr", lambda words, log, mode="w": ran.append(words[2]))
     cells.train_cell(cell)
     first.mkdir(parents=True)
     (first / "status.json").write_text('{"status": "finished"}')
@@ -257,7 +259,7 @@ def test_a_failed_cell_is_named_and_the_rest_goes_on(
     def train_cell(cell: Cell) -> None:
         trained.append(cell.title)
         if cell.title in failing:
-            raise CellFailed("gensr train: ended by signal 9")
+            raise VerbFailed("gensr train: ended by signal 9")
         (cell.run_dir).mkdir(parents=True)
         (cell.run_dir / "status.json").write_text('{"status": "finished"}')
 
@@ -270,8 +272,9 @@ def test_a_failed_cell_is_named_and_the_rest_goes_on(
         return {"rows": []}
 
     errors_seen: list[dict[str, str]] = []
-    monkeypatch.setattr(run, "train_cell", train_cell)
-    monkeypatch.setattr(run, "evaluate_cell", evaluate_cell)
+    monkeypatch.setattr(run, "train_cell", train_cell)  # of a trial
+    monkeypatch.setattr(cells, "train_cell", train_cell)
+    monkeypatch.setattr(cells, "evaluate_cell", evaluate_cell)
     monkeypatch.setattr(run, "read_results", read_results)
     monkeypatch.setattr(run, "write_table", lambda document, out: [])
     lines: list[str] = []

@@ -33,10 +33,10 @@ from data_shards.settings import flatten, parse_yaml, to_dict
 from trainer.config import Config
 from trainer.configs import MICRO_BATCH, load_config
 from trainer.errors import ConfigError, GensrError, RunError
+from trainer.experiments.cells import Cell, evaluate_cell, train_cell
 from trainer.experiments.pool import Pool, Steps, interruptible
+from trainer.experiments.search import Sampler, begun, search
 from trainer.experiments.sweep import Point, point_of, read_sweep, summarize, words_of
-from trainer.experiments.table.cells import Cell, evaluate_cell, train_cell
-from trainer.experiments.table.tuning import Sampler, begun, search
 from trainer.runs.checkpoint import fixed_settings
 from trainer.runs.run_folder import RunFolder, read_json
 from trainer.runtime.progress import Notify
@@ -67,6 +67,7 @@ class Sweep:
 
     folder: Path
     preset: str
+    model: str
     words: tuple[str, ...]  # settings of every run
     points: tuple[Point, ...]  # of a list or a grid
     drawn: SweepSettings | None  # random, tpe
@@ -108,7 +109,7 @@ def read(file: str | Path, preset: str | None = None, words: Sequence[str] = ())
     for point in points:
         load_config(preset, [*words, *point.overrides])
     every = tuple(word for word in words if not word.startswith("run.dir="))
-    return Sweep(Path(config.run.dir), preset, every, points, drawn)
+    return Sweep(Path(config.run.dir), preset, config.model.name, every, points, drawn)
 
 
 def run(
@@ -227,9 +228,14 @@ def _train(sweep: Sweep, steps: Steps, pool: Pool) -> list[str]:
 
 
 def _cell(sweep: Sweep, point: Point) -> Cell:
-    run_dir = sweep.folder / point.name
-    words = (*sweep.words, *point.overrides)
-    return Cell("sweep", point.name, run_dir, Path(sweep.preset), words, sweep.folder / f"{point.name}.out")
+    return Cell(
+        model=sweep.model,
+        name=point.name,
+        run_dir=sweep.folder / point.name,
+        settings_file=Path(sweep.preset),
+        words=(*sweep.words, *point.overrides),
+        log=sweep.folder / f"{point.name}.out",
+    )
 
 
 # ---- the file ----------------------------------------------------------------------------------------------

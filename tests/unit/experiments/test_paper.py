@@ -20,13 +20,14 @@ import trainer.experiments.table.run as table_run
 from data_shards.settings import read_yaml
 from trainer.data.folder import PreparedFolder
 from trainer.errors import ConfigError
+from trainer.experiments import cells
+from trainer.experiments.cells import Cell
 from trainer.experiments.costs import Machine, Size
 from trainer.experiments.paper.budget import LEVELS, WHOLE
 from trainer.experiments.paper.finished import FinishedTable
 from trainer.experiments.paper.page import _what_was_run, paper_cell
 from trainer.experiments.paper.plan import PaperRequest, dry_run, keep, make_plan, parts_of, seconds_of
 from trainer.experiments.table import Request, make_table
-from trainer.experiments.table.cells import Cell
 
 KINDS = ("sampled",)
 SIZE = Size.of_halves(54_000, 3_900, items=4_000)
@@ -233,8 +234,9 @@ def stand_in(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     (tmp_path / "data" / "cf").mkdir(exist_ok=True)
     (tmp_path / "data" / "cf" / "lightgcn.safetensors").touch()
     made = StandIn(PreparedFolder.at(tmp_path / "data"))
-    monkeypatch.setattr(table_run, "train_cell", made.train)
-    monkeypatch.setattr(table_run, "evaluate_cell", made.evaluate)
+    monkeypatch.setattr(table_run, "train_cell", made.train)  # of a trial
+    monkeypatch.setattr(cells, "train_cell", made.train)
+    monkeypatch.setattr(cells, "evaluate_cell", made.evaluate)
     monkeypatch.setattr(table_run, "_parent_run", lambda *arguments: "")
     real = paper_run.analyse
 

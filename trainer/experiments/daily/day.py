@@ -17,7 +17,7 @@ from trainer.errors import GensrError, RunError
 from trainer.evaluation.summary import evaluation_name
 from trainer.experiments.daily.plan import Daily
 from trainer.experiments.sweep import words_of
-from trainer.experiments.table.cells import run_words
+from trainer.experiments.verbs import run_gensr
 from trainer.registry.versions import ALIAS, number_of, registered_as
 from trainer.runs.folder import holds_run
 from trainer.runs.run_folder import RunFolder
@@ -136,7 +136,7 @@ class Day:
         launch = shlex.split(self.plan.settings.launch) if step.launched else []
         log = self.plan.out / "logs" / f"{self.name}-{step.title.replace(' ', '-')}.log"
         try:
-            run_words(step.words, log, launch)
+            run_gensr(step.words, log, launch)
         except GensrError as error:
             raise RunError(f"{self.name}: {error}. All that it said: {log}") from error
 

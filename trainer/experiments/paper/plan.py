@@ -14,6 +14,7 @@ from data_shards.settings import flatten, parse_yaml, to_dict
 from trainer.config import Config
 from trainer.configs import documented_sizes, load_config, preset_of
 from trainer.errors import ConfigError
+from trainer.experiments.cells import Cell
 from trainer.experiments.costs import (
     MIN_EPOCHS,
     Machine,
@@ -26,10 +27,9 @@ from trainer.experiments.costs import (
 from trainer.experiments.paper.budget import LEVELS, WHOLE, Budget
 from trainer.experiments.paper.finished import FinishedTable, lines_within
 from trainer.experiments.pool import environments
+from trainer.experiments.search import words_of
 from trainer.experiments.table.budget import epochs_within
-from trainer.experiments.table.cells import Cell
 from trainer.experiments.table.plan import Request
-from trainer.experiments.table.tuning import words_of
 from trainer.models.zoo import GENSR, model_class, model_names
 from trainer.runs.run_folder import read_json
 from trainer.runtime.files import atomic

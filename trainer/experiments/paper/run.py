@@ -8,6 +8,7 @@ from trainer.data.folder import PreparedFolder
 from trainer.errors import ConfigError, DataError, GensrError, RunError
 from trainer.evaluation.optimum import write_optimum
 from trainer.experiments.analyses import Options, analyse, load_section
+from trainer.experiments.cells import first_line, is_done, run_cells
 from trainer.experiments.paper.page import write_paper_page
 from trainer.experiments.paper.plan import (
     VARIANT_CANDIDATES,
@@ -20,8 +21,6 @@ from trainer.experiments.paper.plan import (
 from trainer.experiments.pool import environments, interruptible
 from trainer.experiments.submit import Machines, Submission
 from trainer.experiments.table import make_table
-from trainer.experiments.table.cells import is_done
-from trainer.experiments.table.run import first_line, run_cells
 from trainer.runs.run_folder import RunFolder, read_json
 from trainer.runtime.files import atomic
 from trainer.runtime.progress import Notify, StageLines

@@ -3,7 +3,6 @@
 plan.py        what was asked for, and TABLE/settings/MODEL.yaml: each system's settings
 budget.py      minutes → each system's epochs, from ../costs.py
 tuning.py      the same number of trials for each trained system
-cells.py       one run folder a model and seed, made by processes of their own
 results.py     run folders → table.json
 render.py      table.json → table.md, table.csv, table.html
 run.py         the story

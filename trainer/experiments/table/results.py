@@ -29,7 +29,7 @@ from trainer.evaluation.metrics import FIGURES, METRICS, metric_values
 from trainer.evaluation.optimum import TITLE, read_optimum
 from trainer.evaluation.stored import read_ranks_file
 from trainer.evaluation.summary import beams_words, evaluation_name, read_evaluation
-from trainer.experiments.table.cells import SPLIT, Cell, is_done
+from trainer.experiments.cells import SPLIT, Cell, is_done
 from trainer.experiments.table.plan import Plan
 from trainer.models.zoo import model_class
 from trainer.runs.run_folder import RunFolder, read_json

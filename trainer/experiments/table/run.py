@@ -1,18 +1,19 @@
 """The story of a table: plan, tune, train and evaluate cell by cell, read, write."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from trainer.errors import GensrError
+from trainer.experiments.cells import Cell, first_line, is_done, submit_cells, train_cell
 from trainer.experiments.pool import Pool, Steps, interruptible
+from trainer.experiments.search import words_of
 from trainer.experiments.sweep import adopt_runs
-from trainer.experiments.table.cells import Cell, evaluate_cell, is_done, train_cell
 from trainer.experiments.table.plan import Plan, Request, make_plan
 from trainer.experiments.table.render import write_table
 from trainer.experiments.table.results import read_results
-from trainer.experiments.table.tuning import tune, words_of
+from trainer.experiments.table.tuning import tune
 from trainer.models.zoo import model_class
 from trainer.runs.run_folder import RunFolder
 from trainer.runtime.progress import Notify
@@ -89,45 +90,6 @@ class Making:
         submit_cells(named, request.candidates, request.events, self.steps, self._failed, self.pool, place)
 
 
-def submit_cells(
-    cells: Mapping[str, Cell],
-    candidates: Sequence[str],
-    events: int,
-    steps: Steps,
-    errors: dict[str, str],
-    pool: Pool,
-    place: int = 0,
-) -> None:
-    """Trains and evaluates the cells that are not done, as tasks of the pool. cells: by the name that is
-    shown, under which a failure goes into `errors`; the others go on."""
-
-    def make(name: str, cell: Cell) -> None:
-        try:
-            with steps.step(name):
-                train_cell(cell)
-                evaluate_cell(cell, candidates, events)
-        except GensrError as error:
-            errors[name] = f"{first_line(error)} ({cell.log})"
-            steps.notify(f"  {name} failed: {errors[name]}")
-
-    for name, cell in cells.items():
-        if is_done(cell, candidates):
-            steps.skip()
-        else:
-            pool.submit(partial(make, name, cell), place)
-
-
-def run_cells(
-    cells: Mapping[str, Cell], candidates: Sequence[str], events: int, jobs: int, notify: Notify
-) -> dict[str, str]:
-    """submit_cells() to a pool of their own → the failures, in the order of the cells."""
-    failed: dict[str, str] = {}
-    with Pool(jobs) as pool:
-        submit_cells(cells, candidates, events, Steps(len(cells), notify, jobs), failed, pool)
-        pool.wait()
-    return {name: failed[name] for name in cells if name in failed}
-
-
 def cells_of(request: Request, model: str, tuned: Mapping[str, Any]) -> list[Cell]:
     """One cell a seed. tuned: settings on top of the file's."""
     cells = []
@@ -179,10 +141,6 @@ def _run_of(request: Request, model: str, name: str, words: tuple[str, ...], bef
         log=request.out / "logs" / f"{model}-{name}.log",
         before=before,
     )
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _parent_run(plan: Plan, cells: list[Cell], files: list[Path], failed: bool) -> str:

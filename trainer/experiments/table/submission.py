@@ -6,8 +6,8 @@ from pathlib import Path
 
 from trainer.errors import ConfigError, RunError
 from trainer.experiments import submit as jobs
+from trainer.experiments.cells import SPLIT, Cell, is_done
 from trainer.experiments.submit import INVALID_ENDS, Job, Machines, Submission, job_script
-from trainer.experiments.table.cells import SPLIT, Cell, is_done
 from trainer.experiments.table.plan import Plan, Request
 from trainer.experiments.table.run import cells_of
 from trainer.models.zoo import model_class
