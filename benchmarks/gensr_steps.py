@@ -16,7 +16,7 @@ from data_shards.schema import REC, SRC
 from trainer.batch import Batch
 from trainer.config import Config
 from trainer.data import PreparedFolder, TrainStream, prefetched
-from trainer.models.gensr.cost import backbone_size, flops_per_event
+from trainer.models.backbones.cost import backbone_size, flops_per_event
 from trainer.models.gensr.model import GenSR
 from trainer.runs.weights import build_model
 from trainer.runtime.device import autocast, has_gpu

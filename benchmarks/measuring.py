@@ -12,8 +12,8 @@ from trainer.config import Config
 from trainer.configs import load_config
 from trainer.data import EvalStream
 from trainer.data.folder import PreparedFolder
+from trainer.models.backbones.language import answer_tokens
 from trainer.models.gensr.model import GenSR
-from trainer.models.gensr.prompt import answer_tokens
 from trainer.runs.world import load_tokenizer
 from trainer.runtime.device import default_device, has_gpu, wait_for
 from trainer.runtime.memory import peak_memory_bytes

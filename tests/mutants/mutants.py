@@ -48,6 +48,7 @@ CATEGORIES = "trainer/models/layers/categories.py"
 NEIGHBOURS = "trainer/models/layers/neighbours.py"
 PROMPT = "trainer/models/gensr/prompt.py"
 GROUPING = "trainer/models/gensr/grouping.py"
+LANGUAGE = "trainer/models/backbones/language.py"
 LOSSES = "trainer/models/losses.py"
 RANKS = "trainer/evaluation/metrics.py"
 RANKING = "trainer/evaluation/ranking.py"
@@ -360,7 +361,7 @@ MODELS = [
     ),
     mutant(
         "Yes and No swapped",
-        PROMPT,
+        LANGUAGE,
         "return yes[0], no[0]",
         "return no[0], yes[0]",
         DECODER,
@@ -513,14 +514,14 @@ COUNTED = [
     ),
     mutant(
         "a search and a recommendation of one moment are two clicks",
-        "trainer/models/baselines/transitions.py",
+        NEIGHBOURS,
         "kept = in_histories(user, time, item, task)",
         "kept = user >= 0",
         COUNTS,
     ),
     mutant(
         "clicks of one moment follow each other",
-        "trainer/models/baselines/transitions.py",
+        NEIGHBOURS,
         "np.searchsorted(moment, moment)",
         "np.arange(len(moment))",
         COUNTS,

@@ -11,7 +11,7 @@ from trainer.errors import ConfigError
 from trainer.models.backbones.adapters import keep_frozen_in_bf16, merge_adapters
 from trainer.models.backbones.backbone import Backbone, Prompt
 from trainer.models.backbones.families import FAMILIES, SCRATCH_SIZES, build_backbone
-from trainer.models.gensr.settings import LoraConfig
+from trainer.models.backbones.settings import LoraConfig
 
 DECODERS = ("scratch:llama_nano", "scratch:qwen2_nano", "scratch:qwen3_nano")
 ANSWERS = torch.tensor([3, 4])

@@ -145,6 +145,18 @@ def test_model_knows_no_files_ranks_or_tracking(path: Path) -> None:
             assert rest.split(".")[0] in ("models", "batch", "config", "errors"), name
 
 
+def test_models_do_not_import_each_other_across_folders() -> None:
+    """What gensr/ and baselines/ share lies in layers/, backbones/ or beside them."""
+    rooms = {"trainer.models.gensr.": "baselines", "trainer.models.baselines.": "gensr"}
+    for prefix, other in rooms.items():
+        for path in (ROOT / "trainer" / "models" / other).glob("*.py"):
+            assert not [name for name, _ in imports(path) if name.startswith(prefix)], relative(path)
+    inner = [*(ROOT / "trainer" / "models" / "layers").glob("*.py")]
+    inner += (ROOT / "trainer" / "models" / "backbones").glob("*.py")
+    for path in inner:
+        assert not [name for name, _ in imports(path) if name.startswith(tuple(rooms))], relative(path)
+
+
 def test_mlflow_stays_in_its_files() -> None:
     users = {
         relative(path)

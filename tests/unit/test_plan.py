@@ -15,8 +15,9 @@ from trainer.config import Config
 from trainer.configs import load_config
 from trainer.data.folder import PreparedFolder
 from trainer.errors import ConfigError, RunError
+from trainer.models.backbones.cost import BackboneSize, backbone_size
 from trainer.models.contract import Cost
-from trainer.models.gensr.cost import BackboneSize, backbone_size, tokens_per_event
+from trainer.models.gensr.cost import tokens_per_event
 from trainer.models.gensr.model import GenSR
 from trainer.models.zoo import model_class
 from trainer.runs.checkpoint import check_settings

@@ -24,7 +24,7 @@ def language_model(
 
     A pretrained one reads prompts as it read texts: between the special tokens of its tokenizer.
 
-    lora: None, or settings of adapters (gensr/settings.py: LoraConfig). part: what the model calls it, also
+    lora: None, or settings of adapters (settings.py: LoraConfig). part: what the model calls it, also
     the folder of its configuration (save_extra).
     """
     backbone = _made(name, world, dropout, lora, activation_checkpointing, part)
@@ -45,6 +45,17 @@ def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
         if whole[start : start + len(text)] == text:
             return whole[:start], whole[start + len(text) :]
     return [], []
+
+
+def answer_tokens(tokenizer: Any) -> tuple[int, int]:
+    """Token ids of "Yes" and "No". Raises DataError when the tokenizer has no single tokens for them."""
+    yes, no = (tokenizer(word, add_special_tokens=False)["input_ids"] for word in ("Yes", "No"))
+    if len(yes) != 1 or len(no) != 1 or yes == no:
+        raise DataError(
+            f"the tokenizer has no single tokens for 'Yes' and 'No' (got {yes} and {no}). Prepare the folder "
+            "with another tokenizer."
+        )
+    return yes[0], no[0]
 
 
 def _made(

@@ -31,13 +31,12 @@ from trainer.batch import Batch, rows_of
 from trainer.config import CfSettings, Fraction
 from trainer.models.backbones.adapters import merge_adapters
 from trainer.models.backbones.backbone import Prompt
+from trainer.models.backbones.cost import prompts_cost
 from trainer.models.backbones.frozen import save_frozen_identity
-from trainer.models.backbones.language import adapters_only, language_model
+from trainer.models.backbones.language import adapters_only, answer_tokens, language_model
+from trainer.models.backbones.settings import LoraConfig
 from trainer.models.cf_view import cf_view
 from trainer.models.contract import Cost, Ranker, View, World
-from trainer.models.gensr.cost import prompts_cost
-from trainer.models.gensr.prompt import answer_tokens
-from trainer.models.gensr.settings import LoraConfig
 from trainer.models.layers.history import HistoryKind, pack
 
 # a small tokenizer makes several tokens of a word: of the paper's prompt three quarters are these texts

@@ -11,15 +11,14 @@ from typing import Literal
 
 import numpy as np
 import torch
-from scipy import sparse
 from torch import Tensor
 
 from data_shards import settings as s
 from data_shards.schema import REC
-from trainer.batch import Batch, TrainClicks
+from trainer.batch import Batch
 from trainer.config import ModelSettings, NonNegativeFloat, Positive, Share
 from trainer.models.contract import Ranker, World
-from trainer.models.layers.neighbours import common_users, keep_nearest, looked_up
+from trainer.models.layers.neighbours import click_matrix, common_users, keep_nearest, looked_up
 
 
 @s.settings
@@ -82,16 +81,6 @@ class ItemKnn(Ranker):
     def probability(self, scores: Tensor) -> Tensor:
         """Not one: similarity mass / (1 + mass), so that answers lie in [0, 1)."""
         return scores / (1 + scores)
-
-
-def click_matrix(clicks: TrainClicks, which: str, world: World) -> sparse.csr_matrix:
-    """[num_users, num_items], 1 where a user clicked an item in the training split."""
-    counted = (clicks.task == REC) if which == "rec" else torch.ones_like(clicks.task, dtype=torch.bool)
-    user, item = (column[counted].numpy() for column in (clicks.user, clicks.item))
-    shape = (world.num_users, world.num_items)
-    matrix = sparse.csr_matrix((np.ones(len(user), np.float32), (user, item)), shape=shape)
-    matrix.data[:] = 1.0  # csr adds up repeated clicks
-    return matrix
 
 
 MODEL = ItemKnn

@@ -12,15 +12,10 @@ empty history scores 0 everywhere. Recommendation only.
 
 from typing import Literal
 
-import numpy as np
-
 from data_shards import settings as s
-from data_shards.histories import first_of_runs, in_histories
-from data_shards.schema import REC
-from trainer.batch import TrainClicks
 from trainer.config import ModelSettings, Positive, Share
 from trainer.models.baselines.item_knn import ItemKnn
-from trainer.models.layers.neighbours import followers
+from trainer.models.layers.neighbours import click_sequences, followers
 
 
 @s.settings
@@ -51,17 +46,6 @@ class Transitions(ItemKnn):
         settings, num_items = self.settings, self.world.num_items
         row, other, _, share = followers(*sequences, num_items, settings.steps, settings.step_decay)
         self._keep_nearest(row, other, share)
-
-
-def click_sequences(clicks: TrainClicks, which: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(user, item, place where its moment begins) of each click that histories show, by user and time."""
-    counted = (clicks.task == REC) if which == "rec" else clicks.task >= 0
-    user, item, time, task = (
-        column[counted].numpy() for column in (clicks.user, clicks.item, clicks.time, clicks.task)
-    )
-    kept = in_histories(user, time, item, task)
-    moment = first_of_runs(user[kept], time[kept]).cumsum()
-    return user[kept], item[kept], np.searchsorted(moment, moment)
 
 
 MODEL = Transitions

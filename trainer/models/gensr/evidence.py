@@ -21,10 +21,15 @@ from torch import Tensor, nn
 
 from data_shards.sources.amazon import category_query
 from trainer.batch import Batch, ItemTables, rows_of
-from trainer.models.baselines.item_knn import click_matrix
-from trainer.models.baselines.transitions import click_sequences
 from trainer.models.layers.categories import last_category
-from trainer.models.layers.neighbours import common_users, followers, keep_nearest, looked_up
+from trainer.models.layers.neighbours import (
+    click_matrix,
+    click_sequences,
+    common_users,
+    followers,
+    keep_nearest,
+    looked_up,
+)
 
 if TYPE_CHECKING:
     from trainer.models.contract import World

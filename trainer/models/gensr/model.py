@@ -18,7 +18,7 @@ from trainer.errors import ConfigError
 from trainer.models.backbones.adapters import merge_adapters
 from trainer.models.backbones.backbone import Prompt
 from trainer.models.backbones.frozen import save_frozen_identity
-from trainer.models.backbones.language import is_pretrained
+from trainer.models.backbones.language import answer_tokens, is_pretrained
 from trainer.models.contract import Cost, PreRanking, Ranker, View, World, clicked_only
 from trainer.models.gensr.cost import gensr_cost
 from trainer.models.gensr.evidence import Evidence, EvidenceHead, Seen
@@ -30,7 +30,6 @@ from trainer.models.gensr.prompt import (
     NUM_EVIDENCE_SLOTS,
     NUM_EXTENDED_SLOTS,
     NUM_PAPER_SLOTS,
-    answer_tokens,
     build_templates,
 )
 from trainer.models.gensr.settings import GenSRSettings

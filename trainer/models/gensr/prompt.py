@@ -13,10 +13,8 @@ decoder's last segment.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from data_shards.schema import PAD, REC, SRC
-from trainer.errors import DataError
 
 NUM_PAPER_SLOTS = 4
 NUM_EXTENDED_SLOTS = 7
@@ -129,14 +127,3 @@ def _template(
         ids.extend(encode(segments[-1]))
         add_slots(num_slots - NUM_PAPER_SLOTS)
     return Template(tuple(ids), tuple(slots), tuple(encode(head)) if head else ())
-
-
-def answer_tokens(tokenizer: Any) -> tuple[int, int]:
-    """Token ids of "Yes" and "No". Raises DataError when the tokenizer has no single tokens for them."""
-    yes, no = (tokenizer(word, add_special_tokens=False)["input_ids"] for word in ("Yes", "No"))
-    if len(yes) != 1 or len(no) != 1 or yes == no:
-        raise DataError(
-            f"the tokenizer has no single tokens for 'Yes' and 'No' (got {yes} and {no}). Prepare the folder "
-            "with another tokenizer."
-        )
-    return yes[0], no[0]

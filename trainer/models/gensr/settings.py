@@ -4,27 +4,7 @@ from typing import Literal
 
 from data_shards import settings as s
 from trainer.config import CfSettings, Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat
-
-
-@s.settings
-class LoraConfig:
-    rank: NonNegative = 0
-    """0 trains the whole backbone"""
-    alpha: Positive = 16
-    """LoRA scale is alpha / rank"""
-    dropout: Fraction = 0.05
-    """dropout on the adapter's input"""
-    target_modules: str = "auto"
-    """comma-separated module names, or auto: sound defaults for the backbone's family"""
-    rslora: bool = False
-    """scale by alpha / √rank instead of alpha / rank (rsLoRA)"""
-    dora: bool = False
-    """learn direction and magnitude apart (DoRA): a little better at small ranks, slower"""
-    four_bit: bool = False
-    """frozen weights in 4 bits (QLoRA); needs bitsandbytes and a CUDA device, and a ZeRO stage below 3"""
-    also_train: str = ""
-    """parts of the backbone trained whole beside the adapters, comma-separated: embeddings, head, or module
-    names"""
+from trainer.models.backbones.settings import LoraConfig
 
 
 @s.settings

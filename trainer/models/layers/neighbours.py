@@ -8,9 +8,33 @@ import torch
 from scipy import sparse
 from torch import Tensor
 
-from data_shards.histories import first_of_runs
+from data_shards.histories import first_of_runs, in_histories
+from data_shards.schema import REC
+from trainer.batch import TrainClicks
+from trainer.models.contract import World
 
 ROWS_AT_ONCE = 4096  # items whose neighbours are counted together
+
+
+def click_matrix(clicks: TrainClicks, which: str, world: World) -> sparse.csr_matrix:
+    """[num_users, num_items], 1 where a user clicked an item in the training split."""
+    counted = (clicks.task == REC) if which == "rec" else torch.ones_like(clicks.task, dtype=torch.bool)
+    user, item = (column[counted].numpy() for column in (clicks.user, clicks.item))
+    shape = (world.num_users, world.num_items)
+    matrix = sparse.csr_matrix((np.ones(len(user), np.float32), (user, item)), shape=shape)
+    matrix.data[:] = 1.0  # csr adds up repeated clicks
+    return matrix
+
+
+def click_sequences(clicks: TrainClicks, which: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(user, item, place where its moment begins) of each click that histories show, by user and time."""
+    counted = (clicks.task == REC) if which == "rec" else clicks.task >= 0
+    user, item, time, task = (
+        column[counted].numpy() for column in (clicks.user, clicks.item, clicks.time, clicks.task)
+    )
+    kept = in_histories(user, time, item, task)
+    moment = first_of_runs(user[kept], time[kept]).cumsum()
+    return user[kept], item[kept], np.searchsorted(moment, moment)
 
 
 def common_users(clicked_IU: sparse.csr_matrix) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
