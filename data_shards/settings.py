@@ -25,9 +25,16 @@ MAX_YAML_NODES, MAX_YAML_DEPTH = 100_000, 50  # of a settings file; ours have ab
 @dataclass_transform(kw_only_default=True, frozen_default=True)
 def settings(cls: type[T]) -> type[T]:
     """Class decorator: a frozen, keyword-only pydantic dataclass that refuses unknown keys."""
-    config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+    config = ConfigDict(extra="forbid", use_attribute_docstrings=True, json_schema_extra=_describe_inherited)
     made: Any = pydantic_dataclass(config=config, frozen=True, kw_only=True)(cls)
     return made
+
+
+def _describe_inherited(schema: dict[str, Any], cls: type) -> None:
+    """The JSON schema gets the docstrings of fields of bases, too: pydantic drops them."""
+    for name, field in schema.get("properties", {}).items():
+        if "description" not in field and (text := _description(cls, name)):
+            field["description"] = text
 
 
 def load(

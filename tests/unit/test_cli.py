@@ -329,6 +329,12 @@ def test_config_schema_is_a_schema() -> None:
     assert set(schema["properties"]) == {"data", "model", "optim", "run", "serving", "tracking"}
 
 
+def test_config_schema_describes_inherited_settings() -> None:
+    section = json.loads(gensr("config", "schema").stdout)["$defs"]["GenSRSettings"]["properties"]
+    assert section["backbone"]["description"].startswith("hub name")
+    assert section["cf_holdout"]["description"].startswith("which table of cf/")
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built from a copy, so that the checkout gets no build folder."""

@@ -8,27 +8,22 @@ from trainer.models.backbones.backbone import Backbone
 from trainer.models.backbones.families import build_backbone
 from trainer.models.backbones.frozen import check_frozen
 from trainer.models.backbones.known import architecture, is_tied
+from trainer.models.backbones.settings import BackboneSettings, LoraConfig
 from trainer.models.contract import World
 
 
 def language_model(
-    name: str,
-    world: World,
-    dropout: float,
-    lora: Any = None,
-    activation_checkpointing: bool = False,
-    part: str = "backbone",
+    settings: BackboneSettings, world: World, lora: LoraConfig | None = None, part: str = "backbone"
 ) -> Backbone:
     """A new model: weights and tokenizer belong together, or DataError. World.saved: its architecture alone,
     the weights are loaded afterwards (with LoRA on a pretrained backbone, its frozen weights by name).
 
     A pretrained one reads prompts as it read texts: between the special tokens of its tokenizer.
 
-    lora: None, or settings of adapters (settings.py: LoraConfig). part: what the model calls it, also
-    the folder of its configuration (save_extra).
+    part: what the model calls it, also the folder of its configuration (save_extra).
     """
-    backbone = _made(name, world, dropout, lora, activation_checkpointing, part)
-    if world.tokenizer is not None and is_pretrained(name):
+    backbone = _made(settings, world, lora if lora is not None and lora.rank else None, part)
+    if world.tokenizer is not None and is_pretrained(settings.backbone):
         backbone.frame_texts(*special_tokens(world.tokenizer()))
     return backbone
 
@@ -58,10 +53,8 @@ def answer_tokens(tokenizer: Any) -> tuple[int, int]:
     return yes[0], no[0]
 
 
-def _made(
-    name: str, world: World, dropout: float, lora: Any, activation_checkpointing: bool, part: str
-) -> Backbone:
-    lora = lora if lora is not None and lora.rank else None
+def _made(settings: BackboneSettings, world: World, lora: LoraConfig | None, part: str) -> Backbone:
+    name = settings.backbone
     if world.tokenizer is None:  # sizes only: no weights, no network
         with architecture(name) as config_only:
             return build_backbone(
@@ -77,7 +70,7 @@ def _made(
         backbone = build_backbone(
             name,
             vocab_size=world.vocab_size,
-            dropout=dropout,
+            dropout=settings.dropout,
             lora=lora,
             config_only=None if only_adapters else world.saved / part,
             own_head=_has_own_head(world.saved, part),
@@ -88,9 +81,9 @@ def _made(
     backbone = build_backbone(
         name,
         vocab_size=world.vocab_size,
-        dropout=dropout,
+        dropout=settings.dropout,
         lora=lora,
-        activation_checkpointing=activation_checkpointing,
+        activation_checkpointing=settings.activation_checkpointing,
     )
     if world.vocab_size > backbone.vocab_size:
         raise DataError(
@@ -100,7 +93,7 @@ def _made(
     return backbone
 
 
-def adapters_only(name: str, lora: Any) -> bool:
+def adapters_only(name: str, lora: LoraConfig | None) -> bool:
     """Whether RUN/model leaves the frozen backbone out: with LoRA, unless the backbone was made from scratch
     and exists nowhere else."""
     return lora is not None and lora.rank > 0 and is_pretrained(name)

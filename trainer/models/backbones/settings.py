@@ -1,7 +1,17 @@
 """Settings of a model that holds a language model. Read without torch."""
 
 from data_shards import settings as s
-from trainer.config import Fraction, NonNegative, Positive
+from trainer.config import Fraction, ModelSettings, NonNegative, Positive
+
+
+@s.settings
+class BackboneSettings(ModelSettings):
+    backbone: str = "scratch:mini"
+    """hub name, local folder, or scratch:SIZE (trainer/models/backbones/families.py)"""
+    dropout: Fraction = 0.1
+    """dropout of a backbone from scratch"""
+    activation_checkpointing: bool = False
+    """recompute the backbone's activations in the backward pass: less memory, about a third more time"""
 
 
 @s.settings
@@ -23,3 +33,8 @@ class LoraConfig:
     also_train: str = ""
     """parts of the backbone trained whole beside the adapters, comma-separated: embeddings, head, or module
     names"""
+
+
+@s.settings
+class AdapterSettings(BackboneSettings):
+    lora: LoraConfig = LoraConfig()

@@ -33,9 +33,10 @@ from torch import Tensor, nn
 from data_shards import settings as s
 from data_shards.schema import REC, SRC
 from trainer.batch import Batch, query_terms_of
-from trainer.config import Fraction, ModelSettings, Positive
+from trainer.config import Positive
 from trainer.models.backbones.backbone import Prompt
 from trainer.models.backbones.language import language_model
+from trainer.models.backbones.settings import BackboneSettings
 from trainer.models.contract import Ranker, World
 from trainer.models.layers.embedding import ItemTable, inner_products
 from trainer.models.layers.history import HistoryKind, clicked, history_ids, pack
@@ -50,15 +51,9 @@ ASK = "Item:"  # an encoder reads it first, a decoder last
 
 
 @s.settings
-class BsrSettings(ModelSettings):
+class BsrSettings(BackboneSettings):
     name: Literal["bsr"] = "bsr"
     """generative retrieval, one token an item"""
-    backbone: str = "scratch:mini"
-    """hub name, local folder, or scratch:SIZE (trainer/models/backbones/families.py)"""
-    dropout: Fraction = 0.1
-    """dropout of a backbone from scratch"""
-    activation_checkpointing: bool = False
-    """recompute the backbone's activations in the backward pass: less memory, about a third more time"""
     history: HistoryKind = "all"
     """clicks that a recommendation reads: all, or those of recommendations only, as in the paper"""
     softmax: Literal["auto", "full", "sampled"] = "auto"
@@ -76,9 +71,7 @@ class Bsr(Ranker):
 
     def __init__(self, settings: BsrSettings, world: World) -> None:
         super().__init__(settings, world)
-        self.backbone = language_model(
-            settings.backbone, world, settings.dropout, None, settings.activation_checkpointing
-        )
+        self.backbone = language_model(settings, world)
         head = self.backbone.base.get_output_embeddings()
         if head.weight is not self.backbone.embedding_weight():
             head.requires_grad_(False)  # words are never predicted

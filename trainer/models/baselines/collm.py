@@ -28,13 +28,13 @@ from torch import Tensor, nn
 from data_shards import settings as s
 from data_shards.schema import REC
 from trainer.batch import Batch, rows_of
-from trainer.config import CfSettings, Fraction
+from trainer.config import CfSettings
 from trainer.models.backbones.adapters import merge_adapters
 from trainer.models.backbones.backbone import Prompt
 from trainer.models.backbones.cost import prompts_cost
 from trainer.models.backbones.frozen import save_frozen_identity
 from trainer.models.backbones.language import adapters_only, answer_tokens, language_model
-from trainer.models.backbones.settings import LoraConfig
+from trainer.models.backbones.settings import AdapterSettings
 from trainer.models.cf_view import cf_view
 from trainer.models.contract import Cost, Ranker, View, World
 from trainer.models.layers.history import HistoryKind, pack
@@ -56,7 +56,7 @@ WIDER = 10  # the map's inner width, in widths of a CF vector
 
 
 @s.settings
-class CollmSettings(CfSettings):
+class CollmSettings(AdapterSettings, CfSettings):
     name: Literal["collm"] = "collm"
     """collaborative vectors as soft tokens"""
     stage: Literal["text", "map"] = "text"
@@ -66,17 +66,10 @@ class CollmSettings(CfSettings):
     """stage map trains the language model (its adapters), too: one from scratch has little to keep"""
     prompt: Literal["paper", "compact"] = "paper"
     """wording; compact has a word or a sign for a sentence"""
-    backbone: str = "scratch:mini"
-    """hub name, local folder, or scratch:SIZE (trainer/models/backbones/families.py)"""
-    dropout: Fraction = 0.1
-    """dropout of a backbone from scratch"""
-    activation_checkpointing: bool = False
-    """recompute the backbone's activations in the backward pass: less memory, about a third more time"""
     user: Literal["history", "table"] = "history"
     """the user's vector: mean of the history's items, or the CF table's own"""
     history: HistoryKind = "all"
     """clicks that are read: all, or those of recommendations only"""
-    lora: LoraConfig = LoraConfig()
 
 
 class Collm(Ranker):
@@ -88,9 +81,7 @@ class Collm(Ranker):
 
     def __init__(self, settings: CollmSettings, world: World) -> None:
         super().__init__(settings, world)
-        self.backbone = language_model(
-            settings.backbone, world, settings.dropout, settings.lora, settings.activation_checkpointing
-        )
+        self.backbone = language_model(settings, world, settings.lora)
         cf_width = world.tables.cf.shape[1]
         self.map = nn.Sequential(
             nn.Linear(cf_width, WIDER * cf_width),

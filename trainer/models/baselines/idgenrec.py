@@ -28,6 +28,7 @@ Shapes: B events, C candidates, N history, L tokens of an id, V vocabulary, D wi
 
 import string
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -38,10 +39,11 @@ from torch import Tensor
 from data_shards import settings as s
 from data_shards.schema import PAD, REC
 from trainer.batch import ITEM_SLICE, Batch, rows_of, term_counts
-from trainer.config import Fraction, ModelSettings, NonNegative, NonNegativeFloat, Positive
+from trainer.config import NonNegative, NonNegativeFloat, Positive
 from trainer.errors import ConfigError, DataError
 from trainer.models.backbones.backbone import Backbone, Prompt
 from trainer.models.backbones.language import language_model
+from trainer.models.backbones.settings import BackboneSettings
 from trainer.models.contract import UNREACHED, Ranker, World
 from trainer.models.layers.history import HistoryKind, clicked, history_ids, pack
 from trainer.models.layers.item_ids import Tokens, as_matrix, distinct_ids, diverse_greedy, rare_words
@@ -66,7 +68,7 @@ Round = Callable[[list[int]], Iterator[list[Tokens]]]  # wordings of items, from
 
 
 @s.settings
-class IdGenRecSettings(ModelSettings):
+class IdGenRecSettings(BackboneSettings):
     name: Literal["idgenrec"] = "idgenrec"
     """textual ids, spelled by a language model"""
     stage: Literal["recommender", "generator"] = "recommender"
@@ -89,10 +91,6 @@ class IdGenRecSettings(ModelSettings):
     """log P is divided by the id's length to this power"""
     legal_only: bool = False
     """probabilities are among the words that go on to some item's id, and sum to 1 over all items"""
-    dropout: Fraction = 0.1
-    """dropout of backbones from scratch"""
-    activation_checkpointing: bool = False
-    """recompute activations in the backward pass: less memory, about a third more time"""
     history: HistoryKind = "all"
     """clicks that are read: all, or those of recommendations only, as in the paper"""
 
@@ -112,11 +110,11 @@ class IdGenRec(Ranker):
             raise ConfigError(
                 "model.stage=generator trains what writes the ids: set model.ids=generator, too"
             )
-        shape = (settings.dropout, None, settings.activation_checkpointing)
-        self.backbone = language_model(settings.backbone, world, *shape)
+        self.backbone = language_model(settings, world)
         self.generator: Backbone | None = None
         if settings.ids == "generator":
-            self.generator = language_model(settings.generator, world, *shape, part="generator")
+            writer = replace(settings, backbone=settings.generator)
+            self.generator = language_model(writer, world, part="generator")
             self.generator.requires_grad_(settings.stage == "generator")
             self.backbone.requires_grad_(settings.stage == "recommender")
         self.register_buffer(

@@ -10,9 +10,7 @@ from trainer.models.gensr.settings import GenSRSettings
 def backbone_of(settings: GenSRSettings, world: World) -> Backbone:
     """language_model() as the settings have it: frozen weights in bf16, layers compiled."""
     lora = settings.lora
-    backbone = language_model(
-        settings.backbone, world, settings.dropout, lora, settings.activation_checkpointing
-    )
+    backbone = language_model(settings, world, lora)
     if world.saved is not None or world.tokenizer is None:
         return backbone
     if lora.rank and world.precision == "bf16" and not lora.four_bit:

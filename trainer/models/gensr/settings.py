@@ -4,16 +4,13 @@ from typing import Literal
 
 from data_shards import settings as s
 from trainer.config import CfSettings, Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat
-from trainer.models.backbones.settings import LoraConfig
+from trainer.models.backbones.settings import AdapterSettings
 
 
 @s.settings
-class GenSRSettings(CfSettings):
+class GenSRSettings(AdapterSettings, CfSettings):
     name: Literal["gensr"] = "gensr"
     """the published method and its extension"""
-    backbone: str = "scratch:mini"
-    """hub name, local folder, or scratch:SIZE with SIZE one of trainer/models/backbones/families.py's shapes
-    """
     variant: Literal["paper", "extended"] = "extended"
     """paper: the published equations. extended: adds position and task embeddings and three product slots
     (trainer/models/gensr/README.md)"""
@@ -51,11 +48,8 @@ class GenSRSettings(CfSettings):
     mined_negatives: NonNegative = 0
     """how many of data.num_negatives are neighbours of the history, or items of the query's category; scores
     are corrected for it (mining.py)"""
-    activation_checkpointing: bool = False
-    """recompute the backbone's activations in the backward pass: less memory, about a third more time"""
     compile: bool = False
     """torch.compile the backbone's layers, a minute at the start; gains nothing on a CPU; not under ZeRO-3"""
-    lora: LoraConfig = LoraConfig()
 
     def describe(self) -> str:
         adapters = f", LoRA rank {self.lora.rank}" if self.lora.rank else ""
