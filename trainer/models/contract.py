@@ -69,6 +69,11 @@ class World:
     categories: Callable[[], list[tuple[str, ...]]] = lambda: [()]
 
     @property
+    def is_new(self) -> bool:
+        """Whether a model with weights of its own is made: neither sizes only, nor one to be loaded."""
+        return self.tokenizer is not None and self.saved is None
+
+    @property
     def num_terms(self) -> int:
         """Ids of ItemTables.item_terms and query_terms are 1 … num_terms, 0 is padding."""
         return self.num_words or self.vocab_size - 1

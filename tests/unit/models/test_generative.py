@@ -8,13 +8,14 @@ import torch
 import torch.nn.functional as F
 
 from data_shards.schema import SRC
+from tests import tiny_folder
 from tests.tiny_folder import make_tiny_folder
 from trainer.batch import Batch
 from trainer.config import Config
-from trainer.configs import config_from_dict
+from trainer.configs import config_from_dict, load_config
 from trainer.data import TrainStream
 from trainer.data.folder import PreparedFolder
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, DataError
 from trainer.evaluation.ranking import share_reached
 from trainer.models.baselines import idgenrec
 from trainer.models.contract import UNREACHED, Ranker
@@ -22,6 +23,7 @@ from trainer.models.layers.item_ids import Tokens, rare_words
 from trainer.models.layers.trie import END
 from trainer.models.zoo import model_class
 from trainer.runs.weights import build_model, load_model, save_model
+from trainer.training import plan
 
 
 @pytest.fixture(scope="module")
@@ -204,6 +206,39 @@ def test_collm_score_is_the_logit_of_yes_after_the_whole_prompt(folder: Prepared
         logits = t5(inputs_embeds=torch.cat(prompt)[None], decoder_input_ids=torch.zeros(1, 1).long()).logits
         expected = logits[0, 0, encode("Yes")[0]]
         torch.testing.assert_close(model.score(batch)[0, 1], expected, atol=1e-4, rtol=0)
+
+
+def test_collm_refuses_what_zero3_cannot_do() -> None:
+    kind = model_class("collm")
+    settings = kind.Settings(lora={"rank": 2, "four_bit": True})  # type: ignore[call-arg]
+    assert kind.refusals(settings, 3) == ["model.lora.four_bit=true"]
+    assert kind.refusals(settings, 2) == kind.refusals(kind.Settings(), 3) == []
+
+
+@pytest.mark.parametrize("name", ["gensr", "collm"])
+def test_the_dry_run_wants_a_tokenizer_with_yes_and_no(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make_tiny_folder(tmp_path / "with")
+    plan._check_folder(load_config(None, [f"model.name={name}", f"data.dir={path}"]))
+    others = [{"Yes": "Yea", "No": "Nay"}.get(word, word) for word in tiny_folder.WORDS]
+    monkeypatch.setattr(tiny_folder, "WORDS", others)
+    path = make_tiny_folder(tmp_path / "without")
+    with pytest.raises(DataError, match="no single tokens for 'Yes' and 'No'"):
+        plan._check_folder(load_config(None, [f"model.name={name}", f"data.dir={path}"]))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_collm_holds_frozen_weights_as_its_dry_run_counts_them(
+    folder: PreparedFolder, precision: str
+) -> None:
+    overrides = ["model.name=collm", "model.lora.rank=2", "data.history_max=4", f"run.precision={precision}"]
+    config = load_config(None, overrides)
+    model: Any = build_model(config, folder, folder.tables(model_class("collm").needs))
+    frozen = [m.weight for m in model.backbone.modules() if isinstance(m, torch.nn.Linear)]
+    low = sum(2 * w.numel() for w in frozen if w.dtype == torch.bfloat16)
+    assert model.cost().saved_bytes == pytest.approx(low, rel=0.05)  # it counts norms, too
+    assert (low > 0) == (precision == "bf16")
 
 
 # ---- IDGenRec ----------------------------------------------------------------------------------------------

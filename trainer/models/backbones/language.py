@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import DataError
+from trainer.models.backbones.adapters import keep_frozen_in_bf16
 from trainer.models.backbones.backbone import Backbone
 from trainer.models.backbones.families import build_backbone
 from trainer.models.backbones.frozen import check_frozen
@@ -18,7 +19,8 @@ def language_model(
     """A new model: weights and tokenizer belong together, or DataError. World.saved: its architecture alone,
     the weights are loaded afterwards (with LoRA on a pretrained backbone, its frozen weights by name).
 
-    A pretrained one reads prompts as it read texts: between the special tokens of its tokenizer.
+    A pretrained one reads prompts as it read texts: between the special tokens of its tokenizer. Under bf16 a
+    new model's frozen weights are kept in bf16.
 
     part: what the model calls it, also the folder of its configuration (save_extra).
     """
@@ -85,6 +87,8 @@ def _made(settings: BackboneSettings, world: World, lora: LoraConfig | None, par
         lora=lora,
         activation_checkpointing=settings.activation_checkpointing,
     )
+    if lora is not None and world.precision == "bf16" and not lora.four_bit:
+        keep_frozen_in_bf16(backbone)
     if world.vocab_size > backbone.vocab_size:
         raise DataError(
             f"{world.data.dir}: its tokenizer has {world.vocab_size} tokens, backbone {name} embeds "

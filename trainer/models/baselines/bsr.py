@@ -23,7 +23,6 @@ vector is its random start. Shapes: B events, D width, S positions.
 """
 
 import math
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -36,8 +35,9 @@ from trainer.batch import Batch, query_terms_of
 from trainer.config import Positive
 from trainer.models.backbones.backbone import Prompt
 from trainer.models.backbones.language import language_model
+from trainer.models.backbones.ranker import LanguageRanker
 from trainer.models.backbones.settings import BackboneSettings
-from trainer.models.contract import Ranker, World
+from trainer.models.contract import World
 from trainer.models.layers.embedding import ItemTable, inner_products
 from trainer.models.layers.history import HistoryKind, clicked, history_ids, pack
 from trainer.models.losses import weighted_mean
@@ -62,7 +62,7 @@ class BsrSettings(BackboneSettings):
     """items drawn for a micro-batch by the sampled softmax"""
 
 
-class Bsr(Ranker):
+class Bsr(LanguageRanker):
     Settings = BsrSettings
     title = "BSR"
     needs = frozenset({"item_text"})  # for the queries' words
@@ -84,8 +84,7 @@ class Bsr(Ranker):
         if world.tokenizer is not None:
             tokenizer = world.tokenizer()
             for name, text in {**{f"task_{t}": x for t, x in TASK_SENTENCES.items()}, "ask": ASK}.items():
-                tokens = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
-                self.register_buffer(name, tokens, persistent=False)
+                self._constant(name, tokenizer(text, add_special_tokens=False)["input_ids"])
 
     @property
     def samples(self) -> bool:
@@ -168,9 +167,6 @@ class Bsr(Ranker):
         return pack(vectors_BSD, mask_BS)[:, :longest], pack(mask_BS, mask_BS)[:, :longest]
 
     # ---- what the rest of the house asks -------------------------------------------------------------------
-
-    def save_extra(self, folder: Path) -> None:
-        self.backbone.base.config.save_pretrained(folder / "backbone")
 
     def saved_names(self) -> set[str]:
         """Each tied tensor once."""

@@ -18,7 +18,6 @@ both tasks. Items without text are their token alone. Recommendation only. Shape
 history, K CF width, D backbone width.
 """
 
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -29,14 +28,13 @@ from data_shards import settings as s
 from data_shards.schema import REC
 from trainer.batch import Batch, rows_of
 from trainer.config import CfSettings
-from trainer.models.backbones.adapters import merge_adapters
 from trainer.models.backbones.backbone import Prompt
 from trainer.models.backbones.cost import prompts_cost
-from trainer.models.backbones.frozen import save_frozen_identity
-from trainer.models.backbones.language import adapters_only, answer_tokens, language_model
+from trainer.models.backbones.language import answer_tokens, language_model
+from trainer.models.backbones.ranker import AdapterRanker
 from trainer.models.backbones.settings import AdapterSettings
-from trainer.models.cf_view import cf_view
-from trainer.models.contract import Cost, Ranker, View, World
+from trainer.models.cf_view import cf_view, held_out_cf
+from trainer.models.contract import Cost, View, World
 from trainer.models.layers.history import HistoryKind, pack
 
 # a small tokenizer makes several tokens of a word: of the paper's prompt three quarters are these texts
@@ -72,7 +70,7 @@ class CollmSettings(AdapterSettings, CfSettings):
     """clicks that are read: all, or those of recommendations only"""
 
 
-class Collm(Ranker):
+class Collm(AdapterRanker):
     Settings = CollmSettings
     title = "CoLLM"
     tasks = (REC,)
@@ -89,7 +87,7 @@ class Collm(Ranker):
             nn.Linear(WIDER * cf_width, self.backbone.width),
         )
         # a frozen backbone that can be had by name stays out of RUN/model, its adapters do not
-        out = adapters_only(settings.backbone, settings.lora)
+        out = self.keeps_adapters_only
         self._saved = {name for name, p in self.named_parameters() if p.requires_grad or not out}
         if settings.stage == "text":
             self.map.requires_grad_(False)
@@ -98,11 +96,8 @@ class Collm(Ranker):
         if world.tokenizer is not None:
             tokenizer = world.tokenizer()
             for name, text in WORDINGS[settings.prompt].items():
-                self._constant(name, tokenizer(text, add_special_tokens=False)["input_ids"])
-            self._constant("yes", answer_tokens(tokenizer)[:1])
-
-    def _constant(self, name: str, tokens: list[int] | tuple[int, ...]) -> None:
-        self.register_buffer(f"text_{name}", torch.tensor(tokens), persistent=False)
+                self._constant(f"text_{name}", tokenizer(text, add_special_tokens=False)["input_ids"])
+            self._constant("text_yes", answer_tokens(tokenizer)[:1])
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         losses_BC = F.binary_cross_entropy_with_logits(self.score(batch), batch.labels, reduction="none")
@@ -148,7 +143,7 @@ class Collm(Ranker):
         num_prompts = len(own_ML)
         own = [self._text("candidate", num_prompts), (self._embed(own_ML), own_ML != 0)]
         if self._reads_cf:
-            item_BCD = self.map(self._cf(batch.candidates, batch.fold))
+            item_BCD = self.map(held_out_cf(self, batch.candidates, batch.fold))
             shared += [self._text("user", num_events), _soft(self.map(self._user(batch, kept_BN)))]
             own += [self._text("item", num_prompts), _soft(item_BCD.flatten(0, 1))]
         shared_BPD, shared_mask_BP = _packed(shared)
@@ -169,19 +164,11 @@ class Collm(Ranker):
     def _embed(self, tokens: Tensor) -> Tensor:
         return self.backbone.embed(tokens, sparse=False)
 
-    def _cf(self, items: Tensor, fold_B: Tensor) -> Tensor:
-        """CF vectors of items [B, X] → [B, X, K]; in training from the table without the event's click."""
-        tables = self.tables
-        if tables.cf_folds.shape[0] == 0 or not self.training:
-            return tables.cf[items]
-        held_out = tables.cf_folds[fold_B.clamp(min=0)[:, None], items]
-        return torch.where((fold_B >= 0)[:, None, None], held_out, tables.cf[items])
-
     def _user(self, batch: Batch, kept_BN: Tensor) -> Tensor:
         """[B, K]; 0 without a history."""
         if self.settings.user == "table":
             return self.tables.cf_users[batch.user]
-        vectors_BNK = self._cf(batch.history_items, batch.fold) * kept_BN[..., None]
+        vectors_BNK = held_out_cf(self, batch.history_items, batch.fold) * kept_BN[..., None]
         return vectors_BNK.sum(1) / kept_BN.sum(1, keepdim=True).clamp(min=1)
 
     # ---- what the rest of the house asks -------------------------------------------------------------------
@@ -195,17 +182,8 @@ class Collm(Ranker):
         times_shared = 1 if self.backbone.shared_first else num_prompts
         return prompts_cost(self, own * num_prompts + shared * times_shared)
 
-    def save_extra(self, folder: Path) -> None:
-        self.backbone.base.config.save_pretrained(folder / "backbone")
-        if adapters_only(self.settings.backbone, self.settings.lora):
-            save_frozen_identity(self.settings.backbone, self.backbone, folder)
-
     def saved_names(self) -> set[str]:
         return self._saved
-
-    def ready_to_serve(self) -> None:
-        if self.settings.lora.rank and not self.settings.lora.four_bit:
-            merge_adapters(self.backbone)
 
 
 def _soft(vectors_MD: Tensor) -> tuple[Tensor, Tensor]:

@@ -43,8 +43,9 @@ from trainer.config import NonNegative, NonNegativeFloat, Positive
 from trainer.errors import ConfigError, DataError
 from trainer.models.backbones.backbone import Backbone, Prompt
 from trainer.models.backbones.language import language_model
+from trainer.models.backbones.ranker import LanguageRanker
 from trainer.models.backbones.settings import BackboneSettings
-from trainer.models.contract import UNREACHED, Ranker, World
+from trainer.models.contract import UNREACHED, World
 from trainer.models.layers.history import HistoryKind, clicked, history_ids, pack
 from trainer.models.layers.item_ids import Tokens, as_matrix, distinct_ids, diverse_greedy, rare_words
 from trainer.models.layers.trie import END, Children, beam_search, id_lengths, token_log_probs, trie_nodes
@@ -95,7 +96,7 @@ class IdGenRecSettings(BackboneSettings):
     """clicks that are read: all, or those of recommendations only, as in the paper"""
 
 
-class IdGenRec(Ranker):
+class IdGenRec(LanguageRanker):
     Settings = IdGenRecSettings
     title = "IDGenRec"
     tasks = (REC,)
@@ -128,20 +129,17 @@ class IdGenRec(Ranker):
         texts = {"intro": INTRO, "between": BETWEEN, "write": WRITE}
         texts |= {f"ask_{number}": text for number, text in enumerate(WORDINGS)}
         for name, text in texts.items():
-            self._constant(name, tokenizer(text, add_special_tokens=False)["input_ids"])
+            self._constant(f"text_{name}", tokenizer(text, add_special_tokens=False)["input_ids"])
         vocabulary: dict[str, int] = tokenizer.get_vocab()
-        self._constant("stops", [PAD, *(vocabulary[stop] for stop in STOPS if stop in vocabulary)])
+        self._constant("text_stops", [PAD, *(vocabulary[stop] for stop in STOPS if stop in vocabulary)])
         marks = [number for token, number in vocabulary.items() if _is_punctuation(token)]
-        self._constant("marks", sorted(marks))
+        self._constant("text_marks", sorted(marks))
         digits = [vocabulary.get(digit, PAD) for digit in string.digits]
         # where the tokenizer has no digits any ten words do
         self._digits = digits if PAD not in digits else list(range(2, 12))
 
     def _number(self, number: int) -> Tokens:
         return tuple(self._digits[int(digit)] for digit in str(number))
-
-    def _constant(self, name: str, tokens: list[int]) -> None:
-        self.register_buffer(f"text_{name}", torch.tensor(tokens, dtype=torch.int64), persistent=False)
 
     def train(self, mode: bool = True) -> "IdGenRec":
         """What is frozen drops nothing out."""
@@ -339,7 +337,7 @@ class IdGenRec(Ranker):
     # ---- what the rest of the house asks -------------------------------------------------------------------
 
     def save_extra(self, folder: Path) -> None:
-        self.backbone.base.config.save_pretrained(folder / "backbone")
+        super().save_extra(folder)
         if self.generator is not None:
             self.generator.base.config.save_pretrained(folder / "generator")
 

@@ -6,7 +6,6 @@ Letters: B events, N history, C candidates, L tokens, S prompt length, D backbon
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,16 +14,15 @@ from torch import Tensor, nn
 from data_shards.schema import SRC
 from trainer.batch import Batch, Group, rows_of
 from trainer.errors import ConfigError
-from trainer.models.backbones.adapters import merge_adapters
 from trainer.models.backbones.backbone import Prompt
-from trainer.models.backbones.frozen import save_frozen_identity
-from trainer.models.backbones.language import answer_tokens, is_pretrained
-from trainer.models.contract import Cost, PreRanking, Ranker, View, World, clicked_only
+from trainer.models.backbones.language import answer_tokens, is_pretrained, language_model
+from trainer.models.backbones.ranker import AdapterRanker
+from trainer.models.cf_view import held_out_cf
+from trainer.models.contract import Cost, PreRanking, View, World, clicked_only
 from trainer.models.gensr.cost import gensr_cost
 from trainer.models.gensr.evidence import Evidence, EvidenceHead, Seen
 from trainer.models.gensr.grouping import group_events, in_one_pass
 from trainer.models.gensr.history import HistoryEncoder, MeanFilter, SoftFilter
-from trainer.models.gensr.language import backbone_of, keeps_adapters_only
 from trainer.models.gensr.mining import Mine, log_proposal, mined, open_mine
 from trainer.models.gensr.prompt import (
     NUM_EVIDENCE_SLOTS,
@@ -80,7 +78,7 @@ class PromptParts:
         return slots, query, mask
 
 
-class GenSR(Ranker):
+class GenSR(AdapterRanker):
     """score(batch) → log-odds of "Yes" for every candidate; loss(batch) → Eq. 8."""
 
     Settings = GenSRSettings
@@ -92,7 +90,9 @@ class GenSR(Ranker):
     def __init__(self, settings: GenSRSettings, world: World) -> None:
         super().__init__(settings, world)
         data, cf_width = world.data, world.tables.cf.shape[1]
-        self.backbone = backbone_of(settings, world)
+        self.backbone = language_model(settings, world, settings.lora)
+        if settings.compile and world.is_new:
+            self.backbone.compile_layers()
         width, extended = self.backbone.width, settings.variant == "extended"
         self.scaled = is_pretrained(settings.backbone)
         if self.scaled:
@@ -137,7 +137,7 @@ class GenSR(Ranker):
 
         GenSR computes in units of it, and its slots are multiplied with it: each backbone reads vectors of a
         size of its own. From scratch the unit is 1. Saved with the weights."""
-        if self.world.tokenizer is None or self.world.saved is not None:  # sizes only, or loaded afterwards
+        if not self.world.is_new:
             return torch.ones(())
         return self.backbone.embedding_weight().detach().float().square().mean().sqrt()
 
@@ -162,11 +162,6 @@ class GenSR(Ranker):
             self._constant(f"template_{task}", template.token_ids)
             self._constant(f"shared_{task}", template.shared_ids)
             self._constant(f"slots_{task}", template.slot_positions)
-
-    def _constant(self, name: str, numbers: Iterable[int]) -> None:
-        """Numbers that lie on the device: a list in an index would be copied there, and waited for, in every
-        step."""
-        self.register_buffer(name, torch.tensor(list(numbers), dtype=torch.int64), persistent=False)
 
     # ---- public --------------------------------------------------------------------------------------------
 
@@ -281,15 +276,8 @@ class GenSR(Ranker):
     # ---- item and query vectors ----------------------------------------------------------------------------
 
     def cf_vectors(self, items: Tensor, fold_B: Tensor) -> Tensor:
-        """E_c of items [B, X] → [B, X, K], each event from the table that did not see its own click (fold −1:
-        the full table)."""
-        tables = self.tables
-        if tables.cf_folds.shape[0] == 0 or not self.training:
-            vectors = tables.cf[items]
-        else:
-            held_out = tables.cf_folds[fold_B.clamp(min=0)[:, None], items]
-            vectors = torch.where((fold_B >= 0)[:, None, None], held_out, tables.cf[items])
-        return vectors.to(self.cf_projection.weight.dtype)
+        """E_c of items [B, X] → [B, X, K]."""
+        return held_out_cf(self, items, fold_B).to(self.cf_projection.weight.dtype)
 
     def semantic_vectors(self, items: Tensor, num_tokens: int) -> Tensor:
         """E_s of items (any shape) → [..., D], in units of the backbone's token vectors: mean of its token
@@ -458,35 +446,19 @@ class GenSR(Ranker):
     def cost(self) -> Cost:
         return gensr_cost(self)
 
-    def save_extra(self, folder: Path) -> None:
-        self.backbone.base.config.save_pretrained(folder / "backbone")
-        if keeps_adapters_only(self.settings):
-            save_frozen_identity(self.settings.backbone, self.backbone, folder)
-
     def saved_names(self) -> set[str]:
         """Each tied tensor once; with LoRA no frozen weights, if they can be had again by name."""
-        adapters = keeps_adapters_only(self.settings)
+        adapters = self.keeps_adapters_only
         counted = {
             name for name, _ in self.named_buffers() if name.startswith("evidence.") and "refused" not in name
         }
         names = {name for name, p in self.named_parameters() if p.requires_grad or not adapters}
         return names | counted | ({"token_scale"} if self.scaled else set())
 
-    def ready_to_serve(self) -> None:
-        lora = self.settings.lora
-        if lora.rank and not lora.four_bit:
-            merge_adapters(self.backbone)
-
     @classmethod
-    def check_tokenizer(cls, tokenizer: Any) -> None:
-        answer_tokens(tokenizer)
-
-    @classmethod
-    def refusals(cls, settings: GenSRSettings, zero_stage: int | None) -> list[str]:  # type: ignore[override]
-        if zero_stage != 3:  # there weights are in pieces between two uses
-            return []
-        unsuited = {"model.compile": settings.compile, "model.lora.four_bit": settings.lora.four_bit}
-        return [f"{key}=true" for key, is_set in unsuited.items() if is_set]
+    def refusals(cls, settings: Any, zero_stage: int | None) -> list[str]:
+        compiled = ["model.compile=true"] if settings.compile and zero_stage == 3 else []
+        return compiled + super().refusals(settings, zero_stage)
 
 
 MODEL = GenSR
