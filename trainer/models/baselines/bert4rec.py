@@ -24,19 +24,19 @@ from torch import Tensor, nn
 
 from data_shards import settings as s
 from trainer.batch import Batch
-from trainer.config import Fraction, ModelSettings, Positive, Share
+from trainer.config import Fraction, Positive, Share
 from trainer.models.contract import World
 from trainer.models.layers.dropout import Dropout
 from trainer.models.layers.embedding import ItemTable, Positions
-from trainer.models.layers.history import HistoryKind, clicked, history_ids, newest
+from trainer.models.layers.history import clicked, newest
 from trainer.models.layers.sequence import init_normal, last_step, recbole_layer
-from trainer.models.next_item import NextItemRanker
+from trainer.models.next_item import NextItemRanker, NextItemSettings
 
 EPS = 1e-12  # of every LayerNorm
 
 
 @s.settings
-class Bert4RecSettings(ModelSettings):
+class Bert4RecSettings(NextItemSettings):
     name: Literal["bert4rec"] = "bert4rec"
     """attention to both sides over the clicked items, trained to fill gaps"""
     dim: Positive = 64
@@ -55,13 +55,8 @@ class Bert4RecSettings(ModelSettings):
     """probability that an item is masked, and share of a list that is predicted at most"""
     last_ratio: Share = 0.5
     """share of the micro-batches in which only the clicked item is masked"""
-    history: HistoryKind = "all"
-    """clicks that are read: all, or those of recommendations only, as in the paper. On a joint log the latter
-    starves the model"""
     skip_first_position: bool = False
     """a [MASK] at the first position is not predicted, as published"""
-    softmax_over_padding: bool = False
-    """the loss has a column for padding, as published"""
 
 
 class Bert4RecCore(nn.Module):
@@ -152,10 +147,8 @@ class Bert4Rec(NextItemRanker):
 
     def _with_next(self, batch: Batch, next_B: Tensor) -> Tensor:
         """The history and what comes after it, the newest history_max of them."""
-        length = self.world.data.history_max
-        ids_BN = history_ids(batch, self.settings.history, length)
-        ids_BN = torch.cat([ids_BN, next_B[:, None]], 1)
-        return newest(ids_BN, ids_BN != 0, length)
+        ids_BN = torch.cat([self.history(batch), next_B[:, None]], 1)
+        return newest(ids_BN, ids_BN != 0, self.world.data.history_max)
 
 
 MODEL = Bert4Rec

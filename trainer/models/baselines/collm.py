@@ -35,7 +35,7 @@ from trainer.models.backbones.ranker import AdapterRanker
 from trainer.models.backbones.settings import AdapterSettings
 from trainer.models.cf_view import cf_view, held_out_cf
 from trainer.models.contract import Cost, View, World
-from trainer.models.layers.history import HistoryKind, pack
+from trainer.models.layers.history import HistoryKind, kept_slots, pack
 
 # a small tokenizer makes several tokens of a word: of the paper's prompt three quarters are these texts
 WORDINGS = {
@@ -130,9 +130,7 @@ class Collm(AdapterRanker):
     def _prompt(self, batch: Batch) -> Prompt:
         """What candidates share: the history's titles and the user's token. A candidate's own: its title and
         token, the question."""
-        kept_BN = batch.history_mask
-        if self.settings.history == "rec":
-            kept_BN = kept_BN & (batch.history_tasks == REC)
+        kept_BN = kept_slots(batch, self.settings.history)
         num_events, num_candidates = batch.candidates.shape
         tokens_BNL = rows_of(self.tables.item_tokens, batch.history_items)
         tokens_BNL = tokens_BNL[..., : self.world.data.history_tokens] * kept_BN[..., None]

@@ -28,12 +28,12 @@ from torch import Tensor, nn
 from data_shards import settings as s
 from data_shards.schema import REC
 from trainer.batch import Batch
-from trainer.config import Fraction, ModelSettings, Positive
+from trainer.config import Fraction, Positive
 from trainer.models.contract import GatherRows, Ranker, World
 from trainer.models.layers.batch_norm import BatchNorm
 from trainer.models.layers.dropout import Dropout
 from trainer.models.layers.embedding import ItemTable
-from trainer.models.layers.history import HistoryKind, history_ids
+from trainer.models.layers.history import HistorySettings, history_ids
 from trainer.models.layers.mlp import init_xavier
 
 DICE_EPS = 1e-8
@@ -42,7 +42,7 @@ DinVariant = Literal["recbole", "group"]
 
 
 @s.settings
-class DinSettings(ModelSettings):
+class DinSettings(HistorySettings):
     name: Literal["din"] = "din"
     """attention of the candidate to the clicked items"""
     variant: DinVariant = "recbole"
@@ -55,9 +55,6 @@ class DinSettings(ModelSettings):
     """inner widths of the head"""
     dropout: Fraction = 0.0
     """dropout of each input of the head's linear maps (variant recbole)"""
-    history: HistoryKind = "all"
-    """clicks that are read: all, or those of recommendations only, as in the paper. On a joint log the latter
-    starves the model"""
     norm_over_padding: bool = False
     """variant group: padding of a history counts in the norm's statistics, as published"""
 

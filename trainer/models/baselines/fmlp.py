@@ -21,11 +21,11 @@ from torch import Tensor, nn
 
 from data_shards import settings as s
 from trainer.batch import Batch
-from trainer.config import Fraction, ModelSettings, Positive
+from trainer.config import Fraction, Positive
 from trainer.models.contract import World
 from trainer.models.layers.dropout import Dropout
 from trainer.models.layers.embedding import ItemTable, Positions
-from trainer.models.layers.history import HistoryKind, history_ids, left_padded
+from trainer.models.layers.history import HistorySettings, left_padded
 from trainer.models.layers.sequence import init_normal
 from trainer.models.next_item import NextItemRanker
 
@@ -34,7 +34,7 @@ STD = 0.02  # of every weight at the start
 
 
 @s.settings
-class FmlpSettings(ModelSettings):
+class FmlpSettings(HistorySettings):
     name: Literal["fmlp"] = "fmlp"
     """learned filters over the clicked items"""
     dim: Positive = 64
@@ -45,9 +45,6 @@ class FmlpSettings(ModelSettings):
     """inner width of the feed-forward layers"""
     dropout: Fraction = 0.5
     """dropout of the input and of both halves of a block"""
-    history: HistoryKind = "all"
-    """clicks that are read: all, or those of recommendations only, as in the paper. On a joint log the latter
-    starves the model"""
 
 
 class FilterBlock(nn.Module):
@@ -110,8 +107,7 @@ class Fmlp(NextItemRanker):
         return pairwise_bce(self.score(batch), batch.labels), {}
 
     def hidden(self, batch: Batch) -> Tensor:
-        length = self.world.data.history_max
-        steps_BLD: Tensor = self.core(left_padded(history_ids(batch, self.settings.history, length), length))
+        steps_BLD: Tensor = self.core(left_padded(self.history(batch), self.world.data.history_max))
         return steps_BLD[:, -1]
 
 

@@ -15,17 +15,17 @@ from torch import Tensor, nn
 
 from data_shards import settings as s
 from trainer.batch import Batch
-from trainer.config import Fraction, ModelSettings, Positive
+from trainer.config import Fraction, Positive
 from trainer.models.contract import World
 from trainer.models.layers.dropout import Dropout
 from trainer.models.layers.embedding import ItemTable
-from trainer.models.layers.history import HistoryKind, clicked, history_ids
+from trainer.models.layers.history import clicked
 from trainer.models.layers.sequence import last_step
-from trainer.models.next_item import NextItemRanker, next_item_loss
+from trainer.models.next_item import NextItemRanker, NextItemSettings
 
 
 @s.settings
-class Gru4RecSettings(ModelSettings):
+class Gru4RecSettings(NextItemSettings):
     name: Literal["gru4rec"] = "gru4rec"
     """a recurrent net over the clicked items"""
     dim: Positive = 64
@@ -36,11 +36,6 @@ class Gru4RecSettings(ModelSettings):
     """layers of the GRU"""
     dropout: Fraction = 0.3
     """dropout of the item vectors that the GRU reads"""
-    history: HistoryKind = "all"
-    """clicks that are read: all, or those of recommendations only, as in the paper. On a joint log the latter
-    starves the model"""
-    softmax_over_padding: bool = False
-    """the loss has a column for padding, as published"""
 
 
 class Gru4RecCore(nn.Module):
@@ -78,12 +73,8 @@ class Gru4Rec(NextItemRanker):
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         return self.next_item(self.hidden(batch), clicked(batch)), {}
 
-    def next_item(self, hidden_BD: Tensor, target_B: Tensor) -> Tensor:
-        """Mean cross-entropy over all items."""
-        return next_item_loss(self.core.items, hidden_BD, target_B, self.settings.softmax_over_padding)
-
     def hidden(self, batch: Batch) -> Tensor:
-        ids_BN = history_ids(batch, self.settings.history, self.world.data.history_max)
+        ids_BN = self.history(batch)
         return last_step(self.core(ids_BN), (ids_BN != 0).sum(1))
 
 

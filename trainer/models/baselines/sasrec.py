@@ -21,19 +21,19 @@ from torch import Tensor, nn
 
 from data_shards import settings as s
 from trainer.batch import Batch
-from trainer.config import Fraction, ModelSettings, Positive
+from trainer.config import Fraction, Positive
 from trainer.models.contract import World
 from trainer.models.layers.dropout import Dropout
 from trainer.models.layers.embedding import ItemTable, Positions
-from trainer.models.layers.history import HistoryKind, clicked, history_ids
+from trainer.models.layers.history import clicked
 from trainer.models.layers.sequence import causal, init_normal, last_step, recbole_layer
-from trainer.models.next_item import NextItemRanker, next_item_loss
+from trainer.models.next_item import NextItemRanker, NextItemSettings
 
 EPS = 1e-12  # of every LayerNorm
 
 
 @s.settings
-class SasRecSettings(ModelSettings):
+class SasRecSettings(NextItemSettings):
     name: Literal["sasrec"] = "sasrec"
     """self-attention over the clicked items"""
     dim: Positive = 64
@@ -50,11 +50,6 @@ class SasRecSettings(ModelSettings):
     """dropout of attention weights"""
     loss: Literal["ce", "bce"] = "ce"
     """ce: softmax over all items at the last step; bce: the paper's, every step against one random item"""
-    history: HistoryKind = "all"
-    """clicks that are read: all, or those of recommendations only, as in the paper. On a joint log the latter
-    starves the model"""
-    softmax_over_padding: bool = False
-    """ce has a column for padding, as published"""
 
 
 class SasRecCore(nn.Module):
@@ -91,15 +86,11 @@ class SasRec(NextItemRanker):
         self.core = SasRecCore(world.num_items, world.data.history_max, settings)
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        ids_BN, target_B = self._ids(batch), clicked(batch)
+        ids_BN, target_B = self.history(batch), clicked(batch)
         steps_BND = self.core(ids_BN)
         if self.settings.loss == "bce":
             return self.every_step(ids_BN, steps_BND, target_B), {}
         return self.next_item(last_step(steps_BND, (ids_BN != 0).sum(1)), target_B), {}
-
-    def next_item(self, hidden_BD: Tensor, target_B: Tensor) -> Tensor:
-        """Mean cross-entropy over all items."""
-        return next_item_loss(self.core.items, hidden_BD, target_B, self.settings.softmax_over_padding)
 
     def every_step(self, ids_BN: Tensor, steps_BND: Tensor, target_B: Tensor) -> Tensor:
         """Eq. 7: −log σ(s⁺) − log(1 − σ(s⁻)), mean over the steps of an event, then over events."""
@@ -117,11 +108,8 @@ class SasRec(NextItemRanker):
         return ((losses_BN * counted_BN).sum(1) / counted_BN.sum(1)).mean()
 
     def hidden(self, batch: Batch) -> Tensor:
-        ids_BN = self._ids(batch)
+        ids_BN = self.history(batch)
         return last_step(self.core(ids_BN), (ids_BN != 0).sum(1))
-
-    def _ids(self, batch: Batch) -> Tensor:
-        return history_ids(batch, self.settings.history, self.world.data.history_max)
 
 
 MODEL = SasRec

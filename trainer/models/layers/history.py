@@ -7,23 +7,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data_shards import settings as s
 from data_shards.schema import REC
 from trainer.batch import Batch
+from trainer.config import ModelSettings
 
 HistoryKind = Literal["all", "rec"]
 
 
+@s.settings
+class HistorySettings(ModelSettings):
+    history: HistoryKind = "all"
+    """clicks that are read: all, or those of recommendations only, as in the paper. On a joint log the latter
+    starves the model"""
+
+
 def history_ids(batch: Batch, kind: HistoryKind, length: int) -> Tensor:
     """Clicked items, oldest first, padded at the end, the newest `length` of them: [B, N] with 1 ≤ N ≤
-    length.
+    length."""
+    return newest((batch.history_items + 1) * batch.history_mask, kept_slots(batch, kind), length)
 
-    kind: all clicks, or those of recommendations.
-    """
-    ids_BN = (batch.history_items + 1) * batch.history_mask
-    kept_BN = batch.history_mask
-    if kind == "rec":
-        kept_BN = kept_BN & (batch.history_tasks == REC)
-    return newest(ids_BN, kept_BN, length)
+
+def kept_slots(batch: Batch, kind: HistoryKind) -> Tensor:
+    """Slots of a history that are read, [B, N] bool: all clicks, or those of recommendations."""
+    return batch.history_mask if kind == "all" else batch.history_mask & (batch.history_tasks == REC)
 
 
 def newest(ids_BN: Tensor, kept_BN: Tensor, length: int) -> Tensor:
