@@ -37,7 +37,8 @@ from data_shards.work import Work
 VOCABULARY = ("tokenizer", "vocab_size", "lowercase", "words", "min_word_count")
 GO_ON = ("kuaisar", "tables")  # sources whose days can be read one after the other
 KEYS = {"users": "user_id", "items": "item_id", "queries": "text"}  # columns of the catalogue's tables
-# the words at the end of an item's text in a folder of anonymised logs (catalog/items.parquet)
+# the words at the end of an item's text in a folder of anonymised logs (catalog/items.parquet), where no
+# num_words says how many they are: in folders from before there were any
 LAST_WORDS = r"(^| )[0-9]+( [0-9]+)*$"
 
 
@@ -226,28 +227,33 @@ def _marked(rows: pa.Table, clicked: bool) -> pa.Table:
 
 
 def _items(work: Work, new: Tables, base: Base, kind: str) -> ItemSql:
-    """The items of the new log, and those of the old folder that it does not describe again."""
+    """The items of the new log, and those of the old folder, for what the new log does not describe."""
     path = work.folder / "old_items.parquet"
-    _write_old_items(path, base)
+    counted = _write_old_items(path, base)
     items = new.items
     text, words = "text", "NULL"
-    if new.anonymised:
+    if counted:
+        parts = "string_split(text, ' ')"
+        text = f"array_to_string(list_slice({parts}, 1, len({parts}) - num_words), ' ')"
+        words = f"array_to_string(list_slice({parts}, len({parts}) - num_words + 1, len({parts})), ' ')"
+        words = f"CASE WHEN num_words > 0 THEN {words} END"
+    elif new.anonymised:
         text = f"trim(regexp_replace(text, {literal(LAST_WORDS)}, ''))"
         words = f"nullif(trim(regexp_extract(text, {literal(LAST_WORDS)})), '')"
     fresh = (
         f"SELECT CAST(item_id AS {kind}) AS item_id, {items.text} AS text, CAST({items.words} AS VARCHAR) "
         f"AS words, {items.category} AS category, {items.path} AS path FROM {items.scan}"
     )
-    old = (
-        f"SELECT CAST(item_id AS {kind}), {text}, {words}, category, path FROM {parquet_scan(path)} "
-        f"WHERE CAST(item_id AS {kind}) NOT IN (SELECT CAST(item_id AS {kind}) FROM {items.scan} "
-        "WHERE item_id IS NOT NULL)"
+    known = (
+        f"SELECT CAST(item_id AS {kind}) AS item_id, {text} AS text, {words} AS words, category, path "
+        f"FROM {parquet_scan(path)}"
     )
-    return ItemSql(f"({fresh} UNION ALL {old}) both_items", words="words", words_origin=items.words_origin)
+    return ItemSql(f"({fresh}) new_items", words="words", words_origin=items.words_origin, known=known)
 
 
-def _write_old_items(path: Path, base: Base) -> None:
-    """item_id, text, category, path of catalog/items.parquet, a batch of rows at a time."""
+def _write_old_items(path: Path, base: Base) -> bool:
+    """item_id, text, category, path of catalog/items.parquet, a batch of rows at a time; and num_words, if
+    that is there. Returns whether it is."""
     catalog, num_items = base.folder / "catalog", base.manifest.num_items
     category = np.zeros(num_items, np.int32)  # the last level of each item's
     if base.categories:
@@ -256,13 +262,15 @@ def _write_old_items(path: Path, base: Base) -> None:
     paths = pa.array([None, *(PATH_MARK.join(names) for names in base.categories)], pa.string())
     file = pq.ParquetFile(catalog / "items.parquet")
     schema = file.schema_arrow
-    columns = [schema.field(name) for name in ("item_id", "text", "category")]
+    names = ("item_id", "text", "category", "num_words")
+    columns = [schema.field(name) for name in names if name in schema.names]
     done = 0
     with pq.ParquetWriter(path, pa.schema([*columns, pa.field("path", pa.string())])) as writer:
         for batch in file.iter_batches(columns=[field.name for field in columns]):
             rows = slice(done, done + batch.num_rows)
             writer.write_batch(batch.append_column("path", paths.take(pa.array(category[rows]))))
             done += batch.num_rows
+    return "num_words" in schema.names
 
 
 def _last_level(ids: np.ndarray) -> np.ndarray:

@@ -76,7 +76,12 @@ def name_ids(work: Work, read: dict[str, Any]) -> dict[str, Any]:
     except duckdb.ConversionException as error:
         raise _locate_words(work, items) or readable(error) from error
     work.con.execute("RESET disabled_optimizers")
-    # clicked, but without features
+    if items["known"]:
+        work.con.execute(
+            f"INSERT INTO catalog_items SELECT f.id, f.key, coalesce(text, ''), {_integers('words')}, "
+            f"category, path FROM ({items['known']}) JOIN final_items f ON item_id = f.key "
+            "WHERE f.id NOT IN (SELECT id FROM catalog_items)"
+        )
     work.con.execute(
         "INSERT INTO catalog_items SELECT id, key, '', NULL, NULL, NULL FROM final_items WHERE id NOT IN "
         "(SELECT id FROM catalog_items)"
@@ -225,8 +230,9 @@ def _write_items(
         captions = batch.column("words").cast(pa.list_(pa.int64()))
         counts = np.nan_to_num(pc.list_value_length(captions).to_numpy(zero_copy_only=False)).astype(np.int64)
         flat = captions.flatten().to_numpy(zero_copy_only=False)
-        full = texts
+        full, lengths = texts, {}
         if read["anonymised"]:
+            lengths = {"num_words": pa.array(counts, pa.int32())}
             joined = pc.binary_join(captions.cast(pa.list_(pa.string())), " ").fill_null("")
             full = pc.utf8_trim_whitespace(pc.binary_join_element_wise(texts, joined, " "))
         table = pa.table(
@@ -236,6 +242,7 @@ def _write_items(
                 "category": batch.column("category"),
                 "train_rec_clicks": clicks[0, rows],
                 "train_src_clicks": clicks[1, rows],
+                **lengths,
             }
         )
         writer.append(table, full if mode == "digits" else texts, (flat, counts))

@@ -50,7 +50,7 @@ from data_shards.work import (
 )
 from data_shards.write import EventColumns, describe_file, write_shards
 
-PIPELINE_VERSION = 7  # change it when a stage writes something else: a restart then reuses nothing
+PIPELINE_VERSION = 8  # change it when a stage writes something else: a restart then reuses nothing
 SHUFFLE_SEED, NEGATIVE_SEED, HARD_SEED = 16, 17, 18
 NEGATIVE_ROWS = 16_384  # events drawn for at once: x 99 x 8 B is about 13 MB an array
 EVENT_COLUMNS = {
@@ -75,8 +75,8 @@ def prepare(
     numbering (append.py).
 
     An interrupted call leaves `out` as it was; the same call again resumes after the last finished stage (in
-    OUT.partial). Raises ConfigError for bad settings, DataError for input that cannot be used or a disk that
-    is full.
+    OUT.partial). Raises ConfigError for bad settings, DataError for input that cannot be used, or a disk or
+    memory that is full.
     """
     if source not in SOURCES:
         hint = did_you_mean(source, SOURCES)
@@ -104,7 +104,7 @@ def prepare(
     key = hashlib.sha256(json.dumps(what).encode()).hexdigest()
     try:
         return _publish(target, key, reader, settings, base, progress or (lambda stage, done, total: None))
-    except (OSError, duckdb.Error) as error:
+    except (OSError, MemoryError, duckdb.Error) as error:  # numpy and pyarrow raise the second
         raise unreadable(error, reader.files) or DataError(
             f"writing {out.name} failed: {error}. {out} is as it was. Free space or memory, then run the "
             f"same command again: finished stages in {target}.partial are reused (or delete that folder)."

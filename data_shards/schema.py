@@ -185,12 +185,16 @@ def read_manifest(folder: str | Path) -> Manifest:
         raise DataError(
             f"{folder} is a URL. Training and evaluation read URLs; this needs a folder on this machine."
         )
-    if not path.is_file():
-        raise DataError(
-            f"{folder} is not a prepared folder: {path} is missing. Make one with: gensr prepare SOURCE RAW "
-            f"{folder}"
-        )
-    return parse_manifest(path.read_bytes(), str(path))
+    try:
+        if not path.is_file():
+            raise DataError(
+                f"{folder} is not a prepared folder: {path} is missing. Make one with: gensr prepare SOURCE "
+                f"RAW {folder}"
+            )
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}. Correct its permissions.") from error
+    return parse_manifest(content, str(path))
 
 
 def parse_manifest(content: bytes, where: str) -> Manifest:

@@ -11,8 +11,8 @@ def literal(text: str | Path) -> str:
 
 def file_literal(path: Path) -> str:
     """A file to be read as an SQL literal: `[`, `*` and `?` in its name stand for themselves, and not for
-    other files."""
-    return literal(re.sub(r"([*?[])", r"[\1]", str(path)))
+    other files. Absolute: SQL is kept for a restart, which may be called from another folder."""
+    return literal(re.sub(r"([*?[])", r"[\1]", str(path.absolute())))
 
 
 def parquet_scan(path: Path) -> str:

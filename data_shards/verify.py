@@ -27,6 +27,13 @@ CHUNK_ROWS = 1 << 18
 
 def verify(folder: Path, manifest: Manifest) -> None:
     """Raises DataError naming the first file that is missing, changed or holds what it cannot hold."""
+    try:
+        _verify(folder, manifest)
+    except OSError as error:  # permissions, or a disk that fails
+        raise DataError(f"{error.filename or folder}: cannot be read: {error.strerror}. {FIX}") from error
+
+
+def _verify(folder: Path, manifest: Manifest) -> None:
     files = [
         (shard.name, shard.num_bytes, shard.sha256) for split in SPLITS for shard in manifest.shards(split)
     ]

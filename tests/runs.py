@@ -30,12 +30,12 @@ EVALUATION = {
 }
 
 
-def make_run(folder: Path, source: Path, *overrides: str) -> Path:
+def make_run(folder: Path, source: Path, *overrides: str, holdout: str = "none") -> Path:
     """A copy of a prepared folder, a CF table and a run whose model has random weights: scores need no
     training to be compared."""
     data, run_dir = folder / "data", folder / "runs" / "one"
     shutil.copytree(source, data)
-    train_cf(data, ["cf.dim=16", "cf.max_epochs=2", "cf.holdout=none", "overwrite=true"])
+    train_cf(data, ["cf.dim=16", "cf.max_epochs=2", f"cf.holdout={holdout}", "overwrite=true"])
     run_dir.mkdir(parents=True)
     config = load_config(
         None,

@@ -44,6 +44,8 @@ class ItemSql:
     category: str = "category"
     path: str = "path"
     words_origin: str = ""  # FILE:COLUMN that the words come from, for errors
+    # SELECT of item_id and these four columns by name, of items that have no row in `scan` (append.py)
+    known: str = ""
 
 
 @dataclass(frozen=True)

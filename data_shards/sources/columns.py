@@ -50,8 +50,10 @@ def open_file(work: Work, path: Path, required: Sequence[str], optional: Sequenc
     _refuse_respelt(path, list(types), optional)
     for name in (*required, *optional):
         kind = types.get(name, "")
-        if kind.startswith(("STRUCT", "MAP", "UNION")) or (kind.endswith("]") and name not in LISTS):
-            raise DataError(f"{path}:{name}: must be a column of text or numbers, it is {kind}")
+        nested = kind.startswith(("STRUCT", "MAP", "UNION")) or kind.endswith("][]")
+        if nested or (kind.endswith("]") and name not in LISTS):
+            what = "text, numbers or lists of them" if name in LISTS else "text or numbers"
+            raise DataError(f"{path}:{name}: must be a column of {what}, it is {kind}")
     return File(path, scan, types)
 
 

@@ -1,11 +1,11 @@
 """`kuaisar`: KuaiSAR (Sun et al., CIKM 2023; Zenodo record 8181109), or simulated logs in its schema.
 
-Reads rec_inter.csv, src_inter.csv and item_features.csv; the user and social tables are not used. A click is
-click ≥ 1 or click_cnt ≥ 1. `timestamp` of a recommendation is when the server sent a batch of items. Captions
-and keywords are lists of integers from one vocabulary; the English category names are the only natural text.
-Search results that are no posts (USER, LIVE, COMMODITY, MUSIC, ADVERT) have ids of their own kind and no
-features: they are dropped and counted, and so are results without a type. Clicked posts without a row in
-item_features stay, with an empty text.
+Reads rec_inter.csv, src_inter.csv and item_features.csv, not the user and social tables. A click is click ≥ 1
+or click_cnt ≥ 1; rows with a number below 0 are dropped and counted. `timestamp` of a recommendation is when
+the server sent a batch of items. Captions and keywords are lists of integers from one vocabulary; the English
+category names are the only natural text. Search results that are not posts (USER, LIVE, COMMODITY, MUSIC,
+ADVERT) have ids of their own kind and no features: they are dropped and counted, as are results without a
+type. Clicked posts without a row in item_features stay, with an empty text.
 """
 
 from pathlib import Path
@@ -34,12 +34,13 @@ PUBLISHED = {
     },
     "KuaiSAR-small after UniSAR's filter": {"users": 22_700, "items": 673_415},
 }
-# Ids are read as text and clicks as DOUBLE because duckdb would round 3.5 to 4; see reading.integer.
-REC_TYPES = {"user_id": "VARCHAR", "item_id": "VARCHAR", "timestamp": "BIGINT", "click": "DOUBLE"}
+# Ids and times are read as text and clicks as DOUBLE because duckdb would round 3.5 to 4 and take 1.684E12,
+# which has lost digits, as it stands; see reading.integer.
+REC_TYPES = {"user_id": "VARCHAR", "item_id": "VARCHAR", "timestamp": "VARCHAR", "click": "DOUBLE"}
 SRC_TYPES = {
     "user_id": "VARCHAR",
     "item_id": "VARCHAR",
-    "search_session_timestamp": "BIGINT",
+    "search_session_timestamp": "VARCHAR",
     "keyword": "VARCHAR",
     "click_cnt": "DOUBLE",
     "item_type": "VARCHAR",
@@ -64,12 +65,12 @@ def _read(work: Work, rec: Path, src: Path, items: Path) -> Tables:
         SELECT {integer(rec, "user_id")} AS user_id, {integer(rec, "item_id")} AS item_id, timestamp AS time,
             {REC}::TINYINT AS task, NULL::VARCHAR AS query, {whole_number(rec, "click")} >= 1 AS clicked,
             {_problem(rec.name, "timestamp", "click")} AS problem
-        FROM {csv_scan(rec, REC_TYPES)}
+        FROM {_timed(rec, "timestamp", REC_TYPES)}
         UNION ALL
         SELECT {integer(src, "user_id")}, {integer(src, "item_id")}, search_session_timestamp,
             {SRC}::TINYINT, {words_list("keyword")}, {whole_number(src, "click_cnt")} >= 1,
             {_problem(src.name, "search_session_timestamp", "click_cnt", search=True)}
-        FROM {csv_scan(src, SRC_TYPES)}"""
+        FROM {_timed(src, "search_session_timestamp", SRC_TYPES)}"""
     return Tables(
         events=events,
         items=_items_sql(items),
@@ -79,12 +80,18 @@ def _read(work: Work, rec: Path, src: Path, items: Path) -> Tables:
     )
 
 
+def _timed(path: Path, time: str, types: dict[str, str]) -> str:
+    """SQL that scans a file, its times as integers."""
+    return f"(SELECT * REPLACE ({integer(path, time)} AS {time}) FROM {csv_scan(path, types)})"
+
+
 def _problem(file: str, time: str, click: str, search: bool = False) -> str:
     """SQL of why a row cannot be used; NULL when it can."""
     cases = [
         f"WHEN {column} IS NULL THEN '{file}: no {column}'" for column in ("user_id", "item_id", time, click)
     ]
     cases += [
+        f"WHEN {click} < 0 THEN '{file}: {click} below 0'",  # -1 means unknown, and not unclicked
         f"WHEN {time} < {EARLIEST_MS} THEN '{file}: {TOO_EARLY}'",
         f"WHEN {time} >= {LATEST_MS} THEN '{file}: {TOO_LATE}'",
     ]

@@ -1,6 +1,7 @@
 """Reading files with duckdb so that a bad one is named: file, column, row."""
 
 import csv
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -168,19 +169,23 @@ def describe(con: duckdb.DuckDBPyConnection, scan: str) -> dict[str, str]:
     return {row[0]: str(row[1]) for row in con.execute(f"DESCRIBE SELECT * FROM {scan}").fetchall()}
 
 
-def mixed_line_ends(path: Path) -> int:
-    """The first line (from 1) of a text file that ends otherwise than line 1, with LF or CRLF; 0 when all end
-    alike."""
+def odd_line_end(path: Path) -> str:
+    """The first row (from 1) of a text file that ends with CR CR LF, or otherwise than row 1 with LF or CRLF,
+    and the fix; "" when all end well and alike."""
     with open(path, "rb") as file:
-        first = file.readline().endswith(b"\r\n")
-        return next(
-            (
-                number
-                for number, line in enumerate(file, start=2)
-                if line.endswith(b"\n") and line.endswith(b"\r\n") != first
-            ),
-            0,
-        )
+        first = file.readline()
+        for number, line in enumerate(itertools.chain([first], file), start=1):
+            if line.endswith(b"\r\r\n"):
+                return (
+                    f"row {number}: ends with CR CR LF (CRLF, converted once more). Remove each CR, for "
+                    "example with tr -d '\\r'."
+                )
+            if line.endswith(b"\n") and line.endswith(b"\r\n") != first.endswith(b"\r\n"):
+                return (
+                    f"row {number}: ends with LF or CRLF, and row 1 with the other. Convert the file, for "
+                    "example with dos2unix."
+                )
+    return ""
 
 
 def first_undecodable(path: Path) -> tuple[str, int] | None:
@@ -213,10 +218,10 @@ def no_room(error: duckdb.Error) -> bool:
     return isinstance(error, NO_ROOM) or NO_ROOM_TEXT.search(str(error)) is not None
 
 
-def unreadable(error: OSError | duckdb.Error, files: Sequence[Path]) -> DataError | None:
+def unreadable(error: OSError | MemoryError | duckdb.Error, files: Sequence[Path]) -> DataError | None:
     """The error of a raw file that the system does not let us read; None where it is about something else."""
     said = str(error.filename if isinstance(error, OSError) else error)
-    path = next((file for file in files if str(file) in said), None)
+    path = next((file for file in files if str(file) in said or str(file.absolute()) in said), None)
     reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
     fix = "Correct its permissions or copy it again."
     return DataError(f"{path}: cannot be read: {reason}. {fix}") if path else None
@@ -237,11 +242,8 @@ def readable(error: duckdb.Error, files: Sequence[Path] = ()) -> DataError:
     may be about."""
     text = str(error)
     for file in files if "invalid state" in text else ():
-        if number := mixed_line_ends(file):
-            return DataError(
-                f"{file}:row {number}: ends with LF or CRLF, and row 1 with the other. Convert the file, for "
-                "example with dos2unix."
-            )
+        if odd := odd_line_end(file):
+            return DataError(f"{file}:{odd}")
     if NO_INTEGER in text and (found := _not_an_integer(text, files)):
         return found
     if "JSON" in text:
@@ -270,6 +272,7 @@ def readable(error: duckdb.Error, files: Sequence[Path] = ()) -> DataError:
             "Correct or remove that row."
         )
     if line:
-        reason = text.split("\n\nPossible fixes")[0].splitlines()[-1].strip()
+        reason = re.split(r"\n\nPossible (?:fixes|Solution)", text)[0].splitlines()[-1].strip()
         return DataError(f"{where.replace('::', ':')}: {reason} Correct or remove that row.")
-    return DataError(f"a raw file cannot be read: {text.splitlines()[0]}")
+    named = [str(file) for file in files if str(file) in text] or list(map(str, files)) or ["a raw file"]
+    return DataError(f"{' or '.join(named)}: cannot be read: {text.splitlines()[0]}")

@@ -2,7 +2,7 @@
 
 events  user_id, item_id, time (integer ms since 1970 or ISO 8601, UTC when no offset is given), optional:
         task (rec, src; rec where absent),
-        query (text or list of integers), clicked (0/1, 1 where absent)
+        query (text, or a list of words or integers), clicked (0/1, 1 where absent)
 items   item_id, text or words (list of integers) or both, optional: category (the names from the root: a
         list, also as JSON, or text like "Home > Kitchen > Pans"; empty for none)
 Ids are strings or integers; numbers in CSV and JSON count as integers only if all of them are, and must not
@@ -118,12 +118,22 @@ def _category(items: File) -> tuple[str, str]:
     if kind.endswith("[]"):
         return "array_to_string(file.category, ' > ')", f"array_to_string(file.category, {mark})"
     text = "CAST(file.category AS VARCHAR)"
-    is_list = f"{text} LIKE '[%]' AND json_valid({text})"  # how JSON lines, read as text, show a list
-    names = f"""from_json({text}, '["VARCHAR"]')"""
+    is_list, names = _json_list(text)
     return (
         f"CASE WHEN {is_list} THEN array_to_string({names}, ' > ') ELSE {text} END",
         f"CASE WHEN {is_list} THEN array_to_string({names}, {mark}) ELSE replace({text}, '>', {mark}) END",
     )
+
+
+def _json_list(text: str) -> tuple[str, str]:
+    """SQL: whether a text is a list, as JSON lines that are read as text show it, and its entries."""
+    return f"{text} LIKE '[%]' AND json_valid({text})", f"""from_json({text}, '["VARCHAR"]')"""
+
+
+def _natural_query(text: str) -> str:
+    """SQL of a query in words: a list of them is joined, as one of a parquet file is."""
+    is_list, words = _json_list(text)
+    return f"nullif(trim(CASE WHEN {is_list} THEN array_to_string({words}, ' ') ELSE {text} END), '')"
 
 
 def _check_items(work: Work, path: Path) -> None:
@@ -145,6 +155,16 @@ def _check_items(work: Work, path: Path) -> None:
         raise DataError(
             f"{path}:words: those of item {wrong[0][0]!r} must be a list of integers, got {wrong[0][1]!r}"
         )
+    # ['A', 'B'] is how pandas writes a list into a CSV; a list of lists is joined as ["A"] > ["B"]
+    odd = work.con.execute(
+        "SELECT item_id, category FROM item_rows WHERE regexp_matches(category, '(?s)^\\[[''\"\\[].*\\]$') "
+        "ORDER BY item_id LIMIT 1"
+    ).fetchall()
+    if odd:
+        raise DataError(
+            f"{path}:category: that of item {odd[0][0]!r} must be one list of names (in a CSV as JSON: "
+            f'["A", "B"]) or text like A > B, got {odd[0][1]!r:.80}'
+        )
 
 
 def _events_sql(events: File, user_type: str, item_type: str, anonymised: bool, carried: str = "") -> str:
@@ -160,7 +180,7 @@ def _events_sql(events: File, user_type: str, item_type: str, anonymised: bool, 
         query = (
             _words_text(events, "query")
             if anonymised or types["query"].endswith("[]")
-            else "nullif(trim(CAST(file.query AS VARCHAR)), '')"
+            else _natural_query("CAST(file.query AS VARCHAR)")
         )
     clicked = (
         "CASE WHEN clicked_text IN ('1', '1.0', 'true') THEN true "

@@ -18,6 +18,7 @@ from trainer.config import Config
 from trainer.configs import load_config
 from trainer.errors import ConfigError, EnvironmentProblem, RunError
 from trainer.experiments.submit import check_folder
+from trainer.runs import folder as folder_module
 from trainer.runs import weights
 from trainer.runs.folder import holds_run
 from trainer.runtime.files import SECRET_MODE, create
@@ -147,3 +148,22 @@ def test_a_full_disk_while_the_model_is_written_is_a_failure_to_mend(
     ):
         train(config_of(data, run_dir))
     assert json.loads((run_dir / "status.json").read_text())["status"] == "failed"
+
+
+def test_a_run_folder_that_another_node_does_not_see_is_refused(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the first step, and the folder is as it was."""
+    told: list[Any] = []
+
+    def two_nodes(accelerator: Any, mine: Any) -> list[Any]:
+        told.append(mine)
+        return [mine, (False, "node2")]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folder_module, "gather_objects", two_nodes)
+        with pytest.raises(RunError, match=r"run is not seen on node2\. Choose a run\.dir"):
+            train(config_of(data, tmp_path / "run"))
+    assert [is_seen for is_seen, _ in told] == [True] and not (tmp_path / "run").exists()
+    assert not folder_module._appears(tmp_path / "run" / "config.yaml", 0.1)
+    assert train(config_of(data, tmp_path / "run")).step == 2

@@ -7,9 +7,13 @@ from pathlib import Path
 import pytest
 
 from trainer.analysis.figures import last_screen, metric_rows, plot_run, read_records
+from trainer.analysis.pages import Table
+from trainer.analysis.report.sections import provenance
 from trainer.errors import RunError
 from trainer.runs.checkpoint import Progress
 from trainer.runs.provenance import environment_facts, git_facts
+from trainer.runs.run_folder import RunFolder
+from trainer.runtime.launch import num_cores
 
 METRICS = {"rec/recall@10": 0.5, "rec/ndcg@10": 0.25, "mean/ndcg@10": 0.25}
 
@@ -88,3 +92,11 @@ def test_facts_about_code_and_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     git = git_facts()
     assert git == {} or len(git["commit"]) == 40
     json.dumps(facts)
+
+
+def test_the_page_names_the_machine(tmp_path: Path) -> None:
+    (tmp_path / "environment.json").write_text(json.dumps(environment_facts()))
+    [section] = provenance(RunFolder(tmp_path))
+    [table, _] = section.parts
+    assert isinstance(table, Table) and not table.head
+    assert {row[0]: row[1] for row in table.rows}["machine"].startswith(f"{num_cores()} cores, ")

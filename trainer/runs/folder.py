@@ -9,7 +9,9 @@ import contextlib
 import json
 import logging
 import os
+import platform
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -23,7 +25,7 @@ from trainer.data.node_cache import is_url
 from trainer.errors import EnvironmentProblem, RunError
 from trainer.runs.checkpoint import Progress, check_settings, fixed_settings, listed, remove_partial
 from trainer.runs.run_folder import RunFolder
-from trainer.runtime.distributed import on_main
+from trainer.runtime.distributed import gather_objects, on_main
 from trainer.runtime.files import SECRET_MODE, atomic, create, remove_temporaries, writing
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+SEEN_WITHIN_S = 90.0  # acdirmax, the longest that NFS clients remember a folder, is 60 by default
 FOLDERS_OF_TRACKERS = ("tensorboard", "wandb")  # tracking.also, made before the first step as well
 
 
@@ -80,7 +83,31 @@ def claim(accelerator: "Accelerator", config: Config, resume: str) -> Claim:
     still going on."""
     lock: list[IO[str]] = []
     continuing, finished, held = on_main(accelerator, lambda: _claim(config, resume, lock))
-    return Claim(Path(config.run.dir), continuing, finished, held, lock[0] if lock else None)
+    taken = Claim(Path(config.run.dir), continuing, finished, held, lock[0] if lock else None)
+    with taken.undone_on_error():
+        _check_shared(accelerator, taken.folder, min(SEEN_WITHIN_S, config.run.timeout_s / 2))
+    return taken
+
+
+def _check_shared(accelerator: "Accelerator", folder: Path, within_s: float) -> None:
+    """Raises RunError on all ranks where one of another node does not see the run folder. Its part of the
+    first checkpoint would find no place, hours later."""
+    seen = gather_objects(accelerator, (_appears(RunFolder(folder).config, within_s), platform.node()))
+    if blind := sorted({node for is_seen, node in seen if not is_seen}):
+        raise RunError(
+            f"{folder.absolute()} is not seen on {', '.join(blind)}. Choose a run.dir on a file system that "
+            "all nodes share: every process writes its part of a checkpoint there"
+        )
+
+
+def _appears(path: Path, within_s: float) -> bool:
+    """What rank 0 has just written, another node may see late: NFS remembers what was not there."""
+    end_s = time.monotonic() + within_s
+    while not path.is_file():
+        if time.monotonic() > end_s:
+            return False
+        time.sleep(0.5)
+    return True
 
 
 def _claim(config: Config, resume: str, lock: list[IO[str]]) -> tuple[bool, bool, frozenset[str]]:

@@ -19,6 +19,8 @@ from data_shards.matrices import matrix_parts
 from data_shards.prepare import prepare
 from data_shards.schema import SPLITS, Manifest, read_manifest
 from data_shards.simulate import simulate
+from data_shards.work import Work
+from data_shards.write import describe_file
 from tests.worlds import DAY_MS, START_MS, write_tables
 
 FAST = ("vocab_size=300", "num_negatives=10", "block_events=64")
@@ -197,6 +199,53 @@ def test_an_item_that_is_described_again_has_its_new_text(tmp_path: Path) -> Non
     assert base.categories[: old.manifest.num_categories] == Base(old.path, old.manifest).categories
     found = [base.categories[number - 1] for number in new.matrix("item_category")[row] if number]
     assert found == [("elsewhere",), ("elsewhere", "there")]
+
+
+def test_the_new_items_are_scanned_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Millions of rows: the old items join those that were kept, and not the file."""
+    simulate(tmp_path / "raw", users=60, items=300, days=4, seed=0)
+    settings = ("min_interactions=1", "both_behaviours=false", "num_negatives=10", "vocab_size=300")
+    prepare("kuaisar", tmp_path / "raw", tmp_path / "old", settings)
+    execute, scans = Work.execute, []
+
+    def counted(self: Work, sql: str, stage: str = "", rows: int = 0) -> None:
+        scans.append((stage, sql.count("item_features.csv', header")))
+        execute(self, sql, stage, rows)
+
+    monkeypatch.setattr(Work, "execute", counted)
+    prepare("kuaisar", tmp_path / "raw", tmp_path / "new", append=tmp_path / "old")
+    assert ("items", 1) in scans
+    old, new = Folder(tmp_path / "old"), Folder(tmp_path / "new")
+    assert new.column("items", "text") == old.column("items", "text")
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_a_number_that_ends_a_text_is_no_anonymised_word(tmp_path: Path, counted: bool) -> None:
+    """Folders from before num_words cannot tell."""
+    raw = write_tables(tmp_path / "raw", users=20, items=80, days=6, anonymised=True)
+    rows = rows_of(raw / "items.jsonl")
+    write_rows(raw / "items.jsonl", [{**row, "text": f"{row['text']}  size 1000"} for row in rows])
+    cut(raw, START_MS + 5 * DAY_MS, tmp_path / "first", tmp_path / "rest")
+    prepare("tables", tmp_path / "first", tmp_path / "old", FAST)
+    if not counted:
+        forget(tmp_path / "old", "num_words")
+    prepare("tables", tmp_path / "rest", tmp_path / "new", append=tmp_path / "old")
+    old, new = Folder(tmp_path / "old"), Folder(tmp_path / "new")
+    for stem in ("item_tokens", "item_words"):
+        same = (new.matrix(stem)[: old.rows[stem]] == old.matrix(stem)).all()
+        assert same == counted, stem
+    texts = old.column("items", "text")
+    assert new.column("items", "text")[: len(texts)] == texts
+
+
+def forget(folder: Path, column: str) -> None:
+    """The folder without a column of items.parquet, as an older version has written it."""
+    path = folder / "catalog" / "items.parquet"
+    pq.write_table(pq.read_table(path).drop_columns(column), path)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    files = [file for file in manifest["catalog"] if file["name"] != "catalog/items.parquet"]
+    manifest["catalog"] = [*files, describe_file(folder, path)]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 def test_a_filtered_log_of_kuaisar_goes_on(tmp_path: Path) -> None:

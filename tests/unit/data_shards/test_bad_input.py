@@ -14,8 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_shards import encode, write
+from data_shards import prepare as prepare_module
 from data_shards.errors import ConfigError, DataError
 from data_shards.prepare import prepare
+from data_shards.simulate import simulate
 from data_shards.sources import reading
 from data_shards.work import Work
 from tests.worlds import write_tables
@@ -151,6 +153,30 @@ def test_a_csv_row_with_too_few_columns_is_named(raw: Path) -> None:
     (raw / "events.jsonl").unlink()
     (raw / "events.csv").write_text("user_id,item_id,time\nu1,i1,1700000000000\nu1,i2\n")
     refused(raw, r"events\.csv:row 3: 2 columns where the header has 3")
+
+
+def test_a_csv_row_that_is_too_long_is_named_with_the_reason(
+    raw: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "MAX_LINE_BYTES", 1 << 16)
+    monkeypatch.setattr(reading, "BUFFER_BYTES", 1 << 17)
+    (raw / "events.jsonl").unlink()
+    (raw / "events.csv").write_text(f"user_id,item_id,time\nu1,{'i' * 70_000},1700000000000\n")
+    refused(raw, r"events\.csv:row 2: Maximum line size of 65536 bytes exceeded")
+
+
+def test_a_damaged_parquet_file_is_named(raw: Path) -> None:
+    table = pa.Table.from_pylist(
+        [json.loads(line) for line in (raw / "events.jsonl").read_text().splitlines()]
+    )
+    (raw / "events.jsonl").unlink()
+    path = raw / "events.parquet"
+    pq.write_table(table, path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-50])
+    refused(raw, r"events\.parquet: cannot be read: Invalid Input Error")
+    path.write_bytes(whole[:800] + b"\xff" * 300 + whole[1100:])  # duckdb's reason names no file
+    refused(raw, r"events\.parquet or .*items\.jsonl: cannot be read: ")
 
 
 def test_words_that_are_no_integers(tmp_path: Path) -> None:
@@ -307,6 +333,20 @@ def test_a_full_disk_leaves_the_old_folder_and_a_restart_goes_on(
     assert "checks" in stages
 
 
+def test_too_little_memory_leaves_finished_stages(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stages: list[str] = []
+
+    def taken(*_: Any, **__: Any) -> Any:
+        raise MemoryError("Unable to allocate 7.63 MiB for an array")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module, "draw_negatives", taken)
+        with pytest.raises(DataError, match=r"writing out failed: Unable to allocate .*finished stages in"):
+            prepare("tables", raw, raw.parent / "out", FAST)
+    prepare("tables", raw, raw.parent / "out", FAST, progress=lambda stage, *_: stages.append(stage))
+    assert stages[0] == "negatives"
+
+
 @pytest.mark.parametrize("stage", ["read", "names"])
 def test_duckdb_without_room_blames_no_raw_file(raw: Path, stage: str) -> None:
     out, stages = raw.parent / "out", []
@@ -339,6 +379,23 @@ def test_a_raw_file_that_may_not_be_read_is_named(raw: Path, monkeypatch: pytest
             prepare("tables", raw, raw.parent / "out", FAST)
     error = duckdb.IOException(f'IO Error: Cannot open file "{path}": Permission denied')
     assert "events.csv: cannot be read: IO Error" in str(reading.unreadable(error, (path,)))
+
+
+def test_a_restart_from_another_folder_reads_the_same_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Relative paths: another raw/ lies where the restart is called."""
+    settings = ("min_interactions=1", "both_behaviours=false", "num_negatives=10", "vocab_size=300")
+    for folder, seed in ((tmp_path, 0), (tmp_path / "other", 1)):
+        simulate(folder / "raw", users=60, items=300, days=4, seed=seed)
+    expected = prepare("kuaisar", tmp_path / "raw", tmp_path / "expected", settings)
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(encode, "encode_keys", lambda *_: exit("stopped"))
+        with pytest.raises(SystemExit):
+            prepare("kuaisar", "raw", "out", settings)
+    monkeypatch.chdir(tmp_path / "other")
+    assert prepare("kuaisar", "../raw", "../out", settings).hash == expected.hash
 
 
 def test_other_settings_reuse_nothing_of_an_interrupted_run(

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_shards.categories import PATH_MARK, CategoryWriter
+from data_shards.errors import DataError
 from data_shards.prepare import prepare
 
 SETTINGS = ("num_negatives=1", "vocab_size=300", "split=leave_one_out")
@@ -69,6 +70,27 @@ def test_lists_and_text_may_be_mixed(tmp_path: Path) -> None:
     prepare("tables", write_logs(tmp_path / "raw", "jsonl", category), tmp_path / "out", SETTINGS)
     expected = [["Cars", "New"], ["Bikes", "New", "Red"], [], ["[Cars"], ["Bikes", "a > b"]]
     assert paths_by_item(tmp_path / "out") == dict(enumerate(expected))
+
+
+NESTED = [["Cars", "New"], ["Bikes"]]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "category", "message"),
+    [
+        ("csv", "['Cars', 'New']", "that of item 0 must be one list of names"),  # as pandas writes a list
+        ("csv", "['Cars'\n 'New']", "that of item 0 must be one list of names"),  # and an array
+        ("jsonl", NESTED, "that of item 0 must be one list of names"),
+        ("parquet", NESTED, r"must be a column of text, numbers or lists of them, it is VARCHAR\[\]\[\]"),
+    ],
+)
+def test_a_list_in_another_writing_is_no_name(
+    tmp_path: Path, suffix: str, category: Any, message: str
+) -> None:
+    nothing: Any = [] if suffix == "parquet" else ""
+    raw = write_logs(tmp_path / "raw", suffix, [category, *[nothing] * 4])
+    with pytest.raises(DataError, match=rf"items\.{suffix}:category: {message}"):
+        prepare("tables", raw, tmp_path / "out", SETTINGS)
 
 
 def test_a_folder_without_categories_says_so(tmp_path: Path) -> None:

@@ -87,6 +87,7 @@ def test_rows_that_cannot_be_used_are_counted_by_file_and_reason(tmp_path: Path)
         rec(1, "nan", START),
         rec(1, 10, "NaN"),
         rec(1, 10, START, ""),
+        rec(1, 11, START, -1),
         rec(1, 10, 0),
         rec(1, 10, 1684713600),
         rec(2, 20, START + 7),
@@ -104,6 +105,7 @@ def test_rows_that_cannot_be_used_are_counted_by_file_and_reason(tmp_path: Path)
         src(1, 21, START, keyword=""),
         src(1, 22, START + 11, kind="IMAGE_ATLAS"),
         src(1, 20, START + 11, kind=""),
+        src(1, 20, START + 9, clicks=-2),  # beside a click, but not shown and passed over
     ]
     raw = write_world(tmp_path / "raw", recs, srcs, [item(10, caption="[1]")], newline="\r\n", mark=True)
     manifest = prepare("kuaisar", raw, tmp_path / "out", SETTINGS)
@@ -113,11 +115,13 @@ def test_rows_that_cannot_be_used_are_counted_by_file_and_reason(tmp_path: Path)
         "rec_inter.csv: no item_id": 1,
         "rec_inter.csv: no timestamp": 1,
         "rec_inter.csv: no click": 1,
+        "rec_inter.csv: click below 0": 1,
         f"rec_inter.csv: {early}": 2,
         "src_inter.csv: result of type USER": 1,
         "src_inter.csv: result of type LIVE": 2,
         "src_inter.csv: no keyword": 2,
         "src_inter.csv: no item_type": 1,
+        "src_inter.csv: click_cnt below 0": 1,
         "duplicate click": 1,
         "repeated item row": 1,
     }
@@ -182,10 +186,23 @@ def test_rows_that_cannot_be_used_are_counted_by_file_and_reason(tmp_path: Path)
             [rec(1, 10, "2023-05-22 00:00:00")],
             [],
             [],
-            r"rec_inter\.csv:timestamp:row 20: Could not convert string",
+            r"rec_inter\.csv:timestamp:row 20: must be an integer, got '2023-05-22 00:00:00'",
         ),
-        ([rec(1, 10, "1e30")], [], [], r'rec_inter\.csv:timestamp:row 20: Could not convert string "1e30"'),
-        ([rec(1, 10, "inf")], [], [], r'rec_inter\.csv:timestamp:row 20: Could not convert string "inf"'),
+        *(
+            (
+                [rec(1, 10, time)],
+                [],
+                [],
+                rf"rec_inter\.csv:timestamp:row 20: must be .* integer, got '{time}'",
+            )
+            for time in ("1e30", "inf", "1.6846848e12", f"{START}.7")
+        ),
+        (
+            [],
+            [src(1, 10, START), src(1, 10, "1.68468E12")],
+            [],
+            r"src_inter\.csv:search_session_timestamp:row 3: must be an integer, got '1.68468E12'",
+        ),
         ([rec(1, 10, START) + ",1"], [], [], r"rec_inter\.csv:row 20: 13 columns where the header has 12"),
         (
             [rec(1, 77, START)],
@@ -229,10 +246,9 @@ def test_wrong_values_are_named(
 
 def test_times_in_every_writing(tmp_path: Path) -> None:
     written = [
-        "1.68e12",
         "1683648000000.0",
         '"1683648000001"',
-        "1.683648000002E12",
+        '"1683648000002.00"',
         " 1683648000003 ",
         "1683648000004.",
     ]
@@ -242,7 +258,7 @@ def test_times_in_every_writing(tmp_path: Path) -> None:
         tmp_path / "raw", [rec(1, 10, time) for time in rows], [src(1, 11, time) for time in rows], []
     )
     dropped = prepare("kuaisar", raw, tmp_path / "out", SETTINGS).raw["dropped"]
-    times = [1_680_000_000_000, *(1_683_648_000_000 + number for number in range(5))]
+    times = [1_683_648_000_000 + number for number in range(5)]
     events = [event for event in read_back(tmp_path / "out")["train"] if event["time"] <= max(times)]
     assert sorted((event["time"], event["item"], event["task"]) for event in events) == [
         (time, *what) for time in times for what in ((10, "rec"), (11, "src"))
@@ -357,6 +373,11 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
         r"row 3: ends with LF or CRLF, and row 1 with the other",
         "rec_inter",
         lambda lines: [*lines[:2], lines[2] + "\r", *lines[3:]],
+    )
+    refused(
+        r"src_inter\.csv:row 1: ends with CR CR LF",
+        "src_inter",
+        lambda lines: ["\r\r\n".join([*lines, ""]).removesuffix("\n")],
     )
     refused(r"src_inter\.csv: empty file; expected a header line", "src_inter", lambda lines: [])
     refused(

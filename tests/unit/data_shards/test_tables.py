@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 
@@ -85,6 +86,22 @@ def test_a_time_is_the_same_instant_in_every_writing(
     rows = [{**row, "time": TIMES[writing](row["time"])} for row in rows_of(world)]
     raw = with_events(world, tmp_path, rows)
     assert prepare("tables", raw, tmp_path / "out", FAST).fingerprint == expected
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+def test_a_query_may_be_a_list_of_words(world: Path, expected: str, tmp_path: Path, suffix: str) -> None:
+    rows = [{**row, "query": row["query"] and row["query"].split()} for row in rows_of(world)]
+    raw = with_events(world, tmp_path, rows)
+    if suffix != "jsonl":
+        (raw / "events.jsonl").unlink()
+    if suffix == "csv":
+        rows = [{**row, "query": row["query"] and json.dumps(row["query"])} for row in rows]
+        pyarrow.csv.write_csv(pa.Table.from_pylist(rows), raw / "events.csv")
+    elif suffix == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), raw / "events.parquet")
+    assert prepare("tables", raw, tmp_path / "out", FAST).fingerprint == expected
+    queries = pq.read_table(tmp_path / "out" / "catalog" / "queries.parquet")["text"].to_pylist()
+    assert set(queries) == {row["query"] for row in rows_of(world) if row["query"]}
 
 
 @pytest.mark.parametrize("zone", ["UTC", "Asia/Shanghai"])

@@ -1,5 +1,6 @@
 """`inspect` reads all of a folder: what was changed, or holds a number out of range, is named."""
 
+import errno
 import hashlib
 import json
 import shutil
@@ -12,6 +13,7 @@ import pyarrow as pa
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from data_shards import verify
 from data_shards.blocks import tar_entries
 from data_shards.errors import DataError
 from data_shards.inspect import inspect
@@ -134,6 +136,26 @@ def test_a_changed_byte_is_found(folder: Path, name: str) -> None:
         inspect(folder)
     (folder / name).unlink()
     with pytest.raises(DataError, match=rf"{name} is missing"):
+        inspect(folder)
+
+
+@pytest.mark.parametrize("name", ["catalog/items.parquet", "manifest.json"])
+def test_a_file_that_may_not_be_read_is_named(
+    folder: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By stand-ins, since root may read everything."""
+
+    def denied_to(read: Callable[[Path], Any]) -> Callable[[Path], Any]:
+        def denied(path: Path) -> Any:
+            if path == folder / name:
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return read(path)
+
+        return denied
+
+    monkeypatch.setattr(Path, "read_bytes", denied_to(Path.read_bytes))
+    monkeypatch.setattr(verify, "file_sha256", denied_to(verify.file_sha256))
+    with pytest.raises(DataError, match=rf"{name}: cannot be read: Permission denied"):
         inspect(folder)
 
 

@@ -235,6 +235,26 @@ def test_runs_of_one_title_are_told_apart_by_their_folders() -> None:
     assert titled(runs[1:]) == ["GenSR", "SASRec"]
 
 
+def test_gradients_read_the_cf_table_of_an_events_fold(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The full table has seen the clicks of training events: their loss by it is not the one in training."""
+    run_dir = make_run(tmp_path, prepared, "model.backbone=scratch:nano", holdout="crossfit")
+    read: list[bool] = []
+    whole = GenSR.cf_vectors
+
+    def cf_vectors(model: GenSR, items: torch.Tensor, fold_B: torch.Tensor) -> torch.Tensor:
+        found = whole(model, items, fold_B)
+        folds = model.tables.cf_folds[fold_B.clamp(min=0)[:, None], items]
+        read.append(bool((fold_B >= 0).any()) and torch.equal(found[fold_B >= 0], folds[fold_B >= 0]))
+        assert not any(module.training for module in model.modules() if module is not model)
+        return found
+
+    monkeypatch.setattr(GenSR, "cf_vectors", cf_vectors)
+    analyse("gradients", [run_dir], tmp_path / "gradients", Options(num_events=128))
+    assert read and all(read)
+
+
 # ---- the verb ----------------------------------------------------------------------------------------------
 
 

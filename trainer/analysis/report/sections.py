@@ -265,15 +265,19 @@ def provenance(run: RunFolder) -> list[Section]:
     status, environment = run.read_status(), masked(run.read_environment())
     progress = status.get("progress", {})
     git = environment.get("git", {})
-    hardware = environment.get("hardware", {})
+    machine = [
+        f"{environment[key]}{unit}"
+        for key, unit in (("devices", ""), ("cpu_cores", " cores"), ("memory_gb", " GB"), ("platform", ""))
+        if environment.get(key)
+    ]
     rows = [
         ["status", str(status.get("status", "unknown"))],
         ["steps", f"{progress.get('step', 0):,}, best {progress.get('best_step', 0):,}"],
         ["training time", clock(float(progress.get("train_s", 0.0)))],
         ["commit", f"{git.get('commit', 'unknown')}{' with changes' if git.get('dirty') else ''}"],
-        ["machine", ", ".join(f"{key} {value}" for key, value in hardware.items()) or "unknown"],
+        ["machine", ", ".join(machine) or "unknown"],
     ]
-    parts: list[Part] = [Table(["", ""], rows, words=True)]
+    parts: list[Part] = [Table([], rows, words=True)]
     if run.config.is_file():
         settings = flatten(masked(read_yaml(run.config)))
         text = "\n".join(

@@ -1,8 +1,9 @@
 """Gradient conflict: layer by layer and over training, do search and recommendation pull the shared
 parameters apart? From the checkpoints of a run, of any ZeRO stage, in one process.
 
-The losses are the model's own, without dropout, on the same training events for every checkpoint. Two halves
-of one task's events give the cosine that noise leaves: a task against itself.
+The losses are the model's own, without dropout, on the same training events for every checkpoint: each event
+reads the CF table that never saw its click, as in training. Two halves of one task's events give the cosine
+that noise leaves: a task against itself.
 """
 
 from collections.abc import Callable, Sequence
@@ -52,7 +53,12 @@ def _run(run_dir: Path, num_events: int, notify: Notify) -> dict[str, Any]:
     config = load_run_config(run_dir)
     if getattr(getattr(config.model, "lora", None), "rank", 0):
         raise RunError(f"{run_dir} trains adapters, which RUN/model holds merged: gradients are not shown")
-    model.set_tables(folder.tables(model.needs, with_folds=True))
+    # only the folds that training read: a model without a hold-out saw the full table there, too
+    with_folds = getattr(config.model, "cf_holdout", "none") != "none"
+    model.set_tables(folder.tables(model.needs, with_folds=with_folds))
+    # The model alone, not its parts: in evaluation it would read the full CF table, which has seen these
+    # very clicks. Its parts stay without dropout.
+    model.training = True
     batches = {task: _batches(run_dir, folder, config, task, num_events) for task in (SRC, REC)}
     shapes = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
     progress = RunFolder(run_dir).read_status().get("progress", {})
