@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
+import ds_configs
 from data_shards.checksum import file_sha256
 from data_shards.prepare import prepare
 from data_shards.schema import read_manifest
@@ -19,16 +20,19 @@ from tests.unit.data_shards.test_append import FAST, cut
 from tests.worlds import DAY_MS, START_MS, write_tables
 from trainer.cf.build import train_cf
 from trainer.cli import app
+from trainer.config import Config
 from trainer.configs import load_config
 from trainer.errors import ConfigError, RunError
+from trainer.experiments.daily import plan as plan_of_days
 from trainer.experiments.daily import run as daily_run
-from trainer.experiments.daily.plan import DailySettings, read
+from trainer.experiments.daily.plan import Daily, DailySettings, read
 from trainer.experiments.sweep import words_of
 from trainer.registry.promote import promote
 from trainer.runs.run_folder import RunFolder
 from trainer.training.loop import train
 
 TRAINING = ["model.backbone=scratch:nano", "run.max_steps=2", "run.valid_events=16", "optim.warmup_steps=0"]
+MULTINODE = ds_configs.path("accelerate_multinode.yaml")
 DAYS = ["2023-11-20", "2023-11-21"]
 
 
@@ -221,12 +225,19 @@ def test_every_problem_of_the_file_is_told_at_once(world: Path) -> None:
         (["settings.serving.retriever=runs/other"], "was trained on another folder"),
         (["settings.tracking.uri=sqlite:////elsewhere/mlflow.db"], "is another registry than"),
         (["launch=accelerate 'launch"], "No closing quotation"),
+        (["launch=accelerate launch --num_machines=2"], "waits for 2 machines"),
+        ([f"launch=accelerate launch --config_file {MULTINODE}"], "waits for 2 machines.* this one alone"),
         (["settings.run.max_epochs=-1"], "run.max_epochs must be"),
     ],
 )
 def test_what_would_end_a_day_after_hours_is_told_before(world: Path, words: list[str], problem: str) -> None:
     with pytest.raises(ConfigError, match=problem):
         read(world / "daily.yaml", words)
+
+
+def test_a_launch_on_one_machine_is_taken() -> None:
+    for words in ("", "--nnodes 1", f"--config_file {MULTINODE} --num_machines 1", "--config_file nowhere"):
+        plan_of_days._check_launch(f"accelerate launch {words}")
 
 
 def test_the_length_that_the_file_asks_for_counts(world: Path) -> None:
@@ -274,6 +285,22 @@ def test_a_damaged_list_of_days_is_not_begun_anew(world: Path) -> None:
     (world / "out" / "daily.json").write_text('{"days": [{"da')
     with pytest.raises(ConfigError, match=r"daily\.json is damaged"):
         read(world / "daily.yaml")
+
+
+def test_of_old_days_what_is_large_is_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = DailySettings(logs="logs", run="first", name="tiny", out=str(tmp_path), keep=1)
+    plan, days = Daily(given, Config(), "tables", "", (), None), ["one", "two", "three", "four"]
+    done = [{"day": day, "version": version} for version, day in enumerate(days, 1)]
+    (tmp_path / "daily.json").write_text(json.dumps({"days": done}))
+    for day in days:
+        run = plan.out / "runs" / day
+        for folder in (given.folder(day), run / "checkpoints", run / "model"):
+            folder.mkdir(parents=True)
+    monkeypatch.setattr(daily_run, "champions", lambda name, uri: {2, 3})
+    daily_run._forget(plan)
+    for day in days:
+        left = [(plan.out / "runs" / day / name).exists() for name in ("checkpoints", "model")]
+        assert [given.folder(day).exists(), *left] == ([False, False, True] if day == "one" else [True] * 3)
 
 
 def test_the_help_names_every_key() -> None:

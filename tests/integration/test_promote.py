@@ -333,6 +333,7 @@ def test_command(registry: tuple[Any, str, Callable[..., int]]) -> None:
     add(rec=0.5)
     shown = CliRunner().invoke(app, ["promote", name, "--dry-run"])
     assert "dry run: nothing was changed" in shown.stdout
+    assert "would not be promoted: " in shown.stdout or "would be promoted: " in shown.stdout
     assert "rec  ndcg@10, sampled" in shown.stdout
     assert CliRunner().invoke(app, ["promote", name]).exit_code == 0
     assert (

@@ -318,6 +318,23 @@ def test_changed_data_is_refused(data: Path, tmp_path: Path, stop_after: Any) ->
         train(config_of(other, tmp_path / "run"), resume="auto")
 
 
+def test_a_shard_that_was_mended_meanwhile_is_another_order(tmp_path: Path, stop_after: Any) -> None:
+    """data.on_bad_shard=skip: events would be repeated and others left out, and the schedule be longer."""
+    folder = make_tiny_folder(tmp_path / "data", train_blocks=((24,), (24,)), num_valid=12)
+    shard = folder / read_manifest(folder).shards("train")[0].name
+    good = shard.read_bytes()
+    shard.write_bytes(good[:-1] + b"x")
+    stop_after(2)
+    skipping = (tmp_path / "run", "data.on_bad_shard=skip")
+    with pytest.warns(UserWarning, match="skipped 24 training events"):
+        train(config_of(folder, *skipping))
+    shard.write_bytes(good)
+    with pytest.raises(RunError, match=rf"data +was without {shard.relative_to(folder)}, is with all shards"):
+        train(config_of(folder, *skipping), resume="auto")
+    accepted = (*skipping, "run.accept_changes=data")
+    assert train(config_of(folder, *accepted), resume="auto").status == "finished"
+
+
 def test_a_folder_in_use_is_refused(data: Path, tmp_path: Path) -> None:
     import fcntl
 

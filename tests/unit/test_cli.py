@@ -154,6 +154,8 @@ def test_config_keys_explains_every_key() -> None:
     assert defaults["optim.lr"] == Config().optim.lr
     assert "optim.lr=0.001" in gensr("config", "keys", "train").stdout
     assert gensr("config", "keys", "nothing").returncode == 1
+    assert "Did you mean sasrec?" in gensr("config", "keys", "sasrecc").stderr
+    assert "gensr config show demo" in gensr("config", "keys", "demo").stderr
 
 
 def test_config_keys_says_what_a_key_takes() -> None:

@@ -8,7 +8,8 @@ import pytest
 
 from trainer.analysis.figures import last_screen, metric_rows, plot_run, read_records
 from trainer.analysis.pages import Table
-from trainer.analysis.report.sections import provenance
+from trainer.analysis.report.asked import Read
+from trainer.analysis.report.sections import _read, provenance
 from trainer.errors import RunError
 from trainer.runs.checkpoint import Progress
 from trainer.runs.provenance import environment_facts, git_facts
@@ -100,3 +101,10 @@ def test_the_page_names_the_machine(tmp_path: Path) -> None:
     [table, _] = section.parts
     assert isinstance(table, Table) and not table.head
     assert {row[0]: row[1] for row in table.rows}["machine"].startswith(f"{num_cores()} cores, ")
+
+
+def test_weights_of_the_history_stand_apart_from_titles() -> None:
+    assert _read(Read("lamp, 3 cm", True, {"cf": 0.1, "semantic": 0.25})) == (
+        "lamp, 3 cm (searched, cf .100, semantic .250)"
+    )
+    assert _read(Read("lamp, 3 cm", False, {})) == "lamp, 3 cm"

@@ -63,7 +63,8 @@ def test_answers_health_and_the_page(client: TestClient) -> None:
     ]
     assert client.post("/search", json={"query": "lamp"}).status_code == 200
     assert client.post("/score", json={"task": "rec", "candidates": [1]}).status_code == 200
-    assert client.get("/health").json() == {"status": "ok"}
+    health = {"status": "ok", "model": {"name": "stand-in", "version": "1"}, "problem": ""}
+    assert client.get("/health").json() == health
     assert client.get("/ready").json() == {"ready": True, "waiting": 0}
     assert client.get("/model").json()["limits"]["max_body_bytes"] == 2000
     page = client.get("/")

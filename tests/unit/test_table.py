@@ -177,6 +177,19 @@ def test_an_interrupted_search_goes_on_as_if_it_had_not_been(tmp_path: Path) -> 
     tuning.tune(tmp_path / "b" / "sasrec.json", config, 5, lambda number, words: pytest.fail("ran again"))
 
 
+def test_a_journal_that_does_not_say_its_space_is_read_by_its_trials(tmp_path: Path) -> None:
+    """As older ones do not: no sampler could read trials of two spaces, and optuna says so in a traceback."""
+    journal, space = tmp_path / "x.journal", {"optim.lr": [0.001, 0.01], "model.dropout": [0.0, 0.1]}
+    study = search.open_study(journal)
+    study.tell(study.ask(search._distributions(space)).number, 0.5)
+    assert search.search(journal, space, 2, lambda number, words: 0.1) == []
+    other = tmp_path / "y.journal"
+    study = search.open_study(other)
+    study.tell(study.ask(search._distributions(space)).number, 0.5)
+    with pytest.raises(ConfigError, match=r"begun with another search: space was .*0\.01"):
+        search.search(other, {**space, "optim.lr": [0.001, 0.1]}, 2, lambda number, words: 0.1)
+
+
 def test_a_search_whose_trials_all_fail_begins_again(tmp_path: Path) -> None:
     def failing(number: int, words: tuple[str, ...]) -> float:
         raise RunError("no memory")

@@ -101,13 +101,16 @@ def density_contours(projection: Projection, masses: Sequence[float] = MASSES) -
     """
     groups = (projection.first, projection.second)
     low, high = (end(np.concatenate(groups), axis=0) for end in (np.min, np.max))
-    margin = 0.15 * (high - low)  # about where the kernels of the outermost points end
-    x, y = (np.linspace(low[i] - margin[i], high[i] + margin[i], GRID_SIZE) for i in (0, 1))
-    grid = np.stack([axis.ravel() for axis in np.meshgrid(x, y)])
     try:
-        densities = [stats.gaussian_kde(points.T)(grid).reshape(GRID_SIZE, GRID_SIZE) for points in groups]
+        kernels = [stats.gaussian_kde(points.T) for points in groups]
     except np.linalg.LinAlgError as error:
         raise DataError("the points of a group lie on a line: they have no density in the plane") from error
+    deviations = [np.sqrt(np.diag(kernel.covariance)) for kernel in kernels]
+    # about where the kernels of the outermost points end; those of few points are wide
+    margin = np.maximum(0.15 * (high - low), 3 * np.max(deviations, axis=0))
+    x, y = (np.linspace(low[i] - margin[i], high[i] + margin[i], GRID_SIZE) for i in (0, 1))
+    grid = np.stack([axis.ravel() for axis in np.meshgrid(x, y)])
+    densities = [kernel(grid).reshape(GRID_SIZE, GRID_SIZE) for kernel in kernels]
     first, second = (density / density.sum() for density in densities)
     levels = [tuple(_level(density, mass) for mass in masses) for density in (first, second)]
     return Contours(x, y, first, second, tuple(masses), *levels)

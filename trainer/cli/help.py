@@ -70,7 +70,7 @@ def keys(
 ) -> None:
     """List every key with its default, its meaning and, in brackets, its allowed values. A model's name
     (sasrec) lists its section model.*."""
-    from data_shards.settings import allowed, key_help
+    from data_shards.settings import allowed, did_you_mean, key_help
     from trainer.configs import preset_names
     from trainer.models.zoo import model_names, settings_class
 
@@ -78,8 +78,13 @@ def keys(
     if of in model_names():
         trees = {of: settings_class(of)}
     elif of is not None and of not in trees:
-        known = ", ".join([*trees, *model_names()])
-        raise ConfigError(f"no keys of {of!r}. There are: {known}")
+        known = [*trees, *model_names()]
+        hint = (
+            f" It is a preset: gensr config show {of} prints it."
+            if of in preset_names()
+            else did_you_mean(of, known)
+        )
+        raise ConfigError(f"no keys of {of!r}.{hint} There are: {', '.join(known)}")
     prefix = "model." if of in model_names() else ""
     rows = {name: list(key_help(tree, prefix)) for name, tree in trees.items() if of in (None, name)}
     document = {

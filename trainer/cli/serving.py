@@ -1,8 +1,10 @@
 """Verbs about models: register, promote, score, recommend, search, serve, ui."""
 
 import dataclasses
+import re
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -100,7 +102,7 @@ def promote(
     decision = run(name, uri, margin, dry_run, segment_margin, candidates, gain, against or "")
     dry_line = ["dry run: nothing was changed"] if dry_run else []
     after = next_steps(f"gensr serve models:/{name}@champion{f' --uri {uri}' if uri else ''}")
-    lines = [*decision.lines(), *dry_line, *(after if decision.promoted and not dry_run else [])]
+    lines = [*decision.lines(dry_run), *dry_line, *(after if decision.promoted and not dry_run else [])]
     answer({**dataclasses.asdict(decision), "dry_run": dry_run}, as_json, *lines)
 
 
@@ -173,7 +175,7 @@ Seen = Annotated[bool, typer.Option("--seen", help="also answer items of the his
 Prepared = Annotated[
     str,
     typer.Option(
-        "--data", help="prepared folder for --user; default: where the model says it was trained from"
+        "--data", help="prepared folder for users by id; default: where the model says it was trained from"
     ),
 ]
 
@@ -259,6 +261,7 @@ Host = Annotated[
 Port = Annotated[int, typer.Option(min=0, max=65535, help="port to listen on; 0 takes a free one")]
 
 
+MAX_FOLLOW_S = 86_400.0
 Compare = Annotated[
     list[str] | None,
     typer.Option(
@@ -288,6 +291,16 @@ def serve(
         str, typer.Option(help="file that gets a JSON line for each request; - is stderr, '' none")
     ] = "-",
     compare: Compare = None,
+    follow: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            max=MAX_FOLLOW_S,
+            metavar="SECONDS",
+            help="look so often where the alias of MODEL points, and answer with that version from then on; "
+            "0: never",
+        ),
+    ] = 0.0,
     retriever: Retriever = None,
     data: Prepared = "",
     uri: Registry = "",
@@ -296,9 +309,8 @@ def serve(
     too."""
     limits = {"max_batch": max_batch, "max_waiting": max_waiting, "timeout_s": timeout}
     options = {"host": host, "expose_users": expose_users, "docs": docs}
-    serve_model(
-        *(model, port, data, uri, limits, options, access_log), compare=compare or (), retriever=retriever
-    )
+    others: dict[str, Any] = {"compare": compare or (), "retriever": retriever, "follow_s": follow}
+    serve_model(model, port, data, uri, limits, options, access_log, **others)
 
 
 @verb("gensr ui runs/demo")
@@ -333,11 +345,14 @@ def serve_model(
     compare: Sequence[str] = (),
     with_counted: bool = False,
     retriever: str | None = None,
+    follow_s: float = 0.0,
 ) -> None:
     """Bind first: a port in use is noticed before a model is loaded. with_counted: popularity, item-kNN and
-    BM25 can be compared with."""
+    BM25 can be compared with. follow_s: seconds between two looks at the alias of `model`; 0: never."""
     from trainer.serving.server import bind
 
+    if follow_s and not re.fullmatch("models:/[^/]+@[^/@]+", model):
+        raise ConfigError(f"--follow needs a model by its alias, such as models:/NAME@champion, got {model}")
     bound = bind((options or {}).get("host", "127.0.0.1"), port)
     stage_lines()
     waiting_for("loading PyTorch and the model")
@@ -348,7 +363,8 @@ def serve_model(
     shown = Options(**(options or {}), access_log=open_access_log(access_log))
     if shown.warning:
         note(shown.warning)
-    recommender = open_model(model, uri, data, notify=note, retriever=retriever)
+    load = partial(open_model, model, uri, data, notify=note, retriever=retriever)
+    recommender = load()
     models = [(name, open_model(name, uri, data, notify=note)) for name in compare]
     others = compared_systems(models, recommender.users if with_counted else "")
     url = f"http://{f'[{shown.host}]' if ':' in shown.host else shown.host}:{bound.getsockname()[1]}/"
@@ -359,4 +375,13 @@ def serve_model(
             # a browser in the terminal ends with its last page: the service has to answer meanwhile
             threading.Thread(target=open_page, args=(url,), daemon=True).start()
 
-    run(recommender, bound, Limits(**(limits or {})), shown, is_up, others=others)
+    follow = _follow(model, uri, follow_s, load) if follow_s else None
+    run(recommender, bound, Limits(**(limits or {})), shown, is_up, others=others, follow=follow)
+
+
+def _follow(model: str, uri: str, every_s: float, load: Callable[[], Any]) -> Any:
+    from trainer.registry.versions import default_uri, number_of
+    from trainer.serving.follow import Follow
+
+    name, _, alias = model.removeprefix("models:/").rpartition("@")
+    return Follow(model, every_s, partial(number_of, name, alias, uri or default_uri()), load)

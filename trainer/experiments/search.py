@@ -109,13 +109,25 @@ def _open_search(journal: Path, space: Space, sampler: Sampler, seed: int) -> "S
     study = open_study(journal)
     asked = json.loads(json.dumps({"space": space, "search": sampler, "seed": seed}))
     known = study.user_attrs.get("asked", asked)
-    if changed := [f"{key} was {known[key]}, is {asked[key]}" for key in asked if known[key] != asked[key]]:
+    changed = [f"{key} was {known[key]}, is {asked[key]}" for key in asked if known[key] != asked[key]]
+    if not changed and (drawn := _drawn_from_others(study, space)):  # a journal from before "asked" was noted
+        changed = [f"space was {drawn}, is {asked['space']}"]
+    if changed:
         raise ConfigError(
             f"{journal} was begun with another search: {'; '.join(changed)}. Give the same one, choose "
             "another folder, or delete the file to begin again"
         )
     study.set_user_attr("asked", asked)
     return study
+
+
+def _drawn_from_others(study: "Study", space: Space) -> str:
+    """The distributions of the first trial that optuna could not read with those of `space`; "" for none."""
+    now = _distributions(space)
+    for trial in study.get_trials(deepcopy=False):
+        if {**now, **trial.distributions} != now:  # one that was stopped while it was drawn lacks some
+            return ", ".join(f"{key}: {each}" for key, each in trial.distributions.items())
+    return ""
 
 
 def open_study(journal: Path) -> "Study":

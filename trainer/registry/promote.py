@@ -66,7 +66,7 @@ class Decision:
     retrievers: dict[str, str] = field(default_factory=dict)
     against: str = ""  # the run that stood for the champion
 
-    def lines(self) -> list[str]:
+    def lines(self, dry_run: bool = False) -> list[str]:
         rows = [
             f"  {task}  {METRIC}, {self.candidates}  champion {f['a']:.4f}  candidate {f['b']:.4f}  "
             f"difference {f['difference']:+.4f} "
@@ -76,12 +76,13 @@ class Decision:
         against = (
             f"champion is version {self.champion}" if self.champion is not None else "there is no champion"
         )
+        be = "would be " if dry_run else ""
         return [
             f"{self.name}: candidate is version {self.candidate}, {against}",
             *([f"  champion: its weights on the candidate's data, {self.against}"] if self.against else []),
             *(f"  {role}: with the retriever {words}" for role, words in self.retrievers.items()),
             *rows,
-            f"{'promoted' if self.promoted else 'not promoted'}: {self.reason}",
+            f"{be}{'promoted' if self.promoted else 'not promoted'}: {self.reason}",
         ]
 
 

@@ -140,6 +140,17 @@ def check_identity(found: Checkpoint, now: dict[str, Any], accepted: str = "") -
     _refuse(_differences(settings, now["settings"]) + _differences(old, new), accepted, found.path)
 
 
+def check_shards(found: Checkpoint, left_out: list[str], accepted: str = "") -> None:
+    """Raises RunError where another set of shards is left out than when the checkpoint was written
+    (data.on_bad_shard=skip): the order of training data would be another, and events seen would name other
+    events. Checkpoints of before it was noted are not compared."""
+    before = found.identity.get("left_out", left_out)
+    if before != left_out:
+        words = (f"without {', '.join(each)}" if each else "with all shards" for each in (before, left_out))
+        was, now = words
+        _refuse([("data", was, now)], accepted, found.path)
+
+
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     return [
         (key, before.get(key), now.get(key))

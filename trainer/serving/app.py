@@ -2,7 +2,8 @@
 `gensr ui MODEL` opens its page.
 
     POST /recommend  /search  /score     Ask → Answer (payloads.py)
-    GET  /health  /ready  /model         the process lives; it takes requests (200 or 503); what answers
+    GET  /health  /ready  /model         the process lives, and with which version; it takes requests (200 or
+                                         503); what answers
     GET  /users  /users/ID/history       whose histories are known (a prepared folder is there)
     GET  /queries                        examples of queries, from the same folder
     GET  /metrics                        for Prometheus (metrics.py)
@@ -32,10 +33,11 @@ from starlette.routing import Route
 from starlette.types import Receive
 
 from trainer.errors import EnvironmentProblem
-from trainer.runs.retriever_facts import RETRIEVER
 from trainer.serving.api_docs import docs_page
 from trainer.serving.batching import Batcher
-from trainer.serving.metrics import CONTENT_TYPE, Metrics
+from trainer.serving.follow import Follow, Follower
+from trainer.serving.live import Live, public
+from trainer.serving.metrics import CONTENT_TYPE
 from trainer.serving.middleware import (
     CatchAll,
     ClientLeft,
@@ -61,7 +63,7 @@ from trainer.serving.payloads import (
 )
 from trainer.serving.recommend import DEFAULT_K, NUM_CANDIDATES, Recommender
 from trainer.serving.server import ConnectionLimits, serve
-from trainer.serving.systems import System, Systems, system_of
+from trainer.serving.systems import System
 
 PAGE = Path(__file__).parent / "page"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -131,39 +133,43 @@ def make_app(
     limits: Limits = Limits(),
     options: Options = Options(),
     others: Sequence[System] = (),
+    follow: Follow | None = None,
 ) -> FastAPI:
-    """The application around one model; `app.state` holds its `batcher` and its `metrics`. others: systems
-    that requests may name to compare it with."""
-    facts = public(recommender.facts)
-    metrics = Metrics(facts)
-    systems = [system_of(recommender), *others]
+    """The application around one model; `app.state` holds its `batcher` and `live`. others: systems that
+    requests may name to compare it with. follow: where its newer versions come from."""
+    live = Live(recommender, others)
+    follower = Follower(follow, live) if follow is not None else None
     batcher = Batcher(
-        Systems(systems).answer_or_errors,
+        live.systems.answer_or_errors,
         limits.max_batch,
         limits.max_waiting,
         limits.max_batch_candidates,
         num_candidates,
-        metrics.batch,
+        live.metrics.batch,
     )
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         batcher.start()
+        if follower is not None:
+            follower.start()
         yield
+        if follower is not None:
+            follower.stop()
         await batcher.stop()
 
     app = FastAPI(title="gensr", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    app.state.batcher, app.state.metrics = batcher, metrics
+    app.state.batcher, app.state.live = batcher, live
     app.add_middleware(SizeLimit, max_bytes=limits.max_body_bytes)  # innermost first
     app.add_middleware(JsonOnly)
     if is_loopback(options.host):
         app.add_middleware(KnownHosts, hosts={*LOOPBACK, options.host})
     app.add_middleware(CatchAll)
-    app.add_middleware(Observe, metrics=metrics, access_log=options.access_log)
+    app.add_middleware(Observe, metrics=live.metrics, access_log=options.access_log)
     add_error_handlers(app)
     _add_questions(app, batcher, limits, options)
-    _add_state(app, recommender, systems, facts, limits)
-    _add_examples(app, recommender, options)
+    _add_state(app, live, limits)
+    _add_examples(app, live, options)
     if options.docs:
         _add_docs(app)
     _add_page(app)
@@ -178,16 +184,12 @@ def run(
     on_ready: Callable[[], None] = lambda: None,
     connections: ConnectionLimits | None = None,
     others: Sequence[System] = (),
+    follow: Follow | None = None,
 ) -> None:
     """Serve on a socket of bind() until a signal; what was taken is answered."""
-    app = make_app(recommender, limits, options, others)
-    batcher, metrics = app.state.batcher, app.state.metrics
+    app = make_app(recommender, limits, options, others, follow)
+    batcher, metrics = app.state.batcher, app.state.live.metrics
     serve(app, bound, batcher, connections or ConnectionLimits(), limits.timeout_s, metrics.closed, on_ready)
-
-
-def public(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """What clients read of the model: run folders by their names, not by their places."""
-    return {name: Path(value).name if name in ("run", RETRIEVER) else value for name, value in facts.items()}
 
 
 def num_candidates(request: Mapping[str, Any]) -> int:
@@ -251,17 +253,14 @@ async def while_connected(
         left.cancel()
 
 
-def _add_state(
-    app: FastAPI, recommender: Recommender, systems: Sequence[System], facts: dict[str, Any], limits: Limits
-) -> None:
+def _add_state(app: FastAPI, live: Live, limits: Limits) -> None:
     batcher: Batcher = app.state.batcher
-    metrics: Metrics = app.state.metrics
 
     @app.head("/health", include_in_schema=False)  # monitors ask with HEAD
     @app.get("/health")
     async def health() -> Health:
         """200 while the process lives."""
-        return Health()
+        return Health(model=live.names, problem=live.problem)
 
     @app.head("/ready", include_in_schema=False)
     @app.get("/ready", responses={200: {"model": Ready}, 503: {"model": Ready}})
@@ -273,9 +272,10 @@ def _add_state(
     @app.get("/model")
     async def model() -> Facts:
         """What answers, and its limits."""
+        recommender = live.recommender
         return Facts(
-            model=facts,
-            systems=[SystemFacts(**system.facts) for system in systems],
+            model=public(recommender.facts),
+            systems=[SystemFacts(**system.facts) for system in live.systems.systems.values()],
             num_items=recommender.num_items,
             queries=recommender.query_mode,
             limits=asdict(limits),
@@ -284,32 +284,33 @@ def _add_state(
     @app.get("/metrics", response_class=Response)
     async def metrics_text() -> Response:
         """Counters in the text format of Prometheus."""
-        return Response(metrics.text(batcher.num_waiting), media_type=CONTENT_TYPE)
+        return Response(live.metrics.text(batcher.num_waiting), media_type=CONTENT_TYPE)
 
 
-def _add_examples(app: FastAPI, recommender: Recommender, options: Options) -> None:
+def _add_examples(app: FastAPI, live: Live, options: Options) -> None:
     @app.get("/users")
     def users() -> KnownUsers:
         """Some users whose histories are known."""
         if not options.shows_users:
             return KnownUsers(users=[], reason=USERS_OFF)
-        return KnownUsers(**recommender.some_users(SAMPLE_USERS))
+        return KnownUsers(**live.recommender.some_users(SAMPLE_USERS))
 
     @app.get("/users/{user_id:path}/history", responses={400: {"model": Error}, 403: {"model": Error}})
     def history(user_id: str) -> History:
         """A user's clicks, oldest first."""
         if not options.shows_users:
             raise HTTPException(403, USERS_OFF)
-        return History(user_id=user_id, history=recommender.history_of(user_id))
+        return History(user_id=user_id, history=live.recommender.history_of(user_id))
 
     @app.get("/queries")
     def queries() -> ExampleQueries:
         """Some queries that users wrote."""
         if not options.shows_users:
             return ExampleQueries(queries=[], reason=USERS_OFF)
-        if isinstance(recommender.users, str):
-            return ExampleQueries(queries=[], reason=recommender.users)
-        return ExampleQueries(queries=recommender.users.frequent_queries(SAMPLE_QUERIES), reason="")
+        known = live.recommender.users
+        if isinstance(known, str):
+            return ExampleQueries(queries=[], reason=known)
+        return ExampleQueries(queries=known.frequent_queries(SAMPLE_QUERIES), reason="")
 
 
 def _add_page(app: FastAPI) -> None:

@@ -40,6 +40,7 @@ class Metrics:
         self._seconds: dict[str, Histogram] = {}
         self._batch_size = Histogram(BATCH_SIZES)
         self._closed: Counter[str] = Counter()
+        self._loads = {"used": 0, "refused": 0}
 
     def request(self, path: str, status: int, seconds: float) -> None:
         """One answered request. path: of a small fixed set, not what the client wrote."""
@@ -52,6 +53,15 @@ class Metrics:
     def closed(self, reason: str) -> None:
         """One connection that the service ended: too slow, or one too many."""
         self._closed[reason] += 1
+
+    def model_replaced(self, model: Mapping[str, object]) -> None:
+        """A newer version answers. This and model_refused() come from another thread."""
+        self._model = {name: str(value) for name, value in model.items()}
+        self._loads["used"] += 1
+
+    def model_refused(self) -> None:
+        """A newer version could not be used."""
+        self._loads["refused"] += 1
 
     def text(self, queue_length: int) -> str:
         """All of it, in the exposition format."""
@@ -75,6 +85,11 @@ class Metrics:
             *(
                 f"gensr_connections_closed_total{_labels({'reason': reason})} {count}"
                 for reason, count in sorted(self._closed.items())
+            ),
+            *_head("gensr_model_loads_total", "counter", "Newer versions that the service has loaded."),
+            *(
+                f"gensr_model_loads_total{_labels({'result': result})} {count}"
+                for result, count in self._loads.items()
             ),
             *_head("gensr_model_info", "gauge", "What answers; always 1."),
             f"gensr_model_info{_labels(self._model)} 1",

@@ -93,9 +93,12 @@ class Error(Strict):
 
 
 class Health(Strict):
-    """The process lives."""
+    """The process lives. model: what answers, by name and version, or by run. problem: why a newer version
+    does not; "" where there is none."""
 
     status: Literal["ok"] = "ok"
+    model: dict[str, Any]
+    problem: str
 
 
 class Ready(Strict):

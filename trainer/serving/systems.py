@@ -59,7 +59,7 @@ class System:
 
 
 class Systems:
-    """Answers requests to several systems. For one thread."""
+    """Answers requests to several systems. For one thread, but for replace()."""
 
     def __init__(self, systems: Sequence[System]) -> None:
         self.systems = {system.name: system for system in systems}
@@ -88,8 +88,13 @@ class Systems:
             there = ", ".join(filter(None, self.systems)) or "no other"
             raise RequestError(f"system: there is no {name!r} here. Leave it out for the model, or: {there}")
         if name not in self._opened:
-            self._opened[name] = self.systems[name].open()
+            self._opened.setdefault(name, self.systems[name].open())  # replace() may have come between
         return self._opened[name]
+
+    def replace(self, system: System) -> None:
+        """Another one of that name, from the next call on. May come from another thread."""
+        self.systems[system.name] = system
+        self._opened[system.name] = system.open()
 
 
 def system_of(recommender: Recommender, name: str = MAIN) -> System:

@@ -115,6 +115,9 @@ def set_up(
         progress.validations_without_gain = 0
 
     stream, valid = make_streams(config, folder, accelerator, module.tasks, cf, holdout, progress.events_seen)
+    identity["left_out"] = sorted({shard.name for shard in folder.manifest.shards("train")} - _names(stream))
+    if found is not None:
+        checkpoint.check_shards(found, identity["left_out"], config.run.accept_changes)
     schedule = make_schedule(config, stream.num_events, accelerator.num_processes)
     threshold = above_chance(config.run.select_metric, 1 + folder.manifest.num_negatives, valid.num_events)
     if accelerator.is_main_process:
@@ -308,6 +311,10 @@ def make_streams(
         folder, "valid", data, run.eval_batch_size, rank, world_size, run.valid_events, tasks=tasks
     )
     return stream, valid
+
+
+def _names(stream: TrainStream) -> set[str]:
+    return {shard.name for shard in stream.shards}
 
 
 def batch_before(config: Config, stream: TrainStream, module: Ranker, device: Any) -> Batch:

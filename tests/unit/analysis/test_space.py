@@ -90,6 +90,15 @@ def test_points_on_a_line_have_no_density():
         density_contours(Projection(line, line, "pca", None, 0))
 
 
+def test_contours_of_few_points_are_not_cut_off():
+    generator = np.random.default_rng(3)
+    points = generator.uniform(size=(30, 2))
+    found = density_contours(Projection(points, points + 0.1, "pca", None, 0))
+    for density, levels in ((found.first, found.first_levels), (found.second, found.second_levels)):
+        rim = max(density[[0, -1]].max(), density[:, [0, -1]].max())
+        assert rim < min(levels)
+
+
 def test_contours_and_projections_can_be_stored(tmp_path):
     made = plane(1.0, num_rows=50)
     projection = load_arrays(save_arrays(tmp_path / "projection.npz", made), Projection)

@@ -38,6 +38,18 @@ def test_what_does_not_count_does_not_move_the_statistics():
     assert BatchNorm(5)(x, torch.zeros_like(counted)).isfinite().all()
 
 
+def test_a_batch_that_overflows_does_not_stay_in_the_statistics():
+    """run.on_nan=skip leaves it out; what evaluation reads must not remember it."""
+    ours, undisturbed = BatchNorm(5), BatchNorm(5)
+    x, bad = torch.randn(4, 5), torch.randn(4, 5)
+    bad[1, 3] = torch.inf
+    ours(x), undisturbed(x)
+    ours(bad)
+    assert ours.eval()(x).isfinite().all()
+    assert ours.running_mean[3] == undisturbed.running_mean[3]
+    assert ours.running_var[3] == undisturbed.running_var[3]
+
+
 def test_ranks_share_their_statistics():
     x = torch.randn(8, 5)
     others: Iterator[Tensor] = iter([])

@@ -10,7 +10,7 @@ from data_shards.secrets import mask_secrets, masked
 from data_shards.settings import flatten, read_yaml
 from trainer.analysis.drawing import Bar, Curve, bars_with_intervals, curves_with_intervals, write_figure
 from trainer.analysis.pages import Fold, Part, Picture, Section, Table, Text
-from trainer.analysis.report.asked import Asked, Example
+from trainer.analysis.report.asked import Asked, Example, Read
 from trainer.evaluation.evaluated_weights import warnings_of
 from trainer.evaluation.segments import BUCKETS, METRIC
 from trainer.evaluation.summary import (
@@ -244,11 +244,7 @@ def _example(one: Example, task: str) -> list[str]:
         one.clicked,
         f"{one.rank} of {one.num_candidates}",
     ]
-    read = "; ".join(
-        f"{found.item}{' (searched)' if found.searched else ''}"
-        + ("" if not found.weights else " " + ", ".join(f"{k} {short(v)}" for k, v in found.weights.items()))
-        for found in one.history
-    )
+    read = "; ".join(map(_read, one.history))
     rest = "" if one.num_history <= len(one.history) else f"; and {one.num_history - len(one.history)} more"
     first = "the clicked item" if one.rank == 1 else one.first
     return [
@@ -258,6 +254,12 @@ def _example(one: Example, task: str) -> list[str]:
         short(one.first_probability),
         (read + rest) or "no history",
     ]
+
+
+def _read(one: Read) -> str:
+    """`Red lamp, 30 cm (searched, cf .119, semantic .052)`: titles have commas of their own."""
+    facts = [*(["searched"] if one.searched else []), *(f"{k} {short(v)}" for k, v in one.weights.items())]
+    return f"{one.item} ({', '.join(facts)})" if facts else one.item
 
 
 def provenance(run: RunFolder) -> list[Section]:

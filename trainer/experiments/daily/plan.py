@@ -7,6 +7,7 @@ out: daily
 settings: {run.max_epochs: 0.2}   # of every training, beside those of RUN/config.yaml
 """
 
+import contextlib
 import os
 import shlex
 import shutil
@@ -15,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import yaml
 from annotated_types import Ge
 from pydantic import Field
 
@@ -22,7 +24,7 @@ from data_shards import settings as s
 from data_shards.append import open_base
 from data_shards.errors import GensrError
 from data_shards.schema import read_manifest
-from data_shards.settings import flatten
+from data_shards.settings import flatten, parse_yaml
 from trainer.config import CfConfig, CfRoot, Config
 from trainer.configs import load_config
 from trainer.data.folder import PreparedFolder
@@ -77,8 +79,8 @@ class DailySettings:
     done_file: str = ""
     """file that says that a day's folder is whole, _SUCCESS for example; empty: it is when it appears"""
     keep: Annotated[int, Ge(0)] = 0
-    """prepared folders of so many newest days are kept, and those of the champion and the one before it; 0 =
-    all"""
+    """prepared folders and checkpoints of so many newest days are kept, and those of the champion and the one
+    before it; 0 = all"""
 
     def folder(self, day: str) -> Path:
         """The prepared folder of a day."""
@@ -193,6 +195,26 @@ def _check_launch(launch: str) -> None:
         raise ConfigError(f"{launch}: {error}") from error
     if launch and not (words and shutil.which(words[0])):
         raise ConfigError(f"{launch}: no such program")
+    if words and Path(words[0]).name in ("accelerate", "torchrun") and (number := _machines(words)) > 1:
+        raise ConfigError(
+            f"{launch} waits for {number} machines, and gensr daily starts it on this one alone. Take a file "
+            "for one machine (ds_configs/accelerate_gpu_8.yaml), or a script of yours that starts it on each"
+        )
+
+
+def _machines(words: Sequence[str]) -> int:
+    """How many nodes accelerate or torchrun are told to wait for, by an option or accelerate's file."""
+    options = {}
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        name, is_whole, value = word.partition("=")
+        options[name.lstrip("-").replace("-", "_")] = value if is_whole else following
+    of_file: Any = None
+    with contextlib.suppress(KeyError, OSError, ValueError, yaml.YAMLError):  # accelerate says what is wrong
+        of_file = parse_yaml(Path(options["config_file"]).read_text(encoding="utf-8"))
+    said = of_file.get("num_machines") if isinstance(of_file, dict) else None
+    number = options.get("num_machines") or options.get("nnodes") or said or 1
+    most = str(number).rpartition(":")[2]  # torchrun's MIN:MAX
+    return int(most) if most.isdigit() else 1
 
 
 def _rows(given: DailySettings) -> list[dict[str, Any]]:

@@ -51,7 +51,7 @@ def lines_of(rows: Rows) -> list[str]:
 
 def draw(rows: Rows, path: Path) -> None:
     """A panel a task: the new model and the champion on the events of each day."""
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
+    from matplotlib.ticker import MaxNLocator
 
     from trainer.analysis.drawing import Curve, curves_with_intervals, write_figure
 
@@ -70,8 +70,9 @@ def draw(rows: Rows, path: Path) -> None:
     if panels:
         figure = curves_with_intervals(panels, "", least_span=SPAN)
         for axes in figure.axes:
-            axes.xaxis.set_major_locator(MaxNLocator(nbins=3, integer=True))
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda number, place: names.get(number, "")))
+            ticks = MaxNLocator(nbins=3, integer=True).tick_values(1, len(names))
+            shown = [round(tick) for tick in ticks if tick in names]
+            axes.set_xticks(shown, [names[number] for number in shown])
         write_figure(figure, path)
 
 

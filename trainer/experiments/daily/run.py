@@ -190,10 +190,12 @@ def _alone(out: Path) -> Iterator[None]:
 
 
 def _forget(plan: Daily) -> None:
-    """Deletes prepared folders of days before the newest `keep`, but for those in which users of the champion
-    (and of the one that a rollback would bring) are looked up."""
+    """Deletes prepared folders and checkpoints of days before the newest `keep`, but for the champion's and
+    those of the one that a rollback would bring: users are looked up in the folder."""
     given = plan.settings
     needed = champions(given.name, plan.uri)
     for row in plan.rows()[: -given.keep] if given.keep else []:
         if row["version"] not in needed:
-            shutil.rmtree(given.folder(row["day"]), ignore_errors=True)
+            run = RunFolder(plan.out / "runs" / row["day"])
+            for folder in (given.folder(row["day"]), run.checkpoints):
+                shutil.rmtree(folder, ignore_errors=True)

@@ -1,7 +1,7 @@
 """BM25 (Robertson & Zaragoza 2009) of the query against the text of each candidate.
 
-Index: bm25s in Lucene's variant, by default with bm25s' k1 = 1.5 and b = 0.75. Terms: lower-cased words of the
-texts, or anonymised words where the data has them. Only candidates are scored: the cost depends on their
+Index: bm25s in Lucene's variant, by default with bm25s' k1 = 1.5 and b = 0.75. Terms: lower-cased words of
+the texts, or anonymised words where the data has them. Only candidates are scored: the cost depends on their
 terms, not on the catalogue. It reads the prepared folder's texts, so it is evaluated there and not
 registered.
 """

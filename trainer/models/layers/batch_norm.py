@@ -42,8 +42,10 @@ class BatchNorm(nn.Module):
         var = self._of_all_ranks(((rows - mean).square() * weight).sum(0)) / count
         with torch.no_grad():
             unbiased = var * count / (count - 1).clamp(min=1)
-            self.running_mean.lerp_(mean, MOMENTUM)
-            self.running_var.lerp_(unbiased, MOMENTUM)
+            # one batch that overflows is left out by run.on_nan=skip, and must not stay here for ever
+            finite = mean.isfinite() & unbiased.isfinite()
+            self.running_mean.lerp_(mean.where(finite, self.running_mean), MOMENTUM)
+            self.running_var.lerp_(unbiased.where(finite, self.running_var), MOMENTUM)
         return mean, var
 
     def _of_all_ranks(self, total: Tensor) -> Tensor:
