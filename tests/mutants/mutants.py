@@ -40,7 +40,9 @@ USER_TESTS = "tests/unit/models/test_user.py"
 NOTHING_SEEN = "tests/unit/models/test_history_ids.py::test_attention_to_nothing_is_zero"
 RETRIEVERS = "tests/unit/test_retriever.py"
 
+CF_VIEW = "trainer/models/cf_view.py"
 HISTORY = "trainer/models/gensr/history.py"
+CONTRACT = "trainer/models/contract.py"
 GENSR = "trainer/models/gensr/model.py"
 EVIDENCE = "trainer/models/gensr/evidence.py"
 MINING = "trainer/models/gensr/mining.py"
@@ -104,7 +106,7 @@ NINE = [
     ),
     mutant(
         "task weights swapped",
-        GENSR,
+        CONTRACT,
         "torch.where(batch.task == SRC, data.weight_src, data.weight_rec)",
         "torch.where(batch.task == SRC, data.weight_rec, data.weight_src)",
         DECODER,
@@ -263,21 +265,21 @@ MODELS = [
     ),
     mutant(
         "every event reads the full CF table",
-        GENSR,
-        "if tables.cf_folds.shape[0] == 0 or not self.training:",
+        CF_VIEW,
+        "if tables.cf_folds.shape[0] == 0 or not model.training:",
         "if True:",
         DECODER,
     ),
     mutant(
         "scoring reads held-out CF tables",
-        GENSR,
-        "if tables.cf_folds.shape[0] == 0 or not self.training:",
+        CF_VIEW,
+        "if tables.cf_folds.shape[0] == 0 or not model.training:",
         "if tables.cf_folds.shape[0] == 0:",
         f"{MODEL}::test_an_event_reads_the_table_that_did_not_see_its_click_in_training_only",
     ),
     mutant(
         "an event without a fold reads fold 0",
-        GENSR,
+        CF_VIEW,
         "torch.where((fold_B >= 0)[:, None, None], held_out, tables.cf[items])",
         "torch.where((fold_B >= -1)[:, None, None], held_out, tables.cf[items])",
         f"{MODEL}::test_an_event_reads_the_table_that_did_not_see_its_click_in_training_only",

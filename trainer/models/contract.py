@@ -160,7 +160,7 @@ class Ranker(nn.Module):
         Micro-batches of equal size must add up to the whole batch's gradient, and so must the ranks' batches.
         With `in_batch` only the latter: what is compared is gathered by world.ranks. Every trained weight has
         a gradient, if only 0, whatever the events are: DDP and ZeRO wait for it on all ranks. A model of both
-        tasks weighs each event's loss by data.weight_rec or data.weight_src, as its task is."""
+        tasks weighs each event's loss by event_weights()."""
         raise NotImplementedError
 
     def score(self, batch: Batch) -> Tensor:
@@ -271,6 +271,11 @@ class Ranker(nn.Module):
         loss, report = self.loss(batch)
         report["loss"] = loss.detach()
         return loss, report
+
+    def event_weights(self, batch: Batch) -> Tensor:
+        """How much each event's loss weighs by its task, [B] float32: data.weight_rec or data.weight_src."""
+        data = self.world.data
+        return torch.where(batch.task == SRC, data.weight_src, data.weight_rec).float()
 
     @property
     def world(self) -> World:

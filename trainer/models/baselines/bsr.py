@@ -98,8 +98,7 @@ class Bsr(LanguageRanker):
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         hidden_BD, target_B = self._hidden(batch), clicked(batch) - 1
-        data = self.world.data
-        weights_B = torch.where(batch.task == SRC, data.weight_src, data.weight_rec).float()
+        weights_B = self.event_weights(batch)
         if not self.samples:
             losses_B = F.cross_entropy(self.items(scores_of=hidden_BD), target_B, reduction="none")
             return weighted_mean(losses_B, weights_B), {}

@@ -163,8 +163,7 @@ class Jsr(Ranker):
         self.core = Core2018(world, settings) if settings.variant == 2018 else Core2020(world, settings)
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        data = self.world.data
-        weights_B = torch.where(batch.task == SRC, data.weight_src, data.weight_rec).float()
+        weights_B = self.event_weights(batch)
         if isinstance(self.core, Core2018):
             return answer_loss(self.score(batch), batch.labels, weights_B), {}
         scores_BC = self.core.interactions(batch.user + 1, batch.candidates + 1)

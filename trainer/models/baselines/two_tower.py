@@ -29,6 +29,7 @@ from trainer.config import Fraction, ModelSettings, NonNegativeFloat, Positive, 
 from trainer.models.contract import Ranker, View, World
 from trainer.models.layers.dropout import Dropout
 from trainer.models.layers.embedding import ItemTable, WordMean
+from trainer.models.losses import weighted_mean
 
 
 @s.settings
@@ -130,9 +131,7 @@ class TwoTower(Ranker):
             [positive_B[:, None], drawn_BC.masked_fill(batch.labels > 0, -torch.inf), others], 1
         )
         loss_B = everything.logsumexp(1) - positive_B
-        data = self.world.data
-        weights_B = torch.where(batch.task == SRC, data.weight_src, data.weight_rec).float()
-        return (loss_B * weights_B).mean(), {}
+        return weighted_mean(loss_B, self.event_weights(batch)), {}
 
     def score(self, batch: Batch) -> Tensor:
         return (self._asked(batch).float()[:, None] * self._items(batch.candidates).float()).sum(-1)

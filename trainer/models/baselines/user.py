@@ -260,9 +260,7 @@ class User(Ranker):
         return torch.cat(parts, 1)
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        data = self.world.data
-        weights_B = torch.where(batch.task == SRC, data.weight_src, data.weight_rec).float()
-        return listwise_loss(self.score(batch), batch.labels, weights_B), {}
+        return listwise_loss(self.score(batch), batch.labels, self.event_weights(batch)), {}
 
     def ready_to_serve(self) -> None:
         """Most of a score is the layer over the words of texts. Those of the candidates are kept as vectors;

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from data_shards.schema import SRC
 from trainer.batch import Batch, Group, rows_of
 from trainer.errors import ConfigError
 from trainer.models.backbones.backbone import Prompt
@@ -172,8 +171,7 @@ class GenSR(AdapterRanker):
         seen = self.seen(batch, own=True)
         scores_BC, cf_BCD, sem_BCD = self._score_encoded(batch, history, seen)
         scores_BC = scores_BC - self._drawn_more_often(batch, seen)
-        settings, data = self.settings, self.world.data
-        weights_B = torch.where(batch.task == SRC, data.weight_src, data.weight_rec).float()
+        settings, weights_B = self.settings, self.event_weights(batch)
         answer = answer_loss(scores_BC, batch.labels, weights_B)
         loss = answer
         report = {"answer_loss": answer.detach()}
