@@ -8,6 +8,7 @@ from torch import Tensor
 
 from trainer.batch import Batch
 from trainer.models.contract import Ranker, View
+from trainer.models.layers.attention import masked_mean
 
 
 def held_out_cf(model: Ranker, items: Tensor, fold_B: Tensor) -> Tensor:
@@ -29,12 +30,7 @@ def cf_view(model: Ranker, share: Mapping[int, float]) -> View:
         return vectors.float()
 
     def ask(batch: Batch, mean: Tensor) -> Tensor:
-        return history_mean(F.normalize(items(batch.history_items), dim=-1, eps=1e-12), batch)
+        unit_BNK = F.normalize(items(batch.history_items), dim=-1, eps=1e-12)
+        return masked_mean(unit_BNK, batch.history_mask)
 
     return View(model.tables.cf.shape[1], items, ask, share, whole_history=True)
-
-
-def history_mean(vectors_BNW: Tensor, batch: Batch) -> Tensor:
-    """Mean over the real items of each history, [B, W]; 0 without any."""
-    mask_BN1 = batch.history_mask[..., None]
-    return (vectors_BNW * mask_BN1).sum(1) / mask_BN1.sum(1).clamp(min=1)

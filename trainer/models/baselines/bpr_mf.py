@@ -21,6 +21,7 @@ from data_shards.schema import REC
 from trainer.batch import Batch
 from trainer.config import ModelSettings, NonNegativeFloat, Positive
 from trainer.models.contract import Ranker, World
+from trainer.models.layers.attention import masked_mean
 from trainer.models.layers.embedding import ItemTable, inner_products
 
 
@@ -92,9 +93,7 @@ class BprMf(Ranker):
         """The user's vector, or the mean of the history's items, with 1 behind it for the bias: [B, D + 1]"""
         user_BD = self.factors.users(batch.user + 1)
         if bool((batch.user < 0).any()):
-            mask_BN1 = batch.history_mask[..., None]
-            history_BND = self.factors.items(batch.history_items + 1) * mask_BN1
-            mean_BD = history_BND.sum(1) / mask_BN1.sum(1).clamp(min=1)
+            mean_BD = masked_mean(self.factors.items(batch.history_items + 1), batch.history_mask)
             user_BD = torch.where((batch.user < 0)[:, None], mean_BD, user_BD)
         return torch.cat([user_BD, user_BD.new_ones((len(user_BD), 1))], 1)
 

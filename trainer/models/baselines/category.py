@@ -27,6 +27,7 @@ from data_shards.sources.amazon import category_query
 from trainer.batch import Batch
 from trainer.config import ModelSettings
 from trainer.models.contract import Ranker, World
+from trainer.models.layers.attention import masked_mean
 
 
 @s.settings
@@ -106,8 +107,7 @@ class Category(Ranker):
         """In [0, 1): of candidates [B, C], or of all items."""
         if self.settings.by == "popularity":
             return self.share if candidates is None else self.share[candidates]
-        mask_BN1 = batch.history_mask[..., None]
-        taste_BK = (self.tables.cf[batch.history_items] * mask_BN1).sum(1) / mask_BN1.sum(1).clamp(min=1)
+        taste_BK = masked_mean(self.tables.cf[batch.history_items], batch.history_mask)
         if candidates is None:
             match = taste_BK @ self.tables.cf.T
         else:

@@ -35,6 +35,7 @@ from trainer.models.backbones.ranker import AdapterRanker
 from trainer.models.backbones.settings import AdapterSettings
 from trainer.models.cf_view import cf_view, held_out_cf
 from trainer.models.contract import Cost, View, World
+from trainer.models.layers.attention import masked_mean
 from trainer.models.layers.history import HistoryKind, kept_slots, pack
 
 # a small tokenizer makes several tokens of a word: of the paper's prompt three quarters are these texts
@@ -166,8 +167,7 @@ class Collm(AdapterRanker):
         """[B, K]; 0 without a history."""
         if self.settings.user == "table":
             return self.tables.cf_users[batch.user]
-        vectors_BNK = held_out_cf(self, batch.history_items, batch.fold) * kept_BN[..., None]
-        return vectors_BNK.sum(1) / kept_BN.sum(1, keepdim=True).clamp(min=1)
+        return masked_mean(held_out_cf(self, batch.history_items, batch.fold), kept_BN)
 
     # ---- what the rest of the house asks -------------------------------------------------------------------
 

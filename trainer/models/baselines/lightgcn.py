@@ -15,6 +15,7 @@ from data_shards.schema import REC
 from trainer.batch import Batch
 from trainer.config import ModelSettings
 from trainer.models.contract import Ranker
+from trainer.models.layers.attention import masked_mean
 
 
 @s.settings
@@ -45,8 +46,7 @@ class LightGcn(Ranker):
         if self.settings.by == "user":
             self.check_history(batch, reads_users=True)
             return self.tables.cf_users[batch.user]
-        mask_BN1 = batch.history_mask[..., None]
-        return (self.tables.cf[batch.history_items] * mask_BN1).sum(1) / mask_BN1.sum(1).clamp(min=1)
+        return masked_mean(self.tables.cf[batch.history_items], batch.history_mask)
 
 
 MODEL = LightGcn
