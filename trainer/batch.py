@@ -8,6 +8,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from data_shards.schema import SRC
+
 ITEM_SLICE = 65_536  # items whose text is read at once where all are: bounds memory
 
 
@@ -50,6 +52,15 @@ class Batch:
     def clicked(self) -> Tensor:
         """[B] int64, the clicked item of each event of a batch with labels."""
         return self.candidates.gather(1, self.labels.argmax(1, keepdim=True))[:, 0]
+
+    @property
+    def searched(self) -> Tensor:
+        """[B, N] bool, the history's clicks of searches; `browsed`: all others, without padding."""
+        return self.history_mask & (self.history_tasks == SRC)
+
+    @property
+    def browsed(self) -> Tensor:
+        return self.history_mask & (self.history_tasks != SRC)
 
     def to(self, device: torch.device | str) -> "Batch":
         """On a device. From pinned memory nobody waits for the copy."""

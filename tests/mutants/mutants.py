@@ -46,6 +46,7 @@ CONTRACT = "trainer/models/contract.py"
 GENSR = "trainer/models/gensr/model.py"
 EVIDENCE = "trainer/models/gensr/evidence.py"
 MINING = "trainer/models/gensr/mining.py"
+AGES = "trainer/models/layers/history.py"
 CATEGORIES = "trainer/models/layers/categories.py"
 NEIGHBOURS = "trainer/models/layers/neighbours.py"
 PROMPT = "trainer/models/gensr/prompt.py"
@@ -120,16 +121,16 @@ NINE = [
     ),
     mutant(
         "age reversed",
-        HISTORY,
-        "mask_BN.sum(1, keepdim=True) - 1 - torch.arange(mask_BN.shape[1], device=mask_BN.device)",
-        "mask_BN.sum(1, keepdim=True) * 0 + torch.arange(mask_BN.shape[1], device=mask_BN.device)",
+        AGES,
+        "mask_BN.sum(1, keepdim=True) - 1 - place_N",
+        "mask_BN.sum(1, keepdim=True) * 0 + place_N",
         DECODER,
     ),
     mutant(
         "behaviour ignored",
         HISTORY,
-        "self.age(age_BN) + self.behaviour(tasks_BN)",
-        "self.age(age_BN) + self.behaviour(tasks_BN * 0)",
+        "self.age(ages(mask_BN)) + self.behaviour(tasks_BN)",
+        "self.age(ages(mask_BN)) + self.behaviour(tasks_BN * 0)",
         DECODER,
     ),
     mutant(
@@ -160,15 +161,15 @@ NINE = [
 MODELS = [
     mutant(
         "age of the newest is 1",
-        HISTORY,
-        "mask_BN.sum(1, keepdim=True) - 1 - torch.arange(",
-        "mask_BN.sum(1, keepdim=True) - torch.arange(",
+        AGES,
+        "mask_BN.sum(1, keepdim=True) - 1 - place_N",
+        "mask_BN.sum(1, keepdim=True) - place_N",
         DECODER,
     ),
     mutant(
         "history without age",
         HISTORY,
-        "self.age(age_BN) + self.behaviour(tasks_BN)",
+        "self.age(ages(mask_BN)) + self.behaviour(tasks_BN)",
         "self.behaviour(tasks_BN)",
         DECODER,
     ),

@@ -29,7 +29,7 @@ from trainer.models.contract import World
 from trainer.models.layers.dropout import Dropout
 from trainer.models.layers.embedding import ItemTable, Positions
 from trainer.models.layers.history import clicked, newest
-from trainer.models.layers.sequence import init_normal, last_step, recbole_layer
+from trainer.models.layers.sequence import init_normal, last_step, recbole_layer, run_layers
 from trainer.models.next_item import NextItemRanker, NextItemSettings
 
 EPS = 1e-12  # of every LayerNorm
@@ -82,9 +82,7 @@ class Bert4RecCore(nn.Module):
 
     def forward(self, ids_BN: Tensor) -> Tensor:
         x = self.dropout(self.norm(self.positions(self.items(ids_BN))))
-        visible = (ids_BN != 0)[:, None]
-        for layer in self.layers:
-            x = layer(x, visible)
+        x = run_layers(self.layers, x, (ids_BN != 0)[:, None])
         steps_BND: Tensor = self.output_norm(F.gelu(self.output(x)))
         return steps_BND
 

@@ -18,13 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_shards import settings as s
-from data_shards.schema import REC, SRC
+from data_shards.schema import REC
 from trainer.batch import Batch, query_terms_of
 from trainer.config import ModelSettings, Positive
 from trainer.models.baselines.din import Head, InterestUnit
 from trainer.models.contract import GatherRows, Ranker, World
 from trainer.models.layers.embedding import ItemTable, WordMean
-from trainer.models.layers.history import pack
+from trainer.models.layers.history import pack, slot_ids
 from trainer.models.layers.mlp import init_xavier
 
 
@@ -96,15 +96,14 @@ class DinSearch(Ranker):
         return F.binary_cross_entropy_with_logits(self.score(batch), batch.labels), {}
 
     def score(self, batch: Batch) -> Tensor:
-        ids_BN, src_BN = (batch.history_items + 1) * batch.history_mask, batch.history_tasks == SRC
-        searched, browsed = (pack(ids_BN, batch.history_mask & kind) for kind in (src_BN, ~src_BN))
+        searched, browsed = (pack(slot_ids(batch), kept) for kept in (batch.searched, batch.browsed))
         queries = self._query_words(batch)
         scores_BC: Tensor = self.core(*queries, searched, browsed, batch.candidates + 1)
         return scores_BC
 
     def _query_words(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Words [B, N, W] and which slots have a query [B, N]."""
-        known_BN = batch.history_mask & (batch.history_tasks == SRC) & (batch.history_queries >= 0)
+        known_BN = batch.searched & (batch.history_queries >= 0)
         return query_terms_of(self.tables, torch.where(known_BN, batch.history_queries, -1)), known_BN
 
 

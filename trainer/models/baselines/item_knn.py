@@ -18,6 +18,7 @@ from data_shards.schema import REC
 from trainer.batch import Batch
 from trainer.config import ModelSettings, NonNegativeFloat, Positive, Share
 from trainer.models.contract import Ranker, World
+from trainer.models.layers.history import ages
 from trainer.models.layers.neighbours import click_matrix, common_users, keep_nearest, looked_up
 
 
@@ -74,9 +75,7 @@ class ItemKnn(Ranker):
 
     def _weights(self, batch: Batch) -> Tensor:
         """decay^age, [B, N] float32; 0 for padding."""
-        mask_BN = batch.history_mask
-        age_BN = mask_BN.sum(1, keepdim=True) - 1 - torch.arange(mask_BN.shape[1], device=mask_BN.device)
-        return self.settings.decay ** age_BN.clamp(min=0) * mask_BN
+        return self.settings.decay ** ages(batch.history_mask) * batch.history_mask
 
     def probability(self, scores: Tensor) -> Tensor:
         """Not one: similarity mass / (1 + mass), so that answers lie in [0, 1)."""

@@ -23,12 +23,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_shards import settings as s
-from data_shards.schema import REC, SRC
+from data_shards.schema import REC
 from trainer.batch import Batch
 from trainer.config import ModelSettings, Positive
 from trainer.models.contract import Ranker, World
 from trainer.models.layers.attention import AdditivePooling
 from trainer.models.layers.embedding import ItemTable, inner_products
+from trainer.models.layers.history import slot_ids
 
 CATALOGUE_SLICE = 65_536  # items mapped at once for the whole catalogue: 52 MB at a width of 200
 
@@ -108,10 +109,9 @@ class Nrhub(Ranker):
         return torch.cat(parts, 1)
 
     def _users(self, batch: Batch) -> Tensor:
-        search_BN = batch.history_mask & (batch.history_tasks == SRC)
-        items_BN, queries_BN = batch.history_items + 1, batch.history_queries + 1  # an unknown query is 0
-        browsed_BN = items_BN * (batch.history_mask & ~search_BN)
-        user_BU: Tensor = self.core(queries_BN * search_BN, items_BN * search_BN, browsed_BN)
+        items_BN, queries_BN = slot_ids(batch), batch.history_queries + 1  # an unknown query is 0
+        clicks_BN, browsed_BN = items_BN * batch.searched, items_BN * batch.browsed
+        user_BU: Tensor = self.core(queries_BN * batch.searched, clicks_BN, browsed_BN)
         return user_BU
 
 

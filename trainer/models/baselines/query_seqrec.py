@@ -30,8 +30,8 @@ from trainer.models.contract import World
 from trainer.models.layers.attention import Attention, masked_mean
 from trainer.models.layers.dropout import Dropout
 from trainer.models.layers.embedding import ItemTable, Positions
-from trainer.models.layers.history import clicked, newest, sessions
-from trainer.models.layers.sequence import causal, last_step
+from trainer.models.layers.history import clicked, newest, sessions, slot_ids
+from trainer.models.layers.sequence import causal, last_step, run_layers
 from trainer.models.next_item import NextItemRanker
 
 EPS = 1e-8  # of every LayerNorm
@@ -110,9 +110,7 @@ class QuerySeqRecCore(nn.Module):
     def forward(self, ids_BTW: Tensor, is_query_BT: Tensor) -> Tensor:
         tokens = masked_mean(self.items(ids_BTW), ids_BTW != 0)
         x = self.dropout(self.positions(tokens) + self.kinds(is_query_BT.long()))
-        visible = causal(ids_BTW[..., 0] != 0)
-        for block in self.blocks:
-            x = block(x, visible)
+        x = run_layers(self.blocks, x, causal(ids_BTW[..., 0] != 0))
         steps_BTD: Tensor = self.norm(x)
         return steps_BTD
 
@@ -172,8 +170,7 @@ class QuerySeqRec(NextItemRanker):
 
     def _clicks(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Ids of the clicked items and of the queries they were clicked for, [B, N] each; 0 for none."""
-        known_BN = batch.history_mask & (batch.history_tasks == SRC)
-        return (batch.history_items + 1) * batch.history_mask, (batch.history_queries + 1) * known_BN
+        return slot_ids(batch), (batch.history_queries + 1) * batch.searched
 
     def replaced(self, items_BN: Tensor, queries_BN: Tensor) -> tuple[Tensor, Tensor]:
         """Some items and some queries are others."""
@@ -201,7 +198,7 @@ class QuerySeqRec(NextItemRanker):
         """The newest tokens: ids [B, T, W], which are queries [B, T], and the item that follows each [B, T],
         0 where a query or nothing follows. A query stands before the first of the clicks made for it."""
         words_BNW = self._words(queries_BN)
-        first_BN, _ = sessions(batch.history_mask & (batch.history_tasks == SRC), batch.history_queries)
+        first_BN, _ = sessions(batch.searched, batch.history_queries)
         first_BN = first_BN & (words_BNW[..., 0] != 0)
         alone_BNW = F.pad(items_BN[..., None], (0, words_BNW.shape[2] - 1))
         kept = torch.stack([first_BN, batch.history_mask], 2).flatten(1)

@@ -26,7 +26,7 @@ from trainer.models.contract import World
 from trainer.models.layers.dropout import Dropout
 from trainer.models.layers.embedding import ItemTable, Positions
 from trainer.models.layers.history import clicked
-from trainer.models.layers.sequence import causal, init_normal, last_step, recbole_layer
+from trainer.models.layers.sequence import causal, init_normal, last_step, recbole_layer, run_layers
 from trainer.models.next_item import NextItemRanker, NextItemSettings
 
 EPS = 1e-12  # of every LayerNorm
@@ -68,10 +68,7 @@ class SasRecCore(nn.Module):
 
     def forward(self, ids_BN: Tensor) -> Tensor:
         x = self.dropout(self.norm(self.positions(self.items(ids_BN))))
-        visible = causal(ids_BN != 0)
-        for layer in self.layers:
-            x = layer(x, visible)
-        return x
+        return run_layers(self.layers, x, causal(ids_BN != 0))
 
 
 class SasRec(NextItemRanker):

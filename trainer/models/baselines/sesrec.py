@@ -27,16 +27,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_shards import settings as s
-from data_shards.schema import REC, SRC
+from data_shards.schema import REC
 from trainer.batch import Batch, query_terms_of
 from trainer.config import Fraction, ModelSettings, NonNegativeFloat, Positive, PositiveFloat
 from trainer.models.contract import Ranker, World
 from trainer.models.layers.attention import TargetAttention, masked_mean, masked_softmax
 from trainer.models.layers.contrast import QueryItemContrast
 from trainer.models.layers.embedding import ItemTable, Positions, WordMean
-from trainer.models.layers.history import pack, sessions
+from trainer.models.layers.history import pack, session_means, sessions, slot_ids
 from trainer.models.layers.mlp import init_xavier, mlp
-from trainer.models.layers.sequence import PostNormLayer
+from trainer.models.layers.sequence import PostNormLayer, run_layers
 
 EPS = 1e-8  # of every LayerNorm
 
@@ -187,8 +187,8 @@ class SesRecCore(nn.Module):
             item = self.item_map(rec_BND.new_zeros(self.item_map.in_features))
             rec_BND, rec_mask = _filled(rec_BND, rec_mask, self.lengths[0], item)
             src_BMD, src_mask = _filled(src_BMD, src_mask, self.lengths[1], query)
-        rec = _through(self.rec_layers, self.rec_positions(rec_BND), rec_mask)
-        src = _through(self.src_layers, self.src_positions(src_BMD), src_mask)
+        rec = run_layers(self.rec_layers, self.rec_positions(rec_BND), rec_mask[:, None])
+        src = run_layers(self.src_layers, self.src_positions(src_BMD), src_mask[:, None])
         real_rec, real_src = rec * rec_mask[..., None], src * src_mask[..., None]
         seen = (rec, src) if self.padding_counts else (real_rec, real_src)
         rec_weights, src_weights = self.co_attention(*seen, rec_mask, src_mask)
@@ -208,12 +208,6 @@ class SesRecCore(nn.Module):
 
 def _or_all(chosen: Tensor, mask: Tensor) -> Tensor:
     return torch.where(chosen.any(1, keepdim=True), chosen, mask)
-
-
-def _through(layers: nn.ModuleList, x_BND: Tensor, mask_BN: Tensor) -> Tensor:
-    for layer in layers:
-        x_BND = layer(x_BND, mask_BN[:, None])
-    return x_BND
 
 
 def _filled(x_BND: Tensor, mask_BN: Tensor, length: int, padding_D: Tensor) -> tuple[Tensor, Tensor]:
@@ -267,16 +261,15 @@ class SesRec(Ranker):
 
     def _histories(self, batch: Batch) -> tuple[Interests, Interests, Tensor, Tensor, Tensor]:
         """→ R, S; the query and the item of every slot [B, N, D], and which slots are such pairs."""
-        src_BN = batch.history_mask & (batch.history_tasks == SRC)
-        rec_BN, known_BN = batch.history_mask & ~src_BN, src_BN & (batch.history_queries >= 0)
-        items_BND = self.core.item_vectors((batch.history_items + 1) * batch.history_mask)
+        rec_BN, src_BN = batch.browsed, batch.searched
+        known_BN = src_BN & (batch.history_queries >= 0)
+        items_BND = self.core.item_vectors(slot_ids(batch))
         queries_BND = self._queries(torch.where(known_BN, batch.history_queries, -1))
         first_BN, same_BNN = sessions(src_BN, batch.history_queries)
-        clicks_BND = same_BNN.to(items_BND.dtype) @ items_BND / same_BNN.sum(2, keepdim=True).clamp(min=1)
         rec, src = self.core.encode(
             pack(items_BND, rec_BN),
             pack(rec_BN, rec_BN),
-            pack(queries_BND + clicks_BND, first_BN),
+            pack(queries_BND + session_means(items_BND, same_BNN), first_BN),
             pack(first_BN, first_BN),
         )
         return rec, src, queries_BND, items_BND, known_BN

@@ -29,6 +29,7 @@ from trainer.config import Fraction, ModelSettings, NonNegativeFloat, Positive, 
 from trainer.models.contract import Ranker, View, World
 from trainer.models.layers.dropout import Dropout
 from trainer.models.layers.embedding import ItemTable, WordMean
+from trainer.models.layers.history import ages
 from trainer.models.losses import weighted_mean
 
 
@@ -80,10 +81,7 @@ class Towers(nn.Module):
 
     def asked(self, history_BND: Tensor, mask_BN: Tensor, query_BW: Tensor, task_B: Tensor) -> Tensor:
         """→ [B, dim + 1]; the last number is 1, for the bias."""
-        age_BN = (
-            mask_BN.sum(1, keepdim=True) - 1 - torch.arange(mask_BN.shape[1], device=mask_BN.device)
-        ).clamp(0)
-        logits_BN = (self.attention(history_BND) + self.ages(age_BN))[..., 0]
+        logits_BN = (self.attention(history_BND) + self.ages(ages(mask_BN)))[..., 0]
         weights_BN = logits_BN.masked_fill(~mask_BN, -1e9).softmax(1) * mask_BN
         history_BD = (weights_BN[..., None] * history_BND).sum(1) * self.taste(task_B)
         vectors = self.query_words(self.dropout(self.words(query_BW))) + history_BD

@@ -323,7 +323,7 @@ class UnifiedSsr(Ranker):
     def _searched(self, batch: Batch) -> tuple[Encoded, Tensor, Encoded, Tensor, Tensor]:
         """→ the lists of products and of queries, each with its last step [B, D]; the products [B, N], one
         step late."""
-        kept_BN = batch.history_mask & (batch.history_tasks == SRC)
+        kept_BN = batch.searched
         length, count_B = self.world.data.history_max, kept_BN.sum(1).clamp(max=self.world.data.history_max)
         products = F.pad(newest(batch.history_items + 1, kept_BN, length), (1, 0))
         queries = F.pad(newest(batch.history_queries + 1, kept_BN, length), (0, 1))

@@ -34,10 +34,10 @@ from trainer.models.contract import ONE_PROCESS, Ranker, Ranks, World, clicked_o
 from trainer.models.layers.attention import TargetAttention, masked_mean
 from trainer.models.layers.contrast import QueryItemContrast, ViewContrast
 from trainer.models.layers.embedding import ItemTable, Positions, WordMean
-from trainer.models.layers.history import pack, sessions
+from trainer.models.layers.history import pack, session_means, sessions
 from trainer.models.layers.mixture import TaskMixture
 from trainer.models.layers.mlp import init_xavier
-from trainer.models.layers.sequence import torch_layer
+from trainer.models.layers.sequence import run_layers, torch_layer
 
 
 @s.settings
@@ -182,18 +182,18 @@ class UniSarCore(nn.Module):
         """One list of items and sessions (search = True), padded at the end."""
         rec_BN, src_BN = mask_BN & ~search_BN, mask_BN & search_BN
         other_BNN = (search_BN[:, :, None] != search_BN[:, None]) & mask_BN[:, None]
-        across = _through(self.across, self.positions(slots_BND), other_BNN)
+        across = run_layers(self.across, self.positions(slots_BND), other_BNN)
         both_B11 = (rec_BN.any(1) & src_BN.any(1))[:, None, None]
         s2r, r2s = pack(across, rec_BN) * both_B11, pack(across, src_BN) * both_B11
         rec_mask, src_mask = pack(rec_BN, rec_BN), pack(src_BN, src_BN)
         r2r = self._within(self.within_rec, self.rec_positions, pack(slots_BND, rec_BN), rec_mask)
         s2s = self._within(self.within_src, self.src_positions, pack(slots_BND, src_BN), src_mask)
-        rec = _through(self.rec_fusion, r2r, rec_mask[:, None], s2r, rec_mask[:, None] & both_B11)
-        src = _through(self.src_fusion, s2s, src_mask[:, None], r2s, src_mask[:, None] & both_B11)
+        rec = run_layers(self.rec_fusion, r2r, rec_mask[:, None], s2r, rec_mask[:, None] & both_B11)
+        src = run_layers(self.src_fusion, s2s, src_mask[:, None], r2s, src_mask[:, None] & both_B11)
         return Histories(rec, src, rec_mask, src_mask, s2r, r2r, r2s, s2s)
 
     def _within(self, layers: nn.ModuleList, positions: Positions, x_BND: Tensor, mask_BN: Tensor) -> Tensor:
-        return _through(layers, positions(x_BND), mask_BN[:, None]) * mask_BN[..., None]
+        return run_layers(layers, positions(x_BND), mask_BN[:, None]) * mask_BN[..., None]
 
     # ---- score and loss ------------------------------------------------------------------------------------
 
@@ -225,12 +225,6 @@ class UniSarCore(nn.Module):
         return rec + self.src_alignment(
             masked_mean(h.r2s, h.src_mask), masked_mean(h.s2s, h.src_mask), valid_B, ranks
         )
-
-
-def _through(layers: nn.ModuleList, x: Tensor, visible: Tensor, *memory: Tensor) -> Tensor:
-    for layer in layers:
-        x = layer(x, visible, *memory)
-    return x
 
 
 class UniSar(Ranker):
@@ -308,14 +302,14 @@ class UniSar(Ranker):
         """→ encoded histories; the query and the item of every slot [B, N, D], and which slots are such
         pairs."""
         items_BN, mask_BN = batch.history_items, batch.history_mask
-        src_BN = mask_BN & (batch.history_tasks == SRC)
+        src_BN = batch.searched
         known_BN = src_BN & (batch.history_queries >= 0)
         items_BND = self._items(items_BN) * mask_BN[..., None]
         words_BNW = query_terms_of(self.tables, batch.history_queries)
         queries_BND = self.core.text_vectors(words_BNW) * known_BN[..., None]
         first_BN, same_BNN = sessions(src_BN, batch.history_queries)
-        clicks_BND = same_BNN.to(items_BND.dtype) @ items_BND / same_BNN.sum(2, keepdim=True).clamp(min=1)
-        slots_BND = torch.where(src_BN[..., None], queries_BND + clicks_BND, items_BND)
+        sessions_BND = queries_BND + session_means(items_BND, same_BNN)
+        slots_BND = torch.where(src_BN[..., None], sessions_BND, items_BND)
         kept_BN = mask_BN & (~src_BN | first_BN)
         histories = self.core.encode(pack(slots_BND, kept_BN), pack(src_BN, kept_BN), pack(kept_BN, kept_BN))
         return histories, queries_BND, items_BND, known_BN

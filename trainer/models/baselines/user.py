@@ -273,7 +273,7 @@ class User(Ranker):
     # ---- batch → core --------------------------------------------------------------------------------------
 
     def _question(self, batch: Batch) -> Question:
-        searched_BN = batch.history_mask & (batch.history_tasks == SRC) & (batch.history_queries >= 0)
+        searched_BN = batch.searched & (batch.history_queries >= 0)
         texts_BNW = self._items(batch.history_items) * batch.history_mask[..., None]
         encoded_BNWD = self._item_words(batch.history_items)
         queries_PQ = self._queries(batch.history_queries[searched_BN])

@@ -6,6 +6,8 @@ Letters: B events, N history, C candidates, W view width (K on the CF side, D on
 import torch
 from torch import Tensor, nn
 
+from trainer.models.layers.history import ages
+
 # In evaluation torch's encoder layer would take a shortcut that reads its weights in another order than
 # training does; ZeRO-3 prefetches in the order it has seen, and ends the run with a tracing error when a
 # validation stands between two training steps. The history encoders are a hundredth of the work.
@@ -38,10 +40,7 @@ class HistoryEncoder(nn.Module):
         """Item vectors [B, N, W] → encoded history [B, N, W]; mask True = a real item. Rows without any item
         give finite values."""
         if self.age is not None and self.behaviour is not None:
-            age_BN = (
-                mask_BN.sum(1, keepdim=True) - 1 - torch.arange(mask_BN.shape[1], device=mask_BN.device)
-            ).clamp(min=0)
-            items_BNW = items_BNW + self.age(age_BN) + self.behaviour(tasks_BN)
+            items_BNW = items_BNW + self.age(ages(mask_BN)) + self.behaviour(tasks_BN)
         return self.layer(items_BNW, src_key_padding_mask=~_never_empty(mask_BN))
 
 

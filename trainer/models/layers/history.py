@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data_shards import settings as s
-from data_shards.schema import REC
 from trainer.batch import Batch
 from trainer.config import ModelSettings
 
@@ -25,12 +24,17 @@ class HistorySettings(ModelSettings):
 def history_ids(batch: Batch, kind: HistoryKind, length: int) -> Tensor:
     """Clicked items, oldest first, padded at the end, the newest `length` of them: [B, N] with 1 ≤ N ≤
     length."""
-    return newest((batch.history_items + 1) * batch.history_mask, kept_slots(batch, kind), length)
+    return newest(slot_ids(batch), kept_slots(batch, kind), length)
+
+
+def slot_ids(batch: Batch) -> Tensor:
+    """Ids of all clicks of the history where they stand [B, N]; 0 for padding."""
+    return (batch.history_items + 1) * batch.history_mask
 
 
 def kept_slots(batch: Batch, kind: HistoryKind) -> Tensor:
     """Slots of a history that are read, [B, N] bool: all clicks, or those of recommendations."""
-    return batch.history_mask if kind == "all" else batch.history_mask & (batch.history_tasks == REC)
+    return batch.history_mask if kind == "all" else batch.browsed
 
 
 def newest(ids_BN: Tensor, kept_BN: Tensor, length: int) -> Tensor:
@@ -63,6 +67,17 @@ def sessions(src_BN: Tensor, queries_BN: Tensor) -> tuple[Tensor, Tensor]:
     number_BN = first_BN.cumsum(1)
     same_BNN = (number_BN[:, :, None] == number_BN[:, None]) & src_BN[:, :, None] & src_BN[:, None]
     return first_BN, same_BNN
+
+
+def session_means(items_BND: Tensor, same_BNN: Tensor) -> Tensor:
+    """Mean of the items of each slot's session [B, N, D], `same` of sessions(); 0 for a slot of none."""
+    return same_BNN.to(items_BND.dtype) @ items_BND / same_BNN.sum(2, keepdim=True).clamp(min=1)
+
+
+def ages(mask_BN: Tensor) -> Tensor:
+    """How many newer clicks a history has [B, N], 0 = the newest; 0 for padding."""
+    place_N = torch.arange(mask_BN.shape[1], device=mask_BN.device)
+    return (mask_BN.sum(1, keepdim=True) - 1 - place_N).clamp(min=0)
 
 
 def left_padded(ids_BN: Tensor, length: int) -> Tensor:

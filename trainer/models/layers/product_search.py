@@ -156,9 +156,7 @@ class ProductSearch(Ranker):
 
     def history(self, batch: Batch) -> Tensor:
         """Ids of the newest clicks, oldest first, padded at the end, [B, N] with N ≥ 1."""
-        kept_BN = batch.history_mask
-        if self.settings.history == "src":
-            kept_BN = kept_BN & (batch.history_tasks == SRC)
+        kept_BN = batch.searched if self.settings.history == "src" else batch.history_mask
         length = min(self.settings.history_length, self.world.data.history_max)
         return newest(batch.history_items + 1, kept_BN, length)
 

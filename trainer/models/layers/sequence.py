@@ -56,6 +56,13 @@ class PostNormLayer(nn.Module):
         return out
 
 
+def run_layers(layers: nn.ModuleList, x_BND: Tensor, visible: Tensor, *memory: Tensor) -> Tensor:
+    """x through one layer after the other; all see the same."""
+    for layer in layers:
+        x_BND = layer(x_BND, visible, *memory)
+    return x_BND
+
+
 def recbole_layer(
     width: int, heads: int, ffn: int, dropout: float, attention_dropout: float
 ) -> PostNormLayer:
