@@ -5,7 +5,7 @@ import torch
 from tests.tiny_world import make_batch
 from trainer.models.layers.attention import masked_mean, masked_softmax
 from trainer.models.layers.embedding import WordMean
-from trainer.models.layers.history import clicked, history_ids, left_padded, pack
+from trainer.models.layers.history import clicked_ids, history_ids, left_padded, pack
 
 
 def test_ids_are_rows_plus_one_and_the_newest_stay():
@@ -45,7 +45,7 @@ def test_vectors_are_packed_like_ids():
 def test_the_clicked_item_is_found_anywhere_in_the_row():
     labels = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
 
-    assert clicked(make_batch([[], []], torch.tensor([[2, 3], [4, 5]]), labels=labels)).tolist() == [4, 5]
+    assert clicked_ids(make_batch([[], []], torch.tensor([[2, 3], [4, 5]]), labels=labels)).tolist() == [4, 5]
 
 
 def test_attention_to_nothing_is_zero():

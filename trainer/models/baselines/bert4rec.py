@@ -28,7 +28,7 @@ from trainer.config import Fraction, Positive, Share
 from trainer.models.contract import World
 from trainer.models.layers.dropout import Dropout
 from trainer.models.layers.embedding import ItemTable, Positions
-from trainer.models.layers.history import clicked, newest
+from trainer.models.layers.history import clicked_ids, newest
 from trainer.models.layers.sequence import init_normal, last_step, recbole_layer, run_layers
 from trainer.models.next_item import NextItemRanker, NextItemSettings
 
@@ -105,7 +105,7 @@ class Bert4Rec(NextItemRanker):
         self.core = Bert4RecCore(world.num_items, world.data.history_max, settings)
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        ids_BN = self._with_next(batch, clicked(batch))
+        ids_BN = self._with_next(batch, clicked_ids(batch))
         masked_BN = self.draw_masks(ids_BN)
         steps_BND = self.core(ids_BN.masked_fill(masked_BN, self.core.mask))
         return self.mask_loss(steps_BND, masked_BN, ids_BN), {}

@@ -39,7 +39,7 @@ from trainer.models.backbones.ranker import LanguageRanker
 from trainer.models.backbones.settings import BackboneSettings
 from trainer.models.contract import World
 from trainer.models.layers.embedding import ItemTable, inner_products
-from trainer.models.layers.history import HistoryKind, clicked, history_ids, pack
+from trainer.models.layers.history import HistoryKind, history_ids, pack
 from trainer.models.losses import weighted_mean
 
 SAMPLED_ABOVE = 500_000  # items; the logits of 32 events take 64 MB there, forward
@@ -97,7 +97,7 @@ class Bsr(LanguageRanker):
         self.by_clicks.copy_(clicks.argsort(descending=True, stable=True))
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        hidden_BD, target_B = self._hidden(batch), clicked(batch) - 1
+        hidden_BD, target_B = self._hidden(batch), batch.clicked
         weights_B = self.event_weights(batch)
         if not self.samples:
             losses_B = F.cross_entropy(self.items(scores_of=hidden_BD), target_B, reduction="none")

@@ -32,7 +32,7 @@ from trainer.models.baselines.tem import Tem, TemSettings
 from trainer.models.layers.augment import augmented
 from trainer.models.layers.categories import last_category
 from trainer.models.layers.groups import Groups
-from trainer.models.layers.history import clicked, newest
+from trainer.models.layers.history import newest
 
 
 @s.settings
@@ -118,7 +118,7 @@ class Copps(Tem):
         """Another user's search with the same query, else with the same item: rows of the clicks [B], −1 for
         none. One draw of each: a user who stands alone in it finds only himself."""
         clicks, by_query, by_item = self._clicks
-        found = [by_query.draw(batch.query), by_item.draw(clicked(batch) - 1)]
+        found = [by_query.draw(batch.query), by_item.draw(batch.clicked)]
         of_query, of_item = (
             rows.masked_fill(_looked_up(clicks.user, rows) == batch.user, -1) for rows in found
         )

@@ -19,7 +19,7 @@ from trainer.config import Fraction, Positive
 from trainer.models.contract import World
 from trainer.models.layers.dropout import Dropout
 from trainer.models.layers.embedding import ItemTable
-from trainer.models.layers.history import clicked
+from trainer.models.layers.history import clicked_ids
 from trainer.models.layers.sequence import last_step
 from trainer.models.next_item import NextItemRanker, NextItemSettings
 
@@ -71,7 +71,7 @@ class Gru4Rec(NextItemRanker):
         self.core = Gru4RecCore(world.num_items, settings)
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.next_item(self.hidden(batch), clicked(batch)), {}
+        return self.next_item(self.hidden(batch), clicked_ids(batch)), {}
 
     def hidden(self, batch: Batch) -> Tensor:
         ids_BN = self.history(batch)

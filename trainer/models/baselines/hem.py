@@ -21,7 +21,7 @@ from trainer.batch import Batch
 from trainer.config import Share
 from trainer.models.contract import World
 from trainer.models.layers.embedding import ItemTable
-from trainer.models.layers.history import clicked
+from trainer.models.layers.history import clicked_ids
 from trainer.models.layers.product_search import ProductSearchCore, WithNorms, WithTableNorms, norm_of
 
 
@@ -67,7 +67,7 @@ class Hem(WithNorms):
 
     def text_loss(self, batch: Batch) -> Tensor:
         """User and item predict the same words against the same noise."""
-        items_B = clicked(batch)
+        items_B = clicked_ids(batch)
         drawn = self.drawn_words(items_B)
         losses_B: Tensor = self.core.text_loss(items_B, *drawn)
         return losses_B + self.core.user_text_loss(batch.user + 1, *drawn)

@@ -46,7 +46,7 @@ from trainer.models.backbones.language import language_model
 from trainer.models.backbones.ranker import LanguageRanker
 from trainer.models.backbones.settings import BackboneSettings
 from trainer.models.contract import UNREACHED, World
-from trainer.models.layers.history import HistoryKind, clicked, history_ids, pack
+from trainer.models.layers.history import HistoryKind, history_ids, pack
 from trainer.models.layers.item_ids import Tokens, as_matrix, distinct_ids, diverse_greedy, rare_words
 from trainer.models.layers.trie import END, Children, beam_search, id_lengths, token_log_probs, trie_nodes
 
@@ -223,7 +223,7 @@ class IdGenRec(LanguageRanker):
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         ids_IL, nodes_IX, legal = self._ids()
-        target_B = clicked(batch) - 1
+        target_B = batch.clicked
         target_BL = ids_IL[target_B]
         number = int(torch.randint(len(WORDINGS), ())) if self.training else 0
         read = self.backbone.reader(self._prompt(batch, number))

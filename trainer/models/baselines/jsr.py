@@ -39,7 +39,7 @@ from trainer.models.contract import Ranker, World
 from trainer.models.layers.attention import masked_softmax
 from trainer.models.layers.embedding import ItemTable
 from trainer.models.layers.hadamard import HadamardScorer
-from trainer.models.layers.history import clicked
+from trainer.models.layers.history import clicked_ids
 from trainer.models.layers.language_model import ItemLanguageModel
 from trainer.models.losses import answer_loss, weighted_mean
 
@@ -169,7 +169,9 @@ class Jsr(Ranker):
         scores_BC = self.core.interactions(batch.user + 1, batch.candidates + 1)
         rec = weighted_mean(interaction_losses(scores_BC, batch.labels), weights_B)
         published = self.settings.published_word_loss
-        words_B = self.core.word_losses(query_terms_of(self.tables, batch.query), clicked(batch), published)
+        words_B = self.core.word_losses(
+            query_terms_of(self.tables, batch.query), clicked_ids(batch), published
+        )
         words = weighted_mean(words_B, weights_B if published else weights_B * (batch.task == SRC))
         return rec + self.settings.word_weight * words, {
             "rec_loss": rec.detach(),

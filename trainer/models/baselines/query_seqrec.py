@@ -30,7 +30,7 @@ from trainer.models.contract import World
 from trainer.models.layers.attention import Attention, masked_mean
 from trainer.models.layers.dropout import Dropout
 from trainer.models.layers.embedding import ItemTable, Positions
-from trainer.models.layers.history import clicked, newest, sessions, slot_ids
+from trainer.models.layers.history import clicked_ids, newest, sessions, slot_ids
 from trainer.models.layers.sequence import causal, last_step, run_layers
 from trainer.models.next_item import NextItemRanker
 
@@ -150,7 +150,7 @@ class QuerySeqRec(NextItemRanker):
             ids_BTW, is_query_BT, next_BT = self.tokens(batch, items_BN, queries_BN, items_BN)
         # the step before the clicked item; the first one where nothing was clicked before
         last_B1 = ((ids_BTW[..., 0] != 0).sum(1, keepdim=True) - 1).clamp(min=0)
-        next_BT = next_BT.scatter(1, last_B1, clicked(batch)[:, None])
+        next_BT = next_BT.scatter(1, last_B1, clicked_ids(batch)[:, None])
         losses_BT = self.step_losses(self.core(ids_BTW, is_query_BT), next_BT)
         return (losses_BT.sum(1) / (next_BT != 0).sum(1)).mean(), {}
 

@@ -25,7 +25,7 @@ from trainer.config import Fraction, Positive
 from trainer.models.contract import World
 from trainer.models.layers.dropout import Dropout
 from trainer.models.layers.embedding import ItemTable, Positions
-from trainer.models.layers.history import clicked
+from trainer.models.layers.history import clicked_ids
 from trainer.models.layers.sequence import causal, init_normal, last_step, recbole_layer, run_layers
 from trainer.models.next_item import NextItemRanker, NextItemSettings
 
@@ -83,7 +83,7 @@ class SasRec(NextItemRanker):
         self.core = SasRecCore(world.num_items, world.data.history_max, settings)
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        ids_BN, target_B = self.history(batch), clicked(batch)
+        ids_BN, target_B = self.history(batch), clicked_ids(batch)
         steps_BND = self.core(ids_BN)
         if self.settings.loss == "bce":
             return self.every_step(ids_BN, steps_BND, target_B), {}

@@ -87,6 +87,6 @@ def left_padded(ids_BN: Tensor, length: int) -> Tensor:
     return wide.gather(1, (torch.arange(length, device=wide.device) + shift_B1) % length)
 
 
-def clicked(batch: Batch) -> Tensor:
+def clicked_ids(batch: Batch) -> Tensor:
     """Id of each event's clicked item [B], in a batch with labels."""
     return batch.clicked + 1

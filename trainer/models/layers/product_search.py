@@ -22,7 +22,7 @@ from trainer.batch import Batch, query_terms_of, rows_of
 from trainer.config import Fraction, ModelSettings, NonNegativeFloat, Positive, PositiveFloat
 from trainer.models.contract import Ranker, World
 from trainer.models.layers.embedding import ItemTable, inner_products
-from trainer.models.layers.history import clicked, newest
+from trainer.models.layers.history import clicked_ids, newest
 from trainer.models.layers.nce import NoiseWords, sampled_bce
 from trainer.models.layers.text import QueryEncoder, WordTable, draw_words
 
@@ -134,7 +134,7 @@ class ProductSearch(Ranker):
 
     def text_loss(self, batch: Batch) -> Tensor:
         """L_text of each event, [B]."""
-        items_B = clicked(batch)
+        items_B = clicked_ids(batch)
         return self.core.text_loss(items_B, *self.drawn_words(items_B))
 
     def drawn_words(self, items_B: Tensor) -> tuple[Tensor, Tensor]:
