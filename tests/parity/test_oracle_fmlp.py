@@ -4,7 +4,7 @@ import torch
 
 from tests.parity.oracles import load, renamed, sizes_of
 from tests.tiny_world import make_world
-from trainer.models.baselines.fmlp import Fmlp, FmlpSettings, pairwise_bce
+from trainer.models.baselines.fmlp import Fmlp, FmlpSettings, balanced_bce
 from trainer.models.layers.embedding import inner_products
 
 NAMES = {
@@ -36,4 +36,4 @@ def test_oracle_fmlp():
     oracle.check("scores_all", items(scores_of=hidden, with_padding=True))
     pairs = torch.stack([inputs["positive"], inputs["negative"]], 1)
     labels = torch.tensor([1.0, 0.0]).expand(len(pairs), -1)
-    oracle.check("loss", pairwise_bce(inner_products(hidden, items(pairs)), labels))
+    oracle.check("loss", balanced_bce(inner_products(hidden, items(pairs)), labels))

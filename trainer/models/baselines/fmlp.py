@@ -26,6 +26,7 @@ from trainer.models.contract import World
 from trainer.models.layers.dropout import Dropout
 from trainer.models.layers.embedding import ItemTable, Positions
 from trainer.models.layers.history import HistorySettings, left_padded
+from trainer.models.layers.nce import balanced
 from trainer.models.layers.sequence import init_normal
 from trainer.models.next_item import NextItemRanker
 
@@ -104,19 +105,16 @@ class Fmlp(NextItemRanker):
         self.core = FmlpCore(world.num_items, world.data.history_max, settings)
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        return pairwise_bce(self.score(batch), batch.labels), {}
+        return balanced_bce(self.score(batch), batch.labels), {}
 
     def hidden(self, batch: Batch) -> Tensor:
         steps_BLD: Tensor = self.core(left_padded(self.history(batch), self.world.data.history_max))
         return steps_BLD[:, -1]
 
 
-def pairwise_bce(scores_BC: Tensor, labels_BC: Tensor) -> Tensor:
+def balanced_bce(scores_BC: Tensor, labels_BC: Tensor) -> Tensor:
     """−log σ(s⁺) − mean of log(1 − σ(s⁻)), mean over events."""
-    positive_B = (F.softplus(-scores_BC) * labels_BC).sum(1)
-    negatives_BC = 1 - labels_BC
-    negative_B = (F.softplus(scores_BC) * negatives_BC).sum(1) / negatives_BC.sum(1).clamp(min=1)
-    return (positive_B + negative_B).mean()
+    return balanced(F.softplus(scores_BC * (1 - 2 * labels_BC)), labels_BC).mean()
 
 
 MODEL = Fmlp

@@ -41,6 +41,7 @@ from trainer.models.layers.embedding import ItemTable
 from trainer.models.layers.hadamard import HadamardScorer
 from trainer.models.layers.history import clicked_ids
 from trainer.models.layers.language_model import ItemLanguageModel
+from trainer.models.layers.nce import balanced
 from trainer.models.losses import answer_loss, weighted_mean
 
 STD = 0.1  # of all tables
@@ -145,8 +146,7 @@ class Core2020(nn.Module):
 def interaction_losses(scores_BC: Tensor, labels_BC: Tensor) -> Tensor:
     """(BCE of the clicked + mean BCE of the negatives) / 2, [B]."""
     losses_BC = F.binary_cross_entropy_with_logits(scores_BC, labels_BC, reduction="none")
-    num_negatives_B = (1 - labels_BC).sum(1).clamp(min=1)
-    return ((losses_BC * labels_BC).sum(1) + (losses_BC * (1 - labels_BC)).sum(1) / num_negatives_B) / 2
+    return balanced(losses_BC, labels_BC) / 2
 
 
 class Jsr(Ranker):

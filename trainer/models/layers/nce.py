@@ -20,6 +20,13 @@ def nce(positive: Tensor, negatives: Tensor) -> Tensor:
     return F.softplus(-positive.float()) + F.softplus(negatives.float()).sum(-1)
 
 
+def balanced(losses_BC: Tensor, labels_BC: Tensor) -> Tensor:
+    """The clicked item's loss + the mean of the negatives' losses, [B]."""
+    negative_BC = 1 - labels_BC
+    of_negatives_B = (losses_BC * negative_BC).sum(1) / negative_BC.sum(1).clamp(min=1)
+    return (losses_BC * labels_BC).sum(1) + of_negatives_B
+
+
 class NoiseWords(nn.Module):
     """Draws words in proportion to frequency^0.75; uniformly before they are counted."""
 
