@@ -437,7 +437,7 @@ def test_ranks_call_the_backbone_equally_often_whatever_their_batches_hold(
 
     monkeypatch.setattr(model.backbone, "answer_logits", counted)
     monkeypatch.setattr("trainer.models.gensr.grouping.PROMPTS_A_GROUP_ON_CPU", 1)
-    model.set_ranks(Ranks(size=2))
+    model._world[0] = replace(model.world, ranks=Ranks(size=2))
     for one, scores_BC in zip(batches, expected, strict=True):
         calls.clear()
         torch.testing.assert_close(scores(model, one), scores_BC, rtol=0, atol=2e-5)

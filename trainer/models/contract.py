@@ -281,9 +281,6 @@ class Ranker(nn.Module):
     def world(self) -> World:
         return self._world[0]
 
-    def set_ranks(self, ranks: Ranks) -> None:
-        self._world[0] = replace(self._world[0], ranks=ranks)
-
     def set_asked(self, texts: list[str] | None) -> None:
         """Texts of the queries that rows of the query tables stand for while requests are answered; None:
         those of the prepared folder."""

@@ -29,10 +29,8 @@ from trainer.models.contract import World
 from trainer.models.layers.dropout import Dropout
 from trainer.models.layers.embedding import ItemTable, Positions
 from trainer.models.layers.history import clicked_ids, newest
-from trainer.models.layers.sequence import init_normal, last_step, recbole_layer, run_layers
+from trainer.models.layers.sequence import RECBOLE_EPS, init_normal, last_step, recbole_layer, run_layers
 from trainer.models.next_item import NextItemRanker, NextItemSettings
-
-EPS = 1e-12  # of every LayerNorm
 
 
 @s.settings
@@ -68,11 +66,11 @@ class Bert4RecCore(nn.Module):
         self.items = ItemTable(num_items, dim, extra=1)
         self.item_bias = ItemTable(num_items, 1, std=0.0)
         self.positions = Positions(length, dim)
-        self.norm = nn.LayerNorm(dim, eps=EPS)
+        self.norm = nn.LayerNorm(dim, eps=RECBOLE_EPS)
         self.dropout = Dropout(settings.dropout)
         shape = (dim, settings.num_heads, settings.ffn_dim, settings.dropout, settings.attention_dropout)
         self.layers = nn.ModuleList(recbole_layer(*shape) for _ in range(settings.num_layers))
-        self.output, self.output_norm = nn.Linear(dim, dim), nn.LayerNorm(dim, eps=EPS)
+        self.output, self.output_norm = nn.Linear(dim, dim), nn.LayerNorm(dim, eps=RECBOLE_EPS)
         self.apply(init_normal)
 
     @property

@@ -27,10 +27,9 @@ from trainer.models.layers.dropout import Dropout
 from trainer.models.layers.embedding import ItemTable, Positions
 from trainer.models.layers.history import HistorySettings, left_padded
 from trainer.models.layers.nce import balanced
-from trainer.models.layers.sequence import init_normal
+from trainer.models.layers.sequence import RECBOLE_EPS, init_normal
 from trainer.models.next_item import NextItemRanker
 
-EPS = 1e-12  # of every LayerNorm
 STD = 0.02  # of every weight at the start
 
 
@@ -57,9 +56,9 @@ class FilterBlock(nn.Module):
         self.length = length
         # the last dimension is real, imaginary: optimizers and ZeRO know no complex numbers
         self.filter = nn.Parameter(torch.randn(length // 2 + 1, dim, 2) * STD)
-        self.filter_norm = nn.LayerNorm(dim, eps=EPS)
+        self.filter_norm = nn.LayerNorm(dim, eps=RECBOLE_EPS)
         self.inner, self.outer = nn.Linear(dim, settings.ffn_dim), nn.Linear(settings.ffn_dim, dim)
-        self.norm = nn.LayerNorm(dim, eps=EPS)
+        self.norm = nn.LayerNorm(dim, eps=RECBOLE_EPS)
         self.dropout = Dropout(settings.dropout)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
@@ -81,7 +80,7 @@ class FmlpCore(nn.Module):
         super().__init__()
         self.items = ItemTable(num_items, settings.dim, std=STD)
         self.positions = Positions(length, settings.dim, std=STD)
-        self.norm = nn.LayerNorm(settings.dim, eps=EPS)
+        self.norm = nn.LayerNorm(settings.dim, eps=RECBOLE_EPS)
         self.dropout = Dropout(settings.dropout)
         self.blocks = nn.ModuleList(FilterBlock(length, settings) for _ in range(settings.num_layers))
         self.apply(init_normal)

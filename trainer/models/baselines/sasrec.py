@@ -26,10 +26,15 @@ from trainer.models.contract import World
 from trainer.models.layers.dropout import Dropout
 from trainer.models.layers.embedding import ItemTable, Positions
 from trainer.models.layers.history import clicked_ids
-from trainer.models.layers.sequence import causal, init_normal, last_step, recbole_layer, run_layers
+from trainer.models.layers.sequence import (
+    RECBOLE_EPS,
+    causal,
+    init_normal,
+    last_step,
+    recbole_layer,
+    run_layers,
+)
 from trainer.models.next_item import NextItemRanker, NextItemSettings
-
-EPS = 1e-12  # of every LayerNorm
 
 
 @s.settings
@@ -60,7 +65,7 @@ class SasRecCore(nn.Module):
         dim = settings.dim
         self.items = ItemTable(num_items, dim)
         self.positions = Positions(length, dim)
-        self.norm = nn.LayerNorm(dim, eps=EPS)
+        self.norm = nn.LayerNorm(dim, eps=RECBOLE_EPS)
         self.dropout = Dropout(settings.dropout)
         shape = (dim, settings.num_heads, settings.ffn_dim, settings.dropout, settings.attention_dropout)
         self.layers = nn.ModuleList(recbole_layer(*shape) for _ in range(settings.num_layers))

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from trainer.models.layers.attention import Attention
 from trainer.models.layers.dropout import Dropout
 
+RECBOLE_EPS = 1e-12  # of every LayerNorm there
+
 
 class PostNormLayer(nn.Module):
     """LN(x + attention), with `cross` LN(· + attention to a memory), LN(· + feed-forward)."""
@@ -67,7 +69,7 @@ def recbole_layer(
     width: int, heads: int, ffn: int, dropout: float, attention_dropout: float
 ) -> PostNormLayer:
     """The block of SASRec and BERT4Rec as RecBole builds it."""
-    return PostNormLayer(width, heads, ffn, dropout, attention_dropout, 0.0, "gelu", eps=1e-12)
+    return PostNormLayer(width, heads, ffn, dropout, attention_dropout, 0.0, "gelu", RECBOLE_EPS)
 
 
 def torch_layer(width: int, heads: int, ffn: int, dropout: float, cross: bool = False) -> PostNormLayer:
