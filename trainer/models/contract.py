@@ -186,12 +186,13 @@ class Ranker(nn.Module):
     def score_catalogue(self, batch: Batch) -> Tensor:
         """Scores of every item for every event, [B, num_items] float32. Two-tower-like models override it
         with one product."""
-        parts = []
-        for items in self.catalogue_slices():
+
+        def scores(items: Tensor) -> Tensor:
             candidates = items.expand(batch.num_events, -1)
             labels = torch.zeros(candidates.shape, device=candidates.device)
-            parts.append(self.score(self.prepare(batch.with_candidates(candidates, labels))))
-        return torch.cat(parts, 1)
+            return self.score(self.prepare(batch.with_candidates(candidates, labels)))
+
+        return self.by_slices(scores)
 
     def views(self) -> dict[str, View]:
         """Vectors for retrieval by name. {}: the whole catalogue is ranked by score_catalogue()."""
@@ -259,10 +260,11 @@ class Ranker(nn.Module):
 
     # ---- final ---------------------------------------------------------------------------------------------
 
-    def catalogue_slices(self) -> tuple[Tensor, ...]:
-        """Rows of all items, in as many parts as score_catalogue() should have scored."""
+    def by_slices(self, scores: Callable[[Tensor], Tensor]) -> Tensor:
+        """score_catalogue() slice by slice: scores takes rows of items [n] → [B, n]."""
         at_once = ITEMS_AT_ONCE_CPU if self.device.type == "cpu" else ITEMS_AT_ONCE
-        return torch.arange(self.world.num_items, device=self.device).split(at_once)
+        slices = torch.arange(self.world.num_items, device=self.device).split(at_once)
+        return torch.cat([scores(rows) for rows in slices], 1)
 
     def forward(self, batch: Batch, mode: str = "loss") -> Any:
         """Not to be overridden. mode "loss": (loss, report of detached scalars). mode "score": scores_BC."""

@@ -183,7 +183,7 @@ class Jsr(Ranker):
 
     def score_catalogue(self, batch: Batch) -> Tensor:
         """Items are encoded once for all events."""
-        return torch.cat([self._scores(batch, rows[None]) for rows in self.catalogue_slices()], 1)
+        return self.by_slices(lambda rows: self._scores(batch, rows[None]))
 
     def _scores(self, batch: Batch, items_BC: Tensor) -> Tensor:
         self.check_history(batch)

@@ -237,11 +237,12 @@ class SesRec(Ranker):
 
     def score_catalogue(self, batch: Batch) -> Tensor:
         rec, src, *_ = self._histories(batch)
-        parts = []
-        for rows in self.catalogue_slices():
-            items_CD = self.core.item_vectors(rows + 1)
-            parts.append(self._scores(batch, items_CD.expand(batch.num_events, -1, -1), rec, src))
-        return torch.cat(parts, 1)
+
+        def scores(rows: Tensor) -> Tensor:
+            items_BCD = self.core.item_vectors(rows + 1).expand(batch.num_events, -1, -1)
+            return self._scores(batch, items_BCD, rec, src)
+
+        return self.by_slices(scores)
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         rec, src, queries_BND, items_BND, pairs_BN = self._histories(batch)

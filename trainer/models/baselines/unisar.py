@@ -250,11 +250,11 @@ class UniSar(Ranker):
 
     def score_catalogue(self, batch: Batch) -> Tensor:
         histories, *_ = self._histories(batch)
-        parts = []
-        for rows in self.catalogue_slices():
-            items_BCD = self._items(rows).expand(batch.num_events, -1, -1)
-            parts.append(self._scores(batch, items_BCD, histories))
-        return torch.cat(parts, 1)
+
+        def scores(rows: Tensor) -> Tensor:
+            return self._scores(batch, self._items(rows).expand(batch.num_events, -1, -1), histories)
+
+        return self.by_slices(scores)
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Means over events, those of a search weighted with α and, as all models do, with data.weight_*."""

@@ -253,11 +253,14 @@ class User(Ranker):
         return scores_BC
 
     def score_catalogue(self, batch: Batch) -> Tensor:
-        question, parts = self._question(batch), []
-        for rows in self.catalogue_slices():
-            items_CD = self._item_vectors(rows)
-            parts.append(self.core(question, items_CD.expand(batch.num_events, -1, -1)))
-        return torch.cat(parts, 1)
+        question = self._question(batch)
+
+        def scores(rows: Tensor) -> Tensor:
+            items_BCD = self._item_vectors(rows).expand(batch.num_events, -1, -1)
+            scores_BC: Tensor = self.core(question, items_BCD)
+            return scores_BC
+
+        return self.by_slices(scores)
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         return listwise_loss(self.score(batch), batch.labels, self.event_weights(batch)), {}
