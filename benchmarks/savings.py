@@ -1,7 +1,7 @@
 """What each saving is worth on a CPU: a training step of gensr, and the same step with one saving removed.
 
-    python -m benchmarks.savings FOLDER [--backbone scratch:small] [--events 32] [--precision bf16] [--turns
-    3]
+    python -m benchmarks.savings FOLDER [--backbone scratch:small] [--events 32] [--precision bf16]
+                                        [--turns 3]
 
 FOLDER is a prepared folder with natural text and a CF table. Random weights, preset-like settings (compact
 prompt). The steps take turns in one process; a ratio is the median over turns of seconds without the saving /

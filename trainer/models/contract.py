@@ -61,10 +61,8 @@ class World:
     texts: Callable[[], tuple[list[str], list[str]]]  # all text of each item, and of each query
     precision: Literal["fp32", "bf16"] = "fp32"  # run.precision
     ranks: Ranks = ONE_PROCESS
-    saved: Path | None = (
-        None  # what save_extra() wrote, when the weights are loaded afterwards; None: a new model
-    )
-
+    # what save_extra() wrote, when the weights are loaded afterwards; None: a new model
+    saved: Path | None = None
     # names from the root down of category 0 (none: no names), 1, … num_categories; raises as `clicks` does
     categories: Callable[[], list[tuple[str, ...]]] = lambda: [()]
 
@@ -86,13 +84,11 @@ class View:
 
     width: int
     items: Callable[[Tensor], Tensor]  # rows of items [n] → [n, width] float32
-    ask: Callable[
-        [Batch, Tensor], Tensor
-    ]  # (events, mean of the items' vectors [width]) → [B, width] float32
+    # (events, mean of the items' vectors [width]) → [B, width] float32
+    ask: Callable[[Batch, Tensor], Tensor]
     share: Mapping[int, float]  # task → share of the candidates that come from this view
-    centred: bool = (
-        False  # the index holds items less their mean: what all items share says nothing about one
-    )
+    # the index holds items minus their mean: what all items share tells none apart
+    centred: bool = False
     # a request asks with all of its history, not only with the newest data.history_max that score() reads
     whole_history: bool = False
 

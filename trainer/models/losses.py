@@ -31,8 +31,9 @@ def contrastive_loss(
     gather: GatherRows | None = None,
     has_history_B: Tensor | None = None,
 ) -> Tensor:
-    """Eq. 10: symmetric InfoNCE between the two views of each user, ½[CE(cos(F_c, F_s)/τ) + CE(cos(F_s,
-    F_c)/τ)].
+    """Eq. 10: symmetric InfoNCE between the two views of each user.
+
+        ½ [CE(cos(F_c, F_s)/τ) + CE(cos(F_s, F_c)/τ)]
 
     Rows of the same user are not negatives of each other; users < 0 (unknown) are all different. With
     `gather` the negatives come from every rank.

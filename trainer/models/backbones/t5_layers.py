@@ -88,8 +88,10 @@ class EncoderSelfAttention(T5Attention):
 
 
 class AbsorbedCrossAttention(T5Attention):
-    """Attention of one query position, with W_k folded into the query and W_v into the mixture: q·(W_k c) =
-    (W_kᵀq)·c and Σ a (W_v c) = W_v Σ a c.
+    """Attention of one query position, with W_k folded into the query and W_v into the mixture:
+
+        q·(W_k c) = (W_kᵀq)·c
+        Σ a (W_v c) = W_v Σ a c
 
     The encoder's S positions are then never multiplied by W_k and W_v. Adapters on k or v, several positions
     and caches take transformers' way.

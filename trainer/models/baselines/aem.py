@@ -53,9 +53,8 @@ class ProjectedAttention(nn.Module):
     def __init__(self, dim: int, num_heads: int, zero: bool) -> None:
         super().__init__()
         self.zero = zero
-        self.projection = nn.Linear(
-            dim, dim * num_heads
-        )  # W_h and b_h: entry i·H + h is dimension i of head h
+        # W_h and b_h: entry i·H + h is dimension i of head h
+        self.projection = nn.Linear(dim, dim * num_heads)
         self.heads = nn.Linear(num_heads, 1, bias=False)  # r
         nn.init.uniform_(self.projection.weight, -((3 / dim) ** 0.5), (3 / dim) ** 0.5)
         nn.init.uniform_(self.projection.bias, -((6 / (dim + 1)) ** 0.5), (6 / (dim + 1)) ** 0.5)

@@ -2,8 +2,9 @@
 Model-Agnostic Causal Learning Framework for Recommendation using Search Data", WWW 2022, public code).
 
     three interest units (din.py, variant group): queries, items clicked after a search, items clicked
-    elsewhere s = MLP([v, u_queries, u_search, u_browsed]), log-odds of a click;  L = BCE, mean over the
-    candidates
+        elsewhere
+    s = MLP([v, u_queries, u_search, u_browsed]), log-odds of a click
+    L = BCE, mean over the candidates
 
 Differs from the published code: a query is the mean of the vectors of its words, where that has a table of
 queries; padding is left out of the norms' statistics (norm_over_padding=true counts it). A search whose

@@ -1,8 +1,9 @@
 """GRU4Rec (Hidasi, Karatzoglou, Baltrunas, Tikk, "Session-based Recommendations with Recurrent Neural
 Networks", ICLR 2016), in the form of Tan et al. (DLRS 2016) that RecBole has.
 
-    x = drop(E[seq]);  one GRU without biases;  h = W x + b at the last item;  s = h · e (the table of the
-    input) L = cross-entropy over all items, one row a prefix
+    x = drop(E[seq]);  one GRU without biases;  h = W x + b at the last item
+    s = h · e (the table of the input)
+    L = cross-entropy over all items, one row a prefix
 
 Differs from the published code: RecBole's softmax has a column for padding (softmax_over_padding=true
 brings it back). An empty history is one step of padding, so that h = b.

@@ -3,13 +3,15 @@ between Search and Recommendation", SIGIR 2024).
 
     text = tanh(W mean(words));  item = tanh(W [id; caption; category]);  user = tanh(W id)
     one list of a user's clicks: recommended items, and sessions = query + mean of the items clicked for it
-    transitions between the behaviours: a layer over the whole list in which only slots of the other kind
-    are seen (s2r at items, r2s at sessions); within one: a layer over the items (r2r), one over the
-    sessions (s2s) alignment: mean s2r and mean r2r of a user find each other among the batch's; the same
-    for r2s and s2s fusion: a decoder layer on r2r with memory s2r, on s2s with memory r2s; then attention
-    by the candidate PLE (layers/mixture.py): 4 experts a task and 4 shared of [x_rec, x_src, item, user,
-    query]; gate, tower and head a task L = L_rec + α L_src, each: click BCE + w_q query–item InfoNCE + w_h
-    (both alignments)
+    across: a layer over the whole list in which a slot sees only slots of the other kind: s2r at items, r2s
+        at sessions
+    within: a layer over the items, r2r, and one over the sessions, s2s
+    alignment: a user's mean s2r and mean r2r find each other among the batch's, likewise r2s and s2s
+    fusion: a decoder layer on r2r with memory s2r, on s2s with memory r2s; then attention by the candidate
+    PLE (layers/mixture.py): 4 experts a task and 4 shared of [x_rec, x_src, item, user, query]; gate, tower
+        and head of each task
+    L = L_rec + α L_src
+    each: click BCE + w_q query–item InfoNCE + w_h (both alignments)
 
 Differs from the published code: one history of data.history_max clicks instead of 30 + 30 first records; a
 session is a run of clicks for one query. Attention to nothing gives 0, where a user without searches (or

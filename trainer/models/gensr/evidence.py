@@ -274,9 +274,8 @@ class Evidence(nn.Module):
         number_BL = new_BL.cumsum(-1) - 1  # of the word among the history's
         none = word_BL.shape[1]  # number of a word that no history item holds
         event_B1 = torch.arange(num_events, device=word_BL.device)[:, None]
-        holds_BLN = length_BN.new_zeros(
-            num_events, none + 1, num_history
-        )  # 1 / length where an item holds it
+        # 1 / length where an item holds the word
+        holds_BLN = length_BN.new_zeros(num_events, none + 1, num_history)
         holds_BLN[event_B1, number_BL, item_BL] = 1 / length_BN.gather(1, item_BL)
         wanted = mine_BCT.flatten(1)
         at = torch.searchsorted(word_BL, wanted).clamp(max=none - 1)

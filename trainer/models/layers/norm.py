@@ -36,8 +36,12 @@ class Norm(nn.Module):
 
 
 class _RmsNorm(torch.autograd.Function):
-    """With r = (mean(x²) + eps)^-½ and g the gradient of the result: ∂x = r·g·w − r³·mean(g·w·x)·x, ∂w = Σ
-    r·g·x. Keeps x, which others keep, too, and r."""
+    """With r = (mean(x²) + eps)^-½ and g the gradient of the result:
+
+        ∂x = r·g·w − r³·mean(g·w·x)·x
+        ∂w = Σ r·g·x
+
+    Keeps r, and x, which others keep anyway."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
