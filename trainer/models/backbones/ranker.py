@@ -16,7 +16,7 @@ from trainer.models.contract import Ranker
 
 
 class LanguageRanker(Ranker):
-    """Must: make `backbone` with language_model()."""
+    """Required: `backbone`, made by language_model()."""
 
     settings: BackboneSettings
     backbone: Backbone

@@ -123,7 +123,7 @@ class Bert4Rec(NextItemRanker):
         predicted_BN = masked_BN & (following_BN <= most)
         if self.settings.skip_first_position:
             predicted_BN = predicted_BN & (torch.arange(ids_BN.shape[1], device=ids_BN.device) > 0)
-        # a GPU is waited for here, once a micro-batch: logits of all positions would cost far more
+        # this waits for the GPU once a micro-batch: logits of all positions would cost far more
         hidden_PD, target_P = steps_BND[predicted_BN], ids_BN[predicted_BN]
         with_padding = self.settings.softmax_over_padding
         logits = self.core.all_scores(hidden_PD, with_padding)

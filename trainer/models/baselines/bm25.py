@@ -88,7 +88,7 @@ class Bm25(Ranker):
         return self._weights(item_terms, len(vocabulary)), vocabulary
 
     def probability(self, scores: Tensor) -> Tensor:
-        """Not one: score / (1 + score), so that answers lie in [0, 1)."""
+        """Not a probability: score / (1 + score), so that answers lie in [0, 1)."""
         return scores / (1 + scores)
 
     def _weights(self, item_terms: list[list[int]], num_terms: int) -> sparse.csr_matrix:

@@ -165,7 +165,7 @@ class Bsr(LanguageRanker):
         longest = int(mask_BS.sum(1).max())
         return pack(vectors_BSD, mask_BS)[:, :longest], pack(mask_BS, mask_BS)[:, :longest]
 
-    # ---- what the rest of the house asks -------------------------------------------------------------------
+    # ---- called by the trainer, registry and service -------------------------------------------------------
 
     def saved_names(self) -> set[str]:
         """Each tied tensor once."""

@@ -6,8 +6,8 @@ gives.
 The query's category is the one whose names, from the root down, are the query's words; else the deepest of
 those whose words all occur in the query (of equals the one with more words, then the first). Words are those
 of data_shards/sources/amazon.py: lower-cased, without stop words and repetitions. On Amazon data, whose
-queries are synthesised from category paths, this is nearly the answer: learned models are to be compared with
-it. Categories of different places with the same words are one.
+queries are synthesised from category paths, this is nearly the answer: compare learned models with it.
+Categories with the same words in different places are one.
 
 by=popularity: training clicks of the item, both tasks. by=cf: inner product of its LightGCN vector with the
 mean of the history's; the order is then the user's own. Where nothing of a tree occurs in the query, or in a
@@ -115,7 +115,7 @@ class Category(Ranker):
         return 0.5 + 0.49 * match / (1 + match.abs())  # keeps the order, and enough of float32's digits
 
     def probability(self, scores: Tensor) -> Tensor:
-        """Not one: the score as a share of the largest."""
+        """Not a probability: the score as a share of the largest."""
         return scores / 4
 
 

@@ -38,7 +38,7 @@ from trainer.models.contract import Cost, View, World
 from trainer.models.layers.attention import masked_mean
 from trainer.models.layers.history import HistoryKind, kept_slots, pack
 
-# a small tokenizer makes several tokens of a word: of the paper's prompt three quarters are these texts
+# a small tokenizer makes several tokens of a word: these texts are three quarters of the paper's prompt
 WORDINGS = {
     "paper": {
         "liked": "A user has liked these items:",
@@ -87,7 +87,7 @@ class Collm(AdapterRanker):
             nn.ReLU(),
             nn.Linear(WIDER * cf_width, self.backbone.width),
         )
-        # a frozen backbone that can be had by name stays out of RUN/model, its adapters do not
+        # a frozen backbone that can be loaded by name stays out of RUN/model; its adapters do not
         out = self.keeps_adapters_only
         self._saved = {name for name, p in self.named_parameters() if p.requires_grad or not out}
         if settings.stage == "text":
@@ -169,7 +169,7 @@ class Collm(AdapterRanker):
             return self.tables.cf_users[batch.user]
         return masked_mean(held_out_cf(self, batch.history_items, batch.fold), kept_BN)
 
-    # ---- what the rest of the house asks -------------------------------------------------------------------
+    # ---- called by the trainer, registry and service -------------------------------------------------------
 
     def cost(self) -> Cost:
         """Of full histories and titles: most are as long as they may be."""

@@ -116,7 +116,7 @@ class Copps(Tem):
 
     def partners(self, batch: Batch) -> Tensor:
         """Another user's search with the same query, else with the same item: rows of the clicks [B], −1 for
-        none. One draw of each: a user who stands alone in it finds only himself."""
+        none. One draw of each: a user who is alone there finds only themselves, and so none."""
         clicks, by_query, by_item = self._clicks
         found = [by_query.draw(batch.query), by_item.draw(batch.clicked)]
         of_query, of_item = (

@@ -8,9 +8,9 @@ LLM-RecSys Alignment with Textual ID Learning", SIGIR 2024). Recommendation only
            the recommender's table; the recommender is frozen                         stage=generator
 
 The published alternation is a chain of runs, each begun with run.init_from of the one before: recommender,
-generator, recommender, … A new run writes the ids anew (fit) with the generator it begins with; on a folder
-that goes on from the run's, those of new items alone. Ids: diverse
-beam search, 10 groups of one beam, penalty 1, 2, … 9 until an item has one that is not taken.
+generator, recommender, … A new run writes the ids (fit) with the generator it begins with; on a folder that
+goes on from the earlier run's, only those of new items. Ids: diverse beam search, 10 groups of one beam,
+penalty 1, 2, … 9 until an item has one that is not taken.
 
 ids=words (default) writes no ids by a model: the rarest tokens of the item's text. A generator from scratch
 writes noise; for the published method name a T5 that was tuned to write tags: ids=generator,
@@ -142,7 +142,7 @@ class IdGenRec(LanguageRanker):
         return tuple(self._digits[int(digit)] for digit in str(number))
 
     def train(self, mode: bool = True) -> "IdGenRec":
-        """What is frozen drops nothing out."""
+        """Frozen parts run without dropout."""
         super().train(mode)
         if self.generator is not None:
             (self.backbone if self.settings.stage == "generator" else self.generator).eval()
@@ -334,7 +334,7 @@ class IdGenRec(LanguageRanker):
         shape = items_BN.shape
         return soft_MLD.unflatten(0, shape), (tokens_M1L[:, 0] != PAD).unflatten(0, shape)
 
-    # ---- what the rest of the house asks -------------------------------------------------------------------
+    # ---- called by the trainer, registry and service -------------------------------------------------------
 
     def save_extra(self, folder: Path) -> None:
         super().save_extra(folder)

@@ -78,7 +78,7 @@ class ItemKnn(Ranker):
         return self.settings.decay ** ages(batch.history_mask) * batch.history_mask
 
     def probability(self, scores: Tensor) -> Tensor:
-        """Not one: similarity mass / (1 + mass), so that answers lie in [0, 1)."""
+        """Not a probability: similarity mass / (1 + mass), so that answers lie in [0, 1)."""
         return scores / (1 + scores)
 
 

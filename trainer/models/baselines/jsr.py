@@ -150,7 +150,7 @@ def interaction_losses(scores_BC: Tensor, labels_BC: Tensor) -> Tensor:
 
 
 class Jsr(Ranker):
-    """Both tasks. Recommendation is nothing without the user's row."""
+    """Both tasks. Recommendation needs the user's row."""
 
     Settings = JsrSettings
     title = "JSR"

@@ -60,7 +60,7 @@ class NrhubCore(nn.Module):
         self.view_pool = AdditivePooling(hidden, settings.view_dim)
 
     def forward(self, queries_BN: Tensor, clicks_BN: Tensor, browsed_BN: Tensor) -> Tensor:
-        """→ user [B, U]. The three lists may have other lengths."""
+        """→ user [B, U]. The three lists may differ in length."""
         views = [
             self.query_pool(self.queries(queries_BN), queries_BN != 0),
             self.click_pool(self.items(clicks_BN), clicks_BN != 0),

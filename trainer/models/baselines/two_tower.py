@@ -13,8 +13,8 @@ history are no negatives.
 
 Differs from the paper: item frequencies are counted once in the training split, not streamed; vectors are not
 normalised, a bias stands for popularity. Words are anonymised words where the data has them, else tokens. C
-is read with `categories`, as in the preset, where the folder has categories. An unknown word, a cold item and
-an empty history are zero vectors beside what remains.
+is read with categories=true, as the preset has it, if the folder has categories. An unknown word, a cold item
+and an empty history add nothing.
 """
 
 from typing import Literal

@@ -14,10 +14,10 @@ is read, so a layer computes just that: d looks at the older entries and at itse
 Differs from the published code: its 122 hand-made features are left out; each candidate meets its own user's
 history; W of the co-attention is learned, and padding words have no weight there
 (padding_in_co_attention=true gives them one); texts and sessions of padding only are 0, not NaN. The four
-weights of s start at .5, its bias at 0; there, their signs are drawn, and short training does not turn one
-that ranks last what is most like the question. [?] Our logs have no sessions: the newest `session_length`
-clicks are the current one, and older ones are cut alike. An unknown user and an item without text are zero
-vectors. Texts are cut at `text_words`.
+weights of s start at .5, its bias at 0; there, their signs are random, and a short training does not turn a
+sign that ranks last what is most like the question. [?] Our logs have no sessions: the newest
+`session_length` clicks are the current one, and older clicks are cut likewise. An unknown user and an item
+without text are zero vectors. Texts are cut at `text_words`.
 Shapes: texts […, W] with 0 = padding, sessions [B, S, K, D], candidates [B, C, D], scores [B, C] in (−1, 1).
 """
 

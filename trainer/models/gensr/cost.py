@@ -1,4 +1,4 @@
-"""How long GenSR's prompts are, and so what they cost a training event (backbones/cost.py)."""
+"""How long GenSR's prompts are, and hence what a training event costs (backbones/cost.py)."""
 
 from typing import TYPE_CHECKING
 

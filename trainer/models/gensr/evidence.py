@@ -1,11 +1,11 @@
 """What counting knows of an event and a candidate, as numbers (model.evidence): neighbours and followers of
 the history, popularity, taste, shared words, categories of the history and of the query.
 
-LightGCN's vectors have lost order and co-purchase, and a small language model cannot count words; here they
-are handed over. Everything is counted from training clicks and the catalogue, once (`Evidence.fit`).
+LightGCN's vectors have lost order and co-purchase, and a small language model cannot count words; here it
+gets them as numbers. Everything is counted from training clicks and the catalogue, once (`Evidence.fit`).
 
-A training event is looked at as a test event is, without its own click: it is taken out of the counts of the
-clicked item, and out of the reasons for being among the nearest, as the CF table of its fold never saw it.
+A training event is treated like a test event, without its own click: the click is taken out of the clicked
+item's counts and out of what makes an item one of the nearest; the CF table of its fold never saw it, either.
 
 Letters: trainer/README.md; F numbers, M neighbours of an item, T tokens of an item's text.
 """
@@ -38,7 +38,7 @@ NUM_FEATURES, NUM_CATEGORY_FEATURES = 14, 4
 DECAY = 0.8  # weight of a history item for each newer one
 NOW_DECAY = 0.5  # the same where what a user has in mind counts: of categories
 NOW_PRIOR, USUAL_PRIOR = 0.2, 3.0  # history items that everyone's clicks stand for beside the user's own
-SHRINK = 10.0  # users that are added to the denominator of a similarity
+SHRINK = 10.0  # users added to the denominator of a similarity
 STEPS, STEP_DECAY = 3, 0.5  # how far behind an item another still follows it, and its weight for each step
 HIDDEN = 16  # half of the units of the head's network; both tasks read all of them
 PERCENT = 100.0

@@ -1,6 +1,6 @@
 """Which events of a batch the backbone answers together: those of one task and, among searches, with queries
-of like length, to compute little padding. Where few tokens keep a GPU waiting for launches, an
-encoder-decoder answers all groups in one pass, padded to the longest prompt.
+of similar length, so that little padding is computed. Where there are so few tokens that a GPU waits for
+launches, an encoder-decoder answers all groups in one pass, padded to the longest prompt.
 
 Decided on the CPU, before the batch moves to its device: reading lengths from a GPU would make every step
 wait for it.
@@ -12,14 +12,14 @@ from torch import Tensor
 from data_shards.schema import REC, SRC
 from trainer.batch import Group
 
-# Searches of a batch go through the backbone in up to so many groups of like query length.
+# Searches of a batch go through the backbone in at most this many groups of similar query length.
 LENGTH_GROUPS = 4
-# There is a group more for so many prompts: every group is another pass over the weights, and on a GPU
-# thousands of small kernels. With flan-t5's tokenizer, the compact prompt, 5 candidates and half searches,
-# padding is then on a CPU 4.4 % of the tokens at 32 events a batch and 2 % from 64 on. The GPU's number is
-# calculated (benchmarks/roofline.py): from there on kernels take longer than their launches.
+# One more group for every so many prompts: each is another pass over the weights, and on a GPU thousands of
+# small kernels. With flan-t5's tokenizer, the compact prompt, 5 candidates and half searches, padding is then
+# on a CPU 4.4 % of the tokens at 32 events a batch and 2 % from 64 on. The GPU's number is calculated
+# (benchmarks/roofline.py): from there on kernels take longer than their launches.
 PROMPTS_A_GROUP_ON_CPU, PROMPTS_A_GROUP = 40, 320
-# So many tokens at most are one pass: below, a pass of flan-t5-base takes longer to launch than to compute
+# Up to so many tokens are one pass: there a pass of flan-t5-base takes longer to launch than to compute
 # (benchmarks/roofline.py). A CPU launches at once.
 ONE_PASS_TOKENS_ON_CPU, ONE_PASS_TOKENS = 0, 8192
 

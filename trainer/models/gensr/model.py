@@ -48,7 +48,7 @@ def match_projection(view_width: int, width: int) -> nn.Linear:
 
 @dataclass(frozen=True)
 class EncodedHistory:
-    """What an event's history gives whatever the candidate: encoded once, then filtered by each candidate."""
+    """What an event's history gives, whatever the candidate: encoded once, then filtered by each."""
 
     cf_BNK: Tensor
     sem_BND: Tensor
@@ -200,8 +200,8 @@ class GenSR(AdapterRanker):
         return self._score_encoded(batch, self.encode_history(batch), seen)[0]
 
     def prepare(self, batch: Batch) -> Batch:
-        """The batch with its groups. To be asked while the batch is on the CPU: later, the device is waited
-        for."""
+        """The batch with its groups. Call it while the batch is on the CPU: later, it would wait for the
+        device."""
         if batch.groups is not None:
             return batch
         query = batch.query.cpu()
@@ -263,7 +263,7 @@ class GenSR(AdapterRanker):
         return mined(batch, count, self.evidence, self._mine[0], self.tables, self.world.num_items)
 
     def _drawn_more_often(self, batch: Batch, seen: Seen | None) -> Tensor | float:
-        """What is taken off the scores of candidates that mining brings more often than chance, [B, C]."""
+        """What to subtract from the scores of candidates that mining draws more often than chance, [B, C]."""
         if not self._mine or self.evidence is None or seen is None:
             return 0.0
         share = self.settings.mined_negatives / max(batch.candidates.shape[1] - 1, 1)
@@ -398,7 +398,7 @@ class GenSR(AdapterRanker):
             torch.cat([mask_BP, query_mask_BQ[:, : group.longest]], 1),
         )
 
-    # ---- what the rest of the house asks -------------------------------------------------------------------
+    # ---- called by the trainer, registry and service -------------------------------------------------------
 
     def views(self) -> dict[str, View]:
         return gensr_views(self)

@@ -1,5 +1,5 @@
-"""Attention that gives 0 where there is nothing to look at: a list of padding only never makes a NaN, and
-never the mean of its padding."""
+"""Attention that gives 0 where there is nothing to look at: a list of nothing but padding makes neither NaN
+nor the mean of its padding."""
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from trainer.models.layers.dropout import Dropout
 def masked_softmax(scores: Tensor, visible: Tensor) -> Tensor:
     """Softmax over the last dimension among the visible, float32; 0 for the others, also where none is
     visible."""
-    # a sum, where masked_fill gives the same digits in up to twice the time, forwards and backwards
+    # a sum: masked_fill gives the same digits, but takes up to twice as long in both passes
     seen = visible.float()
     return (scores.float() + (1 - seen) * torch.finfo(torch.float32).min).softmax(-1) * seen
 
@@ -23,7 +23,7 @@ def masked_mean(vectors: Tensor, mask: Tensor) -> Tensor:
 
 
 def check_heads(name: str, width: int, heads: int) -> None:
-    """Raises ConfigError where heads cannot have equal parts of a width. name: of the width, for people."""
+    """Raises ConfigError where a width cannot be split evenly among the heads. name: what people call it."""
     if width % heads:
         raise ConfigError(
             f"{name} is no multiple of model.num_heads={heads}. Set model.num_heads to a number that divides "

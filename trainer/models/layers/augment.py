@@ -10,7 +10,7 @@ CROP, MASK, REORDER = 0.6, 0.3, 0.6  # share of a list that stays, is hidden, is
 
 
 def augmented(ids_BN: Tensor) -> Tensor:
-    """Each row cropped, masked or reordered, by chance."""
+    """Each row cropped, masked or reordered, at random."""
     choice_B1 = torch.randint(3, (len(ids_BN), 1), device=ids_BN.device)
     either = torch.where(choice_B1 == 0, cropped(ids_BN), masked(ids_BN))
     return torch.where(choice_B1 == 2, reordered(ids_BN), either)

@@ -31,7 +31,7 @@ class ItemTable(nn.Module):
         self.zero_padding()
 
     def zero_padding(self) -> None:
-        """To be called after another initialisation of the weight."""
+        """Call it after another initialisation of the weight."""
         with torch.no_grad():
             self.weight[0].zero_()
 

@@ -1,4 +1,4 @@
-"""Vectors of items that depend on the item alone, computed once a model instead of once a score."""
+"""Vectors that depend on the item alone, computed once per model instead of once per score."""
 
 from collections.abc import Callable
 
@@ -7,9 +7,8 @@ from torch import Tensor
 
 
 class ItemMemory:
-    """For models whose weights stay as they are: made in Ranker.ready_to_serve(). It takes num_items × what
-    an item has of memory, of which only the items that were asked for are touched. Scores under gradients are
-    not remembered."""
+    """For models whose weights no longer change: made in Ranker.ready_to_serve(). It reserves memory for all
+    items, but touches only that of items that were asked for. Under gradients nothing is remembered."""
 
     def __init__(self, num_items: int) -> None:
         self.num_items = num_items

@@ -1,4 +1,4 @@
-"""What words an item stands for: p(w|i) = softmax_w(w · P e), and the likelihood of a query under it."""
+"""Which words an item stands for: p(w|i) = softmax_w(w · P e), and the likelihood of a query under it."""
 
 import torch
 import torch.nn.functional as F

@@ -82,7 +82,8 @@ def keep_nearest(
     ends = np.append(starts, len(row))[1:]
     full = np.flatnonzero(ends - starts > room)
     kept, refused = np.ones(len(row), bool), []
-    for start, end in zip(starts[full], ends[full], strict=True):  # to sort whole rows takes thrice as long
+    # to sort whole rows takes three times as long
+    for start, end in zip(starts[full], ends[full], strict=True):
         least = -np.partition(-by[start:end], room)[room]
         found = start + np.flatnonzero(by[start:end] >= least)
         found = found[np.lexsort((other[found], -by[found]))]
