@@ -61,8 +61,8 @@ def _listed(text: str) -> tuple[str, ...]:
 
 
 def keep_frozen_in_bf16(backbone: Any) -> None:
-    """Frozen linear maps in bf16, in place: what autocast makes of them at every use, in 2 bytes a weight
-    instead of 4 and 2 for the copy.
+    """Frozen linear maps in bf16, in place: what autocast casts them to at every use, in 2 bytes a weight
+    instead of 4 and 2 more for the copy.
 
     The table of answers stays as it is: it is read in float32.
     """

@@ -29,7 +29,7 @@ class BackboneSize:
 
 
 def backbone_size(backbone: Any) -> BackboneSize:
-    """On any device, meta included."""
+    """Of a backbone on any device, meta included."""
     every_token, once = backbone.stacks
     cross = (
         [numel(p) for name, p in once.named_parameters() if CROSS_KEYS.search(name)]
@@ -47,8 +47,7 @@ def backbone_size(backbone: Any) -> BackboneSize:
 
 
 def prompts_cost(model: Any, tokens: int) -> Cost:
-    """Of a model with a backbone, and lora and activation_checkpointing among its settings. tokens: that the
-    backbone reads for one training event, its candidates together."""
+    """Of an AdapterRanker. tokens: what the backbone reads for one training event, all its candidates."""
     world, settings, size = model.world, model.settings, backbone_size(model.backbone)
     num_candidates, with_bf16 = 1 + world.data.num_negatives, world.precision == "bf16"
     activations = (

@@ -1,4 +1,4 @@
-"""Which frozen weights a model that saves its adapters alone belongs to."""
+"""Which frozen weights belong to a model that saves only its adapters."""
 
 import json
 from functools import cache
@@ -38,8 +38,8 @@ def _sha256(path: Path, num_bytes: int, changed_ns: int) -> str:
 
 
 def check_frozen(name: str, backbone: Backbone, saved: Path, part: str = "backbone") -> None:
-    """Raises DataError when the backbone is not the one that the adapters were trained on. Models of before
-    it was noted are taken as they are."""
+    """Raises DataError when the backbone is not the one that the adapters were trained on. Models saved
+    before this was noted are taken as they are."""
     noted = saved / part / FILE
     if not noted.is_file():
         return

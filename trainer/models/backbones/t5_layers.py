@@ -44,13 +44,13 @@ class GatedFeedForward(T5DenseGatedActDense):
 
 
 def lacks_dropout(query: Tensor) -> bool:
-    """Whether torch's fused attention is without dropout where the tensor lies."""
+    """Whether torch's fused attention has no dropout on the tensor's device."""
     return query.device.type == "cpu"
 
 
 def aligned_rows(mask: Tensor) -> Tensor:
-    """A contiguous copy, but that rows begin at multiples of 8: the GPU's fused kernels copy a mask that has
-    others, in every layer."""
+    """A contiguous copy whose rows begin at multiples of 8: else the GPU's fused kernels copy the mask in
+    every layer."""
     length = mask.shape[-1]
     return F.pad(mask, (0, -length % 8)).contiguous()[..., :length]
 

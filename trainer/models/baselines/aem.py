@@ -8,8 +8,8 @@ Personalized Product Search", CIKM 2019). zam.py is the model of the title.
 form=multihead is what the public code of TEM calls AEM: u = multi-head attention with q as query, s = M · e
 without bias; an empty history is one zero vector there.
 
-Departs from public code as hem.py does. The softmax is shifted by the maximum of the real f_j, not of padding
-too: the same numbers without its underflow. An empty history gives u = 0.
+Departs from public code in the ways of hem.py. The softmax is shifted by the maximum of the real f_j, not of
+padding too: the same numbers without its underflow. An empty history gives u = 0.
 Shapes: query words [B, Q], history ids [B, N] padded at the end with 0, M [B, D].
 """
 

@@ -280,7 +280,7 @@ class IdGenRec(LanguageRanker):
         return torch.cat(parts, 1).clamp(min=UNREACHED + 1)
 
     def _ids(self) -> tuple[Tensor, Tensor, Children | None]:
-        """Ids without the columns that nobody uses [I, L], their trie [I, L + 1], and with legal_only its
+        """Ids without the columns that no id uses [I, L], their trie [I, L + 1], and with legal_only its
         children: made at the first use, when the weights are there."""
         if self._spelling is None or self._spelling[0].device != self.ids.device:
             ids_IL = self.ids[:, : int(id_lengths(self.ids).max())]

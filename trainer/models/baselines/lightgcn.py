@@ -27,7 +27,7 @@ class LightGcnSettings(ModelSettings):
 
 
 class LightGcn(Ranker):
-    """Nothing is trained: the table is. Recommendation only."""
+    """Nothing is trained here: the table has been. Recommendation only."""
 
     Settings = LightGcnSettings
     title = "LightGCN"

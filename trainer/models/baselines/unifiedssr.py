@@ -137,7 +137,7 @@ class Windows(nn.Module):
 
 
 class Mix(nn.Module):
-    """w p + (1 − w) q, w within [.1, .9]; beyond, w still gets its gradient."""
+    """w p + (1 − w) q, w within [.1, .9]; outside, w still gets its gradient."""
 
     def __init__(self) -> None:
         super().__init__()

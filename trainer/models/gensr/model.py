@@ -134,8 +134,8 @@ class GenSR(AdapterRanker):
     def _token_scale(self) -> Tensor:
         """RMS of the backbone's token vectors as pretrained (flan-t5-base's is about 12, SmolLM2's 0.1).
 
-        GenSR computes in units of it, and its slots are multiplied with it: each backbone reads vectors of a
-        size of its own. From scratch the unit is 1. Saved with the weights."""
+        GenSR computes in units of it, and multiplies its slots by it: each backbone reads vectors of its own
+        size. From scratch the unit is 1. Saved with the weights."""
         if not self.world.is_new:
             return torch.ones(())
         return self.backbone.embedding_weight().detach().float().square().mean().sqrt()

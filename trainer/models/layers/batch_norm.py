@@ -53,7 +53,7 @@ class BatchNorm(nn.Module):
 
 
 def running_statistics(model: nn.Module) -> dict[str, Tensor]:
-    """By name. They are learned with the weights, and belong to them."""
+    """By name. They are learned along with the weights, and belong to them."""
     return {
         f"{name}.{key}": statistic
         for name, module in model.named_modules()

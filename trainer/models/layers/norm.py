@@ -21,8 +21,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 class Norm(nn.Module):
-    """In the place of a transformers norm, by __class__: the same weight. Under autocast the result is in the
-    precision of linear maps."""
+    """Takes the place of a transformers norm, by __class__, and keeps its weight. Under autocast its result
+    is in the precision of linear maps."""
 
     weight: Tensor
     variance_epsilon: float
