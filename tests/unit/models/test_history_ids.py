@@ -5,7 +5,15 @@ import torch
 from tests.tiny_world import make_batch
 from trainer.models.layers.attention import masked_mean, masked_softmax
 from trainer.models.layers.embedding import WordMean
-from trainer.models.layers.history import clicked_ids, history_ids, left_padded, pack
+from trainer.models.layers.history import (
+    ages,
+    clicked_ids,
+    history_ids,
+    left_padded,
+    pack,
+    session_means,
+    sessions,
+)
 
 
 def test_ids_are_rows_plus_one_and_the_newest_stay():
@@ -19,6 +27,21 @@ def test_recommendations_only_move_together():
     batch = make_batch([[4, 5, 6, 7], [8, 9]], torch.tensor([[2, 3]] * 2), tasks=[[1, 0, 1, 0], [1, 1]])
 
     assert history_ids(batch, "rec", 2).tolist() == [[6, 8], [0, 0]]
+
+
+def test_padding_is_neither_searched_nor_browsed_and_has_no_age():
+    batch = make_batch([[4, 5, 6], [8]], torch.tensor([[2, 3]] * 2), tasks=[[1, 0, 1], [0]])
+
+    assert batch.searched.tolist() == [[True, False, True], [False] * 3]
+    assert batch.browsed.tolist() == [[False, True, False], [True, False, False]]
+    assert ages(batch.history_mask).tolist() == [[2, 1, 0], [0, 0, 0]]
+
+
+def test_a_session_is_the_mean_of_the_items_clicked_for_its_query():
+    _, same = sessions(torch.tensor([[True, True, False, True]]), torch.tensor([[3, 3, -1, 3]]))
+    items = torch.tensor([[[2.0], [4.0], [7.0], [5.0]]])
+
+    assert session_means(items, same)[0, :, 0].tolist() == [3, 3, 0, 5]
 
 
 def test_a_batch_without_any_history_has_one_column_of_padding():
