@@ -3,7 +3,7 @@ in the order in which the files are imported."""
 
 # isort: off
 from trainer.cli.base import app, main
-from trainer.cli import data, training, analysis, serving, bench, help
+from trainer.cli import data, training, experiments, analysis, serving, bench, help
 # isort: on
 
-__all__ = ["analysis", "app", "bench", "data", "help", "main", "serving", "training"]
+__all__ = ["analysis", "app", "bench", "data", "experiments", "help", "main", "serving", "training"]

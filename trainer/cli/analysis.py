@@ -52,12 +52,11 @@ def analyse(
     Writes OUT/WHAT.json with every number, OUT/WHAT*.png and .svg, and the page OUT/WHAT.html. In ablations
     and sensitivity, the others are compared with the first RUN.
     """
-    from trainer.evaluation.summary import check_candidates
+    from trainer.evaluation.summary import check_candidates, check_split
     from trainer.experiments.analyses import Options
     from trainer.experiments.analyses import analyse as run
 
-    if split not in ("valid", "test"):
-        raise ConfigError(f"--split must be valid or test, got {split}")
+    check_split(split)
     check_candidates(candidates)
     if metric not in ("recall@5", "recall@10", "ndcg@5", "ndcg@10", "mrr"):
         raise ConfigError(f"--metric must be recall@5, recall@10, ndcg@5, ndcg@10 or mrr, got {metric}")
@@ -135,6 +134,6 @@ def _submit_paper(request: "PaperRequest", gpus_per_node: int, as_json: bool) ->
     for submission in submit_paper(request, gpus_per_node, own_command(), note):
         made = jobs.submit(submission)
         ids += made
-        lines += job_lines(made, (job.path for job in submission.jobs))
+        lines += job_lines(submission, made)
     lines.append("when all have ended, the same command without --submit makes analyses and report")
     answer({"job_ids": ids}, as_json, *lines)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from inspect import cleandoc
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -24,6 +24,9 @@ from typer.core import TyperCommand, TyperGroup
 from trainer.cli import completion
 from trainer.errors import ConfigError, GensrError, out_of_memory
 from trainer.runtime.progress import StageProgress, clear_bar, show_stages, wrapped
+
+if TYPE_CHECKING:
+    from trainer.experiments.submit import Submission
 
 SPLITS = ("train", "valid", "test")
 RANK = int(os.environ.get("RANK", "0"))
@@ -298,9 +301,18 @@ def own_command() -> str:
     return shlex.join(["gensr", *map(mask_secrets, sys.argv[1:])])
 
 
-def job_lines(ids: Iterable[str], paths: Iterable[Path]) -> list[str]:
+def job_lines(submission: "Submission", ids: Iterable[str]) -> list[str]:
     """Jobs that were submitted, with their scripts."""
-    return [f"job {job_id}  {path}" for job_id, path in zip(ids, paths, strict=True)]
+    return [f"job {job_id}  {job.path}" for job_id, job in zip(ids, submission.jobs, strict=True)]
+
+
+def submitted(submission: "Submission", ids: list[str]) -> dict[str, Any]:
+    """The same as a document."""
+    return {
+        "job_ids": ids,
+        "runs": [str(path) for path in submission.run_dirs],
+        "scripts": [str(job.path) for job in submission.jobs],
+    }
 
 
 def stage_lines() -> StageProgress:

@@ -38,7 +38,7 @@ from trainer.evaluation.ranking import (
 )
 from trainer.evaluation.sampled import report, task_reports, write_evaluation
 from trainer.evaluation.segments import segment_reports, segments_of
-from trainer.evaluation.summary import evaluation_name
+from trainer.evaluation.summary import check_split, evaluation_name
 from trainer.models.contract import Ranker, task_names
 from trainer.runs.retriever_facts import RETRIEVER
 from trainer.runs.run_folder import RunFolder
@@ -89,8 +89,7 @@ def evaluate_full(
     open_retriever() raises.
     """
     run_dir = Path(run_dir)
-    if split not in ("valid", "test"):
-        raise RunError(f"split must be valid or test, got {split!r}")
+    check_split(split)
     launch = read_launch()
     if launch.world_size > 1:
         raise RunError("--candidates full runs in one process: start it without a launcher")

@@ -23,7 +23,6 @@ from data_shards.settings import to_dict
 from trainer.config import Config, DataConfig
 from trainer.data import EvalStream
 from trainer.data.folder import PreparedFolder
-from trainer.errors import RunError
 from trainer.evaluation.baselines import each_baseline
 from trainer.evaluation.evaluated_weights import evaluated_weights
 from trainer.evaluation.metrics import INTERVALS, summarise
@@ -36,7 +35,7 @@ from trainer.evaluation.ranking import (
     rank_events,
 )
 from trainer.evaluation.segments import Segments, segment_reports, segments_of
-from trainer.evaluation.summary import evaluation_name
+from trainer.evaluation.summary import check_split, evaluation_name
 from trainer.models.contract import Ranker
 from trainer.models.zoo import model_class
 from trainer.runs.provenance import git_commit, hardware
@@ -197,8 +196,7 @@ def evaluate_run(
     """
     from trainer.runs.weights import load_run_config, load_run_model  # transformers: seconds to import
 
-    if split not in ("valid", "test"):
-        raise RunError(f"split must be valid or test, got {split!r}")
+    check_split(split)
     launch = read_launch()
     set_up_cpu(load_run_config(run_dir), launch)
     device = "cpu"

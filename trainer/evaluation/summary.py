@@ -33,6 +33,12 @@ class Row:
     metrics: Mapping[str, Any]  # as in evaluation-SPLIT.json: {"ndcg@10": …, "ci95": {…}, "num_events": …}
 
 
+def check_split(split: str) -> None:
+    """Raises RunError for one that runs are not evaluated on."""
+    if split not in ("valid", "test"):
+        raise RunError(f"split must be valid or test, got {split!r}")
+
+
 def check_candidates(candidates: str, retriever: Any = None) -> None:
     """Raises ConfigError for what is no kind of candidates, and for a retriever where they are given."""
     if candidates not in CANDIDATES:

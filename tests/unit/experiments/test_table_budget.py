@@ -14,7 +14,7 @@ from trainer.configs import load_config
 from trainer.errors import ConfigError
 from trainer.experiments import submit as jobs
 from trainer.experiments.costs import MIN_EPOCHS, Machine, Size, SystemCost, cost_of, this_machine
-from trainer.experiments.paper.plan import read_recipes, recipe_of
+from trainer.experiments.paper.recipes import read_recipes, recipe_of
 from trainer.experiments.table.budget import (
     Runs,
     Times,

@@ -1,6 +1,6 @@
 """`gensr paper NAME --out DIR`: the paper's whole evaluation on one data set, as one command and one page.
 
-recipes.yaml  the data sets, the systems, the variants of GenSR
+recipes.yaml  the data sets, the systems, the variants of GenSR; recipes.py reads it
 budget.py     minutes → seeds, systems, grid, epochs; what that costs in trust
 finished.py   a table that is there, for --table
 plan.py       the runs, as arguments and cells of a table

@@ -6,11 +6,10 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from data_shards.settings import flatten, parse_yaml, to_dict
+from data_shards.settings import flatten, to_dict
 from trainer.config import Config
 from trainer.configs import documented_sizes, load_config, preset_of
 from trainer.errors import ConfigError
@@ -26,6 +25,7 @@ from trainer.experiments.costs import (
 )
 from trainer.experiments.paper.budget import LEVELS, WHOLE, Budget
 from trainer.experiments.paper.finished import FinishedTable, lines_within
+from trainer.experiments.paper.recipes import read_recipes, recipe_of
 from trainer.experiments.pool import environments
 from trainer.experiments.search import words_of
 from trainer.experiments.table.budget import epochs_within
@@ -439,23 +439,3 @@ def _size_of(preset: str, settings: tuple[str, ...]) -> Any:
 
     config = load_config(preset, list(settings))
     return model_size(config, data_size(config, preset))
-
-
-@cache
-def recipe_of(name: str) -> dict[str, Any]:
-    """Raises ConfigError, which lists the names."""
-    known = read_recipes()["data_sets"]
-    if name not in known:
-        raise ConfigError(f"there is no {name}. There are: {', '.join(known)}")
-    recipe: dict[str, Any] = known[name]
-    return recipe
-
-
-def read_recipes() -> dict[str, Any]:
-    """own_settings, which YAML merges by their keys, are KEY=VALUE here, as they are everywhere else."""
-    text = resources.files(__package__).joinpath("recipes.yaml").read_text(encoding="utf-8")
-    recipes: dict[str, Any] = parse_yaml(text)
-    for recipe in recipes["data_sets"].values():
-        own = recipe.get("own_settings", {})
-        recipe["own_settings"] = {name: words_of(settings) for name, settings in own.items()}
-    return recipes

@@ -23,7 +23,7 @@ from trainer.evaluation.summary import CANDIDATES
 from trainer.experiments.costs import Machine, Size, cost_of, this_machine
 from trainer.experiments.pool import environments
 from trainer.experiments.table.budget import Runs, Times, plan_times, within
-from trainer.models.zoo import model_class, model_names
+from trainer.models.zoo import GENSR, model_class, model_names
 from trainer.runs.run_folder import read_json
 from trainer.runtime.files import SECRET_MODE, atomic
 from trainer.tracking.store import sqlite_path, sqlite_uri
@@ -76,6 +76,25 @@ class Request:
 
     def settings_file(self, model: str) -> Path:
         return self.out / "settings" / f"{model}.yaml"
+
+
+def settings_of_systems(
+    models: Sequence[str], presets: Sequence[str], recipe: str
+) -> tuple[dict[str, str], dict[str, Sequence[str]]]:
+    """(presets, settings) of single systems, by their names: from words MODEL=PRESET, and for the systems
+    that these leave out from a recipe of `gensr paper`; "" for none. Raises ConfigError for another word, or
+    an unknown recipe."""
+    if wrong := [word for word in presets if "=" not in word]:
+        raise ConfigError(f"--preset is written MODEL=PRESET, got {', '.join(wrong)}")
+    chosen = dict(word.partition("=")[::2] for word in presets)
+    if not recipe:
+        return chosen, {}
+    from trainer.experiments.paper.recipes import recipe_of  # its package imports this one
+
+    known = recipe_of(recipe)
+    if not models or GENSR in models:
+        chosen = {GENSR: known["preset"], **chosen}
+    return chosen, {name: words for name, words in known["own_settings"].items() if name not in chosen}
 
 
 @dataclass(frozen=True)
