@@ -41,7 +41,7 @@ def cells_of(args: argparse.Namespace, settings: Path) -> dict[str, list[Cell]]:
     """Variant → a run for each seed."""
     found = {}
     for variant in (f"{PRESET}:", *(args.variants or VARIANTS)):
-        title, _, words = variant.partition(":")
+        title, _, overrides = variant.partition(":")
         name = title.replace(" ", "-")
         found[title] = [
             Cell(
@@ -49,7 +49,7 @@ def cells_of(args: argparse.Namespace, settings: Path) -> dict[str, list[Cell]]:
                 name=f"{name}-seed-{seed}",
                 run_dir=args.out / name / f"seed-{seed}",
                 settings_file=settings,
-                words=(f"run.seed={seed}", *filter(None, words.split(","))),
+                overrides=(f"run.seed={seed}", *filter(None, overrides.split(","))),
                 log=args.out / "logs" / f"{name}-seed-{seed}.log",
             )
             for seed in range(args.seeds)
@@ -79,13 +79,13 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("variants", nargs="*", metavar="VARIANT:KEY=VALUE,…")
     args = parser.parse_intermixed_args()  # VARIANTS may follow options
-    words = [
+    overrides = [
         f"data.dir={args.folder}",
         f"run.max_steps={args.steps}",
         "run.threads=1",
         "tracking.enabled=false",
     ]
-    config = load_config(args.preset, words)
+    config = load_config(args.preset, overrides)
     with atomic(args.out / "settings.yaml") as temporary:
         temporary.write_text(to_yaml(config), encoding="utf-8")
     cells = cells_of(args, args.out / "settings.yaml")

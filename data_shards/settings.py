@@ -7,6 +7,7 @@ a field is its help.
 
 import dataclasses
 import difflib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
@@ -175,6 +176,31 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def overrides_of(settings: Mapping[str, Any]) -> list[str]:
+    """{"optim.lr": 3e-4} or {"optim": {"lr": 3e-4}} → ["optim.lr=0.0003"], as the command line has them."""
+    return [f"{key}={_text_of(value)}" for key, value in flatten(settings).items()]
+
+
+def _text_of(value: Any) -> str:
+    """A value as _parse_value() reads it back: text that looks like something else is quoted."""
+    import numpy as np  # the settings of a Python program may be its numbers
+
+    if isinstance(value, Path):
+        value = str(value)
+    if isinstance(value, np.generic):
+        value = value.item()
+    if not isinstance(value, str):
+        try:
+            return json.dumps(value)
+        except TypeError as error:
+            raise ConfigError(f"settings: {value!r} is no number, text, list or yes/no: {error}") from error
+    try:
+        is_plain = not value or parse_yaml(value) == value
+    except yaml.YAMLError:
+        is_plain = False
+    return value if is_plain else json.dumps(value, ensure_ascii=False)
 
 
 def leaf_fields(cls: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any]]]:

@@ -1,7 +1,6 @@
 """From raw logs to a registered model: each step is a verb of the command `gensr`, with data frames and
 keyword arguments."""
 
-import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -42,6 +41,7 @@ def prepare(
     (60, 150)
     """
     from data_shards.prepare import prepare as run
+    from data_shards.settings import overrides_of
 
     if isinstance(raw, str | Path):
         return run(source, raw, out, overrides_of(settings), append=append)
@@ -72,6 +72,7 @@ def cf(data: str | Path, settings: Mapping[str, Any] | None = None) -> Path:
     >>> gensr.cf("data/new", {"cf.dim": 16, "cf.max_epochs": 1, "cf.holdout": "none"}).name
     'lightgcn.safetensors'
     """
+    from data_shards.settings import overrides_of
     from trainer.cf.build import train_cf
 
     return train_cf(data, overrides_of(settings or {}))
@@ -105,6 +106,7 @@ def train(
     >>> result.status, result.step, len(seen.losses)
     ('finished', 2, 2)
     """
+    from data_shards.settings import overrides_of, to_dict
     from trainer.config import Config
     from trainer.runs.launch_config import load_launch_config
     from trainer.runtime.launch import read_launch
@@ -113,9 +115,7 @@ def train(
     places = {key: str(path) for key, path in (("data.dir", data), ("run.dir", run)) if path}
     overrides = overrides_of({**(settings or {}), **places})
     if isinstance(config, Config):
-        from data_shards.settings import flatten, to_dict
-
-        overrides = [*overrides_of(flatten(to_dict(config))), *overrides]
+        overrides = [*overrides_of(to_dict(config)), *overrides]
     elif isinstance(config, Mapping):
         overrides = [*overrides_of(config), *overrides]
     preset = None if isinstance(config, Config | Mapping) else str(config)
@@ -211,33 +211,3 @@ def register(
     from trainer.registry.versions import register as run_registration
 
     return f"models:/{name}/{run_registration(run, name, alias, retriever=retriever)}"
-
-
-def overrides_of(settings: Mapping[str, Any]) -> list[str]:
-    """{"optim.lr": 3e-4} or {"optim": {"lr": 3e-4}} → ["optim.lr=0.0003"], as the command line has them."""
-    from data_shards.settings import flatten
-
-    return [f"{key}={_text(value)}" for key, value in flatten(settings).items()]
-
-
-def _text(value: Any) -> str:
-    """A value as YAML reads it back: text that looks like something else is quoted."""
-    import numpy as np
-    import yaml
-
-    from data_shards.errors import ConfigError
-    from data_shards.settings import parse_yaml
-
-    if isinstance(value, Path):
-        value = str(value)
-    if isinstance(value, np.generic):
-        value = value.item()
-    if not isinstance(value, str):
-        try:
-            return json.dumps(value)
-        except TypeError as error:
-            raise ConfigError(f"settings: {value!r} is no number, text, list or yes/no: {error}") from error
-    try:
-        return value if parse_yaml(value) == value else json.dumps(value)
-    except yaml.YAMLError:
-        return json.dumps(value)

@@ -14,7 +14,7 @@ import ds_configs
 from data_shards.checksum import file_sha256
 from data_shards.prepare import prepare
 from data_shards.schema import read_manifest
-from data_shards.settings import to_yaml
+from data_shards.settings import overrides_of, to_yaml
 from tests.mlflow_server import Server
 from tests.unit.data_shards.test_append import FAST, cut
 from tests.worlds import DAY_MS, START_MS, write_tables
@@ -26,7 +26,6 @@ from trainer.errors import ConfigError, RunError
 from trainer.experiments.daily import plan as plan_of_days
 from trainer.experiments.daily import run as daily_run
 from trainer.experiments.daily.plan import Daily, DailySettings, read
-from trainer.experiments.sweep import words_of
 from trainer.registry.promote import promote
 from trainer.runs.run_folder import RunFolder
 from trainer.training.loop import train
@@ -270,7 +269,7 @@ def test_only_what_is_trained_and_served_goes_on(world: Path, yesterday: Path) -
     text = config.read_text()
     for name, problem in (("popularity", "counted, not trained"), ("jsr", "cannot be registered")):
         settings = {"data.dir": str(yesterday / "data"), "model.name": name}
-        config.write_text(to_yaml(load_config(None, words_of(settings))))
+        config.write_text(to_yaml(load_config(None, overrides_of(settings))))
         with pytest.raises(ConfigError, match=problem):
             read(world / "daily.yaml")
     config.write_text(text)

@@ -37,7 +37,7 @@ def trained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Cell]:
         if (cell.run_dir / "status.json").is_file():
             return
         cells.append(cell)
-        config = load_config(str(cell.settings_file), [f"run.dir={cell.run_dir}", *cell.words])
+        config = load_config(str(cell.settings_file), [f"run.dir={cell.run_dir}", *cell.overrides])
         if config.optim.lr < 2e-4:
             raise VerbFailed("gensr train: too low")
         cell.run_dir.mkdir(parents=True)
@@ -62,8 +62,8 @@ def test_a_grid_takes_every_combination_and_resumes(trained: list[Cell]) -> None
     document = local_sweep.run(sweep, "none")
     assert len(trained) == 6 == sweep.num_runs
     assert len({cell.run_dir for cell in trained}) == 6
-    assert "run.seed=7" in trained[0].words and "data.dir=x" in trained[0].words
-    assert not [word for word in trained[0].words if word.startswith("run.dir=")]
+    assert "run.seed=7" in trained[0].overrides and "data.dir=x" in trained[0].overrides
+    assert not [word for word in trained[0].overrides if word.startswith("run.dir=")]
     assert document["runs"][0]["run"] == "04-lr-9e-4-beta2-0.9"
     assert len(document["runs"]) == 4  # two failed before they began
     assert "04-lr-9e-4-beta2-0.9" in Path("runs/s/sweep.txt").read_text()
@@ -77,7 +77,7 @@ def test_a_grid_takes_every_combination_and_resumes(trained: list[Cell]) -> None
 def test_drawn_settings_stay_in_the_space_and_resume(trained: list[Cell], search: str) -> None:
     sweep = sweep_of(TPE.format(search=search))
     local_sweep.run(sweep, "none")
-    configs = [load_config("demo", cell.words) for cell in trained]
+    configs = [load_config("demo", cell.overrides) for cell in trained]
     assert len(configs) == 6
     assert all(1e-4 <= config.optim.lr <= 1e-2 and config.optim.beta2 in (0.9, 0.99) for config in configs)
     assert len({config.optim.lr for config in configs}) == 6
@@ -151,7 +151,7 @@ def test_the_list_of_a_cluster_sweep_is_read_too(trained: list[Cell]) -> None:
     points = "- {optim.lr: 3e-4}\n- {optim.lr: 9e-4, model.dropout: 0.2}"
     sweep = sweep_of(points, "data.dir=x", preset="demo")
     local_sweep.run(sweep, "none")
-    assert [cell.words[-1] for cell in trained] == ["optim.lr=3e-4", "model.dropout=0.2"]
+    assert [cell.overrides[-1] for cell in trained] == ["optim.lr=3e-4", "model.dropout=0.2"]
     with pytest.raises(ConfigError, match="which preset"):
         sweep_of(points, "data.dir=x")
 
@@ -213,7 +213,7 @@ def test_between_integers_integers_are_drawn(trained: list[Cell]) -> None:
     space = "space: {optim.lr: [1e-3], optim.warmup_steps: {low: 1, high: 1e3, log: true}}"
     text = f"preset: demo\nsearch: random\ntrials: 3\nsettings: {{data.dir: x}}\n{space}"
     local_sweep.run(sweep_of(text), "none")
-    drawn = {load_config("demo", cell.words).optim.warmup_steps for cell in trained}
+    drawn = {load_config("demo", cell.overrides).optim.warmup_steps for cell in trained}
     assert len(drawn) == 3 and all(1 <= number <= 1000 for number in drawn)
     with pytest.raises(ConfigError, match=r"low and high must be integers, as optim\.warmup_steps is"):
         sweep_of(text.replace("low: 1,", "low: 1.5,"))

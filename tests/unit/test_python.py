@@ -13,8 +13,7 @@ import pandas as pd
 import pytest
 
 import gensr
-from data_shards.settings import to_dict
-from gensr.steps import overrides_of
+from data_shards.settings import overrides_of, to_dict
 from tests.runs import make_run
 from tests.worlds import write_tables
 from trainer.configs import load_config

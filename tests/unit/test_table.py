@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-from data_shards.settings import flatten, key_help, parse_yaml, to_dict, to_yaml
+from data_shards.settings import flatten, key_help, overrides_of, parse_yaml, to_dict, to_yaml
 from tests.tiny_folder import make_tiny_folder
 from trainer.cli import app
 from trainer.configs import config_type, load_config, preset_names
@@ -23,7 +23,7 @@ from trainer.errors import ConfigError, DataError, RunError
 from trainer.evaluation.bootstrap import paired_difference
 from trainer.evaluation.metrics import FIGURES
 from trainer.evaluation.summary import read_evaluation
-from trainer.experiments import cells, search, verbs
+from trainer.experiments import cells, verbs
 from trainer.experiments import submit as jobs
 from trainer.experiments.cells import Cell
 from trainer.experiments.table import results, run, tuning
@@ -53,7 +53,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"epochs": 1.0, "max_steps": 2}, "give one of them"),
         ({"presets": {"gensr": "demo"}}, "not among the models"),
         ({"presets": {"sasrec": "gru4rec"}}, "one of gru4rec"),
-        ({"settings": ("run.seed=3",)}, "sets run.seed itself"),
+        ({"overrides": ("run.seed=3",)}, "sets run.seed itself"),
     ],
 )
 def test_what_cannot_be_is_refused(data: Path, tmp_path: Path, options: dict[str, Any], message: str) -> None:
@@ -102,7 +102,7 @@ def test_a_table_and_its_data_may_move(data: Path, tmp_path: Path) -> None:
     plan = make_plan(Request(**moved))
     assert plan.configs["popularity"].tracking.uri == f"sqlite:///{tmp_path}/b/mlflow.db"
     with pytest.raises(ConfigError, match=r"popularity's tracking\.uri"):
-        make_plan(Request(**moved, settings=("tracking.uri=sqlite:////elsewhere/runs.db",)))
+        make_plan(Request(**moved, overrides=("tracking.uri=sqlite:////elsewhere/runs.db",)))
 
 
 def test_a_preset_reads_the_histories_that_the_folder_has(data: Path, tmp_path: Path) -> None:
@@ -113,7 +113,7 @@ def test_a_preset_reads_the_histories_that_the_folder_has(data: Path, tmp_path: 
     plan = make_plan(Request(str(data), tmp_path / "out", models=names))
     for config in plan.configs.values():
         plan.folder.check_settings(config.data)
-    asked = make_plan(Request(str(data), tmp_path / "asked", models=names, settings=("data.history_max=1",)))
+    asked = make_plan(Request(str(data), tmp_path / "asked", models=names, overrides=("data.history_max=1",)))
     assert {config.data.history_max for config in asked.configs.values()} == {1}
 
 
@@ -141,7 +141,7 @@ def test_spaces_name_keys_that_exist_and_hold_the_published_values(name: str) ->
 
 def test_words_of_a_trial_are_read_back() -> None:
     settings = {"optim.lr": 3.2e-05, "model.num_layers": 3}
-    values = flatten(to_dict(load_config("sasrec", list(search.words_of(settings)))))
+    values = flatten(to_dict(load_config("sasrec", list(overrides_of(settings)))))
     assert {key: values[key] for key in settings} == settings
 
 
@@ -244,7 +244,7 @@ def test_the_stages_of_a_model_are_runs_that_follow_one_another(
     cell = run.cells_of(request, "collm", {"optim.lr": 0.01})[1]
     first = tmp_path / "runs" / "collm" / "seed-1-stage-1"
     both = ["tracking.run_name=collm-seed-1", "run.seed=1", "optim.lr=0.01"]
-    assert [one.training_words for one in cell.runs] == [
+    assert [one.training_overrides for one in cell.runs] == [
         [f"run.dir={first}", *both, "model.stage=text", "tracking.enabled=false"],
         [f"run.dir={cell.run_dir}", *both, "model.stage=map", f"run.init_from={first}"],
     ]
@@ -258,7 +258,7 @@ def test_the_stages_of_a_model_are_runs_that_follow_one_another(
 
 
 def test_stages_are_the_tables_own(data: Path, tmp_path: Path) -> None:
-    request = Request(str(data), tmp_path, models=("collm",), settings=("model.stage=map",))
+    request = Request(str(data), tmp_path, models=("collm",), overrides=("model.stage=map",))
     with pytest.raises(ConfigError, match=r"model.stage=map: the table sets model.stage itself"):
         make_plan(request)
 

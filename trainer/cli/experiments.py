@@ -64,7 +64,7 @@ def table_of_systems(
     epochs: Annotated[float, typer.Option(help="epochs of every run; 0 = those of its preset", min=0)] = 0.0,
     max_steps: Annotated[int, typer.Option(help="steps of every run; 0 = those of its preset", min=0)] = 0,
     budget: Minutes = 0.0,
-    candidates: Annotated[str, typer.Option(help="of sampled, hard and full, with commas between")] = BOTH,
+    candidates: Annotated[str, typer.Option(help="sampled, hard, full; comma-separated")] = BOTH,
     events: Annotated[int, typer.Option(help="with full: events in a fixed sample, 0 = all", min=0)] = 2000,
     preset: PresetOfModels = None,
     recipe: Recipe = "",
@@ -83,10 +83,10 @@ def table_of_systems(
 
     The same command resumes after an interruption. A failed run is named in the table; the others continue.
     """
-    from trainer.experiments.table.plan import Request, settings_of_systems
+    from trainer.experiments.table.plan import Request, overrides_of_systems
 
     refuse_jobs_of_arrays(jobs, submit)
-    presets, own_settings = settings_of_systems(_names(models), preset or [], recipe)
+    presets, own_overrides = overrides_of_systems(_names(models), preset or [], recipe)
     request = Request(
         folder=folder,
         out=out,
@@ -99,8 +99,8 @@ def table_of_systems(
         candidates=_names(candidates),
         events=events,
         presets=presets,
-        settings=tuple(overrides or []),
-        own_settings=own_settings,
+        overrides=tuple(overrides or []),
+        own_overrides=own_overrides,
         jobs=jobs,
     )
     machine = _machine_of_jobs(gpus_per_node) if submit else None

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.evaluation.stored import evaluate_command
-from trainer.runs.run_folder import RunFolder, read_json, words_of
+from trainer.runs.run_folder import RunFolder, describe_status, read_json
 
 
 def evaluated_weights(run_dir: str | Path) -> dict[str, Any]:
@@ -34,9 +34,8 @@ def unfinished_line(run_dir: str | Path, status: Any, step: Any) -> str:
     """ "" for a run that had ended well."""
     if status in (None, "finished"):
         return ""
-    return (
-        f"{run_dir} is not finished (it {words_of(status)}). This is its best model so far, of {_words(step)}"
-    )
+    how = describe_status(status)
+    return f"{run_dir} is not finished (it {how}). This is its best model so far, of {_words(step)}"
 
 
 def outdated_line(run_dir: str | Path, name: str, protocol: Mapping[str, Any]) -> str:

@@ -24,7 +24,7 @@ class Cell:
     name: str  # seed-0, trial-3, 03-lr-3e-4
     run_dir: Path
     settings_file: Path  # or a preset's name
-    words: tuple[str, ...]  # settings on top of the file
+    overrides: tuple[str, ...]  # KEY=VALUE on top of the file
     log: Path
     before: "Cell | None" = None  # the run that this one begins with (Ranker.stages)
 
@@ -33,10 +33,10 @@ class Cell:
         return f"{self.model} {self.name}"
 
     @property
-    def training_words(self) -> list[str]:
+    def training_overrides(self) -> list[str]:
         """What `gensr train` is given behind the file."""
         begun = [f"run.init_from={self.before.run_dir}"] if self.before else []
-        return [f"run.dir={self.run_dir}", *self.words, *begun]
+        return [f"run.dir={self.run_dir}", *self.overrides, *begun]
 
     @property
     def runs(self) -> "list[Cell]":
@@ -57,7 +57,7 @@ def train_cell(cell: Cell) -> None:
     """Train, or go on where it was interrupted. Raises VerbFailed, and KeyboardInterrupt when stopped."""
     for run in cell.runs:
         if not RunFolder(run.run_dir).has_ended_well:
-            command = ["train", str(run.settings_file), *run.training_words, "--resume", "auto"]
+            command = ["train", str(run.settings_file), *run.training_overrides, "--resume", "auto"]
             run_gensr(command, run.log)
 
 

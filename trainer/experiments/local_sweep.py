@@ -29,14 +29,14 @@ from pydantic import Field
 from data_shards import settings as s
 from data_shards.errors import DataError
 from data_shards.schema import read_manifest
-from data_shards.settings import flatten, parse_yaml, to_dict
+from data_shards.settings import flatten, overrides_of, parse_yaml, to_dict
 from trainer.config import Config
 from trainer.configs import MICRO_BATCH, load_config
 from trainer.errors import ConfigError, GensrError, RunError
 from trainer.experiments.cells import Cell, evaluate_cell, train_cell
 from trainer.experiments.pool import Pool, Steps, interruptible
 from trainer.experiments.search import Sampler, begun, search
-from trainer.experiments.sweep import Point, point_of, read_sweep, summarize, words_of
+from trainer.experiments.sweep import Point, point_of, read_sweep, summarize
 from trainer.runs.checkpoint import fixed_settings
 from trainer.runs.run_folder import RunFolder, read_json
 from trainer.runtime.progress import Notify
@@ -68,7 +68,7 @@ class Sweep:
     folder: Path
     preset: str
     model: str
-    words: tuple[str, ...]  # settings of every run
+    overrides: tuple[str, ...]  # of every run
     points: tuple[Point, ...]  # of a list or a grid
     drawn: SweepSettings | None  # random, tpe
 
@@ -81,7 +81,7 @@ class Sweep:
         return self.folder / JOURNAL
 
 
-def read(file: str | Path, preset: str | None = None, words: Sequence[str] = ()) -> Sweep:
+def read(file: str | Path, preset: str | None = None, overrides: Sequence[str] = ()) -> Sweep:
     """Raises ConfigError for whatever would stop a run at its start."""
     drawn: SweepSettings | None = None
     points: tuple[Point, ...] = ()
@@ -92,8 +92,8 @@ def read(file: str | Path, preset: str | None = None, words: Sequence[str] = ())
     else:
         given = s.load(SweepSettings, file, keys_command="gensr sweep --help")
         preset = preset or given.preset
-        words = [*words_of(given.settings), *words]
-        values = flatten(to_dict(load_config(preset, words)))
+        overrides = [*overrides_of(given.settings), *overrides]
+        values = flatten(to_dict(load_config(preset, overrides)))
         space = {key: _as_numbers(domain, values.get(key)) for key, domain in given.space.items()}
         given = replace(given, space=space)
         _check_space(file, given, values)
@@ -101,14 +101,14 @@ def read(file: str | Path, preset: str | None = None, words: Sequence[str] = ())
             points = _grid(file, given.space)
         else:
             drawn = given
-    probe = points[0].overrides if points else tuple(words_of(_some(drawn.space))) if drawn else ()
-    config = load_config(preset, [*words, *probe])
+    probe = points[0].overrides if points else tuple(overrides_of(_some(drawn.space))) if drawn else ()
+    config = load_config(preset, [*overrides, *probe])
     needed = {"data.dir": config.data.dir, "run.dir": config.run.dir}
     if missing := " and ".join(f"{key}=…" for key, value in needed.items() if not value):
         raise ConfigError(f"{file}: {missing} must be given, under settings or on the command line")
     for point in points:
-        load_config(preset, [*words, *point.overrides])
-    every = tuple(word for word in words if not word.startswith("run.dir="))
+        load_config(preset, [*overrides, *point.overrides])
+    every = tuple(word for word in overrides if not word.startswith("run.dir="))
     return Sweep(Path(config.run.dir), preset, config.model.name, every, points, drawn)
 
 
@@ -144,14 +144,15 @@ def _points(sweep: Sweep, failed: bool = False) -> list[Point]:
         return list(sweep.points)
     trials = begun(sweep.journal, drawn.space, cast(Sampler, drawn.search), drawn.seed)
     return [
-        _point(trial.number, trial.words)
+        _point(trial.number, trial.overrides)
         for trial in trials
         if trial.number < drawn.trials and (trial.failed or not failed)
     ]
 
 
-def _point(number: int, words: Sequence[str]) -> Point:
-    return point_of(number, {key: parse_yaml(text) for key, _, text in (w.partition("=") for w in words)})
+def _point(number: int, overrides: Sequence[str]) -> Point:
+    pairs = (override.partition("=")[::2] for override in overrides)
+    return point_of(number, {key: parse_yaml(text) if text else "" for key, text in pairs})
 
 
 def _check_begun(sweep: Sweep) -> None:
@@ -160,7 +161,7 @@ def _check_begun(sweep: Sweep) -> None:
         run = RunFolder(sweep.folder / point.name)
         if not run.has_ended_well:
             continue
-        now = load_config(sweep.preset, [*sweep.words, *point.overrides])
+        now = load_config(sweep.preset, [*sweep.overrides, *point.overrides])
         before = run.read_config()
         old, new = fixed_settings(before), fixed_settings(now)
         old["data"], new["data"] = _data_of(run, before, now)
@@ -218,7 +219,7 @@ def _train(sweep: Sweep, steps: Steps, pool: Pool) -> list[str]:
             sweep.journal,
             drawn.space,
             drawn.trials,
-            lambda number, words: train(_point(number, words)),
+            lambda number, overrides: train(_point(number, overrides)),
             sampler=cast(Sampler, drawn.search),
             seed=drawn.seed,
             jobs=pool.jobs,
@@ -233,7 +234,7 @@ def _cell(sweep: Sweep, point: Point) -> Cell:
         name=point.name,
         run_dir=sweep.folder / point.name,
         settings_file=Path(sweep.preset),
-        words=(*sweep.words, *point.overrides),
+        overrides=(*sweep.overrides, *point.overrides),
         log=sweep.folder / f"{point.name}.out",
     )
 

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from data_shards.settings import overrides_of
 from trainer.errors import ConfigError, GensrError
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ SEED = 0
 Sampler = Literal["tpe", "random"]
 Space = dict[str, Any]  # key → list of choices, or {low, high, log}
 RunTrial = Callable[[int, tuple[str, ...]], float]
-"""(number, settings as words) → the objective; raises a GensrError when the trial failed."""
+"""(number, KEY=VALUE settings) → the objective; raises a GensrError when the trial failed."""
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,8 @@ class Begun:
     """A trial of an earlier call."""
 
     number: int
-    words: tuple[str, ...]
+    overrides: tuple[str, ...]
     failed: bool
-
-
-def words_of(settings: Mapping[str, Any]) -> tuple[str, ...]:
-    return tuple(f"{key}={json.dumps(value)}" for key, value in settings.items())
 
 
 def search(
@@ -79,8 +76,8 @@ def search(
             if set(settings) != set(space):  # interrupted while it was drawn
                 study.tell(number, state=TrialState.FAIL)
                 continue
-            words = words_of({key: settings[key] for key in space})
-            waiting.append((number, start(partial(run_trial, number, words))))
+            overrides = tuple(overrides_of({key: settings[key] for key in space}))
+            waiting.append((number, start(partial(run_trial, number, overrides))))
         if not waiting:
             return errors
         number, value = waiting.popleft()
@@ -98,7 +95,11 @@ def begun(journal: Path, space: Space, sampler: Sampler, seed: int) -> list[Begu
     if not journal.is_file():
         return []
     return [
-        Begun(t.number, words_of({key: t.params[key] for key in space}), t.state == TrialState.FAIL)
+        Begun(
+            t.number,
+            tuple(overrides_of({key: t.params[key] for key in space})),
+            failed=t.state == TrialState.FAIL,
+        )
         for t in _open_search(journal, space, sampler, seed).trials
         if set(t.params) == set(space)
     ]

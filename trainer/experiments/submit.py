@@ -105,17 +105,17 @@ class Submission:
 
 
 def plan_run(
-    preset: str, settings: Sequence[str], machines: Machines, options: Sequence[str], command: str
+    preset: str, overrides: Sequence[str], machines: Machines, options: Sequence[str], command: str
 ) -> Submission:
     """One training run. Raises a GensrError for whatever would end it at its start, or when its folder cannot
     take it."""
-    config, lines = checked(preset, settings, machines)
+    config, lines = checked(preset, overrides, machines)
     folder = Path(config.run.dir)
-    # the script looks for run.dir among its words; here a file may have said it (runs/mine/config.yaml)
-    own = [] if any(word.startswith("run.dir=") for word in settings) else [f"run.dir={folder}"]
+    # the script looks for run.dir among its arguments; a file may have set it (runs/mine/config.yaml)
+    own = [] if any(word.startswith("run.dir=") for word in overrides) else [f"run.dir={folder}"]
     text = job_script(
         "train.sbatch",
-        [[preset, *settings, *own]],
+        [[preset, *overrides, *own]],
         {**machines.options, "output": _output(folder)},
         options,
         machines.exports,
@@ -126,7 +126,7 @@ def plan_run(
 
 def plan_sweep(
     preset: str,
-    settings: Sequence[str],
+    overrides: Sequence[str],
     points: Sequence[Point],
     machines: Machines,
     options: Sequence[str],
@@ -135,17 +135,17 @@ def plan_sweep(
 ) -> Submission:
     """One run for each point, in folders below run.dir, then their evaluation and the table. parallel: runs
     at once, 0 = all."""
-    folder = Path(load_config(preset, list(settings)).run.dir)
+    folder = Path(load_config(preset, list(overrides)).run.dir)
     lines: list[str] = []
     words, run_dirs = [], []
     for point in points:
         run_dirs.append(folder / point.name)
-        of_run = [*settings, *point.overrides, f"run.dir={run_dirs[-1]}"]
+        of_run = [*overrides, *point.overrides, f"run.dir={run_dirs[-1]}"]
         lines = checked(preset, of_run, machines)[1]
         words.append(
             [
                 preset,
-                *(word for word in settings if not word.startswith("run.dir=")),
+                *(word for word in overrides if not word.startswith("run.dir=")),
                 *point.overrides,
                 f"run.dir={run_dirs[-1]}",
             ]
@@ -182,10 +182,10 @@ def plan_sweep(
 INVALID_ENDS = "--kill-on-invalid-dep=yes"
 
 
-def checked(preset: str, settings: Sequence[str], machines: Machines) -> tuple[Config, list[str]]:
+def checked(preset: str, overrides: Sequence[str], machines: Machines) -> tuple[Config, list[str]]:
     """The configuration, and the dry run's lines. Raises a GensrError for whatever would end the run at its
     start."""
-    config = load_launch_config(preset, list(settings), machines.launch.world_size, resume=True)
+    config = load_launch_config(preset, list(overrides), machines.launch.world_size, resume=True)
     if not config.data.dir or not config.run.dir:
         raise ConfigError(
             "data.dir=OUT and run.dir=RUN must be given: the prepared folder to learn from and the run "

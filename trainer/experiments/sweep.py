@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from data_shards.secrets import mask_secrets
-from data_shards.settings import flatten, parse_yaml
+from data_shards.settings import flatten, overrides_of, parse_yaml
 from trainer.config import Config
 from trainer.errors import ConfigError, RunError
 from trainer.runs.run_folder import RunFolder
@@ -75,23 +75,17 @@ def read_sweep(path: str | Path) -> list[Point]:
     return points
 
 
-def words_of(settings: Mapping[str, Any]) -> list[str]:
-    """{"optim.lr": 1e-3} or {"optim": {"lr": 1e-3}} → ["optim.lr=0.001"]."""
-    return list(point_of(0, flatten(settings)).overrides) if settings else []
-
-
 def point_of(number: int, settings: Mapping[str, Any]) -> Point:
     """`03-lr-3e-4-dropout-0.2`: the number keeps names apart, the rest is for people, rounded."""
-    texts = {
-        str(key): json.dumps(value) if isinstance(value, bool | list) or value is None else str(value)
-        for key, value in settings.items()
-    }
-    words = "-".join(
-        f"{key.rpartition('.')[2]}-{f'{value:.3g}' if isinstance(value, float) else text}"
-        for (key, text), value in zip(texts.items(), settings.values(), strict=True)
-    )
-    name = f"{number:02d}-{re.sub(r'[^A-Za-z0-9._-]+', '_', words)}"[:MAX_NAME].rstrip("-._")
-    return Point(name, tuple(f"{key}={value}" for key, value in texts.items()))
+    changes = "-".join(f"{str(key).rpartition('.')[2]}-{_short(value)}" for key, value in settings.items())
+    name = f"{number:02d}-{re.sub(r'[^A-Za-z0-9._-]+', '_', changes)}"[:MAX_NAME].rstrip("-._")
+    return Point(name, tuple(overrides_of(settings)))
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    return json.dumps(value) if isinstance(value, bool | list) or value is None else str(value)
 
 
 # ---- the end of a sweep ------------------------------------------------------------------------------------

@@ -124,7 +124,7 @@ class RunFolder:
         """`its run has stopped at step 1,200`, or "" where nothing says so."""
         status = self.read_status()
         step = status.get("progress", {}).get("step", 0)
-        how = words_of(status["status"]) if status else ""
+        how = describe_status(status["status"]) if status else ""
         return f"its run {how}{',' if ',' in how else ''} at step {step:,}" if status else ""
 
     def read_environment(self) -> dict[str, Any]:
@@ -137,7 +137,7 @@ class RunFolder:
         return self.read_status().get("status") == "finished"
 
 
-def words_of(status: str) -> str:
+def describe_status(status: str) -> str:
     """What a run with this status does or did: a killed one has no time to say so."""
     return "is running, or was killed" if status == "running" else f"has {status}"
 

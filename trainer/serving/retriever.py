@@ -24,7 +24,7 @@ from trainer.errors import ConfigError, DataError, RequestError, RunError
 from trainer.models.contract import task_names
 from trainer.models.zoo import model_class
 from trainer.runs.retriever_facts import RETRIEVER, retriever_words
-from trainer.runs.run_folder import RunFolder, words_of
+from trainer.runs.run_folder import RunFolder, describe_status
 from trainer.runs.weights import WEIGHTS, load_run_config, read_model_document
 from trainer.runtime.device import autocast
 from trainer.runtime.files import file_sha256
@@ -186,7 +186,7 @@ def _check_run(run: RunFolder, model_dir: Path, tasks: Sequence[str]) -> None:
     status = run.read_status().get("status")
     if status not in (None, "finished"):  # None: an older run does not say
         raise RunError(
-            f"{where} is not finished (it {words_of(status)}). Continue it with: gensr train "
+            f"{where} is not finished (it {describe_status(status)}). Continue it with: gensr train "
             f"{shlex.quote(str(run.config))} --resume auto"
         )
     if model_identity(run.model) == model_identity(model_dir):

@@ -1,12 +1,13 @@
 """Settings files and overrides: one ConfigError or a value, never a traceback or a full memory."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from data_shards.errors import ConfigError
 from data_shards.options import PrepareSettings, load_prepare_settings
-from data_shards.settings import load, parse_yaml, read_yaml, to_yaml
+from data_shards.settings import load, overrides_of, parse_yaml, read_yaml, to_yaml
 from trainer.configs import config_from_dict, load_config
 
 BOMB = "a0: &a0 [1, 2, 3]\n" + "".join(
@@ -80,3 +81,26 @@ def test_a_text_is_taken_as_it_stands(text: str) -> None:
     assert (config.run.dir, config.optim.lr) == (text, 3e-4)
     assert config_from_dict(parse_yaml(to_yaml(config))) == config
     assert load_config(None, [f"run.dir='{text}'"]).run.dir == text, "quotes are YAML's"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ("plain text", "plain text"),
+        ("", ""),
+        ("3e-4", "3e-4"),  # text of YAML 1.1; pydantic reads it as a number where one is wanted
+        ("no", '"no"'),
+        ("ü: x", '"ü: x"'),
+        ("😀 #", '"😀 #"'),
+        (True, "true"),
+        (None, "null"),
+        (1e-4, "0.0001"),
+        (1e-5, "1e-05"),
+        ([1, "a"], '[1, "a"]'),
+        (Path("a b"), "a b"),
+    ],
+)
+def test_settings_as_the_command_line_has_them(value: Any, text: str) -> None:
+    assert overrides_of({"run.dir": value}) == overrides_of({"run": {"dir": value}}) == [f"run.dir={text}"]
+    if isinstance(value, str):
+        assert load_config(None, overrides_of({"run.dir": value})).run.dir == value

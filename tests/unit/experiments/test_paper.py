@@ -61,7 +61,7 @@ def test_the_demo_fits_ninety_minutes_on_two_cores(tmp_path: Path) -> None:
 
 def test_variants_differ_from_the_preset_and_none_is_made_twice(tmp_path: Path) -> None:
     plan = make_plan(request(tmp_path, budget="paper"))
-    words = [variant.words for variant in plan.variants]
+    words = [variant.overrides for variant in plan.variants]
     assert len(set(words)) == len(words) == 8 + 2 + 4 * 3 - 1 - 1  # λ = 0 is an ablation, too
     assert ("model.prompt=paper",) in words and ("model.temperature=0.05",) in words
     assert not any("model.temperature=0.07" in one for one in words)  # the preset's own
@@ -75,7 +75,7 @@ def test_a_small_budget_trains_no_system_longer_than_gensr(tmp_path: Path) -> No
     assert (plan.budget.epochs and "sasrec" not in plan.epochs) or plan.epochs["sasrec"] > 1
     longest = plan.epochs["gensr"]
     assert longest == pytest.approx(plan.budget.epochs, rel=0.01) and plan.epochs["unisar"] > 0
-    words = plan.table.own_settings["unisar"]
+    words = plan.table.own_overrides["unisar"]
     assert f"run.max_epochs={plan.epochs['unisar']:g}" in words and "optim.global_batch_size=64" in words
     assert "popularity" not in plan.epochs  # counted
 
@@ -136,7 +136,7 @@ def test_hours_count_threads_and_jobs(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr("trainer.experiments.pool.num_cores", lambda: 8)
     monkeypatch.setattr("trainer.runtime.launch.num_cores", lambda: 8)
     monkeypatch.setattr("trainer.runtime.device.has_gpu", lambda: False)
-    asked = request(tmp_path, budget="paper", settings=("run.threads=1",))
+    asked = request(tmp_path, budget="paper", overrides=("run.threads=1",))
     found = {jobs: dry_run(replace(asked, jobs=jobs)) for jobs in (1, 2, 8)}
     assert found[1]["parts"] == found[2]["parts"], "with one thread a run takes as long beside others"
     assert found[1]["seconds"] == pytest.approx(sum(part["seconds"] for part in found[1]["parts"]))
@@ -144,11 +144,11 @@ def test_hours_count_threads_and_jobs(tmp_path: Path, monkeypatch: pytest.Monkey
     longest_chain = "the trials of a system wait for one another"
     assert 1.3 < speedup[2] < 2 and speedup[2] < speedup[8] < 8, longest_chain
     assert "on 1 CPU core each, 8 at once" in found[8]["lines"][0]
-    all_cores = dry_run(replace(asked, settings=()))
+    all_cores = dry_run(replace(asked, overrides=()))
     assert all_cores["seconds"] < found[1]["seconds"] and "on 8 CPU cores," in all_cores["lines"][0]
     threads = ("run.threads=1",)
     few, many = (
-        make_plan(request(tmp_path, budget="100", jobs=jobs, settings=threads), SIZE) for jobs in (1, 8)
+        make_plan(request(tmp_path, budget="100", jobs=jobs, overrides=threads), SIZE) for jobs in (1, 8)
     )
     assert LEVELS.index(many.budget) < LEVELS.index(few.budget), "the same minutes buy more"
     with pytest.raises(ConfigError, match="Give --jobs 8"):
@@ -189,7 +189,7 @@ class StandIn:
         self.made.append(cell.title)
         cell.run_dir.mkdir(parents=True, exist_ok=True)
         text = read_yaml(cell.settings_file)
-        for word in (f"run.dir={cell.run_dir}", *cell.words):
+        for word in (f"run.dir={cell.run_dir}", *cell.overrides):
             key, _, value = word.partition("=")
             section, _, name = key.partition(".")
             text[section][name] = json.loads(value) if value[:1].isdigit() or value == "false" else value
@@ -304,7 +304,7 @@ def test_a_table_that_is_there_is_taken(stand_in: StandIn, tmp_path: Path) -> No
     asked = request(tmp_path / "out", finished=FinishedTable(table.out), budget="600")
     with pytest.raises(ConfigError, match=r"holds no table.json[.] Make it with: gensr table"):
         make_plan(asked)
-    make_table(replace(table, own_settings={"gensr": ("model.temperature=0.2",)}))
+    make_table(replace(table, own_overrides={"gensr": ("model.temperature=0.2",)}))
     document = json.loads((table.out / "table.json").read_text())
     document["rows"][1]["note"] = "trained for 1 of the preset's 3 epochs, by --budget"
     (table.out / "table.json").write_text(json.dumps(document))
@@ -326,7 +326,7 @@ def test_a_table_that_is_there_is_taken(stand_in: StandIn, tmp_path: Path) -> No
     assert {row["label"] for row in ablations["rows"]} >= {"without CF view", "as it is"}
 
     with pytest.raises(ConfigError, match=r"leave out optim\.lr=1"):
-        make_plan(replace(asked, settings=("optim.lr=1",)))
+        make_plan(replace(asked, overrides=("optim.lr=1",)))
     with pytest.raises(ConfigError, match="was begun with"):
         keep(make_plan(request(tmp_path / "out", budget="600"), SIZE))
     document["data"]["manifest_hash"] = "0" * 64

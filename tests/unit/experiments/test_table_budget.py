@@ -277,7 +277,7 @@ def test_a_table_that_was_begun_without_a_budget_is_not_cut(prepared: Path, tmp_
     [
         ({"epochs": 1.0}, "give one of them"),
         ({"max_steps": 3}, "give one of them"),
-        ({"settings": ("run.max_epochs=2",)}, "leave out run.max_epochs=2"),
+        ({"overrides": ("run.max_epochs=2",)}, "leave out run.max_epochs=2"),
         ({"budget": 0.1}, "smallest that works is --budget 1"),
     ],
 )

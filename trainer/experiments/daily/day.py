@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_shards.settings import overrides_of
 from trainer.data.cf_table import cf_path
 from trainer.errors import GensrError, RunError
 from trainer.evaluation.summary import evaluation_name
 from trainer.experiments.daily.plan import Daily
-from trainer.experiments.sweep import words_of
 from trainer.experiments.verbs import run_gensr
 from trainer.registry.versions import ALIAS, number_of, registered_as
 from trainer.runs.folder import holds_run
@@ -40,7 +40,7 @@ class Step:
     """A verb: what follows `gensr`, and whether it has been done."""
 
     title: str
-    words: tuple[str, ...]
+    arguments: tuple[str, ...]
     is_done: Callable[[], bool]
     launched: bool = False  # on the processes of `launch`
 
@@ -83,33 +83,33 @@ class Day:
 
     def data_steps(self) -> list[Step]:
         given, raw = self.plan.settings, self.plan.raw(self.name)
-        words = ("prepare", self.plan.source, str(raw), str(self.folder), "--append", str(self.before))
-        prepare = (*words, *words_of(given.prepare))
+        arguments = ("prepare", self.plan.source, str(raw), str(self.folder), "--append", str(self.before))
+        prepare = (*arguments, *overrides_of(given.prepare))
         steps = [Step("prepare", prepare, (self.folder / "manifest.json").is_file)]
         if self.plan.cf is not None:
-            settings = words_of({**self.plan.cf, "cf.onto": str(self.before)})
+            settings = overrides_of({**self.plan.cf, "cf.onto": str(self.before)})
             steps.append(Step("cf", ("cf", str(self.folder), *settings), cf_path(self.folder).is_file))
         return steps
 
     def check(self, champion: Champion) -> Step:
         """All that can be checked of the training before there is a folder, on its processes."""
-        words = self._training(self.new, champion.weights, data=self.before)
-        return Step("check", (*words, "--dry-run"), lambda: holds_run(self.new.path), launched=True)
+        arguments = self._training(self.new, champion.weights, data=self.before)
+        return Step("check", (*arguments, "--dry-run"), lambda: holds_run(self.new.path), launched=True)
 
     def train(self, champion: Champion) -> Step:
         """A run that has begun keeps the weights that it began with."""
         weights = champion.weights
         if holds_run(self.new.path):
             weights = Path(self.new.read_config().run.init_from)
-        words = (*self._training(self.new, weights), "--resume", "auto")
-        return Step("train", words, lambda: self.new.has_ended_well, launched=True)
+        arguments = (*self._training(self.new, weights), "--resume", "auto")
+        return Step("train", arguments, lambda: self.new.has_ended_well, launched=True)
 
     def carry(self, champion: Champion) -> Step:
         """With the champion's settings of model and data, whatever those of the new runs are."""
         run, own = self.carried(champion), champion.document
         settings = {"model": own["settings"], "data": own["data"], "run.precision": own["precision"]}
-        words = self._training(run, champion.weights, *words_of(settings), *NO_STEP)
-        return Step("champion", (*words, "--resume", "auto"), lambda: run.has_ended_well)
+        arguments = self._training(run, champion.weights, *overrides_of(settings), *NO_STEP)
+        return Step("champion", (*arguments, "--resume", "auto"), lambda: run.has_ended_well)
 
     def _training(
         self, run: RunFolder, weights: Path, *more: str, data: Path | None = None
@@ -122,12 +122,12 @@ class Day:
         kind = self.plan.settings.candidates
         name = evaluation_name("test", kind)
         sample = ("--events", str(self.plan.settings.events)) if kind == "full" else ()
-        words = ("evaluate", str(run.path), "--candidates", kind, *sample, *options)
-        return Step(title, words, lambda: run.is_evaluated(name), True)
+        arguments = ("evaluate", str(run.path), "--candidates", kind, *sample, *options)
+        return Step(title, arguments, lambda: run.is_evaluated(name), True)
 
     def register(self) -> Step:
-        words = ("register", str(self.new.path), self.plan.settings.name)
-        return Step("register", words, lambda: registered_as(self.new.path, self.plan.settings.name) > 0)
+        arguments = ("register", str(self.new.path), self.plan.settings.name)
+        return Step("register", arguments, lambda: registered_as(self.new.path, self.plan.settings.name) > 0)
 
     # ---- doing them ----------------------------------------------------------------------------------------
 
@@ -136,11 +136,12 @@ class Day:
         launch = shlex.split(self.plan.settings.launch) if step.launched else []
         log = self.plan.out / "logs" / f"{self.name}-{step.title.replace(' ', '-')}.log"
         try:
-            run_gensr(step.words, log, launch)
+            run_gensr(step.arguments, log, launch)
         except GensrError as error:
             raise RunError(f"{self.name}: {error}. All that it said: {log}") from error
 
     def command(self, step: Step) -> str:
         """To copy."""
         launch = self.plan.settings.launch if step.launched else ""
-        return f"{launch} -m gensr {shlex.join(step.words)}" if launch else shlex.join(["gensr", *step.words])
+        given = shlex.join(step.arguments)
+        return f"{launch} -m gensr {given}" if launch else f"gensr {given}"

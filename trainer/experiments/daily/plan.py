@@ -24,12 +24,11 @@ from data_shards import settings as s
 from data_shards.append import open_base
 from data_shards.errors import GensrError
 from data_shards.schema import read_manifest
-from data_shards.settings import flatten, parse_yaml
+from data_shards.settings import flatten, overrides_of, parse_yaml
 from trainer.config import CfConfig, CfRoot, Config
 from trainer.configs import load_config
 from trainer.data.folder import PreparedFolder
 from trainer.errors import ConfigError, RunError
-from trainer.experiments.sweep import words_of
 from trainer.models.zoo import model_class
 from trainer.registry.promote import MARGIN
 from trainer.registry.versions import ALIAS, check_names, refuse_unservable, registry_of
@@ -156,8 +155,8 @@ def read(file: str | Path, overrides: Sequence[str] = ()) -> Daily:
     checked("launch", lambda: _check_launch(given.launch))
     checked("name", lambda: check_names(given.name, ALIAS))
     rows = checked("out", lambda: _rows(given))
-    table = checked("cf", lambda: s.load(CfRoot, overrides=words_of(given.cf)))
-    training = words_of(_of_training(flatten(given.settings)))
+    table = checked("cf", lambda: s.load(CfRoot, overrides=overrides_of(given.cf)))
+    training = overrides_of(_of_training(flatten(given.settings)))
     config = checked("settings", lambda: load_config(str(RunFolder(given.run).config), training))
     source, uri, cf = "", "", None
     if config is not None:
@@ -257,7 +256,7 @@ def _check_folder(given: DailySettings, before: Path) -> str:
     """→ the source that it was prepared from. Raises for a folder that nothing can be appended to."""
     manifest = read_manifest(before)
     source = str(manifest.raw["source"]["name"])
-    open_base(before, source, given.folder("next")).settings(source, words_of(given.prepare))
+    open_base(before, source, given.folder("next")).settings(source, overrides_of(given.prepare))
     if given.candidates == "hard" and not manifest.num_hard_negatives:
         raise ConfigError(f"candidates: hard, but {before} has none (hard_negatives=99 of gensr prepare)")
     return source

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from data_shards.settings import flatten, to_dict
+from data_shards.settings import flatten, overrides_of, to_dict
 from trainer.config import Config
 from trainer.configs import documented_sizes, load_config, preset_of
 from trainer.errors import ConfigError
@@ -27,7 +27,6 @@ from trainer.experiments.paper.budget import LEVELS, WHOLE, Budget
 from trainer.experiments.paper.finished import FinishedTable, lines_within
 from trainer.experiments.paper.recipes import read_recipes, recipe_of
 from trainer.experiments.pool import environments
-from trainer.experiments.search import words_of
 from trainer.experiments.table.budget import epochs_within
 from trainer.experiments.table.plan import Request
 from trainer.models.zoo import GENSR, model_class, model_names
@@ -41,14 +40,14 @@ MOST_EPOCHS = 10.0  # of an estimate: where a preset has hundreds, it stops earl
 @dataclass(frozen=True)
 class PaperRequest:
     """The arguments of the command. budget: minutes, "paper", or "" for what the recipe says. data: a
-    prepared folder that is there. settings: words for every system."""
+    prepared folder that is there. overrides: of every system."""
 
     name: str
     out: Path
     raw: Path | None = None
     data: Path | None = None
     budget: str = ""
-    settings: tuple[str, ...] = ()
+    overrides: tuple[str, ...] = ()
     finished: FinishedTable | None = None  # of --table
     jobs: int = 1
 
@@ -80,7 +79,7 @@ class Variant:
 
     analysis: str  # ablations, ours, transfer, sensitivity
     name: str
-    words: tuple[str, ...]
+    overrides: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -112,8 +111,8 @@ class PaperPlan:
             candidates=budget.candidates,
             events=budget.events,
             presets={GENSR: self.request.recipe["preset"]},
-            settings=self.request.settings,
-            own_settings={name: (*own.get(name, ()), *self._length(name)) for name in {*own, *self.epochs}},
+            overrides=self.request.overrides,
+            own_overrides={name: (*own.get(name, ()), *self._length(name)) for name in {*own, *self.epochs}},
             jobs=self.request.jobs,
         )
 
@@ -141,11 +140,11 @@ class PaperPlan:
                 name=f"{variant.name}-seed-{seed}",
                 run_dir=self.request.out / "variants" / variant.name / f"seed-{seed}",
                 settings_file=self.table.settings_file(GENSR),
-                words=(
+                overrides=(
                     f"tracking.run_name={variant.name}-seed-{seed}",
                     f"run.seed={seed}",
-                    *words_of(tuned),
-                    *variant.words,
+                    *overrides_of(tuned),
+                    *variant.overrides,
                 ),
                 log=self.request.out / "logs" / f"{variant.name}-seed-{seed}.log",
             )
@@ -159,10 +158,10 @@ def make_plan(request: PaperRequest, size: Size | None = None) -> PaperPlan:
     neither minutes nor "paper", and for an unknown name."""
     recipe = request.recipe
     asked = request.budget or str(recipe.get("minutes", "paper"))
-    if request.finished and request.settings:
+    if request.finished and request.overrides:
         raise ConfigError(
             f"--table: the systems of {request.finished.out} are trained, with settings of their own; leave "
-            f"out {', '.join(request.settings)}"
+            f"out {', '.join(request.overrides)}"
         )
     if asked == "paper":
         return _plan(request, WHOLE)
@@ -215,7 +214,7 @@ def _plan(request: PaperRequest, budget: Budget) -> PaperPlan:
     recipes = read_recipes()
     if request.finished:
         budget = _of_table(budget, request.finished)
-    own = _own_settings(request.preset, request.settings)
+    own = _own_settings(request.preset, request.overrides)
     variants = [
         Variant(group, name, _other(words, own))
         for group in budget.groups
@@ -230,10 +229,10 @@ def _plan(request: PaperRequest, budget: Budget) -> PaperPlan:
                 name = "-".join(f"{key.rpartition('.')[2]}-{value}" for key, value in changed.items())
                 words = tuple(f"{key}={value}" for key, value in changed.items())
                 variants.append(Variant("sensitivity", name, words))
-    kept = {
-        variant.words: variant for variant in reversed(variants)
-    }  # a run that two analyses share is made once
-    return PaperPlan(request, budget, tuple(v for v in variants if _changes(v, own) and kept[v.words] is v))
+    # a run that two analyses share is made once
+    kept = {variant.overrides: variant for variant in reversed(variants)}
+    chosen = (v for v in variants if _changes(v, own) and kept[v.overrides] is v)
+    return PaperPlan(request, budget, tuple(chosen))
 
 
 def _of_table(budget: Budget, finished: FinishedTable) -> Budget:
@@ -252,7 +251,7 @@ def _of_table(budget: Budget, finished: FinishedTable) -> Budget:
 
 def _changes(variant: Variant, own: Mapping[str, Any]) -> bool:
     """Whether a variant is another model than the preset's own."""
-    pairs = [word.split("=", 1) for word in variant.words]
+    pairs = [word.split("=", 1) for word in variant.overrides]
     return any(str(own.get(key)).lower() != value.lower() for key, value in pairs)
 
 
@@ -277,7 +276,7 @@ def keep(plan: PaperPlan) -> PaperPlan:
     asked = {
         "name": plan.request.name,
         "budget": plan.request.budget,
-        "settings": list(plan.request.settings),
+        "settings": list(plan.request.overrides),
     }
     if plan.request.finished:
         asked["table"] = str(plan.request.finished.out)
@@ -357,7 +356,7 @@ def _settings_of(request: PaperRequest, name: str) -> tuple[str, str | None, tup
     """(system, preset that the recipe names for it, settings on top)."""
     named = request.preset if name == GENSR else None
     own = request.recipe["own_settings"].get(name, ())
-    return name, named, (*own, *request.settings)
+    return name, named, (*own, *request.overrides)
 
 
 def _cost(request: PaperRequest, name: str, size: Size, machine: Machine, events: int) -> SystemCost:
@@ -429,7 +428,7 @@ def size_of_data(request: PaperRequest) -> Size | None:
 
 def _disk_gb(plan: PaperPlan, runs: int) -> float:
     """Weights and two checkpoints with AdamW's state of GenSR, for every run: most others are smaller."""
-    size = _size_of(plan.request.preset, plan.request.settings)
+    size = _size_of(plan.request.preset, plan.request.overrides)
     return float(runs * (4 * size.total + 2 * 12 * size.trainable) / 1e9)
 
 

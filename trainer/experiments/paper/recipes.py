@@ -4,9 +4,8 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
-from data_shards.settings import parse_yaml
+from data_shards.settings import overrides_of, parse_yaml
 from trainer.errors import ConfigError
-from trainer.experiments.search import words_of
 
 
 @cache
@@ -25,5 +24,5 @@ def read_recipes() -> dict[str, Any]:
     recipes: dict[str, Any] = parse_yaml(text)
     for recipe in recipes["data_sets"].values():
         own = recipe.get("own_settings", {})
-        recipe["own_settings"] = {name: words_of(settings) for name, settings in own.items()}
+        recipe["own_settings"] = {name: overrides_of(settings) for name, settings in own.items()}
     return recipes

@@ -156,7 +156,7 @@ def runs_of(plan: PaperPlan) -> dict[str, list[Path]]:
 
 def _shared(plan: PaperPlan) -> list[Path]:
     """Runs of the ablations that are points of the grid."""
-    names = {v.name for v in plan.variants if v.words == ("model.contrastive_weight=0.0",)}
+    names = {v.name for v in plan.variants if v.overrides == ("model.contrastive_weight=0.0",)}
     if not any(variant.analysis == "sensitivity" for variant in plan.variants):
         return []
     return [

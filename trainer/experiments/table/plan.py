@@ -48,8 +48,8 @@ class Request:
     candidates: tuple[str, ...] = ("sampled", "full")
     events: int = 2000  # of the whole-catalogue ranking, 0 = all
     presets: Mapping[str, str] = field(default_factory=dict)
-    settings: tuple[str, ...] = ()  # KEY=VALUE, for every system
-    own_settings: Mapping[str, Sequence[str]] = field(default_factory=dict)  # for one; settings outranks them
+    overrides: tuple[str, ...] = ()  # for every system
+    own_overrides: Mapping[str, Sequence[str]] = field(default_factory=dict)  # of one system; overrides win
     jobs: int = 1  # runs at once on this machine
 
     @property
@@ -78,10 +78,10 @@ class Request:
         return self.out / "settings" / f"{model}.yaml"
 
 
-def settings_of_systems(
+def overrides_of_systems(
     models: Sequence[str], presets: Sequence[str], recipe: str
 ) -> tuple[dict[str, str], dict[str, Sequence[str]]]:
-    """(presets, settings) of single systems, by their names: from words MODEL=PRESET, and for the systems
+    """(presets, overrides) of single systems, by their names: from words MODEL=PRESET, and for the systems
     that these leave out from a recipe of `gensr paper`; "" for none. Raises ConfigError for another word, or
     an unknown recipe."""
     if wrong := [word for word in presets if "=" not in word]:
@@ -139,7 +139,7 @@ def dry_run(request: Request, machine: Machine | None = None) -> Times:
 def _read(request: Request, machine: Machine | None) -> Plan:
     """The plan, checked against what TABLE was begun with."""
     _check(request)
-    of_data = [word for word in request.settings if word.startswith("data.")]
+    of_data = [word for word in request.overrides if word.startswith("data.")]
     folder = PreparedFolder.open(load_config(None, [f"data.dir={request.folder}", *of_data]).data)
     if "hard" in request.candidates:
         check_hard(folder)
@@ -219,22 +219,22 @@ def _check(request: Request) -> None:
         problems.append(f"--candidates: name some of {', '.join(CANDIDATES)}")
     if sum(map(bool, (request.epochs, request.max_steps, request.budget))) > 1:
         problems.append("--epochs, --max-steps and --budget: give one of them")
-    lengths = [word for word in request.settings if word.partition("=")[0] in RUN_LENGTHS]
+    lengths = [word for word in request.overrides if word.partition("=")[0] in RUN_LENGTHS]
     if request.budget and lengths:
         problems.append(f"--budget sets the epochs itself: leave out {', '.join(lengths)}")
     if len(set(request.names)) < len(request.names):
         problems.append("--models: a name stands there twice")
     if strangers := [name for name in request.presets if name not in request.names]:
         problems.append(f"--preset: {', '.join(strangers)} is not among the models")
-    of_stages = {word.partition("=")[0] for name in request.names for word in _stage_words(name)}
-    owned = [word for word in request.settings if word.partition("=")[0] in {*OWNED, *of_stages}]
+    of_stages = {word.partition("=")[0] for name in request.names for word in _stage_overrides(name)}
+    owned = [word for word in request.overrides if word.partition("=")[0] in {*OWNED, *of_stages}]
     problems += [f"{word}: the table sets {word.partition('=')[0]} itself" for word in owned]
     if problems:
         raise ConfigError("; ".join(problems))
     environments(request.jobs)  # raises ConfigError where the machine is too small
 
 
-def _stage_words(model: str) -> list[str]:
+def _stage_overrides(model: str) -> list[str]:
     """Raises ConfigError that lists the names."""
     return [word for stage in model_class(model).stages() for word in stage]
 
@@ -245,15 +245,15 @@ def _config(request: Request, name: str, manifest: Manifest) -> Config:
     config = load_config(preset, chosen)
     if config.model.name != name:
         raise ConfigError(f"--preset {name}={preset}: that preset is one of {config.model.name}")
-    words = [*chosen, f"data.dir={request.folder}"]
+    overrides = [*chosen, f"data.dir={request.folder}"]
     if not config.tracking.uri:
-        words.append(f"tracking.uri={_own_store(request)}")
+        overrides.append(f"tracking.uri={_own_store(request)}")
     if request.epochs:
-        words += [f"run.max_epochs={request.epochs}", "run.max_steps=0"]
+        overrides += [f"run.max_epochs={request.epochs}", "run.max_steps=0"]
     if request.max_steps:
-        words.append(f"run.max_steps={request.max_steps}")
-    words.append(f"data.history_max={min(config.data.history_max, manifest.history_max)}")
-    return load_config(preset, [*words, *request.own_settings.get(name, ()), *request.settings])
+        overrides.append(f"run.max_steps={request.max_steps}")
+    overrides.append(f"data.history_max={min(config.data.history_max, manifest.history_max)}")
+    return load_config(preset, [*overrides, *request.own_overrides.get(name, ()), *request.overrides])
 
 
 def _own_store(request: Request) -> str:

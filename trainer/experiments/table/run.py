@@ -5,10 +5,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from data_shards.settings import overrides_of
 from trainer.errors import GensrError
 from trainer.experiments.cells import Cell, first_line, is_done, submit_cells, train_cell
 from trainer.experiments.pool import Pool, Steps, interruptible
-from trainer.experiments.search import words_of
 from trainer.experiments.sweep import adopt_runs
 from trainer.experiments.table.plan import Plan, Request, make_plan
 from trainer.experiments.table.render import write_table
@@ -96,7 +96,7 @@ def cells_of(request: Request, model: str, tuned: Mapping[str, Any]) -> list[Cel
     for seed in request.seeds_of(model):
         name = f"seed-{seed}"
         own = (f"tracking.run_name={model}-{name}", f"run.seed={seed}")  # a folder's name alone says no model
-        cells.append(_cell(request, model, name, (*own, *words_of(tuned))))
+        cells.append(_cell(request, model, name, (*own, *overrides_of(tuned))))
     return cells
 
 
@@ -104,13 +104,13 @@ def _tuned(plan: Plan, model: str, steps: Steps) -> dict[str, Any]:
     request = plan.request
     num_run = 0
 
-    def run_trial(number: int, words: tuple[str, ...]) -> float:
+    def run_trial(number: int, overrides: tuple[str, ...]) -> float:
         nonlocal num_run
         num_run += 1
         # what a trial writes to MLflow would bury the cells
         own = (f"run.seed={TRIAL_SEED}", "tracking.enabled=false")
-        cell = _cell(request, model, f"trial-{number}", (*own, *words))
-        with steps.step(f"{cell.title}  {' '.join(words)}"):
+        cell = _cell(request, model, f"trial-{number}", (*own, *overrides))
+        with steps.step(f"{cell.title}  {' '.join(overrides)}"):
             train_cell(cell)
         return float(RunFolder(cell.run_dir).read_status()["progress"]["best_value"])
 
@@ -120,24 +120,24 @@ def _tuned(plan: Plan, model: str, steps: Steps) -> dict[str, Any]:
         steps.skip(max(0, request.trials - num_run))
 
 
-def _cell(request: Request, model: str, name: str, words: tuple[str, ...]) -> Cell:
+def _cell(request: Request, model: str, name: str, overrides: tuple[str, ...]) -> Cell:
     """The run of the model's last stage, with those that it begins with."""
     *earlier, last = model_class(model).stages()
     before: Cell | None = None
     for number, of_stage in enumerate(earlier, start=1):
         # no cell of the table: MLflow has the last one
-        own = (*words, *of_stage, "tracking.enabled=false")
+        own = (*overrides, *of_stage, "tracking.enabled=false")
         before = _run_of(request, model, f"{name}-stage-{number}", own, before)
-    return _run_of(request, model, name, (*words, *last), before)
+    return _run_of(request, model, name, (*overrides, *last), before)
 
 
-def _run_of(request: Request, model: str, name: str, words: tuple[str, ...], before: Cell | None) -> Cell:
+def _run_of(request: Request, model: str, name: str, overrides: tuple[str, ...], before: Cell | None) -> Cell:
     return Cell(
         model=model,
         name=name,
         run_dir=request.runs_of(model) / name,
         settings_file=request.settings_file(model),
-        words=words,
+        overrides=overrides,
         log=request.out / "logs" / f"{model}-{name}.log",
         before=before,
     )

@@ -45,7 +45,7 @@ def plan_cells(
     made: list[Job] = []
     for number, stage in enumerate([*_earlier(cells), cells], start=1):
         name = "train" if stage is cells else f"train-stage-{number}"
-        words = [[str(run.settings_file), *run.training_words] for run in stage]
+        words = [[str(run.settings_file), *run.training_overrides] for run in stage]
         own = {**machines.options, "array": f"0-{len(stage) - 1}", **output}
         # whatever came of the stage before: what cannot go on says so, and the others do
         after = f"afterany:{{{number - 2}}}" if number > 1 else ""
@@ -94,5 +94,5 @@ def _check(cells: Sequence[Cell], machines: Machines) -> list[str]:
             raise RunError(f"{cell.run_dir} has a job already: {state}. Wait for it, or end it with scancel")
     for model, cell in {cell.model: cell for cell in cells if model_class(cell.model).trained}.items():
         first = cell.runs[0]  # a later stage begins with a run that is not there yet
-        lines = [f"{model}:", *jobs.checked(str(first.settings_file), first.training_words, machines)[1]]
+        lines = [f"{model}:", *jobs.checked(str(first.settings_file), first.training_overrides, machines)[1]]
     return lines
