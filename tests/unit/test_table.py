@@ -23,7 +23,7 @@ from trainer.errors import ConfigError, DataError, RunError
 from trainer.evaluation.bootstrap import paired_difference
 from trainer.evaluation.metrics import FIGURES
 from trainer.evaluation.summary import read_evaluation
-from trainer.experiments import cells, verbs
+from trainer.experiments import cells, search, verbs
 from trainer.experiments import submit as jobs
 from trainer.experiments.cells import Cell
 from trainer.experiments.table import results, run, tuning

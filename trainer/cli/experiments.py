@@ -41,13 +41,11 @@ Minutes = Annotated[
 ]
 PresetOfModels = Annotated[
     list[str] | None,
-    typer.Option(metavar="MODEL=PRESET|FILE", help="other settings than the preset of the model's name"),
+    typer.Option(metavar="MODEL=PRESET|FILE", help="settings for a model other than those of its preset"),
 ]
 Recipe = Annotated[
     str,
-    typer.Option(
-        metavar="DATA_SET", help="settings of single systems as gensr paper has them for this data set"
-    ),
+    typer.Option(metavar="DATA_SET", help="gensr paper's settings of single systems for this data set"),
 ]
 
 
