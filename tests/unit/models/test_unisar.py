@@ -1,9 +1,12 @@
 """What the oracle of UniSAR does not say: how a batch becomes lists of items and sessions, and users who
 lack a kind of history."""
 
+from dataclasses import replace
+
 import torch
 
 from tests.tiny_world import count_encoded, make_batch, make_world
+from trainer.batch import TrainClicks
 from trainer.models.baselines.unisar import UniSar, UniSarSettings, sessions
 
 HISTORIES = [[3, 4, 5, 6], [7, 8], [1, 2], []]
@@ -13,7 +16,9 @@ QUERIES = [[-1, 2, 2, 3], [-1, -1], [-1, -1], []]
 
 def make_unisar():
     torch.manual_seed(0)
-    world = make_world(num_words=12)
+    task = torch.tensor([0, 0, 0, 1])  # three recommendations for each search
+    clicks = TrainClicks(user=task, task=task, item=task, query=task, time=task)
+    world = replace(make_world(num_words=12), clicks=lambda: clicks)
     settings = UniSarSettings(
         id_dim=8, dim=8, ffn_dim=8, num_contrast=16, history_weight=1, query_item_weight=1
     )
@@ -110,7 +115,7 @@ def test_each_query_and_the_item_clicked_for_it_find_each_other_among_drawn_ones
     torch.testing.assert_close(report["query_item_loss"], torch.stack(losses).mean())
 
 
-def test_a_search_weighs_alpha():
+def test_a_search_weighs_alpha_times_the_recommendations_for_each():
     model, batch = make_unisar(), make_events()
     both = [
         make_events().take(torch.tensor([row])).with_candidates(batch.candidates[:1], batch.labels[:1])
@@ -120,5 +125,5 @@ def test_a_search_weighs_alpha():
 
     scores = model.score(both[1])
     plain = torch.nn.functional.binary_cross_entropy_with_logits(scores, batch.labels[:1])
-    torch.testing.assert_close(of_src, plain.detach() * model.settings.search_weight)
+    torch.testing.assert_close(of_src, plain.detach() * model.settings.search_weight * 3)
     assert of_rec > of_src

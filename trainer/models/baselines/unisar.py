@@ -16,12 +16,14 @@ between Search and Recommendation", SIGIR 2024).
 Differs from the published code: one history of data.history_max clicks instead of 30 + 30 first records; a
 session is a run of clicks for one query. Attention to nothing gives 0, where a user without searches (or
 without recommendations) made NaN there, and such a row is left out of the alignments. Both tasks stand in
-one batch: an event of search weighs α, and contrastive negatives come from both. Categories are the mean
-over the levels; there are no user features; an unknown user, and a query that the folder does not know, is
-the zero vector. Shapes: history [B, N, D], candidates [B, C, D], scores [B, C] (log-odds).
+one batch: with r recommendations for each search, a search weighs α r, so that L_src is a mean over searches,
+and contrastive negatives come from both. Categories are the mean over the levels; there are no user features;
+an unknown user, and a query that the folder does not know, is the zero vector. Shapes: history [B, N, D],
+candidates [B, C, D], scores [B, C] (log-odds).
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -77,7 +79,7 @@ class UniSarSettings(ModelSettings):
     history_temperature: PositiveFloat = 0.1
     """τ of the alignments at the start"""
     search_weight: NonNegativeFloat = 0.1
-    """α, weight of a search beside a recommendation in the loss (0.01 on Amazon)"""
+    """α, weight of the mean over searches beside that over recommendations in the loss (0.01 on Amazon)"""
 
 
 @dataclass(frozen=True)
@@ -259,12 +261,12 @@ class UniSar(Ranker):
         return self.by_slices(scores)
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Means over events, those of a search weighted with α and, as all models do, with data.weight_*."""
+        """Means over events, those of a search weighted with α r, and with data.weight_* as in all models."""
         histories, queries_BND, items_BND, pairs_BN = self._histories(batch)
         scores_BC = self._scores(batch, self._items(batch.candidates), histories)
         settings, data = self.settings, self.world.data
         search_B = batch.task == SRC
-        weights_B = torch.where(search_B, data.weight_src * settings.search_weight, data.weight_rec).float()
+        weights_B = torch.where(search_B, data.weight_src * self._search_weight, data.weight_rec).float()
         click_B = F.binary_cross_entropy_with_logits(scores_BC, batch.labels, reduction="none").mean(1)
         ranks = self.world.ranks
         history_B = self.core.alignment(histories, ranks)
@@ -278,6 +280,15 @@ class UniSar(Ranker):
         loss = terms["click_loss"] + settings.history_weight * terms["history_loss"]
         loss = loss + settings.query_item_weight * terms["query_item_loss"]
         return loss, {name: term.detach() for name, term in terms.items()}
+
+    @cached_property
+    def _search_weight(self) -> float:
+        """α r, of one search: public code has a batch of each task in a step, and so a mean of each. r is
+        that of the training events, or of data.search_share; 1 where one of the tasks is not trained."""
+        share = self.world.data.search_share
+        if not share:
+            share = float((self.world.clicks().task == SRC).float().mean())
+        return self.settings.search_weight * ((1 - share) / share if 0 < share < 1 else 1.0)
 
     def representations(self, batch: Batch) -> dict[str, Tensor]:
         """history: the interests in both histories. input: what the mixture of experts reads. hidden: the
