@@ -108,7 +108,7 @@ class Model:
         >>> found["score"].is_monotonic_decreasing
         True
         """
-        words = isinstance(query, Iterable) and not isinstance(query, str)
+        words = isinstance(query, Iterable) and not isinstance(query, str | bytes)
         asked = {"task": "src", "query": list(query) if words else query}
         return self._ask(asked, user, history, k, num_candidates, include_seen)
 
@@ -139,7 +139,8 @@ class Model:
         rows = [{str(key): value for key, value in row.items()} for row in values.to_dict("records")]
         if "candidates" in frame:
             asked = [_request(row, number) for number, row in enumerate(rows, start=1)]
-            return frame.assign(scores=self._recommender.score(asked))
+            names = [f"row {number}" for number in range(1, len(asked) + 1)]
+            return frame.assign(scores=self._recommender.score(asked, names))
         if "item_id" not in frame:
             raise RequestError(
                 "score: give a column item_id (one row a pair) or candidates (one row a request); got "
@@ -157,7 +158,8 @@ class Model:
             groups.setdefault(key, {**request, "candidates": []})["candidates"].append(row["item_id"])
             places.setdefault(key, []).append(number)
         scores = [0.0] * len(rows)
-        answers = self._recommender.score(list(groups.values())) if groups else []
+        names = [f"row {numbers[0] + 1}" for numbers in places.values()]  # the first of the request
+        answers = self._recommender.score(list(groups.values()), names) if groups else []
         for numbers, answer in zip(places.values(), answers, strict=True):
             for number, value in zip(numbers, answer, strict=True):
                 scores[number] = value

@@ -16,6 +16,7 @@ from tests.runs import EVALUATION, make_run
 from trainer.data import EvalStream
 from trainer.data.folder import PreparedFolder
 from trainer.errors import ConfigError, EnvironmentProblem, RequestError, RunError
+from trainer.registry.promote import promote
 from trainer.registry.versions import (
     default_uri,
     fetch,
@@ -203,7 +204,7 @@ def test_registered_version_answers_both_kinds_of_requests(pyfunc: Any, scorer: 
         == answers["scores"][1]
     )
     assert not {item["item_id"] for item in items} & {"i3", "i7"}
-    assert {answers["model"][1][key] for key in ("name", "version")} == {"gensr-test", "1"}
+    assert {answers["model"][1][key] for key in ("name", "version")} == {"gensr-test", 1}
 
 
 def test_a_frame_without_requests_is_answered_without_rows(pyfunc: Any) -> None:
@@ -354,9 +355,16 @@ def test_an_alias_is_checked_before_anything_is_logged(tmp_path: Path, alias: st
         register(tmp_path / "no run", "gensr-test", alias=alias)
 
 
-@pytest.mark.parametrize("name", ["", " ", "a/b", "a:b", "..", ".", "a\nb", "a\x00", "\udcff", "a" * 257])
-def test_so_is_the_name_of_the_model(tmp_path: Path, name: str) -> None:
-    with pytest.raises(ConfigError, match="Nothing was registered"):
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        *((name, "hold / : @ [?] #") for name in ("", " ", "a/b", "a:b", "a@b", "a?b", "a#b")),
+        *((name, "begin with") for name in ("..", ".", "..a")),
+        *((name, "printable text") for name in ("a\nb", "a\x00", "\udcff", "a" * 257)),
+    ],
+)
+def test_so_is_the_name_of_the_model(tmp_path: Path, name: str, reason: str) -> None:
+    with pytest.raises(ConfigError, match=f"{reason}.*Nothing was registered"):
         register(tmp_path / "no run", name)
 
 
@@ -460,3 +468,52 @@ def test_missing_models_are_named(run_dir: Path, version: int, tmp_path: Path) -
         open_model(tmp_path)
     with pytest.raises(RunError, match="no such model"):
         open_model("models:/nobody@candidate", f"sqlite:///{run_dir.parent / 'mlflow.db'}")
+
+
+def files_of(folder: Path) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_version_is_read_and_its_folder_not_written(run_dir: Path, version: int) -> None:
+    """A store may be mounted read-only, and one folder may be two versions: MLflow copies no files from one
+    model to another, and would note in the folder whichever of them was fetched last."""
+    uri = registry_of(run_dir)
+    client = connect(uri)
+    copied = client.copy_model_version(f"models:/gensr-test/{version}", "gensr-copied")
+    client.set_registered_model_alias("gensr-copied", "champion", copied.version)
+    before = files_of(run_dir.parent / "mlartifacts")
+    models = (f"models:/gensr-test/{version}", "models:/gensr-copied@champion", "models:/gensr-copied/latest")
+    opened = [open_model(model, uri) for model in models]
+    assert files_of(run_dir.parent / "mlartifacts") == before
+    assert [(one.facts["name"], one.facts["version"]) for one in opened] == [
+        ("gensr-test", version),
+        ("gensr-copied", 1),
+        ("gensr-copied", 1),
+    ]
+
+
+def test_copies_from_a_server_are_kept_no_longer_than_they_are_read(
+    run_dir: Path, version: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store is taken for a server, which sends copies."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("trainer.registry.versions.is_server", lambda uri: True)
+    uri = registry_of(run_dir)
+    fetched: list[str] = []
+
+    def noted(model: str, *given: Any, **named: Any) -> Path:
+        fetched.append(model)
+        return fetch(model, *given, **named)
+
+    monkeypatch.setattr("trainer.registry.versions.fetch", noted)
+    model = open_model(f"models:/gensr-test/{version}", uri)
+    assert list(tmp_path.iterdir()) == []
+    expected = Scorer.from_run(run_dir).score_many(requests())
+    assert model.score(requests()) == [pytest.approx(row, abs=1e-5) for row in expected]
+    assert model.recommend({**requests()[0], "with_text": True})["items"][0]["text"]
+    with pytest.raises(RunError):  # the ranks of the fixture are not there
+        promote("gensr-test", uri, dry_run=True)
+    again = register(run_dir, "gensr-test", "other")
+    assert again > version and list(tmp_path.iterdir()) == []
+    artifacts = f"models:/gensr-test/{version}/artifacts"
+    assert fetched == [artifacts, f"{artifacts}/evaluation"]  # of promote() no weights

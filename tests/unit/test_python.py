@@ -92,9 +92,9 @@ def test_other_columns_are_carried_and_do_not_part_a_request(
     asked: list[Any] = []
     score = model._recommender.score
 
-    def counted(requests: Any) -> Any:
+    def counted(requests: Any, *names: Any) -> Any:
         asked.extend(requests)
-        return score(requests)
+        return score(requests, *names)
 
     monkeypatch.setattr(model._recommender, "score", counted)
     labelled = model.score(pairs.assign(label=[1, 0, 0], text=["a", "b", "c"]))
@@ -186,3 +186,17 @@ def test_a_trainer_py_of_the_user(tmp_path: Path) -> None:
     hidden = python(tmp_path, "-c", "import gensr; gensr.load")
     assert hidden.returncode == 1
     assert f"{tmp_path / 'trainer.py'} hides the package 'trainer'" in hidden.stderr
+
+
+def test_a_bad_pair_is_named_by_its_row(model: gensr.Model) -> None:
+    """Rows of one request are asked together, so its number is another one."""
+    pairs = pd.DataFrame({"user_id": ["u3", "u3", "u4"], "item_id": ["i1", "i2", "nothing"]})
+    with pytest.raises(gensr.GensrError, match=r"^row 3: .*'nothing'"):
+        model.score(pairs)
+    with pytest.raises(gensr.GensrError, match=r"^row 2: .*'nobody'"):
+        model.score([{"user_id": user, "candidates": ["i1"]} for user in ("u3", "nobody")])
+
+
+def test_bytes_are_not_a_list_of_words(model: gensr.Model) -> None:
+    with pytest.raises(gensr.GensrError, match="query must be text"):
+        model.search(b"lamp", user="u3")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import shlex
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -35,14 +36,14 @@ def register(
     from trainer.registry.versions import registry_of, uri_option
 
     version = run(run_dir, name, alias, notify=note, retriever=retriever)
-    model, option = f"models:/{name}@{alias}", uri_option(registry_of(run_dir))
+    model, option = shlex.quote(f"models:/{name}@{alias}"), uri_option(registry_of(run_dir))
     answer(
         {"name": name, "version": version, "alias": alias},
         as_json,
-        f"registered models:/{name}/{version}, also {model}",
+        f"registered models:/{name}/{version}, also models:/{name}@{alias}",
         *next_steps(
             f"gensr recommend {model} --user ID{option}",
-            f"gensr promote {name}{option}" if alias == "candidate" else "",
+            f"gensr promote {shlex.quote(name)}{option}" if alias == "candidate" else "",
             f"gensr serve {model}{option}",
         ),
     )
@@ -101,7 +102,8 @@ def promote(
         return
     decision = run(name, uri, margin, dry_run, segment_margin, candidates, gain, against or "")
     dry_line = ["dry run: nothing was changed"] if dry_run else []
-    after = next_steps(f"gensr serve models:/{name}@champion{f' --uri {uri}' if uri else ''}")
+    champion, option = shlex.quote(f"models:/{name}@champion"), f" --uri {shlex.quote(uri)}" if uri else ""
+    after = next_steps(f"gensr serve {champion}{option}")
     lines = [*decision.lines(dry_run), *dry_line, *(after if decision.promoted and not dry_run else [])]
     answer({**dataclasses.asdict(decision), "dry_run": dry_run}, as_json, *lines)
 

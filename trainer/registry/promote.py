@@ -16,9 +16,6 @@ what gains nothing: the newer data may be reason enough.
 
 import json
 import math
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -29,12 +26,12 @@ from data_shards.schema import TASKS
 from trainer.errors import RunError
 from trainer.evaluation.paired import StoredRanks, check_same, paired, paired_segments, read_stored
 from trainer.evaluation.summary import check_candidates, evaluation_name
-from trainer.registry.versions import ALIAS, default_uri, fetch, find_version, mlflow_errors
+from trainer.registry.versions import ALIAS, default_uri, fetched, find_version, mlflow_errors, parts_of
 from trainer.runs.retriever_facts import RETRIEVER, retriever_of, retriever_words
 from trainer.runs.run_folder import RunFolder
 from trainer.runs.sealed import check_sealed
 from trainer.runs.weights import WEIGHTS, read_model_document
-from trainer.tracking.store import connect, is_server, must_exist
+from trainer.tracking.store import connect, must_exist
 
 CHAMPION = "champion"
 # tag of a champion: the version that was champion before, for rollback
@@ -253,15 +250,18 @@ def _decide(name: str, candidate: int, champion: int | None, uri: str, gate: Gat
 
 
 def _ranks_of(name: str, number: int, uri: str, candidates: str) -> StoredRanks:
-    with _fetched(f"models:/{name}/{number}", uri) as folder:
-        return read_ranks(folder, f"version {number} of {name}", candidates)
+    where, artifacts = f"version {number} of {name}", f"models:/{name}/{number}/artifacts"
+    if "evaluation" not in parts_of(artifacts, uri):
+        raise _lacking(where, candidates)
+    with fetched(f"{artifacts}/evaluation", uri) as folder:  # not the weights beside it
+        return read_ranks(folder, where, candidates)
 
 
 def _stand_in(run: Path, name: str, number: int, uri: str, candidates: str) -> StoredRanks:
     """The ranks of a run without a step that is the champion's version on newer data. Raises RunError for
     another model, or other weights."""
     stored = read_stored(run, evaluation_name("test", candidates), str(run))
-    with _fetched(f"models:/{name}/{number}/artifacts/model", uri) as model:
+    with fetched(f"models:/{name}/{number}/artifacts/model", uri) as model:
         weights, theirs = file_sha256(model / WEIGHTS), read_model_document(model)
     ours = read_model_document(RunFolder(run).model)
     other = [key for key in ("name", "settings", "data", "precision") if _differs(theirs[key], ours[key])]
@@ -284,16 +284,6 @@ def _differs(theirs: Any, ours: Any) -> bool:
     if isinstance(theirs, dict):
         return any(ours.get(key) != value for key, value in theirs.items())
     return bool(theirs != ours)
-
-
-@contextmanager
-def _fetched(model: str, uri: str) -> Iterator[Path]:
-    """What a server sends is kept no longer than it is read."""
-    if not is_server(uri):
-        yield fetch(model, uri)
-        return
-    with tempfile.TemporaryDirectory(prefix="gensr-promote-") as folder:
-        yield fetch(model, uri, into=Path(folder))
 
 
 def _retrievers(**evaluations: StoredRanks) -> dict[str, str]:
@@ -333,18 +323,22 @@ def fallen_segments(segments: dict[str, dict[str, dict[str, Any]]], margin: floa
     ]
 
 
-def read_ranks(version_dir: Path, where: str, candidates: str = "sampled") -> StoredRanks:
-    """Raises RunError when the version was registered without an evaluation of that kind."""
-    folder, name = version_dir / "artifacts" / "evaluation", evaluation_name("test", candidates)
+def read_ranks(folder: Path, where: str, candidates: str = "sampled") -> StoredRanks:
+    """Of a version's artifacts/evaluation. Raises RunError when it has none of that kind."""
+    name = evaluation_name("test", candidates)
     if not RunFolder(folder).is_evaluated(name):
-        sampled = candidates == "sampled"
-        lacking = "no evaluation" if sampled else f"no {candidates} evaluation"
-        option = "" if sampled else f" --candidates {candidates}"
-        raise RunError(
-            f"{where} holds {lacking}. Run gensr evaluate RUN{option}, then gensr register RUN NAME again"
-        )
+        raise _lacking(where, candidates)
     check_sealed(folder)
     return read_stored(folder, name, where)
+
+
+def _lacking(where: str, candidates: str) -> RunError:
+    sampled = candidates == "sampled"
+    what = "no evaluation" if sampled else f"no {candidates} evaluation"
+    option = "" if sampled else f" --candidates {candidates}"
+    return RunError(
+        f"{where} holds {what}. Run gensr evaluate RUN{option}, then gensr register RUN NAME again"
+    )
 
 
 def decision_tags(decision: Decision) -> dict[str, str]:

@@ -214,8 +214,16 @@ def open_model(
     """
     if not str(model).startswith("models:"):
         return Recommender.from_run(model, notify=notify, retriever=retriever, data_dir=data_dir)
-    folder = fetch(str(model), uri or default_uri()) / "artifacts"
-    return Recommender.from_artifacts(folder, data_dir=data_dir, notify=notify, retriever=retriever)
+    uri = uri or default_uri()
+    named = version_of(str(model), uri)  # asked once: the alias may move meanwhile
+    found = f"models:/{named['name']}/{named['version']}" if named else str(model)
+    with fetched(f"{found}/artifacts", uri) as folder:
+        recommender = Recommender.from_artifacts(
+            folder, data_dir=data_dir, notify=notify, retriever=retriever, version=named
+        )
+        if is_server(uri):
+            recommender.read_texts()  # the folder goes
+    return recommender
 
 
 def registry_of(run_dir: str | Path) -> str:
@@ -252,7 +260,51 @@ def fetch(model: str, uri: str, into: Path | None = None) -> Path:
     try:
         return Path(mlflow.artifacts.download_artifacts(model, dst_path=str(into) if into else None))
     except (_mlflow_exception(), OSError) as error:
-        raise RunError(f"{model}: no such model at {uri}: {one_line(error)}") from error
+        raise _no_such_model(model, uri, error) from error
+
+
+@contextlib.contextmanager
+def fetched(model: str, uri: str) -> Iterator[Path]:
+    """fetch(), of which a copy from a server is kept no longer than it is read."""
+    with _place_of_copies(uri) as folder:
+        yield fetch(model, uri, into=folder)
+
+
+@contextlib.contextmanager
+def _place_of_copies(uri: str) -> Iterator[Path | None]:
+    """A folder that goes; None for a store on this machine, which gives its own files."""
+    if not is_server(uri):
+        yield None
+        return
+    with tempfile.TemporaryDirectory(prefix="gensr-version-") as folder:
+        yield Path(folder)
+
+
+def parts_of(model: str, uri: str) -> set[str]:
+    """Names of what a folder of a registered version holds (models:/NAME/VERSION/artifacts); of one that is
+    not there, none. Raises RunError when there is no such model."""
+    mlflow = _mlflow_at(must_exist(uri))
+    try:
+        return {Path(info.path).name for info in mlflow.artifacts.list_artifacts(model)}
+    except (_mlflow_exception(), OSError) as error:
+        raise _no_such_model(model, uri, error) from error
+
+
+def version_of(model: str, uri: str) -> dict[str, Any]:
+    """{"name", "version"} of models:/NAME@alias, models:/NAME/VERSION or models:/NAME/latest; {} of what
+    MLflow has logged without a version (models:/ID). Raises RunError when there is no such model."""
+    _mlflow_at(must_exist(uri))
+    from mlflow.store.artifact.utils.models import get_model_name_and_version
+
+    try:
+        found = get_model_name_and_version(connect(uri), model)
+    except (_mlflow_exception(), OSError) as error:
+        raise _no_such_model(model, uri, error) from error
+    return {"name": found[0], "version": int(found[1])} if len(found) == 2 else {}
+
+
+def _no_such_model(model: str, uri: str, error: Exception) -> RunError:
+    return RunError(f"{model}: no such model at {uri}: {one_line(error)}")
 
 
 def find_version(client: Any, name: str, alias: str) -> Any | None:
@@ -284,10 +336,10 @@ def registered_as(run_dir: str | Path, name: str) -> int:
 def check_names(name: str, alias: str) -> None:
     """MLflow's rules for names, asked before anything is logged. Raises ConfigError."""
     problem = ""
-    if not name.strip() or re.search("[/:]", name) or name == "." or name.startswith(".."):
-        problem = (
-            f"{name!r} cannot be the name of a registered model: it must not be empty or hold '/' or ':'"
-        )
+    if not name.strip() or re.search("[/:@?#]", name):  # MLflow finds no models:/a@b/VERSION
+        problem = f"{name!r} cannot be the name of a registered model: it must not be empty or hold / : @ ? #"
+    elif name == "." or name.startswith(".."):  # the name becomes a folder of a store on this machine
+        problem = f"{name!r} cannot be the name of a registered model: it must not be '.' or begin with '..'"
     elif not name.isprintable() or len(name) > MAX_NAME:
         problem = (
             f"{name[:80]!r} cannot be the name of a registered model: it must be printable text of at most "
@@ -314,10 +366,9 @@ def _predict(model: str, uri: str, requests: list[dict[str, Any]]) -> list[list[
     """Scores as MLflow's own server would give them."""
     import pandas as pd
 
-    return [
-        list(scores)
-        for scores in _mlflow_at(uri).pyfunc.load_model(model).predict(pd.DataFrame(requests))["scores"]
-    ]
+    with _place_of_copies(uri) as folder:
+        loaded = _mlflow_at(uri).pyfunc.load_model(model, dst_path=str(folder) if folder else None)
+        return [list(scores) for scores in loaded.predict(pd.DataFrame(requests))["scores"]]
 
 
 def _mlflow_at(uri: str) -> Any:

@@ -125,15 +125,17 @@ class Recommender:
         data_dir: str | Path = "",
         notify: Notify = silent,
         retriever: str | Path | None = None,
+        version: Mapping[str, Any] | None = None,
     ) -> "Recommender":
         """A registered version: its folder of artifacts. `data_dir`: prepared folder for requests by user_id;
         default: where it was when registered. retriever: a run folder, "" for none; default: the one that
-        the version holds, if any."""
+        the version holds, if any. version: its {"name", "version"}; default: what MLflow noted beside it."""
         folder = Path(folder)
         scorer = Scorer.from_artifacts(folder, device)
         retrieval = version_retrieval(folder, scorer.model, notify)
         serving = read_serving_facts(folder / "items")
-        facts = version_of(folder.parent) | {key: serving[key] for key in ("manifest_hash", "commit")}
+        noted = noted_version(folder.parent) if version is None else version
+        facts = {**noted, **{key: serving[key] for key in ("manifest_hash", "commit")}}
         users = open_users(
             data_dir or serving.get("data_dir", ""), serving["manifest_hash"], must_be_there=bool(data_dir)
         )
@@ -143,24 +145,28 @@ class Recommender:
             other = _retriever_for(scorer, retriever or "", folder / "model", retrieval, device, notify)
         return cls(scorer, retrieval, facts, folder / "items" / "items.parquet", users, other)
 
-    def score(self, requests: Sequence[Mapping[str, Any]]) -> list[list[float]]:
+    def score(
+        self, requests: Sequence[Mapping[str, Any]], names: Sequence[str] | None = None
+    ) -> list[list[float]]:
         """P("Yes") of each request's candidates, in the order given. Raises RequestError that names the first
-        bad request."""
-        for request, where in zip(requests, _names(requests), strict=True):
+        bad request. names: what it calls them; default: by their numbers."""
+        names = _names(requests) if names is None else names
+        for request, where in zip(requests, names, strict=True):
             if is_absent(request.get("candidates")):
                 raise RequestError(f"{where}: candidates is missing: give the item ids to score")
-        return [answer["scores"] for answer in self.answer(requests)]
+        return [answer["scores"] for answer in self.answer(requests, names)]
 
     def recommend(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """The answer to one request (above). Raises RequestError."""
         return self.answer([request])[0]
 
-    def answer(self, requests: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    def answer(
+        self, requests: Sequence[Mapping[str, Any]], names: Sequence[str] | None = None
+    ) -> list[dict[str, Any]]:
         """The answers to several requests, ranked together in batches. Raises RequestError that names the
         first bad request before anything is scored."""
-        return self._answers(
-            [self._read(request, where) for request, where in zip(requests, _names(requests), strict=True)]
-        )
+        named = zip(requests, _names(requests) if names is None else names, strict=True)
+        return self._answers([self._read(request, where) for request, where in named])
 
     def answer_or_errors(self, requests: Sequence[Mapping[str, Any]]) -> list[dict[str, Any] | RequestError]:
         """The same, with the error of a bad request in its place: the others are still ranked together."""
@@ -253,14 +259,18 @@ class Recommender:
 
     def text(self, row: int) -> str:
         """All text of an item, as in the catalogue."""
+        return self.read_texts()[row].as_py() or ""
+
+    def read_texts(self) -> pa.ChunkedArray:
+        """Those of all items: at the first answer that has some, or before the file goes."""
         if self._texts is None:
-            names = pq.read_schema(self._items_file).names
+            there = "text" in pq.read_schema(self._items_file).names
             self._texts = (
                 pq.read_table(self._items_file, columns=["text"])["text"]
-                if "text" in names
-                else pa.chunked_array([[""] * (row + 1)])
+                if there
+                else pa.chunked_array([[""] * self.num_items])
             )
-        return self._texts[row].as_py() or ""
+        return self._texts
 
     # ---- what a page shows ---------------------------------------------------------------------------------
 
@@ -378,8 +388,10 @@ def _flag(request: Mapping[str, Any], name: str, where: str) -> bool:
 SPELLINGS = {_letters(name): name for name in FIELDS} | {"user": "user_id"}
 
 
-def version_of(folder: Path) -> dict[str, Any]:
+def noted_version(folder: Path) -> dict[str, Any]:
     """{"name", "version"} as MLflow notes them beside a version that it has fetched; empty elsewhere."""
     path = folder / "registered_model_meta"
     document = read_yaml(path) if path.is_file() else {}
-    return {key: document[f"model_{key}"] for key in ("name", "version") if f"model_{key}" in document}
+    if not document.get("model_version"):
+        return {}
+    return {"name": document["model_name"], "version": int(document["model_version"])}
