@@ -28,7 +28,7 @@ def load(
     >>> model.num_items
     150
     """
-    from trainer.registry.versions import open_model
+    from trainer.registry.store import open_model
 
     return Model(open_model(model, uri, data, retriever=retriever))
 

@@ -120,7 +120,8 @@ class Demo:
 
     def register(self) -> None:
         from trainer.data.folder import PreparedFolder
-        from trainer.registry.versions import example_requests, register
+        from trainer.registry.signature import example_requests
+        from trainer.registry.versions import register
         from trainer.runtime.files import atomic
 
         register(self.run_dir, MODEL_NAME)
@@ -273,7 +274,7 @@ def show_summary(demo: Demo, seconds: float) -> None:
 
 
 def where_and_next(demo: Demo, registered: dict[str, object]) -> list[str]:
-    from trainer.registry.versions import uri_option
+    from trainer.registry.store import uri_option
     from trainer.tracking.store import read_experiment_id, training_page
 
     run_dir, data_dir = demo.run_dir, demo.data_dir

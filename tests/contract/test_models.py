@@ -376,7 +376,9 @@ def test_a_run_is_evaluated_on_sampled_and_on_all_candidates(name: str, evaluate
 @pytest.mark.slow
 @pytest.mark.parametrize("name", REGISTERED)
 def test_a_registered_version_scores_as_its_run(name: str, evaluated: Any, texts: PreparedFolder) -> None:
-    from trainer.registry.versions import example_requests, open_model, register
+    from trainer.registry.signature import example_requests
+    from trainer.registry.store import open_model
+    from trainer.registry.versions import register
     from trainer.serving.scorer import Scorer
 
     run_dir, _ = evaluated(name)

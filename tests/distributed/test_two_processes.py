@@ -204,7 +204,9 @@ def test_adapters_on_a_frozen_bf16_backbone_learn_as_on_a_float32_one(folder: Pa
 
 @pytest.mark.parametrize("name", names(*DECODERS))
 def test_a_decoder_trained_with_lora_under_zero3_is_registered_and_scores(folder: Path, name: str) -> None:
-    from trainer.registry.versions import example_requests, open_model, register
+    from trainer.registry.signature import example_requests
+    from trainer.registry.store import open_model
+    from trainer.registry.versions import register
 
     assert [r.get("status") for r in results(folder, name)] == ["finished"] * 2, results(folder, name)
     state = load_file(folder / name / "model" / "model.safetensors")

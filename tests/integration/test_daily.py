@@ -153,7 +153,8 @@ def test_days_go_on_from_one_another(yesterday: Path, world: Path) -> None:
 
 def register_again(world: Path, out: Path) -> None:
     """Another candidate, against a run of weights that the champion has not."""
-    from trainer.registry.versions import register, registry_of
+    from trainer.registry.store import registry_of
+    from trainer.registry.versions import register
 
     run = out / "runs" / DAYS[1]
     register(run, "tiny")

@@ -17,7 +17,8 @@ from tests.runs import make_run
 from trainer.demo import free_port
 from trainer.evaluation.sampled import evaluate_run
 from trainer.registry.promote import promote, rollback
-from trainer.registry.versions import fetch, register, registry_of
+from trainer.registry.store import fetch, registry_of
+from trainer.registry.versions import register
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 NAME = "followed"

@@ -17,7 +17,8 @@ from trainer.data.node_cache import is_url, local_folder
 from trainer.errors import EnvironmentProblem
 from trainer.evaluation.sampled import evaluate_run
 from trainer.experiments.import_runs import import_runs, read_source
-from trainer.registry.versions import open_model, register
+from trainer.registry.store import open_model
+from trainer.registry.versions import register
 from trainer.tracking.store import connect, path_of_file_uri, sqlite_path, sqlite_uri, tracking_uri
 from trainer.training.loop import train
 

@@ -19,7 +19,8 @@ from trainer.cf.build import train_cf
 from trainer.configs import load_config
 from trainer.data import EvalStream
 from trainer.models.gensr.model import GenSR
-from trainer.registry.versions import open_model, register
+from trainer.registry.store import open_model
+from trainer.registry.versions import register
 from trainer.runs.weights import load_run_model
 from trainer.serving.scorer import Scorer
 from trainer.training.loop import train

@@ -20,7 +20,7 @@ from tests.worlds import write_tables
 from trainer.cli import app
 from trainer.data.folder import PreparedFolder
 from trainer.errors import DataError, GensrError, RequestError
-from trainer.registry.versions import open_model
+from trainer.registry.store import open_model
 from trainer.serving.recommend import Recommender
 from trainer.serving.requests import ParsedRequest, RequestReader, id_text
 from trainer.serving.users import Users, open_users, read_clicks, read_history

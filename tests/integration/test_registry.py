@@ -17,15 +17,9 @@ from trainer.data import EvalStream
 from trainer.data.folder import PreparedFolder
 from trainer.errors import ConfigError, EnvironmentProblem, RequestError, RunError
 from trainer.registry.promote import promote
-from trainer.registry.versions import (
-    default_uri,
-    fetch,
-    open_model,
-    register,
-    registry_of,
-    requirements,
-    uri_option,
-)
+from trainer.registry.signature import requirements
+from trainer.registry.store import default_uri, fetch, open_model, registry_of, uri_option
+from trainer.registry.versions import register
 from trainer.runs.weights import load_run_model
 from trainer.serving.scorer import Scorer, read_item_ids
 from trainer.tracking.store import connect

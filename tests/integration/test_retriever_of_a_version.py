@@ -15,7 +15,7 @@ import pytest
 from tests.mlflow_server import wait_until_up
 from trainer.cf.build import train_cf
 from trainer.demo import free_port
-from trainer.registry.versions import _mlflow_at, fetch
+from trainer.registry.store import fetch, mlflow_at
 from trainer.serving.recommend import Recommender
 from trainer.tracking.store import connect, sqlite_uri
 
@@ -68,7 +68,7 @@ def test_trained_evaluated_registered_served(
     held = fetch("models:/joined/1", uri) / "artifacts" / "retriever"
     assert not [path for path in held.rglob("*") if path.suffix in (".pkl", ".pickle", ".pt", ".bin")]
     assert (held / "model" / "model.safetensors").is_file()
-    found = _mlflow_at(uri).pyfunc.load_model("models:/joined/1").predict(pd.DataFrame(REQUESTS))
+    found = mlflow_at(uri).pyfunc.load_model("models:/joined/1").predict(pd.DataFrame(REQUESTS))
     for row, answer in zip(found.to_dict("records"), expected, strict=True):
         assert_same(row, answer)
         assert row["model"]["retriever"] == "runs/sasrec"

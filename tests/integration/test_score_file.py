@@ -111,7 +111,7 @@ def test_standard_output_has_the_lines_of_the_file(
     recommender: Recommender, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also of a part, of requests without candidates, and of bad ones with --keep-going."""
-    monkeypatch.setattr("trainer.registry.versions.open_model", lambda *_, **__: recommender)
+    monkeypatch.setattr("trainer.registry.store.open_model", lambda *_, **__: recommender)
     source, out = tmp_path / "requests.jsonl", tmp_path / "out.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in [*requests(), BAD]))
 
@@ -123,7 +123,7 @@ def test_standard_output_has_the_lines_of_the_file(
     assert shown.stdout == out.read_text() and "'nothing'" in shown.stdout
     assert len(shown.stdout.splitlines()) == (NUM_REQUESTS + 1) // 2
     assert "'nothing'" in str(call("--part", "2/2").exception)
-    monkeypatch.setattr("trainer.registry.versions.open_model", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("trainer.registry.store.open_model", lambda *_, **__: pytest.fail("loaded"))
     assert "1 ≤ I ≤ N" in str(call("--part", "9/2").exception)
 
 

@@ -20,6 +20,8 @@ MLFLOW_FILES = {
         "tracking/store",
         "tracking/delivery",
         "tracking/machine",
+        "registry/store",
+        "registry/signature",
         "registry/versions",
         "registry/pyfunc_model",
     )

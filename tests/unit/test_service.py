@@ -339,7 +339,7 @@ def test_a_label_of_prometheus_is_escaped() -> None:
 
 
 def test_a_port_in_use_is_told_before_a_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.registry.versions.open_model", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("trainer.registry.store.open_model", lambda *_, **__: pytest.fail("loaded"))
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = str(other.getsockname()[1])
         for arguments in (["serve", "runs/one", "--port", port], ["ui", "runs/one", "--port", port]):
@@ -376,7 +376,7 @@ def test_a_browser_in_the_terminal_does_not_hold_up_the_service(
         assert opened.wait(10) and not ended.is_set()
 
     monkeypatch.setattr("webbrowser.open", browser)
-    monkeypatch.setattr("trainer.registry.versions.open_model", lambda *_, **__: stand_in)
+    monkeypatch.setattr("trainer.registry.store.open_model", lambda *_, **__: stand_in)
     monkeypatch.setattr("trainer.serving.app.run", run)
     result = CliRunner().invoke(cli, ["ui", "runs/one", "--port", "0"])
     closed.set()

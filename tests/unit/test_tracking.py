@@ -25,7 +25,7 @@ from trainer.configs import load_config
 from trainer.errors import EnvironmentProblem, RunError
 from trainer.experiments.import_runs import import_runs, target_of
 from trainer.registry.promote import promote, rollback
-from trainer.registry.versions import open_model
+from trainer.registry.store import open_model
 from trainer.runs.run_folder import RunFolder
 from trainer.tracking import delivery
 from trainer.tracking import tracker as tracking

@@ -224,7 +224,7 @@ def daily(
     from trainer.experiments.daily.plan import read
     from trainer.experiments.daily.report import commands, lines_of
     from trainer.experiments.daily.run import run
-    from trainer.registry.versions import uri_option
+    from trainer.registry.store import uri_option
 
     plan = read(file, overrides or [])
     if dry_run:

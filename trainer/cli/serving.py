@@ -32,8 +32,8 @@ def register(
     """Make a version of a registered model from a run, self-contained and checked."""
     stage_lines()
     waiting_for("loading PyTorch, MLflow and the model")
+    from trainer.registry.store import registry_of, uri_option
     from trainer.registry.versions import register as run
-    from trainer.registry.versions import registry_of, uri_option
 
     version = run(run_dir, name, alias, notify=note, retriever=retriever)
     model, option = shlex.quote(f"models:/{name}@{alias}"), uri_option(registry_of(run_dir))
@@ -142,7 +142,7 @@ def score(
     part_of(count_requests(requests), (number, of))
     progress = stage_lines()
     waiting_for("loading PyTorch and the model")
-    from trainer.registry.versions import open_model
+    from trainer.registry.store import open_model
 
     recommender = open_model(model, uri, notify=note, retriever=retriever)
     if out is None:
@@ -239,7 +239,7 @@ def answer_request(
         raise RequestError("--user and --history both say whose history it is: give one of them")
     stage_lines()
     waiting_for("loading PyTorch and the model")
-    from trainer.registry.versions import open_model
+    from trainer.registry.store import open_model
     from trainer.serving.users import read_history
 
     given = {"user_id": user} if user else {"history": read_history(history) if history is not None else []}
@@ -358,7 +358,7 @@ def serve_model(
     bound = bind((options or {}).get("host", "127.0.0.1"), port)
     stage_lines()
     waiting_for("loading PyTorch and the model")
-    from trainer.registry.versions import open_model
+    from trainer.registry.store import open_model
     from trainer.serving.app import Limits, Options, open_access_log, run
     from trainer.serving.systems import compared_systems
 
@@ -382,7 +382,7 @@ def serve_model(
 
 
 def _follow(model: str, uri: str, every_s: float, load: Callable[[], Any]) -> Any:
-    from trainer.registry.versions import default_uri, number_of
+    from trainer.registry.store import default_uri, number_of
     from trainer.serving.follow import Follow
 
     name, _, alias = model.removeprefix("models:/").rpartition("@")

@@ -26,7 +26,7 @@ from data_shards.schema import TASKS
 from trainer.errors import RunError
 from trainer.evaluation.paired import StoredRanks, check_same, paired, paired_segments, read_stored
 from trainer.evaluation.summary import check_candidates, evaluation_name
-from trainer.registry.versions import ALIAS, default_uri, fetched, find_version, mlflow_errors, parts_of
+from trainer.registry.store import ALIAS, default_uri, fetched, find_version, mlflow_errors, parts_of
 from trainer.runs.retriever_facts import RETRIEVER, retriever_of, retriever_words
 from trainer.runs.run_folder import RunFolder
 from trainer.runs.sealed import check_sealed
@@ -93,6 +93,12 @@ class Gate:
     gain: bool
     against: str
 
+    def __post_init__(self) -> None:
+        if not self.margin >= 0:
+            raise RunError(f"--margin must be 0 or more, got {self.margin}")
+        if self.segment_margin is not None and not self.segment_margin >= 0:
+            raise RunError(f"--segment-margin must be 0 or more, got {self.segment_margin}")
+
     def tags(self) -> dict[str, str]:
         return {
             "promote.margin": f"{self.margin:g}",
@@ -126,10 +132,6 @@ def promote(
     """
     check_candidates(candidates)
     gate = Gate(margin, segment_margin, candidates, gain, str(against))
-    if not margin >= 0:
-        raise RunError(f"--margin must be 0 or more, got {margin}")
-    if segment_margin is not None and not segment_margin >= 0:
-        raise RunError(f"--segment-margin must be 0 or more, got {segment_margin}")
     uri = must_exist(uri or default_uri())
     client = connect(uri)
     with mlflow_errors(f"MLflow at {uri} does not compare the versions of {name}"):
@@ -146,37 +148,35 @@ def promote(
                 f"{version}. Nothing was changed. Give the alias back: register the run of version {version} "
                 "again"
             )
-        if number == before:
-            return Decision(
-                name,
-                number,
-                before,
-                promoted=False,
-                reason=f"version {number} is the champion already",
-                candidates=candidates,
-            )
-        if candidate.tags.get(VERDICT) == ROLLED_BACK:
-            return Decision(
-                name,
-                number,
-                before,
-                promoted=False,
-                reason=f"version {number} was rolled back; to try it again, register its run again",
-                candidates=candidates,
-            )
+        if reason := _settled(number, before, candidate):
+            return Decision(name, number, before, promoted=False, reason=reason, candidates=candidates)
         decision = _decide(name, number, before, uri, gate)
         if not dry_run:
             _check_champion(client, name, champion)
-            tags = {**gate.tags(), **decision_tags(decision)}
-            if decision.promoted and champion is not None:
-                tags[PREVIOUS] = str(decision.champion)
-            # the verdict after what it is made of
-            tags[VERDICT] = "promoted" if decision.promoted else "refused"
-            for key, value in tags.items():
-                client.set_model_version_tag(name, str(decision.candidate), key, value)
-            if decision.promoted:  # last: who reads the alias finds the tags
-                client.set_registered_model_alias(name, CHAMPION, str(decision.candidate))
+            _apply(client, decision, gate)
     return decision
+
+
+def _settled(number: int, champion: int | None, candidate: Any) -> str:
+    """Why a candidate need not be compared; "" where it has to be."""
+    if number == champion:
+        return f"version {number} is the champion already"
+    if candidate.tags.get(VERDICT) == ROLLED_BACK:
+        return f"version {number} was rolled back; to try it again, register its run again"
+    return ""
+
+
+def _apply(client: Any, decision: Decision, gate: Gate) -> None:
+    """Tags the candidate, and moves champion where it was promoted."""
+    tags = {**gate.tags(), **decision_tags(decision)}
+    if decision.promoted and decision.champion is not None:
+        tags[PREVIOUS] = str(decision.champion)
+    # the verdict after what it is made of
+    tags[VERDICT] = "promoted" if decision.promoted else "refused"
+    for key, value in tags.items():
+        client.set_model_version_tag(decision.name, str(decision.candidate), key, value)
+    if decision.promoted:  # last: who reads the alias finds the tags
+        client.set_registered_model_alias(decision.name, CHAMPION, str(decision.candidate))
 
 
 def rollback(name: str, uri: str = "", dry_run: bool = False) -> tuple[int, int]:

@@ -1,5 +1,5 @@
-"""Run folder → model version in the MLflow registry, and back. A version is self-contained: weights,
-configuration, tokenizer, item tables, code.
+"""Run folder → model version in the MLflow registry; the way back is store.py's. A version is self-contained:
+weights, configuration, tokenizer, item tables, code.
 
 artifacts/model         RUN/model as it is
 artifacts/items         item tables, ids and texts, how queries are read (serving/scorer.py: write_items)
@@ -13,20 +13,16 @@ model_card.md           what it is, from facts
 
 import contextlib
 import json
-import os
 import re
 import shlex
 import shutil
 import tempfile
-from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
 import data_shards
 import trainer
-from data_shards.schema import REC, SRC
 from data_shards.secrets import mask_secrets
 from trainer.config import Config
 from trainer.data.folder import PreparedFolder
@@ -41,50 +37,21 @@ from trainer.registry.model_card import (
     run_facts,
     version_tags,
 )
+from trainer.registry.signature import example_requests, requirements, signature
+from trainer.registry.store import ALIAS, mlflow_at, mlflow_errors, mlflow_exception, place_of_copies
 from trainer.runs.retriever_facts import RETRIEVER, retriever_of, retriever_words
 from trainer.runs.run_folder import RunFolder, read_json
 from trainer.runs.sealed import seal
 from trainer.runs.weights import load_run_config
 from trainer.runtime.files import atomic
 from trainer.serving.artifacts import write_items
-from trainer.serving.recommend import SETTINGS, Recommender
 from trainer.serving.retrieval import Notify, run_retrieval, silent
 from trainer.serving.retriever import Retriever, chosen_retriever, open_retriever
 from trainer.serving.scorer import Scorer
 from trainer.tracking.about import about_run
-from trainer.tracking.store import (
-    connect,
-    is_server,
-    log_figures,
-    must_exist,
-    one_line,
-    open_experiment,
-    sqlite_path,
-    sqlite_uri,
-    tracking_uri,
-)
+from trainer.tracking.store import connect, is_server, log_figures, open_experiment, tracking_uri
 
-ALIAS = "candidate"
-URI_VARIABLE = "MLFLOW_TRACKING_URI"
 MAX_NAME = 256  # characters that every database of MLflow takes
-# what loading and scoring import; versions are those of the registering environment
-SERVING_PACKAGES = (
-    "mlflow",
-    "torch",
-    "transformers",
-    "tokenizers",
-    "peft",
-    "safetensors",
-    "numpy",
-    "pandas",
-    "pyarrow",
-    "faiss-cpu",
-    "duckdb",
-    "webdataset",
-    "pydantic",
-    "annotated-types",
-    "PyYAML",
-)
 # between the run's scores and the registered version's, after a float32 round trip
 MAX_SCORE_DIFFERENCE = 1e-4
 
@@ -140,13 +107,9 @@ def register(
         number, run_id = _log_model(run_dir, name, config, scorer, other, facts, example, uri)
     done = f"models:/{name}/{number} is registered, but not checked: the alias {alias} was not moved"
     with mlflow_errors(f"MLflow at {uri} does not complete it. {done}"):
-        client = connect(uri)
         _compare(expected, _predict(f"models:/{name}/{number}", uri, example), name, number)
-        for key, value in version_tags(facts, run_id).items():
-            client.set_model_version_tag(name, str(number), key, value)
-        client.update_model_version(name, str(number), description=model_card(name, facts))
-        if not client.get_registered_model(name).description:  # what somebody wrote stays
-            client.update_registered_model(name, description=model_line(facts))
+        client = connect(uri)
+        _describe(client, name, number, facts, run_id)
         client.set_registered_model_alias(name, alias, str(number))
     kept = f"models:/{name}/{number} is registered, also as models:/{name}@{alias}"
     with atomic(RunFolder(run_dir).registry, kept=kept) as path:
@@ -159,6 +122,14 @@ def register(
             encoding="utf-8",
         )
     return number
+
+
+def _describe(client: Any, name: str, number: int, facts: dict[str, Any], run_id: str) -> None:
+    for key, value in version_tags(facts, run_id).items():
+        client.set_model_version_tag(name, str(number), key, value)
+    client.update_model_version(name, str(number), description=model_card(name, facts))
+    if not client.get_registered_model(name).description:  # what somebody wrote stays
+        client.update_registered_model(name, description=model_line(facts))
 
 
 def refuse_unservable(needs: frozenset[str], name: str, run_dir: Path) -> None:
@@ -199,140 +170,6 @@ def refuse_other_retriever(run_dir: Path, facts: dict[str, Any]) -> None:
         )
 
 
-def open_model(
-    model: str | Path,
-    uri: str = "",
-    data_dir: str | Path = "",
-    notify: Notify = silent,
-    retriever: str | Path | None = None,
-) -> Recommender:
-    """A run folder, or models:/NAME@alias (models:/NAME/VERSION) of the registry at `uri` → what answers
-    requests.
-
-    data_dir, retriever: see Recommender.from_artifacts and from_run. Raises RunError when there is no such
-    model.
-    """
-    if not str(model).startswith("models:"):
-        return Recommender.from_run(model, notify=notify, retriever=retriever, data_dir=data_dir)
-    uri = uri or default_uri()
-    named = version_of(str(model), uri)  # asked once: the alias may move meanwhile
-    found = f"models:/{named['name']}/{named['version']}" if named else str(model)
-    with fetched(f"{found}/artifacts", uri) as folder:
-        recommender = Recommender.from_artifacts(
-            folder, data_dir=data_dir, notify=notify, retriever=retriever, version=named
-        )
-        if is_server(uri):
-            recommender.read_texts()  # the folder goes
-    return recommender
-
-
-def registry_of(run_dir: str | Path) -> str:
-    """Where `register` registers a run."""
-    return tracking_uri(load_run_config(Path(run_dir)), Path(run_dir))
-
-
-def uri_option(uri: str) -> str:
-    """ " --uri …" for a command that should find the registry from here; "" where it does without."""
-    try:
-        found = default_uri() == uri
-    except RunError:
-        found = False
-    return "" if found else f" --uri {shlex.quote(mask_secrets(uri))}"
-
-
-def default_uri() -> str:
-    """MLFLOW_TRACKING_URI, else runs/mlflow.db. Raises RunError when there is neither."""
-    if uri := os.environ.get(URI_VARIABLE, ""):
-        return uri
-    path = Path("runs/mlflow.db")
-    if not path.is_file():
-        raise RunError(
-            "which registry? Set MLFLOW_TRACKING_URI or --uri, for example sqlite:///runs/mlflow.db"
-        )
-    return sqlite_uri(path.resolve())
-
-
-def fetch(model: str, uri: str, into: Path | None = None) -> Path:
-    """The folder of a registered version (models:/NAME/VERSION), or one in it (…/artifacts/model). into:
-    where a copy goes; without, a store on this machine gives its own, and a server a copy that stays. Raises
-    RunError when there is no such model."""
-    mlflow = _mlflow_at(must_exist(uri))
-    try:
-        return Path(mlflow.artifacts.download_artifacts(model, dst_path=str(into) if into else None))
-    except (_mlflow_exception(), OSError) as error:
-        raise _no_such_model(model, uri, error) from error
-
-
-@contextlib.contextmanager
-def fetched(model: str, uri: str) -> Iterator[Path]:
-    """fetch(), of which a copy from a server is kept no longer than it is read."""
-    with _place_of_copies(uri) as folder:
-        yield fetch(model, uri, into=folder)
-
-
-@contextlib.contextmanager
-def _place_of_copies(uri: str) -> Iterator[Path | None]:
-    """A folder that goes; None for a store on this machine, which gives its own files."""
-    if not is_server(uri):
-        yield None
-        return
-    with tempfile.TemporaryDirectory(prefix="gensr-version-") as folder:
-        yield Path(folder)
-
-
-def parts_of(model: str, uri: str) -> set[str]:
-    """Names of what a folder of a registered version holds (models:/NAME/VERSION/artifacts); of one that is
-    not there, none. Raises RunError when there is no such model."""
-    mlflow = _mlflow_at(must_exist(uri))
-    try:
-        return {Path(info.path).name for info in mlflow.artifacts.list_artifacts(model)}
-    except (_mlflow_exception(), OSError) as error:
-        raise _no_such_model(model, uri, error) from error
-
-
-def version_of(model: str, uri: str) -> dict[str, Any]:
-    """{"name", "version"} of models:/NAME@alias, models:/NAME/VERSION or models:/NAME/latest; {} of what
-    MLflow has logged without a version (models:/ID). Raises RunError when there is no such model."""
-    _mlflow_at(must_exist(uri))
-    from mlflow.store.artifact.utils.models import get_model_name_and_version
-
-    try:
-        found = get_model_name_and_version(connect(uri), model)
-    except (_mlflow_exception(), OSError) as error:
-        raise _no_such_model(model, uri, error) from error
-    return {"name": found[0], "version": int(found[1])} if len(found) == 2 else {}
-
-
-def _no_such_model(model: str, uri: str, error: Exception) -> RunError:
-    return RunError(f"{model}: no such model at {uri}: {one_line(error)}")
-
-
-def find_version(client: Any, name: str, alias: str) -> Any | None:
-    """The version that an alias names (MLflow's ModelVersion), or None."""
-    try:
-        return client.get_model_version_by_alias(name, alias)
-    except _mlflow_exception() as error:
-        if getattr(error, "error_code", "") in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            return None
-        raise
-
-
-def number_of(name: str, alias: str, uri: str) -> int:
-    """The version that an alias names; 0 where there is none, or no store yet."""
-    path = sqlite_path(uri)
-    if path is not None and not path.exists():
-        return 0
-    with mlflow_errors(f"MLflow at {uri} does not say what {name}@{alias} is"):
-        found = find_version(connect(uri), name, alias)
-    return int(found.version) if found is not None else 0
-
-
-def registered_as(run_dir: str | Path, name: str) -> int:
-    """The version of `name` that a run has become; 0 where it has not."""
-    document = read_json(RunFolder(run_dir).registry)
-    return int(document["version"]) if document.get("name") == name else 0
-
-
 def check_names(name: str, alias: str) -> None:
     """MLflow's rules for names, asked before anything is logged. Raises ConfigError."""
     problem = ""
@@ -353,38 +190,13 @@ def check_names(name: str, alias: str) -> None:
         raise ConfigError(f"{problem}. Nothing was registered.")
 
 
-@contextlib.contextmanager
-def mlflow_errors(what: str) -> Iterator[None]:
-    """MLflow's errors, and those of files that it writes, as EnvironmentProblem: `what` and the reason."""
-    try:
-        yield
-    except (_mlflow_exception(), OSError) as error:
-        raise EnvironmentProblem(f"{what}: {one_line(error)}") from error
-
-
 def _predict(model: str, uri: str, requests: list[dict[str, Any]]) -> list[list[float]]:
     """Scores as MLflow's own server would give them."""
     import pandas as pd
 
-    with _place_of_copies(uri) as folder:
-        loaded = _mlflow_at(uri).pyfunc.load_model(model, dst_path=str(folder) if folder else None)
+    with place_of_copies(uri) as folder:
+        loaded = mlflow_at(uri).pyfunc.load_model(model, dst_path=str(folder) if folder else None)
         return [list(scores) for scores in loaded.predict(pd.DataFrame(requests))["scores"]]
-
-
-def _mlflow_at(uri: str) -> Any:
-    """MLflow, asked about one store. It would also set MLFLOW_TRACKING_URI, from which default_uri() then
-    reads an address that the user never gave."""
-    connect(uri)
-    import mlflow
-
-    given = os.environ.get(URI_VARIABLE)
-    mlflow.set_tracking_uri(uri)
-    mlflow.set_registry_uri(uri)
-    if given is None:
-        os.environ.pop(URI_VARIABLE, None)
-    else:
-        os.environ[URI_VARIABLE] = given
-    return mlflow
 
 
 def _log_model(
@@ -400,7 +212,7 @@ def _log_model(
     """→ (version, id of the MLflow run it belongs to). The run keeps the status it had."""
     import pandas as pd
 
-    client, mlflow = connect(uri), _mlflow_at(uri)
+    client, mlflow = connect(uri), mlflow_at(uri)
     folder = PreparedFolder.open(config.data)
     run_id = _run_id(run_dir, client)
     if not run_id:  # trained with tracking.enabled=false
@@ -409,29 +221,7 @@ def _log_model(
         run_id = client.create_run(experiment_id, run_name=run_dir.name, tags=tags).info.run_id
     status = client.get_run(run_id).info.status
     with tempfile.TemporaryDirectory(prefix="gensr-register-") as temporary:
-        items, card, evaluation = (
-            Path(temporary) / part for part in ("items", "model_card.md", "evaluation")
-        )
-        catalog = folder.items("item_id", "text")
-        serving_facts = {
-            key: facts[key] for key in ("manifest_hash", "split_fingerprint", "commit", "data_dir")
-        }
-        write_items(items, scorer, catalog, serving_facts)
-        card.write_text(model_card(name, facts), encoding="utf-8")
-        evaluation.mkdir()
-        for evaluated in EVALUATIONS:
-            for file in (RunFolder(run_dir).evaluation(evaluated), RunFolder(run_dir).ranks(evaluated)):
-                if file.is_file():
-                    shutil.copy2(file, evaluation)
-        folders = {"model": RunFolder(run_dir).model, "items": items, "card": card}
-        if scorer.model.views():  # else there are no indexes
-            folders["retrieval"] = RunFolder(run_dir).retrieval
-        if retriever is not None:
-            folders[RETRIEVER] = Path(temporary) / RETRIEVER
-            retriever.save(folders[RETRIEVER])
-        if any(evaluation.iterdir()):
-            seal(evaluation)
-            folders["evaluation"] = evaluation
+        folders = collect_artifacts(Path(temporary), run_dir, name, folder, scorer, retriever, facts)
         try:
             with mlflow.start_run(run_id=run_id):
                 logged = mlflow.pyfunc.log_model(
@@ -449,13 +239,43 @@ def _log_model(
                     },
                 )
         finally:  # a registration that fails does not make a finished run a failed one
-            with contextlib.suppress(_mlflow_exception()):
+            with contextlib.suppress(mlflow_exception()):
                 client.update_run(run_id, status=status)
     if status == "RUNNING":
         client.set_terminated(run_id, "FINISHED")
     for evaluated, document in named_evaluations(facts).items():
         log_figures(client, run_id, metrics_of(document, evaluated))
     return int(logged.registered_model_version), run_id
+
+
+def collect_artifacts(
+    into: Path,
+    run_dir: Path,
+    name: str,
+    folder: PreparedFolder,
+    scorer: Scorer,
+    retriever: Retriever | None,
+    facts: dict[str, Any],
+) -> dict[str, Path]:
+    """What a version holds, by the names of its artifacts: of the run folder, or written `into` a folder."""
+    run = RunFolder(run_dir)
+    found = {"model": run.model, "items": into / "items", "card": into / "model_card.md"}
+    known = {key: facts[key] for key in ("manifest_hash", "split_fingerprint", "commit", "data_dir")}
+    write_items(found["items"], scorer, folder.items("item_id", "text"), known)
+    found["card"].write_text(model_card(name, facts), encoding="utf-8")
+    if scorer.model.views():  # else there are no indexes
+        found["retrieval"] = run.retrieval
+    if retriever is not None:
+        found[RETRIEVER] = into / RETRIEVER
+        retriever.save(found[RETRIEVER])
+    files = [file for kind in EVALUATIONS for file in (run.evaluation(kind), run.ranks(kind))]
+    if there := [file for file in files if file.is_file()]:
+        found["evaluation"] = into / "evaluation"
+        found["evaluation"].mkdir()
+        for file in there:
+            shutil.copy2(file, found["evaluation"])
+        seal(found["evaluation"])
+    return found
 
 
 def _check_place(uri: str, run_dir: Path) -> None:
@@ -473,7 +293,7 @@ def _run_id(run_dir: Path, client: Any) -> str:
     for file in (RunFolder(run_dir).tracking, RunFolder(run_dir).registry):
         run_id = read_json(file).get("run_id", "")
         if run_id:
-            with contextlib.suppress(_mlflow_exception()):
+            with contextlib.suppress(mlflow_exception()):
                 return str(client.get_run(run_id).info.run_id)
     return ""
 
@@ -487,79 +307,3 @@ def _compare(expected: list[list[float]], got: list[list[float]], name: str, num
             f"version {number} of {name} scores differently from its run (by {max(differences):.3g}); the "
             "alias was not moved"
         )
-
-
-def _mlflow_exception() -> type[Exception]:
-    from mlflow.exceptions import MlflowException
-
-    return MlflowException
-
-
-# ---- what a version says about itself ----------------------------------------------------------------------
-
-
-def signature() -> Any:
-    """Names and types of a request's and an answer's fields. `params` are the settings of a whole table; a
-    row's own go first."""
-    from mlflow.models import ModelSignature
-    from mlflow.types import DataType, ParamSchema, ParamSpec, Schema
-    from mlflow.types.schema import AnyType, Array, ColSpec, Map, Object, Property
-
-    # Ids are text or numbers; a query is text, a list or null. What a row may leave out is Any, too: pandas
-    # fills the gap with NaN, which MLflow refuses in a column of integers or lists, and reads as True in one
-    # of booleans. serving/recommend.py checks them and says what is wrong.
-    anything = AnyType()
-    click = Object(
-        [
-            Property("item_id", anything),
-            Property("task", DataType.string),
-            Property("query", anything, required=False),
-        ]
-    )
-    found = Object(
-        [
-            Property("item_id", anything),
-            Property("score", DataType.double),
-            Property("text", DataType.string, required=False),
-            Property("weights", Array(Map(anything)), required=False),
-        ]
-    )
-    inputs = [
-        ColSpec(DataType.string, "task"),
-        ColSpec(Array(click), "history", required=False),
-        *(ColSpec(anything, name, required=False) for name in ("user_id", "query", "candidates", *SETTINGS)),
-    ]
-    outputs = [
-        ColSpec(Array(found), "items"),
-        ColSpec(Array(DataType.double), "scores"),
-        ColSpec(Map(anything), "model"),
-    ]
-    params = [
-        ParamSpec(name, DataType.boolean if isinstance(default, bool) else DataType.long, default)
-        for name, default in SETTINGS.items()
-    ]
-    return ModelSignature(inputs=Schema(inputs), outputs=Schema(outputs), params=ParamSchema(params))
-
-
-def requirements() -> list[str]:
-    pinned = []
-    for package in SERVING_PACKAGES:
-        try:
-            pinned.append(f"{package}=={version(package).split('+')[0]}")
-        except PackageNotFoundError:
-            continue
-    return pinned
-
-
-def example_requests(folder: PreparedFolder, tasks: tuple[int, ...] = (REC, SRC)) -> list[dict[str, Any]]:
-    """A recommendation and, where the data has queries, a search, over a few items of the catalogue; what the
-    model serves of them."""
-    item_ids = folder.item_ids()[:8]
-    history = [{"item_id": item_id, "task": "rec"} for item_id in item_ids[:3]]
-    request = {"history": history, "candidates": item_ids[3:] or item_ids}
-    requests: list[dict[str, Any]] = []
-    if REC in tasks:
-        requests.append({**request, "task": "rec", "query": None})
-    if SRC in tasks and folder.manifest.num_queries:
-        requests.append({**request, "task": "src", "query": folder.query_texts()[0]})
-    return requests

@@ -18,7 +18,7 @@ from trainer.errors import GensrError, RunError
 from trainer.evaluation.summary import evaluation_name
 from trainer.experiments.daily.plan import Daily
 from trainer.experiments.verbs import run_gensr
-from trainer.registry.versions import ALIAS, number_of, registered_as
+from trainer.registry.store import ALIAS, number_of, registered_as
 from trainer.runs.folder import holds_run
 from trainer.runs.run_folder import RunFolder
 

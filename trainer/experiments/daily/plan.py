@@ -31,7 +31,8 @@ from trainer.data.folder import PreparedFolder
 from trainer.errors import ConfigError, RunError
 from trainer.models.zoo import model_class
 from trainer.registry.promote import MARGIN
-from trainer.registry.versions import ALIAS, check_names, refuse_unservable, registry_of
+from trainer.registry.store import ALIAS, registry_of
+from trainer.registry.versions import check_names, refuse_unservable
 from trainer.runs.run_folder import RunFolder, read_json
 from trainer.runs.weights import is_model
 from trainer.tracking.store import sqlite_path, sqlite_uri

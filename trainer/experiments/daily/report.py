@@ -12,7 +12,7 @@ from trainer.evaluation.summary import TASK_TITLES
 from trainer.experiments.daily.day import Champion, Day
 from trainer.experiments.daily.plan import DOCUMENT, Daily
 from trainer.registry.promote import CHAMPION
-from trainer.registry.versions import number_of
+from trainer.registry.store import number_of
 from trainer.runs.run_folder import RunFolder
 from trainer.runs.weights import is_model, read_model_document
 from trainer.runtime.files import atomic

@@ -21,7 +21,7 @@ from trainer.experiments.daily.report import write_report
 from trainer.experiments.pool import Pool, Steps, interruptible
 from trainer.models.zoo import model_class
 from trainer.registry.promote import CHAMPION, champions, decided, promote
-from trainer.registry.versions import fetch, number_of, registered_as
+from trainer.registry.store import fetch, number_of, registered_as
 from trainer.runs.run_folder import RunFolder
 from trainer.runs.weights import learnable_tasks, read_model_document
 from trainer.runtime.files import writing
