@@ -15,7 +15,8 @@ from trainer.batch import Batch, ItemTables
 from trainer.data.folder import PreparedFolder
 from trainer.models.contract import Ranker
 from trainer.models.zoo import model_class
-from trainer.runs.weights import build_model, init_from, save_model
+from trainer.runs.warm_start import init_from
+from trainer.runs.weights import build_model, save_model
 
 MORE = {"users": 3, "items": 11, "queries": 4, "categories": 2}
 READ_ALL_ITEMS = {"gensr"}  # how rare words are in the catalogue

@@ -32,7 +32,8 @@ from trainer.models.contract import Ranker
 from trainer.models.gensr.model import GenSR
 from trainer.runs.checkpoint import Checkpoint, Progress, check_identity
 from trainer.runs.data_identity import check_data, what_is_read
-from trainer.runs.weights import build_model, init_from, load_run_model, read_model_document, save_model
+from trainer.runs.warm_start import init_from
+from trainer.runs.weights import build_model, load_run_model, read_model_document, save_model
 from trainer.runtime.files import file_sha256
 from trainer.training.setup import run_identity
 

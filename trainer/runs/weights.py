@@ -11,24 +11,22 @@ import json
 import os
 import shlex
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from data_shards.schema import TASKS, Manifest
+from data_shards.schema import TASKS
 from data_shards.settings import flatten
 from trainer.batch import ItemTables
 from trainer.config import Config, DataConfig
 from trainer.configs import config_from_dict
 from trainer.data.folder import PreparedFolder
-from trainer.data.node_cache import is_url, refuse_command
-from trainer.errors import DataError, GensrError, RunError
+from trainer.data.node_cache import refuse_command
+from trainer.errors import DataError, RunError
 from trainer.models.contract import Ranker, Ranks, task_names
-from trainer.models.layers.batch_norm import running_statistics
-from trainer.models.layers.embedding import table_sizes, tables_by_rows
+from trainer.models.layers.embedding import tables_by_rows
 from trainer.models.zoo import model_class, settings_class
 from trainer.runs.checkpoint import FREE_KEYS
 from trainer.runs.data_identity import check_data, what_is_read
@@ -211,101 +209,6 @@ def load_model(
     model.ready_to_serve()
     model.set_tables(tables.to(device))
     return model.to(device).eval()
-
-
-def init_from(model: Ranker, run_dir: str | Path, folder: PreparedFolder) -> str:
-    """Copies the weights of RUN/model into those of a new model that have their name and shape; tables of
-    users, items, queries and words where their rows mean the same in the new model's prepared folder. Where
-    it goes on from the run's, also the rows that these tables had then, and Ranker.kept. What is left stays
-    as it is, and what is counted is for fit() to count anew → what was taken, for the log.
-
-    Raises RunError when the run holds no model, or none of its weights fits.
-    """
-    path, manifest = RunFolder(run_dir).model, folder.manifest
-    document = read_model_document(path)
-    found = load_file(path / WEIGHTS)
-    before = next((b for b in manifest.appended if b["manifest"] == document.get("manifest_hash")), None)
-    growth, sizes = _growth(before, manifest) if before else {}, table_sizes(model)
-    same_rows = before is not None or _has_same_rows(run_dir, document, folder)
-    weights = {**dict(model.named_parameters()), **running_statistics(model)}
-    taken, foreign, grown = [], [], set()
-    for name in (name for name in weights if name in found):
-        old, new = found[name], weights[name].detach()
-        now = sizes.get(name, 0)
-        then = len(old) - len(new) + now if now else 0
-        if old.shape == new.shape and now and not same_rows:
-            foreign.append(name)
-            continue
-        if old.shape == new.shape:
-            new.copy_(old)
-        elif (then, now) in growth and old.shape[1:] == new.shape[1:]:
-            new[: 1 + then].copy_(old[: 1 + then])
-            new[1 + now :].copy_(old[1 + then :])
-            grown.add((then, now))
-        else:
-            continue
-        taken.append(name)
-    if not taken:
-        raise RunError(
-            f"run.init_from={run_dir}: none of its weights has a name and shape of model.name="
-            f"{model.settings.name}. It holds {document['name']}."
-            if not foreign
-            else f"run.init_from={run_dir}: all its weights that fit are of users and items, and rows mean "
-            f"others in {folder.name}. Begin without it, or prepare the new log with --append"
-        )
-    kept = _keep(model, found, before["items"]) if before else []
-    other_shape = sorted(set(weights) & set(found) - set(taken) - set(foreign))
-    parts = [f"{len(taken)} of {len(weights)} weights from {run_dir} ({document['name']})"]
-    parts += [
-        f"{kind}: {then:,} of {now:,} rows" for (then, now), kind in growth.items() if (then, now) in grown
-    ]
-    parts += [f"kept: {_named(kept)}"] if kept else []
-    parts += [f"rows of other users and items, new: {_named(foreign)}"] if foreign else []
-    parts += [f"another shape, new: {_named(other_shape)}"] if other_shape else []
-    new_names = sorted(set(weights) - set(found))
-    parts += [f"not in it, new: {_named(new_names)}"] if new_names else []
-    return "; ".join(parts)
-
-
-def _has_same_rows(run_dir: str | Path, document: Mapping[str, Any], folder: PreparedFolder) -> bool:
-    """Whether a row of a table is the same user, item or query in the folder of a run and in this one: the
-    same split, or the same ids in the same order. Where the run's folder is gone, nobody knows."""
-    manifest, trained_on = folder.manifest, document.get("manifest_hash")
-    if trained_on == manifest.hash or document.get("split_fingerprint") == manifest.fingerprint:
-        return True
-    try:
-        place = load_run_config(run_dir).data.dir
-        theirs = PreparedFolder.at(place) if place and not is_url(place) else None
-    except GensrError:
-        return False
-    return theirs is not None and theirs.manifest.hash == trained_on and folder.has_rows_of(theirs)
-
-
-def _growth(before: Mapping[str, Any], manifest: Manifest) -> dict[tuple[int, int], str]:
-    """(how many there were, how many there are now) → of what. before: the entry of manifest.appended that is
-    the run's folder."""
-    growth: dict[tuple[int, int], str] = {}
-    for kind in ("users", "items", "queries", "categories"):
-        pair = before[kind], getattr(manifest, f"num_{kind}")
-        if pair[0] < pair[1]:
-            growth[pair] = f"{growth[pair]} or {kind}" if pair in growth else kind
-    return growth
-
-
-def _keep(model: Ranker, found: Mapping[str, Tensor], num_items: int) -> list[str]:
-    """Copies the rows that Ranker.kept had → the names of those that were there."""
-    kept = []
-    for name in model.kept:
-        rows, buffer = found.get(name), model.get_buffer(name)
-        if rows is not None and rows.shape == (num_items, *buffer.shape[1:]):
-            buffer[:num_items].copy_(rows)
-            kept.append(name)
-    return kept
-
-
-def _named(names: list[str], shown: int = 8) -> str:
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + more
 
 
 def check_config(document: dict[str, Any], config: Config, where: Path) -> None:

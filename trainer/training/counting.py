@@ -15,7 +15,8 @@ from trainer.runs import folder as runfolder
 from trainer.runs.checkpoint import Progress
 from trainer.runs.provenance import environment_facts
 from trainer.runs.run_folder import RunFolder
-from trainer.runs.weights import WEIGHTS, build_model, init_from, learnable_tasks, save_model
+from trainer.runs.warm_start import start_weights
+from trainer.runs.weights import WEIGHTS, build_model, learnable_tasks, save_model
 from trainer.runtime.distributed import gather_objects, on_main
 from trainer.runtime.launch import devices
 from trainer.tracking.tracker import Tracker
@@ -34,8 +35,7 @@ def count(config: Config, folder: PreparedFolder, accelerator: Any) -> tuple[dic
     plan.check_metric(config, learnable_tasks(kind, folder))
     set_seed(config.run.seed)  # the same weights on every rank
     model = build_model(config, folder, folder.tables(kind.reads(config.model)).to(accelerator.device))
-    taken = init_from(model, config.run.init_from, folder) if config.run.init_from else ""
-    model.fit()
+    taken = start_weights(model, config, folder)
     model.to(accelerator.device).eval()
     rank, world_size = accelerator.process_index, accelerator.num_processes
     valid = EvalStream(

@@ -26,7 +26,8 @@ from trainer.runs import folder as runfolder
 from trainer.runs.checkpoint import Checkpoint, Progress
 from trainer.runs.checkpoint_writer import CheckpointWriter
 from trainer.runs.provenance import environment_facts
-from trainer.runs.weights import build_model, init_from, learnable_tasks
+from trainer.runs.warm_start import start_weights
+from trainer.runs.weights import build_model, learnable_tasks
 from trainer.runtime import compiling
 from trainer.runtime.distributed import gather_objects, gather_rows, on_main
 from trainer.runtime.launch import Launch, devices
@@ -99,10 +100,7 @@ def set_up(
         waiting_for("building the model")
     set_seed(config.run.seed)  # the same weights on every rank
     module, cf, holdout = make_model(config, folder, accelerator)
-    started = config.run.init_from if found is None else ""
-    taken = init_from(module, started, folder) if started else ""
-    if found is None or checkpoint.without_counted(found, module):
-        module.fit()
+    taken = start_weights(module, config, folder, found)
     size = plan.size_of(module, config.optim.sparse_rows)
     facts = {
         **environment_facts(),
