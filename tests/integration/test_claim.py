@@ -98,11 +98,11 @@ def test_a_tracker_that_does_not_start_leaves_no_folder(
     def refused(name: str, config: Config, run_dir: Path) -> None:
         (run_dir / "tensorboard").mkdir()
         (run_dir / "tracking-spool.jsonl").touch()
-        raise EnvironmentProblem("tracking.also: cannot be started")
+        raise EnvironmentProblem("tracking.also: failed to start")
 
     monkeypatch.setattr(also, "check_packages", lambda config: None)
     monkeypatch.setattr(also, "start", refused)
-    with pytest.raises(EnvironmentProblem, match="cannot be started"):
+    with pytest.raises(EnvironmentProblem, match="failed to start"):
         train(config_of(data, tmp_path / "run", "tracking.also=tensorboard"))
     assert not (tmp_path / "run").exists()
 

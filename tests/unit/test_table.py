@@ -49,7 +49,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ({"models": ("sasrek",)}, "Did you mean sasrec"),
         ({"models": ("sasrec", "sasrec")}, "twice"),
-        ({"candidates": ("ful",)}, "ful is none of sampled, hard, full"),
+        ({"candidates": ("ful",)}, "unknown candidates ful; choose from sampled, hard, full"),
         ({"epochs": 1.0, "max_steps": 2}, "give one of them"),
         ({"presets": {"gensr": "demo"}}, "not among the models"),
         ({"presets": {"sasrec": "gru4rec"}}, "one of gru4rec"),

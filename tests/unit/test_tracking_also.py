@@ -82,7 +82,7 @@ def test_one_that_fails_later_is_dropped(
 
 def test_one_that_does_not_start_says_why(wandb: FakeWandb, tmp_path: Path) -> None:
     wandb.broken = True
-    with pytest.raises(EnvironmentProblem, match="cannot be started: api_key not configured"):
+    with pytest.raises(EnvironmentProblem, match="failed to start: api_key not configured"):
         started(tmp_path, "tracking.also=wandb")
 
 
@@ -90,7 +90,7 @@ def test_mlflow_hears_of_a_run_that_does_not_start(wandb: FakeWandb, tmp_path: P
     wandb.broken = True
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     config = load_config(None, [f"tracking.uri={uri}", "tracking.also=wandb"])
-    with pytest.raises(EnvironmentProblem, match="cannot be started"):
+    with pytest.raises(EnvironmentProblem, match="failed to start"):
         Tracker.start(config, tmp_path, {})
     assert connect(uri).get_run(read_run_file(tmp_path, uri)).info.status == "FAILED"
 

@@ -2,8 +2,8 @@
 takes 8 s of a core, more than training where a system only counts. With a GPU each begins anew (CUDA does not
 survive a fork, and an import may touch it), and where the system is not Linux, whose libraries do not mind.
 
-A child is as a process of its own: its session, its environment, its output in a file, SIGTERM as ever. It is
-told to stop (SIGTERM) when the process that wanted it ends, whatever ended that one.
+Each child behaves like a separate process: own session, environment and log file, and the usual SIGTERM
+handling. It is told to stop (SIGTERM) when the process that started it ends, for whatever reason.
 """
 
 import atexit

@@ -87,7 +87,7 @@ def read(file: str | Path, preset: str | None = None, overrides: Sequence[str] =
     points: tuple[Point, ...] = ()
     if isinstance(_document(file), list):
         if preset is None:
-            raise ConfigError(f"{file} is a list of runs: say which preset, gensr sweep {file} PRESET …")
+            raise ConfigError(f"{file} is a list of runs and needs a preset: gensr sweep {file} PRESET")
         points = tuple(read_sweep(file))
     else:
         given = s.load(SweepSettings, file, keys_command="gensr sweep --help")

@@ -1,8 +1,7 @@
 """A sweep: one run for each point of a list of settings, and what came of them.
 
     - {optim.lr: 3e-4}
-    - {optim.lr: 1e-3, model.dropout: 0.2}        # YAML or JSON: a list, one mapping of dotted keys for each
-                                                  run
+    - {optim.lr: 1e-3, model.dropout: 0.2}        # YAML or JSON: a list, one mapping of dotted keys a run
 
 `summarize` is the sweep's last job (slurm/sweep.sbatch): SWEEP/sweep.txt, SWEEP/sweep.json, and a parent run
 in MLflow whose children the runs are.

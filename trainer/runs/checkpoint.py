@@ -134,7 +134,7 @@ def check_identity(found: Checkpoint, now: dict[str, Any], accepted: str = "") -
     old, new = (
         {meaning: identity[key] for key, meaning in plain.items()} for identity in (found.identity, now)
     )
-    # a checkpoint of before a setting was made is alike one that leaves it as it is
+    # Older files lack newer settings; treat a missing key as its default.
     defaults = fixed_settings(config_type(now["settings"]["model.name"])())
     settings = defaults | found.identity["settings"]
     _refuse(_differences(settings, now["settings"]) + _differences(old, new), accepted, found.path)

@@ -50,7 +50,7 @@ def start(name: str, config: Config, run_dir: Path) -> Any:
     except Exception as error:  # an account that is missing, a folder that cannot be written
         reason = (str(error) or repr(error)).splitlines()[0]
         raise EnvironmentProblem(
-            f"tracking.also={name}: cannot be started: {reason}. Mend it, or leave it out: tracking.also="
+            f"tracking.also={name}: failed to start: {reason}. Fix the cause, or drop it with tracking.also="
         ) from error
     return tracker
 

@@ -376,8 +376,8 @@ def check_stage(config: Config, launch: Launch) -> None:
     refused = model_class(config.model.name).refusals(config.model, launch.zero_stage)
     if refused:
         raise ConfigError(
-            f"{' and '.join(refused)} cannot be used under ZeRO-{launch.zero_stage} "
-            f"({launch.deepspeed_file}). Take zero2.json, or set false"
+            f"{' and '.join(refused)} is not supported under ZeRO-{launch.zero_stage} "
+            f"({launch.deepspeed_file}). Use zero2.json or turn the setting off"
         )
 
 

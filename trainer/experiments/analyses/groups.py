@@ -38,7 +38,7 @@ def grouped(runs: Sequence[Path], candidates: str = "sampled") -> list[Group]:
     group, or runs did not rank the same candidates of the same events."""
     name = evaluation_name("test", candidates)
     comparable([read_stored(run, name, str(run)) for run in runs])
-    # read with defaults: a run of before a setting was made is alike one that leaves it as it is
+    # Older files lack newer settings; treat a missing key as its default.
     settings = [flatten(masked(to_dict(RunFolder(run).read_config()))) for run in runs]
     keys = sorted({key for of_run in settings for key in of_run if not _is_apart(key)})
     differing = [key for key in keys if len({str(of_run.get(key)) for of_run in settings}) > 1]

@@ -214,7 +214,7 @@ def _times(
 def _check(request: Request) -> None:
     problems = []
     if unknown := [kind for kind in request.candidates if kind not in CANDIDATES]:
-        problems.append(f"--candidates: {', '.join(unknown)} is none of {', '.join(CANDIDATES)}")
+        problems.append(f"unknown candidates {', '.join(unknown)}; choose from {', '.join(CANDIDATES)}")
     if not request.candidates:
         problems.append(f"--candidates: name some of {', '.join(CANDIDATES)}")
     if sum(map(bool, (request.epochs, request.max_steps, request.budget))) > 1:
@@ -223,7 +223,7 @@ def _check(request: Request) -> None:
     if request.budget and lengths:
         problems.append(f"--budget sets the epochs itself: leave out {', '.join(lengths)}")
     if len(set(request.names)) < len(request.names):
-        problems.append("--models: a name stands there twice")
+        problems.append("--models lists a model twice")
     if strangers := [name for name in request.presets if name not in request.names]:
         problems.append(f"--preset: {', '.join(strangers)} is not among the models")
     of_stages = {word.partition("=")[0] for name in request.names for word in _stage_overrides(name)}
@@ -264,7 +264,7 @@ def _differences(request: Request, name: str, config: Config) -> Sequence[str]:
     path = request.settings_file(name)
     if not path.is_file():
         return []
-    # read with defaults: a table of before a setting was made is alike one that leaves it as it is
+    # Older files lack newer settings; treat a missing key as its default.
     trees = (to_dict(one) for one in (config_from_dict(read_yaml(path)), config))
     before, now = (flatten(json.loads(json.dumps(tree))) for tree in trees)
     apart = {"data.dir"}  # its manifest is compared
