@@ -152,7 +152,7 @@ def test_the_list_of_a_cluster_sweep_is_read_too(trained: list[Cell]) -> None:
     sweep = sweep_of(points, "data.dir=x", preset="demo")
     local_sweep.run(sweep, "none")
     assert [cell.overrides[-1] for cell in trained] == ["optim.lr=3e-4", "model.dropout=0.2"]
-    with pytest.raises(ConfigError, match="which preset"):
+    with pytest.raises(ConfigError, match="needs a preset"):
         sweep_of(points, "data.dir=x")
 
 
