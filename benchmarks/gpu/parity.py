@@ -1,5 +1,5 @@
 """A GPU's numbers beside the CPU's: scores and gradients of four families of backbones, in float32 and bf16;
-then the tests of tests/gpu."""
+then the tests of tests/gpu. The models and folders are those tests' own, so that both judge the same."""
 
 import os
 import re

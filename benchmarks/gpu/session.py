@@ -24,10 +24,10 @@ from pathlib import Path
 
 from benchmarks.gpu.report import Report, add_line, card_name, failure, table_line
 from benchmarks.gpu.task import ROOT, Task
-from tests.distributed.launching import end_with_children
 from trainer.bench.data import hardware
 from trainer.errors import EnvironmentProblem
 from trainer.runtime.files import atomic
+from trainer.runtime.stopping import end_with_children
 
 WHOLE_S = 540.0  # what the limits below are made for; other --minutes scale them
 END_S = 5.0  # kept for the last lines

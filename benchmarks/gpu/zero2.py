@@ -12,8 +12,8 @@ import time
 import ds_configs
 from benchmarks.gpu.report import Report
 from benchmarks.gpu.task import ROOT, Task
-from tests.distributed.launching import end_with_children
 from trainer.runtime.device import has_gpu
+from trainer.runtime.stopping import end_with_children
 
 
 def run(task: Task, report: Report) -> None:

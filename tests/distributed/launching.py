@@ -1,6 +1,5 @@
 """Start worker.py on some ranks, and read what it left."""
 
-import contextlib
 import json
 import multiprocessing
 import os
@@ -10,10 +9,9 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 import ds_configs
 from trainer.demo import free_port
+from trainer.runtime.stopping import end_with_children
 
 ROOT = Path(__file__).parents[2]
 ZERO3 = "zero3_small.json"
@@ -106,15 +104,6 @@ def write_small_zero3(folder: Path) -> None:
         "stage3_max_reuse_distance": 0,
     }
     (folder / ZERO3).write_text(json.dumps(zero3))
-
-
-def end_with_children(pid: int) -> None:
-    """A rank left behind would hold a port and a core."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        process = psutil.Process(pid)
-        for each in [*process.children(recursive=True), process]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                each.kill()
 
 
 def results(folder: Path, name: str) -> list[dict[str, Any]]:

@@ -14,9 +14,9 @@ import pytest
 from data_shards.settings import to_yaml
 from tests.distributed import torture
 from tests.distributed.jobs import Preloaded, processes_of, start
-from tests.distributed.launching import end_with_children
 from tests.tiny_folder import make_tiny_folder
 from trainer.configs import load_config
+from trainer.runtime.stopping import end_with_children
 
 TIMEOUT_S = 15
 LAUNCHER_S = 30  # torch's agent gives a process that does not heed SIGTERM so long

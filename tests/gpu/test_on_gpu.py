@@ -19,7 +19,6 @@ from torch import Tensor
 
 import ds_configs
 from data_shards.schema import read_manifest
-from tests.distributed.launching import end_with_children
 from tests.runs import make_run
 from tests.tiny_folder import make_tiny_folder
 from tests.tiny_model import Made, make_tiny_model, move
@@ -31,6 +30,7 @@ from trainer.data import EvalStream, TrainStream, prefetched
 from trainer.data.folder import PreparedFolder
 from trainer.evaluation.sampled import evaluate_run
 from trainer.models.gensr.model import GenSR
+from trainer.runtime.stopping import end_with_children
 from trainer.serving.recommend import Recommender
 from trainer.training.optimizer import make_optimizer
 

@@ -166,3 +166,14 @@ class StopSignal:
         speaker.start()
         speaker.join(LAST_WORDS_S)  # what hangs may hold a lock or be the disk
         os._exit(EXIT_FORCED)
+
+
+def end_with_children(pid: int) -> None:
+    """Kills a launcher and its ranks: one left behind would hold a port and a core."""
+    import psutil
+
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        for each in [*process.children(recursive=True), process]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
