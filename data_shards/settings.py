@@ -8,9 +8,9 @@ a field is its help.
 import dataclasses
 import difflib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -176,6 +176,32 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def flat_as_json(tree: Any) -> dict[str, Any]:
+    """flatten(tree) with the values that a file of JSON gives back: lists, no tuples."""
+    as_json: dict[str, Any] = json.loads(json.dumps(tree))
+    return flatten(as_json)
+
+
+class Change(NamedTuple):
+    """A setting that differs; None where a side lacks it."""
+
+    key: str
+    was: Any
+    now: Any
+
+    def __str__(self) -> str:
+        return f"{self.key} was {self.was}, is {self.now}"
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any], ignore: Container[str] = ()) -> list[Change]:
+    """Keys of two flat mappings whose values differ, in the order of the alphabet."""
+    return [
+        Change(key, before.get(key), now.get(key))
+        for key in sorted({*before, *now})
+        if key not in ignore and before.get(key) != now.get(key)
+    ]
 
 
 def overrides_of(settings: Mapping[str, Any]) -> list[str]:

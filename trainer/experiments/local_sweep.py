@@ -29,7 +29,7 @@ from pydantic import Field
 from data_shards import settings as s
 from data_shards.errors import DataError
 from data_shards.schema import read_manifest
-from data_shards.settings import flatten, overrides_of, parse_yaml, to_dict
+from data_shards.settings import changes, flatten, overrides_of, parse_yaml, to_dict
 from trainer.config import Config
 from trainer.configs import MICRO_BATCH, load_config
 from trainer.errors import ConfigError, GensrError, RunError
@@ -166,12 +166,10 @@ def _check_begun(sweep: Sweep) -> None:
         old, new = fixed_settings(before), fixed_settings(now)
         old["data"], new["data"] = _data_of(run, before, now)
         # the micro-batch follows the number of processes
-        keys = sorted(key for key in {*old, *new} - {MICRO_BATCH} if old.get(key) != new.get(key))
-        if keys:
-            changed = "; ".join(f"{key} was {old.get(key)}, is {new.get(key)}" for key in keys)
+        if found := changes(old, new, ignore={MICRO_BATCH}):
             raise ConfigError(
-                f"{run.path} was trained with other settings: {changed}. Give the same ones, or choose "
-                "another run.dir"
+                f"{run.path} was trained with other settings: {'; '.join(map(str, found))}. "
+                "Give the same ones, or choose another run.dir"
             )
 
 

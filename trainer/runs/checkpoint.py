@@ -27,7 +27,7 @@ from torch import Tensor
 
 from data_shards.checksum import pieces
 from data_shards.schema import Manifest
-from data_shards.settings import flatten, to_dict
+from data_shards.settings import Change, changes, flat_as_json, to_dict
 from trainer.config import Config
 from trainer.configs import config_type
 from trainer.errors import RunError
@@ -96,13 +96,11 @@ class Checkpoint:
 def fixed_settings(config: Config) -> dict[str, Any]:
     """Dotted key → value of every setting that a continuation must share, as a checkpoint's JSON gives it
     back: lists, no tuples."""
-    fixed = {
+    return {
         key: value
-        for key, value in flatten(to_dict(config)).items()
+        for key, value in flat_as_json(to_dict(config)).items()
         if key not in FREE_KEYS and not key.startswith(("tracking.", "serving."))
     }
-    as_json: dict[str, Any] = json.loads(json.dumps(fixed))
-    return as_json
 
 
 def identity_of(
@@ -124,7 +122,7 @@ def identity_of(
 def check_settings(before: Config, now: Config, where: Path) -> None:
     """Raises RunError that shows every setting in which a run folder's configuration and the continuation's
     differ, run.accept_changes aside."""
-    _refuse(_differences(fixed_settings(before), fixed_settings(now)), now.run.accept_changes, where)
+    _refuse(changes(fixed_settings(before), fixed_settings(now)), now.run.accept_changes, where)
 
 
 def check_identity(found: Checkpoint, now: dict[str, Any], accepted: str = "") -> None:
@@ -137,7 +135,7 @@ def check_identity(found: Checkpoint, now: dict[str, Any], accepted: str = "") -
     # Older files lack newer settings; treat a missing key as its default.
     defaults = fixed_settings(config_type(now["settings"]["model.name"])())
     settings = defaults | found.identity["settings"]
-    _refuse(_differences(settings, now["settings"]) + _differences(old, new), accepted, found.path)
+    _refuse(changes(settings, now["settings"]) + changes(old, new), accepted, found.path)
 
 
 def check_shards(found: Checkpoint, left_out: list[str], accepted: str = "") -> None:
@@ -148,27 +146,17 @@ def check_shards(found: Checkpoint, left_out: list[str], accepted: str = "") -> 
     if before != left_out:
         words = (f"without {', '.join(each)}" if each else "with all shards" for each in (before, left_out))
         was, now = words
-        _refuse([("data", was, now)], accepted, found.path)
+        _refuse([Change("data", was, now)], accepted, found.path)
 
 
-def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    return [
-        (key, before.get(key), now.get(key))
-        for key in sorted(set(before) | set(now))
-        if before.get(key) != now.get(key)
-    ]
-
-
-def _refuse(differences: list[tuple[str, Any, Any]], accepted: str, where: Path) -> None:
-    refused = [
-        difference for difference in differences if difference[0] not in accepted.replace(" ", "").split(",")
-    ]
+def _refuse(differences: list[Change], accepted: str, where: Path) -> None:
+    refused = [one for one in differences if one.key not in accepted.replace(" ", "").split(",")]
     if refused:
-        width = max(len(key) for key, _, _ in refused)
-        lines = [f"  {key:<{width}}   was {was}, is {is_now} now" for key, was, is_now in refused]
+        width = max(len(one.key) for one in refused)
+        lines = [f"  {one.key:<{width}}   was {one.was}, is {one.now} now" for one in refused]
         fix = (
             "Give the same settings and data to continue, choose another run.dir, or accept the change by "
-            f"name: run.accept_changes={','.join(key for key, _, _ in refused)}"
+            f"name: run.accept_changes={','.join(one.key for one in refused)}"
         )
         raise RunError(
             "\n".join([f"{where} cannot be continued: it belongs to a different run", *lines, fix])

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from data_shards.schema import TASKS
-from data_shards.settings import flatten
+from data_shards.settings import changes, flat_as_json
 from trainer.batch import ItemTables
 from trainer.config import Config, DataConfig
 from trainer.configs import config_from_dict
@@ -216,10 +216,10 @@ def check_config(document: dict[str, Any], config: Config, where: Path) -> None:
     it. document: its model.json; what an older one does not say is not compared."""
     now = {"model": dataclasses.asdict(config.model), "data": dataclasses.asdict(config.data)}
     then = {"model": document["settings"], "data": document["data"]}
-    was, is_now = (flatten(json.loads(json.dumps(tree))) for tree in (then, now))
-    wrong = [key for key in was if key not in FREE_KEYS and key in is_now and is_now[key] != was[key]]
-    if wrong:
-        shown = ", ".join(f"{key}={is_now[key]} (was {was[key]})" for key in wrong[:4])
+    was, is_now = flat_as_json(then), flat_as_json(now)
+    shared = {*was} & {*is_now}
+    if wrong := [one for one in changes(was, is_now, ignore=FREE_KEYS) if one.key in shared]:
+        shown = ", ".join(f"{one.key}={one.now} (was {one.was})" for one in wrong[:4])
         raise RunError(
             f"{where} has changed since the model was trained: {shown}. Restore it, or train again with the "
             "other settings"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from data_shards.schema import Manifest
-from data_shards.settings import flatten, read_yaml, to_dict, to_yaml
+from data_shards.settings import changes, flat_as_json, read_yaml, to_dict, to_yaml
 from trainer.config import Config
 from trainer.configs import config_from_dict, load_config, preset_of
 from trainer.data.eval_stream import check_hard
@@ -266,15 +266,13 @@ def _differences(request: Request, name: str, config: Config) -> Sequence[str]:
         return []
     # Older files lack newer settings; treat a missing key as its default.
     trees = (to_dict(one) for one in (config_from_dict(read_yaml(path)), config))
-    before, now = (flatten(json.loads(json.dumps(tree))) for tree in trees)
+    before, now = map(flat_as_json, trees)
     apart = {"data.dir"}  # its manifest is compared
     store = sqlite_path(str(before["tracking.uri"]))
     if now["tracking.uri"] == _own_store(request) and store is not None and store.name == "mlflow.db":
         apart.add("tracking.uri")  # beside OUT, wherever that was
-    hidden = [key for key in {*before, *now} - apart if before.get(key) != now.get(key)]
+    # a tracking URI may hold a password
     return [
-        f"{name}'s {key} was {before.get(key)}, is {now.get(key)}"
-        if key != "tracking.uri"
-        else f"{name}'s {key}"
-        for key in sorted(hidden)
+        f"{name}'s {change}" if change.key != "tracking.uri" else f"{name}'s {change.key}"
+        for change in changes(before, now, ignore=apart)
     ]
