@@ -25,7 +25,7 @@ from trainer.batch import Batch
 from trainer.config import Config
 from trainer.configs import load_config
 from trainer.models.zoo import model_class
-from trainer.runs.provenance import git_commit, hardware
+from trainer.runs.provenance import git_commit, hardware_line
 from trainer.runs.world import sizes_only
 from trainer.training.costs import DataSize, bytes_sent
 from trainer.training.optimizer import make_optimizer
@@ -155,7 +155,7 @@ def main() -> None:
             "processes": size,
             "steps": arguments.steps,
             "commit": git_commit(),
-            "hardware": hardware(),
+            "hardware": hardware_line(),
         }
         print(json.dumps(document))
     if dist.is_initialized():

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trainer.bench.model import synthetic_folder
+from trainer.runtime.progress import silent_stage
 
 ROOT = Path(__file__).parents[2]
 
@@ -37,7 +38,7 @@ class Task:
         folder = self.work / "text"
         if not (folder / "prepared" / "cf" / "lightgcn.safetensors").is_file():
             folder.mkdir(parents=True, exist_ok=True)
-            synthetic_folder(folder, 1 if self.rehearse else 8, lambda stage, done, total: None)
+            synthetic_folder(folder, 1 if self.rehearse else 8, silent_stage)
         return folder / "prepared"
 
     def to_json(self) -> str:

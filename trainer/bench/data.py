@@ -24,7 +24,7 @@ import psutil
 from data_shards.schema import SPLITS, read_manifest
 from trainer.errors import BenchError, ConfigError
 from trainer.runtime.files import writing
-from trainer.runtime.progress import StageProgress
+from trainer.runtime.progress import StageProgress, silent_stage
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 # KuaiSAR; other sizes are in proportion to it
@@ -100,7 +100,7 @@ def bench_data(
             "survive the filter"
         )
     work = Path(tempfile.mkdtemp(prefix="gensr-bench-")) if folder is None else folder
-    progress = progress or (lambda stage, done, total: None)
+    progress = progress or silent_stage
     try:
         with writing(work):
             work.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,7 @@ from trainer.bench.data import BENCHMARKS, Measured, StageProgress, hardware, ma
 from trainer.configs import load_config
 from trainer.errors import ConfigError
 from trainer.runs.provenance import git_commit
+from trainer.runtime.progress import silent_stage
 from trainer.training.costs import measured_flops
 
 # flan-t5-base's shape with random weights; run.precision is what this device multiplies faster in
@@ -71,7 +72,7 @@ def bench_model(
             f"model.backbone={backbone}: the reference is a T5 with random weights. Choose "
             f"among {', '.join(BACKBONES)}"
         )
-    progress = progress or (lambda stage, done, total: None)
+    progress = progress or silent_stage
     work = Path(tempfile.mkdtemp(prefix="gensr-bench-"))
     try:
         folder = (

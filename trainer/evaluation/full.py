@@ -45,16 +45,9 @@ from trainer.runs.run_folder import RunFolder
 from trainer.runs.weights import load_run_config, load_run_model
 from trainer.runtime.device import autocast, default_device
 from trainer.runtime.launch import read_launch, set_up_cpu
+from trainer.runtime.progress import Notify, silent
 from trainer.serving.recommend import NUM_CANDIDATES
-from trainer.serving.retrieval import (
-    NO_ROWS,
-    Notify,
-    Retrieval,
-    describe,
-    questions_of,
-    run_retrieval,
-    silent,
-)
+from trainer.serving.retrieval import NO_ROWS, Retrieval, describe, questions_of, run_retrieval
 from trainer.serving.retriever import Retriever, chosen_retriever, open_retriever
 from trainer.serving.users import ClickLog, read_clicks
 

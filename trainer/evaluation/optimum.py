@@ -1,7 +1,6 @@
 """The planted optimum: how well a simulated world's own preferences rank the stored candidates of a split. No
 model can be expected to do better: it knows what is in no log, such as what the user has in mind."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from trainer.data.folder import PreparedFolder
 from trainer.evaluation.ranking import rank_events
 from trainer.evaluation.sampled import BASELINE_BATCH, task_reports
 from trainer.runs.run_folder import read_json
-from trainer.runtime.files import atomic
+from trainer.runtime.files import write_json
 
 TITLE = "planted optimum"
 
@@ -25,8 +24,7 @@ TITLE = "planted optimum"
 def write_optimum(folder: PreparedFolder, raw: str | Path) -> dict[str, Any]:
     """Beside what it is computed from: FOLDER/optimum.json → optimum_report()."""
     report = optimum_report(folder, raw)
-    with atomic(folder.path / OPTIMUM_FILE) as path:
-        path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_json(folder.path / OPTIMUM_FILE, report)
     return report
 
 

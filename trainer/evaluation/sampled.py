@@ -38,10 +38,10 @@ from trainer.evaluation.segments import Segments, segment_reports, segments_of
 from trainer.evaluation.summary import check_split, evaluation_name
 from trainer.models.contract import Ranker
 from trainer.models.zoo import model_class
-from trainer.runs.provenance import git_commit, hardware
+from trainer.runs.provenance import git_commit, hardware_line
 from trainer.runs.run_folder import RunFolder
 from trainer.runtime.device import has_gpu
-from trainer.runtime.files import atomic
+from trainer.runtime.files import atomic, write_json
 from trainer.runtime.launch import read_launch, set_up_cpu
 from trainer.runtime.progress import report as report_stage
 
@@ -98,7 +98,7 @@ def report(
         "precision": config.run.precision,
         "gensr_version": trainer.__version__,
         "git_commit": git_commit(),
-        "hardware": hardware(),
+        "hardware": hardware_line(),
         "evaluated_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         **({"num_beams": num_beams} if num_beams is not None else {}),
     }
@@ -148,8 +148,7 @@ def write_evaluation(
     with atomic(RunFolder(run_dir).ranks(name)) as temporary:
         pq.write_table(table, temporary)
     path = RunFolder(run_dir).evaluation(name)
-    with atomic(path) as temporary:
-        temporary.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    write_json(path, document, allow_nan=False)
     return path
 
 

@@ -17,7 +17,7 @@ import itertools
 import json
 import math
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +34,7 @@ from trainer.evaluation.summary import CANDIDATES, evaluation_name
 from trainer.experiments.sweep import PARENT_TAG
 from trainer.registry.model_card import metrics_of
 from trainer.runs.run_folder import RunFolder, is_number
+from trainer.runtime.progress import Notify, silent
 from trainer.tracking.delivery import (
     JsonLines,
     Record,
@@ -99,9 +100,7 @@ class Imported:
     left_out: int = 0  # lines and records that cannot be read, or that no store takes
 
 
-def import_runs(
-    source: str, into: str, progress: Callable[[str], None] = lambda line: None
-) -> list[Imported]:
+def import_runs(source: str, into: str, progress: Notify = silent) -> list[Imported]:
     """`source`: a run folder, a folder of run folders, an sqlite file, or a tracking URI. `into`: the
     tracking URI of the target.
 

@@ -39,7 +39,7 @@ from trainer.experiments.search import Sampler, begun, search
 from trainer.experiments.sweep import Point, point_of, read_sweep, summarize
 from trainer.runs.checkpoint import fixed_settings
 from trainer.runs.run_folder import RunFolder, read_json
-from trainer.runtime.progress import Notify
+from trainer.runtime.progress import Notify, silent
 
 JOURNAL = "sweep.journal"
 MAX_GRID = 10_000
@@ -112,9 +112,7 @@ def read(file: str | Path, preset: str | None = None, overrides: Sequence[str] =
     return Sweep(Path(config.run.dir), preset, config.model.name, every, points, drawn)
 
 
-def run(
-    sweep: Sweep, evaluate: str = "best", notify: Notify = lambda line: None, jobs: int = 1
-) -> dict[str, Any]:
+def run(sweep: Sweep, evaluate: str = "best", notify: Notify = silent, jobs: int = 1) -> dict[str, Any]:
     """Train every run, `jobs` at once, evaluate (none, best or all of them) and summarize → as
     experiments/sweep.py's summarize. A run that fails is named; the others continue. Raises ConfigError for
     too many jobs and for a folder that was begun with other settings, RunError when all failed,

@@ -12,8 +12,8 @@ from data_shards.secrets import mask_secrets
 from trainer.errors import EnvironmentProblem, RunError
 from trainer.runs.run_folder import RunFolder, read_json
 from trainer.runs.weights import load_run_config
+from trainer.runtime.progress import Notify, silent
 from trainer.serving.recommend import Recommender
-from trainer.serving.retrieval import Notify, silent
 from trainer.tracking.store import (
     connect,
     is_server,

@@ -12,7 +12,6 @@ model_card.md           what it is, from facts
 """
 
 import contextlib
-import json
 import re
 import shlex
 import shutil
@@ -43,9 +42,10 @@ from trainer.runs.retriever_facts import RETRIEVER, retriever_of, retriever_word
 from trainer.runs.run_folder import RunFolder, read_json
 from trainer.runs.sealed import seal
 from trainer.runs.weights import load_run_config
-from trainer.runtime.files import atomic
+from trainer.runtime.files import write_json
+from trainer.runtime.progress import Notify, silent
 from trainer.serving.artifacts import write_items
-from trainer.serving.retrieval import Notify, run_retrieval, silent
+from trainer.serving.retrieval import run_retrieval
 from trainer.serving.retriever import Retriever, chosen_retriever, open_retriever
 from trainer.serving.scorer import Scorer
 from trainer.tracking.about import about_run
@@ -112,15 +112,8 @@ def register(
         _describe(client, name, number, facts, run_id)
         client.set_registered_model_alias(name, alias, str(number))
     kept = f"models:/{name}/{number} is registered, also as models:/{name}@{alias}"
-    with atomic(RunFolder(run_dir).registry, kept=kept) as path:
-        path.write_text(
-            json.dumps(
-                {"name": name, "version": number, "alias": alias, "uri": mask_secrets(uri), "run_id": run_id},
-                indent=2,
-            )
-            + "\n",
-            encoding="utf-8",
-        )
+    document = {"name": name, "version": number, "alias": alias, "uri": mask_secrets(uri), "run_id": run_id}
+    write_json(RunFolder(run_dir).registry, document, kept)
     return number
 
 

@@ -26,7 +26,7 @@ from trainer.errors import EnvironmentProblem, RunError
 from trainer.runs.checkpoint import Progress, check_settings, fixed_settings, listed, remove_partial
 from trainer.runs.run_folder import RunFolder
 from trainer.runtime.distributed import gather_objects, on_main
-from trainer.runtime.files import SECRET_MODE, atomic, create, remove_temporaries, writing
+from trainer.runtime.files import SECRET_MODE, atomic, create, remove_temporaries, write_json, writing
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -200,8 +200,7 @@ def write_facts(config: Config, facts: dict[str, Any]) -> None:
     folder = Path(config.run.dir)
     with atomic(RunFolder(folder).config, SECRET_MODE) as temporary:  # URLs in it may hold passwords
         temporary.write_text(effective_yaml(config), encoding="utf-8")
-    with atomic(RunFolder(folder).environment) as temporary:
-        temporary.write_text(json.dumps(masked(facts), indent=2) + "\n", encoding="utf-8")
+    write_json(RunFolder(folder).environment, masked(facts))
 
 
 def begin_status(folder: Path, progress: Progress) -> None:

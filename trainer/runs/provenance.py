@@ -92,6 +92,6 @@ def git_commit() -> str | None:
     return f"{facts['commit']}{'-dirty' if facts['dirty'] else ''}" if facts else None
 
 
-def hardware() -> str:
+def hardware_line() -> str:
     """Such as "NVIDIA H200" or "x86_64, 2 cores"."""
     return torch.cuda.get_device_name() if has_gpu() else f"{platform.machine()}, {num_cores()} cores"

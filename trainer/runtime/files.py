@@ -2,11 +2,13 @@
 
 import contextlib
 import errno
+import json
 import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -14,7 +16,7 @@ from data_shards.checksum import file_sha256
 from data_shards.publish import sync_folder
 from trainer.errors import EnvironmentProblem
 
-__all__ = ["SECRET_MODE", "atomic", "create", "file_sha256", "writing"]
+__all__ = ["SECRET_MODE", "atomic", "create", "file_sha256", "write_json", "writing"]
 
 SECRET_MODE = 0o600  # of a file that is needed whole, passwords included: only its owner reads it
 NOTHING_CHANGED = "Nothing earlier was changed"
@@ -88,6 +90,13 @@ def atomic(path: str | Path, mode: int | None = None, kept: str = NOTHING_CHANGE
         finally:
             with contextlib.suppress(OSError):  # a read-only file system refuses even this
                 temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, document: Any, kept: str = NOTHING_CHANGED, allow_nan: bool = True) -> None:
+    """An indented document, atomically. kept: see writing(). allow_nan: False refuses what JSON has not."""
+    with atomic(path, kept=kept) as temporary:
+        text = json.dumps(document, indent=2, allow_nan=allow_nan)
+        temporary.write_text(text + "\n", encoding="utf-8")
 
 
 def create(path: Path, text: str, mode: int) -> bool:

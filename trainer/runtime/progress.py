@@ -29,6 +29,14 @@ StageProgress = Callable[[str, int, int], None]
 """(stage, done, in all), as StageLines takes them."""
 
 
+def silent(line: str) -> None:
+    """A Notify that shows nothing."""
+
+
+def silent_stage(stage: str, done: int, total: int) -> None:
+    """A StageProgress that shows nothing."""
+
+
 def is_terminal() -> bool:
     """Whether a person watches; GENSR_NO_BAR=1 says no."""
     return sys.stderr.isatty() and not os.environ.get("GENSR_NO_BAR")

@@ -32,17 +32,10 @@ from trainer.models.contract import Ranker, task_names
 from trainer.runs.retriever_facts import RETRIEVER
 from trainer.runs.run_folder import RunFolder
 from trainer.runs.weights import load_run_config
+from trainer.runtime.progress import Notify, silent
 from trainer.serving.artifacts import read_serving_facts
 from trainer.serving.requests import ParsedRequest, is_absent
-from trainer.serving.retrieval import (
-    NO_ROWS,
-    Notify,
-    Retrieval,
-    best_scored,
-    run_retrieval,
-    silent,
-    version_retrieval,
-)
+from trainer.serving.retrieval import NO_ROWS, Retrieval, best_scored, run_retrieval, version_retrieval
 from trainer.serving.retriever import Retriever, chosen_retriever, open_retriever
 from trainer.serving.scorer import Scorer
 from trainer.serving.users import Users, open_users

@@ -28,7 +28,7 @@ from trainer.models.contract import PreRanking, Ranker, View
 from trainer.runs.run_folder import RunFolder, read_json
 from trainer.runs.weights import document_path
 from trainer.runtime.files import atomic, file_sha256, writing
-from trainer.runtime.progress import Notify, report
+from trainer.runtime.progress import Notify, report, silent
 from trainer.serving.index import TRAINING_VECTORS, Index, build_index, plan_index, unit
 
 FORMAT = 1
@@ -40,10 +40,6 @@ RETRIEVER_TRUST = (
 )
 RETRIEVER_SHARE = 1.0  # of a retriever's list, where that of all views together is 1: half of the candidates
 NO_ROWS = np.zeros(0, np.int64)
-
-
-def silent(line: str) -> None:
-    """For callers that show nothing."""
 
 
 @dataclass(frozen=True)

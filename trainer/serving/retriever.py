@@ -28,18 +28,17 @@ from trainer.runs.run_folder import RunFolder, describe_status
 from trainer.runs.weights import WEIGHTS, load_run_config, read_model_document
 from trainer.runtime.device import autocast
 from trainer.runtime.files import file_sha256
+from trainer.runtime.progress import Notify, silent
 from trainer.serving.artifacts import read_serving_facts, write_items
 from trainer.serving.requests import ParsedRequest
 from trainer.serving.retrieval import (
     NO_ROWS,
     RETRIEVAL,
-    Notify,
     Retrieval,
     best_scored,
     model_identity,
     questions_of,
     run_retrieval,
-    silent,
     version_retrieval,
 )
 from trainer.serving.scorer import Scorer

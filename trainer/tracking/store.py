@@ -21,7 +21,7 @@ from data_shards.secrets import mask_secrets
 from trainer.config import Config
 from trainer.errors import EnvironmentProblem, RunError
 from trainer.runs.run_folder import RunFolder, read_json
-from trainer.runtime.files import atomic, writing
+from trainer.runtime.files import write_json, writing
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -236,11 +236,8 @@ def is_server(uri: str) -> bool:
 
 def write_run_file(folder: Path, uri: str, experiment_id: str, run_id: str) -> None:
     """folder/tracking.json: which MLflow run is this folder's."""
-    with atomic(RunFolder(folder).tracking) as path:
-        path.write_text(
-            json.dumps({"uri": mask_secrets(uri), "experiment_id": experiment_id, "run_id": run_id}, indent=2)
-            + "\n"
-        )
+    document = {"uri": mask_secrets(uri), "experiment_id": experiment_id, "run_id": run_id}
+    write_json(RunFolder(folder).tracking, document)
 
 
 def read_experiment_id(folder: str | Path) -> str:

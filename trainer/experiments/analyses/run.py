@@ -11,7 +11,7 @@ from trainer.analysis.pages import Section, write_page
 from trainer.errors import ConfigError, DataError
 from trainer.experiments.analyses.options import Options
 from trainer.runtime.files import atomic
-from trainer.runtime.progress import Notify
+from trainer.runtime.progress import Notify, silent
 
 # what → what it is read for, in the order of a report
 ANALYSES = {
@@ -31,7 +31,7 @@ def analyse(
     runs: Sequence[str | Path],
     out: str | Path,
     options: Options = AS_THEY_ARE,
-    notify: Notify = lambda line: None,
+    notify: Notify = silent,
 ) -> dict[str, Any]:
     """Writes OUT/WHAT.json, OUT/WHAT*.{png,svg} and OUT/WHAT.html → the document.
 

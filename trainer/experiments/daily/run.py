@@ -25,13 +25,13 @@ from trainer.registry.store import fetch, number_of, registered_as
 from trainer.runs.run_folder import RunFolder
 from trainer.runs.weights import learnable_tasks, read_model_document
 from trainer.runtime.files import writing
-from trainer.runtime.progress import Notify
+from trainer.runtime.progress import Notify, silent
 
 NOT_LOST = "Its clicks count if its files go into the folder of the next day"
 BY_HAND = {"decision": "promoted", "champion": "", "figures": {}}
 
 
-def run(plan: Daily, notify: Notify = lambda line: None) -> dict[str, Any]:
+def run(plan: Daily, notify: Notify = silent) -> dict[str, Any]:
     """Do all days that wait, also those that come meanwhile → the content of daily.json. Raises RunError
     naming the step that failed and its log; KeyboardInterrupt when it is stopped."""
     with _alone(plan.out), interruptible(), Pool() as pool:

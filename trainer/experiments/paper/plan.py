@@ -2,7 +2,6 @@
 GenSR. A second call with another plan for the same folder is refused."""
 
 import itertools
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
@@ -31,7 +30,7 @@ from trainer.experiments.table.budget import epochs_within
 from trainer.experiments.table.plan import Request
 from trainer.models.zoo import GENSR, model_class, model_names
 from trainer.runs.run_folder import read_json
-from trainer.runtime.files import atomic
+from trainer.runtime.files import write_json
 
 VARIANT_CANDIDATES = ("sampled",)
 MOST_EPOCHS = 10.0  # of an estimate: where a preset has hundreds, it stops early
@@ -292,9 +291,7 @@ def keep(plan: PaperPlan) -> PaperPlan:
             **{**stored, "groups": tuple(stored["groups"]), "candidates": tuple(stored["candidates"])}
         )
         return replace(_plan(plan.request, budget), epochs=begun.get("epochs", {}))
-    with atomic(path) as temporary:
-        text = json.dumps({"asked": asked, "budget": asdict(plan.budget), "epochs": plan.epochs}, indent=2)
-        temporary.write_text(text + "\n", encoding="utf-8")
+    write_json(path, {"asked": asked, "budget": asdict(plan.budget), "epochs": plan.epochs})
     return plan
 
 

@@ -5,7 +5,6 @@ seeds or another kind of candidates only add cells. OUT and FOLDER may move: the
 data it is. With a budget, a later call keeps the epochs of the first.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,7 +24,7 @@ from trainer.experiments.pool import environments
 from trainer.experiments.table.budget import Runs, Times, plan_times, within
 from trainer.models.zoo import GENSR, model_class, model_names
 from trainer.runs.run_folder import read_json
-from trainer.runtime.files import SECRET_MODE, atomic
+from trainer.runtime.files import SECRET_MODE, atomic, write_json
 from trainer.tracking.store import sqlite_path, sqlite_uri
 
 OWNED = ("data.dir", "run.dir", "run.seed", "model.name")  # settings that the table decides
@@ -125,8 +124,7 @@ def make_plan(request: Request, machine: Machine | None = None) -> Plan:
         if first:
             facts |= {"machine": first["machine"], "jobs": first.get("jobs", 1)}
         begun["budget"] = facts
-    with atomic(request.plan_file) as temporary:
-        temporary.write_text(json.dumps(begun, indent=2) + "\n", encoding="utf-8")
+    write_json(request.plan_file, begun)
     return plan
 
 

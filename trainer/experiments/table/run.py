@@ -16,12 +16,12 @@ from trainer.experiments.table.results import read_results
 from trainer.experiments.table.tuning import tune
 from trainer.models.zoo import model_class
 from trainer.runs.run_folder import RunFolder
-from trainer.runtime.progress import Notify
+from trainer.runtime.progress import Notify, silent
 
 TRIAL_SEED = 0
 
 
-def make_table(request: Request, notify: Notify = lambda line: None) -> dict[str, Any]:
+def make_table(request: Request, notify: Notify = silent) -> dict[str, Any]:
     """TABLE/table.{json,md,csv,html} → the document. Can be repeated: what is done is not done again.
 
     A cell that fails stands in the document's `errors`; the others go on. Raises ConfigError for arguments

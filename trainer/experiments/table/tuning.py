@@ -4,7 +4,6 @@ Trial 0 has the published settings, later ones are drawn by TPE (experiments/sea
 best value of run.select_metric on validation; the test split is never looked at.
 """
 
-import json
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from trainer.config import Config
 from trainer.errors import RunError
 from trainer.experiments.search import RunTrial, Space, open_study, search
 from trainer.runs.run_folder import read_json
-from trainer.runtime.files import atomic
+from trainer.runtime.files import write_json
 
 
 def space_of(config: Config) -> Space:
@@ -61,6 +60,5 @@ def tune(path: Path, config: Config, num_trials: int, run_trial: RunTrial) -> di
         "space": space,
         "values": values,
     }
-    with atomic(path) as temporary:
-        temporary.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    write_json(path, document)
     return dict(best.params)
