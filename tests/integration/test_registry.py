@@ -491,7 +491,7 @@ def test_copies_from_a_server_are_kept_no_longer_than_they_are_read(
 ) -> None:
     """The store is taken for a server, which sends copies."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr("trainer.registry.versions.is_server", lambda uri: True)
+    monkeypatch.setattr("trainer.registry.store.is_server", lambda uri: True)
     uri = registry_of(run_dir)
     fetched: list[str] = []
 
@@ -499,7 +499,7 @@ def test_copies_from_a_server_are_kept_no_longer_than_they_are_read(
         fetched.append(model)
         return fetch(model, *given, **named)
 
-    monkeypatch.setattr("trainer.registry.versions.fetch", noted)
+    monkeypatch.setattr("trainer.registry.store.fetch", noted)
     model = open_model(f"models:/gensr-test/{version}", uri)
     assert list(tmp_path.iterdir()) == []
     expected = Scorer.from_run(run_dir).score_many(requests())

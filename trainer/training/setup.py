@@ -124,23 +124,6 @@ def set_up(
     tracker = start_tracker(config, accelerator, {**facts, "manifest": folder.manifest}, run_id)
     first_step = progress.step if found is not None else None
     console = RunConsole(config.run.dir, schedule.num_steps, accelerator.is_main_process, first_step)
-    console.banner(
-        plan.banner_rows(
-            config,
-            data=plan.size_of_folder(folder),
-            model=size,
-            schedule=schedule,
-            launch=launch,
-            num_valid_events=valid.num_events,
-            devices=facts["devices"],
-            mlflow_run_id=tracker.run_id,
-            mlflow_page=tracker.page,
-        )
-    )
-    console.say(*skipped, *([f"init_from: {taken}"] if taken else []))
-    if found is not None:
-        console.say(continuing_line(found, identity, progress, schedule))
-
     everyone = [Shown(console), Tracked(tracker), *callbacks]
     listeners = Listeners(everyone, enabled=accelerator.is_main_process)
     writer = CheckpointWriter(
@@ -155,7 +138,7 @@ def set_up(
     before = partial(batch_before, config, stream, module, accelerator.device) if progress.step else None
     skipping = config.run.on_nan == "skip"
     most = config.run.max_skipped_batches
-    return Run(
+    run = Run(
         config=config,
         folder=folder,
         accelerator=accelerator,
@@ -175,6 +158,28 @@ def set_up(
         identity=identity,
         chance_threshold=threshold,
     )
+    begun = [continuing_line(found, identity, progress, schedule)] if found is not None else []
+    begun += [f"init_from: {taken}"] if taken else []
+    announce(run, launch, size, facts["devices"], [*skipped, *begun])
+    return run
+
+
+def announce(run: Run, launch: Launch, size: plan.ModelSize, devices: str, begun: Sequence[str]) -> None:
+    """The banner: data, model, batch arithmetic, devices, tracking; then what the run begins with."""
+    run.console.banner(
+        plan.banner_rows(
+            run.config,
+            data=plan.size_of_folder(run.folder),
+            model=size,
+            schedule=run.schedule,
+            launch=launch,
+            num_valid_events=run.valid.num_events,
+            devices=devices,
+            mlflow_run_id=run.tracker.run_id,
+            mlflow_page=run.tracker.page,
+        )
+    )
+    run.console.say(*begun)
 
 
 def has_another_length(found: Checkpoint, identity: dict[str, Any]) -> bool:
