@@ -11,6 +11,7 @@ from typing import Any
 from trainer.errors import RequestError
 from trainer.serving.app import Limits, Options, open_access_log, run
 from trainer.serving.server import ConnectionLimits, bind
+from trainer.serving.users import NoUsers
 
 SECONDS_PER_CANDIDATE = 1e-4  # of a request whose query is "heavy"
 
@@ -21,7 +22,7 @@ class StandIn:
 
     num_items, query_mode = 3, "natural"
     title, tasks, explains = "stand-in", ("rec", "src"), False
-    users: Any = "none are known"
+    users: Any = NoUsers("none are known")
 
     def __init__(self) -> None:
         self.facts = {"name": "stand-in", "version": "1"}

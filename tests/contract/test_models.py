@@ -45,6 +45,7 @@ from trainer.runs.weights import load_model, load_run_model, save_model
 from trainer.runtime.stopping import StopSignal
 from trainer.serving.recommend import Recommender
 from trainer.serving.retrieval import build_retrieval
+from trainer.serving.users import NoUsers
 from trainer.training.loop import train
 from trainer.training.plan import model_size, size_of_folder
 
@@ -435,7 +436,9 @@ def test_a_request_is_answered_from_the_whole_catalogue(name: str, texts: Prepar
     retrieval."""
     model, item_ids = new_model(name, texts).eval(), texts.item_ids()
     items = texts.catalog / "items.parquet"
-    recommender = Recommender(scorer_of(model, texts), build_retrieval(model), {}, items, users="unknown")
+    recommender = Recommender(
+        scorer_of(model, texts), build_retrieval(model), {}, items, users=NoUsers("unknown")
+    )
     length = model.world.data.history_max + 3
     history = [{"item_id": item_id, "task": "rec"} for item_id in item_ids[:length]]
     asked = {REC: {"task": "rec"}, SRC: {"task": "src", "query": texts.query_texts()[0]}}

@@ -23,7 +23,7 @@ from trainer.errors import DataError, GensrError, RequestError
 from trainer.registry.store import open_model
 from trainer.serving.recommend import Recommender
 from trainer.serving.requests import ParsedRequest, RequestReader, id_text
-from trainer.serving.users import Users, open_users, read_clicks, read_history
+from trainer.serving.users import NoUsers, Users, open_users, read_clicks, read_history
 
 NEW_ITEM = {"item_id": "brand-new", "text": "xylophone mallet brand new", "category": "music"}
 HISTORY = [{"item_id": "i3", "task": "rec"}, {"item_id": "i7", "task": "src"}]
@@ -124,7 +124,7 @@ def test_weights_explain_each_item(recommender: Recommender) -> None:
         ({"k": True}, "k must be a whole number"),
         ({"num_candidates": 10**9}, "num_candidates must be between 1 and 2000"),
         ({"include_seen": "yes"}, "include_seen must be true or false"),
-        ({"history": None, "user_id": "nobody"}, "knows no user 'nobody'"),
+        ({"history": None, "user_id": "nobody"}, "user 'nobody' is not in the training data"),
         ({"history": [{"item_id": "gone", "task": "rec"}]}, "does not know the items 'gone'"),
         ({"candidates": []}, "candidates is empty"),
         ({"with_text": "yes", "candidates": ["i1"]}, "with_text must be true or false"),
@@ -145,7 +145,7 @@ def test_bad_requests_are_named(recommender: Recommender, change: dict[str, Any]
 def test_without_a_history_the_most_clicked_items_are_answered(
     recommender: Recommender, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert not isinstance(recommender.users, str)
+    assert recommender.users.reason == ""
     clicks: Counter[str] = Counter()
     for user_id in recommender.users.some(1000):
         clicks.update(str(click["item_id"]) for click in recommender.history_of(user_id))
@@ -153,16 +153,20 @@ def test_without_a_history_the_most_clicked_items_are_answered(
     items = [str(item["item_id"]) for item in answer["items"]]
     assert sorted(clicks[item] for item in items) == sorted(clicks.values())[-5:]
     assert answer["scores"] == sorted(answer["scores"], reverse=True)
-    monkeypatch.setattr(recommender, "users", "the training data is not here")
+    monkeypatch.setattr(recommender, "users", NoUsers("the training data is not here"))
     with pytest.raises(RequestError, match="history is empty: there is nothing to recommend from"):
         recommender.recommend({"history": [], "task": "rec"})
 
 
 def test_users_are_those_of_the_training_data(run_dir: Path, tmp_path: Path) -> None:
     folder = run_dir.parents[1] / "data"
-    assert not isinstance(open_users(folder, read_manifest(folder).hash, must_be_there=False), str)
+    assert open_users(folder, read_manifest(folder).hash, must_be_there=False).reason == ""
     for other in (tmp_path, folder, ""):
-        assert "Give a history instead" in str(open_users(other, "another hash", must_be_there=False))
+        nobody = open_users(other, "another hash", must_be_there=False)
+        assert "Give a history instead" in nobody.reason
+        assert (nobody.some(3), nobody.frequent_queries(3), len(nobody.popular(3))) == ([], [], 0)
+        with pytest.raises(RequestError, match="request 2: user_id cannot be looked up"):
+            nobody.history("u1", [], "request 2")
     with pytest.raises(DataError):
         open_users(folder, "another hash", must_be_there=True)
 

@@ -33,6 +33,8 @@ URL = "http://127.0.0.1"
 class Queries:
     """Of trainer/serving/users.py, what the service asks for."""
 
+    reason = ""
+
     def frequent_queries(self, count: int) -> list[str]:
         return ["red lamp"]
 

@@ -12,7 +12,7 @@ from trainer.data.folder import PreparedFolder
 from trainer.errors import RequestError
 from trainer.runs.weights import counted_model
 from trainer.serving.systems import COUNTED, System, Systems, compared_systems, counted
-from trainer.serving.users import Users
+from trainer.serving.users import NoUsers, Users
 
 
 class Named:
@@ -69,7 +69,7 @@ def test_names_differ_and_hold_no_folder(users: Users) -> None:
         *("one", "one (2)", "bm25 (2)", "demo@champion"),
         *COUNTED,
     ]
-    assert compared_systems([], "the folder is not here") == []
+    assert compared_systems([], NoUsers("the folder is not here")) == compared_systems([], None) == []
 
 
 @pytest.mark.parametrize("name", ["popularity", "item_knn"])

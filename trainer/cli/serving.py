@@ -368,7 +368,7 @@ def serve_model(
     load = partial(open_model, model, uri, data, notify=note, retriever=retriever)
     recommender = load()
     models = [(name, open_model(name, uri, data, notify=note)) for name in compare]
-    others = compared_systems(models, recommender.users if with_counted else "")
+    others = compared_systems(models, recommender.users if with_counted else None)
     url = f"http://{f'[{shown.host}]' if ':' in shown.host else shown.host}:{bound.getsockname()[1]}/"
 
     def is_up() -> None:

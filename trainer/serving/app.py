@@ -308,9 +308,7 @@ def _add_examples(app: FastAPI, live: Live, options: Options) -> None:
         if not options.shows_users:
             return ExampleQueries(queries=[], reason=USERS_OFF)
         known = live.recommender.users
-        if isinstance(known, str):
-            return ExampleQueries(queries=[], reason=known)
-        return ExampleQueries(queries=known.frequent_queries(SAMPLE_QUERIES), reason="")
+        return ExampleQueries(queries=known.frequent_queries(SAMPLE_QUERIES), reason=known.reason)
 
 
 def _add_page(app: FastAPI) -> None:

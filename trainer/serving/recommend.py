@@ -74,7 +74,7 @@ class Recommender:
         retrieval: Retrieval | None,
         facts: Mapping[str, Any],
         items_file: Path,
-        users: Users | str,
+        users: Users,
         retriever: Retriever | None = None,
     ) -> None:
         """retrieval: None for a model without views, which ranks the whole catalogue itself. facts: what an
@@ -101,7 +101,7 @@ class Recommender:
         scorer = Scorer.from_run(run_dir, device)
         config = load_run_config(run_dir)
         folder = PreparedFolder.open(config.data)
-        users: Users | str = Users(folder)
+        users = Users(folder)
         if data_dir:
             users = open_users(data_dir, folder.manifest.hash, must_be_there=True)
         retrieval = run_retrieval(run_dir, scorer.model, notify)
@@ -190,8 +190,6 @@ class Recommender:
 
     def _parse(self, request: Mapping[str, Any], where: str) -> ParsedRequest:
         if is_absent(request.get("history")) and not is_absent(request.get("user_id")):
-            if isinstance(self.users, str):
-                raise RequestError(f"{where}: {self.users}")
             history = self.users.history(request["user_id"], self.scorer.item_ids, where)
             parsed = self._parse({**request, "user_id": None, "history": history}, where)
             return replace(parsed, user=self.users.row(request["user_id"], where))
@@ -201,7 +199,7 @@ class Recommender:
         """The request with candidates from the whole catalogue."""
         k = _count(request, "k", DEFAULT_K, MAX_K, where)
         wanted = max(k, _count(request, "num_candidates", NUM_CANDIDATES, MAX_NUM_CANDIDATES, where))
-        if not parsed.items and parsed.query is None and not isinstance(self.users, str):
+        if not parsed.items and parsed.query is None and not self.users.reason:
             return replace(parsed, candidates=self.users.popular(k).tolist())
         seen = [] if _flag(request, "include_seen", where) else parsed.items
         return replace(parsed, candidates=self.candidates(parsed, wanted, seen, where).tolist())
@@ -293,14 +291,10 @@ class Recommender:
 
     def some_users(self, count: int) -> dict[str, Any]:
         """{"users": at most `count` ids whose histories are known, "reason": why there are none}."""
-        if isinstance(self.users, str):
-            return {"users": [], "reason": self.users}
-        return {"users": self.users.some(count), "reason": ""}
+        return {"users": self.users.some(count), "reason": self.users.reason}
 
     def history_of(self, user_id: Any) -> list[dict[str, Any]]:
         """A user's clicks, oldest first, as in a request, each with its item's text. Raises RequestError."""
-        if isinstance(self.users, str):
-            raise RequestError(self.users)
         clicks = self.users.history(user_id, self.scorer.item_ids)
         items = self.users.items(user_id).tolist()
         return [{**click, "text": self.text(item)} for click, item in zip(clicks, items, strict=True)]

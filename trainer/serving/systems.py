@@ -104,15 +104,16 @@ def system_of(recommender: Recommender, name: str = MAIN) -> System:
         title=f"{recommender.title}, {name}" if name else recommender.title,
         tasks=recommender.tasks,
         explains=recommender.explains,
-        knows_users=not isinstance(recommender.users, str),
+        knows_users=not recommender.users.reason,
         open=lambda: recommender,
     )
 
 
-def compared_systems(models: Sequence[tuple[str, Recommender]], users: Users | str) -> list[System]:
-    """Opened models by what the user called them, then what is counted from the folder of `users`, where it
-    is there (else pass the reason). A name holds no folder of this machine, and names differ."""
-    names: list[str] = [] if isinstance(users, str) else list(COUNTED)
+def compared_systems(models: Sequence[tuple[str, Recommender]], users: Users | None) -> list[System]:
+    """Opened models by what the user called them, then what is counted from the folder of `users`, if it is
+    there and wanted. A name holds no folder of this machine, and names differ."""
+    counts = users is not None and not users.reason
+    names: list[str] = list(COUNTED) if counts else []
     named = []
     for given, recommender in models:
         is_version = given.startswith("models:/")
@@ -121,7 +122,7 @@ def compared_systems(models: Sequence[tuple[str, Recommender]], users: Users | s
         name = next(one for one in numbered if one not in names)
         names.append(name)
         named.append(system_of(recommender, name))
-    return named + ([] if isinstance(users, str) else list(_counted_systems(users)))
+    return [*named, *_counted_systems(users)] if users is not None and counts else named
 
 
 def _counted_systems(users: Users) -> Iterator[System]:

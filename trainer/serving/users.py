@@ -49,7 +49,12 @@ def read_clicks(folder: PreparedFolder) -> ClickLog:
 
 
 class Users:
-    """Every user's clicks in a prepared folder, all splits. Read when first asked for: 16 bytes a click."""
+    """Every user's clicks in a prepared folder, all splits. Read when first asked for: 16 bytes a click.
+
+    reason: why their histories are not known; "" where they are (see NoUsers).
+    """
+
+    reason = ""
 
     def __init__(self, folder: PreparedFolder) -> None:
         self.folder = folder
@@ -75,7 +80,7 @@ class Users:
             self._read()
         if id_text(user_id) not in self._row_of:
             raise RequestError(
-                f"{where}: the training data knows no user {user_id!r}. Give a history instead"
+                f"{where}: user {user_id!r} is not in the training data. Give a history instead"
             )
         return self._row_of[id_text(user_id)]
 
@@ -135,9 +140,31 @@ class Users:
         self._row_of = {id_text(user_id): row for row, user_id in enumerate(self.folder.user_ids())}
 
 
-def open_users(folder: str | Path, manifest_hash: str, must_be_there: bool) -> "Users | str":
-    """Users of a prepared folder, if it is the one the model was trained on; else the reason why their
-    histories are not known. Clients of a service read the reason: it names no folder.
+class NoUsers(Users):
+    """Stands for the users of a folder that is not here: none is known. Clients of a service read the reason,
+    so it names no folder."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+
+    def row(self, user_id: Any, where: str = "user") -> int:
+        raise RequestError(f"{where}: {self.reason}")
+
+    def history(self, user_id: Any, item_ids: Sequence[Any], where: str = "user") -> list[dict[str, Any]]:
+        raise RequestError(f"{where}: {self.reason}")
+
+    def some(self, count: int) -> list[str]:
+        return []
+
+    def popular(self, count: int) -> np.ndarray:
+        return np.zeros(0, np.int64)
+
+    def frequent_queries(self, count: int) -> list[str]:
+        return []
+
+
+def open_users(folder: str | Path, manifest_hash: str, must_be_there: bool) -> Users:
+    """Users of a prepared folder, if it is the one the model was trained on; else NoUsers.
 
     Raises DataError instead when must_be_there.
     """
@@ -154,7 +181,7 @@ def open_users(folder: str | Path, manifest_hash: str, must_be_there: bool) -> "
             f"{folder} is not the data this model was trained on (manifest {str(found)[:12]}, the model says "
             f"{manifest_hash[:12]})"
         )
-    return (
+    return NoUsers(
         "user_id cannot be looked up: the prepared folder of the training data is not here. Give a history "
         "instead, or start with --data FOLDER"
     )
