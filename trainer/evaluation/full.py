@@ -127,12 +127,26 @@ def evaluate_full(
     parts = segment_reports(ours.ranks, segments)
     document = report(tasks, folder, split, config, baselines, parts, "full", num_beams)
     del document["protocol"]["num_negatives"]
-    seen_before = (
+    document["protocol"] |= {**stood, **protocol_of(split, stream, clicks, retrieval, other, seconds)}
+    write_evaluation(run_dir, folder, evaluation_name(split, "full"), ours.ranks, document, segments)
+    return document
+
+
+def protocol_of(
+    split: str,
+    stream: EvalStream,
+    clicks: ClickLog,
+    retrieval: Retrieval | None,
+    retriever: Retriever | None,
+    seconds: float,
+) -> dict[str, Any]:
+    """How the events of `stream` were ranked in `seconds`."""
+    manifest = stream.folder.manifest
+    clicked_before = (
         item in clicks.before(event)
         for event, item in zip(stream.column("event_id"), stream.column("item"), strict=True)
     )
-    document["protocol"] |= {
-        **stood,
+    return {
         "num_items": manifest.num_items,
         "num_events": stream.num_events,
         "num_events_of_split": manifest.num_events(split),
@@ -140,13 +154,11 @@ def evaluate_full(
         "left_out": "all items clicked strictly before the event by its user, in either task; "
         "never the clicked item itself",
         "missed_by_retrieval": "counts 0",
-        "clicked_before": int(sum(seen_before)),
+        "clicked_before": int(sum(clicked_before)),
         "indexes": describe(retrieval) if retrieval is not None else {},
-        **({RETRIEVER: dict(other.facts)} if other is not None else {}),
+        **({RETRIEVER: dict(retriever.facts)} if retriever is not None else {}),
         "events_per_s": round(stream.num_events / max(seconds, 1e-9), 2),
     }
-    write_evaluation(run_dir, folder, evaluation_name(split, "full"), ours.ranks, document, segments)
-    return document
 
 
 def baseline_reports(
