@@ -62,7 +62,11 @@ def prepare(
                 raise DataError(
                     f"{name}: a data frame that parquet cannot hold; give each column one type: {error}"
                 ) from error
-        return run(source, folder, out, overrides_of(settings), append=append)
+        try:
+            return run(source, folder, out, overrides_of(settings), append=append)
+        except DataError as error:  # the files are ours: the reader knows frames
+            named = str(error).replace(f"{folder}/", "").replace(".parquet:", ":")
+            raise DataError(named) from error
 
 
 def cf(data: str | Path, settings: Mapping[str, Any] | None = None) -> Path:

@@ -20,6 +20,7 @@ from trainer.configs import load_config
 
 ROOT = Path(__file__).parents[2]
 MIXED = pd.DataFrame({"user_id": [1, "anna"]}, dtype=object)
+TIMELESS = pd.DataFrame({"user_id": ["u1"], "item_id": ["i1"], "text": ["red lamp"]})
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +144,7 @@ def test_a_history_that_a_frame_gave_can_be_asked_with(model: gensr.Model) -> No
         (lambda model: gensr.evaluate("runs/mine", retriever="none"), "a retriever finds candidates"),
         (lambda model: gensr.prepare(pd.DataFrame({"user_id": ["u"]}), "out"), r"\(events, items\)"),
         (lambda model: gensr.prepare((MIXED, MIXED), "out"), "events: .*one type"),
+        (lambda model: gensr.prepare((TIMELESS, TIMELESS), "out"), "^events: column time is missing"),
         (lambda model: gensr.cf("data", {"cf.dim": {1, 2}}), r"settings: \{1, 2\}"),
         (lambda model: gensr.evaluate("runs/mine", candidates="all"), "sampled, hard or full"),  # type: ignore[arg-type]
         (lambda model: gensr.prepare(("e", "i"), "out", source="amazon"), "data frames"),

@@ -230,7 +230,11 @@ def daily(
     if dry_run:
         days, late = plan.waiting()
         lines = commands(plan)
-        answer({"days": days, "late": late, "commands": lines}, as_json, *(lines or ["no new day"]))
+        answer(
+            {"days": days, "late": late, "commands": lines},
+            as_json,
+            *(lines or [f"no new day in {plan.settings.logs}"]),
+        )
         return
     with resumable():
         document = run(plan, note)

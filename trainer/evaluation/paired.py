@@ -102,8 +102,9 @@ def _check_protocols(a: StoredRanks, b: StoredRanks) -> None:
         if values[0] != values[1]:
             raise RunError(
                 f"{a.where} and {b.where} were evaluated on different {meaning} ({key} "
-                f"{str(values[0])[:12]} and {str(values[1])[:12]}) and cannot be compared. Evaluate one of "
-                "them on the other's prepared folder and candidates"
+                f"{str(values[0])[:12]} and {str(values[1])[:12]}) and cannot be compared. Evaluate both on "
+                "one prepared folder with the same candidates; run.init_from=RUN run.max_epochs=0 makes a "
+                "run of RUN's weights there (docs/continue.md)"
             )
 
 

@@ -83,6 +83,8 @@ def _problem(problem: Any) -> str:
         for part in problem["loc"][1:]
         if not (isinstance(part, str) and ("[" in part or part in ("int", "str", "constrained-str")))
     )
+    if problem["type"] == "json_invalid":
+        return f"the body is not JSON: {problem['ctx']['error']} (character {problem['loc'][-1]})"
     if problem["type"] == "extra_forbidden":
         name = str(problem["loc"][-1])
         known = Click.model_fields if "history" in problem["loc"] else Ask.model_fields
