@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trainer.bench.data import BENCHMARKS, Measured, StageProgress, hardware, machine_line, measure
+from trainer.config import Config
 from trainer.configs import load_config
 from trainer.errors import ConfigError
 from trainer.runs.provenance import git_commit
@@ -61,23 +62,13 @@ def bench_model(
     defaults = DEFAULTS if given else (*DEFAULTS, f"run.precision={faster_precision()}")
     config = load_config(None, [*defaults, *overrides])
     ours, references = (pairs, pairs) if pairs is not None else default_pairs(mode)
-    if mode == "train" and ours % (1 + config.data.num_negatives):
-        raise ConfigError(
-            f"--pairs must be a multiple of 1 + data.num_negatives = {1 + config.data.num_negatives}, got "
-            f"{ours}"
-        )
-    backbone = getattr(config.model, "backbone", config.model.name)
-    if backbone not in BACKBONES:
-        raise ConfigError(
-            f"model.backbone={backbone}: the reference is a T5 with random weights. Choose "
-            f"among {', '.join(BACKBONES)}"
-        )
+    _check(config, mode, ours)
     progress = progress or silent_stage
     work = Path(tempfile.mkdtemp(prefix="gensr-bench-"))
     try:
-        folder = (
-            Path(config.data.dir).resolve() if config.data.dir else synthetic_folder(work, threads, progress)
-        )
+        given_folder = Path(config.data.dir).resolve() if config.data.dir else None
+        folder = given_folder or synthetic_folder(work, threads, progress)
+        settings = [word for word in (*defaults, *overrides) if not word.startswith("data.dir=")]
         request = {
             "folder": str(folder),
             "mode": mode,
@@ -85,43 +76,48 @@ def bench_model(
             "steps": steps,
             "warmup": WARMUP_STEPS,
             "preset": None,
+            "overrides": settings,
         }
-
-        def run(script: str, *extra: str, **more: Any) -> Measured:
-            settings = [
-                setting for setting in (*defaults, *overrides, *extra) if not setting.startswith("data.dir=")
-            ]
-            command = [
-                sys.executable,
-                "-m",
-                f"benchmarks.{script}",
-                json.dumps({**request, **more, "overrides": settings}),
-            ]
-            return measure(command, threads, cwd=BENCHMARKS.parent)
-
         measured: list[tuple[Measured, Measured]] = []
         for turn in range(turns):
             progress("reference", 2 * turn, 2 * turns)
-            reference = run("reference", *REFERENCE, pairs=references)
+            theirs = {**request, "overrides": [*settings, *REFERENCE], "pairs": references}
+            reference = _run("reference", theirs, threads)
             progress("gensr", 2 * turn + 1, 2 * turns)
-            measured.append((run("gensr_steps"), reference))
+            measured.append((_run("gensr_steps", request, threads), reference))
         if trace is not None:
-            run("gensr_steps", trace=str(trace.resolve()))
+            _run("gensr_steps", {**request, "trace": str(trace.resolve())}, threads)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    return _document(
-        mode,
-        measured,
-        {
-            "overrides": list(overrides),
-            "defaults": list(defaults),
-            "pairs": ours,
-            "reference_pairs": references,
-            "steps": steps,
-            "turns": turns,
-            "threads": threads,
-        },
-    )
+    asked = {
+        "overrides": list(overrides),
+        "defaults": list(defaults),
+        "pairs": ours,
+        "reference_pairs": references,
+        "steps": steps,
+        "turns": turns,
+        "threads": threads,
+    }
+    return _document(mode, measured, asked)
+
+
+def _check(config: Config, mode: Mode, pairs: int) -> None:
+    """Raises ConfigError for what the reference cannot be measured with."""
+    per_event = 1 + config.data.num_negatives
+    if mode == "train" and pairs % per_event:
+        raise ConfigError(f"--pairs must be a multiple of 1 + data.num_negatives = {per_event}, got {pairs}")
+    backbone = getattr(config.model, "backbone", config.model.name)
+    if backbone not in BACKBONES:
+        raise ConfigError(
+            f"model.backbone={backbone}: the reference is a T5 with random weights. Choose "
+            f"among {', '.join(BACKBONES)}"
+        )
+
+
+def _run(script: str, request: dict[str, Any], threads: int) -> Measured:
+    """A program of benchmarks/, measured as a process of its own."""
+    command = [sys.executable, "-m", f"benchmarks.{script}", json.dumps(request)]
+    return measure(command, threads, cwd=BENCHMARKS.parent)
 
 
 def default_pairs(mode: Mode) -> tuple[int, int]:
