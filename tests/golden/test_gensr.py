@@ -50,7 +50,8 @@ WITHOUT_EVIDENCE = (
     "data.num_negatives=4",
 )
 NUM_SCORED, SCORED_AT_ONCE = 500, 20  # test events
-NEAR = 1e-4  # another torch, another CPU
+# another torch, another CPU; after 50 steps 2 of 500 single scores were 3e-4 off on an AMD EPYC
+NEAR = {"losses": 1e-4, "first_scores": 1e-3, "mean_scores": 1e-4}
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -107,8 +108,8 @@ def check(run_dir: Path, name: str) -> None:
     assert found["event_ids_sha256"] == expected["event_ids_sha256"], "other test events"
     if all(found[key] == expected[key] for key in ("torch", "cpu_capability", "cpu_vendor")):
         assert found == {key: expected[key] for key in found}
-    for key in ("losses", "first_scores", "mean_scores"):
-        assert found[key] == pytest.approx(expected[key], abs=NEAR, rel=NEAR), key
+    for key, near in NEAR.items():
+        assert found[key] == pytest.approx(expected[key], abs=near, rel=near), key
 
 
 def measured(run_dir: Path) -> dict[str, Any]:
