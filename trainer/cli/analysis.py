@@ -7,6 +7,7 @@ import typer
 
 from trainer.cli.base import (
     AsJson,
+    GpusOfJobs,
     Jobs,
     Overrides,
     answer,
@@ -94,7 +95,7 @@ def paper(
     submit: Annotated[
         bool, typer.Option("--submit", help="submit the missing runs as SLURM arrays; make no page yet")
     ] = False,
-    gpus_per_node: Annotated[int, typer.Option(help="with --submit; 0 trains on CPU", min=0)] = 1,
+    gpus_per_node: GpusOfJobs = 1,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="print runs, hours and GB; write nothing")
     ] = False,

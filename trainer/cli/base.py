@@ -242,6 +242,8 @@ Jobs = Annotated[
     int, typer.Option(help="runs at once on this machine; they share its cores or get a GPU each", min=1)
 ]
 
+GpusOfJobs = Annotated[int, typer.Option("--gpus-per-node", help="with --submit; 0 trains on CPU", min=0)]
+
 
 def refuse_jobs_of_arrays(jobs: int, submit: bool) -> None:
     if submit and jobs > 1:

@@ -8,6 +8,7 @@ import typer
 
 from trainer.cli.base import (
     AsJson,
+    GpusOfJobs,
     Jobs,
     MaybePreset,
     Overrides,
@@ -70,7 +71,7 @@ def table_of_systems(
     submit: Annotated[
         bool, typer.Option("--submit", help="submit the missing runs as SLURM arrays; write no table yet")
     ] = False,
-    gpus_per_node: Annotated[int, typer.Option(help="with --submit; 0 trains on CPU", min=0)] = 1,
+    gpus_per_node: GpusOfJobs = 1,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="print runs, epochs and times; write nothing")
     ] = False,

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from data_shards.settings import overrides_of
+from data_shards.settings import changes, overrides_of
 from trainer.errors import ConfigError, GensrError
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def _open_search(journal: Path, space: Space, sampler: Sampler, seed: int) -> "S
     study = open_study(journal)
     asked = json.loads(json.dumps({"space": space, "search": sampler, "seed": seed}))
     known = study.user_attrs.get("asked", asked)
-    changed = [f"{key} was {known[key]}, is {asked[key]}" for key in asked if known[key] != asked[key]]
+    changed = [str(change) for change in changes(known, asked)]
     if not changed and (drawn := _drawn_from_others(study, space)):  # a journal from before "asked" was noted
         changed = [f"space was {drawn}, is {asked['space']}"]
     if changed:

@@ -144,8 +144,9 @@ def check_shards(found: Checkpoint, left_out: list[str], accepted: str = "") -> 
     events. Checkpoints of before it was noted are not compared."""
     before = found.identity.get("left_out", left_out)
     if before != left_out:
-        words = (f"without {', '.join(each)}" if each else "with all shards" for each in (before, left_out))
-        was, now = words
+        was, now = (
+            f"without {', '.join(each)}" if each else "with all shards" for each in (before, left_out)
+        )
         _refuse([Change("data", was, now)], accepted, found.path)
 
 

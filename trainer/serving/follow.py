@@ -51,7 +51,7 @@ class Follower:
             number = self._follow.newest()
         except Exception as error:  # of whatever kind: it is asked again
             return self._tell(f"the registry does not say what {model} is", error)
-        if number == version_of(self._live.recommender):
+        if number == number_in(self._live.recommender):
             self._live.problem = ""
         elif not number:
             self._tell(f"there is no {model} any more")
@@ -61,7 +61,7 @@ class Follower:
             self._take(number)
 
     def _take(self, number: int) -> None:
-        model, before = self._follow.model, version_of(self._live.recommender)
+        model, before = self._follow.model, number_in(self._live.recommender)
         try:
             recommender = self._follow.open()
             ask_once(recommender)
@@ -71,18 +71,18 @@ class Follower:
             return self._tell(f"version {number} of {model} cannot be used", error)
         self._live.replace(recommender)
         # as a warning: where nobody has set logging up, it shows no less
-        log.warning("%s: version %d answers, no longer %d", model, version_of(recommender), before)
+        log.warning("%s: version %d answers, no longer %d", model, number_in(recommender), before)
 
     def _tell(self, problem: str, error: Exception | None = None) -> None:
         """When it is new, not at every look. The reason may name folders, so it is in the log alone."""
         if problem != self._live.problem:
             self._live.problem = problem
-            answers = version_of(self._live.recommender)
+            answers = number_in(self._live.recommender)
             reason = f": {type(error).__name__}: {error}" if error is not None else ""
             log.error("%s; version %d goes on answering%s", problem, answers, reason)
 
 
-def version_of(recommender: Recommender) -> int:
+def number_in(recommender: Recommender) -> int:
     return int(recommender.facts["version"])
 
 

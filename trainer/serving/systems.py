@@ -112,8 +112,9 @@ def system_of(recommender: Recommender, name: str = MAIN) -> System:
 def compared_systems(models: Sequence[tuple[str, Recommender]], users: Users | None) -> list[System]:
     """Opened models by what the user called them, then what is counted from the folder of `users`, if it is
     there and wanted. A name holds no folder of this machine, and names differ."""
-    counts = users is not None and not users.reason
-    names: list[str] = list(COUNTED) if counts else []
+    if users is not None and users.reason:
+        users = None
+    names: list[str] = list(COUNTED) if users is not None else []
     named = []
     for given, recommender in models:
         is_version = given.startswith("models:/")
@@ -122,7 +123,7 @@ def compared_systems(models: Sequence[tuple[str, Recommender]], users: Users | N
         name = next(one for one in numbered if one not in names)
         names.append(name)
         named.append(system_of(recommender, name))
-    return [*named, *_counted_systems(users)] if users is not None and counts else named
+    return [*named, *_counted_systems(users)] if users is not None else named
 
 
 def _counted_systems(users: Users) -> Iterator[System]:

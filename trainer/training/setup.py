@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from data_shards.hashing import derive_seed
+from data_shards.schema import Shard
 from trainer.batch import Batch
 from trainer.config import CfSettings, Config
 from trainer.data import EvalStream, TrainStream
@@ -113,7 +114,7 @@ def set_up(
         progress.validations_without_gain = 0
 
     stream, valid = make_streams(config, folder, accelerator, module.tasks, cf, holdout, progress.events_seen)
-    identity["left_out"] = sorted({shard.name for shard in folder.manifest.shards("train")} - _names(stream))
+    identity["left_out"] = sorted(set(_names(folder.manifest.shards("train"))) - set(_names(stream.shards)))
     if found is not None:
         checkpoint.check_shards(found, identity["left_out"], config.run.accept_changes)
     schedule = make_schedule(config, stream.num_events, accelerator.num_processes)
@@ -304,8 +305,7 @@ def make_streams(
         clicks=folder.item_clicks() if data.negatives in ("popularity", "mixture") else None,
         tasks=tasks,
     )
-    names = tuple(shard.name for shard in stream.shards)
-    if data.on_bad_shard == "skip" and len(set(gather_objects(accelerator, names))) > 1:
+    if data.on_bad_shard == "skip" and len(set(gather_objects(accelerator, _names(stream.shards)))) > 1:
         raise DataError(
             f"{data.dir}: processes disagree about which training shards can be read. Mend the folder, or "
             "keep it on the nodes: data.cache_dir"
@@ -316,8 +316,8 @@ def make_streams(
     return stream, valid
 
 
-def _names(stream: TrainStream) -> set[str]:
-    return {shard.name for shard in stream.shards}
+def _names(shards: Sequence[Shard]) -> tuple[str, ...]:
+    return tuple(shard.name for shard in shards)
 
 
 def batch_before(config: Config, stream: TrainStream, module: Ranker, device: Any) -> Batch:
