@@ -45,6 +45,7 @@ HISTORY = "trainer/models/gensr/history.py"
 CONTRACT = "trainer/models/contract.py"
 GENSR = "trainer/models/gensr/model.py"
 EVIDENCE = "trainer/models/gensr/evidence.py"
+QUERY_WORDS = "trainer/models/gensr/query_words.py"
 MINING = "trainer/models/gensr/mining.py"
 AGES = "trainer/models/layers/history.py"
 CATEGORIES = "trainer/models/layers/categories.py"
@@ -590,6 +591,41 @@ COUNTED = [
         EVIDENCE,
         "below = torch.cat([levels_BCT[..., 1:], torch.zeros_like(levels_BCT[..., :1])], -1)",
         "below = torch.cat([torch.zeros_like(levels_BCT[..., :1]), levels_BCT[..., :-1]], -1)",
+        NUMBERS,
+    ),
+    mutant(
+        "own click stays among the clicks of a query's words",
+        QUERY_WORDS,
+        "clicks_BQX = (clicks_BQX - mine_B1X.float()).clamp(min=0)",
+        "clicks_BQX = clicks_BQX.clamp(min=0)",
+        NUMBERS,
+    ),
+    mutant(
+        "own click stays among a query word's searches",
+        QUERY_WORDS,
+        "asked_BQ1, held_B1X = (asked_BQ1 - 1).clamp(min=0), held_B1X - mine_B1X.float()",
+        "asked_BQ1, held_B1X = asked_BQ1, held_B1X - mine_B1X.float()",
+        NUMBERS,
+    ),
+    mutant(
+        "own click decides which words are near",
+        QUERY_WORDS,
+        "clicks_BQX = clicks_BQX * self._stays(",
+        "clicks_BQX = clicks_BQX + 0 * self._stays(",
+        NUMBERS,
+    ),
+    mutant(
+        "a word of the query counts twice",
+        QUERY_WORDS,
+        "return terms.masked_fill(again, 0)",
+        "return terms",
+        NUMBERS,
+    ),
+    mutant(
+        "recommendations count as searches",
+        QUERY_WORDS,
+        "mean_BC * asked_B1",
+        "mean_BC",
         NUMBERS,
     ),
     mutant(

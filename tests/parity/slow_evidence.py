@@ -14,6 +14,7 @@ from torch import Tensor
 SRC = 1
 DECAY, SHRINK, STEPS, STEP_DECAY, LOUDNESS = 0.8, 10, 3, 0.5, 30
 NOW_DECAY, NOW_PRIOR, USUAL_PRIOR = 0.5, 0.2, 3
+WORD_PRIOR = 5
 
 
 @dataclass(frozen=True)
@@ -28,19 +29,20 @@ class Catalogue:
 
 
 class SlowEvidence:
-    """clicks: (user, item, time, task) of the training split, by user and time."""
+    """clicks: (user, item, time, task, query) of the training split, by user and time."""
 
     def __init__(
         self,
-        clicks: Sequence[tuple[int, int, int, int]],
+        clicks: Sequence[tuple[int, int, int, int, int]],
         catalogue: Catalogue,
         num_neighbours: int,
         with_categories: bool,
+        with_queries: bool,
     ) -> None:
-        self.with_categories = with_categories
+        self.with_categories, self.with_queries = with_categories, with_queries
         self.catalogue, self.num_items = catalogue, len(catalogue.item_terms)
         rows: dict[int, dict[tuple[int, int], int]] = {}  # user → (time, item) → where it stands
-        for place, (user, item, time, task) in enumerate(clicks):
+        for place, (user, item, time, task, _) in enumerate(clicks):
             # searched for and recommended at one time is one click, the search
             found = rows.setdefault(user, {})
             if (time, item) not in found or (task == SRC and clicks[found[time, item]][3] != SRC):
@@ -58,6 +60,15 @@ class SlowEvidence:
         self.near = [self._nearest(found, num_neighbours) for found in self.all_near]
         self.follow = [self._nearest(found, num_neighbours) for found in self.all_follow]
         self.idf = self._idf()
+        self.searches = [
+            (set(catalogue.query_terms[query]) - {0}, set(catalogue.item_terms[item]) - {0})
+            for _, item, _, task, query in clicks
+            if task == SRC
+        ]
+        self.asked = Counter(word for words, _ in self.searches for word in words)
+        self.held = Counter(term for _, terms in self.searches for term in terms)
+        self.all_words = {word: self._clicked_with(word) for word in self.asked}
+        self.words = {word: self._nearest(found, num_neighbours) for word, found in self.all_words.items()}
 
     # ---- counting ------------------------------------------------------------------------------------------
 
@@ -88,6 +99,14 @@ class SlowEvidence:
         return {
             other: (value, value / math.sqrt(self.clicks[item] * self.clicks[other]))
             for other, value in count.items()
+        }
+
+    def _clicked_with(self, word: int) -> dict[int, tuple[float, float]]:
+        """Term → (clicks after a query with `word` on a text with the term, similarity)."""
+        count = Counter(term for words, terms in self.searches if word in words for term in terms)
+        return {
+            term: (clicks, clicks / (math.sqrt(self.asked[word] * self.held[term]) + SHRINK))
+            for term, clicks in count.items()
         }
 
     @staticmethod
@@ -144,9 +163,11 @@ class SlowEvidence:
         query: int,
         candidate: int,
         cf_vector: Callable[[int], Tensor],
-        own: bool,
+        clicked: int,
     ) -> list[float]:
-        """The rows of README.md's table, in its order."""
+        """The rows of README.md's table, in its order. clicked: the item whose click is among the counts, and
+        does not count; -1: none is."""
+        own = candidate == clicked
         leaves = own and candidate not in history  # whether the user is none of the item's without the click
         users, clicks = self.users[candidate] - leaves, self.clicks[candidate] - own
         weighted = self.weighted_history(history)
@@ -184,7 +205,28 @@ class SlowEvidence:
             covered,
             float(users == 0),
             *(self.categories(history, candidate, leaves) if self.with_categories else []),
+            *([self.meaning(query, candidate, clicked)] if self.with_queries else []),
         ]
+
+    def meaning(self, query: int, candidate: int, clicked: int) -> float:
+        """Mean over the query's words of the best log P(t | word) / P(t) of the candidate's words."""
+        asked = set(self.catalogue.query_terms[query]) - {0} if query >= 0 else set()
+        own = set(self.catalogue.item_terms[clicked]) - {0} if clicked >= 0 else set()
+        return sum(self._best_lift(word, candidate, own, clicked >= 0) for word in asked) / max(len(asked), 1)
+
+    def _best_lift(self, word: int, candidate: int, own: set[int], one_less: bool) -> float:
+        asked = max(self.asked[word] - one_less, 0)
+        lifts = [math.log(WORD_PRIOR / (asked + WORD_PRIOR))]  # of a term that nobody clicked after it
+        for term in set(self.catalogue.item_terms[candidate]) - {0}:
+            mine = term in own
+            clicks, held = self.words.get(word, {}).get(term, 0), self.held[term] - mine
+            if mine and clicks:
+                clicks = max(clicks - 1, 0)
+                similar = clicks / (math.sqrt(asked * held) + SHRINK)
+                clicks *= self._stays(self.all_words[word], term, similar)
+            usual = (held + 1) / (len(self.searches) - one_less + 2)
+            lifts.append(math.log((clicks + WORD_PRIOR * usual) / ((asked + WORD_PRIOR) * usual)))
+        return max(lifts)
 
     def categories(self, history: Sequence[int], candidate: int, own: bool) -> list[float]:
         """The last two rows of the table."""

@@ -263,12 +263,13 @@ class SlowGenSR:
         """Log-odds of Yes of each candidate, and the clicked candidate's two filtered views."""
         histories = self.histories(event)
         given, views = [], []
-        for place, item in enumerate(event.candidates):
+        clicked = event.candidates[event.clicked] if training else -1  # its click is among the counts
+        for item in event.candidates:
             slots = self.slots(event, item, *histories)
             views.append((slots[0], slots[1]))
             beside: Tensor | float = 0.0
             if self.evidence is not None:
-                slot, beside = self.counted(event, item, own=training and place == event.clicked)
+                slot, beside = self.counted(event, item, clicked)
                 slots.append(slot)
             yes, no = self.answer(self.prompt(event.task, slots, self.query_vectors(event.query)))
             given.append(yes - no + beside)
@@ -306,12 +307,12 @@ class SlowGenSR:
 
     # ---- model.evidence and model.mined_negatives: slow_evidence.py ----------------------------------------
 
-    def counted(self, event: Event, item: int, own: bool) -> tuple[Tensor, Tensor]:
+    def counted(self, event: Event, item: int, clicked: int) -> tuple[Tensor, Tensor]:
         """The eighth slot, and log-odds that are added to the answer's."""
         assert self.evidence is not None
         history = [item for item, _ in event.history]
         numbers = self.evidence.numbers(
-            history, event.query, item, lambda row: self.cf_vector(row, event.fold), own
+            history, event.query, item, lambda row: self.cf_vector(row, event.fold), clicked
         )
         vector = torch.tensor(numbers, dtype=torch.float64)
         hidden = gelu(self.linear("evidence_head.hidden", vector))

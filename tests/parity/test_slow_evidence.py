@@ -75,6 +75,7 @@ def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         "model.backbone=scratch:nano",
         "model.evidence=true",
         f"model.evidence_categories={request.param == 'text'}",
+        "model.evidence_queries=true",
         f"model.num_neighbours={NEIGHBOURS}",
         f"model.mined_negatives={MINED}",
     ]
@@ -154,9 +155,10 @@ def reference_of(folder: PreparedFolder, model: GenSR) -> SlowEvidence:
         item_categories=levels if levels[0] else [[0]] * len(levels),
         category_tokens={} if words else category_tokens(folder, model),
     )
-    columns = (column.tolist() for column in (clicks.user, clicks.item, clicks.time, clicks.task))
-    rows = list(zip(*columns, strict=True))
-    return SlowEvidence(rows, catalogue, NEIGHBOURS, model.settings.evidence_categories)
+    columns = (clicks.user, clicks.item, clicks.time, clicks.task, clicks.query)
+    rows = list(zip(*(column.tolist() for column in columns), strict=True))
+    settings = model.settings
+    return SlowEvidence(rows, catalogue, NEIGHBOURS, settings.evidence_categories, settings.evidence_queries)
 
 
 def category_tokens(folder: PreparedFolder, model: GenSR) -> dict[int, list[int]]:
@@ -183,9 +185,13 @@ def expected_numbers(both: Both, batch: Batch, own: bool) -> torch.Tensor:
         rows.append(
             [
                 both.reference.numbers(
-                    history, event.query, candidate, cf.__getitem__, own and place == event.clicked
+                    history,
+                    event.query,
+                    candidate,
+                    cf.__getitem__,
+                    event.candidates[event.clicked] if own else -1,
                 )
-                for place, candidate in enumerate(event.candidates)
+                for candidate in event.candidates
             ]
         )
     return torch.tensor(rows)

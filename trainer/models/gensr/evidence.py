@@ -1,5 +1,6 @@
 """What counting knows of an event and a candidate, as numbers (model.evidence): neighbours and followers of
-the history, popularity, taste, shared words, categories of the history and of the query.
+the history, popularity, taste, shared words, categories of the history and of the query, and what searchers
+clicked who used its words (query_words.py).
 
 LightGCN's vectors have lost order and co-purchase, and a small language model cannot count words; here it
 gets them as numbers. Everything is counted from training clicks and the catalogue, once (`Evidence.fit`).
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from data_shards.sources.amazon import category_query
 from trainer.batch import Batch, ItemTables, rows_of
+from trainer.models.gensr.query_words import QueryWords
 from trainer.models.layers.categories import last_category
 from trainer.models.layers.neighbours import (
     click_matrix,
@@ -34,7 +36,7 @@ from trainer.models.layers.neighbours import (
 if TYPE_CHECKING:
     from trainer.models.contract import World
 
-NUM_FEATURES, NUM_CATEGORY_FEATURES = 14, 4
+NUM_FEATURES, NUM_CATEGORY_FEATURES, NUM_QUERY_FEATURES = 14, 4, 1
 DECAY = 0.8  # weight of a history item for each newer one
 NOW_DECAY = 0.5  # the same where what a user has in mind counts: of categories
 NOW_PRIOR, USUAL_PRIOR = 0.2, 3.0  # history items that everyone's clicks stand for beside the user's own
@@ -77,9 +79,12 @@ class Evidence(nn.Module):
     category_users: Tensor  # [1 + num_categories] float32, Σ users of the items whose last category it is
     category_key: Tensor  # [1 + num_categories] int64, hash of a category's words as query tokens; 0: none
 
-    def __init__(self, num_neighbours: int, world: "World", with_categories: bool = False) -> None:
+    def __init__(
+        self, num_neighbours: int, world: "World", with_categories: bool = False, with_queries: bool = False
+    ) -> None:
         super().__init__()
         self.with_categories = with_categories
+        self.query_words = QueryWords(num_neighbours, world.num_terms) if with_queries else None
         num_items = world.num_items
         shape = (num_items, min(num_neighbours, max(num_items - 1, 1)))
         for name in ("near", "follow"):
@@ -105,6 +110,8 @@ class Evidence(nn.Module):
         row, other, count, share = followers(user, item, start, num_items, STEPS, STEP_DECAY)
         self._refuse("follow", *keep_nearest(self.follow, self.follow_weight, row, other, count, share))
         self._fit_idf(world.tables)
+        if self.query_words is not None:
+            self.query_words.fit(world)
         if self.with_categories:
             category_I = last_category(world.tables.item_category).to(self.users.device)
             self.category_users.zero_().index_add_(0, category_I, self.users)
@@ -192,6 +199,8 @@ class Evidence(nn.Module):
         ]
         if self.with_categories:
             features += self._categories(batch, tables, users_BC, leaves_BC, age_BN, weight_BN > 0)
+        if self.query_words is not None:
+            features.append(self.query_words(batch, tables, own))
         return Seen(torch.stack(features, -1), common_BNC > 0, inside_BC, weight_BN)
 
     def _categories(
@@ -309,9 +318,10 @@ class EvidenceHead(nn.Module):
     """Numbers → a slot of the prompt, and log-odds that are added to the answer's: for each task the sum of a
     linear map, which learns in few steps, and of a small network."""
 
-    def __init__(self, width: int, with_categories: bool = False) -> None:
+    def __init__(self, width: int, with_categories: bool = False, with_queries: bool = False) -> None:
         super().__init__()
         num_features = NUM_FEATURES + with_categories * NUM_CATEGORY_FEATURES
+        num_features += with_queries * NUM_QUERY_FEATURES
         self.slot = nn.Linear(num_features, width)
         self.linear = nn.Linear(num_features, 2)
         self.hidden = nn.Linear(num_features, 2 * HIDDEN)

@@ -124,9 +124,10 @@ class GenSR(AdapterRanker):
                 f"{data.num_negatives}: the others are uniform. Raise data.num_negatives"
             )
         if self.reads_evidence or settings.mined_negatives:
-            self.evidence = Evidence(settings.num_neighbours, world, settings.evidence_categories)
+            counted = (settings.evidence_categories, settings.evidence_queries)
+            self.evidence = Evidence(settings.num_neighbours, world, *counted)
         if self.reads_evidence:
-            self.evidence_head = EvidenceHead(width, settings.evidence_categories)
+            self.evidence_head = EvidenceHead(width, *counted)
         self._mine: list[Mine] = []  # opened by the first training step; a list hides tensors from nn.Module
         self.answers: tuple[int, int] = (-1, -1)
         self._set_prompts()

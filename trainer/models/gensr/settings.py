@@ -43,8 +43,11 @@ class GenSRSettings(AdapterSettings, CfSettings):
     evidence_categories: bool = False
     """with evidence: also how much of the history lies in the candidate's category, now and usually, and how
     popular both are"""
+    evidence_queries: bool = False
+    """with evidence: also which words the texts hold that were clicked after queries with the query's words
+    (query_words.py)"""
     num_neighbours: Positive = 100
-    """neighbours and followers that each item keeps for it"""
+    """neighbours and followers that each item keeps for it, and words that each word of a query keeps"""
     mined_negatives: NonNegative = 0
     """how many of data.num_negatives are neighbours of the history, or items of the query's category; scores
     are corrected for it (mining.py)"""
