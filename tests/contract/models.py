@@ -29,6 +29,7 @@ TINY = {
         "model.backbone=scratch:nano",
         "model.gather_negatives=true",
         "model.evidence=true",
+        "model.evidence_queries=true",
         "model.mined_negatives=2",
         "model.listwise_weight=1",
     ),

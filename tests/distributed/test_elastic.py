@@ -17,6 +17,7 @@ SETTINGS = [
     "model.backbone=scratch:nano",
     "model.dropout=0",
     "model.evidence=true",  # whose counts are buffers, of no optimizer
+    "model.evidence_queries=true",
     "data.item_tokens=8",
     "data.history_tokens=4",
     "data.history_max=8",

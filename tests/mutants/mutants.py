@@ -622,10 +622,10 @@ COUNTED = [
         NUMBERS,
     ),
     mutant(
-        "recommendations count as searches",
+        "clicks without a query count as searches",
         QUERY_WORDS,
-        "mean_BC * asked_B1",
-        "mean_BC",
+        "searched = (clicks.task == SRC) & (clicks.query >= 0)",
+        "searched = clicks.query >= -1",
         NUMBERS,
     ),
     mutant(

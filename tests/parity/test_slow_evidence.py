@@ -237,6 +237,19 @@ def test_numbers_of_every_item(both: Both, own: bool) -> None:
     )
 
 
+def test_searches_alone_or_all_events_are_looked_up_alike(both: Both) -> None:
+    """On a CPU what a query's words mean is computed of searches only, elsewhere of all rows."""
+    batch, words = both.batch(48), both.model.evidence and both.model.evidence.query_words
+    assert words is not None
+    meaning = words(batch, both.model.tables, own=True)
+    asked = (batch.query >= 0)[:, None]
+    assert torch.equal(meaning, words._meaning(batch, both.model.tables, own=True) * asked)
+    assert (
+        meaning[asked[:, 0]].abs().min() > 0
+        and not words(batch.take(~asked[:, 0]), both.model.tables, True).any()
+    )
+
+
 def test_a_models_scores_losses_and_gradients(both: Both) -> None:
     """With the evidence slot, its log-odds, mined negatives and their correction."""
     model = both.model.train()

@@ -54,12 +54,13 @@ def on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
         "model.variant=extended",
         "model.activation_checkpointing=true",
         "model.lora.rank=4",
+        "model.evidence=true model.evidence_categories=true model.evidence_queries=true",
     ],
 )
 def test_a_training_step_asks_its_device_for_nothing(
     make: Callable[..., Made], backbone: str, setting: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, batch = make(f"model.backbone={backbone}", setting)
+    model, batch = make(f"model.backbone={backbone}", *setting.split())
     batch = move(model, model.prepare(batch), "meta")
     real_tensor = torch.tensor
 

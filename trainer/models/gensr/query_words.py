@@ -86,12 +86,20 @@ class QueryWords(nn.Module):
 
         own: the events' own clicks are among the counts, and are taken out: from all candidates, because each
         that shares a word with the clicked one would know of it."""
+        asked_B = batch.query >= 0
+        if batch.query.device.type != "cpu":  # to ask which events are searches would wait for the device
+            return self._meaning(batch, tables, own) * asked_B[:, None]
+        meaning_BC = torch.zeros(batch.candidates.shape)
+        meaning_BC[asked_B] = self._meaning(batch.take(asked_B), tables, own)
+        return meaning_BC
+
+    def _meaning(self, batch: Batch, tables: ItemTables, own: bool) -> Tensor:
         word_BQ = _once(tables.query_terms[batch.query.clamp(min=0)].long())
         text_BCT = rows_of(tables.item_terms, batch.candidates)
         text_BX = text_BCT.flatten(1)
         clicks_BQX = looked_up(self.near, self.near_clicks, word_BQ, text_BX)
         asked_BQ1, held_B1X = self.asked[word_BQ][..., None], self.held[text_BX][:, None]
-        searches: Tensor | float = self.searches
+        searches = self.searches
         if own:
             mine_BT = rows_of(tables.item_terms, batch.clicked)
             mine_B1X = ((text_BX[..., None] == mine_BT[:, None]).any(-1) & (text_BX > 0))[:, None]
@@ -102,11 +110,9 @@ class QueryWords(nn.Module):
             clicks_BQX = clicks_BQX * self._stays(word_BQ, text_BX, similar_BQX, mine_B1X)
         usual_B1X = (held_B1X + 1) / (searches + 2)  # P(t)
         lift_BQX = ((clicks_BQX + PRIOR * usual_B1X) / ((asked_BQ1 + PRIOR) * usual_B1X)).log()
-        lift_BQCT = lift_BQX.unflatten(2, text_BCT.shape[1:])
+        best_BQC = lift_BQX.unflatten(2, text_BCT.shape[1:]).amax(-1)
         word_BQ1 = (word_BQ > 0).float()[..., None]
-        asked_B1 = (batch.query >= 0).float()[:, None]
-        mean_BC = (lift_BQCT.amax(-1) * word_BQ1).sum(1) / word_BQ1.sum(1).clamp(min=1)
-        return mean_BC * asked_B1
+        return (best_BQC * word_BQ1).sum(1) / word_BQ1.sum(1).clamp(min=1)
 
     def _stays(self, word_BQ: Tensor, text_BX: Tensor, by_BQX: Tensor, mine_B1X: Tensor) -> Tensor:
         """Whether a term of the clicked text would be among a word's nearest without the event's own click,
