@@ -324,12 +324,20 @@ def test_each_system_against_the_best_other_one() -> None:
     assert found["b"]["difference"] == pytest.approx(0.05) and found["a"]["difference"] == pytest.approx(
         -0.05
     )
-    alone = {name: paired_difference(values["b"], values[name], users) for name in ("a", "c")}
+    alone = {name: paired_difference(values["b"], values[name], users, 2000) for name in ("a", "c")}
     assert found["c"]["low"] == pytest.approx(alone["c"].low), "the same resamples as one by one"
     p = {name: difference.p_value for name, difference in alone.items()}
     smallest = min(p.values())
     assert found["a"]["p_holm"] == pytest.approx(2 * smallest) and found["b"]["p"] == p["a"]
     assert results.against_best({"a": base}, users) == {}
+
+
+def test_a_clear_difference_stays_clear_among_many_systems() -> None:
+    """The bootstrap's smallest p-value, times the number of comparisons, is above .05 from 26 on."""
+    users, base = np.arange(300), np.random.default_rng(0).random(300)
+    values = {f"system {place}": base - 0.5 * (place > 0) for place in range(31)}
+    found = results.against_best(values, users)
+    assert max(difference["p_holm"] for difference in found.values()) < 0.003
 
 
 def write_ranks(run_dir: Path, ranks: dict[int, float], name: str = "test") -> Cell:

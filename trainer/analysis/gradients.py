@@ -8,7 +8,7 @@ magnitude_similarity   2 ‖g_search‖ ‖g_rec‖ / (‖g_search‖² + ‖g_r
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -76,32 +76,41 @@ def layer_of(name: str) -> str:
     return name.rpartition(".")[0] or name
 
 
+def gradients_of(module: nn.Module, loss: Callable[[], Tensor]) -> dict[str, Tensor]:
+    """Name → gradient of a scalar loss of `module`, in the module's order, of the trained parameters that it
+    reaches. Nothing is written to .grad."""
+    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    found = torch.autograd.grad(loss(), [parameter for _, parameter in named], allow_unused=True)
+    return {name: g for (name, _), g in zip(named, found, strict=True) if g is not None}
+
+
 def compare_gradients(
     module: nn.Module,
     search_loss: Callable[[], Tensor],
     rec_loss: Callable[[], Tensor],
     layer: Callable[[str], str] = layer_of,
 ) -> list[LayerGradients]:
-    """Figures of each layer in the module's order, then of all of them as TOTAL.
+    """compare() of the gradients of two losses.
 
-    Each closure returns a task's scalar loss of `module` on a batch. Parameters that only one of them reaches
-    are not shared and are left out, as are frozen ones. `layer` maps a parameter's name to its row. Dropout
-    adds noise of its own: put the module into eval(), or fix the seed inside the closures. Nothing is written
-    to .grad. Memory: one gradient of each task. Raises DataError when the tasks share no parameter or a
-    gradient is not finite.
+    Each closure returns a task's scalar loss of `module` on a batch. Dropout adds noise of its own: put the
+    module into eval(), or fix the seed inside the closures. Memory: one gradient of each task.
     """
-    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-    parameters = [parameter for _, parameter in named]
-    search, rec = (
-        torch.autograd.grad(loss(), parameters, allow_unused=True) for loss in (search_loss, rec_loss)
-    )
+    return compare(gradients_of(module, search_loss), gradients_of(module, rec_loss), layer)
+
+
+def compare(
+    search: Mapping[str, Tensor], rec: Mapping[str, Tensor], layer: Callable[[str], str] = layer_of
+) -> list[LayerGradients]:
+    """Figures of each layer in the order of `search`, then of all of them as TOTAL.
+
+    What is in one of the two alone is not shared and is left out. `layer` maps a parameter's name to its row.
+    Raises DataError when the tasks share no parameter or a gradient is not finite.
+    """
     layers: dict[str, _Sums] = {}
     total = _Sums()
-    for (name, _), of_search, of_rec in zip(named, search, rec, strict=True):
-        if of_search is None or of_rec is None:
-            continue
+    for name in (name for name in search if name in rec):
         # An embedding with sparse=True has a sparse gradient.
-        pair = [g.to_dense() if g.layout != torch.strided else g for g in (of_search, of_rec)]
+        pair = [g.to_dense() if g.layout != torch.strided else g for g in (search[name], rec[name])]
         if not all(bool(g.isfinite().all()) for g in pair):
             raise DataError(f"{name}: a gradient is not finite. Compare in float32 and on a trained model")
         for sums in (layers.setdefault(layer(name), _Sums()), total):

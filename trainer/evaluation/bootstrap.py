@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from trainer.errors import DataError
 
 NUM_RESAMPLES = 1000
+ROUNDING = 1e-12  # of a mean difference: what sums of equal metrics in another order leave of 0
 _MAX_DRAWS_AT_ONCE = 4_000_000  # int64 held at once: 32 MB
 
 Floats = NDArray[np.float64]
@@ -34,7 +35,7 @@ class Difference:
     value: float
     low: float
     high: float
-    p_value: float  # never below 1 / (NUM_RESAMPLES + 1)
+    p_value: float  # never below 2 / (resamples + 1), nor 2^(1 − num_users)
     num_users: int
     num_events: int
 
@@ -90,7 +91,9 @@ def paired_difference(
     """Does b differ from a on the same events? a, b and users [n], in the same order of events.
 
     The p-value is twice the smaller share of resamples on either side of 0, where both shares count the
-    observed sample once (Davison & Hinkley 1997, section 4.2), so it is never 0.
+    observed sample once (Davison & Hinkley 1997, section 4.2), so it is never 0. Resamples of a few users
+    hardly differ and would prove anything: p is no smaller than if the signs of n users' gains were tossed,
+    which all agree in 2 of 2^n cases. One user proves nothing: 1.
     """
     before, after = (np.asarray(values, dtype=np.float64)[:, None] for values in (a, b))
     return paired_differences(before, after, users, num_resamples, seed)[0]
@@ -103,14 +106,15 @@ def paired_differences(
     gain = np.asarray(b, dtype=np.float64) - np.asarray(a, dtype=np.float64)
     means = cluster_means(gain, users, num_resamples, seed)
     low, high = np.quantile(means, [0.025, 0.975], axis=0)
-    smaller = np.minimum((means <= 0).sum(axis=0), (means >= 0).sum(axis=0))
+    smaller = np.minimum((means <= ROUNDING).sum(axis=0), (means >= -ROUNDING).sum(axis=0))
     num_users = len(np.unique(np.asarray(users)))
+    tossed = 2.0 ** (1 - num_users)
     return [
         Difference(
             value=float(gain[:, i].mean()),
             low=float(low[i]),
             high=float(high[i]),
-            p_value=min(1.0, 2 * (int(smaller[i]) + 1) / (num_resamples + 1)),
+            p_value=min(1.0, max(tossed, 2 * (int(smaller[i]) + 1) / (num_resamples + 1))),
             num_users=num_users,
             num_events=len(gain),
         )

@@ -75,6 +75,17 @@ def test_a_difference_is_paired():
 def test_no_difference_is_no_evidence():
     same = np.ones(10)
     assert paired_difference(same, same, np.arange(10)).p_value == 1.0
+    places = 1 / np.log2(np.random.default_rng(0).integers(2, 12, 500))
+    seeds = np.mean([places] * 7, axis=0)  # of seven equal runs: rounding moves it by 1e-17 in one direction
+    assert not np.array_equal(seeds, places) and paired_difference(places, seeds, np.arange(500)).p_value == 1
+
+
+@pytest.mark.parametrize(("num_users", "least"), [(1, 1.0), (2, 0.5), (5, 0.0625), (10, 2 / 1001)])
+def test_few_users_prove_little(num_users, least):
+    """All resamples of one user are alike. If chance gives each gain its sign, those of n users all agree as
+    often as n tosses of a coin."""
+    users = np.arange(3 * num_users) % num_users
+    assert paired_difference(np.zeros(len(users)), np.ones(len(users)), users).p_value == least
 
 
 def test_twenty_thousand_events_take_less_than_two_seconds():

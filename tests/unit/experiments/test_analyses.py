@@ -19,7 +19,7 @@ from trainer.config import DataConfig
 from trainer.data import EvalStream
 from trainer.data.folder import PreparedFolder
 from trainer.errors import DataError, RunError
-from trainer.experiments.analyses import Options, analyse, load_section
+from trainer.experiments.analyses import Options, analyse, gradients, load_section
 from trainer.experiments.analyses.ablations import label
 from trainer.experiments.analyses.gradients import block_of
 from trainer.experiments.analyses.mutual_information import answer_information
@@ -253,6 +253,43 @@ def test_gradients_read_the_cf_table_of_an_events_fold(
     monkeypatch.setattr(GenSR, "cf_vectors", cf_vectors)
     analyse("gradients", [run_dir], tmp_path / "gradients", Options(num_events=128))
     assert read and all(read)
+
+
+@pytest.mark.parametrize("asked", [100, 0])
+def test_gradients_that_are_compared_are_of_as_many_events_and_of_different_ones(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: int
+) -> None:
+    """A task against itself on fewer events, or on the same ones, does not say what noise does to both."""
+    read: list[list[int]] = []
+    loss = gradients._loss
+
+    def noted(model: Any, batches: Any) -> Any:
+        read.append([int(event) for batch in batches for event in batch.event_id])
+        return loss(model, batches)
+
+    monkeypatch.setattr(gradients, "_loss", noted)
+    (run,) = analyse("gradients", [run_dir], tmp_path / "out", Options(num_events=asked))["runs"]
+    folder = PreparedFolder.at(load_run_model(run_dir)[1].data.dir)
+    fewest = min(folder.manifest.raw["counts"]["train"][task] for task in ("rec", "src"))
+    assert run["num_events"] == min(asked or 512, fewest // 2) // 64 * 64 > 0
+    assert [len(events) for events in read] == [run["num_events"]] * 4
+    for one, other in (read[:2], read[2:]):
+        assert len({*one, *other}) == 2 * run["num_events"]
+    assert f"mean over {run['num_events']} training events" in (tmp_path / "out/gradients.html").read_text()
+
+
+def test_a_task_is_compared_with_itself_on_what_both_tasks_share(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = iter(
+        {"both": torch.tensor(both), name: torch.ones(1)}
+        for name, both in (("a", [1.0, 0.0]), ("a", [0.0, 1.0]), ("b", [1.0, 1.0]), ("b", [1.0, 1.0]))
+    )
+    monkeypatch.setattr(gradients, "gradients_of", lambda model, loss: next(given))
+    batches: Any = {task: ([], []) for task in (0, 1)}
+    point = gradients._point(load_run_model(run_dir)[0], batches, 1, is_best=True)
+    assert point["itself"] == {"src": 0.0, "rec": pytest.approx(1.0)}
+    assert point["layers"][-1]["num_parameters"] == 2
 
 
 # ---- the verb ----------------------------------------------------------------------------------------------

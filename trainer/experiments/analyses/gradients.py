@@ -2,8 +2,8 @@
 parameters apart? From the checkpoints of a run, of any ZeRO stage, in one process.
 
 The losses are the model's own, without dropout, on the same training events for every checkpoint: each event
-reads the CF table that never saw its click, as in training. Two halves of one task's events give the cosine
-that noise leaves: a task against itself.
+reads the CF table that never saw its click, as in training. As many other events of one task give the cosine
+that noise leaves: a task against itself, on the parameters that both share. On fewer it would be smaller.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data_shards.schema import REC, SRC
+from data_shards.schema import REC, SRC, TASKS
 from trainer.analysis.drawing import Curve, curves_with_intervals, heat_map, write_figure
-from trainer.analysis.gradients import TOTAL, compare_gradients
+from trainer.analysis.gradients import TOTAL, compare, gradients_of
 from trainer.analysis.pages import Part, Picture, Section, Table, Text
 from trainer.batch import Batch
 from trainer.data import TrainStream
@@ -34,16 +34,16 @@ from trainer.runtime.progress import Notify
 WHAT = "gradients"
 BATCH_EVENTS = 64
 COSINE_SPAN = 0.2  # that a picture shows at least: hundredths are noise
-MAX_EVENTS = 512  # of each task; its gradient is a mean over them
+MAX_EVENTS = 512  # whose mean a gradient is
 
 
 def measure(runs: Sequence[Path], options: Options, notify: Notify) -> dict[str, Any]:
     need_runs(runs, WHAT)
-    events = min(options.num_events or MAX_EVENTS, MAX_EVENTS)
-    return {"num_events": events, "runs": [_run(Path(run), events, notify) for run in runs]}
+    most = min(options.num_events or MAX_EVENTS, MAX_EVENTS)
+    return {"runs": [_run(Path(run), most, notify) for run in runs]}
 
 
-def _run(run_dir: Path, num_events: int, notify: Notify) -> dict[str, Any]:
+def _run(run_dir: Path, most: int, notify: Notify) -> dict[str, Any]:
     from trainer.runs.weights import load_run_config, load_run_model
 
     name = name_of(run_dir)
@@ -59,7 +59,8 @@ def _run(run_dir: Path, num_events: int, notify: Notify) -> dict[str, Any]:
     # The model alone, not its parts: in evaluation it would read the full CF table, which has seen these
     # very clicks. Its parts stay without dropout.
     model.training = True
-    batches = {task: _batches(run_dir, folder, config, task, num_events) for task in (SRC, REC)}
+    num_events = _events_of_a_gradient(run_dir, folder, most)
+    batches = {task: _batches(folder, config, task, num_events) for task in (SRC, REC)}
     shapes = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
     progress = RunFolder(run_dir).read_status().get("progress", {})
     best = int(progress.get("best_step", 0))
@@ -73,27 +74,38 @@ def _run(run_dir: Path, num_events: int, notify: Notify) -> dict[str, Any]:
         model.load_state_dict(trained_weights(found, shapes), strict=False)
         points.append(_point(model, batches, found.progress.step, is_best=False))
     points.sort(key=lambda point: point["step"])
-    return {**name, "points": points}
+    return {**name, "num_events": num_events, "points": points}
 
 
-def _batches(run_dir: Path, folder: PreparedFolder, config: Any, task: int, num_events: int) -> list[Batch]:
-    """The first training events of a task, the same in every call."""
+def _events_of_a_gradient(run_dir: Path, folder: PreparedFolder, most: int) -> int:
+    """Of whole batches, where there are as many: two gradients of each task must have no event in common."""
+    counts = folder.manifest.raw["counts"]["train"]
+    events = min(most, *(counts[TASKS[task]] // 2 for task in (SRC, REC)))
+    if not events:
+        raise DataError(f"{run_dir}: the training split has fewer than two events of one of the two tasks")
+    return events // BATCH_EVENTS * BATCH_EVENTS or events
+
+
+def _batches(folder: PreparedFolder, config: Any, task: int, num_events: int) -> tuple[list[Batch], ...]:
+    """The first training events of a task, and as many others; the same in every call."""
     num_folds = folder.cf(users=False).num_folds if folder.has_cf else 0
+    size = min(BATCH_EVENTS, num_events)
     stream = TrainStream(
-        folder, config.data, 0, BATCH_EVENTS, BATCH_EVENTS, num_folds=num_folds,
-        clicks=folder.item_clicks(), tasks=(task,),
-    )  # fmt: skip
-    if task not in folder.tasks("train"):
-        raise DataError(f"{run_dir}: the training split has no events of one of the two tasks")
-    return list(islice(iter(stream), max(2, num_events // BATCH_EVENTS)))
+        folder, config.data, 0, size, size, num_folds=num_folds, clicks=folder.item_clicks(), tasks=(task,)
+    )
+    found = list(islice(iter(stream), 2 * num_events // size))
+    return found[0::2], found[1::2]
 
 
-def _point(model: Ranker, batches: dict[int, list[Batch]], step: int, is_best: bool) -> dict[str, Any]:
-    layers = compare_gradients(model, _loss(model, batches[SRC]), _loss(model, batches[REC]), layer=block_of)
-    itself = {}
-    for task, name in ((SRC, "src"), (REC, "rec")):
-        one, other = (_loss(model, batches[task][half::2]) for half in (0, 1))
-        itself[name] = compare_gradients(model, one, other, layer=block_of)[-1].cosine
+def _point(
+    model: Ranker, batches: dict[int, tuple[list[Batch], ...]], step: int, is_best: bool
+) -> dict[str, Any]:
+    src, rec = ([gradients_of(model, _loss(model, part)) for part in batches[task]] for task in (SRC, REC))
+    layers = compare(src[0], rec[0], layer=block_of)
+    itself = {
+        name: compare({key: one[key] for key in one if key in of_other[0]}, again)[-1].cosine
+        for name, (one, again), of_other in (("src", src, rec), ("rec", rec, src))
+    }
     return {"step": step, "best": is_best, "layers": [asdict(row) for row in layers], "itself": itself}
 
 
@@ -120,12 +132,13 @@ def block_of(name: str) -> str:
 
 def section(document: dict[str, Any], folder: Path) -> Section:
     names = titled(document["runs"])
+    sizes = " or ".join(str(number) for number in sorted({run["num_events"] for run in document["runs"]}))
     parts: list[Part] = [
         Text(
             "Cosine of the gradients of the search loss and the recommendation loss: below 0 the tasks pull "
-            "a layer apart. Each gradient is a mean over "
-            f"{document['num_events']} training events. Beside it stands the cosine of one task's gradient "
-            "with that of other events of the same task, which is what noise leaves of 1."
+            f"a layer apart. Each gradient is a mean over {sizes} training events. Beside it stands the "
+            "cosine of one task's gradient with that of as many other events of the same task, which is what "
+            "noise leaves of 1."
         )
     ]
     curves, rows = [], []
