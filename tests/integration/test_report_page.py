@@ -12,7 +12,13 @@ from typer.testing import CliRunner
 from tests.integration.test_page import CHROMIUM, LOW_CONTRAST
 from tests.runs import make_run
 from trainer.analysis.report import write_report
+from trainer.analysis.report.asked import _ask
 from trainer.cli import app
+from trainer.config import DataConfig
+from trainer.data import EvalStream
+from trainer.data.folder import PreparedFolder
+from trainer.evaluation.baselines import build_baseline
+from trainer.evaluation.ranking import rank_events
 from trainer.evaluation.sampled import evaluate_run
 
 pytestmark = pytest.mark.slow
@@ -58,7 +64,18 @@ def test_numbers_are_those_of_the_evaluation(run_dir: Path) -> None:
         assert best[0]["rank"] <= worst[-1]["rank"] <= worst[0]["rank"]
         weights = [read["weights"] for one in best + worst for read in one["history"]]
         assert weights and all(set(found) == {"cf", "semantic"} for found in weights)
-        assert f"{best[0]['rank']} of {best[0]['num_candidates']}" in text
+        assert f"{best[0]['rank']:g} of {best[0]['num_candidates']}" in text
+
+
+def test_the_rank_of_an_answer_counts_ties_as_its_evaluation_does(prepared: Path) -> None:
+    """BM25 scores 0 for all items without the query's words: the clicked one is not the first of these."""
+    folder = PreparedFolder.at(prepared)
+    model = build_baseline("bm25", folder)
+    stream = EvalStream(folder, "test", DataConfig(history_max=5), 64, tasks=model.tasks)
+    ranks = rank_events(model.score, stream)
+    assert (ranks.num_tied[ranks.rank == ranks.rank.max()] > 1).all()
+    worst = _ask(model, folder, stream, num_negatives=4).worst
+    assert [one.rank for one in worst] == sorted(ranks.rank, reverse=True)[: len(worst)]
 
 
 def test_every_picture_is_png_and_svg(run_dir: Path) -> None:

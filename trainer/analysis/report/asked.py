@@ -13,6 +13,7 @@ from trainer.analysis.calibration import Reliability, reliability
 from trainer.batch import Batch
 from trainer.data import EvalStream
 from trainer.data.folder import PreparedFolder
+from trainer.evaluation.metrics import expected_ranks
 from trainer.models.contract import Ranker, clicked_only
 from trainer.runtime.device import autocast, default_device
 
@@ -34,7 +35,7 @@ class Example:
     user: str
     query: str  # "" for a recommendation
     clicked: str
-    rank: int  # of the clicked item, 1 = first
+    rank: float  # of the clicked item, 1 = first; the mean place where others have its score
     num_candidates: int
     probability: float
     first: str  # the item that the model ranks first
@@ -85,7 +86,7 @@ def _ask(model: Ranker, folder: PreparedFolder, stream: EvalStream, num_negative
     users = torch.cat([batch.user for batch in batches])
     num_negatives = min(num_negatives, labels.shape[1] - 1)
     clicked = labels.argmax(1, keepdim=True)
-    rank = 1 + (scores > scores.gather(1, clicked)).sum(1)
+    rank, _ = expected_ranks(scores, labels)
     # Where several share a rank: the surest first among the best, the least sure first among the worst.
     sure = probabilities.gather(1, clicked)[:, 0]
     order = np.lexsort((-sure.numpy(), rank.numpy()))
@@ -98,7 +99,7 @@ def _ask(model: Ranker, folder: PreparedFolder, stream: EvalStream, num_negative
         first = int(scores[row].argmax())
         return Example(
             **_event(model, event, table),
-            rank=int(rank[row]),
+            rank=float(rank[row]),
             num_candidates=labels.shape[1],
             probability=float(sure[row]),
             first=table.item(int(candidates[row, first])),

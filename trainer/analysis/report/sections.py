@@ -242,7 +242,7 @@ def _example(one: Example, task: str) -> list[str]:
         one.user,
         *([one.query] if task == "src" else []),
         one.clicked,
-        f"{one.rank} of {one.num_candidates}",
+        f"{one.rank:g} of {one.num_candidates}",
     ]
     read = "; ".join(map(_read, one.history))
     rest = "" if one.num_history <= len(one.history) else f"; and {one.num_history - len(one.history)} more"
