@@ -104,7 +104,7 @@ def encode_keys(
 ) -> dict[str, Any]:
     """Stage: original users, items and queries of clicks → codes 0, 1, … in hashed order (tables users_codes,
     items_codes, queries_codes). known: how many of each have a code already (tables known_users and so on);
-    the others follow."""
+    the others follow. Also clicked_items: how many of the items a usable click has."""
     known = known or {}
     every_item = (
         f" UNION SELECT item_id FROM {items['scan']} WHERE item_id IS NOT NULL"
@@ -115,6 +115,7 @@ def encode_keys(
         "users": _encode(work, "users", derive_seed(settings.seed, USER_SEED), known),
         "items": _encode(work, "items", derive_seed(settings.seed, ITEM_SEED), known, every_item),
         "queries": _encode(work, "queries", derive_seed(settings.seed, QUERY_SEED), known),
+        "clicked_items": int(work.scalar("SELECT count(*) FROM items_keys WHERE clicked")),
     }
 
 

@@ -50,7 +50,7 @@ from data_shards.work import (
 )
 from data_shards.write import EventColumns, describe_file, write_shards
 
-PIPELINE_VERSION = 8  # change it when a stage writes something else: a restart then reuses nothing
+PIPELINE_VERSION = 9  # change it when a stage writes something else: a restart then reuses nothing
 SHUFFLE_SEED, NEGATIVE_SEED, HARD_SEED = 16, 17, 18
 NEGATIVE_ROWS = 16_384  # events drawn for at once: x 99 x 8 B is about 13 MB an array
 EVENT_COLUMNS = {

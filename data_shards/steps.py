@@ -7,6 +7,7 @@ from typing import Any
 from data_shards.schema import SPLITS, TASKS
 
 COUNTS = ("users", "items", "queries", "rec", "src")
+ADDED = "added: items without a click"
 FAR = 2.0  # a published count this many times another one says nothing about it
 Counts = dict[str, int]
 
@@ -16,16 +17,18 @@ def removed_steps(
 ) -> list[dict[str, Any]]:
     """Results of the stages read, encode, filter and split → steps in order: {step, users, items, queries,
     rec, src} that it removed, those above 0 only. Raw counts less all of them are the counts of the folder.
-    Items that were never clicked are added with min_interactions=0: a negative number."""
+    ADDED is negative: items that were never clicked, with min_interactions=0."""
     raw = read["counts"]
+    usable = {**codes, "items": codes["clicked_items"]}
     filtered = {task: sum(step[task] for step in kept["removed"]) for task in TASKS}
     of_splits = {task: sum(split["counts"][name][task] for name in SPLITS) for task in TASKS}
     steps = [
         {
             "step": "rows that are no usable click",
-            **{name: raw[name] - codes[name] for name in ("users", "items", "queries")},
+            **{name: raw[name] - usable[name] for name in ("users", "items", "queries")},
             **{task: raw[task] - raw["usable"][task] for task in TASKS},
         },
+        {"step": ADDED, "items": usable["items"] - codes["items"]},
         {
             "step": "repeated clicks",
             **{task: raw["usable"][task] - filtered[task] - kept["kept"][task] for task in TASKS},

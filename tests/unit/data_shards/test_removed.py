@@ -11,7 +11,7 @@ from data_shards.filters import keep_users_and_items
 from data_shards.inspect import describe, inspect, query_lines
 from data_shards.prepare import prepare
 from data_shards.schema import SPLITS, TASKS, parse_manifest, read_manifest
-from data_shards.steps import COUNTS, difference_table, removed_table, states
+from data_shards.steps import ADDED, COUNTS, difference_table, removed_table, states
 from tests.worlds import write_tables
 
 FEW_USERS, FEW_ITEMS = "users with fewer than 2 clicks", "items with fewer than 2 clicks"
@@ -79,6 +79,9 @@ def test_raw_counts_less_every_step_are_those_of_the_folder(tmp_path: Path, sett
     of_step = {step["step"]: step for step in steps}
     repeated = of_step["repeated clicks"]
     assert repeated["rec"] + repeated["src"] == manifest["dropped"]["duplicate click"] == 25
+    assert of_step["rows that are no usable click"]["items"] >= 1  # "nowhere"
+    gained = [step["step"] for step in steps if any(step.get(name, 0) < 0 for name in COUNTS)]
+    assert gained == ([ADDED] if settings == ["min_interactions=0"] else [])
     filtered = sum(step.get("rec", 0) + step.get("src", 0) for step in steps if "round" in step)
     assert filtered == manifest["dropped"].get("filtered click", 0)
     assert (filtered > 0) == (settings[0] == "min_interactions=5")
