@@ -176,6 +176,10 @@ def test_what_is_cut_is_said() -> None:
     uncut = times({"slow": runs_of(1.07293, 60 * 60.0)}, 0).lines()[:3]
     assert "of preset" not in uncut[1] and uncut[2].split()[:3] == ["slow", "1", "1.07"]
     assert "1 runs, about 1.08 hours on" in uncut[0]
+    facts = [
+        times({"slow": runs_of(100, 60 * 60.0)}, minutes).facts()["systems"]["slow"] for minutes in (600, 0)
+    ]
+    assert ["preset_epochs" in of_system for of_system in facts] == [True, False]
 
 
 def test_the_whole_scientific_table_fits_six_hours_on_two_cores() -> None:

@@ -72,8 +72,13 @@ class Times:
             "seconds": self.seconds,
             "machine": asdict(self.machine),
             "jobs": self.jobs,
-            "systems": {system.model: _facts(system) for system in self.systems},
+            "systems": {system.model: self._facts(system) for system in self.systems},
         }
+
+    def _facts(self, system: System) -> dict[str, Any]:
+        # without a budget the epochs are what was asked for, by --max-steps perhaps: no preset says so
+        names = ("runs", "epochs", *(["preset_epochs"] if self.minutes else []), "seconds")
+        return {name: getattr(system, name) for name in names}
 
     def lines(self) -> list[str]:
         head = f"{sum(system.runs for system in self.systems)} runs, about {_time(self.seconds)} on "
@@ -108,11 +113,6 @@ class Times:
             "  times are estimates from trainer/experiments/speeds.yaml; stopping early takes less",
             *(["  the time of a system is that of its runs one after the other"] if self.jobs > 1 else []),
         ]
-
-
-def _facts(system: System) -> dict[str, Any]:
-    names = ("runs", "epochs", "preset_epochs", "seconds")
-    return {name: getattr(system, name) for name in names}
 
 
 def _epochs(number: float, system: System) -> str:
