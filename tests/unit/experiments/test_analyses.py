@@ -13,13 +13,14 @@ import torch
 from typer.testing import CliRunner
 
 from tests.runs import make_run
+from trainer.analysis.pages import Table
 from trainer.analysis.vectors import load_vectors, vectors_of
 from trainer.cli import app
 from trainer.config import DataConfig
 from trainer.data import EvalStream
 from trainer.data.folder import PreparedFolder
 from trainer.errors import DataError, RunError
-from trainer.experiments.analyses import Options, analyse, gradients, load_section
+from trainer.experiments.analyses import Options, analyse, gradients, load_section, sensitivity
 from trainer.experiments.analyses.ablations import label
 from trainer.experiments.analyses.gradients import block_of
 from trainer.experiments.analyses.mutual_information import answer_information
@@ -208,6 +209,20 @@ def test_sensitivity_draws_a_grid(run_dir: Path, tmp_path: Path) -> None:
         "sensitivity-contrastive_weight.svg", "sensitivity-temperature.svg",
         "sensitivity-map-rec.svg", "sensitivity-map-src.svg",
     }  # fmt: skip
+
+
+def test_a_map_of_two_settings_leaves_out_runs_that_differ_in_a_third(run_dir: Path, tmp_path: Path) -> None:
+    grid = [(0.05, 0.01, "extended"), (0.05, 0.1, "extended"), (0.2, 0.01, "extended"), (0.05, 0.01, "paper")]
+    keys = ("model.temperature", "model.contrastive_weight", "model.variant")
+    points = [{**dict(zip(keys, point, strict=True)), "worse": 5 * n} for n, point in enumerate(grid)]
+    runs = copies(run_dir, tmp_path, *points)
+    document = analyse("sensitivity", runs, tmp_path / "out")
+    rows, base = document["rows"], document["rows"][0]["settings"]
+    found = sensitivity._grid(sensitivity._apart_in(rows, keys[:2], base), keys[:2], "rec", "ndcg@10")
+    assert found is not None and found[0][0, 0] == rows[0]["tasks"]["rec"]["ndcg@10"]["value"]
+    (table,) = [part for part in sensitivity.section(document, tmp_path).parts if isinstance(part, Table)]
+    assert table.head[3] == "model.variant"
+    assert [row[3] for row in table.rows] == ["extended", "extended", "extended", "paper"] * 2
 
 
 def test_transfer_compares_both_with_each_single_task(run_dir: Path, tmp_path: Path) -> None:

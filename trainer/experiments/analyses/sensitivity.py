@@ -55,7 +55,7 @@ def section(document: dict[str, Any], folder: Path) -> Section:
             parts.append(Picture(path, f"{metric} against {key}, a panel a task, with intervals."))
     if len(keys) == 2:
         for task, title in TASK_TITLES.items():
-            grid = _grid(rows, keys, task, metric)
+            grid = _grid(_apart_in(rows, keys, base), keys, task, metric)
             if grid is not None:
                 values, ys, xs = grid
                 rows_are, columns_are = map(_label, keys)
@@ -65,14 +65,20 @@ def section(document: dict[str, Any], folder: Path) -> Section:
                 figure = heat_map(values, ys, xs, caption, decimals=3, least_span=span)
                 path = write_figure(figure, folder / f"{WHAT}-map-{task}")[1]
                 parts.append(Picture(path, f"{title}: {metric} for each pair of {keys[0]} and {keys[1]}."))
+    others = [key for key in base if key not in keys]
     table = [
-        [title, *(f"{row['settings'][key]:g}" for key in keys), *difference_cells(row["tasks"][task], metric)]
+        [
+            title,
+            *(f"{row['settings'][key]:g}" for key in keys),
+            *(str(row["settings"][key]) for key in others),
+            *difference_cells(row["tasks"][task], metric),
+        ]
         for task, title in TASK_TITLES.items()
         for row in rows
         if task in row["tasks"]
     ]
-    symbols = [SYMBOLS.get(key, key) for key in keys]
-    head = ["task", *symbols, metric_title(metric), "95 % interval", "difference from the first", "p (Holm)"]
+    names = [*(SYMBOLS.get(key, key) for key in keys), *others]
+    head = ["task", *names, metric_title(metric), "95 % interval", "difference from the first", "p (Holm)"]
     return Section("Sensitivity (Figure 5)", [*parts, Table(head, table)])
 
 
@@ -86,16 +92,19 @@ def _label(key: str) -> str:
     return f"{SYMBOLS[key]} ({key.rpartition('.')[2]})" if key in SYMBOLS else key
 
 
+def _apart_in(
+    rows: Sequence[Mapping[str, Any]], keys: Sequence[str], base: Mapping[str, Any]
+) -> list[Mapping[str, Any]]:
+    """The groups that differ from the first in these settings alone."""
+    others = [key for key in base if key not in keys]
+    return [row for row in rows if all(row["settings"][key] == base[key] for key in others)]
+
+
 def _line(
     rows: Sequence[Mapping[str, Any]], key: str, base: Mapping[str, Any], task: str, metric: str
 ) -> Curve | None:
-    """The groups that differ from the first in this setting alone; None where there is one value."""
-    chosen = [
-        row
-        for row in rows
-        if task in row["tasks"]
-        and all(row["settings"][other] == base[other] for other in base if other != key)
-    ]
+    """Of one setting; None where there is one value."""
+    chosen = [row for row in _apart_in(rows, [key], base) if task in row["tasks"]]
     chosen.sort(key=lambda row: row["settings"][key])
     if len(chosen) < 2:
         return None
