@@ -26,6 +26,8 @@ from trainer.runtime.stopping import end_with_launcher
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+TORCHS_LINEAR = torch.nn.functional.linear
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -180,8 +182,10 @@ def make_accelerator(config: Config, launch: Launch, grad_accum_steps: int) -> "
     from accelerate import InitProcessGroupKwargs
     from accelerate.state import AcceleratorState
 
-    # an earlier run of this process (a notebook, a test) may have had another precision
+    # an earlier run of this process (a notebook, a test) may have had another precision, or ZeRO-3, which
+    # leaves its own linear map: the same products, added up in another order
     AcceleratorState._reset_state(reset_partial_state=True)
+    torch.nn.functional.linear = TORCHS_LINEAR
 
     if launch.launched:
         end_with_launcher()
