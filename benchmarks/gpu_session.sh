@@ -28,7 +28,9 @@ for wheel in sorted(pathlib.Path(sys.argv[1]).glob("*.whl")):
 PY
 )
   if ((${#missing[@]})); then
-    "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$site" "${missing[@]}"
+    # without pip, or with a wheel that it refuses, they are unpacked: only what imports an unfit one fails then
+    "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$site" "${missing[@]}" ||
+      for wheel in "${missing[@]}"; do "$python" -m zipfile -e "$wheel" "$site"; done
   fi
 fi
 cd "$here/.."

@@ -8,18 +8,20 @@ one begins.
 """
 
 import argparse
+import contextlib
 import importlib
 import importlib.metadata
 import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
 import time
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.gpu.report import Report, add_line, card_name, failure, table_line
@@ -94,6 +96,7 @@ def check(report: Report) -> None:
             versions[name] = ""
     source = os.environ.get("GENSR_COMMIT") or git_commit()  # a copied tree may have no .git
     machine = {**hardware(), "python": platform.python_version(), "commit": source, "versions": versions}
+    machine["float32_products"] = torch.get_float32_matmul_precision()  # "highest": without TF32
     report.keep("machine", machine)
     found = ", ".join(f"{name} {version or 'missing'}" for name, version in versions.items())
     python = platform.python_version()
@@ -106,9 +109,10 @@ def check(report: Report) -> None:
         report.add("free memory", free / 1e9, "GB")
 
 
-def run_part(task_json: str) -> int:
-    """In its own process."""
+def run_part(task_json: str, begun_s: float) -> int:
+    """In its own process, which began at begun_s of the machine's monotonic clock."""
     task = Task.from_json(task_json)
+    task = replace(task, seconds=task.seconds - (time.monotonic() - begun_s))  # imports count, too
     report = Report(task.part, task.out, card_name())
     try:
         if task.part == "check":
@@ -126,6 +130,7 @@ def run_part(task_json: str) -> int:
 def supervise(task: Task, limit_s: float) -> str:
     """Runs a part → "", or what went wrong."""
     command = [sys.executable, "-m", "benchmarks.gpu.session", "--part", task.to_json()]
+    command += ["--begun", str(time.monotonic())]
     with (task.out / f"{task.part}.log").open("w") as log:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=ROOT, start_new_session=True
@@ -137,6 +142,8 @@ def supervise(task: Task, limit_s: float) -> str:
         finally:
             end_with_children(process.pid)
             process.wait()
+            with contextlib.suppress(ProcessLookupError):  # children of a part that has ended hold the GPU
+                os.killpg(process.pid, signal.SIGKILL)
     return f"failed with exit code {code}" if code else ""
 
 
@@ -203,10 +210,11 @@ def main() -> int:
     parser.add_argument("--keep", type=Path, help="folder for results.tar.gz and table.md, after each part")
     parser.add_argument("--only", nargs="+", default=[], choices=[part.name for part in PARTS])
     parser.add_argument("--part", help=argparse.SUPPRESS)
+    parser.add_argument("--begun", type=float, help=argparse.SUPPRESS)  # when the part did, monotonic clock
     parser.add_argument("--started", type=float, help=argparse.SUPPRESS)  # when the script began, Unix time
     options = parser.parse_args()
     if options.part:
-        return run_part(options.part)
+        return run_part(options.part, options.begun)
     if options.out is None:
         parser.error("OUT is missing: a folder for the results")
     if options.minutes <= 0:

@@ -14,8 +14,8 @@ ROOT = Path(__file__).parents[2]
 
 @dataclass(frozen=True)
 class Task:
-    """Of one part. seconds: its time limit. data: a prepared folder for the training to quality, if given.
-    rehearse: tiny sizes, on whatever device is there."""
+    """Of one part. seconds: its time limit; for run(), what its imports have left of it. data: a prepared
+    folder for the training to quality, if given. rehearse: tiny sizes, on whatever device is there."""
 
     part: str
     out: Path

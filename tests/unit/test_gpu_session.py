@@ -2,14 +2,18 @@
 
 import importlib
 import json
+import os
 import shutil
 import subprocess
 import sys
 import tarfile
+import time
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import psutil
 import pytest
 
 from benchmarks.gpu import bars, compiled, parity, quality, session, speed
@@ -90,6 +94,34 @@ def test_a_part_that_fails_or_hangs_is_named(
     program.chmod(0o755)
     monkeypatch.setattr(session.sys, "executable", str(program))
     assert problem in session.supervise(Task("speed", tmp_path, 1.0), 1.0)
+
+
+LEAVES_A_CHILD = """import subprocess, sys
+child = subprocess.Popen(["sleep", "60"])
+print(child.pid, flush=True)
+sys.exit(3)"""
+
+
+def test_a_part_that_fails_leaves_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A service or a training that it started would hold the GPU's memory while the next parts measure."""
+    program = tmp_path / "python"
+    program.write_text(f"#!{sys.executable}\n{LEAVES_A_CHILD}\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(session.sys, "executable", str(program))
+    assert session.supervise(Task("service", tmp_path, 30.0), 30.0) == "failed with exit code 3"
+    child = int((tmp_path / "service.log").read_text())
+    psutil.wait_procs([psutil.Process(child)] if psutil.pid_exists(child) else [], timeout=5)
+    assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_parts_imports_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What asks for the time left would otherwise begin a measurement that is killed."""
+    seen = []
+    monkeypatch.setattr(
+        importlib, "import_module", lambda name: SimpleNamespace(run=lambda t, r: seen.append(t))
+    )
+    assert session.run_part(Task("speed", tmp_path, 75.0).to_json(), time.monotonic() - 9) == 0
+    assert 64 < seen[0].seconds < 66
 
 
 def test_tasks_travel_as_json(tmp_path: Path) -> None:
@@ -250,3 +282,18 @@ def test_the_scripts_are_sound(script: Path) -> None:
         assert check.returncode == 0, check.stdout
     if script.name == "gpu_session.sh":
         assert subprocess.run([str(script)], capture_output=True, check=False).returncode == 2
+
+
+def test_a_session_begins_whatever_pip_says(tmp_path: Path) -> None:
+    """The wheels are unpacked instead: one that does not fit this machine costs what imports it, not the
+    session."""
+    wheels, python = tmp_path / "wheels", tmp_path / "python"
+    wheels.mkdir()
+    with zipfile.ZipFile(wheels / "no_such_package-1-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("no_such_package.py", "")
+    answers = 'case "$2" in pip) exit 1;; benchmarks.gpu.session) exit 0;; esac'
+    python.write_text(f'#!/bin/sh\n{answers}\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    environment = {**os.environ, "PYTHON": str(python), "GENSR_WHEELS": str(wheels)}
+    subprocess.run([str(SCRIPTS[0]), str(tmp_path / "out")], env=environment, check=True)
+    assert (tmp_path / "out" / "work" / "site" / "no_such_package.py").is_file()
