@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from trainer.errors import EnvironmentProblem
-from trainer.runtime.compiling import explained, free_locks, put_ninja_on_path
+from trainer.runtime.compiling import explained, free_locks, get_ready, put_ninja_on_path
 
 
 def test_a_compilers_lock_that_nobody_holds_is_removed(tmp_path: Path) -> None:
@@ -36,6 +36,27 @@ def test_ninja_beside_the_interpreter_is_found(tmp_path: Path, monkeypatch: pyte
     before = os.environ["PATH"]
     put_ninja_on_path()
     assert os.environ["PATH"] == before
+
+
+@pytest.mark.parametrize(("accelerator", "asked"), [("cpu", ["__compatible_ops__"]), ("cuda", [])])
+def test_with_a_gpu_no_compiler_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accelerator: str, asked: list[str]
+) -> None:
+    """DeepSpeed tries all its operators when their table is first read: without nvcc, a warning each."""
+    import deepspeed.ops
+
+    seen: list[str] = []
+    monkeypatch.delitem(vars(deepspeed.ops), "__compatible_ops__", raising=False)
+
+    def table(name: str) -> dict[str, bool]:
+        seen.append(name)
+        return {}
+
+    monkeypatch.setattr(deepspeed.ops, "__getattr__", table)
+    monkeypatch.setenv("DS_ACCELERATOR", accelerator)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    get_ready()
+    assert seen == asked
 
 
 NO_HEADERS = (

@@ -20,8 +20,10 @@ def get_ready() -> None:
     from torch.utils.cpp_extension import get_default_build_root
 
     # Its inference engine's all-reduce in shared memory, for CPUs: a first start would compile it for a
-    # minute, and training never calls it. DeepSpeed lets programs edit this table.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # minute, and training never calls it. DeepSpeed lets programs edit this table. With a GPU it is left
+    # alone: to make it, DeepSpeed asks for CUDA's compiler, and prints a warning for each operator without.
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     put_ninja_on_path()
     free_locks(Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()))
 
