@@ -129,6 +129,9 @@ def test_weights_explain_each_item(recommender: Recommender) -> None:
         ({"candidates": []}, "candidates is empty"),
         ({"with_text": "yes", "candidates": ["i1"]}, "with_text must be true or false"),
         ({"candidate": ["i1"]}, "'candidate' is not read: call it 'candidates'"),
+        ({"history": [], "user_id": "u3"}, "history is empty and user_id is given"),
+        ({"history": np.array([]), "user_id": "u3"}, "history is empty and user_id is given"),
+        ({"history": [], "user": "u3"}, "'user' is not read: call it 'user_id'"),
         ({"history": None, "user": "u3"}, "'user' is not read: call it 'user_id'"),
         ({"history": None, "userId": "u3"}, "'userId' is not read: call it 'user_id'"),
         ({"task": "src", "query": "  "}, "query is missing"),
@@ -173,7 +176,7 @@ def test_users_are_those_of_the_training_data(run_dir: Path, tmp_path: Path) -> 
 
 def test_fields_that_are_not_ours_are_carried(recommender: Recommender) -> None:
     good = {"history": HISTORY, "task": "rec", "k": 2}
-    carried = {"id": 1, "user": "u3", "label": True, "text": "x", "candidate": None}
+    carried = {"id": 1, "user": "u3", "user_id": "nobody", "label": True, "text": "x", "candidate": None}
     assert recommender.recommend({**good, **carried}) == recommender.recommend(good)
 
 

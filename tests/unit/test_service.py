@@ -28,6 +28,7 @@ from trainer.serving.server import bind, connection_budget
 from trainer.serving.systems import System
 
 URL = "http://127.0.0.1"
+QUERY_NEEDS = "must be text of at most 2000 characters, or a list of at most 256 word numbers"
 
 
 class Queries:
@@ -82,7 +83,7 @@ def test_answers_health_and_the_page(client: TestClient) -> None:
         (
             "/recommend",
             {"history": [{"item_id": 1, "task": "buy"}]},
-            "history.0.task: Input should be 'rec' or 'src'",
+            "history.0.task: Input should be 'rec' or 'src', got 'buy'",
         ),
         ("/recommend", {"user": 3}, "user: the field 'user' is not read. Did you mean user_id?"),
         (
@@ -92,11 +93,23 @@ def test_answers_health_and_the_page(client: TestClient) -> None:
         ),
         ("/score", {"task": "rec"}, "candidates: Field required"),
         ("/score", {"task": "rec", "candidates": []}, "candidates: List should have at least 1 item"),
-        ("/recommend", {"k": "many"}, "k: Input should be a valid integer"),
+        (
+            "/recommend",
+            {"k": "many"},
+            "k: Input should be a valid integer, unable to parse string as an integer, got 'many'",
+        ),
+        ("/search", {"query": 5}, f"query: {QUERY_NEEDS}, got 5"),
+        ("/search", {"query": ["red", 2]}, f"query: {QUERY_NEEDS}, got ['red', 2]"),
+        ("/search", {"query": [1] * 257}, f"query: {QUERY_NEEDS}, got [1, 1, 1, 1, 1, 1, ...]"),
         (
             "/search",
-            {"query": {}},
-            "query: Input should be a valid string; query: Input should be a valid list",
+            {"query": "a", "history": [{"item_id": 1, "query": {}}]},
+            f"history.0.query: {QUERY_NEEDS}, got {{}}",
+        ),
+        (
+            "/score",
+            {"task": "rec", "candidates": ["i1", 1.5]},
+            "candidates.1: must be a whole number or text of at most 256 characters, got 1.5",
         ),
         ("/recommend", [1, 2], "the request: Input should be a valid dictionary"),
     ],

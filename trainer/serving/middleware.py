@@ -5,6 +5,7 @@ JSON, or are too large."""
 import asyncio
 import json
 import logging
+import reprlib
 import secrets
 import time
 from collections.abc import Collection
@@ -34,6 +35,7 @@ PATHS = frozenset(
     [*QUESTIONS, "/health", "/ready", "/model", "/users", "/queries", "/metrics", "/docs", "/openapi.json"]
 )
 METHODS = frozenset(["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"])
+SAY_ALL = ("missing", "too_short", "too_long")  # errors about what is not there, or how much is
 CLIENT_LEFT = 499  # nobody reads it: the status in logs and metrics, as nginx writes it
 log = logging.getLogger("gensr.service")
 
@@ -77,19 +79,16 @@ def add_error_handlers(app: FastAPI) -> None:
 
 
 def _problem(problem: Any) -> str:
-    """`history.0.item_id: Field required`, without the names of the types that were tried."""
-    place = ".".join(
-        str(part)
-        for part in problem["loc"][1:]
-        if not (isinstance(part, str) and ("[" in part or part in ("int", "str", "constrained-str")))
-    )
+    """`history.0.task: Input should be 'rec' or 'src', got 5`"""
+    place = ".".join(map(str, problem["loc"][1:]))
     if problem["type"] == "json_invalid":
         return f"the body is not JSON: {problem['ctx']['error']} (character {problem['loc'][-1]})"
     if problem["type"] == "extra_forbidden":
         name = str(problem["loc"][-1])
         known = Click.model_fields if "history" in problem["loc"] else Ask.model_fields
         return f"{place}: the field {name!r} is not read.{did_you_mean(name, list(known))}"
-    return f"{place or 'the request'}: {problem['msg']}"
+    got = "" if problem["type"] in SAY_ALL else f", got {reprlib.repr(problem['input'])}"
+    return f"{place or 'the request'}: {problem['msg']}{got}"
 
 
 def path_label(path: str) -> str:

@@ -3,17 +3,46 @@ them for /docs and for tests; what is sent is what the Recommender answered."""
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+)
+from pydantic_core import PydanticCustomError
 
 MAX_HISTORY, MAX_CANDIDATES, MAX_QUERY_WORDS, MAX_QUERY_CHARS, MAX_ID_CHARS = 2000, 2000, 256, 2000, 256
 
-ItemId = int | Annotated[str, Field(max_length=MAX_ID_CHARS)]
+
+def _needs(needs: str) -> WrapValidator:
+    """For a field of several types: one error that says what the field needs, instead of one for each type
+    that was tried."""
+
+    def check(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return handler(value)
+        except ValidationError as error:
+            raise PydanticCustomError("needs", needs) from error
+
+    return WrapValidator(check)
+
+
+ItemId = Annotated[
+    int | Annotated[str, Field(max_length=MAX_ID_CHARS)],
+    _needs(f"must be a whole number or text of at most {MAX_ID_CHARS} characters"),
+]
 Task = Literal["rec", "src"]
-Query = (
+Query = Annotated[
     Annotated[str, Field(max_length=MAX_QUERY_CHARS)]
     | Annotated[list[int], Field(max_length=MAX_QUERY_WORDS)]
-    | None
-)
+    | None,
+    _needs(
+        f"must be text of at most {MAX_QUERY_CHARS} characters, or a list of at most {MAX_QUERY_WORDS} word "
+        "numbers"
+    ),
+]
 
 
 class Strict(BaseModel):
@@ -34,8 +63,9 @@ class Click(Strict):
 
 
 class Ask(Strict):
-    """A request. trainer/serving/recommend.py has the meaning of each field. system: one of those of /model
-    to compare with; empty: the model."""
+    """A request. trainer/serving/recommend.py has the meaning of each field. user_id: instead of a history;
+    where both are given, history counts, and an empty one is refused. system: one of those of /model to
+    compare with; empty: the model."""
 
     user_id: ItemId | None = None
     history: Annotated[list[Click], Field(max_length=MAX_HISTORY)] | None = None

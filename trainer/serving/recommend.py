@@ -5,7 +5,8 @@ A request as in serving/requests.py, with these differences:
     "candidates": [item ids]    they are scored; or leave it out, and the whole catalogue is searched: "k":
                                 how many items to answer (10)
     "user_id"                   instead of "history" where the users' clicks are known (a prepared folder is
-                                there)
+                                there). Beside a history with clicks it is carried like any other field;
+                                beside an empty one it is refused: [] says that there are no clicks
     "num_candidates": 400       what retrieval hands to the ranking
     "include_seen": false       whether items of the history may be answered
     "explain": false            adds to each item how much each history item counts (models that can say)
@@ -34,7 +35,7 @@ from trainer.runs.run_folder import RunFolder
 from trainer.runs.weights import load_run_config
 from trainer.runtime.progress import Notify, silent
 from trainer.serving.artifacts import read_serving_facts
-from trainer.serving.requests import ParsedRequest, is_absent
+from trainer.serving.requests import ParsedRequest, is_absent, missing
 from trainer.serving.retrieval import NO_ROWS, Retrieval, best_scored, run_retrieval, version_retrieval
 from trainer.serving.retriever import Retriever, chosen_retriever, open_retriever
 from trainer.serving.scorer import Scorer
@@ -189,7 +190,12 @@ class Recommender:
         return Read(request, self._retrieved(parsed, request, where), whole_catalogue=True)
 
     def _parse(self, request: Mapping[str, Any], where: str) -> ParsedRequest:
-        if is_absent(request.get("history")) and not is_absent(request.get("user_id")):
+        if not is_absent(request.get("user_id")) and missing(request.get("history")):
+            if not is_absent(request.get("history")):
+                raise RequestError(
+                    f"{where}: history is empty and user_id is given: leave history out (or null) for the "
+                    "user's clicks, or user_id for no clicks"
+                )
             history = self.users.history(request["user_id"], self.scorer.item_ids, where)
             parsed = self._parse({**request, "user_id": None, "history": history}, where)
             return replace(parsed, user=self.users.row(request["user_id"], where))
@@ -339,7 +345,7 @@ def refuse_misspelt(request: Mapping[str, Any], where: str) -> None:
         field = SPELLINGS.get(_letters(name))
         if field is None or name == field or is_absent(value) or not is_absent(request.get(field)):
             continue
-        if field == "user_id" and not is_absent(request.get("history")):
+        if field == "user_id" and not missing(request.get("history")):
             continue  # the history says it all
         raise RequestError(f"{where}: the field {name!r} is not read: call it {field!r}")
 
