@@ -16,7 +16,7 @@ from data_shards import encode, impressions, stored
 from data_shards.append import Base, appended, open_base
 from data_shards.catalog import name_ids, write_catalog
 from data_shards.checks import check_prepared
-from data_shards.errors import ConfigError, DataError, GensrError
+from data_shards.errors import ConfigError, DataError, GensrError, write_fix
 from data_shards.hashing import derive_seed, permutation
 from data_shards.histories import in_histories, windows
 from data_shards.negatives import KeySet, draw_negatives, user_item_keys
@@ -106,8 +106,9 @@ def prepare(
         return _publish(target, key, reader, settings, base, progress or (lambda stage, done, total: None))
     except (OSError, MemoryError, duckdb.Error) as error:  # numpy and pyarrow raise the second
         raise unreadable(error, reader.files) or DataError(
-            f"writing {out.name} failed: {error}. {out} is as it was. Free space or memory, then run the "
-            f"same command again: finished stages in {target}.partial are reused (or delete that folder)."
+            f"writing {out.name} failed: {error}. {out} is as it was. "
+            f"{write_fix(error, 'Free space or memory')}, then run the same command again: finished stages "
+            f"in {target}.partial are reused (or delete that folder)."
         ) from error
 
 

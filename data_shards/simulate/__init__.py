@@ -21,7 +21,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from data_shards.errors import ConfigError, DataError
+from data_shards.errors import ConfigError, DataError, write_fix
 from data_shards.simulate import behaviour, csv_tables, natural
 from data_shards.simulate.simulated import Simulated
 from data_shards.simulate.world import World, make_world
@@ -70,7 +70,7 @@ def simulate(
         os.rename(temporary, out)
     except OSError as error:
         raise DataError(
-            f"cannot write {out}: {error}. Nothing was left behind; check the path and the free space."
+            f"cannot write {out}: {error}. Nothing was left behind. {write_fix(error, 'Check the path')}."
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from data_shards.documents import first_keys
 from data_shards.errors import DataError
-from data_shards.sources.reading import csv_header, csv_scan, describe, require_columns
+from data_shards.sources.reading import csv_header, csv_scan, describe, require_columns, trimmed
 from data_shards.sql import file_literal, literal, parquet_scan
 from data_shards.work import Work
 
@@ -128,11 +128,11 @@ def _explicit_nulls(work: Work, path: Path, name: str) -> int:
 def plain_id(file: File, column: str) -> str:
     """SQL of an id as text: NaN is NULL; 12.0 (what a column with gaps becomes in many programs) is 12."""
     kind, value = file.types[column], f"file.{column}"
-    text = f"trim(CAST({value} AS VARCHAR))"
     if kind in INTEGERS:
-        return text
+        return f"CAST({value} AS VARCHAR)"
     if kind in EXACT_UP_TO:
         return f"CAST(TRY_CAST({value} AS BIGINT) AS VARCHAR)"  # duckdb may cast before it asks a CASE
+    text = trimmed(f"CAST({value} AS VARCHAR)")
     if kind == "VARCHAR" and file.path.suffix == ".parquet":
         return f"nullif({text}, '')"
     whole = f"regexp_replace({text}, '^(-?[0-9]+)\\.0+$', '\\1')"

@@ -24,7 +24,7 @@ from data_shards.errors import DataError
 from data_shards.options import PrepareSettings
 from data_shards.schema import REC, SRC
 from data_shards.sources import ItemSql, Source, Tables
-from data_shards.sources.reading import integer, refuse_repeated, require_columns
+from data_shards.sources.reading import integer, refuse_long_last_line, refuse_repeated, require_columns
 from data_shards.sql import file_literal, literal, parquet_scan
 from data_shards.work import Work
 
@@ -87,6 +87,7 @@ def _read(work: Work, behaviour: Path, products: Path) -> Tables:
     header = next(_lines(products), "").split("\t")
     require_columns(products, header, ["wid", "name", *LEVELS])
     refuse_repeated(products, header)
+    refuse_long_last_line(products)
     columns = ", ".join(f"{literal(name)}: 'VARCHAR'" for name in header)
     scan = (
         f"read_csv({file_literal(products)}, header=true, auto_detect=false, hive_partitioning=false, "
@@ -162,9 +163,12 @@ def _add_user(part: dict[str, list[Any]], user: int, fields: dict[str, str], dro
             "intervals (one more), "
             f"{len(candidates)} candidates, {len(labels)} labels"
         )
-    moments = np.cumsum(np.array(intervals, dtype=np.float64))
+    waited = np.array(intervals, dtype=np.float64)
+    moments = np.cumsum(waited)
     if not np.all(np.abs(moments) < 2**53):
         raise ValueError(f"intervals must be numbers, got {fields['history_time_list']!r:.60}")
+    if waited.min() < 0:
+        raise ValueError(f"an interval must not be negative, got {intervals[waited.argmin()]!r}")
     times = moments.astype(np.int64).tolist()
     if fractions := [label for label in labels if not float(label).is_integer()]:
         raise ValueError(f"a label must be an integer, got {fractions[0]!r}")

@@ -25,7 +25,7 @@ from data_shards.sources import (
     Tables,
 )
 from data_shards.sources.columns import INTEGERS, File, id_type, open_file, plain_id, row_number
-from data_shards.sources.reading import is_words, no_words, words_text
+from data_shards.sources.reading import is_words, no_words, trimmed, words_text
 from data_shards.sql import literal
 from data_shards.work import Work
 
@@ -133,7 +133,8 @@ def _json_list(text: str) -> tuple[str, str]:
 def _natural_query(text: str) -> str:
     """SQL of a query in words: a list of them is joined, as one of a parquet file is."""
     is_list, words = _json_list(text)
-    return f"nullif(trim(CASE WHEN {is_list} THEN array_to_string({words}, ' ') ELSE {text} END), '')"
+    query = f"CASE WHEN {is_list} THEN array_to_string({words}, ' ') ELSE {text} END"
+    return f"nullif({trimmed(query)}, '')"
 
 
 def _check_items(work: Work, path: Path) -> None:
@@ -173,7 +174,7 @@ def _events_sql(events: File, user_type: str, item_type: str, anonymised: bool, 
     task = "0"
     if "task" in types:
         absent = "WHEN file.task IS NULL THEN 0" if "task" in events.gaps else ""
-        task_text = "lower(trim(CAST(file.task AS VARCHAR)))"
+        task_text = f"lower({trimmed('CAST(file.task AS VARCHAR)')})"
         task = f"CASE {absent} WHEN {task_text} = 'rec' THEN 0 WHEN {task_text} = 'src' THEN 1 ELSE -1 END"
     query = "NULL"
     if "query" in types:
@@ -186,11 +187,11 @@ def _events_sql(events: File, user_type: str, item_type: str, anonymised: bool, 
         "CASE WHEN clicked_text IN ('1', '1.0', 'true') THEN true "
         "WHEN clicked_text IN ('0', '0.0', 'false') THEN false END"
     )
-    clicked_text = "lower(trim(CAST(file.clicked AS VARCHAR)))" if "clicked" in types else "'1'"
+    clicked_text = f"lower({trimmed('CAST(file.clicked AS VARCHAR)')})" if "clicked" in types else "'1'"
     if "clicked" in events.gaps:
         clicked_text = f"coalesce({clicked_text}, '1')"
     wrong_query = f"task = 1 AND NOT {is_words('query')}" if anonymised else "false"
-    missing_time = "raw_time IS NULL OR lower(trim(raw_time)) IN ('', 'nan', 'nat')"
+    missing_time = "raw_time IS NULL OR lower(raw_time) IN ('', 'nan', 'nat')"
     return f"""
         SELECT {"row.carried, " if carried else ""}row.user_id, row.item_id, time, task::TINYINT AS task,
             CASE WHEN task = 1 THEN query END AS query, {clicked} AS clicked, CASE
@@ -209,8 +210,8 @@ def _events_sql(events: File, user_type: str, item_type: str, anonymised: bool, 
         FROM (SELECT {f"{carried} AS carried, " if carried else ""}
                 CAST({plain_id(events, "user_id")} AS {user_type}) AS user_id,
                 CAST({plain_id(events, "item_id")} AS {item_type}) AS item_id,
-                CAST(file.time AS VARCHAR) AS raw_time, {time} AS time, {task} AS task, {query} AS query,
-                {clicked_text} AS clicked_text
+                {trimmed("CAST(file.time AS VARCHAR)")} AS raw_time, {time} AS time, {task} AS task,
+                {query} AS query, {clicked_text} AS clicked_text
               FROM {events.scan} file) row
         LEFT JOIN item_rows ON row.item_id = item_rows.item_id"""
 
@@ -226,8 +227,8 @@ def _time_sql(kind: str) -> str:
         return "epoch_ms(CAST(file.time AS TIMESTAMPTZ))"
     if kind.startswith(("TIMESTAMP", "DATE")):
         return "epoch_ms(CAST(file.time AS TIMESTAMP))"
-    raw_time = "nullif(trim(CAST(file.time AS VARCHAR)), '')"
-    number = f"CASE WHEN NOT regexp_matches({raw_time}, '[eE]') THEN TRY_CAST({raw_time} AS BIGINT) END"
+    raw_time = f"nullif({trimmed('CAST(file.time AS VARCHAR)')}, '')"
+    number = f"CASE WHEN NOT regexp_matches({raw_time}, '[a-zA-Z_]') THEN TRY_CAST({raw_time} AS BIGINT) END"
     with_colon = f"regexp_replace({raw_time}, {literal(OFFSET)}, '\\1:\\2')"
     return f"coalesce({number}, epoch_ms(TRY_CAST({with_colon} AS TIMESTAMPTZ)))"
 

@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_shards.categories import PATH_MARK
-from data_shards.errors import DataError
+from data_shards.errors import DataError, write_fix
 from data_shards.pickled import read_pickle
 from data_shards.schema import REC, SPLITS, SRC
 from data_shards.sources import EARLIEST_MS, LATEST_MS
@@ -350,8 +350,8 @@ def main() -> int:
         answer = {"error": str(error)}
     except (OSError, MemoryError) as error:
         reason = str(error) or "memory is too small"
-        fix = "Free space or memory, then run the same command again."
-        answer = {"error": f"writing {out} failed: {reason}. {fix}"}
+        fix = write_fix(error, "Free space or memory")
+        answer = {"error": f"writing {out} failed: {reason}. {fix}, then run the same command again."}
     sys.stdout.write(json.dumps(answer))
     return 0
 

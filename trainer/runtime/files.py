@@ -13,6 +13,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from data_shards.checksum import file_sha256
+from data_shards.errors import WRITE_FIXES
 from data_shards.publish import sync_folder
 from trainer.errors import EnvironmentProblem
 
@@ -20,12 +21,6 @@ __all__ = ["SECRET_MODE", "atomic", "create", "file_sha256", "write_json", "writ
 
 SECRET_MODE = 0o600  # of a file that is needed whole, passwords included: only its owner reads it
 NOTHING_CHANGED = "Nothing earlier was changed"
-_READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
-_FIXES = {
-    errno.ENOSPC: "Free space there, or choose another folder",
-    errno.EDQUOT: "Free space within your quota, or choose another folder",
-    **dict.fromkeys(_READ_ONLY, "Make the folder writable, or choose another one"),
-}
 # How torch, faiss and other libraries in C++ or Rust, which know no OSError, say that a file cannot be
 # written.
 _FILE_TROUBLE = re.compile(
@@ -48,7 +43,7 @@ def writing(what: str | Path, kept: str = NOTHING_CHANGED) -> Iterator[None]:
         if reason is None:
             raise
         number, text = reason
-        fix = _FIXES.get(number, "Free space or fix permissions")
+        fix = WRITE_FIXES.get(number, "Free space or fix permissions")
         raise EnvironmentProblem(f"{what}: cannot be written: {text}. {kept}. {fix}.") from error
 
 
@@ -61,7 +56,7 @@ def _why_not_written(error: Exception) -> tuple[int, str] | None:
         return None
     named = re.search(r"os error (\d+)", str(error))
     number = int(named[1]) if named else 0
-    for code in (*_FIXES, errno.EIO):
+    for code in (*WRITE_FIXES, errno.EIO):
         if os.strerror(code) in str(error):
             number = code
     return number, os.strerror(number) if number else str(error).strip().splitlines()[0]

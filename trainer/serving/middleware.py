@@ -88,7 +88,7 @@ def _problem(problem: Any) -> str:
         known = Click.model_fields if "history" in problem["loc"] else Ask.model_fields
         return f"{place}: the field {name!r} is not read.{did_you_mean(name, list(known))}"
     got = "" if problem["type"] in SAY_ALL else f", got {reprlib.repr(problem['input'])}"
-    return f"{place or 'the request'}: {problem['msg']}{got}"
+    return f"{place or 'the request'}: {problem['msg'].removeprefix('Value error, ')}{got}"
 
 
 def path_label(path: str) -> str:

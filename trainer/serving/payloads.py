@@ -11,7 +11,6 @@ from pydantic import (
     ValidatorFunctionWrapHandler,
     WrapValidator,
 )
-from pydantic_core import PydanticCustomError
 
 MAX_HISTORY, MAX_CANDIDATES, MAX_QUERY_WORDS, MAX_QUERY_CHARS, MAX_ID_CHARS = 2000, 2000, 256, 2000, 256
 
@@ -24,7 +23,7 @@ def _needs(needs: str) -> WrapValidator:
         try:
             return handler(value)
         except ValidationError as error:
-            raise PydanticCustomError("needs", needs) from error
+            raise ValueError(needs) from error
 
     return WrapValidator(check)
 

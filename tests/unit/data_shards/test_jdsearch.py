@@ -89,6 +89,7 @@ GOOD = "12\x1832\t456_457\t1_0\t-1_12\t889_256\tORD_CLICK\t0_12_4"
         ("12\x1832", "red", r"user_behavior_data\.txt:row 2: a query must be integers, got 'red'"),
         ("1_0", "0.5_0", r"user_behavior_data\.txt:row 2: a label must be an integer, got '0\.5'"),
         ("0_12_4", "0_inf_4", r"user_behavior_data\.txt:row 2: intervals must be numbers"),
+        ("0_12_4", "0_-12_4", r"user_behavior_data\.txt:row 2: an interval must not be negative, got '-12'"),
         ("889_256", "889_2.5", r"user_behavior_data\.txt:row 2: invalid literal"),
         ("889_256", f"889_{2**63}", r"user_behavior_data\.txt:row 2: an item id must fit 64 bits"),
     ],

@@ -218,6 +218,21 @@ def test_rows_that_cannot_be_used_are_counted_by_file_and_reason(tmp_path: Path)
             [],
             r"rec_inter\.csv:item_id:row 20: must be an integer, got '1E\+18'",
         ),
+        *(
+            (
+                [],
+                [src(user, 10, START)],
+                [],
+                rf"src_inter\.csv:user_id:row 2: must be an integer, got '{user}'",
+            )
+            for user in ("0x1F", "1_0", "0b11")
+        ),
+        (
+            [rec(1, 10, START), rec(2**63 - 1, " +10\t", START), rec(1, 2**63, START)],
+            [],
+            [],
+            rf"rec_inter\.csv:item_id:row 22: must be an integer, got '{2**63}'",
+        ),
         ([rec(1, 10, START, 0.5)], [], [], r"rec_inter\.csv:click:row 20: must be an integer, got '0.5'"),
         (
             [],

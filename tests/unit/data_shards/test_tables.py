@@ -311,7 +311,28 @@ def test_ids_in_a_csv(world: Path, tmp_path: Path, ids: list[str], message: str 
         prepare("tables", raw, tmp_path / "out", settings)
 
 
-@pytest.mark.parametrize(("column", "value"), [("clicked", 0.5), ("time", "1.68E+12")])
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_white_space_at_the_edges_of_a_value_is_no_part_of_it(
+    world: Path, expected: str, tmp_path: Path, suffix: str
+) -> None:
+    spaces = [character for character in map(chr, range(0x3001)) if character.isspace()]
+
+    def spaced(number: int, value: Any) -> Any:
+        space = spaces[number % len(spaces)]
+        return value if value is None else f"{space}{value}{space} "
+
+    rows = [{name: spaced(n, value) for name, value in row.items()} for n, row in enumerate(rows_of(world))]
+    assert len(rows) > len(spaces) > 20
+    raw = with_events(world, tmp_path, rows)
+    if suffix == "parquet":
+        (raw / "events.jsonl").unlink()
+        pq.write_table(pa.Table.from_pylist(rows), raw / "events.parquet")
+    assert prepare("tables", raw, tmp_path / "out", FAST).fingerprint == expected
+
+
+@pytest.mark.parametrize(
+    ("column", "value"), [("clicked", 0.5), ("time", "1.68E+12"), ("time", "0x18BCFE56800"), ("time", "1_7")]
+)
 def test_half_a_click_and_a_rounded_time_are_refused(
     world: Path, tmp_path: Path, column: str, value: Any
 ) -> None:
