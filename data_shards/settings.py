@@ -80,13 +80,14 @@ def load(
 def where_of(
     problems: Sequence[tuple[str, str]], yaml_file: str | Path | None, overrides: Sequence[str]
 ) -> str:
-    """Where the reader has to look: the file, the command line, or both."""
+    """Where the reader has to look: the file, the settings given with it (on the command line or in Python),
+    or both."""
     if yaml_file is None:
         return "the settings"
     given = {override.partition("=")[0] for override in overrides} | set(overrides)
-    on_line = [any(f"{key}.".startswith(f"{word}.") for word in given) for key, _ in problems]
-    line = "the settings on the command line"
-    return line if all(on_line) else f"{yaml_file} and {line}" if any(on_line) else str(yaml_file)
+    on_top = [any(f"{key}.".startswith(f"{word}.") for word in given) for key, _ in problems]
+    beside = "the given settings"
+    return beside if all(on_top) else f"{yaml_file} and {beside}" if any(on_top) else str(yaml_file)
 
 
 def format_problems(

@@ -55,9 +55,10 @@ def prepare(
     if not isinstance(raw, tuple | list) or [isinstance(frame, pd.DataFrame) for frame in raw] != [True] * 2:
         raise DataError("raw must be a folder, or two data frames: (events, items)")
     with tempfile.TemporaryDirectory(prefix="gensr-prepare-") as folder:
-        for name, frame in zip(("events", "items"), raw, strict=True):
+        files = {name: Path(folder) / f"{name}.parquet" for name in ("events", "items")}
+        for (name, file), frame in zip(files.items(), raw, strict=True):
             try:
-                frame.to_parquet(Path(folder) / f"{name}.parquet", index=False)
+                frame.to_parquet(file, index=False)
             except (ValueError, TypeError, pa.ArrowException) as error:
                 raise DataError(
                     f"{name}: a data frame that parquet cannot hold; give each column one type: {error}"
@@ -65,7 +66,9 @@ def prepare(
         try:
             return run(source, folder, out, overrides_of(settings), append=append)
         except DataError as error:  # the files are ours: the reader knows frames
-            named = str(error).replace(f"{folder}/", "").replace(".parquet:", ":")
+            named = str(error)
+            for name, file in files.items():
+                named = named.replace(str(file), name)
             raise DataError(named) from error
 
 

@@ -242,13 +242,13 @@ def test_typos_are_blamed_on_where_they_stand(tmp_path: Path) -> None:
             load_config(words[0], words[1:])
         return str(caught.value).splitlines()[0]
 
-    assert first_line("demo", "optim.lrr=3") == "1 problem in the settings on the command line"
-    assert first_line("demo", "optim.micro_batch_size=7") == "1 problem in the settings on the command line"
-    assert first_line("demo", "train.max_steps=3") == "1 problem in the settings on the command line"
+    assert first_line("demo", "optim.lrr=3") == "1 problem in the given settings"
+    assert first_line("demo", "optim.micro_batch_size=7") == "1 problem in the given settings"
+    assert first_line("demo", "train.max_steps=3") == "1 problem in the given settings"
     file = tmp_path / "mine.yaml"
     file.write_text("optim: {lrr: 3}")
     assert first_line(str(file), "optim.lr=3e-4") == f"1 problem in {file}"
-    assert first_line(str(file), "run.x=1") == f"2 problems in {file} and the settings on the command line"
+    assert first_line(str(file), "run.x=1") == f"2 problems in {file} and the given settings"
 
 
 @pytest.mark.parametrize(

@@ -145,6 +145,11 @@ def test_a_history_that_a_frame_gave_can_be_asked_with(model: gensr.Model) -> No
         (lambda model: gensr.prepare(pd.DataFrame({"user_id": ["u"]}), "out"), r"\(events, items\)"),
         (lambda model: gensr.prepare((MIXED, MIXED), "out"), "events: .*one type"),
         (lambda model: gensr.prepare((TIMELESS, TIMELESS), "out"), "^events: column time is missing"),
+        (
+            lambda model: gensr.prepare((TIMELESS.assign(time="in.parquet: no"), TIMELESS), "out"),
+            "^events:time:row 1: must be .* got 'in.parquet: no'$",
+        ),
+        (lambda model: gensr.train("demo", settings={"optim.lrr": 1}), "^1 problem in the given settings\n"),
         (lambda model: gensr.cf("data", {"cf.dim": {1, 2}}), r"settings: \{1, 2\}"),
         (lambda model: gensr.evaluate("runs/mine", candidates="all"), "sampled, hard or full"),  # type: ignore[arg-type]
         (lambda model: gensr.prepare(("e", "i"), "out", source="amazon"), "data frames"),
