@@ -1,6 +1,7 @@
 """From a run folder to a registered version that scores alone: same scores, no pickle, clear refusals."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,9 +19,16 @@ from trainer.data.folder import PreparedFolder
 from trainer.errors import ConfigError, EnvironmentProblem, RequestError, RunError
 from trainer.registry.promote import promote
 from trainer.registry.signature import requirements
-from trainer.registry.store import default_uri, fetch, open_model, registry_of, uri_option
+from trainer.registry.store import (
+    default_uri,
+    fetch,
+    open_model,
+    registered_as,
+    registry_of,
+    uri_option,
+)
 from trainer.registry.versions import register
-from trainer.runs.weights import load_run_model
+from trainer.runs.weights import load_run_config, load_run_model
 from trainer.serving.scorer import Scorer, read_item_ids
 from trainer.tracking.store import connect
 
@@ -379,13 +387,16 @@ def test_a_run_that_has_not_ended_is_registered_with_a_warning(
     run_dir: Path, version: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[str] = []
+    registered = (run_dir / "registry.json").read_text()
     (run_dir / "status.json").write_text(json.dumps({"status": "stopped", "progress": {"step": 7}}))
-    monkeypatch.setattr("trainer.registry.versions._log_model", lambda *_: (version, "run"))
+    run_id = connect(registry_of(run_dir)).get_model_version("gensr-test", str(version)).run_id
+    monkeypatch.setattr("trainer.registry.versions._log_model", lambda *_: (version, run_id))
     monkeypatch.setattr("trainer.registry.versions._compare", lambda *_: None)
     try:
         register(run_dir, "gensr-test", notify=told.append)
     finally:
         (run_dir / "status.json").unlink()
+        (run_dir / "registry.json").write_text(registered)
     assert f"warning: {run_dir} is not finished (it has stopped)" in "\n".join(told)
 
 
@@ -413,6 +424,94 @@ def test_a_failed_registration_leaves_the_run_as_it_was(
     ):
         register(run_dir, "gensr-test")
     assert client.get_run(run_id).info.status == "FINISHED"
+
+
+def test_a_registration_that_was_killed_is_completed(
+    run_dir: Path, version: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLflow has the version and the run folder does not say so: it is not made a second time."""
+    uri = registry_of(run_dir)
+    client = connect(uri)
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    def versions() -> list[int]:
+        return sorted(int(one.version) for one in client.search_model_versions("name='gensr-test'"))
+
+    register(run_dir, "gensr-test", "killed")
+    for step in ("_compare", "_describe", "write_json"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"trainer.registry.versions.{step}", killed)
+            with pytest.raises(KeyboardInterrupt):
+                register(run_dir, "gensr-test", "killed")
+        left = versions()
+        number = register(run_dir, "gensr-test", "killed")
+        assert left == versions() and number == left[-1]
+        assert int(client.get_model_version_by_alias("gensr-test", "killed").version) == number
+        assert client.get_model_version("gensr-test", str(number)).tags["user"] == "ada"
+    assert register(run_dir, "gensr-test", "killed") == number + 1  # what was completed is left alone
+
+    with monkeypatch.context() as patch:
+        patch.setattr("trainer.registry.versions._compare", killed)
+        with pytest.raises(KeyboardInterrupt):
+            register(run_dir, "gensr-test", "killed")
+    evaluation = run_dir / "evaluation-test.json"
+    before = evaluation.read_text()
+    evaluation.write_text(before.replace("40", "41"))
+    assert register(run_dir, "gensr-test", "killed") == number + 3  # the run has another evaluation now
+    evaluation.write_text(before)
+
+
+def test_a_version_in_another_registry_is_none_of_this(run_dir: Path, version: int, tmp_path: Path) -> None:
+    uri, other = registry_of(run_dir), f"sqlite:///{tmp_path / 'mlflow.db'}"
+    number = register(run_dir, "gensr-test", "here")
+    assert registered_as(run_dir, "gensr-test", uri) == number
+    assert registered_as(run_dir, "another", uri) == 0
+    assert registered_as(run_dir, "gensr-test", other) == 0 and not (tmp_path / "mlflow.db").exists()
+    client = connect(other)
+    client.create_registered_model("gensr-test")
+    for _ in range(number):
+        client.create_model_version("gensr-test", f"file://{tmp_path}")
+    assert registered_as(run_dir, "gensr-test", other) == 0
+
+
+def test_files_that_lie_elsewhere_leave_no_copies(
+    run_dir: Path, version: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The registry is a database, and the files of its versions are in a store like S3."""
+    from mlflow.store.artifact.artifact_repo import ArtifactRepository
+    from mlflow.store.artifact.artifact_repository_registry import _artifact_repository_registry
+    from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
+
+    class Elsewhere(ArtifactRepository):
+        def __init__(self, artifact_uri: str, *given: Any, **named: Any) -> None:
+            super().__init__(artifact_uri)
+            self.there = LocalArtifactRepository(artifact_uri.replace("elsewhere:", "file:", 1))
+
+        def log_artifact(self, local_file: str, artifact_path: str | None = None) -> None:
+            self.there.log_artifact(local_file, artifact_path)
+
+        def log_artifacts(self, local_dir: str, artifact_path: str | None = None) -> None:
+            self.there.log_artifacts(local_dir, artifact_path)
+
+        def list_artifacts(self, path: str | None = None) -> Any:
+            return self.there.list_artifacts(path)
+
+        def _download_file(self, remote_file_path: str, local_path: str) -> None:
+            shutil.copy(self.there.get_local_path(remote_file_path), local_path)
+
+    monkeypatch.setitem(_artifact_repository_registry._registry, "elsewhere", Elsewhere)
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    shutil.copytree(run_dir, tmp_path / "run")
+    (tmp_path / "run" / "registry.json").unlink(missing_ok=True)
+    uri = registry_of(tmp_path / "run")
+    experiment = load_run_config(run_dir).tracking.experiment
+    connect(uri).create_experiment(experiment, artifact_location=f"elsewhere://{tmp_path}/files")
+    register(tmp_path / "run", "far")
+    assert open_model("models:/far@candidate", uri).score(requests())
+    assert not list((tmp_path / "tmp").iterdir())
 
 
 def test_requirements_cover_what_serving_imports() -> None:
@@ -491,7 +590,7 @@ def test_copies_from_a_server_are_kept_no_longer_than_they_are_read(
 ) -> None:
     """The store is taken for a server, which sends copies."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr("trainer.registry.store.is_server", lambda uri: True)
+    monkeypatch.setattr("trainer.registry.store._lies_here", lambda model, uri: False)
     uri = registry_of(run_dir)
     fetched: list[str] = []
 

@@ -16,7 +16,6 @@ from trainer.runtime.progress import Notify, silent
 from trainer.serving.recommend import Recommender
 from trainer.tracking.store import (
     connect,
-    is_server,
     must_exist,
     one_line,
     sqlite_path,
@@ -46,19 +45,24 @@ def open_model(
     uri = uri or default_uri()
     named = version_of(str(model), uri)  # asked once: the alias may move meanwhile
     found = f"models:/{named['name']}/{named['version']}" if named else str(model)
-    with fetched(f"{found}/artifacts", uri) as folder:
+    artifacts = f"{found}/artifacts"
+    with place_of_copies(artifacts, uri) as place:
         recommender = Recommender.from_artifacts(
-            folder, data_dir=data_dir, notify=notify, retriever=retriever, version=named
+            fetch(artifacts, uri, into=place),
+            data_dir=data_dir,
+            notify=notify,
+            retriever=retriever,
+            version=named,
         )
-        if is_server(uri):
+        if place is not None:
             recommender.read_texts()  # the folder goes
     return recommender
 
 
 def fetch(model: str, uri: str, into: Path | None = None) -> Path:
     """The folder of a registered version (models:/NAME/VERSION), or one in it (…/artifacts/model). into:
-    where a copy goes; without, a store on this machine gives its own, and a server a copy that stays. Raises
-    RunError when there is no such model."""
+    where a copy goes; without, files on this machine are given as they are, and of others a copy that stays.
+    Raises RunError when there is no such model."""
     mlflow = mlflow_at(must_exist(uri))
     try:
         return Path(mlflow.artifacts.download_artifacts(model, dst_path=str(into) if into else None))
@@ -68,19 +72,34 @@ def fetch(model: str, uri: str, into: Path | None = None) -> Path:
 
 @contextlib.contextmanager
 def fetched(model: str, uri: str) -> Iterator[Path]:
-    """fetch() whose copy from a server is removed after it has been read."""
-    with place_of_copies(uri) as folder:
+    """fetch() whose copy, if it makes one, is removed after it has been read."""
+    with place_of_copies(model, uri) as folder:
         yield fetch(model, uri, into=folder)
 
 
 @contextlib.contextmanager
-def place_of_copies(uri: str) -> Iterator[Path | None]:
-    """A temporary folder; None for a store on this machine, which gives its own files."""
-    if not is_server(uri):
+def place_of_copies(model: str, uri: str) -> Iterator[Path | None]:
+    """A temporary folder; None for a version whose files lie on this machine and are read there, whatever
+    the kind of the registry's address. Raises RunError when there is no such model."""
+    if _lies_here(model, uri):
         yield None
         return
     with tempfile.TemporaryDirectory(prefix="gensr-version-") as folder:
         yield Path(folder)
+
+
+def _lies_here(model: str, uri: str) -> bool:
+    mlflow_at(must_exist(uri))
+    from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
+    from mlflow.store.artifact.models_artifact_repo import ModelsArtifactRepository
+
+    try:
+        files = ModelsArtifactRepository(ModelsArtifactRepository.split_models_uri(model)[0])
+        while isinstance(files, ModelsArtifactRepository):  # a version may be of a logged model
+            files = files.repo
+    except (mlflow_exception(), OSError) as error:
+        raise _no_such_model(model, uri, error) from error
+    return isinstance(files, LocalArtifactRepository)
 
 
 def parts_of(model: str, uri: str) -> set[str]:
@@ -156,10 +175,15 @@ def number_of(name: str, alias: str, uri: str) -> int:
     return int(found.version) if found is not None else 0
 
 
-def registered_as(run_dir: str | Path, name: str) -> int:
-    """The version of `name` that a run has become; 0 where it has not."""
-    document = read_json(RunFolder(run_dir).registry)
-    return int(document["version"]) if document.get("name") == name else 0
+def registered_as(run_dir: str | Path, name: str, uri: str) -> int:
+    """The version of `name` that a run has become in this registry; 0 where it has not."""
+    document, path = read_json(RunFolder(run_dir).registry), sqlite_path(uri)
+    if document.get("name") != name or (path is not None and not path.exists()):
+        return 0
+    number = int(document["version"])
+    with mlflow_errors(f"MLflow at {uri} does not say whose version {number} of {name} is"):
+        found = connect(uri).search_model_versions(f"run_id='{document['run_id']}'")
+    return number if (name, number) in {(one.name, int(one.version)) for one in found} else 0
 
 
 @contextlib.contextmanager

@@ -12,6 +12,8 @@ model_card.md           what it is, from facts
 """
 
 import contextlib
+import hashlib
+import json
 import re
 import shlex
 import shutil
@@ -22,7 +24,9 @@ from urllib.parse import unquote
 
 import data_shards
 import trainer
+from data_shards.checksum import file_sha256
 from data_shards.secrets import mask_secrets
+from data_shards.settings import read_yaml
 from trainer.config import Config
 from trainer.data.folder import PreparedFolder
 from trainer.errors import ConfigError, EnvironmentProblem, RunError
@@ -37,11 +41,18 @@ from trainer.registry.model_card import (
     version_tags,
 )
 from trainer.registry.signature import example_requests, requirements, signature
-from trainer.registry.store import ALIAS, mlflow_at, mlflow_errors, mlflow_exception, place_of_copies
+from trainer.registry.store import (
+    ALIAS,
+    fetched,
+    mlflow_at,
+    mlflow_errors,
+    mlflow_exception,
+    place_of_copies,
+)
 from trainer.runs.retriever_facts import RETRIEVER, retriever_of, retriever_words
 from trainer.runs.run_folder import RunFolder, read_json
 from trainer.runs.sealed import seal
-from trainer.runs.weights import load_run_config
+from trainer.runs.weights import WEIGHTS, load_run_config
 from trainer.runtime.files import write_json
 from trainer.runtime.progress import Notify, silent
 from trainer.serving.artifacts import write_items
@@ -54,6 +65,7 @@ from trainer.tracking.store import connect, is_server, log_figures, open_experim
 MAX_NAME = 256  # characters that every database of MLflow takes
 # between the run's scores and the registered version's, after a float32 round trip
 MAX_SCORE_DIFFERENCE = 1e-4
+NUM_LOOKED_AT = 10  # newest versions, for one that a killed registration has left
 
 
 def register(
@@ -104,11 +116,17 @@ def register(
     example = example_requests(folder, scorer.model.tasks)
     expected = scorer.score_many(example)
     with mlflow_errors(f"MLflow at {uri} does not register {run_dir}"):
-        number, run_id = _log_model(run_dir, name, config, scorer, other, facts, example, uri)
+        client, content = connect(uri), _content_of(run_dir, facts)
+        number, run_id = _left_by_a_kill(client, run_dir, name, content, uri) or _log_model(
+            run_dir, name, config, scorer, other, facts, example, content, uri
+        )
+        if client.get_run(run_id).info.status == "RUNNING":
+            client.set_terminated(run_id, "FINISHED")
+        for evaluated, figures in named_evaluations(facts).items():
+            log_figures(client, run_id, metrics_of(figures, evaluated))
     done = f"models:/{name}/{number} is registered, but not checked: the alias {alias} was not moved"
     with mlflow_errors(f"MLflow at {uri} does not complete it. {done}"):
         _compare(expected, _predict(f"models:/{name}/{number}", uri, example), name, number)
-        client = connect(uri)
         _describe(client, name, number, facts, run_id)
         client.set_registered_model_alias(name, alias, str(number))
     kept = f"models:/{name}/{number} is registered, also as models:/{name}@{alias}"
@@ -187,9 +205,33 @@ def _predict(model: str, uri: str, requests: list[dict[str, Any]]) -> list[list[
     """Scores as MLflow's own server would give them."""
     import pandas as pd
 
-    with place_of_copies(uri) as folder:
+    with place_of_copies(model, uri) as folder:
         loaded = mlflow_at(uri).pyfunc.load_model(model, dst_path=str(folder) if folder else None)
         return [list(scores) for scores in loaded.predict(pd.DataFrame(requests))["scores"]]
+
+
+def _content_of(run_dir: Path, facts: dict[str, Any]) -> str:
+    """sha256 of what a version of this run would be."""
+    weights = file_sha256(RunFolder(run_dir).model / WEIGHTS)
+    return hashlib.sha256(json.dumps([weights, facts], sort_keys=True).encode()).hexdigest()
+
+
+def _left_by_a_kill(client: Any, run_dir: Path, name: str, content: str, uri: str) -> tuple[int, str] | None:
+    """(version, id of its MLflow run) of the same content that is newer than what the run folder knows: the
+    process that made it was killed before it could say so."""
+    known = read_json(RunFolder(run_dir).registry)
+    quote = '"' if "'" in name else "'"
+    newest = client.search_model_versions(
+        f"name={quote}{name}{quote}", max_results=NUM_LOOKED_AT, order_by=["version_number DESC"]
+    )
+    for one in newest:
+        told = known.get("name") == name and known.get("run_id") == one.run_id
+        if told and int(one.version) <= int(known["version"]):
+            continue
+        with fetched(f"models:/{name}/{one.version}/MLmodel", uri) as file:
+            if (read_yaml(file).get("metadata") or {}).get("content") == content:
+                return int(one.version), str(one.run_id)
+    return None
 
 
 def _log_model(
@@ -200,6 +242,7 @@ def _log_model(
     retriever: Retriever | None,
     facts: dict[str, Any],
     example: list[dict[str, Any]],
+    content: str,
     uri: str,
 ) -> tuple[int, str]:
     """→ (version, id of the MLflow run it belongs to). The run keeps the status it had."""
@@ -229,15 +272,12 @@ def _log_model(
                     metadata={
                         "manifest_hash": facts["manifest_hash"],
                         "split_fingerprint": facts["split_fingerprint"],
+                        "content": content,
                     },
                 )
         finally:  # a registration that fails does not make a finished run a failed one
             with contextlib.suppress(mlflow_exception()):
                 client.update_run(run_id, status=status)
-    if status == "RUNNING":
-        client.set_terminated(run_id, "FINISHED")
-    for evaluated, document in named_evaluations(facts).items():
-        log_figures(client, run_id, metrics_of(document, evaluated))
     return int(logged.registered_model_version), run_id
 
 

@@ -79,7 +79,11 @@ class Day:
 
     def _is_candidate(self, run: RunFolder) -> bool:
         name = self.plan.settings.name
-        return 0 < registered_as(run.path, name) == number_of(name, ALIAS, self.plan.uri)
+        return 0 < self.version(run) == number_of(name, ALIAS, self.plan.uri)
+
+    def version(self, run: RunFolder) -> int:
+        """That a run has become; 0 where it has not."""
+        return registered_as(run.path, self.plan.settings.name, self.plan.uri)
 
     def data_steps(self) -> list[Step]:
         given, raw = self.plan.settings, self.plan.raw(self.name)
@@ -127,7 +131,7 @@ class Day:
 
     def register(self) -> Step:
         arguments = ("register", str(self.new.path), self.plan.settings.name)
-        return Step("register", arguments, lambda: registered_as(self.new.path, self.plan.settings.name) > 0)
+        return Step("register", arguments, lambda: self.version(self.new) > 0)
 
     # ---- doing them ----------------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ from trainer.experiments.daily.report import write_report
 from trainer.experiments.pool import Pool, Steps, interruptible
 from trainer.models.zoo import model_class
 from trainer.registry.promote import CHAMPION, champions, decided, promote
-from trainer.registry.store import fetch, number_of, registered_as
+from trainer.registry.store import fetch, number_of
 from trainer.runs.run_folder import RunFolder
 from trainer.runs.weights import learnable_tasks, read_model_document
 from trainer.runtime.files import writing
@@ -76,7 +76,7 @@ def _do(day: Day, notify: Notify) -> dict[str, Any]:
     do(day.train(champion))
     do(day.evaluate(day.new, "evaluate"))
     do(day.register())
-    version = registered_as(day.new.path, given.name)
+    version = day.version(day.new)
     row = decided(given.name, version, plan.uri)
     if not row:
         champion = _champion(day, notify)  # it may have moved while the new one was trained
@@ -136,8 +136,8 @@ def _champion(day: Day, notify: Notify) -> Champion:
                     f"{given.run}, the first champion of {given.name}: {step.title.removesuffix(' first')}"
                 )
                 day.do(step)
-        version = registered_as(first.path, given.name)
-        number = promote(given.name, plan.uri, candidates=given.candidates, version=version).candidate
+        decision = promote(given.name, plan.uri, candidates=given.candidates, version=day.version(first))
+        number = decision.candidate
     weights = RunFolder(plan.champion(number))
     if not weights.model.is_dir():
         with writing(weights.model):
