@@ -42,6 +42,7 @@ from trainer.errors import RequestError, RunError
 from trainer.models.contract import Ranker
 from trainer.models.zoo import model_class, settings_class
 from trainer.runs.weights import load_model, load_run_model, save_model
+from trainer.runtime.device import autocast
 from trainer.runtime.stopping import StopSignal
 from trainer.serving.recommend import Recommender
 from trainer.serving.retrieval import build_retrieval
@@ -197,6 +198,14 @@ def test_a_score_depends_on_its_event_and_its_item_alone(fit: Fitted) -> None:
     unlabelled = batch.with_candidates(batch.candidates, torch.zeros_like(batch.labels))
     assert_same(scores_of(model, unlabelled), scores, "labels")
     assert_same(scores_of(model, padded(batch, 3)), scores, "padding")
+
+
+def test_scores_under_bf16_are_float32(fit: Fitted) -> None:
+    """In bf16 near scores would tie."""
+    model, batch = fit
+    with autocast("cpu", "bf16"), torch.no_grad():
+        scores, whole = scores_of(model, batch), model.score_catalogue(model.prepare(batch))
+    assert scores.dtype == whole.dtype == torch.float32
 
 
 def test_padding_is_never_read(fit: Fitted) -> None:

@@ -1,6 +1,7 @@
 """Checkpoints are whole or absent: order of writing, what is kept, what is found after any damage."""
 
 import json
+import os
 import shutil
 import threading
 from pathlib import Path
@@ -167,6 +168,21 @@ def damage_state(path: Path) -> None:
 def damage_half(path: Path) -> None:
     """Killed while writing: there is only the partial folder."""
     path.rename(path.with_name(f"{checkpoint.PARTIAL}{path.name}"))
+
+
+def test_what_cannot_be_removed_ends_no_run(
+    writer: CheckpointWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A network file system keeps a folder of which someone reads a file."""
+    folder = tmp_path / "checkpoints"
+    save(writer, 1), save(writer, 2)
+    (folder / f"{checkpoint.PARTIAL}step-00000009").mkdir()  # of an interrupted save
+    with monkeypatch.context() as busy:
+        busy.setattr(os, "rmdir", lambda *_, **__: os.close(-1))  # OSError
+        assert save(writer, 3).is_dir()
+    assert (folder / "latest").read_text() == "step-00000003\n"
+    save(writer, 4)
+    assert sorted(path.name for path in folder.iterdir()) == ["latest", "step-00000003", "step-00000004"]
 
 
 @pytest.mark.parametrize("damage", [damage_truncate, damage_missing, damage_list, damage_state, damage_half])

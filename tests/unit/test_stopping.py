@@ -6,12 +6,16 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
+import torch
 
-from trainer.runtime.stopping import EXIT_FORCED
+from trainer.runtime.stopping import EXIT_FORCED, StopSignal
 
 ROOT = Path(__file__).parents[2]
 
@@ -40,6 +44,15 @@ def hanging(limit_s: float) -> subprocess.Popen[str]:
     assert process.stdout is not None and process.stdout.readline() == "hangs\n"
     time.sleep(0.2)
     return process
+
+
+def test_the_ranks_agreement_waits_as_long_as_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """run.timeout_s of two hours: a validation may take one."""
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(torch.distributed, "new_group", lambda **settings: seen.update(settings))
+    two: Any = SimpleNamespace(num_processes=2)
+    StopSignal(two, timeout_s=7200)
+    assert seen == {"backend": "gloo", "timeout": timedelta(hours=2)}
 
 
 @pytest.mark.timeout(120)

@@ -171,7 +171,7 @@ def make_empty(folder: Path) -> None:
     """A new empty folder to write a checkpoint into; what an interrupted save left beside it is removed."""
     with writing(folder):
         for stale in folder.parent.glob(f"{PARTIAL}*"):
-            shutil.rmtree(stale)
+            shutil.rmtree(stale, ignore_errors=stale != folder)
         folder.mkdir(parents=True)
 
 
@@ -193,8 +193,8 @@ def publish(
     steps = sorted((int(path.name[5:]) for path in _step_folders(folder)), reverse=True)
     kept = {*[step for step in steps if step <= int(name[5:])][:keep], best_step}
     for step in steps:
-        if step not in kept:
-            shutil.rmtree(folder / f"step-{step:08d}")
+        if step not in kept:  # a file that someone holds open is tried again with the next checkpoint
+            shutil.rmtree(folder / f"step-{step:08d}", ignore_errors=True)
 
 
 def _step_folders(folder: Path) -> list[Path]:

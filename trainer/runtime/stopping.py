@@ -21,6 +21,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -65,7 +66,9 @@ class StopSignal:
         self.received = ""  # name of the signal this rank got
         self.all_idle = True  # no rank was busy when the last answer was asked for
         several = accelerator.num_processes > 1
-        self._group = torch.distributed.new_group(backend="gloo") if several else None
+        # of its own, a group of gloo waits half an hour
+        wait = timedelta(seconds=timeout_s) if timeout_s else None
+        self._group = torch.distributed.new_group(backend="gloo", timeout=wait) if several else None
         self._flags = torch.zeros(2, dtype=torch.int32)
         self._work: Any = None
         self._first_s: dict[int, float] = {}  # signal number → when it came first

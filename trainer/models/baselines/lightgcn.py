@@ -37,10 +37,12 @@ class LightGcn(Ranker):
     trained = False
 
     def score(self, batch: Batch) -> Tensor:
-        return torch.einsum("bk,bck->bc", self._taste(batch), self.tables.cf[batch.candidates])
+        with torch.autocast(self.device.type, enabled=False):  # bf16 would tie items
+            return torch.einsum("bk,bck->bc", self._taste(batch), self.tables.cf[batch.candidates])
 
     def score_catalogue(self, batch: Batch) -> Tensor:
-        return self._taste(batch) @ self.tables.cf.T
+        with torch.autocast(self.device.type, enabled=False):
+            return self._taste(batch) @ self.tables.cf.T
 
     def _taste(self, batch: Batch) -> Tensor:
         if self.settings.by == "user":
