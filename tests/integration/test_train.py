@@ -459,6 +459,30 @@ def test_a_loss_that_is_not_finite_names_its_events_and_keeps_what_was(
     assert same_model(tmp_path / "run", undisturbed)
 
 
+def test_weights_that_are_not_finite_are_never_saved(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last gradient, of a step that is saved: no later loss shows it."""
+    from trainer.models.gensr.model import GenSR
+
+    original, calls = GenSR.forward, [0]
+
+    def forward(self: GenSR, batch: Any, mode: str = "loss") -> Any:
+        out = original(self, batch, mode)
+        calls[0] += mode == "loss"
+        if mode == "loss" and calls[0] == 16:  # √0 is 0, and its slope is not finite
+            return out[0] + (0 * self.cf_projection.bias.sum()).sqrt(), out[1]
+        return out
+
+    monkeypatch.setattr(GenSR, "forward", forward)
+    with pytest.raises(RunError, match=r"weights are not finite after step 8: backbone.*, …"):
+        train(config_of(data, tmp_path / "run"))
+    assert list(checkpoints_of(tmp_path / "run")) == ["step-00000004"]
+    state = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in state.values())
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["status"] == "failed"
+
+
 def test_a_loss_that_is_not_finite_is_left_out_where_asked(
     undisturbed: Path, data: Path, tmp_path: Path, poison: Any
 ) -> None:

@@ -45,7 +45,7 @@ from trainer.training.optimizer import set_lr
 from trainer.training.schedule import grad_accum_steps
 from trainer.training.setup import Run, set_up
 from trainer.training.step import micro_step
-from trainer.training.window import Window, shown
+from trainer.training.window import Window, check_weights, shown
 
 Status = Literal["finished", "early_stopped", "stopped", "already_finished"]
 EXIT_RESUME_ME = 75  # sysexits' EX_TEMPFAIL: stopped by a signal and saved, run again with --resume auto
@@ -137,7 +137,9 @@ def fit(run: Run, stop: StopSignal) -> Status:
                 schedule.is_checkpoint_step(progress.step),
             )
             if schedule.is_log_step(progress.step) or validating or saving or stopping:
-                log(run, window)  # also the check that nothing has become infinite, before it is saved
+                log(run, window)  # also the check that no loss is infinite
+            if validating or saving or stopping:
+                check_finite(run)
             gained = validate_now(run, stop) if validating else False
             if saving or gained or stopping:
                 save(run)
@@ -228,6 +230,17 @@ def log(run: Run, window: Window) -> None:
         **({"skipped_batches": progress.skipped_batches} if progress.skipped_batches else {}),
     }
     run.listeners.on_log(progress.step, record)
+
+
+def check_finite(run: Run) -> None:
+    """Raises RunError on all ranks before weights that are not finite are saved."""
+    weights = {name: weight for name, weight in run.module.named_parameters() if weight.requires_grad}
+    weights |= run.rows.weights() if run.rows is not None else {}
+    try:
+        check_weights(run.accelerator, weights, run.progress.step)
+    except RunError:  # the checkpoint before is a good one
+        run.writer.finish()
+        raise
 
 
 def validate_now(run: Run, stop: StopSignal) -> bool:

@@ -5,7 +5,7 @@ at each before it is learned from.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 MAX_IDS_SHOWN = 16
+MAX_NAMES_SHOWN = 3
 
 
 class Window:
@@ -96,6 +97,24 @@ class Window:
             f"the loss is not finite: {'; '.join(places)}. Nothing was saved since; earlier checkpoints are "
             "intact. Try a smaller optim.lr or run.precision=fp32; run.on_nan=skip leaves such batches out."
         )
+
+
+def check_weights(accelerator: "Accelerator", weights: Mapping[str, Tensor], step: int) -> None:
+    """Before they are validated or saved, on all ranks: the loss of a step may be finite whose gradient is
+    not, and only the next loss would show it. Raises RunError on every rank, naming some of them."""
+    of_rank = {
+        name: getattr(weight, "ds_tensor", weight) for name, weight in weights.items()
+    }  # ZeRO-3's part
+    bad = ~torch.stack([part.detach().sum().float() for part in of_rank.values()]).isfinite()
+    if not bool(accelerator.gather(bad.any()[None]).any()):
+        return
+    mine = [name for name, is_bad in zip(of_rank, bad.tolist(), strict=True) if is_bad]
+    names = sorted({name for each in gather_objects(accelerator, mine) for name in each})
+    raise RunError(
+        f"weights are not finite after step {step}: {', '.join(names[:MAX_NAMES_SHOWN])}"
+        f"{', …' if len(names) > MAX_NAMES_SHOWN else ''}. A gradient was not, though the loss was. Nothing "
+        "was saved since; earlier checkpoints are intact. Try a smaller optim.lr or run.precision=fp32."
+    )
 
 
 class BadBatches:
