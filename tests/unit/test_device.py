@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from tests.tiny_folder import make_tiny_folder
 from tests.tiny_model import Made, make_tiny_model, move
 from trainer.models.backbones.backbone import Backbone
+from trainer.models.gensr.evidence import Evidence
 
 
 class NothingFromTheHost(TorchDispatchMode):
@@ -73,6 +74,35 @@ def test_a_training_step_asks_its_device_for_nothing(
         loss, report = model(batch)
         loss.backward()
     assert {loss.device.type, *(value.device.type for value in report.values())} == {"meta"}
+
+
+@pytest.mark.usefixtures("on_meta")
+@pytest.mark.parametrize(
+    "settings", [("evidence=true",), ("mined_negatives=2",), ("evidence=true", "mined_negatives=2")]
+)
+def test_evidence_and_mining_ask_their_device_for_nothing(
+    make: Callable[..., Made], settings: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is mined from is opened by the first step, before others may not wait any more. Mining alone does
+    not compute the evidence that nobody reads."""
+    model, batch = make("model.backbone=scratch:nano", *(f"model.{setting}" for setting in settings))
+    if not model.reads_evidence:
+        monkeypatch.setattr(Evidence, "shared_words", None)
+    model.fit()
+    model(batch)
+    batch = move(model, model.prepare(batch), "meta")
+    model._mine = [on_device(mine, "meta") for mine in model._mine]
+    with NothingFromTheHost():
+        loss, _ = model(batch)
+        loss.backward()
+    assert loss.device.type == "meta"
+
+
+def on_device(value: Any, device: str) -> Any:
+    """A dataclass of tensors."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    return replace(value, **{name: on_device(part, device) for name, part in vars(value).items()})
 
 
 @pytest.mark.usefixtures("on_meta")

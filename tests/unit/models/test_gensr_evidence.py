@@ -3,7 +3,7 @@ as the correction says."""
 
 import itertools
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from data_shards.schema import REC, SRC
 from tests.tiny_world import make_batch, make_world
 from trainer.batch import Batch, TrainClicks
 from trainer.models.contract import World
-from trainer.models.gensr.evidence import SHRINK, Evidence, Seen, text_key
+from trainer.models.gensr.evidence import SHRINK, Drawn, Evidence, Seen, text_key
 from trainer.models.gensr.mining import log_proposal, mined, open_mine
 
 NEAR, AFTER, NEAR_NEWEST, AFTER_NEWEST, USERS, TASTE, TASTE_BEST, WORDS, WORDS_BEST = range(9)
@@ -217,3 +217,13 @@ def test_scores_are_corrected_by_how_often_a_candidate_is_drawn():
                 continue  # never mined: the event's own
             share = (weights * (changed.candidates[:, 1:] == item)).mean()
             assert share == pytest.approx(1 / 8, rel=0.15), (history, query, item)
+
+
+def test_mining_alone_needs_no_numbers() -> None:
+    world, evidence = categorised()
+    batch = many_events([4, 6], query=0, clicked=5, user=4, num_events=50)
+    for own in (False, True):
+        seen, alone = seen_of(evidence, world, batch, own), evidence.drawn(batch, world.tables, own)
+        for field in fields(Drawn):
+            assert torch.equal(getattr(alone, field.name), getattr(seen, field.name)), field.name
+        assert seen.near_BNC.any() and seen.in_category_BC.any()

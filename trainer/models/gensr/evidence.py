@@ -51,13 +51,17 @@ HASH_A, HASH_B = 0x9E3779B97F4A7C1, 0xBF58476D1CE4E5B  # odd factors of mixed()
 
 
 @dataclass(frozen=True)
-class Seen:
-    """Numbers [B, C, F] float32, and what a mined negative is corrected by."""
+class Drawn:
+    """What a mined negative is corrected by."""
 
-    features_BCF: Tensor
     near_BNC: Tensor  # bool, whether a candidate is among the neighbours of a history item
     in_category_BC: Tensor  # bool, whether it lies in the query's category
     weight_BN: Tensor  # of history items, 0 for padding and repetitions
+
+
+@dataclass(frozen=True)
+class Seen(Drawn):
+    features_BCF: Tensor  # the numbers, float32
 
 
 class Evidence(nn.Module):
@@ -151,18 +155,10 @@ class Evidence(nn.Module):
 
     def forward(self, batch: Batch, tables: ItemTables, cf_BNK: Tensor, cf_BCK: Tensor, own: bool) -> Seen:
         """own: the clicked candidates' own clicks are among the counts, and are taken out."""
-        is_own_BC = batch.labels > 0 if own else torch.zeros_like(batch.labels, dtype=torch.bool)
-        leaves_BC = (is_own_BC & ~in_history(batch)).float() if own else is_own_BC.float()
+        is_own_BC, leaves_BC = own_clicks(batch, own)
         weight_BN, age_BN = history_weights(batch)
-        users_BC = self.users[batch.candidates] - leaves_BC
         clicks_BC = self.clicks[batch.candidates] - is_own_BC.float()
-        common_BNC = looked_up(self.near, self.near_users, batch.history_items, batch.candidates)
-        common_BNC = (common_BNC - leaves_BC[:, None]).clamp(min=0)
-        norm_BNC = (self.users[batch.history_items][..., None] * users_BC[:, None].clamp(min=1)).sqrt()
-        near_BNC = common_BNC / (norm_BNC + SHRINK)
-        if own:  # nothing of it is paid in evaluation and service
-            stays_BNC = self._stays("near", batch, is_own_BC, near_BNC)
-            common_BNC, near_BNC = common_BNC * stays_BNC, near_BNC * stays_BNC
+        near_BNC, users_BC = self._near(batch, is_own_BC if own else None, leaves_BC)
         after_BNC = looked_up(self.follow, self.follow_weight, batch.history_items, batch.candidates)
         if own:
             after_BNC = (after_BNC - own_followers(batch)[..., None] * is_own_BC[:, None]).clamp(min=0)
@@ -180,7 +176,7 @@ class Evidence(nn.Module):
         def weighted(value_BNC: Tensor, by_BN: Tensor) -> Tensor:
             return (value_BNC * by_BN[..., None]).sum(1)
 
-        inside_BC, last_BC, covered_BC = self._query_match(batch, tables)
+        inside_BC, last_BC = self._in_category(batch, tables)
         features = [
             (LOUDNESS * weighted(near_BNC, weight_BN)).log1p(),
             (LOUDNESS * weighted(after_BNC, weight_BN)).log1p(),
@@ -194,14 +190,32 @@ class Evidence(nn.Module):
             (weight_BN > 0).sum(1, keepdim=True).float().log1p().expand_as(users_BC),
             inside_BC.float(),
             last_BC.float(),
-            covered_BC,
+            self._covered(batch, tables),
             (users_BC == 0).float(),
         ]
         if self.with_categories:
             features += self._categories(batch, tables, users_BC, leaves_BC, age_BN, weight_BN > 0)
         if self.query_words is not None:
             features.append(self.query_words(batch, tables, own))
-        return Seen(torch.stack(features, -1), common_BNC > 0, inside_BC, weight_BN)
+        return Seen(near_BNC > 0, inside_BC, weight_BN, torch.stack(features, -1))
+
+    def drawn(self, batch: Batch, tables: ItemTables, own: bool) -> Drawn:
+        """Of the same what mining alone needs."""
+        is_own_BC, leaves_BC = own_clicks(batch, own)
+        near_BNC, _ = self._near(batch, is_own_BC if own else None, leaves_BC)
+        return Drawn(near_BNC > 0, self._in_category(batch, tables)[0], history_weights(batch)[0])
+
+    def _near(self, batch: Batch, is_own_BC: Tensor | None, leaves_BC: Tensor) -> tuple[Tensor, Tensor]:
+        """Similarity of each candidate to each history item that has it among its nearest, [B, N, C], else
+        0; and users who clicked it [B, C]. is_own_BC: None of events that were not counted."""
+        users_BC = self.users[batch.candidates] - leaves_BC
+        common_BNC = looked_up(self.near, self.near_users, batch.history_items, batch.candidates)
+        common_BNC = (common_BNC - leaves_BC[:, None]).clamp(min=0)
+        norm_BNC = (self.users[batch.history_items][..., None] * users_BC[:, None].clamp(min=1)).sqrt()
+        near_BNC = common_BNC / (norm_BNC + SHRINK)
+        if is_own_BC is not None:  # nothing of it is paid in evaluation and service
+            near_BNC = near_BNC * self._stays("near", batch, is_own_BC, near_BNC)
+        return near_BNC, users_BC
 
     def _categories(
         self,
@@ -295,23 +309,26 @@ class Evidence(nn.Module):
         )
         return (common.view(num_events, -1, num_history) / length_BC[..., None]).transpose(1, 2)
 
-    def _query_match(self, batch: Batch, tables: ItemTables) -> tuple[Tensor, Tensor, Tensor]:
-        """[B, C] each: whether a candidate lies in the category whose words are the query; whether that is
-        its last category; the share of the query's words (by idf) that its text has. 0 without query."""
-        asked_B1 = (batch.query >= 0)[:, None]
-        rows_B = batch.query.clamp(min=0)
-        terms_BQ = tables.query_terms[rows_B].long().sort(-1).values
+    def _covered(self, batch: Batch, tables: ItemTables) -> Tensor:
+        """The share of the query's words (by idf) that a candidate's text has, [B, C]; 0 without query."""
+        terms_BQ = tables.query_terms[batch.query.clamp(min=0)].long().sort(-1).values
         value_BQ = self.idf[terms_BQ] * first_of_each(terms_BQ)
         text_BCT = rows_of(tables.item_terms, batch.candidates)
         found_BCQ = (terms_BQ[:, None, :, None] == text_BCT[:, :, None]).any(-1)
         covered_BC = (found_BCQ * value_BQ[:, None]).sum(-1) / value_BQ.sum(-1, keepdim=True).clamp(min=1e-9)
+        return covered_BC * (batch.query >= 0)[:, None]
+
+    def _in_category(self, batch: Batch, tables: ItemTables) -> tuple[Tensor, Tensor]:
+        """[B, C] bool each: whether a candidate lies in the category whose words are the query; whether that
+        is its last category. False without query."""
+        asked_B1 = (batch.query >= 0)[:, None]
         levels_BCT = tables.item_category[batch.candidates].long()
-        key_B = text_key(tables.query_tokens[rows_B].long())
+        key_B = text_key(tables.query_tokens[batch.query.clamp(min=0)].long())
         here_BCT = self.category_key[levels_BCT] == key_B[:, None, None]
         here_BCT = here_BCT & (key_B != 0)[:, None, None] & (levels_BCT > 0) & asked_B1[..., None]
         below = torch.cat([levels_BCT[..., 1:], torch.zeros_like(levels_BCT[..., :1])], -1)
         last_BC = (here_BCT & (below == 0)).any(-1)
-        return here_BCT.any(-1), last_BC, covered_BC * asked_B1
+        return here_BCT.any(-1), last_BC
 
 
 class EvidenceHead(nn.Module):
@@ -354,6 +371,14 @@ def history_weights(batch: Batch) -> tuple[Tensor, Tensor]:
     once[:, :-1] &= (items[:, :-1] != items[:, 1:]) | ~mask[:, 1:]
     age = (once.flip(1).cumsum(1).flip(1) - 1).clamp(min=0)
     return DECAY ** age.float() * once, age
+
+
+def own_clicks(batch: Batch, own: bool) -> tuple[Tensor, Tensor]:
+    """[B, C] each: which candidates' counts hold the event's own click, bool, and how many users leave them
+    without it, float32. own: False of events that were not counted."""
+    is_own_BC = batch.labels > 0 if own else torch.zeros_like(batch.labels, dtype=torch.bool)
+    leaves_BC = (is_own_BC & ~in_history(batch)).float() if own else is_own_BC.float()
+    return is_own_BC, leaves_BC
 
 
 def in_history(batch: Batch) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 from trainer.batch import Batch, ItemTables
 from trainer.models.contract import World
 from trainer.models.gensr.category_items import CategoryItems
-from trainer.models.gensr.evidence import Evidence, Seen, history_weights, mixed
+from trainer.models.gensr.evidence import Drawn, Evidence, history_weights, mixed
 
 UNIT_BITS = 24  # of a hash that become a number in [0, 1)
 
@@ -59,17 +59,23 @@ def mined(
 
 
 def log_proposal(
-    batch: Batch, seen: Seen, share: float, evidence: Evidence, mine: Mine, tables: ItemTables, num_items: int
+    batch: Batch,
+    drawn: Drawn,
+    share: float,
+    evidence: Evidence,
+    mine: Mine,
+    tables: ItemTables,
+    num_items: int,
 ) -> Tensor:
     """log(q · num_items) of each candidate [B, C]: 0 where only uniform draws can have brought it. share: of
     the negatives that are mined."""
-    weight_BN = seen.weight_BN / seen.weight_BN.sum(1, keepdim=True).clamp(min=1e-9)
+    weight_BN = drawn.weight_BN / drawn.weight_BN.sum(1, keepdim=True).clamp(min=1e-9)
     length_BN = (evidence.near[batch.history_items] < num_items).sum(-1)
-    by_near_BC = (seen.near_BNC * (weight_BN / length_BN.clamp(min=1))[..., None]).sum(1)
+    by_near_BC = (drawn.near_BNC * (weight_BN / length_BN.clamp(min=1))[..., None]).sum(1)
     finds_B1 = (weight_BN * (length_BN > 0)).sum(1, keepdim=True)  # else the uniform draw stays
     place_B, known_B = mine.categories.asked(batch, tables)
     if len(mine.categories.key):
-        by_category_BC = seen.in_category_BC / mine.categories.size[place_B][:, None]
+        by_category_BC = drawn.in_category_BC / mine.categories.size[place_B][:, None]
         by_near_BC = torch.where(known_B[:, None], by_category_BC, by_near_BC)
         finds_B1 = torch.where(known_B[:, None], 1.0, finds_B1)
     return (1 - share * finds_B1 + share * num_items * by_near_BC).log()

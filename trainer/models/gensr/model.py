@@ -197,8 +197,7 @@ class GenSR(AdapterRanker):
     def score(self, batch: Batch) -> Tensor:
         """Log-odds of "Yes", [B, C] float32. Independent of the other candidates and of the other rows of the
         batch."""
-        seen = self.seen(batch) if self.reads_evidence else None
-        return self._score_encoded(batch, self.encode_history(batch), seen)[0]
+        return self._score_encoded(batch, self.encode_history(batch), self.seen(batch))[0]
 
     def prepare(self, batch: Batch) -> Batch:
         """The batch with its groups. Call it while the batch is on the CPU: later, it would wait for the
@@ -244,9 +243,9 @@ class GenSR(AdapterRanker):
             self.evidence.fit(self.world)
 
     def seen(self, batch: Batch, own: bool = False) -> Seen | None:
-        """What counting knows; None for a model without. own: the batch is of training events, whose clicks
-        have been counted."""
-        if self.evidence is None:
+        """What counting knows; None for a model that does not read it. own: the batch is of training events,
+        whose clicks have been counted."""
+        if self.evidence is None or not self.reads_evidence:
             return None
         cf_BNK, cf_BCK = (
             self.cf_vectors(items, batch.fold) for items in (batch.history_items, batch.candidates)
@@ -265,11 +264,12 @@ class GenSR(AdapterRanker):
 
     def _drawn_more_often(self, batch: Batch, seen: Seen | None) -> Tensor | float:
         """What to subtract from the scores of candidates that mining draws more often than chance, [B, C]."""
-        if not self._mine or self.evidence is None or seen is None:
+        if not self._mine or self.evidence is None:
             return 0.0
+        drawn = seen or self.evidence.drawn(batch, self.tables, own=True)
         share = self.settings.mined_negatives / max(batch.candidates.shape[1] - 1, 1)
         return log_proposal(
-            batch, seen, share, self.evidence, self._mine[0], self.tables, self.world.num_items
+            batch, drawn, share, self.evidence, self._mine[0], self.tables, self.world.num_items
         )
 
     # ---- item and query vectors ----------------------------------------------------------------------------
@@ -359,7 +359,7 @@ class GenSR(AdapterRanker):
         if settings.views != "both":  # times 0: every weight keeps a gradient
             slots = [slot * (view == settings.views) for slot, view in zip(slots, SLOT_VIEWS, strict=False)]
         beside_BC: Tensor | float = 0.0
-        if self.reads_evidence and seen is not None:
+        if seen is not None:
             evidence_BCD, beside_BC = self.evidence_head(seen.features_BCF, batch.task)
             slots.append(evidence_BCD.to(cand_sem_BCD.dtype))
         return PromptParts(
@@ -428,8 +428,7 @@ class GenSR(AdapterRanker):
         """history: the filtered views [f_c; f_s]. input: those, both views of the item, and the query.
         hidden: the backbone's output at the position that answers."""
         batch = clicked_only(batch)
-        seen = self.seen(batch) if self.reads_evidence else None
-        parts = self._prompt_parts(batch, self.encode_history(batch), seen)
+        parts = self._prompt_parts(batch, self.encode_history(batch), self.seen(batch))
         hidden_BD = torch.zeros((batch.num_events, self.backbone.width), device=parts.slots_BCXD.device)
         for group in self.prepare(batch).groups or ():
             read = self.backbone.reader(self.fill_prompt(group, *parts.of(group.rows)))
