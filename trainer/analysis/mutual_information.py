@@ -248,7 +248,12 @@ def _split(owners: NDArray[np.generic], seed: int) -> Sequence[Tensor]:
     part = np.digitize(share, np.cumsum(SHARES))[place]
     # Shuffled: terms() pairs a row with the rows around it, which must not be the same owner's.
     rows = np.random.default_rng((seed, 1)).permutation(len(owners))
-    return [torch.from_numpy(rows[part[rows] == number]) for number in range(3)]
+    parts = [torch.from_numpy(rows[part[rows] == number]) for number in range(3)]
+    if min(map(len, parts)) < 2:  # no pair of different rows
+        raise DataError(
+            f"one user has {counts.max()} of {len(owners)} samples: too few others to select and measure by"
+        )
+    return parts
 
 
 def standardised(values: Tensor, rows: Tensor | slice = slice(None)) -> Tensor:

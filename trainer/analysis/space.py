@@ -177,7 +177,10 @@ def _users(
     place = np.unique(np.concatenate(names), return_inverse=True)[1]
     if place.max() + 1 < MIN_ROWS:
         raise DataError(f"{place.max() + 1} users are too few to tell groups apart: at least {MIN_ROWS}")
-    return [place[: len(names[0])], place[len(names[0]) :]]
+    users = [place[: len(names[0])], place[len(names[0]) :]]
+    if (fewest := min(len(np.unique(of_group)) for of_group in users)) < NUM_FOLDS:
+        raise DataError(f"users of one group: {fewest}; to tell it from the other takes at least {NUM_FOLDS}")
+    return users
 
 
 def _wilson(share: float, count: float) -> tuple[float, float]:

@@ -202,6 +202,14 @@ def test_errors_say_what_is_wrong(estimator):
         estimator(x, torch.where(x > 2, torch.nan, x))
 
 
+@pytest.mark.parametrize("estimator", [mine, info_nce])
+def test_a_user_with_most_samples_leaves_none_to_measure_by(estimator):
+    """All of that user's samples are in one part. Without others no critic is selected: the value was 0."""
+    users = np.maximum(np.arange(1000) - 699, 0)
+    with pytest.raises(DataError, match="one user has 700 of 1000 samples"):
+        estimator(torch.randn(1000), torch.randn(1000), users=users)
+
+
 def test_ross_wants_labels():
     x = torch.randn(200)
     with pytest.raises(DataError, match="whole numbers"):

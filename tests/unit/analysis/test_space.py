@@ -201,5 +201,7 @@ def test_errors_say_what_is_wrong():
         two_sample_test(first, second, first_users=np.arange(400))
     with pytest.raises(DataError, match="one user a row"):
         two_sample_test(first, second, np.arange(3), np.arange(400))
+    with pytest.raises(DataError, match="users of one group: 1"):
+        two_sample_test(first, second, np.arange(400), np.zeros(400))
     with pytest.raises(DataError, match="too few"):
         two_sample_test(first, second, np.zeros(400), np.arange(400) % 2)
