@@ -25,6 +25,7 @@ from trainer.configs import load_config
 from trainer.errors import ConfigError, RunError
 from trainer.experiments.daily import plan as plan_of_days
 from trainer.experiments.daily import run as daily_run
+from trainer.experiments.daily.day import Day
 from trainer.experiments.daily.plan import Daily, DailySettings, read
 from trainer.registry.promote import promote
 from trainer.runs.run_folder import RunFolder
@@ -99,7 +100,7 @@ def test_days_go_on_from_one_another(yesterday: Path, world: Path) -> None:
     failed = daily(world)
     assert failed.exit_code == 1 and isinstance(failed.exception, RunError)
     assert f"{DAYS[0]}: gensr prepare" in str(failed.exception)
-    assert str(out / "logs" / f"{DAYS[0]}-prepare.log") in str(failed.exception)
+    assert str(out / "logs" / DAYS[0] / "prepare.log") in str(failed.exception)
     events.write_text(good)
     first = daily(world, "settings.data.history_max=7")
     assert first.exit_code == 0, first.output
@@ -289,18 +290,31 @@ def test_a_damaged_list_of_days_is_not_begun_anew(world: Path) -> None:
 
 def test_of_old_days_what_is_large_is_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = DailySettings(logs="logs", run="first", name="tiny", out=str(tmp_path), keep=1)
-    plan, days = Daily(given, Config(), "tables", "", (), None), ["one", "two", "three", "four"]
-    done = [{"day": day, "version": version} for version, day in enumerate(days, 1)]
+    plan, days = Daily(given, Config(), "tables", "", (), None), ["one", "two", "three", "four", "five"]
+    done = [{"day": day, "version": number, "champion": "9"} for number, day in enumerate(days, 1)]
     (tmp_path / "daily.json").write_text(json.dumps({"days": done}))
-    for day in days:
-        run = plan.out / "runs" / day
-        for folder in (given.folder(day), run / "checkpoints", run / "model"):
+
+    def large(day: str) -> list[Path]:
+        runs = [plan.out / "runs" / day, plan.out / "runs" / f"{day}-tiny-9"]
+        return [given.folder(day), plan.out / "logs" / day, *(run / "checkpoints" for run in runs)]
+
+    def weights(day: str, number: int) -> list[Path]:
+        runs = [plan.out / "runs" / day, plan.out / "runs" / f"{day}-tiny-9"]
+        return [plan.champion(number), *(run / "model" for run in runs), *(run / "retrieval" for run in runs)]
+
+    for number, day in enumerate(days, 1):
+        for folder in (*large(day), *weights(day, number)):
             folder.mkdir(parents=True)
-    monkeypatch.setattr(daily_run, "champions", lambda name, uri: {2, 3})
+        (plan.out / "runs" / day / "evaluation-test.json").touch()
+    plan.champion(9).mkdir()
+    monkeypatch.setattr(daily_run, "in_use", lambda name, uri: {3, 4})
+    monkeypatch.setattr(Day, "version", lambda day, run: {"one": 1}.get(day.name, 0))  # somebody deleted 2
     daily_run._forget(plan)
-    for day in days:
-        left = [(plan.out / "runs" / day / name).exists() for name in ("checkpoints", "model")]
-        assert [given.folder(day).exists(), *left] == ([False, False, True] if day == "one" else [True] * 3)
+    for number, day in enumerate(days, 1):
+        assert all(folder.exists() == (number > 2) for folder in large(day)), day
+        assert all(folder.exists() == (number > 1) for folder in weights(day, number)), day
+        assert (plan.out / "runs" / day / "evaluation-test.json").exists()
+    assert plan.champion(9).exists()
 
 
 def test_the_help_names_every_key() -> None:

@@ -17,7 +17,7 @@ from tests.runs import EVALUATION, make_run
 from trainer.data import EvalStream
 from trainer.data.folder import PreparedFolder
 from trainer.errors import ConfigError, EnvironmentProblem, RequestError, RunError
-from trainer.registry.promote import promote
+from trainer.registry.promote import in_use, promote
 from trainer.registry.signature import requirements
 from trainer.registry.store import (
     default_uri,
@@ -450,6 +450,8 @@ def test_a_registration_that_was_killed_is_completed(
         assert left == versions() and number == left[-1]
         assert int(client.get_model_version_by_alias("gensr-test", "killed").version) == number
         assert client.get_model_version("gensr-test", str(number)).tags["user"] == "ada"
+        assert number in in_use("gensr-test", uri)
+    assert number - 1 not in in_use("gensr-test", uri)
     assert register(run_dir, "gensr-test", "killed") == number + 1  # what was completed is left alone
 
     with monkeypatch.context() as patch:

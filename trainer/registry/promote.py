@@ -382,13 +382,15 @@ def decided(name: str, version: int, uri: str) -> dict[str, Any]:
     }
 
 
-def champions(name: str, uri: str) -> set[int]:
-    """The champion's version, and the one that a rollback would bring."""
-    with mlflow_errors(f"MLflow at {uri} does not say which version of {name} is the champion"):
-        champion = find_version(connect(uri), name, CHAMPION)
-    if champion is None:
-        return set()
-    return {int(version) for version in (champion.version, champion.tags.get(PREVIOUS)) if version}
+def in_use(name: str, uri: str) -> set[int]:
+    """The versions with an alias, whoever gave it, and the one that a rollback would bring."""
+    with mlflow_errors(f"MLflow at {uri} does not say which versions of {name} have an alias"):
+        client = connect(uri)
+        versions = set(client.get_registered_model(name).aliases.values())
+        champion = find_version(client, name, CHAMPION)
+    if champion is not None:
+        versions.add(champion.tags.get(PREVIOUS))
+    return {int(version) for version in versions if version}
 
 
 def _now() -> str:

@@ -62,9 +62,13 @@ class Day:
         """The run of this day."""
         return RunFolder(self.plan.out / "runs" / self.name)
 
-    def carried(self, champion: Champion) -> RunFolder:
-        """The champion on this day's folder, without a step."""
-        return RunFolder(self.plan.out / "runs" / f"{self.name}-{champion.weights.name}")
+    @property
+    def logs(self) -> Path:
+        return self.plan.out / "logs" / self.name
+
+    def carried(self, weights: Path) -> RunFolder:
+        """The champion on this day's folder, without a step. weights: where the champion's are kept."""
+        return RunFolder(self.plan.out / "runs" / f"{self.name}-{weights.name}")
 
     # ---- steps ---------------------------------------------------------------------------------------------
 
@@ -110,7 +114,7 @@ class Day:
 
     def carry(self, champion: Champion) -> Step:
         """With the champion's settings of model and data, whatever those of the new runs are."""
-        run, own = self.carried(champion), champion.document
+        run, own = self.carried(champion.weights), champion.document
         settings = {"model": own["settings"], "data": own["data"], "run.precision": own["precision"]}
         arguments = self._training(run, champion.weights, *overrides_of(settings), *NO_STEP)
         return Step("champion", (*arguments, "--resume", "auto"), lambda: run.has_ended_well)
@@ -138,7 +142,7 @@ class Day:
     def do(self, step: Step) -> None:
         """Raises RunError naming the log, and KeyboardInterrupt when it was stopped."""
         launch = shlex.split(self.plan.settings.launch) if step.launched else []
-        log = self.plan.out / "logs" / f"{self.name}-{step.title.replace(' ', '-')}.log"
+        log = self.logs / f"{step.title.replace(' ', '-')}.log"
         try:
             run_gensr(step.arguments, log, launch)
         except GensrError as error:

@@ -79,8 +79,8 @@ class DailySettings:
     done_file: str = ""
     """file that says that a day's folder is whole, _SUCCESS for example; empty: it is when it appears"""
     keep: Annotated[int, Ge(0)] = 0
-    """prepared folders and checkpoints of so many newest days are kept, and those of the champion and the one
-    before it; 0 = all"""
+    """prepared folders, checkpoints, weights and logs of so many newest days are kept, and those of versions
+    with an alias and the champion before; 0 = all"""
 
     def folder(self, day: str) -> Path:
         """The prepared folder of a day."""

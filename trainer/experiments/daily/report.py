@@ -84,7 +84,7 @@ def commands(plan: Daily) -> list[str]:
     days = plan.waiting()[0]
     for name in days:
         day = Day(plan, name, plan.before(rows))
-        carried = day.carried(champion)
+        carried = day.carried(champion.weights)
         first = day.first_steps() if not champion.version and name == days[0] else []
         steps = [
             *(day.check(champion), *day.data_steps()),

@@ -20,7 +20,7 @@ from trainer.experiments.daily.plan import Daily, size_of
 from trainer.experiments.daily.report import write_report
 from trainer.experiments.pool import Pool, Steps, interruptible
 from trainer.models.zoo import model_class
-from trainer.registry.promote import CHAMPION, champions, decided, promote
+from trainer.registry.promote import CHAMPION, decided, in_use, promote
 from trainer.registry.store import fetch, number_of
 from trainer.runs.run_folder import RunFolder
 from trainer.runs.weights import learnable_tasks, read_model_document
@@ -83,7 +83,7 @@ def _do(day: Day, notify: Notify) -> dict[str, Any]:
         if champion.version == version:
             reason = "somebody made it the champion before it was compared"
             return {"day": day.name, "bytes": num_bytes, "version": version, **BY_HAND, "reason": reason}
-        carried = day.carried(champion)
+        carried = day.carried(champion.weights)
         do(day.carry(champion))
         do(day.evaluate(carried, "evaluate champion", "--no-baselines"))
         with steps.step(f"{day.name} promote"):
@@ -190,12 +190,19 @@ def _alone(out: Path) -> Iterator[None]:
 
 
 def _forget(plan: Daily) -> None:
-    """Deletes prepared folders and checkpoints of days before the newest `keep`, but for the champion's and
-    those of the one that a rollback would bring: users are looked up in the folder."""
+    """Deletes what is large of the days before the newest `keep`, unless their version is in use: users are
+    looked up in its prepared folder. Weights go only where the registry holds them, too; evaluations and
+    records stay."""
     given = plan.settings
-    needed = champions(given.name, plan.uri)
+    used = in_use(given.name, plan.uri)
     for row in plan.rows()[: -given.keep] if given.keep else []:
-        if row["version"] not in needed:
-            run = RunFolder(plan.out / "runs" / row["day"])
-            for folder in (given.folder(row["day"]), run.checkpoints):
-                shutil.rmtree(folder, ignore_errors=True)
+        if row["version"] in used:
+            continue
+        day = Day(plan, row["day"], before=Path())
+        runs = (day.new, day.carried(plan.champion(row["champion"])))
+        gone = [given.folder(day.name), day.logs, *(run.checkpoints for run in runs)]
+        if any(run.model.is_dir() for run in runs) and day.version(day.new):
+            gone += [plan.champion(row["version"]), *(run.model for run in runs)]
+            gone += [run.retrieval for run in runs]
+        for folder in gone:
+            shutil.rmtree(folder, ignore_errors=True)
