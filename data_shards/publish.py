@@ -8,7 +8,6 @@ about to happen, and the next start completes it before it deletes anything.
 
 import ctypes
 import errno
-import fcntl
 import hashlib
 import os
 import shutil
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import IO
 
 from data_shards.errors import DataError
+from data_shards.locks import lock
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 CANNOT_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTTY)
@@ -44,15 +44,11 @@ def take_lock(folder: Path) -> IO[str]:
         except (FileNotFoundError, FileExistsError) as error:  # the folder was removed between two looks
             failed = error
             continue
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        if not lock(file):
             file.close()
             raise DataError(
                 f"{folder} is in use by another gensr prepare. Wait for it or choose another OUT."
-            ) from error
-        except OSError:  # a file system without locks: nobody is kept out
-            pass
+            )
         if _is_file_at(file, path):
             return file
         file.close()

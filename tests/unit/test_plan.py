@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from data_shards.settings import to_yaml
-from trainer.config import Config
+from trainer.config import Config, DataConfig
 from trainer.configs import load_config
 from trainer.data.folder import PreparedFolder
 from trainer.errors import ConfigError, RunError
@@ -434,6 +434,25 @@ def test_an_epoch_of_the_dry_run_is_that_of_the_training(tmp_path: Path, name: s
     assert stream.num_events == 24 * len(tasks)
     num_steps = make_schedule(config, stream.num_events, 1).num_steps
     assert dry_run(config).facts["schedule"]["num_steps"] == num_steps
+
+
+def test_a_dry_run_opens_the_folder_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind a URL it would be asked about each time."""
+    from tests.tiny_folder import make_tiny_folder
+    from trainer.data import folder as module
+
+    opened: list[str] = []
+    local_folder = module.local_folder
+
+    def noted(data: DataConfig) -> Any:
+        opened.append(data.dir)
+        return local_folder(data)
+
+    monkeypatch.setattr(module, "local_folder", noted)
+    folder = make_tiny_folder(tmp_path, num_train=48)
+    words = [f"data.dir={folder}", "model.name=bpr_mf", "data.history_max=8"]
+    dry_run(load_config(None, [*words, "optim.global_batch_size=8", "optim.micro_batch_size=8"]))
+    assert opened == [str(folder)]
 
 
 def test_a_local_folder_is_counted_from_its_config(tmp_path: Path) -> None:

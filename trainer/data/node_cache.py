@@ -10,8 +10,6 @@ streamed from the URL (without data.cache_dir). Nothing is ever evicted: what is
 deleted by hand, while no job runs.
 """
 
-import contextlib
-import fcntl
 import functools
 import hashlib
 import itertools
@@ -29,6 +27,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from data_shards.checksum import pieces
+from data_shards.locks import lock
 from data_shards.schema import SPLITS, Manifest, Shard, parse_manifest
 from data_shards.secrets import mask_secrets
 from trainer.config import DataConfig
@@ -162,8 +161,7 @@ def locked(path: Path) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.with_name(f".{path.name}.lock").open("a")
     with file:
-        with contextlib.suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)
+        lock(file, wait=True)
         yield
 
 

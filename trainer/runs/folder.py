@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from data_shards.locks import lock
 from data_shards.secrets import masked
 from data_shards.settings import read_yaml, to_yaml
 from trainer.config import Config
@@ -168,21 +169,15 @@ def is_finished(folder: Path, config: Config) -> bool:
 
 
 def _lock(folder: Path) -> IO[str]:
-    """An exclusive lock on train.log while the process lives. Where the file system has no locks, none."""
-    import fcntl
-
+    """An exclusive lock on train.log while the process lives."""
     with writing(folder):
         file = RunFolder(folder).log.open("a", encoding="utf-8")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    if not lock(file):
         file.close()
         raise RunError(
             f"{folder} is in use: another process is training into it. Wait for it, stop it, or choose "
             "another run.dir."
-        ) from None
-    except OSError:
-        pass
+        )
     return file
 
 

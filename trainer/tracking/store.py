@@ -2,7 +2,6 @@
 says of its run, and secrets masked."""
 
 import contextlib
-import fcntl
 import json
 import logging
 import os
@@ -17,6 +16,7 @@ from urllib.request import url2pathname
 
 import yaml
 
+from data_shards.locks import lock
 from data_shards.secrets import mask_secrets
 from trainer.config import Config
 from trainer.errors import EnvironmentProblem, RunError
@@ -170,12 +170,12 @@ def _explained(uri: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _one_at_a_time(lock: Path) -> Iterator[None]:
+def _one_at_a_time(path: Path) -> Iterator[None]:
     """MLflow makes a new database in many steps, and two programs that begin at once, as a sweep's runs do,
     would break it for good."""
     with contextlib.ExitStack() as held:
-        with contextlib.suppress(OSError):  # a folder that cannot be written, or a file system without locks
-            fcntl.flock(held.enter_context(lock.open("w")), fcntl.LOCK_EX)
+        with contextlib.suppress(OSError):  # a folder that cannot be written
+            lock(held.enter_context(path.open("w")), wait=True)
         yield
 
 

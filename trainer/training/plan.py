@@ -59,8 +59,15 @@ MAX_CPU_S = 100 * 3600.0
 def data_size(config: Config, preset: str | None = None) -> DataSize:
     """From data.dir when it is given, else from the preset's `# sizes:` line. Raises ConfigError when neither
     says."""
-    if config.data.dir:
-        return size_of_folder(PreparedFolder.open(config.data))
+    folder = _folder(config)
+    return size_of_folder(folder) if folder is not None else _documented_size(preset)
+
+
+def _folder(config: Config) -> PreparedFolder | None:
+    return PreparedFolder.open(config.data) if config.data.dir else None
+
+
+def _documented_size(preset: str | None) -> DataSize:
     if preset and (counts := documented_sizes(preset)):
         return DataSize(**counts, source=f"documented in preset {preset}")
     raise ConfigError(
@@ -85,12 +92,11 @@ def size_of_folder(folder: PreparedFolder) -> DataSize:
     )
 
 
-def trained_events(config: Config, data: DataSize) -> int:
+def _trained_events(config: Config, data: DataSize, folder: PreparedFolder | None) -> int:
     """Events of an epoch: those of the model's tasks alone. Without a folder nobody knows how many those are;
     which of them cf.holdout=last leaves out is not counted."""
-    if not config.data.dir:
+    if folder is None:
         return data.train_events
-    folder = PreparedFolder.open(config.data)
     counts = folder.manifest.raw["counts"]["train"]
     return sum(counts[TASKS[task]] for task in learnable_tasks(model_class(config.model.name), folder))
 
@@ -236,8 +242,9 @@ def dry_run(config: Config, preset: str | None = None, launch: Launch | None = N
     Raises ConfigError or DataError for whatever would stop the run at its start.
     """
     launch = launch or read_launch()
-    data = data_size(config, preset)
-    schedule = make_schedule(config, trained_events(config, data), launch.world_size)
+    folder = _folder(config)
+    data = size_of_folder(folder) if folder is not None else _documented_size(preset)
+    schedule = make_schedule(config, _trained_events(config, data, folder), launch.world_size)
     if not makes_steps(config):
         schedule = replace(schedule, num_steps=0, warmup_steps=0)
     above_chance(config.run.select_metric, 1 + data.num_negatives, data.valid_events)
@@ -248,8 +255,8 @@ def dry_run(config: Config, preset: str | None = None, launch: Launch | None = N
             schedule.grad_accum_steps,
             launch.deepspeed_file,
         )
-    if config.data.dir:
-        _check_folder(config)
+    if folder is not None:
+        _check_folder(config, folder)
     check_stage(config, launch)
     model = model_size(config, data)
     facts = {
@@ -403,11 +410,10 @@ def selected(config: Config, metrics: dict[str, float]) -> float:
     return metrics[name]
 
 
-def _check_folder(config: Config) -> None:
+def _check_folder(config: Config, folder: PreparedFolder) -> None:
     """The parts of a prepared folder that training opens first. Raises DataError naming what is missing or
     does not fit."""
     kind = model_class(config.model.name)
-    folder = PreparedFolder.open(config.data)
     folder.check_settings(config.data)
     check_metric(config, learnable_tasks(kind, folder))
     kind.check_tokenizer(load_tokenizer(folder.tokenizer))

@@ -220,12 +220,13 @@ def test_the_dry_run_wants_a_tokenizer_with_yes_and_no(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = make_tiny_folder(tmp_path / "with")
-    plan._check_folder(load_config(None, [f"model.name={name}", f"data.dir={path}"]))
+    config = load_config(None, [f"model.name={name}"])
+    plan._check_folder(config, PreparedFolder.at(path))
     others = [{"Yes": "Yea", "No": "Nay"}.get(word, word) for word in tiny_folder.WORDS]
     monkeypatch.setattr(tiny_folder, "WORDS", others)
     path = make_tiny_folder(tmp_path / "without")
     with pytest.raises(DataError, match="no single tokens for 'Yes' and 'No'"):
-        plan._check_folder(load_config(None, [f"model.name={name}", f"data.dir={path}"]))
+        plan._check_folder(config, PreparedFolder.at(path))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

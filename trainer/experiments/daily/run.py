@@ -1,7 +1,6 @@
 """The days that wait, one after the other. The same call goes on at any time: after an interruption, and when
 a new day is there."""
 
-import fcntl
 import os
 import shutil
 import tempfile
@@ -12,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from data_shards.locks import lock
 from data_shards.schema import TASKS, read_manifest
 from trainer.data.folder import PreparedFolder
 from trainer.errors import RunError
@@ -175,17 +175,13 @@ def _check_kin(day: Day, champion: Champion) -> None:
 
 @contextmanager
 def _alone(out: Path) -> Iterator[None]:
-    """Raises RunError while another gensr daily is at work there; never on a file system without locks."""
+    """Raises RunError while another gensr daily is at work there."""
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         file = (out / "daily.lock").open("a", encoding="utf-8")
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RunError(f"{out}: another gensr daily is at work there, and does what waits") from None
-        except OSError:
-            pass
+        if not lock(file):
+            raise RunError(f"{out}: another gensr daily is at work there, and does what waits")
         yield
 
 
