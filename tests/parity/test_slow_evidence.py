@@ -239,8 +239,9 @@ def test_numbers_of_every_item(both: Both, own: bool) -> None:
 
 def test_searches_alone_or_all_events_are_looked_up_alike(both: Both) -> None:
     """On a CPU what a query's words mean is computed of searches only, elsewhere of all rows."""
-    batch, words = both.batch(48), both.model.evidence and both.model.evidence.query_words
-    assert words is not None
+    batch, evidence = both.batch(48), both.model.evidence
+    assert evidence is not None and evidence.query_words is not None
+    words = evidence.query_words
     meaning = words(batch, both.model.tables, own=True)
     asked = (batch.query >= 0)[:, None]
     assert torch.equal(meaning, words._meaning(batch, both.model.tables, own=True) * asked)
