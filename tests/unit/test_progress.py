@@ -18,7 +18,7 @@ from typing import TextIO
 import pytest
 
 from trainer.runtime import progress
-from trainer.runtime.progress import StageBar, StageLines, fitted, stage_numbers
+from trainer.runtime.progress import StageBar, StageLines, fitted, in_bytes, in_time, stage_numbers
 from trainer.training.console import RunConsole, bar_line
 
 RECORD = {"loss": 0.43214, "lr": 8.1e-4, "events_per_s": 1234.4, "memory_gb": 1.2}
@@ -143,3 +143,11 @@ def test_without_a_terminal_there_are_lines(monkeypatch: pytest.MonkeyPatch) -> 
     progress.waiting_for("loading")
     assert stream.getvalue().startswith("  sort         2/4   50 %")
     assert len(stream.getvalue().splitlines()) == 1
+
+
+def test_sizes_and_times_have_a_unit_that_fits() -> None:
+    sizes = (320, 8.5e4, 1.2e6, 12e6, 0.96e9, 3.4e9, 1.41e11)
+    assert list(map(in_bytes, sizes)) == [
+        *("320 B", "85 kB", "1.2 MB", "12 MB", "1.0 GB", "3.4 GB", "141.0 GB"),
+    ]
+    assert list(map(in_time, (0.058, 45, 720, 12_240))) == ["0.058 s", "45 s", "12 min", "3.4 h"]

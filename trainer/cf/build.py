@@ -34,7 +34,7 @@ from trainer.data.folder import PreparedFolder
 from trainer.errors import ConfigError, DataError, RunError
 from trainer.runtime.device import default_device
 from trainer.runtime.memory import give_back_freed_memory, keep_freed_memory
-from trainer.runtime.progress import Notify
+from trainer.runtime.progress import Notify, in_bytes, in_time
 
 WORK_LAYOUT = 2  # of the tensors in the work folder; raised when they change
 MAX_VALID_EVENTS = 20_000  # of early stopping: a fixed hashed sample; NDCG@10 is then known to ± .005
@@ -68,7 +68,7 @@ def train_cf(out: str | Path, overrides: Sequence[str] = (), progress: Notify | 
     if len(clicks.users) == 0:
         say(f"{out} has no recommendation click in its training split: the table holds zeros")
         path = save_cf(out, empty_table(manifest, config))
-        say(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
+        say(f"wrote {path} ({in_bytes(path.stat().st_size)})")
         return path
     work = cf_work(folder, root)
     if others := work.of_others():
@@ -82,7 +82,7 @@ def train_cf(out: str | Path, overrides: Sequence[str] = (), progress: Notify | 
     table = train_tables(clicks, columns, valid, manifest, config, work, say, target)
     save_cf(out, table)
     work.remove()
-    say(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
+    say(f"wrote {path} ({in_bytes(path.stat().st_size)})")
     return path
 
 
@@ -320,7 +320,7 @@ def rotation(source: Tensor, target: Tensor) -> Tensor:
 
 
 def describe_cost(clicks: Edges, config: CfConfig, num_tables: int, batch_size: int, step_s: float) -> str:
-    """What is about to be trained, its memory, and the longest it can take (from one measured step of
+    """What is about to be trained, its memory, and how long all of its steps take (from one measured step of
     `step_s` seconds)."""
     nodes, edges = clicks.num_users + clicks.num_items, len(clicks.users)
     steps = -(-edges // batch_size)
@@ -340,11 +340,7 @@ def describe_cost(clicks: Edges, config: CfConfig, num_tables: int, batch_size: 
         f"{clicks.catalog_size:,} items, "
         f"d {config.dim}, {config.layers} layers: "
         f"{num_tables} table{'s' if num_tables > 1 else ''} (holdout={config.holdout}), batch {batch_size:,} "
-        f"({steps} step{'s' if steps > 1 else ''} an epoch of {_short(epoch_s)} s), at most "
-        f"{config.max_epochs} epochs each: at most {_short(epoch_s * config.max_epochs * num_tables / 60)} "
-        f"min, about {_short(max(training_bytes, written_bytes) / 1e9)} GB"
+        f"({steps} step{'s' if steps > 1 else ''} an epoch of {in_time(epoch_s)}), at most "
+        f"{config.max_epochs} epochs each: {in_time(epoch_s * config.max_epochs * num_tables)} without "
+        f"validations, about {in_bytes(max(training_bytes, written_bytes))} of memory"
     )
-
-
-def _short(number: float) -> str:
-    return f"{number:,.1f}" if number >= 1 else f"{number:.2g}"

@@ -33,6 +33,7 @@ from data_shards.secrets import mask_secrets
 from trainer.config import DataConfig
 from trainer.errors import DataError, EnvironmentProblem
 from trainer.runtime.files import SECRET_MODE, atomic, writing
+from trainer.runtime.progress import in_bytes
 
 READ_ATTEMPTS, RETRY_AFTER_S = 3, 1.0  # a read error of a disk or network is tried again after 1 s, then 2 s
 SPARE_BYTES = 64 << 20  # left free on the cache's disk
@@ -170,9 +171,8 @@ def check_free_space(path: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(path.parent).free
     if free < num_bytes + SPARE_BYTES:
         raise EnvironmentProblem(
-            f"{path.parent}: {num_bytes / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free. Delete what "
-            "is no longer wanted there, choose "
-            f"another data.cache_dir, or leave it empty to stream a URL's shards."
+            f"{path.parent}: {in_bytes(num_bytes)} are needed, {in_bytes(free)} are free. Delete what is no "
+            f"longer wanted there, choose another data.cache_dir, or leave it empty to stream a URL's shards."
         )
 
 

@@ -210,6 +210,22 @@ def clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
 
+def in_time(seconds: float) -> str:
+    """`0.06 s`, `45 s`, `12 min`, `3.4 h`."""
+    if seconds < 90:
+        return f"{seconds:.2g} s" if seconds < 1 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def in_bytes(value: float) -> str:
+    """`320 B`, `85 kB`, `1.2 MB`, `12 MB`, `3.4 GB`."""
+    if value >= 0.95e9:
+        return f"{value / 1e9:.1f} GB"
+    if value >= 0.95e6:
+        return f"{value / 1e6:.{1 if value < 9.95e6 else 0}f} MB"
+    return f"{value / 1e3:.0f} kB" if value >= 950 else f"{value:.0f} B"
+
+
 # ---- the program's own -------------------------------------------------------------------------------------
 
 _shown: StageBar | StageLines | None = None

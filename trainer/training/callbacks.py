@@ -20,7 +20,7 @@ class Callback:
 
     def on_log(self, step: int, record: Mapping[str, float]) -> None:
         """Every run.log_every_steps: means since the last record. loss, its parts, lr, epoch, events_per_s,
-        memory_gb, train_s."""
+        memory_gb (peak so far: of tensors on a GPU, of the whole process on a CPU), train_s."""
 
     def on_validation(self, step: int, metrics: Mapping[str, float], is_best: bool) -> None:
         """metrics: rec/…, src/… and mean/… of the validation sample. is_best: RUN/model now holds these

@@ -21,7 +21,9 @@ from trainer.models.layers.embedding import ItemTable
 from trainer.models.zoo import model_class
 from trainer.runs.weights import learnable_tasks
 from trainer.runs.world import load_tokenizer, sizes_only
+from trainer.runtime.device import has_gpu
 from trainer.runtime.launch import Launch, filled_deepspeed_config, read_deepspeed_json, read_launch
+from trainer.runtime.progress import in_bytes, in_time
 from trainer.training.costs import (
     ASSUMED_FLOPS,
     CPU_EFFICIENCY,
@@ -39,6 +41,7 @@ from trainer.training.sparse_rows import large_tables
 
 WORLD_SIZES = (1, 2, 4, 8, 16)
 NAME_WIDTH = 12
+ON_CPU = "a run on a CPU reports the whole process, Python, its libraries (half a GB) and data included"
 SMALL = 0.05 * GB  # a model that takes less in training fits anywhere: no table of GPUs
 STAGES: dict[str, tuple[int | None, bool]] = {
     "no ZeRO": (None, False),
@@ -295,19 +298,20 @@ def _costs(
         ),
         (
             "memory",
-            f"≈ {in_bytes(here.total)} a process: "
+            f"≈ {in_bytes(here.total)} of tensors a process: "
             + ", ".join(
                 f"{name} {in_bytes(value)}"
                 for name, value in {**asdict(here), "AdamW": here.optimizer}.items()
                 if name != "optimizer"
             ),
         ),
+        *([] if has_gpu() else [("", ON_CPU)]),
         *(("", line) for line in _memory_table(config, model, data)),
         *(("large table", line) for line in _large_table(config, model, launch.world_size)),
         ("micro-batch", _micro_batches(config, model, data, stage, schedule)),
         *([("scaling", _scaling(config, model, schedule, launch))] if launch.world_size > 1 else []),
         *(
-            ("time" if number == 0 else "", f"≈ {_hours(value)} on {name}")
+            ("time" if number == 0 else "", f"≈ {in_time(value)} on {name}")
             for number, (name, value) in enumerate(seconds.items())
         ),
     ]
@@ -334,11 +338,6 @@ def _scaling(config: Config, model: ModelSize, schedule: Schedule, launch: Launc
         f"{worst:.0%} to {best:.0%} of {launch.world_size} H200s' speed is left after communication "
         "(calculated: nothing of it hidden, all that can be)"
     )
-
-
-def in_bytes(value: float) -> str:
-    """`12 MB`, `3.4 GB`."""
-    return f"{value / GB:.1f} GB" if value >= 0.95 * GB else f"{value / 1e6:,.0f} MB"
 
 
 def _large_table(config: Config, model: ModelSize, world_size: int) -> list[str]:
@@ -418,9 +417,3 @@ def _check_folder(config: Config, folder: PreparedFolder) -> None:
     check_metric(config, learnable_tasks(kind, folder))
     kind.check_tokenizer(load_tokenizer(folder.tokenizer))
     folder.tables(kind.reads(config.model))
-
-
-def _hours(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
