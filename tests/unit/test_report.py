@@ -5,7 +5,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from matplotlib.image import imread
 
+from trainer.analysis.drawing import REC, SEARCH
 from trainer.analysis.figures import last_screen, metric_rows, plot_run, read_records
 from trainer.analysis.pages import Table
 from trainer.analysis.report.asked import Read
@@ -32,6 +34,16 @@ def test_pictures_of_losses_and_metrics(tmp_path: Path) -> None:
     assert [path.name for path in files] == ["loss.png", "metrics.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in files)
     assert sorted(path.name for path in (tmp_path / "report").iterdir()) == ["loss.png", "metrics.png"]
+
+
+def test_pictures_of_training_have_the_colours_of_the_tasks(tmp_path: Path) -> None:
+    for_tasks = {"rec/mrr": 0.1, "src/mrr": 0.5}
+    write(tmp_path, {"kind": "valid", "step": 1, **for_tasks}, {"kind": "valid", "step": 2, **for_tasks})
+    (path,) = plot_run(tmp_path)
+    seen = {tuple(pixel) for pixel in (imread(path)[..., :3] * 255).round().astype(int).reshape(-1, 3)}
+    for colour in (REC, SEARCH):
+        assert tuple(bytes.fromhex(colour[1:])) in seen
+    assert (31, 119, 180) not in seen  # the first of matplotlib's own
 
 
 def test_a_picture_without_data_is_left_out(tmp_path: Path) -> None:

@@ -34,6 +34,8 @@ SEARCH, REC = "#0072B2", "#D55E00"  # blue, vermillion
 TASK_COLOURS = {"search": SEARCH, "src": SEARCH, "recommendation": REC, "rec": REC}
 # For what belongs to no task, in this order. Yellow is left out: it cannot be read on white.
 CYCLE = ("#444444", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+# metadata without what differs from one writing to the next
+UNDATED: Mapping[str, dict[str, None]] = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}
 Floats = NDArray[np.float64]
 PANEL_WIDTH, PANEL_HEIGHT = 4.2, 3.2  # inches
 STYLE: dict[str, Any] = {
@@ -75,13 +77,13 @@ class Curve:
     task: str = ""
 
 
-def write_figure(figure: Figure, path: str | Path) -> list[Path]:
-    """Write path.png and path.svg, each atomically. → the two paths."""
+def write_figure(figure: Figure, path: str | Path, formats: Sequence[str] = ("png", "svg")) -> list[Path]:
+    """Write path.png and path.svg, each atomically. → the paths, in the order of `formats`."""
     path, written = Path(path), []
-    for suffix, facts in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
+    for suffix in formats:
         target = path.with_name(f"{path.name}.{suffix}")
         with matplotlib.rc_context(STYLE), atomic(target) as temporary:
-            figure.savefig(temporary, format=suffix, dpi=150, metadata=facts)
+            figure.savefig(temporary, format=suffix, dpi=150, metadata=UNDATED[suffix])
         written.append(target)
     return written
 

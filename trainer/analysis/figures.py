@@ -2,15 +2,19 @@
 on."""
 
 import json
+import math
 import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trainer.errors import RunError
 from trainer.runs.checkpoint import Progress
 from trainer.runs.run_folder import RunFolder, is_number
-from trainer.runtime.files import atomic
 from trainer.runtime.progress import clock
+
+if TYPE_CHECKING:
+    from trainer.analysis.drawing import Curve
 
 
 def read_records(run_dir: str | Path) -> list[dict[str, Any]]:
@@ -35,74 +39,38 @@ def read_records(run_dir: str | Path) -> list[dict[str, Any]]:
 def plot_run(run_dir: str | Path) -> list[Path]:
     """Write RUN/report/loss.png and metrics.png from metrics.jsonl; returns the files. A picture without data
     is left out."""
+    from trainer.analysis.drawing import curves_with_intervals, write_figure
+
     records = read_records(run_dir)
-    folder = RunFolder(run_dir).report
-    train = [r for r in records if r["kind"] == "train"]
-    valid = [r for r in records if r["kind"] == "valid"]
+    train = [record for record in records if record["kind"] == "train"]
+    valid = [record for record in records if record["kind"] == "valid"]
+    losses = {
+        name.replace("_", " "): _curves(train, {"": name})
+        for name in sorted({key for record in train for key in record if key.endswith("loss")})
+    }
+    metrics = {
+        f"{metric}, validation": _curves(valid, {part: f"{part}/{metric}" for part in ("rec", "src", "mean")})
+        for metric in ("ndcg@10", "recall@10", "mrr")
+    }
     written = []
-    if train:
-        losses = {
-            name: [r.get(name) for r in train]
-            for name in sorted({k for r in train for k in r if k.endswith("loss")})
-        }
-        steps = [r["step"] for r in train]
-        written.append(
-            _plot(
-                folder / "loss.png",
-                {name: (steps, values) for name, values in losses.items()},
-                "loss",
-                "training",
-                log_scale=True,
-            )
-        )
-    if valid:
-        names = [
-            n
-            for n in sorted({k for r in valid for k in r})
-            if n.rpartition("/")[2] in ("ndcg@10", "recall@10", "mrr")
-        ]
-        points = {n: ([r["step"] for r in valid if n in r], [r[n] for r in valid if n in r]) for n in names}
-        written.append(
-            _plot(folder / "metrics.png", points, "metric, sampled candidates", "validation", markers=True)
-        )
+    for name, panels in (("loss", losses), ("metrics", metrics)):
+        if drawn := {title: curves for title, curves in panels.items() if curves}:
+            path = RunFolder(run_dir).report / name
+            written += write_figure(curves_with_intervals(drawn, "step"), path, formats=["png"])
     return written
 
 
-def _plot(
-    path: Path,
-    curves: dict[str, tuple[list[int], list[Any]]],
-    ylabel: str,
-    title: str,
-    log_scale: bool = False,
-    markers: bool = False,
-) -> Path:
-    import matplotlib
+def _curves(records: Sequence[Mapping[str, Any]], keys: Mapping[str, str]) -> "list[Curve]":
+    """One of each key (by its label) that any record has."""
+    from trainer.analysis.drawing import Curve
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4), dpi=120)
-    for name, (steps, values) in curves.items():
-        points = [(s, v) for s, v in zip(steps, values, strict=True) if v is not None and v == v]
-        if points:
-            axes.plot(
-                [s for s, _ in points],
-                [v for _, v in points],
-                label=name,
-                marker="o" if markers else None,
-                markersize=3,
-                linewidth=1.3,
-            )
-    if log_scale and all(v is None or v > 0 for _, values in curves.values() for v in values):
-        axes.set_yscale("log")
-    axes.set(xlabel="step", ylabel=ylabel, title=title)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))  # beside the lines, never on them
-    figure.tight_layout()
-    with atomic(path) as temporary:
-        figure.savefig(temporary, bbox_inches="tight", format="png")
-    pyplot.close(figure)
-    return path
+    found = []
+    for label, key in keys.items():
+        having = [record for record in records if math.isfinite(record.get(key, math.nan))]
+        if having:
+            steps, values = ([record[name] for record in having] for name in ("step", key))
+            found.append(Curve(label, steps, values, task=label))
+    return found
 
 
 def metric_rows(metrics: dict[str, float]) -> list[str]:
