@@ -327,6 +327,17 @@ def test_the_verb_on_one_run(run_dir: Path, tmp_path: Path) -> None:
         assert result.exit_code != 0 and said in str(result.exception)
 
 
+def test_a_page_says_of_which_split_its_events_are(run_dir: Path, tmp_path: Path) -> None:
+    out, options = tmp_path / "out", Options(split="valid", num_events=40)
+    assert analyse("space", [run_dir], out, options)["split"] == "valid"
+    text = (out / "space.html").read_text()
+    assert "Points are validation events" in text and "test events" not in text
+    runs = copies(run_dir, tmp_path, {}, {"model.temperature": 0.5})  # their evaluations are of test events
+    for what, split in (("ablations", "test"), ("sensitivity", "test"), ("gradients", "train")):
+        found = analyse(what, [run_dir] if what == "gradients" else runs, out, options)
+        assert found["split"] == split
+
+
 def test_options_are_kept_in_the_document(run_dir: Path, tmp_path: Path) -> None:
     options = replace(Options(), metric="recall@5", seed=7)
     document = analyse("ablations", copies(run_dir, tmp_path, {}, {"optim.lr": 0.5}), tmp_path / "o", options)

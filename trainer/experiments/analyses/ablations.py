@@ -7,7 +7,7 @@ from typing import Any
 from trainer.analysis.drawing import Bar, bars_with_intervals, write_figure
 from trainer.analysis.pages import Picture, Section, Table, Text
 from trainer.evaluation.summary import metric_title, short
-from trainer.experiments.analyses.groups import grouped, results, seeds_note, settings_label
+from trainer.experiments.analyses.groups import evaluations_of, grouped, results, seeds_note, settings_label
 from trainer.experiments.analyses.options import TASK_TITLES, Options, need_runs
 from trainer.runtime.progress import Notify
 
@@ -33,7 +33,7 @@ def measure(runs: Sequence[Path], options: Options, notify: Notify) -> dict[str,
     rows = results(groups, options.candidates)
     for row in rows:
         row["label"] = label(row["settings"], rows[0]["settings"])
-    return {"metric": options.metric, "candidates": options.candidates, "rows": rows}
+    return {**evaluations_of(options), "rows": rows}
 
 
 def label(settings: Mapping[str, Any], reference: Mapping[str, Any]) -> str:

@@ -40,7 +40,7 @@ MAX_EVENTS = 512  # whose mean a gradient is
 def measure(runs: Sequence[Path], options: Options, notify: Notify) -> dict[str, Any]:
     need_runs(runs, WHAT)
     most = min(options.num_events or MAX_EVENTS, MAX_EVENTS)
-    return {"runs": [_run(Path(run), most, notify) for run in runs]}
+    return {"split": "train", "runs": [_run(Path(run), most, notify) for run in runs]}
 
 
 def _run(run_dir: Path, most: int, notify: Notify) -> dict[str, Any]:

@@ -18,6 +18,8 @@ from trainer.evaluation.bootstrap import mean_intervals
 from trainer.evaluation.metrics import FIGURES
 from trainer.evaluation.paired import comparable, read_stored
 from trainer.evaluation.summary import evaluation_name
+from trainer.experiments.analyses.options import Options
+from trainer.experiments.cells import SPLIT
 from trainer.experiments.table.results import TESTED, Values, differences_from, event_values
 from trainer.runs.run_folder import RunFolder
 
@@ -33,10 +35,15 @@ class Group:
     settings: Mapping[str, Any]  # key → value, where groups differ
 
 
+def evaluations_of(options: Options) -> dict[str, Any]:
+    """What a document says of the evaluations that are compared."""
+    return {"split": SPLIT, "metric": options.metric, "candidates": options.candidates}
+
+
 def grouped(runs: Sequence[Path], candidates: str = "sampled") -> list[Group]:
     """In the order in which the first run of each is given. Raises RunError when a seed occurs twice in one
     group, or runs did not rank the same candidates of the same events."""
-    name = evaluation_name("test", candidates)
+    name = evaluation_name(SPLIT, candidates)
     comparable([read_stored(run, name, str(run)) for run in runs])
     # Older files lack newer settings; treat a missing key as its default.
     settings = [flatten(masked(to_dict(RunFolder(run).read_config()))) for run in runs]

@@ -1,7 +1,7 @@
 """Table 1: how much does a model's output say about its input?  I(X; Y) in nats.
 
 X is what the model knows of an event and an item (Ranker.representations: "input"), by its first principal
-components; the rows are test events with the clicked item, and as many with a stored negative. Y is one of
+components; the rows are events with the clicked item, and as many with a stored negative. Y is one of
 
     answer   Yes or No, drawn with the model's P(click). Its information about everything the model knows is
              H(E[p]) − E[H(p)] (`plug_in`), at most log 2; the estimators are lower bounds of it
@@ -25,7 +25,14 @@ from trainer.analysis.mutual_information_knn import ksg, ross
 from trainer.analysis.pages import Picture, Section, Table, Text
 from trainer.analysis.vectors import Vectors, load_vectors
 from trainer.evaluation.bootstrap import cluster_means
-from trainer.experiments.analyses.options import TASK_TITLES, Options, name_of, need_runs, titled
+from trainer.experiments.analyses.options import (
+    EVENTS,
+    TASK_TITLES,
+    Options,
+    name_of,
+    need_runs,
+    titled,
+)
 from trainer.runtime.progress import Notify
 
 WHAT = "mutual-information"
@@ -49,7 +56,7 @@ def measure(runs: Sequence[Path], options: Options, notify: Notify) -> dict[str,
     need_runs(runs, WHAT)
     found = []
     for run in runs:
-        notify(f"{run}: vectors of test events")
+        notify(f"{run}: vectors of {EVENTS[options.split]}")
         vectors = load_vectors(run, options.split, options.num_events, MIN_SAMPLES)
         tasks = {}
         for task in vectors.tasks:
@@ -156,8 +163,8 @@ def section(document: dict[str, Any], folder: Path) -> Section:
         [
             Text(
                 "How much the output says about what the model knows of an event and an item. The rows are "
-                "test events with the clicked item and as many with a stored negative. Units are nats; Yes "
-                "and No hold at most log 2 = 0.693 of them, which is 1 bit."
+                f"{EVENTS[document['split']]} with the clicked item and as many with a stored negative. "
+                "Units are nats; Yes and No hold at most log 2 = 0.693 of them, which is 1 bit."
             ),
             Picture(picture, "Bars of mutual information for each model and task, with intervals."),
             Table(head, rows),

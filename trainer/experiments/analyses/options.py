@@ -8,11 +8,12 @@ from trainer.errors import RunError
 from trainer.runs.run_folder import RunFolder
 
 TASK_TITLES = {"src": "Search", "rec": "Recommendation"}  # in the order of the paper's tables
+EVENTS = {"valid": "validation events", "test": "test events"}
 
 
 @dataclass(frozen=True)
 class Options:
-    split: str = "test"
+    split: str = "test"  # whose events a model is asked about; evaluations are those of the test split
     candidates: str = "sampled"  # of evaluations
     num_events: int = 2000  # of each task, of those that a model is asked about; 0 = all
     seed: int = 0

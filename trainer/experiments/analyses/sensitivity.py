@@ -11,7 +11,7 @@ from trainer.analysis.pages import Part, Picture, Section, Table, Text
 from trainer.errors import RunError
 from trainer.evaluation.summary import metric_title
 from trainer.experiments.analyses.ablations import difference_cells
-from trainer.experiments.analyses.groups import grouped, results, seeds_note
+from trainer.experiments.analyses.groups import evaluations_of, grouped, results, seeds_note
 from trainer.experiments.analyses.options import TASK_TITLES, Options, need_runs
 from trainer.runtime.progress import Notify
 
@@ -26,7 +26,7 @@ def measure(runs: Sequence[Path], options: Options, notify: Notify) -> dict[str,
     if not keys:
         raise RunError("these runs differ in no setting that is a number: there is no curve to draw")
     rows = results(groups, options.candidates)
-    return {"metric": options.metric, "candidates": options.candidates, "keys": keys, "rows": rows}
+    return {**evaluations_of(options), "keys": keys, "rows": rows}
 
 
 def _is_number(value: Any) -> bool:

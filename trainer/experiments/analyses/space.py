@@ -29,7 +29,7 @@ from trainer.analysis.space import (
 from trainer.analysis.stored import load_arrays, save_arrays
 from trainer.analysis.vectors import Vectors, load_vectors
 from trainer.errors import DataError, RunError
-from trainer.experiments.analyses.options import Options, name_of, need_runs, titled
+from trainer.experiments.analyses.options import EVENTS, Options, name_of, need_runs, titled
 from trainer.runtime.progress import Notify
 
 WHAT = "space"
@@ -41,7 +41,7 @@ def measure(runs: Sequence[Path], options: Options, notify: Notify) -> dict[str,
     need_runs(runs, WHAT)
     found, arrays = [], {}
     for number, run in enumerate(runs):
-        notify(f"{run}: vectors of test events")
+        notify(f"{run}: vectors of {EVENTS[options.split]}")
         vectors = load_vectors(run, options.split, options.num_events)
         if set(vectors.tasks) != {"rec", "src"}:
             raise RunError(f"{run} serves one task: there are not two groups to compare")
@@ -91,9 +91,9 @@ def section(document: dict[str, Any], folder: Path) -> Section:
     names = titled(document["runs"])
     parts: list[Part] = [
         Text(
-            "Points are test events with their clicked item. A classifier that tells the tasks apart is "
-            "right in half of the cases where both share one space. Its interval counts users, not events, "
-            "and all events of a user lie in one fold."
+            f"Points are {EVENTS[document['split']]} with their clicked item. A classifier that tells the "
+            "tasks apart is right in half of the cases where both share one space. Its interval counts "
+            "users, not events, and all events of a user lie in one fold."
         )
     ]
     rows = []

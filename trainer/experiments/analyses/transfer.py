@@ -13,7 +13,7 @@ from trainer.analysis.pages import Picture, Section, Table, Text
 from trainer.errors import RunError
 from trainer.evaluation.summary import metric_title
 from trainer.experiments.analyses.ablations import difference_cells
-from trainer.experiments.analyses.groups import grouped, results, seeds_note
+from trainer.experiments.analyses.groups import evaluations_of, grouped, results, seeds_note
 from trainer.experiments.analyses.options import TASK_TITLES, Options, need_runs
 from trainer.runtime.progress import Notify
 
@@ -47,7 +47,7 @@ def measure(runs: Sequence[Path], options: Options, notify: Notify) -> dict[str,
         if kind in kinds:  # joint − single: the single run is the reference
             pair = [groups[kinds.index(kind)], groups[kinds.index(JOINT)]]
             gains[task] = results(pair, options.candidates)[1]["tasks"].get(task, {})
-    return {"metric": options.metric, "candidates": options.candidates, "rows": rows, "gains": gains}
+    return {**evaluations_of(options), "rows": rows, "gains": gains}
 
 
 def _kind(settings: Mapping[str, Any]) -> str:
