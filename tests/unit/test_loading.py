@@ -3,6 +3,7 @@ refused."""
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,6 +31,7 @@ from trainer.errors import DataError, RunError
 from trainer.models.backbones.frozen import check_frozen, save_frozen_identity
 from trainer.models.contract import Ranker
 from trainer.models.gensr.model import GenSR
+from trainer.models.zoo import model_class
 from trainer.runs.checkpoint import Checkpoint, Progress, check_identity
 from trainer.runs.data_identity import check_data, what_is_read
 from trainer.runs.warm_start import init_from
@@ -320,7 +322,8 @@ def small(name: str, folder: Path, *overrides: str) -> tuple[Ranker, Config, Pre
     settings = [f"model.name={name}", "data.history_max=6", f"data.dir={folder}", *overrides]
     config, prepared = load_config(None, settings), PreparedFolder.at(folder)
     torch.manual_seed(0)
-    return build_model(config, prepared, prepared.tables(frozenset({"item_text"}))), config, prepared
+    needs = model_class(name).reads(config.model) | {"item_text"}
+    return build_model(config, prepared, prepared.tables(needs)), config, prepared
 
 
 def save_small(name: str, folder: Path, run: Path, *overrides: str) -> dict[str, Tensor]:
@@ -472,6 +475,31 @@ def test_a_run_that_has_not_got_that_far_says_how_it_goes_on(tmp_path: Path) -> 
     )
     with pytest.raises(RunError, match=message):
         read_model_document(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("name", "table"), [("gensr", "backbone.model.shared.weight"), ("qem", "core.words.vectors.weight")]
+)
+def test_tokens_of_another_tokenizer_are_not_taken(
+    name: str, table: str, folder: Path, tmp_path: Path
+) -> None:
+    """Of as many tokens, from the same log: row 7 is another word."""
+    was = save_small(name, folder, tmp_path / "run")
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    tokenizer = other / "tokenizer" / "tokenizer.json"
+    swapped = json.loads(tokenizer.read_text())
+    vocabulary = swapped["model"]["vocab"]
+    vocabulary["user"], vocabulary["item"] = vocabulary["item"], vocabulary["user"]
+    for is_swapped in (False, True):
+        if is_swapped:
+            tokenizer.write_text(json.dumps(swapped))
+            relist(other)
+        model, _, prepared = small(name, other)
+        fresh = model.get_parameter(table).clone()
+        taken = init_from(model, tmp_path / "run", prepared)
+        assert model.get_parameter(table).equal(fresh if is_swapped else was[table])
+        assert (table in taken.partition("tokens of another tokenizer, new: ")[2]) == is_swapped
 
 
 def test_tables_are_not_taken_from_a_folder_whose_rows_are_others(folder: Path, tmp_path: Path) -> None:

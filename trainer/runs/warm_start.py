@@ -5,13 +5,15 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
-from torch import Tensor
+from tokenizers import Tokenizer
+from torch import Tensor, nn
 
 from data_shards.schema import Manifest
 from trainer.config import Config
 from trainer.data.folder import PreparedFolder
 from trainer.data.node_cache import is_url
 from trainer.errors import GensrError, RunError
+from trainer.models.backbones.backbone import Backbone
 from trainer.models.contract import Ranker
 from trainer.models.layers.batch_norm import running_statistics
 from trainer.models.layers.embedding import table_sizes
@@ -36,9 +38,9 @@ def start_weights(
 
 def init_from(model: Ranker, run_dir: str | Path, folder: PreparedFolder) -> str:
     """Copies the weights of RUN/model into those of a new model that have their name and shape; tables of
-    users, items, queries and words where their rows mean the same in the new model's prepared folder. Where
-    it goes on from the run's, also the rows that these tables had then, and Ranker.kept. What is left stays
-    as it is, and what is counted is for fit() to count anew → what was taken, for the log.
+    users, items, queries, words and tokens where their rows mean the same in the new model's prepared folder.
+    Where it goes on from the run's, also the rows that these tables had then, and Ranker.kept. What is left
+    stays as it is, and what is counted is for fit() to count anew → what was taken, for the log.
 
     Raises RunError when the run holds no model, or none of its weights fits.
     """
@@ -48,13 +50,18 @@ def init_from(model: Ranker, run_dir: str | Path, folder: PreparedFolder) -> str
     before = next((b for b in manifest.appended if b["manifest"] == document.get("manifest_hash")), None)
     growth, sizes = _growth(before, manifest) if before else {}, table_sizes(model)
     same_rows = before is not None or _has_same_rows(run_dir, document, folder)
+    tokens = _token_tables(model)
+    same_tokens = before is not None or _vocabulary(path / "tokenizer") == _vocabulary(folder.tokenizer)
     weights = {**dict(model.named_parameters()), **running_statistics(model)}
-    taken, foreign, grown = [], [], set()
+    taken, foreign, unread, grown = [], [], [], set()
     for name in (name for name in weights if name in found):
         old, new = found[name], weights[name].detach()
         now = sizes.get(name, 0)
         then = len(old) - len(new) + now if now else 0
-        if old.shape == new.shape and now and not same_rows:
+        if old.shape == new.shape and name in tokens and not same_tokens:
+            unread.append(name)
+            continue
+        if old.shape == new.shape and now and name not in tokens and not same_rows:
             foreign.append(name)
             continue
         if old.shape == new.shape:
@@ -75,13 +82,14 @@ def init_from(model: Ranker, run_dir: str | Path, folder: PreparedFolder) -> str
             f"others in {folder.name}. Begin without it, or prepare the new log with --append"
         )
     kept = _keep(model, found, before["items"]) if before else []
-    other_shape = sorted(set(weights) & set(found) - set(taken) - set(foreign))
+    other_shape = sorted(set(weights) & set(found) - set(taken) - set(foreign) - set(unread))
     parts = [f"{len(taken)} of {len(weights)} weights from {run_dir} ({document['name']})"]
     parts += [
         f"{kind}: {then:,} of {now:,} rows" for (then, now), kind in growth.items() if (then, now) in grown
     ]
     parts += [f"kept: {_named(kept)}"] if kept else []
     parts += [f"rows of other users and items, new: {_named(foreign)}"] if foreign else []
+    parts += [f"tokens of another tokenizer, new: {_named(unread)}"] if unread else []
     parts += [f"another shape, new: {_named(other_shape)}"] if other_shape else []
     new_names = sorted(set(weights) - set(found))
     parts += [f"not in it, new: {_named(new_names)}"] if new_names else []
@@ -100,6 +108,24 @@ def _has_same_rows(run_dir: str | Path, document: Mapping[str, Any], folder: Pre
     except GensrError:
         return False
     return theirs is not None and theirs.manifest.hash == trained_on and folder.has_rows_of(theirs)
+
+
+def _token_tables(model: Ranker) -> set[str]:
+    """Names of weights with a row a token: of language models, and tables of words of natural text."""
+    of_models = set()
+    for backbone in (module for module in model.modules() if isinstance(module, Backbone)):
+        tables = [backbone.base.get_output_embeddings()]
+        tables += [module for module in backbone.modules() if isinstance(module, nn.Embedding)]
+        of_models |= {id(t.weight) for t in tables if t is not None and len(t.weight) == backbone.vocab_size}
+    names = {name for name, weight in model.named_parameters() if id(weight) in of_models}
+    if model.world.num_words:
+        return names
+    return names | {name for name, size in table_sizes(model).items() if size == model.world.num_terms}
+
+
+def _vocabulary(tokenizer: Path) -> dict[str, int]:
+    """Token → id."""
+    return dict(Tokenizer.from_file(str(tokenizer / "tokenizer.json")).get_vocab())
 
 
 def _growth(before: Mapping[str, Any], manifest: Manifest) -> dict[tuple[int, int], str]:
