@@ -14,6 +14,7 @@ from tests.tiny_folder import make_tiny_folder
 from trainer.configs import load_config
 from trainer.errors import ConfigError, EnvironmentProblem, GensrError, RunError
 from trainer.experiments import submit as jobs
+from trainer.experiments import sweep
 from trainer.experiments.submit import Machines, Submission
 from trainer.experiments.sweep import read_sweep, summarize
 
@@ -232,10 +233,12 @@ def test_bad_sweep_files(tmp_path: Path, text: str, message: str) -> None:
         read_sweep(tmp_path / "s.yaml")
 
 
-def test_the_table_of_a_sweep_names_every_run(tmp_path: Path) -> None:
+def test_the_table_of_a_sweep_names_every_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tags: dict[str, str] = {}
+    monkeypatch.setattr(sweep, "adopt_runs", lambda *_, **given: tags.update(given["tags"]) or "")
     with pytest.raises(RunError, match="has started"):
         summarize(tmp_path)
-    for name, status, best in (("00-a", "finished", 0.3), ("01-b", "finished", 0.5), ("02-c", "failed", 0.1)):
+    for name, status, best in (("00-a", "finished", 0.3), ("01-b", "finished", 0.5), ("02-c", "failed", 0.6)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.yaml").write_text(to_yaml(load_config(None, [f"run.dir={name}"])))
         (tmp_path / name / "status.json").write_text(
@@ -245,13 +248,15 @@ def test_the_table_of_a_sweep_names_every_run(tmp_path: Path) -> None:
     (tmp_path / "03-d" / "job.json").write_text('{"job_id": "1_3"}')
     document = summarize(tmp_path)
     assert [(row["run"], row["status"]) for row in document["runs"]] == [
+        ("02-c", "failed"),
         ("01-b", "finished"),
         ("00-a", "finished"),
-        ("02-c", "failed"),
         ("03-d", "not started"),
     ]
     table = (tmp_path / "sweep.txt").read_text()
-    assert table.index("01-b") < table.index("00-a") < table.index("02-c")
+    assert table.index("02-c") < table.index("01-b") < table.index("00-a")
+    assert document["runs"][-1]["best"] is None and "  03-d  –       step 0 of 0  not started" in table
+    assert tags["best_run"] == "01-b"  # the failed one, which was ahead, is nobody's choice
 
 
 @pytest.mark.parametrize(

@@ -94,8 +94,9 @@ def summarize(folder: str | Path, names: Sequence[str] | None = None) -> dict[st
     """Write the table of a sweep's runs and give them their parent in MLflow. Can be repeated. names:
     of their folders; None: every run folder below `folder`.
 
-    Returns {"runs": [{"run", "status", "step", "best_step", "metric", "best"}] best first, "comparison": as
-    `gensr compare`, or {}, "mlflow_run_id": the parent or ""}. Raises RunError when no run has started.
+    Returns {"runs": [{"run", "status", "step", "best_step", "metric", "best"}] best first (None: it was never
+    validated), "comparison": as `gensr compare`, or {}, "mlflow_run_id": the parent or ""}. Raises RunError
+    when no run has started.
     """
     from trainer.evaluation.compare import compare  # torch: seconds to import
 
@@ -115,7 +116,8 @@ def summarize(folder: str | Path, names: Sequence[str] | None = None) -> dict[st
     }
     if not configs:
         raise RunError(f"{folder} holds no run that has started. Its jobs' output: {folder}/*.out")
-    rows = sorted((_row(run_dir, configs.get(run_dir)) for run_dir in run_dirs), key=lambda row: -row["best"])
+    rows = [_row(run_dir, configs.get(run_dir)) for run_dir in run_dirs]
+    rows.sort(key=lambda row: -(row["best"] or 0.0))
     evaluated = [run_dir for run_dir in run_dirs if RunFolder(run_dir).evaluation("test").is_file()]
     comparison = compare(evaluated) if evaluated else {}
     document = {"runs": rows, "comparison": comparison, "mlflow_run_id": ""}
@@ -129,13 +131,14 @@ def summarize(folder: str | Path, names: Sequence[str] | None = None) -> dict[st
 def _row(run_dir: Path, config: Config | None) -> dict[str, Any]:
     status = RunFolder(run_dir).read_status() or {"status": "not started", "progress": {}}
     progress = status["progress"]
+    step, value = progress.get("best_step", 0), progress.get("best_value", 0.0)
     return {
         "run": run_dir.name,
         "status": status["status"],
         "step": progress.get("step", 0),
-        "best_step": progress.get("best_step", 0),
+        "best_step": step,
         "metric": config.run.select_metric if config else "",
-        "best": progress.get("best_value", 0.0),
+        "best": value if step or value else None,
     }
 
 
@@ -148,20 +151,22 @@ def lines_of(document: Mapping[str, Any]) -> list[str]:
     width = max(len(row["run"]) for row in rows)
     metrics = sorted({row["metric"] for row in rows} - {""})
     lines = [f"Validation, sampled candidates ({', '.join(metrics)} at the best step)"]
+    best = ["–" if row["best"] is None else f"{row['best']:.4f}" for row in rows]
     lines += [
-        f"  {row['run']:<{width}}  {row['best']:.4f}  step {row['best_step']:,} of {row['step']:,}  "
-        f"{row['status']}"
-        for row in rows
+        f"  {row['run']:<{width}}  {value:<6}  step {row['best_step']:,} of {row['step']:,}  {row['status']}"
+        for row, value in zip(rows, best, strict=True)
     ]
     return [*lines, "", *compare_lines(document["comparison"])] if document["comparison"] else lines
 
 
 def _parent(folder: Path, configs: Mapping[Path, Config], rows: Sequence[Mapping[str, Any]]) -> str:
+    # one that failed may have been ahead of those that end
+    best = next((row for row in rows if row["status"] == "finished"), rows[0])
     return adopt_runs(
         folder,
         configs,
         [folder / TABLE, folder / DOCUMENT],
-        tags={"sweep": str(folder), "best_run": rows[0]["run"]},
+        tags={"sweep": str(folder), "best_run": best["run"]},
         finished=all(row["status"] == "finished" for row in rows),
         again=f"gensr runs summarize {folder}",
     )
