@@ -74,8 +74,9 @@ def test_the_rank_of_an_answer_counts_ties_as_its_evaluation_does(prepared: Path
     stream = EvalStream(folder, "test", DataConfig(history_max=5), 64, tasks=model.tasks)
     ranks = rank_events(model.score, stream)
     assert (ranks.num_tied[ranks.rank == ranks.rank.max()] > 1).all()
-    worst = _ask(model, folder, stream, num_negatives=4).worst
-    assert [one.rank for one in worst] == sorted(ranks.rank, reverse=True)[: len(worst)]
+    asked = _ask(model, folder, stream, num_negatives=4)
+    assert [one.rank for one in asked.worst] == sorted(ranks.rank, reverse=True)[: len(asked.worst)]
+    assert asked.reliability is None  # a share of words is no P(click)
 
 
 def test_every_picture_is_png_and_svg(run_dir: Path) -> None:

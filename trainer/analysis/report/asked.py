@@ -50,7 +50,7 @@ class Asked:
 
     num_events: int
     num_negatives: int  # of a pair's event, in the reliability
-    reliability: Reliability | None  # None: the model's scores are no probabilities
+    reliability: Reliability | None  # None: the model gives no P(click)
     best: tuple[Example, ...]
     worst: tuple[Example, ...]
 
@@ -109,10 +109,17 @@ def _ask(model: Ranker, folder: PreparedFolder, stream: EvalStream, num_negative
     return Asked(
         num_events=len(labels),
         num_negatives=num_negatives,
-        reliability=_reliability(probabilities, labels, users, num_negatives),
+        reliability=_reliability(probabilities, labels, users, num_negatives)
+        if _gives_click_probability(model)
+        else None,
         best=tuple(example(int(row)) for row in order[:NUM_EXAMPLES]),
         worst=tuple(example(int(row)) for row in order[::-1][:NUM_EXAMPLES]),
     )
+
+
+def _gives_click_probability(model: Ranker) -> bool:
+    """Whether probability() is meant as that of a click: learned as such, and not of an item's id."""
+    return model.trained and type(model).probability is Ranker.probability and model.beams() is None
 
 
 def _reliability(
