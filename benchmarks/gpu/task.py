@@ -1,6 +1,7 @@
 """What every part is told, and the prepared folder that parts share."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -37,7 +38,8 @@ class Task:
         once for all parts."""
         folder = self.work / "text"
         if not (folder / "prepared" / "cf" / "lightgcn.safetensors").is_file():
-            folder.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)  # half of it, of a part that was ended meanwhile
+            folder.mkdir(parents=True)
             synthetic_folder(folder, 1 if self.rehearse else 8, silent_stage)
         return folder / "prepared"
 

@@ -214,6 +214,19 @@ def test_tests_that_have_ended_are_counted() -> None:
     assert found == {"passed": 1, "failed": 1, "error": 0, "skipped": 0}
 
 
+def test_a_part_that_is_ended_while_it_makes_the_data_stops_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`gensr prepare` refuses a folder that is there."""
+
+    def made(folder: Path, threads: int, progress: Any) -> None:
+        (folder / "prepared").mkdir()
+
+    monkeypatch.setattr("benchmarks.gpu.task.synthetic_folder", made)
+    (tmp_path / "work" / "text" / "prepared").mkdir(parents=True)
+    assert Task("graph", tmp_path, 20.0).text_folder().is_dir()
+
+
 def test_results_are_kept_after_each_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, keep = tmp_path / "out", tmp_path / "keep"
     (out / "work").mkdir(parents=True)
