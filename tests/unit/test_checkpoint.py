@@ -22,6 +22,7 @@ from trainer.runs.checkpoint import Progress
 from trainer.runs.checkpoint_writer import CheckpointWriter, copied
 from trainer.runs.weights_only import check_random_states, no_unpickling
 from trainer.training.optimizer import trained_shapes
+from trainer.training.window import check_weights
 
 MANIFEST = Manifest(raw={"split": {"fingerprint": "f"}}, hash="h")
 
@@ -344,6 +345,18 @@ def test_a_disk_that_is_full_is_reported_and_leaves_the_earlier_checkpoint(
     with pytest.raises(EnvironmentProblem, match=r"No space left.*Earlier checkpoints are intact"):
         writer.finish()
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["latest", "step-00000001"]
+
+
+def test_pieces_of_weights_are_not_looked_at(accelerator: Accelerator) -> None:
+    """ZeRO-3's padding is memory that nobody has written."""
+    piece, whole = torch.nn.Parameter(torch.empty(0)), torch.nn.Parameter(torch.ones(2))
+    piece.ds_tensor = torch.tensor([1.0, torch.nan])  # type: ignore[attr-defined]
+    check_weights(accelerator, {"piece": piece}, 3)
+    check_weights(accelerator, {"piece": piece, "whole": whole}, 3)
+    with torch.no_grad():
+        whole[1] = torch.inf
+    with pytest.raises(RunError, match="not finite after step 3: whole"):
+        check_weights(accelerator, {"piece": piece, "whole": whole}, 3)
 
 
 def test_a_copy_shares_no_memory() -> None:

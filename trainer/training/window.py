@@ -101,14 +101,17 @@ class Window:
 
 def check_weights(accelerator: "Accelerator", weights: Mapping[str, Tensor], step: int) -> None:
     """Before they are validated or saved, on all ranks: the loss of a step may be finite whose gradient is
-    not, and only the next loss would show it. Raises RunError on every rank, naming some of them."""
-    of_rank = {
-        name: getattr(weight, "ds_tensor", weight) for name, weight in weights.items()
-    }  # ZeRO-3's part
-    bad = ~torch.stack([part.detach().sum().float() for part in of_rank.values()]).isfinite()
+    not, and only the next loss would show it. Raises RunError on every rank, naming some of them.
+
+    Not of what ZeRO-3 has partitioned: DeepSpeed makes no step with such a gradient, and the last rank's part
+    ends with memory that nobody has written."""
+    whole = {name: weight for name, weight in weights.items() if not hasattr(weight, "ds_tensor")}
+    if not whole:
+        return
+    bad = ~torch.stack([weight.detach().sum().float() for weight in whole.values()]).isfinite()
     if not bool(accelerator.gather(bad.any()[None]).any()):
         return
-    mine = [name for name, is_bad in zip(of_rank, bad.tolist(), strict=True) if is_bad]
+    mine = [name for name, is_bad in zip(whole, bad.tolist(), strict=True) if is_bad]
     names = sorted({name for each in gather_objects(accelerator, mine) for name in each})
     raise RunError(
         f"weights are not finite after step {step}: {', '.join(names[:MAX_NAMES_SHOWN])}"
