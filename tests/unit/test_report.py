@@ -1,17 +1,24 @@
 """Pictures and tables from metrics.jsonl; what is recorded about code and machine."""
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 from matplotlib.image import imread
 
+from data_shards.settings import to_yaml
+from tests.runs import EVALUATION
+from tests.tiny_folder import make_tiny_folder
 from trainer.analysis.drawing import REC, SEARCH
 from trainer.analysis.figures import last_screen, metric_rows, plot_run, read_records
 from trainer.analysis.pages import Table
 from trainer.analysis.report.asked import Read
-from trainer.analysis.report.sections import _read, provenance
+from trainer.analysis.report.sections import _read, provenance, results
+from trainer.configs import load_config
+from trainer.data.folder import PreparedFolder
 from trainer.errors import RunError
 from trainer.runs.checkpoint import Progress
 from trainer.runs.provenance import environment_facts, git_facts
@@ -62,6 +69,27 @@ def test_half_a_line_is_skipped_and_a_missing_file_named(tmp_path: Path) -> None
 def test_table_of_metrics() -> None:
     rows = metric_rows(METRICS)
     assert len(rows) == 3 and rows[1].split() == ["rec", "–", "0.5000", "–", "0.2500", "–"]
+
+
+def test_a_report_shows_the_planted_optimum_of_the_same_events(tmp_path: Path) -> None:
+    folder, run = PreparedFolder.at(make_tiny_folder(tmp_path / "data")), RunFolder(tmp_path / "run")
+    run.path.mkdir()
+    run.config.write_text(to_yaml(load_config(None, [f"data.dir={folder.path}", "model.name=bpr_mf"])))
+    (tmp_path / "run" / "report").mkdir()
+    (run.path / "evaluation-test.json").write_text(json.dumps(EVALUATION))
+
+    def models() -> list[str]:
+        (section,) = results(run)
+        return [row[1] for part in section.parts if isinstance(part, Table) for row in part.rows]
+
+    assert "planted optimum" not in models()
+    report: Any = EVALUATION["rec"]
+    for number, shown in ((40, True), (41, False)):
+        document = {"split_fingerprint": folder.manifest.fingerprint, "rec": {**report, "num_events": number}}
+        (folder.path / "optimum.json").write_text(json.dumps(document))
+        assert ("planted optimum" in models()) == shown
+    shutil.rmtree(folder.path)
+    assert "planted optimum" not in models()
 
 
 def test_the_last_screen_says_what_next(tmp_path: Path) -> None:

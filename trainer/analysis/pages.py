@@ -75,15 +75,17 @@ def page(title: str, lead: str, sections: Sequence[Section]) -> str:
         for number, section in enumerate(sections)
     )
     contents = f'<nav aria-label="Contents"><ol>{links}</ol></nav>' if len(sections) > 2 else ""
-    body = "\n".join(_section(number, section) for number, section in enumerate(sections))
+    body = "\n".join(_section(number, section, title) for number, section in enumerate(sections))
     frame = resources.files(__package__).joinpath("page/page.html").read_text(encoding="utf-8")
     main = f"<h1>{escape(title)}</h1>\n<p class=lead>{escape(lead)}</p>\n{contents}\n{body}"
     return frame.replace("__TITLE__", escape(title)).replace("__MAIN__", main)
 
 
-def _section(number: int, section: Section) -> str:
+def _section(number: int, section: Section, title: str) -> str:
+    """title: of the page, which is not said twice."""
+    heading = "" if section.title == title else f"<h2>{escape(section.title)}</h2>"
     parts = "\n".join(_part(part) for part in section.parts)
-    return f'<section id="s{number}"><h2>{escape(section.title)}</h2>\n{parts}</section>'
+    return f'<section id="s{number}">{heading}\n{parts}</section>'
 
 
 def _part(part: Part) -> str:

@@ -1,6 +1,7 @@
 """The planted optimum: how well a simulated world's own preferences rank the stored candidates of a split. No
 model can be expected to do better: it knows what is in no log, such as what the user has in mind."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data_shards.schema import TASKS
 from data_shards.simulate.oracle import OPTIMUM_FILE, Oracle
 from trainer.batch import Batch
 from trainer.config import DataConfig
 from trainer.data import EvalStream
 from trainer.data.folder import PreparedFolder
+from trainer.errors import DataError
 from trainer.evaluation.ranking import rank_events
 from trainer.evaluation.sampled import BASELINE_BATCH, task_reports
 from trainer.runs.run_folder import read_json
@@ -32,6 +35,23 @@ def read_optimum(folder: PreparedFolder) -> dict[str, Any]:
     """What write_optimum() wrote; {} where a folder has none, or that of another split."""
     found = read_json(folder.path / OPTIMUM_FILE)
     return found if found.get("split_fingerprint") == folder.manifest.fingerprint else {}
+
+
+def optimum_of(data_dir: str | Path, evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """The optimum's reports of those tasks in which it has ranked the same events as an evaluation of sampled
+    candidates of the test split; {} without any, and for a folder that is not on this machine."""
+    try:
+        found = read_optimum(PreparedFolder.at(data_dir))
+    except DataError:
+        return {}
+    same = [
+        task
+        for task in TASKS
+        if task in found
+        and task in evaluation
+        and found[task]["num_events"] == evaluation[task].get("num_events")
+    ]
+    return {task: found[task] for task in same}
 
 
 def optimum_report(folder: PreparedFolder, raw: str | Path) -> dict[str, Any]:

@@ -40,3 +40,9 @@ def test_a_marked_cell_loses_its_sign(tmp_path: Path) -> None:
 def test_a_hyphen_before_a_number_is_a_minus_and_a_table_may_have_no_head() -> None:
     text = page("t", "", [Section("s", [Table((), [["flan-t5", "-.021 [-0.0010, +0.0007]"]])])])
     assert "−.021 [−0.0010, +0.0007]" in text and "flan-t5" in text and "<thead>" not in text
+
+
+def test_a_page_of_one_section_says_its_title_once() -> None:
+    text = page("Gradient conflict", "lead", [Section("Gradient conflict", [Table(["a"], [["5"]])])])
+    assert "<h1>Gradient conflict</h1>" in text and "<h2>" not in text
+    assert "<h2>Training</h2>" in page("a run", "lead", [Section("Training", [])])

@@ -12,6 +12,8 @@ from trainer.analysis.drawing import Bar, Curve, bars_with_intervals, curves_wit
 from trainer.analysis.pages import Fold, Part, Picture, Section, Table, Text
 from trainer.analysis.report.asked import Asked, Example, Read
 from trainer.evaluation.evaluated_weights import warnings_of
+from trainer.evaluation.optimum import TITLE as OPTIMUM
+from trainer.evaluation.optimum import optimum_of
 from trainer.evaluation.segments import BUCKETS, METRIC
 from trainer.evaluation.summary import (
     CANDIDATES,
@@ -44,7 +46,10 @@ def results(run: RunFolder) -> list[Section]:
 
 
 def _results(run: RunFolder, document: dict[str, Any], split: str, name: str) -> Section:
-    rows = rows_of(document)
+    optimum = optimum_of(run.read_config().data.dir, document) if name == "test" else {}
+    tasks = list(TASK_TITLES)
+    rows = [*rows_of(document), *rows_of(optimum, OPTIMUM)]
+    rows.sort(key=lambda row: tasks.index(row.task))
     metrics: dict[str, list[Bar]] = {}
     table = []
     for row in rows:
@@ -67,6 +72,8 @@ def _results(run: RunFolder, document: dict[str, Any], split: str, name: str) ->
     parts += [
         Table(["task", "model", *METRICS, "events"], table),
     ]
+    if optimum:
+        parts.append(Text(f"The {OPTIMUM} ranks by what the simulator planted: no model should pass it."))
     if document["protocol"]["candidates"] == "full":
         parts += [Text(line.strip()) for line in full_lines(document)[1:]]
     return Section(f"Results, {split} split, {document['protocol']['candidates']} candidates", parts)
