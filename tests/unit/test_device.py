@@ -78,7 +78,12 @@ def test_a_training_step_asks_its_device_for_nothing(
 
 @pytest.mark.usefixtures("on_meta")
 @pytest.mark.parametrize(
-    "settings", [("evidence=true",), ("mined_negatives=2",), ("evidence=true", "mined_negatives=2")]
+    "settings",
+    [
+        ("evidence=true",),
+        ("mined_negatives=2",),
+        ("evidence=true", "evidence_queries=true", "mined_negatives=2"),
+    ],
 )
 def test_evidence_and_mining_ask_their_device_for_nothing(
     make: Callable[..., Made], settings: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
