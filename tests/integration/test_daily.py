@@ -105,6 +105,11 @@ def test_days_go_on_from_one_another(yesterday: Path, world: Path) -> None:
     first = daily(world, "settings.data.history_max=7")
     assert first.exit_code == 0, first.output
     assert [row["day"] for row in rows(world)] == DAYS[:1]
+    logs = sorted((out / "logs" / DAYS[0]).iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    assert [path.stem for path in logs] == [  # the order of the dry run
+        *("evaluate-first", "register-first", "check", "prepare", "cf", "train", "evaluate", "register"),
+        *("champion", "evaluate-champion"),
+    ]
     first_row = rows(world)[0]
     assert (first_row["version"], first_row["champion"], first_row["decision"]) == (2, "1", "promoted")
 
