@@ -344,8 +344,12 @@ def test_every_recipe_fits_its_systems() -> None:
 
 def test_recipes_for_short_training_leave_presets_as_published() -> None:
     own = recipe_of("demo")["own_settings"]
-    assert load_config("gru4rec").optim.lr == 1e-3
-    assert load_config("gru4rec", own["gru4rec"]).optim.lr == 5e-3
+    for model in ("gru4rec", "nrhub"):
+        assert load_config(model).optim.lr == 1e-3
+        assert load_config(model, own[model]).optim.lr == 5e-3
+    for recipe, dropout in (("", 0.1), ("demo", 0), ("scientific", 0)):
+        words = recipe_of(recipe)["own_settings"]["bsr"] if recipe else ()
+        assert vars(load_config("bsr", words).model)["dropout"] == dropout
     for recipe, dropout, warmup in (("", 0.5, 4000), ("demo", 0.1, 50), ("scientific", 0.1, 50)):
         words = recipe_of(recipe)["own_settings"]["unifiedssr"] if recipe else ()
         config = load_config("unifiedssr", words)

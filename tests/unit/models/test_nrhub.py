@@ -31,6 +31,19 @@ def test_searches_recommendations_and_known_queries_make_the_views():
     assert scores.isfinite().all()
 
 
+def test_users_are_told_apart_from_the_start():
+    torch.manual_seed(0)
+    core = Nrhub(NrhubSettings(), make_world(num_items=100)).core
+
+    users = core(
+        torch.zeros(2, 1, dtype=torch.int64),
+        torch.zeros(2, 1, dtype=torch.int64),
+        torch.arange(1, 21).view(2, 10),
+    )
+
+    assert torch.cosine_similarity(users[0], users[1], dim=0) < 0.5
+
+
 def test_softmax_is_the_clicked_item_among_the_candidates():
     model = make_nrhub(loss="softmax")
     labels = torch.tensor([[0.0, 1.0, 0.0]] * 3)

@@ -11,8 +11,9 @@ loss=bce (default): mean over the clicked item and the negatives. loss=softmax: 
 item among the event's candidates.
 
 Differs from the public code: the tables of items and queries are learned, not taken from elsewhere and
-frozen. A view without clicks pools to 0, where the code takes the mean of padding vectors. A query that the
-folder does not know is in no view.
+frozen. They start from N(0, .01), maps xavier normal and biases at 0 (there uniform): next to vectors of .02,
+such biases made all users alike. A view without clicks pools to 0, where the code takes the mean of padding
+vectors. A query that the folder does not know is in no view.
 Shapes: ids [B, N] with 0 = padding anywhere, user [B, U], items [B, C, U], scores [B, C] (log-odds).
 """
 
@@ -30,6 +31,7 @@ from trainer.models.contract import Ranker, World
 from trainer.models.layers.attention import AdditivePooling
 from trainer.models.layers.embedding import ItemTable, inner_products
 from trainer.models.layers.history import slot_ids
+from trainer.models.layers.mlp import init_xavier
 
 CATALOGUE_SLICE = 65_536  # items mapped at once for the whole catalogue: 52 MB at a width of 200
 
@@ -54,10 +56,11 @@ class NrhubCore(nn.Module):
     def __init__(self, num_items: int, num_queries: int, settings: NrhubSettings) -> None:
         super().__init__()
         dim, hidden = settings.dim, settings.hidden_dim
-        self.items, self.queries = ItemTable(num_items, dim), ItemTable(num_queries, dim)
+        self.items, self.queries = ItemTable(num_items, dim, std=0.1), ItemTable(num_queries, dim, std=0.1)
         self.query_pool, self.click_pool, self.browse_pool = (AdditivePooling(dim, hidden) for _ in range(3))
         self.view_map, self.item_map = nn.Linear(dim, hidden), nn.Linear(dim, hidden)
         self.view_pool = AdditivePooling(hidden, settings.view_dim)
+        self.apply(init_xavier)
 
     def forward(self, queries_BN: Tensor, clicks_BN: Tensor, browsed_BN: Tensor) -> Tensor:
         """→ user [B, U]. The three lists may differ in length."""
