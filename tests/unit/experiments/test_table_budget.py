@@ -348,8 +348,9 @@ def test_recipes_for_short_training_leave_presets_as_published() -> None:
         assert load_config(model).optim.lr == 1e-3
         assert load_config(model, own[model]).optim.lr == 5e-3
     for recipe, dropout in (("", 0.1), ("demo", 0), ("scientific", 0)):
-        words = recipe_of(recipe)["own_settings"]["bsr"] if recipe else ()
-        assert vars(load_config("bsr", words).model)["dropout"] == dropout
+        for model in ("bsr", "idgenrec"):
+            words = recipe_of(recipe)["own_settings"][model] if recipe else ()
+            assert vars(load_config(model, words).model)["dropout"] == dropout
     for recipe, dropout, warmup in (("", 0.5, 4000), ("demo", 0.1, 50), ("scientific", 0.1, 50)):
         words = recipe_of(recipe)["own_settings"]["unifiedssr"] if recipe else ()
         config = load_config("unifiedssr", words)
