@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 PRIOR = 5.0  # clicks of any search that each word of a query begins with
 SHRINK = 10.0  # clicks added to the denominator of a similarity: which pairs are kept
 CLICKS_AT_ONCE = 65_536  # bounds memory while counting
-TERMS_AT_ONCE = 4096  # words of queries whose pairs are counted together
+TERMS_AT_ONCE = 512  # words of queries whose pairs are counted together: frequent ones have many
 ROUNDING = 1e-6  # of similarities that are equal
 
 
@@ -71,8 +71,9 @@ class QueryWords(nn.Module):
         asked_W, held_T = (np.asarray(terms.sum(1)).ravel() for terms in (asked_WS, held_TS))
         self.asked.copy_(torch.from_numpy(asked_W))
         self.held.copy_(torch.from_numpy(held_T))
+        held_ST = held_TS.T.tocsr()
         for start in range(0, size, TERMS_AT_ONCE):
-            found = (asked_WS[start : start + TERMS_AT_ONCE] @ held_TS.T).tocoo()
+            found = (asked_WS[start : start + TERMS_AT_ONCE] @ held_ST).tocoo()
             row, other = found.row.astype(np.int64) + start, found.col.astype(np.int64)
             similarity = found.data / (np.sqrt(asked_W[row] * held_T[other]) + SHRINK)
             row, other, by = keep_nearest(self.near, self.near_clicks, row, other, found.data, similarity)
