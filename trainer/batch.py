@@ -173,6 +173,13 @@ def query_terms_of(tables: ItemTables, rows: Tensor) -> Tensor:
     return rows_of(tables.query_terms, rows.clamp(min=0)) * (rows >= 0)[..., None]
 
 
+def first_of_each(terms: Tensor) -> Tensor:
+    """Sorted words or tokens […, T] → bool: real ones at their first place."""
+    new = torch.ones_like(terms, dtype=torch.bool)
+    new[..., 1:] = terms[..., 1:] != terms[..., :-1]
+    return new & (terms != 0)
+
+
 def term_counts(table: Tensor, size: int) -> Tensor:
     """[size] int64 on the CPU: how often a table of words or tokens has each id below `size`."""
     counts = torch.zeros(size, dtype=torch.int64)

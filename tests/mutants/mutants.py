@@ -610,14 +610,14 @@ COUNTED = [
     mutant(
         "own click decides which words are near",
         QUERY_WORDS,
-        "clicks_BQX = clicks_BQX * self._stays(",
-        "clicks_BQX = clicks_BQX + 0 * self._stays(",
+        "clicks_BQX = clicks_BQX * stays_BQX",
+        "clicks_BQX = clicks_BQX + 0 * stays_BQX",
         NUMBERS,
     ),
     mutant(
         "a word of the query counts twice",
         QUERY_WORDS,
-        "return terms.masked_fill(again, 0)",
+        "return terms * first_of_each(terms)",
         "return terms",
         NUMBERS,
     ),

@@ -21,7 +21,7 @@ from scipy import sparse
 from torch import Tensor, nn
 
 from data_shards.sources.amazon import category_query
-from trainer.batch import Batch, ItemTables, rows_of
+from trainer.batch import Batch, ItemTables, first_of_each, rows_of
 from trainer.models.gensr.query_words import QueryWords
 from trainer.models.layers.categories import last_category
 from trainer.models.layers.neighbours import (
@@ -31,6 +31,8 @@ from trainer.models.layers.neighbours import (
     followers,
     keep_nearest,
     looked_up,
+    still_near,
+    write_refused,
 )
 
 if TYPE_CHECKING:
@@ -45,7 +47,6 @@ STEPS, STEP_DECAY = 3, 0.5  # how far behind an item another still follows it, a
 HIDDEN = 16  # half of the units of the head's network; both tasks read all of them
 PERCENT = 100.0
 LOUDNESS = 30.0  # log(1 + 30 x): similarities lie between 0.003 and 0.3
-ROUNDING = 1e-6  # of similarities that are equal
 ROWS_AT_ONCE = 4096  # items whose tokens are counted together
 HASH_A, HASH_B = 0x9E3779B97F4A7C1, 0xBF58476D1CE4E5B  # odd factors of mixed()
 
@@ -138,9 +139,8 @@ class Evidence(nn.Module):
             self._refuse("near", *refused)
 
     def _refuse(self, name: str, row: np.ndarray, other: np.ndarray, by: np.ndarray) -> None:
-        at = torch.from_numpy(row)
-        self.get_buffer(f"{name}_refused")[at] = torch.from_numpy(other.astype(np.int32))
-        self.get_buffer(f"{name}_refused_by")[at] = torch.from_numpy(by.astype(np.float32))
+        refused = (self.get_buffer(f"{name}_refused"), self.get_buffer(f"{name}_refused_by"))
+        write_refused(*refused, row, other, by)
 
     def _fit_idf(self, tables: ItemTables) -> None:
         holding = torch.zeros(len(self.idf), dtype=torch.float64)
@@ -251,10 +251,8 @@ class Evidence(nn.Module):
         """Whether a clicked candidate would be among an item's nearest without its own click, bool [B, N, C]:
         whether it still comes before the first that found no room. Otherwise being there would itself tell
         which candidate was clicked. True of all others. by_BNC: similarities without the click."""
-        first_BN1 = self.get_buffer(f"{name}_refused")[batch.history_items][..., None]
-        first_by_BN1 = self.get_buffer(f"{name}_refused_by")[batch.history_items][..., None]
-        tie_BNC = (by_BNC - first_by_BN1).abs() <= ROUNDING * first_by_BN1
-        before_BNC = torch.where(tie_BNC, batch.candidates[:, None] < first_BN1, by_BNC > first_by_BN1)
+        refused = (self.get_buffer(f"{name}_refused"), self.get_buffer(f"{name}_refused_by"))
+        before_BNC = still_near(*refused, batch.history_items, batch.candidates, by_BNC)
         return before_BNC | ~is_own_BC[:, None]
 
     def neighbours_of(self, event: Batch, count: int) -> list[Tensor]:
@@ -394,13 +392,6 @@ def own_followers(batch: Batch) -> Tensor:
     age_BN = mask.flip(1).cumsum(1).flip(1) - 1  # repetitions count here: each click is a step
     step_BN = STEP_DECAY ** age_BN.float() * (age_BN < STEPS) * mask
     return ((items[..., None] == items[:, None]) * step_BN[:, None]).sum(2)
-
-
-def first_of_each(tokens: Tensor) -> Tensor:
-    """Sorted tokens […, T] → bool: real ones at their first place."""
-    new = torch.ones_like(tokens, dtype=torch.bool)
-    new[..., 1:] = tokens[..., 1:] != tokens[..., :-1]
-    return new & (tokens != 0)
 
 
 def text_key(tokens: Tensor) -> Tensor:

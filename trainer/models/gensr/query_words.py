@@ -17,8 +17,8 @@ from scipy import sparse
 from torch import Tensor, nn
 
 from data_shards.schema import SRC
-from trainer.batch import Batch, ItemTables, rows_of
-from trainer.models.layers.neighbours import keep_nearest, looked_up
+from trainer.batch import Batch, ItemTables, first_of_each, query_terms_of, rows_of
+from trainer.models.layers.neighbours import keep_nearest, looked_up, still_near, write_refused
 
 if TYPE_CHECKING:
     from trainer.models.contract import World
@@ -27,7 +27,6 @@ PRIOR = 5.0  # clicks of any search that each word of a query begins with
 SHRINK = 10.0  # clicks added to the denominator of a similarity: which pairs are kept
 CLICKS_AT_ONCE = 65_536  # bounds memory while counting
 TERMS_AT_ONCE = 512  # words of queries whose pairs are counted together: frequent ones have many
-ROUNDING = 1e-6  # of similarities that are equal
 
 
 class QueryWords(nn.Module):
@@ -76,10 +75,8 @@ class QueryWords(nn.Module):
             found = (asked_WS[start : start + TERMS_AT_ONCE] @ held_ST).tocoo()
             row, other = found.row.astype(np.int64) + start, found.col.astype(np.int64)
             similarity = found.data / (np.sqrt(asked_W[row] * held_T[other]) + SHRINK)
-            row, other, by = keep_nearest(self.near, self.near_clicks, row, other, found.data, similarity)
-            at = torch.from_numpy(row)
-            self.near_refused[at] = torch.from_numpy(other.astype(np.int32)).to(self.near.device)
-            self.near_refused_by[at] = torch.from_numpy(by.astype(np.float32)).to(self.near.device)
+            refused = keep_nearest(self.near, self.near_clicks, row, other, found.data, similarity)
+            write_refused(self.near_refused, self.near_refused_by, *refused)
 
     def forward(self, batch: Batch, tables: ItemTables, own: bool) -> Tensor:
         """Mean over the words w of the query of the largest log P(t | w) / P(t) of a word t of the
@@ -87,15 +84,15 @@ class QueryWords(nn.Module):
 
         own: the events' own clicks are among the counts, and are taken out: from all candidates, because each
         that shares a word with the clicked one would know of it."""
-        asked_B = batch.query >= 0
         if batch.query.device.type != "cpu":  # to ask which events are searches would wait for the device
-            return self._meaning(batch, tables, own) * asked_B[:, None]
+            return self._meaning(batch, tables, own)
+        asked_B = batch.query >= 0
         meaning_BC = torch.zeros(batch.candidates.shape)
         meaning_BC[asked_B] = self._meaning(batch.take(asked_B), tables, own)
         return meaning_BC
 
     def _meaning(self, batch: Batch, tables: ItemTables, own: bool) -> Tensor:
-        word_BQ = _once(tables.query_terms[batch.query.clamp(min=0)].long())
+        word_BQ = _once(query_terms_of(tables, batch.query))
         text_BCT = rows_of(tables.item_terms, batch.candidates)
         text_BX = text_BCT.flatten(1)
         clicks_BQX = looked_up(self.near, self.near_clicks, word_BQ, text_BX)
@@ -108,29 +105,20 @@ class QueryWords(nn.Module):
             asked_BQ1, held_B1X = (asked_BQ1 - 1).clamp(min=0), held_B1X - mine_B1X.float()
             clicks_BQX = (clicks_BQX - mine_B1X.float()).clamp(min=0)
             similar_BQX = clicks_BQX / ((asked_BQ1 * held_B1X).clamp(min=0).sqrt() + SHRINK)
-            clicks_BQX = clicks_BQX * self._stays(word_BQ, text_BX, similar_BQX, mine_B1X)
+            refused = (self.near_refused, self.near_refused_by)
+            stays_BQX = still_near(*refused, word_BQ, text_BX, similar_BQX) | ~mine_B1X
+            clicks_BQX = clicks_BQX * stays_BQX
         usual_B1X = (held_B1X + 1) / (searches + 2)  # P(t)
         lift_BQX = ((clicks_BQX + PRIOR * usual_B1X) / ((asked_BQ1 + PRIOR) * usual_B1X)).log()
         best_BQC = lift_BQX.unflatten(2, text_BCT.shape[1:]).amax(-1)
         word_BQ1 = (word_BQ > 0).float()[..., None]
         return (best_BQC * word_BQ1).sum(1) / word_BQ1.sum(1).clamp(min=1)
 
-    def _stays(self, word_BQ: Tensor, text_BX: Tensor, by_BQX: Tensor, mine_B1X: Tensor) -> Tensor:
-        """Whether a term of the clicked text would be among a word's nearest without the event's own click,
-        as Evidence._stays; True of all other terms. [B, Q, X] bool."""
-        first_BQ1 = self.near_refused[word_BQ][..., None]
-        first_by_BQ1 = self.near_refused_by[word_BQ][..., None]
-        tie_BQX = (by_BQX - first_by_BQ1).abs() <= ROUNDING * first_by_BQ1
-        before_BQX = torch.where(tie_BQX, text_BX[:, None] < first_BQ1, by_BQX > first_by_BQ1)
-        return before_BQX | ~mine_B1X
-
 
 def _once(terms: Tensor) -> Tensor:
-    """Each real term at its first place of sorted rows, 0 elsewhere."""
+    """Rows sorted, each real term at its first place and 0 elsewhere."""
     terms = terms.sort(-1).values
-    again = torch.zeros_like(terms, dtype=torch.bool)
-    again[..., 1:] = terms[..., 1:] == terms[..., :-1]
-    return terms.masked_fill(again, 0)
+    return terms * first_of_each(terms)
 
 
 def _terms_of(terms_ST: Tensor, size: int) -> sparse.csr_matrix:

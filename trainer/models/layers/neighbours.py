@@ -14,6 +14,7 @@ from trainer.batch import TrainClicks
 from trainer.models.contract import World
 
 ROWS_AT_ONCE = 4096  # items whose neighbours are counted together
+ROUNDING = 1e-6  # of similarities that are equal
 
 
 def click_matrix(clicks: TrainClicks, which: str, world: World) -> sparse.csr_matrix:
@@ -108,3 +109,23 @@ def looked_up(neighbours_IM: Tensor, value_IM: Tensor, items_BN: Tensor, wanted_
     place_BNC = torch.searchsorted(rows_BNM, wanted_BNC).clamp(max=rows_BNM.shape[2] - 1)
     found_BNC = rows_BNM.gather(2, place_BNC) == wanted_BNC
     return value_IM[items_BN].gather(2, place_BNC) * found_BNC
+
+
+def write_refused(
+    refused_I: Tensor, refused_by_I: Tensor, row: np.ndarray, other: np.ndarray, by: np.ndarray
+) -> None:
+    """What keep_nearest() had no room for → a table of it, and one of its similarity."""
+    at = torch.from_numpy(row)
+    refused_I[at] = torch.from_numpy(other.astype(np.int32)).to(refused_I.device)
+    refused_by_I[at] = torch.from_numpy(by.astype(np.float32)).to(refused_I.device)
+
+
+def still_near(
+    refused_I: Tensor, refused_by_I: Tensor, items_BN: Tensor, wanted_BC: Tensor, by_BNC: Tensor
+) -> Tensor:
+    """Whether each wanted item, kept in the rows of some items, would be kept there if its similarity were
+    `by`: whether it still comes before the first that found no room. [B, N, C] bool."""
+    first_BN1 = refused_I[items_BN][..., None]
+    first_by_BN1 = refused_by_I[items_BN][..., None]
+    tie_BNC = (by_BNC - first_by_BN1).abs() <= ROUNDING * first_by_BN1
+    return torch.where(tie_BNC, wanted_BC[:, None] < first_BN1, by_BNC > first_by_BN1)
