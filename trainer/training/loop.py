@@ -212,11 +212,8 @@ def log(run: Run, window: Window) -> None:
     """What happened since the last line → console, metrics.jsonl, tracker. Raises RunError when a loss is not
     finite."""
     progress = run.progress
-    try:
+    with finishing_checkpoint(run):
         means, num_steps, seconds = window.report(progress.step)
-    except RunError:  # on all ranks: the checkpoint before the bad step is a good one
-        run.writer.finish()
-        raise
     progress.train_s += seconds
     if "loss" not in means:  # every batch was left out
         return
@@ -236,9 +233,17 @@ def check_finite(run: Run) -> None:
     """Raises RunError on all ranks before weights that are not finite are saved."""
     weights = {name: weight for name, weight in run.module.named_parameters() if weight.requires_grad}
     weights |= run.rows.weights() if run.rows is not None else {}
-    try:
+    with finishing_checkpoint(run):
         check_weights(run.accelerator, weights, run.progress.step)
-    except RunError:  # the checkpoint before is a good one
+
+
+@contextmanager
+def finishing_checkpoint(run: Run) -> Iterator[None]:
+    """A RunError in the block is one of all ranks: the checkpoint that is being written is of before the bad
+    step, and a good one."""
+    try:
+        yield
+    except RunError:
         run.writer.finish()
         raise
 
