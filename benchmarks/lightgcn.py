@@ -41,10 +41,8 @@ def our_step(users: np.ndarray, items: np.ndarray, num_users: int, num_items: in
     from trainer.cf.lightgcn import LightGCN, build_graph
 
     keep_freed_memory()  # as gensr cf does
-    graph, model = (
-        build_graph(users, items, num_users, num_items).to(DEVICE),
-        LightGCN(num_users, num_items, DIM, LAYERS).to(DEVICE),
-    )
+    graph = build_graph(users, items, num_users, num_items).to(DEVICE)
+    model = LightGCN(num_users, num_items, DIM, LAYERS).to(DEVICE)
     optimizer = torch.optim.Adam(model.parameters(), lr=LR, fused=True)
 
     def step(user: torch.Tensor, positive: torch.Tensor, negative: torch.Tensor) -> None:

@@ -33,12 +33,10 @@ class Client(threading.Thread):
     ) -> None:
         super().__init__(daemon=True)
         self.connection = HTTPConnection(host, port, timeout=60)
-        self.users, self.only_numbers, self.until, self.num_candidates = (
-            users,
-            only_numbers,
-            until,
-            num_candidates,
-        )
+        self.users = users
+        self.only_numbers = only_numbers
+        self.until = until
+        self.num_candidates = num_candidates
         self.random = np.random.default_rng(seed)
         self.latencies_s: list[float] = []
         self.errors: list[str] = []
@@ -46,10 +44,8 @@ class Client(threading.Thread):
     def run(self) -> None:
         text = ""
         while time.perf_counter() < self.until:
-            path, body = (
-                "/recommend",
-                {"user_id": self.users[self.random.integers(len(self.users))], "with_text": True},
-            )
+            path = "/recommend"
+            body = {"user_id": self.users[self.random.integers(len(self.users))], "with_text": True}
             if text and len(self.latencies_s) % 4 == 3:
                 path, body = "/search", {**body, "query": text}
             started = time.perf_counter()

@@ -76,10 +76,8 @@ class Meter:
     def stop(self) -> None:
         """After the last step."""
         wait_for(self.device)
-        self.wall_s, self.cpu_s = (
-            time.perf_counter() - self._started[0],
-            time.process_time() - self._started[1],
-        )
+        self.wall_s = time.perf_counter() - self._started[0]
+        self.cpu_s = time.process_time() - self._started[1]
 
     def lap(self, part: str) -> None:
         """What has happened since the last lap was `part`."""

@@ -52,10 +52,8 @@ class Reference(nn.Module):
         self.sem_encoder = HistoryEncoder(
             width, model.num_heads, model.dropout, config.data.history_max, ordered=False
         )
-        self.cf_filter, self.sem_filter = (
-            SoftFilter(cf_width, model.num_heads),
-            SoftFilter(width, model.num_heads),
-        )
+        self.cf_filter = SoftFilter(cf_width, model.num_heads)
+        self.sem_filter = SoftFilter(width, model.num_heads)
         self.cf_projection = nn.Linear(cf_width, width)
 
     def semantic(self, items: Tensor, num_tokens: int) -> Tensor:
@@ -65,19 +63,15 @@ class Reference(nn.Module):
 
     def prompts(self, pairs: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """→ prompt vectors [P, S, D], and the filtered views [P, D] for the contrastive term."""
-        history, tasks, mask, item = (
-            pairs["history"],
-            pairs["history_tasks"],
-            pairs["history_mask"],
-            pairs["item"][:, None],
-        )
+        history = pairs["history"]
+        tasks = pairs["history_tasks"]
+        mask = pairs["history_mask"]
+        item = pairs["item"][:, None]
         cf_history = self.cf_encoder(self.tables.cf[history], tasks, mask)
         sem_history = self.sem_encoder(self.semantic(history, self.config.data.history_tokens), tasks, mask)
         cf_item, sem_item = self.tables.cf[item], self.semantic(item, self.config.data.item_tokens)
-        f_c, f_s = (
-            self.cf_projection(self.cf_filter(cf_item, cf_history, mask)),
-            self.sem_filter(sem_item, sem_history, mask),
-        )
+        f_c = self.cf_projection(self.cf_filter(cf_item, cf_history, mask))
+        f_s = self.sem_filter(sem_item, sem_history, mask)
         vectors = self.t5.shared(pairs["input_ids"]).clone()
         slots = torch.cat([f_c, f_s, self.cf_projection(cf_item), sem_item], 1)
         vectors[torch.arange(len(vectors))[:, None], pairs["slots"]] = slots
@@ -217,10 +211,8 @@ def measured(request: dict[str, Any]) -> dict[str, Any]:
     collate = Collator(Path(request["folder"]), model.settings.prompt, answers, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     model.train(request["mode"] == "train")
-    meter, source = (
-        Meter(device, warmup=request["warmup"], laps=device == "cpu"),
-        batches(request, folder, config),
-    )
+    meter = Meter(device, warmup=request["warmup"], laps=device == "cpu")
+    source = batches(request, folder, config)
     lengths = []  # of the prompts of each step, padding included
     for _ in range(request["warmup"] + request["steps"]):
         with meter.step():

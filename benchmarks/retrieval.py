@@ -66,11 +66,9 @@ def timed(ask: Callable[[np.ndarray], Any], queries: np.ndarray) -> dict[str, fl
 def build(table: np.ndarray, options: argparse.Namespace) -> tuple[Index, dict[str, Any]]:
     plan = plan_index(options.items, options.width)
     print(plan.line(options.kind, options.items, options.width), file=sys.stderr, flush=True)
-    before, started, started_cpu = (
-        psutil.Process().memory_info().rss,
-        time.perf_counter(),
-        time.process_time(),
-    )
+    before = psutil.Process().memory_info().rss
+    started = time.perf_counter()
+    started_cpu = time.process_time()
     index = build_index(lambda rows: table[rows], options.items, options.width)
     assert index is not None
     seconds = {

@@ -121,10 +121,8 @@ def as_on_a_gpu(kernels: Kernels) -> Iterator[None]:
         @staticmethod
         def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
             query, key, value, bias = ctx.saved_tensors
-            products, scores = (
-                query.numel() * key.shape[2],
-                query.shape[:3].numel() * key.shape[2] * query.element_size(),
-            )
+            products = query.numel() * key.shape[2]
+            scores = query.shape[:3].numel() * key.shape[2] * query.element_size()
             # the bias is trained: its gradient is as large as the scores
             kernels.add("attention backward", 10 * products, 8 * num_bytes(query) + 2 * scores)
             return tuple(torch.empty_like(tensor) for tensor in (query, key, value, bias))

@@ -64,10 +64,8 @@ def _chunks(work: Work, settings: PrepareSettings, num_users: int) -> Iterator[d
         training = split[start:stop] == TRAIN
         moments = sorted_unique(event_moment[training])
         beside_training = KeySet(moments).contains(shown_moment)
-        moment, item = (
-            np.searchsorted(moments, shown_moment[beside_training]),
-            beside["item"][beside_training],
-        )
+        moment = np.searchsorted(moments, shown_moment[beside_training])
+        item = beside["item"][beside_training]
         # row of `moments` of each event; the extra one, without items, for other events
         at = np.full(stop - start, len(moments))
         at[training] = np.searchsorted(moments, event_moment[training])

@@ -244,11 +244,9 @@ def list_text(words: np.ndarray, used: np.ndarray) -> pa.Array:
 
 def _category_columns(world: World, items: np.ndarray, topic: np.ndarray) -> list[pa.Array]:
     keys = world.item_keys(items)
-    first, second, third = (
-        world.first_of(topic),
-        world.second_of(topic) % world.num_seconds,
-        world.third_in_second(topic),
-    )
+    first = world.first_of(topic)
+    second = world.second_of(topic) % world.num_seconds
+    third = world.third_in_second(topic)
     theme = world.concepts[items, 0].astype(np.int64) % NUM_THEMES
     present = draws.uniform(keys, P_NOCAT) >= NO_CATEGORY
     with_third = present & (draws.uniform(keys, P_NOTHIRD) >= NO_THIRD)

@@ -283,10 +283,8 @@ def test_pre_ranking_proposes_items_and_orders_them(fit: Fitted) -> None:
             scores_BC = pre_ranking.score(events)
             assert scores_BC.shape == events.candidates.shape and scores_BC.dtype == torch.float32
             assert bool(scores_BC.isfinite().all())
-        one, alone = (
-            batch.rows(1, 2),
-            batch.rows(1, 2).with_candidates(batch.candidates[1:2, :1], batch.labels[1:2, :1]),
-        )
+        one = batch.rows(1, 2)
+        alone = batch.rows(1, 2).with_candidates(batch.candidates[1:2, :1], batch.labels[1:2, :1])
         assert_same(pre_ranking.score(one), pre_ranking.score(batch)[1:2])
         assert_same(pre_ranking.score(alone), pre_ranking.score(batch)[1:2, :1])
 

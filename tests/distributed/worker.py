@@ -88,10 +88,8 @@ def loaded_with_states(
     progress = load_other_layout(accelerator, model, optimizer, shapes, found, now)
     if not with_states:
         return progress
-    before, after = (
-        load_file(f"{found.path.parents[1]}-step{progress.step}.states"),
-        full_states(model, optimizer),
-    )
+    before = load_file(f"{found.path.parents[1]}-step{progress.step}.states")
+    after = full_states(model, optimizer)
     converted.append(before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before))
     return progress
 

@@ -128,10 +128,8 @@ def test_standard_output_has_the_lines_of_the_file(
 
 
 def test_a_bad_row_is_named_and_leaves_no_file(recommender: Recommender, tmp_path: Path) -> None:
-    source, out = (
-        parquet(tmp_path / "requests.parquet", [*requests()[:7], {**requests()[0], **BAD}]),
-        tmp_path / "out.parquet",
-    )
+    source = parquet(tmp_path / "requests.parquet", [*requests()[:7], {**requests()[0], **BAD}])
+    out = tmp_path / "out.parquet"
     with pytest.raises(RequestError, match=r"requests\.parquet, rows 6 to 8: request 3: .*'nothing'"):
         score_file(recommender, source, out)
     assert [path.name for path in tmp_path.iterdir()] == ["requests.parquet"]

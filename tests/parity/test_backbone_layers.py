@@ -73,10 +73,8 @@ def test_layers_equal_those_of_transformers(
 
 def test_the_norms_gradients_are_those_of_finite_differences() -> None:
     torch.manual_seed(0)
-    x, weight = (
-        torch.randn(3, 4, 8, dtype=torch.float64, requires_grad=True),
-        torch.randn(8, dtype=torch.float64, requires_grad=True),
-    )
+    x = torch.randn(3, 4, 8, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(8, dtype=torch.float64, requires_grad=True)
     torch.testing.assert_close(rms_norm(x, weight, 1e-6), torch.nn.functional.rms_norm(x, (8,), weight, 1e-6))
     assert torch.autograd.gradcheck(lambda x, weight: rms_norm(x, weight, 1e-3), (x, weight))
 

@@ -25,10 +25,8 @@ def make(name: str, **settings: object) -> Backbone:
 def prompt_of(width: int, num_events: int = 3, num_candidates: int = 4, padding: int = 2) -> Prompt:
     """Vectors of the size of tokens; the shared parts of the events differ in length."""
     generator = torch.Generator().manual_seed(1)
-    own, shared = (
-        torch.randn(num_events, num_candidates, 7, width, generator=generator),
-        torch.randn(num_events, 5, width, generator=generator),
-    )
+    own = torch.randn(num_events, num_candidates, 7, width, generator=generator)
+    shared = torch.randn(num_events, 5, width, generator=generator)
     lengths = 5 - torch.arange(num_events) % (padding + 1)
     return Prompt(own.requires_grad_(), shared.requires_grad_(), torch.arange(5) < lengths[:, None])
 
@@ -172,10 +170,8 @@ def test_merged_adapters_score_as_they_did(name: str, variant: dict[str, object]
         if parameter.requires_grad:
             parameter.add_(0.05 * torch.randn_like(parameter))
     prompt = prompt_of(64)
-    before, num_parameters = (
-        backbone.answer_logits(prompt, ANSWERS),
-        sum(p.numel() for p in backbone.parameters()),
-    )
+    before = backbone.answer_logits(prompt, ANSWERS)
+    num_parameters = sum(p.numel() for p in backbone.parameters())
     merge_adapters(backbone)
     assert sum(p.numel() for p in backbone.parameters()) < num_parameters
     torch.testing.assert_close(backbone.answer_logits(prompt, ANSWERS), before, rtol=0, atol=2e-5)

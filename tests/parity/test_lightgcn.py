@@ -47,10 +47,8 @@ def test_vectors_equal_torch_geometric(num_layers: int) -> None:
 def test_bpr_loss_and_gradients_equal_torch_geometric(num_layers: int) -> None:
     """Items that several triples name, as positive and as negative, included."""
     users, items = random_clicks()
-    graph, ours = (
-        build_graph(users, items, NUM_USERS, NUM_ITEMS),
-        LightGCN(NUM_USERS, NUM_ITEMS, DIM, num_layers),
-    )
+    graph = build_graph(users, items, NUM_USERS, NUM_ITEMS)
+    ours = LightGCN(NUM_USERS, NUM_ITEMS, DIM, num_layers)
     theirs = torch_geometric_twin(ours)
     user, positive = torch.from_numpy(users), torch.from_numpy(items)
     negative = (positive + 7) % NUM_ITEMS

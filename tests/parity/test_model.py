@@ -108,11 +108,9 @@ def test_history_encoder_masks_padding() -> None:
     encoder = HistoryEncoder(8, 2, 0.0, 6, ordered=True).eval()
     for parameter in encoder.parameters():  # it starts as the identity
         torch.nn.init.normal_(parameter)
-    items, tasks, mask = (
-        torch.randn(1, 6, 8),
-        torch.zeros(1, 6, dtype=torch.long),
-        torch.tensor([[True] * 3 + [False] * 3]),
-    )
+    items = torch.randn(1, 6, 8)
+    tasks = torch.zeros(1, 6, dtype=torch.long)
+    mask = torch.tensor([[True] * 3 + [False] * 3])
     changed = items.clone()
     changed[:, 3:] = 100.0
     with torch.no_grad():
@@ -332,10 +330,8 @@ def test_prompt_holds_five_segments_around_four_slots(folder: Path) -> None:
         for wording in ("paper", "compact"):
             model, _, _ = make(folder, variant, f"model.prompt={wording}")
             for task in (REC, SRC):
-                positions, ids = (
-                    model.get_buffer(f"slots_{task}").tolist(),
-                    model.get_buffer(f"template_{task}"),
-                )
+                positions = model.get_buffer(f"slots_{task}").tolist()
+                ids = model.get_buffer(f"template_{task}")
                 assert (
                     len(positions) == slots
                     and (ids[list(positions)] == 0).all()

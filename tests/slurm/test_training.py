@@ -125,10 +125,8 @@ def preemption(slurm: cluster.Slurm, run_dir: Path, job_id: str) -> None:
 def killed_rank(slurm: cluster.Slurm, run_dir: Path, job_id: str) -> None:
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            command, environment = (
-                (folder / "cmdline").read_bytes(),
-                (folder / "environ").read_bytes().split(b"\0"),
-            )
+            command = (folder / "cmdline").read_bytes()
+            environment = (folder / "environ").read_bytes().split(b"\0")
             if f"run.dir={run_dir}".encode() in command and b"RANK=1" in environment:
                 os.kill(int(folder.name), signal.SIGKILL)
                 return

@@ -76,10 +76,8 @@ def build_graph(users: np.ndarray, items: np.ndarray, num_users: int, num_items:
     """Graph of E unique clicks: users, items [E] integer rows. An edge weighs 1 / sqrt(degree of its user ·
     degree of its item)."""
     assert len(users) < 2**31
-    user_degree, item_degree = (
-        np.bincount(users, minlength=num_users),
-        np.bincount(items, minlength=num_items),
-    )
+    user_degree = np.bincount(users, minlength=num_users)
+    item_degree = np.bincount(items, minlength=num_items)
     weights = (1.0 / np.sqrt(user_degree[users].astype(np.float64) * item_degree[items])).astype(np.float32)
     return Graph(
         users_by_items=_csr(users, items, weights, user_degree, num_items),

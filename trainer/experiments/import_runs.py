@@ -342,10 +342,8 @@ def of_folder(folder: Path) -> Source:
             files.append((path, ""))
     files += [(path, "report") for path in sorted(RunFolder(folder).report.glob("*.png"))]
     seconds = status.get("progress", {}).get("train_s", 0.0)
-    name, state = (
-        config.tracking.run_name or folder.resolve().name,
-        STATUS.get(status.get("status", ""), "FAILED"),
-    )
+    name = config.tracking.run_name or folder.resolve().name
+    state = STATUS.get(status.get("status", ""), "FAILED")
     identity = read_run_file(folder) or f"folder-{_identity(folder, lines)}"
     return Source(
         identity,

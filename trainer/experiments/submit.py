@@ -151,10 +151,8 @@ def plan_sweep(
             ]
         )
     array = {"array": f"0-{len(points) - 1}" + (f"%{parallel}" if parallel else "")}
-    exports, shared = (
-        machines.exports,
-        [option for option in options if option.removeprefix("--").partition("=")[0] in SHARED_OPTIONS],
-    )
+    exports = machines.exports
+    shared = [option for option in options if option.removeprefix("--").partition("=")[0] in SHARED_OPTIONS]
     gpu = {"gpus-per-node": "1"} if machines.gpus_per_node else {}
     train = {**machines.options, **array, "output": _output(folder, "%x-%A_%a")}
     evaluate = {**gpu, **array, "output": _output(folder, "%x-%A_%a")}

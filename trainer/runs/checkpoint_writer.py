@@ -157,10 +157,8 @@ class CheckpointWriter:
         accelerator, model = self._accelerator, self._model
         if uses_deepspeed(accelerator):
             engine: Any = model
-            original, engine.checkpoint_engine = (
-                engine.checkpoint_engine,
-                _Capturing(engine.checkpoint_engine, writes),
-            )
+            original = engine.checkpoint_engine
+            engine.checkpoint_engine = _Capturing(original, writes)
             try:
                 engine.save_checkpoint(str(self._partial), TAG, exclude_frozen_parameters=has_frozen(model))
             finally:

@@ -157,10 +157,8 @@ class StopSignal:
                 if now - first_s.setdefault(number, now) > FORCE_AFTER_S.get(
                     signal.Signals(number), float("inf")
                 ):
-                    forced_s, reason = (
-                        min(forced_s, now + GRACE_S),
-                        f"a second {signal.Signals(number).name}, and no end within {GRACE_S:.0f} s",
-                    )
+                    forced_s = min(forced_s, now + GRACE_S)
+                    reason = f"a second {signal.Signals(number).name}, and no end within {GRACE_S:.0f} s"
 
     def _end(self, reason: str) -> None:
         with contextlib.suppress(Exception):

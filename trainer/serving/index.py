@@ -134,10 +134,8 @@ class _ExactSearch:
         scores = np.concatenate([self._scores, best.values.numpy()], axis=1)
         candidates = np.concatenate([self.rows, rows[best.indices.numpy()]], axis=1)
         order = torch.topk(torch.from_numpy(scores), min(self.k, scores.shape[1]), dim=1).indices.numpy()
-        self._scores, self.rows = (
-            np.take_along_axis(scores, order, 1),
-            np.take_along_axis(candidates, order, 1),
-        )
+        self._scores = np.take_along_axis(scores, order, 1)
+        self.rows = np.take_along_axis(candidates, order, 1)
 
 
 def recall(found: np.ndarray, exact: np.ndarray) -> float:

@@ -231,10 +231,8 @@ class Recommender:
         order = sorted(range(len(scores)), key=lambda place: -scores[place])
         if asked.whole_catalogue:
             order = order[: _count(request, "k", DEFAULT_K, MAX_K, "")]
-            parsed, scores = (
-                replace(parsed, candidates=[parsed.candidates[place] for place in order]),
-                [scores[place] for place in order],
-            )
+            parsed = replace(parsed, candidates=[parsed.candidates[place] for place in order])
+            scores = [scores[place] for place in order]
             order = list(range(len(order)))
         item_ids = self.scorer.item_ids
         items: list[dict[str, Any]] = [

@@ -71,10 +71,8 @@ class Scorer:
         there is one."""
         model, config, folder = load_run_model(run_dir, device or default_device())
         form = query_format(folder.manifest)
-        tokenizer, words = (
-            load_fast_tokenizer(RunFolder(run_dir).model),
-            read_words(folder.catalog / "words.npy", form),
-        )
+        tokenizer = load_fast_tokenizer(RunFolder(run_dir).model)
+        words = read_words(folder.catalog / "words.npy", form)
         return cls(model, folder.item_ids(), tokenizer, form, words, config.run.precision)
 
     @classmethod

@@ -132,10 +132,8 @@ def fit(run: Run, stop: StopSignal) -> Status:
             run.listeners.on_step(progress.step, schedule.num_steps)
             stopping = stop.poll(busy=run.writer.is_writing) and progress.step < schedule.num_steps
             run.writer.poll(stop.all_idle)
-            validating, saving = (
-                schedule.is_validation_step(progress.step),
-                schedule.is_checkpoint_step(progress.step),
-            )
+            validating = schedule.is_validation_step(progress.step)
+            saving = schedule.is_checkpoint_step(progress.step)
             if schedule.is_log_step(progress.step) or validating or saving or stopping:
                 log(run, window)  # also the check that no loss is infinite
             if validating or saving or stopping:

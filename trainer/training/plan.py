@@ -137,10 +137,8 @@ def _shape(table: ItemTable) -> tuple[int, int]:
 
 def batch_arithmetic(s: Schedule) -> str:
     """`64 events a step = 32 micro-batch × 2 processes × 1 accumulation step`."""
-    ranks, passes = (
-        _count(s.world_size, "process", "processes"),
-        _count(s.grad_accum_steps, "accumulation step", "accumulation steps"),
-    )
+    ranks = _count(s.world_size, "process", "processes")
+    passes = _count(s.grad_accum_steps, "accumulation step", "accumulation steps")
     return f"{s.global_batch_size} events a step = {s.micro_batch_size} micro-batch × {ranks} × {passes}"
 
 

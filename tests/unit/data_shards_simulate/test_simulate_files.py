@@ -134,11 +134,9 @@ def test_clicks_and_sessions_look_like_the_published_ones(logs: Path) -> None:
 
 
 def test_items_of_the_logs_and_of_the_features(logs: Path) -> None:
-    rec, src, items = (
-        read(logs, "rec_inter.csv"),
-        read(logs, "src_inter.csv"),
-        read(logs, "item_features.csv"),
-    )
+    rec = read(logs, "rec_inter.csv")
+    src = read(logs, "src_inter.csv")
+    items = read(logs, "item_features.csv")
     known = set(column(items, "item_id").tolist())
     assert len(known) == len(items)
     video = column(src, "item_type") == "VIDEO"
@@ -150,10 +148,8 @@ def test_items_of_the_logs_and_of_the_features(logs: Path) -> None:
     captions = [json.loads(text) for text in items["caption"].to_pylist()]
     assert 0.01 < np.mean([not words for words in captions]) < 0.06
     assert 4 < np.mean([len(words) for words in captions]) < 7
-    first, fourth = (
-        items["first_level_category_name_en"].to_pylist(),
-        items["fourth_level_category_name_en"].to_pylist(),
-    )
+    first = items["first_level_category_name_en"].to_pylist()
+    fourth = items["fourth_level_category_name_en"].to_pylist()
     assert 0.01 < first.count("empty") / len(first) < 0.08
     assert 0.4 < fourth.count("empty") / len(fourth) < 0.8
     names = items["third_level_category_name_en"].to_pylist()
@@ -162,11 +158,9 @@ def test_items_of_the_logs_and_of_the_features(logs: Path) -> None:
 
 
 def test_nothing_is_shown_again_after_a_click_or_before_its_upload(logs: Path) -> None:
-    rec, src, items = (
-        read(logs, "rec_inter.csv"),
-        read(logs, "src_inter.csv"),
-        read(logs, "item_features.csv"),
-    )
+    rec = read(logs, "rec_inter.csv")
+    src = read(logs, "src_inter.csv")
+    items = read(logs, "item_features.csv")
     video = column(src, "item_type") == "VIDEO"
     user = np.concatenate([column(rec, "user_id"), column(src, "user_id")[video]])
     item = np.concatenate([column(rec, "item_id"), column(src, "item_id")[video]])

@@ -72,10 +72,8 @@ class ViewContrast(_Similarity):
         all_valid, _ = ranks.gathered(valid_B.long())
         rows, others = torch.cat([first_BD, second_BD]), torch.cat([all_first, all_second])
         place_B = torch.arange(start, start + len(first_BD), device=rows.device)
-        own, partner = (
-            torch.cat([place_B, place_B + len(all_first)]),
-            torch.cat([place_B + len(all_first), place_B]),
-        )
+        own = torch.cat([place_B, place_B + len(all_first)])
+        partner = torch.cat([place_B + len(all_first), place_B])
         hidden = (own[:, None] == torch.arange(len(others), device=rows.device)) | (all_valid == 0).repeat(2)
         logits = self.matrix(rows, others).masked_fill(hidden, torch.finfo(torch.float32).min)
         losses = F.cross_entropy(logits, partner, reduction="none").view(2, -1).mean(0)
