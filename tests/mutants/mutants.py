@@ -95,8 +95,8 @@ NINE = [
     mutant(
         "weight decay on everything",
         OPTIMIZER,
-        '"weight_decay": 0.0,',
-        '"weight_decay": config.weight_decay,',
+        '"weight_decay": 0.0}',
+        '"weight_decay": config.weight_decay}',
         STEPS,
     ),
     mutant(
@@ -964,8 +964,8 @@ TRAINING = [
     mutant(
         "nothing decays",
         OPTIMIZER,
-        '"weight_decay": config.weight_decay,',
-        '"weight_decay": 0.0,',
+        '"weight_decay": config.weight_decay}',
+        '"weight_decay": 0.0}',
         STEPS,
     ),
     mutant("β2 of a default", OPTIMIZER, "betas=(0.9, config.beta2)", "betas=(0.9, 0.999)", STEPS),

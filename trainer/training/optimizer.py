@@ -13,20 +13,15 @@ UNDECAYED_TABLES = ("relative_attention_bias",)  # T5's position biases: a table
 def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     """AdamW over the trainable parameters. Weight decay on matrices only: no biases, norms, single vectors or
     tables of biases."""
-    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    decays = [
-        parameter.ndim >= 2 and not any(table in name for table in UNDECAYED_TABLES)
-        for name, parameter in trained
-    ]
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decays = parameter.ndim >= 2 and not any(table in name for table in UNDECAYED_TABLES)
+            (decayed if decays else others).append(parameter)
     groups = [
-        {
-            "params": [p for (_, p), decay in zip(trained, decays, strict=True) if decay],
-            "weight_decay": config.weight_decay,
-        },
-        {
-            "params": [p for (_, p), decay in zip(trained, decays, strict=True) if not decay],
-            "weight_decay": 0.0,
-        },
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": others, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]], lr=config.lr, betas=(0.9, config.beta2), fused=True
