@@ -30,7 +30,7 @@ def cf_view(model: Ranker, share: Mapping[int, float]) -> View:
         return vectors.float()
 
     def ask(batch: Batch, mean: Tensor) -> Tensor:
-        unit_BNK = F.normalize(items(batch.history_items), dim=-1, eps=1e-12)
+        unit_BNK = F.normalize(items(batch.history_items), dim=-1)
         return masked_mean(unit_BNK, batch.history_mask)
 
     return View(model.tables.cf.shape[1], items, ask, share, whole_history=True)

@@ -12,7 +12,6 @@ Letters: trainer/README.md; F numbers, M neighbours of an item, T tokens of an i
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 from data_shards.sources.amazon import category_query
 from trainer.batch import Batch, ItemTables, first_of_each, rows_of
+from trainer.models.contract import World
 from trainer.models.gensr.query_words import QueryWords
 from trainer.models.layers.categories import last_category
 from trainer.models.layers.neighbours import (
@@ -34,9 +34,6 @@ from trainer.models.layers.neighbours import (
     still_near,
     write_refused,
 )
-
-if TYPE_CHECKING:
-    from trainer.models.contract import World
 
 NUM_FEATURES, NUM_CATEGORY_FEATURES, NUM_QUERY_FEATURES = 14, 4, 1
 DECAY = 0.8  # weight of a history item for each newer one
@@ -85,7 +82,7 @@ class Evidence(nn.Module):
     category_key: Tensor  # [1 + num_categories] int64, hash of a category's words as query tokens; 0: none
 
     def __init__(
-        self, num_neighbours: int, world: "World", with_categories: bool = False, with_queries: bool = False
+        self, num_neighbours: int, world: World, with_categories: bool = False, with_queries: bool = False
     ) -> None:
         super().__init__()
         self.with_categories = with_categories
@@ -107,7 +104,7 @@ class Evidence(nn.Module):
 
     # ---- counting ------------------------------------------------------------------------------------------
 
-    def fit(self, world: "World") -> None:
+    def fit(self, world: World) -> None:
         clicks, num_items = world.clicks(), world.num_items
         self._fit_near(click_matrix(clicks, "all", world).T.tocsr())
         user, item, start = click_sequences(clicks, "all")
@@ -168,7 +165,9 @@ class Evidence(nn.Module):
             after_BNC = after_BNC * self._stays("follow", batch, is_own_BC, after_BNC)
         words_BNC = self.shared_words(tables, batch.history_items, batch.candidates)
         with torch.autocast(cf_BCK.device.type, enabled=False):
-            taste_BNC = unit(cf_BNK.float()) @ unit(cf_BCK.float()).transpose(1, 2)
+            taste_BNC = F.normalize(cf_BNK.float(), dim=-1) @ F.normalize(cf_BCK.float(), dim=-1).transpose(
+                1, 2
+            )
         mean_BN = weight_BN / weight_BN.sum(1, keepdim=True).clamp(min=1e-9)
         newest_BN = (weight_BN == 1.0).float()
         real_BN1 = batch.history_mask[..., None]
@@ -354,11 +353,6 @@ class EvidenceHead(nn.Module):
 
 
 # ---- parts -------------------------------------------------------------------------------------------------
-
-
-def unit(vectors: Tensor) -> Tensor:
-    """Scaled to length 1; zero vectors stay zero."""
-    return F.normalize(vectors, dim=-1, eps=1e-12)
 
 
 def history_weights(batch: Batch) -> tuple[Tensor, Tensor]:

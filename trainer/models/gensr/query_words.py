@@ -9,8 +9,6 @@ Letters: trainer/README.md; V terms (words, or tokens of natural text), M terms 
 them, Q terms of a query, X = C · T terms of the candidates' texts.
 """
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import torch
 from scipy import sparse
@@ -18,10 +16,8 @@ from torch import Tensor, nn
 
 from data_shards.schema import SRC
 from trainer.batch import Batch, ItemTables, first_of_each, query_terms_of, rows_of
+from trainer.models.contract import World
 from trainer.models.layers.neighbours import keep_nearest, looked_up, still_near, write_refused
-
-if TYPE_CHECKING:
-    from trainer.models.contract import World
 
 PRIOR = 5.0  # clicks of any search that each word of a query begins with
 SHRINK = 10.0  # clicks added to the denominator of a similarity: which pairs are kept
@@ -53,7 +49,7 @@ class QueryWords(nn.Module):
         self.register_buffer("held", torch.zeros(size))
         self.register_buffer("searches", torch.zeros(()))
 
-    def fit(self, world: "World") -> None:
+    def fit(self, world: World) -> None:
         clicks, tables, size = world.clicks(), world.tables, len(self.asked)
         searched = (clicks.task == SRC) & (clicks.query >= 0)
         query, item = clicks.query[searched].to(tables.device), clicks.item[searched].to(tables.device)

@@ -32,7 +32,7 @@ def gensr_views(model: "GenSR") -> dict[str, View]:
     def ask_semantic(batch: Batch, mean: Tensor) -> Tensor:
         raw_BND = semantic_items(batch.history_items)
         centred_BND = (raw_BND - mean) * raw_BND.any(-1, keepdim=True)
-        by_history_BD = masked_mean(F.normalize(centred_BND, dim=-1, eps=1e-12), batch.history_mask)
+        by_history_BD = masked_mean(F.normalize(centred_BND, dim=-1), batch.history_mask)
         by_query_BD = model.query_parts(batch.query)[2].float()  # as it is: it lacks what all texts share
         return by_history_BD.where(~by_query_BD.any(1, keepdim=True), by_query_BD)
 
