@@ -327,7 +327,7 @@ def test_the_correction_of_every_item(both: Both) -> None:
     seen = model.seen(batch, own=True)
     assert seen is not None and model.evidence is not None
     share = MINED / NEGATIVES
-    ours = log_proposal(batch, seen, share, model.evidence, model._mine[0], model.tables, num_items)
+    ours = log_proposal(batch, seen, share, model.evidence, model._mine[0], model.tables)
     expected = [
         [
             math.log(

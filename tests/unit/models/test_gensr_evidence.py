@@ -172,7 +172,7 @@ def test_the_category_whose_words_are_the_query():
 
 def drawn(count: int, batch: Batch, world: World, evidence: Evidence) -> tuple[Batch, Tensor]:
     mine = open_mine(world, evidence)
-    arguments = (evidence, mine, world.tables, world.num_items)
+    arguments = (evidence, mine, world.tables)
     changed = mined(batch, count, *arguments)
     assert torch.equal(changed.candidates, mined(batch, count, *arguments).candidates)
     seen = seen_of(evidence, world, changed, own=True)

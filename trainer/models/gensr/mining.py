@@ -37,9 +37,7 @@ def open_mine(world: World, evidence: Evidence) -> Mine:
     return Mine(clicked.to(world.tables.device), CategoryItems.of(world.tables, evidence))
 
 
-def mined(
-    batch: Batch, count: int, evidence: Evidence, mine: Mine, tables: ItemTables, num_items: int
-) -> Batch:
+def mined(batch: Batch, count: int, evidence: Evidence, mine: Mine, tables: ItemTables) -> Batch:
     """The batch with its last `count` candidates, where they are negatives, exchanged for mined ones."""
     drawn_BH, is_negative_BH = batch.candidates[:, -count:], batch.labels[:, -count:] == 0
     bits_BH = mixed(mixed(batch.event_id)[:, None] ^ drawn_BH)
@@ -50,7 +48,7 @@ def mined(
     taken = (found_BH[..., None] == known_BN[:, None]).any(-1) | (found_BH < 0)
     taken |= found_BH == batch.clicked[:, None]
     if len(mine.clicked):
-        wanted = batch.user[:, None] * num_items + found_BH
+        wanted = batch.user[:, None] * tables.num_items + found_BH
         place = torch.searchsorted(mine.clicked, wanted).clamp(max=len(mine.clicked) - 1)
         taken |= mine.clicked[place] == wanted
     candidates = batch.candidates.clone()
@@ -59,16 +57,11 @@ def mined(
 
 
 def log_proposal(
-    batch: Batch,
-    drawn: Drawn,
-    share: float,
-    evidence: Evidence,
-    mine: Mine,
-    tables: ItemTables,
-    num_items: int,
+    batch: Batch, drawn: Drawn, share: float, evidence: Evidence, mine: Mine, tables: ItemTables
 ) -> Tensor:
     """log(q · num_items) of each candidate [B, C]: 0 where only uniform draws can have brought it. share: of
     the negatives that are mined."""
+    num_items = tables.num_items
     weight_BN = drawn.weight_BN / drawn.weight_BN.sum(1, keepdim=True).clamp(min=1e-9)
     length_BN = (evidence.near[batch.history_items] < num_items).sum(-1)
     by_near_BC = (drawn.near_BNC * (weight_BN / length_BN.clamp(min=1))[..., None]).sum(1)

@@ -54,9 +54,6 @@ class EncodedHistory:
     sem_BND: Tensor
     mask_BN: Tensor
 
-    def rows(self, start: int, stop: int) -> "EncodedHistory":
-        return EncodedHistory(self.cf_BNK[start:stop], self.sem_BND[start:stop], self.mask_BN[start:stop])
-
 
 @dataclass(frozen=True)
 class PromptParts:
@@ -168,9 +165,8 @@ class GenSR(AdapterRanker):
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Eq. 8 and its terms."""
         batch = self._with_mined(batch)
-        history = self.encode_history(batch)
         seen = self.seen(batch, own=True)
-        scores_BC, cf_BCD, sem_BCD = self._score_encoded(batch, history, seen)
+        scores_BC, cf_BCD, sem_BCD = self._scored(batch, seen)
         scores_BC = scores_BC - self._drawn_more_often(batch, seen)
         settings, weights_B = self.settings, self.event_weights(batch)
         answer = answer_loss(scores_BC, batch.labels, weights_B)
@@ -197,7 +193,7 @@ class GenSR(AdapterRanker):
     def score(self, batch: Batch) -> Tensor:
         """Log-odds of "Yes", [B, C] float32. Independent of the other candidates and of the other rows of the
         batch."""
-        return self._score_encoded(batch, self.encode_history(batch), self.seen(batch))[0]
+        return self._scored(batch, self.seen(batch))[0]
 
     def prepare(self, batch: Batch) -> Batch:
         """The batch with its groups. Call it while the batch is on the CPU: later, it would wait for the
@@ -260,7 +256,7 @@ class GenSR(AdapterRanker):
             return batch
         if not self._mine:
             self._mine.append(open_mine(self.world, self.evidence))
-        return mined(batch, count, self.evidence, self._mine[0], self.tables, self.world.num_items)
+        return mined(batch, count, self.evidence, self._mine[0], self.tables)
 
     def _drawn_more_often(self, batch: Batch, seen: Seen | None) -> Tensor | float:
         """What to subtract from the scores of candidates that mining draws more often than chance, [B, C]."""
@@ -268,9 +264,7 @@ class GenSR(AdapterRanker):
             return 0.0
         drawn = seen or self.evidence.drawn(batch, self.tables, own=True)
         share = self.settings.mined_negatives / max(batch.candidates.shape[1] - 1, 1)
-        return log_proposal(
-            batch, drawn, share, self.evidence, self._mine[0], self.tables, self.world.num_items
-        )
+        return log_proposal(batch, drawn, share, self.evidence, self._mine[0], self.tables)
 
     # ---- item and query vectors ----------------------------------------------------------------------------
 
@@ -320,11 +314,9 @@ class GenSR(AdapterRanker):
 
     # ---- prompt --------------------------------------------------------------------------------------------
 
-    def _score_encoded(
-        self, batch: Batch, history: EncodedHistory, seen: Seen | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _scored(self, batch: Batch, seen: Seen | None) -> tuple[Tensor, Tensor, Tensor]:
         """→ scores_BC, and the two filtered views in the backbone's space, [B, C, D] each (for Eq. 10)."""
-        parts = self._prompt_parts(batch, history, seen)
+        parts = self._prompt_parts(batch, seen)
         scores_BC = parts.slots_BCXD.new_zeros(parts.slots_BCXD.shape[:2], dtype=torch.float32)
         groups = self.prepare(batch).groups or ()
         prompts: Iterable[Prompt] = (self.fill_prompt(group, *parts.of(group.rows)) for group in groups)
@@ -338,8 +330,9 @@ class GenSR(AdapterRanker):
             )
         return scores_BC + parts.beside_BC, parts.cf_BCD, parts.sem_BCD
 
-    def _prompt_parts(self, batch: Batch, history: EncodedHistory, seen: Seen | None) -> PromptParts:
+    def _prompt_parts(self, batch: Batch, seen: Seen | None) -> PromptParts:
         settings = self.settings
+        history = self.encode_history(batch)
         cand_cf_BCK = self.cf_vectors(batch.candidates, batch.fold)
         cand_sem_BCD = self.semantic_vectors(batch.candidates, self.world.data.item_tokens)
         f_c_BCK, f_s_BCD = self.soft_filter(history, cand_cf_BCK, cand_sem_BCD)
@@ -428,7 +421,7 @@ class GenSR(AdapterRanker):
         """history: the filtered views [f_c; f_s]. input: those, both views of the item, and the query.
         hidden: the backbone's output at the position that answers."""
         batch = clicked_only(batch)
-        parts = self._prompt_parts(batch, self.encode_history(batch), self.seen(batch))
+        parts = self._prompt_parts(batch, self.seen(batch))
         hidden_BD = torch.zeros((batch.num_events, self.backbone.width), device=parts.slots_BCXD.device)
         for group in self.prepare(batch).groups or ():
             read = self.backbone.reader(self.fill_prompt(group, *parts.of(group.rows)))
