@@ -6,7 +6,7 @@ the shared part (the query) last, where its padding shifts no position; decoders
 first, so that its keys and values are computed once an event.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -61,6 +61,15 @@ class Prompt:
         shared_BP = everything[1] if self.shared_mask_BP is None else self.shared_mask_BP
         masks = [own_BCS, shared_BP[:, None].expand(-1, own[1], -1)]
         return torch.cat(masks[::-1] if shared_first else masks, 2).flatten(0, 1)
+
+
+def packed(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Parts of a text, (vectors [B, S, D], mask [B, S] or [B, 1]) each, in their order without the padding
+    between them: [B, S, D] and [B, S] bool, S of the longest row."""
+    vectors_BSD = torch.cat([vectors.to(parts[0][0].dtype) for vectors, _ in parts], 1)
+    mask_BS = torch.cat([mask.expand(vectors.shape[:2]) for vectors, mask in parts], 1)
+    longest = int(mask_BS.sum(1).max())
+    return pack(vectors_BSD, mask_BS)[:, :longest], pack(mask_BS, mask_BS)[:, :longest]
 
 
 class Backbone(nn.Module):

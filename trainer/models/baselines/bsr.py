@@ -33,13 +33,13 @@ from data_shards import settings as s
 from data_shards.schema import REC, SRC
 from trainer.batch import Batch, query_terms_of
 from trainer.config import Positive
-from trainer.models.backbones.backbone import Prompt
+from trainer.models.backbones.backbone import Prompt, packed
 from trainer.models.backbones.language import language_model
 from trainer.models.backbones.ranker import LanguageRanker
 from trainer.models.backbones.settings import BackboneSettings
 from trainer.models.contract import World
 from trainer.models.layers.embedding import ItemTable, inner_products
-from trainer.models.layers.history import HistoryKind, history_ids, pack
+from trainer.models.layers.history import HistoryKind, history_ids
 from trainer.models.losses import weighted_mean
 
 SAMPLED_ABOVE = 500_000  # items; the logits of 32 events take 64 MB there, forward
@@ -160,10 +160,7 @@ class Bsr(LanguageRanker):
         terms_BQ = query_terms_of(self.tables, batch.query)
         vectors = self.words(terms_BQ) if self.world.num_words else self.backbone.embed(terms_BQ)
         parts.append((vectors, (terms_BQ != 0) & search_B1))
-        mask_BS = torch.cat([mask.expand(vectors.shape[:2]) for vectors, mask in parts], 1)
-        vectors_BSD = torch.cat([vectors.to(parts[0][0].dtype) for vectors, _ in parts], 1)
-        longest = int(mask_BS.sum(1).max())
-        return pack(vectors_BSD, mask_BS)[:, :longest], pack(mask_BS, mask_BS)[:, :longest]
+        return packed(parts)
 
     # ---- called by the trainer, registry and service -------------------------------------------------------
 

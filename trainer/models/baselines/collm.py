@@ -28,7 +28,7 @@ from data_shards import settings as s
 from data_shards.schema import REC
 from trainer.batch import Batch, rows_of
 from trainer.config import CfSettings
-from trainer.models.backbones.backbone import Prompt
+from trainer.models.backbones.backbone import Prompt, packed
 from trainer.models.backbones.cost import prompts_cost
 from trainer.models.backbones.language import answer_tokens, language_model
 from trainer.models.backbones.ranker import AdapterRanker
@@ -36,7 +36,7 @@ from trainer.models.backbones.settings import AdapterSettings
 from trainer.models.cf_view import cf_view, held_out_cf
 from trainer.models.contract import Cost, View, World
 from trainer.models.layers.attention import masked_mean
-from trainer.models.layers.history import HistoryKind, kept_slots, pack
+from trainer.models.layers.history import HistoryKind, kept_slots
 
 # a small tokenizer makes several tokens of a word: these texts are three quarters of the paper's prompt
 WORDINGS = {
@@ -145,9 +145,9 @@ class Collm(AdapterRanker):
             item_BCD = self.map(held_out_cf(self, batch.candidates, batch.fold))
             shared += [self._text("user", num_events), _soft(self.map(self._user(batch, kept_BN)))]
             own += [self._text("item", num_prompts), _soft(item_BCD.flatten(0, 1))]
-        shared_BPD, shared_mask_BP = _packed(shared)
+        shared_BPD, shared_mask_BP = packed(shared)
         # its padding stands before the question: the answer is read behind a real token
-        own_MSD, own_mask_MS = _packed(own)
+        own_MSD, own_mask_MS = packed(own)
         question_MSD, question_mask_MS = self._text("question", num_prompts)
         own_MSD = torch.cat([own_MSD, question_MSD.to(own_MSD.dtype)], 1)
         own_mask_MS = torch.cat([own_mask_MS, question_mask_MS], 1)
@@ -187,14 +187,6 @@ class Collm(AdapterRanker):
 def _soft(vectors_MD: Tensor) -> tuple[Tensor, Tensor]:
     """One token a row."""
     return vectors_MD[:, None], vectors_MD.new_ones((len(vectors_MD), 1), dtype=torch.bool)
-
-
-def _packed(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Parts in their order without the padding between them: [M, S, D], [M, S] bool."""
-    vectors_MSD = torch.cat([vectors.to(parts[0][0].dtype) for vectors, _ in parts], 1)
-    mask_MS = torch.cat([mask for _, mask in parts], 1)
-    longest = int(mask_MS.sum(1).max())
-    return pack(vectors_MSD, mask_MS)[:, :longest], pack(mask_MS, mask_MS)[:, :longest]
 
 
 MODEL = Collm

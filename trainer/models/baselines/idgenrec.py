@@ -41,12 +41,12 @@ from data_shards.schema import PAD, REC
 from trainer.batch import ITEM_SLICE, Batch, rows_of, term_counts
 from trainer.config import NonNegative, NonNegativeFloat, Positive
 from trainer.errors import ConfigError, DataError
-from trainer.models.backbones.backbone import Backbone, Prompt
+from trainer.models.backbones.backbone import Backbone, Prompt, packed
 from trainer.models.backbones.language import language_model
 from trainer.models.backbones.ranker import LanguageRanker
 from trainer.models.backbones.settings import BackboneSettings
 from trainer.models.contract import UNREACHED, World
-from trainer.models.layers.history import HistoryKind, history_ids, pack
+from trainer.models.layers.history import HistoryKind, history_ids
 from trainer.models.layers.item_ids import Tokens, as_matrix, distinct_ids, diverse_greedy, rare_words
 from trainer.models.layers.trie import END, Children, beam_search, id_lengths, token_log_probs, trie_nodes
 
@@ -310,12 +310,10 @@ class IdGenRec(LanguageRanker):
         mask = torch.cat([mask_BNL, mask_BNL.new_ones(commas.shape[:3])], 2) & known_BN[..., None]
         intro = self.backbone.embed(self.get_buffer("text_intro"), sparse=False)
         intro_BSD = intro.expand(len(history_BN), -1, -1).to(vectors.dtype)
-        vectors_BSD = torch.cat([intro_BSD, vectors.flatten(1, 2)], 1)
-        mask_BS = torch.cat([mask.new_ones(intro_BSD.shape[:2]), mask.flatten(1)], 1)
-        longest = int(mask_BS.sum(1).max())
+        parts = [(intro_BSD, mask.new_ones(intro_BSD.shape[:2])), (vectors.flatten(1, 2), mask.flatten(1))]
         ask = self.backbone.embed(self.get_buffer(f"text_ask_{wording}"), sparse=False)
         own = ask.to(vectors.dtype).expand(len(history_BN), 1, -1, -1)
-        return Prompt(own, pack(vectors_BSD, mask_BS)[:, :longest], pack(mask_BS, mask_BS)[:, :longest])
+        return Prompt(own, *packed(parts))
 
     def _soft_ids(self, items_BN: Tensor) -> tuple[Tensor, Tensor]:
         """Σ_v p_v emb_v of each token that the generator would write, with gradients to the generator:
