@@ -11,7 +11,6 @@ from trainer.models.layers.attention import masked_mean
 NAMES = {
     "query_item_feat.item_feat.item_id_emb": "items",
     "query_item_feat.query_id_emb": "queries",
-    "query_item_feat.query_search_source_emb": "sources",
     "query_item_feat.query_word_segs_emb": "words.words",
     "query_item_feat.query_trans": "query_map",
     "query_item_feat.item_trans": "item_map",
@@ -37,10 +36,15 @@ NAMES = {
 }
 
 
+SOURCES = "query_item_feat.query_search_source_emb.weight"  # of a query; our data does not know them
+
+
 def state_of(oracle: Oracle, core: SesRecCore) -> dict[str, Tensor]:
     own = core.state_dict()
     state: dict[str, Tensor] = {}
     for name, tensor in renamed(oracle.weights, NAMES).items():
+        if name == SOURCES:
+            continue
         if "in_proj_" in name:
             parts = (name.replace("in_proj_", f"{part}.") for part in ("query", "key", "value"))
             state |= dict(zip(parts, tensor.chunk(3), strict=True))
@@ -75,7 +79,6 @@ def core_of(oracle: Oracle) -> SesRecCore:
         num_words=rows["words.words.weight"] - 1,
         lengths=(rows["rec_positions.weight"], rows["src_positions.weight"]),
         settings=settings,
-        num_sources=rows["sources.weight"],
     ).eval()
     core.load_state_dict(state_of(oracle, core))
     return core
@@ -90,18 +93,20 @@ def test_oracle_sesrec():
     labels = torch.zeros(candidates.shape)
     labels[:, 0] = 1
 
-    assert core.sources is not None
+    others = core.query_vectors(inputs["align_query_id"], inputs["align_query_words"])
+    sources = oracle.weights[SOURCES]
+    core.query_map.bias.data += sources[0]  # what padding is there: no query, of source 0
     rec, src = core.encode(
         core.item_vectors(inputs["rec_history"]),
         inputs["rec_history"] != 0,
-        queries + core.sources(inputs["query_source"]) + masked_mean(clicks, real),
+        queries + sources[inputs["query_source"]] + masked_mean(clicks, real),
         inputs["query_id"] != 0,
     )
     scores = core(rec, src, core.item_vectors(candidates), core.users(inputs["user"] + 1))
     query_item = core.query_item(
         queries[:, :, None].expand_as(clicks)[real],
         clicks[real],
-        core.query_vectors(inputs["align_query_id"], inputs["align_query_words"]),
+        others,
         core.item_vectors(inputs["align_items"]),
     ).mean()
     triplet = (rec.triplet(hyper["margin"]) + src.triplet(hyper["margin"])).mean()

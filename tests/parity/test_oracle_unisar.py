@@ -3,11 +3,12 @@ the loss."""
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.parity.oracles import Oracle, load
 from trainer.models.baselines.unisar import UniSarCore, UniSarSettings
 from trainer.models.layers.attention import masked_mean
+from trainer.models.layers.embedding import ItemTable, WordMean
 
 TORCH_LAYERS = {  # the reference's modules → ours
     "rec_transformer.transformer_encoder": "within_rec",
@@ -140,9 +141,12 @@ class Reference:
             lengths=tuple(len(weights[f"{n}.pe.weight"]) for n in ("global_pos_emb", "rec_pos", "src_pos")),
             settings=settings,
             num_categories=len(category_table(oracle)) - 1,
-            user_dim=user_width,
-            category_dim=item_width,
         ).eval()
+        # several tables side by side there, of widths of their own
+        core, dim = self.core, hyper["d"]
+        core.users, core.user_map = ItemTable(core.users.num_items, user_width), nn.Linear(user_width, dim)
+        core.categories = WordMean(len(category_table(oracle)) - 1, item_width)
+        core.item_map = nn.Linear(hyper["id_dim"] + dim + item_width, dim)
         self.core.load_state_dict(state_of(oracle, self.core))
 
     def items(self, ids: Tensor) -> Tensor:

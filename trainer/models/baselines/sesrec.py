@@ -128,16 +128,14 @@ class SesRecCore(nn.Module):
         num_words: int,
         lengths: tuple[int, int],
         settings: SesRecSettings,
-        num_sources: int = 0,
     ) -> None:
-        """lengths: positions of R and S. num_sources: kinds of queries; 0: not known."""
+        """lengths: positions of R and S."""
         super().__init__()
         self.lengths, self.padding_counts = lengths, settings.padding_in_co_attention
         dim, dropout = settings.dim, settings.dropout
         self.items, self.users = ItemTable(num_items, dim), ItemTable(num_users, settings.user_dim)
         self.queries = ItemTable(num_queries, settings.query_dim)
         self.words = WordMean(num_words, settings.word_dim)
-        self.sources = nn.Embedding(num_sources, dim) if num_sources else None
         self.item_map = nn.Linear(dim, dim)
         self.query_map = nn.Linear(settings.query_dim + settings.word_dim, dim)
         self.rec_positions, self.src_positions = (Positions(length, dim) for length in lengths)
@@ -182,8 +180,6 @@ class SesRecCore(nn.Module):
         """Items, and queries with the mean of their clicks, both padded at the end."""
         if self.padding_counts:
             query = self.query_map(src_BMD.new_zeros(self.query_map.in_features))
-            if self.sources is not None:
-                query = query + self.sources(torch.zeros_like(src_mask[0, 0], dtype=torch.int64))
             item = self.item_map(rec_BND.new_zeros(self.item_map.in_features))
             rec_BND, rec_mask = _filled(rec_BND, rec_mask, self.lengths[0], item)
             src_BMD, src_mask = _filled(src_BMD, src_mask, self.lengths[1], query)

@@ -107,18 +107,15 @@ class UniSarCore(nn.Module):
         lengths: tuple[int, ...],
         settings: UniSarSettings,
         num_categories: int = 0,
-        user_dim: int | None = None,
-        category_dim: int | None = None,
     ) -> None:
         """lengths: positions of the whole list, of items and of sessions."""
         super().__init__()
         width, dim = settings.id_dim, settings.dim
-        user_dim, category_dim = user_dim or width, category_dim or width
         self.words = WordMean(num_words, width)
-        self.items, self.users = ItemTable(num_items, width), ItemTable(num_users, user_dim)
-        self.categories = WordMean(num_categories, category_dim) if num_categories else None
-        self.text_map, self.user_map = nn.Linear(width, dim), nn.Linear(user_dim, dim)
-        self.item_map = nn.Linear(width + dim + (category_dim if num_categories else 0), dim)
+        self.items, self.users = ItemTable(num_items, width), ItemTable(num_users, width)
+        self.categories = WordMean(num_categories, width) if num_categories else None
+        self.text_map, self.user_map = nn.Linear(width, dim), nn.Linear(width, dim)
+        self.item_map = nn.Linear(width + dim + (width if num_categories else 0), dim)
         self.positions, self.rec_positions, self.src_positions = (Positions(n, dim) for n in lengths)
         layer = (dim, settings.num_heads, settings.ffn_dim, settings.dropout)
 
