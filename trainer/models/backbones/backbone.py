@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from trainer.models.layers.history import pack
 
 COMPILED_KINDS = 64
+# linear maps of Llama, Qwen and Gemma, by name
+GATED_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # cuDNN's attention, which torch prefers on Hopper, makes a plan of its own for every new shape, half a second
 # each (transformers issue 48163); prompts of a group are as long as its queries, so shapes are new all the
 # time. The kernels that remain are compiled once.

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from trainer.models.backbones.backbone import Backbone, Prompt
+from trainer.models.backbones.backbone import GATED_TARGETS, Backbone, Prompt
 from trainer.models.layers.norm import Norm
 
 
@@ -19,15 +19,7 @@ class DecoderBackbone(Backbone):
     shifts nothing."""
 
     shared_first: ClassVar[bool] = True
-    lora_targets: ClassVar[tuple[str, ...]] = (
-        "q_proj",
-        "k_proj",
-        "v_proj",
-        "o_proj",
-        "gate_proj",
-        "up_proj",
-        "down_proj",
-    )
+    lora_targets: ClassVar[tuple[str, ...]] = GATED_TARGETS
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)

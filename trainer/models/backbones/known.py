@@ -43,16 +43,13 @@ def _decoder(
     head_dim: int,
     tied: bool = True,
 ) -> dict[str, Any]:
-    shape = dict(
-        vocab_size=vocab,
-        hidden_size=width,
-        intermediate_size=ff,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-    )
     return {
         "model_type": family,
-        **shape,
+        "vocab_size": vocab,
+        "hidden_size": width,
+        "intermediate_size": ff,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "head_dim": head_dim,
         "tie_word_embeddings": tied,

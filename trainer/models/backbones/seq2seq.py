@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.models.backbones.backbone import Backbone, Prompt
+from trainer.models.backbones.backbone import GATED_TARGETS, Backbone, Prompt
 from trainer.models.backbones.t5_layers import take_faster_layers
 
 
@@ -135,15 +135,7 @@ class T5GemmaBackbone(Seq2SeqBackbone):
     """T5Gemma: Gemma layers, bidirectional in the encoder."""
 
     model_types: ClassVar[tuple[str, ...]] = ("t5gemma",)
-    lora_targets: ClassVar[tuple[str, ...]] = (
-        "q_proj",
-        "k_proj",
-        "v_proj",
-        "o_proj",
-        "gate_proj",
-        "up_proj",
-        "down_proj",
-    )
+    lora_targets: ClassVar[tuple[str, ...]] = GATED_TARGETS
 
     def answer_rows(self, hidden_MD: Tensor, answers: Tensor) -> Tensor:
         return self._capped(super().answer_rows(hidden_MD, answers))
