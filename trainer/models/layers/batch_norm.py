@@ -25,13 +25,11 @@ class BatchNorm(nn.Module):
 
     def forward(self, x: Tensor, counted: Tensor | None = None) -> Tensor:
         """x […, width]; counted […]: rows that the statistics are made of, all by default."""
-        mean, var = self._statistics(x.float(), counted) if self.training else self._running
+        mean, var = self.running_mean, self.running_var
+        if self.training:
+            mean, var = self._statistics(x.float(), counted)
         scale = (var + self.eps).rsqrt() * self.weight
         return torch.addcmul(self.bias - mean * scale, x.float(), scale).to(x.dtype)
-
-    @property
-    def _running(self) -> tuple[Tensor, Tensor]:
-        return self.running_mean, self.running_var
 
     def _statistics(self, x: Tensor, counted: Tensor | None) -> tuple[Tensor, Tensor]:
         rows = x.flatten(0, -2)

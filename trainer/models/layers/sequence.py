@@ -89,9 +89,9 @@ def last_step(x_BND: Tensor, length_B: Tensor) -> Tensor:
     return x_BND.gather(1, last_B11)[:, 0]
 
 
-def init_normal(module: nn.Module, std: float = 0.02) -> None:
-    """RecBole's start, for module.apply: linear maps from N(0, std²), biases 0."""
+def init_normal(module: nn.Module) -> None:
+    """RecBole's start, for module.apply: linear maps from N(0, .02²), biases 0."""
     if isinstance(module, nn.Linear):
-        nn.init.normal_(module.weight, std=std)
+        nn.init.normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
