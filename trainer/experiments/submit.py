@@ -39,6 +39,8 @@ SITE_FILE = Path("slurm") / "env.sh"  # as the job scripts look for it
 # of a sweep's other jobs, too
 SHARED_OPTIONS = ("account", "partition", "qos", "reservation", "constraint", "clusters", "comment")
 
+INVALID_ENDS = "--kill-on-invalid-dep=yes"
+
 
 @dataclass(frozen=True)
 class Machines:
@@ -136,23 +138,17 @@ def plan_sweep(
     """One run for each point, in folders below run.dir, then their evaluation and the table. parallel: runs
     at once, 0 = all."""
     folder = Path(load_config(preset, list(overrides)).run.dir)
+    of_all = [word for word in overrides if not word.startswith("run.dir=")]
+    run_dirs = [folder / point.name for point in points]
     lines: list[str] = []
-    words, run_dirs = [], []
-    for point in points:
-        run_dirs.append(folder / point.name)
-        of_run = [*overrides, *point.overrides, f"run.dir={run_dirs[-1]}"]
+    words = []
+    for point, run_dir in zip(points, run_dirs, strict=True):
+        of_run = [*of_all, *point.overrides, f"run.dir={run_dir}"]
         lines = checked(preset, of_run, machines)[1]
-        words.append(
-            [
-                preset,
-                *(word for word in overrides if not word.startswith("run.dir=")),
-                *point.overrides,
-                f"run.dir={run_dirs[-1]}",
-            ]
-        )
+        words.append([preset, *of_run])
     array = {"array": f"0-{len(points) - 1}" + (f"%{parallel}" if parallel else "")}
     exports = machines.exports
-    shared = [option for option in options if option.removeprefix("--").partition("=")[0] in SHARED_OPTIONS]
+    shared = [option for option in options if _name(option) in SHARED_OPTIONS]
     gpu = {"gpus-per-node": "1"} if machines.gpus_per_node else {}
     train = {**machines.options, **array, "output": _output(folder, "%x-%A_%a")}
     evaluate = {**gpu, **array, "output": _output(folder, "%x-%A_%a")}
@@ -175,9 +171,6 @@ def plan_sweep(
         ),
     ]
     return Submission(jobs, [f"{len(points)} runs; the last of them:", *lines], run_dirs)
-
-
-INVALID_ENDS = "--kill-on-invalid-dep=yes"
 
 
 def checked(preset: str, overrides: Sequence[str], machines: Machines) -> tuple[Config, list[str]]:
