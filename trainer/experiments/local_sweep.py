@@ -36,7 +36,7 @@ from trainer.errors import ConfigError, GensrError, RunError
 from trainer.experiments.cells import Cell, evaluate_cell, train_cell
 from trainer.experiments.pool import Pool, Steps, interruptible
 from trainer.experiments.search import Sampler, begun, search
-from trainer.experiments.sweep import Point, point_of, read_sweep, summarize
+from trainer.experiments.sweep import Point, point_of, read_document, read_sweep, summarize
 from trainer.runs.checkpoint import fixed_settings
 from trainer.runs.run_folder import RunFolder, read_json
 from trainer.runtime.progress import Notify, silent
@@ -85,7 +85,7 @@ def read(file: str | Path, preset: str | None = None, overrides: Sequence[str] =
     """Raises ConfigError for whatever would stop a run at its start."""
     drawn: SweepSettings | None = None
     points: tuple[Point, ...] = ()
-    if isinstance(_document(file), list):
+    if isinstance(read_document(file), list):
         if preset is None:
             raise ConfigError(f"{file} is a list of runs and needs a preset: gensr sweep {file} PRESET")
         points = tuple(read_sweep(file))
@@ -236,13 +236,6 @@ def _cell(sweep: Sweep, point: Point) -> Cell:
 
 
 # ---- the file ----------------------------------------------------------------------------------------------
-
-
-def _document(file: str | Path) -> Any:
-    try:
-        return parse_yaml(Path(file).read_text(encoding="utf-8"))
-    except Exception as error:
-        raise ConfigError(f"{file}: not a readable YAML or JSON file: {error}") from error
 
 
 def _as_numbers(domain: Any, value: Any) -> Any:

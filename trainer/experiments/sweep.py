@@ -48,12 +48,17 @@ class Point:
     overrides: tuple[str, ...]
 
 
-def read_sweep(path: str | Path) -> list[Point]:
-    """Raises ConfigError when the file does not hold a list of mappings, or lists a run twice."""
+def read_document(path: str | Path) -> Any:
+    """Raises ConfigError for a file that is neither YAML nor JSON."""
     try:
-        document = parse_yaml(Path(path).read_text(encoding="utf-8"))  # JSON is YAML
+        return parse_yaml(Path(path).read_text(encoding="utf-8"))  # JSON is YAML
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: not a readable YAML or JSON file: {error}") from error
+
+
+def read_sweep(path: str | Path) -> list[Point]:
+    """Raises ConfigError when the file does not hold a list of mappings, or lists a run twice."""
+    document = read_document(path)
     if (
         not isinstance(document, list)
         or not document
