@@ -78,24 +78,12 @@ def layer_of(name: str) -> str:
 
 def gradients_of(module: nn.Module, loss: Callable[[], Tensor]) -> dict[str, Tensor]:
     """Name → gradient of a scalar loss of `module`, in the module's order, of the trained parameters that it
-    reaches. Nothing is written to .grad."""
+    reaches. Nothing is written to .grad.
+
+    Dropout adds noise of its own: put the module into eval(), or fix the seed inside the closure."""
     named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     found = torch.autograd.grad(loss(), [parameter for _, parameter in named], allow_unused=True)
     return {name: g for (name, _), g in zip(named, found, strict=True) if g is not None}
-
-
-def compare_gradients(
-    module: nn.Module,
-    search_loss: Callable[[], Tensor],
-    rec_loss: Callable[[], Tensor],
-    layer: Callable[[str], str] = layer_of,
-) -> list[LayerGradients]:
-    """compare() of the gradients of two losses.
-
-    Each closure returns a task's scalar loss of `module` on a batch. Dropout adds noise of its own: put the
-    module into eval(), or fix the seed inside the closures. Memory: one gradient of each task.
-    """
-    return compare(gradients_of(module, search_loss), gradients_of(module, rec_loss), layer)
 
 
 def compare(

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from trainer.analysis.gradients import TOTAL, compare_gradients, layer_of
+from trainer.analysis.gradients import TOTAL, compare, gradients_of, layer_of
 from trainer.errors import DataError
 
 
@@ -34,6 +34,10 @@ def losses(module, seed=0):
     return search, rec
 
 
+def compared(module, search, rec, **options):
+    return compare(gradients_of(module, search), gradients_of(module, rec), **options)
+
+
 def numerical_gradient(parameter, loss, step=1e-5):
     flat, gradient = parameter.data.view(-1), []
     for place in range(len(flat)):
@@ -50,7 +54,7 @@ def test_figures_equal_those_of_finite_differences():
     torch.manual_seed(0)
     module = Shared().double()
     search, rec = losses(module)
-    rows = {row.layer: row for row in compare_gradients(module, search, rec)}
+    rows = {row.layer: row for row in compared(module, search, rec)}
     assert list(rows) == ["encoder.0", "encoder.2", TOTAL]  # heads belong to one task, the table is frozen
     for layer, prefix in (("encoder.0", "encoder.0."), ("encoder.2", "encoder.2."), (TOTAL, "encoder.")):
         parameters = [p for name, p in module.named_parameters() if name.startswith(prefix)]
@@ -70,7 +74,7 @@ def one_layer(search, rec):
     """The row of a layer whose two gradients are the given vectors."""
     module = nn.Linear(len(search), 1, bias=False).double()
     vectors = [torch.tensor(values, dtype=torch.float64) for values in (search, rec)]
-    return compare_gradients(module, *(lambda v=v: module.weight[0] @ v for v in vectors))[0]
+    return compared(module, *(lambda v=v: module.weight[0] @ v for v in vectors))[0]
 
 
 def test_by_hand():
@@ -102,7 +106,7 @@ def test_a_gradient_of_zero_has_no_direction():
 
 def test_sparse_embedding_gradients_and_rows_that_one_task_touches():
     module = nn.Embedding(10, 2, sparse=True)
-    row = compare_gradients(
+    row = compared(
         module, lambda: module(torch.tensor([1, 2])).sum(), lambda: -module(torch.tensor([2, 3])).sum()
     )[0]
     assert row.cosine == pytest.approx(-0.5)
@@ -112,7 +116,7 @@ def test_sparse_embedding_gradients_and_rows_that_one_task_touches():
 def test_gradients_of_the_module_stay_untouched_and_layers_can_be_merged():
     module = Shared().double()
     search, rec = losses(module)
-    rows = compare_gradients(module, search, rec, layer=lambda name: name.split(".")[0])
+    rows = compared(module, search, rec, layer=lambda name: name.split(".")[0])
     assert [row.layer for row in rows] == ["encoder", TOTAL]
     assert rows[0].cosine == rows[1].cosine
     assert all(p.grad is None for p in module.parameters())
@@ -127,6 +131,6 @@ def test_errors_say_what_is_wrong():
     module = Shared().double()
     search, _ = losses(module)
     with pytest.raises(DataError, match="share no parameter"):
-        compare_gradients(module, lambda: module.search_head.bias.sum(), lambda: module.rec_head.bias.sum())
+        compared(module, lambda: module.search_head.bias.sum(), lambda: module.rec_head.bias.sum())
     with pytest.raises(DataError, match=r"encoder\.0\.weight: a gradient is not finite"):
-        compare_gradients(module, search, lambda: search() * math.nan)
+        compared(module, search, lambda: search() * math.nan)
