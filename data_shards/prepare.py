@@ -53,11 +53,15 @@ from data_shards.write import EventColumns, describe_file, write_shards
 PIPELINE_VERSION = 9  # change it when a stage writes something else: a restart then reuses nothing
 SHUFFLE_SEED, NEGATIVE_SEED, HARD_SEED = 16, 17, 18
 NEGATIVE_ROWS = 16_384  # events drawn for at once: x 99 x 8 B is about 13 MB an array
-EVENT_COLUMNS = {
-    **encode.EVENT_DTYPES, "split": "i1", "history_start": "i8", "history_count": "i4",
-            "history_item": "i4", "history_task": "i1",
-    "history_query": "i4", "shown_start": "i8", "shown_count": "i4",
-}  # fmt: skip
+HISTORY_COLUMNS = {
+    "history_start": "i8",
+    "history_count": "i4",
+    "history_item": "i4",
+    "history_task": "i1",
+    "history_query": "i4",
+}
+SHOWN_COLUMNS = {"shown_start": "i8", "shown_count": "i4"}
+EVENT_COLUMNS = {**encode.EVENT_DTYPES, "split": "i1", **HISTORY_COLUMNS, **SHOWN_COLUMNS}
 
 
 def prepare(
@@ -173,9 +177,9 @@ def _run(work: Work, source: Source, settings: PrepareSettings, base: Base | Non
         widths["hard_negatives"] = settings.hard_negatives
         hard = work.stage("hard negatives", lambda: _hard(work, columns, kept["num_items"], settings))
     shards = work.stage("shards", lambda: _shards(work, columns, settings))
-    as_stored = () if settings.split != "stored" else _as_stored(settings)
     leak_checks = work.stage(
-        "checks", lambda: check_prepared(work, columns, shards, kept["num_items"], widths, as_stored)
+        "checks",
+        lambda: check_prepared(work, columns, shards, kept["num_items"], widths, _as_stored(settings)),
     )
     manifest = _manifest(work, source, settings, read, clicks, kept, split, catalog, shards, leak_checks)
     manifest["removed"] = removed_steps(read, codes, kept, split)
@@ -210,6 +214,8 @@ def _check_stored(settings: PrepareSettings, source: Source) -> None:
 
 def _as_stored(settings: PrepareSettings) -> frozenset[str]:
     """Leak checks that look at what the raw files themselves hold."""
+    if settings.split != "stored":
+        return frozenset()
     return stored.AS_COUNTED if settings.history_rule == "count" else stored.AS_STORED
 
 
@@ -308,17 +314,7 @@ def _histories(
     parts = ranges()
     if settings.history_rule == "count" and raw_lists is not None:
         parts = stored.counted_histories(work, raw_lists, settings.history_max)
-    work.write_columns(
-        parts,
-        {
-            "history_start": "i8",
-            "history_count": "i4",
-            "history_item": "i4",
-            "history_task": "i1",
-            "history_query": "i4",
-            "history_row": "i8",
-        },
-    )
+    work.write_columns(parts, {**HISTORY_COLUMNS, "history_row": "i8"})
     return {}
 
 
