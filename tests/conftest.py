@@ -38,6 +38,25 @@ def prepared_words(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "prepared"
 
 
+@pytest.fixture
+def stop_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """stop_after(k): the next run is asked to stop in its k-th step."""
+    from trainer.runtime.stopping import StopSignal  # tests of data_shards need no trainer
+
+    def arrange(step: int) -> None:
+        original, calls = StopSignal.poll, [0]
+
+        def poll(self: StopSignal, busy: bool = False) -> bool:
+            calls[0] += 1
+            if calls[0] == step:
+                self.received = "a test"
+            return original(self, busy)
+
+        monkeypatch.setattr(StopSignal, "poll", poll)
+
+    return arrange
+
+
 # What takes a tiny run longer than its training, in the process of a test where the library is loaded already
 
 

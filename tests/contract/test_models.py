@@ -2,7 +2,6 @@
 trainer/models/baselines/ is tested without a line here."""
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,7 +42,6 @@ from trainer.models.contract import Ranker
 from trainer.models.zoo import model_class, settings_class
 from trainer.runs.weights import load_model, load_run_model, save_model
 from trainer.runtime.device import autocast
-from trainer.runtime.stopping import StopSignal
 from trainer.serving.recommend import Recommender
 from trainer.serving.retrieval import build_retrieval
 from trainer.serving.users import NoUsers
@@ -322,24 +320,6 @@ def test_a_saved_model_comes_back(name: str, texts: PreparedFolder, tmp_path: Pa
     assert type(loaded) is type(model) and not loaded.training
     assert torch.equal(scores_of(loaded, batch), scores_of(model, batch))
     assert {Path(file).suffix for file in model_files(tmp_path)} == {".safetensors", ".json"}
-
-
-@pytest.fixture
-def stop_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """stop_after(k): the next run is asked to stop in its k-th step."""
-
-    def arrange(step: int) -> None:
-        original, calls = StopSignal.poll, [0]
-
-        def poll(self: StopSignal, busy: bool = False) -> bool:
-            calls[0] += 1
-            if calls[0] == step:
-                self.received = "a test"
-            return original(self, busy)
-
-        monkeypatch.setattr(StopSignal, "poll", poll)
-
-    return arrange
 
 
 @pytest.mark.slow

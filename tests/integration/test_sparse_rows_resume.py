@@ -19,7 +19,6 @@ from trainer.errors import ConfigError, RunError
 from trainer.runs import checkpoint
 from trainer.runs.checkpoint_convert import trained_weights
 from trainer.runs.weights import load_run_model
-from trainer.runtime.stopping import StopSignal
 from trainer.training.loop import train
 
 WORDS = ("model.name=sasrec", "model.loss=bce", *BASE, "run.max_steps=4", "run.validate_every_steps=4")
@@ -36,18 +35,13 @@ def config_of(prepared: Path, tmp_path: Path) -> Callable[..., Config]:
 
 
 def test_an_interrupted_run_ends_where_the_undisturbed_one_does(
-    config_of: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config_of: Callable[..., Config],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stop_after: Callable[[int], None],
 ) -> None:
     train(config_of("undisturbed"))
-    original, calls = StopSignal.poll, [0]
-
-    def poll(self: StopSignal, busy: bool = False) -> bool:
-        calls[0] += 1
-        if calls[0] == 2:
-            self.received = "a test"
-        return original(self, busy)
-
-    monkeypatch.setattr(StopSignal, "poll", poll)
+    stop_after(2)
     assert train(config_of("stopped")).status == "stopped"
     found = checkpoint.read_checkpoint(tmp_path / "stopped" / "checkpoints" / "step-00000002")
     kept = load_file(found.path / checkpoint.ROWS)

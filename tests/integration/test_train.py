@@ -34,7 +34,6 @@ from trainer.runs import checkpoint
 from trainer.runs.folder import read_status, write_status
 from trainer.runs.run_folder import RunFolder
 from trainer.runs.weights import load_run_model
-from trainer.runtime.stopping import StopSignal
 from trainer.training.loop import EXIT_RESUME_ME, train
 from trainer.training.plan import dry_run
 from trainer.training.setup import Run
@@ -77,24 +76,6 @@ def undisturbed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     result = train(config_of(data, run_dir))
     assert (result.status, result.step, result.exit_code) == ("finished", 8, 0)
     return run_dir
-
-
-@pytest.fixture
-def stop_after(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """stop_after(k): the next run is asked to stop in its k-th step."""
-
-    def arrange(step: int) -> None:
-        original, calls = StopSignal.poll, [0]
-
-        def poll(self: StopSignal, busy: bool = False) -> bool:
-            calls[0] += 1
-            if calls[0] == step:
-                self.received = "a test"
-            return original(self, busy)
-
-        monkeypatch.setattr(StopSignal, "poll", poll)
-
-    return arrange
 
 
 def records(run_dir: Path) -> list[dict[str, Any]]:

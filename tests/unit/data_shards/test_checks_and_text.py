@@ -21,6 +21,11 @@ from tests.conftest import SMALL
 from tests.worlds import write_tables
 
 
+def prepare_small(folder: Path) -> None:
+    raw = write_tables(folder / "raw", users=12, items=60, days=4)
+    prepare("tables", raw, folder / "out", ["num_negatives=20", "vocab_size=300"])
+
+
 def changed(name: str, change: Any) -> Any:
     """A stand-in for check_prepared that first changes one column of the clicks."""
 
@@ -55,12 +60,7 @@ def test_a_leak_is_found_and_nothing_is_published(
 ) -> None:
     monkeypatch.setattr(module, "check_prepared", changed(column, change))
     with pytest.raises(DataError, match=f"leak checks failed.*{check}"):
-        prepare(
-            "tables",
-            write_tables(tmp_path / "raw", users=12, items=60, days=4),
-            tmp_path / "out",
-            ["num_negatives=20", "vocab_size=300"],
-        )
+        prepare_small(tmp_path)
     assert not (tmp_path / "out").exists()
 
 
@@ -72,12 +72,7 @@ def test_a_wrong_query_in_a_history_is_found(tmp_path: Path, monkeypatch: pytest
     event_columns = module._event_columns
     monkeypatch.setattr(module, "_event_columns", with_other_queries)
     with pytest.raises(DataError, match=r"leak checks failed: {'history_queries': \d+}"):
-        prepare(
-            "tables",
-            write_tables(tmp_path / "raw", users=12, items=60, days=4),
-            tmp_path / "out",
-            ["num_negatives=20", "vocab_size=300"],
-        )
+        prepare_small(tmp_path)
 
 
 def test_clicked_and_repeated_negatives_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,12 +84,7 @@ def test_clicked_and_repeated_negatives_are_found(tmp_path: Path, monkeypatch: p
         ),
     )
     with pytest.raises(DataError, match=r"leak checks failed.*negatives_unique.*negatives_unseen"):
-        prepare(
-            "tables",
-            write_tables(tmp_path / "raw", users=12, items=60, days=4),
-            tmp_path / "out",
-            ["num_negatives=20", "vocab_size=300"],
-        )
+        prepare_small(tmp_path)
 
 
 def settings(*overrides: str) -> PrepareSettings:
