@@ -18,9 +18,9 @@ from trainer.config import Config
 from trainer.configs import load_config
 from trainer.errors import ConfigError, EnvironmentProblem, RunError
 from trainer.experiments.submit import check_folder
-from trainer.runs import folder as folder_module
+from trainer.runs import claim as claim_module
 from trainer.runs import weights
-from trainer.runs.folder import holds_run
+from trainer.runs.claim import holds_run
 from trainer.runtime.files import SECRET_MODE, create
 from trainer.tracking import also
 from trainer.training.loop import train
@@ -161,9 +161,9 @@ def test_a_run_folder_that_another_node_does_not_see_is_refused(
         return [mine, (False, "node2")]
 
     with monkeypatch.context() as patch:
-        patch.setattr(folder_module, "gather_objects", two_nodes)
+        patch.setattr(claim_module, "gather_objects", two_nodes)
         with pytest.raises(RunError, match=r"run is not seen on node2\. Choose a run\.dir"):
             train(config_of(data, tmp_path / "run"))
     assert [is_seen for is_seen, _ in told] == [True] and not (tmp_path / "run").exists()
-    assert not folder_module._appears(tmp_path / "run" / "config.yaml", 0.1)
+    assert not claim_module._appears(tmp_path / "run" / "config.yaml", 0.1)
     assert train(config_of(data, tmp_path / "run")).step == 2

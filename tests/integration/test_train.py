@@ -31,8 +31,8 @@ from trainer.evaluation.sampled import config_hash
 from trainer.models.backbones.families import build_backbone
 from trainer.models.gensr.model import GenSR
 from trainer.runs import checkpoint
-from trainer.runs.folder import read_status, write_status
 from trainer.runs.run_folder import RunFolder
+from trainer.runs.status import read_status, write_status
 from trainer.runs.weights import load_run_model
 from trainer.training.loop import EXIT_RESUME_ME, train
 from trainer.training.plan import dry_run

@@ -26,8 +26,8 @@ from trainer.data import node_cache
 from trainer.data.node_cache import local_folder
 from trainer.errors import EnvironmentProblem
 from trainer.runs.checkpoint import Progress, make_empty
-from trainer.runs.folder import read_status, write_status
 from trainer.runs.run_folder import RunFolder
+from trainer.runs.status import read_status, write_status
 from trainer.runtime.files import SECRET_MODE, atomic, writing
 from trainer.training.console import RunConsole
 

@@ -14,8 +14,8 @@ from trainer.analysis.report.sections import provenance
 from trainer.experiments.import_runs import _points
 from trainer.experiments.sweep import _row, lines_of
 from trainer.runs.checkpoint import Progress
-from trainer.runs.folder import begin_status, read_status
 from trainer.runs.run_folder import RunFolder
+from trainer.runs.status import begin_status, read_status
 
 METRICS = {"rec/ndcg@10": 0.25, "mean/ndcg@10": 0.25}
 

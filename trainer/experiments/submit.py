@@ -28,7 +28,7 @@ from trainer.configs import load_config
 from trainer.errors import ConfigError, EnvironmentProblem, RunError
 from trainer.experiments.sweep import JOB_FILE, Point
 from trainer.runs.checkpoint import check_settings
-from trainer.runs.folder import holds_run, is_finished
+from trainer.runs.claim import holds_run, is_finished
 from trainer.runs.launch_config import load_launch_config
 from trainer.runs.run_folder import RunFolder
 from trainer.runtime.files import SECRET_MODE, atomic

@@ -11,10 +11,11 @@ from trainer.data import EvalStream
 from trainer.data.folder import PreparedFolder
 from trainer.evaluation.ranking import autocast_scorer, validate
 from trainer.models.zoo import model_class
-from trainer.runs import folder as runfolder
 from trainer.runs.checkpoint import Progress
+from trainer.runs.claim import write_facts
 from trainer.runs.provenance import environment_facts
 from trainer.runs.run_folder import RunFolder
+from trainer.runs.status import write_status
 from trainer.runs.warm_start import start_weights
 from trainer.runs.weights import WEIGHTS, build_model, learnable_tasks, save_model
 from trainer.runtime.distributed import gather_objects, on_main
@@ -71,7 +72,7 @@ def _write(
     size = plan.size_of(model)
     parameters = {"total": size.total, "trainable": size.trainable}
     facts = {**environment_facts(), "parameters": parameters, "devices": machine}
-    runfolder.write_facts(config, facts)
+    write_facts(config, facts)
     started = config.run.init_from
     begun_with = file_sha256(RunFolder(started).model / WEIGHTS) if started else ""
     path = RunFolder(run_dir).model
@@ -83,4 +84,4 @@ def _write(
     tracker.log_metrics({f"valid/{name}": value for name, value in metrics.items()}, 0)
     tracker.finish("FINISHED")
     progress = Progress(best_value=best, best_metrics=dict(metrics), train_s=seconds)
-    runfolder.write_status(run_dir, "finished", progress)
+    write_status(run_dir, "finished", progress)

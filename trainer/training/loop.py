@@ -23,9 +23,10 @@ from trainer.data import prefetched
 from trainer.data.folder import PreparedFolder
 from trainer.errors import ConfigError, GensrError, RunError, out_of_memory
 from trainer.evaluation.ranking import validate
-from trainer.runs import folder as runfolder
 from trainer.runs.checkpoint import listed
+from trainer.runs.claim import claim
 from trainer.runs.run_folder import RunFolder
+from trainer.runs.status import begin_status, read_status, write_status
 from trainer.runs.weights import save_model
 from trainer.runtime.distributed import (
     full_state_dict,
@@ -85,17 +86,17 @@ def train(
     plan.check_stage(config, launch)
     folder = PreparedFolder.open(config.data)
     accelerator = make_accelerator(config, launch, grad_accum_steps(config, launch.world_size))
-    with process_group(accelerator), closing(runfolder.claim(accelerator, config, resume)) as claim:
-        if claim.finished:
+    with process_group(accelerator), closing(claim(accelerator, config, resume)) as claimed:
+        if claimed.finished:
             return _already_finished(config)
         if not plan.makes_steps(config):
             on_main(accelerator, lambda: _refuse_trained(config))
-            with claim.undone_on_error():
+            with claimed.undone_on_error():
                 return _counted(config, folder, accelerator)
-        with claim.undone_on_error():
-            run = set_up(config, folder, launch, accelerator, claim.continuing, callbacks)
+        with claimed.undone_on_error():
+            run = set_up(config, folder, launch, accelerator, claimed.continuing, callbacks)
         try:
-            on_main(accelerator, lambda: runfolder.begin_status(run.dir, run.progress))
+            on_main(accelerator, lambda: begin_status(run.dir, run.progress))
             tracked_here = config.tracking.enabled and launch.local_rank == 0
             measuring = measured(config.run.dir, config.tracking.machine_every_s, tracked_here)
             stopping = StopSignal(accelerator, config.run.timeout_s, lambda reason: last_words(run, reason))
@@ -107,7 +108,7 @@ def train(
             # else a lost peer or a second signal, for example: another attempt may succeed
             status = "failed" if problem else "crashed"
             # on any rank: what only one meets (memory, its node's disk) is for the user to mend all the same
-            runfolder.write_status(run.dir, status, run.progress, enabled=run.is_main or problem is not None)
+            write_status(run.dir, status, run.progress, enabled=run.is_main or problem is not None)
             run.tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
             if problem is None or problem is error:
                 raise
@@ -303,7 +304,7 @@ def save(run: Run) -> None:
     run.console.doing("saving")
     run.writer.start(run.progress, run.identity, run.tracker.run_id)
     run.console.doing("training")
-    runfolder.write_status(run.dir, "running", run.progress, enabled=run.is_main)
+    write_status(run.dir, "running", run.progress, enabled=run.is_main)
 
 
 # ---- the end -----------------------------------------------------------------------------------------------
@@ -320,9 +321,7 @@ def conclude(run: Run, status: Status) -> TrainResult:
         for picture in figures.plot_run(run.dir):
             run.tracker.log_artifact(picture, "report")
     run.tracker.finish("KILLED" if status == "stopped" else "FINISHED")
-    runfolder.write_status(
-        run.dir, "stopped" if status == "stopped" else "finished", progress, enabled=run.is_main
-    )
+    write_status(run.dir, "stopped" if status == "stopped" else "finished", progress, enabled=run.is_main)
     if status != "stopped":
         run.console.say(*figures.last_screen(run.dir, progress, run.valid.num_events))
     return result
@@ -330,12 +329,12 @@ def conclude(run: Run, status: Status) -> TrainResult:
 
 def last_words(run: Run, reason: str) -> None:
     """Before a process is ended by force, from another thread than the one that hangs."""
-    runfolder.write_status(run.dir, "crashed", run.progress, enabled=run.is_main)
+    write_status(run.dir, "crashed", run.progress, enabled=run.is_main)
     run.console.say(f"ended by force: {reason}. Continue with --resume auto")
 
 
 def _already_finished(config: Config) -> TrainResult:
-    progress = runfolder.read_status(config.run.dir)
+    progress = read_status(config.run.dir)
     return TrainResult(
         config.run.dir,
         "already_finished",

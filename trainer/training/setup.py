@@ -23,9 +23,9 @@ from trainer.models.contract import Ranker, Ranks
 from trainer.models.zoo import model_class
 from trainer.runs import checkpoint
 from trainer.runs import checkpoint_convert as elastic
-from trainer.runs import folder as runfolder
 from trainer.runs.checkpoint import Checkpoint, Progress
 from trainer.runs.checkpoint_writer import CheckpointWriter
+from trainer.runs.claim import write_facts
 from trainer.runs.provenance import environment_facts
 from trainer.runs.warm_start import start_weights
 from trainer.runs.weights import build_model, learnable_tasks
@@ -120,7 +120,7 @@ def set_up(
     schedule = make_schedule(config, stream.num_events, accelerator.num_processes)
     threshold = above_chance(config.run.select_metric, 1 + folder.manifest.num_negatives, valid.num_events)
     if accelerator.is_main_process:
-        runfolder.write_facts(config, facts)
+        write_facts(config, facts)
     run_id = found.mlflow_run_id if found is not None else ""
     tracker = start_tracker(config, accelerator, {**facts, "manifest": folder.manifest}, run_id)
     first_step = progress.step if found is not None else None

@@ -19,7 +19,7 @@ from trainer.evaluation.summary import evaluation_name
 from trainer.experiments.daily.plan import Daily
 from trainer.experiments.verbs import run_gensr
 from trainer.registry.store import ALIAS, number_of, registered_as
-from trainer.runs.folder import holds_run
+from trainer.runs.claim import holds_run
 from trainer.runs.run_folder import RunFolder
 
 NO_STEP = ("run.max_epochs=0", "run.max_steps=0")

@@ -1,19 +1,12 @@
-"""The run folder: claimed by one run, described by config.yaml, environment.json and status.json.
-
-status.json says {"status": running | stopped | finished | failed | crashed, "progress": {…}}. Scripts decide
-by it whether to start a run again, because launchers turn every exit code but 0 into 1. failed: the user must
-mend something. crashed, and running without a process: try again.
-"""
+"""A run folder is claimed by one run, which describes itself in config.yaml and environment.json."""
 
 import contextlib
-import json
-import logging
 import os
 import platform
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -23,17 +16,14 @@ from data_shards.settings import read_yaml, to_yaml
 from trainer.config import Config
 from trainer.configs import config_from_dict
 from trainer.data.node_cache import is_url
-from trainer.errors import EnvironmentProblem, RunError
-from trainer.runs.checkpoint import Progress, check_settings, fixed_settings, listed, remove_partial
+from trainer.errors import RunError
+from trainer.runs.checkpoint import check_settings, fixed_settings, listed, remove_partial
 from trainer.runs.run_folder import RunFolder
 from trainer.runtime.distributed import gather_objects, on_main
 from trainer.runtime.files import SECRET_MODE, atomic, create, remove_temporaries, write_json, writing
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-
-log = logging.getLogger(__name__)
 
 SEEN_WITHIN_S = 90.0  # acdirmax, the longest that NFS clients remember a folder, is 60 by default
 FOLDERS_OF_TRACKERS = ("tensorboard", "wandb")  # tracking.also, made before the first step as well
@@ -196,37 +186,3 @@ def write_facts(config: Config, facts: dict[str, Any]) -> None:
     with atomic(RunFolder(folder).config, SECRET_MODE) as temporary:  # URLs in it may hold passwords
         temporary.write_text(effective_yaml(config), encoding="utf-8")
     write_json(RunFolder(folder).environment, masked(facts))
-
-
-def begin_status(folder: Path, progress: Progress) -> None:
-    """This attempt is running, whatever the one before came to."""
-    _put_status(folder, "running", progress)
-
-
-def write_status(folder: Path, status: str, progress: Progress, enabled: bool = True) -> None:
-    """Within an attempt, failed has the last word. The rank that has failed knows why and writes it; its
-    peers see no more than that it is gone, and would say crashed."""
-    has_failed = RunFolder(folder).read_status().get("status") == "failed"
-    if enabled and not (has_failed and status in ("running", "crashed")):
-        _put_status(folder, status, progress)
-
-
-def _put_status(folder: Path, status: str, progress: Progress) -> None:
-    """A disk that does not take it costs a warning: what ends a run is told by the error that ended it. A
-    full one still takes the new status in the blocks of the old: a job script must not start again what a
-    user has to mend."""
-    path = RunFolder(folder).status
-    text = json.dumps({"status": status, "progress": asdict(progress)}, indent=2) + "\n"
-    try:
-        with atomic(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-    except EnvironmentProblem as error:
-        log.warning("%s", error)
-        with contextlib.suppress(OSError), path.open("r+b") as file:
-            file.write(text.encode().ljust(path.stat().st_size, b"\n"))
-
-
-def read_status(folder: str | Path) -> Progress:
-    found = RunFolder(folder).read_status().get("progress", {})
-    known = {field.name for field in fields(Progress)}
-    return Progress(**{key: value for key, value in found.items() if key in known})
