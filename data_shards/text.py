@@ -27,6 +27,8 @@ ANSWERS = ("Yes", "No")
 PROMPT_WORDS = "recommend search item query user history click , ; : ?"
 PROMPT_WORDS_REPEATS = 10_000
 TRAINING_TEXTS = 200_000  # a tokenizer of some thousand entries gains nothing from more
+# of texts encoded at once: their tokens take about 30 bytes a character, and are cut afterwards
+ENCODED_CHARACTERS = 2_000_000
 
 
 def get_tokenizer(settings: PrepareSettings, training_texts: Iterable[str]) -> "Tokenizer":
@@ -107,12 +109,15 @@ def encode_texts(
     array = pa.array([storable(text) for text in texts], pa.string()) if isinstance(texts, list) else texts
     unique = array.dictionary_encode()
     encode = getattr(tokenizer, "encode_batch_fast", tokenizer.encode_batch)
-    words = [text.lower() if lowercase else text for text in unique.dictionary.to_pylist()]
+    words = unique.dictionary.to_pylist()
     matrix = np.full((len(words), width), PAD, np.int32)
-    for row, encoding in enumerate(encode(words, add_special_tokens=False)):
-        # 0 means padding here, whatever the tokenizer says
-        ids = [token for token in encoding.ids[: width + 8] if token != PAD][:width]
-        matrix[row, : len(ids)] = ids
+    until = np.cumsum([len(text) for text in words])
+    for rows in np.split(np.arange(len(words)), np.flatnonzero(np.diff(until // ENCODED_CHARACTERS)) + 1):
+        part = [words[row].lower() if lowercase else words[row] for row in rows]
+        for row, encoding in zip(rows, encode(part, add_special_tokens=False), strict=True):
+            # 0 means padding here, whatever the tokenizer says
+            ids = [token for token in encoding.ids[: width + 8] if token != PAD][:width]
+            matrix[row, : len(ids)] = ids
     return matrix[unique.indices.to_numpy()]
 
 

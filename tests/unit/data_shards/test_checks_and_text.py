@@ -121,6 +121,25 @@ def test_tokens_are_cut_padded_and_the_same_for_either_case() -> None:
     assert (tokens[3] > 0).all()
 
 
+def test_few_long_texts_are_encoded_at_once_and_the_tokens_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = get_tokenizer(settings("vocab_size=300"), ["garden lamp"] * 50)
+    texts = [f"{'garden ' * (number % 9)}lamp {number}" for number in range(200)]
+    whole = encode_texts(tokenizer, texts, 6, lowercase=True)
+    parts: list[list[str]] = []
+
+    class Recorded:
+        def encode_batch(self, part: list[str], **options: bool) -> list[Any]:
+            parts.append(part)
+            return tokenizer.encode_batch(part, **options)
+
+    monkeypatch.setattr("data_shards.text.ENCODED_CHARACTERS", 300)
+    recorded: Any = Recorded()
+    np.testing.assert_array_equal(encode_texts(recorded, texts, 6, lowercase=True), whole)
+    assert [text for part in parts for text in part] == texts
+    assert max(len("".join(part)) for part in parts) < 300 + max(map(len, texts))
+    assert encode_texts(tokenizer, [], 6, lowercase=True).shape == (0, 6)
+
+
 def test_word_lists_become_ids_of_known_words_in_order() -> None:
     words = Words(np.array([3, 8, 20]))
     matrix = words.matrix(*split_words(["20 9 3", "", "8 8 8 8", "5"]), 3)
