@@ -11,7 +11,7 @@ import numpy as np
 from data_shards.errors import DataError
 from data_shards.schema import SRC
 from data_shards.simulate import behaviour as b
-from data_shards.simulate.csv_tables import user_ids
+from data_shards.simulate.csv_tables import OTHER_ID_BASE, user_ids
 from data_shards.simulate.simulated import Simulated
 from data_shards.simulate.world import (
     INTERESTS_CUMULATIVE,
@@ -94,8 +94,8 @@ class Oracle:
 
     def __init__(self, raw: Path, user_ids_of_rows: Sequence[Any], item_ids_of_rows: Sequence[Any]) -> None:
         """The world of raw/simulated.json; original ids of the folder's users and items. Raises DataError for
-        ids that the world does not have; so a KuaiSAR folder must not keep the rare results that are image
-        atlases (the filter of five clicks drops them)."""
+        ids that the world does not have. Among them are the results that are image atlases: in a KuaiSAR
+        folder the filter of five clicks drops them, unless many users search among few items."""
         arguments = Simulated.read(raw)
         self.raw, self.world = raw, arguments.world()
         self.users = make_users(self.world, 0, self.world.num_users)
@@ -125,7 +125,14 @@ def _positions(ids: np.ndarray, wanted: Sequence[Any], raw: Path) -> np.ndarray:
     position = np.zeros(len(ids) + 1, np.int64)
     position[ids] = np.arange(len(ids))
     values = np.asarray(wanted)
-    if values.dtype.kind not in "iu" or values.min() < 1 or values.max() > len(ids):
+    if values.dtype.kind not in "iu" or values.min() < 1:
+        raise _another_world(raw)
+    if others := int((values >= OTHER_ID_BASE).sum()):
+        raise DataError(
+            f"{others} of the folder's items are image atlases that searches found, which the planted "
+            f"preferences do not rank. Prepare {raw} again with a larger min_interactions, which drops them."
+        )
+    if values.max() > len(ids):
         raise _another_world(raw)
     return np.asarray(position[values])
 

@@ -93,3 +93,12 @@ def test_logs_that_the_folder_does_not_come_from_are_refused(
     (tmp_path / "simulated.json").write_text(json.dumps({"seed": 7}))
     with pytest.raises(DataError, match="must hold days, items"):
         optimum_report(folder, tmp_path)
+
+
+def test_image_atlases_that_a_filter_has_kept_are_named(tmp_path: Path) -> None:
+    simulate(tmp_path / "raw", **SMALL)
+    prepare("kuaisar", tmp_path / "raw", tmp_path / "data", ["min_interactions=1", "vocab_size=300"])
+    with pytest.raises(DataError, match=r"^[0-9]+ of the folder's items are image atlases .* min_inter"):
+        optimum_report(PreparedFolder.at(tmp_path / "data"), tmp_path / "raw")
+    prepare("kuaisar", tmp_path / "raw", tmp_path / "five", ["vocab_size=300", "num_negatives=20"])
+    assert optimum_report(PreparedFolder.at(tmp_path / "five"), tmp_path / "raw")["src"]["ndcg@10"] > 0.5
