@@ -89,10 +89,16 @@ class Work:
             self._con = None
 
     def stage(self, name: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The result of `run` (a JSON object), from the last attempt if that one finished this stage."""
+        """The result of `run` (a JSON object), from the last attempt if that one finished this stage. Raises
+        KeyboardInterrupt also where Ctrl-C meets a query."""
         if name not in self._stages["done"]:
             self.progress(name, 0, 0)
-            result = run()
+            try:
+                result = run()
+            except RuntimeError as error:
+                if str(error) == "Query interrupted":  # duckdb's own word for it
+                    raise KeyboardInterrupt from error
+                raise
             if self._con is not None:
                 self._con.execute("CHECKPOINT")
             self._stages["done"][name] = json.loads(json.dumps(result))

@@ -17,6 +17,7 @@ from trainer.cli.base import (
     next_steps,
     note,
     quoted,
+    resumable,
     stage_lines,
     verb,
 )
@@ -116,7 +117,8 @@ def prepare(
     from data_shards.prepare import prepare as run
     from data_shards.steps import difference_table, removed_table
 
-    facts = run(source, raw, out, overrides or [], progress=stage_lines(), append=append).raw
+    with resumable():
+        facts = run(source, raw, out, overrides or [], progress=stage_lines(), append=append).raw
     counts = facts["counts"]
     lines = [
         f"  {split:<6} {counts[split]['rec']:>12,} recommendation {counts[split]['src']:>12,} search"

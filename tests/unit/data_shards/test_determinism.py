@@ -1,15 +1,23 @@
 """Same input, seed and version → same bytes: whatever the threads, the order of rows, or interruptions."""
 
 import hashlib
+import os
 import random
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
 
 from data_shards.prepare import prepare
+from data_shards.work import Work
 from tests.conftest import SMALL
 from tests.worlds import write_tables
+from trainer.cli import app
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -89,3 +97,22 @@ def test_killed_again_and_again_the_bytes_are_the_same_and_finished_stages_stay(
     prepare("tables", raw, out, SMALL)
     assert digests(out) == digests(prepared)
     assert not out.with_name("out.partial").exists()
+
+
+def test_ctrl_c_in_a_query_ends_the_verb_and_it_resumes(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """duckdb makes a RuntimeError of it."""
+    command = ["prepare", "tables", str(write_tables(tmp_path / "raw")), str(tmp_path / "out"), *SMALL]
+
+    def long_query(work: Work, *rest: Any) -> Any:
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+        return work.scalar("SELECT sum(a.range * b.range) FROM range(200000) a, range(200000) b")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("data_shards.encode.sort_clicks", long_query)
+        stopped = CliRunner().invoke(app, command)
+    assert stopped.exit_code == 75 and "the same command resumes" in stopped.output
+    resumed = CliRunner().invoke(app, command)
+    assert resumed.exit_code == 0, resumed.output
+    assert digests(tmp_path / "out") == digests(prepared)
