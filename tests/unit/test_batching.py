@@ -135,6 +135,29 @@ def test_a_bad_request_fails_alone() -> None:
     assert sizes == [3]
 
 
+def test_what_breaks_a_batch_fails_alone() -> None:
+    def model(requests: Sequence[Any]) -> list[Any]:
+        sizes.append(len(requests))
+        if any(request["cost"] == 13 for request in requests):
+            raise FileNotFoundError("users.parquet")  # what only this request needs
+        return list(requests)
+
+    sizes: list[int] = []
+
+    async def main() -> list[Any]:
+        batcher = Batcher(model, 4, 8, 100, cost=lambda request: 1)
+        batcher.start()
+        work: list[Coroutine[Any, Any, Any]] = [batcher.answer({"cost": cost}) for cost in (1, 13, 2)]
+        try:
+            return await asyncio.gather(*work, return_exceptions=True)
+        finally:
+            await batcher.stop()
+
+    one, broken, two = asyncio.run(main())
+    assert (one, str(broken), two) == ({"cost": 1}, "users.parquet", {"cost": 2})
+    assert sizes == [3, 1, 1, 1]
+
+
 @pytest.mark.parametrize(
     ("request_", "expected"),
     [

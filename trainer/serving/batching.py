@@ -132,10 +132,13 @@ class Batcher:
         return batch
 
     def _answer_batch(self, requests: Sequence[Request]) -> Sequence[Answer | Exception]:
-        """A bug fails every request of its batch; a bad request fails alone."""
+        """What fails all of them (a bug, data that are gone, memory) may be the fault of one: each is then
+        asked alone."""
         try:
             answers = self._answer_all(requests)
             assert len(answers) == len(requests), (len(answers), len(requests))
             return answers
         except Exception as error:
-            return [error] * len(requests)
+            if len(requests) == 1:
+                return [error]
+            return [self._answer_batch([request])[0] for request in requests]
