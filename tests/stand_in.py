@@ -9,7 +9,7 @@ from threading import Event
 from typing import Any
 
 from trainer.errors import RequestError
-from trainer.serving.app import Limits, Options, open_access_log, run
+from trainer.serving.app import Options, make_app, open_access_log, run
 from trainer.serving.server import ConnectionLimits, bind
 from trainer.serving.users import NoUsers
 
@@ -72,7 +72,8 @@ def main() -> None:
 
     options = Options(access_log=open_access_log(given.access_log))
     connections = ConnectionLimits(receive_s=given.receive_s, send_s=given.send_s)
-    run(StandIn(), bound, Limits(), options, on_ready, connections)  # type: ignore[arg-type]
+    app = make_app(StandIn(), options=options)  # type: ignore[arg-type]
+    run(app, bound, on_ready=on_ready, connections=connections)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """A service that follows an alias, in front of stand-ins: what is taken, what is refused, what is said.
 tests/integration/test_follow.py has a real registry."""
 
+import gc
 import logging
+import weakref
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +14,7 @@ from typer.testing import CliRunner
 
 from tests.stand_in import StandIn
 from trainer.cli import app as cli
+from trainer.cli.serving import serve_model
 from trainer.errors import ConfigError, EnvironmentProblem
 from trainer.serving import follow as module
 from trainer.serving.app import make_app
@@ -89,6 +92,27 @@ def test_a_newer_version_answers_from_the_next_batch_on(
     assert answers(live) == 1
 
 
+def test_clicks_that_are_asked_for_are_read_before_it_answers(
+    registry: Registry, live: Live, follower: Follower
+) -> None:
+    read: list[int] = []
+    newer = version(2)
+    newer.users = SimpleNamespace(reason="", are_read=False, read=lambda: read.append(answers(live)))
+    registry.champion, registry.versions[2] = 2, newer
+    follower.look()
+    assert (read, answers(live)) == ([], 2)  # nobody has asked version 1 for a user
+    registry.champion = 1
+    follower.look()
+    read_before: Any = SimpleNamespace(reason="", are_read=True)
+    live.recommender.users = read_before
+    registry.champion = 2
+    follower.look()
+    assert (read, answers(live)) == ([1], 2)
+    newer.users.are_read, registry.champion, registry.versions[3] = True, 3, version(3)
+    follower.look()  # its folder is not here
+    assert answers(live) == 3
+
+
 def broken() -> Any:
     def bug(requests: Sequence[Any]) -> Any:
         raise KeyError("/etc/secret")
@@ -151,6 +175,20 @@ def test_health_and_the_model_are_those_of_the_version_that_answers(registry: Re
         health = client.get("/health")
         assert (health.status_code, "secret" in health.text) == (200, False)
         assert client.post("/search", json={"query": "a"}).json()["model"]["version"] == 2
+
+
+def test_the_first_version_does_not_stay_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def serve(app: Any, *_: Any) -> None:
+        first = weakref.ref(app.state.live.recommender)
+        app.state.live.replace(version(2))
+        gc.collect()
+        freed.append(first() is None)
+
+    freed: list[bool] = []
+    monkeypatch.setattr("trainer.registry.store.open_model", lambda *_, **__: version(1))
+    monkeypatch.setattr("trainer.serving.app.serve", serve)
+    serve_model(MODEL, 0, "", "sqlite:///none.db", follow_s=60.0)
+    assert freed == [True]
 
 
 @pytest.mark.parametrize("model", ["runs/one", "models:/m/1", "models:/m", "models:/m@a@b/c"])

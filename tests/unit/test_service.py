@@ -387,7 +387,7 @@ def test_a_browser_in_the_terminal_does_not_hold_up_the_service(
         ended.set()
 
     def run(*given: Any, **_: Any) -> None:
-        given[4]()  # on_ready
+        given[3]()  # on_ready
         assert opened.wait(10) and not ended.is_set()
 
     monkeypatch.setattr("webbrowser.open", browser)

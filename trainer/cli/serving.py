@@ -359,16 +359,23 @@ def serve_model(
     stage_lines()
     waiting_for("loading PyTorch and the model")
     from trainer.registry.store import open_model
-    from trainer.serving.app import Limits, Options, open_access_log, run
+    from trainer.serving.app import Limits, Options, make_app, open_access_log, run
     from trainer.serving.systems import compared_systems
 
     shown = Options(**(options or {}), access_log=open_access_log(access_log))
     if shown.warning:
         note(shown.warning)
+    taken_on = Limits(**(limits or {}))
     load = partial(open_model, model, uri, data, notify=note, retriever=retriever)
-    recommender = load()
-    models = [(name, open_model(name, uri, data, notify=note)) for name in compare]
-    others = compared_systems(models, recommender.users if with_counted else None)
+
+    def loaded() -> Any:
+        """The application; nothing else here holds its model, which goes when a newer one takes its place."""
+        recommender = load()
+        models = [(name, open_model(name, uri, data, notify=note)) for name in compare]
+        others = compared_systems(models, recommender.users if with_counted else None)
+        follow = _follow(model, uri, follow_s, load) if follow_s else None
+        return make_app(recommender, taken_on, shown, others, follow)
+
     url = f"http://{f'[{shown.host}]' if ':' in shown.host else shown.host}:{bound.getsockname()[1]}/"
 
     def is_up() -> None:
@@ -377,8 +384,7 @@ def serve_model(
             # a browser in the terminal ends with its last page: the service has to answer meanwhile
             threading.Thread(target=open_page, args=(url,), daemon=True).start()
 
-    follow = _follow(model, uri, follow_s, load) if follow_s else None
-    run(recommender, bound, Limits(**(limits or {})), shown, is_up, others=others, follow=follow)
+    run(loaded(), bound, taken_on, is_up)
 
 
 def _follow(model: str, uri: str, every_s: float, load: Callable[[], Any]) -> Any:

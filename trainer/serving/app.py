@@ -177,17 +177,13 @@ def make_app(
 
 
 def run(
-    recommender: Recommender,
+    app: FastAPI,
     bound: socket.socket,
     limits: Limits = Limits(),
-    options: Options = Options(),
     on_ready: Callable[[], None] = lambda: None,
     connections: ConnectionLimits | None = None,
-    others: Sequence[System] = (),
-    follow: Follow | None = None,
 ) -> None:
-    """Serve on a socket of bind() until a signal; what was taken is answered."""
-    app = make_app(recommender, limits, options, others, follow)
+    """Serve what make_app() made on a socket of bind() until a signal; what was taken is answered."""
     batcher, metrics = app.state.batcher, app.state.live.metrics
     serve(app, bound, batcher, connections or ConnectionLimits(), limits.timeout_s, metrics.closed, on_ready)
 

@@ -65,6 +65,8 @@ class Follower:
         try:
             recommender = self._follow.open()
             ask_once(recommender)
+            if self._live.recommender.users.are_read:  # else the requests would wait for it
+                recommender.users.read()
         except Exception as error:  # a damaged file has errors of every library
             self._failed, self._failed_at = number, time.monotonic()
             self._live.metrics.model_refused()

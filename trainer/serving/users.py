@@ -51,10 +51,11 @@ def read_clicks(folder: PreparedFolder) -> ClickLog:
 class Users:
     """Every user's clicks in a prepared folder, all splits. Read when first asked for: 16 bytes a click.
 
-    reason: why their histories are not known; "" where they are (see NoUsers).
+    reason: why their histories are not known; "" where they are (see NoUsers). are_read: whether somebody has
+    asked.
     """
 
-    reason = ""
+    reason, are_read = "", False
 
     def __init__(self, folder: PreparedFolder) -> None:
         self.folder = folder
@@ -76,8 +77,7 @@ class Users:
 
     def row(self, user_id: Any, where: str = "user") -> int:
         """The user's row in the users table. Raises RequestError for an unknown user."""
-        if not self._row_of:
-            self._read()
+        self.read()
         if id_text(user_id) not in self._row_of:
             raise RequestError(
                 f"{where}: user {user_id!r} is not in the training data. Give a history instead"
@@ -90,8 +90,7 @@ class Users:
 
     def some(self, count: int) -> list[str]:
         """The first `count` users with at least one click."""
-        if not self._row_of:
-            self._read()
+        self.read()
         clicked = (
             user_id for user_id, row in self._row_of.items() if self._starts[row] < self._starts[row + 1]
         )
@@ -107,8 +106,7 @@ class Users:
 
     def popular(self, count: int) -> np.ndarray:
         """Rows of the `count` items with the most clicks in all histories, the most clicked first."""
-        if not self._row_of:
-            self._read()
+        self.read()
         counts = np.bincount(self._columns[0])
         order = np.argsort(-counts, kind="stable")[:count]
         return order[counts[order] > 0]
@@ -124,10 +122,12 @@ class Users:
             self._frequent_queries = [texts[int(row)] for row in order if counts[row]]
         return self._frequent_queries[:count]
 
-    def _read(self) -> None:
+    def read(self) -> None:
+        """Read the clicks, unless they are."""
         with self._reading:  # who comes meanwhile waits, and does not read it again
-            if not self._row_of:
+            if not self.are_read:
                 self._read_clicks()
+                self.are_read = True
 
     def _read_clicks(self) -> None:
         clicks = read_clicks(self.folder)
@@ -146,6 +146,9 @@ class NoUsers(Users):
 
     def __init__(self, reason: str) -> None:
         self.reason = reason
+
+    def read(self) -> None:
+        """There is nothing to read."""
 
     def row(self, user_id: Any, where: str = "user") -> int:
         raise RequestError(f"{where}: {self.reason}")
