@@ -162,7 +162,7 @@ def _run(work: Work, source: Source, settings: PrepareSettings, base: Base | Non
         if settings.split == "stored"
         else {}
     )
-    split = work.stage("split", lambda: _split(work, settings))
+    split = work.stage("split", lambda: _split(work, settings, base is not None))
     work.stage("histories", lambda: _histories(work, settings, read["stored"]))
     work.stage("impressions", lambda: impressions.attach_shown(work, settings, kept["num_users"]))
     columns = _event_columns(work)
@@ -231,7 +231,7 @@ def _user_chunks(work: Work, stage: str) -> Iterator[tuple[int, int]]:
         work.progress(stage, stop, len(user))
 
 
-def _split(work: Work, settings: PrepareSettings) -> dict[str, Any]:
+def _split(work: Work, settings: PrepareSettings, appends: bool) -> dict[str, Any]:
     """Stage: column split. → rule, boundaries, counts of each split and task, fingerprint."""
     columns = {name: work.column(name, dtype) for name, dtype in encode.EVENT_DTYPES.items()}
     boundaries = (0, 0)
@@ -262,7 +262,7 @@ def _split(work: Work, settings: PrepareSettings) -> dict[str, Any]:
     work.write_columns(chunks(), {"split": "i1"})
     sizes = {name: int(counts[code].sum()) for code, name in enumerate(SPLITS)}
     hint = _outlier_hint(work, settings) if settings.split == "time" and not all(sizes.values()) else ""
-    check_split(sizes, settings.split, hint)
+    check_split(sizes, settings.split, hint, appends)
     return {
         "rule": settings.split,
         "boundaries": describe_boundaries(boundaries) if settings.split == "time" else {},

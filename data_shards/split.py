@@ -63,17 +63,22 @@ def iso(time_ms: int) -> str:
     return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def check_split(counts: dict[str, int], rule: str, hint: str = "") -> None:
-    """Raises DataError when a split is empty. hint: what may have caused it."""
+def check_split(counts: dict[str, int], rule: str, hint: str = "", appends: bool = False) -> None:
+    """Raises DataError when a split is empty. hint: what may have caused it. appends: the log goes on
+    from a prepared folder."""
     empty = [name for name, count in counts.items() if count == 0]
     if empty:
         if rule == "stored":
             raise DataError(f"the {' and '.join(empty)} split has no event ({counts}): its files are empty.")
-        fix = (
-            "the log must span more days than test_days + valid_days. Remove clicks with a wrong date, or "
-            "use split=leave_one_out"
-            if rule == "time"
-            else "users need three clicks at different times"
-        )
+        fix = "users need three clicks at different times"
+        if rule == "time":
+            fix = (
+                "clicks are needed on the last test_days days, on the valid_days before them, and before "
+                "those. Remove clicks with a wrong date, or "
+            ) + (
+                "after a day without clicks append those of two days at once, in one folder"
+                if appends
+                else "use split=leave_one_out"
+            )
         told = f" {hint}:" if hint else ""
         raise DataError(f"the {' and '.join(empty)} split has no event ({counts}).{told} {fix}.")

@@ -183,6 +183,19 @@ def test_a_log_that_holds_old_clicks_again_counts_them_once(tmp_path: Path) -> N
     }
 
 
+def test_after_a_day_without_clicks_two_days_are_appended_at_once(tmp_path: Path) -> None:
+    raw = write_tables(tmp_path / "raw", users=30, items=80)
+    cut(raw, START_MS + 5 * DAY_MS, tmp_path / "old", tmp_path / "rest")
+    cut(tmp_path / "rest", START_MS + 6 * DAY_MS, tmp_path / "lost", tmp_path / "two", items_again=True)
+    cut(tmp_path / "two", START_MS + 7 * DAY_MS, tmp_path / "one", tmp_path / "last", items_again=True)
+    prepare("tables", tmp_path / "old", tmp_path / "base", FAST)
+    with pytest.raises(DataError, match="append those of two days at once") as refused:
+        prepare("tables", tmp_path / "one", tmp_path / "out", FAST, append=tmp_path / "base")
+    assert "leave_one_out" not in str(refused.value)
+    whole = prepare("tables", tmp_path / "two", tmp_path / "out", FAST, append=tmp_path / "base")
+    assert whole.num_events("valid") and whole.num_events("test")
+
+
 def test_an_item_that_is_described_again_has_its_new_text(tmp_path: Path) -> None:
     raw = write_tables(tmp_path / "raw", users=12, items=60, days=4)
     cut(raw, START_MS + 3 * DAY_MS, tmp_path / "first", tmp_path / "rest", items_again=True)

@@ -146,7 +146,8 @@ class Day:
         try:
             run_gensr(step.arguments, log, launch)
         except GensrError as error:
-            raise RunError(f"{self.name}: {error}. All that it said: {log}") from error
+            said = str(error).removesuffix(".")
+            raise RunError(f"{self.name}: {said}. All that it said: {log}") from error
 
     def command(self, step: Step) -> str:
         """To copy."""
