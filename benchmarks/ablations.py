@@ -20,6 +20,7 @@ from trainer.analysis.figures import read_records
 from trainer.analysis.significance import seed_interval
 from trainer.bench.data import hardware
 from trainer.configs import load_config
+from trainer.evaluation.bootstrap import ANY
 from trainer.evaluation.summary import short, signed
 from trainer.experiments.cells import Cell, run_cells
 from trainer.experiments.pool import interruptible
@@ -65,7 +66,7 @@ def half_interval(values: np.ndarray) -> float:
     """Of the mean, 95 %, t distribution; nan for one value."""
     if len(values) < 2:
         return float("nan")
-    found = seed_interval(values.tolist())
+    found = seed_interval(values.tolist(), ANY)
     return (found.high - found.low) / 2
 
 

@@ -896,7 +896,7 @@ METRIC = [
         METRICS,
     ),
     mutant("tie rate counts every event", RANKS, "(num_tied > 1)", "(num_tied > 0)", METRICS),
-    mutant("interval of 90 %", RANKS, "[0.025, 0.975]", "[0.05, 0.95]", METRICS, PAIRED),
+    mutant("interval of 90 %", BOOTSTRAP, "[0.025, 0.975]", "[0.05, 0.95]", METRICS, PAIRED),
     mutant(
         "the bootstrap resamples events",
         BOOTSTRAP,

@@ -28,7 +28,7 @@ from trainer.experiments import submit as jobs
 from trainer.experiments.cells import Cell
 from trainer.experiments.table import results, run, tuning
 from trainer.experiments.table.plan import Request, make_plan
-from trainer.experiments.table.render import csv_text, html, markdown
+from trainer.experiments.table.render import csv_text, html, markdown, value_cell
 from trainer.experiments.table.submission import plan_submission
 from trainer.experiments.verbs import VerbFailed
 from trainer.models.zoo import model_class, model_names
@@ -361,6 +361,12 @@ def compare_task(done: dict[str, list[Cell]], kind: str) -> tuple[int, dict[str,
         for name, of_model in done.items()
     }
     return results.compare_task(values, "rec")
+
+
+def test_half_an_interval_that_ends_at_one_is_its_longer_side() -> None:
+    assert value_cell({"value": 0.95, "low": 0.6, "high": 1.0}) == ".950 ± .350"
+    assert value_cell({"value": 0.5, "low": 0.45, "high": 0.55}) == ".500 ± .050"
+    assert value_cell({"value": 0.5, "low": None, "high": None}) == ".500"
 
 
 def test_values_are_those_of_the_events_that_every_run_ranked(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from trainer.errors import DataError
-from trainer.evaluation.bootstrap import mean_interval
+from trainer.evaluation.bootstrap import UNIT, mean_interval
 
 NUM_BINS = 10
 
@@ -67,5 +67,5 @@ def _rows(p: NDArray[np.float64], num_bins: int) -> list[NDArray[np.int64]]:
 
 
 def _bin(p: NDArray[np.float64], y: NDArray[np.float64], users: NDArray[np.generic]) -> Bin:
-    found = mean_interval(y, users)
+    found = mean_interval(y, users, UNIT)
     return Bin(float(p.mean()), found.value, found.low, found.high, len(p))

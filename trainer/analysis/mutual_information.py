@@ -40,7 +40,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
 from trainer.errors import DataError
-from trainer.evaluation.bootstrap import cluster_means
+from trainer.evaluation.bootstrap import ANY, cluster_means, interval_ends
 
 NUM_SHUFFLES = 8  # pairs of the marginals for each held-out sample
 MAX_CANDIDATES = 2048  # N of InfoNCE on the held-out samples
@@ -202,8 +202,9 @@ def _estimate(
                 terms.append(bound.terms(x[held_out], y[held_out]))
             values.append(float(kind.value(terms[-1].mean(0))))
     best = int(np.argmax(scores))  # chosen without a look at the held-out samples
-    resampled = kind.value(cluster_means(terms[best], owners[held_out.cpu().numpy()], seed=seed))
-    low, high = np.quantile(resampled, [0.025, 0.975])
+    apart = owners[held_out.cpu().numpy()]
+    resampled = kind.value(cluster_means(terms[best], apart, seed=seed))
+    low, high = interval_ends(np.float64(values[best]), resampled, len(np.unique(apart)), ANY)
     return Estimate(
         value=values[best],
         low=float(low),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from trainer.analysis.mutual_information import Estimate, as_columns, check_samples, standardised
 from trainer.errors import DataError
-from trainer.evaluation.bootstrap import mean_interval
+from trainer.evaluation.bootstrap import ANY, mean_interval
 
 NUM_NEIGHBOURS = 3  # as the authors suggest: 2 to 4
 JITTER = 1e-8  # in units of a column's deviation: parts equal values, too small to matter otherwise
@@ -78,7 +78,7 @@ def ross(
 
 
 def _estimate(name: str, terms: Floats, owners: NDArray[np.generic], ceiling: float, seed: int) -> Estimate:
-    interval = mean_interval(terms, owners, seed=seed)
+    interval = mean_interval(terms, owners, ANY, seed=seed)
     return Estimate(interval.value, interval.low, interval.high, name, len(terms), ceiling)
 
 

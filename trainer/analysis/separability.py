@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 
 from trainer.analysis.significance import seed_interval
+from trainer.evaluation.bootstrap import ANY
 
 NUM_DIMS = 10
 SLOPE = 2.0  # ‖θ*‖: two Gaussian classes that far apart, in deviations; the best classifier errs on 16 %
@@ -129,8 +130,8 @@ def separability(
 def _row(world: str, paradigm: str, samples: Sequence[Sample], test: Sample) -> SeparabilityRow:
     truth = SLOPE * np.eye(test[0].shape[1])[0]
     fits = [PARADIGMS[paradigm](x, y) for x, y in samples]
-    error = seed_interval([float(np.linalg.norm(theta - truth)) / SLOPE for theta, _ in fits])
-    information = seed_interval([_information(*test, theta, intercept) for theta, intercept in fits])
+    error = seed_interval([float(np.linalg.norm(theta - truth)) / SLOPE for theta, _ in fits], ANY)
+    information = seed_interval([_information(*test, theta, intercept) for theta, intercept in fits], ANY)
     return SeparabilityRow(
         world=world,
         paradigm=paradigm,

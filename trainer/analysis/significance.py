@@ -25,11 +25,11 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     return {name: adjusted[name] for name in p_values}
 
 
-def seed_interval(values: Sequence[float]) -> Interval:
+def seed_interval(values: Sequence[float], within: tuple[float, float]) -> Interval:
     """Mean over runs that differ in their seed alone, with the 95 % t interval of that mean.
 
-    It says how well the mean is known, not how far a single run may lie from it. Raises DataError for fewer
-    than two runs.
+    It says how well the mean is known, not how far a single run may lie from it. `within`: what a value can
+    be; an end beyond it is moved there. Raises DataError for fewer than two runs.
     """
     from scipy import stats  # seconds; a plan of runs needs none
 
@@ -37,4 +37,5 @@ def seed_interval(values: Sequence[float]) -> Interval:
         raise DataError(f"{len(values)} run(s) have no interval over seeds: train at least two seeds")
     runs = np.asarray(values, dtype=np.float64)
     half = float(stats.t.ppf(0.975, len(runs) - 1) * runs.std(ddof=1) / np.sqrt(len(runs)))
-    return Interval(float(runs.mean()), float(runs.mean()) - half, float(runs.mean()) + half)
+    mean = float(runs.mean())
+    return Interval(mean, max(mean - half, within[0]), min(mean + half, within[1]))

@@ -3,6 +3,10 @@
 Events of one user are alike, so they carry less information than as many independent events. Resampling
 events hides that and gives intervals that are too narrow. The cluster bootstrap resamples whole users with
 all their events (Davison & Hinkley 1997, section 3.8; Field & Welsh 2007).
+
+Resamples of n users vary by √((n − 1) / n) too little, and a percentile interval of them is as narrow as if
+their variance were known (Hesterberg 2015). Both ends are moved away from the mean by what a t interval has
+over that: they are 1.58 times as far for 5 users, 1.06 for 30, 1.002 for 1,000.
 """
 
 from dataclasses import dataclass
@@ -13,6 +17,9 @@ from numpy.typing import ArrayLike, NDArray
 from trainer.errors import DataError
 
 NUM_RESAMPLES = 1000
+UNIT = (0.0, 1.0)  # where metrics and shares lie
+ANY = (-np.inf, np.inf)
+_NORMAL = 1.959963984540054  # the normal distribution's 97.5 % quantile
 ROUNDING = 1e-12  # of a mean difference: what sums of equal metrics in another order leave of 0
 _MAX_DRAWS_AT_ONCE = 4_000_000  # int64 held at once: 32 MB
 
@@ -68,27 +75,53 @@ def cluster_means(
     return means[:, 0] if values.ndim == 1 else means
 
 
+def interval_ends(
+    value: Floats, resampled: Floats, num_users: int, within: tuple[float, float]
+) -> tuple[Floats, Floats]:
+    """value [M] of the sample and resampled [R, M] of resamples of its users → both ends of the 95 % interval
+    [M]. `within`: what the value can be; all of it is the interval of one user, which says nothing."""
+    from scipy.special import stdtrit  # half a second; most commands make no interval
+
+    low, high = np.quantile(resampled, [0.025, 0.975], axis=0)
+    if num_users < 2:
+        return np.full_like(low, within[0]), np.full_like(high, within[1])
+    stretch = np.sqrt(num_users / (num_users - 1)) * stdtrit(num_users - 1, 0.975) / _NORMAL
+    return np.clip(value + stretch * (low - value), *within), np.clip(
+        value + stretch * (high - value), *within
+    )
+
+
 def mean_interval(
-    values: ArrayLike, users: ArrayLike, num_resamples: int = NUM_RESAMPLES, seed: int = 0
+    values: ArrayLike,
+    users: ArrayLike,
+    within: tuple[float, float],
+    num_resamples: int = NUM_RESAMPLES,
+    seed: int = 0,
 ) -> Interval:
-    """Mean of values [n] over events, with the percentile interval of the bootstrap over users [n]."""
-    return mean_intervals(np.asarray(values, dtype=np.float64)[:, None], users, num_resamples, seed)[0]
+    """Mean of values [n] over events, with the interval of the bootstrap over users [n] (interval_ends)."""
+    columns = np.asarray(values, dtype=np.float64)[:, None]
+    return mean_intervals(columns, users, within, num_resamples, seed)[0]
 
 
 def mean_intervals(
-    values: ArrayLike, users: ArrayLike, num_resamples: int = NUM_RESAMPLES, seed: int = 0
+    values: ArrayLike,
+    users: ArrayLike,
+    within: tuple[float, float],
+    num_resamples: int = NUM_RESAMPLES,
+    seed: int = 0,
 ) -> list[Interval]:
     """mean_interval() of each column of values [n, M], all on the same resamples of users [n]."""
     columns = np.asarray(values, dtype=np.float64)
-    low, high = np.quantile(cluster_means(columns, users, num_resamples, seed), [0.025, 0.975], axis=0)
-    means = (float(columns[:, i].mean()) for i in range(columns.shape[1]))
-    return [Interval(mean, float(low[i]), float(high[i])) for i, mean in enumerate(means)]
+    means, num_users = columns.mean(axis=0), len(np.unique(np.asarray(users)))
+    low, high = interval_ends(means, cluster_means(columns, users, num_resamples, seed), num_users, within)
+    return [Interval(*map(float, ends)) for ends in zip(means, low, high, strict=True)]
 
 
 def paired_difference(
     a: ArrayLike, b: ArrayLike, users: ArrayLike, num_resamples: int = NUM_RESAMPLES, seed: int = 0
 ) -> Difference:
-    """Does b differ from a on the same events? a, b and users [n], in the same order of events.
+    """Does b differ from a on the same events? Metrics a and b between 0 and 1 and users [n], in the same
+    order of events.
 
     The p-value is twice the smaller share of resamples on either side of 0, where both shares count the
     observed sample once (Davison & Hinkley 1997, section 4.2), so it is never 0. Resamples of a few users
@@ -105,9 +138,9 @@ def paired_differences(
     """paired_difference() of each column of a and b [n, M], all on the same resamples of users [n]."""
     gain = np.asarray(b, dtype=np.float64) - np.asarray(a, dtype=np.float64)
     means = cluster_means(gain, users, num_resamples, seed)
-    low, high = np.quantile(means, [0.025, 0.975], axis=0)
-    smaller = np.minimum((means <= ROUNDING).sum(axis=0), (means >= -ROUNDING).sum(axis=0))
     num_users = len(np.unique(np.asarray(users)))
+    low, high = interval_ends(gain.mean(axis=0), means, num_users, (-1.0, 1.0))
+    smaller = np.minimum((means <= ROUNDING).sum(axis=0), (means >= -ROUNDING).sum(axis=0))
     tossed = 2.0 ** (1 - num_users)
     return [
         Difference(

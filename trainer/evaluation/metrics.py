@@ -16,7 +16,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from trainer.evaluation.bootstrap import NUM_RESAMPLES, cluster_means
+from trainer.evaluation.bootstrap import NUM_RESAMPLES, UNIT, mean_intervals
 
 CUTOFFS = (5, 10, 20)
 METRICS = (*(f"recall@{k}" for k in CUTOFFS), *(f"ndcg@{k}" for k in CUTOFFS), "mrr", "mrr@10")
@@ -78,18 +78,18 @@ def metric_values(ranks: Tensor, num_tied: Tensor) -> Tensor:
 
 
 def summarise(ranks: Tensor, num_tied: Tensor, users: ArrayLike, seed: int = 0) -> dict[str, Any]:
-    """Means over events, with 95 % intervals (users resampled, percentiles 2.5 and 97.5).
+    """Means over events, with 95 % intervals (mean_intervals).
 
     → {"recall@5": …, "mrr": …, "num_events": n, "num_users": …, "tie_rate": share of events with a tie,
     "ci95": {metric: [low, high]}}. ranks [n] float64, num_tied [n] int64, users [n], n ≥ 1.
     """
     assert len(ranks) == len(num_tied) > 0
     values = metric_values(ranks, num_tied).numpy()
-    low, high = np.quantile(cluster_means(values, users, seed=seed), [0.025, 0.975], axis=0)
+    found = dict(zip(METRICS, mean_intervals(values, users, UNIT, seed=seed), strict=True))
     return {
-        **{name: float(mean) for name, mean in zip(METRICS, values.mean(axis=0), strict=True)},
+        **{name: interval.value for name, interval in found.items()},
         "num_events": len(ranks),
         "num_users": len(np.unique(np.asarray(users))),
         "tie_rate": float((num_tied > 1).double().mean()),
-        "ci95": {name: [float(low[i]), float(high[i])] for i, name in enumerate(METRICS)},
+        "ci95": {name: [interval.low, interval.high] for name, interval in found.items()},
     }

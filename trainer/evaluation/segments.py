@@ -16,7 +16,7 @@ from data_shards.negatives import sorted_unique
 from data_shards.schema import NO_QUERY, TASKS
 from trainer.data.blocks import read_blocks, to_numpy
 from trainer.data.folder import PreparedFolder
-from trainer.evaluation.bootstrap import mean_interval
+from trainer.evaluation.bootstrap import UNIT, mean_interval
 from trainer.evaluation.metrics import METRICS
 from trainer.evaluation.ranking import EventRanks
 
@@ -107,7 +107,7 @@ def segment_reports(ranks: EventRanks, segments: Mapping[str, np.ndarray]) -> di
                 mine = (ranks.task == code) & (buckets == bucket)
                 if not mine.any():
                     continue
-                found = mean_interval(values[mine], ranks.user[mine])
+                found = mean_interval(values[mine], ranks.user[mine], UNIT)
                 reports.setdefault(task, {}).setdefault(name, {})[bucket] = {
                     "num_events": int(mine.sum()),
                     "num_users": len(np.unique(ranks.user[mine])),

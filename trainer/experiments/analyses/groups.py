@@ -14,7 +14,7 @@ from data_shards.secrets import masked
 from data_shards.settings import flatten, to_dict
 from trainer.analysis.significance import seed_interval
 from trainer.errors import RunError
-from trainer.evaluation.bootstrap import mean_intervals
+from trainer.evaluation.bootstrap import UNIT, mean_intervals
 from trainer.evaluation.metrics import FIGURES
 from trainer.evaluation.paired import comparable, read_stored
 from trainer.evaluation.summary import evaluation_name
@@ -100,9 +100,9 @@ def _summary(seeds: Sequence[Values]) -> dict[str, dict[str, Any]]:
     """By metric."""
     means = [[float(values.metrics[:, column].mean()) for values in seeds] for column in range(len(FIGURES))]
     if len(seeds) > 1:
-        intervals, kind = [seed_interval(of_metric) for of_metric in means], "seeds"
+        intervals, kind = [seed_interval(of_metric, UNIT) for of_metric in means], "seeds"
     else:
-        intervals, kind = mean_intervals(seeds[0].metrics, seeds[0].users), "users"
+        intervals, kind = mean_intervals(seeds[0].metrics, seeds[0].users, UNIT), "users"
     return {
         metric: {"value": i.value, "low": i.low, "high": i.high, "seeds": of_metric, "interval": kind}
         for metric, i, of_metric in zip(FIGURES, intervals, means, strict=True)

@@ -24,7 +24,7 @@ from trainer.analysis.mutual_information import MIN_SAMPLES, Estimate, info_nce,
 from trainer.analysis.mutual_information_knn import ksg, ross
 from trainer.analysis.pages import Picture, Section, Table, Text
 from trainer.analysis.vectors import Vectors, load_vectors
-from trainer.evaluation.bootstrap import cluster_means
+from trainer.evaluation.bootstrap import cluster_means, interval_ends
 from trainer.experiments.analyses.options import (
     EVENTS,
     TASK_TITLES,
@@ -103,8 +103,9 @@ def answer_information(probability: NDArray[Any], users: NDArray[Any], seed: int
     def value(means: NDArray[Any]) -> NDArray[Any]:
         return _entropy(means[..., 0]) - means[..., 1]
 
-    low, high = np.quantile(value(cluster_means(terms, users, seed=seed)), [0.025, 0.975])
-    return Estimate(float(value(terms.mean(0))), float(low), float(high), "plug_in", len(p), float(np.log(2)))
+    found, resampled = value(terms.mean(0)), value(cluster_means(terms, users, seed=seed))
+    low, high = interval_ends(found, resampled, len(np.unique(users)), (0.0, np.log(2)))
+    return Estimate(float(found), float(low), float(high), "plug_in", len(p), float(np.log(2)))
 
 
 def _entropy(p: NDArray[Any]) -> NDArray[Any]:

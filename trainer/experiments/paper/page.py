@@ -11,7 +11,7 @@ from trainer.evaluation.summary import TASK_TITLES, metric_title, short, signed
 from trainer.experiments.analyses import ANALYSES, load_section
 from trainer.experiments.paper.budget import of_seeds
 from trainer.experiments.paper.plan import PaperPlan
-from trainer.experiments.table.render import CANDIDATE_TITLES, blocks
+from trainer.experiments.table.render import CANDIDATE_TITLES, blocks, value_cell
 from trainer.runs.run_folder import RunFolder, read_json
 
 METRICS = ("recall@5", "recall@10", "ndcg@5", "ndcg@10")  # of the paper's tables
@@ -122,8 +122,7 @@ def _results(table: Mapping[str, Any], kind: str, task: str, rows: Sequence[Mapp
         cells = [row["title"]]
         for metric in METRICS:
             found = result[metric]
-            half = "" if found["low"] is None else f" ± {short((found['high'] - found['low']) / 2)}"
-            cells.append(short(found["value"]) + half)
+            cells.append(value_cell(found))
             if published:
                 cells.append(paper_cell(found, paper.get(metric)))
         against = result.get("against")

@@ -104,7 +104,7 @@ def _markdown_block(document: Mapping[str, Any], kind: str, task: str, rows: Seq
     ]
     for row in rows:
         result = row["results"][kind][task]
-        cells = [row["title"], *(_value(result[name]) for name in metrics)]
+        cells = [row["title"], *(value_cell(result[name]) for name in metrics)]
         if published:
             number = row["published"].get(task, {}).get("ndcg@10")
             cells.append(short(number) if number is not None else "")
@@ -118,9 +118,10 @@ def _markdown_block(document: Mapping[str, Any], kind: str, task: str, rows: Seq
     return lines
 
 
-def _value(result: Mapping[str, Any]) -> str:
-    half = f" ± {short((result['high'] - result['low']) / 2)}" if result["high"] is not None else ""
-    return short(result["value"]) + half
+def value_cell(result: Mapping[str, Any]) -> str:
+    """`.512 ± .013`: half of the t interval is the longer side, as the other may end at 0 or 1."""
+    value, low, high = result["value"], result["low"], result["high"]
+    return short(value) + ("" if high is None else f" ± {short(max(high - value, value - low))}")
 
 
 def _against(difference: Mapping[str, Any] | None) -> str:

@@ -24,7 +24,7 @@ from data_shards.settings import flatten, parse_yaml, read_yaml
 from trainer.analysis.figures import read_records
 from trainer.analysis.significance import holm, seed_interval
 from trainer.errors import RunError
-from trainer.evaluation.bootstrap import NUM_RESAMPLES, paired_differences
+from trainer.evaluation.bootstrap import NUM_RESAMPLES, UNIT, paired_differences
 from trainer.evaluation.metrics import FIGURES, METRICS, metric_values
 from trainer.evaluation.optimum import TITLE, read_optimum
 from trainer.evaluation.stored import read_ranks_file
@@ -284,7 +284,7 @@ def _over_seeds(seeds: Sequence[Values]) -> dict[str, Any]:
         values = [float(value) for value in means[:, column]]
         summary[metric] = {"value": float(np.mean(values)), "low": None, "high": None, "seeds": values}
         if len(values) > 1:
-            interval = seed_interval(values)
+            interval = seed_interval(values, UNIT)
             summary[metric] |= {"low": interval.low, "high": interval.high}
     return summary
 
