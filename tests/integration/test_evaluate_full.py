@@ -11,12 +11,15 @@ import torch
 
 from data_shards.schema import SPLITS, read_manifest
 from tests.runs import make_run
+from trainer.analysis.report.asked import ask
 from trainer.data import EvalStream
 from trainer.errors import RunError
 from trainer.evaluation import full as module
 from trainer.evaluation.full import evaluate_full
 from trainer.evaluation.summary import full_lines, protocol_line
+from trainer.models.gensr.model import GenSR
 from trainer.runs.weights import load_run_model
+from trainer.serving.recommend import Recommender
 
 NUM_EVENTS = 24
 
@@ -113,6 +116,24 @@ def test_what_retrieval_misses_counts_nothing(
         assert few[task]["retrieval"]["recall@3"] <= few[task]["retrieval"]["recall@5"]
         assert few[task]["mrr"] <= few[task]["recall@5"]
     assert np.isinf(ranks).any()
+
+
+def test_a_nan_score_is_an_error_and_no_answer(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a largest value, it would be the first of every list."""
+    monkeypatch.setattr(GenSR, "score", lambda self, batch: torch.full(batch.candidates.shape, torch.nan))
+    with pytest.raises(RunError, match=r"GenSR gives NaN as the score of .* of event \d+,"):
+        evaluate_full(run_dir, max_events=NUM_EVENTS, with_baselines=False)
+    with pytest.raises(RunError, match=r"GenSR gives NaN as the score of .* of event \d+,"):
+        ask(run_dir, NUM_EVENTS)
+    recommender = Recommender.from_run(run_dir)
+    request = {"history": [{"item_id": "i3", "task": "rec"}], "task": "rec"}
+    with pytest.raises(RunError, match="GenSR gives NaN as a score for request 1"):
+        recommender.recommend(request)
+    with pytest.raises(RunError, match="GenSR gives NaN as a score for request 1"):
+        recommender.score([request | {"candidates": ["i1"]}])
+    parsed = recommender.scorer.parse(request, "", needs_candidates=False)
+    with pytest.raises(RunError, match="GenSR gives NaN as a score for the request"):
+        recommender.scorer.score_catalogue(parsed)
 
 
 def test_what_the_user_clicked_before_is_left_out(run_dir: Path) -> None:

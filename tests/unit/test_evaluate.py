@@ -4,6 +4,7 @@ candidates."""
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -57,7 +58,11 @@ def item_id_scorer(batch: Batch) -> torch.Tensor:
 def stand_in(score) -> SimpleNamespace:
     """What evaluation asks of a model."""
     return SimpleNamespace(
-        score=score, prepare=lambda batch: batch, beams=lambda catalogue=False: None, tasks=(REC, SRC)
+        title="stand-in",
+        score=score,
+        prepare=lambda batch: batch,
+        beams=lambda catalogue=False: None,
+        tasks=(REC, SRC),
     )
 
 
@@ -106,14 +111,19 @@ def test_a_repeated_or_lost_event_is_noticed(folder, manifest):
         rank_events(item_id_scorer, short)
 
 
-def test_nan_scores_are_counted_and_rank_last(folder, manifest):
-    def broken(batch: Batch) -> torch.Tensor:
-        return torch.where(batch.labels > 0, torch.nan, item_id_scorer(batch))
+def test_a_nan_score_is_an_error_that_names_the_model_and_the_event(folder, manifest):
+    sound = rank_events(item_id_scorer, stream_of(folder, manifest)).event_id
 
-    ranks = rank_events(broken, stream_of(folder, manifest))
-    assert (ranks.rank == 100).all()
-    reports = task_reports(ranks)
-    assert reports["rec"]["num_nan_scores"] + reports["src"]["num_nan_scores"] == 40
+    def broken(batch: Batch, wrong: tuple[int, ...]) -> torch.Tensor:
+        chosen = torch.isin(batch.event_id, torch.tensor(wrong))[:, None]
+        return item_id_scorer(batch).masked_fill(chosen & (torch.arange(100) > 97), torch.nan)
+
+    wrong = (int(sound[9]), int(sound[3]))
+    named = rf"BM25 gives NaN as the score of 2 candidate.* of event {sound[3]}, and so in 2 of 40 events"
+    for rank in (rank_events, validate):
+        with pytest.raises(RunError, match=named):
+            rank(partial(broken, wrong=wrong), stream_of(folder, manifest), model="BM25")
+    rank_events(partial(broken, wrong=(-1,)), stream_of(folder, manifest))  # fillers, which are no events
 
 
 def test_what_beams_reach_is_reported(folder, manifest):

@@ -35,6 +35,7 @@ from trainer.evaluation.ranking import (
     autocast_scorer,
     rank_events,
     ranks_of,
+    refuse_nan,
 )
 from trainer.evaluation.sampled import report, task_reports, write_evaluation
 from trainer.evaluation.segments import segment_reports, segments_of
@@ -209,7 +210,9 @@ def rank_retrieved(
         tops.append(top_items(scores_BC, candidates_BC))
         if progress is not None:
             progress(number, len(stream))
-    return Ranked(EventRanks.concatenate(parts), np.concatenate(tops)), np.array(places)
+    ranks = EventRanks.concatenate(parts)
+    refuse_nan(model.title, ranks.event_id, ranks.num_nan)
+    return Ranked(ranks, np.concatenate(tops)), np.array(places)
 
 
 def read_by(retriever: Retriever | None, stream: EvalStream) -> Iterable[Batch | None]:
@@ -321,7 +324,8 @@ def rank_everything(
         return scores_BI
 
     events = whole_catalogue(stream, model.world.num_items, model.tasks)
-    return Ranked(rank_events(without_seen, events, progress=progress), np.concatenate(tops))
+    ranks = rank_events(without_seen, events, progress=progress, model=model.title)
+    return Ranked(ranks, np.concatenate(tops))
 
 
 def whole_catalogue(stream: EvalStream, num_items: int, tasks: tuple[int, ...]) -> Iterator[Batch]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from data_shards.schema import TASKS
 from trainer.batch import Batch
 from trainer.data import prefetched
+from trainer.errors import RunError
 from trainer.evaluation.metrics import METRICS, expected_ranks, metric_values
 from trainer.models.contract import UNREACHED, Ranker
 from trainer.runtime.device import autocast
@@ -35,7 +36,7 @@ class EventRanks:
     item: np.ndarray  # int64, the clicked item
     rank: np.ndarray  # float64, expected rank among the candidates, 1 = first, inf = not among them
     num_tied: np.ndarray  # int64, candidates with the clicked item's score, itself among them: 1 = no tie
-    num_nan: np.ndarray  # int64, candidates scored NaN (they rank last)
+    num_nan: np.ndarray  # int64, candidates scored NaN, which refuse_nan() does not let pass
     share_reached: np.ndarray  # float64, of the candidates: 1 unless a model decodes (Ranker.beams)
 
     def take(self, index: np.ndarray) -> "EventRanks":
@@ -67,11 +68,12 @@ def rank_events(
     gather: GatherObjects | None = None,
     progress: CountProgress | None = None,
     task: int | None = None,
+    model: str = "the model",
 ) -> EventRanks:
     """Score and rank this rank's batches, then gather all ranks' rows. Filler rows (event_id −1) are dropped.
 
-    `task`: score the events of one task only. Every rank returns the same. Asserts that no event is lost or
-    seen twice.
+    `task`: score the events of one task only. model: its name in messages. Every rank returns the same, or
+    raises the RunError of refuse_nan(). Asserts that no event is lost or seen twice.
     """
     parts: list[EventRanks] = []
     num_skipped = 0
@@ -95,7 +97,20 @@ def rank_events(
     expected = getattr(stream, "num_events", None)
     num_seen = len(ranks.event_id) + sum(skipped for _, skipped in gathered)
     assert expected is None or num_seen == expected, f"{num_seen} of {expected} events were evaluated"
+    refuse_nan(model, ranks.event_id, ranks.num_nan)
     return ranks
+
+
+def refuse_nan(model: str, event_id: np.ndarray, num_nan: np.ndarray) -> None:
+    """Raises RunError where some of num_nan [n] is above 0, naming the first such event of event_id [n]: a
+    NaN is above and below nothing, so whatever place it gets, the metrics are not the model's."""
+    bad = np.flatnonzero(num_nan)
+    if len(bad):
+        raise RunError(
+            f"{model} gives NaN as the score of {num_nan[bad[0]]:,} candidate(s) of event "
+            f"{event_id[bad[0]]}, and so in {len(bad):,} of {len(event_id):,} events: these cannot be "
+            "ranked. Its weights or its arithmetic overflow: try run.precision=fp32 or a smaller optim.lr"
+        )
 
 
 def _rank_batch(scorer: ScoreFunction, batch: Batch) -> EventRanks:
@@ -132,12 +147,13 @@ def validate(
     stream: Iterable[Batch],
     gather: GatherObjects | None = None,
     progress: CountProgress | None = None,
+    model: str = "the model",
 ) -> dict[str, float]:
     """Metrics during training, without intervals: {"rec/ndcg@10": …, "src/recall@5": …, "mean/mrr": …}.
 
-    A task without events is left out; mean is over the tasks present.
+    A task without events is left out; mean is over the tasks present. Raises as rank_events().
     """
-    ranks = rank_events(scorer, stream, gather, progress)
+    ranks = rank_events(scorer, stream, gather, progress, model=model)
     means = {
         name: ranks.of_task(task).metric_values().mean(0)
         for task, name in enumerate(TASKS)

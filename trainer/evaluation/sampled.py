@@ -64,7 +64,6 @@ def task_reports(ranks: EventRanks, num_beams: int | None = None) -> dict[str, d
             reports[name] = summarise(
                 torch.from_numpy(chosen.rank), torch.from_numpy(chosen.num_tied), chosen.user, BOOTSTRAP_SEED
             )
-            reports[name]["num_nan_scores"] = int(chosen.num_nan.sum())
             if num_beams is not None:
                 reports[name]["share_reached"] = float(chosen.share_reached.mean())
     return reports
@@ -169,7 +168,12 @@ def baseline_reports(
 
     def measure(name: str, baseline: Ranker) -> dict[str, Any]:
         ranks = rank_events(
-            baseline.score, stream, gather, partial(report_stage, name), task=baseline.tasks[0]
+            baseline.score,
+            stream,
+            gather,
+            partial(report_stage, name),
+            task=baseline.tasks[0],
+            model=name,
         )
         return task_reports(ranks)
 
@@ -221,7 +225,8 @@ def evaluate_run(
         )
         gather = gather_over_group if launch.world_size > 1 else None
         started = time.monotonic()
-        ranks = rank_events(autocast_scorer(model, device, config.run.precision), stream, gather, progress)
+        scorer = autocast_scorer(model, device, config.run.precision)
+        ranks = rank_events(scorer, stream, gather, progress, model=model.title)
         seconds = time.monotonic() - started
         baselines = None
         if with_baselines:

@@ -120,6 +120,7 @@ class Retriever:
             if self.retrieval is None:
                 scores_BI = model.score_catalogue(events).float().cpu().clone()
                 for scores_I, place in zip(scores_BI, places, strict=True):
+                    self.scorer.refuse_nan(scores_I, f"event {int(batch.event_id[place])}")
                     found[place] = _best_known(scores_I, num_items, exclude[place])
                 return found
             asked = questions_of(model, self.retrieval, events, whole.take(served).to(model.device))

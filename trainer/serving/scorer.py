@@ -16,6 +16,7 @@ from torch import Tensor
 
 from data_shards.schema import NO_QUERY
 from trainer.batch import Batch
+from trainer.errors import RunError
 from trainer.models.contract import Ranker, View
 from trainer.runs.run_folder import RunFolder
 from trainer.runs.weights import load_model, load_run_model
@@ -107,13 +108,21 @@ class Scorer:
         for units in self._batches(parsed):
             for (number, candidates), row in zip(units, self._score_units(parsed, units), strict=True):
                 scores[number] += row[: len(candidates)]
+        for number, of_request in enumerate(scores, start=1):
+            self.refuse_nan(torch.tensor(of_request), f"request {number}")
         return scores
 
     def score_catalogue(self, parsed: ParsedRequest) -> Tensor:
         """Scores of all items for one request, [num_items] float32 on the CPU: for the order only."""
         with self._asking([parsed], [[]]) as batch:
             scores_I = self.model.score_catalogue(batch)[0].float().cpu()
+        self.refuse_nan(scores_I, "the request")
         return scores_I.clone()  # behind inference mode: the caller may change it
+
+    def refuse_nan(self, scores: Tensor, asked: str) -> None:
+        """Raises RunError where one of the scores is NaN, which sorting would put first. asked: by whom."""
+        if bool(scores.isnan().any()):
+            raise RunError(f"{self.model.title} gives NaN as a score for {asked}: it cannot be ranked")
 
     def explain(self, parsed: ParsedRequest) -> dict[str, list[list[float]]]:
         """What the model reads of the history for each candidate, by view: [candidates][newest history_max

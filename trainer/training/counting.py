@@ -50,7 +50,7 @@ def count(config: Config, folder: PreparedFolder, accelerator: Any) -> tuple[dic
         tasks=model.tasks,
     )
     score = autocast_scorer(model, str(accelerator.device), config.run.precision)
-    metrics = validate(score, valid, lambda rows: gather_objects(accelerator, rows))
+    metrics = validate(score, valid, lambda rows: gather_objects(accelerator, rows), model=model.title)
     best = plan.selected(config, metrics)
     seconds = time.monotonic() - started
     where = devices(accelerator)

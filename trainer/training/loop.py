@@ -264,6 +264,7 @@ def validate_now(run: Run, stop: StopSignal) -> bool:
             run.valid,
             lambda rows: gather_objects(run.accelerator, rows),
             partial(run.console.doing, "validating"),
+            run.module.title,
         )
     run.model.train()
     run.console.doing("training")

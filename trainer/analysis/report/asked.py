@@ -14,6 +14,7 @@ from trainer.batch import Batch
 from trainer.data import EvalStream
 from trainer.data.folder import PreparedFolder
 from trainer.evaluation.metrics import expected_ranks
+from trainer.evaluation.ranking import refuse_nan
 from trainer.models.contract import Ranker, clicked_only
 from trainer.runtime.device import autocast, default_device
 
@@ -83,6 +84,8 @@ def _ask(model: Ranker, folder: PreparedFolder, stream: EvalStream, num_negative
     candidates = torch.cat([batch.candidates for batch in batches])
     labels = torch.cat([batch.labels for batch in batches])
     scores, probabilities = torch.cat(parts, 1)
+    events = torch.cat([batch.event_id for batch in batches])
+    refuse_nan(model.title, events.numpy(), scores.isnan().sum(1).numpy())
     users = torch.cat([batch.user for batch in batches])
     num_negatives = min(num_negatives, labels.shape[1] - 1)
     clicked = labels.argmax(1, keepdim=True)
