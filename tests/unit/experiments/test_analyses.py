@@ -23,6 +23,7 @@ from trainer.errors import DataError, RunError
 from trainer.experiments.analyses import Options, analyse, gradients, load_section, sensitivity
 from trainer.experiments.analyses.ablations import label
 from trainer.experiments.analyses.gradients import block_of
+from trainer.experiments.analyses.groups import grouped
 from trainer.experiments.analyses.mutual_information import answer_information
 from trainer.experiments.analyses.options import titled
 from trainer.models.contract import clicked_only
@@ -179,6 +180,23 @@ def test_ablations_group_seeds_and_test_differences(run_dir: Path, tmp_path: Pat
     section = load_section("ablations", tmp_path / "out")
     assert section is not None and section.title.startswith("Ablations")
     assert load_section("transfer", tmp_path / "out") is None
+
+
+def test_seeds_of_two_stages_are_one_group(run_dir: Path, tmp_path: Path) -> None:
+    """A second stage begins with the first one of its own seed, so run.init_from differs as the seed does."""
+    first = [{"run.seed": seed, "optim.lr": lr} for lr in (0.1, 0.2) for seed in range(2)]
+    firsts = copies(run_dir, tmp_path / "first", *first)
+    second = [
+        {"run.seed": number % 2, "run.init_from": str(one)} for number, one in enumerate([*firsts, "gone"])
+    ]
+    runs = copies(run_dir, tmp_path / "second", *second)
+    groups = [[run.name for run in group.runs] for group in grouped(runs)]
+    assert groups == [["run-0", "run-1"], ["run-2", "run-3"], ["run-4"]]
+    assert [group.settings for group in grouped(runs)] == [
+        {"run.init_from": str(one)} for one in (firsts[0], firsts[2], "gone")
+    ]
+    with pytest.raises(RunError, match="the same seed twice"):
+        grouped([*runs, *copies(run_dir, tmp_path / "again", second[0])])
 
 
 def test_one_seed_says_that_its_interval_is_over_users(run_dir: Path, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Finished runs by their settings: runs that differ in their seed alone are one group. Values of a group are
 means over its seeds; groups are compared event by event on the same test events."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -45,8 +45,11 @@ def grouped(runs: Sequence[Path], candidates: str = "sampled") -> list[Group]:
     group, or runs did not rank the same candidates of the same events."""
     name = evaluation_name(SPLIT, candidates)
     comparable([read_stored(run, name, str(run)) for run in runs])
-    # Older files lack newer settings; treat a missing key as its default.
-    settings = [flatten(masked(to_dict(RunFolder(run).read_config()))) for run in runs]
+    settings = [_settings(run) for run in runs]
+    seeds_of = [(of_run["run.seed"], of_run["run.init_from"]) for of_run in settings]
+    begun: dict[Hashable, str] = {}  # the first run of each kind that others began with stands for its seeds
+    for of_run in settings:
+        of_run["run.init_from"] = begun.setdefault(_learned(of_run["run.init_from"]), of_run["run.init_from"])
     keys = sorted({key for of_run in settings for key in of_run if not _is_apart(key)})
     differing = [key for key in keys if len({str(of_run.get(key)) for of_run in settings}) > 1]
     found: dict[str, list[int]] = {}
@@ -54,13 +57,30 @@ def grouped(runs: Sequence[Path], candidates: str = "sampled") -> list[Group]:
         found.setdefault(str([of_run.get(key) for key in differing]), []).append(number)
     groups = []
     for numbers in found.values():
-        seeds = [settings[number].get("run.seed") for number in numbers]
+        seeds = [seeds_of[number] for number in numbers]
         if len(set(seeds)) < len(seeds):
             names = ", ".join(str(runs[number]) for number in numbers)
             raise RunError(f"{names}: the same settings and the same seed twice. Leave one out")
         chosen = {key: settings[numbers[0]].get(key) for key in differing}
         groups.append(Group(tuple(runs[number] for number in numbers), chosen))
     return groups
+
+
+def _settings(run: str | Path) -> dict[str, Any]:
+    """Older files lack newer settings; a missing key is its default."""
+    return dict(flatten(masked(to_dict(RunFolder(run).read_config()))))
+
+
+def _learned(run: str) -> Hashable:
+    """What a run learned from, but for its seed: its settings and those of the run that it began with. Its
+    name where it is not here."""
+    if not run or not RunFolder(run).config.is_file():
+        return run
+    return tuple(
+        (key, _learned(value) if key == "run.init_from" else str(value))
+        for key, value in _settings(run).items()
+        if not _is_apart(key)
+    )
 
 
 def _is_apart(key: str) -> bool:
