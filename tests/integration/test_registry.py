@@ -1,6 +1,7 @@
 """From a run folder to a registered version that scores alone: same scores, no pickle, clear refusals."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -446,7 +447,7 @@ def test_a_registration_that_was_killed_is_completed(
             with pytest.raises(KeyboardInterrupt):
                 register(run_dir, "gensr-test", "killed")
         left = versions()
-        number = register(run_dir, "gensr-test", "killed")
+        number = register(os.path.relpath(run_dir), "gensr-test", "killed")  # the same run
         assert left == versions() and number == left[-1]
         assert int(client.get_model_version_by_alias("gensr-test", "killed").version) == number
         assert client.get_model_version("gensr-test", str(number)).tags["user"] == "ada"
@@ -463,6 +464,28 @@ def test_a_registration_that_was_killed_is_completed(
     evaluation.write_text(before.replace("40", "41"))
     assert register(run_dir, "gensr-test", "killed") == number + 3  # the run has another evaluation now
     evaluation.write_text(before)
+
+
+def test_a_kill_before_there_is_a_version_leaves_no_second_run(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run trained without tracking gets its MLflow run when it is registered."""
+    shutil.copytree(run_dir, tmp_path / "run")
+    (tmp_path / "run" / "registry.json").unlink(missing_ok=True)
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("trainer.registry.versions.collect_artifacts", killed)
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                register(tmp_path / "run", "late")
+    register(tmp_path / "run", "late")
+    client = connect(registry_of(tmp_path / "run"))
+    (run,) = client.search_runs([one.experiment_id for one in client.search_experiments()])
+    assert run.info.status == "FINISHED"
+    assert client.get_model_version_by_alias("late", "candidate").run_id == run.info.run_id
 
 
 def test_a_version_in_another_registry_is_none_of_this(run_dir: Path, version: int, tmp_path: Path) -> None:

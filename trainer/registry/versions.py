@@ -65,6 +65,7 @@ from trainer.tracking.store import connect, is_server, log_figures, open_experim
 MAX_NAME = 256  # characters that every database of MLflow takes
 # between the run's scores and the registered version's, after a float32 round trip
 MAX_SCORE_DIFFERENCE = 1e-4
+CONTENT_TAG = "gensr.content"  # of an MLflow run that was made to register: _content_of() the version
 NUM_LOOKED_AT = 10  # newest versions, for one that a killed registration has left
 
 
@@ -211,9 +212,12 @@ def _predict(model: str, uri: str, requests: list[dict[str, Any]]) -> list[list[
 
 
 def _content_of(run_dir: Path, facts: dict[str, Any]) -> str:
-    """sha256 of what a version of this run would be."""
+    """sha256 of what a version of this run would be, from wherever its folders are named."""
     weights = file_sha256(RunFolder(run_dir).model / WEIGHTS)
-    return hashlib.sha256(json.dumps([weights, facts], sort_keys=True).encode()).hexdigest()
+    named: dict[str, Any] = {"run": str(run_dir.resolve())}
+    if RETRIEVER in facts:
+        named[RETRIEVER] = {**facts[RETRIEVER], "run": str(Path(facts[RETRIEVER]["run"]).resolve())}
+    return hashlib.sha256(json.dumps([weights, facts | named], sort_keys=True).encode()).hexdigest()
 
 
 def _left_by_a_kill(client: Any, run_dir: Path, name: str, content: str, uri: str) -> tuple[int, str] | None:
@@ -253,8 +257,11 @@ def _log_model(
     run_id = _run_id(run_dir, client)
     if not run_id:  # trained with tracking.enabled=false
         experiment_id = open_experiment(client, uri, config.tracking.experiment, run_dir)
+        left = client.search_runs([experiment_id], f"tags.`{CONTENT_TAG}` = '{content}'", max_results=1)
         tags = about_run(config, RunFolder(run_dir).read_environment(), folder.manifest)
-        run_id = client.create_run(experiment_id, run_name=run_dir.name, tags=tags).info.run_id
+        made = {**tags, CONTENT_TAG: content}  # found again if this process is killed before the version is
+        run = left[0] if left else client.create_run(experiment_id, run_name=run_dir.name, tags=made)
+        run_id = run.info.run_id
     status = client.get_run(run_id).info.status
     with tempfile.TemporaryDirectory(prefix="gensr-register-") as temporary:
         folders = collect_artifacts(Path(temporary), run_dir, name, folder, scorer, retriever, facts)
