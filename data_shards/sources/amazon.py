@@ -193,23 +193,36 @@ def _pair_events(
 
 
 def _json_object(path: Path) -> dict[str, Any]:
-    """A file that is one JSON object; its keys are ids, as UTF-8 can hold them."""
+    """A file that is one JSON object; its keys are ids, as UTF-8 can hold them, without white space at their
+    edges."""
     document = parse_json(path.read_bytes().removeprefix(b"\xef\xbb\xbf"), str(path))
     if not isinstance(document, dict) or not document:
         raise DataError(
             f"{path}: must be a JSON object with at least one entry, got {type(document).__name__}"
         )
-    return {storable(key): value for key, value in document.items()}
+    found: dict[str, Any] = {}
+    for key, value in document.items():
+        name = _id_text(key, "")
+        if name in found:
+            raise DataError(f"{path}: two entries have the id {name!r} but for white space. Join them")
+        found[name] = value
+    return found
 
 
 def _id_text(value: Any, where: str) -> str:
-    """An id as text; whole numbers are what a table program makes of numeric ones. Raises DataError for any
-    other type."""
+    """An id as text without white space at its edges; whole numbers are what a table program makes of numeric
+    ones. Raises DataError for any other type."""
     if isinstance(value, float) and value.is_integer() and abs(value) <= 2**53:
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise DataError(f"{where} must be text or an integer, got {value!r:.60}")
-    return storable(str(value))
+    return storable(str(value)).strip()
+
+
+def _field_id(record: dict[str, Any], field: str, where: str) -> str:
+    """_id_text() of a field; "" where there is none."""
+    value = record.get(field)
+    return "" if value is None else _id_text(value, f"{where}: {field}")
 
 
 def _id_converter(keys: list[str]) -> type[int] | type[str]:
@@ -235,7 +248,6 @@ def _read_release(work: Work, reviews: Path, meta: Path, settings: PrepareSettin
 
 def _review_rows(path: Path, work: Work, dropped: Counter[str]) -> Iterator[dict[str, Any]]:
     for number, record in read_records(path):
-        user, item = record.get("reviewerID"), record.get("asin")
         if number % ROWS == 0:
             work.progress("read", number, 0)
         where = f"{path}:row {number}"
@@ -244,11 +256,10 @@ def _review_rows(path: Path, work: Work, dropped: Counter[str]) -> Iterator[dict
             dropped["review without a time"] += 1
         elif time >= LATEST_MS:
             dropped["time after 2099 (in milliseconds? it must be seconds)"] += 1
-        elif user in (None, "") or item in (None, ""):
-            dropped["review without a user or an item"] += 1
-        else:
-            user, item = _id_text(user, f"{where}: reviewerID"), _id_text(item, f"{where}: asin")
+        elif (user := _field_id(record, "reviewerID", where)) and (item := _field_id(record, "asin", where)):
             yield {"user_id": user, "item_id": item, "time": time}
+        else:
+            dropped["review without a user or an item"] += 1
 
 
 def _milliseconds(seconds: Any, where: str) -> int | None:
@@ -268,10 +279,10 @@ def _meta_rows(
 ) -> Iterator[dict[str, Any]]:
     for number, record in read_records(path):
         where = f"{path}:row {number}"
-        if record.get("asin") in (None, ""):
+        item = _field_id(record, "asin", where)
+        if not item:
             dropped["metadata without an item"] += 1
             continue
-        item = _id_text(record["asin"], f"{where}: asin")
         yield _item_row(item, record.get("title"), levels.split(_category_path(record), where), text_order)
 
 

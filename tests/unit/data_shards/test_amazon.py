@@ -269,6 +269,27 @@ def test_ids_as_numbers_and_times_as_text_are_the_same_log(tmp_path: Path) -> No
     assert first.fingerprint == prepare("amazon", as_text, tmp_path / "out2", SETTINGS).fingerprint
 
 
+def test_white_space_around_an_id_is_no_part_of_it(tmp_path: Path) -> None:
+    def spaced(row: dict[str, Any]) -> dict[str, Any]:
+        return row | {key: f" {row[key]}\t" for key in ("reviewerID", "asin") if key in row}
+
+    plain = prepare("amazon", release(tmp_path / "plain", dict), tmp_path / "out1", SETTINGS)
+    raw = release(tmp_path / "spaced", spaced, dict)
+    with gzip.open(raw / "Kindle_5.json.gz", "at") as file:
+        file.write(json.dumps({**reviews()[0], "reviewerID": " "}) + "\n")
+    found = prepare("amazon", raw, tmp_path / "out2", SETTINGS)
+    assert found.fingerprint == plain.fingerprint
+    assert found.raw["dropped"]["review without a user or an item"] == 1
+    kinds = ["Root,Kind"] * 10
+    bought = {" 0": [" 0", "1 ", 2, 3], "1": [1, 2, 3, 4], "2": [2, 3, 4, 5], "3": [3, 4, 5, 6]}
+    found = prepare("amazon", write_pair(tmp_path / "pair", kinds, bought), tmp_path / "out3", SETTINGS)
+    plain = prepare("amazon", write_pair(tmp_path / "pair2", kinds), tmp_path / "out4", SETTINGS)
+    assert found.fingerprint == plain.fingerprint
+    twice = write_pair(tmp_path / "twice", kinds, bought | {"0": [1]})
+    with pytest.raises(DataError, match=r"X\.inter\.json: two entries have the id '0' but for white space"):
+        prepare("amazon", twice, tmp_path / "out5", SETTINGS)
+
+
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
