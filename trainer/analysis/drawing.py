@@ -161,6 +161,8 @@ def curves_with_intervals(
         for axes, curves in zip(panels, metrics.values(), strict=True):
             if log_x:
                 axes.set_xscale("log")
+            elif all(float(x).is_integer() for curve in curves for x in curve.x):  # steps, say: no half ones
+                axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
             axes.set_xlabel(xlabel)
             axes.grid(True)
             _draw_curves(axes, curves, least_span)

@@ -108,6 +108,15 @@ def test_curves_carry_points_bands_and_names():
     assert [names[name].get_color() for name in names] == [line.get_color() for line in axes.lines]
 
 
+@pytest.mark.parametrize("steps", [[1], [1, 2], [5, 10], [0, 3]])
+def test_whole_numbers_have_ticks_at_whole_numbers(steps: list[int]) -> None:
+    """A picture of a short run shows no step 1.2."""
+    (axes,) = panels(curves_with_intervals({"loss": [Curve("a", steps, steps)]}, "step"))
+    assert all(float(tick).is_integer() for tick in axes.get_xticks())
+    (axes,) = panels(curves_with_intervals({"m": [Curve("a", [0.1, 2.0], [1, 2])]}, "τ"))
+    assert not all(float(tick).is_integer() for tick in axes.get_xticks())
+
+
 def test_what_is_nearly_constant_looks_so():
     (axes,) = panels(curves_with_intervals({"m": [Curve("a", [1, 2], [0.5, 0.501])]}, "step", least_span=0.2))
     bottom, top = axes.get_ylim()
