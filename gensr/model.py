@@ -177,7 +177,9 @@ class Model:
         import pandas as pd
 
         from trainer.errors import RequestError
+        from trainer.serving.requests import is_absent
 
+        user = None if is_absent(user) else user
         if user is not None and history is not None:
             raise RequestError("user and history both say whose history it is: give one of them")
         if user is None and history is None and asked["task"] == "rec":

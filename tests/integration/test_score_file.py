@@ -2,6 +2,7 @@
 nothing is overwritten."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +190,12 @@ def test_bad_request_files_are_named(tmp_path: Path, text: str | None, message: 
         path.write_text(text)
     with pytest.raises(RequestError, match=message):
         [*range(count_requests(path)), *read_requests(path)]
+
+
+def test_a_pipe_is_named(tmp_path: Path) -> None:
+    os.mkfifo(pipe := tmp_path / "requests")
+    with pytest.raises(RequestError, match="is a pipe"):
+        count_requests(pipe)
 
 
 @pytest.mark.parametrize("line", ['{"a": ' + "[" * 100_000, '{"task": "src", "query": "\\ud800"}'])

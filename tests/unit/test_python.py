@@ -129,6 +129,7 @@ def test_a_history_that_a_frame_gave_can_be_asked_with(model: gensr.Model) -> No
     ("ask", "message"),
     [
         (lambda model: model.recommend(), "whose recommendations"),
+        (lambda model: model.recommend(user=float("nan")), "whose recommendations"),  # of a frame
         (lambda model: model.recommend(user="u3", history=["i1"]), "one of them"),
         (lambda model: model.recommend(user="nobody"), "nobody"),
         (lambda model: model.score(pd.DataFrame({"user_id": ["u3"]})), "item_id"),

@@ -100,6 +100,8 @@ def part_of(count: int, part: tuple[int, int]) -> tuple[int, int]:
 
 def count_requests(path: Path) -> int:
     """How many requests a file holds. Raises RequestError when there is none, or it cannot be read."""
+    if path.is_fifo():
+        raise RequestError(f"{path} is a pipe, and requests are read twice: write them into a file first")
     count = _parquet(path).metadata.num_rows if path.suffix == ".parquet" else sum(1 for _ in _lines(path))
     if count == 0:
         raise RequestError(f"{path} holds no request: one JSON object a line, or one row of parquet")
