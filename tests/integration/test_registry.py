@@ -309,6 +309,8 @@ def test_version_has_its_facts_and_no_pickle(run_dir: Path, version: int) -> Non
         "code/trainer/serving/scorer.py",
     } <= files
     assert not [name for name in files if "cf_folds" in name or name.endswith(".tar")]
+    example = (folder / "serving_input_example.json").read_text()
+    assert "null" in example and "NaN" not in example  # which JSON has not
     info = mlflow.models.get_model_info(f"models:/gensr-test/{version}")
     assert info.signature.inputs.required_input_names() == ["task"]
     assert {"user_id", "history", "query", "candidates", "k"} <= set(info.signature.inputs.input_names())

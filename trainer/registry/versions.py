@@ -273,7 +273,7 @@ def _log_model(
                     artifacts={key: path.resolve().as_uri() for key, path in folders.items()},
                     code_paths=[str(Path(package.__path__[0])) for package in (trainer, data_shards)],
                     signature=signature(),
-                    input_example=pd.DataFrame(example),
+                    input_example=pd.DataFrame(example, dtype=object),  # None stays null
                     pip_requirements=requirements(),
                     registered_model_name=name,
                     metadata={
