@@ -1,6 +1,7 @@
 """The queue before the model: what is computed together, what is dropped, what is refused."""
 
 import asyncio
+import sys
 import threading
 from collections.abc import Coroutine, Sequence
 from typing import Any
@@ -138,6 +139,7 @@ def test_a_bad_request_fails_alone() -> None:
 def test_what_breaks_a_batch_fails_alone() -> None:
     def model(requests: Sequence[Any]) -> list[Any]:
         sizes.append(len(requests))
+        assert sys.exc_info()[1] is None  # the one before holds its memory no longer
         if any(request["cost"] == 13 for request in requests):
             raise FileNotFoundError("users.parquet")  # what only this request needs
         return list(requests)

@@ -141,4 +141,5 @@ class Batcher:
         except Exception as error:
             if len(requests) == 1:
                 return [error]
-            return [self._answer_batch([request])[0] for request in requests]
+        # behind the error, which holds the memory of what it broke
+        return [self._answer_batch([request])[0] for request in requests]
