@@ -1,5 +1,4 @@
-"""RUN/metrics.jsonl → pictures and a summary. Also what a run records about the code and the machine it ran
-on."""
+"""RUN/metrics.jsonl → pictures and a summary."""
 
 import json
 import math

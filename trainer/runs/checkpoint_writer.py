@@ -165,9 +165,7 @@ class CheckpointWriter:
                 engine.checkpoint_engine = original
         elif accelerator.is_main_process:
             weights = copied(kept_weights(without_ddp(model)))
-            writes.append(
-                (lambda content, path: save_file(content, path), weights, self._partial / "model.safetensors")
-            )
+            writes.append((save_file, weights, self._partial / "model.safetensors"))
             writes.append((torch.save, copied(self._optimizer.state_dict()), self._partial / "optimizer.bin"))
         if self._rows is not None and accelerator.is_main_process:
             writes.append((save_file, copied(self._rows()), self._partial / ROWS))
