@@ -80,14 +80,10 @@ class Window:
     def _refuse(self, wrong: list[bool], last_step: int) -> None:
         """Name the first bad micro-batch of each rank that has one."""
         first_step = last_step - self.num_steps + 1
-        mine = (
-            (
-                first_step + wrong.index(True) // self._grad_accum_steps,
-                self._event_ids[wrong.index(True)].tolist(),
-            )
-            if any(wrong)
-            else (0, [])
-        )
+        mine: tuple[int, list[int]] = (0, [])
+        if any(wrong):
+            place = wrong.index(True)
+            mine = first_step + place // self._grad_accum_steps, self._event_ids[place].tolist()
         places = [
             f"step {step}, rank {rank}, event ids {shown(ids)}"
             for rank, (step, ids) in enumerate(gather_objects(self._accelerator, mine))
