@@ -10,7 +10,7 @@ from data_shards.hashing import mix64, uniform_below
 from data_shards.schema import REC, SRC, TASKS
 from trainer.batch import Batch
 from trainer.config import DataConfig
-from trainer.data.blocks import Rows, decode, read_blocks, searches_of, to_batch
+from trainer.data.blocks import Rows, decode, read_blocks, to_batch
 from trainer.data.folder import PreparedFolder
 from trainer.errors import DataError
 
@@ -88,12 +88,6 @@ class EvalStream:
         """A column of the evaluated events of all ranks, in order."""
         values = self.folder.columns(self.split, [name])[name]
         return values if self._chosen is None else values[self._chosen]
-
-    def tasks_present(self) -> set[int]:
-        """Tasks of which the split holds events."""
-        searches = sum(sum(searches_of(self.folder.path, shard)) for shard in self.shards)
-        others = sum(shard.num_events for shard in self.shards) - searches
-        return {task for task, number in ((REC, others), (SRC, searches)) if number}
 
     def __iter__(self) -> Iterator[Batch]:
         if self._chosen is not None and self._kept is None:

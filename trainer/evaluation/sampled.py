@@ -177,7 +177,7 @@ def baseline_reports(
         )
         return task_reports(ranks)
 
-    return each_baseline(folder, stream.tasks_present(), measure)
+    return each_baseline(folder, set(folder.tasks(split)), measure)
 
 
 # ---- the verb ----------------------------------------------------------------------------------------------
