@@ -109,10 +109,13 @@ def prepare(
     try:
         return _publish(target, key, reader, settings, base, progress or (lambda stage, done, total: None))
     except (OSError, MemoryError, duckdb.Error) as error:  # numpy and pyarrow raise the second
+        fix = write_fix(error, "Free space or memory")
+        if isinstance(error, duckdb.OutOfMemoryException):  # of its share: the machine may have more
+            fix = f"Set memory_limit above {settings.memory_limit}, use fewer threads, or free disk space"
         raise unreadable(error, reader.files) or DataError(
-            f"writing {out.name} failed: {error}. {out} is as it was. "
-            f"{write_fix(error, 'Free space or memory')}, then run the same command again: finished stages "
-            f"in {target}.partial are reused (or delete that folder)."
+            f"writing {out.name} failed: {str(error).partition(chr(10))[0]}. {out} is as it was. {fix}, then "
+            f"run the same command again: finished stages in {target}.partial are reused (or delete that "
+            "folder)."
         ) from error
 
 

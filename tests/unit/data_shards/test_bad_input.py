@@ -351,6 +351,14 @@ def test_too_little_memory_leaves_finished_stages(raw: Path, monkeypatch: pytest
     assert stages[0] == "negatives"
 
 
+def test_a_memory_limit_that_is_too_small_is_the_setting_to_change(raw: Path) -> None:
+    """duckdb adds a list of its own settings, which gensr does not have."""
+    told = r"out failed: Out of Memory Error: .* Set memory_limit above 5MB, use fewer threads, or [^\n]+$"
+    with pytest.raises(DataError, match=told):
+        prepare("tables", raw, raw.parent / "out", (*FAST, "memory_limit=5MB"))
+    prepare("tables", raw, raw.parent / "out", FAST)
+
+
 @pytest.mark.parametrize("stage", ["read", "names"])
 def test_duckdb_without_room_blames_no_raw_file(raw: Path, stage: str) -> None:
     out, stages = raw.parent / "out", []
