@@ -125,11 +125,10 @@ def finish_publishing(out: Path) -> None:
 
 def recover(folder: Path, out: Path) -> None:
     """The same for the holder of the lock."""
-    if not os.path.lexists(out):  # killed between the two renames
+    if os.path.lexists(folder / OLD) and not os.path.lexists(out):  # killed between the two renames
         complete = (folder / TREE / "manifest.json").is_file()
-        if complete or os.path.lexists(folder / OLD):
-            os.rename(folder / (TREE if complete else OLD), out)
-            sync_folder(out.absolute().parent)
+        os.rename(folder / (TREE if complete else OLD), out)
+        sync_folder(out.absolute().parent)
         if complete:
             clear(folder)
     journal = folder / JOURNAL

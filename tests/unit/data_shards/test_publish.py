@@ -71,6 +71,32 @@ def test_a_kill_while_publishing_loses_neither_folder(tmp_path: Path, where: str
     assert all((out / shard.name).stat().st_size == shard.num_bytes for shard in after.shards("train"))
 
 
+@pytest.mark.parametrize("another", [False, True])
+def test_what_is_complete_and_not_published_belongs_to_its_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, another: bool
+) -> None:
+    """Stopped behind the last stage of the first OUT: the same command repeats none, and another one that
+    fails leaves no OUT."""
+    raw, out = write_tables(tmp_path / "raw", users=12, items=60, days=4), tmp_path / "out"
+
+    def stopped(folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepare_module, "sync_folder", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        prepare("tables", raw, out, FAST)
+    monkeypatch.undo()
+    assert (tmp_path / "out.partial" / "out" / "manifest.json").is_file()
+    if another:
+        with pytest.raises(DataError, match="60 negatives cannot be drawn"):
+            prepare("tables", raw, out, [*FAST, "num_negatives=60"])
+        assert not out.exists()
+    else:
+        stages: list[str] = []
+        prepare("tables", raw, out, FAST, progress=lambda stage, done, total: stages.append(stage))
+        assert stages == [] and read_manifest(out).num_negatives == 20
+
+
 def test_a_folder_set_aside_without_a_journal_comes_back(tmp_path: Path) -> None:
     raw, out = write_tables(tmp_path / "raw", users=12, items=60, days=4), tmp_path / "out"
     before = prepare("tables", raw, out, FAST)
