@@ -16,10 +16,11 @@ from tests.unit.test_files import small_disk  # noqa: F401 (a fixture)
 from trainer import cli
 from trainer.config import Config
 from trainer.configs import load_config
+from trainer.data.folder import PreparedFolder
 from trainer.errors import ConfigError, EnvironmentProblem, RunError
 from trainer.experiments.submit import check_folder
+from trainer.runs import agreement, weights
 from trainer.runs import claim as claim_module
-from trainer.runs import weights
 from trainer.runs.claim import holds_run
 from trainer.runtime.files import SECRET_MODE, create
 from trainer.tracking import also
@@ -167,3 +168,31 @@ def test_a_run_folder_that_another_node_does_not_see_is_refused(
     assert [is_seen for is_seen, _ in told] == [True] and not (tmp_path / "run").exists()
     assert not claim_module._appears(tmp_path / "run" / "config.yaml", 0.1)
     assert train(config_of(data, tmp_path / "run")).step == 2
+
+
+def test_processes_that_were_started_in_another_way_are_refused(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Typed on each node, they would train two runs and average their gradients. Where a node keeps its data,
+    and how many hands it has, is its own."""
+    others: list[dict[str, Any]] = [{}, {"run.seed": 7, "prepared folder": "another"}]
+
+    def two_nodes(accelerator: Any, mine: Any) -> list[Any]:
+        return [mine, *(("node2", mine[1] | other) for other in others)]
+
+    monkeypatch.setattr(agreement, "gather_objects", two_nodes)
+    with pytest.raises(RunError, match=r"rank 0 on .* and rank 2 on node2 have") as refused:
+        train(config_of(data, tmp_path / "run"))
+    assert " and another\n" in str(refused.value)
+    assert "\n  run.seed: 0 and 7\n" in str(refused.value)
+    assert not (tmp_path / "run").exists()
+    told: list[Any] = []
+
+    def earlier_ones_too(accelerator: Any, mine: Any) -> list[Any]:
+        told.append(mine)
+        return told
+
+    monkeypatch.setattr(agreement, "gather_objects", earlier_ones_too)
+    for own in ("run.threads=1", "run.threads=2", "data.num_workers=1"):
+        config = config_of(data, tmp_path / own, own)
+        agreement.check_agreement(None, config, PreparedFolder.at(data).manifest)

@@ -23,6 +23,7 @@ from trainer.data import prefetched
 from trainer.data.folder import PreparedFolder
 from trainer.errors import ConfigError, GensrError, RunError, out_of_memory
 from trainer.evaluation.ranking import validate
+from trainer.runs.agreement import check_agreement
 from trainer.runs.checkpoint import listed
 from trainer.runs.claim import claim
 from trainer.runs.run_folder import RunFolder
@@ -86,6 +87,7 @@ def train(
     plan.check_stage(config, launch)
     folder = PreparedFolder.open(config.data)
     accelerator = make_accelerator(config, launch, grad_accum_steps(config, launch.world_size))
+    check_agreement(accelerator, config, folder.manifest)
     with process_group(accelerator), closing(claim(accelerator, config, resume)) as claimed:
         if claimed.finished:
             return _already_finished(config)
