@@ -100,6 +100,11 @@ CASES: dict[str, dict[str, Any]] = {
     # SLURM signals a job some time between 50 and 110 s before its end: at once
     "time limit": {"plan": "until_told finished", "options": ("--time=1", "--signal=B:USR1@50")},
     "scancel": {"plan": "wait finished"},
+    "a site that exports nothing": {"plan": "finished", "options": ("--export=GENSR_ENV,RUN,PLAN",)},
+    "submitted by an array's task": {
+        "plan": "crashed finished",
+        "env": {"SLURM_ARRAY_JOB_ID": "999", "SLURM_ARRAY_TASK_ID": "7"},
+    },
     "no GPU": {"plan": "finished", "site": "GENSR_CPU=0\nnvidia-smi() { return 1; }\n"},
     "launch": {
         "plan": "finished",
@@ -178,6 +183,8 @@ def ended(slurm: cluster.Slurm, work: Path, tmp_path_factory: pytest.TempPathFac
         ("cap", "FAILED", 1),
         ("time limit", "COMPLETED", 1),
         ("scancel", "CANCELLED", 0),
+        ("a site that exports nothing", "COMPLETED", 0),
+        ("submitted by an array's task", "COMPLETED", 1),
         ("no GPU", "FAILED", 0),
     ],
 )

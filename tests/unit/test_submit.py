@@ -285,3 +285,9 @@ def test_options_with_spaces_stay_one_word(plan: Callable[..., Submission], tmp_
     assert "#SBATCH '--comment=two words # and more'" in text
     assert f"#SBATCH '--output={tmp_path}/runs/a b/%x-%j.out'" in text
     assert "#SBATCH --nodes=2" in text
+
+
+def test_a_percent_sign_of_a_folder_is_no_pattern_of_sbatch(plan: Callable[..., Submission]) -> None:
+    """%j would be the job's number: there is no such folder, and the job would fail without a word."""
+    text = plan("run.dir=runs/50%j").jobs[0].text
+    assert "/runs/50%%j/%x-%j.out\n" in text

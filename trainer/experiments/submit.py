@@ -275,7 +275,7 @@ def _name(option: str) -> str:
 
 
 def _output(folder: Path, name: str = "%x-%j") -> str:
-    return f"{folder.resolve()}/{name}.out"
+    return f"{str(folder.resolve()).replace('%', '%%')}/{name}.out"
 
 
 def _site() -> dict[str, str]:
