@@ -170,6 +170,17 @@ def test_a_run_folder_that_another_node_does_not_see_is_refused(
     assert train(config_of(data, tmp_path / "run")).step == 2
 
 
+def test_another_metric_picks_among_its_own_values(data: Path, tmp_path: Path) -> None:
+    """Of the best step so far, too: a recall that no NDCG reaches would keep RUN/model as it is for ever."""
+    run_dir = tmp_path / "run"
+    train(config_of(data, run_dir, "run.select_metric=mean/recall@20"))
+    changed = ["run.max_steps=4", "run.select_metric=mean/ndcg@5"]
+    accepted = "run.accept_changes=run.max_steps,run.select_metric"
+    train(config_of(data, run_dir, *changed, accepted), resume="auto")
+    progress = json.loads((run_dir / "status.json").read_text())["progress"]
+    assert progress["best_value"] == progress["best_metrics"]["mean/ndcg@5"]
+
+
 def test_processes_that_were_started_in_another_way_are_refused(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -89,6 +89,8 @@ def test_frozen_weights_are_not_saved_and_not_missed(accelerator: Accelerator, t
     assert all(torch.equal(one, other) for one, other in zip(module.parameters(), before, strict=True))
     with pytest.raises(RunError, match=r"another model: missing \['weight'\], unexpected \['1\.bias'"):
         checkpoint.put_back(torch.nn.Linear(3, 2, bias=False), checkpoint.whole_weights(path), path)
+    with pytest.raises(RunError, match=r"another model: bias has shape \[2\] there and \[4\] here"):
+        checkpoint.put_back(torch.nn.Linear(3, 4), torch.nn.Linear(3, 2).state_dict(), path)
 
 
 class Counted(torch.nn.Module):

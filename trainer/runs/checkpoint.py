@@ -340,6 +340,11 @@ def without_counted(found: Checkpoint, module: "nn.Module") -> bool:
 
 def put_back(module: "nn.Module", weights: Mapping[str, Tensor], path: Path) -> None:
     """kept_weights() into a model that was built as before. Raises RunError when they are another model's."""
+    here = module.state_dict()
+    for name in sorted(weights.keys() & here.keys()):
+        if weights[name].shape != here[name].shape:
+            shapes = f"{list(weights[name].shape)} there and {list(here[name].shape)} here"
+            raise RunError(f"{path} is of another model: {name} has shape {shapes}")
     fit = module.load_state_dict(weights, strict=False)
     missing = set(fit.missing_keys) & set(kept_weights(module))
     if has_frozen(module) and missing == set(persistent_buffers(module)):

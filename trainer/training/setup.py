@@ -112,6 +112,8 @@ def set_up(
     model, optimizer, rows, progress = prepared(accelerator, module, config, identity, found)
     if found is not None and has_another_length(found, identity):
         progress.validations_without_gain = 0
+    if progress.best_step:  # by another metric (run.accept_changes=run.select_metric), if that picks now
+        progress.best_value = plan.selected(config, progress.best_metrics)
 
     stream, valid = make_streams(config, folder, accelerator, module.tasks, cf, holdout, progress.events_seen)
     identity["left_out"] = sorted(set(_names(folder.manifest.shards("train"))) - set(_names(stream.shards)))
