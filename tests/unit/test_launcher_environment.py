@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from trainer.configs import load_config
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, EnvironmentProblem
 from trainer.runtime.launch import TORCHS_LINEAR, Launch, make_accelerator
 
 STEPS = 2
@@ -43,6 +43,16 @@ def test_variables_that_agree_or_lose_are_fine(monkeypatch: pytest.MonkeyPatch) 
         ACCELERATE_MIXED_PRECISION="fp16",  # the argument wins
     )
     assert accelerator.mixed_precision == "no"  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
+def test_processes_that_cannot_meet_are_told_how(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """mpirun and srun start them; accelerate and torch speak of exporting a variable."""
+    for left in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(left, "")  # accelerate sets some, to be undone
+        monkeypatch.delenv(left)
+    with pytest.raises(EnvironmentProblem, match="Start with accelerate launch or torchrun; or unset"):
+        accelerator_with(monkeypatch, **{name: "2"})
 
 
 def test_zero3_leaves_a_later_run_torchs_linear_map(monkeypatch: pytest.MonkeyPatch) -> None:

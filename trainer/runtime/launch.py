@@ -158,8 +158,8 @@ def filled_deepspeed_config(
 def make_accelerator(config: Config, launch: Launch, grad_accum_steps: int) -> "Accelerator":
     """Start the process group and return the Accelerator.
 
-    Raises EnvironmentProblem when there are fewer GPUs than processes, and when DeepSpeed was asked for and
-    is missing, or was dropped on the way.
+    Raises EnvironmentProblem when there are fewer GPUs than processes, when these do not know of each other,
+    and when DeepSpeed was asked for and is missing, or was dropped on the way.
     """
     if forced_cpu():
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -193,10 +193,19 @@ def make_accelerator(config: Config, launch: Launch, grad_accum_steps: int) -> "
         timeout=timedelta(seconds=config.run.timeout_s),
         backend="gloo" if on_cpu and launch.launched else None,
     )
-    if launch.deepspeed_file:
-        accelerator = _with_deepspeed(config, launch.deepspeed_file, grad_accum_steps, group)
-    else:
-        accelerator = _with_ddp(config, on_cpu, grad_accum_steps, group)
+    try:
+        if launch.deepspeed_file:
+            accelerator = _with_deepspeed(config, launch.deepspeed_file, grad_accum_steps, group)
+        else:
+            accelerator = _with_ddp(config, on_cpu, grad_accum_steps, group)
+    except ValueError as error:
+        if not any(sign in str(error) for sign in ("MASTER_ADDR", "env://")):
+            raise
+        raise EnvironmentProblem(
+            "The environment is that of one of several processes (by mpirun, srun or hand: RANK, WORLD_SIZE, "
+            "…), but does not say where they meet (MASTER_ADDR, MASTER_PORT). Start with accelerate launch "
+            "or torchrun; or unset these variables, to train in this process alone"
+        ) from error
     if accelerator.num_processes != launch.world_size:
         raise EnvironmentProblem(
             f"The launcher started {launch.world_size} processes, but this one sees "
