@@ -171,6 +171,21 @@ def test_words_are_settings_or_options_of_sbatch() -> None:
     for wrong in (["--account", "A"], ["-A"], ["word"]):
         with pytest.raises(ConfigError, match="--name=value"):
             jobs.split_words(wrong)
+    for twice in ("--gres=gpu:a100:8", "--gpus=8", "--gpus-per-task=1"):
+        with pytest.raises(ConfigError, match="--gpus-per-node NUMBER, or TYPE:NUMBER"):
+            jobs.split_words([twice, "--gres-flags=enforce-binding"])
+
+
+def test_gpus_of_a_type(plan: Callable[..., Submission]) -> None:
+    """A cluster of several types gives any, or none, where none is named. sbatch refuses GPUs given twice."""
+    kind, number = jobs.read_gpus("a100:2")
+    job = plan(machines=Machines(2, number, gpu_type=kind)).jobs[0]
+    assert "#SBATCH --gpus-per-node=a100:2\n" in job.text
+    assert Machines(gpu_type="a100").gpus(1) == {"gpus-per-node": "a100:1"}
+    assert jobs.read_gpus("0") == ("", 0)
+    for wrong in ("many", "a100", "a100:", "-1", ":2"):
+        with pytest.raises(ConfigError, match="such as 8 or a100:8"):
+            jobs.read_gpus(wrong)
 
 
 # ---- sweeps ------------------------------------------------------------------------------------------------

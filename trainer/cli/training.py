@@ -101,7 +101,12 @@ def submit(
         ),
     ] = None,
     nodes: Annotated[int, typer.Option(help="nodes", min=1)] = 1,
-    gpus_per_node: Annotated[int, typer.Option(help="GPUs per node; 0 trains on CPU", min=0)] = 1,
+    gpus_per_node: Annotated[
+        str,
+        typer.Option(
+            metavar="[TYPE:]N", help="GPUs per node, such as 8 or a100:8; 0 trains on CPU", show_default=True
+        ),
+    ] = "1",
     processes_per_node: Annotated[int, typer.Option(help="0 = one per GPU (one on CPU)", min=0)] = 0,
     deepspeed: Annotated[str, typer.Option(help="a file of ds_configs/, or a path")] = "zero2.json",
     sweep: Annotated[
@@ -119,7 +124,8 @@ def submit(
     from trainer.experiments.sweep import read_sweep
 
     options, settings = jobs.split_words(words or [])
-    machines = jobs.Machines(nodes, gpus_per_node, processes_per_node, deepspeed)
+    gpu_type, num_gpus = jobs.read_gpus(gpus_per_node)
+    machines = jobs.Machines(nodes, num_gpus, processes_per_node, deepspeed, gpu_type)
     command = own_command()
     if sweep is None:
         submission = jobs.plan_run(preset, settings, machines, options, command)

@@ -50,6 +50,7 @@ class Machines:
     gpus_per_node: int = 1
     processes_per_node: int = 0  # 0 = one a GPU, or one on CPU
     deepspeed: str = "zero2.json"
+    gpu_type: str = ""  # as sbatch names it, where a cluster has several
 
     @property
     def launch(self) -> Launch:
@@ -64,10 +65,12 @@ class Machines:
 
     @property
     def options(self) -> dict[str, str]:
-        return {
-            "nodes": str(self.nodes),
-            **({"gpus-per-node": str(self.gpus_per_node)} if self.gpus_per_node else {}),
-        }
+        return {"nodes": str(self.nodes), **self.gpus(self.gpus_per_node)}
+
+    def gpus(self, number: int) -> dict[str, str]:
+        """The option for so many on a node; none for a job on CPU."""
+        kind = f"{self.gpu_type}:" if self.gpu_type else ""
+        return {"gpus-per-node": f"{kind}{number}"} if self.gpus_per_node else {}
 
     @property
     def exports(self) -> dict[str, str]:
@@ -149,9 +152,8 @@ def plan_sweep(
     array = {"array": f"0-{len(points) - 1}" + (f"%{parallel}" if parallel else "")}
     exports = machines.exports
     shared = [option for option in options if _name(option) in SHARED_OPTIONS]
-    gpu = {"gpus-per-node": "1"} if machines.gpus_per_node else {}
     train = {**machines.options, **array, "output": _output(folder, "%x-%A_%a")}
-    evaluate = {**gpu, **array, "output": _output(folder, "%x-%A_%a")}
+    evaluate = {**machines.gpus(1), **array, "output": _output(folder, "%x-%A_%a")}
     runs = [[str(run_dir)] for run_dir in run_dirs]
     summary = {"output": _output(folder)}
     jobs = [
@@ -294,6 +296,14 @@ def _arguments(words_of_tasks: Sequence[Sequence[str]]) -> list[str]:
     return ["case ${SLURM_ARRAY_TASK_ID:-} in", *cases, "esac"]
 
 
+def read_gpus(text: str) -> tuple[str, int]:
+    """`8` or `a100:8` → (type or "", number a node). Raises ConfigError for anything else."""
+    found = re.fullmatch(r"(?:([A-Za-z0-9_.-]+):)?([0-9]{1,4})", text)
+    if not found:
+        raise ConfigError(f"--gpus-per-node {text}: give a number, or TYPE:NUMBER, such as 8 or a100:8")
+    return found[1] or "", int(found[2])
+
+
 def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """`--name=value` words are sbatch's, `key=value` words are settings. Raises ConfigError for anything
     else."""
@@ -305,6 +315,10 @@ def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
         raise ConfigError(
             f"{', '.join(wrong)}: options of sbatch are written --name=value (for example --account=MINE), "
             "settings key=value"
+        )
+    if gpus := [word for word in options if re.match(r"--(gpus|gres=gpu)", word)]:
+        raise ConfigError(
+            f"{gpus[0]}: GPUs are given by --gpus-per-node NUMBER, or TYPE:NUMBER, such as a100:8"
         )
     return options, settings
 
