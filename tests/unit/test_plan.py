@@ -63,6 +63,18 @@ def test_a_small_model_is_told_in_megabytes_and_a_tiny_one_without_the_table(
     assert not any("ZeRO-3" in line for line in dry_run(load_config("demo"), "demo").lines)
 
 
+def test_activations_that_nobody_has_calculated_are_not_said_to_be_none() -> None:
+    """SASRec's softmax over the catalogue takes gigabytes where the batch is large."""
+    config = load_config("sasrec", ["optim.global_batch_size=65536", "optim.micro_batch_size=65536"])
+    found = dry_run(config, "sasrec", launch=Launch())
+    memory, micro_batch = (
+        next(line for line in found.lines if line.startswith(name)) for name in ("memory", "micro-batch")
+    )
+    assert "activations 0 B" not in memory and memory.endswith("not calculated for sasrec, on top")
+    assert "fit" not in micro_batch and "gensr bench micro-batch" in micro_batch
+    assert found.facts["memory_bytes"]["activations"] is None
+
+
 def test_steps_follow_from_epochs_or_are_given() -> None:
     assert schedule_of("run.max_epochs=2.5").num_steps == 250
     assert schedule_of("run.max_steps=7").num_steps == 7

@@ -55,6 +55,11 @@ class ModelSize:
     by_rows: tuple[tuple[int, int], ...] = ()  # rows and width of the tables of optim.sparse_rows
 
     @property
+    def counts_activations(self) -> bool:
+        """False for a model that gives no cost(): its parameters alone are counted."""
+        return self.cost.activation_bytes > 0
+
+    @property
     def num_by_rows(self) -> int:
         """Parameters that only optim.sparse_rows trains."""
         return sum(rows * width for rows, width in self.by_rows)

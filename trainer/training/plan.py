@@ -279,6 +279,10 @@ def _costs(
     """Memory and time of training → rows for people, facts."""
     stage = launch.zero_stage
     here = memory(config, model, data, stage, launch.world_size, "offload" in launch.deepspeed_file)
+    parts: dict[str, float | None] = asdict(here)
+    on_top = ""
+    if not model.counts_activations:
+        parts["activations"], on_top = None, f"; activations, not calculated for {config.model.name}, on top"
     flops = model.cost.flops * schedule.num_events
     seconds = {
         f"{launch.world_size} × {name}": flops / rate / launch.world_size
@@ -299,9 +303,10 @@ def _costs(
             f"≈ {in_bytes(here.total)} of tensors a process: "
             + ", ".join(
                 f"{name} {in_bytes(value)}"
-                for name, value in {**asdict(here), "AdamW": here.optimizer}.items()
-                if name != "optimizer"
-            ),
+                for name, value in {**parts, "AdamW": here.optimizer}.items()
+                if name != "optimizer" and value is not None
+            )
+            + on_top,
         ),
         *([] if has_gpu() else [("", ON_CPU)]),
         *(("", line) for line in _memory_table(config, model, data)),
@@ -313,12 +318,14 @@ def _costs(
             for number, (name, value) in enumerate(seconds.items())
         ),
     ]
-    return rows, {"memory_bytes": {**asdict(here), "total": here.total}, "seconds": seconds}
+    return rows, {"memory_bytes": {**parts, "total": here.total}, "seconds": seconds}
 
 
 def _micro_batches(
     config: Config, model: ModelSize, data: DataSize, stage: int | None, schedule: Schedule
 ) -> str:
+    if not model.counts_activations:
+        return f"not calculated for {config.model.name}; measured by gensr bench micro-batch"
     share = schedule.global_batch_size // schedule.world_size
     fits = {
         name: largest_micro_batch(config, model, data, stage, schedule.world_size, size)
