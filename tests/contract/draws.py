@@ -1,4 +1,5 @@
-"""Random numbers that two halves of a batch draw as the whole batch does."""
+"""What a loss does with torch: random numbers that two halves of a batch draw as the whole batch does, and
+waits for its device."""
 
 from typing import Any
 
@@ -25,3 +26,15 @@ class RepeatingDraws(TorchDispatchMode):
         if isinstance(drawn, Tensor) and drawn.dim() and len(drawn) > PERIOD:
             drawn.copy_(drawn[torch.arange(len(drawn), device=drawn.device) % PERIOD])
         return drawn
+
+
+class NoWaits(TorchDispatchMode):
+    """Refuses what a GPU would be waited for: a tensor's value, and a result as large as values say."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        asked = torch.Tag.data_dependent_output in func.tags
+        if torch.Tag.dynamic_output_shape in func.tags:
+            places = args[1] if func is torch.ops.aten.index.Tensor else None
+            asked |= places is None or any(one is not None and one.dtype == torch.bool for one in places)
+        assert not asked, f"{func} waits for the device"
+        return func(*args, **(kwargs or {}))

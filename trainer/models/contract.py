@@ -312,8 +312,9 @@ class Ranker(nn.Module):
 
     def check_history(self, batch: Batch, reads_users: bool = False) -> None:
         """Raises RequestError for a history given by hand to a model that only knows the users it was trained
-        on."""
-        if (reads_users or "users" in self.needs) and bool((batch.user < 0).any()):
+        on. Not asked in training, whose events have users and whose steps should not wait for the device."""
+        asked = (reads_users or "users" in self.needs) and not (self.training and self.trained)
+        if asked and bool((batch.user < 0).any()):
             raise RequestError(
                 f"{self.settings.name} knows users by their rows, not by a history given by hand. "
                 "Name a user of the training data (user_id)"
