@@ -39,6 +39,9 @@ UNISAR_PAIRS = "tests/unit/models/test_unisar.py"
 USER_TESTS = "tests/unit/models/test_user.py"
 NOTHING_SEEN = "tests/unit/models/test_history_ids.py::test_attention_to_nothing_is_zero"
 RETRIEVERS = "tests/unit/test_retriever.py"
+JOBS = "tests/unit/experiments/test_pool.py"
+CORES = f"{JOBS}::test_jobs_share_the_cores"
+OWN_PROCESS = f"{JOBS}::test_a_child_is_a_process_of_its_own"
 
 CF_VIEW = "trainer/models/cf_view.py"
 HISTORY = "trainer/models/gensr/history.py"
@@ -67,6 +70,8 @@ ATTENTION = "trainer/models/layers/attention.py"
 CONTRAST = "trainer/models/layers/contrast.py"
 USER = "trainer/models/baselines/user.py"
 RETRIEVER = "trainer/serving/retriever.py"
+POOL = "trainer/experiments/pool.py"
+FORKED = "trainer/experiments/forked.py"
 STORED = "data_shards/negatives.py"
 HISTORIES = "data_shards/histories.py"
 SPLIT = "data_shards/split.py"
@@ -1328,6 +1333,56 @@ SYSTEMS = [
         "if list(retriever.scorer.item_ids) != list(item_ids):",
         "if len(retriever.scorer.item_ids) != len(item_ids):",
         RETRIEVERS,
+    ),
+    mutant(
+        "tasks begin in the order in which they come",
+        POOL,
+        "(place, next(self._order), run, future)",
+        "(0, next(self._order), run, future)",
+        f"{JOBS}::test_results_are_those_of_their_tasks_and_the_order_is_that_of_places",
+    ),
+    mutant("each of several runs has all cores", POOL, "max(1, cores // jobs)", "max(1, cores)", CORES),
+    mutant(
+        "two runs on one GPU",
+        POOL,
+        '"CUDA_VISIBLE_DEVICES": devices[job]',
+        '"CUDA_VISIBLE_DEVICES": devices[0]',
+        f"{JOBS}::test_no_gpu_has_two_jobs",
+    ),
+    mutant(
+        "the time left is that of one job",
+        POOL,
+        "running_s) / self.jobs)",
+        "running_s))",
+        f"{JOBS}::test_the_time_left_counts_jobs",
+    ),
+    mutant(
+        "a child in its parent's session",
+        FORKED,
+        "    os.setsid()",
+        "    os.getsid(0)",
+        OWN_PROCESS,
+    ),
+    mutant(
+        "a child with the environment of the process that it is forked from",
+        FORKED,
+        "os.environ.update(environment)",
+        "os.environ.update()",
+        OWN_PROCESS,
+    ),
+    mutant(
+        "a child leaves out what is due at its end",
+        FORKED,
+        "atexit._run_exitfuncs()",
+        "atexit._ncallbacks()",
+        OWN_PROCESS,
+    ),
+    mutant(
+        "a forked child with the threads of the process that forks",
+        FORKED,
+        "torch.set_num_threads(int(threads))",
+        "torch.get_num_threads()",
+        CORES,
     ),
 ]
 

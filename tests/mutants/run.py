@@ -21,7 +21,8 @@ from pathlib import Path
 from tests.mutants.mutants import MUTANTS, Mutant
 
 ROOT = Path(__file__).parents[2]
-COPIED = ("trainer", "data_shards", "tests", "benchmarks", "ds_configs", "setup.cfg", "pyproject.toml")
+PACKAGES = ("gensr", "trainer", "data_shards", "tests")
+COPIED = (*PACKAGES, "benchmarks", "ds_configs", "setup.cfg", "pyproject.toml")
 TIMEOUT_S = 240
 CONTROL_TIMEOUT_S = 1800  # of all tests together
 # pytest's exit codes: 0 all passed, 1 some failed; anything else says nothing about the bug (2: a test file
@@ -58,9 +59,8 @@ def run_tests(tree: Path, tests: Iterable[str], timeout_s: float = TIMEOUT_S) ->
             os.setsid()
             os.chdir(tree)
             sys.path[:] = [str(tree), *(path for path in sys.path if path not in ("", str(ROOT)))]
-            for name in [
-                name for name in sys.modules if name.split(".")[0] in ("tests", "trainer", "data_shards")
-            ]:
+            os.environ["PYTHONPATH"] = str(tree)  # the processes that a test starts have the bug, too
+            for name in [name for name in sys.modules if name.split(".")[0] in PACKAGES]:
                 del sys.modules[name]
             sys.dont_write_bytecode = True
             with open(tree / "log.txt", "w", encoding="utf-8") as log:
