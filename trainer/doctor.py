@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -35,6 +36,10 @@ MIN_MEMORY_GB = 4.0
 MIN_DISK_GB = 5.0
 COMMAND_TIMEOUT_S = 20.0
 ALL_REDUCE_TIMEOUT_S = 90.0  # importing torch twice on a cold disk takes most of it
+RANKS_TIMEOUT_S = 60.0
+RANKS_FIX = (
+    "NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME must name a network that all nodes share (slurm/README.md)"
+)
 DISTRIBUTION, TRAIN = "gensr", "train"  # setup.cfg's name, and its extra for training
 TRAINS_WITH = ("deepspeed", "optuna")  # no package of another extra
 SLURM_COMMANDS = ("sbatch", "srun", "scontrol", "squeue")
@@ -62,7 +67,8 @@ class Check:
 
 def run_checks(folder: str | Path = ".", prepared: Sequence[str | Path] = ()) -> list[Check]:
     """All checks, in the order of an installation; `folder` is where data and runs will lie. Takes about ten
-    seconds; never raises. prepared: folders that are read whole, which takes longer."""
+    seconds; never raises. prepared: folders that are read whole, which takes longer. Under a launcher of
+    several processes they check what they are to each other, and nothing else."""
     checks: list[Check] = []
     steps: list[Callable[[], list[Check]]] = [
         check_python,
@@ -78,7 +84,7 @@ def run_checks(folder: str | Path = ".", prepared: Sequence[str | Path] = ()) ->
         check_slurm,
         *(partial(check_prepared, Path(place)) for place in prepared),
     ]
-    for step in steps:
+    for step in steps if int(os.environ.get("WORLD_SIZE", 1)) == 1 else [check_ranks]:
         try:
             checks += step()
         except Exception as error:  # a check that cannot run is a finding, not a crash
@@ -352,6 +358,38 @@ def check_all_reduce(
     return [
         Check("gloo all-reduce", "OK", f"two processes, {time.monotonic() - started:.1f} s with their start")
     ]
+
+
+def check_ranks(timeout_s: float = RANKS_TIMEOUT_S) -> list[Check]:
+    """All processes of a launcher meet and add up their ranks on their devices: how a run would begin. Rank 0
+    says which are where and how long they took; another one speaks only where it fails."""
+    import torch
+    from torch import distributed
+
+    from trainer.runtime.launch import read_launch
+
+    launch, host, started = read_launch(), platform.node(), time.monotonic()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    name, backend = f"{launch.world_size} processes", "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    if device == "cuda":
+        torch.cuda.set_device(launch.local_rank % torch.cuda.device_count())
+    try:
+        distributed.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+        sum_1 = torch.tensor([float(launch.rank)], device=device)
+        distributed.all_reduce(sum_1)
+        found: list[tuple[str, float, float]] = [("", 0.0, 0.0)] * launch.world_size
+        distributed.all_gather_object(found, (host, float(sum_1), time.monotonic() - started))
+        distributed.destroy_process_group()
+    except Exception as error:  # of a network: whatever its libraries raise
+        detail = f"rank {launch.rank} on {host}: {type(error).__name__}: {_last_line(str(error))}"
+        return [Check(name, "MISS", detail, RANKS_FIX)]
+    expected = sum(range(launch.world_size))
+    told = [
+        f"rank {rank} on {where}: {seconds:.1f} s" + (f", a sum of {sum_:g}" if sum_ != expected else "")
+        for rank, (where, sum_, seconds) in enumerate(found)
+    ]
+    status: Status = "OK" if all(sum_ == expected for _, sum_, _ in found) else "MISS"
+    return [Check(name, status, text, RANKS_FIX) for text in told] if launch.rank == 0 else []
 
 
 def check_extensions_folder() -> list[Check]:

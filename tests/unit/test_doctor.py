@@ -2,13 +2,17 @@
 
 import importlib.metadata
 import json
+import re
+import socket
 import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.tiny_folder import make_tiny_folder
 from trainer import doctor
@@ -165,6 +169,51 @@ def test_all_reduce_that_fails_or_hangs() -> None:
     (hung,) = doctor.check_all_reduce("import time; time.sleep(60)", timeout_s=0.5)
     assert hung.status == "MISS"
     assert "did not finish" in hung.detail
+
+
+@pytest.mark.distributed
+def test_processes_of_a_launcher_meet() -> None:
+    """Under a launcher they check nothing else, and rank 0 speaks for all."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*command, "-m", "gensr", "doctor"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    found = [
+        re.fullmatch(r"OK +2 processes +rank (\d) on \S+: \d+\.\d s", line) for line in lines(done.stdout)
+    ]
+    assert [match and match.group(1) for match in found] == ["0", "1"]
+
+
+def lines(text: str) -> list[str]:
+    return text.strip().splitlines()
+
+
+def test_a_process_that_meets_nobody_says_who_it_is(launched: Callable[[int, int], None]) -> None:
+    launched(1, 2)
+    (check,) = doctor.check_ranks(timeout_s=1.0)
+    assert (check.name, check.status) == ("2 processes", "MISS")
+    assert check.detail.startswith("rank 1 on ") and "GLOO_SOCKET_IFNAME" in check.fix
+
+
+def test_a_wrong_sum_is_told(monkeypatch: pytest.MonkeyPatch, launched: Callable[[int, int], None]) -> None:
+    launched(0, 1)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda sum_1: sum_1.add_(5))
+    (check,) = doctor.check_ranks()
+    assert check.status == "MISS" and check.detail.endswith(", a sum of 5")
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
+    """launched(rank, world_size): this process is one of a launcher."""
+
+    def launch(rank: int, world_size: int) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        facts = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
+        for name, value in {**facts, "MASTER_ADDR": "127.0.0.1"}.items():
+            monkeypatch.setenv(name, str(value))
+
+    return launch
 
 
 def test_folders_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

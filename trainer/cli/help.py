@@ -32,8 +32,8 @@ def doctor(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check this machine: packages, compiler, GPUs, processes, disk, MLflow's database, SLURM. Exit code 1
-    if something is missing."""
+    """Check this machine: packages, compiler, GPUs, processes, disk, MLflow's database, SLURM. Under a
+    launcher: whether its processes reach each other. Exit code 1 if something is missing."""
     from trainer.doctor import run_checks
 
     checks = run_checks(prepared=folders or ())
@@ -41,7 +41,8 @@ def doctor(
     for check in checks:
         lines.append(f"{check.status:<4}  {check.name:<20} {check.detail}")
         lines += [f"      fix: {check.fix}"] if check.fix and check.status != "OK" else []
-    answer([dataclasses.asdict(check) for check in checks], as_json, *lines)
+    if checks:  # none: another rank of a launcher speaks
+        answer([dataclasses.asdict(check) for check in checks], as_json, *lines)
     if any(check.status == "MISS" for check in checks):
         raise typer.Exit(1)
 
