@@ -118,7 +118,7 @@ def make_plan(request: Request, machine: Machine | None = None) -> Plan:
             temporary.write_text(to_yaml(config), encoding="utf-8")
     begun = _begun(plan.folder.manifest, request)
     if plan.times is not None:
-        facts, known = plan.times.facts(), _known(request)
+        facts, known = plan.times.facts(), read_json(request.plan_file)
         first = known.get("budget", {})
         facts["systems"] = {**first.get("systems", {}), **facts["systems"]}
         if first:
@@ -142,7 +142,7 @@ def _read(request: Request, machine: Machine | None) -> Plan:
     if "hard" in request.candidates:
         check_hard(folder)
     configs = {name: _config(request, name, folder.manifest) for name in request.names}
-    known, begun = _known(request), _begun(folder.manifest, request)
+    known, begun = read_json(request.plan_file), _begun(folder.manifest, request)
     changed = [
         f"{key} was {known[key]}, is {begun[key]}" for key in begun if known and known[key] != begun[key]
     ]
@@ -164,10 +164,6 @@ def _read(request: Request, machine: Machine | None) -> Plan:
             "choose another TABLE"
         )
     return Plan(request, folder, configs, times)
-
-
-def _known(request: Request) -> dict[str, Any]:
-    return read_json(request.plan_file)
 
 
 def _begun(manifest: Manifest, request: Request) -> dict[str, Any]:
