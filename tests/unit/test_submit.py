@@ -2,6 +2,7 @@
 sbatch is told. sweeps, too."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -161,6 +162,17 @@ def test_without_sbatch_and_where_it_refuses(
     with pytest.raises(EnvironmentProblem, match="login node"):
         jobs.submit(plan())
     assert not Path("runs/a b/job.json").exists()
+
+
+def test_a_controller_that_does_not_answer(
+    plan: Callable[..., Submission], sbatch: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The job may be there all the same."""
+    submission = plan()
+    monkeypatch.setattr(jobs, "SBATCH_S", 0.2)
+    (Path(shutil.which("sbatch") or "")).write_text("#!/usr/bin/env bash\nexec sleep 20\n")
+    with pytest.raises(EnvironmentProblem, match=r"no answer within 0\.2 s\. Look with squeue --me"):
+        jobs.submit(submission)
 
 
 def test_words_are_settings_or_options_of_sbatch() -> None:

@@ -35,6 +35,7 @@ from trainer.runtime.files import SECRET_MODE, atomic
 from trainer.runtime.launch import Launch, deepspeed_path
 from trainer.training.plan import dry_run
 
+SBATCH_S = 120  # a busy controller lets it wait
 SITE_FILE = Path("slurm") / "env.sh"  # as the job scripts look for it
 # of a sweep's other jobs, too
 SHARED_OPTIONS = ("account", "partition", "qos", "reservation", "constraint", "clusters", "comment")
@@ -338,11 +339,17 @@ def submit(submission: Submission) -> list[str]:
     for job in submission.jobs:
         with atomic(job.path, SECRET_MODE) as temporary:  # the settings of a run: URLs may hold passwords
             temporary.write_text(job.text, encoding="utf-8")
-        done = subprocess.run(
-            job.command(ids), capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL
-        )
+        waiting = f" Jobs {', '.join(ids)} were submitted before it." if ids else ""
+        try:
+            done = subprocess.run(
+                job.command(ids), capture_output=True, text=True, timeout=SBATCH_S, stdin=subprocess.DEVNULL
+            )
+        except subprocess.TimeoutExpired as error:
+            raise EnvironmentProblem(
+                f"sbatch {job.path}: no answer within {SBATCH_S} s. Look with squeue --me whether the job is "
+                f"there before you submit again.{waiting}"
+            ) from error
         if done.returncode:
-            waiting = f" Jobs {', '.join(ids)} were submitted before it." if ids else ""
             raise EnvironmentProblem(f"sbatch refuses {job.path}: {done.stderr.strip()}{waiting}")
         ids.append(done.stdout.strip().split(";")[0])
     for number, folder in enumerate(submission.run_dirs):
