@@ -8,6 +8,7 @@ a field is its help.
 import dataclasses
 import difflib
 import json
+import os
 from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin
@@ -45,7 +46,8 @@ def load(
     base: Mapping[str, Any] | None = None,
     keys_command: str = "gensr config keys",
 ) -> T:
-    """Build a settings tree: defaults ← base ← yaml_file ← overrides ("section.key=value").
+    """Build a settings tree: defaults ← base ← yaml_file ← overrides ("section.key=value"). A text that
+    begins with ~/ is a path in the home folder.
 
     Raises ConfigError that lists every problem with its dotted key; nothing is half-built.
     """
@@ -60,6 +62,9 @@ def load(
             problems.append((override, "must look like section.key=value"))
         elif conflict := _set(tree, key.split("."), _parse_value(text, key in texts)):
             problems.append((key, conflict))
+    for key, text in flatten(tree).items():
+        if key in texts and str(text).startswith("~/"):  # no shell expands it after "key=", none reads a file
+            _set(tree, key.split("."), os.path.expanduser(text))
     known = [key for key, _ in leaf_fields(cls)]
     problems += _unknown_keys(cls, tree, known)
     value: T | None = None

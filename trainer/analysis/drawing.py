@@ -96,7 +96,8 @@ def colour_of(label: str, task: str = "", place: int = 0) -> str:
 def bars_with_intervals(metrics: Mapping[str, Sequence[Bar]]) -> Figure:
     """One panel a metric; lying bars, first on top, those of one label side by side, one for each task.
 
-    Bars start at 0, so their lengths can be compared. The value is written at the end of the bar or interval.
+    Bars start at 0, so their lengths can be compared. The value is written to the right of the bar and
+    its interval.
     """
     _need_data(metrics)
     most = max((len(bars) for bars in metrics.values()), default=0)
@@ -127,14 +128,12 @@ def _draw_bars(axes: Any, bars: Sequence[Bar]) -> None:
             ends += [bar.low, bar.high]
             middle, half = (bar.low + bar.high) / 2, (bar.high - bar.low) / 2
             axes.errorbar(middle, height, xerr=half, fmt="none", ecolor="black", elinewidth=1.0, capsize=2)
-        to_left = bar.value < 0
-        at = min(ends) - 0.02 * span if to_left else max(ends) + 0.02 * span
         task = bar.task if len(tasks) > 1 else ""
         text = f"{number(bar.value)}  {task}".strip()
-        align = "right" if to_left else "left"
-        axes.text(at, height, text, ha=align, va="center", fontsize=8, color=colour)
+        at = max(ends) + 0.02 * span  # also of a negative bar: left of it are the names
+        axes.text(at, height, text, va="center", fontsize=8, color=colour)
     room = span * (0.25 if len(tasks) == 1 else 0.42)  # for the values
-    axes.set_xlim(left - room if left < 0 else 0.0, right + room)
+    axes.set_xlim(left - 0.05 * span if left < 0 else 0.0, right + room)
     axes.spines.left.set_visible(False)  # the line at 0 is what bars start from
     ticks = MaxNLocator(4 if left < 0 else 5, steps=[1, 2, 5, 10]).tick_values(left, right)
     axes.set_xticks([tick for tick in ticks if left - 0.1 * span <= tick <= right + 0.1 * span])

@@ -56,12 +56,15 @@ def analyse(
     from trainer.evaluation.summary import check_candidates, check_split
     from trainer.experiments.analyses import Options
     from trainer.experiments.analyses import analyse as run
+    from trainer.runs.run_folder import RunFolder
 
     check_split(split)
     check_candidates(candidates)
     if metric not in ("recall@5", "recall@10", "ndcg@5", "ndcg@10", "mrr"):
         raise ConfigError(f"--metric must be recall@5, recall@10, ndcg@5, ndcg@10 or mrr, got {metric}")
     *runs, out = paths
+    if RunFolder(out).config.is_file():
+        raise ConfigError(f"{out} is a run folder. After the runs, name the folder to write to")
     options = Options(split=split, candidates=candidates, num_events=events, seed=seed, metric=metric)
     document = run(what, runs, out, options, note)
     answer(document, as_json, f"wrote {out / what}.html, .json and pictures")

@@ -74,9 +74,18 @@ def test_bars_of_differences_reach_to_both_sides():
     left, right = axes.get_xlim()
     assert left < -0.05 and right > 0.03
     assert list(texts(axes)) == ["0.020", "−0.040", "0.000"]
-    label = texts(axes)["−0.040"]
-    assert label.get_ha() == "right" and label.get_position()[0] < -0.05
+    assert texts(axes)["−0.040"].get_position()[0] > 0
     assert len({to_hex(bar.get_facecolor()) for bar in axes.patches}) == 1
+
+
+def test_values_of_negative_bars_do_not_touch_the_names():
+    bars = [Bar("GenSR seed-0", value, value - 0.2, 0.06, "recommendation") for value in (-0.165, -0.049)]
+    bars.append(Bar("GenSR seed-0", -0.1, -0.2, 0.0, "search"))
+    figure = bars_with_intervals({"MINE": bars})
+    figure.canvas.draw()
+    (axes,) = panels(figure)
+    names = max(label.get_window_extent().x1 for label in axes.get_yticklabels())
+    assert all(text.get_window_extent().x0 > names for text in texts(axes).values())
 
 
 def test_a_metric_has_a_panel_of_its_own_and_bars_start_at_zero():

@@ -83,6 +83,16 @@ def test_a_text_is_taken_as_it_stands(text: str) -> None:
     assert load_config(None, [f"run.dir='{text}'"]).run.dir == text, "quotes are YAML's"
 
 
+def test_the_home_folder_is_meant_by_its_sign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No shell expands ~ after "run.dir=": runs went to a folder ./~, and a folder in ~ was not found."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file = tmp_path / "mine.yaml"
+    file.write_text("data: {dir: ~/data}\nrun: {dir: ~/ignored}\n")
+    config = load_config(str(file), ["run.dir=~/runs/a", "run.init_from=runs/~/b"])
+    assert config.data.dir == str(tmp_path / "data") and config.run.dir == str(tmp_path / "runs/a")
+    assert config.run.init_from.endswith("runs/~/b"), "elsewhere it is a name"
+
+
 @pytest.mark.parametrize(
     ("value", "text"),
     [

@@ -19,7 +19,7 @@ from trainer.cli import app
 from trainer.config import DataConfig
 from trainer.data import EvalStream
 from trainer.data.folder import PreparedFolder
-from trainer.errors import DataError, RunError
+from trainer.errors import ConfigError, DataError, RunError
 from trainer.experiments.analyses import Options, analyse, gradients, load_section, sensitivity
 from trainer.experiments.analyses.ablations import label
 from trainer.experiments.analyses.gradients import block_of
@@ -343,6 +343,14 @@ def test_the_verb_on_one_run(run_dir: Path, tmp_path: Path) -> None:
     for wrong, said in (("nothing", "there is no analysis nothing"), ("transfer", "at least 2 RUN")):
         result = CliRunner().invoke(app, ["analyse", wrong, str(run_dir), str(out)])
         assert result.exit_code != 0 and said in str(result.exception)
+
+
+def test_a_run_is_not_taken_for_the_folder_to_write_to(run_dir: Path) -> None:
+    """The last of three runs was left out of the analysis, whose pictures went into it."""
+    before = sorted(run_dir.iterdir())
+    done = CliRunner().invoke(app, ["analyse", "space", str(run_dir), str(run_dir)])
+    assert isinstance(done.exception, ConfigError) and f"{run_dir} is a run folder" in str(done.exception)
+    assert sorted(run_dir.iterdir()) == before
 
 
 def test_a_page_says_of_which_split_its_events_are(run_dir: Path, tmp_path: Path) -> None:
