@@ -145,6 +145,21 @@ def test_without_a_terminal_there_are_lines(monkeypatch: pytest.MonkeyPatch) -> 
     assert len(stream.getvalue().splitlines()) == 1
 
 
+def test_a_dumb_terminal_shows_lines(columns: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It had neither: rich draws no bar there."""
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setattr(progress, "_shown", None)
+
+    def train(terminal: TextIO) -> None:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        assert isinstance(progress.show_stages(), StageLines)
+        with RunConsole(tmp_path, 5000) as console:
+            console.start_bar()
+            console.step(1200, RECORD)
+
+    assert any(line.startswith("step 1,200/5,000") for line in on_terminal(columns, train))
+
+
 def test_sizes_and_times_have_a_unit_that_fits() -> None:
     sizes = (320, 8.5e4, 1.2e6, 12e6, 0.96e9, 3.4e9, 1.41e11)
     assert list(map(in_bytes, sizes)) == [

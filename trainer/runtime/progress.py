@@ -42,6 +42,11 @@ def is_terminal() -> bool:
     return sys.stderr.isatty() and not os.environ.get("GENSR_NO_BAR")
 
 
+def draws_bars() -> bool:
+    """Whether a bar can stay in place: rich draws none on a dumb terminal, the shell of an editor say."""
+    return is_terminal() and os.environ.get("TERM", "").lower() not in ("dumb", "unknown")
+
+
 # ---- a bar in place ----------------------------------------------------------------------------------------
 
 
@@ -236,7 +241,7 @@ def show_stages(enabled: bool = True) -> StageProgress:
     enabled=False: nothing is shown (ranks above 0)."""
     global _shown
     if _shown is None or isinstance(_shown, StageLines):
-        _shown = StageBar() if enabled and is_terminal() else StageLines(enabled=enabled)
+        _shown = StageBar() if enabled and draws_bars() else StageLines(enabled=enabled)
     return _shown
 
 

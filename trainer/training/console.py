@@ -15,7 +15,7 @@ from data_shards.secrets import mask_secrets
 from trainer.errors import EnvironmentProblem
 from trainer.runs.run_folder import RunFolder
 from trainer.runtime.files import atomic, writing
-from trainer.runtime.progress import Bar, clear_bar, clock, fitted, is_terminal, wrapped
+from trainer.runtime.progress import Bar, clear_bar, clock, draws_bars, fitted, wrapped
 
 DOING_WIDTH = len("validating")
 
@@ -92,9 +92,9 @@ class RunConsole:
         return wrapped(line, self._terminal.width, indent)
 
     def start_bar(self) -> None:
-        """From here on `step()` moves a live bar, if this is a terminal."""
+        """From here on `step()` moves a live bar, if the terminal can show one."""
         self._started_s = time.monotonic()
-        if self.enabled and is_terminal():
+        if self.enabled and draws_bars():
             clear_bar()
             self._bar = Bar(self._terminal, DOING_WIDTH, "training")
             self._bar.show("training", self._first_step, self.num_steps, "first step …")
