@@ -115,10 +115,13 @@ def train(
     """
     from data_shards.settings import overrides_of, to_dict
     from trainer.config import Config
+    from trainer.errors import ConfigError
     from trainer.runs.launch_config import load_launch_config
     from trainer.runtime.launch import read_launch
     from trainer.training.loop import train as run_training
 
+    if resume not in ("never", "auto"):
+        raise ConfigError(f"resume must be 'never' or 'auto', got {resume!r}")
     places = {key: str(path) for key, path in (("data.dir", data), ("run.dir", run)) if path}
     overrides = overrides_of({**(settings or {}), **places})
     if isinstance(config, Config):

@@ -162,6 +162,13 @@ def test_mistakes_are_explained(model: gensr.Model, ask: Any, message: str) -> N
         ask(model)
 
 
+@pytest.mark.parametrize("resume", [True, "yes"])
+def test_resume_is_never_or_auto(resume: Any, tmp_path: Path) -> None:
+    """Anything but auto started the run anew, without a word."""
+    with pytest.raises(gensr.GensrError, match=f"resume must be 'never' or 'auto', got {resume!r}"):
+        gensr.train("demo", data=tmp_path / "data", run=tmp_path / "run", resume=resume)
+
+
 def test_settings_become_what_the_command_line_says() -> None:
     settings = {
         "optim": {"lr": 3e-4},
