@@ -4,8 +4,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from data_shards.secrets import masked
-from data_shards.settings import flatten, to_dict
 from trainer.evaluation.evaluated_weights import warnings_of
 from trainer.evaluation.paired import comparable, paired, read_stored
 from trainer.evaluation.segments import BUCKETS, METRIC
@@ -41,8 +39,7 @@ def compare(
     file = evaluation_name(split, candidates)
     evaluations = {str(folder): read_evaluation(folder, split, candidates) for folder in folders}
     stored = comparable([read_stored(Path(name), file, name) for name in evaluations])
-    # as they are understood today: a key that came later has its default in an older run
-    configs = {str(folder): flatten(masked(to_dict(RunFolder(folder).read_config()))) for folder in folders}
+    configs = {str(folder): RunFolder(folder).read_settings() for folder in folders}
     keys = sorted({key for config in configs.values() for key in config})
     settings = {
         key: {name: config.get(key) for name, config in configs.items()} for key in keys if key != "run.dir"

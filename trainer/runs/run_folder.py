@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_shards.settings import read_yaml
+from data_shards.secrets import masked
+from data_shards.settings import flatten, read_yaml, to_dict
 from trainer.config import Config
 from trainer.configs import config_from_dict
 from trainer.errors import RunError
@@ -112,6 +113,11 @@ class RunFolder:
                 f"{self.path} is not a run folder: config.yaml is missing. Train one with: gensr train"
             )
         return config_from_dict(read_yaml(self.config))
+
+    def read_settings(self) -> dict[str, Any]:
+        """The configuration by dotted key, secrets masked, as it is understood today: a key that came later
+        has its default in an older run. Raises as read_config()."""
+        return dict(flatten(masked(to_dict(self.read_config()))))
 
     def read_status(self) -> dict[str, Any]:
         """status.json: "status", and "progress" as numbers by name; {} where there is none, half a one, or

@@ -10,8 +10,6 @@ from typing import Any
 import numpy as np
 
 from data_shards.schema import TASKS
-from data_shards.secrets import masked
-from data_shards.settings import flatten, to_dict
 from trainer.analysis.significance import seed_interval
 from trainer.errors import RunError
 from trainer.evaluation.bootstrap import UNIT, mean_intervals
@@ -45,7 +43,7 @@ def grouped(runs: Sequence[Path], candidates: str = "sampled") -> list[Group]:
     group, or runs did not rank the same candidates of the same events."""
     name = evaluation_name(SPLIT, candidates)
     comparable([read_stored(run, name, str(run)) for run in runs])
-    settings = [_settings(run) for run in runs]
+    settings = [RunFolder(run).read_settings() for run in runs]
     seeds_of = [(of_run["run.seed"], of_run["run.init_from"]) for of_run in settings]
     begun: dict[Hashable, str] = {}  # the first run of each kind that others began with stands for its seeds
     for of_run in settings:
@@ -66,11 +64,6 @@ def grouped(runs: Sequence[Path], candidates: str = "sampled") -> list[Group]:
     return groups
 
 
-def _settings(run: str | Path) -> dict[str, Any]:
-    """Older files lack newer settings; a missing key is its default."""
-    return dict(flatten(masked(to_dict(RunFolder(run).read_config()))))
-
-
 def _learned(run: str) -> Hashable:
     """What a run learned from, but for its seed: its settings and those of the run that it began with. Its
     name where it is not here."""
@@ -78,7 +71,7 @@ def _learned(run: str) -> Hashable:
         return run
     return tuple(
         (key, _learned(value) if key == "run.init_from" else str(value))
-        for key, value in _settings(run).items()
+        for key, value in RunFolder(run).read_settings().items()
         if not _is_apart(key)
     )
 
