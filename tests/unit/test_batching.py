@@ -3,7 +3,7 @@
 import asyncio
 import sys
 import threading
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 import pytest
@@ -115,23 +115,28 @@ def test_a_wrong_number_of_answers_ends_no_queue(answers: list[Any]) -> None:
     asyncio.run(main())
 
 
+def asked_together(model: Callable[[Sequence[Any]], list[Any]], *costs: int) -> list[Any]:
+    """Answers, or what was raised, of requests that come at once."""
+
+    async def main() -> list[Any]:
+        batcher = Batcher(model, 4, 8, 100, cost=lambda request: 1)
+        batcher.start()
+        work: list[Coroutine[Any, Any, Any]] = [batcher.answer({"cost": cost}) for cost in costs]
+        try:
+            return await asyncio.gather(*work, return_exceptions=True)
+        finally:
+            await batcher.stop()
+
+    return asyncio.run(main())
+
+
 def test_a_bad_request_fails_alone() -> None:
     def model(requests: Sequence[Any]) -> list[Any]:
         sizes.append(len(requests))
         return [RequestError("bad luck") if request["cost"] == 13 else request for request in requests]
 
     sizes: list[int] = []
-
-    async def main() -> list[Any]:
-        batcher = Batcher(model, 4, 8, 100, cost=lambda request: 1)
-        batcher.start()
-        work: list[Coroutine[Any, Any, Any]] = [batcher.answer({"cost": cost}) for cost in (1, 13, 2)]
-        try:
-            return await asyncio.gather(*work, return_exceptions=True)
-        finally:
-            await batcher.stop()
-
-    one, bad, two = asyncio.run(main())
+    one, bad, two = asked_together(model, 1, 13, 2)
     assert (one, str(bad), two) == ({"cost": 1}, "bad luck", {"cost": 2})
     assert sizes == [3]
 
@@ -145,17 +150,7 @@ def test_what_breaks_a_batch_fails_alone() -> None:
         return list(requests)
 
     sizes: list[int] = []
-
-    async def main() -> list[Any]:
-        batcher = Batcher(model, 4, 8, 100, cost=lambda request: 1)
-        batcher.start()
-        work: list[Coroutine[Any, Any, Any]] = [batcher.answer({"cost": cost}) for cost in (1, 13, 2)]
-        try:
-            return await asyncio.gather(*work, return_exceptions=True)
-        finally:
-            await batcher.stop()
-
-    one, broken, two = asyncio.run(main())
+    one, broken, two = asked_together(model, 1, 13, 2)
     assert (one, str(broken), two) == ({"cost": 1}, "users.parquet", {"cost": 2})
     assert sizes == [3, 1, 1, 1]
 
