@@ -72,13 +72,12 @@ def check_split(counts: dict[str, int], rule: str, hint: str = "", appends: bool
             raise DataError(f"the {' and '.join(empty)} split has no event ({counts}): its files are empty.")
         fix = "users need three clicks at different times"
         if rule == "time":
+            instead = "use split=leave_one_out"
+            if appends:
+                instead = "after a day without clicks append those of two days at once, in one folder"
             fix = (
                 "clicks are needed on the last test_days days, on the valid_days before them, and before "
-                "those. Remove clicks with a wrong date, or "
-            ) + (
-                "after a day without clicks append those of two days at once, in one folder"
-                if appends
-                else "use split=leave_one_out"
+                f"those. Remove clicks with a wrong date, or {instead}"
             )
         told = f" {hint}:" if hint else ""
         raise DataError(f"the {' and '.join(empty)} split has no event ({counts}).{told} {fix}.")

@@ -165,9 +165,8 @@ class Evidence(nn.Module):
             after_BNC = after_BNC * self._stays("follow", batch, is_own_BC, after_BNC)
         words_BNC = self.shared_words(tables, batch.history_items, batch.candidates)
         with torch.autocast(cf_BCK.device.type, enabled=False):
-            taste_BNC = F.normalize(cf_BNK.float(), dim=-1) @ F.normalize(cf_BCK.float(), dim=-1).transpose(
-                1, 2
-            )
+            unit_BNK, unit_BCK = (F.normalize(cf.float(), dim=-1) for cf in (cf_BNK, cf_BCK))
+            taste_BNC = unit_BNK @ unit_BCK.transpose(1, 2)
         mean_BN = weight_BN / weight_BN.sum(1, keepdim=True).clamp(min=1e-9)
         newest_BN = (weight_BN == 1.0).float()
         real_BN1 = batch.history_mask[..., None]
