@@ -2,7 +2,7 @@
 GenSR. A second call with another plan for the same folder is refused."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -213,25 +213,27 @@ def _plan(request: PaperRequest, budget: Budget) -> PaperPlan:
     recipes = read_recipes()
     if request.finished:
         budget = _of_table(budget, request.finished)
-    own = _own_settings(request.preset, request.overrides)
+    own = _own_settings(request)
     variants = [
         Variant(group, name, _other(words, own))
         for group in budget.groups
         for name, words in recipes["variants"][group].items()
     ]
-    keys, values = list(recipes["grid"]), list(recipes["grid"].values())
     if budget.grid != "none":
-        for point in itertools.product(*values):
-            apart = sum(float(own[key]) != float(value) for key, value in zip(keys, point, strict=True))
-            if apart and (apart == 1 or budget.grid == "full"):
-                changed = {k: v for k, v in zip(keys, point, strict=True) if float(own[k]) != float(v)}
-                name = "-".join(f"{key.rpartition('.')[2]}-{value}" for key, value in changed.items())
-                words = tuple(f"{key}={value}" for key, value in changed.items())
-                variants.append(Variant("sensitivity", name, words))
+        variants += _grid_variants(recipes["grid"], own, budget.grid == "full")
     # a run that two analyses share is made once
     kept = {variant.overrides: variant for variant in reversed(variants)}
     chosen = (v for v in variants if _changes(v, own) and kept[v.overrides] is v)
     return PaperPlan(request, budget, tuple(chosen))
+
+
+def _grid_variants(grid: Mapping[str, list[Any]], own: Mapping[str, Any], is_full: bool) -> Iterator[Variant]:
+    """Of all points of the grid, or of those alone that change one setting."""
+    for point in itertools.product(*grid.values()):
+        changed = {k: v for k, v in zip(grid, point, strict=True) if float(own[k]) != float(v)}
+        if changed and (is_full or len(changed) == 1):
+            name = "-".join(f"{key.rpartition('.')[2]}-{value}" for key, value in changed.items())
+            yield Variant("sensitivity", name, tuple(f"{key}={value}" for key, value in changed.items()))
 
 
 def _of_table(budget: Budget, finished: FinishedTable) -> Budget:
@@ -255,8 +257,9 @@ def _changes(variant: Variant, own: Mapping[str, Any]) -> bool:
 
 
 @cache
-def _own_settings(preset: str, settings: tuple[str, ...]) -> dict[str, Any]:
-    return flatten(to_dict(load_config(preset, list(settings))))
+def _own_settings(request: PaperRequest) -> dict[str, Any]:
+    """GenSR's."""
+    return flatten(to_dict(load_config(request.preset, request.overrides)))
 
 
 def _other(words: Sequence[str], own: Mapping[str, Any]) -> tuple[str, ...]:
@@ -336,35 +339,24 @@ def epochs_of(plan: PaperPlan, name: str, size: Size, machine: Machine) -> float
 
 
 @cache
-def _system_config(name: str, named: str | None, settings: tuple[str, ...]) -> tuple[Config, str | None]:
-    preset, chosen = preset_of(name, named)
-    return load_config(preset, [*chosen, *settings]), preset
+def _config_of(request: PaperRequest, name: str) -> tuple[Config, str | None]:
+    """A system's settings, and its preset."""
+    preset, chosen = preset_of(name, request.preset if name == GENSR else None)
+    own = request.recipe["own_settings"].get(name, ())
+    return load_config(preset, [*chosen, *own, *request.overrides]), preset
 
 
 @cache
-def _system_cost(
-    name: str, named: str | None, settings: tuple[str, ...], size: Size, machine: Machine, events: int
-) -> SystemCost:
-    config, preset = _system_config(name, named, settings)
-    return cost_of(config, size, machine, events, preset)
-
-
-def _settings_of(request: PaperRequest, name: str) -> tuple[str, str | None, tuple[str, ...]]:
-    """(system, preset that the recipe names for it, settings on top)."""
-    named = request.preset if name == GENSR else None
-    own = request.recipe["own_settings"].get(name, ())
-    return name, named, (*own, *request.overrides)
-
-
 def _cost(request: PaperRequest, name: str, size: Size, machine: Machine, events: int) -> SystemCost:
-    return _system_cost(*_settings_of(request, name), size, machine, events)
+    config, preset = _config_of(request, name)
+    return cost_of(config, size, machine, events, preset)
 
 
 def machine_of(plan: PaperPlan) -> Machine:
     """What one run gets here: run.threads and --jobs say how many of the cores."""
     names = (GENSR,) if plan.request.finished else plan.systems
-    configs = [_system_config(*_settings_of(plan.request, name))[0] for name in names]
-    return this_machine(max(config.run.threads for config in configs), plan.request.jobs)
+    threads = max(_config_of(plan.request, name)[0].run.threads for name in names)
+    return this_machine(threads, plan.request.jobs)
 
 
 def seconds_of(plan: PaperPlan, size: Size, machine: Machine | None = None) -> float:
@@ -389,7 +381,7 @@ def dry_run(request: PaperRequest) -> dict[str, Any]:
     machine, jobs = machine_of(plan), request.jobs
     parts = parts_of(plan, size, machine)
     runs, seconds = sum(number for _, number, _ in parts), seconds_of(plan, size, machine)
-    gigabytes = _disk_gb(plan, runs)
+    gigabytes = runs * _bytes_of_a_run(request) / 1e9
     at_once = f" each, {jobs} at once" if jobs > 1 else ""
     lines = [
         f"gensr paper {request.name}: budget {plan.budget.name}, {runs} runs, about "
@@ -423,15 +415,11 @@ def size_of_data(request: PaperRequest) -> Size | None:
     return Size.of_manifest(manifest)
 
 
-def _disk_gb(plan: PaperPlan, runs: int) -> float:
-    """Weights and two checkpoints with AdamW's state of GenSR, for every run: most others are smaller."""
-    size = _size_of(plan.request.preset, plan.request.overrides)
-    return float(runs * (4 * size.total + 2 * 12 * size.trainable) / 1e9)
-
-
 @cache
-def _size_of(preset: str, settings: tuple[str, ...]) -> Any:
+def _bytes_of_a_run(request: PaperRequest) -> int:
+    """Weights and two checkpoints with AdamW's state of GenSR: most others are smaller."""
     from trainer.training.plan import data_size, model_size
 
-    config = load_config(preset, list(settings))
-    return model_size(config, data_size(config, preset))
+    config = load_config(request.preset, request.overrides)
+    size = model_size(config, data_size(config, request.preset))
+    return 4 * size.total + 2 * 12 * size.trainable
