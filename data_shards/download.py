@@ -18,12 +18,13 @@ import urllib.error
 import urllib.request
 import zipfile
 import zlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from urllib.parse import quote
 
+from data_shards.checksum import pieces
 from data_shards.errors import ConfigError, DataError
+from data_shards.progress import StageProgress, silent_stage
 
 ZENODO = "https://zenodo.org"
 SNAP = "https://snap.stanford.edu/data/amazon/productGraph/categoryFiles"
@@ -33,8 +34,6 @@ BACKOFF_S = 1.0  # doubles after each, up to MAX_BACKOFF_S
 MAX_BACKOFF_S = 60.0
 TIMEOUT_S = 60.0
 CHUNK_BYTES = 1 << 20
-
-Progress = Callable[[str, int, int], None]  # (file, bytes done, bytes in total or 0 when unknown)
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ def download(
     name: str,
     folder: str | Path,
     base_url: str = "",
-    progress: Progress | None = None,
+    progress: StageProgress = silent_stage,
     backoff_s: float = BACKOFF_S,
 ) -> list[Path]:
     """Fetch the data set `name` into `folder` (made when missing) and unpack zips; returns the data files.
@@ -65,12 +64,11 @@ def download(
     if name not in names():
         raise ConfigError(f"{name}: no such data set. Known: {', '.join(names())}")
     folder = Path(folder)
-    report = progress or _silent
     try:
         folder.mkdir(parents=True, exist_ok=True)
         files: list[Path] = []
         for remote in _listing(name, base_url.rstrip("/"), backoff_s):
-            path = fetch(remote, folder, report, backoff_s)
+            path = fetch(remote, folder, progress, backoff_s)
             files += unzip(path, folder) if path.suffix == ".zip" else [path]
     except OSError as error:
         raise DataError(
@@ -80,7 +78,7 @@ def download(
     return files
 
 
-def fetch(remote: RemoteFile, folder: Path, progress: Progress, backoff_s: float = BACKOFF_S) -> Path:
+def fetch(remote: RemoteFile, folder: Path, progress: StageProgress, backoff_s: float = BACKOFF_S) -> Path:
     """One file, through NAME.part. Raises DataError when it cannot be had whole and right."""
     path, part = folder / remote.name, folder / f"{remote.name}.part"
     if (
@@ -172,7 +170,7 @@ def _read_small(url: str, backoff_s: float) -> bytes:
             failures = _wait_or_give_up(url, error, failures, backoff_s)
 
 
-def _fill_part(remote: RemoteFile, part: Path, progress: Progress, backoff_s: float) -> None:
+def _fill_part(remote: RemoteFile, part: Path, progress: StageProgress, backoff_s: float) -> None:
     """Append to `part` until the server has no more; tries again as long as bytes keep coming."""
     failures = 0
     while True:
@@ -195,7 +193,7 @@ def _fill_part(remote: RemoteFile, part: Path, progress: Progress, backoff_s: fl
         failures = _wait_or_give_up(remote.url, error, 0 if gained else failures, backoff_s)
 
 
-def _append(remote: RemoteFile, part: Path, start: int, progress: Progress) -> bool:
+def _append(remote: RemoteFile, part: Path, start: int, progress: StageProgress) -> bool:
     """One request from byte `start` on. True when the file is complete, False when the connection ended
     early."""
     try:
@@ -269,7 +267,7 @@ def _gzip_problem(path: Path) -> str:
     """gzip carries a CRC of its own: the check where no checksum is published."""
     try:
         with gzip.open(path) as file:
-            while file.read(CHUNK_BYTES):
+            for _ in pieces(file):
                 pass
     except (OSError, EOFError, zlib.error) as error:
         return f"is not a whole gzip file ({error})"
@@ -281,8 +279,8 @@ def _md5_fits(path: Path, md5: str) -> bool:
         return True
     digest = hashlib.md5(usedforsecurity=False)
     with open(path, "rb") as file:
-        while block := file.read(CHUNK_BYTES):
-            digest.update(block)
+        for piece in pieces(file):
+            digest.update(piece)
     return digest.hexdigest() == md5.lower()
 
 
@@ -307,8 +305,8 @@ def _is_same(target: Path, member: zipfile.ZipInfo) -> bool:
         return False
     crc = 0
     with open(target, "rb") as file:
-        while block := file.read(CHUNK_BYTES):
-            crc = zlib.crc32(block, crc)
+        for piece in pieces(file):
+            crc = zlib.crc32(piece, crc)
     return crc == member.CRC
 
 
@@ -331,7 +329,3 @@ def _check_space(folder: Path, needed: int) -> None:
             f"{folder}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free. Make room or choose "
             "another folder."
         )
-
-
-def _silent(what: str, done: int, total: int) -> None:
-    """No progress wanted."""

@@ -21,6 +21,7 @@ from data_shards.hashing import derive_seed, permutation
 from data_shards.histories import in_histories, windows
 from data_shards.negatives import KeySet, draw_negatives, user_item_keys
 from data_shards.options import PrepareSettings, load_prepare_settings, settings_with_effect
+from data_shards.progress import StageProgress, silent_stage
 from data_shards.publish import finish_publishing, sync_folder
 from data_shards.schema import FORMAT_VERSION, SPLITS, TASKS, Manifest, read_manifest
 from data_shards.settings import did_you_mean
@@ -42,7 +43,6 @@ from data_shards.split import (
 from data_shards.steps import removed_steps
 from data_shards.work import (
     BATCH_ROWS,
-    Progress,
     Work,
     chunk_bounds,
     in_threads,
@@ -69,7 +69,7 @@ def prepare(
     raw: str | Path,
     out: str | Path,
     overrides: Sequence[str] = (),
-    progress: Progress | None = None,
+    progress: StageProgress = silent_stage,
     append: str | Path = "",
 ) -> Manifest:
     """Raw logs of `source` (kuaisar, amazon, jdsearch, unisar, tables) in `raw` → the prepared folder `out`.
@@ -107,7 +107,7 @@ def prepare(
         what.append(base.manifest.hash)
     key = hashlib.sha256(json.dumps(what).encode()).hexdigest()
     try:
-        return _publish(target, key, reader, settings, base, progress or (lambda stage, done, total: None))
+        return _publish(target, key, reader, settings, base, progress)
     except (OSError, MemoryError, duckdb.Error) as error:  # numpy and pyarrow raise the second
         fix = write_fix(error, "Free space or memory")
         if isinstance(error, duckdb.OutOfMemoryException):  # of its share: the machine may have more
@@ -130,7 +130,12 @@ def _check_out(out: Path, overwrite: bool) -> None:
 
 
 def _publish(
-    target: Path, key: str, reader: Source, settings: PrepareSettings, base: Base | None, progress: Progress
+    target: Path,
+    key: str,
+    reader: Source,
+    settings: PrepareSettings,
+    base: Base | None,
+    progress: StageProgress,
 ) -> Manifest:
     """Every stage that an earlier attempt with the same key has not finished, then `target` in one move."""
     work = Work(target, key, settings.memory_limit, settings.threads, progress)

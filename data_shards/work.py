@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from data_shards.address_space import check_address_space
 from data_shards.errors import DataError
+from data_shards.progress import StageProgress
 from data_shards.publish import (
     LOCK,
     STAGES,
@@ -31,7 +32,6 @@ from data_shards.sql import literal
 
 Part = TypeVar("Part")
 Result = TypeVar("Result")
-Progress = Callable[[str, int, int], None]  # (stage, done, total); total = 0 where it is not known
 # rows handled at once: bounds the memory of every numpy step, and gives each thread its share
 BATCH_ROWS = 250_000
 
@@ -40,7 +40,7 @@ class Work:
     """One preparation in progress. `stage` runs a step once per key; a restart with the same key skips
     finished steps."""
 
-    def __init__(self, out: Path, key: str, memory_limit: str, threads: int, progress: Progress) -> None:
+    def __init__(self, out: Path, key: str, memory_limit: str, threads: int, progress: StageProgress) -> None:
         self.folder = partial_folder(out)
         self.columns_folder = self.folder / "columns"
         self.tree = self.folder / TREE  # becomes OUT

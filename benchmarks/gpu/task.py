@@ -7,8 +7,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_shards.progress import silent_stage
 from trainer.bench.model import synthetic_folder
-from trainer.runtime.progress import silent_stage
 
 ROOT = Path(__file__).parents[2]
 

@@ -13,7 +13,6 @@ The bytes depend on the arguments only (on one kind of CPU: exp and log may diff
 
 import os
 import shutil
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from types import ModuleType
@@ -22,6 +21,7 @@ from typing import BinaryIO
 import numpy as np
 
 from data_shards.errors import ConfigError, DataError, write_fix
+from data_shards.progress import StageProgress, silent_stage
 from data_shards.simulate import behaviour, csv_tables, natural
 from data_shards.simulate.simulated import Simulated
 from data_shards.simulate.world import World, make_world
@@ -31,8 +31,6 @@ CHUNK_ROWS = 150_000  # rows made at once: bounds memory, changes nothing else
 ITEM_CHUNK = 1 << 16
 FORMS = {"anonymised": csv_tables, "natural": natural}
 
-Progress = Callable[[str, int, int], None]  # (what, done, total)
-
 
 def simulate(
     out: str | Path,
@@ -40,7 +38,7 @@ def simulate(
     items: int = 4000,
     days: int = 14,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: StageProgress = silent_stage,
     rows_per_day: float = ROWS_PER_DAY,
     chunk_users: int = 0,
     text: str = "anonymised",
@@ -61,7 +59,6 @@ def simulate(
     temporary = out.with_name(f".{out.name}.partial-{os.getpid()}")
     try:
         temporary.mkdir(parents=True)
-        progress = progress or _silent
         progress("world", 0, items)
         world = make_world(users, items, days, seed)
         progress("world", items, items)
@@ -96,7 +93,12 @@ def _check_arguments(users: int, items: int, days: int, rows_per_day: float, tex
 
 
 def _write_all(
-    folder: Path, world: World, progress: Progress, rows_per_day: float, chunk_users: int, form: ModuleType
+    folder: Path,
+    world: World,
+    progress: StageProgress,
+    rows_per_day: float,
+    chunk_users: int,
+    form: ModuleType,
 ) -> dict[str, int]:
     with ExitStack() as stack:
         files: dict[str, BinaryIO] = {
@@ -112,7 +114,7 @@ def _write_all(
     return counts
 
 
-def _write_items(file: BinaryIO, world: World, progress: Progress, form: ModuleType) -> dict[str, int]:
+def _write_items(file: BinaryIO, world: World, progress: StageProgress, form: ModuleType) -> dict[str, int]:
     """In the order of public ids, so that the file's order tells nothing about topics."""
     internal = np.empty(world.num_items, np.int32)
     internal[world.public_item - 1] = np.arange(world.num_items, dtype=np.int32)
@@ -129,7 +131,7 @@ def _write_items(file: BinaryIO, world: World, progress: Progress, form: ModuleT
 def _write_users(
     files: dict[str, BinaryIO],
     world: World,
-    progress: Progress,
+    progress: StageProgress,
     rows_per_day: float,
     chunk_users: int,
     form: ModuleType,
@@ -148,7 +150,3 @@ def _write_users(
         next_session += len(log.searches.key)
         progress("users", stop, world.num_users)
     return counts
-
-
-def _silent(what: str, done: int, total: int) -> None:
-    """No progress wanted."""

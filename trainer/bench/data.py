@@ -21,10 +21,10 @@ from typing import Any
 
 import psutil
 
+from data_shards.progress import StageProgress, silent_stage
 from data_shards.schema import SPLITS, read_manifest
 from trainer.errors import BenchError, ConfigError
 from trainer.runtime.files import writing
-from trainer.runtime.progress import StageProgress, silent_stage
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 # KuaiSAR; other sizes are in proportion to it
@@ -80,7 +80,7 @@ def bench_data(
     threads: int = 2,
     memory_limit: str = "1000MB",
     folder: Path | None = None,
-    progress: StageProgress | None = None,
+    progress: StageProgress = silent_stage,
 ) -> dict[str, Any]:
     """Preparation and loader on simulated logs of about rows[…] rows → the object that `gensr bench data
     --json` prints.
@@ -100,7 +100,6 @@ def bench_data(
             "survive the filter"
         )
     work = Path(tempfile.mkdtemp(prefix="gensr-bench-")) if folder is None else folder
-    progress = progress or silent_stage
     try:
         with writing(work):
             work.mkdir(parents=True, exist_ok=True)

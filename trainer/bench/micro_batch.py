@@ -16,7 +16,8 @@ from typing import Any
 import psutil
 import torch
 
-from trainer.bench.data import Measured, StageProgress, hardware, machine_line, measure
+from data_shards.progress import StageProgress, silent_stage
+from trainer.bench.data import Measured, hardware, machine_line, measure
 from trainer.config import Config
 from trainer.configs import load_config
 from trainer.data.folder import PreparedFolder
@@ -42,7 +43,7 @@ def bench_micro_batch(
     overrides: Sequence[str] = (),
     steps: int = 4,
     threads: int = 2,
-    progress: StageProgress | None = None,
+    progress: StageProgress = silent_stage,
 ) -> dict[str, Any]:
     """→ the object that `gensr bench micro-batch --json` prints: `tried`, a row for each size that divides
     the global batch, and `best`.
@@ -57,8 +58,7 @@ def bench_micro_batch(
     sizes = [size for size in range(1, whole + 1) if whole % size == 0]
     tried: list[dict[str, Any]] = []
     for number, size in enumerate(sizes):
-        if progress is not None:
-            progress(f"micro-batch {size}", number, len(sizes))
+        progress(f"micro-batch {size}", number, len(sizes))
         if (needed := expected_bytes(tried, size)) and needed > MEMORY_SHARE * tried[0][
             "device_memory_bytes"
         ]:

@@ -14,12 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from trainer.bench.data import BENCHMARKS, Measured, StageProgress, hardware, machine_line, measure
+from data_shards.progress import StageProgress, silent_stage
+from trainer.bench.data import BENCHMARKS, Measured, hardware, machine_line, measure
 from trainer.config import Config
 from trainer.configs import load_config
 from trainer.errors import ConfigError
 from trainer.runs.provenance import git_commit
-from trainer.runtime.progress import silent_stage
 from trainer.training.costs import measured_flops
 
 # flan-t5-base's shape with random weights; run.precision is what this device multiplies faster in
@@ -46,7 +46,7 @@ def bench_model(
     turns: int = 2,
     threads: int = 2,
     trace: Path | None = None,
-    progress: StageProgress | None = None,
+    progress: StageProgress = silent_stage,
 ) -> dict[str, Any]:
     """→ the object that `gensr bench train --json` (evaluate) prints.
 
@@ -63,7 +63,6 @@ def bench_model(
     config = load_config(None, [*defaults, *overrides])
     ours, references = (pairs, pairs) if pairs is not None else default_pairs(mode)
     _check(config, mode, ours)
-    progress = progress or silent_stage
     work = Path(tempfile.mkdtemp(prefix="gensr-bench-"))
     try:
         given_folder = Path(config.data.dir).resolve() if config.data.dir else None

@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from data_shards.progress import StageProgress
 from trainer.cli import completion
 from trainer.errors import ConfigError, GensrError, out_of_memory
-from trainer.runtime.progress import StageProgress, clear_bar, show_stages, wrapped
+from trainer.runtime.progress import clear_bar, show_stages, wrapped
 
 if TYPE_CHECKING:
     from trainer.experiments.submit import Submission

@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TextIO
 
+from data_shards.progress import StageProgress
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -25,16 +27,10 @@ Notify = Callable[[str], None]
 """A line for whoever waits."""
 CountProgress = Callable[[int, int], None]
 """(done, in all)."""
-StageProgress = Callable[[str, int, int], None]
-"""(stage, done, in all), as StageLines takes them."""
 
 
 def silent(line: str) -> None:
     """A Notify that shows nothing."""
-
-
-def silent_stage(stage: str, done: int, total: int) -> None:
-    """A StageProgress that shows nothing."""
 
 
 def is_terminal() -> bool:
