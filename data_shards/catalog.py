@@ -97,22 +97,12 @@ def _integers(words: str) -> str:
 
 def _locate_words(work: Work, items: dict[str, str]) -> DataError | None:
     """The first row of the items' file whose words are no list of integers."""
-    # row numbers need the order of the file
-    work.con.execute("SET threads=1; SET preserve_insertion_order=true")
-    numbered = (
-        f"SELECT CAST({items['words']} AS VARCHAR) AS words, row_number() OVER () + 1 AS row "
-        f"FROM {items['scan']}"
-    )
-    found = work.con.execute(
-        f"SELECT row, words FROM ({numbered}) WHERE {no_words('words')} ORDER BY row LIMIT 1"
-    ).fetchall()
-    return (
-        DataError(
-            f"{items['words_origin']}:row {found[0][0]}: must be a list of integers like [1, 2, 3], got "
-            f"{found[0][1]!r}"
-        )
-        if found
-        else None
+    words = f"CAST({items['words']} AS VARCHAR)"
+    if not (found := work.first_row(items["scan"], no_words(words), words)):
+        return None
+    row = found[0] + 1  # the header is row 1
+    return DataError(
+        f"{items['words_origin']}:row {row}: must be a list of integers like [1, 2, 3], got {found[1]!r}"
     )
 
 

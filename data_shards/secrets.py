@@ -10,18 +10,7 @@ from typing import Any
 
 # Query parameters that say what is read, not who reads it.
 PLAIN_PARAMETERS = frozenset(
-    (
-        "charset",
-        "download",
-        "format",
-        "part",
-        "partnumber",
-        "ref",
-        "revision",
-        "timeout",
-        "version",
-        "versionid",
-    )
+    "charset download format part partnumber ref revision timeout version versionid".split()  # noqa: SIM905
 )
 _PIPE = re.compile(r"\bpipe:\s*(\S+)[ \t]+(?!\*\*\*)[^\n]*")
 _USER = re.compile(r"://[^/?#\s]+@")

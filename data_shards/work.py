@@ -129,6 +129,20 @@ class Work:
     def scalar(self, sql: str) -> Any:
         return self.con.execute(sql).fetchall()[0][0]
 
+    def in_file_order(self) -> None:
+        """Queries number rows in the order of their file from now on, slowly: for errors that name a row."""
+        self.con.execute("SET threads=1; SET preserve_insertion_order=true")
+
+    def first_row(self, scan: str, condition: str, shown: str) -> tuple[int, Any] | None:
+        """Of the first row of a file's scan that meets an SQL condition: its number, from 1, and the value of
+        an expression; None when no row does."""
+        self.in_file_order()
+        numbered = f"SELECT row_number() OVER () AS row, {shown} AS shown, {condition} AS met FROM {scan}"
+        first = f"SELECT row, shown FROM ({numbered}) WHERE met ORDER BY row LIMIT 1"
+        found: list[tuple[int, Any]] = self.con.execute(first).fetchall()
+        self.con.execute(f"SET threads={self.threads}; SET preserve_insertion_order=false")
+        return found[0] if found else None
+
     def batches(self, sql: str, rows: int = 131_072) -> Iterator[pa.RecordBatch]:
         """The rows of a query as Arrow batches (a whole result never lies in memory)."""
         relation = self.con.sql(sql)

@@ -252,7 +252,7 @@ def _category_columns(world: World, items: np.ndarray, topic: np.ndarray) -> lis
     with_third = present & (draws.uniform(keys, P_NOTHIRD) >= NO_THIRD)
     with_fourth = with_third & (draws.uniform(keys, P_NOFOURTH) >= NO_FOURTH)
     levels = [
-        (present, first, [names.first_names(f) for f in range(world.num_firsts)], 1 + first),
+        (present, first, names.FIRSTS[: world.num_firsts], 1 + first),
         (
             present,
             first * MAX_SECONDS + second,

@@ -103,26 +103,22 @@ def _refuse_nested(work: Work, path: Path, name: str) -> None:
     """Raises DataError for the first object, or list, in a column of text or numbers: read as text it would
     be its own JSON."""
     kinds = ("OBJECT",) if name in LISTS else ("OBJECT", "ARRAY")
-    objects = f"read_ndjson_objects({file_literal(path)}, hive_partitioning=false)"
-    work.con.execute("SET threads=1; SET preserve_insertion_order=true")  # row numbers need the file's order
-    place = literal("$." + name)
-    found = work.con.execute(
-        f"SELECT row, kind FROM (SELECT row_number() OVER () AS row, json_type(json, {place}) AS kind "
-        f"FROM {objects}) WHERE kind IN ({', '.join(map(literal, kinds))}) ORDER BY row LIMIT 1"
-    ).fetchall()
-    if found:
-        row, kind = found[0]
-        what = "a list" if kind == "ARRAY" else "an object"
-        raise DataError(f"{path}:{name}:row {row}: must be text or a number, got {what}")
-    work.con.execute(f"SET threads={work.threads}; SET preserve_insertion_order=false")
+    objects, kind = _json_kind(path, name)
+    if found := work.first_row(objects, f"{kind} IN ({', '.join(map(literal, kinds))})", kind):
+        what = "a list" if found[1] == "ARRAY" else "an object"
+        raise DataError(f"{path}:{name}:row {found[0]}: must be text or a number, got {what}")
 
 
 def _explicit_nulls(work: Work, path: Path, name: str) -> int:
     """Rows that hold the key with the value null, which is not the same as no key."""
+    objects, kind = _json_kind(path, name)
+    return int(work.scalar(f"SELECT count(*) FROM {objects} WHERE {kind} = 'NULL'"))
+
+
+def _json_kind(path: Path, name: str) -> tuple[str, str]:
+    """SQL that scans a file's objects, and of what kind JSON calls a key's value in each."""
     objects = f"read_ndjson_objects({file_literal(path)}, hive_partitioning=false)"
-    return int(
-        work.scalar(f"SELECT count(*) FROM {objects} WHERE json_type(json, {literal('$.' + name)}) = 'NULL'")
-    )
+    return objects, f"json_type(json, {literal('$.' + name)})"
 
 
 def plain_id(file: File, column: str) -> str:
@@ -204,16 +200,8 @@ def exists(work: Work, file: File, condition: str) -> bool:
 def first_row(work: Work, file: File, condition: str, shown: str) -> tuple[int, str] | None:
     """Row number and an SQL expression's value of the first row that meets a condition on `file`; None when
     no row does."""
-    if not exists(work, file, condition):
-        return None
-    work.con.execute("SET threads=1; SET preserve_insertion_order=true")  # row numbers need the file's order
-    numbered = (
-        f"SELECT row_number() OVER () AS row, {shown} AS shown, {condition} AS met FROM {file.scan} file"
-    )
-    row, value = work.con.execute(
-        f"SELECT row, shown FROM ({numbered}) WHERE met ORDER BY row LIMIT 1"
-    ).fetchall()[0]
-    return row_number(file.path, row), value
+    found = work.first_row(f"{file.scan} file", condition, shown) if exists(work, file, condition) else None
+    return (row_number(file.path, found[0]), found[1]) if found else None
 
 
 def row_number(path: Path, row: int) -> int:

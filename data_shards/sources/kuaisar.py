@@ -10,8 +10,6 @@ type. Clicked posts without a row in item_features stay, with an empty text.
 
 from pathlib import Path
 
-import duckdb
-
 from data_shards.categories import PATH_MARK
 from data_shards.errors import DataError
 from data_shards.options import PrepareSettings
@@ -76,7 +74,7 @@ def _read(work: Work, rec: Path, src: Path, items: Path) -> Tables:
         items=_items_sql(items),
         anonymised=True,
         duplicate_items=True,
-        locate=lambda problem, value: _locate_keyword(work.con, src, value),
+        locate=lambda problem, value: _locate_keyword(work, src, value),
     )
 
 
@@ -116,9 +114,8 @@ def _items_sql(path: Path) -> ItemSql:
     )
 
 
-def _locate_keyword(con: duckdb.DuckDBPyConnection, src: Path, value: str) -> DataError:
-    con.execute("SET threads=1; SET preserve_insertion_order=true")  # row numbers need the order of the file
-    numbered = f"SELECT keyword, row_number() OVER () + 1 AS row FROM {csv_scan(src, SRC_TYPES)}"
-    found = con.execute(f"SELECT min(row) FROM ({numbered}) WHERE keyword = {literal(value)}").fetchall()
-    row = found[0][0]
+def _locate_keyword(work: Work, src: Path, value: str) -> DataError:
+    found = work.first_row(csv_scan(src, SRC_TYPES), f"keyword = {literal(value)}", "keyword")
+    assert found is not None
+    row = found[0] + 1  # the header is row 1
     return DataError(f"{src}:keyword:row {row}: must be a list of integers like [1, 2, 3], got {value!r}")

@@ -219,9 +219,7 @@ def _events_sql(events: File, user_type: str, item_type: str, anonymised: bool, 
 def _time_sql(kind: str) -> str:
     """SQL of column `time` of a duckdb type as ms since 1970: an instant, whatever the machine's time zone.
     The connection's zone is UTC, so text without an offset is in UTC."""
-    if kind in INTEGERS:
-        return "TRY_CAST(file.time AS BIGINT)"
-    if kind == "DOUBLE" or kind.startswith("DECIMAL"):
+    if kind in (*INTEGERS, "DOUBLE") or kind.startswith("DECIMAL"):
         return "TRY_CAST(file.time AS BIGINT)"
     if kind.startswith("TIMESTAMPTZ") or kind.endswith("WITH TIME ZONE"):
         return "epoch_ms(CAST(file.time AS TIMESTAMPTZ))"
@@ -244,8 +242,7 @@ EXPECTED = {
 def _locate(work: Work, events: File, id_types: tuple[str, str], anonymised: bool, problem: str) -> DataError:
     """The first row that made `problem` ("error: COLUMN")."""
     column = problem.removeprefix("error: ")
-    # row numbers need the order of the file
-    work.con.execute("SET threads=1; SET preserve_insertion_order=true")
+    work.in_file_order()
     columns = ", ".join(name for name in EVENT_COLUMNS if name in events.types)
     work.con.execute(
         f"CREATE OR REPLACE TABLE numbered AS SELECT {columns}, row_number() OVER () AS position "

@@ -53,7 +53,6 @@ def convert(raw: Path, out: Path) -> dict[str, Any]:
         np.save(out / f"negatives_{split}.npy", items)
     return {
         "num_negatives": negatives["test"].shape[1],
-        "anonymised": True,
         "notes": {"time_unit": unit, "listed_items": num_items, "stored_rows": len(stored["user_id"])},
     }
 
