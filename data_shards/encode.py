@@ -143,10 +143,7 @@ def sort_clicks(work: Work, total: int) -> dict[str, Any]:
         FROM rows r JOIN users_codes u ON r.user_id = u.key JOIN items_codes i ON r.item_id = i.key
             LEFT JOIN queries_codes q ON r.query = q.key
         WHERE r.problem IS NULL AND r.clicked ORDER BY 1, 3, 2, 4, 5"""
-    kept = work.write_columns(
-        _without_duplicates(work, sql, total),
-        {f"click_{name}": dtype for name, dtype in EVENT_DTYPES.items()},
-    )
+    kept = work.write_columns(_without_duplicates(work, sql, total), EVENT_DTYPES, "click_")
     return {"num_clicks": kept, "num_duplicates": total - kept}
 
 
@@ -162,7 +159,7 @@ def _without_duplicates(work: Work, sql: str, total: int) -> Iterator[dict[str, 
             last = {name: values[-1].copy() for name, values in columns.items()}
         done += batch.num_rows
         work.progress("sort", done, total)
-        yield {f"click_{name}": values[differs] for name, values in columns.items()}
+        yield {name: values[differs] for name, values in columns.items()}
 
 
 def filter_clicks(work: Work, settings: PrepareSettings, sizes: dict[str, int]) -> dict[str, Any]:
@@ -171,7 +168,7 @@ def filter_clicks(work: Work, settings: PrepareSettings, sizes: dict[str, int]) 
 
     Also columns user_code, item_code and query_code: the code of each final id.
     """
-    clicks = {name: work.column(f"click_{name}", dtype) for name, dtype in EVENT_DTYPES.items()}
+    clicks = work.columns(EVENT_DTYPES, "click_")
     removed: list[dict[str, Any]] = []
     keep_user, keep_item, rounds = keep_users_and_items(
         clicks["user"],

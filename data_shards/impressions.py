@@ -25,19 +25,14 @@ def sort_shown(work: Work) -> int:
             LEFT JOIN final_queries q ON r.query = q.key
         WHERE r.problem IS NULL AND NOT r.clicked AND (r.query IS NULL OR q.id IS NOT NULL)
         ORDER BY 1, 3, 2, 4, 5"""
-    parts = (
-        {f"shown_{name}": batch.column(name).to_numpy() for name in EVENT_DTYPES}
-        for batch in work.batches(sql)
-    )
-    return work.write_columns(parts, {f"shown_{name}": dtype for name, dtype in EVENT_DTYPES.items()})
+    parts = ({name: batch.column(name).to_numpy() for name in EVENT_DTYPES} for batch in work.batches(sql))
+    return work.write_columns(parts, EVENT_DTYPES, "shown_")
 
 
 def attach_shown(work: Work, settings: PrepareSettings, num_users: int) -> dict[str, Any]:
     """Stage: columns shown_start, shown_count of every event and the flat column shown_chosen."""
     num_shown = (
-        sort_shown(work)
-        if settings.num_impressions
-        else work.write_columns([], {f"shown_{name}": dtype for name, dtype in EVENT_DTYPES.items()})
+        sort_shown(work) if settings.num_impressions else work.write_columns([], EVENT_DTYPES, "shown_")
     )
     work.write_columns(
         _chunks(work, settings, num_users), {"shown_start": "i8", "shown_count": "i4", "shown_chosen": "i4"}
@@ -46,8 +41,7 @@ def attach_shown(work: Work, settings: PrepareSettings, num_users: int) -> dict[
 
 
 def _chunks(work: Work, settings: PrepareSettings, num_users: int) -> Iterator[dict[str, np.ndarray]]:
-    events = {name: work.column(name, dtype) for name, dtype in EVENT_DTYPES.items()}
-    shown = {name: work.column(f"shown_{name}", dtype) for name, dtype in EVENT_DTYPES.items()}
+    events, shown = work.columns(EVENT_DTYPES), work.columns(EVENT_DTYPES, "shown_")
     split = work.column("split", "i1")
     users = np.arange(num_users, dtype=np.int32)
     shown_starts = np.append(np.searchsorted(shown["user"], users), len(shown["user"]))

@@ -241,7 +241,7 @@ def _user_chunks(work: Work, stage: str) -> Iterator[tuple[int, int]]:
 
 def _split(work: Work, settings: PrepareSettings, appends: bool) -> dict[str, Any]:
     """Stage: column split. → rule, boundaries, counts of each split and task, fingerprint."""
-    columns = {name: work.column(name, dtype) for name, dtype in encode.EVENT_DTYPES.items()}
+    columns = work.columns(encode.EVENT_DTYPES)
     boundaries = (0, 0)
     if settings.split == "time":
         last = max(
@@ -299,7 +299,7 @@ def _histories(
 ) -> dict[str, Any]:
     """Stage: columns history_start, history_count of each event and the flat history_item, history_task,
     history_query. raw_lists: sources.StoredSql, for history_rule=count."""
-    columns = {name: work.column(name, dtype) for name, dtype in encode.EVENT_DTYPES.items()}
+    columns = work.columns(encode.EVENT_DTYPES)
     written = 0
 
     def ranges() -> Iterator[dict[str, np.ndarray]]:
@@ -327,8 +327,7 @@ def _histories(
 
 
 def _event_columns(work: Work) -> EventColumns:
-    columns = {name: work.column(name, dtype) for name, dtype in EVENT_COLUMNS.items()}
-    return EventColumns(**columns, shown_item=work.column("shown_chosen", "i4"))
+    return EventColumns(**work.columns(EVENT_COLUMNS), shown_item=work.column("shown_chosen", "i4"))
 
 
 def _negatives(

@@ -40,8 +40,8 @@ def match_rows(work: Work, stored: dict[str, str]) -> dict[str, Any]:
     def parts() -> Iterator[dict[str, np.ndarray]]:
         nonlocal kept, repeated, last
         for batch in found:
-            columns = {f"stored_{name}": batch.column(name).to_numpy() for name in STORED_DTYPES}
-            row = columns["stored_row"]
+            columns = {name: batch.column(name).to_numpy() for name in STORED_DTYPES}
+            row = columns["row"]
             first = np.diff(row, prepend=last) != 0
             if len(row):
                 last = int(row[-1])
@@ -49,7 +49,7 @@ def match_rows(work: Work, stored: dict[str, str]) -> dict[str, Any]:
             repeated += int((~first).sum())
             yield {name: values[first] for name, values in columns.items()}
 
-    work.write_columns(parts(), {f"stored_{name}": dtype for name, dtype in STORED_DTYPES.items()})
+    work.write_columns(parts(), STORED_DTYPES, "stored_")
     rows = work.scalar(f"SELECT count(*) FROM {stored['predictions']}")
     assert kept + repeated == rows, f"{rows - kept - repeated} stored rows match no click"
     return {"rows": kept, "repeated": repeated}
@@ -66,7 +66,7 @@ def _final(scan: str) -> str:
 
 def _put_events(work: Work) -> None:
     """Table event_rows: the canonical clicks with their row numbers."""
-    events = {name: work.column(name, dtype) for name, dtype in EVENT_DTYPES.items()}
+    events = work.columns(EVENT_DTYPES)
     names = {"user": "user_id", "item": "item_id", "query": "query_id", "time": "time", "task": "task"}
     columns = {names[name]: pa.array(values) for name, values in events.items()}
     work.put_table("event_rows", pa.table({**columns, "row": pa.array(np.arange(len(events["user"])))}))
@@ -112,7 +112,7 @@ def counted_histories(
 ) -> Iterator[dict[str, np.ndarray]]:
     """Parts of the columns of the histories stage, user after user: as many entries of the user's lists as
     the event's counts say, merged by time (clicks before searches of one moment), the newest history_max."""
-    events = {name: work.column(name, dtype) for name, dtype in EVENT_DTYPES.items()}
+    events = work.columns(EVENT_DTYPES)
     lists = _lists(work, stored)
     row, counts = _column(work, "row"), {name: _column(work, name) for name in ("rec_count", "src_count")}
     user_of_entry, user_of_event = events["user"][lists["row"]], events["user"][row]
@@ -160,8 +160,6 @@ def _lists(work: Work, stored: dict[str, str]) -> dict[str, np.ndarray]:
         FROM ({_final(stored["lists"])}) p JOIN event_rows e USING (user_id, item_id, time, task, query_id)
         ORDER BY e.user_id, e.time, e.task, p.position, p.place"""
     )
-    work.write_columns(
-        ({f"list_{name}": batch.column(name).to_numpy() for name in LIST_DTYPES} for batch in found),
-        {f"list_{name}": dtype for name, dtype in LIST_DTYPES.items()},
-    )
-    return {name: work.column(f"list_{name}", dtype) for name, dtype in LIST_DTYPES.items()}
+    parts = ({name: batch.column(name).to_numpy() for name in LIST_DTYPES} for batch in found)
+    work.write_columns(parts, LIST_DTYPES, "list_")
+    return work.columns(LIST_DTYPES, "list_")

@@ -158,10 +158,15 @@ class Work:
         self.con.execute(f"CREATE OR REPLACE TABLE {name} AS SELECT * FROM incoming")
         self.con.unregister("incoming")
 
-    def write_columns(self, parts: Iterable[dict[str, np.ndarray]], dtypes: dict[str, str]) -> int:
+    def write_columns(
+        self, parts: Iterable[dict[str, np.ndarray]], dtypes: dict[str, str], prefix: str = ""
+    ) -> int:
         """Append chunk after chunk to one flat file per column (columns may differ in length); returns the
-        number of rows of the first."""
-        files = {name: open(self._column_path(name, dtype), "wb") for name, dtype in dtypes.items()}  # noqa: SIM115
+        number of rows of the first. prefix: the files' names begin with it, those in `parts` do not."""
+        files = {
+            name: open(self._column_path(prefix + name, dtype), "wb")  # noqa: SIM115
+            for name, dtype in dtypes.items()
+        }
         num_rows = 0
         try:
             for part in parts:
@@ -179,6 +184,10 @@ class Work:
         if path.stat().st_size == 0:  # an empty file cannot be mapped
             return np.empty(0, dtype)
         return np.asarray(np.memmap(path, dtype=dtype, mode="r"))  # the plain type indexes faster
+
+    def columns(self, dtypes: dict[str, str], prefix: str = "") -> dict[str, np.ndarray]:
+        """Those that write_columns() has written with these arguments."""
+        return {name: self.column(prefix + name, dtype) for name, dtype in dtypes.items()}
 
     def _column_path(self, name: str, dtype: str) -> Path:
         return self.columns_folder / f"{name}.{np.dtype(dtype).str[1:]}"
