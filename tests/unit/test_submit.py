@@ -304,7 +304,7 @@ def test_control_characters_never_reach_a_script(
 
 def test_a_command_line_stays_in_its_comment() -> None:
     with pytest.raises(ConfigError, match="control character"):
-        jobs.job_script("train.sbatch", [["demo"]], {}, [], {}, "gensr submit 'x\ntouch broken'")
+        jobs.job_script("train", [["demo"]], {}, jobs.Machines(), "gensr submit 'x\ntouch broken'")
 
 
 def test_options_with_spaces_stay_one_word(plan: Callable[..., Submission], tmp_path: Path) -> None:

@@ -119,14 +119,8 @@ def plan_run(
     folder = Path(config.run.dir)
     # the script looks for run.dir among its arguments; a file may have set it (runs/mine/config.yaml)
     own = [] if any(word.startswith("run.dir=") for word in overrides) else [f"run.dir={folder}"]
-    text = job_script(
-        "train.sbatch",
-        [[preset, *overrides, *own]],
-        {**machines.options, "output": _output(folder)},
-        options,
-        machines.exports,
-        command,
-    )
+    asked = {**machines.options, "output": _output(folder)}
+    text = job_script("train", [[preset, *overrides, *own]], asked, machines, command, options)
     return Submission([Job(folder / "train.sbatch", text)], lines, [folder])
 
 
@@ -151,25 +145,24 @@ def plan_sweep(
         lines = checked(preset, of_run, machines)[1]
         words.append([preset, *of_run])
     array = {"array": f"0-{len(points) - 1}" + (f"%{parallel}" if parallel else "")}
-    exports = machines.exports
     shared = [option for option in options if _name(option) in SHARED_OPTIONS]
     train = {**machines.options, **array, "output": _output(folder, "%x-%A_%a")}
     evaluate = {**machines.gpus(1), **array, "output": _output(folder, "%x-%A_%a")}
     runs = [[str(run_dir)] for run_dir in run_dirs]
     summary = {"output": _output(folder)}
     jobs = [
-        Job(folder / "train.sbatch", job_script("train.sbatch", words, train, options, exports, command)),
+        Job(folder / "train.sbatch", job_script("train", words, train, machines, command, options)),
         # each run is evaluated once it has ended well; where it has not, its evaluation is cancelled instead
         # of waiting for ever
         Job(
             folder / "evaluate.sbatch",
-            job_script("evaluate.sbatch", runs, evaluate, shared, exports, command),
+            job_script("evaluate", runs, evaluate, machines, command, shared),
             "aftercorr:{0}",
             (INVALID_ENDS,),
         ),
         Job(
             folder / "sweep.sbatch",
-            job_script("sweep.sbatch", [[str(folder)]], summary, shared, exports, command),
+            job_script("sweep", [[str(folder)]], summary, machines, command, shared),
             "afterany:{0}:{1}",
         ),
     ]
@@ -224,33 +217,27 @@ def job_state(folder: Path) -> str:
 
 
 def job_script(
-    name: str,
+    verb: str,
     words_of_tasks: Sequence[Sequence[str]],
     own: dict[str, str],
-    options: Sequence[str],
-    exports: dict[str, str],
+    machines: Machines,
     command: str,
+    options: Sequence[str] = (),
 ) -> str:
-    """The package's script `name` with its options and arguments filled in; several lists of arguments are
+    """The package's script of a verb with its options and arguments filled in; several lists of arguments are
     those of an array's tasks.
 
     Options: the script's own, `own`, and the user's `--name=value` words on top.
     """
-    lines = slurm.script(name).splitlines()
+    lines = slurm.script(f"{verb}.sbatch").splitlines()
     directives = [line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH ")]
     body = lines[max(number for number, line in enumerate(lines) if line.startswith("#SBATCH ")) + 1 :]
     merged = {_name(option): option for option in directives}
     merged |= {key: f"--{key}={value}" for key, value in {**own, "chdir": os.getcwd()}.items()}
     merged |= {_name(option): option for option in options}
-    environment = {**exports, **_site()}
-    _refuse_control_characters(
-        [
-            command,
-            *merged.values(),
-            *environment.values(),
-            *(word for words in words_of_tasks for word in words),
-        ]
-    )
+    environment = {**machines.exports, **_site()}
+    words = [word for words in words_of_tasks for word in words]
+    _refuse_control_characters([command, *merged.values(), *environment.values(), *words])
     head = [
         "#!/usr/bin/env bash",
         f"# Written by gensr {__version__}: {command}",

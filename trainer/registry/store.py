@@ -63,11 +63,8 @@ def fetch(model: str, uri: str, into: Path | None = None) -> Path:
     """The folder of a registered version (models:/NAME/VERSION), or one in it (…/artifacts/model). into:
     where a copy goes; without, files on this machine are given as they are, and of others a copy that stays.
     Raises RunError when there is no such model."""
-    mlflow = mlflow_at(must_exist(uri))
-    try:
+    with _asked_of(model, uri) as mlflow:
         return Path(mlflow.artifacts.download_artifacts(model, dst_path=str(into) if into else None))
-    except (mlflow_exception(), OSError) as error:
-        raise _no_such_model(model, uri, error) from error
 
 
 @contextlib.contextmanager
@@ -89,44 +86,42 @@ def place_of_copies(model: str, uri: str) -> Iterator[Path | None]:
 
 
 def _lies_here(model: str, uri: str) -> bool:
-    mlflow_at(must_exist(uri))
-    from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
-    from mlflow.store.artifact.models_artifact_repo import ModelsArtifactRepository
+    with _asked_of(model, uri):
+        from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
+        from mlflow.store.artifact.models_artifact_repo import ModelsArtifactRepository
 
-    try:
         files = ModelsArtifactRepository(ModelsArtifactRepository.split_models_uri(model)[0])
         while isinstance(files, ModelsArtifactRepository):  # a version may be of a logged model
             files = files.repo
-    except (mlflow_exception(), OSError) as error:
-        raise _no_such_model(model, uri, error) from error
     return isinstance(files, LocalArtifactRepository)
 
 
 def parts_of(model: str, uri: str) -> set[str]:
     """Names in a folder of a registered version (models:/NAME/VERSION/artifacts), none if there is no such
     folder. Raises RunError when there is no such model."""
-    mlflow = mlflow_at(must_exist(uri))
-    try:
+    with _asked_of(model, uri) as mlflow:
         return {Path(info.path).name for info in mlflow.artifacts.list_artifacts(model)}
-    except (mlflow_exception(), OSError) as error:
-        raise _no_such_model(model, uri, error) from error
 
 
 def version_of(model: str, uri: str) -> dict[str, Any]:
     """{"name", "version"} of models:/NAME@alias, models:/NAME/VERSION or models:/NAME/latest; {} for what
     MLflow has logged without a version (models:/ID). Raises RunError when there is no such model."""
-    mlflow_at(must_exist(uri))
-    from mlflow.store.artifact.utils.models import get_model_name_and_version
+    with _asked_of(model, uri):
+        from mlflow.store.artifact.utils.models import get_model_name_and_version
 
-    try:
         found = get_model_name_and_version(connect(uri), model)
-    except (mlflow_exception(), OSError) as error:
-        raise _no_such_model(model, uri, error) from error
     return {"name": found[0], "version": int(found[1])} if len(found) == 2 else {}
 
 
-def _no_such_model(model: str, uri: str, error: Exception) -> RunError:
-    return RunError(f"{model}: no such model at {uri}: {one_line(error)}")
+@contextlib.contextmanager
+def _asked_of(model: str, uri: str) -> Iterator[Any]:
+    """MLflow of the store at `uri`, asked in the block about a model. Raises RunError for a store that is not
+    there, and with what MLflow says when there is no such model."""
+    mlflow = mlflow_at(must_exist(uri))
+    try:
+        yield mlflow
+    except (mlflow_exception(), OSError) as error:
+        raise RunError(f"{model}: no such model at {uri}: {one_line(error)}") from error
 
 
 def registry_of(run_dir: str | Path) -> str:

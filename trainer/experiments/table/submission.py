@@ -49,12 +49,12 @@ def plan_cells(
         own = {**machines.options, "array": f"0-{len(stage) - 1}", **output}
         # whatever came of the stage before: what cannot go on says so, and the others do
         after = f"afterany:{{{number - 2}}}" if number > 1 else ""
-        made.append(Job(out / f"{name}.sbatch", _script("train", words, own, machines, command), after))
+        made.append(Job(out / f"{name}.sbatch", job_script("train", words, own, machines, command), after))
     after = f"aftercorr:{{{len(made) - 1}}}"
     for kind in candidates:
         ranked = ["--split", SPLIT, "--candidates", kind, "--events", str(events), "--no-baselines"]
         words = [[str(cell.run_dir), *ranked] for cell in cells]
-        text = _script("evaluate", words, {**gpu, **array, **output}, machines, command)
+        text = job_script("evaluate", words, {**gpu, **array, **output}, machines, command)
         made.append(Job(out / f"evaluate-{kind}.sbatch", text, after, (INVALID_ENDS,)))
     out.joinpath("logs").mkdir(parents=True, exist_ok=True)  # SLURM makes no folders
     return Submission(made, [f"{len(cells)} runs", *lines], [cell.run_dir for cell in cells])
@@ -70,12 +70,6 @@ def _earlier(cells: Sequence[Cell]) -> list[list[Cell]]:
             if not RunFolder(run.run_dir).has_ended_well:
                 stages[place].append(run)
     return [stage for stage in stages if stage]
-
-
-def _script(
-    verb: str, words: Sequence[Sequence[str]], own: dict[str, str], machines: Machines, command: str
-) -> str:
-    return job_script(f"{verb}.sbatch", words, own, [], machines.exports, command)
 
 
 def _tuned_settings(request: Request, model: str) -> dict[str, object]:
