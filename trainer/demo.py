@@ -122,12 +122,11 @@ class Demo:
         from trainer.data.folder import PreparedFolder
         from trainer.registry.signature import example_requests
         from trainer.registry.versions import register
-        from trainer.runtime.files import atomic
+        from trainer.runtime.files import write_text
 
         register(self.run_dir, MODEL_NAME)
         lines = [json.dumps(request) for request in example_requests(PreparedFolder.at(self.data_dir))]
-        with atomic(self.run_dir / "requests.jsonl") as path:
-            path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        write_text(self.run_dir / "requests.jsonl", "\n".join(lines) + "\n")
 
 
 def run_demo(

@@ -8,7 +8,7 @@ from html import escape
 from importlib import resources
 from pathlib import Path
 
-from trainer.runtime.files import atomic
+from trainer.runtime.files import write_text
 
 HYPHEN_BEFORE_NUMBER = re.compile(r"(?:(?<=^)|(?<=[\s\[(]))-(?=\.?\d)")
 
@@ -64,8 +64,7 @@ class Section:
 
 def write_page(path: str | Path, title: str, lead: str, sections: Sequence[Section]) -> Path:
     """Write a page with a list of its sections; returns its path."""
-    with atomic(Path(path)) as temporary:
-        temporary.write_text(page(title, lead, sections), encoding="utf-8")
+    write_text(path, page(title, lead, sections))
     return Path(path)
 
 

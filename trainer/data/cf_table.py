@@ -16,7 +16,7 @@ from data_shards.schema import Manifest
 from data_shards.secrets import mask_secrets
 from trainer.data.node_cache import origin_of
 from trainer.errors import DataError
-from trainer.runtime.files import atomic, file_sha256
+from trainer.runtime.files import atomic, file_sha256, write_text
 
 CF_FORMAT = "gensr-cf-1"
 DIGEST_KIND = "tensors:"  # starts what cf_digest() gives; a bare sha256 is an older record, of the file
@@ -77,8 +77,7 @@ def save_cf(folder: str | Path, table: CfTable) -> Path:
 
 def write_checksum(path: Path) -> None:
     """Beside the table: so that a node's cache can tell whether its copy is this table."""
-    with atomic(path.with_suffix(".sha256")) as temporary:
-        temporary.write_text(f"{file_sha256(path)} {path.stat().st_size} {path.name}\n", encoding="utf-8")
+    write_text(path.with_suffix(".sha256"), f"{file_sha256(path)} {path.stat().st_size} {path.name}\n")
 
 
 def cf_digest(path: str | Path) -> str:

@@ -32,7 +32,7 @@ from data_shards.schema import SPLITS, Manifest, Shard, parse_manifest
 from data_shards.secrets import mask_secrets
 from trainer.config import DataConfig
 from trainer.errors import DataError, EnvironmentProblem
-from trainer.runtime.files import SECRET_MODE, atomic, writing
+from trainer.runtime.files import SECRET_MODE, atomic, write_text, writing
 from trainer.runtime.progress import in_bytes
 
 READ_ATTEMPTS, RETRY_AFTER_S = 3, 1.0  # a read error of a disk or network is tried again after 1 s, then 2 s
@@ -245,10 +245,8 @@ def _cached_folder(origin: str, cache_dir: str) -> Path:
         )
         for name, num_bytes, sha256 in files:
             _link(folder / name, blob(cache, origin, name, num_bytes, sha256))
-        with atomic(folder / ORIGIN, SECRET_MODE) as temporary:  # the URL may hold a password
-            temporary.write_text(
-                json.dumps({"url": origin, "keep_shards": bool(cache_dir)}) + "\n", encoding="utf-8"
-            )
+        noted = {"url": origin, "keep_shards": bool(cache_dir)}
+        write_text(folder / ORIGIN, json.dumps(noted) + "\n", SECRET_MODE)  # the URL may hold a password
         with atomic(folder / "manifest.json") as temporary:
             temporary.write_bytes(content)
     _fetched.add(folder.resolve())

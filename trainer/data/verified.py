@@ -10,7 +10,7 @@ from pathlib import Path
 
 from trainer.data.node_cache import cache_of, locked
 from trainer.errors import DataError, EnvironmentProblem
-from trainer.runtime.files import atomic, file_sha256
+from trainer.runtime.files import file_sha256, write_text
 
 Known = tuple[str, int, str]  # name inside the folder, bytes, sha256
 
@@ -30,9 +30,8 @@ def check_files(folder: str | Path, files: Iterable[Known], fix: str = "") -> No
                      _stale(folder, files, known)}  # fmt: skip
             with contextlib.suppress(EnvironmentProblem):
                 _forget_folders_that_are_gone(record.parent)
-                with atomic(record) as temporary:
-                    document = {"folder": str(folder), "files": {**known, **found}}
-                    temporary.write_text(json.dumps(document) + "\n", encoding="utf-8")
+                document = {"folder": str(folder), "files": {**known, **found}}
+                write_text(record, json.dumps(document) + "\n")
 
 
 def _stale(folder: Path, files: list[Known], known: dict[str, list[object]]) -> list[Known]:

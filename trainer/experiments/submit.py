@@ -31,7 +31,7 @@ from trainer.runs.checkpoint import check_settings
 from trainer.runs.claim import holds_run, is_finished
 from trainer.runs.launch_config import load_launch_config
 from trainer.runs.run_folder import RunFolder
-from trainer.runtime.files import SECRET_MODE, atomic
+from trainer.runtime.files import SECRET_MODE, write_text
 from trainer.runtime.launch import Launch, deepspeed_path
 from trainer.training.plan import dry_run
 
@@ -324,8 +324,7 @@ def submit(submission: Submission) -> list[str]:
         )
     ids: list[str] = []
     for job in submission.jobs:
-        with atomic(job.path, SECRET_MODE) as temporary:  # the settings of a run: URLs may hold passwords
-            temporary.write_text(job.text, encoding="utf-8")
+        write_text(job.path, job.text, SECRET_MODE)  # the settings of a run: URLs may hold passwords
         waiting = f" Jobs {', '.join(ids)} were submitted before it." if ids else ""
         try:
             done = subprocess.run(
@@ -341,6 +340,5 @@ def submit(submission: Submission) -> list[str]:
         ids.append(done.stdout.strip().split(";")[0])
     for number, folder in enumerate(submission.run_dirs):
         job_id = ids[0] if len(submission.jobs) == 1 else f"{ids[0]}_{number}"
-        with atomic(folder / JOB_FILE) as temporary:
-            temporary.write_text(json.dumps({"job_id": job_id}) + "\n", encoding="utf-8")
+        write_text(folder / JOB_FILE, json.dumps({"job_id": job_id}) + "\n")
     return ids

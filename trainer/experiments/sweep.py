@@ -22,7 +22,7 @@ from data_shards.settings import flatten, overrides_of, parse_yaml
 from trainer.config import Config
 from trainer.errors import ConfigError, RunError
 from trainer.runs.run_folder import RunFolder
-from trainer.runtime.files import atomic
+from trainer.runtime.files import write_json, write_text
 from trainer.tracking.store import (
     connect,
     one_line,
@@ -126,9 +126,8 @@ def summarize(folder: str | Path, names: Sequence[str] | None = None) -> dict[st
     evaluated = [run_dir for run_dir in run_dirs if RunFolder(run_dir).evaluation("test").is_file()]
     comparison = compare(evaluated) if evaluated else {}
     document = {"runs": rows, "comparison": comparison, "mlflow_run_id": ""}
-    for name, text in ((TABLE, "\n".join(lines_of(document))), (DOCUMENT, json.dumps(document, indent=2))):
-        with atomic(folder / name) as temporary:
-            temporary.write_text(text + "\n", encoding="utf-8")
+    write_text(folder / TABLE, "\n".join(lines_of(document)) + "\n")
+    write_json(folder / DOCUMENT, document)
     document["mlflow_run_id"] = _parent(folder, configs, rows)
     return document
 

@@ -34,7 +34,7 @@ from trainer.errors import RunError
 from trainer.runs.run_folder import RunFolder, read_json
 from trainer.runs.weights_only import check_random_states, no_unpickling
 from trainer.runtime.distributed import gather_objects, on_main, uses_deepspeed, without_ddp
-from trainer.runtime.files import atomic, remove_temporaries, writing
+from trainer.runtime.files import remove_temporaries, write_text, writing
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -180,16 +180,14 @@ def publish(
 ) -> None:
     """Rename a folder that is complete, announce it, and remove older ones: the `keep` newest and the best
     stay."""
-    with atomic(partial / "files.json") as temporary:
-        temporary.write_text(json.dumps(checksums, indent=1) + "\n", encoding="utf-8")
+    write_text(partial / "files.json", json.dumps(checksums, indent=1) + "\n")
     final = folder / name
     with writing(final):
         # a damaged one of the same step, or one whose run was continued from an earlier checkpoint
         if final.exists():
             shutil.rmtree(final)
         os.replace(partial, final)
-    with atomic(folder / "latest") as temporary:
-        temporary.write_text(name + "\n", encoding="utf-8")
+    write_text(folder / "latest", name + "\n")
     steps = sorted((int(path.name[5:]) for path in _step_folders(folder)), reverse=True)
     kept = {*[step for step in steps if step <= int(name[5:])][:keep], best_step}
     for step in steps:

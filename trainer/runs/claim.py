@@ -20,7 +20,7 @@ from trainer.errors import RunError
 from trainer.runs.checkpoint import check_settings, fixed_settings, listed, remove_partial
 from trainer.runs.run_folder import RunFolder
 from trainer.runtime.distributed import gather_objects, on_main
-from trainer.runtime.files import SECRET_MODE, atomic, create, remove_temporaries, write_json, writing
+from trainer.runtime.files import SECRET_MODE, create, remove_temporaries, write_json, write_text, writing
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -183,6 +183,6 @@ def effective_yaml(config: Config) -> str:
 def write_facts(config: Config, facts: dict[str, Any]) -> None:
     """config.yaml (effective) and environment.json, as this part of the run sees them."""
     folder = Path(config.run.dir)
-    with atomic(RunFolder(folder).config, SECRET_MODE) as temporary:  # URLs in it may hold passwords
-        temporary.write_text(effective_yaml(config), encoding="utf-8")
+    # URLs in it may hold passwords
+    write_text(RunFolder(folder).config, effective_yaml(config), SECRET_MODE)
     write_json(RunFolder(folder).environment, masked(facts))

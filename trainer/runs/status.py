@@ -13,7 +13,7 @@ from pathlib import Path
 from trainer.errors import EnvironmentProblem
 from trainer.runs.checkpoint import Progress
 from trainer.runs.run_folder import RunFolder
-from trainer.runtime.files import atomic
+from trainer.runtime.files import write_text
 
 log = logging.getLogger(__name__)
 
@@ -38,8 +38,7 @@ def _put_status(folder: Path, status: str, progress: Progress) -> None:
     path = RunFolder(folder).status
     text = json.dumps({"status": status, "progress": asdict(progress)}, indent=2) + "\n"
     try:
-        with atomic(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write_text(path, text)
     except EnvironmentProblem as error:
         log.warning("%s", error)
         with contextlib.suppress(OSError), path.open("r+b") as file:

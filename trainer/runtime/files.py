@@ -17,7 +17,7 @@ from data_shards.errors import WRITE_FIXES
 from data_shards.publish import sync_folder
 from trainer.errors import EnvironmentProblem
 
-__all__ = ["SECRET_MODE", "atomic", "create", "file_sha256", "write_json", "writing"]
+__all__ = ["SECRET_MODE", "atomic", "create", "file_sha256", "write_json", "write_text", "writing"]
 
 SECRET_MODE = 0o600  # of a file that is needed whole, passwords included: only its owner reads it
 NOTHING_CHANGED = "Nothing earlier was changed"
@@ -87,11 +87,15 @@ def atomic(path: str | Path, mode: int | None = None, kept: str = NOTHING_CHANGE
                 temporary.unlink(missing_ok=True)
 
 
+def write_text(path: str | Path, text: str, mode: int | None = None, kept: str = NOTHING_CHANGED) -> None:
+    """A text as UTF-8, atomically. mode, kept: see atomic()."""
+    with atomic(path, mode, kept) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 def write_json(path: str | Path, document: Any, kept: str = NOTHING_CHANGED, allow_nan: bool = True) -> None:
     """An indented document, atomically. kept: see writing(). allow_nan: False refuses what JSON has not."""
-    with atomic(path, kept=kept) as temporary:
-        text = json.dumps(document, indent=2, allow_nan=allow_nan)
-        temporary.write_text(text + "\n", encoding="utf-8")
+    write_text(path, json.dumps(document, indent=2, allow_nan=allow_nan) + "\n", kept=kept)
 
 
 def create(path: Path, text: str, mode: int) -> bool:

@@ -27,7 +27,7 @@ from trainer.errors import EnvironmentProblem, RunError
 from trainer.models.contract import PreRanking, Ranker, View
 from trainer.runs.run_folder import RunFolder, read_json
 from trainer.runs.weights import document_path
-from trainer.runtime.files import atomic, file_sha256, writing
+from trainer.runtime.files import atomic, file_sha256, write_json, writing
 from trainer.runtime.progress import Notify, report, silent
 from trainer.serving.index import TRAINING_VECTORS, Index, build_index, plan_index, unit
 
@@ -247,8 +247,7 @@ def save_retrieval(folder: Path, retrieval: Retrieval, identity: str) -> None:
             names.append(f"{name}.faiss")
     document["sha256"] = {name: file_sha256(folder / name) for name in names}
     document["digest"] = _digest(document)
-    with atomic(folder / DOCUMENT) as path:
-        path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / DOCUMENT, document)
 
 
 def load_retrieval(folder: Path, model: Ranker, identity: str) -> Retrieval | None:

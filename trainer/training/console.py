@@ -14,7 +14,7 @@ from rich.console import Console
 from data_shards.secrets import mask_secrets
 from trainer.errors import EnvironmentProblem
 from trainer.runs.run_folder import RunFolder
-from trainer.runtime.files import atomic, writing
+from trainer.runtime.files import write_text, writing
 from trainer.runtime.progress import Bar, clear_bar, clock, draws_bars, fitted, wrapped
 
 DOING_WIDTH = len("validating")
@@ -179,5 +179,4 @@ def keep_records(path: Path, last_step: int) -> None:
                 kept.append(line)
         except (ValueError, KeyError, TypeError, RecursionError):
             continue
-    with atomic(path) as temporary:
-        temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    write_text(path, "".join(f"{line}\n" for line in kept))

@@ -27,7 +27,7 @@ from trainer.evaluation.summary import (
     title_of,
 )
 from trainer.runs.run_folder import RunFolder
-from trainer.runtime.files import atomic
+from trainer.runtime.files import write_text
 from trainer.runtime.progress import clock
 
 METRICS = ("recall@5", "recall@10", "ndcg@5", "ndcg@10", "mrr")
@@ -305,8 +305,5 @@ def left_out(reason: str) -> list[Section]:
 
 def write_asked(asked: Mapping[str, Asked], path: Path) -> None:
     """The numbers behind calibration and examples."""
-    with atomic(path) as temporary:
-        text = json.dumps(
-            {task: asdict(found) for task, found in asked.items()}, indent=1, ensure_ascii=False
-        )
-        temporary.write_text(text + "\n", encoding="utf-8")
+    document = {task: asdict(found) for task, found in asked.items()}
+    write_text(path, json.dumps(document, indent=1, ensure_ascii=False) + "\n")

@@ -10,7 +10,7 @@ from typing import Any
 from trainer.analysis.pages import Section, write_page
 from trainer.errors import ConfigError, DataError
 from trainer.experiments.analyses.options import Options
-from trainer.runtime.files import atomic
+from trainer.runtime.files import write_text
 from trainer.runtime.progress import Notify, silent
 
 # what → what it is read for, in the order of a report
@@ -43,9 +43,8 @@ def analyse(
     if arrays := document.pop("arrays", None):
         module.save(arrays, folder)
     document = {"what": what, "split": options.split, "seed": options.seed, **_finite(document)}
-    with atomic(_file(what, folder)) as temporary:
-        text = json.dumps(document, indent=1, allow_nan=False, ensure_ascii=False)
-        temporary.write_text(text + "\n", encoding="utf-8")
+    text = json.dumps(document, indent=1, allow_nan=False, ensure_ascii=False)
+    write_text(_file(what, folder), text + "\n")
     section = module.section(document, folder)
     write_page(folder / f"{what}.html", section.title, f"gensr analyse {what}", [section])
     return document

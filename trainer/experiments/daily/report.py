@@ -15,7 +15,7 @@ from trainer.registry.promote import CHAMPION
 from trainer.registry.store import number_of
 from trainer.runs.run_folder import RunFolder
 from trainer.runs.weights import is_model, read_model_document
-from trainer.runtime.files import atomic
+from trainer.runtime.files import write_text
 
 Rows = Sequence[Mapping[str, Any]]
 TABLE, PICTURE = "daily.txt", "daily"
@@ -26,8 +26,7 @@ def write_report(out: Path, rows: Rows) -> None:
     text = {TABLE: "\n".join(lines_of(rows)), DOCUMENT: json.dumps({"days": rows}, indent=2)}
     draw(rows, out / PICTURE)
     for name, content in text.items():  # daily.json last: it says what is done
-        with atomic(out / name) as path:
-            path.write_text(content + "\n", encoding="utf-8")
+        write_text(out / name, content + "\n")
 
 
 def lines_of(rows: Rows) -> list[str]:

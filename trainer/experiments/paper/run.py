@@ -22,7 +22,7 @@ from trainer.experiments.pool import environments, interruptible
 from trainer.experiments.submit import Machines, Submission
 from trainer.experiments.table import make_table
 from trainer.runs.run_folder import RunFolder, read_json
-from trainer.runtime.files import atomic
+from trainer.runtime.files import write_text
 from trainer.runtime.progress import Notify, StageLines
 
 RIVAL = "unisar"  # the discriminative model of Table 1 and Figure 3
@@ -117,8 +117,7 @@ def run_analyses(plan: PaperPlan, errors: dict[str, str], notify: Notify) -> Non
             errors[what] = first_line(error)
             notify(f"  {what} failed: {errors[what]}")
             continue
-        with atomic(stamp) as temporary:
-            temporary.write_text(json.dumps(wanted) + "\n", encoding="utf-8")
+        write_text(stamp, json.dumps(wanted) + "\n")
 
 
 def _is_there(what: str, analyses: Path) -> bool:

@@ -24,7 +24,7 @@ from trainer.experiments.pool import environments
 from trainer.experiments.table.budget import Runs, Times, plan_times, within
 from trainer.models.zoo import GENSR, model_class, model_names
 from trainer.runs.run_folder import read_json
-from trainer.runtime.files import SECRET_MODE, atomic, write_json
+from trainer.runtime.files import SECRET_MODE, write_json, write_text
 from trainer.tracking.store import sqlite_path, sqlite_uri
 
 OWNED = ("data.dir", "run.dir", "run.seed", "model.name")  # settings that the table decides
@@ -112,10 +112,8 @@ def make_plan(request: Request, machine: Machine | None = None) -> Plan:
     prepared folder, or lacks the hard candidates."""
     plan = _read(request, machine)
     for name, config in plan.configs.items():
-        with atomic(
-            request.settings_file(name), SECRET_MODE
-        ) as temporary:  # a tracking URI may hold a password
-            temporary.write_text(to_yaml(config), encoding="utf-8")
+        # a tracking URI may hold a password
+        write_text(request.settings_file(name), to_yaml(config), SECRET_MODE)
     begun = _begun(plan.folder.manifest, request)
     if plan.times is not None:
         facts, known = plan.times.facts(), read_json(request.plan_file)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.evaluation.summary import TASK_TITLES, metric_title, short, signed
-from trainer.runtime.files import atomic
+from trainer.runtime.files import write_text
 
 Row = Mapping[str, Any]
 CANDIDATE_TITLES = {"sampled": "sampled candidates", "hard": "hard candidates", "full": "whole catalogue"}
@@ -29,8 +29,7 @@ def write_table(document: Mapping[str, Any], out: Path) -> list[Path]:
         "table.html": html(document),
     }
     for name, text in texts.items():
-        with atomic(out / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write_text(out / name, text)
     return [out / name for name in texts]
 
 
