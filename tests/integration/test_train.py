@@ -32,7 +32,7 @@ from trainer.models.backbones.families import build_backbone
 from trainer.models.gensr.model import GenSR
 from trainer.runs import checkpoint
 from trainer.runs.run_folder import RunFolder
-from trainer.runs.status import read_status, write_status
+from trainer.runs.status import read_progress, write_status
 from trainer.runs.weights import load_run_model
 from trainer.training.loop import EXIT_RESUME_ME, train
 from trainer.training.plan import dry_run
@@ -281,7 +281,7 @@ def test_a_smaller_micro_batch_changes_no_step(data: Path, tmp_path: Path, stop_
     train(config_of(data, tmp_path / "undisturbed", *plain))
     stop_after(3)
     train(config_of(data, tmp_path / "run", *plain))
-    assert read_status(tmp_path / "run").step % 2  # else two to a step begin where one to a step does
+    assert read_progress(tmp_path / "run").step % 2  # else two to a step begin where one to a step does
     smaller = ("optim.micro_batch_size=4", "run.accept_changes=optim.micro_batch_size")
     train(config_of(data, tmp_path / "run", *plain, *smaller), resume="auto")
     expected, found = (
@@ -577,8 +577,8 @@ def test_what_another_rank_than_the_first_meets_is_failed_too(
         patch.setattr(trainer.training.loop, "micro_step", too_large)
         with pytest.raises(EnvironmentProblem, match="memory ran out"):
             train(config_of(data, folder, "run.checkpoint_every_steps=2"))
-    write_status(folder, "running", read_status(folder))  # rank 0, which saves a checkpoint meanwhile
-    write_status(folder, "crashed", read_status(folder))  # and then notices
+    write_status(folder, "running", read_progress(folder))  # rank 0, which saves a checkpoint meanwhile
+    write_status(folder, "crashed", read_progress(folder))  # and then notices
     assert RunFolder(folder).read_status()["status"] == "failed"
     with monkeypatch.context() as patch:
         patch.setattr(trainer.training.loop, "log", lost)

@@ -27,7 +27,7 @@ from trainer.data.node_cache import local_folder
 from trainer.errors import EnvironmentProblem
 from trainer.runs.checkpoint import Progress, make_empty
 from trainer.runs.run_folder import RunFolder
-from trainer.runs.status import read_status, write_status
+from trainer.runs.status import read_progress, write_status
 from trainer.runtime.files import SECRET_MODE, atomic, writing
 from trainer.training.console import RunConsole
 
@@ -189,4 +189,4 @@ def test_a_full_disk_takes_a_status_in_place_of_the_old_one(
     write_status(run, "failed", Progress(step=7))
     assert (run / "status.json").stat().st_size == size
     assert RunFolder(run).read_status()["status"] == "failed"
-    assert read_status(run).step == 7 and [path.name for path in run.iterdir()] == ["status.json"]
+    assert read_progress(run).step == 7 and [path.name for path in run.iterdir()] == ["status.json"]

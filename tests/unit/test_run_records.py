@@ -15,7 +15,7 @@ from trainer.experiments.import_runs import _points
 from trainer.experiments.sweep import _row, lines_of
 from trainer.runs.checkpoint import Progress
 from trainer.runs.run_folder import RunFolder
-from trainer.runs.status import begin_status, read_status
+from trainer.runs.status import begin_status, read_progress
 
 METRICS = {"rec/ndcg@10": 0.25, "mean/ndcg@10": 0.25}
 
@@ -28,7 +28,7 @@ def whole() -> dict[str, Any]:
 def used(run: Path) -> None:
     """Everything that reads a status."""
     RunFolder(run).standing()
-    read_status(run)
+    read_progress(run)
     provenance(RunFolder(run))
     lines_of({"runs": [_row(run, None)], "comparison": {}})
 
@@ -54,7 +54,7 @@ def test_a_damaged_status_says_nothing(tmp_path: Path, content: str) -> None:
     (run / "status.json").write_text(content)
     assert RunFolder(run).read_status() == {}
     assert not RunFolder(run).has_ended_well
-    assert read_status(run) == Progress() and RunFolder(run).standing() == ""
+    assert read_progress(run) == Progress() and RunFolder(run).standing() == ""
     used(run)
 
 
@@ -94,8 +94,8 @@ def test_records_that_are_damaged_are_not_imported() -> None:
 def test_a_whole_status_is_read_as_it_was_written(tmp_path: Path) -> None:
     progress = Progress(**whole()["progress"])
     begin_status(tmp_path, progress)
-    assert read_status(tmp_path) == progress
+    assert read_progress(tmp_path) == progress
     assert RunFolder(tmp_path).standing() == "its run is running, or was killed, at step 1,200"
     newer = {"status": "stopped", "progress": {**asdict(progress), "of_a_newer_gensr": 1}}
     (tmp_path / "status.json").write_text(json.dumps(newer))
-    assert read_status(tmp_path) == progress
+    assert read_progress(tmp_path) == progress

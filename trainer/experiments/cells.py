@@ -44,6 +44,11 @@ class Cell:
         return [*(self.before.runs if self.before else ()), self]
 
 
+def trained_s(run_dir: Path) -> float:
+    """Seconds; 0 for a run that has not begun."""
+    return float(RunFolder(run_dir).read_progress().get("train_s", 0.0))
+
+
 def is_evaluated(cell: Cell, candidates: str) -> bool:
     return RunFolder(cell.run_dir).is_evaluated(evaluation_name(SPLIT, candidates))
 

@@ -25,9 +25,7 @@ from typing import TYPE_CHECKING, Any
 from data_shards.errors import DataError
 from data_shards.schema import read_manifest
 from data_shards.secrets import mask_secrets
-from data_shards.settings import read_yaml
 from trainer.config import Config
-from trainer.configs import config_from_dict
 from trainer.errors import EnvironmentProblem, GensrError, RunError
 from trainer.evaluation.stored import read_evaluation_file
 from trainer.evaluation.summary import CANDIDATES, evaluation_name
@@ -35,13 +33,7 @@ from trainer.experiments.sweep import PARENT_TAG
 from trainer.registry.model_card import metrics_of
 from trainer.runs.run_folder import RunFolder, is_number
 from trainer.runtime.progress import Notify, silent
-from trainer.tracking.delivery import (
-    JsonLines,
-    Record,
-    is_point,
-    machine_points,
-    send,
-)
+from trainer.tracking.delivery import JsonLines, Record, is_point, machine_points, send
 from trainer.tracking.store import (
     connect,
     is_server,
@@ -135,10 +127,10 @@ def import_runs(source: str, into: str, progress: Notify = silent) -> list[Impor
 def target_of(folder: str) -> str:
     """The store that a run folder's run belongs in: the server that its configuration names, or the database
     beside it. Raises RunError for anything but a run folder."""
-    path = RunFolder(folder).config
-    if not path.is_file():
+    run = RunFolder(folder)
+    if not run.config.is_file():
         raise RunError(f"{folder} is no run folder. Say where its runs should go: --into URI")
-    return tracking_uri(config_from_dict(read_yaml(path)), folder)
+    return tracking_uri(run.read_config(), folder)
 
 
 # ---- writing -----------------------------------------------------------------------------------------------
@@ -173,11 +165,8 @@ def _import(target: "MlflowClient", into: str, run: Source) -> Imported:
             known[key, step] = (time_ms, value)
             added += 1
         elif isinstance(record.get("params"), dict):
-            record = {
-                "params": {
-                    key: value for key, value in record["params"].items() if key not in there.data.params
-                }
-            }
+            known_params = there.data.params
+            record = {"params": {k: v for k, v in record["params"].items() if k not in known_params}}
         elif "dataset_input" in record:
             if new:
                 target.log_inputs(run_id, datasets=[record["dataset_input"]])
@@ -282,17 +271,16 @@ def _of_run(client: "MlflowClient", run: Any, experiment: str, folder: Path | No
             for point in client.get_metric_history(info.run_id, key)
         ]
     records += [{"dataset_input": entry} for entry in (run.inputs.dataset_inputs if run.inputs else [])]
-    files = list(_artifacts(client, run, folder, scratch))
     return Source(
-        info.run_id,
-        info.run_name,
-        experiment,
-        info.status,
-        info.start_time,
-        info.end_time or 0,
-        dict(data.tags),
-        records,
-        files,
+        id=info.run_id,
+        name=info.run_name,
+        experiment=experiment,
+        status=info.status,
+        start_ms=info.start_time,
+        end_ms=info.end_time or 0,
+        tags=dict(data.tags),
+        records=records,
+        files=list(_artifacts(client, run, folder, scratch)),
     )
 
 
@@ -316,46 +304,40 @@ def _artifacts(
 
 def of_folder(folder: Path) -> Source:
     """A run folder as a run: what its tracker would have recorded, with times counted from its beginning."""
-    config = RunFolder(folder).read_config()
-    facts = RunFolder(folder).read_environment()
-    status = RunFolder(folder).read_status()
-    start_ms = int(RunFolder(folder).config.stat().st_ctime * 1000)
-    lines, num_skipped = _lines(RunFolder(folder).metrics)
-    spooled, skipped = _lines(RunFolder(folder).spool)
+    run = RunFolder(folder)
+    config, status = run.read_config(), run.read_status()
+    start_ms = int(run.config.stat().st_ctime * 1000)
+    lines, num_skipped = _lines(run.metrics)
+    spooled, skipped = _lines(run.spool)
     num_skipped += skipped
     records: list[Record] = [
         record for record in spooled if "artifact" not in record and "status" not in record
     ]
-    records += describe(config, folder, facts, _manifest(config))
+    records += describe(config, folder, run.read_environment(), _manifest(config))
     records += list(_points(lines, start_ms))
     files = []
-    for path in sorted(RunFolder(folder).machine.glob("*.jsonl")):
+    for path in sorted(run.machine.glob("*.jsonl")):
         samples, skipped = _lines(path)
         num_skipped += skipped
         records += [point for sample in samples for point in machine_points(path.stem, sample)]
     for evaluated in EVALUATED:
-        path = RunFolder(folder).evaluation(evaluated)
+        path = run.evaluation(evaluated)
         if path.is_file():
             figures = metrics_of(read_evaluation_file(path), evaluated)
             made_ms = path.stat().st_mtime_ns // 1_000_000
             records += [{"metric": [name, value, made_ms, 0]} for name, value in figures.items()]
             files.append((path, ""))
-    files += [(path, "report") for path in sorted(RunFolder(folder).report.glob("*.png"))]
-    seconds = status.get("progress", {}).get("train_s", 0.0)
-    name = config.tracking.run_name or folder.resolve().name
-    state = STATUS.get(status.get("status", ""), "FAILED")
-    identity = read_run_file(folder) or f"folder-{_identity(folder, lines)}"
+    files += [(path, "report") for path in sorted(run.report.glob("*.png"))]
     return Source(
-        identity,
-        name,
-        config.tracking.experiment,
-        state,
-        start_ms,
-        start_ms + int(seconds * 1000),
-        {},
-        records,
-        files,
-        num_skipped,
+        id=read_run_file(folder) or f"folder-{_identity(folder, lines)}",
+        name=config.tracking.run_name or folder.resolve().name,
+        experiment=config.tracking.experiment,
+        status=STATUS.get(status.get("status", ""), "FAILED"),
+        start_ms=start_ms,
+        end_ms=start_ms + int(status.get("progress", {}).get("train_s", 0.0) * 1000),
+        records=records,
+        files=files,
+        num_skipped=num_skipped,
     )
 
 
@@ -375,14 +357,8 @@ def _points(lines: Iterable[Mapping[str, Any]], start_ms: int) -> Iterator[Recor
             seconds = line["train_s"]
         for name, value in line.items():
             if name not in ("kind", "step") and is_number(value):
-                yield {
-                    "metric": [
-                        metric_name(f"{line['kind']}/{name}"),
-                        float(value),
-                        start_ms + int(seconds * 1000),
-                        line["step"],
-                    ]
-                }
+                time_ms = start_ms + int(seconds * 1000)
+                yield {"metric": [metric_name(f"{line['kind']}/{name}"), float(value), time_ms, line["step"]]}
 
 
 def _manifest(config: Config) -> Any:

@@ -196,7 +196,7 @@ def _train(sweep: Sweep, steps: Steps, pool: Pool) -> list[str]:
             except GensrError as error:
                 steps.notify(f"  {point.name} failed: {error}")
                 raise
-        value = float(RunFolder(cell.run_dir).read_status()["progress"]["best_value"])
+        value = float(RunFolder(cell.run_dir).read_progress()["best_value"])
         steps.notify(f"  {point.name}: {value:.4f}")
         return value
 

@@ -126,12 +126,18 @@ class RunFolder:
         known = document.get("status") in STATUSES and _is_progress(document["progress"])
         return document if known else {}
 
+    def read_progress(self) -> dict[str, Any]:
+        """Of status.json; {} as there."""
+        progress: dict[str, Any] = self.read_status().get("progress", {})
+        return progress
+
     def standing(self) -> str:
         """`its run has stopped at step 1,200`, or "" where nothing says so."""
         status = self.read_status()
-        step = status.get("progress", {}).get("step", 0)
-        how = describe_status(status["status"]) if status else ""
-        return f"its run {how}{',' if ',' in how else ''} at step {step:,}" if status else ""
+        if not status:
+            return ""
+        how = describe_status(status["status"])
+        return f"its run {how}{',' if ',' in how else ''} at step {status['progress'].get('step', 0):,}"
 
     def read_environment(self) -> dict[str, Any]:
         """environment.json; without the parts of a damaged one that are not as it was written."""

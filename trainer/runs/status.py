@@ -45,7 +45,7 @@ def _put_status(folder: Path, status: str, progress: Progress) -> None:
             file.write(text.encode().ljust(path.stat().st_size, b"\n"))
 
 
-def read_status(folder: str | Path) -> Progress:
-    found = RunFolder(folder).read_status().get("progress", {})
+def read_progress(folder: str | Path) -> Progress:
     known = {field.name for field in fields(Progress)}
+    found = RunFolder(folder).read_progress()
     return Progress(**{key: value for key, value in found.items() if key in known})

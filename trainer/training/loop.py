@@ -27,7 +27,7 @@ from trainer.runs.agreement import check_agreement
 from trainer.runs.checkpoint import listed
 from trainer.runs.claim import claim
 from trainer.runs.run_folder import RunFolder
-from trainer.runs.status import begin_status, read_status, write_status
+from trainer.runs.status import begin_status, read_progress, write_status
 from trainer.runs.weights import save_model
 from trainer.runtime.distributed import (
     full_state_dict,
@@ -337,7 +337,7 @@ def last_words(run: Run, reason: str) -> None:
 
 
 def _already_finished(config: Config) -> TrainResult:
-    progress = read_status(config.run.dir)
+    progress = read_progress(config.run.dir)
     return TrainResult(
         config.run.dir,
         "already_finished",

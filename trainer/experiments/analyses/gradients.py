@@ -62,8 +62,7 @@ def _run(run_dir: Path, most: int, notify: Notify) -> dict[str, Any]:
     num_events = _events_of_a_gradient(run_dir, folder, most)
     batches = {task: _batches(folder, config, task, num_events) for task in (SRC, REC)}
     shapes = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
-    progress = RunFolder(run_dir).read_status().get("progress", {})
-    best = int(progress.get("best_step", 0))
+    best = int(RunFolder(run_dir).read_progress().get("best_step", 0))
     notify(f"{run_dir}: gradients of the best weights, step {best:,}")
     points = [_point(model, batches, best, is_best=True)]
     for step_name in reversed(listed(run_dir)):

@@ -9,10 +9,11 @@ from trainer.analysis.pages import Part, Section, Table, Text, write_page
 from trainer.errors import DataError
 from trainer.evaluation.summary import TASK_TITLES, metric_title, short, signed
 from trainer.experiments.analyses import ANALYSES, load_section
+from trainer.experiments.cells import trained_s
 from trainer.experiments.paper.budget import of_seeds
 from trainer.experiments.paper.plan import PaperPlan
 from trainer.experiments.table.render import CANDIDATE_TITLES, blocks, value_cell
-from trainer.runs.run_folder import RunFolder, read_json
+from trainer.runs.run_folder import read_json
 
 METRICS = ("recall@5", "recall@10", "ndcg@5", "ndcg@10")  # of the paper's tables
 NUMBERS = {"rec": "Table 2", "src": "Table 3"}
@@ -53,8 +54,7 @@ def _what_was_run(plan: PaperPlan, table: Mapping[str, Any]) -> Section:
     trained = sum(row["train_s"] * len(row["cells"]) for row in table["rows"] if row["train_s"])
     trials = [run for name in plan.table.names for run in plan.table.runs_of(name).glob("trial-*")]
     others = [*trials, *(cell.run_dir for cell in plan.cells())]
-    progress = [RunFolder(run).read_status().get("progress", {}) for run in others]
-    trained += sum(float(of_run.get("train_s", 0.0)) for of_run in progress)
+    trained += sum(map(trained_s, others))
     rows = [
         ["systems", ", ".join(row["title"] for row in table["rows"] if "about" not in row)],
         ["seeds of each trained system", str(budget.seeds)],

@@ -29,7 +29,7 @@ from trainer.evaluation.metrics import FIGURES, METRICS, metric_values
 from trainer.evaluation.optimum import TITLE, read_optimum
 from trainer.evaluation.stored import read_ranks_file
 from trainer.evaluation.summary import beams_words, evaluation_name, read_evaluation
-from trainer.experiments.cells import SPLIT, Cell, is_done
+from trainer.experiments.cells import SPLIT, Cell, is_done, trained_s
 from trainer.experiments.table.plan import Plan
 from trainer.models.zoo import model_class
 from trainer.runs.run_folder import RunFolder, read_json
@@ -175,7 +175,7 @@ def _note(plan: Plan, model: str) -> str:
 
 def _cell(cell: Cell, candidates: Sequence[str]) -> dict[str, Any]:
     run = RunFolder(cell.run_dir)
-    progress = run.read_status().get("progress", {})
+    progress = run.read_progress()
     evaluations = {kind: read_evaluation(cell.run_dir, SPLIT, kind) for kind in candidates}
     settings = flatten(masked(read_yaml(run.config)))
     metric = str(settings["run.select_metric"])
@@ -185,7 +185,7 @@ def _cell(cell: Cell, candidates: Sequence[str]) -> dict[str, Any]:
         "step": progress.get("step", 0),
         "best_step": progress.get("best_step", 0),
         "best_value": progress.get("best_value", 0.0),
-        "train_s": sum(_train_s(one.run_dir) for one in cell.runs),
+        "train_s": sum(trained_s(one.run_dir) for one in cell.runs),
         "score_s": {kind: _score_s(evaluation) for kind, evaluation in evaluations.items()},
         "beams": _beams(evaluations),
         "settings": settings,
@@ -195,10 +195,6 @@ def _cell(cell: Cell, candidates: Sequence[str]) -> dict[str, Any]:
             if record.get("kind") == "valid" and metric in record
         ],
     }
-
-
-def _train_s(run_dir: Path) -> float:
-    return float(RunFolder(run_dir).read_status().get("progress", {}).get("train_s", 0.0))
 
 
 def _score_s(evaluation: Mapping[str, Any]) -> float:

@@ -112,7 +112,7 @@ def _tuned(plan: Plan, model: str, steps: Steps) -> dict[str, Any]:
         cell = _cell(request, model, f"trial-{number}", (*own, *overrides))
         with steps.step(f"{cell.title}  {' '.join(overrides)}"):
             train_cell(cell)
-        return float(RunFolder(cell.run_dir).read_status()["progress"]["best_value"])
+        return float(RunFolder(cell.run_dir).read_progress()["best_value"])
 
     try:
         return tune(request.tuning_file(model), plan.configs[model], request.trials, run_trial)
