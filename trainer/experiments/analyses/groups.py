@@ -80,9 +80,9 @@ def _is_apart(key: str) -> bool:
     return key in APART or key.startswith("tracking.")
 
 
-def results(groups: Sequence[Group], candidates: str, reference: int = 0) -> list[dict[str, Any]]:
+def results(groups: Sequence[Group], candidates: str) -> list[dict[str, Any]]:
     """For each group {"settings", "runs", "tasks": {task: {metric: {value, low, high, seeds, interval},
-    "against": {difference, low, high, p, p_holm} of NDCG@10, and {} of the reference itself}}}.
+    "against": {difference, low, high, p, p_holm} of NDCG@10 from the first group, {} of that itself}}}.
 
     interval: "seeds" where a group has several, else "users" (a bootstrap), which leaves out what another
     seed would change.
@@ -99,7 +99,7 @@ def results(groups: Sequence[Group], candidates: str, reference: int = 0) -> lis
             continue
         events = reduce(np.intersect1d, [v.events for number in having for v in values[number]])
         chosen = {number: [v.of(events) for v in values[number]] for number in having}
-        against = _against(chosen, reference)
+        against = _against(chosen)
         for number, seeds in chosen.items():
             rows[number]["tasks"][task] = {
                 **_summary(seeds),
@@ -122,16 +122,17 @@ def _summary(seeds: Sequence[Values]) -> dict[str, dict[str, Any]]:
     }
 
 
-def _against(chosen: Mapping[int, Sequence[Values]], reference: int) -> dict[int, dict[str, Any]]:
-    """Each group − the reference, on the seeds' mean of NDCG@10 of each event."""
-    if reference not in chosen or len(chosen) < 2:
+def _against(chosen: Mapping[int, Sequence[Values]]) -> dict[int, dict[str, Any]]:
+    """Each group − group 0, on the seeds' mean of NDCG@10 of each event."""
+    if 0 not in chosen or len(chosen) < 2:
         return {}
     column = FIGURES.index(TESTED)
     gains = {
         number: np.mean([v.metrics[:, column] for v in seeds], axis=0) for number, seeds in chosen.items()
     }
-    others = {str(number): gain for number, gain in gains.items() if number != reference}
-    found = differences_from(gains[reference], others, chosen[reference][0].users)
+    first = gains.pop(0)
+    others = {str(number): gain for number, gain in gains.items()}
+    found = differences_from(first, others, chosen[0][0].users)
     return {int(name): difference for name, difference in found.items()}
 
 

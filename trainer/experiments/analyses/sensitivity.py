@@ -13,6 +13,7 @@ from trainer.evaluation.summary import metric_title
 from trainer.experiments.analyses.ablations import difference_cells
 from trainer.experiments.analyses.groups import evaluations_of, grouped, results, seeds_note
 from trainer.experiments.analyses.options import TASK_TITLES, Options, need_runs
+from trainer.runs.run_folder import is_number
 from trainer.runtime.progress import Notify
 
 WHAT = "sensitivity"
@@ -22,15 +23,11 @@ SYMBOLS = {"model.temperature": "τ", "model.contrastive_weight": "λ"}
 def measure(runs: Sequence[Path], options: Options, notify: Notify) -> dict[str, Any]:
     need_runs(runs, WHAT, 2)
     groups = grouped(runs, options.candidates)
-    keys = [key for key in groups[0].settings if all(_is_number(group.settings[key]) for group in groups)]
+    keys = [key for key in groups[0].settings if all(is_number(group.settings[key]) for group in groups)]
     if not keys:
         raise RunError("these runs differ in no setting that is a number: there is no curve to draw")
     rows = results(groups, options.candidates)
     return {**evaluations_of(options), "keys": keys, "rows": rows}
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def section(document: dict[str, Any], folder: Path) -> Section:
