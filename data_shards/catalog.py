@@ -3,6 +3,7 @@ table lies in memory as a whole."""
 
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -151,17 +152,11 @@ def write_catalog(
     tokenizer_file = work.tree / "tokenizer" / "tokenizer.json"
     tokenizer_file.parent.mkdir(exist_ok=True)
     tokenizer.save(str(tokenizer_file))
+    texts, clicks = Texts(settings, mode, tokenizer, words), train_click_counts(columns, sizes["num_items"])
     repeated, categories = _write_items(
-        work,
-        settings,
-        tokenizer,
-        words,
-        mode,
-        read,
-        train_click_counts(columns, sizes["num_items"]),
-        base.categories if base is not None else (),
+        work, texts, read, clicks, base.categories if base is not None else ()
     )
-    _write_queries(work, settings, tokenizer, words, mode, sizes["num_queries"])
+    _write_queries(work, texts, sizes["num_queries"])
     _write_users(work, folder / "users.parquet")
     return {
         "text": {
@@ -190,41 +185,37 @@ def _write_users(work: Work, path: Path) -> None:
             writer.write_batch(batch)
 
 
+@dataclass(frozen=True)
+class Texts:
+    """How texts become rows of tokens and words."""
+
+    settings: PrepareSettings
+    mode: str  # text.word_mode()
+    tokenizer: "Tokenizer"
+    words: Words | None
+
+
 def _write_items(
-    work: Work,
-    settings: PrepareSettings,
-    tokenizer: "Tokenizer",
-    words: Words | None,
-    mode: str,
-    read: dict[str, Any],
-    clicks: np.ndarray,
-    known: Sequence[tuple[str, ...]],
+    work: Work, texts: Texts, read: dict[str, Any], clicks: np.ndarray, known: Sequence[tuple[str, ...]]
 ) -> tuple[int, dict[str, int]]:
     """→ rows left out as repeated, and counts of categories."""
-    num_items = clicks.shape[1]
-    writer = CatalogWriter(
-        work.tree / "catalog",
-        "items",
-        num_items,
-        (settings.item_tokens, settings.item_words),
-        tokenizer,
-        words,
-        settings.lowers_texts,
-    )
+    num_items, settings = clicks.shape[1], texts.settings
+    widths = settings.item_tokens, settings.item_words
+    writer = CatalogWriter(work.tree / "catalog", "items", num_items, widths, texts)
     categories = CategoryWriter(work.tree / "catalog", num_items, settings.category_levels, known)
     done = repeated = 0
     for batch, extra in item_batches(work, read["duplicate_items"]):
         repeated += extra
         rows = slice(done, done + batch.num_rows)
-        texts = batch.column("text")
+        plain = batch.column("text")
         captions = batch.column("words").cast(pa.list_(pa.int64()))
         counts = np.nan_to_num(pc.list_value_length(captions).to_numpy(zero_copy_only=False)).astype(np.int64)
         flat = captions.flatten().to_numpy(zero_copy_only=False)
-        full, lengths = texts, {}
+        full, lengths = plain, {}
         if read["anonymised"]:
             lengths = {"num_words": pa.array(counts, pa.int32())}
             joined = pc.binary_join(captions.cast(pa.list_(pa.string())), " ").fill_null("")
-            full = pc.utf8_trim_whitespace(pc.binary_join_element_wise(texts, joined, " "))
+            full = pc.utf8_trim_whitespace(pc.binary_join_element_wise(plain, joined, " "))
         table = pa.table(
             {
                 "item_id": batch.column("key"),
@@ -235,7 +226,7 @@ def _write_items(
                 **lengths,
             }
         )
-        writer.append(table, full if mode == "digits" else texts, (flat, counts))
+        writer.append(table, full if texts.mode == "digits" else plain, (flat, counts))
         categories.append(batch.column("path"))
         done += batch.num_rows
         work.progress("items", done, num_items)
@@ -243,32 +234,15 @@ def _write_items(
     return repeated, categories.close()
 
 
-def _write_queries(
-    work: Work,
-    settings: PrepareSettings,
-    tokenizer: "Tokenizer",
-    words: Words | None,
-    mode: str,
-    num_queries: int,
-) -> None:
-    folder = work.tree / "catalog"
-    writer = CatalogWriter(
-        folder,
-        "queries",
-        num_queries,
-        (settings.query_tokens, settings.query_words),
-        tokenizer,
-        words,
-        settings.lowers_texts,
-    )
+def _write_queries(work: Work, texts: Texts, num_queries: int) -> None:
+    widths = texts.settings.query_tokens, texts.settings.query_words
+    writer = CatalogWriter(work.tree / "catalog", "queries", num_queries, widths, texts)
     done = 0
     for batch in work.batches("SELECT text FROM final_queries ORDER BY id", 65_536):
-        texts = batch.column("text")
-        token_texts = texts if mode in ("natural", "digits") else [""] * len(texts)
-        word_lists = (
-            split_words(texts) if mode == "words" else (np.zeros(0, np.int64), np.zeros(len(texts), np.int64))
-        )
-        writer.append(pa.table({"text": batch.column("text")}), token_texts, word_lists)
+        queries, none = batch.column("text"), np.zeros(batch.num_rows, np.int64)
+        token_texts = queries if texts.mode in ("natural", "digits") else [""] * len(queries)
+        word_lists = split_words(queries) if texts.mode == "words" else (none[:0], none)
+        writer.append(pa.table({"text": queries}), token_texts, word_lists)
         done += batch.num_rows
         work.progress("queries", done, num_queries)
     writer.close(pa.table({"text": pa.array([], pa.string())}))
@@ -277,21 +251,12 @@ def _write_queries(
 class CatalogWriter:
     """Writes one of catalog/{items,queries}: a parquet table of originals, and token and word matrices."""
 
-    def __init__(
-        self,
-        folder: Path,
-        stem: str,
-        num_rows: int,
-        widths: tuple[int, int],
-        tokenizer: "Tokenizer",
-        words: Words | None,
-        lowercase: bool,
-    ) -> None:
-        singular = {"items": "item", "queries": "query"}[stem]
-        self.tokenizer, self.words, self.lowercase, self.widths = tokenizer, words, lowercase, widths
-        self.tokens = MatrixWriter(
-            folder, f"{singular}_tokens", num_rows, widths[0], compact_type(tokenizer.get_vocab_size() - 1)
-        )
+    def __init__(self, folder: Path, stem: str, num_rows: int, widths: tuple[int, int], texts: Texts) -> None:
+        """widths: of tokens and of words."""
+        self.texts, self.widths = texts, widths
+        singular, words = ID_TABLES[stem], texts.words
+        kind = compact_type(texts.tokenizer.get_vocab_size() - 1)
+        self.tokens = MatrixWriter(folder, f"{singular}_tokens", num_rows, widths[0], kind)
         self.word_ids = (
             MatrixWriter(folder, f"{singular}_words", num_rows, widths[1], compact_type(len(words)))
             if words is not None
@@ -306,9 +271,10 @@ class CatalogWriter:
         if self.parquet is None:
             self.parquet = pq.ParquetWriter(self.path, table.schema, compression="zstd")
         self.parquet.write_table(table)
-        self.tokens.append(encode_texts(self.tokenizer, token_texts, self.widths[0], self.lowercase))
-        if self.words is not None and self.word_ids is not None:
-            self.word_ids.append(self.words.matrix(*word_lists, self.widths[1]))
+        texts, lowercase = self.texts, self.texts.settings.lowers_texts
+        self.tokens.append(encode_texts(texts.tokenizer, token_texts, self.widths[0], lowercase))
+        if texts.words is not None and self.word_ids is not None:
+            self.word_ids.append(texts.words.matrix(*word_lists, self.widths[1]))
 
     def close(self, empty: pa.Table) -> None:
         if self.parquet is None:
