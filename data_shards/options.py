@@ -126,15 +126,14 @@ def source_keys(source: str) -> list[dict[str, Any]]:
     stores_splits = SOURCE_DEFAULTS[source].get("split") == "stored"
     return [
         {
-            "key": key,
-            "default": SOURCE_DEFAULTS[source].get(key, default),
-            "help": text,
-            "allowed": s.allowed(PrepareSettings, key).removeprefix(
-                "stored, " if key == "split" and not stores_splits else ""
+            **one._asdict(),
+            "default": SOURCE_DEFAULTS[source].get(one.key, one.default),
+            "allowed": one.allowed.removeprefix(
+                "stored, " if one.key == "split" and not stores_splits else ""
             ),
         }
-        for key, default, text in s.key_help(PrepareSettings)
-        if not others & set(re.findall(r"\(([a-z]+)\)", text))
+        for one in s.key_help(PrepareSettings)
+        if not others & set(re.findall(r"\(([a-z]+)\)", one.help))
     ]
 
 

@@ -55,7 +55,8 @@ def load(
     tree: dict[str, Any] = _deep_copy(base or {})
     if yaml_file is not None:
         _merge(tree, read_yaml(yaml_file))
-    texts = {key for key, field in leaf_fields(cls) if field.type is str}
+    leaves = dict(leaf_fields(cls))
+    texts = {key for key, field in leaves.items() if field.type is str}
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not key:
@@ -65,8 +66,7 @@ def load(
     for key, text in flatten(tree).items():
         if key in texts and str(text).startswith("~/"):  # no shell expands it after "key=", none reads a file
             _set(tree, key.split("."), os.path.expanduser(text))
-    known = [key for key, _ in leaf_fields(cls)]
-    problems += _unknown_keys(cls, tree, known)
+    problems += _unknown_keys(cls, tree, list(leaves))
     value: T | None = None
     try:
         value = TypeAdapter(cls).validate_python(tree)
@@ -235,38 +235,41 @@ def _text_of(value: Any) -> str:
     return value if is_plain else json.dumps(value, ensure_ascii=False)
 
 
-def leaf_fields(cls: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any]]]:
-    """(dotted key, field) of every value in the tree, in order. `field.metadata`/pydantic's description holds
-    the help."""
-    for field in dataclasses.fields(cls):
-        if dataclasses.is_dataclass(field.type):
-            yield from leaf_fields(field.type, f"{prefix}{field.name}.")
-        else:
-            yield f"{prefix}{field.name}", field
+def leaf_fields(cls: Any) -> Iterator[tuple[str, dataclasses.Field[Any]]]:
+    """(dotted key, field) of every value in the tree, in order."""
+    return ((key, field) for key, _, field in _leaves(cls, ""))
 
 
-def key_help(cls: Any, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
-    """(dotted key, default, help) of every value in the tree, in order; help is the docstring under the
-    field."""
+def _leaves(cls: Any, prefix: str) -> Iterator[tuple[str, Any, dataclasses.Field[Any]]]:
+    """(dotted key, the section's class, field)."""
     for field in dataclasses.fields(cls):
         if dataclasses.is_dataclass(field.type):
-            yield from key_help(field.type, f"{prefix}{field.name}.")
+            yield from _leaves(field.type, f"{prefix}{field.name}.")
         else:
-            info = cls.__pydantic_fields__[field.name]
-            default = info.get_default(call_default_factory=True)
-            yield f"{prefix}{field.name}", default, _description(cls, field.name)
+            yield f"{prefix}{field.name}", cls, field
+
+
+class Key(NamedTuple):
+    """What people are told of a value in the tree."""
+
+    key: str  # dotted
+    default: Any
+    help: str  # the docstring under the field
+    allowed: str  # `true or false`, `uniform, popularity`, `≥ 0 and < 1`; "" for free text
+
+
+def key_help(cls: Any, prefix: str = "") -> Iterator[Key]:
+    """Of every value in the tree, in order."""
+    for key, section, field in _leaves(cls, prefix):
+        info = section.__pydantic_fields__[field.name]
+        default = info.get_default(call_default_factory=True)
+        yield Key(key, default, _description(section, field.name), _allowed(info))
 
 
 LARGEST_SAID = 1 << 31  # a bound of the machine's integers tells nobody anything
 
 
-def allowed(cls: Any, key: str) -> str:
-    """What a key takes, for people: `true or false`, `uniform, popularity`, `≥ 0 and < 1`; "" for free
-    text."""
-    section, _, name = key.rpartition(".")
-    for part in section.split(".") if section else []:
-        cls = next(field.type for field in dataclasses.fields(cls) if field.name == part)
-    info = cls.__pydantic_fields__[name]
+def _allowed(info: Any) -> str:
     if get_origin(info.annotation) is Literal:
         return ", ".join(map(str, get_args(info.annotation)))
     if info.annotation is bool:

@@ -74,7 +74,7 @@ def test_commands_exist(path: Path, arguments: list[str]) -> None:
     overrides = [word.partition("=")[0] for word in rest if re.match(r"[a-z_.]+=", word)]
     tree = "train" if verb == "submit" else verb
     if tree in TREES:
-        keys = {key for key, _, _ in key_help(TREES[tree])}
+        keys = {one.key for one in key_help(TREES[tree])}
         assert set(overrides) <= keys
     if tree == "train" and rest and re.fullmatch(r"[a-z][a-z0-9_]*", rest[0]):
         assert rest[0] in preset_names()
@@ -89,7 +89,7 @@ def test_every_verb_and_preset_is_described() -> None:
 
 
 def test_keys_in_the_text_exist() -> None:
-    known = {key for tree in TREES.values() for key, _, _ in key_help(tree)}
+    known = {one.key for tree in TREES.values() for one in key_help(tree)}
     sections = {key.split(".")[0] for key in known if "." in key}
     for path in PAGES:
         for name in re.findall(r"`([a-z_]+\.[a-z_.]+)(?:=[^`]*)?`", text_of(path)):

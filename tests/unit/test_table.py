@@ -128,7 +128,7 @@ def test_counted_systems_have_one_seed_and_no_trials(data: Path, tmp_path: Path)
 
 @pytest.mark.parametrize("name", [name for name in model_names() if model_class(name).trained])
 def test_spaces_name_keys_that_exist_and_hold_the_published_values(name: str) -> None:
-    keys = {key for key, _, _ in key_help(config_type(name))}
+    keys = {one.key for one in key_help(config_type(name))}
     assert set(SPACES["models"].get(name, {})) <= keys
     config = load_config(None, [f"model.name={name}", "optim.lr=0.5"])
     space = tuning.space_of(config)

@@ -71,7 +71,7 @@ def keys(
 ) -> None:
     """List every key with its default, its meaning and, in brackets, its allowed values. A model's name
     (sasrec) lists its section model.*."""
-    from data_shards.settings import allowed, did_you_mean, key_help
+    from data_shards.settings import did_you_mean, key_help
     from trainer.configs import preset_names
     from trainer.models.zoo import model_names, settings_class
 
@@ -87,18 +87,10 @@ def keys(
         )
         raise ConfigError(f"no keys of {of!r}.{hint} There are: {', '.join(known)}")
     prefix = "model." if of in model_names() else ""
-    rows = {name: list(key_help(tree, prefix)) for name, tree in trees.items() if of in (None, name)}
     document = {
-        name: [
-            {
-                "key": key,
-                "default": default,
-                "help": text,
-                "allowed": allowed(trees[name], key.removeprefix(prefix)),
-            }
-            for key, default, text in of_verb
-        ]
-        for name, of_verb in rows.items()
+        name: [key._asdict() for key in key_help(tree, prefix)]
+        for name, tree in trees.items()
+        if of in (None, name)
     }
     lines = []
     for name, of_verb in document.items():

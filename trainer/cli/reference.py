@@ -7,7 +7,7 @@ from typing import Any
 import typer
 
 from data_shards.options import SOURCE_DEFAULTS, PrepareSettings
-from data_shards.settings import allowed, key_help
+from data_shards.settings import key_help
 from trainer.cli.base import app
 from trainer.config import CfRoot
 from trainer.configs import config_type
@@ -71,8 +71,8 @@ def _default(parameter: Any) -> str:
 
 def _keys(tree: Any, prefix: str = "") -> list[str]:
     rows = [
-        (f"`{prefix}{key}`", f"`{default}`" if default != "" else "", allowed(tree, key), help_text)
-        for key, default, help_text in key_help(tree)
+        (f"`{key}`", f"`{default}`" if default != "" else "", takes, text)
+        for key, default, text, takes in key_help(tree, prefix)
     ]
     return _table(["key", "default", "takes", "meaning"], rows)
 
