@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 
-def name_ids(work: Work, read: dict[str, Any]) -> dict[str, Any]:
+def name_ids(work: Work, read: dict[str, Any]) -> None:
     """Stage: tables final_users, final_items, final_queries (id, key = original), from the code of each final
     id.
 
@@ -87,7 +87,6 @@ def name_ids(work: Work, read: dict[str, Any]) -> dict[str, Any]:
         "INSERT INTO catalog_items SELECT id, key, '', NULL, NULL, NULL FROM final_items WHERE id NOT IN "
         "(SELECT id FROM catalog_items)"
     )  # clicked, but without features
-    return {}
 
 
 def _integers(words: str) -> str:

@@ -144,7 +144,7 @@ def sort_clicks(work: Work, total: int) -> dict[str, Any]:
             LEFT JOIN queries_codes q ON r.query = q.key
         WHERE r.problem IS NULL AND r.clicked ORDER BY 1, 3, 2, 4, 5"""
     kept = work.write_columns(_without_duplicates(work, sql, total), EVENT_DTYPES, "click_")
-    return {"num_clicks": kept, "num_duplicates": total - kept}
+    return {"num_duplicates": total - kept}
 
 
 def _without_duplicates(work: Work, sql: str, total: int) -> Iterator[dict[str, np.ndarray]]:
@@ -169,8 +169,7 @@ def filter_clicks(work: Work, settings: PrepareSettings, sizes: dict[str, int]) 
     Also columns user_code, item_code and query_code: the code of each final id.
     """
     clicks = work.columns(EVENT_DTYPES, "click_")
-    removed: list[dict[str, Any]] = []
-    keep_user, keep_item, rounds = keep_users_and_items(
+    keep_user, keep_item, removed = keep_users_and_items(
         clicks["user"],
         clicks["item"],
         clicks["task"],
@@ -180,7 +179,6 @@ def filter_clicks(work: Work, settings: PrepareSettings, sizes: dict[str, int]) 
         settings.both_behaviours,
         settings.kcore,
         work.threads,
-        removed,
     )
     keep_query = np.zeros(sizes["queries"], bool)
     num_events = num_searches = 0
@@ -203,12 +201,10 @@ def filter_clicks(work: Work, settings: PrepareSettings, sizes: dict[str, int]) 
     for name, keep in codes.items():
         work.write_columns([{name: np.flatnonzero(keep)}], {name: "i4"})
     return {
-        "num_events": num_events,
         "num_users": int(keep_user.sum()),
         "num_items": int(keep_item.sum()),
         "num_queries": int(keep_query.sum()),
         "dropped_clicks": len(clicks["user"]) - num_events,
-        "rounds": rounds,
         "kept": {"rec": num_events - num_searches, "src": num_searches},
         "removed": removed,
     }

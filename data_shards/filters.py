@@ -21,19 +21,18 @@ def keep_users_and_items(
     both_behaviours: bool,
     repeat: bool,
     threads: int = 1,
-    removed: list[dict[str, Any]] | None = None,
-) -> tuple[np.ndarray, np.ndarray, int]:
+) -> tuple[np.ndarray, np.ndarray, list[dict[str, Any]]]:
     """Clicks (three columns of one length, memory-mapped or not) → keep_user [num_users] bool, keep_item
-    [num_items] bool, rounds.
+    [num_items] bool, removed.
 
     A click counts while its user and its item are kept. minimum 0 keeps items without clicks; users always
     need one. Without `repeat`: users with both behaviours first, then one count of the rest.
 
-    removed: gets {step, round, users, items, rec, src} of what each step of each round removes. A click goes
-    with its user, if that is removed in the round, else with its item.
+    removed: {step, round, users, items, rec, src} that each step of each round removes. A click goes with its
+    user, if that is removed in the round, else with its item.
     """
     keep_user, keep_item = np.ones(num_users, bool), np.ones(num_items, bool)
-    tally = _Tally(minimum, [] if removed is None else removed)
+    tally = _Tally(minimum)
     rounds = 0
     if both_behaviours and not repeat:
         rec, src, _ = _count(user, item, task, keep_user, keep_item, threads)
@@ -52,18 +51,18 @@ def keep_users_and_items(
         tally.items(rounds, rare)
         keep_user, keep_item = keep_user & ~one_task & ~few, keep_item & ~rare
         if not (one_task.any() or few.any() or rare.any()):
-            return keep_user, keep_item, rounds
+            return keep_user, keep_item, tally.steps
         if not repeat:
-            if removed is not None:
-                tally.enter(*_count(user, item, task, keep_user, keep_item, threads)[:2])
-            return keep_user, keep_item, rounds
+            tally.enter(*_count(user, item, task, keep_user, keep_item, threads)[:2])
+            return keep_user, keep_item, tally.steps
 
 
 class _Tally:
     """What each step removes. The clicks that go with items are known when those that remain are counted."""
 
-    def __init__(self, minimum: int, steps: list[dict[str, Any]]) -> None:
-        self.minimum, self.steps = minimum, steps
+    def __init__(self, minimum: int) -> None:
+        self.minimum = minimum
+        self.steps: list[dict[str, Any]] = []
         self.left = (0, 0)  # rec, src: clicks of the last count, less those that went with users since
 
     def enter(self, rec: np.ndarray, src: np.ndarray) -> None:

@@ -1,7 +1,6 @@
 """Items shown beside a training click and not clicked: true negatives that training may use."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 
@@ -17,7 +16,7 @@ from data_shards.work import Work, chunk_bounds, in_threads
 SHOWN_SEED = 15
 
 
-def sort_shown(work: Work) -> int:
+def sort_shown(work: Work) -> None:
     """Columns shown_*: unclicked rows of kept users, items and queries, by user. Needs the final_* tables."""
     sql = f"""
         SELECT u.id AS user, i.id AS item, r.time AS time, r.task AS task, coalesce(q.id, {NO_QUERY}) AS query
@@ -26,18 +25,18 @@ def sort_shown(work: Work) -> int:
         WHERE r.problem IS NULL AND NOT r.clicked AND (r.query IS NULL OR q.id IS NOT NULL)
         ORDER BY 1, 3, 2, 4, 5"""
     parts = ({name: batch.column(name).to_numpy() for name in EVENT_DTYPES} for batch in work.batches(sql))
-    return work.write_columns(parts, EVENT_DTYPES, "shown_")
+    work.write_columns(parts, EVENT_DTYPES, "shown_")
 
 
-def attach_shown(work: Work, settings: PrepareSettings, num_users: int) -> dict[str, Any]:
+def attach_shown(work: Work, settings: PrepareSettings, num_users: int) -> None:
     """Stage: columns shown_start, shown_count of every event and the flat column shown_chosen."""
-    num_shown = (
-        sort_shown(work) if settings.num_impressions else work.write_columns([], EVENT_DTYPES, "shown_")
-    )
+    if settings.num_impressions:
+        sort_shown(work)
+    else:
+        work.write_columns([], EVENT_DTYPES, "shown_")
     work.write_columns(
         _chunks(work, settings, num_users), {"shown_start": "i8", "shown_count": "i4", "shown_chosen": "i4"}
     )
-    return {"num_shown": num_shown, "num_chosen": len(work.column("shown_chosen", "i4"))}
 
 
 def _chunks(work: Work, settings: PrepareSettings, num_users: int) -> Iterator[dict[str, np.ndarray]]:

@@ -294,9 +294,7 @@ def _outlier_hint(work: Work, settings: PrepareSettings) -> str:
     return f"The last day of the log is {shown[-1]}{before}"
 
 
-def _histories(
-    work: Work, settings: PrepareSettings, raw_lists: dict[str, str] | None = None
-) -> dict[str, Any]:
+def _histories(work: Work, settings: PrepareSettings, raw_lists: dict[str, str] | None) -> None:
     """Stage: columns history_start, history_count of each event and the flat history_item, history_task,
     history_query. raw_lists: sources.StoredSql, for history_rule=count."""
     columns = work.columns(encode.EVENT_DTYPES)
@@ -323,16 +321,13 @@ def _histories(
     if settings.history_rule == "count" and raw_lists is not None:
         parts = stored.counted_histories(work, raw_lists, settings.history_max)
     work.write_columns(parts, {**HISTORY_COLUMNS, "history_row": "i8"})
-    return {}
 
 
 def _event_columns(work: Work) -> EventColumns:
     return EventColumns(**work.columns(EVENT_COLUMNS), shown_item=work.column("shown_chosen", "i4"))
 
 
-def _negatives(
-    work: Work, columns: EventColumns, num_items: int, settings: PrepareSettings
-) -> dict[str, Any]:
+def _negatives(work: Work, columns: EventColumns, num_items: int, settings: PrepareSettings) -> None:
     """Stage: columns negatives_valid and negatives_test, num_negatives items for each event of the split, in
     event order."""
     seed = derive_seed(settings.seed, NEGATIVE_SEED)
@@ -352,10 +347,9 @@ def _negatives(
     for name, code in (("valid", VALID), ("test", TEST)):
         drawn = in_threads(draw, chunks(code), settings.threads)
         work.write_columns(({f"negatives_{name}": part} for part in drawn), {f"negatives_{name}": "i4"})
-    return {}
 
 
-def _stored_negatives(work: Work, raw: dict[str, str]) -> dict[str, Any]:
+def _stored_negatives(work: Work, raw: dict[str, str]) -> None:
     """Stage: the same columns, as the raw files have them."""
     keys = np.concatenate(
         [batch.column(0).to_numpy() for batch in work.batches("SELECT key FROM final_items ORDER BY id")]
@@ -365,7 +359,6 @@ def _stored_negatives(work: Work, raw: dict[str, str]) -> dict[str, Any]:
         column = f"negatives_{name}"
         work.write_columns(({column: part.reshape(-1)} for part in parts), {column: "i4"})
     work.close_database()
-    return {}
 
 
 def _hard(work: Work, columns: EventColumns, num_items: int, settings: PrepareSettings) -> dict[str, Any]:

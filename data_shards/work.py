@@ -88,13 +88,13 @@ class Work:
             self._con.close()
             self._con = None
 
-    def stage(self, name: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The result of `run` (a JSON object), from the last attempt if that one finished this stage. Raises
-        KeyboardInterrupt also where Ctrl-C meets a query."""
+    def stage(self, name: str, run: Callable[[], dict[str, Any] | None]) -> dict[str, Any]:
+        """The result of `run` (a JSON object, {} for none), from the last attempt if that one finished this
+        stage. Raises KeyboardInterrupt also where Ctrl-C meets a query."""
         if name not in self._stages["done"]:
             self.progress(name, 0, 0)
             try:
-                result = run()
+                result = run() or {}
             except RuntimeError as error:
                 if str(error) == "Query interrupted":  # duckdb's own word for it
                     raise KeyboardInterrupt from error

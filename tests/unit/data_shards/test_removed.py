@@ -21,9 +21,8 @@ ONE_TASK = "users without both tasks"
 def removed_of(clicks: list[tuple[int, int, int]], both: bool, repeat: bool) -> list[dict[str, Any]]:
     """clicks: (user, item, task)."""
     user, item, task = (np.array(column) for column in zip(*clicks, strict=True))
-    removed: list[dict[str, Any]] = []
     sizes = int(user.max()) + 1, int(item.max()) + 1
-    keep_user, keep_item, _ = keep_users_and_items(user, item, task, *sizes, 2, both, repeat, 1, removed)
+    keep_user, keep_item, removed = keep_users_and_items(user, item, task, *sizes, 2, both, repeat)
     kept = keep_user[user] & keep_item[item]
     for code, name in enumerate(TASKS):
         gone = sum(step[name] for step in removed)

@@ -49,10 +49,11 @@ def test_the_core_is_that_of_a_loop(clicks: list[tuple[int, int, int]], minimum:
 def test_without_repeating_the_filter_runs_once() -> None:
     # item 1 has two clicks, one of them by user 1, who leaves: repeated filtering would drop item 1 next
     user, item, task = np.array([0, 0, 0, 1]), np.array([0, 0, 1, 1]), np.zeros(4, np.int8)
-    keep_user, keep_item, rounds = keep_users_and_items(
+    keep_user, keep_item, removed = keep_users_and_items(
         user, item, task, 2, 2, 2, both_behaviours=False, repeat=False
     )
-    assert (keep_user.tolist(), keep_item.tolist(), rounds) == ([True, False], [True, True], 1)
+    assert (keep_user.tolist(), keep_item.tolist()) == ([True, False], [True, True])
+    assert [step["round"] for step in removed] == [1]
     assert keep_users_and_items(user, item, task, 2, 2, 2, False, True)[1].tolist() == [True, False]
 
 
