@@ -65,59 +65,40 @@ Profile = Annotated[
 ]
 
 
-@bench_app.command(name="train", epilog="Example: gensr bench train model.prompt=compact --json")
-def bench_train(
-    overrides: Overrides = None,
-    pairs: Pairs = None,
-    steps: Steps = 2,
-    turns: Turns = 2,
-    threads: Threads = 2,
-    profile: Profile = None,
-    as_json: AsJson = False,
-) -> None:
-    """Training steps against a reference written straight from the paper; flan-t5-base's shape with random
-    weights unless settings say otherwise."""
-    _bench_model("train", overrides, pairs, steps, turns, threads, profile, as_json)
+def bench_of_model(mode: Literal["train", "evaluate"], example: str, text: str) -> None:
+    """Declares `gensr bench MODE`. text: its help."""
+
+    def bench(
+        overrides: Overrides = None,
+        pairs: Pairs = None,
+        steps: Steps = 2,
+        turns: Turns = 2,
+        threads: Threads = 2,
+        profile: Profile = None,
+        as_json: AsJson = False,
+    ) -> None:
+        from trainer.bench.model import bench_model, bench_model_lines
+
+        numbers = (pairs, steps, turns, threads)
+        document = bench_model(mode, overrides or [], *numbers, trace=profile, progress=stage_lines())
+        answer(document, as_json, *bench_model_lines(document))
+
+    bench.__doc__ = text
+    bench_app.command(name=mode, epilog=f"Example: {example}")(bench)
 
 
-@bench_app.command(name="evaluate", epilog="Example: gensr bench evaluate data.dir=data/prepared --pairs 100")
-def bench_evaluate(
-    overrides: Overrides = None,
-    pairs: Pairs = None,
-    steps: Steps = 2,
-    turns: Turns = 2,
-    threads: Threads = 2,
-    profile: Profile = None,
-    as_json: AsJson = False,
-) -> None:
-    """Scoring the candidates of events against the reference, which encodes every pair separately and calls
-    generate()."""
-    _bench_model("evaluate", overrides, pairs, steps, turns, threads, profile, as_json)
-
-
-def _bench_model(
-    mode: Literal["train", "evaluate"],
-    overrides: list[str] | None,
-    pairs: int | None,
-    steps: int,
-    turns: int,
-    threads: int,
-    profile: Path | None,
-    as_json: bool,
-) -> None:
-    from trainer.bench.model import bench_model, bench_model_lines
-
-    document = bench_model(
-        mode,
-        overrides or [],
-        pairs=pairs,
-        steps=steps,
-        turns=turns,
-        threads=threads,
-        trace=profile,
-        progress=stage_lines(),
-    )
-    answer(document, as_json, *bench_model_lines(document))
+bench_of_model(
+    "train",
+    "gensr bench train model.prompt=compact --json",
+    "Training steps against a reference written straight from the paper; flan-t5-base's shape with random "
+    "weights unless settings say otherwise.",
+)
+bench_of_model(
+    "evaluate",
+    "gensr bench evaluate data.dir=data/prepared --pairs 100",
+    "Scoring the candidates of events against the reference, which encodes every pair separately and calls "
+    "generate().",
+)
 
 
 @bench_app.command(
