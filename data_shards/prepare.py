@@ -41,13 +41,7 @@ from data_shards.split import (
     split_leave_one_out,
 )
 from data_shards.steps import removed_steps
-from data_shards.work import (
-    BATCH_ROWS,
-    Work,
-    chunk_bounds,
-    in_threads,
-    write_text_atomic,
-)
+from data_shards.work import BATCH_ROWS, Work, chunk_bounds, in_threads, write_text_atomic
 from data_shards.write import EventColumns, describe_file, write_shards
 
 PIPELINE_VERSION = 9  # change it when a stage writes something else: a restart then reuses nothing

@@ -137,13 +137,8 @@ def parse_yaml(text: str) -> Any:
         raise
     except (RecursionError, MemoryError) as error:
         raise yaml.YAMLError("nested too deeply") from error
-    except (
-        ArithmeticError,
-        AttributeError,
-        LookupError,
-        TypeError,
-        ValueError,
-    ) as error:  # of its constructors
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        # of its constructors
         raise yaml.YAMLError(f"a value that cannot be read ({error})") from error
     finally:
         loader.dispose()

@@ -18,16 +18,7 @@ import pyarrow as pa
 from data_shards.address_space import check_address_space
 from data_shards.errors import DataError
 from data_shards.progress import StageProgress
-from data_shards.publish import (
-    LOCK,
-    STAGES,
-    TREE,
-    clear,
-    partial_folder,
-    publish,
-    recover,
-    take_lock,
-)
+from data_shards.publish import LOCK, STAGES, TREE, clear, partial_folder, publish, recover, take_lock
 from data_shards.sql import literal
 
 Part = TypeVar("Part")

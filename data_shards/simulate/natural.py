@@ -21,16 +21,8 @@ from data_shards.simulate.world import CAPTION_FORMAL, QUERY_FORMAL, World
 MAX_ITEMS = 5000
 WITH_BRAND, WITH_SIZE = 0.8, 0.7  # shares of the titles
 PLAIN_QUERY = 0.15  # of the queries name the kind only
-FILLERS = (
-    "best",
-    "buy",
-    "new",
-    "good",
-    "sale",
-    "gift",
-    "online",
-    "nice",
-)  # words of queries that mean nothing
+# words of queries that mean nothing
+FILLERS = ("best", "buy", "new", "good", "sale", "gift", "online", "nice")
 
 ITEMS_FILE = "items.csv"
 HEADERS = {

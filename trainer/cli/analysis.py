@@ -34,8 +34,7 @@ def analyse(
         ),
     ],
     paths: Annotated[
-        list[Path],
-        typer.Argument(metavar="RUN... OUT", help="run folders, then the folder to write to"),
+        list[Path], typer.Argument(metavar="RUN... OUT", help="run folders, then the folder to write to")
     ],
     split: Annotated[str, typer.Option(help="valid or test, for analyses that run the model")] = "test",
     events: Annotated[

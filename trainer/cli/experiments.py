@@ -45,8 +45,7 @@ PresetOfModels = Annotated[
     typer.Option(metavar="MODEL=PRESET|FILE", help="settings for a model other than those of its preset"),
 ]
 Recipe = Annotated[
-    str,
-    typer.Option(metavar="DATA_SET", help="gensr paper's settings of single systems for this data set"),
+    str, typer.Option(metavar="DATA_SET", help="gensr paper's settings of single systems for this data set")
 ]
 
 
@@ -199,10 +198,7 @@ def sweep(
 
 @verb("gensr daily daily.yaml")
 def daily(
-    file: Annotated[
-        Path,
-        typer.Argument(metavar="FILE", help="YAML; docs/continue.md has an example"),
-    ],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="YAML; docs/continue.md has an example")],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="KEY=VALUE", help="override FILE's settings", show_default=False),

@@ -48,10 +48,7 @@ def doctor(
 
 
 @config_app.command(epilog="Example: gensr config show demo optim.lr=3e-4")
-def show(
-    preset: MaybePreset = None,
-    overrides: Overrides = None,
-) -> None:
+def show(preset: MaybePreset = None, overrides: Overrides = None) -> None:
     """Print the effective configuration as YAML; secrets in URLs are hidden."""
     from data_shards.secrets import mask_secrets
     from data_shards.settings import to_yaml

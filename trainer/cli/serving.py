@@ -267,8 +267,7 @@ MAX_FOLLOW_S = 86_400.0
 Compare = Annotated[
     list[str] | None,
     typer.Option(
-        metavar="MODEL",
-        help="another run folder or models:/NAME@alias to compare with; may be repeated",
+        metavar="MODEL", help="another run folder or models:/NAME@alias to compare with; may be repeated"
     ),
 ]
 

@@ -163,7 +163,7 @@ def _what_it_is(facts: Mapping[str, Any]) -> list[str]:
     if facts["model"] != "gensr":
         return [
             f"{facts['title']}, for {answers}. It ranks given items, or finds them in its whole catalogue, "
-            "from a user's history (and a query). Scores order items; they are not calibrated.",
+            "from a user's history (and a query). Scores order items; they are not calibrated."
         ]
     return [
         f"GenSR: one generative model for {answers}. It ranks given items, or finds them in "
@@ -188,15 +188,10 @@ def _metric_lines(evaluation: Mapping[str, Any]) -> list[str]:
         f"## Metrics, test split ({protocol['candidates']}, {protocol.get('num_negatives')} negatives; 95 % "
         "bootstrap intervals)",
         "",
-    ]
-    lines += [
         "| task | events | Recall@5 | Recall@10 | NDCG@5 | NDCG@10 | MRR |",
         "|---|---|---|---|---|---|---|",
     ]
-    return lines + _task_rows(
-        evaluation,
-        lambda result: _with_intervals(result, *FIGURES),
-    )
+    return lines + _task_rows(evaluation, lambda result: _with_intervals(result, *FIGURES))
 
 
 def _segment_lines(evaluation: Mapping[str, Any]) -> list[str]:

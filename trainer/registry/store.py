@@ -14,14 +14,7 @@ from trainer.runs.run_folder import RunFolder, read_json
 from trainer.runs.weights import load_run_config
 from trainer.runtime.progress import Notify, silent
 from trainer.serving.recommend import Recommender
-from trainer.tracking.store import (
-    connect,
-    must_exist,
-    one_line,
-    sqlite_path,
-    sqlite_uri,
-    tracking_uri,
-)
+from trainer.tracking.store import connect, must_exist, one_line, sqlite_path, sqlite_uri, tracking_uri
 
 ALIAS = "candidate"
 URI_VARIABLE = "MLFLOW_TRACKING_URI"

@@ -41,14 +41,7 @@ from trainer.registry.model_card import (
     version_tags,
 )
 from trainer.registry.signature import example_requests, requirements, signature
-from trainer.registry.store import (
-    ALIAS,
-    fetched,
-    mlflow_at,
-    mlflow_errors,
-    mlflow_exception,
-    place_of_copies,
-)
+from trainer.registry.store import ALIAS, fetched, mlflow_at, mlflow_errors, mlflow_exception, place_of_copies
 from trainer.runs.retriever_facts import RETRIEVER, retriever_of, retriever_words
 from trainer.runs.run_folder import RunFolder, read_json
 from trainer.runs.sealed import seal

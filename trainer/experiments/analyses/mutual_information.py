@@ -25,14 +25,7 @@ from trainer.analysis.mutual_information_knn import ksg, ross
 from trainer.analysis.pages import Picture, Section, Table, Text
 from trainer.analysis.vectors import Vectors, load_vectors
 from trainer.evaluation.bootstrap import cluster_means, interval_ends
-from trainer.experiments.analyses.options import (
-    EVENTS,
-    TASK_TITLES,
-    Options,
-    name_of,
-    need_runs,
-    titled,
-)
+from trainer.experiments.analyses.options import EVENTS, TASK_TITLES, Options, name_of, need_runs, titled
 from trainer.runtime.progress import Notify
 
 WHAT = "mutual-information"
@@ -173,7 +166,7 @@ def section(document: dict[str, Any], folder: Path) -> Section:
                 "MINE and InfoNCE are lower bounds from a network, on held-out users. Spread of the restarts "
                 "shows how far to trust one. A bound near its limit says only that the information is at "
                 "least about that. Neighbours (KSG, Ross) need no network and fall short in many dimensions. "
-                "The score is a function of the input, so its row has no true value to approach.",
+                "The score is a function of the input, so its row has no true value to approach."
             ),
             *notes,
             Table(["data", "model", "search", "recommendation"], published, "Published, Table 1:"),

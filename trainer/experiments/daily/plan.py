@@ -39,12 +39,8 @@ from trainer.tracking.store import sqlite_path, sqlite_uri
 
 DOCUMENT = "daily.json"
 OURS = ("data.dir", "run.dir", "run.init_from")
-OURS_OF_PREPARE = (
-    "split",
-    "test_days",
-    "valid_days",
-    "utc_offset_hours",
-)  # what is tested, and on which days
+# what is tested, and on which days
+OURS_OF_PREPARE = ("split", "test_days", "valid_days", "utc_offset_hours")
 HELP = "gensr daily --help"
 
 

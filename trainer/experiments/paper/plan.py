@@ -13,15 +13,7 @@ from trainer.config import Config
 from trainer.configs import documented_sizes, load_config, preset_of
 from trainer.errors import ConfigError
 from trainer.experiments.cells import Cell
-from trainer.experiments.costs import (
-    MIN_EPOCHS,
-    Machine,
-    Size,
-    SystemCost,
-    cost_of,
-    this_machine,
-    wall_s,
-)
+from trainer.experiments.costs import MIN_EPOCHS, Machine, Size, SystemCost, cost_of, this_machine, wall_s
 from trainer.experiments.paper.budget import LEVELS, WHOLE, Budget
 from trainer.experiments.paper.finished import FinishedTable, lines_within
 from trainer.experiments.paper.recipes import read_recipes, recipe_of

@@ -31,12 +31,7 @@ def plan_submission(plan: Plan, machines: Machines, command: str) -> Submission:
 
 
 def plan_cells(
-    cells: Sequence[Cell],
-    out: Path,
-    candidates: Sequence[str],
-    events: int,
-    machines: Machines,
-    command: str,
+    cells: Sequence[Cell], out: Path, candidates: Sequence[str], events: int, machines: Machines, command: str
 ) -> Submission:
     """The arrays of any cells, with their scripts and output below `out`."""
     lines = _check(cells, machines)
