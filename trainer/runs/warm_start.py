@@ -57,22 +57,19 @@ def init_from(model: Ranker, run_dir: str | Path, folder: PreparedFolder) -> str
     for name in (name for name in weights if name in found):
         old, new = found[name], weights[name].detach()
         now = sizes.get(name, 0)
-        then = len(old) - len(new) + now if now else 0
-        if old.shape == new.shape and name in tokens and not same_tokens:
+        then, fits = len(old) - len(new) + now if now else 0, old.shape == new.shape
+        if fits and name in tokens and not same_tokens:
             unread.append(name)
-            continue
-        if old.shape == new.shape and now and name not in tokens and not same_rows:
+        elif fits and now and name not in tokens and not same_rows:
             foreign.append(name)
-            continue
-        if old.shape == new.shape:
+        elif fits:
             new.copy_(old)
+            taken.append(name)
         elif (then, now) in growth and old.shape[1:] == new.shape[1:]:
             new[: 1 + then].copy_(old[: 1 + then])
             new[1 + now :].copy_(old[1 + then :])
             grown.add((then, now))
-        else:
-            continue
-        taken.append(name)
+            taken.append(name)
     if not taken:
         raise RunError(
             f"run.init_from={run_dir}: none of its weights has a name and shape of model.name="
@@ -87,13 +84,14 @@ def init_from(model: Ranker, run_dir: str | Path, folder: PreparedFolder) -> str
     parts += [
         f"{kind}: {then:,} of {now:,} rows" for (then, now), kind in growth.items() if (then, now) in grown
     ]
-    parts += [f"kept: {_named(kept)}"] if kept else []
-    parts += [f"rows of other users and items, new: {_named(foreign)}"] if foreign else []
-    parts += [f"tokens of another tokenizer, new: {_named(unread)}"] if unread else []
-    parts += [f"another shape, new: {_named(other_shape)}"] if other_shape else []
-    new_names = sorted(set(weights) - set(found))
-    parts += [f"not in it, new: {_named(new_names)}"] if new_names else []
-    return "; ".join(parts)
+    others = {
+        "kept": kept,
+        "rows of other users and items, new": foreign,
+        "tokens of another tokenizer, new": unread,
+        "another shape, new": other_shape,
+        "not in it, new": sorted(set(weights) - set(found)),
+    }
+    return "; ".join([*parts, *(f"{what}: {_named(names)}" for what, names in others.items() if names)])
 
 
 def _has_same_rows(run_dir: str | Path, document: Mapping[str, Any], folder: PreparedFolder) -> bool:
