@@ -20,7 +20,7 @@ from data_shards.schema import NO_QUERY, REC, SRC
 from data_shards.sources import Source, Tables
 from data_shards.sources.reading import estimated_rows, no_words
 from data_shards.sql import literal, parquet_scan
-from data_shards.work import BATCH_ROWS, Work, chunk_bounds, in_threads
+from data_shards.work import BATCH_ROWS, Work, in_threads, user_chunks
 
 EVENT_DTYPES = {"user": "i4", "item": "i4", "time": "i8", "task": "i1", "query": "i4"}
 KEY_COLUMNS = {"users": "user_id", "items": "item_id", "queries": "query"}
@@ -222,8 +222,6 @@ def _renumbered(
     new_id: dict[str, np.ndarray],
     seed: int,
 ) -> Iterator[dict[str, np.ndarray]]:
-    user_codes = clicks["user"]
-    starts = np.searchsorted(user_codes, np.arange(len(keep_user), dtype=user_codes.dtype))
 
     def renumber(bounds: tuple[int, int]) -> dict[str, np.ndarray]:
         chunk = {name: np.asarray(values[slice(*bounds)]) for name, values in clicks.items()}
@@ -236,10 +234,10 @@ def _renumbered(
                 np.int32
             )
         order = canonical_order(chunk, seed)
-        work.progress("filter", bounds[1], len(user_codes))
+        work.progress("filter", bounds[1], len(clicks["user"]))
         return {name: values[order] for name, values in chunk.items()}
 
-    return in_threads(renumber, chunk_bounds(starts, len(user_codes)), work.threads)
+    return in_threads(renumber, user_chunks(clicks["user"]), work.threads)
 
 
 def canonical_order(rows: dict[str, np.ndarray], seed: int) -> np.ndarray:

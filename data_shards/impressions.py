@@ -11,7 +11,7 @@ from data_shards.negatives import KeySet, sorted_unique
 from data_shards.options import PrepareSettings
 from data_shards.schema import NO_QUERY
 from data_shards.split import TRAIN
-from data_shards.work import Work, chunk_bounds, in_threads
+from data_shards.work import Work, in_threads, user_chunks
 
 SHOWN_SEED = 15
 
@@ -42,8 +42,7 @@ def attach_shown(work: Work, settings: PrepareSettings, num_users: int) -> None:
 def _chunks(work: Work, settings: PrepareSettings, num_users: int) -> Iterator[dict[str, np.ndarray]]:
     events, shown = work.columns(EVENT_DTYPES), work.columns(EVENT_DTYPES, "shown_")
     split = work.column("split", "i1")
-    users = np.arange(num_users, dtype=np.int32)
-    shown_starts = np.append(np.searchsorted(shown["user"], users), len(shown["user"]))
+    shown_starts = np.searchsorted(shown["user"], np.arange(num_users + 1, dtype=np.int32))
     seed, num_events = derive_seed(settings.seed, SHOWN_SEED), len(events["user"])
 
     def choose(bounds: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -70,9 +69,7 @@ def _chunks(work: Work, settings: PrepareSettings, num_users: int) -> Iterator[d
         return at, np.bincount(moment[rows], minlength=len(moments) + 1), item[rows]
 
     written = 0
-    for at, counts, items in in_threads(
-        choose, chunk_bounds(np.searchsorted(events["user"], users), num_events), work.threads
-    ):
+    for at, counts, items in in_threads(choose, user_chunks(events["user"]), work.threads):
         firsts = written + np.cumsum(counts) - counts
         written += len(items)
         yield {"shown_start": firsts[at], "shown_count": counts[at], "shown_chosen": items}

@@ -41,7 +41,7 @@ from data_shards.split import (
     split_leave_one_out,
 )
 from data_shards.steps import removed_steps
-from data_shards.work import BATCH_ROWS, Work, chunk_bounds, in_threads, write_text_atomic
+from data_shards.work import BATCH_ROWS, Work, in_threads, user_chunks, write_text_atomic
 from data_shards.write import EventColumns, describe_file, write_shards
 
 PIPELINE_VERSION = 9  # change it when a stage writes something else: a restart then reuses nothing
@@ -227,8 +227,7 @@ def _describe_files(source: Source) -> list[Any]:
 
 def _user_chunks(work: Work, stage: str) -> Iterator[tuple[int, int]]:
     user = work.column("user", "i4")
-    starts = np.searchsorted(user, np.arange(int(user[-1]) + 1, dtype=user.dtype))
-    for start, stop in chunk_bounds(starts, len(user)):
+    for start, stop in user_chunks(user):
         yield start, stop
         work.progress(stage, stop, len(user))
 

@@ -116,17 +116,12 @@ def counted_histories(
     lists = _lists(work, stored)
     row, counts = _column(work, "row"), {name: _column(work, name) for name in ("rec_count", "src_count")}
     user_of_entry, user_of_event = events["user"][lists["row"]], events["user"][row]
-    users = np.arange(int(events["user"][-1]) + 1)
-    starts = {
-        "entry": np.searchsorted(user_of_entry, users),
-        "event": np.searchsorted(user_of_event, users),
-        "click": np.searchsorted(events["user"], users),
-    }
-    sizes = {"entry": len(user_of_entry), "event": len(user_of_event), "click": len(events["user"])}
-    ends = {name: np.append(first[1:], sizes[name]) for name, first in starts.items()}
+    num_users = int(events["user"][-1]) + 1
+    users_of = {"entry": user_of_entry, "event": user_of_event, "click": events["user"]}
+    starts = {name: np.searchsorted(users, np.arange(num_users + 1)) for name, users in users_of.items()}
     written = 0
-    for user in users:
-        of_user = {name: slice(int(starts[name][user]), int(ends[name][user])) for name in starts}
+    for user in range(num_users):
+        of_user = {name: slice(*first[user : user + 2].tolist()) for name, first in starts.items()}
         entry = {name: np.asarray(values[of_user["entry"]]) for name, values in lists.items()}
         here = row[of_user["event"]]
         limits = [values[of_user["event"]] for values in counts.values()]

@@ -220,19 +220,12 @@ def in_threads(run: Callable[[Part], Result], parts: Iterable[Part], threads: in
                 future.cancel()
 
 
-def chunk_bounds(
-    group_starts: np.ndarray, num_rows: int, rows: int = BATCH_ROWS
-) -> Iterator[tuple[int, int]]:
-    """Row ranges [start, stop) of about `rows` rows that never cut a group. group_starts: sorted first row of
-    each group."""
+def user_chunks(user: np.ndarray, rows: int = BATCH_ROWS) -> Iterator[tuple[int, int]]:
+    """Ranges [start, stop) of a column of users in order, of about `rows` rows, that never cut a user's."""
     start = 0
-    while start < num_rows:
-        if start + rows >= num_rows:
-            stop = num_rows
-        else:
-            # first group that begins at or after the wanted end
-            after = int(np.searchsorted(group_starts, start + rows))
-            stop = int(group_starts[after]) if after < len(group_starts) else num_rows
+    while start < len(user):
+        last = user[min(start + rows, len(user)) - 1]
+        stop = int(np.searchsorted(user, last, side="right"))
         yield start, stop
         start = stop
 

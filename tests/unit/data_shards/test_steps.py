@@ -12,7 +12,7 @@ from data_shards.filters import keep_users_and_items
 from data_shards.histories import first_of_runs, in_histories, ragged_rows, windows
 from data_shards.negatives import draw_negatives, user_item_keys
 from data_shards.split import day_boundaries, split_by_time, split_leave_one_out
-from data_shards.work import chunk_bounds
+from data_shards.work import user_chunks
 
 HOUR, DAY = 3_600_000, 86_400_000
 
@@ -114,7 +114,7 @@ def test_ragged_rows_and_chunks() -> None:
     user = np.array([0, 0, 0, 1, 2, 2, 3])
     starts = np.flatnonzero(first_of_runs(user))
     for rows in range(1, 9):
-        bounds = list(chunk_bounds(starts, len(user), rows))
+        bounds = list(user_chunks(user, rows))
         assert [row for start, stop in bounds for row in range(start, stop)] == list(range(7))
         assert all(start in starts for start, _ in bounds), "users are never cut"
 
