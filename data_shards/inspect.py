@@ -83,10 +83,7 @@ def describe(facts: dict[str, Any]) -> list[str]:
         f"  text: {text['mode']}, tokenizer {text.get('tokenizer', '?')} ({text['vocab_size']:,} entries), "
         f"{text['num_words']:,} anonymised words",
     ]
-    lines += ["", *count_table(facts)]
-    for table in (removed_table(facts), difference_table(facts)):
-        lines += ["", *table] if table else []
-    lines += ["", *dropped_table(facts)] if facts["dropped"] else []
+    lines += tables(facts)
     # with split=stored, violations that the raw files hold themselves are kept and counted
     violated = "KEPT" if splits["rule"] == "stored" else "FAIL"
     lines += ["", "  leak checks"]
@@ -112,6 +109,13 @@ def describe(facts: dict[str, Any]) -> list[str]:
             f"{', '.join(str(item) for item in example['negatives'][:5])}, …"
         ]
     return lines
+
+
+def tables(facts: dict[str, Any]) -> list[str]:
+    """Counts, and what became of the rows, as lines: a blank one before each table. facts: with the counts,
+    published, dropped and removed of a manifest."""
+    found = (count_table(facts), removed_table(facts), difference_table(facts), _dropped_table(facts))
+    return [line for table in found if table for line in ("", *table)]
 
 
 def count_table(facts: dict[str, Any]) -> list[str]:
@@ -153,8 +157,10 @@ def query_lines(source: dict[str, Any], paths: int) -> list[str]:
     ]
 
 
-def dropped_table(facts: dict[str, Any]) -> list[str]:
-    """Rows that were dropped, by reason, as lines. facts: with the dropped of a manifest."""
+def _dropped_table(facts: dict[str, Any]) -> list[str]:
+    """By reason."""
+    if not facts["dropped"]:
+        return []
     return ["  dropped", *(f"    {count:>12,}  {reason}" for reason, count in facts["dropped"].items())]
 
 

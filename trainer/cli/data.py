@@ -113,9 +113,8 @@ def prepare(
 
     gensr prepare SOURCE --help lists the settings of a source.
     """
-    from data_shards.inspect import count_table, dropped_table
+    from data_shards.inspect import tables
     from data_shards.prepare import prepare as run
-    from data_shards.steps import difference_table, removed_table
 
     with resumable():
         facts = run(source, raw, out, overrides or [], progress=stage_lines(), append=append).raw
@@ -124,13 +123,7 @@ def prepare(
         f"  {split:<6} {counts[split]['rec']:>12,} recommendation {counts[split]['src']:>12,} search"
         for split in SPLITS
     ]
-    tables = (
-        count_table(facts),
-        removed_table(facts),
-        difference_table(facts),
-        dropped_table(facts) if facts["dropped"] else [],
-    )
-    lines += [line for table in tables if table for line in ("", *table)]
+    lines += tables(facts)
     document = {
         "out": str(out),
         "counts": counts,

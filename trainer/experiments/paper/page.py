@@ -90,24 +90,11 @@ def _data(plan: PaperPlan) -> Section:
     for title, numbers in facts.get("published", {}).items():
         found = [numbers.get(key) for key in ("users", "items", "queries", "rec", "src")]
         rows.append([f"published: {title}", *("" if n is None else f"{n:,}" for n in found)])
-    dropped = facts.get("dropped") or {}
     parts: list[Part] = [Table(["counts", *names], rows)]
-    if dropped:
-        parts.append(
-            Table(["step of the preparation", "removed"], [[name, f"{n}"] for name, n in _flat(dropped)])
-        )
+    if dropped := facts.get("dropped"):
+        removed = [[reason.replace("_", " "), f"{number:,}"] for reason, number in dropped.items()]
+        parts.append(Table(["step of the preparation", "removed"], removed))
     return Section("The data", parts)
-
-
-def _flat(dropped: Mapping[str, Any], before: str = "") -> list[tuple[str, str]]:
-    lines: list[tuple[str, str]] = []
-    for name, value in dropped.items():
-        title = f"{before}{name}".replace("_", " ")
-        if isinstance(value, Mapping):
-            lines += _flat(value, f"{title}, ")
-        else:
-            lines.append((title, f"{value:,}" if isinstance(value, int) else str(value)))
-    return lines
 
 
 def _results(table: Mapping[str, Any], kind: str, task: str, rows: Sequence[Mapping[str, Any]]) -> Section:
