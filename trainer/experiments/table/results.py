@@ -23,6 +23,7 @@ from data_shards.secrets import masked
 from data_shards.settings import flatten, parse_yaml, read_yaml
 from trainer.analysis.figures import read_records
 from trainer.analysis.significance import holm, seed_interval
+from trainer.data.folder import PreparedFolder
 from trainer.errors import RunError
 from trainer.evaluation.bootstrap import NUM_RESAMPLES, UNIT, paired_differences
 from trainer.evaluation.metrics import FIGURES, METRICS, metric_values
@@ -100,22 +101,11 @@ def read_results(plan: Plan, cells: Sequence[Cell], errors: Mapping[str, str]) -
                     row["results"].setdefault(kind, {})[task] = results[row["model"]]
     if optimum := optimum_results(plan, num_events):
         rows.append(_optimum_row(plan) | {"results": {"sampled": optimum}})
-    manifest, request = plan.folder.manifest, plan.request
     return {
-        "data": {
-            "folder": plan.folder.name,
-            "source": manifest.raw.get("source", {}).get("name", ""),
-            "manifest_hash": manifest.hash,
-            "split_fingerprint": manifest.fingerprint,
-            "users": manifest.num_users,
-            "items": manifest.num_items,
-            "queries": manifest.num_queries,
-            "num_negatives": manifest.num_negatives,
-            "num_hard_negatives": manifest.num_hard_negatives,
-        },
+        "data": _data(plan.folder),
         "published": {key: published[key] for key in ("title", "notes")},
-        "seeds": request.seeds,
-        "trials": request.trials,
+        "seeds": plan.request.seeds,
+        "trials": plan.request.trials,
         "budget": plan.times.facts() if plan.times else {},
         "candidates": list(kinds),
         "num_events": num_events,
@@ -123,6 +113,21 @@ def read_results(plan: Plan, cells: Sequence[Cell], errors: Mapping[str, str]) -
         "tested": TESTED,
         "gensr_version": trainer.__version__,
         "rows": rows,
+    }
+
+
+def _data(folder: PreparedFolder) -> dict[str, Any]:
+    manifest = folder.manifest
+    return {
+        "folder": folder.name,
+        "source": manifest.raw.get("source", {}).get("name", ""),
+        "manifest_hash": manifest.hash,
+        "split_fingerprint": manifest.fingerprint,
+        "users": manifest.num_users,
+        "items": manifest.num_items,
+        "queries": manifest.num_queries,
+        "num_negatives": manifest.num_negatives,
+        "num_hard_negatives": manifest.num_hard_negatives,
     }
 
 
