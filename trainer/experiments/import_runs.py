@@ -75,6 +75,7 @@ class Source:
     start_ms: int
     end_ms: int
     tags: dict[str, str] = field(default_factory=dict)
+    dataset_inputs: list[Any] = field(default_factory=list)  # MLflow's own
     records: list[Record] = field(default_factory=list)  # parameters, points, datasets, texts
     files: list[tuple[Path, str]] = field(default_factory=list)  # and the folder they go to
     num_skipped: int = 0  # lines of its files that are no records
@@ -150,35 +151,36 @@ def _import(target: "MlflowClient", into: str, run: Source) -> Imported:
             experiment_id, start_time=run.start_ms, tags=tags, run_name=run.name
         ).info.run_id
     there = target.get_run(run_id)
-    known = {  # (key, step) → the newest (time, value)
-        (key, point.step): (point.timestamp, point.value)
-        for key in there.data.metrics
-        for point in sorted(target.get_metric_history(run_id, key), key=lambda point: point.timestamp)
-    }
-    records, added = [], 0
-    for record in run.records:
-        if is_point(record):
-            key, value, time_ms, step = record["metric"]
-            then_ms, there_now = known.get((key, step), (-math.inf, None))
-            if value == there_now or time_ms <= then_ms:
-                continue  # an evaluation that was repeated has other figures at the same step
-            known[key, step] = (time_ms, value)
-            added += 1
-        elif isinstance(record.get("params"), dict):
-            known_params = there.data.params
-            record = {"params": {k: v for k, v in record["params"].items() if k not in known_params}}
-        elif "dataset_input" in record:
-            if new:
-                target.log_inputs(run_id, datasets=[record["dataset_input"]])
-            continue
-        elif "dataset" in record and there.inputs and there.inputs.dataset_inputs:
-            continue
-        records.append(record)
+    for dataset in run.dataset_inputs if new else ():
+        target.log_inputs(run_id, datasets=[dataset])
+    records = list(_lacking(target, there, run.records))
     left_out = run.num_skipped + send(target, run_id, records)
     _send_files(target, run_id, run.files)
     if run.status != "RUNNING" and (there.info.status, there.info.end_time) != (run.status, run.end_ms):
         target.set_terminated(run_id, run.status, run.end_ms)
-    return Imported(run.name, run_id, new, added, run.status, left_out)
+    return Imported(run.name, run_id, new, sum(map(is_point, records)), run.status, left_out)
+
+
+def _lacking(target: "MlflowClient", there: Any, records: Iterable[Record]) -> Iterator[Record]:
+    """Those that the target's run does not have."""
+    known = {  # (key, step) → the newest (time, value)
+        (key, point.step): (point.timestamp, point.value)
+        for key in there.data.metrics
+        for point in sorted(
+            target.get_metric_history(there.info.run_id, key), key=lambda point: point.timestamp
+        )
+    }
+    for record in records:
+        if is_point(record):
+            key, value, time_ms, step = record["metric"]
+            then_ms, there_now = known.get((key, step), (-math.inf, None))
+            if value != there_now and time_ms > then_ms:  # a repeated evaluation has others at the same step
+                known[key, step] = (time_ms, value)
+                yield record
+        elif isinstance(record.get("params"), dict):
+            yield {"params": {k: v for k, v in record["params"].items() if k not in there.data.params}}
+        elif not ("dataset" in record and there.inputs and there.inputs.dataset_inputs):
+            yield record
 
 
 def _beside(into: str) -> str:
@@ -270,7 +272,6 @@ def _of_run(client: "MlflowClient", run: Any, experiment: str, folder: Path | No
             {"metric": [key, point.value, point.timestamp, point.step]}
             for point in client.get_metric_history(info.run_id, key)
         ]
-    records += [{"dataset_input": entry} for entry in (run.inputs.dataset_inputs if run.inputs else [])]
     return Source(
         id=info.run_id,
         name=info.run_name,
@@ -279,6 +280,7 @@ def _of_run(client: "MlflowClient", run: Any, experiment: str, folder: Path | No
         start_ms=info.start_time,
         end_ms=info.end_time or 0,
         tags=dict(data.tags),
+        dataset_inputs=list(run.inputs.dataset_inputs if run.inputs else ()),
         records=records,
         files=list(_artifacts(client, run, folder, scratch)),
     )
