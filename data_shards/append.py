@@ -110,8 +110,7 @@ def open_base(folder: Path, source: str, out: Path) -> Base:
             "of their own, or queries made from the whole log. Prepare the whole log anew."
         )
     manifest = read_manifest(folder)
-    made_by = manifest.raw["source"]["name"]
-    if made_by != source:
+    if (made_by := manifest.source) != source:
         raise DataError(
             f"{folder} was prepared from {made_by} logs, and ids of one source mean nothing in another. Use: "
             f"gensr prepare {made_by} RAW OUT --append {shlex.quote(str(folder))}"

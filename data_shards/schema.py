@@ -81,6 +81,11 @@ class Manifest:
         return self.raw["split"]["fingerprint"]
 
     @property
+    def source(self) -> str:
+        """kuaisar, amazon, …: what read the raw logs."""
+        return self.raw["source"]["name"]
+
+    @property
     def num_items(self) -> int:
         return self.raw["counts"]["items"]
 

@@ -469,7 +469,7 @@ def test_hard_ranks_are_compared_by_themselves(tmp_path: Path) -> None:
 
 
 def manifest(source: str, users: int, items: int) -> Any:
-    return SimpleNamespace(num_users=users, num_items=items, raw={"source": {"name": source}})
+    return SimpleNamespace(num_users=users, num_items=items, source=source)
 
 
 def test_published_numbers_where_the_data_set_is_the_papers() -> None:

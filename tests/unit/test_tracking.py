@@ -46,7 +46,10 @@ from trainer.tracking.tracker import Tracker, log_evaluation
 MANIFEST = Manifest(
     raw={
         "source": {"name": "simulated"},
-        "counts": {"users": 3},
+        "counts": {
+            **{"users": 3, "items": 1200, "queries": 5},
+            **{"train": {"rec": 9, "src": 0}, "valid": {"rec": 2, "src": 0}, "test": {"rec": 1, "src": 0}},
+        },
         "split": {"fingerprint": "f" * 64},
         "seeds": {"negatives": 1},
     },
@@ -110,7 +113,7 @@ def test_one_run_has_everything(runs: Path) -> None:
     assert run.data.tags["mlflow.source.git.commit"] == "0123abc"
     assert run.data.tags["git.dirty"] == "True"
     assert run.data.tags["link"] == "https://***@host/x"
-    dataset = run.inputs.dataset_inputs[0].dataset
+    dataset = next(entry.dataset for entry in run.inputs.dataset_inputs if entry.tags[0].value == "training")
     assert (dataset.name, dataset.digest) == ("simulated", MANIFEST.hash[:36])
     assert {a.path for a in client.list_artifacts(tracker.run_id)} == {
         "code.diff",
@@ -127,11 +130,8 @@ def test_one_run_has_everything(runs: Path) -> None:
 def test_a_run_says_who_how_and_what_and_names_its_datasets(runs: Path) -> None:
     """What MLflow's pages show as User, Source, Description and Datasets."""
     run_dir = run_folder(runs, "described")
-    counts = {"users": 3, "items": 1200, "train": {"rec": 9}, "valid": {"rec": 2}, "test": {"rec": 1}}
-    manifest = Manifest(raw={**MANIFEST.raw, "counts": counts}, hash=MANIFEST.hash)
     facts = {
         **FACTS,
-        "manifest": manifest,
         "user": "ada",
         "command": "/x/gensr train configs/a.yaml run.seed=1",
     }
@@ -144,14 +144,15 @@ def test_a_run_says_who_how_and_what_and_names_its_datasets(runs: Path) -> None:
     assert (tags["mlflow.user"], tags["mlflow.source.type"]) == ("ada", "LOCAL")
     assert tags["mlflow.source.name"] == "gensr train a.yaml"
     assert tags["mlflow.note.content"].startswith("**SASRec**: ")
-    assert "on simulated: 3 users, 1,200 items" in tags["mlflow.note.content"]
+    assert "on simulated: 3 users, 1,200 items, 5 queries" in tags["mlflow.note.content"]
     datasets = {entry.tags[0].value: entry.dataset for entry in run.inputs.dataset_inputs}
     assert {context: dataset.name for context, dataset in datasets.items()} == {
         "training": "simulated",
         "validation": "simulated-valid",
         "test": "simulated-test",
     }
-    assert json.loads(datasets["test"].profile)["counts"] == {"users": 3, "items": 1200, "events": {"rec": 1}}
+    counts = {"users": 3, "items": 1200, "queries": 5, "events": {"rec": 1, "src": 0}}
+    assert json.loads(datasets["test"].profile)["counts"] == counts
     experiment = client.get_experiment(run.info.experiment_id)
     assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
 

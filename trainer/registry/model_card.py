@@ -36,7 +36,7 @@ def run_facts(run_dir: Path, config: Config, manifest: Manifest, tasks: tuple[in
         "commit": str(git.get("commit") or "unknown") + (" with local changes" if git.get("dirty") else ""),
         "manifest_hash": manifest.hash,
         "split_fingerprint": manifest.fingerprint,
-        "source": manifest.raw.get("source", {}),
+        "source": manifest.raw["source"],
         "counts": manifest.raw["counts"],
         "split": manifest.raw["split"],
         "history_max": config.data.history_max,
@@ -109,8 +109,7 @@ def named_evaluations(facts: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 
 def model_line(facts: Mapping[str, Any]) -> str:
     """What all versions of a registered model are, for MLflow's list of models."""
-    source = facts["source"].get("name", "unknown")
-    what = f"{facts['title']} for {_answers(facts)}, trained on {source}"
+    what = f"{facts['title']} for {_answers(facts)}, trained on {facts['source']['name']}"
     return f"{what}. Each version's description is its model card."
 
 
@@ -124,14 +123,14 @@ def model_card(name: str, facts: Mapping[str, Any]) -> str:
         "| | |",
         "|---|---|",
         f"| model | {facts['described']} |",
-        f"| data | {source.get('name', 'unknown')}: {counts['users']:,} users, {counts['items']:,} items, "
+        f"| data | {source['name']}: {counts['users']:,} users, {counts['items']:,} items, "
         f"{counts['queries']:,} queries |",
         f"| licence of the data | {source.get('license') or 'not stated'} |",
         *(
             f"| {part} events | {counts[part]['rec']:,} recommendation, {counts[part]['src']:,} search |"
             for part in ("train", "valid", "test")
         ),
-        f"| split | {split.get('rule', '')}, fingerprint `{facts['split_fingerprint'][:16]}` |",
+        f"| split | {split['rule']}, fingerprint `{facts['split_fingerprint'][:16]}` |",
         f"| prepared folder | {facts['data_dir']}, manifest `{facts['manifest_hash'][:16]}` |",
         f"| run, commit, seed | {facts['run']}, `{facts['commit']}`, {facts['seed']} |",
         *_retriever_row(retriever_of(facts)),

@@ -11,6 +11,7 @@ from data_shards.secrets import mask_secrets
 from trainer.config import Config
 from trainer.models.zoo import model_class
 
+OF_ALL = ("users", "items", "queries")  # counts of a folder
 CONTEXTS = {"train": "training", "valid": "validation", "test": "test"}
 
 
@@ -38,30 +39,23 @@ def described(config: Config, manifest: Manifest | None) -> str:
     kind = model_class(config.model.name)
     lines = [f"**{kind.title}**: {config.model.describe()}"]
     if manifest is not None:
-        counts = manifest.raw.get("counts", {})
-        sizes = [f"{counts[name]:,} {name}" for name in ("users", "items", "queries") if name in counts]
-        name = str(manifest.raw.get("source", {}).get("name", "prepared"))
-        lines.append(f"on {name}{': ' if sizes else ''}{', '.join(sizes)}")
+        sizes = (f"{manifest.raw['counts'][name]:,} {name}" for name in OF_ALL)
+        lines.append(f"on {manifest.source}: {', '.join(sizes)}")
     return "\n\n".join(lines)
 
 
 def dataset_records(manifest: Manifest, data_dir: str) -> Iterator[dict[str, Any]]:
-    """The training, validation and test split of a prepared folder, each as a dataset of its own; a split
-    without counts is left out, but for the training split."""
-    raw = manifest.raw
-    name, counts = str(raw.get("source", {}).get("name", "prepared")), raw.get("counts") or {}
-    of_all = {key: counts[key] for key in ("users", "items", "queries") if key in counts}
+    """The training, validation and test split of a prepared folder, each as a dataset of its own."""
+    raw, name = manifest.raw, manifest.source
     for split in SPLITS:
-        if split != "train" and split not in counts:
-            continue
         yield {
             "name": name if split == "train" else f"{name}-{split}",
             "digest": manifest.hash,
             "uri": mask_secrets(data_dir),
             "context": CONTEXTS[split],
             "profile": {
-                "counts": {**of_all, "events": counts.get(split)},
-                "split": raw.get("split"),
+                "counts": {**{key: raw["counts"][key] for key in OF_ALL}, "events": raw["counts"][split]},
+                "split": raw["split"],
                 "seeds": raw.get("seeds"),
                 "manifest_hash": manifest.hash,
             },

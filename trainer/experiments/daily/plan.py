@@ -252,11 +252,11 @@ def _check_run(given: DailySettings, config: Config) -> str:
 def _check_folder(given: DailySettings, before: Path) -> str:
     """→ the source that it was prepared from. Raises for a folder that nothing can be appended to."""
     manifest = read_manifest(before)
-    source = str(manifest.raw["source"]["name"])
-    open_base(before, source, given.folder("next")).settings(source, overrides_of(given.prepare))
+    base = open_base(before, manifest.source, given.folder("next"))
+    base.settings(manifest.source, overrides_of(given.prepare))
     if given.candidates == "hard" and not manifest.num_hard_negatives:
         raise ConfigError(f"candidates: hard, but {before} has none (hard_negatives=99 of gensr prepare)")
-    return source
+    return manifest.source
 
 
 def _cf_settings(given: DailySettings, before: Path) -> dict[str, Any]:

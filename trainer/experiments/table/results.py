@@ -120,7 +120,7 @@ def _data(folder: PreparedFolder) -> dict[str, Any]:
     manifest = folder.manifest
     return {
         "folder": folder.name,
-        "source": manifest.raw.get("source", {}).get("name", ""),
+        "source": manifest.source,
         "manifest_hash": manifest.hash,
         "split_fingerprint": manifest.fingerprint,
         "users": manifest.num_users,
@@ -347,7 +347,7 @@ def published_numbers(manifest: Manifest) -> dict[str, Any]:
 def _is_same(manifest: Manifest, data_set: Mapping[str, Any]) -> bool:
     ours = {"users": manifest.num_users, "items": manifest.num_items}
     near = all(abs(ours[key] / data_set[key] - 1) <= PUBLISHED_WITHIN for key in ours)
-    return near and manifest.raw.get("source", {}).get("name") == data_set["source"]
+    return near and manifest.source == data_set["source"]
 
 
 def _numbers(data_set: Mapping[str, Any], metrics: Sequence[str]) -> dict[str, Any]:
