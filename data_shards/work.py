@@ -221,7 +221,7 @@ def in_threads(run: Callable[[Part], Result], parts: Iterable[Part], threads: in
 
 
 def user_chunks(user: np.ndarray, rows: int = BATCH_ROWS) -> Iterator[tuple[int, int]]:
-    """Ranges [start, stop) of a column of users in order, of about `rows` rows, that never cut a user's."""
+    """Ranges [start, stop) of about `rows` rows of a sorted column of users; none cuts the rows of one."""
     start = 0
     while start < len(user):
         last = user[min(start + rows, len(user)) - 1]
