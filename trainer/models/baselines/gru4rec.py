@@ -12,6 +12,7 @@ Shapes: ids [B, N] padded at the end with 0, h [B, D], scores [B, C].
 
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from data_shards import settings as s
@@ -55,7 +56,10 @@ class Gru4RecCore(nn.Module):
             nn.init.xavier_uniform_(weight)
 
     def forward(self, ids_BN: Tensor) -> Tensor:
-        states, _ = self.gru(self.dropout(self.items(ids_BN)))
+        x_BND = self.dropout(self.items(ids_BN))
+        # on a GPU autocast's type for recurrent nets is float16, also where bf16 was asked for
+        with torch.autocast(x_BND.device.type, enabled=False):
+            states, _ = self.gru(x_BND)
         steps_BND: Tensor = self.output(states)
         return steps_BND
 
