@@ -29,11 +29,13 @@ from trainer.data.folder import PreparedFolder
 from trainer.errors import ConfigError, DataError, EnvironmentProblem, RunError
 from trainer.evaluation.sampled import config_hash
 from trainer.models.backbones.families import build_backbone
+from trainer.models.backbones.language import check_own_tokenizer
 from trainer.models.gensr.model import GenSR
 from trainer.runs import checkpoint
 from trainer.runs.run_folder import RunFolder
 from trainer.runs.status import read_progress, write_status
 from trainer.runs.weights import load_run_model
+from trainer.runs.world import load_tokenizer
 from trainer.training.loop import EXIT_RESUME_ME, train
 from trainer.training.plan import dry_run
 from trainer.training.setup import Run
@@ -751,6 +753,33 @@ def test_a_pretrained_folder_trains_saves_and_loads(
     )
     # fp32 now, bf16 there
     assert validate(model.score, stream)["mean/mrr"] == pytest.approx(result.metrics["mean/mrr"], abs=0.2)
+
+
+def test_a_folder_with_another_tokenizer_than_the_backbones_is_refused(
+    data: Path, flan: Path, tmp_path: Path
+) -> None:
+    """Also one of the same size, which would be read without a word."""
+    backbone = tmp_path / "backbone"
+    shutil.copytree(flan, backbone)
+    tokenizer = json.loads((data / "tokenizer" / "tokenizer.json").read_text())
+    (backbone / "tokenizer.json").write_text(json.dumps(tokenizer))
+    own = config_of(data, tmp_path / "run", f"model.backbone={backbone}")
+    dry_run(own)
+    words = tokenizer["model"]["vocab"]
+    first, last = min(words, key=words.get), max(words, key=words.get)
+    words[first], words[last] = words[last], words[first]
+    (backbone / "tokenizer.json").write_text(json.dumps(tokenizer))
+    for start in (train, dry_run):
+        with pytest.raises(DataError, match=f"tokenizer={backbone}"):
+            start(own)
+
+
+def test_a_backbone_of_the_hub_has_not_read_texts_with_a_tokenizer_made_here(data: Path) -> None:
+    tokenizer = load_tokenizer(data / "tokenizer")
+    with pytest.raises(DataError, match="tokenizer=google/flan-t5-base"):
+        check_own_tokenizer("google/flan-t5-base", tokenizer, is_trained=True)
+    check_own_tokenizer("google/flan-t5-base", tokenizer, is_trained=False)
+    check_own_tokenizer("scratch:mini", tokenizer, is_trained=True)
 
 
 # ---- what the folder holds ---------------------------------------------------------------------------------

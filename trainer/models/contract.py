@@ -239,8 +239,9 @@ class Ranker(nn.Module):
         return ((),)
 
     @classmethod
-    def check_tokenizer(cls, tokenizer: Any) -> None:
-        """Raises DataError when the model cannot work with a folder's tokenizer."""
+    def check_tokenizer(cls, tokenizer: Any, settings: ModelSettings, is_trained: bool) -> None:
+        """Raises DataError when a model with these settings cannot work with a folder's tokenizer. is_trained:
+        whether it was made for the folder, from its texts."""
 
     @classmethod
     def retrieves(cls) -> bool:

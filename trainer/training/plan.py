@@ -414,11 +414,18 @@ def selected(config: Config, metrics: dict[str, float]) -> float:
     return metrics[name]
 
 
+def check_tokenizer(config: Config, folder: PreparedFolder) -> None:
+    """Raises DataError when a new model cannot work with the folder's tokenizer."""
+    is_trained = folder.manifest.raw["text"].get("tokenizer") == "trained"
+    tokenizer = load_tokenizer(folder.tokenizer)
+    model_class(config.model.name).check_tokenizer(tokenizer, config.model, is_trained)
+
+
 def _check_folder(config: Config, folder: PreparedFolder) -> None:
     """The parts of a prepared folder that training opens first. Raises DataError naming what is missing or
     does not fit."""
     kind = model_class(config.model.name)
     folder.check_settings(config.data)
     check_metric(config, learnable_tasks(kind, folder))
-    kind.check_tokenizer(load_tokenizer(folder.tokenizer))
+    check_tokenizer(config, folder)
     folder.tables(kind.reads(config.model))

@@ -93,6 +93,8 @@ def set_up(
     found, skipped = checkpoint.newest_whole(accelerator, config.run.dir) if continuing else (None, [])
     kind = model_class(config.model.name)
     plan.check_metric(config, learnable_tasks(kind, folder))
+    if found is None:
+        plan.check_tokenizer(config, folder)
     identity = run_identity(config, folder, accelerator, launch.zero_stage, kind, found)
     if found is not None:
         checkpoint.check_identity(found, identity, config.run.accept_changes)

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
+
 from trainer.errors import DataError
 from trainer.models.backbones.adapters import keep_frozen_in_bf16
 from trainer.models.backbones.backbone import Backbone
@@ -53,6 +55,22 @@ def answer_tokens(tokenizer: Any) -> tuple[int, int]:
             "with another tokenizer."
         )
     return yes[0], no[0]
+
+
+def check_own_tokenizer(name: str, tokenizer: Any, is_trained: bool) -> None:
+    """Raises DataError when a folder's tokenizer is not the one that a pretrained backbone has read texts with:
+    its vectors would stand for other tokens. is_trained: the tokenizer was made from the folder's texts. A
+    local backbone without tokenizer.json may have been pretrained with any."""
+    own = Path(name) / "tokenizer.json"
+    if own.is_file():
+        differs = Tokenizer.from_file(str(own)).get_vocab() != tokenizer.get_vocab()
+    else:
+        differs = is_trained and is_pretrained(name) and not own.parent.is_dir()
+    if differs:
+        raise DataError(
+            f"the folder's tokenizer is not that of model.backbone={name}, whose weights would read other "
+            f"tokens. Prepare the folder with the backbone's own tokenizer: tokenizer={name}"
+        )
 
 
 def _made(settings: BackboneSettings, world: World, lora: LoraConfig | None, part: str) -> Backbone:

@@ -10,7 +10,7 @@ import torch
 from trainer.models.backbones.adapters import merge_adapters
 from trainer.models.backbones.backbone import Backbone
 from trainer.models.backbones.frozen import save_frozen_identity
-from trainer.models.backbones.language import adapters_only, answer_tokens
+from trainer.models.backbones.language import adapters_only, answer_tokens, check_own_tokenizer
 from trainer.models.backbones.settings import AdapterSettings, BackboneSettings
 from trainer.models.contract import Ranker
 
@@ -50,8 +50,9 @@ class AdapterRanker(LanguageRanker):
             merge_adapters(self.backbone)
 
     @classmethod
-    def check_tokenizer(cls, tokenizer: Any) -> None:
+    def check_tokenizer(cls, tokenizer: Any, settings: Any, is_trained: bool) -> None:
         answer_tokens(tokenizer)
+        check_own_tokenizer(settings.backbone, tokenizer, is_trained)
 
     @classmethod
     def refusals(cls, settings: Any, zero_stage: int | None) -> list[str]:
