@@ -2,6 +2,7 @@
 folder and on one that goes on from it."""
 
 import re
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from data_shards.schema import Manifest, manifest_hash
 from tests.contract.models import TRAINED, config_of, fitted, scores_of, some_events
 from trainer.batch import Batch, ItemTables
 from trainer.data.folder import PreparedFolder
+from trainer.errors import RunError
 from trainer.models.contract import Ranker
 from trainer.models.zoo import model_class
 from trainer.runs.warm_start import init_from
@@ -112,3 +114,20 @@ def test_on_a_folder_that_goes_on_from_the_runs_every_row_is_taken(
         rows, old = model.get_buffer(buffer), of_run.get_buffer(buffer)
         assert rows[: len(old)].equal(old) and len(rows.unique(dim=0)) == len(rows) > len(old)
         assert (rows != 0).any(1).all()
+
+
+@trained_models
+def test_on_another_folder_of_the_same_size_tables_begin_anew(
+    name: str, texts: PreparedFolder, tmp_path: Path
+) -> None:
+    """Their rows are of other users and items there. A table is what grows with the folder."""
+    raw = {**texts.manifest.raw, "split": {**texts.manifest.raw["split"], "fingerprint": "another"}}
+    another = PreparedFolder(texts.path, Manifest(raw, manifest_hash(raw)), "another")
+    of_run, _ = fitted(name, texts.path)
+    save_model(tmp_path / "model", of_run, of_run.state_dict(), config_of(name), another)
+    model, fresh = new_model(name, texts), dict(new_model(name, texts).named_parameters())
+    grown = dict(new_model(name, appended(texts)).named_parameters())
+    with suppress(RunError):  # it has nothing but tables
+        init_from(model, tmp_path, texts)
+    for key, weight in model.named_parameters():
+        assert weight.shape == grown[key].shape or weight.equal(fresh[key]), key

@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from data_shards.schema import read_manifest
 from data_shards.settings import to_yaml
@@ -31,6 +31,7 @@ from trainer.errors import DataError, RunError
 from trainer.models.backbones.frozen import check_frozen, save_frozen_identity
 from trainer.models.contract import Ranker
 from trainer.models.gensr.model import GenSR
+from trainer.models.layers.embedding import ItemTable, table_sizes
 from trainer.models.zoo import model_class
 from trainer.runs.checkpoint import Checkpoint, Progress, check_identity
 from trainer.runs.data_identity import check_data, what_is_read
@@ -525,3 +526,10 @@ def test_tables_are_not_taken_from_a_folder_whose_rows_are_others(folder: Path, 
     save_small("bpr_mf", folder, tmp_path / "tables")
     with pytest.raises(RunError, match="rows mean others in"):
         init_from(alone, tmp_path / "tables", prepared)
+
+
+def test_plain_tables_are_known_by_their_rows() -> None:
+    """As a model of one's own has them: one row more than there are items, words, …; no other is one."""
+    tables = {"clicked": nn.Embedding(8, 2), "words": nn.EmbeddingBag(12, 2), "kinds": nn.Embedding(2, 2)}
+    model = nn.ModuleDict({**tables, "core": ItemTable(7, 2, extra=1), "map": nn.Linear(7, 8)})
+    assert table_sizes(model, {7, 11}) == {"clicked.weight": 7, "words.weight": 11, "core.weight": 7}

@@ -240,8 +240,8 @@ class Ranker(nn.Module):
 
     @classmethod
     def check_tokenizer(cls, tokenizer: Any, settings: ModelSettings, is_trained: bool) -> None:
-        """Raises DataError when a model with these settings cannot work with a folder's tokenizer. is_trained:
-        whether it was made for the folder, from its texts."""
+        """Raises DataError when a model with these settings cannot work with a folder's tokenizer.
+        is_trained: whether it was made from the folder's texts."""
 
     @classmethod
     def retrieves(cls) -> bool:

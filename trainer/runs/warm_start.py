@@ -48,7 +48,7 @@ def init_from(model: Ranker, run_dir: str | Path, folder: PreparedFolder) -> str
     document = read_model_document(path)
     found = load_file(path / WEIGHTS)
     before = next((b for b in manifest.appended if b["manifest"] == document.get("manifest_hash")), None)
-    growth, sizes = _growth(before, manifest) if before else {}, table_sizes(model)
+    growth, sizes = _growth(before, manifest) if before else {}, _tables(model)
     same_rows = before is not None or _has_same_rows(run_dir, document, folder)
     tokens = _token_tables(model)
     same_tokens = before is not None or _vocabulary(path / "tokenizer") == _vocabulary(folder.tokenizer)
@@ -108,6 +108,15 @@ def _has_same_rows(run_dir: str | Path, document: Mapping[str, Any], folder: Pre
     return theirs is not None and theirs.manifest.hash == trained_on and folder.has_rows_of(theirs)
 
 
+def _tables(model: Ranker) -> dict[str, int]:
+    """Name of a weight with a row a user, item, query, category, word or token → how many of them. Not those
+    inside a language model: their sizes are its own."""
+    world = model.world
+    counts = {world.num_users, world.num_items, world.num_queries, world.num_categories, world.num_terms}
+    inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, Backbone))
+    return {name: n for name, n in table_sizes(model, counts).items() if not name.startswith(inside)}
+
+
 def _token_tables(model: Ranker) -> set[str]:
     """Names of weights with a row a token: of language models, and tables of words of natural text."""
     of_models = set()
@@ -118,7 +127,7 @@ def _token_tables(model: Ranker) -> set[str]:
     names = {name for name, weight in model.named_parameters() if id(weight) in of_models}
     if model.world.num_words:
         return names
-    return names | {name for name, size in table_sizes(model).items() if size == model.world.num_terms}
+    return names | {name for name, size in _tables(model).items() if size == model.world.num_terms}
 
 
 def _vocabulary(tokenizer: Path) -> dict[str, int]:

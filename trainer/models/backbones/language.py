@@ -58,9 +58,9 @@ def answer_tokens(tokenizer: Any) -> tuple[int, int]:
 
 
 def check_own_tokenizer(name: str, tokenizer: Any, is_trained: bool) -> None:
-    """Raises DataError when a folder's tokenizer is not the one that a pretrained backbone has read texts with:
-    its vectors would stand for other tokens. is_trained: the tokenizer was made from the folder's texts. A
-    local backbone without tokenizer.json may have been pretrained with any."""
+    """Raises DataError when a folder's tokenizer is not the one that a pretrained backbone has read texts
+    with: its vectors would stand for other tokens. is_trained: the tokenizer was made from the folder's
+    texts. A local backbone without tokenizer.json may have been pretrained with any."""
     own = Path(name) / "tokenizer.json"
     if own.is_file():
         differs = Tokenizer.from_file(str(own)).get_vocab() != tokenizer.get_vocab()

@@ -1,5 +1,6 @@
 """Tables of vectors. Row 0 is padding everywhere; item (user) r of the prepared folder is row r + 1."""
 
+from collections.abc import Container
 from typing import Any
 
 import torch
@@ -102,15 +103,16 @@ class WordMean(nn.Module):
         return means.view(*words.shape[:-1], means.shape[-1])
 
 
-def table_sizes(model: nn.Module) -> dict[str, int]:
+def table_sizes(model: nn.Module, counts: Container[int]) -> dict[str, int]:
     """Name of a table's weight → how many items (users, words, …) it holds vectors of. Row 0 is padding, they
-    follow, and behind them is what else the table holds (`extra`)."""
+    follow, and behind them is what else the table holds (`extra`). A plain nn.Embedding or nn.EmbeddingBag is
+    such a table where it has one row more than one of the counts."""
     found = {}
     for name, module in model.named_modules():
         if isinstance(module, ItemTable):
             found[f"{name}.weight"] = module.num_items
-        elif isinstance(module, WordMean):
-            found[f"{name}.words.weight"] = module.words.num_embeddings - 1
+        elif isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.num_embeddings - 1 in counts:
+            found[f"{name}.weight"] = module.num_embeddings - 1
     return found
 
 
