@@ -27,6 +27,10 @@ KEY_COLUMNS = {"users": "user_id", "items": "item_id", "queries": "query"}
 ID_TABLES = {"users": "user", "items": "item", "queries": "query"}
 USER_SEED, ITEM_SEED, QUERY_SEED, TIE_SEED = 11, 12, 13, 14  # what a hash is for
 
+# the reason to drop a row that its source calls usable
+MISSING = f"""CASE WHEN user_id IS NULL THEN 'no user_id' WHEN item_id IS NULL THEN 'no item_id'
+    WHEN time IS NULL THEN 'no time' WHEN task = {SRC} AND query IS NULL THEN 'search without a query' END"""
+
 
 def read_rows(work: Work, source: Source) -> dict[str, Any]:
     """Stage: raw files → rows.parquet, `rows` in the work database. Returns counts and what was dropped, and
@@ -34,8 +38,9 @@ def read_rows(work: Work, source: Source) -> dict[str, Any]:
     tables = source.read(work)
     # a table of the work database would cost twice as much and hold it all in memory
     path = work.folder / "rows.parquet"
+    events = f"SELECT * REPLACE (coalesce(problem, {MISSING}) AS problem) FROM ({tables.events})"
     work.execute(
-        f"COPY ({tables.events}) TO {literal(path)} (FORMAT parquet, COMPRESSION uncompressed, "
+        f"COPY ({events}) TO {literal(path)} (FORMAT parquet, COMPRESSION uncompressed, "
         "DICTIONARY_SIZE_LIMIT 10000)",
         "read",
         sum(estimated_rows(path) for path in source.files),

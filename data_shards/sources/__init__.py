@@ -4,7 +4,8 @@ events   user_id, item_id (both BIGINT or VARCHAR), time BIGINT (ms since 1970, 
          list), task TINYINT (REC or SRC),
          query VARCHAR (NULL in a recommendation; anonymised words as integers, in any writing of a list),
          clicked BOOLEAN (false = shown and not clicked), problem VARCHAR (NULL = usable; otherwise the reason
-         this row is dropped, counted under it in the manifest)
+         this row is dropped, counted under it in the manifest; one without an id, a time or a search's query
+         is dropped anyway)
 items    item_id, text VARCHAR (natural text), words VARCHAR (anonymised words, in any writing of a list; NULL
          = none), category VARCHAR (to be read), path VARCHAR (the category's names from the root, joined by
          categories.PATH_MARK; NULL = none)

@@ -203,7 +203,6 @@ def _events_sql(events: File, user_type: str, item_type: str, anonymised: bool, 
             WHEN time >= {LATEST_MS} THEN '{TOO_LATE}'
             WHEN task = -1 THEN 'error: task'
             WHEN {clicked} IS NULL THEN 'error: clicked'
-            WHEN task = 1 AND query IS NULL THEN 'search without a query'
             WHEN {wrong_query} THEN 'error: query'
             WHEN item_rows.item_id IS NULL THEN '{NOT_IN_ITEMS}'
             END AS problem

@@ -1,11 +1,16 @@
 """What the pages point at exists, and they read well in a terminal."""
 
+import json
 import re
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import yaml
 
+from data_shards.options import SOURCE_DEFAULTS
+from data_shards.prepare import prepare
 from tests.docs.pages import PAGES, ROOT, anchors, fenced, prose, text_of
 from tests.tiny_folder import make_tiny_folder
 
@@ -118,6 +123,40 @@ def test_the_sample_of_the_format_reads_every_folder(
     said = capsys.readouterr().out
     assert re.search(r"^item \d+ \['\w+'\]$" if with_categories else r"^item \d+ \[\]$", said, re.MULTILINE)
     assert "before: " in said and "recommended" in said and "found by '" in said
+
+
+def test_the_source_in_the_readme_is_prepared_and_what_its_rows_lack_is_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It names one reason to drop a row; the others are found for every source."""
+    text = text_of(ROOT / "data_shards" / "README.md").split("## A new source")[1]
+    module = ModuleType("data_shards.sources.shop")
+    exec(text.split("```python\n")[1].split("```")[0], vars(module))
+    monkeypatch.setitem(sys.modules, "data_shards.sources.shop", module)
+    monkeypatch.setitem(SOURCE_DEFAULTS, "shop", {})
+    monkeypatch.setattr("data_shards.prepare.SOURCES", (*SOURCE_DEFAULTS,))
+    goods = [f"g{number}" for number in range(9)]
+    rows = [
+        {
+            "visitor": f"v{u}",
+            "ts": 1_700_000_000 + 43_200 * t + u,
+            "shown": goods[t : t + 2],
+            "clicked": [goods[t]],
+        }
+        | {"q": None if t % 2 else "red lamp"}
+        for u in range(4)
+        for t in range(8)
+    ]
+    one = {**rows[0], "shown": goods[:1]}
+    rows += [{**one, "visitor": None}, {**one, "ts": None}, {**one, "shown": [None]}, {**one, "q": " "}]
+    rows.append({**one, "shown": ["test-1"]})
+    titles = [{"sku": sku, "title": f"lamp {sku}"} for sku in goods]
+    for name, lines in (("sessions.jsonl", rows), ("goods.jsonl", titles)):
+        (tmp_path / name).write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    raw = prepare("shop", tmp_path, tmp_path / "out", ["num_negatives=1", "min_interactions=0"]).raw
+    assert raw["counts"]["train"]["src"] > 0 < raw["counts"]["train"]["rec"]
+    reasons = ("no user_id", "no time", "no item_id", "search without a query", "test item")
+    assert raw["dropped"] == dict.fromkeys(reasons, 1)
 
 
 def test_the_model_in_contributing_is_the_file() -> None:
