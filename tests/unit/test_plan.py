@@ -205,6 +205,23 @@ def test_lr_warms_up_and_decays_to_nothing_after_the_last_step() -> None:
     )
 
 
+def test_a_run_is_continued_where_its_configuration_lies(tmp_path: Path) -> None:
+    """Its run.dir is that of before it moved, or is meant from another folder."""
+    moved = tmp_path / "moved: here"
+    moved.mkdir()
+    file = moved / "config.yaml"
+    file.write_text(to_yaml(load_config("two_tower", ["data.dir=OUT", "run.dir=runs/old"])))
+
+    def run_dir(*words: str, resume: bool = True) -> str:
+        return load_launch_config(str(file), words, 1, resume).run.dir
+
+    assert run_dir() == "runs/old"  # a file that is no run's
+    (moved / "status.json").write_text("{}")
+    assert run_dir() == str(moved)
+    assert run_dir("run.dir=other") == "other"
+    assert run_dir(resume=False) == "runs/old"
+
+
 @pytest.mark.parametrize(
     ("metric", "value"),
     [("mean/recall@10", 0.1), ("rec/ndcg@10", 0.0454), ("src/mrr", 0.0519), ("mean/recall@5", 0.05)],

@@ -1,5 +1,6 @@
 """The configuration that a command asks for, on the processes that will train it."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +14,11 @@ def load_launch_config(
 ) -> Config:
     """`load_config` for `world_size` processes. A run that is continued keeps the micro-batch that was
     lowered for the processes it began on, where that divides the batch on these as well: another one would be
-    another run. Raises ConfigError."""
+    another run. Its own configuration means the folder that it lies in, also where that has moved. Raises
+    ConfigError."""
+    home = RunFolder(Path(preset_or_file or "").parent)
+    if resume and home.status.is_file() and home.config == Path(preset_or_file or ""):
+        overrides = [f"run.dir={json.dumps(str(home.path))}", *overrides]
     config = load_config(preset_or_file, overrides, world_size)
     begun = RunFolder(Path(config.run.dir)).config
     if not (resume and config.run.dir and begun.is_file() and begun.stat().st_size):
