@@ -5,14 +5,19 @@ import re
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
+import torch
 import yaml
 
 from data_shards.options import SOURCE_DEFAULTS
 from data_shards.prepare import prepare
 from tests.docs.pages import PAGES, ROOT, anchors, fenced, prose, text_of
 from tests.tiny_folder import make_tiny_folder
+from trainer.evaluation.metrics import METRICS, metric_values
 
 SOURCES = ("trainer", "data_shards", "benchmarks", "ds_configs", "slurm", "tests", "docs", ".ci")
 SUFFIXES = r"(?:py|md|sh|sbatch|ya?ml|json|cfg|toml|png|html|css|js)"
@@ -123,6 +128,26 @@ def test_the_sample_of_the_format_reads_every_folder(
     said = capsys.readouterr().out
     assert re.search(r"^item \d+ \['\w+'\]$" if with_categories else r"^item \d+ \[\]$", said, re.MULTILINE)
     assert "before: " in said and "recommended" in said and "found by '" in said
+
+
+def test_numbers_of_ones_own_are_those_of_an_evaluation(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rank, num_tied = np.array([1.0, 3.5, 20.0, 20.5, 50.5, np.inf]), np.array([1, 4, 3, 2, 100, 1])
+    events = {"task": ["rec"] * 3 + ["src"] * 3, "user_id": list("aabbbc"), "event_id": range(6)}
+    more = {"rank": rank, "num_tied": num_tied, "history_length": ["1–4", "0"] * 3}
+    for run in ("RUN", "OTHER"):
+        (tmp_path / run).mkdir()
+        pd.DataFrame(events | more).to_parquet(tmp_path / run / "evaluation-test.parquet")
+    sample = text_of(ROOT / "docs" / "evaluation.md").split("<!-- run by tests/docs -->\n```python\n")[1]
+    sample = sample.split("```")[0].replace("{run}/", f"{tmp_path}/{{run}}/").replace("k=50", "k=20")
+    names: dict[str, Any] = {}
+    exec(sample, names)
+    values = metric_values(torch.from_numpy(rank), torch.from_numpy(num_tied)).numpy()
+    for column in ("recall", "ndcg"):
+        np.testing.assert_allclose(names["ours"][column], values[:, METRICS.index(f"{column}@20")])
+    assert len(names["gains"]) == 4 and not names["gains"].any()
+    assert "\\begin{tabular}" in capsys.readouterr().out
 
 
 def test_the_source_in_the_readme_is_prepared_and_what_its_rows_lack_is_counted(

@@ -70,7 +70,8 @@ def load_vectors(
     device = "cuda" if has_gpu() else "cpu"
     model, config, folder = load_run_model(run_dir, device)
     for task in model.tasks if min_users else ():
-        _check_users(_stream(folder, split, config.data, num_events, task), task, min_users)
+        stream = _stream(folder, split, config.data, num_events, task)
+        _check_users(stream, split, task, num_events, min_users)
     with autocast(device, config.run.precision):
         return vectors_of(model, folder, config.data, split, num_events)
 
@@ -98,14 +99,14 @@ def _stream(folder: PreparedFolder, split: str, data: DataConfig, num_events: in
     return EvalStream(folder, split, data, BATCH_EVENTS, max_events=num_events, tasks=(task,))
 
 
-def _check_users(stream: EvalStream, task: int, min_users: int) -> None:
+def _check_users(stream: EvalStream, split: str, task: int, num_events: int, min_users: int) -> None:
     """Reading the events takes seconds, their vectors may take hours: so it is said before."""
     users = torch.cat([torch.empty(0, dtype=torch.long), *(b.user[b.event_id >= 0] for b in stream)])
     num_users = len(users.unique())
     if 0 < num_users < min_users:
+        fix = "raise --events" if len(users) == num_events else f"the {split} split has no more"
         raise DataError(
-            f"{num_users} users among {len(users)} {TASKS[task]} events; at least {min_users} needed: raise "
-            "--events"
+            f"{num_users} users among {len(users)} {TASKS[task]} events; at least {min_users} needed: {fix}"
         )
 
 

@@ -105,6 +105,8 @@ def test_too_few_users_are_told_before_anything_is_computed(
     told = r"^\d users among 9 rec events; at least 100 needed: raise --events$"
     with pytest.raises(DataError, match=told):
         load_vectors(run_dir, num_events=9, min_users=100)
+    with pytest.raises(DataError, match=r"at least 100 needed: the test split has no more$"):
+        load_vectors(run_dir, min_users=100)
 
 
 # ---- gradients ---------------------------------------------------------------------------------------------
