@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -533,3 +534,15 @@ def test_plain_tables_are_known_by_their_rows() -> None:
     tables = {"clicked": nn.Embedding(8, 2), "words": nn.EmbeddingBag(12, 2), "kinds": nn.Embedding(2, 2)}
     model = nn.ModuleDict({**tables, "core": ItemTable(7, 2, extra=1), "map": nn.Linear(7, 8)})
     assert table_sizes(model, {7, 11}) == {"clicked.weight": 7, "words.weight": 11, "core.weight": 7}
+
+
+def test_a_run_whose_prepared_folder_has_moved_says_where_to_name_it(folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    save_small("sasrec", folder, run)
+    _, config, _ = small("sasrec", folder)
+    gone = replace(config, data=replace(config.data, dir=str(tmp_path / "gone")))
+    (run / "config.yaml").write_text(to_yaml(gone))
+    with pytest.raises(RunError, match=r"gone is not there.*set data\.dir in .*config\.yaml$"):
+        load_run_model(run)
+    (run / "config.yaml").write_text(to_yaml(config))
+    load_run_model(run)

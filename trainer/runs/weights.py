@@ -23,7 +23,7 @@ from trainer.batch import ItemTables
 from trainer.config import Config, DataConfig
 from trainer.configs import config_from_dict
 from trainer.data.folder import PreparedFolder
-from trainer.data.node_cache import refuse_command
+from trainer.data.node_cache import is_url, refuse_command
 from trainer.errors import DataError, RunError
 from trainer.models.contract import Ranker, Ranks, task_names
 from trainer.models.layers.embedding import tables_by_rows
@@ -237,6 +237,11 @@ def load_run_model(run_dir: str | Path, device: str = "cpu") -> tuple[Ranker, Co
     """The trained model of a run with the tables of the data it was trained on. Raises when the prepared
     folder has changed since."""
     config = load_run_config(run_dir)
+    if not is_url(config.data.dir) and not Path(config.data.dir).is_dir():
+        raise RunError(
+            f"{run_dir}: its prepared folder {config.data.dir} is not there. If it has moved, "
+            f"set data.dir in {RunFolder(run_dir).config}"
+        )
     folder = PreparedFolder.open(config.data)
     path = RunFolder(run_dir).model
     document = read_model_document(path)
