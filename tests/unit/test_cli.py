@@ -226,7 +226,7 @@ def test_long_lines_break_between_words_on_a_narrow_terminal(monkeypatch: pytest
     line = "batch       64 events a step, and a path /" + 90 * "x"
     assert fitting([line], 12) == [line]  # a file, or a pipe
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    monkeypatch.setattr(shutil, "get_terminal_size", lambda: os.terminal_size((30, 24)))
+    monkeypatch.setattr(shutil, "get_terminal_size", lambda *_, **__: os.terminal_size((30, 24)))
     assert fitting([line, "", "short"], 12) == [
         "batch       64 events a step,",
         "            and a path",

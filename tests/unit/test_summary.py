@@ -36,7 +36,7 @@ def test_a_table_fits_the_terminal(monkeypatch: pytest.MonkeyPatch, columns: int
     metrics = dict.fromkeys(SHOWN_METRICS, 0.5) | {"ci95": {name: [0.4, 0.6] for name in SHOWN_METRICS}}
     evaluation = {"protocol": {"model_title": "GenSR"}, "rec": metrics | {"num_events": 7}}
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    monkeypatch.setattr(shutil, "get_terminal_size", lambda: os.terminal_size((columns, 24)))
+    monkeypatch.setattr(shutil, "get_terminal_size", lambda *_, **__: os.terminal_size((columns, 24)))
     lines = table(rows_of(evaluation))
     assert max(map(len, lines)) <= columns and lines[1].count("@") == shown
     monkeypatch.setattr(sys.stdout, "isatty", lambda: False)
