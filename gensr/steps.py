@@ -140,6 +140,7 @@ class Evaluation:
     document: dict[str, Any] = field(repr=False)
     """the content of run/evaluation-SPLIT.json: protocol, metrics with intervals, segments, baselines"""
     ranks_file: Path
+    lists_file: Path
 
     @property
     def metrics(self) -> "pd.DataFrame":
@@ -168,6 +169,14 @@ class Evaluation:
 
         return pd.read_parquet(self.ranks_file)
 
+    @property
+    def lists(self) -> "pd.DataFrame":
+        """One row per kept candidate (`evaluate(…, lists=K)`): event_id, task, user_id, place (1 = best),
+        item_id, score, clicked. Raises FileNotFoundError if none were kept."""
+        import pandas as pd
+
+        return pd.read_parquet(self.lists_file)
+
 
 def evaluate(
     run: str | Path,
@@ -177,21 +186,25 @@ def evaluate(
     baselines: bool = True,
     events: int = 2000,
     retriever: str | Path | None = None,
+    lists: int = 0,
 ) -> Evaluation:
     """Rank the candidates of every event of a split; writes run/evaluation-SPLIT.json and .parquet.
 
     candidates: sampled (the stored negatives), hard (mined ones, if the folder has them) or full (the
     whole catalogue, on a fixed sample of `events`). baselines: popularity, LightGCN and BM25 rank the same
     candidates. retriever: with full, the run folder of another model that also finds candidates; "" for none;
-    default: the run's serving.retriever. The figures of a tracked run also go to MLflow. Raises GensrError.
+    default: the run's serving.retriever. lists: keep so many of each event's best candidates with their
+    scores, in run/lists-SPLIT.parquet. The figures of a tracked run also go to MLflow. Raises GensrError.
 
-    >>> found = gensr.evaluate("runs/mine", baselines=False)
+    >>> found = gensr.evaluate("runs/mine", baselines=False, lists=10)
     >>> found.metrics["task"].tolist()
     ['rec', 'src']
     >>> found.document["protocol"]["candidates"]
     'sampled'
     >>> {"user_id", "item_id", "rank"} <= set(found.ranks.columns)
     True
+    >>> found.lists.columns.tolist()
+    ['event_id', 'task', 'user_id', 'place', 'item_id', 'score', 'clicked']
     """
     from trainer.evaluation.summary import check_candidates, evaluation_name, rows_of, table
     from trainer.registry.model_card import metrics_of
@@ -202,14 +215,14 @@ def evaluate(
     if candidates == "full":
         from trainer.evaluation.full import evaluate_full
 
-        document = evaluate_full(run, split, events, baselines, retriever=retriever)
+        document = evaluate_full(run, split, events, baselines, retriever=retriever, num_best=lists)
     else:
         from trainer.evaluation.sampled import evaluate_run
 
-        document = evaluate_run(run, split, with_baselines=baselines, candidates=candidates)
+        document = evaluate_run(run, split, baselines, candidates=candidates, num_best=lists)
     name = evaluation_name(split, candidates)
     log_evaluation(Path(run), name, metrics_of(document, name), table(rows_of(document)))
-    return Evaluation(document, RunFolder(run).ranks(name))
+    return Evaluation(document, RunFolder(run).ranks(name), RunFolder(run).lists(name))
 
 
 def register(

@@ -57,12 +57,12 @@ def run_of(texts: PreparedFolder, tmp_path_factory: pytest.TempPathFactory) -> C
 @pytest.fixture(scope="session")
 def evaluated(run_of: Callable[[str], Path]) -> Callable[[str], tuple[Path, list[dict[str, Any]]]]:
     """evaluated(name): the same, and what the evaluations of sampled candidates and of the whole catalogue
-    returned."""
+    returned. They kept the 12 best candidates."""
 
     @cache
     def evaluate(name: str) -> tuple[Path, list[dict[str, Any]]]:
-        full = evaluate_full(run_of(name), max_events=20, with_baselines=False)
-        return run_of(name), [evaluate_run(run_of(name), with_baselines=False), full]
+        full = evaluate_full(run_of(name), max_events=20, with_baselines=False, num_best=12)
+        return run_of(name), [evaluate_run(run_of(name), with_baselines=False, num_best=12), full]
 
     return evaluate
 

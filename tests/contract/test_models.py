@@ -6,6 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -383,6 +385,29 @@ def test_a_run_is_evaluated_on_sampled_and_on_all_candidates(name: str, evaluate
         decodes = kind.beams is not Ranker.beams
         assert ("num_beams" in document["protocol"]) == decodes
         assert all(("share_reached" in document[task]) == decodes for task in tasks)
+
+
+@pytest.mark.slow
+@every_model
+def test_the_kept_lists_are_those_that_were_measured(
+    name: str, evaluated: Any, texts: PreparedFolder
+) -> None:
+    run_dir, (_, full) = evaluated(name)
+    of_item = texts.items("train_rec_clicks").to_pandas()["train_rec_clicks"].set_axis(texts.item_ids())
+    for which in ("test", "test-full"):
+        lists = pd.read_parquet(run_dir / f"lists-{which}.parquet")
+        events = pd.read_parquet(run_dir / f"evaluation-{which}.parquet")
+        assert lists.groupby("event_id").size().reindex(events["event_id"]).eq(12).all()
+        better = lists.groupby("event_id")["score"].shift()
+        assert (lists["score"] <= better.fillna(np.inf)).all() and np.isfinite(lists["score"]).all()
+        clicked = events.merge(lists[lists["clicked"]], on=["event_id", "task", "user_id", "item_id"])
+        assert ((clicked["place"] - clicked["rank"]).abs() <= (clicked["num_tied"] - 1) / 2).all()
+        last_place = events["rank"] + (events["num_tied"] - 1) / 2
+        assert set(events["event_id"][last_place <= 12]) <= set(clicked["event_id"])
+    for task in {"rec", "src"} & full.keys():  # of the whole catalogue, which was read last
+        shown = lists[(lists["task"] == task) & (lists["place"] <= 10)]["item_id"]
+        assert full[task]["coverage@10"] == shown.nunique() / len(of_item)
+        assert full[task]["mean_clicks@10"] == pytest.approx(shown.map(of_item).mean())
 
 
 @pytest.mark.slow

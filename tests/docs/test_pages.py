@@ -150,6 +150,23 @@ def test_numbers_of_ones_own_are_those_of_an_evaluation(
     assert "\\begin{tabular}" in capsys.readouterr().out
 
 
+def test_lists_become_the_files_that_other_tools_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("RUN").mkdir()
+    events = pd.DataFrame(
+        {"event_id": [7, 9], "user_id": ["u", "v"], "item_id": ["a", "b"], "rank": [2.0, 9.0]}
+    )
+    lists = pd.DataFrame({"event_id": [7, 7], "place": [1, 2], "item_id": ["c", "a"], "score": [0.5, -1.25]})
+    events.to_parquet("RUN/evaluation-test.parquet")
+    lists.to_parquet("RUN/lists-test.parquet")
+    text = text_of(ROOT / "docs" / "evaluation.md").split("<!-- run by tests/docs -->\n```python\n")[2]
+    exec(text.split("```")[0], {})
+    assert Path("test.run").read_text() == "7 Q0 c 1 0.5 gensr\n7 Q0 a 2 -1.25 gensr\n"
+    assert Path("test.qrels").read_text() == "7 0 a 1\n9 0 b 1\n"
+
+
 def test_the_source_in_the_readme_is_prepared_and_what_its_rows_lack_is_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,7 +31,7 @@ def run_dir(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def document(run_dir: Path) -> dict[str, Any]:
-    return evaluate_full(run_dir, max_events=NUM_EVENTS)
+    return evaluate_full(run_dir, max_events=NUM_EVENTS, num_best=5)
 
 
 def expected_ranks(run_dir: Path) -> pd.DataFrame:
@@ -69,6 +69,8 @@ def test_ranks_are_those_of_a_plain_loop(run_dir: Path, document: dict[str, Any]
     expected = expected_ranks(run_dir).set_index("event_id")
     written = pd.read_parquet(run_dir / "evaluation-test-full.parquet").set_index("event_id")
     assert len(written) == NUM_EVENTS
+    lists = pd.read_parquet(run_dir / "lists-test-full.parquet")  # five are fewer than coverage needs
+    assert lists["place"].tolist() == [1, 2, 3, 4, 5] * NUM_EVENTS
     assert written["rank"].to_numpy() == pytest.approx(
         expected.loc[written.index, "gensr"].to_numpy(), abs=0.5
     )

@@ -20,6 +20,7 @@ from trainer.config import Config, DataConfig, RunConfig
 from trainer.data import EvalStream
 from trainer.data.folder import PreparedFolder
 from trainer.errors import RunError
+from trainer.evaluation import lists
 from trainer.evaluation.evaluated_weights import warnings_of
 from trainer.evaluation.metrics import METRICS
 from trainer.evaluation.ranking import autocast_scorer, rank_events, share_reached, validate
@@ -82,7 +83,7 @@ def test_every_event_is_ranked_once_and_rightly(folder, manifest):
 
 
 def test_ranks_do_not_depend_on_processes_or_batch_size(folder, manifest):
-    alone = rank_events(item_id_scorer, stream_of(folder, manifest, batch_size=40))
+    alone = rank_events(item_id_scorer, stream_of(folder, manifest, batch_size=40), num_best=5)
     world_size = 3
     values: list[object] = [None] * world_size
     barrier = threading.Barrier(world_size)
@@ -93,7 +94,8 @@ def test_ranks_do_not_depend_on_processes_or_batch_size(folder, manifest):
             barrier.wait(timeout=30)
             return list(values)
 
-        return rank_events(item_id_scorer, stream_of(folder, manifest, 6, rank, world_size), gather)
+        stream = stream_of(folder, manifest, 6, rank, world_size)
+        return rank_events(item_id_scorer, stream, gather, num_best=5)
 
     with ThreadPoolExecutor(world_size) as pool:
         for together in pool.map(run, range(world_size)):
@@ -164,6 +166,43 @@ def test_one_task_only(folder, manifest):
     part = rank_events(item_id_scorer, stream_of(folder, manifest), task=SRC)
     assert np.array_equal(part.event_id, whole.event_id)
     assert np.array_equal(part.rank, whole.rank)
+
+
+@pytest.mark.parametrize(("num_best", "num_kept"), [(3, 3), (1000, 100)])
+def test_lists_are_the_best_candidates_with_their_scores(folder, manifest, tmp_path, num_best, num_kept):
+    at = PreparedFolder.at(folder)
+    ranks = rank_events(item_id_scorer, stream_of(folder, manifest), num_best=num_best)
+    document = report(task_reports(ranks), at, "test", Config())
+    write_evaluation(tmp_path, at, "test", ranks, document, num_best=num_best)
+    table, ids = pq.read_table(tmp_path / "lists-test.parquet"), at.item_ids()
+    assert json.loads(table.schema.metadata[b"gensr.protocol"]) == document["protocol"]
+    stored = at.columns("test", ["event_id", "item", "negatives"])
+    of_event = dict(iter(table.to_pandas().groupby("event_id")))
+    assert len(of_event) == 40
+    for event_id, item, negatives in zip(*stored.values(), strict=True):
+        rows = of_event[event_id]
+        best = sorted([item, *negatives], reverse=True)[:num_kept]  # the scorer likes high row numbers
+        assert rows["place"].tolist() == list(range(1, num_kept + 1))
+        assert rows["item_id"].tolist() == [ids[row] for row in best]
+        assert rows["score"].tolist() == best
+        assert rows["clicked"].tolist() == [row == item for row in best]
+    events = pq.read_table(tmp_path / "evaluation-test.parquet").to_pandas()
+    found = table.to_pandas().query("clicked").merge(events, on=["event_id", "task", "user_id", "item_id"])
+    assert (found["place"] == found["rank"]).all()
+    assert len(found) == (events["rank"] <= num_kept).sum() > 0
+
+
+def test_a_row_group_of_lists_holds_whole_events(folder, manifest, tmp_path, monkeypatch):
+    at = PreparedFolder.at(folder)
+    ranks = rank_events(item_id_scorer, stream_of(folder, manifest), num_best=2)
+    document = report(task_reports(ranks), at, "test", Config())
+    tables = []
+    for events_at_once in (40, 7):
+        monkeypatch.setattr(lists, "EVENTS_AT_ONCE", events_at_once)
+        write_evaluation(tmp_path, at, "test", ranks, document, num_best=2)
+        tables.append(pq.read_table(tmp_path / "lists-test.parquet"))
+        assert pq.ParquetFile(tmp_path / "lists-test.parquet").num_row_groups == -(-40 // events_at_once)
+    assert tables[0].equals(tables[1])
 
 
 def test_validation_metrics_are_flat_and_average_the_tasks_present(folder, manifest):
@@ -264,6 +303,9 @@ def test_evaluate_run_writes_the_files(folder, manifest, tmp_path, monkeypatch):
     ]
     with pytest.raises(RunError, match="valid or test"):
         evaluate_run(tmp_path, "train")
+    evaluate_run(tmp_path, "valid", with_baselines=False, num_best=10**9)  # all there are
+    rows = pq.read_metadata(tmp_path / "lists-valid.parquet").num_rows
+    assert rows == manifest.num_events("valid") * 100
 
 
 def test_an_evaluation_says_which_weights_it_is_of(folder, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import shlex
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -170,6 +171,14 @@ def evaluate(
     ] = "sampled",
     events: Annotated[int, typer.Option(help="with full: events in a fixed sample, 0 = all", min=0)] = 2000,
     retriever: Retriever = None,
+    lists: Annotated[
+        int,
+        typer.Option(
+            help="also keep this many of each event's best candidates with their scores; writes "
+            "RUN/lists-SPLIT.parquet",
+            min=0,
+        ),
+    ] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Rank the stored candidates of every event; writes RUN/evaluation-SPLIT.json and .parquet.
@@ -183,12 +192,19 @@ def evaluate(
     check_candidates(candidates, retriever)
     waiting_for("loading PyTorch and the model")
     from trainer.evaluation.evaluated_weights import warnings_of
+    from trainer.evaluation.full import evaluate_full
+    from trainer.evaluation.sampled import evaluate_run
     from trainer.evaluation.summary import evaluation_name, full_lines, protocol_line, rows_of, table
     from trainer.registry.model_card import metrics_of
     from trainer.runs.run_folder import RunFolder
     from trainer.tracking.tracker import log_evaluation
 
-    document = _evaluated(run_dir, split, candidates, baselines, events, retriever)
+    if candidates == "full":
+        progress = partial(stage_lines(), "rank")
+        document = evaluate_full(run_dir, split, events, baselines, progress, note, retriever, lists)
+    else:
+        progress = partial(stage_lines(), "score")
+        document = evaluate_run(run_dir, split, baselines, progress, candidates, lists)
     name = evaluation_name(split, candidates)
     path = RunFolder(run_dir).evaluation(name)
     lines = [
@@ -204,35 +220,10 @@ def evaluate(
     after = next_steps(
         f"gensr report {place}", f"gensr register {place} NAME", f"gensr compare {place} OTHER_RUN"
     )
-    wrote = f"wrote {path} and {path.with_suffix('.parquet').name}"
-    answer(document, as_json, *fitting(lines, 4), wrote, *after)
-
-
-def _evaluated(
-    run_dir: Path, split: str, candidates: str, baselines: bool, events: int, retriever: str | None
-) -> dict[str, Any]:
-    progress = stage_lines()
-    if candidates == "full":
-        from trainer.evaluation.full import evaluate_full
-
-        return evaluate_full(
-            run_dir,
-            split,
-            max_events=events,
-            with_baselines=baselines,
-            progress=lambda done, total: progress("rank", done, total),
-            notify=note,
-            retriever=retriever,
-        )
-    from trainer.evaluation.sampled import evaluate_run
-
-    return evaluate_run(
-        run_dir,
-        split,
-        with_baselines=baselines,
-        progress=lambda done, total: progress("score", done, total),
-        candidates=candidates,
-    )
+    wrote = [f"wrote {path} and {path.with_suffix('.parquet').name}"]
+    if lists:
+        wrote.append(f"wrote {RunFolder(run_dir).lists(name)}")
+    answer(document, as_json, *fitting(lines, 4), *wrote, *after)
 
 
 @verb("gensr report runs/mine")

@@ -12,7 +12,7 @@ clicked item itself.
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,14 +58,6 @@ TOP = 10  # of each list, for coverage and popularity
 BATCH_SCORES = 2**22  # scores of the whole catalogue held at once: 16 MiB
 
 
-@dataclass(frozen=True)
-class Ranked:
-    """What a model made of n events."""
-
-    ranks: EventRanks
-    top: np.ndarray  # [n, TOP] item rows, best first, -1 where there are fewer
-
-
 def evaluate_full(
     run_dir: str | Path,
     split: str = "test",
@@ -74,10 +66,11 @@ def evaluate_full(
     progress: CountProgress | None = None,
     notify: Notify = silent,
     retriever: str | Path | None = None,
+    num_best: int = 0,
 ) -> dict[str, Any]:
     """Writes RUN/evaluation-SPLIT-full.{json,parquet} → the document. max_events: a fixed hashed sample of
     the split; 0 = all. One process. retriever: a run folder, "" for none; default: the run's
-    serving.retriever.
+    serving.retriever. num_best: as evaluate_run().
 
     Raises RunError for an unknown split, a run without a model, or several processes, and what
     open_retriever() raises.
@@ -109,27 +102,28 @@ def evaluate_full(
     clicks = read_clicks(folder)
     started = time.monotonic()
     places: np.ndarray | None = None
+    num_best = min(num_best, NUM_CANDIDATES if retrieval is not None else manifest.num_items)
     if retrieval is not None:
         scorer = autocast_scorer(model, device, config.run.precision)
-        ours, places = rank_retrieved(scorer, model, retrieval, stream, clicks, progress, other)
+        ours, places = rank_retrieved(scorer, model, retrieval, stream, clicks, progress, other, num_best)
     else:
-        ours = rank_everything(model, stream, clicks, config.run.precision, progress)
+        ours = rank_everything(model, stream, clicks, config.run.precision, progress, num_best)
     seconds = time.monotonic() - started
     popularity = folder.items("train_rec_clicks")["train_rec_clicks"].to_numpy()
     baselines = None
     if with_baselines:
         baselines = baseline_reports(folder, split, max_events, model.tasks, clicks, popularity, notify)
-    segments = segments_of(folder, split, ours.ranks)
+    segments = segments_of(folder, split, ours)
     num_beams = model.beams(catalogue=retrieval is None)
     tasks = reports(ours, popularity, num_beams)
     if places is not None:
         for task, facts in tasks.items():
-            facts["retrieval"] = retrieval_recall(places, ours.ranks, TASKS.index(task))
-    parts = segment_reports(ours.ranks, segments)
+            facts["retrieval"] = retrieval_recall(places, ours, TASKS.index(task))
+    parts = segment_reports(ours, segments)
     document = report(tasks, folder, split, config, baselines, parts, "full", num_beams)
     del document["protocol"]["num_negatives"]
     document["protocol"] |= {**stood, **protocol_of(split, stream, clicks, retrieval, other, seconds)}
-    write_evaluation(run_dir, folder, evaluation_name(split, "full"), ours.ranks, document, segments)
+    write_evaluation(run_dir, folder, evaluation_name(split, "full"), ours, document, segments, num_best)
     return document
 
 
@@ -194,10 +188,11 @@ def rank_retrieved(
     clicks: ClickLog,
     progress: CountProgress | None = None,
     retriever: Retriever | None = None,
-) -> tuple[Ranked, np.ndarray]:
-    """→ what the model makes of the first NUM_CANDIDATES retrieved items; and the clicked item's place in
-    retrieval, [n] float64, 1 = first, inf = missed."""
-    parts, tops, places = [], [], []
+    num_best: int = 0,
+) -> tuple[EventRanks, np.ndarray]:
+    """→ what the model makes of the first NUM_CANDIDATES retrieved items, with at least TOP best ones; and
+    the clicked item's place in retrieval, [n] float64, 1 = first, inf = missed."""
+    parts, places = [], []
     whole_histories = stream.read_as(DataConfig(history_max=stream.folder.manifest.history_max))
     batches = zip(stream, whole_histories, read_by(retriever, stream), strict=True)
     for number, (batch, whole, same_events) in enumerate(batches, start=1):
@@ -206,13 +201,12 @@ def rank_retrieved(
         lists = retrieved(model, retrieval, batch, whole, clicked, clicks, retriever, same_events)
         places += [place_of(int(item), rows) for item, rows in zip(clicked, lists, strict=True)]
         scores_BC, candidates_BC = score_lists(scorer, batch, [rows[:NUM_CANDIDATES] for rows in lists])
-        parts.append(ranks_among(scores_BC, candidates_BC, batch, clicked))
-        tops.append(top_items(scores_BC, candidates_BC))
+        parts.append(ranks_among(scores_BC, candidates_BC, batch, clicked, max(TOP, num_best)))
         if progress is not None:
             progress(number, len(stream))
     ranks = EventRanks.concatenate(parts)
     refuse_nan(model.title, ranks.event_id, ranks.num_nan)
-    return Ranked(ranks, np.concatenate(tops)), np.array(places)
+    return ranks, np.array(places)
 
 
 def read_by(retriever: Retriever | None, stream: EvalStream) -> Iterable[Batch | None]:
@@ -278,26 +272,23 @@ def score_lists(scorer: ScoreFunction, batch: Batch, lists: list[np.ndarray]) ->
     for row, rows in enumerate(lists):
         items_BC[row, : len(rows)] = rows
     candidates_BC = torch.from_numpy(np.maximum(items_BC, 0))
-    scores_BC = scorer(batch.with_candidates(candidates_BC, torch.zeros(candidates_BC.shape))).float().cpu()
+    with torch.no_grad():
+        scores_BC = scorer(batch.with_candidates(candidates_BC, torch.zeros(candidates_BC.shape)))
+    scores_BC = scores_BC.float().cpu()
     return scores_BC.masked_fill(torch.from_numpy(items_BC < 0), -torch.inf), items_BC
 
 
-def ranks_among(scores_BC: Tensor, items_BC: np.ndarray, batch: Batch, clicked: np.ndarray) -> EventRanks:
+def ranks_among(
+    scores_BC: Tensor, items_BC: np.ndarray, batch: Batch, clicked: np.ndarray, num_best: int
+) -> EventRanks:
     """Expected rank of the clicked item among the scored ones; infinite where it is not among them."""
     labels_BC = torch.from_numpy((items_BC == clicked[:, None]).astype(np.float32))
-    ranks, there = ranks_of(scores_BC, labels_BC, batch, torch.from_numpy(clicked)), labels_BC.any(1).numpy()
+    candidates_BC, clicked_B = torch.from_numpy(items_BC), torch.from_numpy(clicked)
+    ranks = ranks_of(scores_BC, candidates_BC, labels_BC, batch, clicked_B, num_best)
+    there = labels_BC.any(1).numpy()
     return replace(
         ranks, rank=np.where(there, ranks.rank, np.inf), num_tied=np.where(there, ranks.num_tied, 1)
     )
-
-
-def top_items(scores_BC: Tensor, items_BC: np.ndarray) -> np.ndarray:
-    """The TOP best-scored items of each row, [B, TOP], −1 where there are fewer."""
-    best = torch.topk(scores_BC, min(TOP, scores_BC.shape[1]), dim=1)
-    items = np.where(
-        best.values.isneginf().numpy(), -1, np.take_along_axis(items_BC, best.indices.numpy(), 1)
-    )
-    return np.pad(items, ((0, 0), (0, TOP - items.shape[1])), constant_values=-1)
 
 
 # ---- every item --------------------------------------------------------------------------------------------
@@ -309,9 +300,9 @@ def rank_everything(
     clicks: ClickLog,
     precision: str = "fp32",
     progress: CountProgress | None = None,
-) -> Ranked:
-    """Every item of the catalogue scored for every event of the model's tasks."""
-    tops: list[np.ndarray] = []
+    num_best: int = 0,
+) -> EventRanks:
+    """Every item of the catalogue scored for every event of the model's tasks; at least TOP best ones."""
 
     def without_seen(batch: Batch) -> Tensor:
         with autocast(model.device, precision):
@@ -320,12 +311,12 @@ def rank_everything(
             zip(batch.event_id.tolist(), batch.clicked.tolist(), strict=True)
         ):
             scores_BI[row, np.setdiff1d(clicks.before(event), [item])] = -torch.inf
-        tops.append(top_items(scores_BI, batch.candidates.numpy()))
         return scores_BI
 
     events = whole_catalogue(stream, model.world.num_items, model.tasks)
-    ranks = rank_events(without_seen, events, progress=progress, model=model.title)
-    return Ranked(ranks, np.concatenate(tops))
+    return rank_events(
+        without_seen, events, progress=progress, model=model.title, num_best=max(TOP, num_best)
+    )
 
 
 def whole_catalogue(stream: EvalStream, num_items: int, tasks: tuple[int, ...]) -> Iterator[Batch]:
@@ -345,21 +336,21 @@ def whole_catalogue(stream: EvalStream, num_items: int, tasks: tuple[int, ...]) 
 
 
 def reports(
-    ranked: Ranked, popularity: np.ndarray, num_beams: int | None = None
+    ranks: EventRanks, popularity: np.ndarray, num_beams: int | None = None
 ) -> dict[str, dict[str, Any]]:
     """task_reports, and whether a model shows more than the popular: for each task that has events
 
     coverage@10: share of the catalogue that stands in at least one list. mean_clicks@10: training
     recommendation clicks of the items shown, on average, and mean_clicks_of_clicked: of what was clicked.
     """
-    documents = task_reports(ranked.ranks, num_beams=num_beams)
+    documents = task_reports(ranks, num_beams=num_beams)
     for task, document in documents.items():
-        mine = ranked.ranks.task == TASKS.index(task)
-        shown = ranked.top[mine]
+        mine = ranks.of_task(TASKS.index(task))
+        shown = mine.best_items[:, :TOP]
         shown = shown[shown >= 0]
         document[f"coverage@{TOP}"] = len(np.unique(shown)) / len(popularity)
         document[f"mean_clicks@{TOP}"] = float(popularity[shown].mean()) if len(shown) else 0.0
-        document["mean_clicks_of_clicked"] = float(popularity[ranked.ranks.item[mine]].mean())
+        document["mean_clicks_of_clicked"] = float(popularity[mine.item].mean())
     return documents
 
 

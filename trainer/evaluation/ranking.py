@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from data_shards.schema import TASKS
 from trainer.batch import Batch
@@ -28,7 +29,7 @@ GatherObjects = Callable[[Any], list[Any]]
 
 @dataclass(frozen=True)
 class EventRanks:
-    """One row for each evaluated event, sorted by event_id; [n] each."""
+    """One row for each evaluated event, sorted by event_id; [n] each, and [n, K] of its K best candidates."""
 
     event_id: np.ndarray  # int64
     task: np.ndarray  # int64
@@ -38,6 +39,8 @@ class EventRanks:
     num_tied: np.ndarray  # int64, candidates with the clicked item's score, itself among them: 1 = no tie
     num_nan: np.ndarray  # int64, candidates scored NaN, which refuse_nan() does not let pass
     share_reached: np.ndarray  # float64, of the candidates: 1 unless a model decodes (Ranker.beams)
+    best_items: np.ndarray  # [n, K] int64, best first, -1 where there are fewer than K; ties in any order
+    best_scores: np.ndarray  # [n, K] float32, −inf where there are fewer
 
     def take(self, index: np.ndarray) -> "EventRanks":
         return EventRanks(**{name: column[index] for name, column in vars(self).items()})
@@ -69,11 +72,13 @@ def rank_events(
     progress: CountProgress | None = None,
     task: int | None = None,
     model: str = "the model",
+    num_best: int = 0,
 ) -> EventRanks:
     """Score and rank this rank's batches, then gather all ranks' rows. Filler rows (event_id −1) are dropped.
 
-    `task`: score the events of one task only. model: its name in messages. Every rank returns the same, or
-    raises the RunError of refuse_nan(). Asserts that no event is lost or seen twice.
+    `task`: score the events of one task only. model: its name in messages. num_best: K, how many of the best
+    candidates are kept with their scores. Every rank returns the same, or raises the RunError of
+    refuse_nan(). Asserts that no event is lost or seen twice.
     """
     parts: list[EventRanks] = []
     num_skipped = 0
@@ -85,7 +90,7 @@ def rank_events(
                 batch = batch.take(batch.task == task)
             # fillers are scored too, without a shortcut: under ZeRO-3 every rank must call the model equally
             # often
-            parts.append(_rank_batch(scorer, batch))
+            parts.append(_rank_batch(scorer, batch, num_best))
             if progress is not None:
                 progress(number, num_batches)
     assert parts, "every rank gets the same number of batches, at least one"
@@ -113,16 +118,20 @@ def refuse_nan(model: str, event_id: np.ndarray, num_nan: np.ndarray) -> None:
         )
 
 
-def _rank_batch(scorer: ScoreFunction, batch: Batch) -> EventRanks:
+def _rank_batch(scorer: ScoreFunction, batch: Batch, num_best: int) -> EventRanks:
     scores_BC = scorer(batch).float().cpu()
     assert scores_BC.shape == batch.candidates.shape, (scores_BC.shape, batch.candidates.shape)
-    ranks = ranks_of(scores_BC, batch.labels, batch, batch.clicked)
+    ranks = ranks_of(scores_BC, batch.candidates, batch.labels, batch, batch.clicked, num_best)
     return ranks.take((batch.event_id >= 0).numpy())
 
 
-def ranks_of(scores_BC: Tensor, labels_BC: Tensor, batch: Batch, clicked_B: Tensor) -> EventRanks:
-    """Of candidates that need not be those of the batch; labels_BC: 1 for the clicked item."""
+def ranks_of(
+    scores_BC: Tensor, items_BC: Tensor, labels_BC: Tensor, batch: Batch, clicked_B: Tensor, num_best: int
+) -> EventRanks:
+    """Of candidates that need not be those of the batch. labels_BC: 1 for the clicked item. A score of −inf:
+    no candidate (padding, clicked before)."""
     rank, num_tied = expected_ranks(scores_BC, labels_BC)
+    best_items, best_scores = best_of(scores_BC, items_BC, num_best)
     columns = {
         "event_id": batch.event_id,
         "task": batch.task,
@@ -132,12 +141,22 @@ def ranks_of(scores_BC: Tensor, labels_BC: Tensor, batch: Batch, clicked_B: Tens
         "num_tied": num_tied,
         "num_nan": scores_BC.isnan().sum(1),
         "share_reached": share_reached(scores_BC),
+        "best_items": best_items,
+        "best_scores": best_scores,
     }
     return EventRanks(**{name: column.numpy() for name, column in columns.items()})
 
 
+def best_of(scores_BC: Tensor, items_BC: Tensor, num_best: int) -> tuple[Tensor, Tensor]:
+    """→ items [B, num_best], −1 where there are fewer, and their scores, best first."""
+    best = torch.topk(scores_BC, min(num_best, scores_BC.shape[1]), dim=1)
+    items = items_BC.gather(1, best.indices).masked_fill(best.values.isneginf(), -1)
+    missing = (0, num_best - items.shape[1])
+    return pad(items, missing, value=-1), pad(best.values, missing, value=-torch.inf)
+
+
 def share_reached(scores_BC: Tensor) -> Tensor:
-    """Of the candidates that some beam spells, [B] float64. −inf: no candidate (padding, clicked before)."""
+    """Of the candidates that some beam spells, [B] float64."""
     unreached_B = (scores_BC == UNREACHED).sum(1)
     return 1 - unreached_B.double() / (scores_BC != -torch.inf).sum(1).clamp(min=1)
 

@@ -25,6 +25,7 @@ from trainer.data import EvalStream
 from trainer.data.folder import PreparedFolder
 from trainer.evaluation.baselines import each_baseline
 from trainer.evaluation.evaluated_weights import evaluated_weights
+from trainer.evaluation.lists import write_lists
 from trainer.evaluation.metrics import INTERVALS, summarise
 from trainer.evaluation.ranking import (
     CountProgress,
@@ -129,15 +130,18 @@ def write_evaluation(
     ranks: EventRanks,
     document: dict[str, Any],
     segments: Segments | None = None,
+    num_best: int = 0,
 ) -> Path:
     """RUN/evaluation-NAME.parquet (one row an event: original ids, rank, num_tied, its bucket in each
-    segment), then RUN/evaluation-NAME.json; returns the latter's path."""
+    segment), where num_best > 0 RUN/lists-NAME.parquet, then RUN/evaluation-NAME.json; returns the latter's
+    path."""
     users = pq.read_table(folder.catalog / "users.parquet", columns=["user_id"])["user_id"]
+    item_ids = folder.items("item_id")["item_id"]
     table = pa.table(
         {
             "task": pa.array(np.array(TASKS)[ranks.task.astype(np.int64)]),
             "user_id": users.take(pa.array(ranks.user)),
-            "item_id": folder.items("item_id")["item_id"].take(pa.array(ranks.item)),
+            "item_id": item_ids.take(pa.array(ranks.item)),
             "rank": ranks.rank,
             "num_tied": ranks.num_tied,
             "event_id": ranks.event_id,
@@ -146,6 +150,8 @@ def write_evaluation(
     )
     with atomic(RunFolder(run_dir).ranks(name)) as temporary:
         pq.write_table(table, temporary)
+    if num_best:
+        write_lists(RunFolder(run_dir).lists(name), ranks, num_best, table, item_ids, document["protocol"])
     path = RunFolder(run_dir).evaluation(name)
     write_json(path, document, allow_nan=False)
     return path
@@ -189,10 +195,11 @@ def evaluate_run(
     with_baselines: bool = True,
     progress: CountProgress | None = None,
     candidates: str = "sampled",
+    num_best: int = 0,
 ) -> dict[str, Any]:
     """Evaluate RUN/model on a split of its prepared folder; rank 0 writes
     RUN/evaluation-SPLIT.{json,parquet} (candidates="hard": evaluation-SPLIT-hard.*). → the document, on every
-    rank.
+    rank. num_best: also RUN/lists-SPLIT.parquet, the best candidates of each event (write_lists).
 
     Runs alone, or on every process of accelerate launch or torchrun. Raises RunError for an unknown split or
     a run without a model, DataError for a folder without hard candidates.
@@ -226,7 +233,8 @@ def evaluate_run(
         gather = gather_over_group if launch.world_size > 1 else None
         started = time.monotonic()
         scorer = autocast_scorer(model, device, config.run.precision)
-        ranks = rank_events(scorer, stream, gather, progress, model=model.title)
+        num_best = min(num_best, 1 + num_negatives(folder.manifest, candidates))
+        ranks = rank_events(scorer, stream, gather, progress, model=model.title, num_best=num_best)
         seconds = time.monotonic() - started
         baselines = None
         if with_baselines:
@@ -240,7 +248,8 @@ def evaluate_run(
         document["protocol"] |= {**stood, "num_processes": launch.world_size}
         document["protocol"]["candidates_per_s"] = round(num_pairs / max(seconds, 1e-9), 1)
         if launch.rank == 0:
-            write_evaluation(run_dir, folder, evaluation_name(split, candidates), ranks, document, segments)
+            name = evaluation_name(split, candidates)
+            write_evaluation(run_dir, folder, name, ranks, document, segments, num_best)
     finally:
         if started_group:
             torch.distributed.destroy_process_group()

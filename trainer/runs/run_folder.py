@@ -79,6 +79,10 @@ class RunFolder:
         """One row an event, beside evaluation(name)."""
         return self.path / f"evaluation-{name}.parquet"
 
+    def lists(self, name: str) -> Path:
+        """The best candidates of each event, only where they were asked for."""
+        return self.path / f"lists-{name}.parquet"
+
     def is_evaluated(self, name: str) -> bool:
         return self.evaluation(name).is_file() and self.ranks(name).is_file()
 
