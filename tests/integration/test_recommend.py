@@ -19,7 +19,7 @@ from tests.runs import make_run
 from tests.worlds import write_tables
 from trainer.cli import app
 from trainer.data.folder import PreparedFolder
-from trainer.errors import DataError, GensrError, RequestError
+from trainer.errors import DataError, GensrError, RequestError, RunError
 from trainer.registry.store import open_model
 from trainer.serving.recommend import Recommender
 from trainer.serving.requests import ParsedRequest, RequestReader, id_text
@@ -180,11 +180,19 @@ def test_fields_that_are_not_ours_are_carried(recommender: Recommender) -> None:
     assert recommender.recommend({**good, **carried}) == recommender.recommend(good)
 
 
-def test_another_folder_for_users_has_to_be_that_of_the_run(run_dir: Path, prepared: Path) -> None:
+def test_a_prepared_folder_that_has_moved_is_named_and_has_to_be_that_of_the_run(
+    run_dir: Path, prepared: Path, tmp_path: Path
+) -> None:
     data = run_dir.parents[1] / "data"
-    assert isinstance(open_model(run_dir, data_dir=data).users, Users)
-    with pytest.raises(DataError, match="not the data this model was trained on"):
-        open_model(run_dir, data_dir=prepared)
+    moved = data.rename(tmp_path / "moved")
+    try:
+        with pytest.raises(RunError, match=r"has moved, set data\.dir in .*config\.yaml .*give --data"):
+            open_model(run_dir)
+        assert open_model(run_dir, data_dir=moved).users.some(1)
+        with pytest.raises(DataError, match=r"has another split .* than .* was trained on"):
+            open_model(run_dir, data_dir=prepared)
+    finally:
+        moved.rename(data)
 
 
 def test_whole_floats_are_ids() -> None:

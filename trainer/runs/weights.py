@@ -226,21 +226,26 @@ def check_config(document: dict[str, Any], config: Config, where: Path) -> None:
         )
 
 
-def load_run_config(run_dir: str | Path) -> Config:
-    """RUN/config.yaml. Raises RunError when the folder holds no run, or its data.dir is a command."""
+def load_run_config(run_dir: str | Path, data_dir: str | Path = "") -> Config:
+    """RUN/config.yaml, with another data.dir if one is given. Raises RunError when the folder holds no run,
+    or its data.dir is a command."""
     config = RunFolder(run_dir).read_config()
+    if data_dir:
+        return dataclasses.replace(config, data=dataclasses.replace(config.data, dir=str(data_dir)))
     refuse_command(config.data.dir, RunFolder(run_dir).config, "data.dir")
     return config
 
 
-def load_run_model(run_dir: str | Path, device: str = "cpu") -> tuple[Ranker, Config, PreparedFolder]:
-    """The trained model of a run with the tables of the data it was trained on. Raises when the prepared
-    folder has changed since."""
-    config = load_run_config(run_dir)
+def load_run_model(
+    run_dir: str | Path, device: str = "cpu", data_dir: str | Path = ""
+) -> tuple[Ranker, Config, PreparedFolder]:
+    """The trained model of a run with the tables of the data it was trained on. data_dir: where its prepared
+    folder lies now; default: the run's data.dir. Raises when the prepared folder has changed since."""
+    config = load_run_config(run_dir, data_dir)
     if not is_url(config.data.dir) and not Path(config.data.dir).is_dir():
         raise RunError(
             f"{run_dir}: its prepared folder {config.data.dir} is not there. If it has moved, "
-            f"set data.dir in {RunFolder(run_dir).config}"
+            f"set data.dir in {RunFolder(run_dir).config} (recommend, search, serve, ui: or give --data)"
         )
     folder = PreparedFolder.open(config.data)
     path = RunFolder(run_dir).model

@@ -97,19 +97,16 @@ class Recommender:
     ) -> "Recommender":
         """A run folder and its prepared folder. The indexes are kept in RUN/retrieval; they are built when
         they are missing or of other weights. retriever: a run folder, "" for none; default: the run's
-        serving.retriever. `data_dir`: prepared folder for requests by user_id; default: the run's."""
+        serving.retriever. `data_dir`: where its prepared folder lies now; default: the run's data.dir."""
         run_dir = Path(run_dir)
-        scorer = Scorer.from_run(run_dir, device)
-        config = load_run_config(run_dir)
+        scorer = Scorer.from_run(run_dir, device, data_dir)
+        config = load_run_config(run_dir, data_dir)
         folder = PreparedFolder.open(config.data)
-        users = Users(folder)
-        if data_dir:
-            users = open_users(data_dir, folder.manifest.hash, must_be_there=True)
         retrieval = run_retrieval(run_dir, scorer.model, notify)
         facts = {"run": str(run_dir), "manifest_hash": folder.manifest.hash}
         chosen = chosen_retriever(config, retriever)
         other = _retriever_for(scorer, chosen, RunFolder(run_dir).model, retrieval, device, notify)
-        return cls(scorer, retrieval, facts, folder.catalog / "items.parquet", users, other)
+        return cls(scorer, retrieval, facts, folder.catalog / "items.parquet", Users(folder), other)
 
     @classmethod
     def from_artifacts(

@@ -67,10 +67,10 @@ class Scorer:
         self._lock = threading.Lock()  # queries are rows of the model's tables while a batch is scored
 
     @classmethod
-    def from_run(cls, run_dir: str | Path, device: str | None = None) -> "Scorer":
-        """The model of a run folder with the tables of its prepared folder. device: None for a GPU where
-        there is one."""
-        model, config, folder = load_run_model(run_dir, device or default_device())
+    def from_run(cls, run_dir: str | Path, device: str | None = None, data_dir: str | Path = "") -> "Scorer":
+        """The model of a run folder with the tables of its prepared folder (data_dir; default: the run's).
+        device: None for a GPU where there is one."""
+        model, config, folder = load_run_model(run_dir, device or default_device(), data_dir)
         form = query_format(folder.manifest)
         tokenizer = load_fast_tokenizer(RunFolder(run_dir).model)
         words = read_words(folder.catalog / "words.npy", form)
