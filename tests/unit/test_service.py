@@ -111,6 +111,11 @@ def test_answers_health_and_the_page(client: TestClient) -> None:
             {"task": "rec", "candidates": ["i1", 1.5]},
             "candidates.1: must be a whole number or text of at most 256 characters, got 1.5",
         ),
+        (
+            "/recommend",
+            {"user_id": True},
+            "user_id: must be a whole number or text of at most 256 characters, got True",
+        ),
         ("/recommend", [1, 2], "the request: Input should be a valid dictionary"),
     ],
 )

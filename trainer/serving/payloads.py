@@ -17,9 +17,11 @@ MAX_HISTORY, MAX_CANDIDATES, MAX_QUERY_WORDS, MAX_QUERY_CHARS, MAX_ID_CHARS = 20
 
 def _needs(needs: str) -> WrapValidator:
     """For a field of several types: one error that says what the field needs, instead of one for each type
-    that was tried."""
+    that was tried. JSON's true is none of them, though pydantic reads it as 1."""
 
     def check(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+        if isinstance(value, bool):
+            raise ValueError(needs)
         try:
             return handler(value)
         except ValidationError as error:
