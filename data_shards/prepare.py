@@ -22,7 +22,7 @@ from data_shards.histories import in_histories, windows
 from data_shards.negatives import KeySet, draw_negatives, user_item_keys
 from data_shards.options import PrepareSettings, load_prepare_settings, settings_with_effect
 from data_shards.progress import StageProgress, silent_stage
-from data_shards.publish import finish_publishing, sync_folder
+from data_shards.publish import finish_publishing, sync
 from data_shards.schema import FORMAT_VERSION, SPLITS, TASKS, Manifest, read_manifest
 from data_shards.settings import did_you_mean
 from data_shards.sources import SOURCES, Source, open_source
@@ -194,7 +194,7 @@ def _run(work: Work, source: Source, settings: PrepareSettings, base: Base | Non
         manifest["settings"]["tokenizer"] = base.manifest.raw["settings"].get("tokenizer", "")
     write_text_atomic(work.tree / "manifest.json", json.dumps(manifest, indent=1, sort_keys=True) + "\n")
     for folder in (work.tree / "shards", work.tree / "catalog", work.tree):
-        sync_folder(folder)
+        sync(folder)
 
 
 def _check_stored(settings: PrepareSettings, source: Source) -> None:

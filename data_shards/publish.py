@@ -95,10 +95,10 @@ def publish(folder: Path, out: Path) -> None:
             file.write(_identity(tree))
             file.flush()
             os.fsync(file.fileno())
-        sync_folder(folder)
+        sync(folder)
         if not exchange(tree, out):
             _swap_by_renames(folder, out)
-    sync_folder(out.absolute().parent)
+    sync(out.absolute().parent)
 
 
 def _swap_by_renames(folder: Path, out: Path) -> None:
@@ -128,7 +128,7 @@ def recover(folder: Path, out: Path) -> None:
     if os.path.lexists(folder / OLD) and not os.path.lexists(out):  # killed between the two renames
         complete = (folder / TREE / "manifest.json").is_file()
         os.rename(folder / (TREE if complete else OLD), out)
-        sync_folder(out.absolute().parent)
+        sync(out.absolute().parent)
         if complete:
             clear(folder)
     journal = folder / JOURNAL
@@ -158,8 +158,9 @@ def exchange(first: Path, second: Path) -> bool:
     raise OSError(code, os.strerror(code), str(second))
 
 
-def sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """A file, or the names in a folder, reach the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

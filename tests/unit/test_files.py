@@ -28,7 +28,8 @@ from trainer.errors import EnvironmentProblem
 from trainer.runs.checkpoint import Progress, make_empty
 from trainer.runs.run_folder import RunFolder
 from trainer.runs.status import read_progress, write_status
-from trainer.runtime.files import SECRET_MODE, atomic, writing
+from trainer.runtime import files
+from trainer.runtime.files import SECRET_MODE, atomic, replace_folder, writing
 from trainer.training.console import RunConsole
 
 BIG = 300_000  # floats: more than the disk of `small_disk` has room for
@@ -190,3 +191,34 @@ def test_a_full_disk_takes_a_status_in_place_of_the_old_one(
     assert (run / "status.json").stat().st_size == size
     assert RunFolder(run).read_status()["status"] == "failed"
     assert read_progress(run).step == 7 and [path.name for path in run.iterdir()] == ["status.json"]
+
+
+@pytest.mark.parametrize("can_exchange", [True, False])
+def test_a_folder_is_replaced_by_one_that_is_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, can_exchange: bool
+) -> None:
+    """Without an exchange the name is away between two renames, and both folders are whole then."""
+    path, new, synced = tmp_path / "model", tmp_path / "model.partial", set[str]()
+    sync, real_rename = files.sync, os.rename
+
+    def rename(old: Path, to: Path) -> None:
+        assert {"inner", "weights", "model.partial"} <= synced
+        real_rename(old, to)
+        wholes = [one for one in tmp_path.iterdir() if (one / "inner" / "weights").is_file()]
+        assert path in wholes if can_exchange else len(wholes) >= 1
+
+    def note(place: Path) -> None:
+        synced.add(place.name)
+        sync(place)
+
+    monkeypatch.setattr(files, "sync", note)
+    monkeypatch.setattr(os, "rename", rename)
+    if not can_exchange:
+        monkeypatch.setattr(files, "exchange", lambda first, second: False)
+    for content in ("one", "two", "three"):
+        synced.clear()
+        (new / "inner").mkdir(parents=True)
+        (new / "inner" / "weights").write_text(content)
+        replace_folder(new, path)
+        assert (path / "inner" / "weights").read_text() == content
+        assert [one.name for one in tmp_path.iterdir()] == ["model"] and tmp_path.name in synced

@@ -8,7 +8,6 @@ model/  model.safetensors  model.json (name, settings, what it was trained on)  
 
 import dataclasses
 import json
-import os
 import shlex
 import shutil
 from pathlib import Path
@@ -33,6 +32,7 @@ from trainer.runs.data_identity import check_data, what_is_read
 from trainer.runs.run_folder import RunFolder, read_json
 from trainer.runs.sealed import check_sealed, seal
 from trainer.runs.world import counts_of, new_world, saved_world
+from trainer.runtime.files import replace_folder
 
 MODEL_FORMAT = 2  # 1: gensr.json, GenSR only
 DOCUMENT, OLD_DOCUMENT = "model.json", "gensr.json"
@@ -100,12 +100,7 @@ def save_model(
     text = json.dumps(document, indent=2) + "\n"
     (partial / DOCUMENT).write_text(text, encoding="utf-8")
     seal(partial)
-    previous = path.with_name(path.name + ".previous")
-    shutil.rmtree(previous, ignore_errors=True)
-    if path.exists():
-        os.replace(path, previous)
-    os.replace(partial, path)
-    shutil.rmtree(previous, ignore_errors=True)
+    replace_folder(partial, path)
 
 
 def describe_model(model: Ranker, config: Config, folder: PreparedFolder) -> dict[str, Any]:

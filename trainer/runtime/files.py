@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ from safetensors import SafetensorError
 
 from data_shards.checksum import file_sha256
 from data_shards.errors import WRITE_FIXES
-from data_shards.publish import sync_folder
+from data_shards.publish import exchange, sync
 from trainer.errors import EnvironmentProblem
 
 __all__ = ["SECRET_MODE", "atomic", "create", "file_sha256", "write_json", "write_text", "writing"]
@@ -81,10 +82,27 @@ def atomic(path: str | Path, mode: int | None = None, kept: str = NOTHING_CHANGE
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
-            sync_folder(path.parent)  # the rename itself
+            sync(path.parent)  # the rename itself
         finally:
             with contextlib.suppress(OSError):  # a read-only file system refuses even this
                 temporary.unlink(missing_ok=True)
+
+
+def replace_folder(new: Path, path: Path) -> None:
+    """The folder `new`, beside `path`, becomes `path` once it is on the disk; what had that name is removed.
+    A reader always finds a whole one, but for a moment where the file system cannot exchange two names."""
+    for entry in (*new.rglob("*"), new):
+        sync(entry)
+    old = new  # the name that the old one has after an exchange
+    if not path.exists():
+        os.rename(new, path)
+    elif not exchange(new, path):
+        old = path.with_name(path.name + ".previous")
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(path, old)
+        os.rename(new, path)
+    sync(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_text(path: str | Path, text: str, mode: int | None = None, kept: str = NOTHING_CHANGED) -> None:

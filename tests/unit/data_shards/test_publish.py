@@ -82,7 +82,7 @@ def test_what_is_complete_and_not_published_belongs_to_its_command(
     def stopped(folder: Path) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(prepare_module, "sync_folder", stopped)
+    monkeypatch.setattr(prepare_module, "sync", stopped)
     with pytest.raises(KeyboardInterrupt):
         prepare("tables", raw, out, FAST)
     monkeypatch.undo()
