@@ -186,6 +186,12 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         RunError, match=rf"evaluation-test\.parquet is missing\..*evaluate {run} --split test"
     ):
         compare([run])
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "config.yaml").touch()
+    with pytest.raises(RunError, match=r"new/evaluation-test\.json is missing\. Make it with"):
+        compare([run, tmp_path / "new"])
+    with pytest.raises(RunError, match="nowhere is not a run folder"):
+        compare([run, tmp_path / "nowhere"])
 
 
 def test_command_compare(tmp_path: Path) -> None:

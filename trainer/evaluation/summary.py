@@ -58,6 +58,7 @@ def read_evaluation(run_dir: str | Path, split: str = "test", candidates: str = 
     name = evaluation_name(split, candidates)
     path = RunFolder(run_dir).evaluation(name)
     if not path.is_file():
+        RunFolder(run_dir).must_exist()
         raise RunError(f"{path} is missing. Make it with: {evaluate_command(run_dir, name)}")
     return read_evaluation_file(path)
 

@@ -110,12 +110,16 @@ class RunFolder:
 
     # ---- readers -------------------------------------------------------------------------------------------
 
-    def read_config(self) -> Config:
+    def must_exist(self) -> None:
         """Raises RunError when the folder holds no run."""
         if not self.config.is_file():
             raise RunError(
                 f"{self.path} is not a run folder: config.yaml is missing. Train one with: gensr train"
             )
+
+    def read_config(self) -> Config:
+        """Raises RunError when the folder holds no run."""
+        self.must_exist()
         return config_from_dict(read_yaml(self.config))
 
     def read_settings(self) -> dict[str, Any]:
