@@ -15,7 +15,7 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -238,17 +238,36 @@ def check_processor() -> list[Check]:
 
 
 def memory_gb() -> tuple[float, float]:
-    """Total and available memory in GB, within the limit of the control group (container, SLURM job) if there
-    is one."""
+    """Total and available memory in GB, within the limits of the control groups (container, SLURM job)."""
     import psutil
 
     memory = psutil.virtual_memory()
-    total, available = float(memory.total), float(memory.available)
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.is_file() and used.is_file() and (text := limit.read_text().strip()).isdigit():
-        total = min(total, float(text))
-        available = min(available, total - float(used.read_text()))
+    total, available = memory.total, memory.available
+    for limit, used in group_limits():
+        total, available = min(total, limit), min(available, max(0, limit - used))
     return total / 1e9, available / 1e9
+
+
+def group_limits(
+    mounted: Path = Path("/sys/fs/cgroup"), mine: Path = Path("/proc/self/cgroup")
+) -> Iterator[tuple[int, int]]:
+    """Limit and use in bytes of each control group with a limit that this process is in. A group's limit
+    holds for those inside it, so a SLURM job's lies above the process's own. Of cgroup v2, or v1."""
+    lines = mine.read_text().splitlines() if mine.is_file() else []
+    for _, controllers, group in (line.split(":", 2) for line in lines):
+        if controllers == "":
+            top, names = mounted, ("memory.max", "memory.current")
+        elif controllers == "memory":
+            top, names = mounted / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        else:
+            continue
+        path = top / group.lstrip("/")
+        for folder in (path, *path.parents):
+            limit, used = (folder / name for name in names)
+            if limit.is_file() and used.is_file() and (text := limit.read_text().strip()).isdigit():
+                yield int(text), int(used.read_text())
+            if folder == top:
+                break
 
 
 def check_disk(folder: Path) -> list[Check]:

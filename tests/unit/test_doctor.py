@@ -250,6 +250,30 @@ def test_slurm_complete_partial_or_absent(tmp_path: Path, monkeypatch: pytest.Mo
     assert doctor.check_slurm() == [Check("slurm", "OK", "slurm 22.05.8")]
 
 
-def test_memory_respects_the_control_group() -> None:
+def test_memory_respects_the_control_group(monkeypatch: pytest.MonkeyPatch) -> None:
     total, available = doctor.memory_gb()
     assert 0 < available <= total
+    monkeypatch.setattr(doctor, "group_limits", lambda: [(2**60, 0), (10**9, 4 * 10**8), (2 * 10**9, 10**8)])
+    assert doctor.memory_gb() == (1.0, 0.6)
+
+
+@pytest.mark.parametrize(
+    ("line", "inside", "names"),
+    [("0::", "", ("max", "current")), ("4:memory:", "memory/", ("limit_in_bytes", "usage_in_bytes"))],
+)
+def test_a_jobs_limit_lies_above_the_group_of_its_step(
+    tmp_path: Path, line: str, inside: str, names: tuple[str, str]
+) -> None:
+    mine, job = tmp_path / "cgroup", tmp_path / inside / "slurm" / "job_7"
+    mine.write_text(f"9:cpu:/other\n{line}/slurm/job_7/step_0/task_0\n")
+    (job / "step_0" / "task_0").mkdir(parents=True)
+    groups = {
+        job: ("3000", "2000"),
+        job / "step_0": ("max", "900"),
+        job / "step_0" / "task_0": ("2500", "800"),
+    }
+    for group, values in groups.items():
+        for name, value in zip(names, values, strict=True):
+            (group / f"memory.{name}").write_text(value + "\n")
+    assert list(doctor.group_limits(tmp_path, mine)) == [(2500, 800), (3000, 2000)]
+    assert list(doctor.group_limits(tmp_path, tmp_path / "no such file")) == []
