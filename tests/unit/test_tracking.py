@@ -37,6 +37,7 @@ from trainer.tracking.store import (
     must_exist,
     one_line,
     read_run_file,
+    sqlite_path,
     sqlite_uri,
     tracking_uri,
     training_page,
@@ -642,3 +643,23 @@ def test_names() -> None:
     assert (
         tracking_uri(Config(tracking=TrackingConfig(uri="http://localhost:1")), "x") == "http://localhost:1"
     )
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ("sqlite:///my.db", "sqlite:///{here}/my.db"),
+        ("sqlite:////disk/a%3Fb/my.db", "sqlite:////disk/a%3Fb/my.db"),
+        ("http://host:5000", "http://host:5000"),
+        ("", ""),
+    ],
+)
+def test_a_runs_database_is_the_same_for_every_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str, kept: str
+) -> None:
+    (tmp_path / "50% off").mkdir()
+    monkeypatch.chdir(tmp_path / "50% off")
+    uri = load_config(None, [f"tracking.uri={given}"]).tracking.uri
+    assert uri == kept.format(here=f"{tmp_path}/50%25 off")
+    path = sqlite_path(uri)
+    assert path is None or path.is_absolute()

@@ -111,15 +111,21 @@ def config_from_dict(tree: Mapping[str, Any]) -> Config:
 
 
 def with_absolute_folders(config: Config) -> Config:
-    """Backbones that are folders are named absolutely, so that the run, whose frozen weights may lie there,
-    can be used from another folder."""
+    """Backbones that are folders and a database of tracking.uri are named absolutely, so that the run, whose
+    frozen weights or versions may lie there, can be used from another folder."""
     names = {
         field: name
         for field in ("backbone", "generator")
         if (name := getattr(config.model, field, "")) and Path(name).is_dir()
     }
     named = {field: os.path.abspath(name) for field, name in names.items()}
-    return replace(config, model=replace(config.model, **named)) if named else config
+    if named:
+        config = replace(config, model=replace(config.model, **named))
+    scheme, _, database = config.tracking.uri.partition("sqlite:///")
+    if not scheme and database and not database.startswith(("/", ":memory:")):
+        here = os.getcwd().replace("%", "%25").replace("?", "%3F")
+        config = replace(config, tracking=replace(config.tracking, uri=f"sqlite:///{here}/{database}"))
+    return config
 
 
 @cache
