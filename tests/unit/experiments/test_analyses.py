@@ -21,7 +21,7 @@ from trainer.data import EvalStream
 from trainer.data.folder import PreparedFolder
 from trainer.errors import ConfigError, DataError, RunError
 from trainer.experiments.analyses import Options, analyse, gradients, load_section, sensitivity
-from trainer.experiments.analyses.ablations import label
+from trainer.experiments.analyses.ablations import label, labels
 from trainer.experiments.analyses.gradients import block_of
 from trainer.experiments.analyses.groups import grouped
 from trainer.experiments.analyses.mutual_information import answer_information
@@ -261,6 +261,9 @@ def test_labels_of_ablations() -> None:
     base = {"model.views": "both", "optim.lr": 0.1}
     assert label({"model.views": "cf", "optim.lr": 0.1}, base) == "without semantic view"
     assert label({"model.views": "both", "optim.lr": 0.2}, base) == "lr 0.2"
+    ours, other = {"model.name": "gensr", **base}, {"model.name": "sasrec", "model.dim": 64, "optim.lr": 0.3}
+    groups = [ours, ours | {"model.views": "cf"}, other, other | {"model.dim": 32}]
+    assert labels(groups) == ["as it is", "without semantic view", "sasrec", "sasrec, dim 32"]
 
 
 def test_runs_of_one_title_are_told_apart_by_their_folders() -> None:

@@ -11,7 +11,7 @@ from trainer.experiments.analyses.groups import evaluations_of, grouped, results
 from trainer.experiments.analyses.options import TASK_TITLES, Options, need_runs
 from trainer.runtime.progress import Notify
 
-WHAT = "ablations"
+WHAT, MODEL = "ablations", "model.name"
 # setting → value → what a picture calls it; the first four are the paper's
 KNOWN: dict[str, dict[str, str]] = {
     "model.views": {"semantic": "without CF view", "cf": "without semantic view"},
@@ -31,9 +31,25 @@ def measure(runs: Sequence[Path], options: Options, notify: Notify) -> dict[str,
     need_runs(runs, WHAT, 2)
     groups = grouped(runs, options.candidates)
     rows = results(groups, options.candidates)
-    for row in rows:
-        row["label"] = label(row["settings"], rows[0]["settings"])
+    for row, name in zip(rows, labels([row["settings"] for row in rows]), strict=True):
+        row["label"] = name
     return {**evaluations_of(options), "rows": rows}
+
+
+def labels(groups: Sequence[Mapping[str, Any]]) -> list[str]:
+    """How each group differs from the first; one of another model by its name, and by how it differs from the
+    first of that model, because two models have few settings in common."""
+    found: list[str] = []
+    first_of: dict[str, Mapping[str, Any]] = {}
+    for settings in groups:
+        model = str(settings.get(MODEL))
+        reference = first_of.setdefault(model, settings)
+        changes = label(settings, reference)
+        if reference is groups[0]:
+            found.append(changes)
+        else:
+            found.append(model if settings is reference else f"{model}, {changes}")
+    return found
 
 
 def label(settings: Mapping[str, Any], reference: Mapping[str, Any]) -> str:
