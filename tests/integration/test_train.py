@@ -30,6 +30,7 @@ from trainer.errors import ConfigError, DataError, EnvironmentProblem, RunError
 from trainer.evaluation.sampled import config_hash
 from trainer.models.backbones.families import build_backbone
 from trainer.models.backbones.language import check_own_tokenizer
+from trainer.models.baselines.idgenrec import IdGenRec, IdGenRecSettings
 from trainer.models.gensr.model import GenSR
 from trainer.runs import checkpoint
 from trainer.runs.run_folder import RunFolder
@@ -780,6 +781,14 @@ def test_a_backbone_of_the_hub_has_not_read_texts_with_a_tokenizer_made_here(dat
         check_own_tokenizer("google/flan-t5-base", tokenizer, is_trained=True)
     check_own_tokenizer("google/flan-t5-base", tokenizer, is_trained=False)
     check_own_tokenizer("scratch:mini", tokenizer, is_trained=True)
+
+
+def test_idgenrecs_writer_of_ids_reads_with_the_folders_tokenizer_too(data: Path) -> None:
+    tokenizer, writer = load_tokenizer(data / "tokenizer"), "google/flan-t5-base"
+    IdGenRec.check_tokenizer(tokenizer, IdGenRecSettings(generator=writer), is_trained=True)  # ids=words
+    settings = IdGenRecSettings(generator=writer, ids="generator")
+    with pytest.raises(DataError, match=rf"not that of model\.generator={writer}"):
+        IdGenRec.check_tokenizer(tokenizer, settings, is_trained=True)
 
 
 # ---- what the folder holds ---------------------------------------------------------------------------------

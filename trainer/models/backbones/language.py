@@ -57,10 +57,11 @@ def answer_tokens(tokenizer: Any) -> tuple[int, int]:
     return yes[0], no[0]
 
 
-def check_own_tokenizer(name: str, tokenizer: Any, is_trained: bool) -> None:
+def check_own_tokenizer(name: str, tokenizer: Any, is_trained: bool, key: str = "model.backbone") -> None:
     """Raises DataError when a folder's tokenizer is not the one that a pretrained backbone has read texts
     with: its vectors would stand for other tokens. is_trained: the tokenizer was made from the folder's
-    texts. A local backbone without tokenizer.json may have been pretrained with any."""
+    texts. key: the setting that names the backbone. A local one without tokenizer.json may have been
+    pretrained with any."""
     own = Path(name) / "tokenizer.json"
     if own.is_file():
         differs = Tokenizer.from_file(str(own)).get_vocab() != tokenizer.get_vocab()
@@ -68,7 +69,7 @@ def check_own_tokenizer(name: str, tokenizer: Any, is_trained: bool) -> None:
         differs = is_trained and is_pretrained(name) and not own.parent.is_dir()
     if differs:
         raise DataError(
-            f"the folder's tokenizer is not that of model.backbone={name}, whose weights would read other "
+            f"the folder's tokenizer is not that of {key}={name}, whose weights would read other "
             f"tokens. Prepare the folder with the backbone's own tokenizer: tokenizer={name}"
         )
 

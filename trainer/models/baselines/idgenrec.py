@@ -42,7 +42,7 @@ from trainer.batch import ITEM_SLICE, Batch, rows_of, term_counts
 from trainer.config import NonNegative, NonNegativeFloat, Positive
 from trainer.errors import ConfigError, DataError
 from trainer.models.backbones.backbone import Backbone, Prompt, packed
-from trainer.models.backbones.language import language_model
+from trainer.models.backbones.language import check_own_tokenizer, language_model
 from trainer.models.backbones.ranker import LanguageRanker
 from trainer.models.backbones.settings import BackboneSettings
 from trainer.models.contract import UNREACHED, World
@@ -104,6 +104,12 @@ class IdGenRec(LanguageRanker):
     kept = ("ids",)
     settings: IdGenRecSettings
     ids: Tensor  # [I, L] int64, END behind each
+
+    @classmethod
+    def check_tokenizer(cls, tokenizer: Any, settings: Any, is_trained: bool) -> None:
+        super().check_tokenizer(tokenizer, settings, is_trained)
+        if settings.ids == "generator":
+            check_own_tokenizer(settings.generator, tokenizer, is_trained, key="model.generator")
 
     def __init__(self, settings: IdGenRecSettings, world: World) -> None:
         super().__init__(settings, world)
