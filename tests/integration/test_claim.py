@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from safetensors import SafetensorError
 
+from data_shards.checksum import file_sha256
 from data_shards.settings import read_yaml
 from tests.integration.test_train import BASE
 from tests.tiny_folder import make_tiny_folder
@@ -186,7 +187,7 @@ def test_processes_that_were_started_in_another_way_are_refused(
 ) -> None:
     """Typed on each node, they would train two runs and average their gradients. Where a node keeps its data,
     and how many hands it has, is its own."""
-    others: list[dict[str, Any]] = [{}, {"run.seed": 7, "prepared folder": "another"}]
+    others: list[dict[str, Any]] = [{}, {"run.seed": 7, "prepared folder": "another", "CF table": "older"}]
 
     def two_nodes(accelerator: Any, mine: Any) -> list[Any]:
         return [mine, *(("node2", mine[1] | other) for other in others)]
@@ -195,6 +196,8 @@ def test_processes_that_were_started_in_another_way_are_refused(
     with pytest.raises(RunError, match=r"rank 0 on .* and rank 2 on node2 have") as refused:
         train(config_of(data, tmp_path / "run"))
     assert " and another\n" in str(refused.value)
+    table = file_sha256(data / "cf" / "lightgcn.safetensors")
+    assert f"\n  CF table: {table[:16]} and older\n" in str(refused.value)
     assert "\n  run.seed: 0 and 7\n" in str(refused.value)
     assert not (tmp_path / "run").exists()
     told: list[Any] = []
@@ -206,4 +209,4 @@ def test_processes_that_were_started_in_another_way_are_refused(
     monkeypatch.setattr(agreement, "gather_objects", earlier_ones_too)
     for own in ("run.threads=1", "run.threads=2", "data.num_workers=1"):
         config = config_of(data, tmp_path / own, own)
-        agreement.check_agreement(None, config, PreparedFolder.at(data).manifest)
+        agreement.check_agreement(None, config, PreparedFolder.at(data))

@@ -82,6 +82,11 @@ class PreparedFolder:
         """Identity of the CF table; "" where there is none."""
         return cf_digest(cf_path(self.path)) if self.has_cf else ""
 
+    @property
+    def cf_file_sha256(self) -> str:
+        """Of the CF table's file, as noted beside it; "" where nothing is."""
+        return next((sha256 for _, _, sha256 in self._cf_file()), "")
+
     def cf_digest_as(self, recorded: str) -> str:
         """`recorded` where it names this table, also in the way of an older run; else cf_digest."""
         return recorded if recorded and same_cf(recorded, cf_path(self.path)) else self.cf_digest

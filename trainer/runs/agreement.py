@@ -4,11 +4,12 @@ version. Otherwise each would train a run of its own, and all would average thei
 import platform
 from typing import TYPE_CHECKING
 
-from data_shards.schema import Manifest
 from data_shards.settings import changes, flat_as_json, to_dict
 from trainer import __version__
 from trainer.config import Config
+from trainer.data.folder import PreparedFolder
 from trainer.errors import RunError
+from trainer.models.zoo import model_class
 from trainer.runtime.distributed import gather_objects
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 OF_A_NODE = {"data.dir", "data.cache_dir", "data.num_workers", "run.dir", "run.threads"}
 
 
-def check_agreement(accelerator: "Accelerator", config: Config, manifest: Manifest) -> None:
+def check_agreement(accelerator: "Accelerator", config: Config, folder: PreparedFolder) -> None:
     """Raises RunError on all ranks that shows every difference between the first rank and the first one that
     differs from it."""
     settings = {
@@ -26,7 +27,9 @@ def check_agreement(accelerator: "Accelerator", config: Config, manifest: Manife
         for key, value in flat_as_json(to_dict(config)).items()
         if key not in OF_A_NODE and not key.startswith(("tracking.", "serving."))
     }
-    mine = {**settings, "prepared folder": manifest.hash[:16], "gensr": __version__}
+    mine = {**settings, "prepared folder": folder.manifest.hash[:16], "gensr": __version__}
+    if model_class(config.model.name).reads(config.model) & {"cf", "cf_users"}:
+        mine["CF table"] = folder.cf_file_sha256[:16]  # a node's copy may be older than the others'
     of_ranks = gather_objects(accelerator, (platform.node(), mine))
     first_node, first = of_ranks[0]
     for rank, (node, other) in enumerate(of_ranks):

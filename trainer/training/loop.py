@@ -87,7 +87,7 @@ def train(
     plan.check_stage(config, launch)
     folder = PreparedFolder.open(config.data)
     accelerator = make_accelerator(config, launch, grad_accum_steps(config, launch.world_size))
-    check_agreement(accelerator, config, folder.manifest)
+    check_agreement(accelerator, config, folder)
     with process_group(accelerator), closing(claim(accelerator, config, resume)) as claimed:
         if claimed.finished:
             return _already_finished(config)
