@@ -41,9 +41,12 @@ def click_sequences(clicks: TrainClicks, which: str) -> tuple[np.ndarray, np.nda
 def common_users(clicked_IU: sparse.csr_matrix) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """(item, another item, how many users clicked both) of every pair with such a user, block by block of
     items. clicked_IU: 1 where a user clicked an item."""
-    for start in range(0, clicked_IU.shape[0], ROWS_AT_ONCE):
-        common = (clicked_IU[start : start + ROWS_AT_ONCE] @ clicked_IU.T).tocoo()
-        row, other = common.row.astype(np.int64) + start, common.col.astype(np.int64)
+    items = np.flatnonzero(np.diff(clicked_IU.indptr))  # with clicks: in a large catalogue, a part of it
+    clicked_NU = clicked_IU[items]
+    clicked_UN = clicked_NU.T.tocsr()  # once: each product would convert it
+    for start in range(0, len(items), ROWS_AT_ONCE):
+        common = (clicked_NU[start : start + ROWS_AT_ONCE] @ clicked_UN).tocoo()
+        row, other = items[common.row + start], items[common.col]
         keep = row != other
         yield row[keep], other[keep], common.data[keep]
 
