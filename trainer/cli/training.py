@@ -68,6 +68,7 @@ def train(
         answer(plan.facts, as_json, *fitting(plan.lines, NAME_WIDTH))
         return
     waiting_for("starting")
+    stage_lines()  # what the model counts first
     from trainer.training.loop import train as run
 
     result = run(config, resume="auto" if resume == "auto" else "never")

@@ -23,6 +23,9 @@ from trainer.errors import RequestError
 GatherRows = Callable[[Tensor], tuple[Tensor, int]]
 """Rows of this rank [n, …] → (rows of all ranks with gradient [R·n, …], index of this rank's first row)."""
 
+Report = Callable[[str, int, int], None]
+"""(what is counted, how many are done, of how many)."""
+
 ITEMS_AT_ONCE = 1024  # of score_catalogue(): bounds memory
 ITEMS_AT_ONCE_CPU = 256  # activations stay in its caches: measured, up to twice as fast
 UNREACHED = -1e4  # score of what no beam reached: finite, and below everything that is spelled
@@ -65,6 +68,7 @@ class World:
     saved: Path | None = None
     # names from the root down of category 0 (none: no names), 1, … num_categories; raises as `clicks` does
     categories: Callable[[], list[tuple[str, ...]]] = lambda: [()]
+    report: Report = lambda what, done, total: None  # how far fit() is, which may take minutes
 
     @property
     def is_new(self) -> bool:

@@ -9,6 +9,7 @@ from trainer.config import Config, DataConfig
 from trainer.data.folder import PreparedFolder
 from trainer.errors import DataError, RunError
 from trainer.models.contract import Ranks, World
+from trainer.runtime.progress import report
 
 if TYPE_CHECKING:
     from trainer.training.costs import DataSize
@@ -29,6 +30,7 @@ def new_world(
         categories=folder.category_paths,
         precision=config.run.precision,
         ranks=ranks or Ranks(),
+        report=report,
     )
 
 

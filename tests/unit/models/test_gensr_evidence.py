@@ -16,6 +16,7 @@ from trainer.batch import Batch, TrainClicks
 from trainer.models.contract import World
 from trainer.models.gensr.evidence import SHRINK, Drawn, Evidence, Seen, text_key
 from trainer.models.gensr.mining import log_proposal, mined, open_mine
+from trainer.models.layers import neighbours
 
 NEAR, AFTER, NEAR_NEWEST, AFTER_NEWEST, USERS, TASTE, TASTE_BEST, WORDS, WORDS_BEST = range(9)
 INSIDE, LAST, COVERED = 10, 11, 12
@@ -61,6 +62,18 @@ def test_neighbours_and_followers_are_counted():
     assert features_CF[0, AFTER] == pytest.approx(math.log1p(30 * after_3), abs=1e-6)
     assert features_CF[1, NEAR] == features_CF[1, NEAR_NEWEST] > 0  # only user 2 clicked 4, and 2 before
     assert features_CF[2, [NEAR, AFTER, USERS]].eq(0).all()
+
+
+def test_counting_block_by_block_changes_nothing_and_says_how_far_it_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Items 0, 6 and 7 have no clicks: there is nothing to count of them."""
+    whole, told = evidence_of(world_of(CLICKS)), list[tuple[str, int, int]]()
+    monkeypatch.setattr(neighbours, "ROWS_AT_ONCE", 2)
+    parts = evidence_of(replace(world_of(CLICKS), report=lambda *done: told.append(done)))
+    assert told == [("common users", done, 5) for done in (2, 4, 5)]
+    for name, buffer in whole.named_buffers():
+        assert torch.equal(buffer, parts.get_buffer(name)), name
 
 
 # of user 0's clicks, the event's own, of item 3, last

@@ -56,7 +56,7 @@ class ItemKnn(Ranker):
     def fit(self) -> None:
         clicked_IU = click_matrix(self.world.clicks(), self.settings.clicks, self.world).T.tocsr()
         users_I = np.asarray(clicked_IU.sum(1)).ravel()
-        for row, other, common in common_users(clicked_IU):
+        for row, other, common in common_users(clicked_IU, self.world.report):
             norm = np.sqrt(users_I[row] * users_I[other]) + self.settings.shrink
             self._keep_nearest(row, other, common / norm)
 

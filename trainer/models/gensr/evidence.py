@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from data_shards.sources.amazon import category_query
 from trainer.batch import Batch, ItemTables, first_of_each, rows_of
-from trainer.models.contract import World
+from trainer.models.contract import Report, World
 from trainer.models.gensr.query_words import QueryWords
 from trainer.models.layers.categories import last_category
 from trainer.models.layers.neighbours import (
@@ -106,7 +106,7 @@ class Evidence(nn.Module):
 
     def fit(self, world: World) -> None:
         clicks, num_items = world.clicks(), world.num_items
-        self._fit_near(click_matrix(clicks, "all", world).T.tocsr())
+        self._fit_near(click_matrix(clicks, "all", world).T.tocsr(), world.report)
         user, item, start = click_sequences(clicks, "all")
         self.clicks.copy_(torch.from_numpy(np.bincount(item, minlength=num_items)))
         row, other, count, share = followers(user, item, start, num_items, STEPS, STEP_DECAY)
@@ -127,10 +127,10 @@ class Evidence(nn.Module):
                     keys[number] = int(text_key(torch.tensor(tokens, dtype=torch.int64)))
             self.category_key.copy_(torch.tensor(keys))
 
-    def _fit_near(self, clicked_IU: sparse.csr_matrix) -> None:
+    def _fit_near(self, clicked_IU: sparse.csr_matrix, report: Report) -> None:
         users_I = np.asarray(clicked_IU.sum(1)).ravel()
         self.users.copy_(torch.from_numpy(users_I))
-        for row, other, common in common_users(clicked_IU):
+        for row, other, common in common_users(clicked_IU, report):
             similarity = common / (np.sqrt(users_I[row] * users_I[other]) + SHRINK)
             refused = keep_nearest(self.near, self.near_users, row, other, common, similarity)
             self._refuse("near", *refused)

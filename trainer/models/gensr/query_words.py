@@ -73,6 +73,7 @@ class QueryWords(nn.Module):
             similarity = found.data / (np.sqrt(asked_W[row] * held_T[other]) + SHRINK)
             refused = keep_nearest(self.near, self.near_clicks, row, other, found.data, similarity)
             write_refused(self.near_refused, self.near_refused_by, *refused)
+            world.report("words of queries", min(start + TERMS_AT_ONCE, size), size)
 
     def forward(self, batch: Batch, tables: ItemTables, own: bool) -> Tensor:
         """Mean over the words w of the query of the largest log P(t | w) / P(t) of a word t of the

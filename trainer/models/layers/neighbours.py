@@ -11,7 +11,7 @@ from torch import Tensor
 from data_shards.histories import first_of_runs, in_histories
 from data_shards.schema import REC
 from trainer.batch import TrainClicks
-from trainer.models.contract import World
+from trainer.models.contract import Report, World
 
 ROWS_AT_ONCE = 4096  # items whose neighbours are counted together
 ROUNDING = 1e-6  # of similarities that are equal
@@ -38,9 +38,11 @@ def click_sequences(clicks: TrainClicks, which: str) -> tuple[np.ndarray, np.nda
     return user[kept], item[kept], np.searchsorted(moment, moment)
 
 
-def common_users(clicked_IU: sparse.csr_matrix) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+def common_users(
+    clicked_IU: sparse.csr_matrix, report: Report
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """(item, another item, how many users clicked both) of every pair with such a user, block by block of
-    items. clicked_IU: 1 where a user clicked an item."""
+    items. clicked_IU: 1 where a user clicked an item. report: see World."""
     items = np.flatnonzero(np.diff(clicked_IU.indptr))  # with clicks: in a large catalogue, a part of it
     clicked_NU = clicked_IU[items]
     clicked_UN = clicked_NU.T.tocsr()  # once: each product would convert it
@@ -49,6 +51,7 @@ def common_users(clicked_IU: sparse.csr_matrix) -> Iterator[tuple[np.ndarray, np
         row, other = items[common.row + start], items[common.col]
         keep = row != other
         yield row[keep], other[keep], common.data[keep]
+        report("common users", min(start + ROWS_AT_ONCE, len(items)), len(items))
 
 
 def followers(
