@@ -193,19 +193,35 @@ def evaluate(
     check_candidates(candidates, retriever)
     waiting_for("loading PyTorch and the model")
     from trainer.evaluation.evaluated_weights import warnings_of
-    from trainer.evaluation.full import evaluate_full
-    from trainer.evaluation.sampled import evaluate_run
     from trainer.evaluation.summary import evaluation_name, full_lines, protocol_line, rows_of, table
     from trainer.registry.model_card import metrics_of
     from trainer.runs.run_folder import RunFolder
     from trainer.tracking.tracker import log_evaluation
 
     if candidates == "full":
-        progress = partial(stage_lines(), "rank")
-        document = evaluate_full(run_dir, split, events, baselines, progress, note, retriever, lists)
+        from trainer.evaluation.full import evaluate_full  # and faiss, which given candidates do not need
+
+        document = evaluate_full(
+            run_dir,
+            split,
+            max_events=events,
+            with_baselines=baselines,
+            progress=partial(stage_lines(), "rank"),
+            notify=note,
+            retriever=retriever,
+            num_best=lists,
+        )
     else:
-        progress = partial(stage_lines(), "score")
-        document = evaluate_run(run_dir, split, baselines, progress, candidates, lists)
+        from trainer.evaluation.sampled import evaluate_run
+
+        document = evaluate_run(
+            run_dir,
+            split,
+            with_baselines=baselines,
+            progress=partial(stage_lines(), "score"),
+            candidates=candidates,
+            num_best=lists,
+        )
     name = evaluation_name(split, candidates)
     path = RunFolder(run_dir).evaluation(name)
     lines = [

@@ -45,6 +45,7 @@ def write_lists(
         table = table.append_column("score", pa.array(ranks.best_scores[rows][event, place]))
         return table.append_column("clicked", pa.array(items == ranks.item[rows][event]))
 
-    with atomic(path) as temporary, pq.ParquetWriter(temporary, lists_of(0).schema) as writer:
-        for start in range(0, len(ranks.event_id), EVENTS_AT_ONCE):
+    schema = lists_of(events.num_rows).schema  # of no event
+    with atomic(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
+        for start in range(0, events.num_rows, EVENTS_AT_ONCE):
             writer.write_table(lists_of(start))
