@@ -97,16 +97,17 @@ def publish(folder: Path, out: Path) -> None:
             os.fsync(file.fileno())
         sync(folder)
         if not exchange(tree, out):
-            _swap_by_renames(folder, out)
+            swap_by_renames(tree, out, folder / OLD)
     sync(out.absolute().parent)
 
 
-def _swap_by_renames(folder: Path, out: Path) -> None:
-    os.rename(out, folder / OLD)
+def swap_by_renames(new: Path, out: Path, old: Path) -> None:
+    """`new` becomes `out`, and what had that name `old`. Raises OSError; `out` is then as it was."""
+    os.rename(out, old)
     try:
-        os.rename(folder / TREE, out)
+        os.rename(new, out)
     except OSError:
-        os.rename(folder / OLD, out)
+        os.rename(old, out)
         raise
 
 

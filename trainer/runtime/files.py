@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 
 from data_shards.checksum import file_sha256
 from data_shards.errors import WRITE_FIXES
-from data_shards.publish import exchange, sync
+from data_shards.publish import exchange, swap_by_renames, sync
 from trainer.errors import EnvironmentProblem
 
 __all__ = ["SECRET_MODE", "atomic", "create", "file_sha256", "write_json", "write_text", "writing"]
@@ -79,8 +79,7 @@ def atomic(path: str | Path, mode: int | None = None, kept: str = NOTHING_CHANGE
             if mode is not None:
                 os.close(os.open(temporary, os.O_CREAT | os.O_WRONLY, mode))
             yield temporary
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
+            sync(temporary)
             os.replace(temporary, path)
             sync(path.parent)  # the rename itself
         finally:
@@ -99,8 +98,7 @@ def replace_folder(new: Path, path: Path) -> None:
     elif not exchange(new, path):
         old = path.with_name(path.name + ".previous")
         shutil.rmtree(old, ignore_errors=True)
-        os.rename(path, old)
-        os.rename(new, path)
+        swap_by_renames(new, path, old)
     sync(path.parent)
     shutil.rmtree(old, ignore_errors=True)
 
