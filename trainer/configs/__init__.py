@@ -78,7 +78,7 @@ def load_config(preset_or_file: str | None, overrides: Sequence[str] = (), world
     problems = cross_field_problems(config)
     if problems:
         raise ConfigError(s.format_problems(problems, s.where_of(problems, path, overrides)))
-    return with_absolute_folders(config)
+    return with_absolute_places(config)
 
 
 def gives_micro_batch(preset_or_file: str | None, overrides: Sequence[str] = ()) -> bool:
@@ -110,7 +110,7 @@ def config_from_dict(tree: Mapping[str, Any]) -> Config:
     return s.load(config_type(_model_name(tree)), base=tree)
 
 
-def with_absolute_folders(config: Config) -> Config:
+def with_absolute_places(config: Config) -> Config:
     """Backbones that are folders and a database of tracking.uri are named absolutely, so that the run, whose
     frozen weights or versions may lie there, can be used from another folder."""
     names = {
@@ -123,9 +123,15 @@ def with_absolute_folders(config: Config) -> Config:
         config = replace(config, model=replace(config.model, **named))
     scheme, _, database = config.tracking.uri.partition("sqlite:///")
     if not scheme and database and not database.startswith(("/", ":memory:")):
-        here = os.getcwd().replace("%", "%25").replace("?", "%3F")
-        config = replace(config, tracking=replace(config.tracking, uri=f"sqlite:///{here}/{database}"))
+        uri = f"{database_uri(os.getcwd())}/{database}"
+        config = replace(config, tracking=replace(config.tracking, uri=uri))
     return config
+
+
+def database_uri(path: str) -> str:
+    """The URI of an sqlite file. Only what must be is quoted, because MLflow also makes a folder that is
+    named as the URI spells it (tracking/store.py)."""
+    return "sqlite:///" + re.sub("[?%]", lambda match: f"%{ord(match[0]):02X}", path)
 
 
 @cache

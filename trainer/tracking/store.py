@@ -5,7 +5,6 @@ import contextlib
 import json
 import logging
 import os
-import re
 import sqlite3
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ import yaml
 from data_shards.locks import lock
 from data_shards.secrets import mask_secrets
 from trainer.config import Config
+from trainer.configs import database_uri
 from trainer.errors import EnvironmentProblem, RunError
 from trainer.runs.run_folder import RunFolder, read_json
 from trainer.runtime.files import write_json, writing
@@ -38,12 +38,8 @@ def tracking_uri(config: Config, run_dir: str | Path) -> str:
 
 def sqlite_uri(path: Path) -> str:
     """The URI of a database file, whatever characters its path has. Raises EnvironmentProblem where an old
-    SQLAlchemy cannot read them back.
-
-    Only what must be is quoted, because MLflow also makes a folder that is named as the URI spells it (see
-    _no_folder_of_quotes()).
-    """
-    uri = "sqlite:///" + re.sub("[?%]", lambda match: f"%{ord(match[0]):02X}", str(path))
+    SQLAlchemy cannot read them back."""
+    uri = database_uri(str(path))
     if sqlite_path(uri) != path:  # SQLAlchemy 2.0 reads quotes as they are
         raise EnvironmentProblem(
             f"{path}: SQLAlchemy older than 2.1 cannot open this path. Install a newer one, or choose a path "
