@@ -542,7 +542,7 @@ def test_a_run_whose_prepared_folder_has_moved_says_where_to_name_it(folder: Pat
     _, config, _ = small("sasrec", folder)
     gone = replace(config, data=replace(config.data, dir=str(tmp_path / "gone")))
     (run / "config.yaml").write_text(to_yaml(gone))
-    with pytest.raises(RunError, match=r"gone is not there.*set data\.dir in .*config\.yaml "):
+    with pytest.raises(RunError, match=r"gone is not there.*set data\.dir in .*config\.yaml \(.*--data\)$"):
         load_run_model(run)
     (run / "config.yaml").write_text(to_yaml(config))
     load_run_model(run)
